@@ -1,0 +1,54 @@
+"""coldpress: training-free compression of the key-value cache for Hugging Face decoder models."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+from coldpress import presses
+from coldpress.attention import register as _register_backends
+from coldpress.attention import use_coldpress
+from coldpress.cache import PressedCache
+from coldpress.errors import ColdpressError
+from coldpress.presses.base import BasePress, ScorerPress
+from coldpress.presses.expected_attention import ExpectedAttentionPress
+from coldpress.presses.keydiff import KeyDiffPress
+from coldpress.presses.knorm import KnormPress
+from coldpress.presses.observed_attention import ObservedAttentionPress
+from coldpress.presses.pyramidkv import PyramidKVPress
+from coldpress.presses.random import RandomPress
+from coldpress.presses.registry import catalogue, make_press, press_names
+from coldpress.presses.snapkv import SnapKVPress
+from coldpress.presses.streaming_llm import StreamingLLMPress
+from coldpress.presses.tova import TOVAPress
+from coldpress.view import Kept, LayerView
+
+try:
+    __version__ = version("coldpress")
+except PackageNotFoundError:  # imported from a source tree that was not installed
+    __version__ = "0+unknown"
+
+_register_backends()
+
+__all__ = [
+    "BasePress",
+    "ColdpressError",
+    "ExpectedAttentionPress",
+    "Kept",
+    "KeyDiffPress",
+    "KnormPress",
+    "LayerView",
+    "ObservedAttentionPress",
+    "PressedCache",
+    "PyramidKVPress",
+    "RandomPress",
+    "ScorerPress",
+    "SnapKVPress",
+    "StreamingLLMPress",
+    "TOVAPress",
+    "__version__",
+    "catalogue",
+    "make_press",
+    "press_names",
+    "presses",
+    "use_coldpress",
+]

@@ -1,0 +1,267 @@
+"""The attention backend: one forward of one layer, then the press.
+
+``register()`` makes three names known to transformers, for ``attn_implementation=`` and ``set_attn_implementation``:
+
+    "coldpress"        torch's scaled_dot_product_attention underneath
+    "coldpress_eager"  the model's own eager attention
+    "coldpress_fa2"    flash-attention 2 where no mask is needed, scaled_dot_product_attention elsewhere
+
+With a PressedCache the mask function hands the 2-D padding mask through, and the backend builds what it needs: stored
+slots are visible where they hold something, new tokens in causal order, sliding windows by position. With any other
+cache, or none, both functions hand the call on to transformers' own, so the model computes exactly what it did before.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface, PreTrainedModel
+
+from coldpress.cache import THREAD
+from coldpress.errors import CacheError, MissingDependencyError, ModelError
+from coldpress.view import LayerCall
+
+__all__ = ["BACKENDS", "register", "underlying", "use_coldpress"]
+
+BACKENDS = {"coldpress": "sdpa", "coldpress_eager": "eager", "coldpress_fa2": "flash_attention_2"}
+_FROM_NATIVE = {native: ours for ours, native in BACKENDS.items()} | {"flex_attention": "coldpress"}
+
+Attended = tuple[Tensor, Tensor | None]  # output [B, Q, Hq, Dv], weights [B, Hq, Q, T] or None
+
+
+def register() -> None:
+    """Make the backends known to transformers. Changes nothing for models that do not ask for them."""
+    for ours, native in BACKENDS.items():
+        AttentionInterface.register(ours, partial(_attention, native))
+        AttentionMaskInterface.register(ours, partial(_mask, native))
+
+
+def underlying(implementation: str | None) -> str | None:
+    """The transformers backend whose arithmetic ``implementation`` uses."""
+    return BACKENDS.get(implementation or "", implementation)
+
+
+def use_coldpress(model: PreTrainedModel, arithmetic: str | None = None) -> None:
+    """Put ``model`` on coldpress's attention backend; nothing happens where it is already there.
+
+    Args:
+        model: a decoder whose attention goes through transformers' attention interface.
+        arithmetic: ``"sdpa"``, ``"eager"`` or ``"flash_attention_2"``; None keeps what the model uses now.
+
+    Raises:
+        ModelError: an encoder-decoder, a model without the attention interface, or one with chunked attention.
+        MissingDependencyError: ``flash_attention_2`` without the package flash-attn.
+    """
+    name = type(model).__name__
+    config = model.config
+    text = config.get_text_config(decoder=True)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{name} is an encoder-decoder; coldpress compresses decoder-only models (causal LMs).")
+    if "chunked_attention" in (getattr(text, "layer_types", None) or ()):
+        raise ModelError(f"{name} attends within fixed chunks, which coldpress does not support yet.")
+    current = text._attn_implementation or "sdpa"
+    if arithmetic is None:
+        if current in BACKENDS:
+            return
+        target = _FROM_NATIVE.get(current, "coldpress")
+    elif arithmetic in _FROM_NATIVE:
+        target = _FROM_NATIVE[arithmetic]
+    else:
+        raise ModelError(f"attn_implementation must be sdpa, eager or flash_attention_2, got {arithmetic!r}.")
+    if target == "coldpress_fa2":
+        _flash_attn_func()
+    if target == current:
+        return
+    refusal = (
+        f"{name} does not dispatch its attention through transformers' attention interface, which coldpress needs "
+        "(models written before it, such as those with ALiBi, do not)."
+    )
+    can_set = getattr(model, "_can_set_attn_implementation", None)
+    if can_set is not None and not can_set():
+        raise ModelError(refusal)
+    model.set_attn_implementation(target)
+    if text._attn_implementation != target:
+        raise ModelError(refusal)
+
+
+# -- masks --------------------------------------------------------------------------------------------------------
+
+
+def _mask(native: str, *args: Any, **kwargs: Any) -> Any:
+    """The 2-D padding mask for a PressedCache (None without padding); transformers' own mask for everything else."""
+    session, THREAD.masks_for = THREAD.masks_for, None
+    if session is None:
+        return ALL_MASK_ATTENTION_FUNCTIONS[native](*args, **kwargs)
+    if kwargs.get("use_vmap"):
+        raise ModelError("This call needs a custom attention mask, which a PressedCache does not support.")
+    padding: Tensor | None = kwargs.get("attention_mask")
+    if padding is None:
+        return None
+    seen = kwargs["kv_length"]
+    n_queries = kwargs["q_length"] if "q_length" in kwargs else kwargs["cache_position"].shape[0]
+    if padding.shape[1] != seen:
+        raise CacheError(
+            f"attention_mask has {padding.shape[1]} columns; with this call the cache has seen {seen} tokens "
+            f"({seen - n_queries} before, {n_queries} now). Pass a mask for all {seen}, or none."
+        )
+    if padding.shape[0] == 1 and n_queries == 1:
+        return padding if seen > 1 and session.has_padding else None  # no device synchronisation while decoding
+    has_padding = not bool(padding.all())
+    session.has_padding = has_padding
+    return padding if has_padding else None
+
+
+# -- attention ----------------------------------------------------------------------------------------------------
+
+
+def _attention(
+    native: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> Attended:
+    """What a model calls for one layer: ``query [B, Hq, Q, D]``, ``key`` and ``value [B, Hkv, T, D]``, both final."""
+    layer, THREAD.updated = THREAD.updated, None
+    if layer is None or layer._offered is not key:
+        function = ALL_ATTENTION_FUNCTIONS[native] if native != "eager" else _own_eager(module)
+        return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise CacheError("A PressedCache takes 2-D attention masks ([rows, tokens]) only; this call passed a 4-D one.")
+    window = kwargs.pop("sliding_window", None)
+    softcap = kwargs.get("softcap")
+    special = softcap is not None or kwargs.get("s_aux") is not None  # only the model's own function knows these
+    visible = layer.visibility(query.shape[2], attention_mask, window)
+    compute = _eager if native == "eager" or special else _flash if native == "flash_attention_2" else _sdpa
+    result = compute(module, query, key, value, visible, scaling, dropout if module.training else 0.0, **kwargs)
+    rank, n_layers, is_local = _place(module, layer.index)
+    call = LayerCall(
+        module=module,
+        query=query,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=softcap,
+        sliding_window=window,
+        layer_idx=rank,
+        n_layers=n_layers,
+        is_local=is_local and window is not None,
+    )
+    layer.after_attention(call, attention_mask)
+    return result
+
+
+def _place(module: nn.Module, index: int) -> tuple[int, int, bool]:
+    """This layer's place among the layers that are compressed, their number, and whether it is a local one itself."""
+    config = module.config
+    types = getattr(config, "layer_types", None)
+    if not types or "full_attention" not in types:
+        return index, config.num_hidden_layers, False
+    places = [i for i, kind in enumerate(types) if kind == "full_attention"]
+    is_local = index < len(types) and types[index] != "full_attention"
+    return (0 if is_local else places.index(index)), len(places), is_local
+
+
+def _sdpa(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    **kwargs: Any,
+) -> Attended:
+    n_batch, n_heads, n_queries, _ = query.shape
+    n_kv_heads = key.shape[1]
+    is_causal = visible is None and n_queries > 1
+    if n_queries == 1 and n_heads != n_kv_heads:  # the heads of a group become queries: nothing is repeated
+        output = nn.functional.scaled_dot_product_attention(
+            query.view(n_batch, n_kv_heads, -1, query.shape[3]), key, value, visible, dropout, scale=scaling
+        )
+        return output.reshape(n_batch, 1, n_heads, -1), None
+    if visible is not None and visible.shape[1] > 1:
+        visible = visible.repeat_interleave(n_heads // n_kv_heads, dim=1)
+    output = nn.functional.scaled_dot_product_attention(
+        query, key, value, visible, dropout, is_causal, scale=scaling, enable_gqa=n_heads != n_kv_heads
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _eager(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    **kwargs: Any,
+) -> Attended:
+    n_queries, n_stored, group = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
+    if visible is None and n_queries > 1:
+        visible = torch.ones(n_queries, n_stored, dtype=torch.bool, device=key.device).tril()[None, None]
+    bias = None
+    if visible is not None:
+        if visible.shape[1] > 1:
+            visible = visible.repeat_interleave(group, dim=1)
+        lowest = torch.finfo(query.dtype).min
+        bias = torch.zeros(visible.shape, dtype=query.dtype, device=key.device).masked_fill_(~visible, lowest)
+    return _own_eager(module)(module, query, key, value, bias, scaling=scaling, dropout=dropout, **kwargs)
+
+
+def _flash(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    **kwargs: Any,
+) -> Attended:
+    n_queries = query.shape[2]
+    if visible is not None and (visible.shape[:2] != (1, 1) or not _is_causal(visible, n_queries)):
+        return _sdpa(module, query, key, value, visible, scaling, dropout, **kwargs)
+    output = _flash_attn_func()(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2),
+        dropout_p=dropout, softmax_scale=scaling, causal=n_queries > 1,
+    )  # fmt: skip
+    return output, None
+
+
+def _is_causal(visible: Tensor, n_queries: int) -> bool:
+    """Whether a ``[1, 1, Q, T]`` mask is plain causal order aligned to the last key, as flash-attention means it."""
+    n_stored = visible.shape[3]
+    slot = torch.arange(n_stored, device=visible.device)
+    return torch.equal(visible[0, 0], slot <= slot[n_stored - n_queries :, None])
+
+
+def _flash_attn_func() -> Callable[..., Tensor]:
+    try:
+        from flash_attn import flash_attn_func
+    except ImportError as error:
+        raise MissingDependencyError(
+            "flash_attention_2 needs the package flash-attn and an NVIDIA GPU: pip install flash-attn "
+            "--no-build-isolation, or use attn_implementation sdpa."
+        ) from error
+    function: Callable[..., Tensor] = flash_attn_func
+    return function
+
+
+def _own_eager(module: nn.Module) -> Callable[..., Attended]:
+    """The eager attention of the module's own modeling file: it knows soft caps, sinks and other specialities."""
+    function = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if function is None:
+        raise ModelError(f"{type(module).__name__} has no eager attention; use attn_implementation sdpa.")
+    eager: Callable[..., Attended] = function
+    return eager
+

@@ -1,0 +1,86 @@
+"""Every exception coldpress raises on purpose.
+
+    ColdpressError
+    ├── InputError                  what the user gave cannot work; commands exit with code 2
+    │   ├── PressError              unknown press, impossible parameter        (also a ValueError)
+    │   ├── ModelError              the model cannot run under coldpress       (also a ValueError)
+    │   ├── CacheError              the cache cannot do what was asked         (also a ValueError)
+    │   ├── DataError               no usable text: file, column, split, index (also a ValueError)
+    │   ├── UnreachableError        the hub could not be reached               (also an OSError)
+    │   ├── DeviceError             the device is not there                    (also a ValueError)
+    │   ├── OutputError             the result cannot be written               (also an OSError)
+    │   └── MissingDependencyError  an optional package is not installed       (also an ImportError)
+    └── SelfCheckError              a measurement contradicts itself; commands exit with code 1
+
+Each message is one line: what was given, what is allowed, what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "CacheError",
+    "ColdpressError",
+    "DataError",
+    "DeviceError",
+    "InputError",
+    "MissingDependencyError",
+    "ModelError",
+    "OutputError",
+    "PressError",
+    "SelfCheckError",
+    "UnreachableError",
+    "nearest",
+]
+
+
+class ColdpressError(Exception):
+    """Base of every exception that coldpress raises on purpose."""
+
+
+class InputError(ColdpressError):
+    """Something the user gave cannot work. Commands print the message and exit with code 2."""
+
+
+class PressError(InputError, ValueError):
+    """An unknown press, or a parameter outside what the press allows."""
+
+
+class ModelError(InputError, ValueError):
+    """The model cannot run under coldpress, or runs another attention backend."""
+
+
+class CacheError(InputError, ValueError):
+    """The cache cannot do what was asked, for instance crop into what has been compressed."""
+
+
+class DataError(InputError, ValueError):
+    """No usable text: a missing file, column, subset or sample, or too few tokens."""
+
+
+class UnreachableError(InputError, OSError):
+    """A model or dataset is not here and the hub could not be reached."""
+
+
+class DeviceError(InputError, ValueError):
+    """The requested device does not exist on this machine."""
+
+
+class OutputError(InputError, OSError):
+    """A result cannot be written where it was asked for."""
+
+
+class MissingDependencyError(InputError, ImportError):
+    """An optional package is needed; the message says which, and how to install it."""
+
+
+class SelfCheckError(ColdpressError):
+    """A measurement contradicts itself, so its numbers must not be used."""
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x' or 'y'?"`` for the names closest to ``name``, or an empty string."""
+    close = difflib.get_close_matches(name, list(allowed), n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""

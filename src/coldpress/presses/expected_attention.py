@@ -1,0 +1,76 @@
+"""ExpectedAttention: what queries to come will attend to, if they are distributed like those seen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from coldpress.errors import PressError
+from coldpress.presses.base import ScorerPress, check_at_least
+from coldpress.presses.registry import register
+from coldpress.view import LayerView
+
+
+@register("expected_attention")
+@dataclass(frozen=True)
+class ExpectedAttentionPress(ScorerPress):
+    """Keep the tokens that future queries are expected to attend to, weighted by the norm of their values.
+
+    With mu and Sigma the mean and covariance over tokens of the queries before rotation (the first n_sink tokens left
+    out), and R the mean rotation of the next n_future_positions positions:
+    p[t] = softmax over t of (k[t] . R mu * s + k[t]' R Sigma R' k[t] * s**2 / 2), s the attention's scaling, and
+    score[b, h, t] = (mean over the group's heads of p[t] + epsilon) * ||v[b, h, t]||_2, in float32. Sinks are protected.
+
+    Source: Devoto et al. 2025, arXiv:2510.00636, section 3. Differs from the paper: a uniform budget over heads; wrap it
+    in a head-wise budget for the paper's.
+
+    Needs: keys, values, all queries before rotation. Cost: O(T * D * D) per query head and layer.
+
+    Args:
+        compression_ratio: fraction of the pairs to remove, in [0, 1).
+        n_future_positions: how many positions ahead the rotation is averaged over, at least 1.
+        n_sink: first tokens that are kept, and whose queries do not count.
+        use_covariance: use the term with Sigma.
+        use_vnorm: weight by the norm of the values.
+        epsilon: added to p before weighting.
+    """
+
+    n_future_positions: int = 512
+    n_sink: int = 4
+    use_covariance: bool = True
+    use_vnorm: bool = True
+    epsilon: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, 1, "n_future_positions")
+        check_at_least(self, 0, "n_sink")
+        if not self.epsilon >= 0:
+            raise PressError(f"ExpectedAttentionPress: epsilon must be >= 0, got {self.epsilon!r}.")
+
+    def score(self, view: LayerView) -> Tensor:
+        queries = view.unrotated_queries()  # [B, Hq, Q, D]
+        skip = max(0, self.n_sink - (view.n_tokens - view.n_queries))
+        if skip < view.n_queries:
+            queries = queries[:, :, skip:]
+        n_batch, n_kv_heads, n_tokens, dim = view.keys.shape
+        keys = view.keys.float()[:, :, None]  # [B, Hkv, 1, T, D]
+        mean = queries.mean(dim=2, keepdim=True)  # [B, Hq, 1, D]
+        ahead = view.mean_future_rotation(mean, self.n_future_positions)
+        ahead = ahead.view(n_batch, n_kv_heads, -1, dim, 1)
+        logits = (keys @ ahead).squeeze(-1) * view.scaling  # [B, Hkv, G, T]
+        if self.use_covariance:
+            centred = queries - mean
+            covariance = centred.transpose(-1, -2) @ centred / centred.shape[2]  # [B, Hq, D, D]
+            half = view.mean_future_rotation(covariance, self.n_future_positions)  # Sigma R'
+            covariance = view.mean_future_rotation(half.transpose(-1, -2), self.n_future_positions)  # R Sigma R'
+            covariance = covariance.view(n_batch, n_kv_heads, -1, dim, dim)
+            logits = logits + ((keys @ covariance) * keys).sum(-1) * (view.scaling**2 / 2)
+        expected = logits.softmax(dim=-1).mean(dim=2)  # [B, Hkv, T]
+        if self.use_vnorm:
+            expected = (expected + self.epsilon) * view.values.float().norm(dim=-1)
+        return expected
+
+    def protected(self, view: LayerView) -> tuple[int, int]:
+        return min(self.n_sink, view.n_tokens), 0

@@ -1,0 +1,31 @@
+"""KeyDiff: keys that differ from the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from coldpress.presses.base import ScorerPress
+from coldpress.presses.registry import register
+from coldpress.view import LayerView
+
+
+@register("keydiff")
+@dataclass(frozen=True)
+class KeyDiffPress(ScorerPress):
+    """Keep the keys that are least similar to the mean direction of all keys.
+
+    score[b, h, t] = -cos(k[b, h, t], mean over s of k[b, h, s] / ||k[b, h, s]||), in float32.
+
+    Source: Park et al. 2025, arXiv:2504.15364, section 3.3. Differs from the paper: applied once to the whole prompt,
+    not block by block.
+
+    Needs: keys. Cost: O(T * D) per layer.
+    """
+
+    def score(self, view: LayerView) -> Tensor:
+        directions = normalize(view.keys.float(), dim=-1)  # [B, Hkv, T, D]
+        anchor = normalize(directions.mean(dim=2, keepdim=True), dim=-1)
+        return -(directions * anchor).sum(-1)

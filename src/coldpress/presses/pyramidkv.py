@@ -1,0 +1,43 @@
+"""PyramidKV: SnapKV with more room in the first layers than in the last ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from coldpress.budget import pyramid_counts
+from coldpress.presses.base import check_at_least
+from coldpress.presses.registry import register
+from coldpress.presses.snapkv import SnapKVPress
+from coldpress.view import LayerView
+
+
+@register("pyramidkv")
+@dataclass(frozen=True)
+class PyramidKVPress(SnapKVPress):
+    """SnapKV's scores; the first layers keep more tokens and the last ones fewer, on a straight line.
+
+    The counts are those of :func:`coldpress.budget.pyramid_counts`; their total is that of SnapKV at the same ratio.
+
+    Source: Cai et al. 2024, arXiv:2406.02069, equations 2 and 3; scores as in SnapKVPress. Differs from the paper: the
+    budget follows from compression_ratio.
+
+    Needs: keys and the window's queries. Cost: as SnapKVPress.
+
+    Args:
+        compression_ratio: fraction of the pairs of the whole model to remove, in [0, 1).
+        window_size: last tokens that score the others and are kept, at least 1.
+        kernel_size: width of the pooling in tokens, odd.
+        beta: steepness, at least 1; the last layer keeps 1/beta of the mean where the line is not flattened.
+    """
+
+    beta: int = 20
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, 1, "beta")
+
+    def keep(self, view: LayerView) -> int:
+        counts = pyramid_counts(
+            view.n_tokens, self.compression_ratio, view.n_layers, window=self.window_size, beta=self.beta
+        )
+        return counts[view.layer_idx]

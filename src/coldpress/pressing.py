@@ -1,0 +1,105 @@
+"""``with press(model):`` compress every cache that a model prefills inside the block."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_utils import PreTrainedModel
+
+from coldpress.attention import use_coldpress
+from coldpress.cache import PressedCache, PressedLayer, Session
+from coldpress.errors import CacheError, ModelError, PressError
+
+if TYPE_CHECKING:
+    from coldpress.presses.base import BasePress
+
+__all__ = ["pressed"]
+
+_ACTIVE: set[tuple[int, int]] = set()  # (thread, id of model) pairs that are inside a block
+
+
+@contextmanager
+def pressed(model: PreTrainedModel, press: BasePress) -> Iterator[None]:
+    """Compress with ``press`` each cache whose prefill happens inside the block and in this thread.
+
+    The cache may be a :class:`PressedCache`, a DynamicCache (which then holds compressed layers), or none: the model gets
+    one, as ``generate`` and ``use_cache=True`` expect. After the block the cache goes on being used as any other, and the
+    model stays on coldpress's attention backend, which without a press computes what the model computed before; no hook
+    and no attribute is left behind, whether the block ended normally or not.
+
+    Raises:
+        ModelError: the model cannot run on coldpress's backend.
+        PressError: this model is inside another press's block in this thread.
+        CacheError: a cache of another kind, or one that has a different press.
+    """
+    use_coldpress(model)
+    owner = threading.get_ident()
+    if (owner, id(model)) in _ACTIVE:
+        raise PressError("This model is inside another press's block; one press at a time.")
+    bound: list[Session] = []
+
+    def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        if threading.get_ident() != owner:
+            return None
+        given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        cache = given.get("past_key_values", given.get("kwargs", {}).get("past_key_values"))
+        if cache is not None:
+            _bind(cache, press, bound)
+            return None
+        use_cache = given.get("use_cache", given.get("kwargs", {}).get("use_cache"))
+        if use_cache is False or (use_cache is None and not getattr(module.config, "use_cache", True)):
+            return None
+        if len(args) > 1 and "past_key_values" in given:  # given as None among the positional arguments
+            raise ModelError("Inside 'with press(model):' pass past_key_values by name.")
+        cache = PressedCache(press)
+        bound.append(cache.session)
+        return args, {**kwargs, "past_key_values": cache}
+
+    modules = {id(m): m for m in (model, getattr(model, "base_model", None)) if isinstance(m, nn.Module)}
+    _ACTIVE.add((owner, id(model)))
+    with ExitStack() as stack:
+        stack.callback(_ACTIVE.discard, (owner, id(model)))
+        for module in modules.values():
+            stack.callback(module.register_forward_pre_hook(before_forward, with_kwargs=True).remove)
+        stack.callback(lambda: [setattr(session, "press", None) for session in bound])
+        yield
+
+
+def _bind(cache: Any, press: BasePress, bound: list[Session]) -> None:
+    """Let ``press`` compress ``cache``, whose type decides how."""
+    layers = getattr(cache, "layers", [])
+    session = next((layer.session for layer in layers if isinstance(layer, PressedLayer)), None)
+    if isinstance(cache, PressedCache):
+        session = cache.session
+    if session is None:
+        session = _adopt(cache)
+    if session.press is None:
+        session.press = press
+        bound.append(session)
+    elif session.press != press:
+        raise CacheError(f"This cache has a press of its own, {session.press!r}; give it a cache without one.")
+
+
+def _adopt(cache: Any) -> Session:
+    """Replace the layers of a DynamicCache that hold keys and values by layers that can be compressed."""
+    if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
+        raise CacheError(
+            f"A press compresses a PressedCache or a plain DynamicCache, not {type(cache).__name__}. "
+            "Pass past_key_values=coldpress.PressedCache()."
+        )
+    if isinstance(cache, Cache) and cache.get_seq_length() > 0:
+        raise CacheError("This DynamicCache holds tokens already; a press compresses during the prefill. Start empty.")
+    session = Session()
+    cache.layer_class_to_replicate = session.new_layer  # type: ignore[assignment]
+    layers = [session.new_layer() for _ in cache.layers]
+    cache.layers = [
+        ours if hasattr(theirs, "get_mask_sizes") and not hasattr(theirs, "conv_states") else theirs
+        for ours, theirs in zip(layers, cache.layers)
+    ] or [session.new_layer()]
+    return session

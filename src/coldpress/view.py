@@ -1,0 +1,248 @@
+"""LayerView: what a press may see of one layer, computed when asked for, and only once.
+
+A view never holds padding: rows of a padded batch are taken apart before they get here (see ``cache.py``), so position
+``t`` of a view is the t-th real token of its rows, and what a press does to a row is what it does to that row alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from coldpress.rope import Rope
+
+if TYPE_CHECKING:
+    from coldpress.cache import PressedLayer
+
+__all__ = ["Kept", "LayerCall", "LayerView", "RowGroup"]
+
+_T = TypeVar("_T")
+_BLOCK_ELEMENTS = 1 << 24  # attention weights held at once while columns are summed (64 MiB in float32)
+
+
+class Kept(NamedTuple):
+    """What a press keeps of a view.
+
+    Attributes:
+        keys, values: ``[B, Hkv, n, D]``, ``[B, Hkv, n, Dv]``.
+        positions: int64 ``[B, Hkv, n]``, ascending positions in the view; -1 in the last places of a head that keeps fewer.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """What one call of the attention function knows about its layer.
+
+    Attributes are those of :class:`LayerView`; ``query`` holds all rows of the batch, padding included. ``is_local``:
+    the layer sees a sliding window only while other layers of the model see everything; such layers are bounded
+    already and are not compressed.
+    """
+
+    module: nn.Module
+    query: Tensor  # [B, Hq, Q, D]
+    scaling: float
+    softcap: float | None
+    sliding_window: int | None
+    layer_idx: int
+    n_layers: int
+    is_local: bool
+
+
+@dataclass(eq=False)
+class LayerView:
+    """One layer right after its attention, for the rows of a batch that have the same number of tokens.
+
+    Attributes:
+        keys: ``[B, Hkv, T, D]`` after rotation and normalisation, in the model's dtype.
+        values: ``[B, Hkv, T, Dv]``.
+        queries: ``[B, Hq, Q, D]``, the queries of the last ``Q`` tokens (all ``T`` of them after a prefill).
+        module: the attention module; its weights and ``config`` may be read.
+        scaling: what ``q @ k`` is multiplied with before the softmax.
+        layer_idx, n_layers: this layer among the layers that are compressed, counted from 0.
+        seed: changes from cache to cache, repeats with ``torch.manual_seed``.
+        sliding_window: how many tokens back a query sees, or None for all.
+        softcap: ``c`` where the model replaces attention logits by ``c * tanh(logits / c)``, else None.
+        find_rope: gives the layer's rotary embedding, or None where it has none.
+    """
+
+    keys: Tensor
+    values: Tensor
+    queries: Tensor
+    module: nn.Module
+    scaling: float
+    layer_idx: int
+    n_layers: int
+    seed: int
+    sliding_window: int | None = None
+    softcap: float | None = None
+    find_rope: Callable[[], Rope | None] = lambda: None
+    _memo: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def n_tokens(self) -> int:
+        """T, the number of stored tokens."""
+        return self.keys.shape[2]
+
+    @property
+    def n_queries(self) -> int:
+        """Q, the number of tokens whose queries are here: the last ones."""
+        return self.queries.shape[2]
+
+    @property
+    def group_size(self) -> int:
+        """G, the query heads that share a KV head."""
+        return self.queries.shape[1] // self.keys.shape[1]
+
+    def once(self, name: Hashable, compute: Callable[[], _T]) -> _T:
+        """``compute()`` the first time, the same object every later time that ``name`` is asked for."""
+        if name not in self._memo:
+            self._memo[name] = compute()
+        value: _T = self._memo[name]
+        return value
+
+    def window_attention(self, window: int) -> Tensor:
+        """Attention weights of the last ``window`` queries: float32 ``[B, Hkv, G, window, T]``, each row sums to 1."""
+        if not 1 <= window <= self.n_queries:
+            raise ValueError(f"window must be in 1..{self.n_queries}, got {window}")
+        return self.once(
+            ("window_attention", window), lambda: self._attention(self.n_queries - window, self.n_queries)
+        )
+
+    def attention_column_sums(self) -> Tensor:
+        """What each key received from all ``Q`` queries, mean over the group: float32 ``[B, Hkv, T]``.
+
+        The sum over queries of the attention matrix, taken block by block: no ``[T, T]`` tensor is ever held.
+        """
+        return self.once("attention_column_sums", self._column_sums)
+
+    def unrotated_queries(self) -> Tensor:
+        """The queries as they were before rotary embedding, float32 ``[B, Hq, Q, D]``.
+
+        Raises:
+            ModelError: the model rotates in a way that cannot be undone from outside.
+        """
+
+        def compute() -> Tensor:
+            rope = self.find_rope()
+            positions = torch.arange(self.n_tokens - self.n_queries, self.n_tokens, device=self.queries.device)
+            return self.queries.float() if rope is None else rope.unrotate(self.queries, positions)
+
+        return self.once("unrotated_queries", compute)
+
+    def mean_future_rotation(self, states: Tensor, n_positions: int) -> Tensor:
+        """Rotate float32 ``[B, H, n, D]`` by the mean rotation of the ``n_positions`` positions that come after T - 1."""
+        rope = self.find_rope()
+        if rope is None:
+            return states
+        cos, sin = self.once(
+            ("mean_rotation", n_positions), lambda: rope.mean_rotation(self.n_tokens, n_positions, states.device)
+        )
+        return rope.rotate(states, cos, sin)
+
+    def _attention(self, start: int, stop: int) -> Tensor:
+        """Weights of queries ``start .. stop - 1`` over the keys up to the last of them: ``[B, Hkv, G, n, T']``."""
+        n_batch, n_kv_heads = self.keys.shape[:2]
+        offset = self.n_tokens - self.n_queries
+        end = offset + stop  # keys after the last query are invisible to all of them
+        queries = self.queries[:, :, start:stop].float().view(n_batch, n_kv_heads, self.group_size, stop - start, -1)
+        logits = queries @ self.keys[:, :, None, :end].float().transpose(-1, -2)  # [B, Hkv, G, n, T']
+        logits *= self.scaling
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        query_at = torch.arange(offset + start, end, device=logits.device)[:, None]
+        key_at = torch.arange(end, device=logits.device)
+        visible = key_at <= query_at
+        if self.sliding_window is not None:
+            visible &= key_at > query_at - self.sliding_window
+        return logits.masked_fill_(~visible, -torch.inf).softmax(-1)
+
+    def _column_sums(self) -> Tensor:
+        n_batch, n_heads = self.queries.shape[:2]
+        block = max(1, min(1024, _BLOCK_ELEMENTS // (n_batch * n_heads * self.n_tokens)))
+        sums = torch.zeros(self.keys.shape[:3], dtype=torch.float32, device=self.keys.device)
+        for start in range(0, self.n_queries, block):
+            weights = self._attention(start, min(start + block, self.n_queries))
+            sums[..., : weights.shape[-1]] += weights.sum(-2).mean(2)
+        return sums
+
+
+@dataclass(frozen=True, eq=False)
+class RowGroup:
+    """The rows of a batch that have the same number of tokens to choose from, and their view without padding.
+
+    Attributes:
+        rows: indices of the rows in the batch, or all of them as a slice.
+        slots: int64 ``[b, T]``, where in the input each token of the view stood; None where that is ``0 .. T - 1``.
+        view: those rows alone.
+    """
+
+    rows: Tensor | slice
+    slots: Tensor | None
+    view: LayerView
+
+    @classmethod
+    def split(cls, layer: PressedLayer, call: LayerCall, padding: Tensor | None) -> list[RowGroup]:
+        """Take the stored pairs of ``layer`` apart into groups of rows of equal length.
+
+        Args:
+            layer: holds all tokens seen; nothing was evicted yet.
+            call: the attention call of these tokens.
+            padding: bool ``[B, seen]``, False where a token is padding; None if there is none.
+        """
+        keys, values, query = layer.keys, layer.values, call.query
+        assert keys is not None and values is not None
+        n_tokens = keys.shape[2]
+        reach = n_tokens if call.sliding_window is None else min(n_tokens, call.sliding_window - 1)
+        session = layer.session
+
+        def view(*states: Tensor) -> LayerView:
+            return LayerView(
+                *states,
+                module=call.module,
+                scaling=call.scaling,
+                layer_idx=call.layer_idx,
+                n_layers=call.n_layers,
+                seed=session.seed,
+                sliding_window=call.sliding_window,
+                softcap=call.softcap,
+                find_rope=lambda: session.rope(call.module, keys.device),
+            )
+
+        if padding is None:
+            if reach == n_tokens:
+                return [cls(slice(None), None, view(keys, values, query))]
+            padding = torch.ones(keys.shape[0], n_tokens, dtype=torch.bool, device=keys.device)
+        lengths = padding.sum(-1).clamp(max=reach).tolist()
+        groups = []
+        for length in sorted({n for n in lengths if n > 0}):
+            rows = torch.tensor([i for i, n in enumerate(lengths) if n == length], device=keys.device)
+            slots = torch.stack([padding[row].nonzero()[-length:, 0] for row in rows])  # [b, length]
+            groups.append(cls(rows, slots, view(*(_take(x, rows, slots) for x in (keys, values, query)))))
+        return groups
+
+    def all(self) -> Kept:
+        """Everything in the view."""
+        n_batch, n_heads, n_tokens = self.view.keys.shape[:3]
+        positions = torch.arange(n_tokens, device=self.view.keys.device).expand(n_batch, n_heads, -1)
+        return Kept(self.view.keys, self.view.values, positions)
+
+    def original(self, positions: Tensor) -> Tensor:
+        """Positions in the view, ``[b, Hkv, n]`` with -1 for none, as positions in the input."""
+        if self.slots is None:
+            return positions
+        slots = self.slots[:, None].expand(-1, positions.shape[1], -1)
+        return torch.where(positions < 0, positions, slots.gather(2, positions.clamp(min=0)))
+
+
+def _take(states: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
+    """Rows ``[b]`` and their slots ``[b, n]`` of ``[B, H, T, D]``: ``[b, H, n, D]``."""
+    index = slots[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
+    return states[rows].gather(2, index)
