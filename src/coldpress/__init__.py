@@ -9,6 +9,8 @@ from coldpress.attention import register as _register_backends
 from coldpress.attention import use_coldpress
 from coldpress.cache import PressedCache
 from coldpress.errors import ColdpressError
+from coldpress.pipeline import KVPressTextGenerationPipeline
+from coldpress.pipeline import register as _register_tasks
 from coldpress.presses.base import BasePress, ScorerPress
 from coldpress.presses.expected_attention import ExpectedAttentionPress
 from coldpress.presses.keydiff import KeyDiffPress
@@ -28,12 +30,14 @@ except PackageNotFoundError:  # imported from a source tree that was not install
     __version__ = "0+unknown"
 
 _register_backends()
+_register_tasks()
 
 __all__ = [
     "BasePress",
     "ColdpressError",
     "ExpectedAttentionPress",
     "Kept",
+    "KVPressTextGenerationPipeline",
     "KeyDiffPress",
     "KnormPress",
     "LayerView",

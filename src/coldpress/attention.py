@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface, PreTrainedModel
 
-from coldpress.cache import THREAD
+from coldpress.layer import THREAD
 from coldpress.errors import CacheError, MissingDependencyError, ModelError
 from coldpress.view import LayerCall
 

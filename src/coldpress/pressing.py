@@ -13,8 +13,9 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.attention import use_coldpress
-from coldpress.cache import PressedCache, PressedLayer, Session
+from coldpress.cache import PressedCache
 from coldpress.errors import CacheError, ModelError, PressError
+from coldpress.layer import PressedLayer, Session
 
 if TYPE_CHECKING:
     from coldpress.presses.base import BasePress

@@ -1,6 +1,6 @@
 """LayerView: what a press may see of one layer, computed when asked for, and only once.
 
-A view never holds padding: rows of a padded batch are taken apart before they get here (see ``cache.py``), so position
+A view never holds padding: rows of a padded batch are taken apart before they get here (see :class:`RowGroup`), so position
 ``t`` of a view is the t-th real token of its rows, and what a press does to a row is what it does to that row alone.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from coldpress.rope import Rope
 
 if TYPE_CHECKING:
-    from coldpress.cache import PressedLayer
+    from coldpress.layer import PressedLayer
 
 __all__ = ["Kept", "LayerCall", "LayerView", "RowGroup"]
 

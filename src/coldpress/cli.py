@@ -1,0 +1,182 @@
+"""The command ``coldpress``: ppl, speed, report, presses. Also what the scripts in evaluation/ run.
+
+Exit codes: 0 all measured; 1 a press failed or a self-check did; 2 the input cannot work; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+__all__ = ["main"]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are one line on stderr and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.stderr.write(f"error: {message} (see {self.prog} --help)\n")
+        raise SystemExit(2)
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run one command and return its exit code.
+
+    Args:
+        argv: the command and its options; None takes them from the command line.
+        prog: how the user called it, for the record and the help.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser(prog)
+    args = parser.parse_args([_underscored(a) for a in argv])
+    from coldpress.errors import InputError, SelfCheckError
+
+    try:
+        code: int = args.run(args, argv, prog)
+        return code
+    except InputError as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        return 2
+    except SelfCheckError as error:
+        sys.stderr.write(f"self-check failed: {' '.join(str(error).split())}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("\ninterrupted\n")
+        return 130
+
+
+def _underscored(argument: str) -> str:
+    """``--compression-ratio=0.5`` as ``--compression_ratio=0.5``: both spellings of an option are the same."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}"
+
+
+def _parser(prog: str | None) -> argparse.ArgumentParser:
+    parser = _Parser(prog=prog or "coldpress", description="Training-free compression of the key-value cache.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    ppl = commands.add_parser("ppl", help="perplexity and speed of a model, with and without presses", prog=prog)
+    _add_options(ppl)
+    ppl.set_defaults(run=_run_ppl)
+    speed = commands.add_parser("speed", help="the same as ppl --speed_only")
+    _add_options(speed)
+    speed.set_defaults(run=_run_ppl, speed_only=True)
+    report = commands.add_parser("report", help="a table of the results in a folder")
+    report.add_argument("folder", nargs="?", default="results/perplexity")
+    report.set_defaults(run=_run_report)
+    presses = commands.add_parser("presses", help="the methods, what they need, and where they come from")
+    presses.set_defaults(run=_run_presses)
+    return parser
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    what = parser.add_argument_group("what is measured")
+    add = what.add_argument
+    add("--model", help="hub id, local folder, .gguf file, or demo (default: EleutherAI/pythia-70m)")
+    add("--revision", help="branch, tag or commit of the model on the hub")
+    add("--dataset", help="wikitext, pg19, demo, a local folder or file, or a hub id (default: wikitext)")
+    add("--subset", help="configuration of the dataset, such as wikitext-103-v1")
+    add("--split", help="split of the dataset (default: test)")
+    add("--sample_idx", type=int, help="take this row of the dataset as the only text (a book of pg19)")
+    add("--text_file", help="take this UTF-8 file as the text instead of a dataset")
+    add("--press", nargs="+", help="names of presses, no_press, or all (default: no_press)")
+    add("--compression_ratio", nargs="+", type=float, help="fraction of the pairs to remove, in [0, 1) (default: 0.5)")
+    add("--press_args", type=_json_object, help='parameters of a single press as JSON, such as \'{"window_size": 32}\'')
+    ppl = parser.add_argument_group("perplexity")
+    add = ppl.add_argument
+    add("--ppl_apply_press", action="store_true", default=None, help="score targets against the compressed context")
+    add("--ppl_only", action="store_true", default=None, help="do not measure speed")
+    add("--max_length", type=_positive, help="tokens of a window (default: the model's positions)")
+    add("--stride", type=_positive, help="tokens between windows (default: 512; with --ppl_apply_press side by side)")
+    add("--context_tokens", type=_positive, help="tokens compressed in each window (default: 3/4 of the positions)")
+    add("--target_tokens", type=_positive, help="tokens scored after them (default: 1/4 of the positions)")
+    add("--limit_tokens", type=_positive, help="use only the first so many tokens of the text")
+    add("--batch_size", type=_positive, help="windows that are run together (default: 1)")
+    speed = parser.add_argument_group("speed and memory")
+    add = speed.add_argument
+    add("--speed_only", action="store_true", default=None, help="do not measure perplexity")
+    add("--speed_decode_only", action="store_true", default=None, help="leave prefill and compression out of the time")
+    add("--context_limit", type=_positive, help="tokens of the timed context (default: 4096)")
+    add("--max_new_tokens", type=_positive, help="tokens to generate (default: 200)")
+    add("--min_new_tokens", type=_positive, help="no end of text before so many (default: --max_new_tokens)")
+    add("--repetitions", type=_positive, help="timed rounds (default: 5)")
+    add("--warmup", type=int, help="untimed rounds before them (default: 1)")
+    how = parser.add_argument_group("how")
+    add = how.add_argument
+    add("--attn_implementation", choices=("sdpa", "eager", "flash_attention_2"), help="arithmetic (default: sdpa)")
+    add("--device", help="auto, cpu, cuda, cuda:N (default: auto)")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="default: float32 on the CPU")
+    add("--allow_extrapolation", action="store_true", default=None, help="go past the positions the model was trained on")
+    add("--seed", type=int, help="of random presses and of the order of timings (default: 0)")
+    add("--output_dir", help="folder of the results (default: results/perplexity)")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"must be a JSON object such as {{\"window_size\": 32}}: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object such as {{\"window_size\": 32}}, got {text}")
+    return value
+
+
+def _run_ppl(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
+    from coldpress.eval.run import Settings, evaluate
+
+    given = {f.name: getattr(args, f.name) for f in fields(Settings) if getattr(args, f.name, None) is not None}
+    for name in ("press", "compression_ratio"):
+        if name in given:
+            given[name] = tuple(given[name])
+    if "press_args" in given:
+        given["press_args"] = tuple(given["press_args"].items())
+    command = shlex.join([*((prog,) if prog else ("coldpress",)), *(argv[1:] if prog else argv)])
+    records, is_interrupted = evaluate(Settings(**given), command)
+    if is_interrupted:
+        sys.stderr.write(f"interrupted; {len(records)} partial result(s) kept\n")
+        return 130
+    return 1 if any(record["status"] == "failed" for record in records) else 0
+
+
+def _run_report(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
+    from coldpress.errors import DataError
+    from coldpress.eval.report import describe, table
+    from coldpress.eval.results import read_results
+
+    records = read_results(Path(args.folder))
+    if not records:
+        raise DataError(f"{args.folder} holds no results; run coldpress ppl first, or name another folder.")
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for record in records:  # numbers of different protocols, models or texts do not share a table
+        key = tuple(record.get(k) for k in ("protocol", "model", "dtype", "dataset", "subset", "text_sha256", "total_tokens"))
+        groups.setdefault(key, []).append(record)
+    for group in groups.values():
+        print(f"{describe(group[0])}\n\n{table(group)}\n")
+    return 0
+
+
+def _run_presses(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
+    from coldpress.presses.registry import catalogue
+
+    for info in catalogue():
+        print(f"{info.name}: {info.class_name}({info.parameters})\n    {info.summary}\n    Source: {info.source}\n    Needs: {info.needs}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""Measuring quality, speed and memory under compression."""

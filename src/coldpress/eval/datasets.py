@@ -1,0 +1,220 @@
+"""The texts that are evaluated: WikiText, PG-19, the shipped demo, any hub dataset, local folders and files.
+
+    dataset=                      source                               documents
+    wikitext                      Salesforce/wikitext                  one: all rows joined with a blank line
+    pg19                          emozilla/pg19-test, emozilla/pg19    one per book, never joined
+    demo                          a text file inside the package       one
+    org/name                      that dataset of the hub              one per row with text, or as below
+    a folder in the hub's layout  itself                               one per row, joined when it is WikiText
+    a .parquet or .jsonl file     itself                               one per row, joined when it is WikiText
+    a .txt file, or text_file=    itself                               one
+
+The short names win over folders of the same name: write ``./wikitext`` for a folder. An existing path wins
+over a hub id. The library `datasets` is imported only when it is needed, never for a single text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import re
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from coldpress.errors import DataError, nearest
+from coldpress.eval.hub import load_hub, load_local
+
+__all__ = ["Corpus", "Document", "load_corpus"]
+
+HUB_IDS = {"wikitext": ("Salesforce/wikitext",), "pg19": ("emozilla/pg19-test", "emozilla/pg19")}
+SHORT_NAMES = ("wikitext", "pg19", "demo")
+DEMO_FOLDER = "coldpress/assets/demo/text"
+WIKITEXT_SUBSET = "wikitext-2-raw-v1"
+WHOLE = "all"  # the split of a source that has none: a single file
+FILE_BUILDERS = {".parquet": "parquet", ".jsonl": "json"}
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text that is evaluated by itself: no context crosses into the next one."""
+
+    doc_id: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What was loaded, with all that a result must say about it.
+
+    name: as asked for. source: hub id, or absolute path. join: how rows became one text, None when they
+    did not.
+    """
+
+    name: str
+    source: str
+    subset: str | None
+    split: str
+    join: str | None
+    documents: tuple[Document, ...]
+
+    @property
+    def text_sha256(self) -> str:
+        """SHA-256 over the documents' UTF-8 text, a zero byte between documents."""
+        return hashlib.sha256(b"\x00".join(d.text.encode() for d in self.documents)).hexdigest()
+
+    @property
+    def text_bytes(self) -> int:
+        """Length of all documents in UTF-8 bytes, without separators."""
+        return sum(len(d.text.encode()) for d in self.documents)
+
+
+def load_corpus(
+    dataset: str,
+    *,
+    subset: str | None = None,
+    split: str = "test",
+    sample_idx: int | None = None,
+    text_file: str | None = None,
+    revision: str | None = None,
+) -> Corpus:
+    """Load the text to evaluate; the table at the top of this module says what each `dataset` gives.
+
+    subset: the dataset's configuration; wikitext defaults to wikitext-2-raw-v1. sample_idx: take only that
+    row of the split as the one document. text_file: a UTF-8 file that replaces the dataset. revision: commit,
+    tag or branch of a hub dataset. Single files have no subsets or splits: `split` is not looked at there and
+    recorded as "all".
+
+    Raises DataError for input that has no usable text, UnreachableError when the hub is needed and neither it
+    nor a cached copy is there, MissingDependencyError when `datasets` is needed and not installed.
+    """
+    if text_file is not None:
+        _refuse(text_file, subset=subset, revision=revision)
+        return _one_text(text_file, Path(text_file), sample_idx)
+    if dataset == "demo":
+        _refuse(dataset, subset=subset, revision=revision)
+        demo = _demo_file()
+        return replace(_one_text(dataset, demo, sample_idx), source=f"{DEMO_FOLDER}/{demo.name}")
+    path = Path(dataset).expanduser()
+    if dataset in HUB_IDS:
+        subset = WIKITEXT_SUBSET if dataset == "wikitext" and subset is None else subset
+        source, rows = load_hub(HUB_IDS[dataset], subset, split, revision)
+        joined = dataset == "wikitext"
+    elif dataset.strip() and path.exists():
+        _refuse(dataset, revision=revision)
+        source, joined = str(path.resolve()), _is_wikitext(path, subset)
+        if path.is_dir():
+            if joined and subset is None and (path / WIKITEXT_SUBSET).is_dir():
+                subset = WIKITEXT_SUBSET
+            rows = load_local(source, dataset, subset, split)
+        elif path.suffix == ".txt":
+            _refuse(dataset, subset=subset)
+            return _one_text(dataset, path, sample_idx)
+        elif path.suffix in FILE_BUILDERS:
+            _refuse(dataset, subset=subset)
+            rows = load_local(FILE_BUILDERS[path.suffix], dataset, None, "train", data_files=source)
+            split = WHOLE
+        else:
+            raise DataError(
+                f"{dataset!r} is not a .txt, .parquet or .jsonl file; plain text goes in text_file"
+            )
+    elif re.fullmatch(r"\w[\w.-]*/[\w.-]+", dataset) and path.suffix not in {*FILE_BUILDERS, ".txt"}:
+        source, rows = load_hub((dataset,), subset, split, revision)
+        joined = "wikitext" in dataset.lower()
+    elif "/" in dataset or path.suffix in {*FILE_BUILDERS, ".txt"}:
+        raise DataError(
+            f"no file or folder {dataset!r}: give an existing path, a hub id 'org/name', or {_short()}"
+        )
+    else:
+        raise DataError(
+            f"unknown dataset {dataset!r}: allowed are {_short()}, a hub id 'org/name', or an existing path."
+            + nearest(dataset, SHORT_NAMES)
+        )
+    what = dataset if source == dataset or path.exists() else f"{dataset} ({source})"
+    documents, join = _documents(rows, what, joined, sample_idx)
+    return Corpus(dataset, source, subset, split, join, documents)
+
+
+def _short() -> str:
+    return ", ".join(SHORT_NAMES)
+
+
+def _refuse(name: str, **given: str | None) -> None:
+    """Options that cannot apply are an error: ignoring them would evaluate something else than asked."""
+    for option, value in given.items():
+        if value is not None:
+            raise DataError(f"{option}={value!r} does not apply to {name!r}: leave {option} out")
+
+
+def _demo_file() -> Path:
+    folder = importlib.resources.files("coldpress").joinpath(*DEMO_FOLDER.split("/")[1:])
+    files = sorted(f.name for f in folder.iterdir() if f.name.endswith(".txt")) if folder.is_dir() else []
+    if len(files) != 1:
+        raise DataError(
+            f"the demo text is missing from {folder}: expected one .txt file; install coldpress again"
+        )
+    return Path(str(folder / files[0]))
+
+
+def _one_text(name: str, path: Path, sample_idx: int | None) -> Corpus:
+    path = path.expanduser()
+    if sample_idx not in (None, 0):
+        raise DataError(
+            f"sample_idx {sample_idx} is out of range for {name!r}: it is one document, 0 is allowed"
+        )
+    try:
+        text = path.read_bytes().decode("utf-8-sig")  # line ends stay as they are
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{name!r} is not UTF-8 text (byte offset {error.start}): convert it first"
+        ) from error
+    except OSError as error:
+        raise DataError(
+            f"cannot read {name!r} ({error.strerror}): give an existing UTF-8 text file"
+        ) from error
+    if not text.strip():
+        raise DataError(f"{name!r} holds no text: give a file with some")
+    return Corpus(name, str(path.resolve()), None, WHOLE, None, (Document(path.name, text),))
+
+
+def _is_wikitext(path: Path, subset: str | None) -> bool:
+    """Rows of WikiText are lines of one stream; the name, the subset or the folder's README tell."""
+    names = [path.resolve().name, path.resolve().parent.name] if path.is_file() else [path.resolve().name]
+    readme = path / "README.md"
+    if path.is_dir() and readme.is_file():
+        names.append(readme.read_text(encoding="utf-8", errors="replace"))
+    return (subset or "").startswith("wikitext") or any("wikitext" in name.lower() for name in names)
+
+
+def _documents(
+    rows: Any, what: str, joined: bool, sample_idx: int | None
+) -> tuple[tuple[Document, ...], str | None]:
+    """Turn the rows of one split into documents; the second value says how they were joined."""
+    if "text" not in rows.column_names:
+        raise DataError(
+            f"{what} has no column 'text', only {rows.column_names}: rename the column that holds the text"
+        )
+    if getattr(rows.features["text"], "dtype", None) not in ("string", "large_string"):
+        raise DataError(f"column 'text' of {what} holds {rows.features['text']}, not strings")
+    texts = [text or "" for text in rows["text"][:]]
+    filled = [row for row, text in enumerate(texts) if text.strip()]
+    if sample_idx is not None and not 0 <= sample_idx < len(texts):
+        raise DataError(
+            f"sample_idx {sample_idx} is out of range for {what}: allowed are 0 to {len(texts) - 1}"
+        )
+    if not filled:
+        raise DataError(f"{what} holds no text in its {len(texts)} rows: choose another split or subset")
+    if sample_idx is not None and sample_idx not in filled:
+        close = sorted(sorted(filled, key=lambda row: abs(row - sample_idx))[:3])
+        raise DataError(f"row {sample_idx} of {what} is empty: rows with text near it are {close}")
+    if joined and sample_idx is None:
+        return (Document(f"rows 0-{len(texts) - 1}", "\n\n".join(texts)),), '"\\n\\n".join(all rows)'
+    titled = not joined and "short_book_title" in rows.column_names
+    titles = (
+        [str(title or "").strip() for title in rows["short_book_title"][:]] if titled else [""] * len(texts)
+    )
+    count = Counter(titles)
+    ids = [f"{t}#{row}" if count[t] > 1 and t else t or str(row) for row, t in enumerate(titles)]
+    chosen = filled if sample_idx is None else [sample_idx]
+    return tuple(Document(ids[row], texts[row]) for row in chosen), None

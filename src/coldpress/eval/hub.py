@@ -1,0 +1,167 @@
+"""Rows of a dataset from files of this machine, from the Hugging Face hub, or from a cache filled earlier.
+
+The library `datasets` retries an unreachable hub for 23 s, prints progress and log lines on stderr, and
+raises plain ValueErrors. Here the hub is asked once, stderr stays clean, and each failure is one clear line.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from coldpress.errors import DataError, MissingDependencyError, UnreachableError, nearest
+from coldpress.eval.network import hub_problem, one_line
+
+__all__ = ["load_hub", "load_local"]
+
+NETWORK_PACKAGES = {"httpx", "httpx2", "requests", "urllib3", "huggingface_hub"}
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"this needs the package 'datasets' ({error}): pip install datasets, or give a plain text with "
+            "--text_file PATH"
+        ) from error
+    return datasets
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars, log lines or warnings of `datasets` and `huggingface_hub` on stderr."""
+    import datasets
+    from huggingface_hub import utils as hub
+
+    levels = [(log, log.get_verbosity()) for log in (datasets.logging, hub.logging)]
+    bars = [lib for lib in (datasets, hub) if not lib.are_progress_bars_disabled()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            for log, _ in levels:
+                log.set_verbosity(datasets.logging.CRITICAL)
+            for lib in bars:
+                lib.disable_progress_bars()
+            yield
+        finally:
+            for log, level in levels:
+                log.set_verbosity(level)
+            for lib in bars:
+                lib.enable_progress_bars()
+
+
+def load_local(path: str, what: str, subset: str | None, split: str, **options: Any) -> Any:
+    """`datasets.load_dataset` on files of this machine, its failures told as DataError."""
+    datasets = _datasets()
+    with _quiet():
+        try:
+            rows = datasets.load_dataset(path, subset, split=split, **options)
+            if rows.builder_name == "text":  # a folder of .txt files: one row per file, not per line
+                rows = datasets.load_dataset(path, subset, split=split, sample_by="document", **options)
+            return rows
+        except Exception as error:
+            raise _explained(error, what, subset, split) from error
+
+
+def _explained(error: BaseException, what: str, subset: str | None, split: str) -> DataError:
+    """`datasets` raises plain ValueErrors that list what there is; tell it in our words, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    message = " ".join(str(error).split())
+    listed = re.search(r"\[.*?\]", message)
+    names = re.findall(r"'([^']*)'", listed[0]) if listed else []
+    if "Config name is missing" in message:
+        return DataError(f"{what} has several subsets, give one of {names}")
+    if names and "BuilderConfig" in message:
+        return DataError(
+            f"unknown subset {subset!r} of {what}: allowed are {names}.{nearest(str(subset), names)}"
+        )
+    if names and "Unknown split" in message:
+        return DataError(f"unknown split {split!r} of {what}: allowed are {names}.{nearest(split, names)}")
+    if "Unrecognized instruction" in message or "Split name" in message:
+        return DataError(
+            f"split {split!r} cannot be read: write a name like 'test', or a slice like 'test[:10]'"
+        )
+    return DataError(f"{what} cannot be read as a dataset ({type(error).__name__}: {message[:300]})")
+
+
+def load_hub(repos: tuple[str, ...], subset: str | None, split: str, revision: str | None) -> tuple[str, Any]:
+    """The first of `repos` that the hub has or, when it cannot be asked, that is cached; with its id."""
+    datasets = _datasets()
+    missing = ""
+    with _quiet():
+        problem = _hub_problem(repos[0])
+        for repo in repos:
+            if problem is None:
+                try:
+                    return repo, datasets.load_dataset(repo, subset, split=split, revision=revision)
+                except datasets.exceptions.DatasetNotFoundError as error:
+                    missing = one_line(error)
+                    continue
+                except Exception as error:
+                    problem = _network_problem(error)
+                    if problem is None:
+                        raise _explained(error, repo, subset, split) from error
+            rows = _load_cached(datasets, repo, subset, split, revision)
+            if rows is not None:
+                return repo, rows
+    if problem is None:
+        raise DataError(
+            f"{missing} Give an existing path, another hub id, or a short name (wikitext, pg19, demo)"
+        )
+    options = {"subset": subset, "revision": revision}
+    wanted = " or ".join(repos) + "".join(f", {key} {value!r}," for key, value in options.items() if value)
+    raise UnreachableError(
+        f"dataset {wanted} is neither a folder here nor in the hub's cache, and the Hugging Face hub could "
+        f"not be reached ({problem}): give a local folder or file (--dataset PATH or --text_file PATH), fill "
+        f"the cache where there is a network (hf download --repo-type dataset {repos[0]}), or run the demo "
+        "that is shipped (--model demo --dataset demo)"
+    )
+
+
+def _hub_problem(repo: str) -> str | None:
+    """Why the hub cannot be asked for this dataset, or None."""
+    import datasets
+
+    if datasets.config.HF_HUB_OFFLINE:
+        return "offline mode, HF_HUB_OFFLINE or HF_DATASETS_OFFLINE is set"
+    return hub_problem(f"datasets/{repo}/resolve/main/README.md")
+
+
+def _network_problem(error: BaseException | None) -> str | None:
+    """One line when a broken connection is behind `error`, None when something else is."""
+    while error is not None:
+        roots = {cls.__module__.partition(".")[0] for cls in type(error).__mro__}
+        network = roots & NETWORK_PACKAGES and not isinstance(error, ValueError)  # that is an ill-formed id
+        if network or isinstance(error, (ConnectionError, TimeoutError)):
+            return one_line(error)
+        error = error.__cause__
+    return None
+
+
+def _load_cached(
+    datasets: Any, repo: str, subset: str | None, split: str, revision: str | None
+) -> Any | None:
+    """A copy on this machine: a snapshot of the hub (`hf download`), or what `datasets` prepared before."""
+    from huggingface_hub import snapshot_download
+
+    offline = datasets.config.HF_HUB_OFFLINE
+    try:
+        datasets.config.HF_HUB_OFFLINE = True  # no retries; load_dataset then looks in its own cache at once
+        try:
+            folder = snapshot_download(repo, repo_type="dataset", revision=revision, local_files_only=True)
+            return datasets.load_dataset(folder, subset, split=split)
+        except FileNotFoundError:  # no snapshot, or one without these files
+            if revision is not None:  # the prepared copies do not tell their revision
+                return None
+        return datasets.load_dataset(repo, subset, split=split)
+    except Exception as error:
+        if isinstance(error, ConnectionError) or "Couldn't find cache" in str(error):
+            return None
+        raise _explained(error, repo, subset, split) from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline

@@ -1,0 +1,209 @@
+"""Load a model and its tokenizer from the hub, a folder, a GGUF file or the package, with errors that say what to do."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from coldpress.attention import use_coldpress
+from coldpress.errors import DeviceError, InputError, MissingDependencyError, ModelError, UnreachableError
+from coldpress.eval.network import hub_problem, one_line
+
+__all__ = ["LoadedModel", "load_model", "pick_device", "pick_dtype"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ATTENTION = ("sdpa", "eager", "flash_attention_2")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model on coldpress's backend, with what a result needs to name it.
+
+    Attributes:
+        model: in evaluation mode, on its device.
+        tokenizer: the model's tokenizer.
+        name: what the user asked for.
+        source: the hub id or the folder or file it came from.
+        revision: the commit of the hub, where it is known.
+        attn_implementation: the arithmetic underneath (sdpa, eager or flash_attention_2).
+    """
+
+    model: PreTrainedModel
+    tokenizer: Any
+    name: str
+    source: str
+    revision: str | None
+    attn_implementation: str
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def max_positions(self) -> int | None:
+        """How many positions the model was trained on, where its configuration says."""
+        text = self.model.config.get_text_config(decoder=True)
+        positions = getattr(text, "max_position_embeddings", None)
+        return int(positions) if positions else None
+
+    def facts(self) -> dict[str, Any]:
+        """The model's part of a result record."""
+        parameters = list(self.model.parameters())
+        return {
+            "model": self.name,
+            "model_source": self.source,
+            "model_revision": self.revision,
+            "model_type": self.model.config.model_type,
+            "dtype": str(parameters[0].dtype).removeprefix("torch."),
+            "device": str(self.device),
+            "attn_implementation": self.attn_implementation,
+            "num_params": sum(p.numel() for p in parameters),
+            "weights_bytes": sum(p.numel() * p.element_size() for p in parameters),
+            "max_position_embeddings": self.max_positions,
+        }
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps`` as a device that is there.
+
+    Raises:
+        DeviceError: it is not there, or the name means nothing.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise DeviceError(f"--device {name!r} is not a device; allowed: auto, cpu, cuda, cuda:N.") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            there = f"{count} CUDA device(s), cuda:0 to cuda:{count - 1}" if count else "no CUDA device"
+            raise DeviceError(f"--device {name}: this machine has {there}; use --device auto or cpu.")
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise DeviceError("--device mps: not available on this machine; use --device auto or cpu.")
+    elif device.type not in ("cpu", "mps"):
+        raise DeviceError(f"--device {name}: allowed are auto, cpu, cuda, cuda:N, mps.")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype | str:
+    """A torch dtype; ``auto`` is float32 on the CPU and the checkpoint's own elsewhere."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    return DTYPES[name]
+
+
+def load_model(
+    name: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    attn_implementation: str = "sdpa",
+    revision: str | None = None,
+) -> LoadedModel:
+    """Load ``name`` and put it on coldpress's attention backend.
+
+    Args:
+        name: ``demo``, a local folder, a ``.gguf`` file, or a hub id.
+        device: see :func:`pick_device`.
+        dtype: auto, float32, bfloat16 or float16.
+        attn_implementation: the arithmetic underneath: sdpa, eager or flash_attention_2.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        ModelError: not a decoder that coldpress can run, or broken files.
+        UnreachableError: a hub id that is neither cached nor reachable.
+        DeviceError: the device is not there.
+        MissingDependencyError: a package that this model or arithmetic needs is not installed.
+    """
+    on = pick_device(device)
+    with contextlib.ExitStack() as stack:
+        options: dict[str, Any] = {}
+        if name == "demo":
+            shipped = resources.files("coldpress") / "assets" / "demo" / "model"
+            source = str(stack.enter_context(resources.as_file(shipped)))
+        else:
+            source, options = _locate(name, revision)
+        stack.enter_context(_quiet())
+        try:
+            config = AutoConfig.from_pretrained(source, **options)
+            if getattr(config, "is_encoder_decoder", False):
+                raise ModelError(
+                    f"{name} is an encoder-decoder ({config.model_type}); coldpress compresses decoder-only models."
+                )
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=pick_dtype(dtype, on), **options)
+        except (InputError, KeyboardInterrupt, MemoryError):
+            raise
+        except ImportError as error:
+            raise MissingDependencyError(
+                f"{name} needs a package that is not installed: {one_line(error)}"
+            ) from error
+        except Exception as error:
+            raise ModelError(
+                f"{name} cannot be loaded ({type(error).__name__}: {one_line(error)})"
+            ) from error
+        model.eval().requires_grad_(False)
+        use_coldpress(model, attn_implementation)
+        commit = getattr(model.config, "_commit_hash", None) or options.get("revision")
+    return LoadedModel(
+        model.to(on), tokenizer, name, "demo" if name == "demo" else name, commit, attn_implementation
+    )
+
+
+def _locate(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
+    """Where to load ``name`` from, and the options that ``from_pretrained`` needs for it."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(f"--model {name} is a file; give the model's folder, or a .gguf file.")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(
+                f"--model {name}: the folder has no config.json; give a folder that save_pretrained wrote."
+            )
+        return str(path), {}
+    if name.count("/") > 1 or name.startswith((".", "~", "/")) or not name.strip():
+        raise ModelError(
+            f"--model {name!r}: no such folder; give a hub id such as EleutherAI/pythia-70m, or demo."
+        )
+    options: dict[str, Any] = {"revision": revision} if revision else {}
+    problem = hub_problem(f"{name}/resolve/{revision or 'main'}/config.json")
+    if problem is None:
+        return name, options
+    options["local_files_only"] = True
+    try:
+        with _quiet():
+            AutoConfig.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise UnreachableError(
+            f"model {name}{f' at {revision}' if revision else ''} is neither a folder here nor in the hub's cache, and the "
+            f"Hugging Face hub could not be reached ({problem}): give a local folder (--model PATH), fill the cache where "
+            f"there is a network (hf download {name}), or run what is shipped (--model demo --dataset demo)"
+        ) from error
+    return name, options
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and no warnings of transformers on stderr while loading."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,248 @@
+"""Results on disk: one JSON file per setting, named by the setting, complete or not there at all."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import secrets
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coldpress.errors import DataError, OutputError, SelfCheckError
+
+__all__ = [
+    "IDENTIFYING_FIELDS",
+    "SCHEMA_VERSION",
+    "check_writable",
+    "environment",
+    "read_results",
+    "result_path",
+    "write_result",
+]
+
+SCHEMA_VERSION = 1
+
+# What was asked for, as far as it is known before the run: a run that fails early has the same name as one
+# that finishes. Measured values (text_sha256, achieved ratio, ...) are in the record, not in its name.
+IDENTIFYING_FIELDS = (
+    *("protocol", "mode", "speed_only", "settings"),
+    *("model", "model_revision", "dtype", "device", "attn_implementation", "quantization"),
+    *("dataset", "dataset_revision", "subset", "split", "sample_idx", "text_file", "add_bos"),
+    *(
+        "max_tokens",
+        "max_windows",
+        "max_documents",
+        "context_tokens",
+        "target_tokens",
+        "stride",
+        "chunk_size",
+    ),
+    *("batch_size", "position_mode", "press", "press_config", "compression_ratio", "budget"),
+    *("max_new_tokens", "warmup", "repetitions", "threads", "seed"),
+)
+FAILED_STATUS = ("failed", "error")
+PACKAGE_DIR = Path(__file__).resolve().parents[1]
+
+
+def environment() -> dict[str, Any]:
+    """What a number depends on besides its settings; unknown values are None, nothing here raises.
+
+    git_commit, git_dirty: of the checkout this package is part of (not of the folder the user stands in);
+    dirty looks at the package's own files. loadavg: over 1, 5 and 15 minutes.
+    """
+    commit, dirty = _git()
+    names, driver = _gpu()
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": _version("transformers"),
+        "datasets": _version("datasets"),
+        "coldpress": _version("coldpress") or getattr(sys.modules.get("coldpress"), "__version__", None),
+        "platform": platform.platform(),
+        "cpu": _cpu_model(),
+        "threads": torch.get_num_threads(),
+        "loadavg": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "git_commit": commit,
+        "git_dirty": dirty,
+        "gpu": names,
+        "driver": driver,
+    }
+
+
+def result_path(output_dir: Path, record: dict[str, Any]) -> Path:
+    """Where `record` belongs: ``{protocol}__{model}__{dataset}__{press}__r0.50__{10 hex}.json`` in
+    `output_dir`.
+
+    The hex digits are a hash over IDENTIFYING_FIELDS, where an absent field is as one that is None: equal
+    settings share a name, others do not. A record whose status is "failed", or that holds an error, ends in
+    ``.failed.json``.
+    """
+    identity = {key: record[key] for key in IDENTIFYING_FIELDS if record.get(key) is not None}
+    ratio = record.get("compression_ratio")
+    if ratio is not None:
+        identity["compression_ratio"] = ratio = float(ratio)  # 0 and 0.0 are one setting
+    digest = hashlib.sha256(_dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
+    protocol = record.get("protocol") or record.get("mode") or "run"
+    parts = [protocol, record.get("model"), record.get("dataset"), record.get("press") or "no_press"]
+    shown = [] if ratio is None else [f"r{ratio:.2f}" if round(ratio, 2) == ratio else f"r{ratio:g}"]
+    suffix = ".failed.json" if _failed(record) else ".json"
+    return Path(output_dir) / ("__".join([*map(_slug, parts), *shown, digest]) + suffix)
+
+
+def write_result(output_dir: Path, record: dict[str, Any]) -> Path:
+    """Write `record` as JSON, whole or not at all, and return its path; adds `schema_version` when missing.
+
+    An older file of the same settings is replaced; a failed record never replaces a finished one, and a
+    finished one removes the failed one. Raises SelfCheckError for NaN, infinity or a value JSON cannot hold
+    (the message names the field), OutputError when the file cannot be written.
+    """
+    record = {"schema_version": SCHEMA_VERSION, **record}
+    text = _dumps(record, indent=2) + "\n"
+    path = result_path(output_dir, record)
+    check_writable(path.parent)
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        with open(temporary, "x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        if not _failed(record):
+            result_path(output_dir, {**record, "status": "failed"}).unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write {str(path)!r} ({error.strerror}): choose another folder") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def check_writable(output_dir: Path) -> None:
+    """Create `output_dir` and prove that a file can be written there; call it before any long work.
+
+    Raises OutputError when the path is a file, lies below a file, or may not be written.
+    """
+    probe = Path(output_dir) / f".{secrets.token_hex(8)}.tmp"
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except FileExistsError as error:
+        raise OutputError(f"output folder {str(output_dir)!r} is a file: give a folder") from error
+    except OSError as error:
+        raise OutputError(
+            f"cannot write into folder {str(output_dir)!r} ({error.strerror}): give one you may write to"
+        ) from error
+
+
+def read_results(output_dir: Path) -> list[dict[str, Any]]:
+    """All records in `output_dir`, failed ones too, in the order of their file names.
+
+    A file that is not a record of this schema is skipped with a warning. Raises DataError without a folder.
+    """
+    if not Path(output_dir).is_dir():
+        raise DataError(f"no folder {str(output_dir)!r}: give the folder that a run wrote its results to")
+    records = []
+    for path in sorted(Path(output_dir).glob("*.json")):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+            version = record.get("schema_version") if isinstance(record, dict) else None
+            if version != SCHEMA_VERSION:
+                raise ValueError(f"schema_version is {version!r}, this version reads {SCHEMA_VERSION}")
+        except (OSError, ValueError) as error:
+            warnings.warn(f"skipped {path}: {error}", stacklevel=2)
+        else:
+            records.append(record)
+    return records
+
+
+def _failed(record: dict[str, Any]) -> bool:
+    return record.get("status") in FAILED_STATUS or bool(record.get("error"))
+
+
+def _slug(value: Any) -> str:
+    """Letters, digits, dots, dashes; of a longer name, such as a path, the end tells most."""
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", str(value or "none")).strip("_.")[-40:].lstrip("_.") or "none"
+
+
+def _dumps(value: Any, **options: Any) -> str:
+    try:
+        return json.dumps(value, allow_nan=False, ensure_ascii=False, **options)
+    except (TypeError, ValueError, RecursionError) as error:
+        fields = ", ".join(_unfit(value)) or "the record"
+        raise SelfCheckError(f"the result cannot be JSON at {fields} ({error}): not written") from error
+
+
+def _unfit(value: Any, field: str = "", depth: int = 0) -> Iterator[str]:
+    """The fields whose values JSON cannot hold, written as ``per_window[3].nll``."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{field}={value}"
+    elif isinstance(value, dict) and depth < 20:
+        for key, inner in value.items():
+            yield from _unfit(inner, f"{field}.{key}" if field else str(key), depth + 1)
+    elif isinstance(value, (list, tuple)) and depth < 20:
+        for index, inner in enumerate(value):
+            yield from _unfit(inner, f"{field}[{index}]", depth + 1)
+    elif not isinstance(value, (str, int, float, bool, type(None), dict, list, tuple)):
+        yield f"{field} of type {type(value).__name__}"
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@functools.cache
+def _cpu_model() -> str | None:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine() or None
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints, None when it is not there, fails or takes more than 5 s."""
+    # A GIT_DIR of the caller (a hook, say) would point git at another repository.
+    env = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, env=env, check=True)
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return None
+    return done.stdout.strip()
+
+
+@functools.cache
+def _git() -> tuple[str | None, bool | None]:
+    """Commit and dirtiness; (None, None) unless git tracks this file: site-packages may lie in a checkout."""
+    here = ("git", "-C", str(PACKAGE_DIR))
+    if _output(*here, "ls-files", "--error-unmatch", str(Path(__file__).resolve())) is None:
+        return None, None
+    commit, changes = _output(*here, "rev-parse", "HEAD"), _output(*here, "status", "--porcelain", "--", ".")
+    return commit, None if changes is None else bool(changes)
+
+
+@functools.cache
+def _gpu() -> tuple[list[str] | None, str | None]:
+    if not torch.cuda.is_available():
+        return None, None
+    names = [torch.cuda.get_device_name(device) for device in range(torch.cuda.device_count())]
+    drivers = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return names, drivers.splitlines()[0].strip() if drivers else None

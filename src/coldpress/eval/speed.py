@@ -1,0 +1,219 @@
+"""Speed of prefill and decoding, with the one clock of this package.
+
+*Prefill* runs the whole context in one forward pass and compresses it; *decode* then feeds one token at a time. TTFT
+(time to first token) runs from the start to the first generated id, compression included; TPOT (time per output token)
+is ``(total - TTFT) / (n - 1)``. Tokenisation and detokenisation are outside. The same ids go in for every press, a
+configuration is warmed up before it counts, repetitions of different presses are interleaved in a seeded random order,
+and every raw sample is kept.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_utils import PreTrainedModel
+
+from coldpress.cache import PressedCache
+from coldpress.errors import SelfCheckError
+from coldpress.eval.memory import MemoryMeter, MemoryReading
+from coldpress.eval.perplexity import forward
+from coldpress.presses.base import BasePress
+
+__all__ = ["Sample", "SpeedPoint", "SpeedRun", "now_ns"]
+
+WARMUP_TOKENS = 8
+
+
+def now_ns(device: torch.device) -> int:
+    """Nanoseconds of a monotonic clock, after everything queued on ``device`` is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter_ns()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One repetition. ``prefill_ns`` (start to first token) is None when only decoding was timed."""
+
+    prefill_ns: int | None
+    decode_ns: int
+    n_tokens: int  # generated ids
+
+
+@dataclass
+class SpeedPoint:
+    """One press (None: no press) and its measurements."""
+
+    press: BasePress | None
+    samples: list[Sample] = field(default_factory=list)
+    memory: MemoryReading | None = None
+    kv_bytes: int | None = None
+    kv_lengths: list[int] = field(default_factory=list)
+    achieved_ratio: float = 0.0
+    error: Exception | None = None
+
+    def result(self, baseline: SpeedPoint | None, context_tokens: int) -> dict[str, Any]:
+        """The speed part of a result record: medians over repetitions, their spread, and the raw samples.
+
+        Raises:
+            Exception: what the press raised, if it failed.
+        """
+        if self.error is not None:
+            raise self.error
+        tpot = [s.decode_ns / (s.n_tokens - 1) / 1e6 for s in self.samples if s.n_tokens > 1]  # ms
+        ttft = [s.prefill_ns / 1e9 for s in self.samples if s.prefill_ns is not None]  # s
+        total = [((s.prefill_ns or 0) + s.decode_ns) / 1e9 for s in self.samples]
+        record: dict[str, Any] = {
+            "context_tokens": context_tokens,
+            "generated_tokens": self.samples[0].n_tokens if self.samples else None,
+            "repetitions": len(self.samples),
+            "tpot_ms": _median(tpot),
+            "tpot_ms_spread": _spread(tpot),
+            "decode_tokens_per_s": _median([1e3 / t for t in tpot]),
+            "ttft_s": _median(ttft),
+            "ttft_s_spread": _spread(ttft),
+            "prefill_tokens_per_s": _median([context_tokens / t for t in ttft]),
+            "generation_tokens_per_s": _median([s.n_tokens / t for s, t in zip(self.samples, total) if t]),
+            "samples": [vars(s) for s in self.samples],
+            "kv_bytes": self.kv_bytes,
+            "kv_bytes_baseline": None if baseline is None else baseline.kv_bytes,
+            "kv_len_before": context_tokens,
+            "kv_len_after": self.kv_lengths,
+            "effective_compression_ratio": self.achieved_ratio,
+        }
+        if self.memory is not None:
+            record |= {
+                "peak_mem_bytes": self.memory.peak_bytes,
+                "peak_mem_kind": self.memory.kind,
+                "peak_mem_baseline_bytes": self.memory.baseline_bytes,
+                "peak_mem_delta_bytes": self.memory.delta_bytes,
+                "peak_reserved_bytes": self.memory.peak_reserved_bytes,
+            }
+        if baseline is not None and baseline is not self and baseline.error is None and tpot:
+            ratios = [b.decode_ns / s.decode_ns for b, s in zip(baseline.samples, self.samples) if s.decode_ns]
+            record["decode_speedup"] = _median(ratios)
+            record["decode_speedup_spread"] = _spread(ratios)
+        return record
+
+
+class SpeedRun:
+    """Time presses side by side on the same context.
+
+    Args:
+        model: a causal language model on coldpress's backend.
+        context_ids: int64 ``[1, C]``.
+        presses: what to time; None stands for no press.
+        max_new_tokens: ids to generate, at least 2.
+        min_new_tokens: no end of text before so many ids; None means ``max_new_tokens``, so that every run generates
+            the same number.
+        eos_ids: ids that end a text.
+        decode_only: leave prefill and compression out of the timed part.
+        repetitions, warmup: timed rounds, and untimed ones (with few tokens) before them.
+        seed: of the order of the presses within a round.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        context_ids: Tensor,
+        presses: Sequence[BasePress | None],
+        *,
+        max_new_tokens: int,
+        min_new_tokens: int | None = None,
+        eos_ids: Sequence[int] = (),
+        decode_only: bool = False,
+        repetitions: int = 5,
+        warmup: int = 1,
+        seed: int = 0,
+    ):
+        self.model, self.context_ids = model, context_ids
+        self.points = [SpeedPoint(press) for press in presses]
+        self.max_new_tokens = max_new_tokens
+        self.min_new_tokens = max_new_tokens if min_new_tokens is None else min(min_new_tokens, max_new_tokens)
+        self.eos_ids, self.decode_only = tuple(eos_ids), decode_only
+        self.repetitions, self.warmup = repetitions, warmup
+        self.order = random.Random(seed)
+
+    @property
+    def device(self) -> torch.device:
+        return self.context_ids.device
+
+    @torch.inference_mode()
+    def run(self, progress: Callable[[Any], Any] = iter) -> None:
+        """Warm up, time, then measure memory in a run of its own for each press."""
+        rounds = [("warmup", point) for _ in range(self.warmup) for point in self.points]
+        for _ in range(self.repetitions):
+            shuffled = self.points.copy()
+            self.order.shuffle(shuffled)
+            rounds += [("time", point) for point in shuffled]
+        rounds += [("memory", point) for point in self.points]
+        for kind, point in progress(rounds):
+            if point.error is not None:
+                continue
+            try:
+                if kind == "memory":
+                    self._measure_memory(point)
+                else:
+                    sample = self._generate(point, WARMUP_TOKENS if kind == "warmup" else self.max_new_tokens)
+                    if kind == "time":
+                        point.samples.append(sample)
+            except Exception as error:
+                point.error = error
+
+    def _generate(self, point: SpeedPoint, n_tokens: int) -> Sample:
+        """Prefill, then greedy decoding of ``n_tokens`` ids; ends earlier only at an end of text that is allowed."""
+        gc.collect()
+        cache = PressedCache(point.press)
+        may_stop = self.min_new_tokens < n_tokens and bool(self.eos_ids)
+        start = now_ns(self.device)
+        token = self._next(self.context_ids, cache, 0)
+        first = now_ns(self.device)
+        n_generated = 1
+        while n_generated < n_tokens:
+            if may_stop and n_generated >= self.min_new_tokens and int(token) in self.eos_ids:
+                break
+            token = self._next(token, cache, n_generated)
+            n_generated += 1
+        end = now_ns(self.device)
+        if not may_stop and n_generated != n_tokens:
+            raise SelfCheckError(f"{n_generated} ids were generated, {n_tokens} were asked for.")
+        return Sample(None if self.decode_only else first - start, end - first, n_generated)
+
+    def _next(self, ids: Tensor, cache: PressedCache, n_generated: int) -> Tensor:
+        logits = forward(self.model, ids, cache, keep=1)[:, -1]
+        if n_generated < self.min_new_tokens and self.eos_ids:
+            logits[:, list(self.eos_ids)] = -torch.inf
+        return logits.argmax(-1, keepdim=True)
+
+    def _measure_memory(self, point: SpeedPoint) -> None:
+        meter = MemoryMeter(self.device)
+        cache = PressedCache(point.press)
+        with meter:
+            token = self._next(self.context_ids, cache, 0)
+            point.kv_bytes, point.kv_lengths = cache.kv_bytes(), cache.stored_lengths()
+            point.achieved_ratio = cache.achieved_ratio()
+            for i in range(1, min(self.max_new_tokens, WARMUP_TOKENS)):
+                token = self._next(token, cache, i)
+        point.memory = meter.result
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+def _spread(values: Sequence[float]) -> dict[str, float] | None:
+    """Smallest, largest and standard deviation of the repetitions."""
+    if not values:
+        return None
+    sd = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {"min": min(values), "max": max(values), "sd": sd}

@@ -1,0 +1,109 @@
+"""Where a text is cut: which tokens a window feeds in, and which of them it scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from coldpress.errors import DataError, InputError
+
+__all__ = ["PrefixPlan", "Window", "plan_prefix", "plan_strided", "strided_scored_tokens"]
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens ``begin .. end - 1`` are fed in; of them, ``first_scored .. end - 1`` are scored.
+
+    A token is scored from the logits of the token before it, so ``first_scored > begin``.
+    """
+
+    begin: int
+    end: int
+    first_scored: int
+
+    @property
+    def n_scored(self) -> int:
+        return self.end - self.first_scored
+
+
+def plan_strided(n_tokens: int, length: int, stride: int) -> list[Window]:
+    """Overlapping windows in which every token but the first is scored exactly once.
+
+    Each window has up to ``length`` tokens and starts ``stride`` after the one before, so a scored token has at least
+    ``length - stride`` tokens of context once the text is that far in. With ``stride == length`` the first token of
+    every window has no predecessor in it and is not scored.
+
+    Raises:
+        DataError: fewer than two tokens.
+        InputError: a length below 2, or a stride outside 1..length.
+    """
+    if n_tokens < 2:
+        raise DataError(
+            f"The text has {n_tokens} token(s); at least 2 are needed, because each is scored from the last."
+        )
+    if length < 2 or not 1 <= stride <= length:
+        raise InputError(
+            f"--max_length must be >= 2 and --stride in 1..max_length; got {length} and {stride}."
+        )
+    windows, scored_to = [], 0
+    for begin in range(0, n_tokens, stride):
+        end = min(begin + length, n_tokens)
+        first = max(scored_to, begin + 1)
+        if first < end:
+            windows.append(Window(begin, end, first))
+        scored_to = end
+        if end == n_tokens:
+            break
+    return windows
+
+
+def strided_scored_tokens(n_tokens: int, length: int, stride: int) -> int:
+    """How many tokens :func:`plan_strided` must score, by a formula of its own."""
+    return n_tokens - 1 if stride < length or n_tokens <= length else n_tokens - -(-n_tokens // length)
+
+
+@dataclass(frozen=True)
+class PrefixPlan:
+    """Windows of ``context`` tokens that are prefilled and compressed, and ``target`` tokens that follow.
+
+    The first target's prediction comes from the prefill itself, before anything was compressed, so the
+    ``target - 1`` tokens after it are scored.
+    """
+
+    starts: tuple[int, ...]
+    context: int
+    target: int
+    stride: int
+
+    @property
+    def scored_per_window(self) -> int:
+        return self.target - 1
+
+
+def plan_prefix(
+    n_tokens: int, context: int, target: int, stride: int | None = None, *, max_windows: int | None = None
+) -> PrefixPlan:
+    """Cut a text into windows of exactly ``context + target`` tokens; a shorter rest is left out.
+
+    Args:
+        n_tokens: length of the text.
+        context, target: tokens to compress, at least 1, and tokens that follow, at least 2.
+        stride: tokens from one window's start to the next; None lays them side by side.
+        max_windows: stop after so many.
+
+    Raises:
+        DataError: the text is shorter than one window.
+        InputError: sizes that cannot work.
+    """
+    stride = context + target if stride is None else stride
+    if context < 1 or target < 2 or stride < 1:
+        raise InputError(
+            f"a window needs a context of at least 1 token, at least 2 targets and a stride of at least 1; got "
+            f"{context}, {target}, {stride}."
+        )
+    if n_tokens < context + target:
+        raise DataError(
+            f"The text has {n_tokens} tokens, a window needs {context} + {target}. Use a longer text, or smaller "
+            "--context_tokens and --target_tokens."
+        )
+    starts = tuple(range(0, n_tokens - (context + target) + 1, stride))
+    return PrefixPlan(starts[:max_windows], context, target, stride)

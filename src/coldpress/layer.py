@@ -1,0 +1,371 @@
+"""PressedLayer: the pairs of one layer, and the two lengths they have.
+
+The *logical* length is how many tokens the model has seen; transformers asks for it and derives the positions of the
+next tokens. The *stored* length is how many pairs the layer still holds.
+
+A layer of the model runs ``cache.update(...)`` and then the attention function (``attention.py``) in the same thread.
+The attention function claims the layer that was updated last, and calls :meth:`PressedLayer.after_attention`, which is
+where pairs are evicted.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import CacheLayerMixin
+
+from coldpress.errors import CacheError, ModelError
+from coldpress.rope import Rope
+from coldpress.view import LayerCall, RowGroup
+
+if TYPE_CHECKING:
+    from coldpress.cache import PressedCache
+    from coldpress.presses.base import BasePress
+
+__all__ = ["THREAD", "PressedLayer", "Session"]
+
+_GROW_MIN_TOKENS = 64
+_GROW_FRACTION = 8  # a full buffer grows by an eighth of what it holds
+
+
+class _Thread(threading.local):
+    """What one thread passes from the cache to the mask function and to the attention function."""
+
+    updated: PressedLayer | None = None  # updated last, not yet claimed by an attention call
+    masks_for: Session | None = None  # its cache was asked for mask sizes just now
+
+
+THREAD = _Thread()
+
+
+class Session:
+    """What the layers of one cache share: the press, and what the run has accumulated."""
+
+    def __init__(self, press: BasePress | None = None):
+        self.press = press
+        self.branches: list[PressedCache] = []  # caches that are compressed from this one's prefill
+        self.unclaimed: PressedLayer | None = None
+        self.error: Exception | None = None  # what the press of a branch raised during the shared prefill
+        self.has_padding = False  # of the prompt, by its attention mask
+        self._n_layers = 0
+        self._seed: int | None = None
+        self._ropes: dict[Any, Rope | None] = {}
+
+    @property
+    def seed(self) -> int:
+        """Drawn once per cache from torch's default generator."""
+        if self._seed is None:
+            self._seed = int(torch.randint(2**62, (1,)).item())
+        return self._seed
+
+    def new_layer(self) -> PressedLayer:
+        """The next layer of the cache, in order."""
+        self._n_layers += 1
+        return PressedLayer(self, self._n_layers - 1)
+
+    def reset(self) -> None:
+        self.unclaimed = self.error = None
+        self._seed = None
+
+    def rope(self, module: nn.Module, device: torch.device) -> Rope | None:
+        """The rotary embedding of ``module``; built once for each kind of layer."""
+        kind = (type(module), getattr(module, "use_rope", True), getattr(module, "sliding_window", None), device)
+        if kind not in self._ropes:
+            self._ropes[kind] = Rope.of(module, device)
+        return self._ropes[kind]
+
+    def check_claimed(self) -> None:
+        if self.error is not None:
+            raise self.error
+        if self.unclaimed is not None:
+            raise ModelError(
+                "This PressedCache was updated but coldpress's attention never ran: the model uses another attention "
+                "backend, or an earlier call failed half-way. Run the model on coldpress, with "
+                "from_pretrained(..., attn_implementation='coldpress'), model.set_attn_implementation('coldpress') or "
+                "'with press(model):', and start with a new or reset cache."
+            )
+
+
+class PressedLayer(CacheLayerMixin):
+    """The pairs of one layer: a buffer with room to grow, and the original positions of what is in it.
+
+    Slots ``0 .. n - 1`` hold what the press kept (positions in ``_kept``); the slots after them hold, in order and
+    without gaps, the tokens seen since. A layer that was never compressed has ``n == 0``.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True
+    supports_early_init = True
+
+    def __init__(self, session: Session, index: int):
+        self.session = session
+        self.index = index  # in cache.layers
+        self._clear()
+
+    def _clear(self) -> None:
+        self._k: Tensor | None = None  # [B, Hkv, capacity, D]
+        self._v: Tensor | None = None  # [B, Hkv, capacity, Dv]
+        self._stored = 0  # slots in use
+        self._seen = 0  # logical length
+        self._kept: Tensor | None = None  # [B, Hkv, n] int32 original positions, -1 = empty slot
+        self._has_gaps = False  # some slot of _kept is empty
+        self._tail_start = 0  # original position of the first slot after the kept ones
+        self._is_borrowed = False  # the buffer is the model's own tensor or another cache's: copy before writing
+        self._offered: Tensor | None = None  # the keys handed to the model, to recognise the call they come back in
+        self._window: int | None = None  # sliding window of a layer that forgets what is out of its reach
+        self._pairs_before = self._pairs_after = 0  # (row, head, token) triples before and after compression
+
+    # -- what transformers asks of a layer ----------------------------------------------------------------------
+
+    @property
+    def is_initialized(self) -> bool:  # type: ignore[override]
+        return self._k is not None
+
+    @property
+    def keys(self) -> Tensor | None:  # type: ignore[override]
+        """Stored keys, ``[B, Hkv, T, D]``; a view of the buffer."""
+        return None if self._k is None else self._k[:, :, : self._stored]
+
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]
+        """Stored values, ``[B, Hkv, T, Dv]``; a view of the buffer."""
+        return None if self._v is None else self._v[:, :, : self._stored]
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: the first update brings shapes, dtype and device."""
+
+    def get_seq_length(self, *args: Any) -> int:
+        self.session.check_claimed()
+        return self._seen
+
+    def get_mask_sizes(self, query: int | Tensor) -> tuple[int, int]:
+        self.session.check_claimed()
+        THREAD.masks_for = self.session
+        return self._seen + (query if isinstance(query, int) else query.shape[0]), 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        return -1
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append the pairs of new tokens, ``[B, Hkv, Q, D]``; return all stored keys and values."""
+        self.session.check_claimed()
+        THREAD.masks_for = None
+        if self._k is None:
+            self._k, self._v, self._is_borrowed = key_states, value_states, True
+        else:
+            self._append(key_states, value_states)
+        self._stored += key_states.shape[2]
+        self._seen += key_states.shape[2]
+        keys, values = self._k[:, :, : self._stored], self._v[:, :, : self._stored]  # type: ignore[index]
+        self._offered = keys
+        THREAD.updated = self.session.unclaimed = self
+        return keys, values
+
+    def reset(self) -> None:
+        """Forget everything; the session's press stays."""
+        self._clear()
+
+    def crop(self, max_length: int) -> None:
+        """Forget the newest tokens: keep ``max_length`` of the tokens seen, or drop ``-max_length`` if negative.
+
+        Raises:
+            CacheError: tokens would have to go that the press has already compressed.
+        """
+        length = max_length if max_length > 0 else self._seen + max_length
+        if max_length == 0 or length >= self._seen:
+            return
+        oldest = self._tail_start
+        if self._window is not None and oldest > 0:
+            oldest += self._window - 1
+        if length < oldest:
+            raise CacheError(
+                f"Cannot crop to {length} tokens: pairs that a cache of that length needs are gone. "
+                f"Crop to {oldest} or more, fork() the cache before adding to it, or prefill again."
+            )
+        self._stored -= self._seen - length
+        self._seen = length
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._index_rows(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._index_rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self._k is not None:
+            self._index_rows(torch.arange(self._k.shape[0]).repeat_interleave(repeats))
+
+    def offload(self) -> None:
+        raise CacheError("PressedCache does not offload to the CPU; use it without cache offloading.")
+
+    prefetch = offload
+
+    # -- what coldpress adds ------------------------------------------------------------------------------------
+
+    @property
+    def stored_length(self) -> int:
+        """Slots in use, T: the length of the stored tensors (of the longest head, where heads differ)."""
+        return self._stored
+
+    def positions(self) -> Tensor:
+        """Original positions of the stored pairs, int64 ``[B, Hkv, T]``, ascending; -1 where a head stores fewer."""
+        if self._k is None:
+            return torch.empty(0, 0, 0, dtype=torch.long)
+        n_batch, n_heads = self._k.shape[:2]
+        tail = torch.arange(self._tail_start, self._seen, device=self._k.device).expand(n_batch, n_heads, -1)
+        return tail.clone() if self._kept is None else torch.cat([self._kept.long(), tail], dim=-1)
+
+    def visibility(self, n_queries: int, padding: Tensor | None, sliding_window: int | None) -> Tensor | None:
+        """Which stored slots each of the last ``n_queries`` tokens sees: bool ``[B or 1, Hkv or 1, Q or 1, T]``.
+
+        None where every query sees every slot, or where plain causal order says it all (nothing stored before).
+
+        Args:
+            n_queries: Q, the tokens of this call; they are the last slots.
+            padding: bool ``[B, seen]``, False where a token is padding; None if there is none.
+            sliding_window: how many tokens back a query sees (itself included), or None.
+        """
+        assert self._k is not None
+        device, before = self._k.device, self._stored - n_queries
+        windowed = sliding_window is not None and self._seen > sliding_window
+        plain = padding is None and not self._has_gaps and not windowed
+        if plain and (n_queries == 1 or before == 0):
+            return None
+        slot = torch.arange(self._stored, device=device)
+        query_slot = torch.arange(before, self._stored, device=device)[:, None]
+        visible = (slot <= query_slot)[None, None]  # [1, 1, Q, T]
+        n_kept = 0 if self._kept is None else self._kept.shape[2]
+        if self._has_gaps and self._kept is not None:
+            filled = torch.nn.functional.pad(self._kept >= 0, (0, self._stored - n_kept), value=True)
+            visible = visible & filled[:, :, None]
+        if padding is not None:
+            real = torch.nn.functional.pad(padding[:, self._tail_start :], (n_kept, 0), value=True)
+            visible = visible & real[:, None, None]
+        if windowed:
+            position, query_at = self.positions(), torch.arange(self._seen - n_queries, self._seen, device=device)
+            if self._kept is None:
+                position = position[:1, :1]
+            visible = visible & (position[:, :, None] > query_at[:, None] - sliding_window)
+        return visible | (slot == query_slot)  # a padding query sees itself, so that no row of the softmax is empty
+
+    def after_attention(self, call: LayerCall, padding: Tensor | None) -> None:
+        """Compress after the first forward, and free what a sliding window leaves out of reach.
+
+        Args:
+            call: what the attention function knows of this layer.
+            padding: bool ``[B, seen]`` or None, as in :meth:`visibility`.
+        """
+        self.session.unclaimed = self._offered = None
+        is_prefill = self._seen == call.query.shape[2]
+        if is_prefill and not call.is_local and self.session.press is not None:
+            self.compress_from(self, self.session.press, RowGroup.split(self, call, padding))
+        if call.is_local:
+            self._forget_unreachable(call.sliding_window)
+        if is_prefill:
+            if self._is_borrowed:
+                self._own(self._stored)
+            if self.session.branches:
+                groups = [] if call.is_local else RowGroup.split(self, call, padding)
+                for branch in self.session.branches:
+                    branch.layer(self.index).branch_from(self, groups)
+
+    def compress_from(self, source: PressedLayer, press: BasePress, groups: list[RowGroup]) -> None:
+        """Hold what ``press`` keeps of ``source``'s pairs (``source`` may be this layer)."""
+        kept = [press.compress(group.view) for group in groups]
+        if all(part is None for part in kept) and all(group.slots is None for group in groups):
+            if self is not source:
+                self.share(source)
+            return
+        keys, values, seen = source.keys, source.values, source._seen
+        assert keys is not None and values is not None
+        parts = [group.all() if part is None else part for group, part in zip(groups, kept)]
+        longest = max(part.positions.shape[-1] for part in parts)
+        n_batch, n_heads, _, dim = keys.shape
+        k = keys.new_zeros(n_batch, n_heads, longest, dim)
+        v = values.new_zeros(n_batch, n_heads, longest, values.shape[-1])
+        p = torch.full((n_batch, n_heads, longest), -1, dtype=torch.int32, device=keys.device)
+        for group, part in zip(groups, parts):
+            n = part.positions.shape[-1]
+            k[group.rows, :, :n], v[group.rows, :, :n] = part.keys, part.values
+            p[group.rows, :, :n] = group.original(part.positions).int()
+        self._clear()
+        self._k, self._v, self._kept = k, v, p
+        self._stored, self._seen, self._tail_start = longest, seen, seen
+        self._pairs_before = sum(group.view.keys.shape[:3].numel() for group in groups)
+        self._pairs_after = int((p >= 0).sum())
+        self._has_gaps = self._pairs_after < p.numel()
+
+    def branch_from(self, source: PressedLayer, groups: list[RowGroup]) -> None:
+        """Hold what this cache's own press keeps of ``source``'s pairs.
+
+        A press that fails breaks its own cache, which raises the error at its next use, and no other one.
+        """
+        press = self.session.press
+        if press is None or not groups:
+            self.share(source)
+        elif self.session.error is None:
+            try:
+                self.compress_from(source, press, groups)
+            except Exception as error:
+                self.session.error = error
+
+    def share(self, other: PressedLayer) -> None:
+        """Hold what ``other`` holds, without copying; whichever of the two is written to first copies."""
+        session, index = self.session, self.index
+        self.__dict__.update(other.__dict__)
+        self.session, self.index, self._offered = session, index, None
+        self._is_borrowed = other._is_borrowed = True
+
+    def _append(self, keys: Tensor, values: Tensor) -> None:
+        assert self._k is not None and self._v is not None
+        if keys.shape[0] != self._k.shape[0]:
+            raise CacheError(
+                f"The cache holds {self._k.shape[0]} rows and the call has {keys.shape[0]}. For several sequences or "
+                "beams from one prefix call cache.batch_repeat_interleave(n) first, or start with an empty cache."
+            )
+        needed = self._stored + keys.shape[2]
+        if self._is_borrowed or needed > self._k.shape[2]:
+            self._own(needed + max(_GROW_MIN_TOKENS, needed // _GROW_FRACTION))
+        self._k[:, :, self._stored : needed] = keys
+        self._v[:, :, self._stored : needed] = values
+
+    def _own(self, capacity: int) -> None:
+        """Move what is stored to a buffer of this layer's own with room for ``capacity`` tokens."""
+        assert self._k is not None and self._v is not None
+        buffers = []
+        for old in (self._k, self._v):
+            new = old.new_empty(*old.shape[:2], capacity, old.shape[3])
+            new[:, :, : self._stored] = old[:, :, : self._stored]
+            buffers.append(new)
+        self._k, self._v = buffers
+        self._is_borrowed = False
+
+    def _forget_unreachable(self, window: int) -> None:
+        """Free the slots that no later token can see; a few of them may stay until freeing is worth the copy."""
+        self._window = window
+        surplus = self._stored - (window - 1)
+        if self._kept is not None or surplus < max(_GROW_MIN_TOKENS, window // 2):
+            return
+        assert self._k is not None and self._v is not None
+        self._k = self._k[:, :, surplus : self._stored].clone(memory_format=torch.contiguous_format)
+        self._v = self._v[:, :, surplus : self._stored].clone(memory_format=torch.contiguous_format)
+        self._stored -= surplus
+        self._tail_start += surplus
+        self._is_borrowed = False
+
+    def _index_rows(self, rows: Tensor) -> None:
+        if self._k is None or self._v is None:
+            return
+        rows = rows.to(self._k.device)
+        self._k = self._k[:, :, : self._stored].index_select(0, rows)
+        self._v = self._v[:, :, : self._stored].index_select(0, rows)
+        if self._kept is not None:
+            self._kept = self._kept.index_select(0, rows)
+        self._is_borrowed = False
