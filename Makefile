@@ -1,0 +1,54 @@
+VENV ?= .venv
+# the Python that makes the environment; without it the first of several names that will do
+PYTHON ?=
+# which build of torch: auto (no CUDA packages without an NVIDIA GPU), plain (as pip decides), cpu
+TORCH ?= auto
+# more arguments for pytest, for instance ARGS="-k knorm -x"
+ARGS ?=
+
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow test-gpu check lint format clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv and install coldpress and its tools (options: PYTHON=, TORCH=plain)
+
+$(STAMP): pyproject.toml constraints.txt scripts/make_venv.sh scripts/install_torch.py
+	@sh scripts/make_venv.sh $(VENV) $(PYTHON)
+	@$(PY) -m pip install -qq "pip>=23.2"
+	@$(PY) scripts/install_torch.py --build $(TORCH)
+	@echo "setup: installing coldpress and its tools"
+	@$(PY) -m pip install -qq -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: $(STAMP) ## perplexity of the embedded model on the embedded text, under every press
+	$(PY) evaluation/perplexity.py --model demo --dataset demo --press all --ppl_apply_press --output_dir results/demo
+
+test: $(STAMP) ## the fast tests (more pytest arguments: ARGS=)
+	$(PY) -m pytest -m "not slow and not gpu and not network" $(ARGS)
+
+test-slow: $(STAMP) ## the slow tests
+	$(PY) -m pytest -m "slow and not gpu and not network" $(ARGS)
+
+test-gpu: $(STAMP) ## the tests that need a CUDA device
+	$(PY) -m pytest -m "gpu and not network" $(ARGS)
+
+check: lint test ## format, lint, types and the fast tests: what a change has to pass
+
+lint: $(STAMP) ## ruff format --check, ruff check, mypy
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+format: $(STAMP) ## let ruff format and repair what it can
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+clean: ## remove .venv, caches and builds; results/ stays
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
