@@ -8,7 +8,10 @@
 
 With a PressedCache the mask function hands the 2-D padding mask through, and the backend builds what it needs: stored
 slots are visible where they hold something, new tokens in causal order, sliding windows by position. With any other
-cache, or none, both functions hand the call on to transformers' own, so the model computes exactly what it did before.
+cache, or none, both functions hand the call on to transformers' own, so the model computes what it did before.
+
+Soft caps and attention sinks are known to the model's own eager function only, so models that have them run on that
+one under every name.
 """
 
 from __future__ import annotations
@@ -23,12 +26,13 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface, PreTrainedModel
 
-from coldpress.layer import THREAD
 from coldpress.errors import CacheError, MissingDependencyError, ModelError
+from coldpress.session import THREAD
 from coldpress.view import LayerCall
 
 __all__ = ["BACKENDS", "register", "underlying", "use_coldpress"]
 
+_UNKNOWN = ("position_bias", "head_mask", "indices", "block_indices", "sinks")  # arguments that only some models pass
 BACKENDS = {"coldpress": "sdpa", "coldpress_eager": "eager", "coldpress_fa2": "flash_attention_2"}
 _FROM_NATIVE = {native: ours for ours, native in BACKENDS.items()} | {"flex_attention": "coldpress"}
 
@@ -63,8 +67,7 @@ def use_coldpress(model: PreTrainedModel, arithmetic: str | None = None) -> None
     text = config.get_text_config(decoder=True)
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{name} is an encoder-decoder; coldpress compresses decoder-only models (causal LMs).")
-    if "chunked_attention" in (getattr(text, "layer_types", None) or ()):
-        raise ModelError(f"{name} attends within fixed chunks, which coldpress does not support yet.")
+    _refuse_chunks(text, name)
     current = text._attn_implementation or "sdpa"
     if arithmetic is None:
         if current in BACKENDS:
@@ -97,8 +100,9 @@ def _mask(native: str, *args: Any, **kwargs: Any) -> Any:
     """The 2-D padding mask for a PressedCache (None without padding); transformers' own mask for everything else."""
     session, THREAD.masks_for = THREAD.masks_for, None
     if session is None:
-        return ALL_MASK_ATTENTION_FUNCTIONS[native](*args, **kwargs)
-    if kwargs.get("use_vmap"):
+        return ALL_MASK_ATTENTION_FUNCTIONS["eager" if native == "eager" else "sdpa"](*args, **kwargs)
+    _refuse_chunks(kwargs.get("config"), "This model")
+    if kwargs.get("use_vmap") or not kwargs.get("allow_is_causal_skip", True):
         raise ModelError("This call needs a custom attention mask, which a PressedCache does not support.")
     padding: Tensor | None = kwargs.get("attention_mask")
     if padding is None:
@@ -117,6 +121,11 @@ def _mask(native: str, *args: Any, **kwargs: Any) -> Any:
     return padding if has_padding else None
 
 
+def _refuse_chunks(config: Any, name: str) -> None:
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        raise ModelError(f"{name} attends within fixed chunks, which coldpress does not support yet.")
+
+
 # -- attention ----------------------------------------------------------------------------------------------------
 
 
@@ -133,16 +142,22 @@ def _attention(
 ) -> Attended:
     """What a model calls for one layer: ``query [B, Hq, Q, D]``, ``key`` and ``value [B, Hkv, T, D]``, both final."""
     layer, THREAD.updated = THREAD.updated, None
+    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    if native != "eager" and (softcap is not None or sinks is not None):
+        native = "special"
     if layer is None or layer._offered is not key:
-        function = ALL_ATTENTION_FUNCTIONS[native] if native != "eager" else _own_eager(module)
-        return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        return _unpressed(native, module, query, key, value, attention_mask, scaling, dropout, **kwargs)
     if attention_mask is not None and attention_mask.dim() != 2:
-        raise CacheError("A PressedCache takes 2-D attention masks ([rows, tokens]) only; this call passed a 4-D one.")
+        raise CacheError(
+            f"A PressedCache takes 2-D attention masks ([rows, tokens]) only; {type(module).__name__} was given or made "
+            "itself a 4-D one."
+        )
+    for name in _UNKNOWN:
+        if kwargs.get(name) is not None:
+            raise ModelError(f"{type(module).__name__} attends with {name!r}, which coldpress does not support.")
     window = kwargs.pop("sliding_window", None)
-    softcap = kwargs.get("softcap")
-    special = softcap is not None or kwargs.get("s_aux") is not None  # only the model's own function knows these
     visible = layer.visibility(query.shape[2], attention_mask, window)
-    compute = _eager if native == "eager" or special else _flash if native == "flash_attention_2" else _sdpa
+    compute = {"sdpa": _sdpa, "flash_attention_2": _flash}.get(native, _eager)
     result = compute(module, query, key, value, visible, scaling, dropout if module.training else 0.0, **kwargs)
     rank, n_layers, is_local = _place(module, layer.index)
     call = LayerCall(
@@ -150,6 +165,7 @@ def _attention(
         query=query,
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=softcap,
+        sinks=sinks,
         sliding_window=window,
         layer_idx=rank,
         n_layers=n_layers,
@@ -159,15 +175,38 @@ def _attention(
     return result
 
 
+def _unpressed(
+    native: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    **kwargs: Any,
+) -> Attended:
+    """Attention without a PressedCache, with the mask that transformers made for sdpa or eager."""
+    is_causal = kwargs.get("is_causal")
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if native == "special":
+        return _eager(module, query, key, value, mask, scaling, dropout, **kwargs)
+    if native == "eager":
+        return _own_eager(module)(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
+    if native == "flash_attention_2" and is_causal and (mask is not None or query.shape[2] in (1, key.shape[2])):
+        return _flash(module, query, key, value, mask, scaling, dropout, **kwargs)
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    attended: Attended = sdpa(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
+    return attended
+
+
 def _place(module: nn.Module, index: int) -> tuple[int, int, bool]:
     """This layer's place among the layers that are compressed, their number, and whether it is a local one itself."""
     config = module.config
-    types = getattr(config, "layer_types", None)
-    if not types or "full_attention" not in types:
+    places = [i for i, kind in enumerate(getattr(config, "layer_types", None) or ()) if kind == "full_attention"]
+    if not places:
         return index, config.num_hidden_layers, False
-    places = [i for i, kind in enumerate(types) if kind == "full_attention"]
-    is_local = index < len(types) and types[index] != "full_attention"
-    return (0 if is_local else places.index(index)), len(places), is_local
+    return (places.index(index) if index in places else 0), len(places), index not in places
 
 
 def _sdpa(
@@ -209,8 +248,8 @@ def _eager(
     n_queries, n_stored, group = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
     if visible is None and n_queries > 1:
         visible = torch.ones(n_queries, n_stored, dtype=torch.bool, device=key.device).tril()[None, None]
-    bias = None
-    if visible is not None:
+    bias = visible
+    if visible is not None and visible.dtype == torch.bool:
         if visible.shape[1] > 1:
             visible = visible.repeat_interleave(group, dim=1)
         lowest = torch.finfo(query.dtype).min
@@ -240,6 +279,8 @@ def _flash(
 
 def _is_causal(visible: Tensor, n_queries: int) -> bool:
     """Whether a ``[1, 1, Q, T]`` mask is plain causal order aligned to the last key, as flash-attention means it."""
+    if visible.dtype != torch.bool:
+        return False
     n_stored = visible.shape[3]
     slot = torch.arange(n_stored, device=visible.device)
     return torch.equal(visible[0, 0], slot <= slot[n_stored - n_queries :, None])
@@ -264,4 +305,3 @@ def _own_eager(module: nn.Module) -> Callable[..., Attended]:
         raise ModelError(f"{type(module).__name__} has no eager attention; use attn_implementation sdpa.")
     eager: Callable[..., Attended] = function
     return eager
-

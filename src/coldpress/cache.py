@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from coldpress.errors import CacheError, PressError
-from coldpress.layer import PressedLayer, Session
+from coldpress.layer import PressedLayer
+from coldpress.session import Session
 
 if TYPE_CHECKING:
     from coldpress.presses.base import BasePress
@@ -141,6 +142,16 @@ class PressedCache(Cache):
         """Forget all tokens; the next call is a prefill again."""
         super().reset()
         self.session.reset()
+
+    def crop(self, max_length: int) -> None:
+        """Forget the newest tokens: keep ``max_length`` of the tokens seen, or drop ``-max_length`` if negative.
+
+        Raises:
+            CacheError: tokens would have to go that the press has compressed; then nothing changes.
+        """
+        for layer in self.pressed_layers():
+            layer.cropped_length(max_length)
+        super().crop(max_length)
 
     def get_mask_sizes(self, query: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:  # type: ignore[override]
         layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None

@@ -89,7 +89,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--text_file", help="take this UTF-8 file as the text instead of a dataset")
     add("--press", nargs="+", help="names of presses, no_press, or all (default: no_press)")
     add("--compression_ratio", nargs="+", type=float, help="fraction of the pairs to remove, in [0, 1) (default: 0.5)")
-    add("--press_args", type=_json_object, help='parameters of a single press as JSON, such as \'{"window_size": 32}\'')
+    add("--press_args", type=_json_object, help="parameters of a single press as JSON, such as '{\"window_size\": 32}'")
     ppl = parser.add_argument_group("perplexity")
     add = ppl.add_argument
     add("--ppl_apply_press", action="store_true", default=None, help="score targets against the compressed context")
@@ -114,7 +114,12 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--attn_implementation", choices=("sdpa", "eager", "flash_attention_2"), help="arithmetic (default: sdpa)")
     add("--device", help="auto, cpu, cuda, cuda:N (default: auto)")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="default: float32 on the CPU")
-    add("--allow_extrapolation", action="store_true", default=None, help="go past the positions the model was trained on")
+    add(
+        "--allow_extrapolation",
+        action="store_true",
+        default=None,
+        help="go past the positions the model was trained on",
+    )
     add("--seed", type=int, help="of random presses and of the order of timings (default: 0)")
     add("--output_dir", help="folder of the results (default: results/perplexity)")
 
@@ -130,9 +135,9 @@ def _json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"must be a JSON object such as {{\"window_size\": 32}}: {error}") from error
+        raise argparse.ArgumentTypeError(f'must be a JSON object such as {{"window_size": 32}}: {error}') from error
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"must be a JSON object such as {{\"window_size\": 32}}, got {text}")
+        raise argparse.ArgumentTypeError(f'must be a JSON object such as {{"window_size": 32}}, got {text}')
     return value
 
 
@@ -163,7 +168,9 @@ def _run_report(args: argparse.Namespace, argv: list[str], prog: str | None) -> 
         raise DataError(f"{args.folder} holds no results; run coldpress ppl first, or name another folder.")
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for record in records:  # numbers of different protocols, models or texts do not share a table
-        key = tuple(record.get(k) for k in ("protocol", "model", "dtype", "dataset", "subset", "text_sha256", "total_tokens"))
+        key = tuple(
+            record.get(k) for k in ("protocol", "model", "dtype", "dataset", "subset", "text_sha256", "total_tokens")
+        )
         groups.setdefault(key, []).append(record)
     for group in groups.values():
         print(f"{describe(group[0])}\n\n{table(group)}\n")
@@ -174,7 +181,9 @@ def _run_presses(args: argparse.Namespace, argv: list[str], prog: str | None) ->
     from coldpress.presses.registry import catalogue
 
     for info in catalogue():
-        print(f"{info.name}: {info.class_name}({info.parameters})\n    {info.summary}\n    Source: {info.source}\n    Needs: {info.needs}")
+        print(
+            f"{info.name}: {info.class_name}({info.parameters})\n    {info.summary}\n    Source: {info.source}\n    Needs: {info.needs}"
+        )
     return 0
 
 

@@ -10,83 +10,24 @@ where pairs are evicted.
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from coldpress.errors import CacheError, ModelError
-from coldpress.rope import Rope
+from coldpress.errors import CacheError
+from coldpress.session import THREAD, Session
 from coldpress.view import LayerCall, RowGroup
 
 if TYPE_CHECKING:
-    from coldpress.cache import PressedCache
     from coldpress.presses.base import BasePress
 
-__all__ = ["THREAD", "PressedLayer", "Session"]
+__all__ = ["PressedLayer"]
 
 _GROW_MIN_TOKENS = 64
 _GROW_FRACTION = 8  # a full buffer grows by an eighth of what it holds
-
-
-class _Thread(threading.local):
-    """What one thread passes from the cache to the mask function and to the attention function."""
-
-    updated: PressedLayer | None = None  # updated last, not yet claimed by an attention call
-    masks_for: Session | None = None  # its cache was asked for mask sizes just now
-
-
-THREAD = _Thread()
-
-
-class Session:
-    """What the layers of one cache share: the press, and what the run has accumulated."""
-
-    def __init__(self, press: BasePress | None = None):
-        self.press = press
-        self.branches: list[PressedCache] = []  # caches that are compressed from this one's prefill
-        self.unclaimed: PressedLayer | None = None
-        self.error: Exception | None = None  # what the press of a branch raised during the shared prefill
-        self.has_padding = False  # of the prompt, by its attention mask
-        self._n_layers = 0
-        self._seed: int | None = None
-        self._ropes: dict[Any, Rope | None] = {}
-
-    @property
-    def seed(self) -> int:
-        """Drawn once per cache from torch's default generator."""
-        if self._seed is None:
-            self._seed = int(torch.randint(2**62, (1,)).item())
-        return self._seed
-
-    def new_layer(self) -> PressedLayer:
-        """The next layer of the cache, in order."""
-        self._n_layers += 1
-        return PressedLayer(self, self._n_layers - 1)
-
-    def reset(self) -> None:
-        self.unclaimed = self.error = None
-        self._seed = None
-
-    def rope(self, module: nn.Module, device: torch.device) -> Rope | None:
-        """The rotary embedding of ``module``; built once for each kind of layer."""
-        kind = (type(module), getattr(module, "use_rope", True), getattr(module, "sliding_window", None), device)
-        if kind not in self._ropes:
-            self._ropes[kind] = Rope.of(module, device)
-        return self._ropes[kind]
-
-    def check_claimed(self) -> None:
-        if self.error is not None:
-            raise self.error
-        if self.unclaimed is not None:
-            raise ModelError(
-                "This PressedCache was updated but coldpress's attention never ran: the model uses another attention "
-                "backend, or an earlier call failed half-way. Run the model on coldpress, with "
-                "from_pretrained(..., attn_implementation='coldpress'), model.set_attn_implementation('coldpress') or "
-                "'with press(model):', and start with a new or reset cache."
-            )
+_SLACK_TOKENS = 64  # out of a sliding window's reach and yet kept, so that as many of the newest can be cropped
 
 
 class PressedLayer(CacheLayerMixin):
@@ -140,11 +81,12 @@ class PressedLayer(CacheLayerMixin):
 
     def get_seq_length(self, *args: Any) -> int:
         self.session.check_claimed()
+        self.session.seen = None
         return self._seen
 
     def get_mask_sizes(self, query: int | Tensor) -> tuple[int, int]:
         self.session.check_claimed()
-        THREAD.masks_for = self.session
+        THREAD.masks_for, self.session.seen = self.session, self._seen
         return self._seen + (query if isinstance(query, int) else query.shape[0]), 0
 
     def get_max_length(self) -> int:
@@ -157,6 +99,8 @@ class PressedLayer(CacheLayerMixin):
         """Append the pairs of new tokens, ``[B, Hkv, Q, D]``; return all stored keys and values."""
         self.session.check_claimed()
         THREAD.masks_for = None
+        if self.session.seen not in (None, self._seen):
+            raise CacheError("An earlier call failed half-way, so layers differ in length; reset() this cache.")
         if self._k is None:
             self._k, self._v, self._is_borrowed = key_states, value_states, True
         else:
@@ -176,21 +120,31 @@ class PressedLayer(CacheLayerMixin):
         """Forget the newest tokens: keep ``max_length`` of the tokens seen, or drop ``-max_length`` if negative.
 
         Raises:
+            CacheError: as :meth:`cropped_length`.
+        """
+        length = self.cropped_length(max_length)
+        self._stored -= self._seen - length
+        self._seen = length
+
+    def cropped_length(self, max_length: int) -> int:
+        """The logical length after ``crop(max_length)``; like transformers 5, ``crop(0)`` changes nothing.
+
+        Raises:
             CacheError: tokens would have to go that the press has already compressed.
         """
         length = max_length if max_length > 0 else self._seen + max_length
-        if max_length == 0 or length >= self._seen:
-            return
-        oldest = self._tail_start
-        if self._window is not None and oldest > 0:
+        if length >= self._seen:
+            return self._seen
+        oldest = self._tail_start  # the shortest length that leaves the next token all it may see
+        if self._kept is None and oldest > 0:
+            assert self._window is not None
             oldest += self._window - 1
         if length < oldest:
             raise CacheError(
                 f"Cannot crop to {length} tokens: pairs that a cache of that length needs are gone. "
                 f"Crop to {oldest} or more, fork() the cache before adding to it, or prefill again."
             )
-        self._stored -= self._seen - length
-        self._seen = length
+        return length
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._index_rows(beam_idx)
@@ -249,11 +203,27 @@ class PressedLayer(CacheLayerMixin):
             real = torch.nn.functional.pad(padding[:, self._tail_start :], (n_kept, 0), value=True)
             visible = visible & real[:, None, None]
         if windowed:
-            position, query_at = self.positions(), torch.arange(self._seen - n_queries, self._seen, device=device)
-            if self._kept is None:
-                position = position[:1, :1]
-            visible = visible & (position[:, :, None] > query_at[:, None] - sliding_window)
+            position, query_at = self._ranks(padding)
+            query_at = query_at[..., -n_queries:, None]
+            visible = visible & (position[:, :, None] > query_at - sliding_window)
         return visible | (slot == query_slot)  # a padding query sees itself, so that no row of the softmax is empty
+
+    def _ranks(self, padding: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Positions of the stored slots ``[B or 1, Hkv or 1, T]`` and of all tokens seen ``[B or 1, 1, seen]``.
+
+        Sliding windows count real tokens, as they would in each row alone: padding takes no position.
+        """
+        assert self._k is not None
+        if padding is None:
+            rank = torch.arange(self._seen, device=self._k.device).expand(1, 1, -1)
+        else:
+            rank = (padding.cumsum(-1) - 1)[:, None]
+        tail = rank[..., self._tail_start :]
+        if self._kept is None:
+            return tail, rank
+        n_batch, n_heads = self._kept.shape[:2]
+        kept = rank.expand(n_batch, n_heads, -1).gather(2, self._kept.clamp(min=0).long())
+        return torch.cat([kept, tail.expand(n_batch, n_heads, -1)], dim=-1), rank
 
     def after_attention(self, call: LayerCall, padding: Tensor | None) -> None:
         """Compress after the first forward, and free what a sliding window leaves out of reach.
@@ -262,36 +232,37 @@ class PressedLayer(CacheLayerMixin):
             call: what the attention function knows of this layer.
             padding: bool ``[B, seen]`` or None, as in :meth:`visibility`.
         """
-        self.session.unclaimed = self._offered = None
+        session = self.session
+        session.unclaimed = self._offered = None
         is_prefill = self._seen == call.query.shape[2]
-        if is_prefill and not call.is_local and self.session.press is not None:
-            self.compress_from(self, self.session.press, RowGroup.split(self, call, padding))
-        if call.is_local:
-            self._forget_unreachable(call.sliding_window)
-        if is_prefill:
-            if self._is_borrowed:
-                self._own(self._stored)
-            if self.session.branches:
-                groups = [] if call.is_local else RowGroup.split(self, call, padding)
-                for branch in self.session.branches:
-                    branch.layer(self.index).branch_from(self, groups)
+        branches = [branch.layer(self.index) for branch in session.branches] if is_prefill else []
+        groups: list[RowGroup] = []
+        if is_prefill and not call.is_local and (session.press is not None or branches):
+            groups = RowGroup.split(self, call, padding)
+        sharing = [branch for branch in branches if not branch.branch_from(self, groups)]
+        if session.press is not None:
+            self.compress_from(self, session.press, groups)
+        if call.sliding_window is not None:
+            self._forget_unreachable(call.sliding_window, padding)
+        if is_prefill and self._is_borrowed:
+            self._own(self._stored)
+        for branch in sharing:
+            branch.share(self)
 
-    def compress_from(self, source: PressedLayer, press: BasePress, groups: list[RowGroup]) -> None:
-        """Hold what ``press`` keeps of ``source``'s pairs (``source`` may be this layer)."""
+    def compress_from(self, source: PressedLayer, press: BasePress, groups: list[RowGroup]) -> bool:
+        """Hold what ``press`` keeps of ``source``'s pairs (``source`` may be this layer); False if that is all."""
         kept = [press.compress(group.view) for group in groups]
         if all(part is None for part in kept) and all(group.slots is None for group in groups):
-            if self is not source:
-                self.share(source)
-            return
+            return False
         keys, values, seen = source.keys, source.values, source._seen
         assert keys is not None and values is not None
-        parts = [group.all() if part is None else part for group, part in zip(groups, kept)]
+        parts = [group.all() if part is None else part for group, part in zip(groups, kept, strict=True)]
         longest = max(part.positions.shape[-1] for part in parts)
         n_batch, n_heads, _, dim = keys.shape
         k = keys.new_zeros(n_batch, n_heads, longest, dim)
         v = values.new_zeros(n_batch, n_heads, longest, values.shape[-1])
         p = torch.full((n_batch, n_heads, longest), -1, dtype=torch.int32, device=keys.device)
-        for group, part in zip(groups, parts):
+        for group, part in zip(groups, parts, strict=True):
             n = part.positions.shape[-1]
             k[group.rows, :, :n], v[group.rows, :, :n] = part.keys, part.values
             p[group.rows, :, :n] = group.original(part.positions).int()
@@ -301,20 +272,20 @@ class PressedLayer(CacheLayerMixin):
         self._pairs_before = sum(group.view.keys.shape[:3].numel() for group in groups)
         self._pairs_after = int((p >= 0).sum())
         self._has_gaps = self._pairs_after < p.numel()
+        return True
 
-    def branch_from(self, source: PressedLayer, groups: list[RowGroup]) -> None:
-        """Hold what this cache's own press keeps of ``source``'s pairs.
+    def branch_from(self, source: PressedLayer, groups: list[RowGroup]) -> bool:
+        """Hold what this cache's own press keeps of ``source``'s pairs; False if that is all, or it has no press.
 
         A press that fails breaks its own cache, which raises the error at its next use, and no other one.
         """
-        press = self.session.press
-        if press is None or not groups:
-            self.share(source)
-        elif self.session.error is None:
-            try:
-                self.compress_from(source, press, groups)
-            except Exception as error:
-                self.session.error = error
+        if self.session.press is None or self.session.error is not None:
+            return False
+        try:
+            return self.compress_from(source, self.session.press, groups)
+        except Exception as error:
+            self.session.error = error
+            return False
 
     def share(self, other: PressedLayer) -> None:
         """Hold what ``other`` holds, without copying; whichever of the two is written to first copies."""
@@ -347,17 +318,24 @@ class PressedLayer(CacheLayerMixin):
         self._k, self._v = buffers
         self._is_borrowed = False
 
-    def _forget_unreachable(self, window: int) -> None:
-        """Free the slots that no later token can see; a few of them may stay until freeing is worth the copy."""
+    def _forget_unreachable(self, window: int, padding: Tensor | None) -> None:
+        """Free the slots that no later token can see; some of them stay until freeing is worth the copy."""
         self._window = window
-        surplus = self._stored - (window - 1)
-        if self._kept is not None or surplus < max(_GROW_MIN_TOKENS, window // 2):
+        n_kept = 0 if self._kept is None else self._kept.shape[2]
+        oldest = self._seen - (window - 1) - _SLACK_TOKENS  # position of the first slot that has to stay
+        if oldest < self._tail_start or n_kept + oldest - self._tail_start < max(_GROW_MIN_TOKENS, window // 2):
             return
+        if padding is not None:  # a row with padding in its window reaches further back
+            later = padding.sum(-1, keepdim=True) - padding.cumsum(-1)  # [B, seen] real tokens after each one
+            oldest = int((later < window - 1 + _SLACK_TOKENS).int().argmax(-1).min())
+            if oldest <= self._tail_start:
+                return
         assert self._k is not None and self._v is not None
+        surplus = n_kept + oldest - self._tail_start
         self._k = self._k[:, :, surplus : self._stored].clone(memory_format=torch.contiguous_format)
         self._v = self._v[:, :, surplus : self._stored].clone(memory_format=torch.contiguous_format)
         self._stored -= surplus
-        self._tail_start += surplus
+        self._kept, self._has_gaps, self._tail_start = None, False, oldest
         self._is_borrowed = False
 
     def _index_rows(self, rows: Tensor) -> None:

@@ -24,7 +24,16 @@ from coldpress.presses.base import BasePress
 __all__ = ["TASKS", "KVPressTextGenerationPipeline", "register"]
 
 TASKS = ("kv-press-text-generation", "coldpress-text-generation")
-_OWN = ("question", "questions", "answer_prefix", "press", "max_new_tokens", "max_context_length", "enable_thinking", "cache")
+_OWN = (
+    "question",
+    "questions",
+    "answer_prefix",
+    "press",
+    "max_new_tokens",
+    "max_context_length",
+    "enable_thinking",
+    "cache",
+)
 _PASSED_ON = ("streamer", "generation_config", "stopping_criteria", "logits_processor")
 
 
@@ -125,7 +134,9 @@ class KVPressTextGenerationPipeline(Pipeline):
             before, after = rendered.split(separator)
 
         def encode(text: str) -> Tensor:
-            return torch.tensor([tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]], dtype=torch.long)
+            return torch.tensor(
+                [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]], dtype=torch.long
+            )
 
         question_ids = [encode(question + after + answer_prefix) for question in questions]
         if any(ids.shape[1] == 0 for ids in question_ids):
@@ -159,7 +170,9 @@ class KVPressTextGenerationPipeline(Pipeline):
         earlier = cache.seen_tokens
         if press is not None and cache.press != press:
             if cache.press is not None or earlier:
-                raise CacheError("The cache has another press or holds tokens; give an empty PressedCache, or no press.")
+                raise CacheError(
+                    "The cache has another press or holds tokens; give an empty PressedCache, or no press."
+                )
             with press(self.model):
                 self._prefill(context_ids, cache)
         else:
@@ -167,7 +180,9 @@ class KVPressTextGenerationPipeline(Pipeline):
         # The tokens of an earlier context are in the cache; generate only needs to know that they are there.
         placeholder = context_ids.new_zeros(1, earlier)
         return [
-            self._answer(torch.cat([placeholder, context_ids, ids.to(context_ids.device)], 1), cache, max_new_tokens, options)
+            self._answer(
+                torch.cat([placeholder, context_ids, ids.to(context_ids.device)], 1), cache, max_new_tokens, options
+            )
             for ids in inputs["question_ids"]
         ]
 

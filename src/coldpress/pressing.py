@@ -15,7 +15,8 @@ from transformers.modeling_utils import PreTrainedModel
 from coldpress.attention import use_coldpress
 from coldpress.cache import PressedCache
 from coldpress.errors import CacheError, ModelError, PressError
-from coldpress.layer import PressedLayer, Session
+from coldpress.layer import PressedLayer
+from coldpress.session import Session
 
 if TYPE_CHECKING:
     from coldpress.presses.base import BasePress

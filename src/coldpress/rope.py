@@ -1,16 +1,21 @@
 """Rotary position embedding: rotate, rotate back, and rotate by the mean of many positions.
 
-Nothing here knows a model. The frequencies come from the rotary class, and the layout (halves or interleaved pairs, full
-or partial width) from the ``apply_rotary_pos_emb`` of the module's own modeling file, so that undoing the rotation is
-running the model's own function with ``-sin``.
+Nothing here knows a model. The frequencies come from the rotary class of the module's own modeling file, the layout
+(halves or interleaved pairs, full or partial width) from its ``apply_rotary_pos_emb``, so that undoing the rotation is
+running the model's own function with ``-sin``; and whether a layer rotates at all from the condition under which its
+forward calls that function.
 """
 
 from __future__ import annotations
 
+import ast
 import copy
+import functools
 import inspect
 import sys
+import textwrap
 from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
 import torch
@@ -20,72 +25,80 @@ from coldpress.errors import ModelError
 
 __all__ = ["Rope"]
 
+_APPLY = "apply_rotary_pos_emb"
+_INSTEAD = "Use a press that does not need queries before rotation, such as SnapKVPress."
+
 
 class Rope:
     """The rotary embedding of one attention layer.
 
     Args:
-        embed: the model's rotary embedding; ``embed(x, position_ids)`` gives ``cos, sin`` of ``[1, T, Drot]``.
+        build: makes the model's rotary embedding; ``embed(x, position_ids)`` gives ``cos, sin`` of ``[1, T, ...]``.
         apply: the model's own ``apply_rotary_pos_emb(q, k, cos, sin)``.
         layer_type: what ``embed`` wants to be told where it serves several kinds of layers, else None.
     """
 
-    def __init__(self, embed: nn.Module, apply: Callable[..., Any], layer_type: str | None):
-        self._embed, self._apply, self._layer_type = embed, apply, layer_type
+    def __init__(self, build: Callable[[], nn.Module], apply: Callable[..., Any], layer_type: str):
+        self._build, self._apply, self._embed = build, apply, build()
+        takes_type = "layer_type" in inspect.signature(self._embed.forward).parameters
+        self._type_arg = (layer_type,) if takes_type else ()
+        frequencies = getattr(self._embed, f"{layer_type}_inv_freq" if takes_type else "inv_freq")
+        kinds = getattr(self._embed, "rope_type", "default")
+        kind = kinds.get(layer_type) if isinstance(kinds, dict) else kinds
+        self._remembers = "dynamic" in str(kind)  # its frequencies depend on the longest input so far
+        self.width = 2 * frequencies.shape[-1]  # Drot, the rotated dimensions of each head
+
+    @staticmethod
+    def kind(module: nn.Module) -> tuple[Any, ...]:
+        """Two modules of one model with the same kind have the same rotary embedding."""
+        return type(module), _layer_type(module), _rotates(module)
 
     @classmethod
     def of(cls, module: nn.Module, device: torch.device) -> Rope | None:
         """The rotary embedding that ``module`` (an attention layer) uses, or None if it uses none.
 
         Raises:
-            ModelError: the model rotates in a way that cannot be undone from outside, as multi-head latent attention does.
+            ModelError: the model rotates in a way that cannot be undone from outside, as multi-head latent attention
+                does.
         """
-        source = sys.modules[type(module).__module__]
-        apply = getattr(source, "apply_rotary_pos_emb", None)
+        name, source = type(module).__name__, sys.modules[type(module).__module__]
+        apply = getattr(source, _APPLY, None)
         classes = [
             c
-            for name, c in vars(source).items()
-            if name.endswith("RotaryEmbedding") and inspect.isclass(c) and c.__module__ == source.__name__
+            for c in vars(source).values()
+            if inspect.isclass(c) and c.__name__.endswith("RotaryEmbedding") and "Vision" not in c.__name__
         ]
-        if apply is None or not classes or not _rotates(module):
+        if not classes or not _rotates(module):
             return None
-        config = module.config
-        if hasattr(module, "qk_rope_head_dim"):
-            raise ModelError(
-                f"{type(module).__name__} keeps rotated and unrotated dimensions apart (latent attention), which "
-                "presses that undo the rotation do not support. Use a press that needs keys only, such as KnormPress."
-            )
+        if apply is None or hasattr(module, "qk_rope_head_dim"):
+            raise ModelError(f"{name} rotates in a way that coldpress cannot undo. {_INSTEAD}")
         try:
-            embed = _build(classes[0], config, module).to(device)
+            return cls(lambda: _build(classes[0], module).to(device), apply, _layer_type(module))
         except (TypeError, AttributeError, KeyError) as error:
             raise ModelError(
-                f"The rotary embedding of {type(module).__name__} could not be built from its configuration ({error}). "
-                "Use a press that does not need queries before rotation, such as SnapKVPress."
+                f"The rotary embedding of {name} could not be built from its configuration ({error}). {_INSTEAD}"
             ) from error
-        takes_type = "layer_type" in inspect.signature(embed.forward).parameters
-        return cls(embed, apply, _layer_type(module) if takes_type else None)
 
     def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, float32 ``[1, T, Drot]``, of integer positions ``[T]``."""
+        """Cosines and sines, float32 ``[1, T, Drot or Drot / 2]``, of integer positions ``[T]``."""
+        embed = self._build() if self._remembers else self._embed
         x = torch.empty(0, dtype=torch.float32, device=positions.device)
-        args = (x, positions[None]) if self._layer_type is None else (x, positions[None], self._layer_type)
-        cos, sin = self._embed(*args)
+        cos, sin = embed(x, positions[None], *self._type_arg)
         return cos, sin
 
     def rotate(self, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotate the first ``Drot`` dimensions of float32 ``[B, H, T, D]`` by ``cos``, ``sin`` of ``[1, T or 1, Drot]``."""
-        width = cos.shape[-1]
-        rotated, _ = self._apply(states[..., :width], states[..., :width], cos, sin)
-        return rotated if width == states.shape[-1] else torch.cat([rotated, states[..., width:]], dim=-1)
+        """Rotate float32 ``[B, H, T, D]`` by what :meth:`cos_sin` gives for ``T`` positions, or for one."""
+        rotated, _ = self._apply(states[..., : self.width], states[:, :0, :, : self.width], cos, sin)
+        return rotated if self.width == states.shape[-1] else torch.cat([rotated, states[..., self.width :]], -1)
 
     def unrotate(self, states: Tensor, positions: Tensor) -> Tensor:
-        """States ``[B, H, T, D]`` as they were before they were rotated to integer positions ``[T]``, in float32."""
+        """States ``[B, H, T, D]`` as they were before they were rotated to positions ``[T]``, in float32."""
         cos, sin = self.cos_sin(positions)
         scale = cos[:, :1].square() + sin[:, :1].square()  # 1, or attention_scaling**2 with YaRN and its relatives
         return self.rotate(states.float(), cos / scale, -sin / scale)
 
     def mean_rotation(self, start: int, n_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """``cos, sin`` of ``[1, 1, Drot]`` that rotate by the mean over positions ``start .. start + n_positions - 1``.
+        """What rotates by the mean over positions ``start .. start + n_positions - 1``: ``cos, sin`` of one position.
 
         Rotation is linear in (cos, sin), so rotating by their means is the mean of the rotations.
         """
@@ -94,27 +107,47 @@ class Rope:
 
 
 def _layer_type(module: nn.Module) -> str:
-    return "sliding_attention" if _is_local(module) else "full_attention"
-
-
-def _is_local(module: nn.Module) -> bool:
-    return bool(getattr(module, "is_sliding", getattr(module, "sliding_window", None) is not None))
+    types = getattr(module.config, "layer_types", None)
+    index = getattr(module, "layer_idx", None)
+    return types[index] if types and index is not None and index < len(types) else "full_attention"
 
 
 def _rotates(module: nn.Module) -> bool:
-    """Whether this layer rotates at all: some models leave the rotation out in some of their layers."""
-    if not getattr(module, "use_rope", True):
-        return False
-    model_type = getattr(module.config, "model_type", "")
-    if model_type in ("cohere2", "exaone4") and getattr(module.config, "sliding_window", None) is not None:
-        return _is_local(module)
-    return True
+    """Whether this layer rotates at all: some models leave the rotation out in some of their layers.
+
+    Raises:
+        ModelError: that depends on more than the module's own attributes.
+    """
+    names = {"self": module}
+    if hasattr(module.config, "position_embedding_type"):  # then the model passes position_embeddings, or None
+        names["position_embeddings"] = module.config.position_embedding_type == "rope" or None
+    try:
+        return all(eval(condition, {"__builtins__": {}}, names) for condition in _conditions(type(module)))
+    except (NameError, AttributeError) as error:
+        raise ModelError(f"Whether {type(module).__name__} rotates cannot be told ({error}). {_INSTEAD}") from error
 
 
-def _build(rotary: type[nn.Module], config: Any, module: nn.Module) -> nn.Module:
+@functools.lru_cache(maxsize=None)
+def _conditions(cls: type[nn.Module]) -> list[CodeType]:
+    """The conditions of the ``if`` statements around the call of apply_rotary_pos_emb in ``cls.forward``."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(cls.forward)))
+    except (OSError, TypeError):  # no source at hand
+        return []
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If):
+            calls = (n for part in node.body for n in ast.walk(part) if isinstance(n, ast.Call))
+            if any(isinstance(call.func, ast.Name) and call.func.id == _APPLY for call in calls):
+                found.append(compile(ast.Expression(node.test), cls.__name__, "eval"))
+    return found
+
+
+def _build(rotary: type[nn.Module], module: nn.Module) -> nn.Module:
     """A fresh rotary embedding of the model's own class; the model's is not reachable from an attention module."""
+    config: Any = module.config
     local_base = getattr(config, "rope_local_base_freq", None)
-    if local_base is not None and _is_local(module):  # gemma3 before transformers 5
+    if local_base is not None and _layer_type(module) == "sliding_attention":  # gemma3 before transformers 5
         config = copy.deepcopy(config)
         config.rope_theta, config.rope_scaling = local_base, {"rope_type": "default"}
     return rotary(config=config)

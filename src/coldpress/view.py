@@ -1,7 +1,8 @@
 """LayerView: what a press may see of one layer, computed when asked for, and only once.
 
-A view never holds padding: rows of a padded batch are taken apart before they get here (see :class:`RowGroup`), so position
-``t`` of a view is the t-th real token of its rows, and what a press does to a row is what it does to that row alone.
+A view never holds padding: rows of a padded batch are taken apart before they get here (see :class:`RowGroup`), so
+that what a press does to a row is what it does to that row alone. Nor does it hold what a sliding window has left behind:
+such a view begins at ``first_position`` of its rows.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class LayerCall:
     query: Tensor  # [B, Hq, Q, D]
     scaling: float
     softcap: float | None
+    sinks: Tensor | None
     sliding_window: int | None
     layer_idx: int
     n_layers: int
@@ -67,10 +69,12 @@ class LayerView:
         module: the attention module; its weights and ``config`` may be read.
         scaling: what ``q @ k`` is multiplied with before the softmax.
         layer_idx, n_layers: this layer among the layers that are compressed, counted from 0.
-        seed: changes from cache to cache, repeats with ``torch.manual_seed``.
+        first_position: position of the first token of the view among the real tokens of its rows, counted from 0.
         sliding_window: how many tokens back a query sees, or None for all.
         softcap: ``c`` where the model replaces attention logits by ``c * tanh(logits / c)``, else None.
+        sinks: ``[Hq]``, a logit of each head that takes part in the softmax and belongs to no token, or None.
         find_rope: gives the layer's rotary embedding, or None where it has none.
+        find_seed: gives :attr:`seed`.
     """
 
     keys: Tensor
@@ -80,10 +84,12 @@ class LayerView:
     scaling: float
     layer_idx: int
     n_layers: int
-    seed: int
+    first_position: int = 0
     sliding_window: int | None = None
     softcap: float | None = None
+    sinks: Tensor | None = None
     find_rope: Callable[[], Rope | None] = lambda: None
+    find_seed: Callable[[], int] = lambda: 0
     _memo: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -95,6 +101,11 @@ class LayerView:
     def n_queries(self) -> int:
         """Q, the number of tokens whose queries are here: the last ones."""
         return self.queries.shape[2]
+
+    @property
+    def seed(self) -> int:
+        """Changes from cache to cache, repeats with ``torch.manual_seed``; drawn by the first press that asks."""
+        return self.find_seed()
 
     @property
     def group_size(self) -> int:
@@ -109,12 +120,13 @@ class LayerView:
         return value
 
     def window_attention(self, window: int) -> Tensor:
-        """Attention weights of the last ``window`` queries: float32 ``[B, Hkv, G, window, T]``, each row sums to 1."""
+        """Attention weights of the last ``window`` queries: float32 ``[B, Hkv, G, window, T]``.
+
+        Each row sums to 1, or to less where the model has attention sinks.
+        """
         if not 1 <= window <= self.n_queries:
             raise ValueError(f"window must be in 1..{self.n_queries}, got {window}")
-        return self.once(
-            ("window_attention", window), lambda: self._attention(self.n_queries - window, self.n_queries)
-        )
+        return self.once(("window_attention", window), lambda: self._attention(self.n_queries - window, self.n_queries))
 
     def attention_column_sums(self) -> Tensor:
         """What each key received from all ``Q`` queries, mean over the group: float32 ``[B, Hkv, T]``.
@@ -132,18 +144,20 @@ class LayerView:
 
         def compute() -> Tensor:
             rope = self.find_rope()
-            positions = torch.arange(self.n_tokens - self.n_queries, self.n_tokens, device=self.queries.device)
+            end = self.first_position + self.n_tokens
+            positions = torch.arange(end - self.n_queries, end, device=self.queries.device)
             return self.queries.float() if rope is None else rope.unrotate(self.queries, positions)
 
         return self.once("unrotated_queries", compute)
 
     def mean_future_rotation(self, states: Tensor, n_positions: int) -> Tensor:
-        """Rotate float32 ``[B, H, n, D]`` by the mean rotation of the ``n_positions`` positions that come after T - 1."""
+        """Rotate float32 ``[B, H, n, D]`` by the mean rotation of the ``n_positions`` positions after the last one."""
         rope = self.find_rope()
         if rope is None:
             return states
+        end = self.first_position + self.n_tokens
         cos, sin = self.once(
-            ("mean_rotation", n_positions), lambda: rope.mean_rotation(self.n_tokens, n_positions, states.device)
+            ("mean_rotation", n_positions), lambda: rope.mean_rotation(end, n_positions, states.device)
         )
         return rope.rotate(states, cos, sin)
 
@@ -162,7 +176,11 @@ class LayerView:
         visible = key_at <= query_at
         if self.sliding_window is not None:
             visible &= key_at > query_at - self.sliding_window
-        return logits.masked_fill_(~visible, -torch.inf).softmax(-1)
+        logits.masked_fill_(~visible, -torch.inf)
+        if self.sinks is None:
+            return logits.softmax(-1)
+        sinks = self.sinks.float().view(n_kv_heads, -1, 1, 1).expand(*logits.shape[:-1], 1)
+        return torch.cat([logits, sinks], dim=-1).softmax(-1)[..., :-1]
 
     def _column_sums(self) -> Tensor:
         n_batch, n_heads = self.queries.shape[:2]
@@ -199,33 +217,35 @@ class RowGroup:
         """
         keys, values, query = layer.keys, layer.values, call.query
         assert keys is not None and values is not None
-        n_tokens = keys.shape[2]
-        reach = n_tokens if call.sliding_window is None else min(n_tokens, call.sliding_window - 1)
-        session = layer.session
+        n_tokens, session = keys.shape[2], layer.session
+        reach = n_tokens if call.sliding_window is None else min(n_tokens, max(1, call.sliding_window - 1))
 
-        def view(*states: Tensor) -> LayerView:
+        def view(*states: Tensor, first_position: int) -> LayerView:
             return LayerView(
                 *states,
                 module=call.module,
                 scaling=call.scaling,
                 layer_idx=call.layer_idx,
                 n_layers=call.n_layers,
-                seed=session.seed,
+                first_position=first_position,
                 sliding_window=call.sliding_window,
                 softcap=call.softcap,
+                sinks=call.sinks,
                 find_rope=lambda: session.rope(call.module, keys.device),
+                find_seed=lambda: session.seed,
             )
 
         if padding is None:
             if reach == n_tokens:
-                return [cls(slice(None), None, view(keys, values, query))]
+                return [cls(slice(None), None, view(keys, values, query, first_position=0))]
             padding = torch.ones(keys.shape[0], n_tokens, dtype=torch.bool, device=keys.device)
-        lengths = padding.sum(-1).clamp(max=reach).tolist()
+        lengths = padding.sum(-1).tolist()
         groups = []
         for length in sorted({n for n in lengths if n > 0}):
             rows = torch.tensor([i for i, n in enumerate(lengths) if n == length], device=keys.device)
-            slots = torch.stack([padding[row].nonzero()[-length:, 0] for row in rows])  # [b, length]
-            groups.append(cls(rows, slots, view(*(_take(x, rows, slots) for x in (keys, values, query)))))
+            slots = torch.stack([padding[row].nonzero()[-reach:, 0] for row in rows])  # [b, T]
+            states = [_take(x, rows, slots) for x in (keys, values, query)]
+            groups.append(cls(rows, slots, view(*states, first_position=length - slots.shape[1])))
         return groups
 
     def all(self) -> Kept:

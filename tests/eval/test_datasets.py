@@ -221,9 +221,7 @@ def test_wrong_content(tmp_path: Path) -> None:
     fails(DataError, "empty", dataset=str(tmp_path / "empty"))
 
 
-def test_corrupt_files_are_one_line_and_leave_stderr_clean(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_corrupt_files_are_one_line_and_leave_stderr_clean(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "test.parquet").write_bytes(b"PAR1" + b"garbage" * 50)
     (tmp_path / "cut.jsonl").write_text('{"text": "a"}\n{"text": "b"\n')
@@ -286,14 +284,10 @@ class OutOfService(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.mark.parametrize(("listening", "reason"), [(False, "http://127.0.0.1"), (True, "status 503")])
-def test_unreachable_hub_fails_within_seconds(
-    monkeypatch: pytest.MonkeyPatch, listening: bool, reason: str
-) -> None:
+def test_unreachable_hub_fails_within_seconds(monkeypatch: pytest.MonkeyPatch, listening: bool, reason: str) -> None:
     with http.server.HTTPServer(("127.0.0.1", 0), OutOfService) as server:
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(
-            huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}"
-        )
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}")
         if listening:
             threading.Thread(target=server.handle_request, daemon=True).start()
         else:
@@ -346,9 +340,7 @@ class Hub:
 
     def load(self, repo: str, subset: str | None, *, split: str, revision: str | None = None) -> Any:
         self.calls.append((repo, subset, split, revision))
-        answer = self.repos.get(
-            repo, datasets.exceptions.DatasetNotFoundError(f"Dataset '{repo}' doesn't exist")
-        )
+        answer = self.repos.get(repo, datasets.exceptions.DatasetNotFoundError(f"Dataset '{repo}' doesn't exist"))
         if isinstance(answer, Exception):
             raise answer
         return datasets.Dataset.from_dict({"text": answer})

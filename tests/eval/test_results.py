@@ -237,9 +237,7 @@ def git(folder: Path, *arguments: str) -> str:
     return done.stdout.strip()
 
 
-def test_git_is_that_of_the_package_and_not_of_the_caller(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_git_is_that_of_the_package_and_not_of_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "checkout" / "src" / "coldpress"
     module = package / "eval" / "results.py"
     module.parent.mkdir(parents=True)
@@ -282,7 +280,5 @@ def test_environment_without_git_or_nvidia_smi(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_identifying_fields_are_named_once() -> None:
-    repeated = [
-        field for field, group in itertools.groupby(sorted(IDENTIFYING_FIELDS)) if len(list(group)) > 1
-    ]
+    repeated = [field for field, group in itertools.groupby(sorted(IDENTIFYING_FIELDS)) if len(list(group)) > 1]
     assert repeated == []

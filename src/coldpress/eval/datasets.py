@@ -116,16 +116,12 @@ def load_corpus(
             rows = load_local(FILE_BUILDERS[path.suffix], dataset, None, "train", data_files=source)
             split = WHOLE
         else:
-            raise DataError(
-                f"{dataset!r} is not a .txt, .parquet or .jsonl file; plain text goes in text_file"
-            )
+            raise DataError(f"{dataset!r} is not a .txt, .parquet or .jsonl file; plain text goes in text_file")
     elif re.fullmatch(r"\w[\w.-]*/[\w.-]+", dataset) and path.suffix not in {*FILE_BUILDERS, ".txt"}:
         source, rows = load_hub((dataset,), subset, split, revision)
         joined = "wikitext" in dataset.lower()
     elif "/" in dataset or path.suffix in {*FILE_BUILDERS, ".txt"}:
-        raise DataError(
-            f"no file or folder {dataset!r}: give an existing path, a hub id 'org/name', or {_short()}"
-        )
+        raise DataError(f"no file or folder {dataset!r}: give an existing path, a hub id 'org/name', or {_short()}")
     else:
         raise DataError(
             f"unknown dataset {dataset!r}: allowed are {_short()}, a hub id 'org/name', or an existing path."
@@ -151,28 +147,20 @@ def _demo_file() -> Path:
     folder = importlib.resources.files("coldpress").joinpath(*DEMO_FOLDER.split("/")[1:])
     files = sorted(f.name for f in folder.iterdir() if f.name.endswith(".txt")) if folder.is_dir() else []
     if len(files) != 1:
-        raise DataError(
-            f"the demo text is missing from {folder}: expected one .txt file; install coldpress again"
-        )
+        raise DataError(f"the demo text is missing from {folder}: expected one .txt file; install coldpress again")
     return Path(str(folder / files[0]))
 
 
 def _one_text(name: str, path: Path, sample_idx: int | None) -> Corpus:
     path = path.expanduser()
     if sample_idx not in (None, 0):
-        raise DataError(
-            f"sample_idx {sample_idx} is out of range for {name!r}: it is one document, 0 is allowed"
-        )
+        raise DataError(f"sample_idx {sample_idx} is out of range for {name!r}: it is one document, 0 is allowed")
     try:
         text = path.read_bytes().decode("utf-8-sig")  # line ends stay as they are
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{name!r} is not UTF-8 text (byte offset {error.start}): convert it first"
-        ) from error
+        raise DataError(f"{name!r} is not UTF-8 text (byte offset {error.start}): convert it first") from error
     except OSError as error:
-        raise DataError(
-            f"cannot read {name!r} ({error.strerror}): give an existing UTF-8 text file"
-        ) from error
+        raise DataError(f"cannot read {name!r} ({error.strerror}): give an existing UTF-8 text file") from error
     if not text.strip():
         raise DataError(f"{name!r} holds no text: give a file with some")
     return Corpus(name, str(path.resolve()), None, WHOLE, None, (Document(path.name, text),))
@@ -187,22 +175,16 @@ def _is_wikitext(path: Path, subset: str | None) -> bool:
     return (subset or "").startswith("wikitext") or any("wikitext" in name.lower() for name in names)
 
 
-def _documents(
-    rows: Any, what: str, joined: bool, sample_idx: int | None
-) -> tuple[tuple[Document, ...], str | None]:
+def _documents(rows: Any, what: str, joined: bool, sample_idx: int | None) -> tuple[tuple[Document, ...], str | None]:
     """Turn the rows of one split into documents; the second value says how they were joined."""
     if "text" not in rows.column_names:
-        raise DataError(
-            f"{what} has no column 'text', only {rows.column_names}: rename the column that holds the text"
-        )
+        raise DataError(f"{what} has no column 'text', only {rows.column_names}: rename the column that holds the text")
     if getattr(rows.features["text"], "dtype", None) not in ("string", "large_string"):
         raise DataError(f"column 'text' of {what} holds {rows.features['text']}, not strings")
     texts = [text or "" for text in rows["text"][:]]
     filled = [row for row, text in enumerate(texts) if text.strip()]
     if sample_idx is not None and not 0 <= sample_idx < len(texts):
-        raise DataError(
-            f"sample_idx {sample_idx} is out of range for {what}: allowed are 0 to {len(texts) - 1}"
-        )
+        raise DataError(f"sample_idx {sample_idx} is out of range for {what}: allowed are 0 to {len(texts) - 1}")
     if not filled:
         raise DataError(f"{what} holds no text in its {len(texts)} rows: choose another split or subset")
     if sample_idx is not None and sample_idx not in filled:
@@ -211,9 +193,7 @@ def _documents(
     if joined and sample_idx is None:
         return (Document(f"rows 0-{len(texts) - 1}", "\n\n".join(texts)),), '"\\n\\n".join(all rows)'
     titled = not joined and "short_book_title" in rows.column_names
-    titles = (
-        [str(title or "").strip() for title in rows["short_book_title"][:]] if titled else [""] * len(texts)
-    )
+    titles = [str(title or "").strip() for title in rows["short_book_title"][:]] if titled else [""] * len(texts)
     count = Counter(titles)
     ids = [f"{t}#{row}" if count[t] > 1 and t else t or str(row) for row, t in enumerate(titles)]
     chosen = filled if sample_idx is None else [sample_idx]

@@ -77,15 +77,11 @@ def _explained(error: BaseException, what: str, subset: str | None, split: str) 
     if "Config name is missing" in message:
         return DataError(f"{what} has several subsets, give one of {names}")
     if names and "BuilderConfig" in message:
-        return DataError(
-            f"unknown subset {subset!r} of {what}: allowed are {names}.{nearest(str(subset), names)}"
-        )
+        return DataError(f"unknown subset {subset!r} of {what}: allowed are {names}.{nearest(str(subset), names)}")
     if names and "Unknown split" in message:
         return DataError(f"unknown split {split!r} of {what}: allowed are {names}.{nearest(split, names)}")
     if "Unrecognized instruction" in message or "Split name" in message:
-        return DataError(
-            f"split {split!r} cannot be read: write a name like 'test', or a slice like 'test[:10]'"
-        )
+        return DataError(f"split {split!r} cannot be read: write a name like 'test', or a slice like 'test[:10]'")
     return DataError(f"{what} cannot be read as a dataset ({type(error).__name__}: {message[:300]})")
 
 
@@ -110,9 +106,7 @@ def load_hub(repos: tuple[str, ...], subset: str | None, split: str, revision: s
             if rows is not None:
                 return repo, rows
     if problem is None:
-        raise DataError(
-            f"{missing} Give an existing path, another hub id, or a short name (wikitext, pg19, demo)"
-        )
+        raise DataError(f"{missing} Give an existing path, another hub id, or a short name (wikitext, pg19, demo)")
     options = {"subset": subset, "revision": revision}
     wanted = " or ".join(repos) + "".join(f", {key} {value!r}," for key, value in options.items() if value)
     raise UnreachableError(
@@ -143,9 +137,7 @@ def _network_problem(error: BaseException | None) -> str | None:
     return None
 
 
-def _load_cached(
-    datasets: Any, repo: str, subset: str | None, split: str, revision: str | None
-) -> Any | None:
+def _load_cached(datasets: Any, repo: str, subset: str | None, split: str, revision: str | None) -> Any | None:
     """A copy on this machine: a snapshot of the hub (`hf download`), or what `datasets` prepared before."""
     from huggingface_hub import snapshot_download
 

@@ -62,9 +62,7 @@ def student_t_975(degrees: int) -> float:
     def density(x: float) -> float:
         return math.exp(log_norm - (degrees + 1) / 2 * math.log1p(x * x / degrees))
 
-    def mass(
-        x: float, n: int = 2000
-    ) -> float:  # Simpson's rule from 0 to x, x = tan(u) keeps heavy tails in reach
+    def mass(x: float, n: int = 2000) -> float:  # Simpson's rule from 0 to x, x = tan(u) keeps heavy tails in reach
         step = math.atan(x) / n
         values = [density(math.tan(i * step)) / math.cos(i * step) ** 2 for i in range(n + 1)]
         return step / 3 * (values[0] + values[-1] + 4 * sum(values[1:-1:2]) + 2 * sum(values[2:-1:2]))

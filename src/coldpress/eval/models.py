@@ -146,19 +146,13 @@ def load_model(
         except (InputError, KeyboardInterrupt, MemoryError):
             raise
         except ImportError as error:
-            raise MissingDependencyError(
-                f"{name} needs a package that is not installed: {one_line(error)}"
-            ) from error
+            raise MissingDependencyError(f"{name} needs a package that is not installed: {one_line(error)}") from error
         except Exception as error:
-            raise ModelError(
-                f"{name} cannot be loaded ({type(error).__name__}: {one_line(error)})"
-            ) from error
+            raise ModelError(f"{name} cannot be loaded ({type(error).__name__}: {one_line(error)})") from error
         model.eval().requires_grad_(False)
         use_coldpress(model, attn_implementation)
         commit = getattr(model.config, "_commit_hash", None) or options.get("revision")
-    return LoadedModel(
-        model.to(on), tokenizer, name, "demo" if name == "demo" else name, commit, attn_implementation
-    )
+    return LoadedModel(model.to(on), tokenizer, name, "demo" if name == "demo" else name, commit, attn_implementation)
 
 
 def _locate(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
@@ -175,9 +169,7 @@ def _locate(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
             )
         return str(path), {}
     if name.count("/") > 1 or name.startswith((".", "~", "/")) or not name.strip():
-        raise ModelError(
-            f"--model {name!r}: no such folder; give a hub id such as EleutherAI/pythia-70m, or demo."
-        )
+        raise ModelError(f"--model {name!r}: no such folder; give a hub id such as EleutherAI/pythia-70m, or demo.")
     options: dict[str, Any] = {"revision": revision} if revision else {}
     problem = hub_problem(f"{name}/resolve/{revision or 'main'}/config.json")
     if problem is None:

@@ -231,7 +231,9 @@ class _Run:
             )
         fitting = [ids for ids in self.documents if len(ids) >= context + target]
         if fitting and len(fitting) < len(self.documents):
-            note(f"{len(self.documents) - len(fitting)} document(s) shorter than {context + target} tokens are left out.")
+            note(
+                f"{len(self.documents) - len(fitting)} document(s) shorter than {context + target} tokens are left out."
+            )
         return [(ids, plan_prefix(len(ids), context, target, s.stride)) for ids in fitting or self.documents]
 
     # -- measuring ----------------------------------------------------------------------------------------------
@@ -269,9 +271,14 @@ class _Run:
         if s.max_new_tokens < 2:
             raise InputError(f"--max_new_tokens must be at least 2 to time decoding, got {s.max_new_tokens}.")
         ids = self.documents[0]
-        room = self._within(s.context_limit + s.max_new_tokens, "--context_limit plus --max_new_tokens =") - s.max_new_tokens
+        room = (
+            self._within(s.context_limit + s.max_new_tokens, "--context_limit plus --max_new_tokens =")
+            - s.max_new_tokens
+        )
         if room < 1:
-            raise InputError(f"--max_new_tokens {s.max_new_tokens} leaves no room for a context in {self.positions} positions.")
+            raise InputError(
+                f"--max_new_tokens {s.max_new_tokens} leaves no room for a context in {self.positions} positions."
+            )
         context = ids[None, : min(room, s.context_limit)].to(self.loaded.device)
         eos = getattr(self.loaded.model.generation_config, "eos_token_id", None)
         presses = [job.press for job in self.jobs]
@@ -294,7 +301,9 @@ class _Run:
     def records(self, is_interrupted: bool) -> list[dict[str, Any]]:
         """One record per press; of an interrupted run those with something complete in them."""
         env = environment()
-        perplexities = {} if self.prefix is None else {id(p.press): r for p, r in self.prefix.results() if p.counts or p.error}
+        perplexities = (
+            {} if self.prefix is None else {id(p.press): r for p, r in self.prefix.results() if p.counts or p.error}
+        )
         records = []
         for job in self.jobs:
             parts: list[Any] = []
@@ -340,7 +349,9 @@ class _Run:
 
     def _start(self, job: _Job, env: dict[str, Any]) -> dict[str, Any]:
         s, corpus = self.settings, self.corpus
-        asked = {k: v for k, v in asdict(s).items() if k not in ("output_dir", "press", "compression_ratio", "press_args")}
+        asked = {
+            k: v for k, v in asdict(s).items() if k not in ("output_dir", "press", "compression_ratio", "press_args")
+        }
         record: dict[str, Any] = dict.fromkeys(METRICS)
         record |= {
             "schema_version": SCHEMA_VERSION,

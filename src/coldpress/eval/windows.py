@@ -41,9 +41,7 @@ def plan_strided(n_tokens: int, length: int, stride: int) -> list[Window]:
             f"The text has {n_tokens} token(s); at least 2 are needed, because each is scored from the last."
         )
     if length < 2 or not 1 <= stride <= length:
-        raise InputError(
-            f"--max_length must be >= 2 and --stride in 1..max_length; got {length} and {stride}."
-        )
+        raise InputError(f"--max_length must be >= 2 and --stride in 1..max_length; got {length} and {stride}.")
     windows, scored_to = [], 0
     for begin in range(0, n_tokens, stride):
         end = min(begin + length, n_tokens)

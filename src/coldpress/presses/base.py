@@ -63,7 +63,7 @@ class ScorerPress(BasePress):
         return keep_count(view.n_tokens, self.compression_ratio)
 
     def protected(self, view: LayerView) -> tuple[int, int]:
-        """How many of the first and of the last tokens are kept whatever their score."""
+        """How many of the first and of the last tokens of the text are kept whatever their score."""
         return 0, 0
 
     def with_ratio(self: _S, compression_ratio: float) -> _S:
@@ -79,6 +79,7 @@ class ScorerPress(BasePress):
         if n_keep >= view.n_tokens:
             return None
         n_sink, n_window = self.protected(view)
+        n_sink = max(0, n_sink - view.first_position)
         positions = select(self.scores(view), n_keep, n_sink=n_sink, n_window=n_window)
         index = positions[..., None]
         return Kept(

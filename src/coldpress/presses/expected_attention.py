@@ -51,7 +51,7 @@ class ExpectedAttentionPress(ScorerPress):
 
     def score(self, view: LayerView) -> Tensor:
         queries = view.unrotated_queries()  # [B, Hq, Q, D]
-        skip = max(0, self.n_sink - (view.n_tokens - view.n_queries))
+        skip = max(0, self.n_sink - view.first_position - (view.n_tokens - view.n_queries))
         if skip < view.n_queries:
             queries = queries[:, :, skip:]
         n_batch, n_kv_heads, n_tokens, dim = view.keys.shape

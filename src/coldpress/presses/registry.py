@@ -88,6 +88,8 @@ def _info(name: str, cls: type[BasePress]) -> PressInfo:
         return " ".join(found[1].split()) if found else ""
 
     parameters = ", ".join(
-        f"{f.name}={f.default!r}" for f in fields(cls) if f.name != "compression_ratio"  # type: ignore[arg-type]
+        f"{f.name}={f.default!r}"
+        for f in fields(cls)
+        if f.name != "compression_ratio"  # type: ignore[arg-type]
     )
     return PressInfo(name, cls.__name__, doc.split("\n")[0], line("Source"), line("Needs"), parameters)

@@ -1,0 +1,81 @@
+"""What the layers of one cache share, and what one thread passes from the cache to the attention function."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from coldpress.errors import ModelError
+from coldpress.rope import Rope
+
+if TYPE_CHECKING:
+    from coldpress.cache import PressedCache
+    from coldpress.layer import PressedLayer
+    from coldpress.presses.base import BasePress
+
+__all__ = ["THREAD", "Session"]
+
+
+class _Thread(threading.local):
+    """What one thread passes from the cache to the mask function and to the attention function."""
+
+    updated: PressedLayer | None = None  # updated last, not yet claimed by an attention call
+    masks_for: Session | None = None  # its cache was asked for mask sizes just now
+
+
+THREAD = _Thread()
+
+
+class Session:
+    """What the layers of one cache share: the press, and what the run has accumulated."""
+
+    def __init__(self, press: BasePress | None = None):
+        self.press = press
+        self.branches: list[PressedCache] = []  # caches that are compressed from this one's prefill
+        self.unclaimed: PressedLayer | None = None
+        self.error: Exception | None = None  # what the press of a branch raised during the shared prefill
+        self.seen: int | None = None  # logical length before the call that is under way
+        self.has_padding = False  # of the prompt, by its attention mask
+        self._n_layers = 0
+        self._seed: int | None = None
+        self._ropes: dict[Any, Rope | None] = {}
+
+    @property
+    def seed(self) -> int:
+        """Drawn once per cache from torch's default generator."""
+        if self._seed is None:
+            self._seed = int(torch.randint(2**62, (1,)).item())
+        return self._seed
+
+    def new_layer(self) -> PressedLayer:
+        """The next layer of the cache, in order."""
+        from coldpress.layer import PressedLayer
+
+        self._n_layers += 1
+        return PressedLayer(self, self._n_layers - 1)
+
+    def reset(self) -> None:
+        self.branches = []  # they came from the prefill that is being forgotten
+        self.unclaimed = self.error = self.seen = self._seed = None
+        self.has_padding = False
+
+    def rope(self, module: nn.Module, device: torch.device) -> Rope | None:
+        """The rotary embedding of ``module``; built once for each kind of layer."""
+        kind = (*Rope.kind(module), device)
+        if kind not in self._ropes:
+            self._ropes[kind] = Rope.of(module, device)
+        return self._ropes[kind]
+
+    def check_claimed(self) -> None:
+        if self.error is not None:
+            raise self.error
+        if self.unclaimed is not None:
+            raise ModelError(
+                "This PressedCache was updated but coldpress's attention never ran: the model uses another attention "
+                "backend, or an earlier call failed half-way. Run the model on coldpress, with "
+                "from_pretrained(..., attn_implementation='coldpress'), model.set_attn_implementation('coldpress') or "
+                "'with press(model):', and start with a new or reset cache."
+            )

@@ -1,0 +1,156 @@
+"""Every press on every architecture: what a PressedCache promises, whatever the model."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from coldpress import BasePress, PressedCache, make_press, press_names
+from coldpress.budget import keep_count
+from tests.contract.architectures import ARCHITECTURES, WINDOW, Architecture, tiny, tokens
+
+CONTEXT, QUESTION, ANSWER = 45, 7, 5
+PARAMETERS = {"snapkv": {"window_size": 8}, "pyramidkv": {"window_size": 8}, "random": {"seed": 0}}
+SINKS = {"streaming_llm": 4, "expected_attention": 4}
+RECENT = {"snapkv": 8, "pyramidkv": 8, "tova": 1, "streaming_llm": 1}
+
+every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
+every_press = pytest.mark.parametrize("name", press_names())
+
+
+def press_of(name: str, ratio: float) -> BasePress:
+    press = make_press(name, ratio, **PARAMETERS.get(name, {}))
+    assert press is not None
+    return press
+
+
+def in_pieces(model: PreTrainedModel, ids: Tensor, past: object) -> Tensor:
+    """Logits of all tokens: a context, a question of several tokens, then token by token."""
+    cuts = (CONTEXT, CONTEXT + QUESTION, *range(CONTEXT + QUESTION + 1, ids.shape[1] + 1))
+    starts = (0, *cuts)
+    return torch.cat(
+        [model(ids[:, a:b], past_key_values=past).logits for a, b in zip(starts, cuts, strict=False)], dim=1
+    )
+
+
+@cache
+def own_logits(architecture: Architecture, attention: str, dtype: torch.dtype) -> Tensor:
+    """What the model computes by itself for the tests' tokens, in one forward."""
+    return tiny(architecture.name, attention, dtype)(tokens(1, CONTEXT + QUESTION + ANSWER), use_cache=False).logits
+
+
+def check_close(actual: Tensor, expected: Tensor) -> None:
+    if actual.dtype == torch.float32:
+        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
+    else:  # rounding may send a token to another expert, so look at the mean
+        assert (actual - expected).abs().mean() < 0.03 * expected.abs().mean() + 0.01
+
+
+@every_architecture
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["coldpress", "coldpress_eager"])
+def test_computes_what_the_model_computes(architecture: Architecture, dtype: torch.dtype, backend: str) -> None:
+    model = tiny(architecture.name, backend, dtype)
+    expected = own_logits(architecture, "eager" if backend == "coldpress_eager" else architecture.own, dtype)
+    ids = tokens(1, CONTEXT + QUESTION + ANSWER)
+    assert torch.equal(model(ids, use_cache=False).logits, expected)
+    check_close(in_pieces(model, ids, DynamicCache(config=model.config)), expected)
+    pressed = PressedCache()
+    check_close(in_pieces(model, ids, pressed), expected)
+    assert pressed.seen_tokens == ids.shape[1]
+
+
+@every_architecture
+@every_press
+def test_ratio_0_changes_nothing(architecture: Architecture, name: str) -> None:
+    model, past = tiny(architecture.name), PressedCache(press_of(name, 0.0))
+    logits = in_pieces(model, tokens(1, CONTEXT + QUESTION + ANSWER), past)
+    check_close(logits, own_logits(architecture, architecture.own, torch.float32))
+    assert past.achieved_ratio() == 0
+
+
+@every_architecture
+def test_generate_gives_the_models_own_tokens(architecture: Architecture) -> None:
+    model, own = tiny(architecture.name), tiny(architecture.name, architecture.own)
+    ids = tokens(1, 30)
+    options = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    expected = own.generate(ids, **options)
+    for press in (None, press_of("snapkv", 0.0)):
+        assert torch.equal(model.generate(ids, past_key_values=PressedCache(press), **options), expected)
+
+
+def expected_lengths(architecture: Architecture, model: PreTrainedModel, name: str) -> list[int]:
+    """Stored length of each attention layer after a prefill of CONTEXT tokens at ratio 0.5."""
+    types = getattr(model.config, "layer_types", None) or ["full_attention"] * model.config.num_hidden_layers
+    types = [kind for kind in types if kind != "conv"]
+    if "full_attention" not in types or architecture.name == "mistral":  # out of the window's reach counts as gone
+        return [keep_count(WINDOW - 1, 0.5)] * len(types)
+    return [keep_count(CONTEXT, 0.5) if kind == "full_attention" else CONTEXT for kind in types]
+
+
+@every_architecture
+@every_press
+def test_half_of_the_context(architecture: Architecture, name: str) -> None:
+    check_half(architecture, name, torch.float32)
+
+
+@every_architecture
+@pytest.mark.parametrize("name", ["expected_attention", "snapkv"])
+def test_half_of_the_context_in_bfloat16(architecture: Architecture, name: str) -> None:
+    check_half(architecture, name, torch.bfloat16)
+
+
+@pytest.mark.slow
+@every_architecture
+@pytest.mark.parametrize("name", sorted({*press_names()} - {"expected_attention", "snapkv"}))
+def test_half_of_the_context_in_bfloat16_for_the_other_presses(architecture: Architecture, name: str) -> None:
+    check_half(architecture, name, torch.bfloat16)
+
+
+def check_half(architecture: Architecture, name: str, dtype: torch.dtype) -> None:
+    model = tiny(architecture.name, "coldpress", dtype)
+    ids = tokens(1, CONTEXT + QUESTION + ANSWER)
+
+    def run() -> tuple[PressedCache, list[int], Tensor]:
+        past = PressedCache(press_of(name, 0.5))
+        model(ids[:, :CONTEXT], past_key_values=past)
+        lengths = past.stored_lengths()
+        check_positions(architecture, name, past)
+        logits = [model(ids[:, CONTEXT : CONTEXT + QUESTION], past_key_values=past).logits]
+        for i in range(ANSWER):
+            logits.append(model(ids[:, CONTEXT + QUESTION + i][:, None], past_key_values=past).logits)
+            assert past.stored_lengths() == [n + QUESTION + i + 1 for n in lengths]
+        assert past.seen_tokens == past.get_seq_length() == ids.shape[1]
+        return past, lengths, torch.cat(logits, dim=1)
+
+    past, lengths, logits = run()
+    expected = expected_lengths(architecture, model, name)
+    if name == "pyramidkv":
+        assert sum(lengths) == sum(expected)
+    else:
+        assert lengths == expected
+    assert 0 < past.achieved_ratio() <= 0.53  # keep_count rounds the removed ones up
+    assert torch.isfinite(logits).all()
+    again, _, same = run()
+    assert torch.equal(logits, same)
+    for i, layer in enumerate(past.layers):
+        if layer in past.pressed_layers():
+            assert torch.equal(past.positions(i), again.positions(i))
+
+
+def check_positions(architecture: Architecture, name: str, past: PressedCache) -> None:
+    for layer in past.pressed_layers():
+        positions = layer.positions()
+        assert positions.shape == layer.keys.shape[:3]
+        assert (positions.diff(dim=-1) > 0).all()  # ascending, so unique
+        assert positions.min() >= 0 and positions.max() < CONTEXT
+        if architecture.name != "mistral":  # whose first tokens are out of reach
+            n_sinks = SINKS.get(name, 0)
+            assert torch.equal(positions[..., :n_sinks], torch.arange(n_sinks).expand(*positions.shape[:2], -1))
+        recent = torch.arange(CONTEXT - RECENT.get(name, 0), CONTEXT)
+        found = positions[..., positions.shape[-1] - len(recent) :]
+        assert torch.equal(found, recent.expand(*positions.shape[:2], -1))
