@@ -48,7 +48,7 @@ class Document:
 class Corpus:
     """What was loaded, with all that a result must say about it.
 
-    name: as asked for. source: hub id, or absolute path. join: how rows became one text, None when they
+    name: as asked for. source: hub id, or the path as it was given. join: how rows became one text, None when they
     did not.
     """
 
@@ -103,17 +103,17 @@ def load_corpus(
         joined = dataset == "wikitext"
     elif dataset.strip() and path.exists():
         _refuse(dataset, revision=revision)
-        source, joined = str(path.resolve()), _is_wikitext(path, subset)
+        source, joined = str(path), _is_wikitext(path, subset)
         if path.is_dir():
             if joined and subset is None and (path / WIKITEXT_SUBSET).is_dir():
                 subset = WIKITEXT_SUBSET
-            rows = load_local(source, dataset, subset, split)
+            rows = load_local(str(path.resolve()), dataset, subset, split)
         elif path.suffix == ".txt":
             _refuse(dataset, subset=subset)
             return _one_text(dataset, path, sample_idx)
         elif path.suffix in FILE_BUILDERS:
             _refuse(dataset, subset=subset)
-            rows = load_local(FILE_BUILDERS[path.suffix], dataset, None, "train", data_files=source)
+            rows = load_local(FILE_BUILDERS[path.suffix], dataset, None, "train", data_files=str(path.resolve()))
             split = WHOLE
         else:
             raise DataError(f"{dataset!r} is not a .txt, .parquet or .jsonl file; plain text goes in text_file")
@@ -163,7 +163,7 @@ def _one_text(name: str, path: Path, sample_idx: int | None) -> Corpus:
         raise DataError(f"cannot read {name!r} ({error.strerror}): give an existing UTF-8 text file") from error
     if not text.strip():
         raise DataError(f"{name!r} holds no text: give a file with some")
-    return Corpus(name, str(path.resolve()), None, WHOLE, None, (Document(path.name, text),))
+    return Corpus(name, str(path), None, WHOLE, None, (Document(path.name, text),))
 
 
 def _is_wikitext(path: Path, subset: str | None) -> bool:

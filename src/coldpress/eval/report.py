@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from coldpress.eval.memory import format_bytes
@@ -63,13 +64,18 @@ def table(records: Sequence[Record]) -> str:
     return "\n".join([line(header), rule, *map(line, body)])
 
 
+def _short(name: str) -> str:
+    """The last part of a path; hub ids and short names as they are."""
+    return Path(name).name if name.startswith((".", "/", "~")) or name.count("/") > 1 else name
+
+
 def describe(record: Record) -> str:
     """What a table's numbers were measured on, in one paragraph."""
     env = record["env"]
     parts = [
-        f"model {record['model']} ({record['num_params'] / 1e6:.1f} M parameters, {record['dtype']}, {record['device']}, "
+        f"model {_short(record['model'])} ({record['num_params'] / 1e6:.1f} M parameters, {record['dtype']}, {record['device']}, "
         f"{record['attn_implementation']})",
-        f"text {record['dataset']}{'/' + record['subset'] if record['subset'] else ''}, sha256 {record['text_sha256'][:12]}, "
+        f"text {_short(record['dataset'])}{'/' + record['subset'] if record['subset'] else ''}, sha256 {record['text_sha256'][:12]}, "
         f"{record['total_tokens']:,} tokens",
         f"protocol {record['protocol']}",
         f"transformers {env['transformers']}, torch {env['torch']}, {env['cpu']}, {env['threads']} threads",
