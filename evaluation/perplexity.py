@@ -5,7 +5,11 @@ python evaluation/perplexity.py --dataset wikitext --press snapkv --compression_
 
 import sys
 
-from coldpress.cli import main
-
 if __name__ == "__main__":
-    sys.exit(main(["ppl", *sys.argv[1:]], prog="python evaluation/perplexity.py"))
+    try:
+        from coldpress.cli import main  # here, because an interrupt may come while torch is being imported
+
+        sys.exit(main(["ppl", *sys.argv[1:]], prog="python evaluation/perplexity.py"))
+    except KeyboardInterrupt:
+        sys.stderr.write("\ninterrupted\n")
+        sys.exit(130)

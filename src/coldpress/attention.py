@@ -59,7 +59,8 @@ def use_coldpress(model: PreTrainedModel, arithmetic: str | None = None) -> None
         arithmetic: ``"sdpa"``, ``"eager"`` or ``"flash_attention_2"``; None keeps what the model uses now.
 
     Raises:
-        ModelError: an encoder-decoder, a model without the attention interface, or one with chunked attention.
+        ModelError: an encoder-decoder, a model without the attention interface, one with chunked attention or with
+            layers that share a cache.
         MissingDependencyError: ``flash_attention_2`` without the package flash-attn.
     """
     name = type(model).__name__
@@ -67,7 +68,7 @@ def use_coldpress(model: PreTrainedModel, arithmetic: str | None = None) -> None
     text = config.get_text_config(decoder=True)
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{name} is an encoder-decoder; coldpress compresses decoder-only models (causal LMs).")
-    _refuse_chunks(text, name)
+    _refuse(text, name)
     current = text._attn_implementation or "sdpa"
     if arithmetic is None:
         if current in BACKENDS:
@@ -101,7 +102,7 @@ def _mask(native: str, *args: Any, **kwargs: Any) -> Any:
     session, THREAD.masks_for = THREAD.masks_for, None
     if session is None:
         return ALL_MASK_ATTENTION_FUNCTIONS["eager" if native == "eager" else "sdpa"](*args, **kwargs)
-    _refuse_chunks(kwargs.get("config"), "This model")
+    _refuse(kwargs.get("config"), "This model")
     if kwargs.get("use_vmap") or not kwargs.get("allow_is_causal_skip", True):
         raise ModelError("This call needs a custom attention mask, which a PressedCache does not support.")
     padding: Tensor | None = kwargs.get("attention_mask")
@@ -121,9 +122,11 @@ def _mask(native: str, *args: Any, **kwargs: Any) -> Any:
     return padding if has_padding else None
 
 
-def _refuse_chunks(config: Any, name: str) -> None:
+def _refuse(config: Any, name: str) -> None:
     if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
         raise ModelError(f"{name} attends within fixed chunks, which coldpress does not support yet.")
+    if getattr(config, "num_kv_shared_layers", None) or getattr(config, "kv_sharing_modes", None):
+        raise ModelError(f"{name} has layers that read another layer's cache, which coldpress does not support yet.")
 
 
 # -- attention ----------------------------------------------------------------------------------------------------
@@ -145,12 +148,12 @@ def _attention(
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
     if native != "eager" and (softcap is not None or sinks is not None):
         native = "special"
-    if layer is None or layer._offered is not key:
+    if layer is None or not layer.is_offered(key, value):
         return _unpressed(native, module, query, key, value, attention_mask, scaling, dropout, **kwargs)
     if attention_mask is not None and attention_mask.dim() != 2:
         raise CacheError(
-            f"A PressedCache takes 2-D attention masks ([rows, tokens]) only; {type(module).__name__} was given or made "
-            "itself a 4-D one."
+            f"A PressedCache takes 2-D attention masks ([rows, tokens]) only; {type(module).__name__} was given a 4-D "
+            "one, or its model made one."
         )
     for name in _UNKNOWN:
         if kwargs.get(name) is not None:
@@ -189,9 +192,9 @@ def _unpressed(
     """Attention without a PressedCache, with the mask that transformers made for sdpa or eager."""
     is_causal = kwargs.get("is_causal")
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if native == "special":
+    if native == "special" and (is_causal or mask is not None):
         return _eager(module, query, key, value, mask, scaling, dropout, **kwargs)
-    if native == "eager":
+    if native in ("special", "eager"):
         return _own_eager(module)(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
     if native == "flash_attention_2" and is_causal and (mask is not None or query.shape[2] in (1, key.shape[2])):
         return _flash(module, query, key, value, mask, scaling, dropout, **kwargs)
@@ -202,7 +205,7 @@ def _unpressed(
 
 def _place(module: nn.Module, index: int) -> tuple[int, int, bool]:
     """This layer's place among the layers that are compressed, their number, and whether it is a local one itself."""
-    config = module.config
+    config: Any = module.config
     places = [i for i, kind in enumerate(getattr(config, "layer_types", None) or ()) if kind == "full_attention"]
     if not places:
         return index, config.num_hidden_layers, False

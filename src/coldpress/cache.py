@@ -7,10 +7,10 @@ What happens to the pairs of a layer is in ``layer.py``.
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -34,8 +34,9 @@ class PressedCache(Cache):
         model.generate(**inputs, past_key_values=cache, max_new_tokens=50)
 
     The first forward (the prefill) sees every pair; then each layer keeps what the press selects and frees the rest.
-    Later tokens, of an answer or of further turns, are stored whole, at the positions they have in the text. Without a
-    press it computes what a DynamicCache does and writes new tokens into a buffer with room to grow.
+    Later tokens, of an answer or of further turns, are stored whole, at the positions they have in the text; so are
+    all chunks but the first where ``generate(prefill_chunk_size=...)`` cuts the prompt up. Without a press the cache
+    computes what a DynamicCache does and writes new tokens into a buffer with room to grow.
 
     Args:
         press: what compresses the cache, or None.
@@ -51,7 +52,7 @@ class PressedCache(Cache):
         if press is not None and not isinstance(press, BasePress):
             raise PressError(f"press must be a press such as coldpress.SnapKVPress(0.5), got {press!r}.")
         self.session = Session(press)
-        super().__init__(layer_class_to_replicate=self.session.new_layer)  # type: ignore[arg-type]
+        super().__init__(layer_class_to_replicate=self.session.new_layer)
 
     def __repr__(self) -> str:
         return f"PressedCache(press={self.press!r}, seen={self.seen_tokens}, stored={self.stored_lengths()})"
@@ -68,11 +69,13 @@ class PressedCache(Cache):
 
     def layer(self, layer_idx: int) -> PressedLayer:
         """The attention layer ``layer_idx`` of the cache, made if it is not there yet."""
-        while len(self.layers) <= layer_idx:
-            self.layers.append(self.session.new_layer())
+        self._grow(layer_idx)
         layer = self.layers[layer_idx]
         if not isinstance(layer, PressedLayer):
-            raise CacheError(f"Layer {layer_idx} is a {type(layer).__name__} and holds no keys and values.")
+            raise CacheError(
+                f"Layer {layer_idx} is a {type(layer).__name__} and holds no keys and values; layers that keep a state "
+                "beside their pairs are not supported."
+            )
         return layer
 
     def pressed_layers(self) -> list[PressedLayer]:
@@ -103,7 +106,10 @@ class PressedCache(Cache):
         return sum(storages.values())
 
     def achieved_ratio(self) -> float:
-        """Fraction of the pairs (row, head, token) of the compressed layers that the press removed; padding not counted."""
+        """Fraction of the pairs (row, head, token) of the compressed layers that the press removed.
+
+        Neither padding nor what a sliding window has left behind is counted.
+        """
         before = sum(layer._pairs_before for layer in self.pressed_layers())
         after = sum(layer._pairs_after for layer in self.pressed_layers())
         return 1 - after / before if before else 0.0
@@ -135,13 +141,20 @@ class PressedCache(Cache):
         """
         if self.press is not None or self.seen_tokens:
             raise CacheError("branches() needs an empty cache without a press; start from PressedCache().")
-        self.session.branches = [PressedCache(press) for press in presses]
-        return self.session.branches
+        branches = [PressedCache(press) for press in presses]
+        self.session.branches = [weakref.ref(branch) for branch in branches]
+        return branches
 
     def reset(self) -> None:
         """Forget all tokens; the next call is a prefill again."""
         super().reset()
         self.session.reset()
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """What attention calls for one layer: append its pairs, return all that are stored."""
+        return self.layer(layer_idx).update(key_states, value_states)
 
     def crop(self, max_length: int) -> None:
         """Forget the newest tokens: keep ``max_length`` of the tokens seen, or drop ``-max_length`` if negative.
@@ -153,7 +166,22 @@ class PressedCache(Cache):
             layer.cropped_length(max_length)
         super().crop(max_length)
 
-    def get_mask_sizes(self, query: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:  # type: ignore[override]
+    def activate_past_recording(self) -> None:
+        """What assisted generation asks for before its first forward, which feeds its guesses with the prompt.
+
+        Raises:
+            CacheError: the press would compress the guesses along with the prompt.
+        """
+        if self.press is not None and not self.seen_tokens:
+            raise CacheError(
+                "Assisted generation feeds guesses together with the prompt, and the press would compress both. Use a "
+                "PressedCache without a press, or generate without guesses."
+            )
+        for layer in self.layers:
+            if hasattr(layer, "activate_past_recording"):
+                layer.activate_past_recording()
+
+    def get_mask_sizes(self, query: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:
         layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
         if not isinstance(layer, PressedLayer):
             layer = next(iter(self.pressed_layers()), None) or self.layer(len(self.layers))
@@ -172,7 +200,9 @@ class PressedCache(Cache):
         return super().get_conv_state(self._state_layer(layer_idx), state_idx)
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
-        return super().update_conv_state(conv_states, self._state_layer(layer_idx), state_idx, **kwargs)
+        states = super().update_conv_state(conv_states, self._state_layer(layer_idx), state_idx, **kwargs)
+        self._copy_state(layer_idx)
+        return states
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         return super().get_recurrent_state(self._state_layer(layer_idx), state_idx)
@@ -180,15 +210,26 @@ class PressedCache(Cache):
     def update_recurrent_state(
         self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
     ) -> Tensor:
-        return super().update_recurrent_state(recurrent_states, self._state_layer(layer_idx), state_idx, **kwargs)
+        states = super().update_recurrent_state(recurrent_states, self._state_layer(layer_idx), state_idx, **kwargs)
+        self._copy_state(layer_idx)
+        return states
 
     def _state_layer(self, layer_idx: int) -> int:
         """Make sure that layer ``layer_idx`` holds a state; it was made to hold pairs because nobody said otherwise."""
         from transformers.cache_utils import LinearAttentionLayer
 
-        while len(self.layers) <= layer_idx:
-            self.layers.append(self.session.new_layer())
+        self._grow(layer_idx)
         layer = self.layers[layer_idx]
         if isinstance(layer, PressedLayer) and not layer.is_initialized:
             self.layers[layer_idx] = LinearAttentionLayer()
         return layer_idx
+
+    def _copy_state(self, layer_idx: int) -> None:
+        """A state of the prefill belongs to the branches too."""
+        for branch in self.session.live_branches():
+            branch._grow(layer_idx)
+            branch.layers[layer_idx] = copy.deepcopy(self.layers[layer_idx])
+
+    def _grow(self, layer_idx: int) -> None:
+        while len(self.layers) <= layer_idx:
+            self.layers.append(self.session.new_layer())

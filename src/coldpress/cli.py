@@ -6,23 +6,34 @@ Exit codes: 0 all measured; 1 a press failed or a self-check did; 2 the input ca
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
+
+from coldpress.errors import InputError, SelfCheckError, nearest
 
 __all__ = ["main"]
 
 
 class _Parser(argparse.ArgumentParser):
-    """Errors are one line on stderr and exit code 2."""
+    """Errors are one line on stderr and exit code 2; an option has to be written out."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        sys.stderr.write(f"error: {message} (see {self.prog} --help)\n")
+        sys.stderr.write(f"error: {_line(message)} (see {self.prog} --help)\n")
         raise SystemExit(2)
+
+    @property
+    def options(self) -> list[str]:
+        return [option for action in self._actions for option in action.option_strings]
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -33,22 +44,28 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         prog: how the user called it, for the record and the help.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    with contextlib.suppress(AttributeError, ValueError):  # a terminal that has no Δ still gets its table
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     parser = _parser(prog)
-    args = parser.parse_args([_underscored(a) for a in argv])
-    from coldpress.errors import InputError, SelfCheckError
-
+    args, unknown = parser.parse_known_args([_underscored(a) for a in argv])
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}.{nearest(unknown[0], args.options)}")
     try:
         code: int = args.run(args, argv, prog)
         return code
     except InputError as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"error: {_line(str(error))}\n")
         return 2
     except SelfCheckError as error:
-        sys.stderr.write(f"self-check failed: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"self-check failed: {_line(str(error))}\n")
         return 1
     except KeyboardInterrupt:
         sys.stderr.write("\ninterrupted\n")
         return 130
+
+
+def _line(message: str) -> str:
+    return " ".join(message.split())
 
 
 def _underscored(argument: str) -> str:
@@ -64,15 +81,15 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     ppl = commands.add_parser("ppl", help="perplexity and speed of a model, with and without presses", prog=prog)
     _add_options(ppl)
-    ppl.set_defaults(run=_run_ppl)
+    ppl.set_defaults(options=ppl.options, run=_run_ppl)
     speed = commands.add_parser("speed", help="the same as ppl --speed_only")
     _add_options(speed)
-    speed.set_defaults(run=_run_ppl, speed_only=True)
+    speed.set_defaults(options=speed.options, run=_run_ppl, speed_only=True)
     report = commands.add_parser("report", help="a table of the results in a folder")
     report.add_argument("folder", nargs="?", default="results/perplexity")
-    report.set_defaults(run=_run_report)
+    report.set_defaults(options=report.options, run=_run_report)
     presses = commands.add_parser("presses", help="the methods, what they need, and where they come from")
-    presses.set_defaults(run=_run_presses)
+    presses.set_defaults(options=presses.options, run=_run_presses)
     return parser
 
 
@@ -85,7 +102,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--dataset", help="wikitext, pg19, demo, a local folder or file, or a hub id (default: wikitext)")
     add("--subset", help="configuration of the dataset, such as wikitext-103-v1")
     add("--split", help="split of the dataset (default: test)")
-    add("--sample_idx", type=int, help="take this row of the dataset as the only text (a book of pg19)")
+    add("--sample_idx", type=_not_negative, help="take this row of the dataset as the only text (a book of pg19)")
     add("--text_file", help="take this UTF-8 file as the text instead of a dataset")
     add("--press", nargs="+", help="names of presses, no_press, or all (default: no_press)")
     add("--compression_ratio", nargs="+", type=float, help="fraction of the pairs to remove, in [0, 1) (default: 0.5)")
@@ -108,7 +125,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--max_new_tokens", type=_positive, help="tokens to generate (default: 200)")
     add("--min_new_tokens", type=_positive, help="no end of text before so many (default: --max_new_tokens)")
     add("--repetitions", type=_positive, help="timed rounds (default: 5)")
-    add("--warmup", type=int, help="untimed rounds before them (default: 1)")
+    add("--warmup", type=_not_negative, help="untimed rounds before them (default: 1)")
     how = parser.add_argument_group("how")
     add = how.add_argument
     add("--attn_implementation", choices=("sdpa", "eager", "flash_attention_2"), help="arithmetic (default: sdpa)")
@@ -120,24 +137,36 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="go past the positions the model was trained on",
     )
-    add("--seed", type=int, help="of random presses and of the order of timings (default: 0)")
+    add("--seed", type=_not_negative, help="of random presses and of the order of timings (default: 0)")
     add("--output_dir", help="folder of the results (default: results/perplexity)")
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+def _integer(text: str, minimum: int, maximum: int = 2**63 - 1) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = minimum - 1
+    if not minimum <= value <= maximum:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least {minimum}, got {text!r}")
     return value
 
 
+_positive = partial(_integer, minimum=1)
+_not_negative = partial(_integer, minimum=0)
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")
+
+
 def _json_object(text: str) -> dict[str, Any]:
+    wanted = 'must be a JSON object such as {"window_size": 32}'
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f'must be a JSON object such as {{"window_size": 32}}: {error}') from error
+        value = json.loads(text, parse_constant=_refuse)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{wanted}, got {text!r} ({error})") from error
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f'must be a JSON object such as {{"window_size": 32}}, got {text}')
+        raise argparse.ArgumentTypeError(f"{wanted}, got {text!r}")
     return value
 
 
@@ -150,17 +179,17 @@ def _run_ppl(args: argparse.Namespace, argv: list[str], prog: str | None) -> int
             given[name] = tuple(given[name])
     if "press_args" in given:
         given["press_args"] = tuple(given["press_args"].items())
-    command = shlex.join([*((prog,) if prog else ("coldpress",)), *(argv[1:] if prog else argv)])
+    command = f"{prog or 'coldpress'} {shlex.join(argv[1:] if prog else argv)}"
     records, is_interrupted = evaluate(Settings(**given), command)
     if is_interrupted:
-        sys.stderr.write(f"interrupted; {len(records)} partial result(s) kept\n")
+        sys.stderr.write(f"\ninterrupted; {len(records)} result(s) kept\n")
         return 130
     return 1 if any(record["status"] == "failed" for record in records) else 0
 
 
 def _run_report(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
     from coldpress.errors import DataError
-    from coldpress.eval.report import describe, table
+    from coldpress.eval.report import show
     from coldpress.eval.results import read_results
 
     records = read_results(Path(args.folder))
@@ -173,7 +202,7 @@ def _run_report(args: argparse.Namespace, argv: list[str], prog: str | None) -> 
         )
         groups.setdefault(key, []).append(record)
     for group in groups.values():
-        print(f"{describe(group[0])}\n\n{table(group)}\n")
+        print(f"{show(group)}\n")
     return 0
 
 
@@ -181,9 +210,8 @@ def _run_presses(args: argparse.Namespace, argv: list[str], prog: str | None) ->
     from coldpress.presses.registry import catalogue
 
     for info in catalogue():
-        print(
-            f"{info.name}: {info.class_name}({info.parameters})\n    {info.summary}\n    Source: {info.source}\n    Needs: {info.needs}"
-        )
+        print(f"{info.name}: {info.class_name}({info.parameters})\n    {info.summary}")
+        print(f"    Source: {info.source}\n    Needs: {info.needs}")
     return 0
 
 

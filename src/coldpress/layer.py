@@ -21,7 +21,7 @@ from coldpress.session import THREAD, Session
 from coldpress.view import LayerCall, RowGroup
 
 if TYPE_CHECKING:
-    from coldpress.presses.base import BasePress
+    pass
 
 __all__ = ["PressedLayer"]
 
@@ -56,28 +56,33 @@ class PressedLayer(CacheLayerMixin):
         self._has_gaps = False  # some slot of _kept is empty
         self._tail_start = 0  # original position of the first slot after the kept ones
         self._is_borrowed = False  # the buffer is the model's own tensor or another cache's: copy before writing
-        self._offered: Tensor | None = None  # the keys handed to the model, to recognise the call they come back in
+        # what was handed to the model, to recognise the call in which it comes back
+        self._offered: tuple[Tensor, Tensor] | None = None
         self._window: int | None = None  # sliding window of a layer that forgets what is out of its reach
         self._pairs_before = self._pairs_after = 0  # (row, head, token) triples before and after compression
 
     # -- what transformers asks of a layer ----------------------------------------------------------------------
 
     @property
-    def is_initialized(self) -> bool:  # type: ignore[override]
+    def is_initialized(self) -> bool:
         return self._k is not None
 
     @property
-    def keys(self) -> Tensor | None:  # type: ignore[override]
+    def keys(self) -> Tensor | None:
         """Stored keys, ``[B, Hkv, T, D]``; a view of the buffer."""
         return None if self._k is None else self._k[:, :, : self._stored]
 
     @property
-    def values(self) -> Tensor | None:  # type: ignore[override]
+    def values(self) -> Tensor | None:
         """Stored values, ``[B, Hkv, T, Dv]``; a view of the buffer."""
         return None if self._v is None else self._v[:, :, : self._stored]
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to do: the first update brings shapes, dtype and device."""
+
+    def is_offered(self, keys: Tensor, values: Tensor) -> bool:
+        """Whether these are the very tensors that the last :meth:`update` returned."""
+        return self._offered is not None and self._offered[0] is keys and self._offered[1] is values
 
     def get_seq_length(self, *args: Any) -> int:
         self.session.check_claimed()
@@ -87,6 +92,8 @@ class PressedLayer(CacheLayerMixin):
     def get_mask_sizes(self, query: int | Tensor) -> tuple[int, int]:
         self.session.check_claimed()
         THREAD.masks_for, self.session.seen = self.session, self._seen
+        if self._seen > 0:
+            self.session.branches = []  # the prefill is over
         return self._seen + (query if isinstance(query, int) else query.shape[0]), 0
 
     def get_max_length(self) -> int:
@@ -108,7 +115,7 @@ class PressedLayer(CacheLayerMixin):
         self._stored += key_states.shape[2]
         self._seen += key_states.shape[2]
         keys, values = self._k[:, :, : self._stored], self._v[:, :, : self._stored]  # type: ignore[index]
-        self._offered = keys
+        self._offered = keys, values
         THREAD.updated = self.session.unclaimed = self
         return keys, values
 
@@ -188,8 +195,9 @@ class PressedLayer(CacheLayerMixin):
         """
         assert self._k is not None
         device, before = self._k.device, self._stored - n_queries
-        windowed = sliding_window is not None and self._seen > sliding_window
-        plain = padding is None and not self._has_gaps and not windowed
+        if sliding_window is not None and self._seen <= sliding_window:
+            sliding_window = None
+        plain = padding is None and not self._has_gaps and sliding_window is None
         if plain and (n_queries == 1 or before == 0):
             return None
         slot = torch.arange(self._stored, device=device)
@@ -202,7 +210,7 @@ class PressedLayer(CacheLayerMixin):
         if padding is not None:
             real = torch.nn.functional.pad(padding[:, self._tail_start :], (n_kept, 0), value=True)
             visible = visible & real[:, None, None]
-        if windowed:
+        if sliding_window is not None:
             position, query_at = self._ranks(padding)
             query_at = query_at[..., -n_queries:, None]
             visible = visible & (position[:, :, None] > query_at - sliding_window)
@@ -235,13 +243,12 @@ class PressedLayer(CacheLayerMixin):
         session = self.session
         session.unclaimed = self._offered = None
         is_prefill = self._seen == call.query.shape[2]
-        branches = [branch.layer(self.index) for branch in session.branches] if is_prefill else []
+        branches = [branch.layer(self.index) for branch in session.live_branches()] if is_prefill else []
         groups: list[RowGroup] = []
         if is_prefill and not call.is_local and (session.press is not None or branches):
             groups = RowGroup.split(self, call, padding)
-        sharing = [branch for branch in branches if not branch.branch_from(self, groups)]
-        if session.press is not None:
-            self.compress_from(self, session.press, groups)
+        sharing = [branch for branch in branches if not branch.compress_from(self, groups)]
+        self.compress_from(self, groups)
         if call.sliding_window is not None:
             self._forget_unreachable(call.sliding_window, padding)
         if is_prefill and self._is_borrowed:
@@ -249,9 +256,21 @@ class PressedLayer(CacheLayerMixin):
         for branch in sharing:
             branch.share(self)
 
-    def compress_from(self, source: PressedLayer, press: BasePress, groups: list[RowGroup]) -> bool:
-        """Hold what ``press`` keeps of ``source``'s pairs (``source`` may be this layer); False if that is all."""
-        kept = [press.compress(group.view) for group in groups]
+    def compress_from(self, source: PressedLayer, groups: list[RowGroup]) -> bool:
+        """Hold what this cache's press keeps of ``source``'s pairs (``source`` may be this layer); False if all.
+
+        A press that fails breaks its own cache, which raises the error at its next use, and none that branches off.
+        """
+        press = self.session.press
+        if press is None or self.session.error is not None:
+            return False
+        try:
+            kept = [press.compress(group.view) for group in groups]
+        except Exception as error:
+            self.session.error = error
+            if self is source:
+                raise
+            return False
         if all(part is None for part in kept) and all(group.slots is None for group in groups):
             return False
         keys, values, seen = source.keys, source.values, source._seen
@@ -274,19 +293,6 @@ class PressedLayer(CacheLayerMixin):
         self._has_gaps = self._pairs_after < p.numel()
         return True
 
-    def branch_from(self, source: PressedLayer, groups: list[RowGroup]) -> bool:
-        """Hold what this cache's own press keeps of ``source``'s pairs; False if that is all, or it has no press.
-
-        A press that fails breaks its own cache, which raises the error at its next use, and no other one.
-        """
-        if self.session.press is None or self.session.error is not None:
-            return False
-        try:
-            return self.compress_from(source, self.session.press, groups)
-        except Exception as error:
-            self.session.error = error
-            return False
-
     def share(self, other: PressedLayer) -> None:
         """Hold what ``other`` holds, without copying; whichever of the two is written to first copies."""
         session, index = self.session, self.index
@@ -302,7 +308,8 @@ class PressedLayer(CacheLayerMixin):
                 "beams from one prefix call cache.batch_repeat_interleave(n) first, or start with an empty cache."
             )
         needed = self._stored + keys.shape[2]
-        if self._is_borrowed or needed > self._k.shape[2]:
+        is_frozen = self._k.requires_grad or (self._k.is_inference() and not torch.is_inference_mode_enabled())
+        if self._is_borrowed or is_frozen or needed > self._k.shape[2]:
             self._own(needed + max(_GROW_MIN_TOKENS, needed // _GROW_FRACTION))
         self._k[:, :, self._stored : needed] = keys
         self._v[:, :, self._stored : needed] = values

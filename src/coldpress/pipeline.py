@@ -6,14 +6,16 @@ with one task name overwrite each other, under ``coldpress-text-generation`` too
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, Pipeline
-from transformers.cache_utils import Cache
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from coldpress.attention import use_coldpress
@@ -34,7 +36,15 @@ _OWN = (
     "enable_thinking",
     "cache",
 )
-_PASSED_ON = ("streamer", "generation_config", "stopping_criteria", "logits_processor")
+_PASSED_ON = ("streamer", "generation_config", "stopping_criteria", "logits_processor", "prefix_allowed_tokens_fn")
+_REFUSED = {
+    "use_cache": "the context is in a cache",
+    "cache_implementation": "the cache is a PressedCache; give your own with cache=",
+    "cache_config": "the cache is a PressedCache; give your own with cache=",
+    "num_return_sequences": "each question has one answer",
+    "max_length": "it would count the context; give max_new_tokens",
+    "min_length": "it would count the context; give min_new_tokens",
+}
 
 
 def register() -> None:
@@ -58,57 +68,62 @@ class KVPressTextGenerationPipeline(Pipeline):
     chat template the context is the user's turn up to the question, without one it is taken as it is, after the
     tokenizer's beginning-of-text token if it has one.
 
-    Args (of a call):
+    Args (of a call; those of the constructor hold for every call):
         context: a text, or a list of texts that are answered one after the other.
         question, questions: one question or several; none asks the model to go on with the context.
         answer_prefix: put before each answer, and not part of what is returned.
         press: what compresses the context; None keeps it whole.
-        max_new_tokens: of each answer (default 50).
+        max_new_tokens: of each answer (default: that of generation_config, or 50).
         max_context_length: the context's tokens after this many are cut off, with a warning; default: the tokenizer's
             or the model's maximum, less room for the longest question and answer.
         enable_thinking: handed to the chat template.
         cache: a PressedCache, empty or holding a compressed context of an earlier call (then ``context`` goes on from
             there); after the call it holds the context and no answer.
-        streamer and any option of ``generate``: passed on to it. Unknown options are refused.
+        streamer and any option of ``generate``: passed on to it; decoding is greedy unless they say otherwise. Unknown
+            options, and those that a compressed context rules out, are refused.
 
     Returns:
         ``{"answer": str}``, or ``{"answers": list[str]}`` for ``questions``; a list of them for a list of contexts.
 
     Raises:
-        InputError: an unknown option, an empty context, both question and questions.
+        InputError: an unknown option, an empty context, both question and questions, no room for a context.
     """
 
+    _load_processor = _load_image_processor = _load_feature_extractor = False
+    _load_tokenizer = True
+    _given: dict[str, Any] | None = None  # the constructor's options
+
     def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        allowed = [*_OWN, *_PASSED_ON, *_generation_options()]
-        for name in kwargs:
-            if name not in allowed:
-                raise InputError(f"Unknown option {name!r} of kv-press-text-generation.{nearest(name, allowed)}")
-        question, questions, press = kwargs.get("question"), kwargs.get("questions"), kwargs.get("press")
-        if question is not None and questions is not None:
-            raise InputError("Give question or questions, not both.")
-        if isinstance(questions, str):
-            raise InputError("questions must be a list of texts; for a single one use question=.")
-        if press is not None and not isinstance(press, BasePress):
-            raise PressError(f"press must be a press such as coldpress.SnapKVPress(0.5), got {press!r}.")
-        max_new_tokens = kwargs.get("max_new_tokens", 50)
+        if self._given is None:  # the constructor calls first
+            self._given = kwargs
+        kwargs = {**self._given, **kwargs}
+        _check_options(kwargs)
+        question, questions, cache = kwargs.get("question"), kwargs.get("questions"), kwargs.get("cache")
+        config = kwargs.get("generation_config")
+        max_new_tokens = kwargs.get("max_new_tokens") or getattr(config, "max_new_tokens", None) or 50
         preprocess = {
             "questions": [question or ""] if questions is None else list(questions),
             "answer_prefix": kwargs.get("answer_prefix") or "",
             "max_context_length": kwargs.get("max_context_length"),
             "max_new_tokens": max_new_tokens,
             "enable_thinking": kwargs.get("enable_thinking", False),
+            "n_earlier": 0 if cache is None else cache.seen_tokens,
         }
         options = {k: v for k, v in kwargs.items() if k not in _OWN}
-        forward = {"press": press, "cache": kwargs.get("cache"), "max_new_tokens": max_new_tokens, "options": options}
+        forward = {
+            "press": kwargs.get("press"),
+            "cache": cache,
+            "options": {"max_new_tokens": max_new_tokens, **options},
+        }
         return preprocess, forward, {"is_single": questions is None}
 
     def __call__(self, context: str | Sequence[str], **kwargs: Any) -> Any:
-        if not isinstance(context, str):
+        if isinstance(context, (list, tuple)):
             if kwargs.get("cache") is not None and len(context) > 1:
                 raise CacheError("One cache holds one context: call the pipeline once for each context.")
             return [self(text, **kwargs) for text in context]
-        if not context:
-            raise InputError("The context is empty; give the text that is to be compressed.")
+        if not isinstance(context, str) or not context:
+            raise InputError(f"The context must be a text that is not empty, or a list of such texts; got {context!r}.")
         return super().__call__(context, **kwargs)
 
     def preprocess(
@@ -119,24 +134,27 @@ class KVPressTextGenerationPipeline(Pipeline):
         max_context_length: int | None,
         max_new_tokens: int,
         enable_thinking: bool,
+        n_earlier: int,
     ) -> dict[str, Any]:
-        tokenizer = self.tokenizer
+        tokenizer: Any = self.tokenizer
         if getattr(tokenizer, "chat_template", None) is None:
-            before, after = (getattr(tokenizer, "bos_token", None) or "") + context, "\n"
+            bos = getattr(tokenizer, "bos_token", None) or ""
+            before, after = context if n_earlier else bos + context, "\n"
         else:
-            separator = "#" * (len(context) + 10)  # longer than any run of them in the context
+            separator = f"[{'#' * (len(context) + 10)}]"  # longer than the context, so it is not in there
             rendered = tokenizer.apply_chat_template(
                 [{"role": "user", "content": context + separator}],
                 add_generation_prompt=True,
                 tokenize=False,
                 enable_thinking=enable_thinking,
             )
+            if rendered.count(separator) != 1:
+                raise InputError("The tokenizer's chat template does not hold the user's text once, as it is.")
             before, after = rendered.split(separator)
 
         def encode(text: str) -> Tensor:
-            return torch.tensor(
-                [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]], dtype=torch.long
-            )
+            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            return torch.tensor([ids], dtype=torch.long)
 
         question_ids = [encode(question + after + answer_prefix) for question in questions]
         if any(ids.shape[1] == 0 for ids in question_ids):
@@ -145,63 +163,61 @@ class KVPressTextGenerationPipeline(Pipeline):
         limit = max_context_length
         if limit is None:
             longest = max((ids.shape[1] for ids in question_ids), default=0)
-            limit = self._max_positions() - longest - max_new_tokens
+            limit = self._max_positions() - n_earlier - longest - max_new_tokens
         if limit < 1:
             raise InputError(f"There is no room for a context: its maximum length would be {limit} tokens.")
         if context_ids.shape[1] > limit:
-            self._warn(f"The context is cut from {context_ids.shape[1]} to {limit} tokens (max_context_length).")
+            message = f"The context is cut from {context_ids.shape[1]} to {limit} tokens (max_context_length)."
+            warnings.warn(message, UserWarning, stacklevel=2)
             context_ids = context_ids[:, :limit]
         return {"context_ids": context_ids, "question_ids": question_ids}
 
     def _forward(
-        self,
-        inputs: dict[str, Any],
-        press: BasePress | None,
-        cache: Cache | None,
-        max_new_tokens: int,
-        options: dict[str, Any],
+        self, inputs: dict[str, Any], press: BasePress | None, cache: PressedCache | None, options: dict[str, Any]
     ) -> list[str]:
         use_coldpress(self.model)
         context_ids = inputs["context_ids"].to(self.model.device)
-        if cache is None:
-            cache = PressedCache(press)
-        elif not isinstance(cache, PressedCache):
-            raise CacheError(f"cache must be a coldpress.PressedCache, not {type(cache).__name__}.")
+        cache = PressedCache(press) if cache is None else cache
         earlier = cache.seen_tokens
         if press is not None and cache.press != press:
             if cache.press is not None or earlier:
-                raise CacheError(
-                    "The cache has another press or holds tokens; give an empty PressedCache, or no press."
-                )
+                raise CacheError("The cache has another press or holds tokens; give an empty one, or no press.")
             with press(self.model):
                 self._prefill(context_ids, cache)
         else:
             self._prefill(context_ids, cache)
         # The tokens of an earlier context are in the cache; generate only needs to know that they are there.
-        placeholder = context_ids.new_zeros(1, earlier)
-        return [
-            self._answer(
-                torch.cat([placeholder, context_ids, ids.to(context_ids.device)], 1), cache, max_new_tokens, options
-            )
-            for ids in inputs["question_ids"]
-        ]
+        before = torch.cat([context_ids.new_zeros(1, earlier), context_ids], 1)
+        questions = [ids.to(context_ids.device) for ids in inputs["question_ids"]]
+        return [self._answer(torch.cat([before, ids], 1), cache, options) for ids in questions]
 
     def _prefill(self, context_ids: Tensor, cache: PressedCache) -> None:
         """Run the backbone only: the vocabulary-sized logits of a long context need more memory than its cache."""
-        backbone = getattr(self.model, self.model.base_model_prefix, self.model)
+        backbone: Any = getattr(self.model, self.model.base_model_prefix, self.model)
         backbone(input_ids=context_ids, past_key_values=cache, use_cache=True)
 
-    def _answer(self, ids: Tensor, cache: PressedCache, max_new_tokens: int, options: dict[str, Any]) -> str:
-        options = {"max_new_tokens": max_new_tokens, "do_sample": False, **options}
-        if "generation_config" in options:
-            options = {k: v for k, v in options.items() if k != "do_sample" or v}
-        config = self.model.generation_config
-        if config.pad_token_id is None and "pad_token_id" not in options and config.eos_token_id is not None:
-            eos = config.eos_token_id
-            options["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
+    def _answer(self, ids: Tensor, cache: PressedCache, options: dict[str, Any]) -> str:
+        config = copy.deepcopy(options.get("generation_config") or self.model.generation_config)
+        if "generation_config" not in options:
+            options = {"do_sample": False, **options}
+        options = config.update(
+            **{k: v for k, v in options.items() if k != "generation_config"}
+        )  # streamer and the like
+        config.update(use_cache=True, cache_implementation=None, num_return_sequences=1)
+        if config.pad_token_id is None and config.eos_token_id is not None:
+            config.pad_token_id = (
+                config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+            )
+        if config.stop_strings is not None:
+            options["tokenizer"] = self.tokenizer
         branch = cache.fork()  # the answer grows on a branch, and the context stays as it is for the next question
-        output = self.model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=branch, **options)
-        return str(self.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+        branch.batch_repeat_interleave(config.num_beams or 1)
+        output = self.model.generate(
+            ids, attention_mask=torch.ones_like(ids), past_key_values=branch, generation_config=config, **options
+        )
+        output = getattr(output, "sequences", output)
+        tokenizer: Any = self.tokenizer
+        return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
 
     def postprocess(self, answers: list[str], is_single: bool) -> dict[str, Any]:
         return {"answer": answers[0]} if is_single else {"answers": answers}
@@ -209,16 +225,41 @@ class KVPressTextGenerationPipeline(Pipeline):
     def _max_positions(self) -> int:
         text = self.model.config.get_text_config(decoder=True)
         positions = getattr(text, "max_position_embeddings", None) or 2**31
-        return int(min(self.tokenizer.model_max_length, positions))
-
-    @staticmethod
-    def _warn(message: str) -> None:
-        import warnings
-
-        warnings.warn(message, UserWarning, stacklevel=2)
+        return int(min(getattr(self.tokenizer, "model_max_length", positions), positions))
 
 
-def _generation_options() -> list[str]:
-    config = GenerationConfig()
-    options = [name for name in vars(config) if not name.startswith("_") and name != "transformers_version"]
-    return options + [n for n in inspect.signature(GenerationConfig.__init__).parameters if n not in ("self", "kwargs")]
+def _check_options(options: dict[str, Any]) -> None:
+    """Refuse what is unknown or cannot be meant, before the context is read."""
+    allowed = [name for name in (*_OWN, *_PASSED_ON, *_generation_options()) if name not in _REFUSED]
+    for name in options:
+        if name in _REFUSED:
+            raise InputError(f"kv-press-text-generation does not take {name}: {_REFUSED[name]}.")
+        if name not in allowed:
+            raise InputError(f"Unknown option {name!r} of kv-press-text-generation.{nearest(name, allowed)}")
+    question, questions, press = options.get("question"), options.get("questions"), options.get("press")
+    if question is not None and questions is not None:
+        raise InputError("Give question or questions, not both.")
+    if not isinstance(question, (str, type(None))):
+        raise InputError(f"question must be a text, got {question!r}; for several use questions=.")
+    if questions is not None and not (
+        isinstance(questions, (list, tuple)) and all(isinstance(text, str) for text in questions)
+    ):
+        raise InputError(f"questions must be a list of texts, got {questions!r}; for a single one use question=.")
+    if press is not None and not isinstance(press, BasePress):
+        raise PressError(f"press must be a press such as coldpress.SnapKVPress(0.5), got {press!r}.")
+    if not isinstance(options.get("cache"), (PressedCache, type(None))):
+        raise CacheError(f"cache must be a coldpress.PressedCache, not {type(options['cache']).__name__}.")
+    for name in ("max_new_tokens", "max_context_length"):
+        value = options.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise InputError(f"{name} must be an integer of at least 1, got {value!r}.")
+
+
+@functools.cache
+def _generation_options() -> tuple[str, ...]:
+    """Everything that transformers knows as an option of ``generate``."""
+    names = [name for name in vars(GenerationConfig()) if not name.startswith("_") and name != "transformers_version"]
+    return (
+        *names,
+        *(n for n in inspect.signature(GenerationConfig.__init__).parameters if n not in ("self", "kwargs")),
+    )

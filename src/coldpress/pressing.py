@@ -14,7 +14,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.attention import use_coldpress
 from coldpress.cache import PressedCache
-from coldpress.errors import CacheError, ModelError, PressError
+from coldpress.errors import CacheError, PressError
 from coldpress.layer import PressedLayer
 from coldpress.session import Session
 
@@ -30,10 +30,10 @@ _ACTIVE: set[tuple[int, int]] = set()  # (thread, id of model) pairs that are in
 def pressed(model: PreTrainedModel, press: BasePress) -> Iterator[None]:
     """Compress with ``press`` each cache whose prefill happens inside the block and in this thread.
 
-    The cache may be a :class:`PressedCache`, a DynamicCache (which then holds compressed layers), or none: the model gets
-    one, as ``generate`` and ``use_cache=True`` expect. After the block the cache goes on being used as any other, and the
-    model stays on coldpress's attention backend, which without a press computes what the model computed before; no hook
-    and no attribute is left behind, whether the block ended normally or not.
+    The cache may be a :class:`PressedCache`, a DynamicCache (which then holds compressed layers), or none: the model
+    gets one, as ``generate`` and ``use_cache=True`` expect. After the block the cache goes on being used as any other,
+    and the model stays on coldpress's attention backend, which without a press computes what the model computed before;
+    no hook and no attribute is left behind, whether the block ended normally or not.
 
     Raises:
         ModelError: the model cannot run on coldpress's backend.
@@ -49,19 +49,24 @@ def pressed(model: PreTrainedModel, press: BasePress) -> Iterator[None]:
     def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         if threading.get_ident() != owner:
             return None
-        given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-        cache = given.get("past_key_values", given.get("kwargs", {}).get("past_key_values"))
+        signature = inspect.signature(module.forward)
+        call = signature.bind_partial(*args, **kwargs)
+        given = dict(call.arguments)
+        for parameter in signature.parameters.values():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                given |= given.pop(parameter.name, {})
+        cache, use_cache = given.get("past_key_values"), given.get("use_cache")
         if cache is not None:
             _bind(cache, press, bound)
             return None
-        use_cache = given.get("use_cache", given.get("kwargs", {}).get("use_cache"))
         if use_cache is False or (use_cache is None and not getattr(module.config, "use_cache", True)):
             return None
-        if len(args) > 1 and "past_key_values" in given:  # given as None among the positional arguments
-            raise ModelError("Inside 'with press(model):' pass past_key_values by name.")
         cache = PressedCache(press)
         bound.append(cache.session)
-        return args, {**kwargs, "past_key_values": cache}
+        if "past_key_values" not in signature.parameters:
+            return args, {**kwargs, "past_key_values": cache}
+        call.arguments["past_key_values"] = cache
+        return call.args, call.kwargs
 
     modules = {id(m): m for m in (model, getattr(model, "base_model", None)) if isinstance(m, nn.Module)}
     _ACTIVE.add((owner, id(model)))
@@ -69,8 +74,13 @@ def pressed(model: PreTrainedModel, press: BasePress) -> Iterator[None]:
         stack.callback(_ACTIVE.discard, (owner, id(model)))
         for module in modules.values():
             stack.callback(module.register_forward_pre_hook(before_forward, with_kwargs=True).remove)
-        stack.callback(lambda: [setattr(session, "press", None) for session in bound])
+        stack.callback(_release, bound)
         yield
+
+
+def _release(sessions: list[Session]) -> None:
+    for session in sessions:
+        session.press = None
 
 
 def _bind(cache: Any, press: BasePress, bound: list[Session]) -> None:
@@ -97,11 +107,12 @@ def _adopt(cache: Any) -> Session:
         )
     if isinstance(cache, Cache) and cache.get_seq_length() > 0:
         raise CacheError("This DynamicCache holds tokens already; a press compresses during the prefill. Start empty.")
+    if any(hasattr(layer, "get_mask_sizes") and hasattr(layer, "conv_states") for layer in cache.layers):
+        raise CacheError("Layers that keep a state beside their keys and values are not supported.")
     session = Session()
-    cache.layer_class_to_replicate = session.new_layer  # type: ignore[assignment]
+    cache.layer_class_to_replicate = session.new_layer
     layers = [session.new_layer() for _ in cache.layers]
     cache.layers = [
-        ours if hasattr(theirs, "get_mask_sizes") and not hasattr(theirs, "conv_states") else theirs
-        for ours, theirs in zip(layers, cache.layers)
+        ours if hasattr(theirs, "get_mask_sizes") else theirs for ours, theirs in zip(layers, cache.layers, strict=True)
     ] or [session.new_layer()]
     return session

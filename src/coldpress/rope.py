@@ -61,22 +61,23 @@ class Rope:
             ModelError: the model rotates in a way that cannot be undone from outside, as multi-head latent attention
                 does.
         """
-        name, source = type(module).__name__, sys.modules[type(module).__module__]
+        source = sys.modules[type(module).__module__]
         apply = getattr(source, _APPLY, None)
-        classes = [
+        classes: list[type[nn.Module]] = [
             c
-            for c in vars(source).values()
-            if inspect.isclass(c) and c.__name__.endswith("RotaryEmbedding") and "Vision" not in c.__name__
+            for name, c in vars(source).items()
+            if name.endswith("RotaryEmbedding") and "Vision" not in name and issubclass(c, nn.Module)
         ]
         if not classes or not _rotates(module):
             return None
         if apply is None or hasattr(module, "qk_rope_head_dim"):
-            raise ModelError(f"{name} rotates in a way that coldpress cannot undo. {_INSTEAD}")
+            raise ModelError(f"{type(module).__name__} rotates in a way that coldpress cannot undo. {_INSTEAD}")
         try:
             return cls(lambda: _build(classes[0], module).to(device), apply, _layer_type(module))
         except (TypeError, AttributeError, KeyError) as error:
             raise ModelError(
-                f"The rotary embedding of {name} could not be built from its configuration ({error}). {_INSTEAD}"
+                f"The rotary embedding of {type(module).__name__} could not be built from its configuration ({error}). "
+                f"{_INSTEAD}"
             ) from error
 
     def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,20 +119,20 @@ def _rotates(module: nn.Module) -> bool:
     Raises:
         ModelError: that depends on more than the module's own attributes.
     """
-    names = {"self": module}
+    names: dict[str, Any] = {"self": module}
     if hasattr(module.config, "position_embedding_type"):  # then the model passes position_embeddings, or None
         names["position_embeddings"] = module.config.position_embedding_type == "rope" or None
     try:
-        return all(eval(condition, {"__builtins__": {}}, names) for condition in _conditions(type(module)))
+        return all(eval(condition, {"__builtins__": {}}, names) for condition in _conditions(type(module).forward))
     except (NameError, AttributeError) as error:
         raise ModelError(f"Whether {type(module).__name__} rotates cannot be told ({error}). {_INSTEAD}") from error
 
 
-@functools.lru_cache(maxsize=None)
-def _conditions(cls: type[nn.Module]) -> list[CodeType]:
-    """The conditions of the ``if`` statements around the call of apply_rotary_pos_emb in ``cls.forward``."""
+@functools.cache
+def _conditions(forward: Callable[..., Any]) -> list[CodeType]:
+    """The conditions of the ``if`` statements around the call of apply_rotary_pos_emb in ``forward``."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(cls.forward)))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
     except (OSError, TypeError):  # no source at hand
         return []
     found = []
@@ -139,7 +140,7 @@ def _conditions(cls: type[nn.Module]) -> list[CodeType]:
         if isinstance(node, ast.If):
             calls = (n for part in node.body for n in ast.walk(part) if isinstance(n, ast.Call))
             if any(isinstance(call.func, ast.Name) and call.func.id == _APPLY for call in calls):
-                found.append(compile(ast.Expression(node.test), cls.__name__, "eval"))
+                found.append(compile(ast.Expression(node.test), _APPLY, "eval"))
     return found
 
 

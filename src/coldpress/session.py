@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,7 +35,7 @@ class Session:
 
     def __init__(self, press: BasePress | None = None):
         self.press = press
-        self.branches: list[PressedCache] = []  # caches that are compressed from this one's prefill
+        self.branches: list[weakref.ref[PressedCache]] = []  # caches that this one's prefill fills too
         self.unclaimed: PressedLayer | None = None
         self.error: Exception | None = None  # what the press of a branch raised during the shared prefill
         self.seen: int | None = None  # logical length before the call that is under way
@@ -57,8 +58,12 @@ class Session:
         self._n_layers += 1
         return PressedLayer(self, self._n_layers - 1)
 
+    def live_branches(self) -> list[PressedCache]:
+        """The branches that somebody still wants; none once the prefill is over."""
+        return [branch for ref in self.branches if (branch := ref()) is not None]
+
     def reset(self) -> None:
-        self.branches = []  # they came from the prefill that is being forgotten
+        self.branches = []
         self.unclaimed = self.error = self.seen = self._seed = None
         self.has_padding = False
 
@@ -74,8 +79,9 @@ class Session:
             raise self.error
         if self.unclaimed is not None:
             raise ModelError(
-                "This PressedCache was updated but coldpress's attention never ran: the model uses another attention "
-                "backend, or an earlier call failed half-way. Run the model on coldpress, with "
+                "This PressedCache was updated but coldpress's attention never ran on its keys and values: the model "
+                "uses another attention backend, attends with something else than it caches (latent and differential "
+                "attention do), or an earlier call failed half-way. Run the model on coldpress, with "
                 "from_pretrained(..., attn_implementation='coldpress'), model.set_attn_implementation('coldpress') or "
                 "'with press(model):', and start with a new or reset cache."
             )

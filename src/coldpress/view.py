@@ -1,8 +1,8 @@
 """LayerView: what a press may see of one layer, computed when asked for, and only once.
 
 A view never holds padding: rows of a padded batch are taken apart before they get here (see :class:`RowGroup`), so
-that what a press does to a row is what it does to that row alone. Nor does it hold what a sliding window has left behind:
-such a view begins at ``first_position`` of its rows.
+that what a press does to a row is what it does to that row alone. Nor does it hold what a sliding window has left
+behind: such a view begins at ``first_position`` of its rows.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class Kept(NamedTuple):
 
     Attributes:
         keys, values: ``[B, Hkv, n, D]``, ``[B, Hkv, n, Dv]``.
-        positions: int64 ``[B, Hkv, n]``, ascending positions in the view; -1 in the last places of a head that keeps fewer.
+        positions: int64 ``[B, Hkv, n]``, ascending positions in the view; -1 in the last places of a head that keeps
+            fewer.
     """
 
     keys: Tensor
@@ -217,12 +218,14 @@ class RowGroup:
         """
         keys, values, query = layer.keys, layer.values, call.query
         assert keys is not None and values is not None
-        n_tokens, session = keys.shape[2], layer.session
+        n_tokens, device, session = keys.shape[2], keys.device, layer.session
         reach = n_tokens if call.sliding_window is None else min(n_tokens, max(1, call.sliding_window - 1))
 
-        def view(*states: Tensor, first_position: int) -> LayerView:
+        def view(keys: Tensor, values: Tensor, queries: Tensor, first_position: int) -> LayerView:
             return LayerView(
-                *states,
+                keys,
+                values,
+                queries,
                 module=call.module,
                 scaling=call.scaling,
                 layer_idx=call.layer_idx,
@@ -231,21 +234,21 @@ class RowGroup:
                 sliding_window=call.sliding_window,
                 softcap=call.softcap,
                 sinks=call.sinks,
-                find_rope=lambda: session.rope(call.module, keys.device),
+                find_rope=lambda: session.rope(call.module, device),
                 find_seed=lambda: session.seed,
             )
 
         if padding is None:
             if reach == n_tokens:
-                return [cls(slice(None), None, view(keys, values, query, first_position=0))]
-            padding = torch.ones(keys.shape[0], n_tokens, dtype=torch.bool, device=keys.device)
+                return [cls(slice(None), None, view(keys, values, query, 0))]
+            padding = torch.ones(keys.shape[0], n_tokens, dtype=torch.bool, device=device)
         lengths = padding.sum(-1).tolist()
         groups = []
         for length in sorted({n for n in lengths if n > 0}):
-            rows = torch.tensor([i for i, n in enumerate(lengths) if n == length], device=keys.device)
+            rows = torch.tensor([i for i, n in enumerate(lengths) if n == length], device=device)
             slots = torch.stack([padding[row].nonzero()[-reach:, 0] for row in rows])  # [b, T]
-            states = [_take(x, rows, slots) for x in (keys, values, query)]
-            groups.append(cls(rows, slots, view(*states, first_position=length - slots.shape[1])))
+            k, v, q = (_take(states, rows, slots) for states in (keys, values, query))
+            groups.append(cls(rows, slots, view(k, v, q, length - slots.shape[1])))
         return groups
 
     def all(self) -> Kept:

@@ -123,6 +123,7 @@ _ALL = [
     Architecture("gemma3", "gemma3_text", _HYBRID | {"head_dim": 16, "query_pre_attn_scalar": 16}),
     Architecture("phi", "phi", _GROUPED | {"hidden_size": 64, "partial_rotary_factor": 0.5}),
     Architecture("phi3", "phi3", _GROUPED),
+    Architecture("glm", "glm", _GROUPED | {"head_dim": 16}),
     Architecture("gpt2", "gpt2", _GPT2),
     Architecture("opt", "opt", _BASE | {"ffn_dim": 48, "word_embed_proj_dim": 32}, (5, 0), _OLD_MASK),
     Architecture("stablelm", "stablelm", _GROUPED | {"hidden_size": 64}, (5, 0), _OLD_ATTENTION),
@@ -142,6 +143,17 @@ _ALL = [
         (5, 0),
         "has a cache class of its own",
     ),
+    Architecture(
+        "qwen3_next",
+        "qwen3_next",
+        _GROUPED
+        | {"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2, "head_dim": 16}
+        | {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+        | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "intermediate_size": 16}
+        | {"shared_expert_intermediate_size": 16},
+        (5, 0),
+        "does not exist",
+    ),
     Architecture("ernie4_5", "ernie4_5", _GROUPED),
     Architecture("smollm3", "smollm3", _GROUPED | {"no_rope_layers": [1, 0]}),
     Architecture(
@@ -153,17 +165,18 @@ _ALL = [
 ]
 # Variants of the rotary embedding; with "dynamic" a model's answers depend on its longest input so far.
 _LLAMA_3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
-_LONG = {"short_factor": [1.0] * 4, "long_factor": [1.5, 2.0, 3.0, 4.0], "original_max_position_embeddings": 16}
+_LONG = {"short_factor": [1.0] * 4, "long_factor": [1.5, 2.0, 3.0, 4.0]}
+_LONGROPE = (
+    _scaled("longrope", original_max_position_embeddings=16, **_LONG)
+    if VERSION >= (5, 0)
+    else {"rope_scaling": {"type": "longrope", **_LONG}}
+)
 _ROTARY = [
     Architecture("llama_linear", "llama", _GROUPED | _scaled("linear", factor=4.0)),
     Architecture("llama_llama3", "llama", _GROUPED | _scaled("llama3", factor=8.0, **_LLAMA_3)),
     Architecture("llama_yarn", "llama", _GROUPED | _scaled("yarn", factor=4.0, original_max_position_embeddings=128)),
     Architecture("llama_dynamic", "llama", _GROUPED | {"max_position_embeddings": 32} | _scaled("dynamic", factor=4.0)),
-    Architecture(
-        "phi3_longrope",
-        "phi3",
-        _GROUPED | {"original_max_position_embeddings": 16} | _scaled("longrope", **_LONG),
-    ),
+    Architecture("phi3_longrope", "phi3", _GROUPED | {"original_max_position_embeddings": 16} | _LONGROPE),
 ]
 ARCHITECTURES = [a for a in _ALL if a.since <= VERSION]
 ROTARY_VARIANTS = [a for a in _ROTARY if a.since <= VERSION]
@@ -171,9 +184,13 @@ BY_NAME = {a.name: a for a in ARCHITECTURES + ROTARY_VARIANTS}
 
 
 @cache
+def _built(name: str, attention: str, dtype: torch.dtype) -> PreTrainedModel:
+    return BY_NAME[name].build(attention, dtype)
+
+
 def tiny(name: str, attention: str = "coldpress", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The model called ``name``, built once; tests that change a model take ``BY_NAME[name].build()``."""
-    return BY_NAME[name].build(attention, dtype)
+    return _built(name, attention, dtype)
 
 
 def tokens(*shape: int, seed: int = 0) -> Tensor:

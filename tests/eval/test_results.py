@@ -63,7 +63,7 @@ def test_every_setting_has_its_own_name(tmp_path: Path) -> None:
 
 def test_measured_values_absent_fields_and_types_of_zero_do_not_change_the_name(tmp_path: Path) -> None:
     same = [
-        {**RECORD, "ppl": 1.0, "text_sha256": "ab", "timestamp": "now"},
+        {**RECORD, "ppl": 1.0, "effective_compression_ratio": 0.51, "timestamp": "now"},
         {**RECORD, "sample_idx": None},
         dict(reversed(RECORD.items())),
     ]
@@ -122,6 +122,20 @@ def test_a_finished_result_removes_the_failure_of_the_same_setting_only(tmp_path
     assert names(tmp_path) == sorted([finished.name, other.name])
 
 
+def test_an_interrupted_result_has_a_name_of_its_own_until_it_is_finished(tmp_path: Path) -> None:
+    finished = write_result(tmp_path, RECORD)
+    partial = write_result(tmp_path, {**RECORD, "status": "interrupted", "ppl": 1.0})
+    assert partial.name == finished.name.removesuffix(".json") + ".interrupted.json"
+    assert [record["ppl"] for record in read_results(tmp_path)] == [1.0, 42.0]
+    write_result(tmp_path, RECORD)
+    assert names(tmp_path) == [finished.name]
+
+
+def test_text_that_is_no_unicode_is_still_json(tmp_path: Path) -> None:
+    path = write_result(tmp_path, {**RECORD, "command": "ppl --text_file \udcff.txt"})
+    assert json.loads(path.read_text(encoding="utf-8"))["command"] == "ppl --text_file \udcff.txt"
+
+
 @pytest.mark.parametrize(
     ("bad", "field"),
     [
@@ -158,10 +172,12 @@ def test_a_write_that_breaks_leaves_the_old_result_and_nothing_else(
 # The folder
 
 
-def test_check_writable_creates_the_folder_and_leaves_nothing_in_it(tmp_path: Path) -> None:
+def test_check_writable_leaves_nothing_behind(tmp_path: Path) -> None:
     check_writable(tmp_path / "a" / "b")
-    check_writable(tmp_path / "a" / "b")
-    assert names(tmp_path / "a" / "b") == []
+    assert names(tmp_path) == []
+    (tmp_path / "a").mkdir()
+    check_writable(tmp_path / "a")
+    assert names(tmp_path / "a") == []
 
 
 def test_check_writable_refuses_files_and_what_the_system_refuses(

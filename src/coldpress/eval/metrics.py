@@ -6,6 +6,7 @@ difference to the baseline is taken on the same tokens.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,17 +45,18 @@ def paired_difference(counts: Sequence[int], losses: Sequence[float], baseline: 
         losses, baseline: sums of the losses of those tokens, in nats.
     """
     total = sum(counts)
-    differences = [a - b for a, b in zip(losses, baseline)]
+    differences = [a - b for a, b in zip(losses, baseline, strict=True)]
     delta = math.fsum(differences) / total
     n_windows = len(counts)
     if n_windows < 2:
         return Paired(delta, None, None)
-    squares = math.fsum((d - delta * n) ** 2 for d, n in zip(differences, counts))
+    squares = math.fsum((d - delta * n) ** 2 for d, n in zip(differences, counts, strict=True))
     se = math.sqrt(n_windows / (n_windows - 1) * squares) / total
     half = student_t_975(n_windows - 1) * se
     return Paired(delta, se, (delta - half, delta + half))
 
 
+@functools.cache
 def student_t_975(degrees: int) -> float:
     """The 97.5 % point of Student's t distribution, to six digits."""
     log_norm = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2) - 0.5 * math.log(degrees * math.pi)

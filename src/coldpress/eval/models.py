@@ -1,8 +1,9 @@
-"""Load a model and its tokenizer from the hub, a folder, a GGUF file or the package, with errors that say what to do."""
+"""Load a model and its tokenizer from the hub, a folder, a GGUF file or the package; errors say what to do."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
@@ -66,10 +67,19 @@ class LoadedModel:
             "dtype": str(parameters[0].dtype).removeprefix("torch."),
             "device": str(self.device),
             "attn_implementation": self.attn_implementation,
+            "weights_fingerprint": self._fingerprint(),
             "num_params": sum(p.numel() for p in parameters),
             "weights_bytes": sum(p.numel() * p.element_size() for p in parameters),
             "max_position_embeddings": self.max_positions,
         }
+
+    def _fingerprint(self) -> str:
+        """A hash over names, shapes and some numbers of the weights: two models in folders of one name differ in it."""
+        digest = hashlib.sha256()
+        for name, weights in self.model.named_parameters():
+            some = weights.detach().flatten()[:64].cpu().double()
+            digest.update(f"{name} {tuple(weights.shape)}".encode() + some.numpy().tobytes())
+        return digest.hexdigest()[:16]
 
 
 def pick_device(name: str) -> torch.device:
@@ -143,16 +153,16 @@ def load_model(
                 )
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             model = AutoModelForCausalLM.from_pretrained(source, dtype=pick_dtype(dtype, on), **options)
+            model.to(on).eval().requires_grad_(False)
         except (InputError, KeyboardInterrupt, MemoryError):
             raise
         except ImportError as error:
             raise MissingDependencyError(f"{name} needs a package that is not installed: {one_line(error)}") from error
         except Exception as error:
             raise ModelError(f"{name} cannot be loaded ({type(error).__name__}: {one_line(error)})") from error
-        model.eval().requires_grad_(False)
         use_coldpress(model, attn_implementation)
         commit = getattr(model.config, "_commit_hash", None) or options.get("revision")
-    return LoadedModel(model.to(on), tokenizer, name, "demo" if name == "demo" else name, commit, attn_implementation)
+    return LoadedModel(model, tokenizer, name, "demo" if name == "demo" else name, commit, attn_implementation)
 
 
 def _locate(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
@@ -180,9 +190,10 @@ def _locate(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
             AutoConfig.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         raise UnreachableError(
-            f"model {name}{f' at {revision}' if revision else ''} is neither a folder here nor in the hub's cache, and the "
-            f"Hugging Face hub could not be reached ({problem}): give a local folder (--model PATH), fill the cache where "
-            f"there is a network (hf download {name}), or run what is shipped (--model demo --dataset demo)"
+            f"model {name}{f' at {revision}' if revision else ''} is neither a folder here nor in the hub's cache, and "
+            f"the Hugging Face hub could not be reached ({problem}): give a local folder (--model PATH), fill the "
+            f"cache where there is a network (hf download {name}), or run what is shipped "
+            "(--model demo --dataset demo)"
         ) from error
     return name, options
 

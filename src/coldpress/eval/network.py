@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 
 __all__ = ["hub_problem", "one_line"]
@@ -26,7 +27,8 @@ def hub_problem(path: str) -> str | None:
             failed = answer.status_code >= 500  # "not found" is an answer
             answers.append(f"{constants.ENDPOINT}: status {answer.status_code}" if failed else None)
         except Exception as error:
-            answers.append(f"{constants.ENDPOINT}: {one_line(error)}")
+            cause = re.search(r"\[Errno[^\]]*\][^'\"()]*", str(error))  # the end of a long chain
+            answers.append(f"{constants.ENDPOINT}: {cause[0].strip() if cause else one_line(error)}")
 
     # In a thread, because a name server that never answers has no timeout of its own.
     thread = threading.Thread(target=ask, daemon=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from coldpress.eval.memory import format_bytes
 
-__all__ = ["describe", "table"]
+__all__ = ["describe", "show", "table"]
 
 Record = dict[str, Any]
 
@@ -28,36 +28,52 @@ def _bytes(key: str) -> Callable[[Record], str | None]:
     return lambda record: None if record.get(key) is None else format_bytes(record[key])
 
 
-COLUMNS: tuple[tuple[str, Callable[[Record], str | None]], ...] = (
-    ("press", lambda r: r["press"]),
-    ("ratio", _number("compression_ratio", "{:g}")),
+Column = tuple[str, Callable[[Record], str | None]]
+WHICH: tuple[Column, ...] = (("press", lambda r: r["press"]), ("ratio", _number("compression_ratio", "{:g}")))
+QUALITY: tuple[Column, ...] = (
     ("achieved", _number("effective_compression_ratio", "{:.3f}")),
+    ("loss", _number("loss", "{:.4f}")),
     ("PPL", _number("ppl", "{:.3f}")),
     ("ΔNLL ± 95 % CI", _interval),
     ("same top-1", _number("same_top1", "{:.1%}")),
     ("KL", _number("kld_mean", "{:.4f}")),
-    ("KV cache", _bytes("kv_bytes")),
+    ("KV before", _bytes("kv_bytes_baseline")),
+    ("KV after", _bytes("kv_bytes")),
+    ("status", lambda r: None if r["status"] == "ok" else r["status"]),
+)
+SPEED: tuple[Column, ...] = (
     ("prefill tok/s", _number("prefill_tokens_per_s", "{:.0f}")),
     ("TTFT s", _number("ttft_s", "{:.3f}")),
     ("TPOT ms", _number("tpot_ms", "{:.2f}")),
-    ("decode tok/s", _number("decode_tokens_per_s", "{:.1f}")),
+    ("generation tok/s", _number("generation_tokens_per_s", "{:.1f}")),
     ("decode speed-up", _number("decode_speedup", "{:.2f}x")),
-    ("peak memory", _bytes("peak_mem_delta_bytes")),
-    ("status", lambda r: None if r["status"] == "ok" else r["status"]),
+    ("peak memory", _bytes("peak_mem_bytes")),
+    ("above start", _bytes("peak_mem_delta_bytes")),
 )
 
 
 def table(records: Sequence[Record]) -> str:
-    """A Markdown table, one line a record; columns that no record fills are left out."""
+    """Markdown tables, one line a record: quality and sizes, then speed and memory, as far as they were measured."""
     flat = [{**r, "kld_mean": (r.get("kld") or {}).get("mean")} for r in records]
-    rows = [[cell(r) or "" for _, cell in COLUMNS] for r in flat]
-    used = [i for i in range(len(COLUMNS)) if any(row[i] for row in rows)]
-    header = [COLUMNS[i][0] for i in used]
-    body = [[row[i] for i in used] for row in rows]
+    return "\n\n".join(text for text in (_table(flat, QUALITY), _table(flat, SPEED)) if text)
+
+
+def _table(records: Sequence[Record], columns: Sequence[Column]) -> str:
+    """The columns that a record fills, for the records that fill one; an empty text when none does."""
+    cells = [[cell(r) or "" for _, cell in columns] for r in records]
+    used = [i for i in range(len(columns)) if any(row[i] for row in cells)]
+    if not used:
+        return ""
+    header = [name for name, _ in WHICH] + [columns[i][0] for i in used]
+    body = [
+        [cell(record) or "" for _, cell in WHICH] + [row[i] for i in used]
+        for record, row in zip(records, cells, strict=True)
+        if any(row)
+    ]
     widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
-        padded = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths))]
+        padded = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
         return "| " + " | ".join(padded) + " |"
 
     rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
@@ -72,14 +88,25 @@ def _short(name: str) -> str:
 def describe(record: Record) -> str:
     """What a table's numbers were measured on, in one paragraph."""
     env = record["env"]
+    subset = f"/{record['subset']}" if record["subset"] else ""
     parts = [
-        f"model {_short(record['model'])} ({record['num_params'] / 1e6:.1f} M parameters, {record['dtype']}, {record['device']}, "
-        f"{record['attn_implementation']})",
-        f"text {_short(record['dataset'])}{'/' + record['subset'] if record['subset'] else ''}, sha256 {record['text_sha256'][:12]}, "
+        f"model {_short(record['model'])} ({record['num_params'] / 1e6:.1f} M parameters, {record['dtype']}, "
+        f"{record['device']}, {record['attn_implementation']})",
+        f"text {_short(record['dataset'])}{subset}, sha256 {record['text_sha256'][:12]}, "
         f"{record['total_tokens']:,} tokens",
         f"protocol {record['protocol']}",
-        f"transformers {env['transformers']}, torch {env['torch']}, {env['cpu']}, {env['threads']} threads",
     ]
     if record.get("windows"):
-        parts.insert(3, f"{record['windows']} windows, {record['scored_tokens']:,} scored tokens")
+        parts.append(f"{record['windows']} windows, {record['scored_tokens']:,} scored tokens")
+    if record.get("generated_tokens"):
+        context = record.get("speed_context_tokens") or record["context_tokens"]
+        parts.append(f"timed with {context:,} tokens of context and {record['generated_tokens']} generated ones")
+    if record.get("peak_mem_kind"):
+        parts.append(f"peak memory by {record['peak_mem_kind']}")
+    parts.append(f"transformers {env['transformers']}, torch {env['torch']}, {env['cpu']}, {env['threads']} threads")
     return "; ".join(parts)
+
+
+def show(records: Sequence[Record]) -> str:
+    """The records of one run as text: what they were measured on, and their tables."""
+    return f"{describe(next((r for r in records if r['status'] == 'ok'), records[0]))}\n\n{table(records)}"

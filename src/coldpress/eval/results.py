@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -34,12 +35,12 @@ __all__ = [
 
 SCHEMA_VERSION = 1
 
-# What was asked for, as far as it is known before the run: a run that fails early has the same name as one
-# that finishes. Measured values (text_sha256, achieved ratio, ...) are in the record, not in its name.
+# What was asked for and what it was asked of: a run that fails has the same name as one that finishes. Measured values
+# (loss, achieved ratio, ...) are in the record, not in its name.
 IDENTIFYING_FIELDS = (
     *("protocol", "mode", "speed_only", "settings"),
-    *("model", "model_revision", "dtype", "device", "attn_implementation", "quantization"),
-    *("dataset", "dataset_revision", "subset", "split", "sample_idx", "text_file", "add_bos"),
+    *("model", "model_revision", "weights_fingerprint", "dtype", "device", "attn_implementation", "quantization"),
+    *("dataset", "dataset_revision", "subset", "split", "sample_idx", "text_file", "text_sha256", "add_bos"),
     *(
         "max_tokens",
         "max_windows",
@@ -52,7 +53,6 @@ IDENTIFYING_FIELDS = (
     *("batch_size", "position_mode", "press", "press_config", "compression_ratio", "budget"),
     *("max_new_tokens", "warmup", "repetitions", "threads", "seed"),
 )
-FAILED_STATUS = ("failed", "error")
 PACKAGE_DIR = Path(__file__).resolve().parents[1]
 
 
@@ -86,8 +86,8 @@ def result_path(output_dir: Path, record: dict[str, Any]) -> Path:
     `output_dir`.
 
     The hex digits are a hash over IDENTIFYING_FIELDS, where an absent field is as one that is None: equal
-    settings share a name, others do not. A record whose status is "failed", or that holds an error, ends in
-    ``.failed.json``.
+    settings share a name, others do not. A record that failed (status "failed" or "error", or an error in it) ends in
+    ``.failed.json``, one of an interrupted run in ``.interrupted.json``.
     """
     identity = {key: record[key] for key in IDENTIFYING_FIELDS if record.get(key) is not None}
     ratio = record.get("compression_ratio")
@@ -97,15 +97,14 @@ def result_path(output_dir: Path, record: dict[str, Any]) -> Path:
     protocol = record.get("protocol") or record.get("mode") or "run"
     parts = [protocol, record.get("model"), record.get("dataset"), record.get("press") or "no_press"]
     shown = [] if ratio is None else [f"r{ratio:.2f}" if round(ratio, 2) == ratio else f"r{ratio:g}"]
-    suffix = ".failed.json" if _failed(record) else ".json"
-    return Path(output_dir) / ("__".join([*map(_slug, parts), *shown, digest]) + suffix)
+    return Path(output_dir) / ("__".join([*map(_slug, parts), *shown, digest]) + _suffix(record))
 
 
 def write_result(output_dir: Path, record: dict[str, Any]) -> Path:
     """Write `record` as JSON, whole or not at all, and return its path; adds `schema_version` when missing.
 
-    An older file of the same settings is replaced; a failed record never replaces a finished one, and a
-    finished one removes the failed one. Raises SelfCheckError for NaN, infinity or a value JSON cannot hold
+    An older file of the same settings is replaced; a failed or interrupted record never replaces a finished one, and a
+    finished one removes those. Raises SelfCheckError for NaN, infinity or a value JSON cannot hold
     (the message names the field), OutputError when the file cannot be written.
     """
     record = {"schema_version": SCHEMA_VERSION, **record}
@@ -114,13 +113,15 @@ def write_result(output_dir: Path, record: dict[str, Any]) -> Path:
     check_writable(path.parent)
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        with open(temporary, "x", encoding="utf-8") as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "x", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        if not _failed(record):
-            result_path(output_dir, {**record, "status": "failed"}).unlink(missing_ok=True)
+        if _suffix(record) == ".json":
+            for status in ("failed", "interrupted"):
+                result_path(output_dir, {**record, "status": status}).unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(f"cannot write {str(path)!r} ({error.strerror}): choose another folder") from error
     finally:
@@ -129,15 +130,22 @@ def write_result(output_dir: Path, record: dict[str, Any]) -> Path:
 
 
 def check_writable(output_dir: Path) -> None:
-    """Create `output_dir` and prove that a file can be written there; call it before any long work.
+    """Prove that results can be written to `output_dir`, and leave nothing behind; call it before any long work.
 
     Raises OutputError when the path is a file, lies below a file, or may not be written.
     """
-    probe = Path(output_dir) / f".{secrets.token_hex(8)}.tmp"
+    folder = Path(output_dir)
+    missing = [parent for parent in (folder, *folder.parents) if not os.path.lexists(parent)]
+    probe = folder / f".{secrets.token_hex(8)}.tmp"
     try:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        probe.touch(exist_ok=False)
-        probe.unlink()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe.touch(exist_ok=False)
+        finally:
+            with contextlib.suppress(OSError):
+                probe.unlink(missing_ok=True)
+                for parent in missing:
+                    parent.rmdir()
     except FileExistsError as error:
         raise OutputError(f"output folder {str(output_dir)!r} is a file: give a folder") from error
     except OSError as error:
@@ -167,8 +175,10 @@ def read_results(output_dir: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _failed(record: dict[str, Any]) -> bool:
-    return record.get("status") in FAILED_STATUS or bool(record.get("error"))
+def _suffix(record: dict[str, Any]) -> str:
+    if record.get("status") in ("failed", "error") or record.get("error"):
+        return ".failed.json"
+    return ".interrupted.json" if record.get("status") == "interrupted" else ".json"
 
 
 def _slug(value: Any) -> str:

@@ -13,7 +13,7 @@ import gc
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.cache import PressedCache
 from coldpress.errors import SelfCheckError
+from coldpress.eval.checks import check_stored_pairs, release
 from coldpress.eval.memory import MemoryMeter, MemoryReading
 from coldpress.eval.perplexity import forward
 from coldpress.presses.base import BasePress
@@ -49,6 +50,15 @@ class Sample:
     decode_ns: int
     n_tokens: int  # generated ids
 
+    @property
+    def timed_tokens(self) -> int:
+        """Ids that were generated within the time: the first one comes from the prefill."""
+        return self.n_tokens if self.prefill_ns is not None else self.n_tokens - 1
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.timed_tokens * 1e9 / ((self.prefill_ns or 0) + self.decode_ns)
+
 
 @dataclass
 class SpeedPoint:
@@ -62,48 +72,10 @@ class SpeedPoint:
     achieved_ratio: float = 0.0
     error: Exception | None = None
 
-    def result(self, baseline: SpeedPoint | None, context_tokens: int) -> dict[str, Any]:
-        """The speed part of a result record: medians over repetitions, their spread, and the raw samples.
-
-        Raises:
-            Exception: what the press raised, if it failed.
-        """
-        if self.error is not None:
-            raise self.error
-        tpot = [s.decode_ns / (s.n_tokens - 1) / 1e6 for s in self.samples if s.n_tokens > 1]  # ms
-        ttft = [s.prefill_ns / 1e9 for s in self.samples if s.prefill_ns is not None]  # s
-        total = [((s.prefill_ns or 0) + s.decode_ns) / 1e9 for s in self.samples]
-        record: dict[str, Any] = {
-            "context_tokens": context_tokens,
-            "generated_tokens": self.samples[0].n_tokens if self.samples else None,
-            "repetitions": len(self.samples),
-            "tpot_ms": _median(tpot),
-            "tpot_ms_spread": _spread(tpot),
-            "decode_tokens_per_s": _median([1e3 / t for t in tpot]),
-            "ttft_s": _median(ttft),
-            "ttft_s_spread": _spread(ttft),
-            "prefill_tokens_per_s": _median([context_tokens / t for t in ttft]),
-            "generation_tokens_per_s": _median([s.n_tokens / t for s, t in zip(self.samples, total) if t]),
-            "samples": [vars(s) for s in self.samples],
-            "kv_bytes": self.kv_bytes,
-            "kv_bytes_baseline": None if baseline is None else baseline.kv_bytes,
-            "kv_len_before": context_tokens,
-            "kv_len_after": self.kv_lengths,
-            "effective_compression_ratio": self.achieved_ratio,
-        }
-        if self.memory is not None:
-            record |= {
-                "peak_mem_bytes": self.memory.peak_bytes,
-                "peak_mem_kind": self.memory.kind,
-                "peak_mem_baseline_bytes": self.memory.baseline_bytes,
-                "peak_mem_delta_bytes": self.memory.delta_bytes,
-                "peak_reserved_bytes": self.memory.peak_reserved_bytes,
-            }
-        if baseline is not None and baseline is not self and baseline.error is None and tpot:
-            ratios = [b.decode_ns / s.decode_ns for b, s in zip(baseline.samples, self.samples) if s.decode_ns]
-            record["decode_speedup"] = _median(ratios)
-            record["decode_speedup_spread"] = _spread(ratios)
-        return record
+    @property
+    def tpot_ms(self) -> list[float]:
+        """Time per output token after the first, of each repetition that generated more than one."""
+        return [s.decode_ns / (s.n_tokens - 1) / 1e6 for s in self.samples if s.n_tokens > 1]
 
 
 class SpeedRun:
@@ -148,6 +120,10 @@ class SpeedRun:
     def device(self) -> torch.device:
         return self.context_ids.device
 
+    def point(self, press: BasePress | None) -> SpeedPoint:
+        """The measurements of one of the presses."""
+        return next(point for point in self.points if point.press is press)
+
     @torch.inference_mode()
     def run(self, progress: Callable[[Any], Any] = iter) -> None:
         """Warm up, time, then measure memory in a run of its own for each press."""
@@ -157,7 +133,15 @@ class SpeedRun:
             self.order.shuffle(shuffled)
             rounds += [("time", point) for point in shuffled]
         rounds += [("memory", point) for point in self.points]
-        for kind, point in progress(rounds):
+        gc.collect()
+        gc.freeze()  # what is here now stays: the collections between the rounds need not look at it
+        try:
+            self._run(progress(rounds))
+        finally:
+            gc.unfreeze()
+
+    def _run(self, rounds: Iterable[tuple[str, SpeedPoint]]) -> None:
+        for kind, point in rounds:
             if point.error is not None:
                 continue
             try:
@@ -168,7 +152,45 @@ class SpeedRun:
                     if kind == "time":
                         point.samples.append(sample)
             except Exception as error:
-                point.error = error
+                point.error = release(error)
+
+    def result(self, point: SpeedPoint) -> dict[str, Any]:
+        """The speed part of a result record: medians over repetitions, their spread, and the raw samples."""
+        baseline = next((p for p in self.points if p.press is None), None)
+        context_tokens = self.context_ids.shape[1]
+        tpot = point.tpot_ms
+        ttft = [s.prefill_ns / 1e9 for s in point.samples if s.prefill_ns is not None]  # s
+        record: dict[str, Any] = {
+            "context_tokens": context_tokens,
+            "generated_tokens": point.samples[0].n_tokens if point.samples else None,
+            "repetitions": len(point.samples),
+            "tpot_ms": _median(tpot),
+            "tpot_ms_spread": _spread(tpot),
+            "decode_tokens_per_s": _median([1e3 / t for t in tpot]),
+            "speed_tokens_per_s": _median([1e3 / t for t in tpot]),  # the name other tools look for
+            "ttft_s": _median(ttft),
+            "ttft_s_spread": _spread(ttft),
+            "prefill_tokens_per_s": _median([context_tokens / t for t in ttft]),
+            "generation_tokens_per_s": _median([s.tokens_per_s for s in point.samples if s.timed_tokens]),
+            "samples": [vars(s) for s in point.samples],
+            "kv_bytes": point.kv_bytes,
+            "kv_bytes_baseline": None if baseline is None else baseline.kv_bytes,
+            "kv_len_before": context_tokens,
+            "kv_len_after": point.kv_lengths,
+            "effective_compression_ratio": point.achieved_ratio,
+        }
+        if point.memory is not None:
+            record |= {
+                "peak_mem_bytes": point.memory.peak_bytes,
+                "peak_mem_kind": point.memory.kind,
+                "peak_mem_baseline_bytes": point.memory.baseline_bytes,
+                "peak_mem_delta_bytes": point.memory.delta_bytes,
+                "peak_reserved_bytes": point.memory.peak_reserved_bytes,
+            }
+        if baseline is not None and baseline is not point and baseline.error is None:
+            speedup = [b / own for b, own in zip(baseline.tpot_ms, tpot, strict=False) if own]  # of the same rounds
+            record |= {"decode_speedup": _median(speedup), "decode_speedup_spread": _spread(speedup)}
+        return record
 
     def _generate(self, point: SpeedPoint, n_tokens: int) -> Sample:
         """Prefill, then greedy decoding of ``n_tokens`` ids; ends earlier only at an end of text that is allowed."""
@@ -202,6 +224,7 @@ class SpeedRun:
             token = self._next(self.context_ids, cache, 0)
             point.kv_bytes, point.kv_lengths = cache.kv_bytes(), cache.stored_lengths()
             point.achieved_ratio = cache.achieved_ratio()
+            check_stored_pairs(point.press, cache, self.context_ids.shape[1])
             for i in range(1, min(self.max_new_tokens, WARMUP_TOKENS)):
                 token = self._next(token, cache, i)
         point.memory = meter.result

@@ -20,10 +20,11 @@ class ExpectedAttentionPress(ScorerPress):
     With mu and Sigma the mean and covariance over tokens of the queries before rotation (the first n_sink tokens left
     out), and R the mean rotation of the next n_future_positions positions:
     p[t] = softmax over t of (k[t] . R mu * s + k[t]' R Sigma R' k[t] * s**2 / 2), s the attention's scaling, and
-    score[b, h, t] = (mean over the group's heads of p[t] + epsilon) * ||v[b, h, t]||_2, in float32. Sinks are protected.
+    score[b, h, t] = (mean over the group's heads of p[t] + epsilon) * ||v[b, h, t]||_2, in float32. Sinks are
+    protected.
 
-    Source: Devoto et al. 2025, arXiv:2510.00636, section 3. Differs from the paper: a uniform budget over heads; wrap it
-    in a head-wise budget for the paper's.
+    Source: Devoto et al. 2025, arXiv:2510.00636, section 3. Differs from the paper: a uniform budget over heads; wrap
+    it in a head-wise budget for the paper's.
 
     Needs: keys, values, all queries before rotation. Cost: O(T * D * D) per query head and layer.
 
@@ -54,7 +55,7 @@ class ExpectedAttentionPress(ScorerPress):
         skip = max(0, self.n_sink - view.first_position - (view.n_tokens - view.n_queries))
         if skip < view.n_queries:
             queries = queries[:, :, skip:]
-        n_batch, n_kv_heads, n_tokens, dim = view.keys.shape
+        n_batch, n_kv_heads, _, dim = view.keys.shape
         keys = view.keys.float()[:, :, None]  # [B, Hkv, 1, T, D]
         mean = queries.mean(dim=2, keepdim=True)  # [B, Hq, 1, D]
         ahead = view.mean_future_rotation(mean, self.n_future_positions)

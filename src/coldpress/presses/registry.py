@@ -87,9 +87,6 @@ def _info(name: str, cls: type[BasePress]) -> PressInfo:
         found = re.search(rf"^{tag}: (.+?)(?=\n\n|\n[A-Z]\w+: |\Z)", doc, re.MULTILINE | re.DOTALL)
         return " ".join(found[1].split()) if found else ""
 
-    parameters = ", ".join(
-        f"{f.name}={f.default!r}"
-        for f in fields(cls)
-        if f.name != "compression_ratio"  # type: ignore[arg-type]
-    )
+    own = [f for f in fields(cls) if f.name != "compression_ratio"]  # type: ignore[arg-type]
+    parameters = ", ".join(f"{f.name}={f.default!r}" for f in own)
     return PressInfo(name, cls.__name__, doc.split("\n")[0], line("Source"), line("Needs"), parameters)

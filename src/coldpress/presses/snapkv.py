@@ -20,9 +20,9 @@ class SnapKVPress(ScorerPress):
     """Keep the tokens that the last ``window_size`` tokens attend to, and those last tokens themselves.
 
     With A[q, t] the attention (softmax in float32) of window query q to token t:
-    score[b, h, t] = mean over the group's heads of avgpool(mean over q of A[q, t]) for t before the window, pooled along
-    t with zero padding, and mean over the group's heads and q of A[q, t], not pooled, for t in the window. The window is
-    protected, so its scores matter only when the budget is smaller than the window.
+    score[b, h, t] = mean over the group's heads of avgpool(mean over q of A[q, t]) for t before the window, pooled
+    along t with zero padding, and mean over the group's heads and q of A[q, t], not pooled, for t in the window. The
+    window is protected, so its scores matter only when the budget is smaller than the window.
 
     Source: Li et al. 2024, arXiv:2404.14469, section 4. Differs from the paper: pooling by mean instead of maximum (as
     in kvpress); a prompt no longer than the window is scored by its later half; a budget below the window shrinks the

@@ -1,0 +1,50 @@
+"""What more than one measurement does about a press that goes wrong."""
+
+from __future__ import annotations
+
+import traceback
+from typing import TypeVar
+
+from coldpress.budget import keep_count
+from coldpress.cache import PressedCache
+from coldpress.errors import SelfCheckError
+from coldpress.presses.base import BasePress, ScorerPress
+
+__all__ = ["check_stored_pairs", "release"]
+
+_E = TypeVar("_E", bound=BaseException | None)
+
+
+def check_stored_pairs(
+    press: BasePress | None, cache: PressedCache, n_tokens: int, source: PressedCache | None = None
+) -> None:
+    """As many pairs are stored as the ratio asks for; layers and heads may share them out among themselves.
+
+    Not checked where layers with a sliding window choose among the pairs in its reach.
+
+    Args:
+        press: what compressed the cache.
+        cache: right after the prefill.
+        n_tokens: of the prefill.
+        source: the cache whose prefill it was; None if its own.
+
+    Raises:
+        SelfCheckError: more or fewer are stored.
+    """
+    windows = [layer._window for layer in (source or cache).pressed_layers()]
+    if not isinstance(press, ScorerPress) or any(window is not None for window in windows):
+        return
+    positions = [layer.positions() for layer in cache.pressed_layers() if layer.is_initialized]  # [B, Hkv, T]
+    stored = sum(int((p >= 0).sum()) for p in positions)
+    wanted = keep_count(n_tokens, press.compression_ratio) * sum(p.shape[0] * p.shape[1] for p in positions)
+    if stored != wanted:
+        raise SelfCheckError(f"{press}: {wanted} pairs should have been stored, {stored} were.")
+
+
+def release(error: _E) -> _E:
+    """The same error, without the memory that the variables of its frames hold: the next press may need it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        traceback.clear_frames(cause.__traceback__)
+        cause = cause.__cause__ or cause.__context__
+    return error

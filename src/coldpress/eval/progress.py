@@ -1,0 +1,36 @@
+"""What a run tells its user on stderr: progress, and notes on what its numbers mean."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+from tqdm import tqdm
+
+__all__ = ["note", "progress"]
+
+LINE_EVERY_S = 10.0
+
+_T = TypeVar("_T")
+
+
+def note(message: str, kind: str = "note") -> None:
+    """One line on stderr, above a progress bar if there is one."""
+    tqdm.write(f"{kind}: {message}", file=sys.stderr)
+
+
+def progress(items: Sequence[_T], name: str) -> Iterator[_T]:
+    """``items``, with a progress bar on a terminal; elsewhere, as in a log file, a line every 10 s and a last one."""
+    if sys.stderr.isatty():
+        yield from tqdm(items, desc=name, file=sys.stderr, dynamic_ncols=True, smoothing=0.05)
+        return
+    start = said = time.monotonic()
+    for done, item in enumerate(items, start=1):
+        yield item
+        now = time.monotonic()
+        if done == len(items) or now - said >= LINE_EVERY_S:
+            said = now
+            sys.stderr.write(f"{name}: {done}/{len(items)}, {now - start:.0f} s\n")
+            sys.stderr.flush()

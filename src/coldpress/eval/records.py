@@ -1,0 +1,132 @@
+"""From measurements to result records: one for each press and ratio, with all that is needed to repeat it."""
+
+from __future__ import annotations
+
+import secrets
+import time
+import traceback
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from coldpress.eval.results import SCHEMA_VERSION, environment
+from coldpress.eval.settings import Job
+
+if TYPE_CHECKING:
+    from coldpress.eval.run import Run
+
+__all__ = ["METRICS", "make_records"]
+
+# Null in a record until measured, and in that of a press that failed.
+METRICS = (
+    *("scored_tokens", "windows", "loss", "ppl", "baseline_loss", "baseline_ppl", "delta_nll", "delta_nll_se"),
+    *("delta_nll_ci95", "ppl_ratio_ci95", "top1_acc", "same_top1", "kld", "delta_p", "nll_by_distance", "per_window"),
+    *("context_tokens", "target_tokens", "kv_bytes", "kv_bytes_baseline", "kv_len_before", "kv_len_after", "kept_hash"),
+    *("effective_compression_ratio", "generated_tokens", "repetitions", "generation_tokens_per_s"),
+    *("speed_tokens_per_s", "decode_tokens_per_s", "prefill_tokens_per_s", "ttft_s", "tpot_ms", "decode_speedup"),
+    *("peak_mem_bytes", "peak_mem_kind", "peak_mem_baseline_bytes", "peak_mem_delta_bytes", "peak_reserved_bytes"),
+)
+# Sizes of the cache: when perplexity has its own context, those of the timed one are named speed_...
+SIZES = (
+    *("context_tokens", "kv_bytes", "kv_bytes_baseline", "kv_len_before", "kv_len_after"),
+    "effective_compression_ratio",
+)
+_NOT_SETTINGS = ("output_dir", "press", "compression_ratio", "press_args")  # elsewhere in the record, or beside it
+
+
+def make_records(run: Run) -> list[dict[str, Any]]:
+    """One record per press and ratio; of an interrupted run, those that have something in them.
+
+    ``status`` is ``ok`` when everything that was asked for is there, ``failed`` when the press or the run failed (then
+    the metrics are null), ``interrupted`` otherwise.
+    """
+    common = _common(run)
+    scored = {} if run.prefix is None else {id(point.press): result for point, result in run.prefix.results()}
+    records = []
+    for job in run.jobs:
+        perplexity = run.plain if run.prefix is None else scored.get(id(job.press))
+        parts = [part for part in (perplexity, _speed(run, job)) if part is not None]
+        error = run.error or next((part for part in parts if isinstance(part, Exception)), None)
+        if not parts and error is None:
+            continue
+        record = {
+            **dict.fromkeys(METRICS),
+            **common,
+            "press": job.name,
+            "press_config": None if job.press is None else asdict(job.press),  # type: ignore[call-overload]
+            "compression_ratio": job.ratio,
+            "status": "failed" if error is not None else "ok" if _is_complete(run, job) else "interrupted",
+            "error": None,
+        }
+        if error is None:
+            for part in parts:
+                record |= part  # type: ignore[arg-type]
+        else:
+            record["error"] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            record["traceback"] = "".join(traceback.format_exception(error))
+        records.append(record)
+    return records
+
+
+def _is_complete(run: Run, job: Job) -> bool:
+    """Whether everything that was asked for this press has been measured."""
+    plan = run.plan
+    is_scored = run.plain is not None or plan.protocol == "speed"
+    if plan.windows is not None:
+        is_scored = run.prefix is not None and run.prefix.is_complete
+    is_timed = plan.context_ids is None
+    if run.speed is not None:
+        point = run.speed.point(job.press)
+        is_timed = len(point.samples) == run.settings.repetitions and point.memory is not None
+    return is_scored and is_timed
+
+
+def _speed(run: Run, job: Job) -> dict[str, Any] | Exception | None:
+    """The speed part of a record, what went wrong, or None when nothing was timed."""
+    if run.speed is None:
+        return None
+    point = run.speed.point(job.press)
+    if point.error is not None:
+        return point.error
+    if not point.samples:
+        return None
+    part = run.speed.result(point)
+    if run.prefix is None:
+        return part
+    return {f"speed_{key}" if key in SIZES else key: value for key, value in part.items()}
+
+
+def _common(run: Run) -> dict[str, Any]:
+    """What the records of one run have in common."""
+    s, corpus, plan = run.settings, run.corpus, run.plan
+    record: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "run_id": secrets.token_hex(6),
+        "timestamp": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": run.command,
+        "protocol": plan.protocol,
+        "settings": {key: value for key, value in asdict(s).items() if key not in _NOT_SETTINGS},
+        "seed": s.seed,
+        **run.loaded.facts(),
+        "dataset": s.text_file or s.dataset,
+        "dataset_source": corpus.source,
+        "subset": corpus.subset,
+        "split": corpus.split,
+        "sample_idx": s.sample_idx,
+        "doc_ids": plan.doc_ids,
+        "join": corpus.join,
+        "add_bos": False,
+        "text_sha256": corpus.text_sha256,
+        "text_bytes": corpus.text_bytes,
+        "tokens_sha256": plan.tokens_sha256,
+        "total_tokens": plan.total_tokens,
+        "batch_size": s.batch_size,
+        "position_mode": "original",
+        "seconds": run.seconds,
+        "env": environment(),
+    }
+    if plan.windows is not None:
+        sizes = plan.windows[0]
+        record |= {"context_tokens": sizes.context, "target_tokens": sizes.target, "stride": sizes.stride}
+    elif plan.max_length is not None:
+        record |= {"max_length": plan.max_length, "stride": plan.stride}
+    return record

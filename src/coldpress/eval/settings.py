@@ -1,0 +1,115 @@
+"""What an evaluation was asked for, and the presses that follow from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from coldpress.budget import check_ratio
+from coldpress.errors import InputError, PressError
+from coldpress.presses.base import BasePress
+from coldpress.presses.registry import NO_PRESS, make_press, press_names
+
+__all__ = ["Job", "Settings", "make_jobs"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything an evaluation was asked for; the command line's options have these names.
+
+    Raises:
+        InputError: options that contradict each other, or that can never work.
+    """
+
+    model: str = "EleutherAI/pythia-70m"
+    revision: str | None = None
+    dataset: str = "wikitext"
+    subset: str | None = None
+    split: str = "test"
+    sample_idx: int | None = None
+    text_file: str | None = None
+    press: tuple[str, ...] = (NO_PRESS,)
+    compression_ratio: tuple[float, ...] = (0.5,)
+    press_args: tuple[tuple[str, Any], ...] = ()
+    ppl_apply_press: bool = False
+    speed_only: bool = False
+    ppl_only: bool = False
+    speed_decode_only: bool = False
+    max_length: int | None = None
+    stride: int | None = None
+    context_tokens: int | None = None
+    target_tokens: int | None = None
+    limit_tokens: int | None = None
+    batch_size: int = 1
+    context_limit: int = 4096
+    max_new_tokens: int = 200
+    min_new_tokens: int | None = None
+    repetitions: int = 5
+    warmup: int = 1
+    allow_extrapolation: bool = False
+    attn_implementation: str = "sdpa"
+    device: str = "auto"
+    dtype: str = "auto"
+    seed: int = 0
+    output_dir: str = "results/perplexity"
+
+    def __post_init__(self) -> None:
+        if self.speed_only and (self.ppl_apply_press or self.ppl_only):
+            raise InputError("--speed_only measures no perplexity; leave it out, or --ppl_apply_press and --ppl_only.")
+        if self.ppl_only and self.speed_decode_only:
+            raise InputError("--ppl_only measures no speed; leave it out, or --speed_decode_only.")
+        if not self.ppl_only and self.max_new_tokens < 2:
+            raise InputError(f"--max_new_tokens must be at least 2 to time decoding, got {self.max_new_tokens}.")
+        if not self.ppl_only and (self.min_new_tokens or 0) > self.max_new_tokens:
+            raise InputError(
+                f"--min_new_tokens {self.min_new_tokens} is more than --max_new_tokens {self.max_new_tokens}."
+            )
+
+
+@dataclass(frozen=True)
+class Job:
+    """One press at one ratio: one result record."""
+
+    name: str
+    ratio: float
+    press: BasePress | None
+
+
+def make_jobs(settings: Settings) -> list[Job]:
+    """The presses to measure, each at every ratio, in the order they were named; ``no_press`` only once.
+
+    Raises:
+        PressError: an unknown press or parameter, a ratio outside [0, 1), parameters for several presses.
+    """
+    for ratio in settings.compression_ratio:
+        check_ratio(ratio, "--compression_ratio")
+    names: list[str] = []
+    for name in settings.press:
+        names += [NO_PRESS, *press_names()] if name == "all" else [name]
+    names = list(dict.fromkeys(names))
+    parameters = dict(settings.press_args)
+    if parameters and len([name for name in names if name != NO_PRESS]) != 1:
+        raise PressError("--press_args belongs to one press; name a single one with --press.")
+    if "compression_ratio" in parameters:
+        raise PressError("--press_args cannot hold compression_ratio; use --compression_ratio.")
+    jobs = {}
+    for name in names:
+        own = {} if name == NO_PRESS else parameters
+        if name == "random":
+            own = {"seed": settings.seed, **own}
+        for ratio in settings.compression_ratio:
+            _check_types(make_press(name, ratio), own)
+            press = make_press(name, ratio, **own)
+            job = Job(name, 0.0 if press is None else ratio, press)
+            jobs[job.name, job.ratio] = job
+    return list(jobs.values())
+
+
+def _check_types(press: BasePress | None, parameters: dict[str, Any]) -> None:
+    """Parameters come from JSON, where a text may stand in for a number; ``press`` has the defaults."""
+    for name, value in parameters.items():
+        default = getattr(press, name, value)  # make_press refuses unknown names
+        kinds = {bool: (bool,), float: (int, float), str: (str,)}.get(type(default), (int,))
+        if value != default and type(value) not in kinds:
+            allowed = " or ".join(kind.__name__ for kind in kinds)
+            raise PressError(f"{type(press).__name__}: {name} must be {allowed}, got {value!r}.")

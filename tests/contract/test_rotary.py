@@ -1,0 +1,106 @@
+"""Queries before rotation, against those the model itself hands to its ``apply_rotary_pos_emb``."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from tests.contract.architectures import ARCHITECTURES, BY_NAME, ROTARY_VARIANTS, Architecture, tokens
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from coldpress import BasePress, ColdpressError, Kept, LayerView, PressedCache
+from coldpress.rope import Rope
+
+LENGTH = 45
+WITHOUT = ("gpt2", "opt", "gpt_bigcode")  # learned positions
+
+
+class Look(BasePress):
+    """Keeps everything, and remembers what it was shown."""
+
+    def __init__(self) -> None:
+        self.views: list[LayerView] = []
+
+    def compress(self, view: LayerView) -> Kept | None:
+        self.views.append(view)
+        return None
+
+
+class Spy:
+    """Remembers what each attention module gives to ``apply_rotary_pos_emb`` and what it gets back."""
+
+    def __init__(self, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch):
+        self.before: dict[nn.Module, Tensor] = {}
+        self.after: dict[nn.Module, Tensor] = {}
+        self.running: nn.Module | None = None
+        self.modules = [m for m in model.modules() if "Attention" in type(m).__name__ and hasattr(m, "layer_idx")]
+        for module in self.modules:
+            module.register_forward_pre_hook(self.enter)
+        source = sys.modules[type(model).__module__]
+        if hasattr(source, "apply_rotary_pos_emb"):
+            self.original = source.apply_rotary_pos_emb
+            monkeypatch.setattr(source, "apply_rotary_pos_emb", self)
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        self.running = module
+
+    def __call__(self, q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> Any:
+        assert self.running is not None
+        rotated = self.original(q, k, *args, **kwargs)
+        self.before[self.running], self.after[self.running] = q.clone(), rotated[0]
+        return rotated
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES + ROTARY_VARIANTS, ids=str)
+def test_unrotated_queries(architecture: Architecture, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, look = architecture.build(), Look()
+    with monkeypatch.context() as patch:
+        spy = Spy(model, patch)
+        model(tokens(1, LENGTH), past_key_values=PressedCache(look))
+    assert look.views and bool(spy.before) == (architecture.name not in WITHOUT)
+    for view in look.views:
+        expected = view.queries.float()
+        if view.module in spy.before:
+            before = spy.before[view.module][:, :, -view.n_tokens :]
+            expected = torch.cat([before, expected[..., before.shape[-1] :]], dim=-1)
+        torch.testing.assert_close(view.unrotated_queries(), expected, atol=1e-4, rtol=1e-4)
+    for module in spy.modules:  # the local layers too, which no press is shown
+        rope = Rope.of(module, torch.device("cpu"))
+        assert (rope is None) == (module not in spy.before)
+        if rope is not None:
+            unrotated = rope.unrotate(spy.after[module], torch.arange(LENGTH))
+            torch.testing.assert_close(unrotated, spy.before[module], atol=1e-4, rtol=1e-4)
+
+
+def test_layers_without_rotation_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = {"smollm3": [True, False], "cohere2": [True, False] * 2, "exaone4": [True, False] * 2}
+    for name, rotates in expected.items():
+        modules = Spy(BY_NAME[name].build(), monkeypatch).modules
+        assert [Rope.of(module, torch.device("cpu")) is not None for module in modules] == rotates
+
+
+def test_dynamic_frequencies_do_not_leak_from_layer_to_layer() -> None:
+    """Looking at future positions lengthens the input of a dynamic embedding; the next layer must not notice."""
+    model, look = BY_NAME["llama_dynamic"].build(), Look()
+    model(tokens(1, LENGTH), past_key_values=PressedCache(look))
+    first, second = look.views
+    before = first.unrotated_queries()
+    first.mean_future_rotation(before, 512)
+    rope = first.find_rope()
+    assert rope is not None and second.find_rope() is rope
+    assert torch.equal(rope.unrotate(first.queries, torch.arange(LENGTH)), before)
+
+
+def test_a_rotation_that_cannot_be_undone_is_refused() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = BY_NAME["llama"].build().config
+
+    Model.__module__ = "transformers.models.deepseek_v2.modeling_deepseek_v2"  # rotates by complex numbers
+    __import__(Model.__module__)
+    with pytest.raises(ColdpressError, match=r"cannot undo.*SnapKVPress"):
+        Rope.of(Model(), torch.device("cpu"))

@@ -1,0 +1,72 @@
+"""Numbers with error bars, against tables and direct computation."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coldpress.eval.metrics import paired_difference, perplexity, quantiles, student_t_975
+
+
+@pytest.mark.parametrize(
+    ("degrees", "value"),
+    [
+        *((1, 12.706205), (2, 4.302653), (3, 3.182446), (4, 2.776445), (5, 2.570582), (9, 2.262157), (10, 2.228139)),
+        *((20, 2.085963), (30, 2.042272), (60, 2.000298), (120, 1.979930), (1000, 1.962339), (1_000_000, 1.959966)),
+    ],
+)
+def test_student_t_agrees_with_the_tables(degrees: int, value: float) -> None:
+    assert student_t_975(degrees) == pytest.approx(value, abs=2e-6)
+
+
+def test_paired_difference_of_equal_windows_is_the_one_sample_t_test() -> None:
+    losses, baseline = [11.0, 12.5, 9.0, 14.0], [10.0, 12.0, 9.5, 12.0]
+    paired = paired_difference([5] * 4, losses, baseline)
+    means = [(a - b) / 5 for a, b in zip(losses, baseline, strict=True)]
+    se = statistics.stdev(means) / math.sqrt(4)
+    assert paired.delta == pytest.approx(statistics.mean(means))
+    assert paired.se == pytest.approx(se)
+    assert paired.ci95 == pytest.approx((paired.delta - 3.182446 * se, paired.delta + 3.182446 * se), abs=1e-5)
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.floats(0, 50), st.floats(0, 50)), min_size=2, max_size=12))
+def test_paired_difference_of_unequal_windows(windows: list[tuple[int, float, float]]) -> None:
+    counts, losses, baseline = (list(column) for column in zip(*windows, strict=True))
+    total, n = sum(counts), len(counts)
+    delta = sum(a - b for a, b in zip(losses, baseline, strict=True)) / total
+    squares = 0.0
+    for count, a, b in windows:
+        squares += (a - b - delta * count) ** 2
+    se = (n / (n - 1) * squares / total**2) ** 0.5
+    paired = paired_difference(counts, losses, baseline)
+    assert paired.delta == pytest.approx(delta, abs=1e-9)
+    assert paired.se == pytest.approx(se, abs=1e-9)
+    assert paired.ci95 is not None
+    assert sum(paired.ci95) / 2 == pytest.approx(delta, abs=1e-9)
+
+
+def test_one_window_has_no_error_bar() -> None:
+    paired = paired_difference([4], [8.0], [6.0])
+    assert (paired.delta, paired.se, paired.ci95) == (0.5, None, None)
+
+
+def test_columns_of_different_lengths_are_a_mistake() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        paired_difference([4, 4], [8.0, 8.0], [6.0])
+
+
+def test_perplexity_does_not_overflow() -> None:
+    assert perplexity(math.log(20)) == pytest.approx(20)
+    assert perplexity(1e6) == math.inf
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=50))
+def test_quantiles_interpolate(values: list[float]) -> None:
+    low, median, high = quantiles(values, (0.0, 0.5, 1.0))
+    assert (low, high) == (min(values), max(values))
+    assert median == pytest.approx(statistics.median(values), abs=1e-6)
+    assert quantiles([3.0], (0.1, 0.9)) == [3.0, 3.0]

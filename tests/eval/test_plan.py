@@ -1,0 +1,163 @@
+"""What is fed in, scored and timed; and what the user is told about it."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import pytest
+
+from coldpress.errors import DataError, InputError
+from coldpress.eval.datasets import Corpus, Document
+from coldpress.eval.plan import Plan, make_plan
+from coldpress.eval.settings import Settings
+
+
+class Characters:
+    """A tokenizer whose tokens are the characters of a text."""
+
+    def __call__(self, text: str, add_special_tokens: bool, verbose: bool) -> dict[str, list[int]]:
+        assert not add_special_tokens
+        return {"input_ids": [ord(character) for character in text]}
+
+
+def plan(*texts: str, positions: int | None = 64, **settings: Any) -> Plan:
+    documents = tuple(Document(f"doc {i}", text) for i, text in enumerate(texts))
+    corpus = Corpus("c", "c", None, "test", None, documents)
+    return make_plan(Settings(model="m", **{"max_new_tokens": 8, **settings}), corpus, Characters(), positions)
+
+
+TEXT = "abcdefghij" * 20
+
+
+def test_the_windows_have_the_models_positions() -> None:
+    made = plan(TEXT, ppl_only=True)
+    assert (made.max_length, made.stride, made.protocol) == (64, 64, "strided-L64-S64")
+    assert plan(TEXT * 9, positions=1024, ppl_only=True).protocol == "strided-L1024-S512"
+    assert plan(TEXT, max_length=32, stride=8, ppl_only=True).protocol == "strided-L32-S8"
+    assert made.windows is made.context_ids is None
+    assert made.notes == ()
+
+
+def test_the_context_is_three_quarters_of_the_positions_and_the_targets_are_one() -> None:
+    made = plan(TEXT, ppl_apply_press=True, ppl_only=True)
+    assert made.protocol == "prefix-C48-T16-S64"
+    assert made.windows is not None and made.windows[0].starts == (0, 64, 128)
+    assert made.notes == ()
+    assert plan(TEXT, ppl_apply_press=True, max_length=32).protocol == "prefix-C24-T8-S32"
+    assert plan(TEXT, ppl_apply_press=True, target_tokens=4).protocol == "prefix-C48-T4-S52"
+    assert plan(TEXT, ppl_apply_press=True, context_tokens=20).protocol == "prefix-C20-T16-S36"
+    assert plan(TEXT, ppl_apply_press=True, context_tokens=20, target_tokens=4, stride=4).protocol == "prefix-C20-T4-S4"
+
+
+@pytest.mark.parametrize(
+    ("settings", "cut", "whole"),
+    [
+        ({"max_length": 100, "ppl_only": True}, "strided-L64-S64", "strided-L100-S100"),
+        ({"max_length": 100, "ppl_only": True, "ppl_apply_press": True}, "prefix-C48-T16-S64", "prefix-C75-T25-S100"),
+        (
+            {"context_tokens": 90, "ppl_only": True, "ppl_apply_press": True},
+            "prefix-C48-T16-S64",
+            "prefix-C90-T16-S106",
+        ),
+        ({"target_tokens": 40, "ppl_only": True, "ppl_apply_press": True}, "prefix-C24-T40-S64", "prefix-C48-T40-S88"),
+    ],
+)
+def test_past_the_positions_only_on_demand(settings: dict[str, Any], cut: str, whole: str) -> None:
+    made = plan(TEXT, **settings)
+    assert made.protocol == cut
+    assert len(made.notes) == 1
+    assert "past the 64 positions m was trained on; cut to 64 (--allow_extrapolation uses all)" in made.notes[0]
+    made = plan(TEXT, **settings, allow_extrapolation=True)
+    assert made.protocol == whole
+    assert made.notes and all("because of --allow_extrapolation" in line for line in made.notes)
+
+
+def test_a_timed_context_past_the_positions_is_cut_with_a_note() -> None:
+    made = plan(TEXT, speed_only=True, max_new_tokens=10)
+    assert made.protocol == "speed"
+    assert made.context_ids is not None and made.context_ids.shape == (1, 54)
+    assert made.notes == (
+        "a timed context with --max_new_tokens of 210 is past the 64 positions m was trained on; cut to 64 "
+        "(--allow_extrapolation uses all).",
+    )
+    made = plan(TEXT, speed_only=True, max_new_tokens=10, allow_extrapolation=True)
+    assert made.context_ids is not None and made.context_ids.shape == (1, 200)
+    assert "they are used" in made.notes[0]
+
+
+def test_a_text_shorter_than_the_timed_context_is_said_and_not_called_cut() -> None:
+    made = plan("abc", TEXT[:30], "ab", speed_only=True)
+    assert made.context_ids is not None and made.context_ids.tolist() == [[ord(c) for c in TEXT[:30]]]
+    assert made.notes == ("the timed context has 30 tokens, not --context_limit 4096: no text is longer.",)
+    made = plan("abc", TEXT[:30], "ab", speed_only=True, context_limit=20)
+    assert made.context_ids is not None and made.context_ids.shape == (1, 20)
+    assert made.notes == ()
+
+
+def test_unknown_positions_are_assumed_and_said() -> None:
+    made = plan(TEXT, positions=None, ppl_only=True)
+    assert made.max_length == 2048
+    assert made.notes == ("m does not say how many positions it has; 2048 are assumed.",)
+
+
+def test_documents_are_named_and_counted_as_they_are_used() -> None:
+    made = plan("abc", "x", TEXT, ppl_only=True)
+    assert made.doc_ids == ("doc 0", "doc 2")  # one token cannot be scored
+    assert [len(ids) for ids in made.documents] == [3, 200]
+    assert made.total_tokens == 203
+    made = plan("abc", "x", TEXT, ppl_only=True, ppl_apply_press=True)
+    assert made.doc_ids == ("doc 2",)
+    assert made.notes == ("1 document(s) shorter than 64 tokens are left out.",)
+    assert made.windows is not None and len(made.windows) == len(made.documents) == 1
+
+
+def test_limit_tokens_counts_over_all_documents() -> None:
+    made = plan("abc", TEXT, TEXT, ppl_only=True, limit_tokens=10)
+    assert [len(ids) for ids in made.documents] == [3, 7]
+    assert made.total_tokens == 10
+    ids = [ord(c) for c in "abc" + TEXT[:7]]
+    assert made.tokens_sha256 == hashlib.sha256(b"".join(i.to_bytes(8, "little") for i in ids)).hexdigest()
+    assert plan(TEXT, ppl_only=True, limit_tokens=10**9).total_tokens == 200
+
+
+def test_a_short_text_becomes_one_window() -> None:
+    made = plan(TEXT[:20], ppl_apply_press=True, ppl_only=True)
+    assert made.protocol == "prefix-C15-T5-S20"
+    assert made.notes == ("no document has 64 tokens; the one window is 20 tokens long.",)
+    assert plan("abcd", ppl_apply_press=True, ppl_only=True).protocol == "prefix-C2-T2-S4"
+
+
+@pytest.mark.parametrize(
+    ("text", "settings", "error", "message"),
+    [
+        ("a", {}, DataError, "fewer than 2 tokens"),
+        ("", {}, DataError, "fewer than 2 tokens"),
+        (TEXT, {"limit_tokens": 1}, DataError, "larger --limit_tokens"),
+        ("abc", {"ppl_apply_press": True}, DataError, "at least 4"),
+        (TEXT[:30], {"ppl_apply_press": True, "context_tokens": 40}, DataError, "30 tokens, a window needs 40 \\+ 16"),
+        (TEXT, {"ppl_apply_press": True, "target_tokens": 64}, InputError, "leaves no room for a context"),
+        (TEXT, {"ppl_apply_press": True, "target_tokens": 1}, InputError, "at least 2 targets"),
+        (TEXT, {"stride": 65}, InputError, "--stride in 1..max_length"),
+        (TEXT, {"max_length": 1}, InputError, "--max_length must be >= 2"),
+        (TEXT, {"max_new_tokens": 64, "speed_only": True}, InputError, "leaves no room for a context"),
+    ],
+)
+def test_what_cannot_work(text: str, settings: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        plan(text, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"speed_only": True, "ppl_apply_press": True}, "--speed_only measures no perplexity"),
+        ({"speed_only": True, "ppl_only": True}, "--speed_only measures no perplexity"),
+        ({"ppl_only": True, "speed_decode_only": True}, "--ppl_only measures no speed"),
+        ({"max_new_tokens": 1}, "at least 2"),
+        ({"min_new_tokens": 300}, "more than --max_new_tokens 200"),
+    ],
+)
+def test_settings_that_contradict_each_other(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Settings(**settings)

@@ -1,0 +1,329 @@
+"""Perplexity under a compressed context: equal to an independent computation, paired, and alarmed."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from coldpress import BasePress, Kept, KnormPress, LayerView, PressedCache, RandomPress, ScorerPress, SnapKVPress
+from coldpress.errors import SelfCheckError
+from coldpress.eval.prefix import PrefixRun
+from coldpress.eval.windows import plan_prefix
+from coldpress.presses.registry import make_press, press_names
+
+CONTEXT, TARGET = 60, 24
+Result = dict[str, Any]
+
+
+def measure(
+    model: PreTrainedModel, presses: list[BasePress], documents: list[Tensor], batch_size: int = 1
+) -> tuple[PrefixRun, list[Result | Exception]]:
+    plans = [(ids, plan_prefix(len(ids), CONTEXT, TARGET)) for ids in documents]
+    run = PrefixRun(model, presses, plans, batch_size)
+    run.run()
+    return run, [result for _, result in run.results()]
+
+
+def only(result: Result | Exception) -> Result:
+    """The record, where there has to be one."""
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def nlls(result: Result | Exception) -> list[float]:
+    return [window["nll"] for window in only(result)["per_window"]]
+
+
+def token_nll(logits: Tensor, targets: Tensor) -> float:
+    return float(torch.nn.functional.cross_entropy(logits, targets, reduction="none").double().sum())
+
+
+# What the numbers are
+
+
+def test_the_baseline_is_one_forward_of_the_uncompressed_model(
+    model: PreTrainedModel, plain: PreTrainedModel, text: Tensor
+) -> None:
+    _, (baseline,) = measure(model, [], [text])
+    width = CONTEXT + TARGET
+    expected = []
+    for start in range(0, 500 - width + 1, width):
+        window = text[start : start + width]
+        with torch.no_grad():
+            logits = plain(window[None]).logits[0]
+        expected.append(token_nll(logits[CONTEXT:-1], window[CONTEXT + 1 :]))  # the first target is not scored
+    assert nlls(baseline) == pytest.approx(expected, rel=1e-5)
+    record = only(baseline)
+    assert record["scored_tokens"] == len(expected) * (TARGET - 1)
+    assert record["loss"] == record["baseline_loss"] == pytest.approx(sum(expected) / record["scored_tokens"], rel=1e-5)
+    assert "delta_nll" not in record
+
+
+@pytest.mark.parametrize("name", press_names())
+def test_a_press_is_scored_like_a_prefill_and_a_forward_of_its_own(
+    model: PreTrainedModel, text: Tensor, name: str
+) -> None:
+    parameters = {"seed": 3} if name == "random" else {}
+    press = make_press(name, 0.5, **parameters)
+    assert press is not None
+    _, (baseline, result) = measure(model, [press], [text[:200]])
+    width, expected, same, right = CONTEXT + TARGET, [], [], []
+    for start in range(0, 200 - width + 1, width):
+        window = text[None, start : start + width]
+        cache, whole = PressedCache(press), PressedCache()
+        with torch.no_grad():
+            for each in (cache, whole):
+                model(window[:, :CONTEXT], past_key_values=each)
+            logits = model(window[:, CONTEXT:-1], past_key_values=cache).logits[0]
+            base = model(window[:, CONTEXT:-1], past_key_values=whole).logits[0]
+        expected.append(token_nll(logits, window[0, CONTEXT + 1 :]))
+        same += (logits.argmax(-1) == base.argmax(-1)).tolist()
+        right += (logits.argmax(-1) == window[0, CONTEXT + 1 :]).tolist()
+    record = only(result)
+    assert nlls(record) == pytest.approx(expected, rel=1e-5)
+    n_tokens = 2 * (TARGET - 1)
+    assert record["delta_nll"] == pytest.approx((sum(expected) - sum(nlls(baseline))) / n_tokens, abs=1e-6)
+    assert record["same_top1"] == pytest.approx(sum(same) / n_tokens)
+    assert record["top1_acc"] == pytest.approx(sum(right) / n_tokens)
+    assert record["effective_compression_ratio"] == 0.5
+    assert sum(record["kv_len_after"]) == 2 * CONTEXT // 2
+    if name != "pyramidkv":
+        assert record["kv_bytes"] == record["kv_bytes_baseline"] / 2 == 2 * 2 * 32 * 4 * CONTEXT / 2
+
+
+def test_comparisons_with_the_baseline(model: PreTrainedModel, text: Tensor) -> None:
+    _, (_, result) = measure(model, [KnormPress(0.7)], [text[: CONTEXT + TARGET]])
+    window = text[None, : CONTEXT + TARGET]
+    log_probs = []
+    for press in (None, KnormPress(0.7)):
+        cache = PressedCache(press)
+        with torch.no_grad():
+            model(window[:, :CONTEXT], past_key_values=cache)
+            log_probs.append(model(window[:, CONTEXT:-1], past_key_values=cache).logits[0].double().log_softmax(-1))
+    base, pressed = log_probs
+    kld = (base.exp() * (base - pressed)).sum(-1)
+    target = window[0, CONTEXT + 1 :, None]
+    delta_p = (pressed.exp().gather(1, target) - base.exp().gather(1, target))[:, 0]
+    record = only(result)
+    assert record["kld"]["mean"] == pytest.approx(float(kld.mean()), rel=1e-4)
+    assert record["kld"]["median"] == pytest.approx(float(kld.quantile(0.5)), rel=1e-4)
+    assert record["kld"]["max"] == pytest.approx(float(kld.max()), rel=1e-4)
+    assert record["delta_p"]["mean"] == pytest.approx(float(delta_p.mean()), abs=1e-6)
+    assert record["delta_p"]["rms"] == pytest.approx(float(delta_p.square().mean().sqrt()), rel=1e-4)
+    losses = -pressed.gather(1, target)[:, 0]
+    assert record["nll_by_distance"] == pytest.approx(
+        {"1-16": float(losses[:16].mean()), "17-23": float(losses[16:].mean())}, rel=1e-4
+    )
+    assert record["delta_nll_ci95"] is None  # one window has no error bar
+
+
+def test_ratio_zero_is_the_baseline(model: PreTrainedModel, text: Tensor) -> None:
+    _, (baseline, result) = measure(model, [KnormPress(0.0)], [text])
+    assert nlls(result) == nlls(baseline)
+    assert only(result)["delta_nll"] == 0
+    assert only(result)["effective_compression_ratio"] == 0
+
+
+@pytest.mark.parametrize("batch_size", [4, 100])
+def test_batches_change_nothing(model: PreTrainedModel, text: Tensor, batch_size: int) -> None:
+    presses: list[BasePress] = [KnormPress(0.5), SnapKVPress(0.75, window_size=8), RandomPress(0.5, seed=1)]
+    _, one = measure(model, presses, [text, text[:100]])
+    _, many = measure(model, presses, [text, text[:100]], batch_size)
+    for a, b in zip(one, many, strict=True):
+        assert nlls(b) == pytest.approx(nlls(a), rel=1e-5)
+        for key in ("scored_tokens", "windows", "kv_bytes", "kv_len_after", "kept_hash", "effective_compression_ratio"):
+            assert only(a)[key] == only(b)[key], key
+
+
+def test_documents_do_not_mix(model: PreTrainedModel, text: Tensor) -> None:
+    first, second = text[:200], text[200:450]
+    press = [KnormPress(0.5)]
+    _, apart_1 = measure(model, press, [first])
+    _, apart_2 = measure(model, press, [second])
+    _, together = measure(model, press, [first, second])
+    for i in range(2):
+        assert nlls(together[i]) == pytest.approx(nlls(apart_1[i]) + nlls(apart_2[i]), rel=1e-5)
+
+
+def test_all_presses_share_one_prefill_of_each_window(model: PreTrainedModel, text: Tensor) -> None:
+    lengths: list[int] = []
+    model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append((args[0] if args else kwargs["input_ids"]).shape[1]),
+        with_kwargs=True,
+    )
+    presses: list[BasePress] = [make_press(name, ratio) for name in press_names() for ratio in (0.25, 0.5)]  # type: ignore[misc]
+    _, results = measure(model, presses, [text])
+    n_windows = only(results[0])["windows"]
+    assert lengths.count(CONTEXT) == n_windows == 5
+    n_zeros = len(press_names())  # ratio 0 of each press, and a direct forward, in the first window only
+    assert lengths.count(TARGET - 1) == n_windows * (1 + len(presses)) + n_zeros
+    assert len(lengths) == lengths.count(CONTEXT) + lengths.count(TARGET - 1) + 1
+
+
+# Alarms
+
+
+@dataclass(frozen=True)
+class Idle(BasePress):
+    """Says that it removes, and keeps everything."""
+
+    compression_ratio: float = 0.5
+
+    def compress(self, view: LayerView) -> Kept | None:
+        return None
+
+
+@dataclass(frozen=True)
+class OneMore(KnormPress):
+    def keep(self, view: LayerView) -> int:
+        return super().keep(view) + 1
+
+
+@dataclass(frozen=True)
+class Meddling(KnormPress):
+    """Changes values where nothing is removed."""
+
+    def compress(self, view: LayerView) -> Kept | None:
+        if self.compression_ratio > 0:
+            return super().compress(view)
+        positions = torch.arange(view.n_tokens).expand(*view.keys.shape[:2], -1)
+        return Kept(view.keys, view.values * 1.01, positions)
+
+
+@dataclass(frozen=True)
+class Breaking(ScorerPress):
+    """Fails from its call number ``after`` on, with the exception named."""
+
+    after: int = 0
+    kind: type[BaseException] = RuntimeError
+    calls: ClassVar[list[int]] = []
+
+    def score(self, view: LayerView) -> Tensor:
+        self.calls.append(view.layer_idx)
+        if len(self.calls) > self.after:
+            raise self.kind("out of order")
+        return view.keys.float().norm(dim=-1)
+
+
+@pytest.fixture(autouse=True)
+def no_calls_yet() -> Iterator[None]:
+    Breaking.calls.clear()
+    yield
+
+
+def test_losses_bit_for_bit_those_of_the_baseline_are_an_error(model: PreTrainedModel, text: Tensor) -> None:
+    _, (baseline, idle, knorm) = measure(model, [Idle(), KnormPress(0.5)], [text])
+    assert isinstance(idle, SelfCheckError)
+    assert "nothing was compressed" in str(idle)
+    assert only(baseline) and only(knorm)
+
+
+def test_a_press_that_stores_something_else_than_asked_is_an_error(
+    model: PreTrainedModel, text: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, (_, more, knorm) = measure(model, [OneMore(0.5), KnormPress(0.5)], [text])
+    assert isinstance(more, SelfCheckError)
+    assert "240 pairs should have been stored, 248 were" in str(more)
+    assert only(knorm)
+    monkeypatch.setattr(KnormPress, "compress", lambda self, view: None)
+    _, (_, knorm) = measure(model, [KnormPress(0.5)], [text])
+    assert isinstance(knorm, SelfCheckError)
+
+
+def test_ratio_zero_that_changes_a_loss_is_an_error_for_every_ratio(model: PreTrainedModel, text: Tensor) -> None:
+    _, results = measure(model, [Meddling(0.5), KnormPress(0.5), Meddling(0.25)], [text])
+    for result in (results[1], results[3]):
+        assert isinstance(result, SelfCheckError)
+        assert "removes nothing and yet changes a loss" in str(result)
+    assert only(results[2])
+
+
+def test_a_baseline_that_contradicts_a_direct_forward_ends_the_run(
+    model: PreTrainedModel, text: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import coldpress.eval.prefix as module
+
+    monkeypatch.setattr(module, "token_losses", lambda logits, targets: torch.zeros(targets.shape))
+    with pytest.raises(SelfCheckError, match="without a cache differ"):
+        measure(model, [KnormPress(0.5)], [text])
+
+
+def test_losses_that_are_not_finite_end_the_run(model: PreTrainedModel, text: Tensor) -> None:
+    with torch.no_grad():
+        model.get_output_embeddings().weight[3] = torch.nan
+    with pytest.raises(SelfCheckError, match="not finite"):
+        measure(model, [KnormPress(0.5)], [text])
+
+
+def test_the_number_of_scored_tokens_is_checked(model: PreTrainedModel, text: Tensor) -> None:
+    run, _ = measure(model, [], [text])
+    run.plan = dataclasses.replace(run.plan, target=TARGET + 1)
+    (result,) = (result for _, result in run.results())
+    assert isinstance(result, SelfCheckError)
+    assert "115 tokens were scored, the windows' formula says 120" in str(result)
+
+
+# Failures and interruptions
+
+
+@dataclass(frozen=True)
+class Hoarding(ScorerPress):
+    """Fails while it holds a tensor."""
+
+    held: ClassVar[list[weakref.ref[Tensor]]] = []
+
+    def score(self, view: LayerView) -> Tensor:
+        hoard = torch.zeros(1000)
+        self.held.append(weakref.ref(hoard))
+        raise RuntimeError("out of memory")
+
+
+def test_a_press_that_failed_holds_no_memory(model: PreTrainedModel, text: Tensor) -> None:
+    _, (_, failed) = measure(model, [Hoarding(0.5)], [text])
+    assert isinstance(failed, RuntimeError) and failed.__traceback__ is not None  # it can still be told
+    assert len(Hoarding.held) == 1 and Hoarding.held[0]() is None
+
+
+@pytest.mark.parametrize("after", [0, 1, 3, 5])
+def test_a_press_that_fails_half_way_stops_no_other(model: PreTrainedModel, text: Tensor, after: int) -> None:
+    _, (_, alone) = measure(model, [KnormPress(0.5)], [text])
+    _, (_, broken, knorm) = measure(model, [Breaking(0.5, after), KnormPress(0.5)], [text])
+    assert isinstance(broken, RuntimeError) and str(broken) == "out of order"
+    assert nlls(knorm) == nlls(alone)
+    assert len(Breaking.calls) <= after + 2  # once it has failed it is not asked again
+
+
+def test_an_interruption_between_windows_leaves_whole_windows(model: PreTrainedModel, text: Tensor) -> None:
+    _, whole = measure(model, [KnormPress(0.5)], [text])
+    plan = plan_prefix(500, CONTEXT, TARGET)
+    run = PrefixRun(model, [KnormPress(0.5)], [(text, plan)])
+
+    def interrupted(batches: list[Tensor]) -> Iterator[Tensor]:
+        yield from batches[:2]
+        raise KeyboardInterrupt
+
+    assert list(run.results()) == []
+    with pytest.raises(KeyboardInterrupt):
+        run.run(interrupted)
+    assert not run.is_complete
+    for (_, partial), complete in zip(run.results(), whole, strict=True):
+        assert only(partial)["windows"] == 2
+        assert nlls(partial) == nlls(complete)[:2]
+
+
+def test_an_interruption_within_a_window_leaves_the_windows_before_it(model: PreTrainedModel, text: Tensor) -> None:
+    plan = plan_prefix(500, CONTEXT, TARGET)
+    presses = [KnormPress(0.5), Breaking(0.5, 5, KeyboardInterrupt), KnormPress(0.25)]
+    run = PrefixRun(model, presses, [(text, plan)])
+    with pytest.raises(KeyboardInterrupt):
+        run.run()
+    assert [only(result)["windows"] for _, result in run.results()] == [2, 2, 2, 2]

@@ -1,0 +1,264 @@
+"""Each press's scores against its formula, written out in loops over rows, heads and tokens.
+
+The oracles get keys, values and queries as the layer attended with them, and the queries before rotation from an
+explicit rotation back; they share no code with the presses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from tests.contract.architectures import tiny, tokens
+from torch import Tensor
+
+from coldpress import (
+    BasePress,
+    ExpectedAttentionPress,
+    Kept,
+    KeyDiffPress,
+    KnormPress,
+    LayerView,
+    ObservedAttentionPress,
+    PressedCache,
+    PyramidKVPress,
+    RandomPress,
+    ScorerPress,
+    SnapKVPress,
+    StreamingLLMPress,
+    TOVAPress,
+    make_press,
+    press_names,
+)
+from coldpress.budget import keep_count, pyramid_counts
+
+N = 21
+MODELS = {"gpt_neox": 4, "gpt_neox_full_rotary": 8, "llama": 8}  # name -> rotary dimensions of a head
+
+
+class Look(BasePress):
+    def __init__(self) -> None:
+        self.views: list[LayerView] = []
+
+    def compress(self, view: LayerView) -> Kept | None:
+        self.views.append(view)
+        return None
+
+
+def views_of(name: str) -> list[LayerView]:
+    look = Look()
+    tiny(name)(tokens(2, N), past_key_values=PressedCache(look))
+    return look.views
+
+
+def heads_of(view: LayerView) -> list[tuple[Tensor, Tensor, list[Tensor], tuple[int, int]]]:
+    """For each row and KV head: keys ``[T, D]``, values, the queries ``[T, D]`` of its group's heads, (row, head)."""
+    group = view.queries.shape[1] // view.keys.shape[1]
+    return [
+        (view.keys[b, h], view.values[b, h], list(view.queries[b, h * group : (h + 1) * group]), (b, h))
+        for b in range(view.keys.shape[0])
+        for h in range(view.keys.shape[1])
+    ]
+
+
+def attention(query: Tensor, keys: Tensor, at: int) -> list[float]:
+    """What the query of token ``at`` gives to each token; nothing to later ones."""
+    logits = [math.exp(float(query @ keys[t]) / math.sqrt(len(query))) for t in range(at + 1)]
+    return [x / sum(logits) for x in logits] + [0.0] * (len(keys) - at - 1)
+
+
+def rotation(position: int, n_rotary: int, dim: int) -> Tensor:
+    """The matrix ``[D, D]`` that rotates a state at ``position``; halves, frequencies of base 10,000."""
+    matrix, half = torch.eye(dim, dtype=torch.float64), n_rotary // 2
+    for d in range(half):
+        angle = position * 10_000.0 ** (-2 * d / n_rotary)
+        matrix[d, d] = matrix[d + half, d + half] = math.cos(angle)
+        matrix[d, d + half], matrix[d + half, d] = -math.sin(angle), math.sin(angle)
+    return matrix
+
+
+def knorm(view: LayerView, press: KnormPress, n_rotary: int) -> dict[tuple[int, int], list[float]]:
+    return {at: [-math.sqrt(sum(float(x) ** 2 for x in key)) for key in keys] for keys, _, _, at in heads_of(view)}
+
+
+def keydiff(view: LayerView, press: KeyDiffPress, n_rotary: int) -> dict[tuple[int, int], list[float]]:
+    scores = {}
+    for keys, _, _, at in heads_of(view):
+        anchor = sum(key / math.sqrt(float(key @ key)) for key in keys) / len(keys)
+        scores[at] = [-float(key @ anchor) / math.sqrt(float(key @ key) * float(anchor @ anchor)) for key in keys]
+    return scores
+
+
+def streaming_llm(view: LayerView, press: StreamingLLMPress, n_rotary: int) -> dict[tuple[int, int], list[float]]:
+    return {at: [float(t) for t in range(len(keys))] for keys, _, _, at in heads_of(view)}
+
+
+def random(view: LayerView, press: RandomPress, n_rotary: int) -> dict[tuple[int, int], list[float]]:
+    generator = torch.Generator().manual_seed(press.seed * 1_000_003 + view.layer_idx)
+    draws = [[float(torch.rand(1, generator=generator)) for _ in range(N)] for _ in range(view.keys.shape[1])]
+    return {at: draws[at[1]] for *_, at in heads_of(view)}
+
+
+def tova(view: LayerView, press: TOVAPress, n_rotary: int) -> dict[tuple[int, int], list[float]]:
+    scores: dict[tuple[int, int], list[float]] = {}
+    for row in range(view.keys.shape[0]):
+        mine = [(keys, query) for keys, _, queries, (b, _) in heads_of(view) if b == row for query in queries]
+        rows = [attention(query[-1], keys, N - 1) for keys, query in mine]
+        mean = [sum(weights[t] for weights in rows) / len(rows) for t in range(N)]
+        scores |= {(row, head): mean for head in range(view.keys.shape[1])}
+    return scores
+
+
+def observed_attention(
+    view: LayerView, press: ObservedAttentionPress, n_rotary: int
+) -> dict[tuple[int, int], list[float]]:
+    scores = {}
+    for keys, _, queries, at in heads_of(view):
+        matrices = [[attention(query[q], keys, q) for q in range(N)] for query in queries]
+        scores[at] = [
+            sum(sum(matrix[q][t] for q in range(t, N)) / (N - t) for matrix in matrices) / len(matrices)
+            for t in range(N)
+        ]
+    return scores
+
+
+def snapkv(view: LayerView, press: SnapKVPress, n_rotary: int) -> dict[tuple[int, int], list[float]]:
+    window = press.window_size if press.window_size < N else N // 2
+    scores = {}
+    for keys, _, queries, at in heads_of(view):
+        total = [0.0] * N
+        for query in queries:
+            rows = [attention(query[q], keys, q) for q in range(N - window, N)]
+            received = [sum(row[t] for row in rows) / window for t in range(N)]
+            reach = press.kernel_size // 2
+            for t in range(N):
+                if t < N - window:  # zero padding on both sides, which counts
+                    around = range(max(0, t - reach), min(N - window, t + reach + 1))
+                    total[t] += sum(received[s] for s in around) / press.kernel_size / len(queries)
+                else:
+                    total[t] += received[t] / len(queries)
+        scores[at] = total
+    return scores
+
+
+def expected_attention(
+    view: LayerView, press: ExpectedAttentionPress, n_rotary: int
+) -> dict[tuple[int, int], list[float]]:
+    dim, scores = view.keys.shape[-1], {}
+    ahead = range(N, N + press.n_future_positions)
+    mean_rotation = sum(rotation(p, n_rotary, dim) for p in ahead) / press.n_future_positions
+    for keys, values, queries, at in heads_of(view):
+        total = [0.0] * N
+        for query in queries:
+            before = [rotation(t, n_rotary, dim).T @ query[t].double() for t in range(press.n_sink, N)]
+            mean = sum(before) / len(before)
+            covariance = sum(torch.outer(q - mean, q - mean) for q in before) / len(before)
+            mean, covariance = mean_rotation @ mean, mean_rotation @ covariance @ mean_rotation.T
+            logits = []
+            for key in keys.double():
+                logit = float(key @ mean) / math.sqrt(dim)
+                if press.use_covariance:
+                    logit += float(key @ covariance @ key) / (2 * dim)
+                logits.append(logit)
+            top = max(logits)
+            weights = [math.exp(x - top) for x in logits]
+            total = [x + w / sum(weights) / len(queries) for x, w in zip(total, weights, strict=True)]
+        if press.use_vnorm:
+            norms = [math.sqrt(sum(float(x) ** 2 for x in value)) for value in values]
+            total = [(p + press.epsilon) * norm for p, norm in zip(total, norms, strict=True)]
+        scores[at] = total
+    return scores
+
+
+Oracle = Callable[..., dict[tuple[int, int], list[float]]]
+CASES: list[tuple[ScorerPress, Oracle]] = [
+    (KnormPress(0.5), knorm),
+    (KeyDiffPress(0.5), keydiff),
+    (StreamingLLMPress(0.5), streaming_llm),
+    (RandomPress(0.5, seed=11), random),
+    (TOVAPress(0.5), tova),
+    (ObservedAttentionPress(0.5), observed_attention),
+    (SnapKVPress(0.5, window_size=6), snapkv),
+    (SnapKVPress(0.5, window_size=3, kernel_size=7), snapkv),
+    (SnapKVPress(0.5), snapkv),  # a prompt shorter than the window
+    (PyramidKVPress(0.5, window_size=4), snapkv),
+    (ExpectedAttentionPress(0.5), expected_attention),
+    (ExpectedAttentionPress(0.5, n_future_positions=7, n_sink=2, epsilon=0.02), expected_attention),
+    (ExpectedAttentionPress(0.5, use_covariance=False), expected_attention),
+    (ExpectedAttentionPress(0.5, use_vnorm=False, n_sink=0), expected_attention),
+]
+
+
+def test_every_press_has_an_oracle() -> None:
+    assert {type(press) for press, _ in CASES} == {type(make_press(name, 0.5)) for name in press_names()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("press", "oracle"), CASES, ids=lambda x: repr(x) if isinstance(x, ScorerPress) else "")
+def test_scores(name: str, press: ScorerPress, oracle: Oracle) -> None:
+    for view in views_of(name):
+        scores = press.score(view)
+        assert scores.dtype == torch.float32 and scores.shape == view.keys.shape[:3]
+        for (row, head), expected in oracle(view, press, MODELS[name]).items():
+            torch.testing.assert_close(scores[row, head], torch.tensor(expected), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("press", [press for press, _ in CASES], ids=repr)
+def test_keeps_the_best_scores_and_what_is_protected(press: ScorerPress) -> None:
+    views = views_of("llama")
+    for view in views:
+        kept = press.compress(view)
+        assert kept is not None
+        n_keep = keep_count(N, 0.5)
+        if isinstance(press, PyramidKVPress):
+            n_keep = pyramid_counts(N, 0.5, 2, window=4, beta=20)[view.layer_idx]
+        assert kept.positions.shape == (*view.keys.shape[:2], n_keep)
+        scores = press.score(view)
+        n_sink, n_window = press.protected(view)
+        for row, head in ((b, h) for b in range(2) for h in range(2)):
+            found = kept.positions[row, head].tolist()
+            assert found == sorted(set(found))
+            assert torch.equal(kept.keys[row, head], view.keys[row, head, found])
+            assert torch.equal(kept.values[row, head], view.values[row, head, found])
+            if n_sink + n_window <= n_keep:
+                protected = [*range(n_sink), *range(N - n_window, N)]
+                others = [t for t in range(N) if t not in protected]
+                best = sorted(others, key=lambda t: -float(scores[row, head, t]))[: n_keep - len(protected)]
+                assert found == sorted(protected + best)
+
+
+def test_random_differs_between_layers_and_heads_but_not_between_rows() -> None:
+    first, second = (RandomPress(seed=1).score(view) for view in views_of("llama"))
+    assert torch.equal(first[0], first[1])
+    assert not torch.equal(first[0, 0], first[0, 1]) and not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("press", [press for press, _ in CASES], ids=repr)
+def test_scores_do_not_depend_on_the_ratio_and_are_computed_once(press: ScorerPress) -> None:
+    view = views_of("llama")[0]
+    assert press.scores(view) is press.with_ratio(0.9).scores(view)
+    assert torch.equal(press.with_ratio(0.1).score(view), press.with_ratio(0.9).score(view))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "granite"])
+def test_attention_is_that_of_the_model(name: str) -> None:
+    """With soft caps, sinks and scaling: against the weights that the model's own eager attention returns."""
+    look, model, ids = Look(), tiny(name, "coldpress_eager"), tokens(2, N)
+    own = tiny(name, "eager")(ids, output_attentions=True).attentions
+    model(ids, past_key_values=PressedCache(look))
+    modules = [m for m in model.modules() if type(m).__name__.endswith("Attention")]
+    for view in look.views:
+        weights = own[modules.index(view.module)]  # [B, Hq, N, N]
+        torch.testing.assert_close(view.window_attention(N).flatten(1, 2), weights, atol=1e-5, rtol=1e-4)
+        sums = weights.sum(2).view(*view.keys.shape[:2], -1, N).mean(2)
+        torch.testing.assert_close(view.attention_column_sums(), sums, atol=1e-4, rtol=1e-4)
+
+
+def test_column_sums_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    (whole, *_), (blocks, *_) = views_of("llama"), views_of("llama")
+    monkeypatch.setattr("coldpress.view._BLOCK_ELEMENTS", 2 * 4 * N * 5)  # five queries at a time
+    torch.testing.assert_close(
+        blocks.attention_column_sums(), whole.window_attention(N).sum(3).mean(2), atol=1e-5, rtol=1e-5
+    )

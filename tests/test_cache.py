@@ -1,0 +1,367 @@
+"""PressedCache: growth, bytes, cropping, forks and branches."""
+
+from __future__ import annotations
+
+import copy
+import gc
+
+import pytest
+import torch
+from tests.contract.architectures import BY_NAME, tiny, tokens
+from torch import Tensor
+from transformers import DynamicCache
+
+from coldpress import BasePress, Kept, KnormPress, LayerView, PressedCache, SnapKVPress, make_press, press_names
+from coldpress.errors import CacheError, ModelError, PressError
+
+N = 53  # tokens of the prompt
+PRESS = SnapKVPress(0.5, window_size=8)
+IDS = tokens(1, N)
+FURTHER = tokens(1, 90, seed=1)
+
+
+def prefilled(press: BasePress | None = None, name: str = "llama", ids: Tensor = IDS) -> PressedCache:
+    past = PressedCache(press)
+    tiny(name)(ids, past_key_values=past)
+    return past
+
+
+def add(past: PressedCache, ids: Tensor, name: str = "llama") -> Tensor:
+    return tiny(name)(ids, past_key_values=past).logits
+
+
+# -- growth and bytes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("press", [None, PRESS])
+def test_new_tokens_go_into_the_buffer_in_place(press: BasePress | None) -> None:
+    past, buffers = prefilled(press), []
+    for t in range(FURTHER.shape[1]):
+        add(past, FURTHER[:, t : t + 1])
+        buffers.append(past.layer(0).keys.data_ptr())
+    assert buffers[:60] == buffers[:1] * 60  # room for at least 64 tokens at a time
+    assert len(set(buffers)) == 2
+
+
+def test_holds_what_a_dynamic_cache_holds() -> None:
+    past, own = prefilled(), DynamicCache()
+    tiny("llama")(IDS, past_key_values=own)
+    for t in range(FURTHER.shape[1]):
+        add(past, FURTHER[:, t : t + 1])
+        tiny("llama")(FURTHER[:, t : t + 1], past_key_values=own)
+    for ours, theirs in zip(past.pressed_layers(), own.layers, strict=True):
+        torch.testing.assert_close(ours.keys, theirs.keys, atol=1e-5, rtol=0)
+        torch.testing.assert_close(ours.values, theirs.values, atol=1e-5, rtol=0)
+        assert torch.equal(ours.positions(), torch.arange(N + 90).expand(1, 2, -1))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+def test_bytes_are_those_of_the_pairs(name: str) -> None:
+    """Also where keys and values are views of a fused projection, which would keep the queries alive."""
+    config = tiny(name).config
+    n_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    pair = 2 * 4 * n_heads * config.hidden_size // config.num_attention_heads * config.num_hidden_layers
+    assert prefilled(None, name).kv_bytes() == N * pair
+    past = prefilled(PRESS, name)
+    assert past.stored_lengths() == [26, 26]
+    assert past.kv_bytes() == 26 * pair
+    assert past.achieved_ratio() == 1 - 26 / N
+    fork = past.fork()
+    assert fork.kv_bytes() == past.kv_bytes()
+    assert fork.layer(0).keys.data_ptr() == past.layer(0).keys.data_ptr()
+    add(past, FURTHER[:, :1], name)
+    assert past.kv_bytes() == (27 + 64) * pair and fork.kv_bytes() == 26 * pair
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gpt2"])
+def test_nothing_keeps_the_evicted_pairs_alive(name: str) -> None:
+    past = prefilled(PRESS, name)
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if type(x) is Tensor and x.dim() == 4 and x.shape[2] == N]
+    assert tensors == []
+    assert past.stored_lengths() == [26, 26]
+
+
+def test_no_reference_cycles() -> None:
+    """A cache is freed when its last name goes, without waiting for the garbage collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        prefilled(PRESS, ids=tokens(1, 61))
+        assert [x for x in gc.get_objects() if type(x) is Tensor and x.dim() == 4 and x.shape[2] in (30, 61)] == []
+    finally:
+        gc.enable()
+
+
+def test_gradients_are_those_of_a_dynamic_cache() -> None:
+    gradients = []
+    for past in (DynamicCache(), PressedCache(), PressedCache(KnormPress(0.0))):
+        model = BY_NAME["llama"].build().requires_grad_(True)
+        logits = [model(ids, past_key_values=past).logits for ids in (IDS, FURTHER[:, :3], FURTHER[:, 3:4])]
+        torch.cat(logits, dim=1).logsumexp(-1).sum().backward()
+        gradients.append(model.model.layers[0].self_attn.k_proj.weight.grad)
+    for ours in gradients[1:]:
+        torch.testing.assert_close(ours, gradients[0], atol=1e-3, rtol=1e-3)
+
+
+def test_a_cache_filled_in_inference_mode_goes_on_outside_of_it() -> None:
+    past, other = prefilled(PRESS), PressedCache(PRESS)
+    with torch.inference_mode():
+        add(other, IDS)
+        add(other, FURTHER[:, :3])
+    add(past, FURTHER[:, :3])
+    assert torch.equal(add(past, FURTHER[:, 3:5]), add(other, FURTHER[:, 3:5]))
+
+
+# -- crop -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("press", [None, PRESS])
+@pytest.mark.parametrize("argument", [-4, N + 6])
+def test_crop_takes_the_newest_tokens_back(press: BasePress | None, argument: int) -> None:
+    past, other = prefilled(press), prefilled(press)
+    add(past, FURTHER[:, :10])
+    past.crop(argument)
+    assert past.seen_tokens == N + 6
+    add(other, FURTHER[:, :6])
+    assert past.stored_lengths() == other.stored_lengths()
+    assert torch.equal(past.positions(), other.positions())
+    torch.testing.assert_close(add(past, FURTHER[:, 20:23]), add(other, FURTHER[:, 20:23]), atol=1e-5, rtol=0)
+
+
+def test_crop_that_changes_nothing() -> None:
+    past = prefilled(PRESS)
+    for argument in (0, N, N + 100):
+        past.crop(argument)
+        assert past.seen_tokens == N and past.stored_lengths() == [26, 26]
+
+
+@pytest.mark.parametrize("argument", [-4, N - 1, 5])
+def test_crop_into_what_was_compressed(argument: int) -> None:
+    past = prefilled(PRESS)
+    add(past, FURTHER[:, :3])
+    with pytest.raises(CacheError, match=f"Crop to {N} or more"):
+        past.crop(argument)
+    assert past.seen_tokens == N + 3 and past.stored_lengths() == [29, 29]
+
+
+def test_crop_of_an_uncompressed_cache_into_the_prompt() -> None:
+    past = prefilled()
+    past.crop(-10)
+    expected = tiny("llama")(torch.cat([IDS[:, :-10], FURTHER[:, :3]], dim=1)).logits[:, -3:]
+    torch.testing.assert_close(add(past, FURTHER[:, :3]), expected, atol=1e-5, rtol=0)
+
+
+# -- copies -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("press", [None, PRESS])
+@pytest.mark.parametrize("split", [PressedCache.fork, copy.deepcopy])
+def test_copies_go_their_own_ways(press: BasePress | None, split: object) -> None:
+    parent = prefilled(press)
+    add(parent, FURTHER[:, :2])  # the buffer has room: both could write to the same place
+    child = split(parent)  # type: ignore[operator]
+    grandchild = split(child)  # type: ignore[operator]
+    endings = [FURTHER[:, 10:14], FURTHER[:, 20:24], FURTHER[:, 30:34]]
+    family = [parent, child, grandchild]
+    answers = [[], [], []]
+    for t in range(4):
+        for past, ending, answer in zip(family, endings, answers, strict=True):
+            answer.append(add(past, ending[:, t : t + 1]))
+    for past, ending, answer in zip(family, endings, answers, strict=True):
+        alone = prefilled(press)
+        add(alone, FURTHER[:, :2])
+        expected = torch.cat([add(alone, ending[:, t : t + 1]) for t in range(4)], dim=1)
+        assert torch.equal(torch.cat(answer, dim=1), expected)
+        assert past.press == press and past.achieved_ratio() == alone.achieved_ratio()
+        assert torch.equal(past.positions(1), alone.positions(1))
+
+
+def test_crop_of_a_fork_leaves_the_parent_alone() -> None:
+    parent, alone = prefilled(), prefilled()
+    child = parent.fork()
+    child.crop(-20)
+    add(child, FURTHER[:, 50:60])
+    assert torch.equal(add(parent, FURTHER[:, :3]), add(alone, FURTHER[:, :3]))
+
+
+def test_reset_and_reuse() -> None:
+    past = prefilled(PRESS)
+    add(past, FURTHER[:, :5])
+    past.reset()
+    assert past.seen_tokens == 0 and past.stored_lengths() == [] and past.kv_bytes() == 0
+    assert past.achieved_ratio() == 0
+    other = tokens(2, 31, seed=5)  # of another shape
+    tiny("llama")(other, past_key_values=past)
+    assert past.stored_lengths() == [15, 15]
+    new = prefilled(PRESS, ids=other)
+    assert torch.equal(add(past, other[:, :4]), add(new, other[:, :4]))
+
+
+@pytest.mark.parametrize("press", [None, PRESS])
+def test_rows_can_be_repeated_and_selected(press: BasePress | None) -> None:
+    ids, new = tokens(2, N), tokens(6, 3, seed=4)
+    past = prefilled(press, ids=ids)
+    past.batch_repeat_interleave(3)
+    logits = add(past, new)
+    assert torch.equal(past.positions()[0], past.positions()[2])
+    past.batch_select_indices(torch.tensor([4, 1]))
+    past.reorder_cache(torch.tensor([1, 0, 0]))
+    last = add(past, new[:3])
+    for row, (source, first) in enumerate([(0, 1), (1, 4), (1, 4)]):
+        alone = prefilled(press, ids=ids[source : source + 1])
+        torch.testing.assert_close(logits[first], add(alone, new[first : first + 1])[0], atol=1e-4, rtol=0)
+        torch.testing.assert_close(last[row], add(alone, new[row : row + 1])[0], atol=1e-4, rtol=0)
+
+
+# -- branches ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in ("gpt_neox", "llama", "mistral", "gemma3", "lfm2", "qwen3_next") if name in BY_NAME]
+)
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_branches_are_separate_prefills(name: str, is_padded: bool) -> None:
+    own = {"random": {"seed": 1}, "snapkv": {"window_size": 8}, "pyramidkv": {"window_size": 4}}
+    presses = [make_press(press, ratio, **own.get(press, {})) for press in press_names() for ratio in (0.0, 0.3, 0.7)]
+    presses.append(None)
+    ids, mask = tokens(2, N), torch.ones(2, N, dtype=torch.long)
+    if is_padded:
+        mask[1, :20] = 0
+    source = PressedCache()
+    branches = source.branches(presses)
+    tiny(name)(ids, attention_mask=mask, past_key_values=source)
+    more = torch.cat([mask, torch.ones(2, 4, dtype=torch.long)], dim=1)
+    for press, branch in zip([*presses, None], [*branches, source], strict=True):
+        alone = PressedCache(press)
+        tiny(name)(ids, attention_mask=mask, past_key_values=alone)
+        assert branch.press == press
+        assert branch.stored_lengths() == alone.stored_lengths()
+        assert branch.achieved_ratio() == alone.achieved_ratio()
+        for ours, theirs in zip(branch.pressed_layers(), alone.pressed_layers(), strict=True):
+            assert torch.equal(ours.positions(), theirs.positions())
+        question, model = tokens(2, 4, seed=8), tiny(name)
+        answers = [model(question, attention_mask=more, past_key_values=past).logits for past in (branch, alone)]
+        assert torch.equal(*answers)
+
+
+def test_branches_share_until_written_to() -> None:
+    source = PressedCache()
+    whole, compressed = source.branches([None, PRESS])
+    tiny("gpt_neox")(IDS, past_key_values=source)
+    assert whole.kv_bytes() == source.kv_bytes() > compressed.kv_bytes()
+    assert whole.layer(1).keys.data_ptr() == source.layer(1).keys.data_ptr()
+    add(source, FURTHER[:, :1], "gpt_neox")
+    assert whole.layer(1).keys.data_ptr() != source.layer(1).keys.data_ptr()
+
+
+def test_a_branch_that_nobody_wants_is_not_kept() -> None:
+    source = PressedCache()
+    branches = source.branches([KnormPress(0.2), PRESS])
+    tiny("llama")(tokens(1, 67), past_key_values=source)
+    assert branches.pop(0).stored_lengths() == [53, 53]
+    gc.collect()
+    assert [x for x in gc.get_objects() if type(x) is Tensor and x.dim() == 4 and x.shape[2] == 53] == []
+
+
+def test_branches_are_filled_by_one_prefill_only() -> None:
+    source = PressedCache()
+    (branch,) = source.branches([PRESS])
+    tiny("llama")(IDS, past_key_values=source)
+    kept = branch.positions()
+    add(source, FURTHER[:, :2])
+    source.reset()
+    add(source, IDS[:, :20])
+    assert branch.seen_tokens == N and torch.equal(branch.positions(), kept)
+
+
+class Broken(BasePress):
+    """Fails in the second layer."""
+
+    def compress(self, view: LayerView) -> Kept | None:
+        if view.layer_idx == 1:
+            raise ZeroDivisionError("on purpose")
+        return KnormPress(0.5).compress(view)
+
+
+def test_a_press_that_fails_breaks_its_own_branch_only() -> None:
+    source = PressedCache()
+    broken, sound = source.branches([Broken(), PRESS])
+    tiny("llama")(IDS, past_key_values=source)
+    assert sound.stored_lengths() == [26, 26] and source.stored_lengths() == [N, N]
+    with pytest.raises(ZeroDivisionError, match="on purpose"):
+        add(broken, FURTHER[:, :1])
+
+
+def test_branches_need_an_empty_cache_without_a_press() -> None:
+    for past in (PressedCache(PRESS), prefilled()):
+        with pytest.raises(CacheError, match="empty cache without a press"):
+            past.branches([PRESS])
+
+
+# -- what cannot work -------------------------------------------------------------------------------------------------
+
+
+def test_another_number_of_rows() -> None:
+    past = prefilled(PRESS)
+    with pytest.raises(CacheError, match=r"holds 1 rows and the call has 2.*batch_repeat_interleave"):
+        add(past, tokens(2, 3))
+    assert torch.isfinite(add(past, FURTHER[:, :3])).all()  # and goes on working
+
+
+@pytest.mark.parametrize("width", [3, N, N + 2])
+def test_an_attention_mask_of_the_wrong_width(width: int) -> None:
+    past = prefilled(PRESS)
+    with pytest.raises(CacheError, match=rf"{width} columns; .* seen {N + 3} tokens"):
+        tiny("llama")(FURTHER[:, :3], attention_mask=torch.ones(1, width), past_key_values=past)
+
+
+def test_a_4d_attention_mask() -> None:
+    mask = torch.zeros(1, 1, N, N)
+    with pytest.raises(CacheError, match="2-D attention masks"):
+        tiny("llama")(IDS, attention_mask=mask, past_key_values=PressedCache())
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_another_backend(attention: str) -> None:
+    past = PressedCache(PRESS)
+    with pytest.raises(ModelError, match="attn_implementation='coldpress'"):
+        tiny("llama", attention)(IDS, past_key_values=past)
+    with pytest.raises(ModelError, match="attn_implementation='coldpress'"):
+        add(past, IDS)
+    past.reset()
+    add(past, IDS)
+    assert past.stored_lengths() == [26, 26]
+
+
+def test_a_press_that_fails() -> None:
+    past = PressedCache(Broken())
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError, match="on purpose"):
+            add(past, IDS)
+    past.reset()
+    with pytest.raises(ZeroDivisionError, match="on purpose"):
+        add(past, IDS)
+
+
+def test_a_call_that_failed_half_way() -> None:
+    model, past = BY_NAME["llama"].build(), prefilled()
+    hook = model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(FURTHER[:, :2], past_key_values=past)
+    hook.remove()
+    with pytest.raises(CacheError, match="half-way"):
+        add(past, FURTHER[:, :3])
+    past.reset()
+    assert torch.equal(add(past, FURTHER[:, :3]), add(PressedCache(), FURTHER[:, :3]))
+
+
+def test_something_else_than_a_press() -> None:
+    with pytest.raises(PressError, match="SnapKVPress"):
+        PressedCache(0.5)  # type: ignore[arg-type]
+
+
+def test_describes_itself() -> None:
+    assert repr(prefilled(KnormPress(0.5))) == (
+        f"PressedCache(press=KnormPress(compression_ratio=0.5), seen={N}, stored=[26, 26])"
+    )

@@ -1,0 +1,693 @@
+"""The command lines: what they compute and save, and the one clear line for what cannot work."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BloomConfig,
+    BloomForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    T5Config,
+)
+
+import coldpress
+from coldpress import KnormPress, LayerView
+from coldpress.cli import main
+from coldpress.eval.records import METRICS
+from coldpress.presses import registry
+from coldpress.presses.registry import press_names
+
+ROOT = Path(__file__).parents[1]
+DEMO = Path(coldpress.__file__).parent / "assets" / "demo" / "model"
+SMALL = ["--limit_tokens", "400", "--context_limit", "40", "--max_new_tokens", "4", "--repetitions", "2"]
+QUALITY = ["--ppl_apply_press", "--ppl_only", "--limit_tokens", "400"]
+
+
+def save_tiny(folder: Path, seed: int) -> Path:
+    """A tiny random GPT-NeoX with the demo's tokenizer and 128 positions."""
+    torch.manual_seed(seed)
+    config = GPTNeoXConfig(
+        vocab_size=4096, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        max_position_embeddings=128, rotary_pct=0.25, initializer_range=0.2, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    GPTNeoXForCausalLM(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny", 0)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """WikiText and PG-19 in the hub's layout, and texts of all kinds."""
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("datasets")
+    folder = tmp_path_factory.mktemp("data")
+    line = "The miller weighed the olives and the children dipped their bread in the oil . "
+
+    def parquet(path: str, **columns: list[str]) -> None:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        pandas.DataFrame(columns).to_parquet(folder / path)
+
+    for subset, word in (("wikitext-2-raw-v1", "green"), ("wikitext-103-v1", "<unk>")):
+        rows = ["", f" = {word} = \n", "", *(f" {line}{word} {i} \n" for i in range(60))]
+        parquet(f"wikitext/{subset}/test-00000-of-00001.parquet", text=rows)
+    names = "\n".join(
+        f"- config_name: {s}\n  data_files:\n  - split: test\n    path: {s}/test-*"
+        for s in ("wikitext-103-v1", "wikitext-2-raw-v1")
+    )
+    (folder / "wikitext" / "README.md").write_text(f"---\nconfigs:\n{names}\n---\n")
+    parquet(
+        "pg19/data/test-00000-of-00001.parquet",
+        short_book_title=["First", "Second"],
+        text=[line * 60, "Another book begins here . " * 100],
+    )
+    parquet("columns/test-00000-of-00001.parquet", words=["no text here"])
+    (folder / "empty.txt").write_text(" \n")
+    (folder / "one.txt").write_text("a")
+    (folder / "latin1.txt").write_bytes(b"caf\xe9 olives")
+    (folder / "text.txt").write_text(line * 40)
+    return folder
+
+
+@dataclass
+class Done:
+    code: int
+    out: str
+    err: str
+    records: list[dict[str, Any]]
+    folder: Path
+
+    @property
+    def record(self) -> dict[str, Any]:
+        (record,) = self.records
+        return record
+
+
+Run = Callable[..., Done]
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run one command line in this process; unless it says otherwise on the tiny model and the demo text."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object, folder: str = "results") -> Done:
+        given = [str(a) for a in arguments]
+        for option, default in (("--model", tiny), ("--dataset", "demo"), ("--output_dir", tmp_path / folder)):
+            if option not in given and not (option == "--dataset" and "--text_file" in given):
+                given += [option, str(default)]
+        capsys.readouterr()
+        try:
+            code = main(["ppl", *given], prog="python evaluation/perplexity.py")
+        except SystemExit as stop:  # argparse
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        where = Path(given[given.index("--output_dir") + 1])
+        records = [json.loads(path.read_text()) for path in sorted(where.glob("*.json"))] if where.is_dir() else []
+        return Done(code, out, err, records, where)
+
+    return call
+
+
+# The user's command lines
+
+
+@pytest.mark.parametrize(
+    ("arguments", "presses"),
+    [
+        ("--dataset {data}/wikitext --subset wikitext-103-v1 --press no_press --attn_implementation eager", 1),
+        (
+            "--dataset {data}/wikitext --subset wikitext-103-v1 --press snapkv --compression_ratio 0.5 "
+            "--attn_implementation eager",
+            1,
+        ),
+        ("--dataset {data}/wikitext --press all --speed_only", 10),
+        ("--dataset {data}/wikitext --press snapkv --compression_ratio 0.5 --speed_only", 1),
+        ("--dataset {data}/wikitext --press snapkv --compression_ratio 0.5 --ppl_apply_press", 1),
+        ("--dataset {data}/wikitext --press all --ppl_apply_press", 10),
+        (
+            "--dataset {data}/wikitext --press snapkv --compression_ratio 0.5 --speed_only --speed_decode_only "
+            "--min_new_tokens 3",
+            1,
+        ),
+        ("--dataset {data}/pg19 --sample_idx 0 --press no_press", 1),
+        ("--dataset {data}/pg19 --sample_idx 1 --press knorm --compression_ratio 0.5", 1),
+    ],
+)
+def test_the_users_command_lines(run: Run, data: Path, arguments: str, presses: int) -> None:
+    done = run(*arguments.format(data=data).split(), *SMALL)
+    assert done.code == 0, done.err
+    assert len(done.records) == presses
+    for record in done.records:
+        assert record["status"] == "ok" and record["error"] is None
+        assert record["compression_ratio"] == (0 if record["press"] == "no_press" else 0.5)
+        assert record["effective_compression_ratio"] == record["compression_ratio"]
+        assert (record["ppl"] is None) == ("--speed_only" in arguments)
+        assert (record["ttft_s"] is None) == ("--speed_decode_only" in arguments)
+        assert (record["delta_nll"] is None) == ("--ppl_apply_press" not in arguments or record["press"] == "no_press")
+        assert record["tpot_ms"] > 0
+        assert f"| {record['press']} " in done.out
+
+
+def test_the_embedded_default_needs_nothing(run: Run) -> None:
+    done = run("--model", "demo", "--dataset", "demo", "--press", "knorm", *SMALL, "--max_length", "256")
+    assert done.code == 0, done.err
+    assert done.record["ppl"] < 100  # it is trained
+    assert done.record["dataset"] == done.record["model"] == "demo"
+
+
+def test_a_record_says_everything(run: Run) -> None:
+    done = run("--press", "snapkv", "--press_args", '{"window_size": 8}', "--ppl_apply_press", *SMALL, "--seed", "7")
+    record = done.record
+    sizes = {"total_tokens": 400, "scored_tokens": 3 * 31, "windows": 3, "context_tokens": 96, "target_tokens": 32}
+    asked = {
+        "press": "snapkv",
+        "compression_ratio": 0.5,
+        "seed": 7,
+        "dataset": "demo",
+        "protocol": "prefix-C96-T32-S128",
+    }
+    kept = {"effective_compression_ratio": 0.5, "kv_len_before": 96, "kv_len_after": [48, 48]}
+    kept |= {"kv_bytes_baseline": 2 * 2 * 96 * 32 * 4, "kv_bytes": 2 * 2 * 48 * 32 * 4}
+    for key, value in (sizes | asked | kept).items():
+        assert record[key] == value, key
+    assert record["press_config"] == {"compression_ratio": 0.5, "window_size": 8, "kernel_size": 5}
+    assert record["ppl"] == pytest.approx(math.exp(record["loss"]))
+    for key in ("generation_tokens_per_s", "prefill_tokens_per_s", "ttft_s", "tpot_ms", "peak_mem_bytes"):
+        assert record[key] > 0, key
+    assert record["speed_tokens_per_s"] == record["decode_tokens_per_s"] > 0
+    assert record["peak_mem_kind"] in ("vmhwm", "rss_polled", "maxrss_process", "cuda_allocated")
+    assert record["peak_mem_baseline_bytes"] > 0
+    assert (record["speed_context_tokens"], record["generated_tokens"], len(record["samples"])) == (40, 4, 2)
+    assert len(record["text_sha256"]) == len(record["tokens_sha256"]) == 64
+    assert record["command"].startswith('python evaluation/perplexity.py --press snapkv --press_args \'{"window_size"')
+    assert record["model_type"] == "gpt_neox" and record["dtype"] == "float32"
+    assert {"python", "torch", "transformers", "coldpress", "cpu", "threads"} <= record["env"].keys()
+    assert set(METRICS) <= record.keys()
+    unmeasured = {key for key in METRICS if record[key] is None}
+    assert unmeasured <= {"peak_reserved_bytes", "peak_mem_delta_bytes"}
+    for text in (
+        "400 tokens",
+        "93 scored tokens",
+        "40 tokens of context and 4 generated",
+        "snapkv",
+        "48.00 KiB",
+        "24.00 KiB",
+    ):
+        assert text in done.out
+
+
+def test_without_ppl_apply_press_it_is_a_direct_computation(run: Run, data: Path, tiny: Path) -> None:
+    done = run(
+        "--dataset", data / "wikitext", "--press", "knorm", "--ppl_only", "--stride", "32", "--limit_tokens", "500"
+    )
+    assert "note: this perplexity is the uncompressed model's" in done.err
+    text = "\n\n".join(["", " = green = \n", ""] + [
+        f" The miller weighed the olives and the children dipped their bread in the oil . green {i} \n" for i in range(60)
+    ])  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    model = AutoModelForCausalLM.from_pretrained(tiny, attn_implementation="sdpa").eval()
+    ids = torch.tensor([tokenizer(text, verbose=False)["input_ids"][:500]])
+    losses: list[Tensor] = []
+    previous_end = 0
+    for begin in range(0, ids.shape[1], 32):
+        end = min(begin + 128, ids.shape[1])
+        n = end - max(previous_end, 1)
+        with torch.no_grad():
+            logits = model(ids[:, begin:end]).logits[0, :-1]
+        losses.append(torch.nn.functional.cross_entropy(logits, ids[0, begin + 1 : end], reduction="none")[-n:])
+        previous_end = end
+        if end == ids.shape[1]:
+            break
+    expected = torch.cat(losses).double()
+    assert done.record["scored_tokens"] == len(expected) == 499
+    assert done.record["loss"] == pytest.approx(float(expected.mean()), rel=1e-5)
+    assert done.record["ppl"] == pytest.approx(float(expected.mean().exp()), rel=1e-4)
+
+
+def test_attention_implementations_agree(run: Run) -> None:
+    ppl = [
+        run("--ppl_only", *SMALL, "--attn_implementation", name, folder=name).record["ppl"]
+        for name in ("sdpa", "eager")
+    ]
+    assert ppl[0] == pytest.approx(ppl[1], rel=1e-4)
+
+
+def test_dashes_and_underscores_are_the_same(run: Run) -> None:
+    spellings = (
+        ("--ppl_apply_press", "--ppl_only", "--compression_ratio=0.25", "--limit_tokens", "300"),
+        ("--ppl-apply-press", "--ppl-only", "--compression-ratio=0.25", "--limit-tokens", "300"),
+    )
+    records = []
+    for spelling in spellings:
+        done = run(*spelling, "--press", "knorm", folder="same")
+        assert done.code == 0, done.err
+        records.append(done.record)  # one file: the second run replaces the first one's
+    assert records[0]["ppl"] == records[1]["ppl"]
+    assert records[1]["settings"]["limit_tokens"] == 300
+
+
+def test_runs_repeat_bit_for_bit(run: Run) -> None:
+    first, second = (run("--press", "random", "snapkv", *QUALITY, folder=name).records for name in ("a", "b"))
+    for a, b in zip(first, second, strict=True):
+        assert a["per_window"] == b["per_window"] and a["kept_hash"] == b["kept_hash"]
+    other = run("--press", "random", *QUALITY, "--seed", "1", folder="c").record
+    assert other["kept_hash"] not in [record["kept_hash"] for record in first]
+
+
+def test_names_of_files_do_not_collide(run: Run, tiny: Path, data: Path, tmp_path: Path) -> None:
+    twin = save_tiny(tmp_path / "elsewhere" / "tiny", 1)  # another model in a folder of the same name
+    (tmp_path / "text.txt").write_text("Another text. " * 300)
+    shutil.copytree(twin, tmp_path / "tiny")
+    lines: list[list[object]] = [
+        ["--press", "knorm", "snapkv", "--compression_ratio", "0.25", "0.5", "0.505"],
+        ["--press", "knorm", "--model", twin],
+        ["--press", "knorm", "--text_file", data / "text.txt"],
+        ["--press", "knorm", "--text_file", tmp_path / "text.txt"],
+        ["--press", "knorm", "--dataset", data / "wikitext"],
+        ["--press", "knorm", "--dataset", data / "wikitext", "--subset", "wikitext-103-v1"],
+        ["--press", "knorm", "--dataset", data / "pg19", "--sample_idx", 0],
+        ["--press", "knorm", "--dataset", data / "pg19", "--sample_idx", 1],
+        ["--press", "snapkv", "--press_args", '{"window_size": 8}'],
+        ["--press", "knorm", "--context_tokens", 64],
+        ["--press", "knorm", "--dtype", "bfloat16"],
+        ["--press", "knorm", "--attn_implementation", "eager"],
+    ]
+    for line in lines:
+        assert run(*line, *QUALITY).code == 0
+    for line in (["--ppl_only"], ["--ppl_only", "--stride", 32]):
+        assert run("--press", "knorm", "--limit_tokens", 400, *line).code == 0
+    files = os.listdir(tmp_path / "results")
+    assert len(files) == 6 + 11 + 2
+    for model in ("tiny", tmp_path / "elsewhere" / "tiny"):  # the same relative name, seen from another folder
+        os.chdir(tmp_path if model == "tiny" else tmp_path / "elsewhere")
+        assert run("--press", "knorm", "--model", "tiny", *QUALITY).code == 0
+        if model == "tiny":
+            shutil.rmtree(tmp_path / "tiny")
+            save_tiny(tmp_path / "elsewhere" / "tiny", 2)
+    assert len(os.listdir(tmp_path / "results")) == len(files) + 2
+
+
+def test_progress_and_notes_are_lines_where_there_is_no_terminal(run: Run) -> None:
+    done = run("--press", "knorm", "--ppl_apply_press", *SMALL, "--context_limit", "4096")
+    assert "\r" not in done.err
+    lines = done.err.splitlines()
+    assert lines[0].startswith("note: a timed context with --max_new_tokens of 404 is past the 128 positions")
+    assert lines[1].startswith("perplexity: 3/3") and lines[-1].startswith("speed: 8/8")
+
+
+def test_a_window_past_the_positions_is_cut_unless_extrapolation_is_allowed(run: Run) -> None:
+    arguments = ("--max_length", "256", "--ppl_only", "--limit_tokens", "600")
+    done = run(*arguments)
+    assert done.err.splitlines()[0].startswith("note: --max_length 256 is past the 128 positions")
+    assert done.record["max_length"] == 128 and done.record["protocol"] == "strided-L128-S128"
+    done = run(*arguments, "--allow_extrapolation", folder="whole")
+    assert "they are used because of --allow_extrapolation" in done.err
+    assert done.record["max_length"] == 256 and done.record["protocol"] == "strided-L256-S256"
+
+
+# Failures
+
+
+@dataclass(frozen=True)
+class Breaks(KnormPress):
+    def score(self, view: LayerView) -> Tensor:
+        raise RuntimeError("out of\norder")
+
+
+@pytest.fixture
+def breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A registered press that fails."""
+    monkeypatch.setitem(registry._BY_NAME, "breaks", Breaks)
+
+
+@pytest.mark.usefixtures("breaks")
+@pytest.mark.parametrize("how", [["--ppl_apply_press", "--ppl_only"], ["--speed_only"]])
+def test_a_press_that_fails_is_recorded_as_failed_and_the_others_go_on(run: Run, how: list[str]) -> None:
+    done = run("--press", "all", *how, *SMALL)
+    assert done.code == 1
+    assert "error: breaks at 0.5 failed: RuntimeError: out of order" in done.err
+    by_press = {record["press"]: record for record in done.records}
+    assert set(by_press) == {"no_press", "breaks", *press_names()} and len(by_press) == 11
+    failed = by_press.pop("breaks")
+    assert (failed["status"], failed["error"]) == ("failed", "RuntimeError: out of order")
+    assert "test_cli.py" in failed["traceback"]
+    planned = {"context_tokens", "target_tokens"}
+    assert all(failed[key] is None for key in METRICS if key not in planned)
+    assert all(record["status"] == "ok" for record in by_press.values())
+    assert [path.name for path in done.folder.glob("*.failed.json")]
+
+
+def test_a_press_that_keeps_everything_is_not_a_result(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(KnormPress, "compress", lambda self, view: None)
+    for how in (QUALITY, ["--speed_only", *SMALL]):
+        done = run("--press", "knorm", *how, folder=how[0])
+        assert done.code == 1
+        assert done.record["status"] == "failed" and done.record["ppl"] is None
+        assert "SelfCheckError" in done.record["error"]
+
+
+def test_a_model_that_is_not_finite_fails_every_press(run: Run, tiny: Path, tmp_path: Path) -> None:
+    broken = AutoModelForCausalLM.from_pretrained(tiny)
+    with torch.no_grad():
+        broken.get_output_embeddings().weight[5] = torch.nan
+    shutil.copytree(tiny, tmp_path / "nan")
+    broken.save_pretrained(tmp_path / "nan")
+    for how in (QUALITY, ["--ppl_only", "--limit_tokens", "400"]):
+        done = run("--model", tmp_path / "nan", "--press", "knorm", "snapkv", *how, folder=how[0])
+        assert done.code == 1
+        assert [record["status"] for record in done.records] == ["failed", "failed"]
+        assert all("not finite" in record["error"] and record["ppl"] is None for record in done.records)
+
+
+# Bad input: one line, exit code 2, nothing written
+
+
+@pytest.fixture(scope="session")
+def odd_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models that coldpress cannot run."""
+    folder = tmp_path_factory.mktemp("odd")
+    T5Config(d_model=16, num_layers=1, num_heads=2, d_ff=16).save_pretrained(folder / "t5")
+    bloom = BloomConfig(vocab_size=4096, hidden_size=16, n_layer=1, n_head=2)
+    BloomForCausalLM(bloom).save_pretrained(folder / "bloom")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / name, folder / "bloom")
+    (folder / "empty").mkdir()
+    (folder / "broken").mkdir()
+    (folder / "broken" / "config.json").write_text('{"model_type": "gpt_neox", "hidden')
+    (folder / "unknown").mkdir()
+    (folder / "unknown" / "config.json").write_text('{"model_type": "no_such_model"}')
+    (folder / "file.bin").write_text("")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--press snapvk", r"Unknown press 'snapvk'. Did you mean 'snapkv'"),
+        ("--press snapkv,knorm", r"Unknown press 'snapkv,knorm'. Did you mean"),
+        ("--press xyz", r"Unknown press 'xyz'. Known: no_press, expected_attention"),
+        *(
+            (f"--press {p} --compression_ratio {r}", r"number in \[0, 1\)")
+            for p in ("knorm", "no_press")
+            for r in (1, -0.1)
+        ),
+        ("--press knorm --compression_ratio nan", r"number in \[0, 1\)"),
+        ("--press knorm --compression_ratio 0.5 1.5", r"number in \[0, 1\)"),
+        ("--press knorm --compression_ratio half", "invalid float value: 'half'"),
+        ("--text_file {data}/empty.txt", "holds no text"),
+        ("--text_file {data}/one.txt", "fewer than 2 tokens"),
+        ("--limit_tokens 1", "fewer than 2 tokens"),
+        ("--text_file {data}/missing.txt", "No such file"),
+        ("--text_file {data}", "Is a directory"),
+        ("--text_file {data}/latin1.txt", "not UTF-8"),
+        ("--dataset {data}/missing", "no file or folder"),
+        ("--dataset wikitxt", "unknown dataset 'wikitxt'.*Did you mean 'wikitext'"),
+        ("--dataset {data}/columns", "no column 'text'"),
+        ("--dataset {data}/pg19 --sample_idx 2", "sample_idx 2 is out of range.*0 to 1"),
+        ("--sample_idx 1", "out of range"),
+        ("--sample_idx -1", "at least 0"),
+        ("--dataset {data}/wikitext --subset wikitext-3", "unknown subset 'wikitext-3'.*wikitext-103-v1"),
+        ("--dataset {data}/wikitext --split valid", "unknown split 'valid'"),
+        ("--model {odd}/t5", "encoder-decoder"),
+        ("--model {odd}/bloom", "attention interface"),
+        ("--model {odd}/empty", "no config.json"),
+        ("--model {odd}/broken", "cannot be loaded"),
+        ("--model {odd}/unknown", "cannot be loaded"),
+        ("--model {odd}/file.bin", "is a file"),
+        ("--model ./nothing", "no such folder"),
+        ("--model a/b/c", "no such folder"),
+        ("--device cuda:99", "--device cuda:99: this machine has"),
+        ("--device tpu", "--device"),
+        ("--attn_implementation flash", "invalid choice: 'flash'"),
+        ("--dtype int8", "invalid choice: 'int8'"),
+        ("--press snapkv --press_args window_size=3", "must be a JSON object"),
+        ("--press snapkv --press_args [3]", "must be a JSON object"),
+        ('--press snapkv --press_args {{"window_size":NaN}}', "must be a JSON object"),
+        ('--press snapkv --press_args {{"windowsize":3}}', "no parameter 'windowsize'. Did you mean 'window_size'"),
+        ('--press snapkv --press_args {{"window_size":0}}', "window_size must be an integer >= 1"),
+        ('--press snapkv --press_args {{"window_size":"8"}}', "window_size must be"),
+        ('--press expected_attention --press_args {{"epsilon":"a"}}', "epsilon must be int or float, got 'a'"),
+        ('--press random --press_args {{"seed":"a"}}', "seed must be int, got 'a'"),
+        ('--press snapkv --press_args {{"compression_ratio":0.3}}', "use --compression_ratio"),
+        ('--press snapkv knorm --press_args {{"window_size":3}}', "name a single one"),
+        ("--max_new_tokens many", "must be an integer of at least 1, got 'many'"),
+        ("--max_new_tokens 1", "at least 2 to time decoding"),
+        ("--max_new_tokens 200", "leaves no room for a context in 128 positions"),
+        ("--stride 0", "at least 1, got '0'"),
+        ("--stride 400 --ppl_only", "--stride in 1..max_length"),
+        ("--limit_tokens 2.5", "must be an integer"),
+        ("--seed -1", "at least 0"),
+        (f"--seed {2**64}", "must be an integer"),
+        ("--warmup -1", "at least 0"),
+        ("--speed_only --ppl_apply_press", "--speed_only measures no perplexity"),
+        (
+            "--compresion_ratio 0.5",
+            "unrecognized arguments: --compresion_ratio 0.5. Did you mean '--compression_ratio'",
+        ),
+        ("--press", "expected at least one argument"),
+        ("--output_dir {data}/text.txt", "is a file"),
+        ("--output_dir {data}/text.txt/below", "cannot write into folder"),
+        ("--output_dir /proc/nothing", "cannot write into folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    run: Run, data: Path, odd_models: Path, tmp_path: Path, arguments: str, message: str
+) -> None:
+    before = sorted(data.rglob("*"))
+    done = run(*arguments.format(data=data, odd=odd_models).split(" "))
+    assert done.code == 2
+    assert done.out == ""
+    assert len(done.err.splitlines()) == 1, done.err
+    assert done.err.startswith("error: ") and done.err.endswith("\n")
+    assert re.search(message, done.err), done.err
+    assert os.listdir(tmp_path) == [] and sorted(data.rglob("*")) == before
+
+
+def test_a_model_whose_attention_is_not_installed(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    done = run("--attn_implementation", "flash_attention_2")
+    assert (done.code, os.listdir(tmp_path)) == (2, [])
+    assert "pip install flash-attn" in done.err and len(done.err.splitlines()) == 1
+
+
+def test_a_hub_that_cannot_be_reached(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    done = run("--model", "EleutherAI/no-such-model-at-all")
+    assert done.code == 2 and len(done.err.splitlines()) == 1
+    for text in ("127.0.0.1:9", "EleutherAI/no-such-model-at-all", "--model PATH", "hf download", "--model demo"):
+        assert text in done.err
+    assert not (tmp_path / "results").exists()
+
+
+# Other commands
+
+
+def test_report_prints_what_a_folder_holds(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    done = run("--press", "knorm", *QUALITY)
+    run("--press", "knorm", "--ppl_only", "--limit_tokens", "300")
+    assert main(["report", str(done.folder)]) == 0
+    out = capsys.readouterr().out
+    assert out.count("| knorm") == 2 and out.count("protocol ") == 2  # two protocols do not share a table
+    assert main(["report", str(done.folder / "nothing")]) == 2
+    assert "no folder" in capsys.readouterr().err
+
+
+def test_presses_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["presses"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"{name}: " in out for name in press_names())
+
+
+def test_speed_is_a_command(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ["--model", str(tiny), "--dataset", "demo", "--output_dir", str(tmp_path)]
+    assert main(["speed", *where, *SMALL]) == 0
+    (path,) = tmp_path.glob("*.json")
+    record = json.loads(path.read_text())
+    assert record["protocol"] == "speed" and record["command"].startswith("coldpress speed --model")
+    assert main(["speed", *where, "--ppl_apply_press"]) == 2
+    assert "--speed_only measures no perplexity" in capsys.readouterr().err
+
+
+# In a process of its own
+
+
+def start(code: str, *arguments: object, **environment: str) -> subprocess.Popen[str]:
+    """Run the user's script in another process, after ``code``; interrupts reach it even if this one ignores them."""
+    script = ROOT / "evaluation" / "perplexity.py"
+    lines = [
+        "import os, runpy, signal, sys",
+        "signal.signal(signal.SIGINT, signal.default_int_handler)",
+        code,
+        f"sys.argv = {[str(script), *map(str, arguments)]!r}",
+        f"runpy.run_path({str(script)!r}, run_name='__main__')",
+    ]
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen(
+        [sys.executable, "-c", "\n".join(lines)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+    )
+
+
+EVERY_LINE = "import coldpress.eval.progress as progress; progress.LINE_EVERY_S = 0.0"
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def wait_for(process: subprocess.Popen[str], beginning: str) -> None:
+    assert process.stderr is not None
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if line.startswith(beginning):
+            return
+    finish(process)
+    raise AssertionError(f"it ended before it said {beginning!r}: {''.join(said)}")
+
+
+def test_interrupted_it_keeps_what_is_finished_and_exits_with_130(tiny: Path, tmp_path: Path) -> None:
+    arguments = ["--model", tiny, "--dataset", "demo", "--press", "all", "--ppl_apply_press", "--max_new_tokens", 8]
+    process = start(EVERY_LINE, *arguments, "--output_dir", tmp_path)
+    wait_for(process, "perplexity: 2/")
+    process.send_signal(signal.SIGINT)
+    code, out, err = finish(process)
+    assert code == 130, err
+    assert "Traceback" not in err and "interrupted; 10 result(s) kept" in err
+    files = sorted(os.listdir(tmp_path))
+    assert len(files) == 10 and all(name.endswith(".interrupted.json") for name in files)
+    records = [json.loads((tmp_path / name).read_text()) for name in files]
+    windows = {record["windows"] for record in records}
+    assert len(windows) == 1 and windows.pop() >= 2  # whole windows, the same for all
+    for record in records:
+        assert record["status"] == "interrupted" and record["ppl"] > 0 and record["tpot_ms"] is None
+        assert record["scored_tokens"] == record["windows"] * 31
+    assert out.count("| interrupted |") == 10
+
+
+def test_interrupted_while_timing_it_keeps_finished_presses_as_finished(tiny: Path, tmp_path: Path) -> None:
+    small = ["--repetitions", 1, "--warmup", 0, "--max_new_tokens", 4, "--context_limit", 40]
+    arguments = [
+        "--model",
+        tiny,
+        "--dataset",
+        "demo",
+        "--press",
+        "all",
+        "--speed_only",
+        "--output_dir",
+        tmp_path,
+        *small,
+    ]
+    slow = "; import time, coldpress.eval.speed as s; f = s.SpeedRun._measure_memory"
+    slow += "; s.SpeedRun._measure_memory = lambda self, point: (f(self, point), time.sleep(0.3))"
+    process = start(EVERY_LINE + slow, *arguments)
+    wait_for(process, "speed: 13/20")  # every press is timed, the memory of three is measured
+    process.send_signal(signal.SIGINT)
+    code, _, err = finish(process)
+    assert code == 130, err
+    records = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
+    status = [record["status"] for record in records]
+    assert len(records) == 10 and 3 <= status.count("ok") < 10
+    for record in records:
+        assert record["tpot_ms"] > 0
+        assert (record["peak_mem_bytes"] is not None) == (record["status"] == "ok")
+
+
+def test_interrupted_it_leaves_an_earlier_result_alone(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = run("--press", "knorm", *QUALITY)
+    (finished,) = done.folder.glob("*.json")
+    before = finished.read_text()
+    original = KnormPress.score
+
+    def interrupted(self: KnormPress, view: LayerView) -> Tensor:
+        interrupted.calls += 1  # type: ignore[attr-defined]
+        if interrupted.calls > 4:  # type: ignore[attr-defined]
+            raise KeyboardInterrupt
+        return original(self, view)
+
+    interrupted.calls = 0  # type: ignore[attr-defined]
+    monkeypatch.setattr(KnormPress, "score", interrupted)
+    done = run("--press", "knorm", *QUALITY)
+    assert done.code == 130
+    assert finished.read_text() == before
+    (partial,) = done.folder.glob("*.interrupted.json")
+    assert json.loads(partial.read_text())["windows"] == 2
+    monkeypatch.setattr(KnormPress, "score", original)
+    assert len(run("--press", "knorm", *QUALITY).records) == 1  # a finished run removes the partial result
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "os.write(2, b'now\\n')",  # while torch is being imported
+        "import time, coldpress.eval.run as r\n"
+        "def slow(*a, **k): os.write(2, b'now\\n'); time.sleep(60)\n"
+        "r.load_model = slow",
+    ],
+)
+def test_interrupted_before_anything_is_measured(code: str, tiny: Path, tmp_path: Path) -> None:
+    process = start(code, "--model", tiny, "--dataset", "demo", "--output_dir", tmp_path / "results")
+    wait_for(process, "now")
+    if code.startswith("os"):
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.5)
+    process.send_signal(signal.SIGINT)
+    code_, out, err = finish(process)
+    assert code_ == 130, err
+    assert out == "" and err.split() == ["interrupted"]
+    assert os.listdir(tmp_path) == []
+
+
+def test_killed_it_leaves_no_broken_file(run: Run, tiny: Path, tmp_path: Path) -> None:
+    kill = "import coldpress.eval.results as r; r.os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)"
+    arguments = ["--model", tiny, "--dataset", "demo", "--press", "knorm", "snapkv", *QUALITY, "--output_dir", tmp_path]
+    code, _, err = finish(start(kill, *arguments))
+    assert code == -signal.SIGKILL, err
+    assert list(tmp_path.glob("*.json")) == []  # the temporary file is hidden and nobody reads it
+    assert main(["report", str(tmp_path)]) == 2
+    assert len(run(*arguments).records) == 2  # and is not in the way of the next run
+
+
+def test_the_script_says_one_line_where_there_is_no_network(tmp_path: Path) -> None:
+    process = start("", "--press", "all", HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path), HF_HUB_OFFLINE="0")
+    code, out, err = finish(process)
+    assert code == 2 and out == ""
+    assert len(err.splitlines()) == 1 and "--dataset demo" in err, err
+
+
+def test_the_script_prints_the_table_and_only_progress_on_stderr(tiny: Path, tmp_path: Path) -> None:
+    arguments = ["--model", tiny, "--dataset", "demo", "--press", "knorm", *SMALL, "--output_dir", tmp_path / "results"]
+    process = start("", *arguments)
+    code, out, err = finish(process)
+    assert code == 0, err
+    assert [line.split(":")[0] for line in err.splitlines()] == ["note", "perplexity", "speed"]
+    assert "| knorm " in out and out.rstrip().endswith("results/")
+    assert "1 result(s) in" in out

@@ -1,0 +1,170 @@
+"""A row of a padded batch gives what the row alone gives, wherever the padding stands."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.contract.architectures import BY_NAME, tiny, tokens
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from coldpress import BasePress, PressedCache, SnapKVPress, make_press, press_names
+
+QUESTION = 4
+MODELS = ["gpt_neox", "llama", "mistral"]
+PARAMETERS = {"snapkv": {"window_size": 8}, "pyramidkv": {"window_size": 4}, "random": {"seed": 3}}
+LAYOUTS = {
+    "left": [(23, 0), (0, 0), (48, 0)],
+    "right": [(0, 23), (0, 0), (0, 48)],
+    "mixed": [(23, 0), (0, 0), (0, 48)],
+    "both_sides": [(11, 12), (0, 0), (40, 8)],
+}
+
+
+class Batch:
+    """Rows of random tokens with padding before and after them, as (before, after) says."""
+
+    def __init__(self, length: int, pads: list[tuple[int, int]]):
+        self.ids = torch.zeros(len(pads), length, dtype=torch.long)
+        self.mask = torch.zeros(len(pads), length, dtype=torch.long)
+        self.rows = []
+        for i, (before, after) in enumerate(pads):
+            row = tokens(length - before - after, seed=i)
+            self.rows.append(row)
+            self.ids[i, before : length - after] = row
+            self.mask[i, before : length - after] = 1
+        self.question = tokens(len(pads), QUESTION, seed=99)
+
+    def positions(self) -> Tensor:
+        return (self.mask.cumsum(-1) - 1).clamp(min=0)
+
+    def add(self, new: Tensor) -> Tensor:
+        """Position ids of ``new [B, n]`` tokens, which join the batch."""
+        start = self.mask.sum(-1, keepdim=True)
+        self.mask = torch.cat([self.mask, torch.ones_like(new)], dim=-1)
+        return start + torch.arange(new.shape[1])
+
+
+def press_of(name: str, ratio: float) -> BasePress:
+    press = make_press(name, ratio, **PARAMETERS.get(name, {}))
+    assert press is not None
+    return press
+
+
+def is_local(model: PreTrainedModel, layer: int) -> bool:
+    """Whether a layer is bounded by its window and so not compressed."""
+    types = getattr(model.config, "layer_types", None) or []
+    return "full_attention" in types and types[layer] != "full_attention"
+
+
+def check(model: PreTrainedModel, batch: Batch, press: BasePress | None, n_decoded: int = 3) -> PressedCache:
+    """Prefill, a question of several tokens and some single ones: the batch against each row alone."""
+    past, mask = PressedCache(press), batch.mask.bool()
+    prefill = model(batch.ids, attention_mask=batch.mask, position_ids=batch.positions(), past_key_values=past).logits
+    after_prefill = [layer.positions() for layer in past.pressed_layers()]
+    pieces = [batch.question, *tokens(n_decoded, len(batch.rows), 1, seed=7)]
+    answers = []
+    for piece in pieces:
+        positions = batch.add(piece)
+        out = model(piece, attention_mask=batch.mask, position_ids=positions, past_key_values=past)
+        answers.append(out.logits)
+    assert torch.isfinite(torch.cat(answers, dim=1)).all()
+    for i, row in enumerate(batch.rows):
+        alone = PressedCache(press)
+        torch.testing.assert_close(
+            prefill[i, mask[i]], model(row[None], past_key_values=alone).logits[0], atol=1e-4, rtol=0
+        )
+        real = mask[i].cumsum(-1) - 1  # [T] slot in the batch -> position in the row
+        for j, (layer, positions) in enumerate(zip(alone.pressed_layers(), after_prefill, strict=True)):
+            for kept, expected in zip(positions[i], layer.positions()[0], strict=True):
+                assert is_local(model, j) or press is None or torch.equal(real[kept[kept >= 0]], expected)
+        for piece, answer in zip(pieces, answers, strict=True):
+            expected = model(piece[i : i + 1], past_key_values=alone).logits[0]
+            torch.testing.assert_close(answer[i], expected, atol=1e-4, rtol=0)
+    return past
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("press", [None, *press_names()])
+def test_row_of_a_batch_is_the_row_alone(layout: str, name: str, press: str | None) -> None:
+    check(tiny(name), Batch(60, LAYOUTS[layout]), None if press is None else press_of(press, 0.5))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("press", press_names())
+def test_ratio_0_drops_the_padding_only(name: str, press: str) -> None:
+    past = check(tiny(name), Batch(20, [(3, 0), (0, 0), (0, 15)]), press_of(press, 0.0))
+    assert past.achieved_ratio() == 0
+    assert (past.positions()[0, :, :17] == torch.arange(3, 20)).all()
+    assert (past.positions()[0, :, 17:20] == -1).all()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("backend", ["coldpress", "coldpress_eager"])
+@pytest.mark.parametrize("press", [SnapKVPress(0.5), SnapKVPress(0.9), press_of("streaming_llm", 0.9)], ids=repr)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_rows_of_very_different_length(name: str, backend: str, press: BasePress, side: str) -> None:
+    pads = [(59, 0), (57, 0), (0, 0)]
+    check(tiny(name, backend), Batch(60, pads if side == "left" else [pad[::-1] for pad in pads]), press)
+
+
+@pytest.mark.parametrize(
+    ("name", "press"),
+    [("mistral", None), ("mistral", "expected_attention"), ("gemma3", None), ("gemma3", "knorm"), ("gpt_oss", "knorm")],
+)
+def test_sliding_windows_count_real_tokens(name: str, press: str | None) -> None:
+    """Long enough that sliding layers free what is out of reach, which differs from row to row."""
+    batch = Batch(260, [(0, 0), (200, 0), (0, 200), (30, 30), (0, 259)])
+    check(tiny(name), batch, None if press is None else press_of(press, 0.5), n_decoded=70)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("press", [None, "snapkv", "pyramidkv", "expected_attention", "streaming_llm"])
+def test_generate(name: str, press: str | None) -> None:
+    model = tiny(name)
+    batch = Batch(40, [(20, 0), (0, 0), (33, 0)])
+    options = {"max_new_tokens": 12, "do_sample": False}
+
+    def generate(ids: Tensor, mask: Tensor) -> Tensor:
+        past = PressedCache(None if press is None else press_of(press, 0.5))
+        return model.generate(ids, attention_mask=mask, past_key_values=past, **options)[:, ids.shape[1] :]
+
+    together = generate(batch.ids, batch.mask)
+    for i, row in enumerate(batch.rows):
+        assert torch.equal(together[i], generate(row[None], torch.ones_like(row)[None])[0])
+    own = tiny(name, "sdpa").generate(batch.ids, attention_mask=batch.mask, **options)
+    assert press is not None or torch.equal(together, own[:, batch.ids.shape[1] :])
+
+
+def test_a_row_of_padding_only_is_harmless() -> None:
+    model = tiny("llama")
+    ids, mask = tokens(2, 12), torch.ones(2, 12, dtype=torch.long)
+    mask[1] = 0
+    past, alone = PressedCache(press_of("knorm", 0.5)), PressedCache(press_of("knorm", 0.5))
+    model(ids, attention_mask=mask, past_key_values=past)
+    model(ids[:1], past_key_values=alone)
+    assert torch.equal(past.positions()[:1], alone.positions()) and (past.positions()[1] == -1).all()
+    mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=1)
+    logits = model(ids[:, :1], attention_mask=mask, past_key_values=past).logits
+    assert torch.isfinite(logits).all()
+    torch.testing.assert_close(logits[:1], model(ids[:1, :1], past_key_values=alone).logits, atol=1e-5, rtol=0)
+
+
+def test_padding_of_a_later_turn() -> None:
+    """Turns of different length in one batch: the second turn is padded on the right, the third follows."""
+    model = BY_NAME["llama"].build()
+    press, turns = press_of("snapkv", 0.5), [tokens(2, 20), tokens(2, 6, seed=1), tokens(2, 3, seed=2)]
+    mask = torch.ones(2, 29, dtype=torch.long)
+    mask[1, 23:26] = 0  # the second row's second turn has 3 tokens
+    positions, past, logits, end = mask.cumsum(-1) - 1, PressedCache(press), [], 0
+    for turn in turns:
+        start, end = end, end + turn.shape[1]
+        at = positions[:, start:end]
+        out = model(turn, attention_mask=mask[:, :end], position_ids=at, past_key_values=past)
+        logits.append(out.logits)
+    for i in range(2):
+        alone = PressedCache(press)
+        for turn, answer, real in zip(turns, logits, mask[i].bool().split([20, 6, 3]), strict=True):
+            expected = model(turn[i : i + 1, real], past_key_values=alone).logits[0]
+            torch.testing.assert_close(answer[i, real], expected, atol=1e-4, rtol=0)

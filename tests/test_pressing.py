@@ -1,0 +1,293 @@
+"""``with press(model):`` and what importing coldpress does to everything else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from typing import Any
+
+import pytest
+import torch
+from tests.contract.architectures import BY_NAME, VERSION, tokens
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    DynamicCache,
+    PreTrainedModel,
+    QuantizedCache,
+    StaticCache,
+)
+
+from coldpress import KnormPress, PressedCache, SnapKVPress, use_coldpress
+from coldpress.errors import CacheError, ModelError, PressError
+from coldpress.layer import PressedLayer
+
+N = 40
+PRESS = SnapKVPress(0.5, window_size=8)
+IDS, QUESTION = tokens(1, N), tokens(1, 4, seed=1)
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    return BY_NAME["llama"].build("sdpa")
+
+
+def answer(model: PreTrainedModel, past: Any) -> Tensor:
+    return model(QUESTION, past_key_values=past).logits
+
+
+@pytest.fixture
+def expected(model: PreTrainedModel) -> Tensor:
+    """The logits of a question after the compressed context, by an explicit PressedCache."""
+    past, twin = PressedCache(PRESS), BY_NAME["llama"].build()
+    twin(IDS, past_key_values=past)
+    return answer(twin, past)
+
+
+def lengths(past: Any) -> list[int]:
+    return [layer.stored_length for layer in past.layers if isinstance(layer, PressedLayer)]
+
+
+@pytest.mark.parametrize("kind", [DynamicCache, PressedCache])
+@pytest.mark.parametrize("is_inside", [True, False])
+def test_compresses_a_cache_that_is_given(
+    model: PreTrainedModel, expected: Tensor, kind: type, is_inside: bool
+) -> None:
+    past = kind()
+    with PRESS(model) as same:
+        assert same is model
+        model(IDS, past_key_values=past)
+        assert lengths(past) == [20, 20] and past.get_seq_length() == N
+        if is_inside:
+            assert torch.equal(answer(model, past), expected)
+    if not is_inside:
+        assert torch.equal(answer(model, past), expected)
+    assert lengths(past) == [24, 24] and past.get_seq_length() == N + 4
+    model(tokens(1, 3), past_key_values=past)  # and goes on
+    past.crop(-3)
+    assert lengths(past) == [24, 24]
+
+
+def test_makes_a_cache_where_none_is_given(model: PreTrainedModel, expected: Tensor) -> None:
+    mask = torch.ones_like(IDS)
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+        ((IDS,), {}),
+        ((IDS, mask), {"past_key_values": None}),
+        ((IDS, mask, None, None), {"use_cache": True}),
+        ((), {"input_ids": IDS, "use_cache": True}),
+    ]
+    with PRESS(model):
+        for args, kwargs in calls:
+            past = model(*args, **kwargs).past_key_values
+            assert isinstance(past, PressedCache) and lengths(past) == [20, 20]
+            assert torch.equal(answer(model, past), expected)
+        assert lengths(model.model(IDS).past_key_values) == [20, 20]
+        assert lengths(model(IDS, None, None, PressedCache()).past_key_values) == [20, 20]
+        assert model(IDS, use_cache=False).past_key_values is None
+
+
+@pytest.mark.parametrize("name", [name for name in ("gpt_neox", "llama", "gemma3", "lfm2") if name in BY_NAME])
+def test_generate(name: str) -> None:
+    model = BY_NAME[name].build("sdpa")
+    options = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(IDS)}
+    own = model.generate(IDS, **options)
+    with PRESS(model):
+        out = model.generate(IDS, return_dict_in_generate=True, **options)
+    assert isinstance(out.past_key_values, DynamicCache)
+    full = [i for i, n in enumerate(lengths(out.past_key_values)) if n == 20 + 7]
+    assert len(full) == 2
+    assert torch.equal(model.generate(IDS, past_key_values=PressedCache(PRESS), **options), out.sequences)
+    assert torch.equal(model.generate(IDS, **options), own)  # the block is over
+
+
+def traces(model: PreTrainedModel) -> dict[str, Any]:
+    """Everything a block could leave behind on a model."""
+    return {
+        name: (
+            type(module),
+            {key: len(value) if isinstance(value, dict) else None for key, value in vars(module).items()},
+            module.forward.__func__,
+        )
+        for name, module in model.named_modules()
+    }
+
+
+def test_leaves_nothing_behind(model: PreTrainedModel) -> None:
+    before, logits = traces(model), model(IDS).logits
+    past = PressedCache()
+    with PRESS(model):
+        model(IDS, past_key_values=past)
+    assert traces(model) == before
+    with pytest.raises(ZeroDivisionError), PRESS(model):
+        other = model(IDS).past_key_values
+        raise ZeroDivisionError
+    assert traces(model) == before
+    assert past.press is None and other.press is None
+    assert torch.equal(model(IDS).logits, logits)
+    with PRESS(model):  # the block that failed is over
+        pass
+
+
+def test_another_press_inside_the_block(model: PreTrainedModel) -> None:
+    other, inner = BY_NAME["gpt_neox"].build("sdpa"), KnormPress(0.8)
+    with PRESS(model):
+        with pytest.raises(PressError, match="one press at a time"), inner(model):
+            pass
+        with inner(other):  # another model is another matter
+            assert lengths(other(IDS).past_key_values) == [8, 8]
+        assert lengths(model(IDS).past_key_values) == [20, 20]
+
+
+def test_a_cache_with_a_press_of_its_own(model: PreTrainedModel) -> None:
+    with PRESS(model):
+        model(IDS, past_key_values=PressedCache(PRESS))  # the same one
+        with pytest.raises(CacheError, match="press of its own"):
+            model(IDS, past_key_values=PressedCache(KnormPress(0.5)))
+
+
+@pytest.mark.parametrize("is_one_model", [False, True])
+def test_threads_do_not_disturb_each_other(is_one_model: bool) -> None:
+    models = [BY_NAME["llama"].build(), BY_NAME["llama"].build()]
+    if is_one_model:
+        models[1] = models[0]
+    presses = [PRESS, KnormPress(0.8)]
+    start, results, errors = threading.Barrier(2), [[], []], []
+
+    def work(i: int) -> None:
+        try:
+            start.wait()
+            for _ in range(20):
+                with presses[i](models[i]):
+                    past = DynamicCache()
+                    models[i](IDS, past_key_values=past)
+                    results[i].append((lengths(past), answer(models[i], past)))
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    for press, found in zip(presses, results, strict=True):
+        past = PressedCache(press)
+        models[0](IDS, past_key_values=past)
+        expected = (past.stored_lengths(), answer(models[0], past))
+        assert len(found) == 20
+        assert all(stored == expected[0] and torch.equal(logits, expected[1]) for stored, logits in found)
+
+
+# -- what cannot work -------------------------------------------------------------------------------------------------
+
+
+def test_other_caches(model: PreTrainedModel) -> None:
+    class Mine(DynamicCache):
+        pass
+
+    offloaded = DynamicCache()
+    offloaded.offloading = True
+    quantized = QuantizedCache.__new__(QuantizedCache)  # without the packages it needs
+    for past in (StaticCache(config=model.config, max_cache_len=64), quantized, Mine(), offloaded):
+        with PRESS(model), pytest.raises(CacheError, match=rf"not {type(past).__name__}.*coldpress.PressedCache"):
+            model(IDS, past_key_values=past)
+
+
+def test_a_dynamic_cache_that_holds_tokens(model: PreTrainedModel) -> None:
+    past = DynamicCache()
+    model(IDS, past_key_values=past)
+    with PRESS(model), pytest.raises(CacheError, match="Start empty"):
+        model(QUESTION, past_key_values=past)
+
+
+_SMALL = {"vocab_size": 97, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+_BART = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+
+
+@pytest.mark.parametrize(("model_type", "config"), [("t5", _SMALL), ("bart", _SMALL | _BART)])
+def test_encoder_decoders(model_type: str, config: dict[str, Any]) -> None:
+    model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(model_type, **config))
+    with pytest.raises(ModelError, match="encoder-decoder"), PRESS(model):
+        pass
+
+
+_GPTJ = {"n_embd": 32, "n_layer": 2, "n_head": 2, "rotary_dim": 8, "n_positions": 64}
+_OLD = {
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 2},
+    "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 2},
+    "falcon": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "gptj": _GPTJ,
+    "codegen": _GPTJ,
+}
+
+
+@pytest.mark.parametrize("model_type", list(_OLD))
+def test_models_without_the_attention_interface(model_type: str) -> None:
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, vocab_size=97, **_OLD[model_type]))
+    before = model.config._attn_implementation
+    with pytest.raises(ModelError, match="attention interface"), PRESS(model):
+        pass
+    assert model.config._attn_implementation == before
+
+
+def test_chunked_attention(model: PreTrainedModel) -> None:
+    model.config.layer_types = ["chunked_attention", "full_attention"]
+    with pytest.raises(ModelError, match="fixed chunks"):
+        use_coldpress(model)
+
+
+def test_layers_that_share_a_cache(model: PreTrainedModel) -> None:
+    model.config.num_kv_shared_layers = 1
+    with pytest.raises(ModelError, match="another layer's cache"):
+        use_coldpress(model)
+
+
+if VERSION >= (5, 0):  # before, these models have cache classes of their own, which test_other_caches is about
+
+    @pytest.mark.parametrize("kind", [DynamicCache, PressedCache])
+    def test_layers_that_keep_a_state_beside_their_pairs(kind: type) -> None:
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        states = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_ssm": 64, "mamba_d_state": 8, "head_dim": 8}
+        config = AutoConfig.for_model("falcon_h1", vocab_size=97, num_key_value_heads=2, **sizes, **states)
+        model = AutoModelForCausalLM.from_config(config)
+        past = kind() if kind is PressedCache else kind(config=config)
+        with PRESS(model), pytest.raises(CacheError, match="keep a state beside their"):
+            model(IDS, past_key_values=past)
+
+
+# -- everything else --------------------------------------------------------------------------------------------------
+
+_IMPORT = """
+import torch, transformers
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as masks
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as attention
+from transformers.cache_utils import Cache, DynamicCache
+
+config = AutoConfig.for_model("llama", vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                              num_attention_heads=4, num_key_value_heads=2)
+torch.manual_seed(0)
+model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+ids = torch.arange(40)[None]
+logits = model(ids).logits
+before = dict(attention), dict(masks), dict(vars(Cache)), dict(vars(DynamicCache)), dict(vars(type(model)))
+
+import coldpress
+
+for mapping, old in ((attention, before[0]), (masks, before[1])):
+    new = dict(mapping)
+    assert {name: new[name] for name in old} == old
+    assert set(new) - set(old) == {"coldpress", "coldpress_eager", "coldpress_fa2"}, set(new) - set(old)
+    assert not mapping._local_mapping, mapping._local_mapping
+assert (dict(vars(Cache)), dict(vars(DynamicCache)), dict(vars(type(model)))) == before[2:]
+assert torch.equal(model(ids).logits, logits)
+assert model.config._attn_implementation == "sdpa"
+"""
+
+
+def test_importing_changes_nothing_for_other_models() -> None:
+    done = subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
