@@ -226,9 +226,8 @@ def test_without_ppl_apply_press_it_is_a_direct_computation(run: Run, data: Path
         "--dataset", data / "wikitext", "--press", "knorm", "--ppl_only", "--stride", "32", "--limit_tokens", "500"
     )
     assert "note: this perplexity is the uncompressed model's" in done.err
-    text = "\n\n".join(["", " = green = \n", ""] + [
-        f" The miller weighed the olives and the children dipped their bread in the oil . green {i} \n" for i in range(60)
-    ])  # fmt: skip
+    line = " The miller weighed the olives and the children dipped their bread in the oil . green"
+    text = "\n\n".join(["", " = green = \n", "", *(f"{line} {i} \n" for i in range(60))])
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     model = AutoModelForCausalLM.from_pretrained(tiny, attn_implementation="sdpa").eval()
     ids = torch.tensor([tokenizer(text, verbose=False)["input_ids"][:500]])

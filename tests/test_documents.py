@@ -1,4 +1,4 @@
-"""The documents say what the code says: generated parts are fresh, links lead somewhere, both READMEs have one shape."""
+"""The documents say what the code says: generated parts are fresh, links lead somewhere, READMEs have one shape."""
 
 from __future__ import annotations
 

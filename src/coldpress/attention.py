@@ -227,7 +227,7 @@ def _sdpa(
     is_causal = visible is None and n_queries > 1
     if n_queries == 1 and n_heads != n_kv_heads:  # the heads of a group become queries: nothing is repeated
         output = nn.functional.scaled_dot_product_attention(
-            query.view(n_batch, n_kv_heads, -1, query.shape[3]), key, value, visible, dropout, scale=scaling
+            query.reshape(n_batch, n_kv_heads, -1, query.shape[3]), key, value, visible, dropout, scale=scaling
         )
         return output.reshape(n_batch, 1, n_heads, -1), None
     if visible is not None and visible.shape[1] > 1:

@@ -44,6 +44,8 @@ _REFUSED = {
     "num_return_sequences": "each question has one answer",
     "max_length": "it would count the context; give max_new_tokens",
     "min_length": "it would count the context; give min_new_tokens",
+    "prompt_lookup_num_tokens": "transformers 5 gets assisted decoding from a filled cache wrong, whatever the cache",
+    "assistant_early_exit": "transformers 5 gets assisted decoding from a filled cache wrong, whatever the cache",
 }
 
 

@@ -81,8 +81,9 @@ class Architecture:
     ) -> PreTrainedModel:
         """A new model; the same weights every time."""
         config = AutoConfig.for_model(self.model_type, **(self.config | changes))
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+        with torch.random.fork_rng(devices=[]):  # some weights are drawn while the model is made
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
         generator = torch.Generator().manual_seed(1)
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)

@@ -1,0 +1,66 @@
+"""Tables and captions from records."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from coldpress.eval.report import describe, show, table
+
+ENV = {"transformers": "5.0", "torch": "2.0", "cpu": "a CPU", "threads": 2}
+RECORD: dict[str, Any] = {
+    **{"press": "no_press", "compression_ratio": 0.0, "status": "ok", "model": "../models/tiny", "num_params": 7e6},
+    **{"dtype": "float32", "device": "cpu", "attn_implementation": "sdpa", "dataset": "wikitext", "env": ENV},
+    **{"subset": "wikitext-2-raw-v1", "text_sha256": "ab" * 32, "total_tokens": 1234, "protocol": "prefix-C768-T256"},
+    **{"windows": 4, "scored_tokens": 1020, "loss": 3.0, "ppl": 20.0855, "kv_bytes": 2048, "kv_bytes_baseline": 2048},
+}
+PRESSED = {
+    **RECORD,
+    **{"press": "knorm", "compression_ratio": 0.5, "effective_compression_ratio": 0.5, "ppl": 22.0, "kv_bytes": 1024},
+    **{"delta_nll": 0.09, "delta_nll_ci95": [0.07, 0.11], "kld": {"mean": 0.25}},
+}
+TIMED = {
+    **{"tpot_ms": 2.5, "ttft_s": 0.25, "generation_tokens_per_s": 300.0, "prefill_tokens_per_s": 4000.0},
+    **{"context_tokens": 768, "speed_context_tokens": 824, "generated_tokens": 200},
+    **{"peak_mem_bytes": 3 << 20, "peak_mem_delta_bytes": 1 << 20, "peak_mem_kind": "vmhwm"},
+}
+FAILED = {**RECORD, "press": "snapkv", "status": "failed", "loss": None, "ppl": None, "windows": None}
+
+
+def cells(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+
+
+def test_columns_that_nobody_fills_are_left_out() -> None:
+    header, rule, none, knorm = cells(table([RECORD, PRESSED]))
+    assert header == ["press", "ratio", "achieved", "loss", "PPL", "ΔNLL ± 95 % CI", "KL", "KV before", "KV after"]
+    assert set("".join(rule)) <= set("-:")
+    assert none == ["no_press", "0", "", "3.0000", "20.085", "", "", "2.00 KiB", "2.00 KiB"]
+    assert knorm == ["knorm", "0.5", "0.500", "3.0000", "22.000", "+0.0900 ± 0.0200", "0.2500", "2.00 KiB", "1.00 KiB"]
+
+
+def test_speed_has_a_table_of_its_own_without_what_was_not_timed() -> None:
+    quality, speed = table([RECORD, {**PRESSED, **TIMED}, FAILED]).split("\n\n")
+    assert [row[0] for row in cells(quality)[2:]] == ["no_press", "knorm", "snapkv"]
+    assert cells(quality)[-1][-1] == "failed"
+    header, _, knorm = cells(speed)
+    assert header[2:] == ["prefill tok/s", "TTFT s", "TPOT ms", "generation tok/s", "peak memory", "above start"]
+    assert knorm == ["knorm", "0.5", "4000", "0.250", "2.50", "300.0", "3.00 MiB", "1.00 MiB"]
+
+
+def test_all_lines_of_a_table_are_equally_wide() -> None:
+    for text in table([RECORD, {**PRESSED, **TIMED}]).split("\n\n"):
+        assert len({len(line) for line in text.splitlines()}) == 1
+
+
+def test_the_caption_names_model_text_protocol_and_machine() -> None:
+    caption = describe({**PRESSED, **TIMED})
+    assert caption == (
+        "model tiny (7.0 M parameters, float32, cpu, sdpa); text wikitext/wikitext-2-raw-v1, sha256 abababababab, 1,234 "
+        "tokens; protocol prefix-C768-T256; 4 windows, 1,020 scored tokens; timed with 824 tokens of context and 200 "
+        "generated ones; peak memory by vmhwm; transformers 5.0, torch 2.0, a CPU, 2 threads"
+    )
+
+
+def test_the_caption_is_that_of_a_press_that_did_not_fail() -> None:
+    assert "4 windows" in show([FAILED, RECORD])
+    assert "windows" not in show([FAILED])

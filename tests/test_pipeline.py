@@ -1,0 +1,405 @@
+"""The pipeline: one compressed context, answers that do not know of each other, and refusals before any work."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    GenerationConfig,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    PreTrainedModel,
+    pipeline,
+)
+from transformers.generation.streamers import BaseStreamer
+
+import coldpress
+from coldpress import KnormPress, PressedCache, SnapKVPress, make_press, press_names
+from coldpress.errors import CacheError, InputError, PressError
+from coldpress.pipeline import TASKS, KVPressTextGenerationPipeline
+
+DEMO = Path(coldpress.__file__).parent / "assets" / "demo" / "model"
+CONTEXT = "The miller weighed the olives, washed them, and laid them between mats of woven grass. " * 4
+QUESTIONS = ["What did the miller weigh?", "Where?", "Who came in the autumn with wooden carts?"]
+POSITIONS = 256
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random GPT-NeoX with the demo's tokenizer, whose answers depend on all they see."""
+    torch.manual_seed(3)
+    config = GPTNeoXConfig(
+        vocab_size=4096, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        max_position_embeddings=POSITIONS, rotary_pct=0.25, initializer_range=0.4, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("pipeline") / "tiny"
+    GPTNeoXForCausalLM(config).save_pretrained(path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / name, path)
+    return path
+
+
+@pytest.fixture
+def model(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
+
+
+@pytest.fixture
+def tokenizer(folder: Path) -> Any:
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture
+def pipe(model: PreTrainedModel, tokenizer: Any) -> KVPressTextGenerationPipeline:
+    return pipeline(TASKS[0], model=model, tokenizer=tokenizer, device="cpu", max_new_tokens=8)
+
+
+class Fed:
+    """Shapes and ids of what the model's backbone was given."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.ids: list[list[int]] = []
+        model.base_model.register_forward_pre_hook(self.note, with_kwargs=True)
+
+    def note(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.ids.append((args[0] if args else kwargs["input_ids"]).flatten().tolist())
+
+
+def encode(tokenizer: Any, text: str) -> Tensor:
+    return torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+
+
+def own_answer(model: PreTrainedModel, tokenizer: Any, *texts: str, **options: Any) -> str:
+    """The model's own answer to texts that are tokenised one by one, without this package."""
+    ids = torch.cat([encode(tokenizer, text) for text in texts], 1)
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, **options}
+    if "stop_strings" in options:
+        settings["tokenizer"] = tokenizer
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+    output = getattr(output, "sequences", output)
+    return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+# Answers
+
+
+@pytest.mark.parametrize("prefix", ["", "The answer is"])
+def test_without_a_press_it_is_the_models_own_greedy_answer(
+    pipe: KVPressTextGenerationPipeline, folder: Path, tokenizer: Any, prefix: str
+) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
+    for question in QUESTIONS:
+        expected = own_answer(plain, tokenizer, "<|endoftext|>" + CONTEXT, question + "\n" + prefix)
+        assert pipe(CONTEXT, question=question, answer_prefix=prefix) == {"answer": expected}
+    assert pipe(CONTEXT) == {"answer": own_answer(plain, tokenizer, "<|endoftext|>" + CONTEXT, "\n")}
+    assert pipe.model.config._attn_implementation == "coldpress"  # which changes nothing without a press
+    assert own_answer(pipe.model, tokenizer, CONTEXT) == own_answer(plain, tokenizer, CONTEXT)
+
+
+@pytest.mark.parametrize("name", press_names())
+def test_several_questions_are_answered_as_if_each_was_the_only_one(
+    pipe: KVPressTextGenerationPipeline, name: str
+) -> None:
+    press = make_press(name, 0.5, **({"seed": 1} if name == "random" else {}))
+    together = pipe(CONTEXT, questions=QUESTIONS, press=press)["answers"]
+    assert len(together) == len(set(together)) == 3  # they do differ
+    for question, answer in zip(QUESTIONS, together, strict=True):
+        assert pipe(CONTEXT, question=question, press=press)["answer"] == answer
+    assert pipe(CONTEXT, questions=QUESTIONS[::-1], press=press)["answers"] == together[::-1]
+    assert pipe(CONTEXT, questions=[], press=press) == {"answers": []}
+
+
+def test_the_context_is_read_once_and_the_question_stays_outside(
+    pipe: KVPressTextGenerationPipeline, model: PreTrainedModel, tokenizer: Any
+) -> None:
+    fed, cache = Fed(model), PressedCache(KnormPress(0.5))
+    pipe(CONTEXT, questions=QUESTIONS, cache=cache)
+    context = encode(tokenizer, "<|endoftext|>" + CONTEXT)[0].tolist()
+    assert fed.ids[0] == context
+    asked = [ids for ids in fed.ids[1:] if len(ids) > 1]
+    assert asked == [encode(tokenizer, question + "\n")[0].tolist() for question in QUESTIONS]
+    assert fed.ids.count(context) == 1
+    assert cache.seen_tokens == len(context)  # and no answer
+    assert cache.stored_lengths() == [len(context) // 2] * 2
+
+
+def test_a_cache_is_used_again_and_goes_on(pipe: KVPressTextGenerationPipeline) -> None:
+    press, cache = SnapKVPress(0.5), PressedCache(SnapKVPress(0.5))
+    first = pipe(CONTEXT, questions=QUESTIONS, cache=cache)
+    assert first == pipe(CONTEXT, questions=QUESTIONS, press=press)
+    seen, stored = cache.seen_tokens, cache.stored_lengths()
+    second = pipe(" More of it. ", question=QUESTIONS[1], cache=cache)
+    n_more = cache.seen_tokens - seen
+    assert n_more == len(pipe.tokenizer(" More of it. ")["input_ids"])
+    assert cache.stored_lengths() == [n + n_more for n in stored]  # what comes later is stored whole
+    other = PressedCache(press)
+    pipe(CONTEXT, questions=[], cache=other)
+    assert pipe(" More of it. ", question=QUESTIONS[1], cache=other) == second
+    assert pipe(" No more. ", question=QUESTIONS[1], cache=other)["answer"]
+
+
+def test_a_press_and_an_empty_cache(pipe: KVPressTextGenerationPipeline) -> None:
+    cache = PressedCache()
+    answers = pipe(CONTEXT, questions=QUESTIONS, press=KnormPress(0.5), cache=cache)
+    assert answers == pipe(CONTEXT, questions=QUESTIONS, press=KnormPress(0.5))
+    assert cache.achieved_ratio() == pytest.approx(0.5, abs=0.01)
+    with pytest.raises(CacheError, match="another press or holds tokens"):
+        pipe(CONTEXT, press=SnapKVPress(0.5), cache=cache)
+    with pytest.raises(CacheError, match="another press or holds tokens"):
+        pipe(CONTEXT, press=SnapKVPress(0.5), cache=PressedCache(KnormPress(0.5)))
+
+
+def test_a_list_of_contexts_is_answered_one_after_the_other(pipe: KVPressTextGenerationPipeline) -> None:
+    contexts, press = [CONTEXT, CONTEXT[::-1]], KnormPress(0.3)
+    for question in ({"question": QUESTIONS[0]}, {"questions": QUESTIONS}):
+        expected = [pipe(context, press=press, **question) for context in contexts]
+        assert pipe(contexts, press=press, **question) == expected
+        assert pipe(tuple(contexts), press=press, **question) == expected
+    assert pipe([], press=press) == []
+    with pytest.raises(CacheError, match="One cache holds one context"):
+        pipe(contexts, cache=PressedCache(press))
+
+
+def test_what_the_constructor_was_given_holds_for_every_call(model: PreTrainedModel, tokenizer: Any) -> None:
+    pipe = pipeline(TASKS[1], model=model, tokenizer=tokenizer, device="cpu", press=KnormPress(0.75), max_new_tokens=3)
+    cache = PressedCache()
+    answer = pipe(CONTEXT, question=QUESTIONS[0], cache=cache)["answer"]
+    assert cache.achieved_ratio() == pytest.approx(0.75, abs=0.01)
+    longer = pipe(CONTEXT, question=QUESTIONS[0], max_new_tokens=8)["answer"]
+    assert longer.startswith(answer) and len(longer) > len(answer)
+    whole = PressedCache()
+    pipe(CONTEXT, press=None, cache=whole)
+    assert whole.achieved_ratio() == 0
+
+
+def test_a_prompt_shorter_than_the_window_works(pipe: KVPressTextGenerationPipeline, tokenizer: Any) -> None:
+    cache = PressedCache(SnapKVPress(0.5))
+    text = tokenizer.decode(encode(tokenizer, CONTEXT)[0, :58])
+    assert pipe(text, question="Who?", cache=cache)["answer"]
+    assert cache.seen_tokens < 64 and cache.achieved_ratio() == pytest.approx(0.5, abs=0.02)
+    assert pipe("Oil", question="Who?", press=SnapKVPress(0.9))["answer"]
+
+
+# Lengths
+
+
+def test_a_context_past_max_context_length_is_cut_with_a_warning(
+    pipe: KVPressTextGenerationPipeline, tokenizer: Any
+) -> None:
+    cache = PressedCache()
+    with pytest.warns(UserWarning, match=r"cut from \d+ to 20 tokens \(max_context_length\)"):
+        pipe(CONTEXT, cache=cache, max_context_length=20)
+    assert cache.seen_tokens == 20
+
+
+def test_the_default_leaves_room_for_question_and_answer(pipe: KVPressTextGenerationPipeline, tokenizer: Any) -> None:
+    longest = max(encode(tokenizer, question + "\n").shape[1] for question in QUESTIONS)
+    cache = PressedCache(KnormPress(0.5))
+    with pytest.warns(UserWarning, match="The context is cut"):
+        pipe(CONTEXT * 10, questions=QUESTIONS, cache=cache)
+    assert cache.seen_tokens == POSITIONS - longest - 8
+    more = cache.fork()
+    with pytest.warns(UserWarning, match="to 5 tokens"):  # what is in the cache takes room too
+        pipe(CONTEXT, question=QUESTIONS[2], cache=more, max_new_tokens=3)
+    assert more.seen_tokens == cache.seen_tokens + 5
+    with pytest.raises(InputError, match="no room for a context"):
+        pipe(CONTEXT, max_new_tokens=POSITIONS)
+
+
+def test_the_end_of_text_is_seen_on_the_first_token(pipe: KVPressTextGenerationPipeline, tokenizer: Any) -> None:
+    answer = pipe(CONTEXT, question="Who?", press=KnormPress(0.5))["answer"]
+    first = pipe(CONTEXT, question="Who?", press=KnormPress(0.5), max_new_tokens=1)["answer"]
+    (token,) = encode(tokenizer, first)[0].tolist()
+    fed = Fed(pipe.model)
+    assert pipe(CONTEXT, question="Who?", press=KnormPress(0.5), eos_token_id=token)["answer"] == first
+    assert len(fed.ids) == 2  # the context and the question, and no further token
+    assert len(answer) > len(first)
+
+
+# Options of generate
+
+
+class Streamed(BaseStreamer):
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.ended = 0
+
+    def put(self, value: Tensor) -> None:
+        self.ids += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+def test_a_streamer_gets_every_token(pipe: KVPressTextGenerationPipeline, tokenizer: Any) -> None:
+    streamer = Streamed()
+    answer = pipe(CONTEXT, question="Who?", press=KnormPress(0.5), streamer=streamer)["answer"]
+    prompt = encode(tokenizer, "<|endoftext|>" + CONTEXT)[0].tolist() + encode(tokenizer, "Who?\n")[0].tolist()
+    assert streamer.ids[: len(prompt)] == prompt
+    assert tokenizer.decode(streamer.ids[len(prompt) :], skip_special_tokens=True) == answer
+    assert streamer.ended == 1
+
+
+def test_sampling_repeats_with_the_seed(pipe: KVPressTextGenerationPipeline) -> None:
+    options: dict[str, Any] = {"question": "Who?", "press": KnormPress(0.5), "do_sample": True, "temperature": 2.0}
+    answers = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        answers.append(pipe(CONTEXT, **options)["answer"])
+    assert answers[0] == answers[1] != answers[2]
+    assert answers[0] != pipe(CONTEXT, question="Who?", press=KnormPress(0.5))["answer"]
+
+
+def test_a_generation_config_is_followed(pipe: KVPressTextGenerationPipeline, tokenizer: Any) -> None:
+    config = GenerationConfig(max_new_tokens=3, do_sample=True, temperature=2.0)
+    before = config.to_dict()
+    fresh = pipeline(TASKS[0], model=pipe.model, tokenizer=tokenizer, device="cpu")
+    answers = []
+    for seed in (1, 1):
+        torch.manual_seed(seed)
+        answers.append(fresh(CONTEXT, question="Who?", press=KnormPress(0.5), generation_config=config)["answer"])
+    assert answers[0] == answers[1]
+    torch.manual_seed(1)
+    options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": True, "temperature": 2.0}
+    assert fresh(CONTEXT, question="Who?", press=KnormPress(0.5), **options)["answer"] == answers[0]
+    torch.manual_seed(1)
+    longer = fresh(CONTEXT, question="Who?", press=KnormPress(0.5), generation_config=config, max_new_tokens=6)
+    assert longer["answer"].startswith(answers[0]) and longer["answer"] != answers[0]
+    assert config.to_dict() == before
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3},
+        {"num_beams": 2, "do_sample": True},
+        {"repetition_penalty": 1.3},
+        {"no_repeat_ngram_size": 2},
+        {"min_new_tokens": 5, "bad_words_ids": [[7]]},
+        {"return_dict_in_generate": True, "output_scores": True},
+        {"stop_strings": ["zzzz"]},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_do_what_they_do_without_a_press(
+    pipe: KVPressTextGenerationPipeline, folder: Path, tokenizer: Any, options: dict[str, Any]
+) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
+    torch.manual_seed(0)
+    expected = own_answer(plain, tokenizer, "<|endoftext|>" + CONTEXT, "Who?\n", **options)
+    torch.manual_seed(0)
+    assert pipe(CONTEXT, question="Who?", **options)["answer"] == expected
+    assert pipe(CONTEXT, question="Who?", press=KnormPress(0.5), **options)["answer"]
+
+
+# Chat templates
+
+
+TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% if enable_thinking %}<think>{% endif %}{% endif %}"
+)
+
+
+@pytest.fixture
+def chat(pipe: KVPressTextGenerationPipeline) -> Iterator[KVPressTextGenerationPipeline]:
+    pipe.tokenizer.chat_template = TEMPLATE
+    yield pipe
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+def test_a_chat_template_puts_the_context_before_and_the_rest_after_the_question(
+    chat: KVPressTextGenerationPipeline, model: PreTrainedModel, thinking: bool
+) -> None:
+    fed, cache = Fed(model), PressedCache(KnormPress(0.5))
+    chat(CONTEXT, question="Who? ", answer_prefix="It was", cache=cache, enable_thinking=thinking)
+    decode = chat.tokenizer.decode
+    assert decode(fed.ids[0]) == "<|user|>" + CONTEXT
+    end = "<|end|><|assistant|>" + ("<think>" if thinking else "")
+    assert decode(fed.ids[1]) == "Who? " + end + "It was"
+    assert cache.seen_tokens == len(fed.ids[0])
+
+
+def test_a_context_full_of_separators_is_split_at_the_right_place(
+    chat: KVPressTextGenerationPipeline, model: PreTrainedModel
+) -> None:
+    fed = Fed(model)
+    chat("# One\n" + "#" * 40, question="#?")
+    assert chat.tokenizer.decode(fed.ids[0]) == "<|user|># One\n" + "#" * 40
+    assert chat.tokenizer.decode(fed.ids[1]) == "#?<|end|><|assistant|>"
+
+
+@pytest.mark.parametrize("template", ["nothing of it", "{{ messages[0]['content'] }}{{ messages[0]['content'] }}"])
+def test_a_template_that_does_not_hold_the_text_is_refused(chat: KVPressTextGenerationPipeline, template: str) -> None:
+    chat.tokenizer.chat_template = template
+    with pytest.raises(InputError, match="chat template"):
+        chat(CONTEXT)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("context", "options", "error", "message"),
+    [
+        (CONTEXT, {"max_new_token": 3}, InputError, "Unknown option 'max_new_token'.*'max_new_tokens'"),
+        (CONTEXT, {"temprature": 3}, InputError, "Unknown option 'temprature'.*'temperature'"),
+        (CONTEXT, {"query": "Who?"}, InputError, "Unknown option 'query'"),
+        (CONTEXT, {"use_cache": False}, InputError, "does not take use_cache"),
+        (CONTEXT, {"cache_implementation": "static"}, InputError, "give your own with cache="),
+        (CONTEXT, {"num_return_sequences": 2}, InputError, "one answer"),
+        (CONTEXT, {"max_length": 20}, InputError, "give max_new_tokens"),
+        (CONTEXT, {"prompt_lookup_num_tokens": 2}, InputError, "assisted decoding"),
+        (CONTEXT, {"question": "Who?", "questions": ["Where?"]}, InputError, "not both"),
+        (CONTEXT, {"questions": "Who?"}, InputError, "must be a list of texts"),
+        (CONTEXT, {"questions": [3]}, InputError, "must be a list of texts"),
+        (CONTEXT, {"question": ["Who?"]}, InputError, "question must be a text"),
+        (CONTEXT, {"press": "snapkv"}, PressError, "such as coldpress.SnapKVPress"),
+        (CONTEXT, {"press": SnapKVPress}, PressError, "such as coldpress.SnapKVPress"),
+        (CONTEXT, {"cache": DynamicCache()}, CacheError, "must be a coldpress.PressedCache, not DynamicCache"),
+        (CONTEXT, {"max_new_tokens": 0}, InputError, "max_new_tokens must be an integer of at least 1"),
+        (CONTEXT, {"max_context_length": 0}, InputError, "max_context_length must be an integer of at least 1"),
+        (CONTEXT, {"max_context_length": "4k"}, InputError, "max_context_length must be an integer of at least 1"),
+        ("", {}, InputError, "context must be a text that is not empty"),
+        (None, {}, InputError, "context must be a text that is not empty"),
+        ([CONTEXT, 3], {}, InputError, "context must be a text that is not empty"),
+    ],
+)
+def test_refusals(
+    pipe: KVPressTextGenerationPipeline, context: Any, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    fed = Fed(pipe.model)
+    with pytest.raises(error, match=message):
+        pipe(context, **options)
+    assert fed.ids == [] or isinstance(context, list)
+
+
+def test_a_constructor_refuses_unknown_options_too(model: PreTrainedModel, tokenizer: Any) -> None:
+    with pytest.raises(InputError, match="Unknown option 'compression_ratio'"):
+        pipeline(TASKS[0], model=model, tokenizer=tokenizer, device="cpu", compression_ratio=0.5)
+
+
+# From a folder
+
+
+def test_from_a_folder(folder: Path) -> None:
+    pipe = pipeline(TASKS[0], model=str(folder), device="cpu")
+    assert isinstance(pipe, KVPressTextGenerationPipeline)
+    assert pipe(CONTEXT, question="Who?", press=KnormPress(0.5), max_new_tokens=3)["answer"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="device_map needs accelerate")
+def test_from_a_folder_with_a_device_map(folder: Path) -> None:
+    pipe = pipeline(TASKS[0], model=str(folder), device_map="auto")
+    answers = pipe(CONTEXT, questions=QUESTIONS, press=SnapKVPress(0.5), max_new_tokens=3)["answers"]
+    assert len(answers) == 3 and all(answers)
