@@ -177,12 +177,16 @@ def test_copies_go_their_own_ways(press: BasePress | None, split: object) -> Non
         assert torch.equal(past.positions(1), alone.positions(1))
 
 
-def test_crop_of_a_fork_leaves_the_parent_alone() -> None:
+@pytest.mark.parametrize("is_child", [True, False])
+def test_cropping_one_of_two_leaves_the_other_alone(is_child: bool) -> None:
     parent, alone = prefilled(), prefilled()
+    for past in (parent, alone):
+        add(past, FURTHER[:, :2])
     child = parent.fork()
-    child.crop(-20)
-    add(child, FURTHER[:, 50:60])
-    assert torch.equal(add(parent, FURTHER[:, :3]), add(alone, FURTHER[:, :3]))
+    cropped, other = (child, parent) if is_child else (parent, child)
+    cropped.crop(-20)
+    add(cropped, FURTHER[:, 50:60])
+    assert torch.equal(add(other, FURTHER[:, 2:5]), add(alone, FURTHER[:, 2:5]))
 
 
 def test_reset_and_reuse() -> None:
@@ -232,7 +236,8 @@ def test_branches_are_separate_prefills(name: str, is_padded: bool) -> None:
     branches = source.branches(presses)
     tiny(name)(ids, attention_mask=mask, past_key_values=source)
     more = torch.cat([mask, torch.ones(2, 4, dtype=torch.long)], dim=1)
-    for press, branch in zip([*presses, None], [*branches, source], strict=True):
+    tiny(name)(tokens(2, 4, seed=3), attention_mask=more, past_key_values=source)  # no longer concerns the branches
+    for press, branch in zip(presses, branches, strict=True):
         alone = PressedCache(press)
         tiny(name)(ids, attention_mask=mask, past_key_values=alone)
         assert branch.press == press

@@ -137,6 +137,8 @@ def load_model(
         MissingDependencyError: a package that this model or arithmetic needs is not installed.
     """
     on = pick_device(device)
+    if revision and (name == "demo" or Path(name).expanduser().exists()):
+        raise ModelError(f"--revision {revision} does not apply to {name}, which is on this machine; leave it out.")
     with contextlib.ExitStack() as stack:
         options: dict[str, Any] = {}
         if name == "demo":
@@ -144,6 +146,7 @@ def load_model(
             source = str(stack.enter_context(resources.as_file(shipped)))
         else:
             source, options = _locate(name, revision)
+        options["trust_remote_code"] = False  # None would ask on the terminal
         stack.enter_context(_quiet())
         try:
             config = AutoConfig.from_pretrained(source, **options)
@@ -187,7 +190,7 @@ def _locate(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
     options["local_files_only"] = True
     try:
         with _quiet():
-            AutoConfig.from_pretrained(name, **options)
+            AutoConfig.from_pretrained(name, **options, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UnreachableError(
             f"model {name}{f' at {revision}' if revision else ''} is neither a folder here nor in the hub's cache, and "

@@ -71,7 +71,7 @@ class PrefixRun:
         self.plan = documents[0][1]
         width = self.plan.context + self.plan.target
         windows = [ids[start : start + width] for ids, plan in documents for start in plan.starts]
-        self.batches = [torch.stack(windows[i : i + batch_size]) for i in range(0, len(windows), batch_size)]
+        self.batches = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
         self.done: list[dict[int, Scores]] = []  # of each batch that was measured, by the id of the point
 
     @property
@@ -83,7 +83,7 @@ class PrefixRun:
         """Measure all windows. Of an interrupted run, the windows that were finished for every press stay."""
         device = next(self.model.parameters()).device
         for batch in progress(self.batches):
-            self.done.append(self._measure(batch.to(device), is_first=not self.done))
+            self.done.append(self._measure(torch.stack(batch).to(device), is_first=not self.done))
             for point in self.points:
                 release(point.error)  # of the frame of _measure
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -73,15 +76,30 @@ def evaluate(settings: Settings, command: str) -> tuple[list[dict[str, Any]], bo
         run.error = error
     except KeyboardInterrupt:
         is_interrupted = True
-    records = make_records(run)
-    paths = [write_result(output_dir, record) for record in records]
+    with _uninterrupted():  # a second Ctrl-C shall not cost the results
+        records = make_records(run)
+        for record in records:
+            write_result(output_dir, record)
     for record in records:
         if record["status"] == "failed":
             note(f"{record['press']} at {record['compression_ratio']:g} failed: {record['error']}", kind="error")
     if records:
         print(f"\n{show(records)}\n")
-        print(f"{len(paths)} result(s) in {output_dir}/")
+        print(f"{len(records)} result(s) in {output_dir}/")
     return records, is_interrupted
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C does nothing inside; outside the main thread, which alone hears of it, there is nothing to do."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
 
 
 @dataclass
