@@ -11,13 +11,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.contract.architectures import tiny, tokens
+from tests.contract.architectures import Look, tiny, tokens
 from torch import Tensor
 
 from coldpress import (
-    BasePress,
     ExpectedAttentionPress,
-    Kept,
     KeyDiffPress,
     KnormPress,
     LayerView,
@@ -36,15 +34,6 @@ from coldpress.budget import keep_count, pyramid_counts
 
 N = 21
 MODELS = {"gpt_neox": 4, "gpt_neox_full_rotary": 8, "llama": 8}  # name -> rotary dimensions of a head
-
-
-class Look(BasePress):
-    def __init__(self) -> None:
-        self.views: list[LayerView] = []
-
-    def compress(self, view: LayerView) -> Kept | None:
-        self.views.append(view)
-        return None
 
 
 def views_of(name: str) -> list[LayerView]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
@@ -137,7 +138,7 @@ def load_model(
         MissingDependencyError: a package that this model or arithmetic needs is not installed.
     """
     on = pick_device(device)
-    if revision and (name == "demo" or Path(name).expanduser().exists()):
+    if revision and (name == "demo" or os.path.exists(Path(name).expanduser())):
         raise ModelError(f"--revision {revision} does not apply to {name}, which is on this machine; leave it out.")
     with contextlib.ExitStack() as stack:
         options: dict[str, Any] = {}
@@ -155,7 +156,17 @@ def load_model(
                     f"{name} is an encoder-decoder ({config.model_type}); coldpress compresses decoder-only models."
                 )
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=pick_dtype(dtype, on), **options)
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source, dtype=pick_dtype(dtype, on), output_loading_info=True, **options
+            )
+            missing = sorted(report["missing_keys"])
+            if missing:  # transformers would fill them with random numbers
+                raise ModelError(
+                    f"{name} lacks {len(missing)} of the weights that its configuration asks for, {missing[0]} among "
+                    "them; the files are incomplete or belong to another configuration."
+                )
+            if len(tokenizer) <= len(tokenizer.all_special_ids):
+                raise ModelError(f"{name} has no tokenizer; put the model's tokenizer files into its folder.")
             model.to(on).eval().requires_grad_(False)
         except (InputError, KeyboardInterrupt, MemoryError):
             raise
@@ -171,6 +182,10 @@ def load_model(
 def _locate(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
     """Where to load ``name`` from, and the options that ``from_pretrained`` needs for it."""
     path = Path(name).expanduser()
+    try:
+        path.is_dir() and list(path.iterdir())
+    except OSError as error:
+        raise ModelError(f"--model {name[:80]} cannot be read ({error.strerror}).") from error
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(f"--model {name} is a file; give the model's folder, or a .gguf file.")

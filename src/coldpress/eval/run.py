@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from coldpress.errors import InputError
+from coldpress.errors import InputError, ModelError, OutputError
 from coldpress.eval.datasets import Corpus, load_corpus
 from coldpress.eval.models import LoadedModel, load_model, pick_device
 from coldpress.eval.perplexity import plain_perplexity
@@ -46,6 +46,8 @@ def evaluate(settings: Settings, command: str) -> tuple[list[dict[str, Any]], bo
     """
     jobs = make_jobs(settings)
     pick_device(settings.device)
+    if not settings.output_dir.strip():
+        raise OutputError("--output_dir is empty; name a folder.")
     output_dir = Path(settings.output_dir)
     check_writable(output_dir)
     corpus = load_corpus(
@@ -62,9 +64,15 @@ def evaluate(settings: Settings, command: str) -> tuple[list[dict[str, Any]], bo
         attn_implementation=settings.attn_implementation,
         revision=settings.revision,
     )
-    run = Run(
-        settings, jobs, corpus, loaded, make_plan(settings, corpus, loaded.tokenizer, loaded.max_positions), command
-    )
+    plan = make_plan(settings, corpus, loaded.tokenizer, loaded.max_positions)
+    vocabulary = loaded.model.get_input_embeddings().num_embeddings
+    highest = max(int(ids.max()) for ids in plan.documents)
+    if highest >= vocabulary:
+        raise ModelError(
+            f"The tokenizer of {settings.model} gives ids up to {highest} and the model knows {vocabulary} tokens; "
+            "the two do not belong together."
+        )
+    run = Run(settings, jobs, corpus, loaded, plan, command)
     for line in run.plan.notes:
         note(line)
     is_interrupted = False
