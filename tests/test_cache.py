@@ -289,6 +289,56 @@ class Broken(BasePress):
         return KnormPress(0.5).compress(view)
 
 
+def test_a_press_that_fails_breaks_its_own_branch_only() -> None:
+    source = PressedCache()
+    broken, sound = source.branches([Broken(), PRESS])
+    tiny("llama")(IDS, past_key_values=source)
+    assert sound.stored_lengths() == [26, 26] and source.stored_lengths() == [N, N]
+    with pytest.raises(ZeroDivisionError, match="on purpose"):
+        add(broken, FURTHER[:, :1])
+
+
+def test_branches_need_an_empty_cache_without_a_press() -> None:
+    for past in (PressedCache(PRESS), prefilled()):
+        with pytest.raises(CacheError, match="empty cache without a press"):
+            past.branches([PRESS])
+
+
+# -- what cannot work -------------------------------------------------------------------------------------------------
+
+
+def test_another_number_of_rows() -> None:
+    past = prefilled(PRESS)
+    with pytest.raises(CacheError, match=r"holds 1 rows and the call has 2.*batch_repeat_interleave"):
+        add(past, tokens(2, 3))
+    assert torch.isfinite(add(past, FURTHER[:, :3])).all()  # and goes on working
+
+
+@pytest.mark.parametrize("width", [3, N, N + 2])
+def test_an_attention_mask_of_the_wrong_width(width: int) -> None:
+    past = prefilled(PRESS)
+    with pytest.raises(CacheError, match=rf"{width} columns; .* seen {N + 3} tokens"):
+        tiny("llama")(FURTHER[:, :3], attention_mask=torch.ones(1, width), past_key_values=past)
+
+
+def test_a_4d_attention_mask() -> None:
+    mask = torch.zeros(1, 1, N, N)
+    with pytest.raises(CacheError, match="2-D attention masks"):
+        tiny("llama")(IDS, attention_mask=mask, past_key_values=PressedCache())
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_another_backend(attention: str) -> None:
+    past = PressedCache(PRESS)
+    with pytest.raises(ModelError, match="attn_implementation='coldpress'"):
+        tiny("llama", attention)(IDS, past_key_values=past)
+    with pytest.raises(ModelError, match="attn_implementation='coldpress'"):
+        add(past, IDS)
+    past.reset()
+    add(past, IDS)
+    assert past.stored_lengths() == [26, 26]
+
+
 def test_a_press_that_fails() -> None:
     past = PressedCache(Broken())
     for use in (lambda: add(past, IDS), lambda: add(past, IDS), past.fork, past.get_seq_length):
