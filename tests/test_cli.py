@@ -553,7 +553,18 @@ def start(code: str, *arguments: object, **environment: str) -> subprocess.Popen
     )
 
 
-TEN = "no_press expected_attention keydiff knorm observed_attention pyramidkv random snapkv streaming_llm tova".split()
+TEN = [
+    "no_press",
+    "expected_attention",
+    "keydiff",
+    "knorm",
+    "observed_attention",
+    "pyramidkv",
+    "random",
+    "snapkv",
+    "streaming_llm",
+    "tova",
+]
 EVERY_LINE = "import coldpress.eval.progress as progress; progress.LINE_EVERY_S = 0.0"
 
 
