@@ -55,9 +55,9 @@ def test_all_lines_of_a_table_are_equally_wide() -> None:
 def test_the_caption_names_model_text_protocol_and_machine() -> None:
     caption = describe({**PRESSED, **TIMED})
     assert caption == (
-        "model tiny (7.0 M parameters, float32, cpu, sdpa); text wikitext/wikitext-2-raw-v1, sha256 abababababab, 1,234 "
-        "tokens; protocol prefix-C768-T256; 4 windows, 1,020 scored tokens; timed with 824 tokens of context and 200 "
-        "generated ones; peak memory by vmhwm; transformers 5.0, torch 2.0, a CPU, 2 threads"
+        "model tiny (7.0 M parameters, float32, cpu, sdpa); text wikitext/wikitext-2-raw-v1, sha256 abababababab, "
+        "1,234 tokens; protocol prefix-C768-T256; 4 windows, 1,020 scored tokens; timed with 824 tokens of context and "
+        "200 generated ones; peak memory by vmhwm; transformers 5.0, torch 2.0, a CPU, 2 threads"
     )
 
 
