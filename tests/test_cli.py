@@ -32,6 +32,7 @@ from transformers import (
 import coldpress
 from coldpress import KnormPress, LayerView
 from coldpress.cli import main
+from coldpress.eval import run as run_module
 from coldpress.eval.records import METRICS
 from coldpress.presses import registry
 from coldpress.presses.registry import press_names
@@ -440,6 +441,8 @@ def odd_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("--model {odd}/file.bin", "is a file"),
         ("--model ./nothing", "no such folder"),
         ("--model a/b/c", "no such folder"),
+        ("--model {odd}/bloom --revision main", "--revision main does not apply"),
+        ("--model demo --revision main", "--revision main does not apply"),
         ("--device cuda:99", "--device cuda:99: this machine has"),
         ("--device tpu", "--device"),
         ("--attn_implementation flash", "invalid choice: 'flash'"),
@@ -494,13 +497,26 @@ def test_a_model_whose_attention_is_not_installed(run: Run, tmp_path: Path, monk
     assert "pip install flash-attn" in done.err and len(done.err.splitlines()) == 1
 
 
-def test_a_hub_that_cannot_be_reached(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "repository", "folder"),
+    [
+        (["--model", "EleutherAI/no-such-model-at-all"], "EleutherAI/no-such-model-at-all", "--model PATH"),
+        (["--dataset", "wikitext"], "Salesforce/wikitext", "--dataset PATH"),
+        (["--dataset", "pg19", "--sample_idx", "0"], "emozilla/pg19-test", "--dataset PATH"),
+    ],
+)
+def test_a_hub_that_cannot_be_reached(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], repository: str, folder: str
+) -> None:
+    datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    done = run("--model", "EleutherAI/no-such-model-at-all")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "arrow")
+    done = run(*arguments)
     assert done.code == 2 and len(done.err.splitlines()) == 1
-    for text in ("127.0.0.1:9", "EleutherAI/no-such-model-at-all", "--model PATH", "hf download", "--model demo"):
+    for text in ("127.0.0.1:9", repository, folder, "hf download", "--model demo --dataset demo"):
         assert text in done.err
     assert not (tmp_path / "results").exists()
 
@@ -655,26 +671,47 @@ def test_interrupted_it_leaves_an_earlier_result_alone(run: Run, monkeypatch: py
     assert len(run("--press", "knorm", *QUALITY).records) == 1  # a finished run removes the partial result
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        "os.write(2, b'now\\n')",  # while torch is being imported
-        "import time, coldpress.eval.run as r\n"
-        "def slow(*a, **k): os.write(2, b'now\\n'); time.sleep(60)\n"
-        "r.load_model = slow",
-    ],
-)
-def test_interrupted_before_anything_is_measured(code: str, tiny: Path, tmp_path: Path) -> None:
-    process = start(code, "--model", tiny, "--dataset", "demo", "--output_dir", tmp_path / "results")
+def test_interrupted_again_while_the_results_are_written_it_still_writes_them(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = run_module.write_result
+
+    def interrupted(folder: Path, record: dict[str, Any]) -> Path:
+        os.kill(os.getpid(), signal.SIGINT)
+        return write(folder, record)
+
+    monkeypatch.setattr(run_module, "write_result", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        done = run("--press", "knorm", "snapkv", *QUALITY)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert done.code == 0 and len(done.records) == 2
+
+
+def test_interrupted_while_torch_is_imported(tiny: Path, tmp_path: Path) -> None:
+    process = start(
+        "os.write(2, b'now\\n')", "--model", tiny, "--dataset", "demo", "--output_dir", tmp_path / "results"
+    )
     wait_for(process, "now")
-    if code.startswith("os"):
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(0.5)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.3)
     process.send_signal(signal.SIGINT)
-    code_, out, err = finish(process)
-    assert code_ == 130, err
+    code, out, err = finish(process)
+    assert code == 130, err
     assert out == "" and err.split() == ["interrupted"]
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("step", ["load_corpus", "load_model", "make_plan"])
+def test_interrupted_before_anything_is_measured(run: Run, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    def interrupted(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module, step, interrupted)
+    done = run()
+    assert (done.code, done.out, done.err.split()) == (130, "", ["interrupted"])
+    assert not done.folder.exists()
 
 
 def test_killed_it_leaves_no_broken_file(run: Run, tiny: Path, tmp_path: Path) -> None:
@@ -685,13 +722,6 @@ def test_killed_it_leaves_no_broken_file(run: Run, tiny: Path, tmp_path: Path) -
     assert list(tmp_path.glob("*.json")) == []  # the temporary file is hidden and nobody reads it
     assert main(["report", str(tmp_path)]) == 2
     assert len(run(*arguments).records) == 2  # and is not in the way of the next run
-
-
-def test_the_script_says_one_line_where_there_is_no_network(tmp_path: Path) -> None:
-    process = start("", "--press", "all", HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path), HF_HUB_OFFLINE="0")
-    code, out, err = finish(process)
-    assert code == 2 and out == ""
-    assert len(err.splitlines()) == 1 and "--dataset demo" in err, err
 
 
 def test_the_script_prints_the_table_and_only_progress_on_stderr(tiny: Path, tmp_path: Path) -> None:

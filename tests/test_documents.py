@@ -58,5 +58,9 @@ def test_the_readme_example_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     example = re.search(r"## In eight lines\n+```python\n(.*?)```", text, re.DOTALL)
     assert example is not None
     demo = str(ROOT / "src" / "coldpress" / "assets" / "demo" / "model")
-    exec(example[1].replace("EleutherAI/pythia-70m", demo), {})
+    kvpress = re.search(r"Coming from kvpress.*?```python\n(.*?)```", text, re.DOTALL)
+    assert kvpress is not None
+    names: dict[str, object] = {}
+    exec(example[1].replace("EleutherAI/pythia-70m", demo), names)
     assert "olives" in capsys.readouterr().out
+    exec(kvpress[1].replace(', device_map="auto"', ""), names)

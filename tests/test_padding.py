@@ -138,6 +138,13 @@ def test_generate(name: str, press: str | None) -> None:
     assert press is not None or torch.equal(together, own[:, batch.ids.shape[1] :])
 
 
+@pytest.mark.parametrize("press", [None, press_of("knorm", 0.5)])
+def test_one_padded_row(press: BasePress | None) -> None:
+    """Whether a single row has padding is looked up at the prompt, not again for every token."""
+    check(tiny("llama"), Batch(30, [(11, 0)]), press)
+    check(tiny("llama"), Batch(30, [(3, 4)]), press)
+
+
 def test_a_row_of_padding_only_is_harmless() -> None:
     model = tiny("llama")
     ids, mask = tokens(2, 12), torch.ones(2, 12, dtype=torch.long)

@@ -154,7 +154,7 @@ def test_threads_do_not_disturb_each_other(is_one_model: bool) -> None:
     if is_one_model:
         models[1] = models[0]
     presses = [PRESS, KnormPress(0.8)]
-    start, results, errors = threading.Barrier(2), [[], []], []
+    start, results, errors = threading.Barrier(2, timeout=60), [[], []], []
 
     def work(i: int) -> None:
         try:
@@ -291,3 +291,10 @@ assert model.config._attn_implementation == "sdpa"
 def test_importing_changes_nothing_for_other_models() -> None:
     done = subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_filled_cache_that_was_never_compressed_is_refused() -> None:
+    twin, past = BY_NAME["llama"].build(), PressedCache()
+    twin(IDS, past_key_values=past)
+    with KnormPress(0.5)(twin), pytest.raises(CacheError, match="holds tokens already"):
+        twin(QUESTION, past_key_values=past)

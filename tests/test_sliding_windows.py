@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.contract.architectures import BY_NAME, WINDOW, tiny, tokens
+from tests.contract.architectures import BY_NAME, WINDOW, Look, tiny, tokens
 from torch import Tensor
 
-from coldpress import KnormPress, PressedCache
+from coldpress import ExpectedAttentionPress, KnormPress, PressedCache, StreamingLLMPress
 from coldpress.errors import CacheError
 
 FURTHER = tokens(1, 90, seed=1)
@@ -61,3 +61,15 @@ def test_crop_of_a_sliding_layer_that_has_forgotten() -> None:
     past.crop(-SLACK)
     expected = tiny("gemma3")(torch.cat([ids[:, :236], FURTHER[:, :3]], dim=1)).logits[:, -3:]
     torch.testing.assert_close(add(past, FURTHER[:, :3], "gemma3"), expected, atol=1e-4, rtol=0)
+
+
+def test_first_tokens_out_of_reach_are_no_sinks() -> None:
+    """The first tokens of what a window still reaches are ordinary ones."""
+    ids, look, past = tokens(1, 60), Look(), PressedCache(StreamingLLMPress(0.5, n_sink=4))
+    add(past, ids, "mistral")
+    assert past.positions()[0, 0].tolist() == list(range(60 - 11, 60))
+    add(PressedCache(look), ids, "mistral")
+    for view in look.views:
+        assert (view.n_tokens, view.first_position) == (WINDOW - 1, 60 - WINDOW + 1)
+        found, expected = (ExpectedAttentionPress(0.5, n_sink=n).score(view) for n in (4, 0))
+        assert torch.equal(found, expected)

@@ -119,6 +119,7 @@ class PressedCache(Cache):
 
         Nothing is copied until one of the two is written to; neither ever sees the other's later tokens.
         """
+        self.session.check_claimed()
         other = PressedCache(self.press)
         for layer in self.layers:
             if isinstance(layer, PressedLayer):
@@ -128,6 +129,8 @@ class PressedCache(Cache):
                 other.layers.append(copy.deepcopy(layer))
                 other.session.new_layer()
         return other
+
+    __copy__ = fork  # a copy that shared its layers would go wrong as soon as one of the two is used
 
     def branches(self, presses: Sequence[BasePress | None]) -> list[PressedCache]:
         """One cache for each press, all filled from this cache's own prefill: one prefill serves them all.

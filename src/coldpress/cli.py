@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -58,6 +59,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         return 2
     except SelfCheckError as error:
         sys.stderr.write(f"self-check failed: {_line(str(error))}\n")
+        return 1
+    except BrokenPipeError:  # whoever reads our output has gone; what was measured is on disk
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         sys.stderr.write("\ninterrupted\n")
@@ -163,8 +167,8 @@ def _json_object(text: str) -> dict[str, Any]:
     wanted = 'must be a JSON object such as {"window_size": 32}'
     try:
         value = json.loads(text, parse_constant=_refuse)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{wanted}, got {text!r} ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"{wanted}, got {text[:80]!r} ({error})") from error
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"{wanted}, got {text!r}")
     return value

@@ -82,5 +82,5 @@ class SelfCheckError(ColdpressError):
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """Return ``" Did you mean 'x' or 'y'?"`` for the names closest to ``name``, or an empty string."""
-    close = difflib.get_close_matches(name, list(allowed), n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name, list(dict.fromkeys(allowed)), n=3, cutoff=0.5)
     return f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""

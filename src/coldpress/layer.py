@@ -10,6 +10,7 @@ where pairs are evicted.
 
 from __future__ import annotations
 
+import traceback
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -171,6 +172,11 @@ class PressedLayer(CacheLayerMixin):
     # -- what coldpress adds ------------------------------------------------------------------------------------
 
     @property
+    def was_compressed(self) -> bool:
+        """Whether a press has evicted pairs of this layer."""
+        return self._pairs_before > 0
+
+    @property
     def stored_length(self) -> int:
         """Slots in use, T: the length of the stored tensors (of the longest head, where heads differ)."""
         return self._stored
@@ -270,6 +276,7 @@ class PressedLayer(CacheLayerMixin):
             self.session.error = error
             if self is source:
                 raise
+            traceback.clear_frames(error.__traceback__)  # they hold tensors that the other presses may need room for
             return False
         if all(part is None for part in kept) and all(group.slots is None for group in groups):
             return False

@@ -166,6 +166,10 @@ class KVPressTextGenerationPipeline(Pipeline):
         if limit is None:
             longest = max((ids.shape[1] for ids in question_ids), default=0)
             limit = self._max_positions() - n_earlier - longest - max_new_tokens
+        elif n_earlier + min(limit, context_ids.shape[1]) + max_new_tokens > self._max_positions():
+            warnings.warn(
+                f"The context and its answer go past the {self._max_positions()} positions of the model.", stacklevel=2
+            )
         if limit < 1:
             raise InputError(f"There is no room for a context: its maximum length would be {limit} tokens.")
         if context_ids.shape[1] > limit:

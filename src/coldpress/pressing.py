@@ -92,6 +92,9 @@ def _bind(cache: Any, press: BasePress, bound: list[Session]) -> None:
     if session is None:
         session = _adopt(cache)
     if session.press is None:
+        held = [layer for layer in layers if isinstance(layer, PressedLayer) and layer.is_initialized]
+        if held and not any(layer.was_compressed for layer in held):
+            raise CacheError("This cache holds tokens already; a press compresses during the prefill. Start empty.")
         session.press = press
         bound.append(session)
     elif session.press != press:

@@ -14,6 +14,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from coldpress import BasePress, Kept, LayerView
+
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 N_VOCAB = 97
 WINDOW = 24  # of the sliding layers: smaller than the contexts of the tests
@@ -192,6 +194,17 @@ def _built(name: str, attention: str, dtype: torch.dtype) -> PreTrainedModel:
 def tiny(name: str, attention: str = "coldpress", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The model called ``name``, built once; tests that change a model take ``BY_NAME[name].build()``."""
     return _built(name, attention, dtype)
+
+
+class Look(BasePress):
+    """A press that keeps everything, and remembers what it was shown."""
+
+    def __init__(self) -> None:
+        self.views: list[LayerView] = []
+
+    def compress(self, view: LayerView) -> Kept | None:
+        self.views.append(view)
+        return None
 
 
 def tokens(*shape: int, seed: int = 0) -> Tensor:

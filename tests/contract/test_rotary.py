@@ -7,26 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from tests.contract.architectures import ARCHITECTURES, BY_NAME, ROTARY_VARIANTS, Architecture, tokens
+from tests.contract.architectures import ARCHITECTURES, BY_NAME, ROTARY_VARIANTS, Architecture, Look, tokens
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from coldpress import BasePress, ColdpressError, Kept, LayerView, PressedCache
+from coldpress import ColdpressError, PressedCache
 from coldpress.rope import Rope
 
 LENGTH = 45
 WITHOUT = ("gpt2", "opt", "gpt_bigcode")  # learned positions
-
-
-class Look(BasePress):
-    """Keeps everything, and remembers what it was shown."""
-
-    def __init__(self) -> None:
-        self.views: list[LayerView] = []
-
-    def compress(self, view: LayerView) -> Kept | None:
-        self.views.append(view)
-        return None
 
 
 class Spy:

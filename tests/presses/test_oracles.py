@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.contract.architectures import tiny, tokens
+from tests.contract.architectures import Look, tiny, tokens
 from tests.presses import test_key_rerotation, test_scorers, test_wrappers
 from torch import Tensor
 
@@ -28,7 +28,6 @@ from coldpress import (
     CriticalKVPress,
     CURPress,
     ExpectedAttentionPress,
-    Kept,
     KeyDiffPress,
     KeyRerotationPress,
     KnormPress,
@@ -51,15 +50,6 @@ from coldpress.budget import keep_count, pyramid_counts
 
 N = 21
 MODELS = {"gpt_neox": 4, "gpt_neox_full_rotary": 8, "llama": 8}  # name -> rotary dimensions of a head
-
-
-class Look(BasePress):
-    def __init__(self) -> None:
-        self.views: list[LayerView] = []
-
-    def compress(self, view: LayerView) -> Kept | None:
-        self.views.append(view)
-        return None
 
 
 def views_of(name: str) -> list[LayerView]:

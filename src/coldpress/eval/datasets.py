@@ -97,6 +97,12 @@ def load_corpus(
         demo = _demo_file()
         return replace(_one_text(dataset, demo, sample_idx), source=f"{DEMO_FOLDER}/{demo.name}")
     path = Path(dataset).expanduser()
+    try:
+        path.stat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise DataError(f"{dataset[:80]!r} cannot be read ({error.strerror})") from error
     if dataset in HUB_IDS:
         subset = WIKITEXT_SUBSET if dataset == "wikitext" and subset is None else subset
         source, rows = load_hub(HUB_IDS[dataset], subset, split, revision)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
@@ -137,6 +138,8 @@ def load_model(
         MissingDependencyError: a package that this model or arithmetic needs is not installed.
     """
     on = pick_device(device)
+    if revision and (name == "demo" or os.path.exists(Path(name).expanduser())):
+        raise ModelError(f"--revision {revision} does not apply to {name}, which is on this machine; leave it out.")
     with contextlib.ExitStack() as stack:
         options: dict[str, Any] = {}
         if name == "demo":
@@ -144,6 +147,7 @@ def load_model(
             source = str(stack.enter_context(resources.as_file(shipped)))
         else:
             source, options = _locate(name, revision)
+        options["trust_remote_code"] = False  # None would ask on the terminal
         stack.enter_context(_quiet())
         try:
             config = AutoConfig.from_pretrained(source, **options)
@@ -152,7 +156,17 @@ def load_model(
                     f"{name} is an encoder-decoder ({config.model_type}); coldpress compresses decoder-only models."
                 )
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=pick_dtype(dtype, on), **options)
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source, dtype=pick_dtype(dtype, on), output_loading_info=True, **options
+            )
+            missing = sorted(report["missing_keys"])
+            if missing:  # transformers would fill them with random numbers
+                raise ModelError(
+                    f"{name} lacks {len(missing)} of the weights that its configuration asks for, {missing[0]} among "
+                    "them; the files are incomplete or belong to another configuration."
+                )
+            if len(tokenizer) <= len(tokenizer.all_special_ids):
+                raise ModelError(f"{name} has no tokenizer; put the model's tokenizer files into its folder.")
             model.to(on).eval().requires_grad_(False)
         except (InputError, KeyboardInterrupt, MemoryError):
             raise
@@ -168,6 +182,10 @@ def load_model(
 def _locate(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
     """Where to load ``name`` from, and the options that ``from_pretrained`` needs for it."""
     path = Path(name).expanduser()
+    try:
+        path.is_dir() and list(path.iterdir())
+    except OSError as error:
+        raise ModelError(f"--model {name[:80]} cannot be read ({error.strerror}).") from error
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(f"--model {name} is a file; give the model's folder, or a .gguf file.")
@@ -187,7 +205,7 @@ def _locate(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
     options["local_files_only"] = True
     try:
         with _quiet():
-            AutoConfig.from_pretrained(name, **options)
+            AutoConfig.from_pretrained(name, **options, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UnreachableError(
             f"model {name}{f' at {revision}' if revision else ''} is neither a folder here nor in the hub's cache, and "

@@ -74,7 +74,7 @@ def plain_perplexity(
         n = batch[0][1].n_scored
         logits = forward(model, ids, None, keep=n + 1)[:, :-1]
         losses = token_losses(logits, ids[:, -n:])
-        total += float(losses.double().sum())
+        total += float(losses.cpu().double().sum())
         scored += losses.numel()
     expected = sum(strided_scored_tokens(len(ids), max_length, stride) for ids in documents)
     if scored != expected:

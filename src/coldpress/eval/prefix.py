@@ -71,7 +71,7 @@ class PrefixRun:
         self.plan = documents[0][1]
         width = self.plan.context + self.plan.target
         windows = [ids[start : start + width] for ids, plan in documents for start in plan.starts]
-        self.batches = [torch.stack(windows[i : i + batch_size]) for i in range(0, len(windows), batch_size)]
+        self.batches = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
         self.done: list[dict[int, Scores]] = []  # of each batch that was measured, by the id of the point
 
     @property
@@ -83,7 +83,7 @@ class PrefixRun:
         """Measure all windows. Of an interrupted run, the windows that were finished for every press stay."""
         device = next(self.model.parameters()).device
         for batch in progress(self.batches):
-            self.done.append(self._measure(batch.to(device), is_first=not self.done))
+            self.done.append(self._measure(torch.stack(batch).to(device), is_first=not self.done))
             for point in self.points:
                 release(point.error)  # of the frame of _measure
 
@@ -125,11 +125,16 @@ class PrefixRun:
                 scores[id(point)], _ = Scores.of(forward(self.model, inputs, branch), wanted, reference)
             except Exception as error:
                 point.error = release(error)
+        measured: dict[Any, Tensor] = {}  # presses that keep everything share one cache, and its losses
         for zero in zeros:
             branch = branches.pop(0)
             try:
-                losses = Scores.of(forward(self.model, inputs, branch), wanted, reference)[0].losses
-                self._check_zero(zero, losses, base.losses)
+                branch.get_seq_length()
+                states = (state for layer in branch.pressed_layers() for state in (layer.keys, layer.values))
+                held = tuple((state.data_ptr(), state.shape) for state in states if state is not None)
+                if held not in measured:
+                    measured[held] = token_losses(forward(self.model, inputs, branch), wanted).cpu()
+                self._check_zero(zero, measured[held], base.losses)
             except Exception as error:
                 for point in alive:
                     if isinstance(point.press, ScorerPress) and point.press.with_ratio(0.0) == zero:

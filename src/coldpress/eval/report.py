@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from coldpress.eval.memory import format_bytes
+from coldpress.presses.registry import NO_PRESS
 
 __all__ = ["describe", "show", "table"]
 
@@ -28,12 +29,18 @@ def _bytes(key: str) -> Callable[[Record], str | None]:
     return lambda record: None if record.get(key) is None else format_bytes(record[key])
 
 
+def _is_plain(record: Record) -> bool:
+    """Whether the perplexity beside a press is the uncompressed model's own."""
+    return record["press"] != NO_PRESS and str(record.get("protocol", "")).startswith("strided")
+
+
 Column = tuple[str, Callable[[Record], str | None]]
 WHICH: tuple[Column, ...] = (("press", lambda r: r["press"]), ("ratio", _number("compression_ratio", "{:g}")))
 QUALITY: tuple[Column, ...] = (
     ("achieved", _number("effective_compression_ratio", "{:.3f}")),
     ("loss", _number("loss", "{:.4f}")),
-    ("PPL", _number("ppl", "{:.3f}")),
+    ("PPL", lambda r: None if _is_plain(r) else _number("ppl", "{:.3f}")(r)),
+    ("PPL uncompressed", lambda r: _number("ppl", "{:.3f}")(r) if _is_plain(r) else None),
     ("ΔNLL ± 95 % CI", _interval),
     ("same top-1", _number("same_top1", "{:.1%}")),
     ("KL", _number("kld_mean", "{:.4f}")),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -11,7 +14,7 @@ from typing import Any
 
 import torch
 
-from coldpress.errors import InputError
+from coldpress.errors import InputError, ModelError, OutputError
 from coldpress.eval.datasets import Corpus, load_corpus
 from coldpress.eval.models import LoadedModel, load_model, pick_device
 from coldpress.eval.perplexity import plain_perplexity
@@ -43,6 +46,8 @@ def evaluate(settings: Settings, command: str) -> tuple[list[dict[str, Any]], bo
     """
     jobs = make_jobs(settings)
     pick_device(settings.device)
+    if not settings.output_dir.strip():
+        raise OutputError("--output_dir is empty; name a folder.")
     output_dir = Path(settings.output_dir)
     check_writable(output_dir)
     corpus = load_corpus(
@@ -59,9 +64,15 @@ def evaluate(settings: Settings, command: str) -> tuple[list[dict[str, Any]], bo
         attn_implementation=settings.attn_implementation,
         revision=settings.revision,
     )
-    run = Run(
-        settings, jobs, corpus, loaded, make_plan(settings, corpus, loaded.tokenizer, loaded.max_positions), command
-    )
+    plan = make_plan(settings, corpus, loaded.tokenizer, loaded.max_positions)
+    vocabulary = loaded.model.get_input_embeddings().num_embeddings
+    highest = max(int(ids.max()) for ids in plan.documents)
+    if highest >= vocabulary:
+        raise ModelError(
+            f"The tokenizer of {settings.model} gives ids up to {highest} and the model knows {vocabulary} tokens; "
+            "the two do not belong together."
+        )
+    run = Run(settings, jobs, corpus, loaded, plan, command)
     for line in run.plan.notes:
         note(line)
     is_interrupted = False
@@ -73,15 +84,30 @@ def evaluate(settings: Settings, command: str) -> tuple[list[dict[str, Any]], bo
         run.error = error
     except KeyboardInterrupt:
         is_interrupted = True
-    records = make_records(run)
-    paths = [write_result(output_dir, record) for record in records]
+    with _uninterrupted():  # a second Ctrl-C shall not cost the results
+        records = make_records(run)
+        for record in records:
+            write_result(output_dir, record)
     for record in records:
         if record["status"] == "failed":
             note(f"{record['press']} at {record['compression_ratio']:g} failed: {record['error']}", kind="error")
     if records:
         print(f"\n{show(records)}\n")
-        print(f"{len(paths)} result(s) in {output_dir}/")
+        print(f"{len(records)} result(s) in {output_dir}/")
     return records, is_interrupted
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C does nothing inside; outside the main thread, which alone hears of it, there is nothing to do."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
 
 
 @dataclass

@@ -100,7 +100,7 @@ def make_jobs(settings: Settings) -> list[Job]:
         for ratio in settings.compression_ratio:
             _check_types(make_press(name, ratio), own)
             press = make_press(name, ratio, **own)
-            job = Job(name, 0.0 if press is None else ratio, press)
+            job = Job(name, 0.0 if press is None else ratio + 0.0, press)  # 0.0 for -0.0
             jobs[job.name, job.ratio] = job
     return list(jobs.values())
 

@@ -84,7 +84,7 @@ def plan_prefix(
 
     Args:
         n_tokens: length of the text.
-        context, target: tokens to compress, at least 1, and tokens that follow, at least 2.
+        context, target: tokens to compress, at least 2, and tokens that follow, at least 2.
         stride: tokens from one window's start to the next; None lays them side by side.
         max_windows: stop after so many.
 
@@ -93,9 +93,9 @@ def plan_prefix(
         InputError: sizes that cannot work.
     """
     stride = context + target if stride is None else stride
-    if context < 1 or target < 2 or stride < 1:
+    if context < 2 or target < 2 or stride < 1:
         raise InputError(
-            f"a window needs a context of at least 1 token, at least 2 targets and a stride of at least 1; got "
+            f"a window needs a context of at least 2 tokens, at least 2 targets and a stride of at least 1; got "
             f"{context}, {target}, {stride}."
         )
     if n_tokens < context + target:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -49,8 +50,8 @@ class ExpectedAttentionPress(ScorerPress):
         super().__post_init__()
         check_at_least(self, 1, "n_future_positions")
         check_at_least(self, 0, "n_sink")
-        if not self.epsilon >= 0:
-            raise PressError(f"ExpectedAttentionPress: epsilon must be >= 0, got {self.epsilon!r}.")
+        if not 0 <= self.epsilon < math.inf:
+            raise PressError(f"ExpectedAttentionPress: epsilon must be a finite number >= 0, got {self.epsilon!r}.")
 
     def score(self, view: LayerView) -> Tensor:
         queries = view.unrotated_queries()  # [B, Hq, Q, D]

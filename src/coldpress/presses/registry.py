@@ -73,7 +73,7 @@ def press_names() -> list[str]:
     return sorted(_BY_NAME)
 
 
-def make_press(name: str, compression_ratio: float, **parameters: Any) -> BasePress | None:
+def make_press(name: str, compression_ratio: float, /, **parameters: Any) -> BasePress | None:
     """The press called ``name``, or None for ``no_press``.
 
     Parameters of a name that stands for a wrapper are the wrapper's own or those of the press inside it; a parameter
