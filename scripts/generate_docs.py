@@ -30,10 +30,11 @@ def presses() -> str:
     lines = ["| name | class | keeps | source | needs |", "|---|---|---|---|---|"]
     for info in catalogue():
         what = info.summary.removeprefix("Keep ").rstrip(".")
-        call = f"`{info.class_name}({', '.join(p for p in ['compression_ratio', info.parameters] if p)})`"
         source = re.sub(r"arXiv:(\d{4}\.\d{5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", info.source)
         source = source.split(" Differs from")[0].rstrip(".")
-        lines.append(f"| `{info.name}` | {call} | {what} | {source} | {info.needs.split(' Cost:')[0].rstrip('.')} |")
+        lines.append(
+            f"| `{info.name}` | `{info.call}` | {what} | {source} | {info.needs.split(' Cost:')[0].rstrip('.')} |"
+        )
     return "\n".join(lines)
 
 

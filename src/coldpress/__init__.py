@@ -11,17 +11,32 @@ from coldpress.cache import PressedCache
 from coldpress.errors import ColdpressError
 from coldpress.pipeline import KVPressTextGenerationPipeline
 from coldpress.pipeline import register as _register_tasks
+from coldpress.presses.adakv import AdaKVPress
 from coldpress.presses.base import BasePress, ScorerPress
+from coldpress.presses.block import BlockPress
+from coldpress.presses.cap import CapPress
+from coldpress.presses.chunk import ChunkPress
+from coldpress.presses.chunkkv import ChunkKVPress
+from coldpress.presses.compactor import CompactorPress
+from coldpress.presses.composed import ComposedPress
+from coldpress.presses.criticalkv import CriticalAdaKVPress, CriticalKVPress
+from coldpress.presses.cur import CURPress
 from coldpress.presses.expected_attention import ExpectedAttentionPress
+from coldpress.presses.key_rerotation import KeyRerotationPress
 from coldpress.presses.keydiff import KeyDiffPress
 from coldpress.presses.knorm import KnormPress
+from coldpress.presses.lagkv import LagKVPress
+from coldpress.presses.leverage import LeverageScorePress
+from coldpress.presses.non_causal_attention import NonCausalAttnPress
 from coldpress.presses.observed_attention import ObservedAttentionPress
+from coldpress.presses.per_layer_compression import PerLayerCompressionPress
 from coldpress.presses.pyramidkv import PyramidKVPress
 from coldpress.presses.random import RandomPress
 from coldpress.presses.registry import catalogue, make_press, press_names
 from coldpress.presses.snapkv import SnapKVPress
 from coldpress.presses.streaming_llm import StreamingLLMPress
 from coldpress.presses.tova import TOVAPress
+from coldpress.presses.wrapper import WrapperPress
 from coldpress.view import Kept, LayerView
 
 try:
@@ -33,15 +48,30 @@ _register_backends()
 _register_tasks()
 
 __all__ = [
+    "AdaKVPress",
     "BasePress",
+    "BlockPress",
+    "CURPress",
+    "CapPress",
+    "ChunkKVPress",
+    "ChunkPress",
     "ColdpressError",
+    "CompactorPress",
+    "ComposedPress",
+    "CriticalAdaKVPress",
+    "CriticalKVPress",
     "ExpectedAttentionPress",
     "KVPressTextGenerationPipeline",
     "Kept",
     "KeyDiffPress",
+    "KeyRerotationPress",
     "KnormPress",
+    "LagKVPress",
     "LayerView",
+    "LeverageScorePress",
+    "NonCausalAttnPress",
     "ObservedAttentionPress",
+    "PerLayerCompressionPress",
     "PressedCache",
     "PyramidKVPress",
     "RandomPress",
@@ -49,6 +79,7 @@ __all__ = [
     "SnapKVPress",
     "StreamingLLMPress",
     "TOVAPress",
+    "WrapperPress",
     "__version__",
     "catalogue",
     "make_press",

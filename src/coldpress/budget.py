@@ -7,6 +7,7 @@ fraction *removed*, in [0, 1), read as the decimal number its user wrote.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 from numbers import Real
 
@@ -15,7 +16,18 @@ from torch import Tensor
 
 from coldpress.errors import PressError
 
-__all__ = ["check_ratio", "keep_count", "pyramid_counts", "select", "shrink_protected"]
+__all__ = [
+    "adaptive_counts",
+    "check_ratio",
+    "keep_count",
+    "protect",
+    "pyramid_counts",
+    "select",
+    "select_counts",
+    "share_of",
+    "shrink_protected",
+    "spread",
+]
 
 
 def check_ratio(ratio: object, name: str = "compression_ratio") -> None:
@@ -83,19 +95,99 @@ def select(scores: Tensor, n_keep: int, *, n_sink: int = 0, n_window: int = 0) -
     Raises:
         PressError: a score is NaN.
     """
-    n_batch, n_heads, n_tokens = scores.shape
-    if torch.isnan(scores).any():
-        raise PressError("A score is NaN: the model produced NaN keys, values or queries (try float32 or bfloat16).")
+    n_batch, n_heads, _ = scores.shape
     n_sink, n_window = shrink_protected(n_keep, n_sink, n_window)
-    scores = scores.float()
+    keep = _best(protect(_checked(scores), n_sink, n_window), n_keep)
+    return keep.nonzero()[:, -1].view(n_batch, n_heads, n_keep)
+
+
+def protect(scores: Tensor, n_sink: int, n_window: int) -> Tensor:
+    """``scores`` ``[B, Hkv, T]`` with infinity at the first ``n_sink`` and the last ``n_window`` tokens."""
     if n_sink or n_window:
         scores = scores.clone()
         scores[..., :n_sink] = torch.inf
-        if n_window:
-            scores[..., n_tokens - n_window :] = torch.inf
-    threshold = scores.topk(n_keep, dim=-1).values[..., -1:]  # [B, Hkv, 1]
+        scores[..., scores.shape[-1] - n_window :] = torch.inf
+    return scores
+
+
+def adaptive_counts(scores: Tensor, n_keep: int, n_safe: int, *, n_sink: int = 0, n_window: int = 0) -> Tensor:
+    """How many pairs each head keeps when the heads of a layer compete for its budget.
+
+    Every head keeps its ``n_safe`` best scores, and its sinks and window; the rest of the budget of ``Hkv * n_keep``
+    goes to the best scores left, whatever head they are in.
+
+    Args:
+        scores: ``[B, Hkv, T]``, comparable across heads.
+        n_keep: mean over the heads.
+        n_safe: least number of any head, at most ``n_keep``.
+        n_sink, n_window: as for :func:`select`.
+
+    Returns:
+        int64 ``[B, Hkv]``; each row adds up to ``Hkv * n_keep``.
+    """
+    n_batch, n_heads, _ = scores.shape
+    n_sink, n_window = shrink_protected(n_keep, n_sink, n_window)
+    least = max(n_safe, n_sink + n_window)
+    ordered = protect(_checked(scores), n_sink, n_window).sort(-1, descending=True).values[..., least:]
+    free = n_heads * (n_keep - least)
+    counts = torch.full((n_batch, n_heads), least, device=scores.device)
+    return counts + _best(ordered.flatten(1), free).view_as(ordered).sum(-1) if free else counts
+
+
+def select_counts(scores: Tensor, counts: Tensor, *, n_sink: int = 0, n_window: int = 0) -> Tensor:
+    """:func:`select` with a number of its own for every head.
+
+    Args:
+        scores: ``[B, Hkv, T]``.
+        counts: int64 ``[B, Hkv]``, each at least ``n_sink + n_window``.
+        n_sink, n_window: as for :func:`select`.
+
+    Returns:
+        int64 ``[B, Hkv, n]`` with n the largest count; ascending, then -1 in heads that keep fewer.
+    """
+    n_tokens = scores.shape[-1]
+    order = protect(_checked(scores), n_sink, n_window).argsort(dim=-1, descending=True, stable=True)
+    order = order[..., : int(counts.max())]  # [B, Hkv, n]: the earlier one among equals first
+    is_kept = torch.arange(order.shape[-1], device=order.device) < counts[..., None]
+    positions = order.masked_fill(~is_kept, n_tokens).sort(-1).values
+    return positions.masked_fill(positions == n_tokens, -1)
+
+
+def share_of(n: int, share: float) -> int:
+    """``floor(n * share)`` without rounding error."""
+    return math.floor(Fraction(repr(float(share))) * n)
+
+
+def spread(n_keep: int, n_forced: Sequence[int], sizes: Sequence[int]) -> list[int]:
+    """How many tokens each part of a text keeps, in proportion to its size.
+
+    Args:
+        n_keep: tokens that all parts keep together, at least ``sum(n_forced)``.
+        n_forced: protected tokens of each part; they are kept.
+        sizes: tokens of each part.
+
+    Returns:
+        One count for each part; they add up to ``n_keep`` exactly.
+    """
+    free, total = n_keep - sum(n_forced), sum(sizes) - sum(n_forced)
+    counts, before, given = [], 0, 0
+    for forced, size in zip(n_forced, sizes, strict=True):
+        before += size - forced
+        upto = free * before // total if total else 0  # rounded as a running sum, so that nothing is lost
+        counts.append(forced + upto - given)
+        given = upto
+    return counts
+
+
+def _checked(scores: Tensor) -> Tensor:
+    if torch.isnan(scores).any():
+        raise PressError("A score is NaN: the model produced NaN keys, values or queries (try float32 or bfloat16).")
+    return scores.float()
+
+
+def _best(scores: Tensor, n: int) -> Tensor:
+    """Where the ``n`` largest entries of the last dimension are, the earlier one among equals."""
+    threshold = scores.topk(n, dim=-1).values[..., -1:]
     above = scores > threshold
     ties = scores == threshold
-    free = n_keep - above.sum(-1, keepdim=True)
-    keep = above | (ties & (ties.cumsum(-1) <= free))
-    return keep.nonzero()[:, -1].view(n_batch, n_heads, n_keep)
+    return above | (ties & (ties.cumsum(-1) <= n - above.sum(-1, keepdim=True)))

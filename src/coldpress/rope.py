@@ -94,9 +94,20 @@ class Rope:
 
     def unrotate(self, states: Tensor, positions: Tensor) -> Tensor:
         """States ``[B, H, T, D]`` as they were before they were rotated to positions ``[T]``, in float32."""
-        cos, sin = self.cos_sin(positions)
+        return self.rotate(states.float(), *self.inverse(*self.cos_sin(positions)))
+
+    @staticmethod
+    def inverse(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """What undoes the rotation by ``cos, sin``."""
         scale = cos[:, :1].square() + sin[:, :1].square()  # 1, or attention_scaling**2 with YaRN and its relatives
-        return self.rotate(states.float(), cos / scale, -sin / scale)
+        return cos / scale, -sin / scale
+
+    def rotate_each(self, states: Tensor, cos: Tensor, sin: Tensor, index: Tensor) -> Tensor:
+        """Rotate float32 ``[B, H, n, D]``, each head by other positions: entries ``index`` ``[B, H, n]`` of
+        ``cos, sin`` ``[1, T, ...]``.
+        """
+        rows = index.flatten(0, 1)  # heads take the place of batch rows, which may differ in position
+        return self.rotate(states.flatten(0, 1)[:, None], cos[0, rows], sin[0, rows]).view_as(states)
 
     def mean_rotation(self, start: int, n_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """What rotates by the mean over positions ``start .. start + n_positions - 1``: ``cos, sin`` of one position.

@@ -8,12 +8,13 @@ behind: such a view begins at ``first_position`` of its rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from coldpress.projection import output_weight
 from coldpress.rope import Rope
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["Kept", "LayerCall", "LayerView", "RowGroup"]
 
 _T = TypeVar("_T")
-_BLOCK_ELEMENTS = 1 << 24  # attention weights held at once while columns are summed (64 MiB in float32)
+_BLOCK_ELEMENTS = 1 << 24  # of what is computed block by block: held at once (64 MiB in float32)
 
 
 class Kept(NamedTuple):
@@ -71,6 +72,8 @@ class LayerView:
         scaling: what ``q @ k`` is multiplied with before the softmax.
         layer_idx, n_layers: this layer among the layers that are compressed, counted from 0.
         first_position: position of the first token of the view among the real tokens of its rows, counted from 0.
+        positions: int64 ``[B, Hkv, T]`` in a view of :meth:`among`, whose tokens differ from head to head and stand
+            where this says; None where they are consecutive from ``first_position`` on.
         sliding_window: how many tokens back a query sees, or None for all.
         softcap: ``c`` where the model replaces attention logits by ``c * tanh(logits / c)``, else None.
         sinks: ``[Hq]``, a logit of each head that takes part in the softmax and belongs to no token, or None.
@@ -86,6 +89,7 @@ class LayerView:
     layer_idx: int
     n_layers: int
     first_position: int = 0
+    positions: Tensor | None = None
     sliding_window: int | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
@@ -120,6 +124,54 @@ class LayerView:
         value: _T = self._memo[name]
         return value
 
+    def part(self, start: int, stop: int) -> LayerView:
+        """The view of tokens ``start .. stop - 1`` alone, at their own positions; the same object every time."""
+
+        def compute() -> LayerView:
+            skipped = self.n_tokens - self.n_queries  # tokens whose queries are not here
+            return replace(
+                self,
+                keys=self.keys[:, :, start:stop],
+                values=self.values[:, :, start:stop],
+                queries=self.queries[:, :, max(0, start - skipped) : max(0, stop - skipped)],
+                first_position=self.first_position + start,
+                positions=None if self.positions is None else self.positions[..., start:stop],
+                _memo={},
+            )
+
+        return self.once(("part", start, stop), compute)
+
+    def among(self, chosen: Tensor, stop: int, n_queries: int) -> LayerView:
+        """What this layer would hold after token ``stop - 1`` if nothing but ``chosen`` had been kept.
+
+        Args:
+            chosen: int64 ``[B, Hkv, n]``, ascending positions in the view, the last ``n_queries`` of them
+                ``stop - n_queries .. stop - 1`` in every head.
+            stop: end of the text so far.
+            n_queries: tokens whose queries are looked at.
+        """
+        skipped = self.n_tokens - self.n_queries
+        kept, end = self.take(chosen), self.first_position + stop
+        return replace(
+            self,
+            keys=kept.keys,
+            values=kept.values,
+            queries=self.queries[:, :, max(0, stop - n_queries - skipped) : max(0, stop - skipped)],
+            first_position=end
+            - chosen.shape[2],  # so that the last token, and with it the queries, stand at their places
+            positions=chosen + self.first_position,
+            _memo={},
+        )
+
+    def take(self, chosen: Tensor) -> Kept:
+        """The pairs at ``chosen``, int64 ``[B, Hkv, n]`` positions in the view, -1 for none."""
+        index = chosen.clamp(min=0)[..., None]
+        return Kept(
+            self.keys.gather(2, index.expand(-1, -1, -1, self.keys.shape[3])),
+            self.values.gather(2, index.expand(-1, -1, -1, self.values.shape[3])),
+            chosen,
+        )
+
     def window_attention(self, window: int) -> Tensor:
         """Attention weights of the last ``window`` queries: float32 ``[B, Hkv, G, window, T]``.
 
@@ -150,6 +202,63 @@ class LayerView:
             return self.queries.float() if rope is None else rope.unrotate(self.queries, positions)
 
         return self.once("unrotated_queries", compute)
+
+    def unrotated_keys(self) -> Tensor:
+        """The keys as they were before rotary embedding, float32 ``[B, Hkv, T, D]``.
+
+        Raises:
+            ModelError: the model rotates in a way that cannot be undone from outside.
+        """
+
+        def compute() -> Tensor:
+            rope = self.find_rope()
+            if rope is None:
+                return self.keys.float()
+            end, device = self.first_position + self.n_tokens, self.keys.device
+            if self.positions is None:
+                return rope.unrotate(self.keys, torch.arange(self.first_position, end, device=device))
+            back = rope.inverse(*rope.cos_sin(torch.arange(end, device=device)))
+            return rope.rotate_each(self.keys.float(), *back, self.positions)
+
+        return self.once("unrotated_keys", compute)
+
+    def moved_keys(self, kept: Kept, places: Tensor) -> Tensor:
+        """The keys of ``kept`` as they would be at ``places``, int64 ``[B, Hkv, n]`` positions in the view.
+
+        They are rotated back and forth by the model's own rotary embedding, for a text of this length, in float32; the
+        dimensions that it does not rotate stay as they are. A layer that rotates nothing gets its keys back.
+        """
+        rope = self.find_rope()
+        if rope is None:
+            return kept.keys
+        end = self.first_position + self.n_tokens
+        there = rope.cos_sin(torch.arange(self.first_position, end, device=self.keys.device))
+        keys = rope.rotate_each(kept.keys.float(), *rope.inverse(*there), kept.positions.clamp(min=0))
+        return rope.rotate_each(keys, *there, places.clamp(min=0)).to(kept.keys.dtype)
+
+    def projected_value_norms(self) -> Tensor:
+        """||W_O v||_1 of every value, the mean over the group's heads: float32 ``[B, Hkv, T]``.
+
+        W_O is the slice of the layer's output projection that belongs to a query head; its bias does not count.
+
+        Raises:
+            ModelError: the layer has no output projection that coldpress knows.
+        """
+
+        def compute() -> Tensor:
+            n_batch, n_kv_heads, _, dim = self.values.shape
+            weight = output_weight(self.module, self.queries.shape[1] * dim, self.values.dtype, self.values.device)
+            heads = (
+                weight.float().view(-1, n_kv_heads, self.group_size, dim).permute(1, 2, 3, 0)
+            )  # [Hkv, G, Dv, hidden]
+            block = max(1, _BLOCK_ELEMENTS // (n_batch * n_kv_heads * heads.shape[3]))
+            norms = []
+            for values in self.values.float().split(block, dim=2):
+                by_head = [(values @ heads[:, g]).abs().sum(-1) for g in range(self.group_size)]
+                norms.append(torch.stack(by_head).mean(0))
+            return torch.cat(norms, dim=-1)
+
+        return self.once("projected_value_norms", compute)
 
     def mean_future_rotation(self, states: Tensor, n_positions: int) -> Tensor:
         """Rotate float32 ``[B, H, n, D]`` by the mean rotation of the ``n_positions`` positions after the last one."""

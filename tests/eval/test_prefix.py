@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from coldpress import BasePress, Kept, KnormPress, LayerView, PressedCache, RandomPress, ScorerPress, SnapKVPress
+from coldpress import (
+    AdaKVPress,
+    BasePress,
+    Kept,
+    KnormPress,
+    LayerView,
+    PressedCache,
+    RandomPress,
+    ScorerPress,
+    SnapKVPress,
+)
 from coldpress.errors import SelfCheckError
 from coldpress.eval.prefix import PrefixRun
 from coldpress.eval.windows import plan_prefix
@@ -76,13 +86,14 @@ def test_a_press_is_scored_like_a_prefill_and_a_forward_of_its_own(
     press = make_press(name, 0.5, **parameters)
     assert press is not None
     _, (baseline, result) = measure(model, [press], [text[:200]])
-    width, expected, same, right = CONTEXT + TARGET, [], [], []
+    width, expected, same, right, kept = CONTEXT + TARGET, [], [], [], []
     for start in range(0, 200 - width + 1, width):
         window = text[None, start : start + width]
         cache, whole = PressedCache(press), PressedCache()
         with torch.no_grad():
             for each in (cache, whole):
                 model(window[:, :CONTEXT], past_key_values=each)
+            kept.append([layer.positions() for layer in cache.pressed_layers()])
             logits = model(window[:, CONTEXT:-1], past_key_values=cache).logits[0]
             base = model(window[:, CONTEXT:-1], past_key_values=whole).logits[0]
         expected.append(token_nll(logits, window[0, CONTEXT + 1 :]))
@@ -95,9 +106,13 @@ def test_a_press_is_scored_like_a_prefill_and_a_forward_of_its_own(
     assert record["same_top1"] == pytest.approx(sum(same) / n_tokens)
     assert record["top1_acc"] == pytest.approx(sum(right) / n_tokens)
     assert record["effective_compression_ratio"] == 0.5
-    assert sum(record["kv_len_after"]) == 2 * CONTEXT // 2
+    assert sum(int((layer >= 0).sum()) for layer in kept[0]) == 2 * 4 * CONTEXT // 2  # pairs of 2 layers of 4 heads
+    lengths = [layer.shape[-1] for layer in kept[0]]  # a layer is as long as its longest head
+    assert record["kv_len_after"] == lengths
+    assert isinstance(press, AdaKVPress) or sum(lengths) == 2 * CONTEXT // 2
+    assert record["kv_bytes_baseline"] == 2 * 2 * 32 * 4 * CONTEXT
     if name != "pyramidkv":
-        assert record["kv_bytes"] == record["kv_bytes_baseline"] / 2 == 2 * 2 * 32 * 4 * CONTEXT / 2
+        assert record["kv_bytes"] == 2 * 32 * 4 * sum(lengths)
 
 
 def test_comparisons_with_the_baseline(model: PreTrainedModel, text: Tensor) -> None:

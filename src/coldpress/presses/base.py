@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
-from coldpress.budget import check_ratio, keep_count, select
+from coldpress.budget import check_ratio, keep_count, select, shrink_protected
 from coldpress.errors import PressError
 from coldpress.view import Kept, LayerView
 
-__all__ = ["BasePress", "ScorerPress", "check_at_least"]
+__all__ = ["BasePress", "ScorerPress", "check_at_least", "check_between"]
 
 _S = TypeVar("_S", bound="ScorerPress")
 
@@ -45,9 +45,16 @@ class BasePress:
 class ScorerPress(BasePress):
     """Keep the pairs with the largest scores; subclasses define :meth:`score`.
 
+    Three questions, each with a method of its own, so that wrappers can change one and leave the others alone: which
+    pairs matter (:meth:`scores`), how many are kept (:meth:`keep_of`, :meth:`protected`), which ones these are
+    (:meth:`choose`). Only a press that stores something else than the chosen pairs overrides :meth:`compress`.
+
     Args:
         compression_ratio: fraction of the pairs to remove, in [0, 1).
     """
+
+    estimates_attention: ClassVar[bool] = False  # scores are attention weights: not negative, comparable across heads
+    needs_all_queries: ClassVar[bool] = False  # score(view) needs the query of every token of the view
 
     compression_ratio: float = 0.0
 
@@ -58,9 +65,17 @@ class ScorerPress(BasePress):
         """Scores ``[B, Hkv, T]`` in float32; larger = keep. Must not depend on ``compression_ratio``."""
         raise NotImplementedError(f"{type(self).__name__} must define score(view)")
 
+    def keep_of(self, n_tokens: int, layer_idx: int, n_layers: int) -> int:
+        """How many of ``n_tokens`` pairs a head of layer ``layer_idx`` keeps: the mean if its heads differ."""
+        return keep_count(n_tokens, self.compression_ratio)
+
     def keep(self, view: LayerView) -> int:
-        """How many pairs each head of this layer keeps, 1 <= n <= T."""
-        return keep_count(view.n_tokens, self.compression_ratio)
+        """How many pairs a head of this layer keeps, 1 <= n <= T: the mean if its heads differ."""
+        return self.keep_of(view.n_tokens, view.layer_idx, view.n_layers)
+
+    def layers_differ(self) -> bool:
+        """Whether :meth:`keep_of` depends on the layer."""
+        return type(self).keep_of is not ScorerPress.keep_of
 
     def protected(self, view: LayerView) -> tuple[int, int]:
         """How many of the first and of the last tokens of the text are kept whatever their score."""
@@ -71,22 +86,30 @@ class ScorerPress(BasePress):
         return replace(self, compression_ratio=compression_ratio)
 
     def scores(self, view: LayerView) -> Tensor:
-        """:meth:`score`, computed once per view for all ratios."""
+        """What :meth:`choose` goes by: :meth:`score`, computed once per view for all ratios."""
         return view.once(self.with_ratio(0.0), lambda: self.score(view))
 
-    def compress(self, view: LayerView) -> Kept | None:
+    def forced(self, view: LayerView, n_keep: int) -> tuple[int, int]:
+        """Tokens at the two ends of ``view`` that are kept when ``n_keep`` are: the protected ones that are in it."""
+        n_sink, n_window = self.protected(view)
+        return shrink_protected(n_keep, max(0, n_sink - view.first_position), min(n_window, view.n_tokens))
+
+    def choose(self, view: LayerView) -> Tensor | None:
+        """Positions in ``view`` of the pairs that are kept.
+
+        Returns:
+            int64 ``[B, Hkv, n]``, ascending; -1 in the last places of a head that keeps fewer than the longest. None
+            keeps everything.
+        """
         n_keep = self.keep(view)
         if n_keep >= view.n_tokens:
             return None
-        n_sink, n_window = self.protected(view)
-        n_sink = max(0, n_sink - view.first_position)
-        positions = select(self.scores(view), n_keep, n_sink=n_sink, n_window=n_window)
-        index = positions[..., None]
-        return Kept(
-            view.keys.gather(2, index.expand(-1, -1, -1, view.keys.shape[3])),
-            view.values.gather(2, index.expand(-1, -1, -1, view.values.shape[3])),
-            positions,
-        )
+        n_sink, n_window = self.forced(view, n_keep)
+        return select(self.scores(view), n_keep, n_sink=n_sink, n_window=n_window)
+
+    def compress(self, view: LayerView) -> Kept | None:
+        positions = self.choose(view)
+        return None if positions is None else view.take(positions)
 
 
 def check_at_least(press: BasePress, minimum: int, *names: str) -> None:
@@ -95,3 +118,12 @@ def check_at_least(press: BasePress, minimum: int, *names: str) -> None:
         value = getattr(press, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise PressError(f"{type(press).__name__}: {name} must be an integer >= {minimum}, got {value!r}.")
+
+
+def check_between(press: BasePress, low: float, high: float, *names: str) -> None:
+    """Raise :class:`PressError` unless the named fields are numbers from ``low`` to ``high``, both included."""
+    for name in names:
+        value = getattr(press, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+            allowed = f">= {low}" if high == float("inf") else f"in [{low}, {high}]"
+            raise PressError(f"{type(press).__name__}: {name} must be a number {allowed}, got {value!r}.")

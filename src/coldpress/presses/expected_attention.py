@@ -38,6 +38,8 @@ class ExpectedAttentionPress(ScorerPress):
         epsilon: added to p before weighting.
     """
 
+    estimates_attention = True
+
     n_future_positions: int = 512
     n_sink: int = 4
     use_covariance: bool = True

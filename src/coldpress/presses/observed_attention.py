@@ -26,6 +26,8 @@ class ObservedAttentionPress(ScorerPress):
     Needs: keys and all queries. Cost: O(T * T * D) per query head and layer.
     """
 
+    estimates_attention = True
+
     def score(self, view: LayerView) -> Tensor:
         sums = view.attention_column_sums()  # [B, Hkv, T]
         seen_by = torch.arange(view.n_tokens, 0, -1, device=sums.device).clamp(max=view.n_queries)

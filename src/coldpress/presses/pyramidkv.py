@@ -8,7 +8,6 @@ from coldpress.budget import pyramid_counts
 from coldpress.presses.base import check_at_least
 from coldpress.presses.registry import register
 from coldpress.presses.snapkv import SnapKVPress
-from coldpress.view import LayerView
 
 
 @register("pyramidkv")
@@ -36,8 +35,6 @@ class PyramidKVPress(SnapKVPress):
         super().__post_init__()
         check_at_least(self, 1, "beta")
 
-    def keep(self, view: LayerView) -> int:
-        counts = pyramid_counts(
-            view.n_tokens, self.compression_ratio, view.n_layers, window=self.window_size, beta=self.beta
-        )
-        return counts[view.layer_idx]
+    def keep_of(self, n_tokens: int, layer_idx: int, n_layers: int) -> int:
+        counts = pyramid_counts(n_tokens, self.compression_ratio, n_layers, window=self.window_size, beta=self.beta)
+        return counts[layer_idx]

@@ -26,15 +26,16 @@ class RandomPress(ScorerPress):
 
     Args:
         compression_ratio: fraction of the pairs to remove, in [0, 1).
-        seed: draws are a function of it, the layer and the number of tokens; None takes a new seed for every cache
-            from torch's default generator, so ``torch.manual_seed`` repeats those too.
+        seed: draws are a function of it, the layer, the number of tokens and the position of the first one; None takes
+            a new seed for every cache from torch's default generator, so ``torch.manual_seed`` repeats those too.
     """
 
     seed: int | None = None
 
     def score(self, view: LayerView) -> Tensor:
         seed = view.seed if self.seed is None else self.seed
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + view.layer_idx) % 2**63)
+        seed = (seed * 1_000_003 + view.first_position * 1_009 + view.layer_idx) % 2**63
+        generator = torch.Generator().manual_seed(seed)
         n_batch, n_heads, n_tokens = view.keys.shape[:3]
         draws = torch.rand(n_heads, n_tokens, generator=generator)
         return draws.to(view.keys.device).expand(n_batch, -1, -1)

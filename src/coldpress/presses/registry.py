@@ -5,23 +5,37 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, TypeVar
 
 from coldpress.errors import PressError, nearest
-from coldpress.presses.base import BasePress
+from coldpress.presses.base import BasePress, ScorerPress
 
-__all__ = ["NO_PRESS", "PressInfo", "catalogue", "make_press", "press_names", "register"]
+__all__ = ["NO_PRESS", "PressInfo", "catalogue", "make_press", "press_names", "register", "takes_parameter"]
 
 NO_PRESS = "no_press"  # the uncompressed baseline: a name for the command line, no class
 
 _P = TypeVar("_P", bound=type[BasePress])
-_BY_NAME: dict[str, type[BasePress]] = {}
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What a name stands for: a press, or a wrapper around a press with parameters of its own."""
+
+    cls: type[BasePress]
+    inner: type[ScorerPress] | None = None
+    inner_parameters: dict[str, Any] = field(default_factory=dict)
+
+
+_BY_NAME: dict[str, _Entry] = {}
 
 
 @dataclass(frozen=True)
 class PressInfo:
-    """One line of the catalogue, read off a press's class and docstring."""
+    """One line of the catalogue, read off a press's class and docstring.
+
+    ``call`` is how the press is made, with its defaults: ``SnapKVPress(compression_ratio, window_size=64, ...)``.
+    """
 
     name: str
     class_name: str
@@ -29,10 +43,16 @@ class PressInfo:
     source: str
     needs: str
     parameters: str
+    call: str
 
 
-def register(name: str) -> Callable[[_P], _P]:
+def register(name: str, inner: type[ScorerPress] | None = None, **inner_parameters: Any) -> Callable[[_P], _P]:
     """Class decorator: make a press known under ``name``.
+
+    Args:
+        name: how the command line and :func:`make_press` call it.
+        inner: for a wrapper, the class of the press inside it.
+        inner_parameters: those of ``inner`` that differ from its defaults.
 
     Raises:
         PressError: the name is taken by another class.
@@ -40,9 +60,9 @@ def register(name: str) -> Callable[[_P], _P]:
 
     def decorate(cls: _P) -> _P:
         taken = _BY_NAME.get(name)
-        if name == NO_PRESS or (taken is not None and taken.__qualname__ != cls.__qualname__):
-            raise PressError(f"The press name {name!r} is taken{f' by {taken.__name__}' if taken else ''}.")
-        _BY_NAME[name] = cls
+        if name == NO_PRESS or (taken is not None and taken.cls.__qualname__ != cls.__qualname__):
+            raise PressError(f"The press name {name!r} is taken{f' by {taken.cls.__name__}' if taken else ''}.")
+        _BY_NAME[name] = _Entry(cls, inner, inner_parameters)
         return cls
 
     return decorate
@@ -56,23 +76,39 @@ def press_names() -> list[str]:
 def make_press(name: str, compression_ratio: float, /, **parameters: Any) -> BasePress | None:
     """The press called ``name``, or None for ``no_press``.
 
+    Parameters of a name that stands for a wrapper are the wrapper's own or those of the press inside it; a parameter
+    that both have is the wrapper's.
+
     Raises:
         PressError: unknown name (with the nearest ones), a ratio outside [0, 1), an unknown parameter.
     """
     if name == NO_PRESS:
         return None
-    cls = _BY_NAME.get(name)
-    if cls is None:
+    entry = _BY_NAME.get(name)
+    if entry is None:
         known = [NO_PRESS, *press_names()]
         raise PressError(f"Unknown press {name!r}.{nearest(name, known)} Known: {', '.join(known)}.")
-    allowed = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+    own = {f.name for f in _parameters(entry.cls)}
+    inside = {f.name for f in _parameters(entry.inner)} - own if entry.inner else set()
     for parameter in parameters:
-        if parameter not in allowed:
+        if parameter not in own | inside:
+            allowed = sorted(own | inside)
             raise PressError(
-                f"{cls.__name__} has no parameter {parameter!r}.{nearest(parameter, allowed)} "
-                f"It takes: {', '.join(allowed)}."
+                f"{name} has no parameter {parameter!r}.{nearest(parameter, allowed)} "
+                f"It takes: {', '.join(allowed) or 'none beside the ratio'}."
             )
-    return cls(compression_ratio=compression_ratio, **parameters)  # type: ignore[call-arg]
+    if entry.inner is None:
+        return entry.cls(compression_ratio=compression_ratio, **parameters)  # type: ignore[call-arg]
+    given = {k: v for k, v in parameters.items() if k in inside}
+    press = entry.inner(compression_ratio=compression_ratio, **(entry.inner_parameters | given))
+    return entry.cls(press=press, **{k: v for k, v in parameters.items() if k in own})  # type: ignore[call-arg]
+
+
+def takes_parameter(name: str, parameter: str) -> bool:
+    """Whether :func:`make_press` takes ``parameter`` for the press called ``name``."""
+    entry = _BY_NAME.get(name)
+    classes = [cls for cls in (entry.cls, entry.inner) if cls] if entry else []
+    return any(f.name == parameter for cls in classes for f in _parameters(cls))
 
 
 def catalogue() -> list[PressInfo]:
@@ -80,13 +116,34 @@ def catalogue() -> list[PressInfo]:
     return [_info(name, _BY_NAME[name]) for name in press_names()]
 
 
-def _info(name: str, cls: type[BasePress]) -> PressInfo:
-    doc = inspect.getdoc(cls) or ""
+def _parameters(cls: type[BasePress]) -> list[Field[Any]]:
+    """What a press takes beside the ratio and the press inside it."""
+    return [f for f in fields(cls) if f.init and f.name not in ("compression_ratio", "press")]  # type: ignore[arg-type]
+
+
+def _default(f: Field[Any]) -> Any:
+    return f.default_factory() if f.default_factory is not MISSING else f.default
+
+
+def _info(name: str, entry: _Entry) -> PressInfo:
+    doc = inspect.getdoc(entry.cls) or ""
 
     def line(tag: str) -> str:
         found = re.search(rf"^{tag}: (.+?)(?=\n\n|\n[A-Z]\w+: |\Z)", doc, re.MULTILINE | re.DOTALL)
         return " ".join(found[1].split()) if found else ""
 
-    own = [f for f in fields(cls) if f.name != "compression_ratio"]  # type: ignore[arg-type]
-    parameters = ", ".join(f"{f.name}={f.default!r}" for f in own)
-    return PressInfo(name, cls.__name__, doc.split("\n")[0], line("Source"), line("Needs"), parameters)
+    def call(cls: type[BasePress], first: str, changed: dict[str, Any]) -> str:
+        return f"{cls.__name__}({', '.join([first, *_described(cls, changed)])})"
+
+    own = ", ".join(_described(entry.cls, {}))
+    if entry.inner is None:
+        text = call(entry.cls, "compression_ratio", {})
+    else:
+        inner = call(entry.inner, "compression_ratio", entry.inner_parameters)
+        text = call(entry.cls, inner, {})
+        own = ", ".join([f"press={inner}", *_described(entry.cls, {})])
+    return PressInfo(name, entry.cls.__name__, doc.split("\n")[0], line("Source"), line("Needs"), own, text)
+
+
+def _described(cls: type[BasePress], changed: dict[str, Any]) -> list[str]:
+    return [f"{f.name}={changed.get(f.name, _default(f))!r}" for f in _parameters(cls)]

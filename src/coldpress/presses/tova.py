@@ -24,6 +24,8 @@ class TOVAPress(ScorerPress):
     Needs: keys and the last query. Cost: O(T * D) per query head and layer.
     """
 
+    estimates_attention = True
+
     def score(self, view: LayerView) -> Tensor:
         attention = view.window_attention(1)  # [B, Hkv, G, 1, T]
         return attention.mean(dim=(1, 2, 3))[:, None].expand(view.keys.shape[:3])

@@ -1,0 +1,56 @@
+"""AdaKV: the heads of a layer share its budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from coldpress.budget import adaptive_counts, select_counts, share_of
+from coldpress.presses.base import check_between
+from coldpress.presses.expected_attention import ExpectedAttentionPress
+from coldpress.presses.registry import register
+from coldpress.presses.snapkv import SnapKVPress
+from coldpress.presses.wrapper import WrapperPress
+from coldpress.view import LayerView
+
+
+@register("adakv_snapkv", SnapKVPress)
+@register("adakv_expected_attention_e2", ExpectedAttentionPress, epsilon=1e-2)
+@dataclass(frozen=True)
+class AdaKVPress(WrapperPress):
+    """Keep the best scores of a layer, whatever head they are in, and some of every head.
+
+    With n the number that the inner press keeps of each head: every head keeps its floor(alpha_safeguard * n) best
+    pairs and its protected ones; the rest of the layer's n * Hkv places go to the best scores left in any head. What is
+    evicted is freed: a layer's tensors are as long as its longest head, and attention goes by each head's own length.
+
+    Source: Feng et al. 2024, arXiv:2407.11550, algorithm 1. Differs from the paper: any scorer; protected tokens count
+    towards the budget, and every head has them. Scores should be comparable across heads, as attention weights are.
+
+    Needs: what the inner press needs. Cost: of the inner press, and sorting the scores.
+
+    Args:
+        press: the scorer inside, with the compression ratio.
+        alpha_safeguard: share of the mean budget that no head falls below, in [0, 1]; at 1 all heads keep the same.
+    """
+
+    alpha_safeguard: float = 0.20
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_between(self, 0, 1, "alpha_safeguard")
+
+    def choose(self, view: LayerView) -> Tensor | None:
+        n_keep = self.keep(view)
+        if n_keep >= view.n_tokens:
+            return None
+        n_sink, n_window = self.forced(view, n_keep)
+        counts = self.counts(view, n_keep)
+        return select_counts(self.scores(view), counts, n_sink=n_sink, n_window=n_window)
+
+    def counts(self, view: LayerView, n_keep: int) -> Tensor:
+        """How many pairs each head keeps: int64 ``[B, Hkv]``."""
+        n_sink, n_window = self.forced(view, n_keep)
+        n_safe = share_of(n_keep, self.alpha_safeguard)
+        return adaptive_counts(self.scores(view), n_keep, n_safe, n_sink=n_sink, n_window=n_window)

@@ -1,0 +1,62 @@
+"""BlockPress: the budget is never exceeded by more than a block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coldpress.budget import select
+from coldpress.errors import PressError
+from coldpress.presses.base import check_at_least
+from coldpress.presses.keydiff import KeyDiffPress
+from coldpress.presses.registry import register
+from coldpress.presses.wrapper import WrapperPress
+from coldpress.view import LayerView
+
+
+@register("block_keydiff", KeyDiffPress)
+@dataclass(frozen=True)
+class BlockPress(WrapperPress):
+    """Keep what survives when the text arrives block by block and the budget is restored after each block.
+
+    With n the number that the inner press keeps: the first n tokens are held; then, for each block of block_size
+    tokens, the inner press scores what is held together with the block, and the n best are held on. It sees the queries
+    of the block, as it would if the blocks came one after the other, and keys at their own positions.
+
+    Source: Park et al. 2025, arXiv:2504.15364, section 3.3 (block prompt processing). Differs from the paper: the
+    prompt's attention is computed at once, so evicted tokens have been seen by later ones, and memory is freed at the
+    end.
+
+    Needs: what the inner press needs. Cost: of the inner press on n + block_size tokens, (T - n) / block_size times.
+
+    Args:
+        press: the scorer inside, with the compression ratio; one that needs no more queries than a block's.
+        block_size: tokens of a block, at least 1.
+    """
+
+    block_size: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, 1, "block_size")
+        if self.press.needs_all_queries:
+            raise PressError(
+                f"BlockPress shows its press the queries of one block, and {type(self.press).__name__} needs those of "
+                "all tokens; use ChunkPress, or the press alone."
+            )
+
+    def choose(self, view: LayerView) -> Tensor | None:
+        n_keep, n_tokens = self.keep(view), view.n_tokens
+        if n_keep >= n_tokens:
+            return None
+        n_sink, n_window = self.forced(view, n_keep)
+        text = torch.arange(n_tokens, device=view.keys.device).expand(view.keys.shape[:3])
+        held = text[..., :n_keep]
+        for start in range(n_keep, n_tokens, self.block_size):
+            stop = min(start + self.block_size, n_tokens)
+            candidates = torch.cat([held, text[..., start:stop]], dim=-1)
+            scores = self.scores(view.among(candidates, stop, stop - start))
+            held = candidates.gather(2, select(scores, n_keep, n_sink=n_sink, n_window=n_window))
+        return held

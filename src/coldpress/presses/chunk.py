@@ -1,0 +1,63 @@
+"""ChunkPress: the same share of every stretch of the text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coldpress.budget import select, shrink_protected, spread
+from coldpress.presses.base import check_at_least
+from coldpress.presses.registry import register
+from coldpress.presses.snapkv import SnapKVPress
+from coldpress.presses.wrapper import WrapperPress
+from coldpress.view import LayerView
+
+
+@register("chunk_snapkv", SnapKVPress)
+@dataclass(frozen=True)
+class ChunkPress(WrapperPress):
+    """Keep the same share of every chunk of the text, each chunk scored by itself.
+
+    The text is cut in chunks of chunk_length tokens, the last one shorter. The inner press scores each chunk as if it
+    were the whole text, but at its own positions. The layer's budget is spread over the chunks in proportion to their
+    unprotected tokens; what the inner press protects in the text is kept, and what it protects in a chunk is kept as
+    far as the chunk's budget goes.
+
+    Source: kvpress's ChunkPress, https://github.com/NVIDIA/kvpress; no paper. Differs from kvpress: counts add up to
+    the ratio that was asked for; queries of a chunk are taken at their own positions.
+
+    Needs: what the inner press needs. Cost: of the inner press on texts of chunk_length tokens: linear in T.
+
+    Args:
+        press: the scorer inside, with the compression ratio.
+        chunk_length: tokens of a chunk, at least 1.
+    """
+
+    chunk_length: int = 1024
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, 1, "chunk_length")
+
+    def choose(self, view: LayerView) -> Tensor | None:
+        n_keep, n_tokens = self.keep(view), view.n_tokens
+        if n_keep >= n_tokens:
+            return None
+        n_sink, n_window = self.forced(view, n_keep)
+        starts = range(0, n_tokens, self.chunk_length)
+        chunks = [view.part(start, min(start + self.chunk_length, n_tokens)) for start in starts]
+        sizes = [chunk.n_tokens for chunk in chunks]
+        sinks = [min(max(0, n_sink - start), size) for start, size in zip(starts, sizes, strict=True)]
+        recent = [
+            min(max(0, start + size - (n_tokens - n_window)), size) for start, size in zip(starts, sizes, strict=True)
+        ]
+        counts = spread(n_keep, [a + b for a, b in zip(sinks, recent, strict=True)], sizes)
+        parts = []
+        for start, chunk, count, n_first, n_last in zip(starts, chunks, counts, sinks, recent, strict=True):
+            if count:
+                _, own = shrink_protected(count, n_first, min(self.protected(chunk)[1], chunk.n_tokens))
+                n_last = max(n_last, min(own, count - n_first))
+                parts.append(start + select(self.scores(chunk), count, n_sink=n_first, n_window=n_last))
+        return torch.cat(parts, dim=-1)

@@ -1,0 +1,58 @@
+"""ChunkKV: chunks of neighbouring tokens stay or go together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coldpress.budget import select
+from coldpress.presses.base import check_at_least
+from coldpress.presses.registry import register
+from coldpress.presses.snapkv import SnapKVPress
+from coldpress.presses.wrapper import WrapperPress
+from coldpress.view import LayerView
+
+
+@register("chunkkv", SnapKVPress)
+@dataclass(frozen=True)
+class ChunkKVPress(WrapperPress):
+    """Keep the chunks of neighbouring tokens with the largest mean score, the same ones in every head of a layer.
+
+    The text is cut in chunks of chunk_length tokens, the last one shorter; with s the scores of the inner press,
+    score[b, h, t] = mean over the heads and over the unprotected tokens u of t's chunk of s[b, head, u].
+    The last place of the budget rarely falls on the end of a chunk: of the last chunk that is kept its first tokens
+    are, so that the ratio is the one asked for. Protected tokens are kept in any case.
+
+    Source: Liu et al. 2025, arXiv:2502.00299, algorithm 1. Differs from the paper: any scorer; indices are not reused
+    across layers; the last chunk may be kept in part (kvpress keeps whole chunks, and those of row 0 in every row).
+
+    Needs: what the inner press needs. Cost: of the inner press.
+
+    Args:
+        press: the scorer inside, with the compression ratio.
+        chunk_length: tokens of a chunk, at least 1.
+    """
+
+    chunk_length: int = 20
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, 1, "chunk_length")
+
+    def choose(self, view: LayerView) -> Tensor | None:
+        n_keep, n_tokens = self.keep(view), view.n_tokens
+        if n_keep >= n_tokens:
+            return None
+        n_sink, n_window = self.forced(view, n_keep)
+        scores = self.scores(view).mean(dim=1)  # [B, T]
+        chunk = torch.arange(n_tokens, device=scores.device) // self.chunk_length
+        counted = torch.ones(n_tokens, device=scores.device)
+        counted[:n_sink] = 0
+        counted[n_tokens - n_window :] = 0
+        n_chunks = -(-n_tokens // self.chunk_length)
+        sums = scores.new_zeros(scores.shape[0], n_chunks).index_add_(1, chunk, scores * counted)
+        sizes = counted.new_zeros(n_chunks).index_add_(0, chunk, counted)
+        by_chunk = (sums / sizes.clamp(min=1))[:, chunk]  # [B, T]; equal within a chunk, and the earlier one wins a tie
+        return select(by_chunk[:, None].expand(view.keys.shape[:3]), n_keep, n_sink=n_sink, n_window=n_window)

@@ -1,0 +1,92 @@
+"""ComposedPress: one press after the other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from coldpress.budget import check_ratio, select
+from coldpress.errors import PressError
+from coldpress.presses.base import ScorerPress
+from coldpress.presses.wrapper import require_scorer
+from coldpress.view import LayerView
+
+_C = TypeVar("_C", bound="ComposedPress")
+
+
+@dataclass(frozen=True)
+class ComposedPress(ScorerPress):
+    """Keep what is left after each of several presses has removed its share of what the one before left.
+
+    Every press scores the whole text, so that a position, a sink or a window means the same to all of them; those that
+    were removed before cannot come back. What any of them protects, none of them removes.
+
+    Source: kvpress's ComposedPress, https://github.com/NVIDIA/kvpress; no paper. Differs from kvpress: later presses
+    score the whole text instead of what is left of it.
+
+    Needs: what the presses need. Cost: the sum of theirs.
+
+    Args:
+        presses: at least one scorer, each with its ratio. ``compression_ratio`` is 1 - product of (1 - ratio).
+    """
+
+    compression_ratio: float = field(init=False, repr=False, compare=False)
+    presses: Sequence[ScorerPress]
+
+    def __post_init__(self) -> None:
+        presses = tuple(self.presses) if isinstance(self.presses, Sequence) else ()
+        if not presses:
+            raise PressError(f"ComposedPress takes a list of at least one press, got {self.presses!r}.")
+        for press in presses:
+            require_scorer(self, press)
+        object.__setattr__(self, "presses", presses)
+        kept = math.prod(1 - Fraction(repr(float(press.compression_ratio))) for press in presses)
+        object.__setattr__(self, "compression_ratio", float(1 - kept))
+
+    def with_ratio(self: _C, compression_ratio: float) -> _C:
+        """The same presses, each with the share of the work that it has now, at another ratio together."""
+        check_ratio(compression_ratio)
+        kept = [math.log1p(-press.compression_ratio) for press in self.presses]
+        shares = [part / sum(kept) if sum(kept) else 1 / len(kept) for part in kept]
+        ratios = [round(1 - (1 - compression_ratio) ** share, 12) for share in shares]
+        return replace(self, presses=[p.with_ratio(r) for p, r in zip(self.presses, ratios, strict=True)])
+
+    def score(self, view: LayerView) -> Tensor:
+        raise PressError("ComposedPress has no scores of its own, only those of its presses.")
+
+    def keep_of(self, n_tokens: int, layer_idx: int, n_layers: int) -> int:
+        return self._counts(n_tokens, layer_idx, n_layers)[-1]
+
+    def layers_differ(self) -> bool:
+        return any(press.layers_differ() for press in self.presses)
+
+    def protected(self, view: LayerView) -> tuple[int, int]:
+        both = [press.protected(view) for press in self.presses]
+        return max(n_sink for n_sink, _ in both), max(n_window for _, n_window in both)
+
+    def choose(self, view: LayerView) -> Tensor | None:
+        counts = self._counts(view.n_tokens, view.layer_idx, view.n_layers)
+        if counts[-1] >= view.n_tokens:
+            return None
+        n_sink, n_window = self.forced(view, counts[-1])
+        left = torch.ones(view.keys.shape[:3], dtype=torch.bool, device=view.keys.device)
+        positions = None
+        for press, count in zip(self.presses, counts, strict=True):
+            scores = press.scores(view).masked_fill(~left, -torch.inf)
+            positions = select(scores, count, n_sink=n_sink, n_window=n_window)
+            left = torch.zeros_like(left).scatter(2, positions, True)
+        return positions
+
+    def _counts(self, n_tokens: int, layer_idx: int, n_layers: int) -> list[int]:
+        """How many are left after each press."""
+        counts = []
+        for press in self.presses:
+            n_tokens = press.keep_of(n_tokens, layer_idx, n_layers)
+            counts.append(n_tokens)
+        return counts

@@ -1,0 +1,129 @@
+"""CriticalKV: attention weights first, then what the values weigh behind the output projection."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coldpress.budget import protect, select, select_counts, share_of
+from coldpress.errors import PressError
+from coldpress.presses.adakv import AdaKVPress
+from coldpress.presses.base import check_between
+from coldpress.presses.expected_attention import ExpectedAttentionPress
+from coldpress.presses.registry import register
+from coldpress.presses.snapkv import SnapKVPress
+from coldpress.presses.wrapper import WrapperPress, require_scorer
+from coldpress.view import LayerView
+
+
+@register("critical_snapkv", SnapKVPress)
+@register("critical_expected_attention", ExpectedAttentionPress, use_vnorm=False)
+@dataclass(frozen=True)
+class CriticalKVPress(WrapperPress):
+    """Keep the pairs with the most attention, then those with the most attention times weight in the layer's output.
+
+    With n the number that the inner press keeps of each head and s its scores:
+    1. the floor(first_stage_ratio * n) pairs with the largest s are kept, the protected ones among them;
+    2. the other places go to the largest (s[b, h, t] + epsilon) * mean over the group's heads of ||W_O v[b, h, t]||_1,
+    W_O the slice of the output projection that belongs to the head.
+
+    Source: Feng et al. 2025, arXiv:2502.03805, algorithm 1. Differs from the paper: any scorer that estimates
+    attention; with grouped queries the norm is the mean over the group's heads (as in kvpress).
+
+    Needs: what the inner press needs, values and the output projection. Cost: of the inner press, and
+    O(T * D * hidden) per query head and layer.
+
+    Args:
+        press: the scorer inside, with the compression ratio; its scores must estimate attention, without a weight of
+            the values.
+        epsilon: added to the scores before they are weighted, at least 0.
+        first_stage_ratio: share of the budget that goes by the scores alone, in [0, 1].
+    """
+
+    epsilon: float = 1e-4
+    first_stage_ratio: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_between(self, 0, math.inf, "epsilon")
+        check_between(self, 0, 1, "first_stage_ratio")
+
+    def _check_press(self) -> None:
+        _require_attention(self)
+
+    def choose(self, view: LayerView) -> Tensor | None:
+        n_keep = self.keep(view)
+        if n_keep >= view.n_tokens:
+            return None
+        n_sink, n_window = self.forced(view, n_keep)
+        first = torch.full(view.keys.shape[:2], share_of(n_keep, self.first_stage_ratio), device=view.keys.device)
+        scores = _two_stages(view, self.scores(view), first, self.epsilon, n_sink, n_window)
+        return select(scores, n_keep, n_sink=n_sink, n_window=n_window)
+
+
+@register("critical_adakv_snapkv", SnapKVPress)
+@register("critical_adakv_expected_attention", ExpectedAttentionPress, use_vnorm=False)
+@dataclass(frozen=True)
+class CriticalAdaKVPress(AdaKVPress):
+    """Keep in each head as many pairs as AdaKV does, and choose them as CriticalKV does.
+
+    The heads' budgets are those of AdaKVPress; within a head, the two stages of CriticalKVPress share its budget.
+
+    Source: Feng et al. 2025, arXiv:2502.03805, algorithm 1, on the budgets of Feng et al. 2024, arXiv:2407.11550.
+    Differs from the paper: as the two presses do. Budgets belong to each row of a batch, and the safeguard to the
+    budget alone (kvpress adds the budgets of all rows, and keeps the safeguard's pairs whatever they weigh).
+
+    Needs: what the inner press needs, values and the output projection. Cost: as CriticalKVPress.
+
+    Args:
+        press: the scorer inside, as for CriticalKVPress.
+        alpha_safeguard: share of the mean budget that no head falls below, in [0, 1].
+        epsilon: added to the scores before they are weighted, at least 0.
+        first_stage_ratio: share of each head's budget that goes by the scores alone, in [0, 1].
+    """
+
+    epsilon: float = 1e-4
+    first_stage_ratio: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_between(self, 0, math.inf, "epsilon")
+        check_between(self, 0, 1, "first_stage_ratio")
+
+    def _check_press(self) -> None:
+        _require_attention(self)
+
+    def choose(self, view: LayerView) -> Tensor | None:
+        n_keep = self.keep(view)
+        if n_keep >= view.n_tokens:
+            return None
+        n_sink, n_window = self.forced(view, n_keep)
+        counts = self.counts(view, n_keep)
+        first = torch.tensor([[share_of(n, self.first_stage_ratio) for n in row] for row in counts.tolist()])
+        scores = _two_stages(view, self.scores(view), first.to(counts.device), self.epsilon, n_sink, n_window)
+        return select_counts(scores, counts, n_sink=n_sink, n_window=n_window)
+
+
+def _two_stages(view: LayerView, scores: Tensor, first: Tensor, epsilon: float, n_sink: int, n_window: int) -> Tensor:
+    """Infinity for the ``first`` ``[B, Hkv]`` best of each head, the protected ones included; weighted scores else."""
+    order = protect(scores, n_sink, n_window).argsort(dim=-1, descending=True, stable=True)
+    rank = order.argsort(-1)
+    weighted = (scores + epsilon) * view.projected_value_norms()
+    return weighted.masked_fill(rank < first[..., None], torch.inf)
+
+
+def _require_attention(wrapper: WrapperPress) -> None:
+    """Raise :class:`PressError` unless what ``wrapper`` wraps gives attention weights that values can be weighed by."""
+    name, press = type(wrapper).__name__, wrapper.press
+    require_scorer(wrapper, press)
+    if not press.estimates_attention:
+        raise PressError(
+            f"{name} multiplies attention with a norm of the values, and the scores of {type(press).__name__} are no "
+            "attention; wrap SnapKVPress, PyramidKVPress, TOVAPress, ObservedAttentionPress or "
+            "ExpectedAttentionPress(use_vnorm=False)."
+        )
+    if isinstance(press, ExpectedAttentionPress) and press.use_vnorm:
+        raise PressError(f"{name} weighs the values itself; use ExpectedAttentionPress(use_vnorm=False) inside it.")

@@ -1,0 +1,86 @@
+"""WrapperPress: a press that changes one of the choices of the press inside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+from torch import Tensor
+
+from coldpress.errors import PressError
+from coldpress.presses.base import ScorerPress
+from coldpress.view import LayerView
+
+__all__ = ["WrapperPress", "require_choice", "require_scorer"]
+
+_W = TypeVar("_W", bound="WrapperPress")
+
+
+@dataclass(frozen=True)
+class WrapperPress(ScorerPress):
+    """A press around another one, which answers every question that the wrapper does not answer itself.
+
+    The ratio, the scores, the budget and the protected tokens are those of the press inside; ``with_ratio`` changes it
+    there.
+
+    Args:
+        press: the press inside.
+    """
+
+    compression_ratio: float = field(init=False, repr=False, compare=False)  # the inner press's
+    press: ScorerPress
+
+    def __post_init__(self) -> None:
+        self._check_press()
+        object.__setattr__(self, "compression_ratio", self.press.compression_ratio)
+
+    def _check_press(self) -> None:
+        """Raise :class:`PressError` if ``press`` cannot be wrapped; wrappers that choose by scores need a scorer."""
+        require_scorer(self, self.press)
+
+    def with_ratio(self: _W, compression_ratio: float) -> _W:
+        return replace(self, press=self.press.with_ratio(compression_ratio))
+
+    def score(self, view: LayerView) -> Tensor:
+        return self.press.score(view)
+
+    def scores(self, view: LayerView) -> Tensor:
+        return self.press.scores(view)
+
+    def keep_of(self, n_tokens: int, layer_idx: int, n_layers: int) -> int:
+        return self.press.keep_of(n_tokens, layer_idx, n_layers)
+
+    def layers_differ(self) -> bool:
+        return self.press.layers_differ()
+
+    def protected(self, view: LayerView) -> tuple[int, int]:
+        return self.press.protected(view)
+
+    def choose(self, view: LayerView) -> Tensor | None:
+        return self.press.choose(view)
+
+
+def require_scorer(wrapper: ScorerPress, press: object) -> None:
+    """Raise :class:`PressError` unless ``press`` is a scorer: scores and a budget, and nothing around them."""
+    _require_press(wrapper, press)
+    if isinstance(press, WrapperPress) or type(press).choose is not ScorerPress.choose:  # type: ignore[attr-defined]
+        raise PressError(
+            f"{type(wrapper).__name__} chooses by scores, and {type(press).__name__} makes that choice in its own way; "
+            "give it a scorer such as SnapKVPress(0.5)."
+        )
+
+
+def require_choice(wrapper: ScorerPress, press: object) -> None:
+    """Raise :class:`PressError` unless ``press`` chooses among pairs and leaves them as they are."""
+    _require_press(wrapper, press)
+    if type(press).compress is not ScorerPress.compress:  # type: ignore[attr-defined]
+        raise PressError(
+            f"{type(press).__name__} changes the pairs it keeps, so nothing else can be done after it; put it outside: "
+            f"{type(press).__name__}({type(wrapper).__name__}(...))."
+        )
+
+
+def _require_press(wrapper: ScorerPress, press: object) -> None:
+    if not isinstance(press, ScorerPress):
+        given = f"the class {press.__name__}; call it" if isinstance(press, type) else repr(press)
+        raise PressError(f"{type(wrapper).__name__} wraps a press such as SnapKVPress(0.5), got {given}.")

@@ -1,0 +1,168 @@
+"""What holds for every press, whatever it is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.contract.architectures import tokens
+from tests.presses.views import MODELS, view_of, views_of
+
+from coldpress import (
+    AdaKVPress,
+    BlockPress,
+    CapPress,
+    ChunkKVPress,
+    ChunkPress,
+    CompactorPress,
+    ComposedPress,
+    KeyRerotationPress,
+    KnormPress,
+    LagKVPress,
+    LayerView,
+    LeverageScorePress,
+    PerLayerCompressionPress,
+    ScorerPress,
+    SnapKVPress,
+    StreamingLLMPress,
+    make_press,
+    press_names,
+)
+from coldpress.presses.registry import takes_parameter
+
+SMALL = {
+    "window_size": 4,
+    "chunk_length": 7,
+    "block_size": 6,
+    "lag_size": 5,
+    "chunk_size": 9,
+    "sketch_dimension": 3,
+    "n_future_positions": 8,
+    "seed": 3,
+}
+MORE: dict[str, Callable[[float], ScorerPress]] = {
+    "block_snapkv": lambda r: BlockPress(SnapKVPress(r, window_size=4), block_size=6),
+    "block_leverage": lambda r: BlockPress(LeverageScorePress(r, sketch_dimension=3), block_size=6),
+    "block_lagkv": lambda r: BlockPress(LagKVPress(r, lag_size=5), block_size=6),
+    "chunk_compactor": lambda r: ChunkPress(CompactorPress(r, chunk_size=9), chunk_length=7),
+    "chunk_streaming_llm": lambda r: ChunkPress(StreamingLLMPress(r), chunk_length=7),
+    "chunkkv_lagkv": lambda r: ChunkKVPress(LagKVPress(r, lag_size=5), chunk_length=4),
+    "composed": lambda r: ComposedPress([CapPress(n_future_positions=8), SnapKVPress(window_size=4)]).with_ratio(r),
+    "per_layer": lambda r: PerLayerCompressionPress(KnormPress(), [r, r / 2]),
+    "rerotated_adakv": lambda r: KeyRerotationPress(AdaKVPress(SnapKVPress(r, window_size=4), 0.0)),
+}
+every_press = pytest.mark.parametrize("name", [*press_names(), *MORE])
+
+
+def press_of(name: str, ratio: float) -> ScorerPress:
+    if name in MORE:
+        return MORE[name](ratio)
+    press = make_press(name, ratio, **{k: v for k, v in SMALL.items() if takes_parameter(name, k)})
+    assert isinstance(press, ScorerPress)
+    return press
+
+
+@st.composite
+def random_views(draw: st.DrawFn) -> LayerView:
+    """Keys, values and queries of any size and dtype; the layer is a real one."""
+    layer = view_of(draw(st.sampled_from(MODELS)), layer=draw(st.integers(0, 1)))
+    n_tokens, rows = draw(st.integers(1, 48)), draw(st.integers(1, 3))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    size = draw(st.sampled_from([0.0, 1.0, 100.0]))
+
+    def states(like: torch.Tensor) -> torch.Tensor:
+        shape = (rows, like.shape[1], n_tokens, like.shape[3])
+        return (torch.randn(shape, generator=generator) * size).to(dtype)
+
+    return replace(layer, keys=states(layer.keys), values=states(layer.values), queries=states(layer.queries), _memo={})
+
+
+@every_press
+@settings(max_examples=25)
+@given(view=random_views(), ratio=st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99]))
+def test_what_is_kept(name: str, view: LayerView, ratio: float) -> None:
+    press = press_of(name, ratio)
+    scores = view.keys.float().norm(dim=-1) if name == "composed" else press.scores(view)  # which has none of its own
+    assert torch.isfinite(scores).all() and scores.dtype == torch.float32 and scores.shape == view.keys.shape[:3]
+    kept = press.compress(view)
+    n_keep = press.keep(view)
+    if kept is None:
+        assert n_keep >= view.n_tokens
+        return
+    n_heads = view.keys.shape[1]
+    assert kept.keys.dtype == view.keys.dtype and torch.isfinite(kept.keys).all()
+    assert kept.keys.shape[:3] == kept.values.shape[:3] == kept.positions.shape
+    n_sink, n_window = press.forced(view, n_keep)
+    for row in kept.positions:
+        heads = [head[head >= 0] for head in row]
+        assert sum(len(head) for head in heads) == n_heads * n_keep  # the ratio that was asked for, in every row
+        for head, slots in zip(heads, row, strict=True):
+            assert torch.equal(slots[: len(head)], head)  # empty slots come last
+            assert (head.diff() > 0).all() and int(head[-1]) < view.n_tokens  # ascending, so unique
+            assert head[:n_sink].tolist() == list(range(n_sink))
+            assert head[len(head) - n_window :].tolist() == list(range(view.n_tokens - n_window, view.n_tokens))
+    assert max(len(head[head >= 0]) for row in kept.positions for head in row) == kept.positions.shape[2]
+
+
+@every_press
+@settings(max_examples=10)
+@given(view=random_views(), ratio=st.sampled_from([0.25, 0.5, 0.9]), data=st.data())
+def test_permuting_rows_permutes_results(name: str, view: LayerView, ratio: float, data: st.DataObject) -> None:
+    order = torch.tensor(data.draw(st.permutations(range(view.keys.shape[0]))))
+    press = press_of(name, ratio)
+    permuted = replace(view, keys=view.keys[order], values=view.values[order], queries=view.queries[order], _memo={})
+    if name != "composed":
+        torch.testing.assert_close(press.scores(permuted), press.scores(view)[order], atol=1e-4, rtol=1e-4)
+    if (view.keys == 0).all():  # all scores are equal, and rounding may break the tie in any way
+        return
+    kept, again = press.choose(view), press.choose(permuted)
+    assert (kept is None) == (again is None)
+    if kept is not None and again is not None:
+        assert (kept[order] == again).float().mean() > 0.9  # scores in low precision tie now and then
+
+
+@every_press
+@pytest.mark.parametrize("model", ["gpt_neox", "llama"])
+def test_a_padded_row_keeps_what_it_keeps_alone(name: str, model: str) -> None:
+    row, others = tokens(1, 33), tokens(2, 41, seed=7)
+    batch = torch.cat([others[:1], torch.cat([torch.zeros(1, 8, dtype=torch.long), row], 1), others[1:]])
+    mask = torch.ones_like(batch)
+    mask[1, :8] = 0
+    press = press_of(name, 0.5)
+    for alone, (padded, _) in zip(views_of(model, row), pairs(views_of(model, batch, mask=mask)), strict=True):
+        assert padded.n_tokens == 33
+        if name != "composed":
+            torch.testing.assert_close(press.scores(padded), press.scores(alone), atol=2e-3, rtol=1e-3)
+        assert torch.equal(press.choose(padded), press.choose(alone))
+
+
+def pairs(views: list[LayerView]) -> list[tuple[LayerView, LayerView]]:
+    """The two groups of rows, shorter rows first, of each layer."""
+    return list(zip(views[::2], views[1::2], strict=True))
+
+
+IDENTITIES = {
+    "adakv_snapkv": {"alpha_safeguard": 1.0},
+    "adakv_expected_attention_e2": {"alpha_safeguard": 1.0},
+    "critical_snapkv": {"first_stage_ratio": 1.0},
+    "critical_expected_attention": {"first_stage_ratio": 1.0},
+    "critical_adakv_snapkv": {"alpha_safeguard": 1.0, "first_stage_ratio": 1.0},
+    "critical_adakv_expected_attention": {"alpha_safeguard": 1.0, "first_stage_ratio": 1.0},
+    "chunk_snapkv": {"chunk_length": 1000},
+    "block_keydiff": {"block_size": 1000},
+    "rerotated_streaming_llm": {},
+}
+
+
+@pytest.mark.parametrize("name", sorted(IDENTITIES))
+@settings(max_examples=15)
+@given(view=random_views(), ratio=st.sampled_from([0.0, 0.3, 0.6, 0.9]))
+def test_a_wrapper_that_changes_nothing_changes_nothing(name: str, view: LayerView, ratio: float) -> None:
+    press = make_press(name, ratio, **IDENTITIES[name])
+    kept, plain = press.choose(view), press.press.choose(view)
+    assert (kept is None and plain is None) or torch.equal(kept, plain)

@@ -1,0 +1,250 @@
+"""Each scorer against a slow version of its formula: loops over rows, heads and tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from tests.contract.architectures import tokens
+from tests.presses.views import MODELS, rotated, unrotated, view_of
+from torch import Tensor
+
+from coldpress import CapPress, CompactorPress, CURPress, LagKVPress, LayerView, LeverageScorePress, NonCausalAttnPress
+from coldpress.presses.leverage import leverage_scores
+
+every_model = pytest.mark.parametrize("model", MODELS)
+N_TOKENS, LAYER, ROWS = 37, 1, 2
+
+
+def per_head(view: LayerView, score: Callable[[int, int], list[float]]) -> Tensor:
+    """Scores ``[B, Hkv, T]`` from a function of row and KV head."""
+    n_batch, n_heads = view.keys.shape[:2]
+    return torch.tensor([[score(b, h) for h in range(n_heads)] for b in range(n_batch)])
+
+
+def standardized(scores: list[float]) -> list[float]:
+    mean = sum(scores) / len(scores)
+    std = math.sqrt(sum((s - mean) ** 2 for s in scores) / len(scores))
+    return [(s - mean) / std for s in scores]
+
+
+@every_model
+def test_unrotated_keys_are_what_the_projection_gave(model: str) -> None:
+    view = view_of(model)
+    queries, keys = unrotated(model, tokens(ROWS, N_TOKENS), LAYER)
+    torch.testing.assert_close(view.unrotated_keys(), keys, atol=1e-4, rtol=0)
+    torch.testing.assert_close(view.unrotated_queries(), queries, atol=1e-4, rtol=0)
+    torch.testing.assert_close(view.part(11, 30).unrotated_keys(), keys[:, :, 11:30], atol=1e-4, rtol=0)
+    torch.testing.assert_close(view.part(11, 30).unrotated_queries(), queries[:, :, 11:30], atol=1e-4, rtol=0)
+    chosen = torch.tensor([[0, 3, 9, 20, 21, 22]]).expand(*view.keys.shape[:2], -1)
+    among = view.among(chosen, 23, 3)
+    torch.testing.assert_close(among.unrotated_keys(), keys[:, :, chosen[0, 0]], atol=1e-4, rtol=0)
+    torch.testing.assert_close(among.unrotated_queries(), queries[:, :, 20:23], atol=1e-4, rtol=0)
+
+
+# -- LagKV --------------------------------------------------------------------------------------------------------
+
+
+def lag_weights(states: Tensor, part: range, reference: range) -> list[float]:
+    """Softmax over ``part`` of the standard deviation over channels, on the scale of ``reference``."""
+    stds = []
+    for t in part:
+        channels = []
+        for d in range(states.shape[1]):
+            low = min(float(states[r, d]) for r in reference)
+            high = max(float(states[r, d]) for r in reference)
+            channels.append((float(states[t, d]) - low) / ((high - low) or 1))
+        mean = sum(channels) / len(channels)
+        stds.append(math.sqrt(sum((c - mean) ** 2 for c in channels) / (len(channels) - 1)))
+    total = sum(math.exp(s) for s in stds)
+    return [math.exp(s) / total for s in stds]
+
+
+@every_model
+@pytest.mark.parametrize("cross_scoring", [False, True])
+@pytest.mark.parametrize("lag", [6, 128])  # 128 is more than there is: two halves
+def test_lagkv(model: str, lag: int, cross_scoring: bool) -> None:
+    view, n_sink = view_of(model), 4
+    size = min(lag, (N_TOKENS - n_sink) // 2)
+    starts = list(range(n_sink, N_TOKENS - size + 1, size))
+    parts = [range(a, a + size) for a in starts]
+    if parts[-1].stop < N_TOKENS:
+        parts.append(range(parts[-1].stop, N_TOKENS))
+    whole = len(starts)
+
+    def score(b: int, h: int) -> list[float]:
+        scores = [1.0] * n_sink
+        for i, part in enumerate(parts):
+            reference = parts[min(i + 1, whole - 1)]
+            weights = [
+                (k + v) / 2
+                for k, v in zip(
+                    lag_weights(view.keys[b, h], part, reference),
+                    lag_weights(view.values[b, h], part, reference),
+                    strict=True,
+                )
+            ]
+            if cross_scoring:
+                scores += [w * len(part) / size for w in weights]
+            else:
+                scores += [sum(other < w for other in weights) / len(part) for w in weights]
+        return scores
+
+    press = LagKVPress(lag_size=lag, cross_scoring=cross_scoring)
+    torch.testing.assert_close(press.score(view), per_head(view, score), atol=1e-5, rtol=1e-5)
+    assert press.protected(view) == (n_sink, N_TOKENS - parts[whole - 1].start)
+
+
+# -- Compactor and its parts --------------------------------------------------------------------------------------
+
+
+def non_causal(view: LayerView, b: int, h: int, span: range, chunk: int) -> list[float]:
+    sums = dict.fromkeys(span, 0.0)
+    for start in range(span.start, span.stop, chunk):
+        part = range(start, min(start + chunk, span.stop))
+        for g in range(view.group_size):
+            for q in part:
+                query = view.queries[b, h * view.group_size + g, q].double()
+                logits = [float(query @ view.keys[b, h, t].double()) for t in part]
+                total = sum(math.exp(x - max(logits)) for x in logits)
+                for t, x in zip(part, logits, strict=True):
+                    sums[t] += math.exp(x - max(logits)) / total / view.group_size
+    weighted = [sums[t] * float(view.values[b, h, t].norm()) for t in span]
+    padded = [0.0, *weighted, 0.0]
+    return standardized([sum(padded[i : i + 3]) / 3 for i in range(len(weighted))])
+
+
+def leverage(keys: Tensor, sketch: Tensor | None) -> list[float]:
+    """Of one head's keys before rotation, ``[T, D]``."""
+    rows = (keys - keys.mean(0)).double()
+    if sketch is not None:
+        rows = rows @ sketch.double()
+    inverse = torch.linalg.inv(rows.T @ rows + 0.01 * torch.eye(rows.shape[1], dtype=torch.float64))
+    return standardized([float(row @ inverse @ row) for row in rows])
+
+
+@every_model
+@pytest.mark.parametrize("chunk", [9, 256])
+def test_non_causal_attention(model: str, chunk: int) -> None:
+    view = view_of(model)
+    expected = per_head(view, lambda b, h: non_causal(view, b, h, range(N_TOKENS), chunk))
+    torch.testing.assert_close(NonCausalAttnPress(chunk_size=chunk).score(view), expected, atol=2e-4, rtol=0)
+
+
+@every_model
+@pytest.mark.parametrize("dimension", [5, 48])  # 48 is more than the heads have: no sketch
+def test_leverage(model: str, dimension: int) -> None:
+    view, press = view_of(model), LeverageScorePress(sketch_dimension=dimension)
+    _, keys = unrotated(model, tokens(ROWS, N_TOKENS), LAYER)
+    sketch = press._sketch(view) if dimension < keys.shape[3] else None
+    expected = per_head(view, lambda b, h: leverage(keys[b, h], None if sketch is None else sketch[h]))
+    torch.testing.assert_close(press.score(view), expected, atol=2e-3, rtol=0)
+
+
+def test_the_sketch_depends_on_seed_layer_and_head() -> None:
+    first, second = (view_of("llama", layer=i) for i in (0, 1))
+    press = LeverageScorePress(sketch_dimension=4)
+    sketch = press._sketch(first)
+    assert torch.equal(sketch, press._sketch(first)) and not torch.equal(sketch[0], sketch[1])
+    assert not torch.equal(sketch, press._sketch(second))
+    assert not torch.equal(sketch, LeverageScorePress(sketch_dimension=4, seed=1)._sketch(first))
+
+
+def test_leverage_scores_of_large_rows_are_finite() -> None:
+    rows = torch.randn(3, 500, 8, generator=torch.Generator().manual_seed(0)) * 1e4
+    rows[..., 1] = rows[..., 0]  # and not of full rank
+    scores = leverage_scores(rows, 0.01)
+    assert torch.isfinite(scores).all()
+    torch.testing.assert_close(scores.sum(-1), torch.full((3,), 7.0), atol=1e-2, rtol=0)  # the trace is the rank
+
+
+@every_model
+@pytest.mark.parametrize("blending", [None, 0.35])
+def test_compactor(model: str, blending: float | None) -> None:
+    view = view_of(model)
+    _, keys = unrotated(model, tokens(ROWS, N_TOKENS), LAYER)
+    span, ratio = range(8, N_TOKENS - 4), 0.6
+    weight = ratio if blending is None else blending
+
+    def score(b: int, h: int) -> list[float]:
+        attention = non_causal(view, b, h, span, 10)
+        geometry = leverage(keys[b, h, span.start : span.stop], None)
+        middle = [weight * x + y for x, y in zip(geometry, attention, strict=True)]
+        return [max(middle)] * 8 + middle + [max(middle)] * 4
+
+    press = CompactorPress(ratio, chunk_size=10, blending=blending)
+    torch.testing.assert_close(press.scores(view), per_head(view, score), atol=2e-3, rtol=0)
+
+
+def test_compactor_blends_by_its_own_ratio() -> None:
+    view = view_of("llama")
+    low, high = (CompactorPress(ratio, chunk_size=10).scores(view) for ratio in (0.1, 0.9))
+    assert not torch.equal(low, high)
+
+
+# -- CUR and Cap --------------------------------------------------------------------------------------------------
+
+
+@every_model
+@pytest.mark.parametrize("kind", ["key", "value", "kv_avg", "kv_product"])
+@pytest.mark.parametrize("is_local", [True, False])
+def test_cur(model: str, kind: str, is_local: bool) -> None:
+    view, window = view_of(model), 16
+
+    def lengths(states: Tensor) -> list[float]:
+        squares = [sum(float(x) ** 2 for x in row) for row in states]
+        if not is_local:
+            return squares
+        out = []
+        for t, square in enumerate(squares):
+            start = t // window * window
+            neighbours = squares[start : start + window]
+            out.append(square / (sum(neighbours) / len(neighbours)))
+        return out
+
+    def score(b: int, h: int) -> list[float]:
+        pairs = zip(lengths(view.keys[b, h]), lengths(view.values[b, h]), strict=True)
+        scores = [{"key": k, "value": v, "kv_avg": (k + v) / 2, "kv_product": k * v}[kind] for k, v in pairs]
+        return [s / sum(scores) for s in scores]
+
+    press = CURPress(leverage_type=kind, use_local_approximation=is_local)  # type: ignore[arg-type]
+    torch.testing.assert_close(press.score(view), per_head(view, score), atol=1e-6, rtol=1e-4)
+
+
+def test_cur_with_random_leverage() -> None:
+    view = view_of("llama")
+    press = CURPress(use_random_leverage=True)
+    generator = torch.Generator().manual_seed(view.layer_idx)
+    projection = torch.randn(view.keys.shape[3], 20, generator=generator) / math.sqrt(20)
+    k, v = ((states @ projection).square().sum(-1) for states in (view.keys, view.values))
+    places = [(t, slice(t // 16 * 16, t // 16 * 16 + 16)) for t in range(N_TOKENS)]
+    expected = torch.stack([(k * v)[..., t] / (k[..., w].mean(-1) * v[..., w].mean(-1)) for t, w in places], dim=-1)
+    torch.testing.assert_close(press.score(view), expected / expected.sum(-1, keepdim=True), atol=1e-6, rtol=1e-4)
+
+
+@every_model
+def test_cap(model: str) -> None:
+    view, n_sink, tau, ahead, epsilon = view_of(model), 4, 5.0, 20, 1e-6
+    queries, _ = unrotated(model, tokens(ROWS, N_TOKENS), LAYER)
+
+    def score(b: int, h: int) -> list[float]:
+        scores = [0.0] * N_TOKENS
+        for g in range(view.group_size):
+            mean = queries[b, h * view.group_size + g, n_sink:].mean(0)
+            places = range(N_TOKENS, N_TOKENS + ahead)
+            anchor = torch.stack([rotated(model, mean, p) for p in places]).mean(0).double()
+            keys, values = view.keys[b, h].double(), view.values[b, h].double()
+            cosine = {t: float(keys[t] @ anchor / keys[t].norm() / anchor.norm()) for t in range(n_sink, N_TOKENS)}
+            weight = {t: math.exp(tau * (c - max(cosine.values()))) for t, c in cosine.items()}
+            cover = torch.eye(values.shape[1], dtype=torch.float64)
+            for t, w in weight.items():
+                cover += (w + epsilon) * torch.outer(values[t], values[t])
+            for t, w in weight.items():
+                scores[t] += w * float(values[t] @ torch.linalg.solve(cover, values[t])) / view.group_size
+        return scores
+
+    press = CapPress(tau=tau, n_future_positions=ahead, n_sink=n_sink, epsilon=epsilon)
+    torch.testing.assert_close(press.score(view), per_head(view, score), atol=1e-4, rtol=1e-3)
+    assert press.protected(view) == (n_sink, 0)
