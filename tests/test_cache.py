@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from coldpress import BasePress, Kept, KnormPress, LayerView, PressedCache, SnapKVPress, make_press, press_names
-from coldpress.errors import CacheError, PressError
+from coldpress.errors import CacheError, ModelError, PressError
 
 N = 53  # tokens of the prompt
 PRESS = SnapKVPress(0.5, window_size=8)
