@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["Kept", "LayerCall", "LayerView", "RowGroup"]
 
 _T = TypeVar("_T")
-_BLOCK_ELEMENTS = 1 << 24  # of what is computed block by block: held at once (64 MiB in float32)
+_BLOCK_ELEMENTS = 1 << 24  # attention weights held at once while columns are summed (64 MiB in float32)
+_CACHED_ELEMENTS = 1 << 20  # projected values held at once while their norms are taken (4 MiB)
 
 
 class Kept(NamedTuple):
@@ -165,12 +166,10 @@ class LayerView:
 
     def take(self, chosen: Tensor) -> Kept:
         """The pairs at ``chosen``, int64 ``[B, Hkv, n]`` positions in the view, -1 for none."""
-        index = chosen.clamp(min=0)[..., None]
-        return Kept(
-            self.keys.gather(2, index.expand(-1, -1, -1, self.keys.shape[3])),
-            self.values.gather(2, index.expand(-1, -1, -1, self.values.shape[3])),
-            chosen,
-        )
+        n_batch, n_heads = chosen.shape[:2]
+        row = torch.arange(n_batch, device=chosen.device)[:, None, None]
+        at = row, torch.arange(n_heads, device=chosen.device)[:, None], chosen.clamp(min=0)
+        return Kept(self.keys[at], self.values[at], chosen)
 
     def window_attention(self, window: int) -> Tensor:
         """Attention weights of the last ``window`` queries: float32 ``[B, Hkv, G, window, T]``.
@@ -251,10 +250,10 @@ class LayerView:
             heads = (
                 weight.float().view(-1, n_kv_heads, self.group_size, dim).permute(1, 2, 3, 0)
             )  # [Hkv, G, Dv, hidden]
-            block = max(1, _BLOCK_ELEMENTS // (n_batch * n_kv_heads * heads.shape[3]))
+            block = max(1, _CACHED_ELEMENTS // (n_batch * n_kv_heads * heads.shape[3]))
             norms = []
             for values in self.values.float().split(block, dim=2):
-                by_head = [(values @ heads[:, g]).abs().sum(-1) for g in range(self.group_size)]
+                by_head = [torch.linalg.vector_norm(values @ heads[:, g], 1, dim=-1) for g in range(self.group_size)]
                 norms.append(torch.stack(by_head).mean(0))
             return torch.cat(norms, dim=-1)
 

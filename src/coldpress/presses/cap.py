@@ -29,7 +29,7 @@ class CapPress(ScorerPress):
     largest, mu is rotated to the positions to come, and the values stand for the output's directions (all as in
     kvpress).
 
-    Needs: keys, values, all queries before rotation. Cost: O(T * D * D) in float64 per query head and layer.
+    Needs: keys, values, all queries before rotation. Cost: O(T * D * D), partly in float64, per query head and layer.
 
     Args:
         compression_ratio: fraction of the pairs to remove, in [0, 1).

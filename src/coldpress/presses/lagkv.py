@@ -86,4 +86,10 @@ class LagKVPress(ScorerPress):
         parts = [(whole, slice(0, n_whole))]
         if rest.shape[3]:
             parts.append((rest, slice(n_whole, None)))
-        return [((part - low[:, :, at]) / span[:, :, at]).std(dim=-1).softmax(-1) for part, at in parts]
+        return [_std((part - low[:, :, at]) / span[:, :, at]).softmax(-1) for part, at in parts]
+
+
+def _std(states: Tensor) -> Tensor:
+    """Standard deviation over the last dimension; ``Tensor.std`` takes several times as long on a CPU."""
+    centred = states - states.mean(-1, keepdim=True)
+    return torch.linalg.vector_norm(centred, dim=-1) / (states.shape[-1] - 1) ** 0.5

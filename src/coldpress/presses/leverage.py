@@ -12,7 +12,7 @@ from coldpress.presses.non_causal_attention import standardized
 from coldpress.presses.registry import register
 from coldpress.view import LayerView
 
-_BLOCK_ELEMENTS = 1 << 23  # float64 numbers held at once (64 MiB)
+_BLOCK_ELEMENTS = 1 << 20  # float64 numbers held at once (8 MiB)
 
 
 @register("leverage")
@@ -29,7 +29,7 @@ class LeverageScorePress(ScorerPress):
     is per head and the sketch a function of the seed (kvpress draws a new one every time and takes one z-score over
     rows, heads and tokens).
 
-    Needs: keys before rotation. Cost: O(T * D * m + T * m * m) per head and layer, the latter in float64.
+    Needs: keys before rotation. Cost: O(T * D * m + T * m * m) per head and layer, partly in float64.
 
     Args:
         compression_ratio: fraction of the pairs to remove, in [0, 1).
@@ -62,7 +62,8 @@ class LeverageScorePress(ScorerPress):
 def leverage_scores(rows: Tensor, ridge: float) -> Tensor:
     """x' (X'X + ridge I)^-1 x of every row x of X: float32 ``[..., T]`` for X ``[..., T, m]``.
 
-    In float64 where the device has it, so that keys of any size leave the matrix positive definite.
+    The matrix and its factor are in float64 where the device has it, so that keys of any size leave it positive
+    definite.
     """
     dtype = torch.float32 if rows.device.type == "mps" else torch.float64
     block = max(1, _BLOCK_ELEMENTS // max(1, rows[..., :1, :].numel()))
@@ -72,8 +73,8 @@ def leverage_scores(rows: Tensor, ridge: float) -> Tensor:
         wide = part.to(dtype)
         gram = gram + wide.transpose(-1, -2) @ wide
     factor = torch.linalg.cholesky_ex(gram).L
-    scores = [
-        torch.linalg.solve_triangular(factor, part.to(dtype).transpose(-1, -2), upper=False).square().sum(-2)
-        for part in parts
-    ]
-    return torch.cat(scores, dim=-1).float()
+    inverse = torch.linalg.solve_triangular(
+        factor, torch.eye(rows.shape[-1], dtype=dtype, device=rows.device), upper=False
+    )
+    whiten = inverse.transpose(-1, -2).float()
+    return torch.cat([(part.float() @ whiten).square().sum(-1) for part in parts], dim=-1)
