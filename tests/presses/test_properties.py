@@ -32,7 +32,7 @@ from coldpress import (
     make_press,
     press_names,
 )
-from coldpress.presses.registry import takes_parameter
+from coldpress.presses.registry import parameters_of
 
 SMALL = {
     "window_size": 4,
@@ -61,7 +61,7 @@ every_press = pytest.mark.parametrize("name", [*press_names(), *MORE])
 def press_of(name: str, ratio: float) -> ScorerPress:
     if name in MORE:
         return MORE[name](ratio)
-    press = make_press(name, ratio, **{k: v for k, v in SMALL.items() if takes_parameter(name, k)})
+    press = make_press(name, ratio, **{k: v for k, v in SMALL.items() if k in parameters_of(name)})
     assert isinstance(press, ScorerPress)
     return press
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import traceback
 from typing import TypeVar
 
-from coldpress.budget import keep_count
 from coldpress.cache import PressedCache
 from coldpress.errors import SelfCheckError
 from coldpress.presses.base import BasePress, ScorerPress
@@ -36,7 +35,8 @@ def check_stored_pairs(
         return
     positions = [layer.positions() for layer in cache.pressed_layers() if layer.is_initialized]  # [B, Hkv, T]
     stored = sum(int((p >= 0).sum()) for p in positions)
-    wanted = keep_count(n_tokens, press.compression_ratio) * sum(p.shape[0] * p.shape[1] for p in positions)
+    n_layers = len(positions)
+    wanted = sum(press.keep_of(n_tokens, i, n_layers) * p.shape[:2].numel() for i, p in enumerate(positions))
     if stored != wanted:
         raise SelfCheckError(f"{press}: {wanted} pairs should have been stored, {stored} were.")
 

@@ -8,7 +8,7 @@ from typing import Any
 from coldpress.budget import check_ratio
 from coldpress.errors import InputError, PressError
 from coldpress.presses.base import BasePress
-from coldpress.presses.registry import NO_PRESS, make_press, press_names
+from coldpress.presses.registry import NO_PRESS, make_press, parameters_of, press_names
 
 __all__ = ["Job", "Settings", "make_jobs"]
 
@@ -95,21 +95,29 @@ def make_jobs(settings: Settings) -> list[Job]:
     jobs = {}
     for name in names:
         own = {} if name == NO_PRESS else parameters
-        if name == "random":
+        if "seed" in parameters_of(name):
             own = {"seed": settings.seed, **own}
         for ratio in settings.compression_ratio:
-            _check_types(make_press(name, ratio), own)
+            _check_types(name, own)
             press = make_press(name, ratio, **own)
             job = Job(name, 0.0 if press is None else ratio + 0.0, press)  # 0.0 for -0.0
             jobs[job.name, job.ratio] = job
     return list(jobs.values())
 
 
-def _check_types(press: BasePress | None, parameters: dict[str, Any]) -> None:
-    """Parameters come from JSON, where a text may stand in for a number; ``press`` has the defaults."""
-    for name, value in parameters.items():
-        default = getattr(press, name, value)  # make_press refuses unknown names
-        kinds = {bool: (bool,), float: (int, float), str: (str,)}.get(type(default), (int,))
-        if value != default and type(value) not in kinds:
+def _check_types(name: str, parameters: dict[str, Any]) -> None:
+    """Parameters come from JSON, where a text may stand in for a number."""
+    known = parameters_of(name)
+    for parameter, value in parameters.items():
+        if parameter not in known:  # make_press will say so
+            continue
+        field = known[parameter]
+        kinds = [kind for part in str(field.type).split(" | ") for kind in _KINDS.get(part, ())] or [
+            type(field.default)
+        ]
+        if value != field.default and type(value) not in kinds:
             allowed = " or ".join(kind.__name__ for kind in kinds)
-            raise PressError(f"{type(press).__name__}: {name} must be {allowed}, got {value!r}.")
+            raise PressError(f"{name}: {parameter} must be {allowed}, got {value!r}.")
+
+
+_KINDS: dict[str, tuple[type, ...]] = {"bool": (bool,), "int": (int,), "float": (int, float), "str": (str,)}

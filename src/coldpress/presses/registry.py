@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from coldpress.errors import PressError, nearest
 from coldpress.presses.base import BasePress, ScorerPress
 
-__all__ = ["NO_PRESS", "PressInfo", "catalogue", "make_press", "press_names", "register", "takes_parameter"]
+__all__ = ["NO_PRESS", "PressInfo", "catalogue", "make_press", "parameters_of", "press_names", "register"]
 
 NO_PRESS = "no_press"  # the uncompressed baseline: a name for the command line, no class
 
@@ -88,27 +88,29 @@ def make_press(name: str, compression_ratio: float, /, **parameters: Any) -> Bas
     if entry is None:
         known = [NO_PRESS, *press_names()]
         raise PressError(f"Unknown press {name!r}.{nearest(name, known)} Known: {', '.join(known)}.")
-    own = {f.name for f in _parameters(entry.cls)}
-    inside = {f.name for f in _parameters(entry.inner)} - own if entry.inner else set()
+    allowed = sorted(parameters_of(name))
     for parameter in parameters:
-        if parameter not in own | inside:
-            allowed = sorted(own | inside)
+        if parameter not in allowed:
             raise PressError(
                 f"{name} has no parameter {parameter!r}.{nearest(parameter, allowed)} "
                 f"It takes: {', '.join(allowed) or 'none beside the ratio'}."
             )
     if entry.inner is None:
         return entry.cls(compression_ratio=compression_ratio, **parameters)  # type: ignore[call-arg]
-    given = {k: v for k, v in parameters.items() if k in inside}
+    own = {f.name for f in _parameters(entry.cls)}
+    given = {k: v for k, v in parameters.items() if k not in own}
     press = entry.inner(compression_ratio=compression_ratio, **(entry.inner_parameters | given))
     return entry.cls(press=press, **{k: v for k, v in parameters.items() if k in own})  # type: ignore[call-arg]
 
 
-def takes_parameter(name: str, parameter: str) -> bool:
-    """Whether :func:`make_press` takes ``parameter`` for the press called ``name``."""
+def parameters_of(name: str) -> dict[str, Field[Any]]:
+    """What :func:`make_press` takes for ``name`` beside the ratio: a wrapper's own parameters and those inside it.
+
+    A parameter that both have is the wrapper's. Empty for a name that is not registered.
+    """
     entry = _BY_NAME.get(name)
-    classes = [cls for cls in (entry.cls, entry.inner) if cls] if entry else []
-    return any(f.name == parameter for cls in classes for f in _parameters(cls))
+    classes = [cls for cls in (entry.inner, entry.cls) if cls] if entry else []
+    return {f.name: f for cls in classes for f in _parameters(cls)}
 
 
 def catalogue() -> list[PressInfo]:
