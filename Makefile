@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml constraints.txt scripts/make_venv.sh scripts/install_to
 
 demo: $(STAMP) ## perplexity of the embedded model on the embedded text, under every press
 	$(PY) evaluation/perplexity.py --model demo --dataset demo --press all --ppl_apply_press \
-		--context_limit 896 --max_new_tokens 32 --repetitions 3 --output_dir results/demo
+		--limit_tokens 8192 --context_limit 896 --max_new_tokens 16 --repetitions 2 --output_dir results/demo
 
 test: $(STAMP) ## the fast tests (more pytest arguments: ARGS=)
 	$(PY) -m pytest -m "not slow and not gpu and not network" $(ARGS)
