@@ -42,16 +42,15 @@ def keep_count(n_tokens: int, ratio: float) -> int:
     return max(1, n_tokens - removed) if n_tokens else 0
 
 
-def pyramid_counts(n_tokens: int, ratio: float, n_layers: int, *, window: int, beta: int) -> list[int]:
+def pyramid_counts(n_tokens: int, keep: int, n_layers: int, *, window: int, beta: int) -> list[int]:
     """Tokens kept by each layer when the first layer keeps most and the last one least.
 
-    A straight line from ``max`` (layer 0) to ``min = keep / beta`` (last layer) with mean ``keep``, where ``keep`` is
-    the uniform count. If ``max`` does not fit beside the window, the line is flattened until it does; if the last layer
-    would fall below the window, every layer keeps ``keep``. Rounded so that the total is exactly ``n_layers * keep``.
+    A straight line from ``max`` (layer 0) to ``min = keep / beta`` (last layer) with mean ``keep``, of ``n_tokens``. If
+    ``max`` does not fit beside the window, the line is flattened until it does; if the last layer would fall below the
+    window, every layer keeps ``keep``. Rounded so that the total is exactly ``n_layers * keep``.
 
     Source: Cai et al. 2024, arXiv:2406.02069, equations 2 and 3.
     """
-    keep = keep_count(n_tokens, ratio)
     uniform = [keep] * n_layers
     low = keep / beta
     high = 2 * keep - low

@@ -20,7 +20,7 @@ from coldpress.rope import Rope
 if TYPE_CHECKING:
     from coldpress.layer import PressedLayer
 
-__all__ = ["Kept", "LayerCall", "LayerView", "RowGroup"]
+__all__ = ["Kept", "LayerCall", "LayerView", "Place", "RowGroup"]
 
 _T = TypeVar("_T")
 _BLOCK_ELEMENTS = 1 << 24  # attention weights held at once while columns are summed (64 MiB in float32)
@@ -39,6 +39,19 @@ class Kept(NamedTuple):
     keys: Tensor
     values: Tensor
     positions: Tensor
+
+
+class Place(NamedTuple):
+    """Where a layer stands, and what a token costs there: what a budget may depend on.
+
+    Attributes:
+        layer_idx, n_layers: this layer among the layers that are compressed, counted from 0.
+        token_bytes: keys and values of one token of one row, in all heads of the layer.
+    """
+
+    layer_idx: int
+    n_layers: int
+    token_bytes: int
 
 
 @dataclass(frozen=True)
@@ -102,6 +115,12 @@ class LayerView:
     def n_tokens(self) -> int:
         """T, the number of stored tokens."""
         return self.keys.shape[2]
+
+    @property
+    def place(self) -> Place:
+        """This layer among the others, and what a token costs in it."""
+        n_heads, dims = self.keys.shape[1], self.keys.shape[-1] + self.values.shape[-1]
+        return Place(self.layer_idx, self.n_layers, n_heads * dims * self.keys.element_size())
 
     @property
     def n_queries(self) -> int:

@@ -35,6 +35,8 @@ class AdaKVPress(WrapperPress):
         alpha_safeguard: share of the mean budget that no head falls below, in [0, 1]; at 1 all heads keep the same.
     """
 
+    per_head = True
+
     alpha_safeguard: float = 0.20
 
     def __post_init__(self) -> None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import ClassVar, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, TypeVar
 
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.budget import check_ratio, keep_count, select, shrink_protected
 from coldpress.errors import PressError
-from coldpress.view import Kept, LayerView
+from coldpress.view import Kept, LayerView, Place
 
 __all__ = ["BasePress", "ScorerPress", "check_at_least", "check_between"]
 
@@ -26,7 +26,20 @@ class BasePress:
 
         with press(model):
             model(input_ids, past_key_values=cache)
+
+    The class says what kind of method it is; the catalogue (``coldpress presses``) shows it:
+
+    Attributes:
+        kind: ``training-free``; ``calibrated``: needs statistics of the model, taken from a text; ``trained``: needs
+            weights of its own that were trained for the model.
+        decodes: can choose among the pairs of a text that goes on, so that a decoding schedule may use it.
+        per_head, per_layer: heads of a layer, or layers, may keep different numbers of pairs.
     """
+
+    kind: ClassVar[Literal["training-free", "calibrated", "trained"]] = "training-free"
+    decodes: ClassVar[bool] = False
+    per_head: ClassVar[bool] = False
+    per_layer: ClassVar[bool] = False
 
     def compress(self, view: LayerView) -> Kept | None:
         """What is kept of ``view``; None keeps everything."""
@@ -51,27 +64,53 @@ class ScorerPress(BasePress):
 
     Args:
         compression_ratio: fraction of the pairs to remove, in [0, 1).
+        budget_tokens: pairs that a head keeps at most, on average over heads and layers; instead of a ratio.
+        budget_bytes: bytes that the kept keys and values of one row take at most, in all compressed layers together;
+            instead of a ratio.
     """
+
+    decodes = True
 
     estimates_attention: ClassVar[bool] = False  # scores are attention weights: not negative, comparable across heads
     needs_all_queries: ClassVar[bool] = False  # score(view) needs the query of every token of the view
 
     compression_ratio: float = 0.0
+    budget_tokens: int | None = field(default=None, kw_only=True)
+    budget_bytes: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         check_ratio(self.compression_ratio)
+        check_budget(self)
 
     def score(self, view: LayerView) -> Tensor:
         """Scores ``[B, Hkv, T]`` in float32; larger = keep. Must not depend on ``compression_ratio``."""
         raise NotImplementedError(f"{type(self).__name__} must define score(view)")
 
-    def keep_of(self, n_tokens: int, layer_idx: int, n_layers: int) -> int:
-        """How many of ``n_tokens`` pairs a head of layer ``layer_idx`` keeps: the mean if its heads differ."""
+    def keep_of(self, n_tokens: int, place: Place) -> int:
+        """How many of ``n_tokens`` pairs a head of the layer at ``place`` keeps: the mean if its heads differ."""
+        return self.mean_keep(n_tokens, place)
+
+    def mean_keep(self, n_tokens: int, place: Place) -> int:
+        """How many of ``n_tokens`` pairs a head keeps, mean over heads and layers: the budget as its user gave it.
+
+        Raises:
+            PressError: ``budget_bytes`` is less than one token takes.
+        """
+        if self.budget_tokens is not None:
+            return min(n_tokens, self.budget_tokens)
+        if self.budget_bytes is not None:
+            token_bytes = place.n_layers * place.token_bytes
+            if self.budget_bytes < token_bytes:
+                raise PressError(
+                    f"budget_bytes={self.budget_bytes} is less than the {token_bytes} bytes of one token in "
+                    f"{place.n_layers} layers."
+                )
+            return min(n_tokens, self.budget_bytes // token_bytes)
         return keep_count(n_tokens, self.compression_ratio)
 
     def keep(self, view: LayerView) -> int:
         """How many pairs a head of this layer keeps, 1 <= n <= T: the mean if its heads differ."""
-        return self.keep_of(view.n_tokens, view.layer_idx, view.n_layers)
+        return self.keep_of(view.n_tokens, view.place)
 
     def layers_differ(self) -> bool:
         """Whether :meth:`keep_of` depends on the layer."""
@@ -82,8 +121,13 @@ class ScorerPress(BasePress):
         return 0, 0
 
     def with_ratio(self: _S, compression_ratio: float) -> _S:
-        """The same press at another ratio."""
-        return replace(self, compression_ratio=compression_ratio)
+        """The same press at another ratio, which takes the place of any budget."""
+        return self.with_budget(compression_ratio=compression_ratio)
+
+    def with_budget(self: _S, **budget: Any) -> _S:
+        """The same press with ``compression_ratio``, ``budget_tokens`` or ``budget_bytes`` instead of what it had."""
+        nothing: dict[str, Any] = {"compression_ratio": 0.0, "budget_tokens": None, "budget_bytes": None}
+        return replace(self, **(nothing | budget))
 
     def scores(self, view: LayerView) -> Tensor:
         """What :meth:`choose` goes by: :meth:`score`, computed once per view for all ratios."""
@@ -110,6 +154,14 @@ class ScorerPress(BasePress):
     def compress(self, view: LayerView) -> Kept | None:
         positions = self.choose(view)
         return None if positions is None else view.take(positions)
+
+
+def check_budget(press: ScorerPress) -> None:
+    """Raise :class:`PressError` unless at most one of ratio, tokens and bytes says how much is kept."""
+    check_at_least(press, 1, *(name for name in ("budget_tokens", "budget_bytes") if getattr(press, name) is not None))
+    given = [name for name in ("compression_ratio", "budget_tokens", "budget_bytes") if getattr(press, name)]
+    if len(given) > 1:
+        raise PressError(f"{type(press).__name__}: {' and '.join(given)} both say how much is kept; give one of them.")
 
 
 def check_at_least(press: BasePress, minimum: int, *names: str) -> None:
