@@ -73,7 +73,7 @@ def _config(press: BasePress | None) -> dict[str, Any] | None:
     if press is None:
         return None
     unused = ("budget_tokens", "budget_bytes")
-    return asdict(press, dict_factory=lambda items: {k: v for k, v in items if k not in unused or v is not None})  # type: ignore[call-overload, no-any-return]
+    return asdict(press, dict_factory=lambda items: {k: v for k, v in items if k not in unused or v is not None})  # type: ignore[call-overload]
 
 
 def _is_complete(run: Run, job: Job) -> bool:
