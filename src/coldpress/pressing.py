@@ -46,7 +46,7 @@ def pressed(model: PreTrainedModel, press: BasePress) -> Iterator[None]:
     if (owner, id(model)) in _ACTIVE:
         raise PressError("This model is inside another press's block; one press at a time.")
     bound: list[Session] = []
-    prefill = _Prefill(model, [], needs_hidden_states=press.needs_hidden_states)
+    prefill = _Prefill(model, [], press.needs_hidden_states, raises=True)
 
     def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         if threading.get_ident() != owner or prefill.is_finishing:
@@ -89,7 +89,7 @@ def prefilling(model: PreTrainedModel, *caches: PressedCache) -> AbstractContext
     :meth:`BasePress.finish` breaks its own cache, which raises the error at its next use.
     """
     presses = [cache.press for cache in caches if cache.press is not None]
-    return _Prefill(model, list(caches), any(press.needs_hidden_states for press in presses))
+    return _Prefill(model, list(caches), any(press.needs_hidden_states for press in presses), raises=False)
 
 
 class _Prefill:
@@ -99,13 +99,13 @@ class _Prefill:
         model: runs the prefill.
         caches: that it fills; others may be added before it.
         needs_hidden_states: of any of their presses.
+        raises: whether what goes wrong in finishing is raised at once too.
     """
 
-    def __init__(self, model: PreTrainedModel, caches: list[PressedCache], needs_hidden_states: bool):
+    def __init__(self, model: PreTrainedModel, caches: list[PressedCache], needs_hidden_states: bool, raises: bool):
         base = getattr(model, "base_model", None)
         self.backbone: nn.Module = base if isinstance(base, nn.Module) else model
-        self.caches, self.needs_hidden_states = caches, needs_hidden_states
-        self.is_shared = len(caches) > 1
+        self.caches, self.needs_hidden_states, self.raises = caches, needs_hidden_states, raises
         self.is_finishing = False
         self.under_way: list[PressedCache] = []
         self.owner = threading.get_ident()
@@ -151,7 +151,7 @@ class _Prefill:
                 cache.press.finish(cache, self.backbone, ids)
             except Exception as error:
                 cache.session.error = error
-                if not self.is_shared:
+                if self.raises:
                     raise
             finally:
                 self.is_finishing = False
