@@ -33,6 +33,7 @@ from coldpress.presses.per_layer_compression import PerLayerCompressionPress
 from coldpress.presses.pyramidkv import PyramidKVPress
 from coldpress.presses.random import RandomPress
 from coldpress.presses.registry import catalogue, make_press, press_names
+from coldpress.presses.simlayerkv import SimLayerKVPress
 from coldpress.presses.snapkv import SnapKVPress
 from coldpress.presses.streaming_llm import StreamingLLMPress
 from coldpress.presses.tova import TOVAPress
@@ -76,6 +77,7 @@ __all__ = [
     "PyramidKVPress",
     "RandomPress",
     "ScorerPress",
+    "SimLayerKVPress",
     "SnapKVPress",
     "StreamingLLMPress",
     "TOVAPress",

@@ -19,7 +19,9 @@ from coldpress.errors import PressError
 __all__ = [
     "adaptive_counts",
     "check_ratio",
+    "ends",
     "keep_count",
+    "pack",
     "protect",
     "pyramid_counts",
     "select",
@@ -149,6 +151,27 @@ def select_counts(scores: Tensor, counts: Tensor, *, n_sink: int = 0, n_window: 
     order = order[..., : int(counts.max())]  # [B, Hkv, n]: the earlier one among equals first
     is_kept = torch.arange(order.shape[-1], device=order.device) < counts[..., None]
     positions = order.masked_fill(~is_kept, n_tokens).sort(-1).values
+    return positions.masked_fill(positions == n_tokens, -1)
+
+
+def ends(n_tokens: int, n_sink: int, n_window: int, device: torch.device | None = None) -> Tensor:
+    """Which of ``n_tokens`` tokens are among the first ``n_sink`` or the last ``n_window``: bool ``[T]``."""
+    token = torch.arange(n_tokens, device=device)
+    return (token < n_sink) | (token >= n_tokens - n_window)
+
+
+def pack(is_kept: Tensor) -> Tensor:
+    """Positions of what is kept, as :class:`~coldpress.view.Kept` holds them.
+
+    Args:
+        is_kept: bool ``[B, Hkv, T]``; some head keeps something.
+
+    Returns:
+        int64 ``[B, Hkv, n]`` with n the largest number that a head keeps; ascending, then -1 in heads that keep fewer.
+    """
+    n_tokens = is_kept.shape[-1]
+    token = torch.arange(n_tokens, device=is_kept.device)
+    positions = token.where(is_kept, n_tokens).sort(-1).values[..., : int(is_kept.sum(-1).max())]
     return positions.masked_fill(positions == n_tokens, -1)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from tests.contract.architectures import Look, tiny, tokens
-from tests.presses import test_key_rerotation, test_scorers, test_wrappers
+from tests.presses import test_key_rerotation, test_scorers, test_simlayerkv, test_wrappers
 from torch import Tensor
 
 from coldpress import (
@@ -40,11 +40,11 @@ from coldpress import (
     PyramidKVPress,
     RandomPress,
     ScorerPress,
+    SimLayerKVPress,
     SnapKVPress,
     StreamingLLMPress,
     TOVAPress,
-    make_press,
-    press_names,
+    catalogue,
 )
 from coldpress.budget import keep_count, pyramid_counts
 
@@ -210,13 +210,14 @@ ELSEWHERE: dict[type[BasePress], Callable[..., None]] = {  # the tests that hold
     LagKVPress: test_scorers.test_lagkv,
     LeverageScorePress: test_scorers.test_leverage,
     NonCausalAttnPress: test_scorers.test_non_causal_attention,
+    SimLayerKVPress: test_simlayerkv.test_lazy_layers_keep_both_ends,
 }
 
 
 def test_every_press_has_an_oracle() -> None:
     here = {type(press) for press, _ in CASES}
     assert here.isdisjoint(ELSEWHERE)
-    assert here | ELSEWHERE.keys() == {type(make_press(name, 0.5)) for name in press_names()}
+    assert {cls.__name__ for cls in here | ELSEWHERE.keys()} >= {info.class_name for info in catalogue()}
     for cls, test in ELSEWHERE.items():
         assert f"{cls.__name__}(" in inspect.getsource(test), f"{test.__name__} does not make a {cls.__name__}"
 

@@ -34,12 +34,14 @@ class BasePress:
             weights of its own that were trained for the model.
         decodes: can choose among the pairs of a text that goes on, so that a decoding schedule may use it.
         per_head, per_layer: heads of a layer, or layers, may keep different numbers of pairs.
+        has_ratio: takes a ``compression_ratio``; if not, parameters of its own and the text decide how much is kept.
     """
 
     kind: ClassVar[Literal["training-free", "calibrated", "trained"]] = "training-free"
     decodes: ClassVar[bool] = False
     per_head: ClassVar[bool] = False
     per_layer: ClassVar[bool] = False
+    has_ratio: ClassVar[bool] = False
 
     def compress(self, view: LayerView) -> Kept | None:
         """What is kept of ``view``; None keeps everything."""
@@ -70,6 +72,7 @@ class ScorerPress(BasePress):
     """
 
     decodes = True
+    has_ratio = True
 
     estimates_attention: ClassVar[bool] = False  # scores are attention weights: not negative, comparable across heads
     needs_all_queries: ClassVar[bool] = False  # score(view) needs the query of every token of the view

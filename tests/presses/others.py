@@ -1,0 +1,25 @@
+"""Presses that a name and a ratio alone do not make: without a ratio, or with numbers taken from a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+from tests.contract.architectures import Look, tiny, tokens
+
+from coldpress import BasePress, PressedCache, SimLayerKVPress, press_names
+
+WITH_RATIO = press_names(kind="training-free", has_ratio=True)  # a name and a ratio are all they need
+
+# name -> a press that compresses some 40 tokens, made for so many compressed layers and KV heads
+OTHERS: dict[str, Callable[[int, int], BasePress]] = {
+    "simlayerkv": lambda n_layers, n_heads: SimLayerKVPress(0.0, n_recent=12, n_initial=3),
+}
+
+
+@cache
+def other_press(name: str, model: str) -> BasePress:
+    """The press called ``name`` for the tiny model ``model``."""
+    look = Look()
+    tiny(model)(tokens(1, 5), past_key_values=PressedCache(look))
+    return OTHERS[name](look.views[0].n_layers, look.views[0].keys.shape[1])
