@@ -21,6 +21,7 @@ from coldpress.presses.compactor import CompactorPress
 from coldpress.presses.composed import ComposedPress
 from coldpress.presses.criticalkv import CriticalAdaKVPress, CriticalKVPress
 from coldpress.presses.cur import CURPress
+from coldpress.presses.dms import DMSPress
 from coldpress.presses.expected_attention import ExpectedAttentionPress
 from coldpress.presses.key_rerotation import KeyRerotationPress
 from coldpress.presses.keydiff import KeyDiffPress
@@ -61,6 +62,7 @@ __all__ = [
     "ComposedPress",
     "CriticalAdaKVPress",
     "CriticalKVPress",
+    "DMSPress",
     "ExpectedAttentionPress",
     "KVPressTextGenerationPipeline",
     "Kept",

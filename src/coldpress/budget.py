@@ -19,6 +19,7 @@ from coldpress.errors import PressError
 __all__ = [
     "adaptive_counts",
     "check_ratio",
+    "checked",
     "ends",
     "keep_count",
     "pack",
@@ -98,7 +99,7 @@ def select(scores: Tensor, n_keep: int, *, n_sink: int = 0, n_window: int = 0) -
     """
     n_batch, n_heads, _ = scores.shape
     n_sink, n_window = shrink_protected(n_keep, n_sink, n_window)
-    keep = _best(protect(_checked(scores), n_sink, n_window), n_keep)
+    keep = _best(protect(checked(scores), n_sink, n_window), n_keep)
     return keep.nonzero()[:, -1].view(n_batch, n_heads, n_keep)
 
 
@@ -129,7 +130,7 @@ def adaptive_counts(scores: Tensor, n_keep: int, n_safe: int, *, n_sink: int = 0
     n_batch, n_heads, _ = scores.shape
     n_sink, n_window = shrink_protected(n_keep, n_sink, n_window)
     least = max(n_safe, n_sink + n_window)
-    ordered = protect(_checked(scores), n_sink, n_window).sort(-1, descending=True).values[..., least:]
+    ordered = protect(checked(scores), n_sink, n_window).sort(-1, descending=True).values[..., least:]
     free = n_heads * (n_keep - least)
     counts = torch.full((n_batch, n_heads), least, device=scores.device)
     return counts + _best(ordered.flatten(1), free).view_as(ordered).sum(-1) if free else counts
@@ -147,7 +148,7 @@ def select_counts(scores: Tensor, counts: Tensor, *, n_sink: int = 0, n_window: 
         int64 ``[B, Hkv, n]`` with n the largest count; ascending, then -1 in heads that keep fewer.
     """
     n_tokens = scores.shape[-1]
-    order = protect(_checked(scores), n_sink, n_window).argsort(dim=-1, descending=True, stable=True)
+    order = protect(checked(scores), n_sink, n_window).argsort(dim=-1, descending=True, stable=True)
     order = order[..., : int(counts.max())]  # [B, Hkv, n]: the earlier one among equals first
     is_kept = torch.arange(order.shape[-1], device=order.device) < counts[..., None]
     positions = order.masked_fill(~is_kept, n_tokens).sort(-1).values
@@ -201,7 +202,8 @@ def spread(n_keep: int, n_forced: Sequence[int], sizes: Sequence[int]) -> list[i
     return counts
 
 
-def _checked(scores: Tensor) -> Tensor:
+def checked(scores: Tensor) -> Tensor:
+    """``scores`` in float32; raise :class:`PressError` if one is NaN."""
     if torch.isnan(scores).any():
         raise PressError("A score is NaN: the model produced NaN keys, values or queries (try float32 or bfloat16).")
     return scores.float()

@@ -7,12 +7,13 @@ from functools import cache
 
 from tests.contract.architectures import Look, tiny, tokens
 
-from coldpress import BasePress, PressedCache, SimLayerKVPress, press_names
+from coldpress import BasePress, DMSPress, LagKVPress, PressedCache, SimLayerKVPress, press_names
 
 WITH_RATIO = press_names(kind="training-free", has_ratio=True)  # a name and a ratio are all they need
 
 # name -> a press that compresses some 40 tokens, made for so many compressed layers and KV heads
 OTHERS: dict[str, Callable[[int, int], BasePress]] = {
+    "dms_lagkv": lambda n_layers, n_heads: DMSPress(LagKVPress(lag_size=5), threshold=0.5, sliding_window_size=8),
     "simlayerkv": lambda n_layers, n_heads: SimLayerKVPress(0.0, n_recent=12, n_initial=3),
 }
 

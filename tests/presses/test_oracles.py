@@ -13,7 +13,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from tests.contract.architectures import Look, tiny, tokens
-from tests.presses import test_key_rerotation, test_scorers, test_simlayerkv, test_wrappers
+from tests.presses import test_dms, test_key_rerotation, test_scorers, test_simlayerkv, test_wrappers
 from torch import Tensor
 
 from coldpress import (
@@ -27,6 +27,7 @@ from coldpress import (
     CriticalAdaKVPress,
     CriticalKVPress,
     CURPress,
+    DMSPress,
     ExpectedAttentionPress,
     KeyDiffPress,
     KeyRerotationPress,
@@ -206,6 +207,7 @@ ELSEWHERE: dict[type[BasePress], Callable[..., None]] = {  # the tests that hold
     CriticalAdaKVPress: test_wrappers.test_critical_adakv,
     CriticalKVPress: test_wrappers.test_criticalkv,
     CURPress: test_scorers.test_cur,
+    DMSPress: test_dms.test_every_head_keeps_what_reaches_the_threshold,
     KeyRerotationPress: test_key_rerotation.test_next_tokens_follow_the_kept_ones_without_a_gap,
     LagKVPress: test_scorers.test_lagkv,
     LeverageScorePress: test_scorers.test_leverage,
