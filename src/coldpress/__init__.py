@@ -22,6 +22,7 @@ from coldpress.presses.composed import ComposedPress
 from coldpress.presses.criticalkv import CriticalAdaKVPress, CriticalKVPress
 from coldpress.presses.cur import CURPress
 from coldpress.presses.dms import DMSPress
+from coldpress.presses.entropy_gated_chunkkv import EntropyGatedChunkKVPress
 from coldpress.presses.expected_attention import ExpectedAttentionPress
 from coldpress.presses.key_rerotation import KeyRerotationPress
 from coldpress.presses.keydiff import KeyDiffPress
@@ -63,6 +64,7 @@ __all__ = [
     "CriticalAdaKVPress",
     "CriticalKVPress",
     "DMSPress",
+    "EntropyGatedChunkKVPress",
     "ExpectedAttentionPress",
     "KVPressTextGenerationPipeline",
     "Kept",

@@ -13,7 +13,14 @@ from collections.abc import Callable
 import pytest
 import torch
 from tests.contract.architectures import Look, tiny, tokens
-from tests.presses import test_dms, test_key_rerotation, test_scorers, test_simlayerkv, test_wrappers
+from tests.presses import (
+    test_dms,
+    test_entropy_gated_chunkkv,
+    test_key_rerotation,
+    test_scorers,
+    test_simlayerkv,
+    test_wrappers,
+)
 from torch import Tensor
 
 from coldpress import (
@@ -28,6 +35,7 @@ from coldpress import (
     CriticalKVPress,
     CURPress,
     DMSPress,
+    EntropyGatedChunkKVPress,
     ExpectedAttentionPress,
     KeyDiffPress,
     KeyRerotationPress,
@@ -208,6 +216,7 @@ ELSEWHERE: dict[type[BasePress], Callable[..., None]] = {  # the tests that hold
     CriticalKVPress: test_wrappers.test_criticalkv,
     CURPress: test_scorers.test_cur,
     DMSPress: test_dms.test_every_head_keeps_what_reaches_the_threshold,
+    EntropyGatedChunkKVPress: test_entropy_gated_chunkkv.test_entropy_gated_chunkkv,
     KeyRerotationPress: test_key_rerotation.test_next_tokens_follow_the_kept_ones_without_a_gap,
     LagKVPress: test_scorers.test_lagkv,
     LeverageScorePress: test_scorers.test_leverage,
