@@ -29,6 +29,7 @@ from coldpress.presses.keydiff import KeyDiffPress
 from coldpress.presses.knorm import KnormPress
 from coldpress.presses.lagkv import LagKVPress
 from coldpress.presses.leverage import LeverageScorePress
+from coldpress.presses.merging import MergingPress
 from coldpress.presses.non_causal_attention import NonCausalAttnPress
 from coldpress.presses.observed_attention import ObservedAttentionPress
 from coldpress.presses.per_layer_compression import PerLayerCompressionPress
@@ -74,6 +75,7 @@ __all__ = [
     "LagKVPress",
     "LayerView",
     "LeverageScorePress",
+    "MergingPress",
     "NonCausalAttnPress",
     "ObservedAttentionPress",
     "PerLayerCompressionPress",

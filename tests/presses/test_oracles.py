@@ -17,6 +17,7 @@ from tests.presses import (
     test_dms,
     test_entropy_gated_chunkkv,
     test_key_rerotation,
+    test_merging,
     test_scorers,
     test_simlayerkv,
     test_wrappers,
@@ -43,6 +44,7 @@ from coldpress import (
     LagKVPress,
     LayerView,
     LeverageScorePress,
+    MergingPress,
     NonCausalAttnPress,
     ObservedAttentionPress,
     PressedCache,
@@ -220,6 +222,7 @@ ELSEWHERE: dict[type[BasePress], Callable[..., None]] = {  # the tests that hold
     KeyRerotationPress: test_key_rerotation.test_next_tokens_follow_the_kept_ones_without_a_gap,
     LagKVPress: test_scorers.test_lagkv,
     LeverageScorePress: test_scorers.test_leverage,
+    MergingPress: test_merging.test_merging,
     NonCausalAttnPress: test_scorers.test_non_causal_attention,
     SimLayerKVPress: test_simlayerkv.test_lazy_layers_keep_both_ends,
 }

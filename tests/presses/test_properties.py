@@ -26,6 +26,7 @@ from coldpress import (
     LagKVPress,
     LayerView,
     LeverageScorePress,
+    MergingPress,
     PerLayerCompressionPress,
     ScorerPress,
     SnapKVPress,
@@ -52,6 +53,7 @@ MORE: dict[str, Callable[[float], ScorerPress]] = {
     "chunk_streaming_llm": lambda r: ChunkPress(StreamingLLMPress(r), chunk_length=7),
     "chunkkv_lagkv": lambda r: ChunkKVPress(LagKVPress(r, lag_size=5), chunk_length=4),
     "composed": lambda r: ComposedPress([CapPress(n_future_positions=8), SnapKVPress(window_size=4)]).with_ratio(r),
+    "merging_adakv": lambda r: MergingPress(AdaKVPress(SnapKVPress(r, window_size=4), 0.0), merge_fraction=0.7),
     "per_layer": lambda r: PerLayerCompressionPress(KnormPress(), [r, r / 2]),
     "rerotated_adakv": lambda r: KeyRerotationPress(AdaKVPress(SnapKVPress(r, window_size=4), 0.0)),
 }
