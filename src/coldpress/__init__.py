@@ -22,6 +22,7 @@ from coldpress.presses.composed import ComposedPress
 from coldpress.presses.criticalkv import CriticalAdaKVPress, CriticalKVPress
 from coldpress.presses.cur import CURPress
 from coldpress.presses.dms import DMSPress
+from coldpress.presses.duo_attention import DuoAttentionPress
 from coldpress.presses.entropy_gated_chunkkv import EntropyGatedChunkKVPress
 from coldpress.presses.expected_attention import ExpectedAttentionPress
 from coldpress.presses.key_rerotation import KeyRerotationPress
@@ -65,6 +66,7 @@ __all__ = [
     "CriticalAdaKVPress",
     "CriticalKVPress",
     "DMSPress",
+    "DuoAttentionPress",
     "EntropyGatedChunkKVPress",
     "ExpectedAttentionPress",
     "KVPressTextGenerationPipeline",

@@ -15,6 +15,7 @@ import torch
 from tests.contract.architectures import Look, tiny, tokens
 from tests.presses import (
     test_dms,
+    test_duo_attention,
     test_entropy_gated_chunkkv,
     test_key_rerotation,
     test_merging,
@@ -36,6 +37,7 @@ from coldpress import (
     CriticalKVPress,
     CURPress,
     DMSPress,
+    DuoAttentionPress,
     EntropyGatedChunkKVPress,
     ExpectedAttentionPress,
     KeyDiffPress,
@@ -218,6 +220,7 @@ ELSEWHERE: dict[type[BasePress], Callable[..., None]] = {  # the tests that hold
     CriticalKVPress: test_wrappers.test_criticalkv,
     CURPress: test_scorers.test_cur,
     DMSPress: test_dms.test_every_head_keeps_what_reaches_the_threshold,
+    DuoAttentionPress: test_duo_attention.test_streaming_heads_keep_both_ends,
     EntropyGatedChunkKVPress: test_entropy_gated_chunkkv.test_entropy_gated_chunkkv,
     KeyRerotationPress: test_key_rerotation.test_next_tokens_follow_the_kept_ones_without_a_gap,
     LagKVPress: test_scorers.test_lagkv,

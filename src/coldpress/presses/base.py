@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
+import torch
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
@@ -14,7 +15,7 @@ from coldpress.budget import check_ratio, keep_count, select, shrink_protected
 from coldpress.errors import PressError
 from coldpress.view import Kept, LayerView, Place
 
-__all__ = ["BasePress", "ScorerPress", "check_at_least", "check_between"]
+__all__ = ["BasePress", "ScorerPress", "check_at_least", "check_between", "numbers_of"]
 
 _S = TypeVar("_S", bound="ScorerPress")
 
@@ -182,3 +183,25 @@ def check_between(press: BasePress, low: float, high: float, *names: str) -> Non
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
             allowed = f">= {low}" if high == float("inf") else f"in [{low}, {high}]"
             raise PressError(f"{type(press).__name__}: {name} must be a number {allowed}, got {value!r}.")
+
+
+def numbers_of(press: BasePress, name: str, values: Any, n_dims: int) -> tuple[Any, ...]:
+    """A table of numbers as tuples in tuples, ``n_dims`` deep, so that presses can be compared and hashed.
+
+    Raises:
+        PressError: ``values`` is not a tensor, array or list of so many dimensions, is empty, or is not finite.
+    """
+    try:
+        table = torch.as_tensor(values, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        table = torch.empty(0)
+    if table.dim() != n_dims or not table.numel() or not table.isfinite().all():
+        raise PressError(
+            f"{type(press).__name__}: {name} must be a tensor or lists of finite numbers with {n_dims} dimensions."
+        )
+
+    def tuples(part: Any) -> Any:
+        return tuple(map(tuples, part)) if isinstance(part, list) else part
+
+    found: tuple[Any, ...] = tuples(table.tolist())
+    return found
