@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from coldpress.eval.results import SCHEMA_VERSION, environment
 from coldpress.eval.settings import Job
-from coldpress.presses.base import BasePress
+from coldpress.presses.base import BUDGETS, BasePress
 
 if TYPE_CHECKING:
     from coldpress.eval.run import Run
@@ -72,8 +72,7 @@ def _config(press: BasePress | None) -> dict[str, Any] | None:
     """The parameters of a press, without the budgets that it was not given."""
     if press is None:
         return None
-    unused = ("budget_tokens", "budget_bytes")
-    return asdict(press, dict_factory=lambda items: {k: v for k, v in items if k not in unused or v is not None})  # type: ignore[call-overload]
+    return asdict(press, dict_factory=lambda items: {k: v for k, v in items if k not in BUDGETS or v is not None})  # type: ignore[call-overload]
 
 
 def _is_complete(run: Run, job: Job) -> bool:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, TypeVar
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.budget import check_ratio, keep_count, select, shrink_protected
 from coldpress.errors import PressError
 from coldpress.view import Kept, LayerView, Place
 
-__all__ = ["BasePress", "ScorerPress", "check_at_least", "check_between", "numbers_of"]
+if TYPE_CHECKING:
+    from coldpress.cache import PressedCache
 
+__all__ = ["BUDGETS", "BasePress", "ScorerPress", "check_at_least", "check_between", "numbers_of"]
+
+BUDGETS = ("budget_tokens", "budget_bytes")  # what may say how much is kept, instead of a ratio
 _S = TypeVar("_S", bound="ScorerPress")
 
 
@@ -36,6 +41,8 @@ class BasePress:
         decodes: can choose among the pairs of a text that goes on, so that a decoding schedule may use it.
         per_head, per_layer: heads of a layer, or layers, may keep different numbers of pairs.
         has_ratio: takes a ``compression_ratio``; if not, parameters of its own and the text decide how much is kept.
+        needs_hidden_states: looks at ``view.hidden_states``: the prefill has to run inside ``with press(model):``.
+        needs_model: runs the model by itself after the prefill (:meth:`finish`), inside ``with press(model):`` too.
     """
 
     kind: ClassVar[Literal["training-free", "calibrated", "trained"]] = "training-free"
@@ -43,10 +50,38 @@ class BasePress:
     per_head: ClassVar[bool] = False
     per_layer: ClassVar[bool] = False
     has_ratio: ClassVar[bool] = False
+    needs_hidden_states: ClassVar[bool] = False
+    needs_model: ClassVar[bool] = False
 
     def compress(self, view: LayerView) -> Kept | None:
-        """What is kept of ``view``; None keeps everything."""
+        """What is kept of ``view``, right after the prefill; None keeps everything."""
         raise NotImplementedError(f"{type(self).__name__} must define compress(view)")
+
+    def finish(self, cache: PressedCache, model: nn.Module, token_ids: Tensor) -> None:
+        """Compress ``cache``, which holds all of the prefill, with the help of the model; for ``needs_model`` presses.
+
+        Args:
+            cache: what to compress, by :meth:`coldpress.layer.PressedLayer.keep` of each of its layers.
+            model: the model without its head; ``model(input_ids=..., past_key_values=cache.fork())`` runs it, and
+                ``session.look`` of the fork's session is shown each of its attention calls.
+            token_ids: int64 ``[B, T]``, what the prefill was given.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define finish(cache, model, token_ids)")
+
+    # -- a press that goes on while decoding (see DecodingPress) ---------------------------------------------------
+
+    @property
+    def n_recent_queries(self) -> int:
+        """How many of the newest tokens' queries a layer remembers for :meth:`compress_again`; 0: never called."""
+        return 0
+
+    def is_due(self, n_new: int) -> bool:
+        """Whether a layer that has got ``n_new`` tokens since it was last compressed is compressed now."""
+        return False
+
+    def compress_again(self, view: LayerView) -> Kept | None:
+        """What is kept of ``view``, which holds what is left of the text so far; None keeps all of it."""
+        raise NotImplementedError(f"{type(self).__name__} must define compress_again(view)")
 
     @contextmanager
     def __call__(self, model: PreTrainedModel) -> Iterator[PreTrainedModel]:
@@ -82,6 +117,14 @@ class ScorerPress(BasePress):
     budget_tokens: int | None = field(default=None, kw_only=True)
     budget_bytes: int | None = field(default=None, kw_only=True)
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.__repr__ = ScorerPress.__repr__  # type: ignore[method-assign]  # dataclass would make one of its own
+
+    def __repr__(self) -> str:
+        shown = [f for f in fields(self) if f.repr and (f.name not in BUDGETS or getattr(self, f.name) is not None)]
+        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
+
     def __post_init__(self) -> None:
         check_ratio(self.compression_ratio)
         check_budget(self)
@@ -114,7 +157,9 @@ class ScorerPress(BasePress):
 
     def keep(self, view: LayerView) -> int:
         """How many pairs a head of this layer keeps, 1 <= n <= T: the mean if its heads differ."""
-        return self.keep_of(view.n_tokens, view.place)
+        if view.positions is None:
+            return self.keep_of(view.n_tokens, view.place)
+        return min(view.n_tokens, self.keep_of(view.end, view.place))  # while decoding: of the text so far
 
     def layers_differ(self) -> bool:
         """Whether :meth:`keep_of` depends on the layer."""
@@ -135,12 +180,22 @@ class ScorerPress(BasePress):
 
     def scores(self, view: LayerView) -> Tensor:
         """What :meth:`choose` goes by: :meth:`score`, computed once per view for all ratios."""
-        return view.once(self.with_ratio(0.0), lambda: self.score(view))
+        return view.once(self.with_ratio(0.0), lambda: self.score(view) if view.counts is None else self._by_head(view))
+
+    def _by_head(self, view: LayerView) -> Tensor:
+        """Scores of a view whose heads hold different numbers of pairs; minus infinity in empty slots."""
+        scores = torch.full(view.keys.shape[:3], -torch.inf, device=view.keys.device)
+        for row, head in itertools.product(*(range(n) for n in scores.shape[:2])):
+            own = self.score(view.of_head(row, head))[0, 0]
+            scores[row, head, : len(own)] = own
+        return scores
 
     def forced(self, view: LayerView, n_keep: int) -> tuple[int, int]:
         """Tokens at the two ends of ``view`` that are kept when ``n_keep`` are: the protected ones that are in it."""
         n_sink, n_window = self.protected(view)
-        return shrink_protected(n_keep, max(0, n_sink - view.first_position), min(n_window, view.n_tokens))
+        if view.positions is None:
+            n_sink = max(0, n_sink - view.first_position)
+        return shrink_protected(n_keep, n_sink, min(n_window, view.n_tokens))
 
     def choose(self, view: LayerView) -> Tensor | None:
         """Positions in ``view`` of the pairs that are kept.
@@ -152,18 +207,26 @@ class ScorerPress(BasePress):
         n_keep = self.keep(view)
         if n_keep >= view.n_tokens:
             return None
-        n_sink, n_window = self.forced(view, n_keep)
-        return select(self.scores(view), n_keep, n_sink=n_sink, n_window=n_window)
+        return view.held(select(view.guard(self.scores(view), *self.forced(view, n_keep)), n_keep))
 
     def compress(self, view: LayerView) -> Kept | None:
         positions = self.choose(view)
         return None if positions is None else view.take(positions)
 
 
+def require_block(press: BasePress, needed: object) -> None:
+    """Raise :class:`PressError` if what a press needs of the model is not there, because nothing has shown it."""
+    if needed is None:
+        what = "runs the model again on the tokens of" if press.needs_model else "looks at more of the model than"
+        raise PressError(
+            f"{type(press).__name__} {what} the prefill: run that inside 'with press(model):', with input_ids."
+        )
+
+
 def check_budget(press: ScorerPress) -> None:
     """Raise :class:`PressError` unless at most one of ratio, tokens and bytes says how much is kept."""
-    check_at_least(press, 1, *(name for name in ("budget_tokens", "budget_bytes") if getattr(press, name) is not None))
-    given = [name for name in ("compression_ratio", "budget_tokens", "budget_bytes") if getattr(press, name)]
+    check_at_least(press, 1, *(name for name in BUDGETS if getattr(press, name) is not None))
+    given = [name for name in ("compression_ratio", *BUDGETS) if getattr(press, name)]
     if len(given) > 1:
         raise PressError(f"{type(press).__name__}: {' and '.join(given)} both say how much is kept; give one of them.")
 

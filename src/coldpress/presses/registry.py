@@ -10,14 +10,13 @@ from typing import Any, TypeVar
 
 from coldpress.budget import check_ratio
 from coldpress.errors import PressError, nearest
-from coldpress.presses.base import BasePress, ScorerPress
+from coldpress.presses.base import BUDGETS, BasePress, ScorerPress
 
 __all__ = ["NO_PRESS", "PressInfo", "catalogue", "make_press", "parameters_of", "press_names", "register"]
 
 NO_PRESS = "no_press"  # the uncompressed baseline: a name for the command line, no class
 
 _P = TypeVar("_P", bound=type[BasePress])
-_BUDGETS = ("budget_tokens", "budget_bytes")
 
 
 @dataclass(frozen=True)
@@ -118,10 +117,10 @@ def make_press(name: str, compression_ratio: float, /, **parameters: Any) -> Bas
         known = [NO_PRESS, *press_names()]
         raise PressError(f"Unknown press {name!r}.{nearest(name, known)} Known: {', '.join(known)}.")
     allowed = sorted(parameters_of(name))
-    budget = {k: v for k, v in parameters.items() if k in _BUDGETS and v is not None}
+    budget = {k: v for k, v in parameters.items() if k in BUDGETS and v is not None}
     if budget and not issubclass(entry.cls, ScorerPress):
         raise PressError(f"{name} has no budget in tokens or bytes: its own parameters say how much is kept.")
-    parameters = {k: v for k, v in parameters.items() if k not in _BUDGETS}
+    parameters = {k: v for k, v in parameters.items() if k not in BUDGETS}
     for parameter in parameters:
         if parameter not in allowed:
             raise PressError(
@@ -161,7 +160,7 @@ def catalogue() -> list[PressInfo]:
 
 def _parameters(cls: type[BasePress]) -> list[Field[Any]]:
     """What a press takes beside the ratio and the press inside it."""
-    budget = ("compression_ratio", *_BUDGETS, "press")
+    budget = ("compression_ratio", *BUDGETS, "press")
     return [f for f in fields(cls) if f.init and f.name not in budget]  # type: ignore[arg-type]
 
 
