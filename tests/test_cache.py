@@ -8,10 +8,11 @@ import gc
 import pytest
 import torch
 from tests.contract.architectures import BY_NAME, tiny, tokens
+from tests.presses.others import OTHERS, WITH_RATIO, other_press
 from torch import Tensor
 from transformers import DynamicCache
 
-from coldpress import BasePress, Kept, KnormPress, LayerView, PressedCache, SnapKVPress, make_press, press_names
+from coldpress import BasePress, Kept, KnormPress, LayerView, PressedCache, SnapKVPress, make_press
 from coldpress.errors import CacheError, ModelError, PressError
 
 N = 53  # tokens of the prompt
@@ -227,8 +228,8 @@ def test_rows_can_be_repeated_and_selected(press: BasePress | None) -> None:
 @pytest.mark.parametrize("is_padded", [False, True])
 def test_branches_are_separate_prefills(name: str, is_padded: bool) -> None:
     own = {"random": {"seed": 1}, "snapkv": {"window_size": 8}, "pyramidkv": {"window_size": 4}}
-    presses = [make_press(press, ratio, **own.get(press, {})) for press in press_names() for ratio in (0.0, 0.3, 0.7)]
-    presses.append(None)
+    presses = [make_press(press, ratio, **own.get(press, {})) for press in WITH_RATIO for ratio in (0.0, 0.3, 0.7)]
+    presses += [*(other_press(press, name) for press in OTHERS), None]
     ids, mask = tokens(2, N), torch.ones(2, N, dtype=torch.long)
     if is_padded:
         mask[1, :20] = 0
