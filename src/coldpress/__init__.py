@@ -14,6 +14,7 @@ from coldpress.pipeline import register as _register_tasks
 from coldpress.presses.adakv import AdaKVPress
 from coldpress.presses.base import BasePress, ScorerPress
 from coldpress.presses.block import BlockPress
+from coldpress.presses.cam import CAMPress
 from coldpress.presses.cap import CapPress
 from coldpress.presses.chunk import ChunkPress
 from coldpress.presses.chunkkv import ChunkKVPress
@@ -21,6 +22,7 @@ from coldpress.presses.compactor import CompactorPress
 from coldpress.presses.composed import ComposedPress
 from coldpress.presses.criticalkv import CriticalAdaKVPress, CriticalKVPress
 from coldpress.presses.cur import CURPress
+from coldpress.presses.decoding import CompressionRatioDecodingPress, DecodingPress, PrefillDecodingPress
 from coldpress.presses.dms import DMSPress
 from coldpress.presses.duo_attention import DuoAttentionPress
 from coldpress.presses.entropy_gated_chunkkv import EntropyGatedChunkKVPress
@@ -56,6 +58,7 @@ __all__ = [
     "AdaKVPress",
     "BasePress",
     "BlockPress",
+    "CAMPress",
     "CURPress",
     "CapPress",
     "ChunkKVPress",
@@ -63,9 +66,11 @@ __all__ = [
     "ColdpressError",
     "CompactorPress",
     "ComposedPress",
+    "CompressionRatioDecodingPress",
     "CriticalAdaKVPress",
     "CriticalKVPress",
     "DMSPress",
+    "DecodingPress",
     "DuoAttentionPress",
     "EntropyGatedChunkKVPress",
     "ExpectedAttentionPress",
@@ -81,6 +86,7 @@ __all__ = [
     "NonCausalAttnPress",
     "ObservedAttentionPress",
     "PerLayerCompressionPress",
+    "PrefillDecodingPress",
     "PressedCache",
     "PyramidKVPress",
     "RandomPress",
