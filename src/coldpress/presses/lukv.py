@@ -96,7 +96,7 @@ class LUKVPress(WrapperPress):
         super()._check_press()
         if self.press.layers_differ():
             raise PressError(
-                f"LUKVPress decides how much each layer keeps, and so does {type(self.press).__name__}; use one of them."
+                f"LUKVPress decides how much each layer keeps, and so does {type(self.press).__name__}; use one."
             )
 
     @cached_property
@@ -105,13 +105,12 @@ class LUKVPress(WrapperPress):
         curves = self.curves
         if isinstance(curves, (str, Path)):
             try:
-                curves = numbers_of(self, "curves", np.load(curves, allow_pickle=False), 3)
+                read = np.load(curves, allow_pickle=False)
             except (OSError, ValueError) as error:
-                if isinstance(error, PressError):
-                    raise
                 raise PressError(
-                    f"LUKVPress cannot read the curves {curves}: {error}. It takes an .npy file."
+                    f"LUKVPress cannot read the curves {curves}: {error} It takes an .npy file."
                 ) from error
+            curves = numbers_of(self, "curves", read, 3)
         assert isinstance(curves, tuple)
         shares = [share for percent in curves for layer in percent for share in layer]
         if len(curves) != 99 or min(shares) < 0 or max(shares) > 1:
