@@ -12,7 +12,16 @@ from tests.presses.others import OTHERS, WITH_RATIO, other_press
 from torch import Tensor
 from transformers import DynamicCache
 
-from coldpress import BasePress, Kept, KnormPress, LayerView, PressedCache, SnapKVPress, make_press
+from coldpress import (
+    BasePress,
+    Kept,
+    KnormPress,
+    LayerView,
+    PerLayerCompressionPress,
+    PressedCache,
+    SnapKVPress,
+    make_press,
+)
 from coldpress.errors import CacheError, ModelError, PressError
 
 N = 53  # tokens of the prompt
@@ -370,3 +379,20 @@ def test_describes_itself() -> None:
     assert repr(prefilled(KnormPress(0.5))) == (
         f"PressedCache(press=KnormPress(compression_ratio=0.5), seen={N}, stored=[26, 26])"
     )
+
+
+@pytest.mark.parametrize("is_branch", [False, True])
+def test_layers_that_keep_everything_count_too(is_branch: bool) -> None:
+    """Half of one of two layers is a quarter, rounded up to whole tokens."""
+    press = PerLayerCompressionPress(KnormPress(), [0.5, 0.0])
+    past = PressedCache(press)
+    source = PressedCache() if is_branch else past
+    if is_branch:
+        (past,) = source.branches([press])
+    tiny("llama")(tokens(2, N), past_key_values=source)
+    assert past.achieved_ratio() == pytest.approx((N - N // 2) / (2 * N))
+    assert past.fork().achieved_ratio() == past.achieved_ratio()
+    assert [layer.was_compressed for layer in past.pressed_layers()] == [True, False]
+    before = past.achieved_ratio()
+    tiny("llama")(tokens(2, 3, seed=4), past_key_values=past)
+    assert past.achieved_ratio() == before

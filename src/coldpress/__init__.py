@@ -32,6 +32,7 @@ from coldpress.presses.keydiff import KeyDiffPress
 from coldpress.presses.knorm import KnormPress
 from coldpress.presses.lagkv import LagKVPress
 from coldpress.presses.leverage import LeverageScorePress
+from coldpress.presses.lukv import LUKVPress
 from coldpress.presses.merging import MergingPress
 from coldpress.presses.non_causal_attention import NonCausalAttnPress
 from coldpress.presses.observed_attention import ObservedAttentionPress
@@ -42,6 +43,7 @@ from coldpress.presses.registry import catalogue, make_press, press_names
 from coldpress.presses.simlayerkv import SimLayerKVPress
 from coldpress.presses.snapkv import SnapKVPress
 from coldpress.presses.streaming_llm import StreamingLLMPress
+from coldpress.presses.think import ThinKPress
 from coldpress.presses.tova import TOVAPress
 from coldpress.presses.wrapper import WrapperPress
 from coldpress.view import Kept, LayerView
@@ -79,6 +81,7 @@ __all__ = [
     "KeyDiffPress",
     "KeyRerotationPress",
     "KnormPress",
+    "LUKVPress",
     "LagKVPress",
     "LayerView",
     "LeverageScorePress",
@@ -95,6 +98,7 @@ __all__ = [
     "SnapKVPress",
     "StreamingLLMPress",
     "TOVAPress",
+    "ThinKPress",
     "WrapperPress",
     "__version__",
     "catalogue",

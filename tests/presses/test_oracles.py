@@ -18,9 +18,11 @@ from tests.presses import (
     test_duo_attention,
     test_entropy_gated_chunkkv,
     test_key_rerotation,
+    test_lukv,
     test_merging,
     test_scorers,
     test_simlayerkv,
+    test_think,
     test_wrappers,
 )
 from torch import Tensor
@@ -46,6 +48,7 @@ from coldpress import (
     LagKVPress,
     LayerView,
     LeverageScorePress,
+    LUKVPress,
     MergingPress,
     NonCausalAttnPress,
     ObservedAttentionPress,
@@ -56,6 +59,7 @@ from coldpress import (
     SimLayerKVPress,
     SnapKVPress,
     StreamingLLMPress,
+    ThinKPress,
     TOVAPress,
     catalogue,
 )
@@ -225,8 +229,10 @@ ELSEWHERE: dict[type[BasePress], Callable[..., None]] = {  # the tests that hold
     KeyRerotationPress: test_key_rerotation.test_next_tokens_follow_the_kept_ones_without_a_gap,
     LagKVPress: test_scorers.test_lagkv,
     LeverageScorePress: test_scorers.test_leverage,
+    LUKVPress: test_lukv.test_lukv,
     MergingPress: test_merging.test_merging,
     NonCausalAttnPress: test_scorers.test_non_causal_attention,
+    ThinKPress: test_think.test_attention_is_that_of_zeroed_channels,
     SimLayerKVPress: test_simlayerkv.test_lazy_layers_keep_both_ends,
 }
 
