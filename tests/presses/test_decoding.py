@@ -337,6 +337,48 @@ def test_a_padded_row_decodes_as_it_does_alone(press: BasePress) -> None:
                 assert mine == held(alone, layer)
 
 
+@pytest.mark.parametrize(
+    "press",
+    [
+        DecodingPress(KnormPress(), 4, 12, 0),
+        DecodingPress(AdaKVPress(SnapKVPress(window_size=2)), 4, 12, 4),
+        CAMPress(KnormPress(), 4, 12, 4),
+    ],
+)
+def test_a_row_whose_newest_tokens_are_padding_waits(press: BasePress) -> None:
+    """Its turn is shorter than the others': it keeps what it holds, and is cut back with them the next time."""
+    model, ids, mask = tiny("llama"), tokens(2, 52), torch.ones(2, 52, dtype=torch.long)
+    mask[1, 32:40] = 0
+    places, past = mask.cumsum(-1) - 1, PressedCache(press)
+    runs = {}
+    with torch.no_grad():
+        for a, b in [(0, 20), (20, 30), (30, 40), (40, 52)]:
+            out = model(ids[:, a:b], attention_mask=mask[:, :b], position_ids=places[:, a:b], past_key_values=past)
+            assert torch.isfinite(out.logits).all()
+            runs[b] = past.positions(1)
+    held, before, after = runs[40][1], runs[30][1], runs[52][1]
+    for mine, earlier, later in zip(held, before, after, strict=True):
+        assert mine[mine >= 0].tolist() == [*earlier[earlier >= 0].tolist(), 30, 31]
+        assert len(later[later >= 0]) > 0 and not set(range(32, 40)) & set(later.tolist())
+    assert int((after >= 0).sum()) == 2 * 12
+
+
+@pytest.mark.parametrize(
+    "press", [CAMPress(KnormPress(), 4, 12, 4, merge_budget=3), DecodingPress(AdaKVPress(RandomPress(seed=1)), 4, 12)]
+)
+def test_rows_of_one_length_draw_what_they_draw_alone(press: BasePress) -> None:
+    """E: what was drawn for a row depended on the rows before it."""
+    ids = tokens(1, 60).repeat(3, 1)
+    past = PressedCache(press)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for a, b in [(0, 30), *((i, i + 1) for i in range(30, 60))]:
+            tiny("gpt_neox")(ids[:, a:b], past_key_values=past)
+    for layer in past.pressed_layers():
+        assert torch.equal(layer.positions()[0], layer.positions()[2])
+        torch.testing.assert_close(layer.values[0], layer.values[2])
+
+
 def test_a_question_counts_its_tokens() -> None:
     model, ids, past = tiny("llama"), tokens(1, 60), PressedCache(DecodingPress(KnormPress(), 10, 20))
     model(ids[:, :30], past_key_values=past)
