@@ -197,14 +197,16 @@ def test_a_second_turn_and_later_chunks_by_a_schedule(press: BasePress) -> None:
     """F: later chunks of a prompt and later turns stayed whole: no press could compress them."""
     both = PrefillDecodingPress(press, DecodingPress(SnapKVPress(window_size=4), 16, 20))
     past = PressedCache(both)
-    answer = generate("llama", past, tokens(1, 128), prefill_chunk_size=32)
-    assert past.seen_tokens == 128 + NEW - 1 and max(past.stored_lengths()) < 20 + 16
+    answer = generate("llama", past, tokens(1, 128), prefill_chunk_size=32, max_new_tokens=1)
+    assert past.seen_tokens == 128 and max(past.stored_lengths()) < 20 + 16
     longer = torch.cat([answer, tokens(1, 64, seed=3)], dim=1)
-    generate("llama", past, longer)
-    assert past.seen_tokens == 128 + 2 * NEW + 64 - 1 and max(past.stored_lengths()) < 20 + 16
+    generate("llama", past, longer, max_new_tokens=1)
+    assert past.seen_tokens == 193 and max(past.stored_lengths()) < 20 + 16
+    generate("llama", past, torch.cat([longer, tokens(1, 1)], dim=1))
+    assert past.seen_tokens == 194 + NEW - 1 and max(past.stored_lengths()) < 20 + 16
     for layer in past.pressed_layers():
-        recent = layer.positions()[..., -NEW:]  # what came last is there, at its own places
-        assert torch.equal(recent, torch.arange(past.seen_tokens - NEW, past.seen_tokens).expand_as(recent))
+        recent = layer.positions()[..., -4:]  # what came last is there, at its own places
+        assert torch.equal(recent, torch.arange(past.seen_tokens - 4, past.seen_tokens).expand_as(recent))
 
 
 @pytest.mark.parametrize("press", [SnapKVPress(0.75, window_size=4), AdaKVPress(SnapKVPress(0.75, window_size=4), 0.9)])
@@ -280,14 +282,16 @@ def test_a_call_without_positions_goes_on_where_the_text_ends(name: str, press: 
 
 
 @pytest.mark.parametrize("name", ["gpt_neox", "llama", *(a.name for a in ROTARY_VARIANTS)])
-@pytest.mark.parametrize("earlier", [0, 12])
+@pytest.mark.parametrize("earlier", [0, 12, 200])
 def test_keys_are_moved_by_the_frequencies_of_their_prefill(
     name: str, earlier: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """D2: rotation went by the frequencies of the moment, which dynamic and longrope embeddings swap."""
     model, press = BY_NAME[name].build(), KeyRerotationPress(StreamingLLMPress(0.5))
+    if (name, earlier) == ("llama_dynamic", 200):
+        pytest.xfail("the model keeps the frequencies of its longest text, and an attention layer cannot tell")
     if earlier:
-        model(tokens(1, earlier))  # which has the frequencies of a short text
+        model(tokens(1, earlier))  # which has frequencies of its own
     source, seen = sys.modules[type(model).__module__], []
     apply = source.apply_rotary_pos_emb
 

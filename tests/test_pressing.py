@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -206,15 +207,18 @@ def test_presses_share_nothing_that_changes(caplog: pytest.LogCaptureFixture) ->
     for parameter in second.parameters():
         parameter.mul_(-1.5)
     first.name_or_path = second.name_or_path = first.config._name_or_path = second.config._name_or_path = "one name"
+    third = BY_NAME["llama"].build()  # what the second one is, under a name of its own
+    third.load_state_dict(second.state_dict())
+    third.name_or_path = third.config._name_or_path = "another name"
     press = make_press("critical_expected_attention", 0.5)
     with caplog.at_level(logging.DEBUG), warnings.catch_warnings(record=True) as told:
         kept = []
-        for model in (first, second, first):
+        for model in (first, second, first, third):
             past = PressedCache()
             with press(model):
                 model(IDS, past_key_values=past)
             kept.append(past.positions(1))
-    assert torch.equal(kept[0], kept[2]) and not torch.equal(kept[0], kept[1])
+    assert torch.equal(kept[0], kept[2]) and not torch.equal(kept[0], kept[1]) and torch.equal(kept[1], kept[3])
     assert told == [] and caplog.records == []
 
 
@@ -282,8 +286,17 @@ def test_a_cache_with_a_press_of_its_own(model: PreTrainedModel) -> None:
             model(IDS, past_key_values=PressedCache(KnormPress(0.5)))
 
 
+@pytest.fixture
+def switching() -> Iterator[None]:
+    """Threads take turns as often as they can, not every five milliseconds."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
 @pytest.mark.parametrize("is_one_model", [False, True])
-def test_threads_do_not_disturb_each_other(is_one_model: bool) -> None:
+def test_threads_do_not_disturb_each_other(is_one_model: bool, switching: None) -> None:
     """G3: what one request masked was looked up on the model's modules by every other thread."""
     models = [BY_NAME["llama"].build(), BY_NAME["llama"].build()]
     if is_one_model:
