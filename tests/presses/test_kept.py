@@ -155,9 +155,13 @@ def pyramid(layer: Projected) -> Held:
     return top(attention_of(press), 0, 3, (18, 6)[layer.layer_idx])(layer)
 
 
-def ada(score: Callable[[Projected], Scores], n_sink: int, n_window: int) -> Callable[[Projected], Held]:
+def ada(
+    score: Callable[[Projected], Scores], n_sink: int, n_window: int, n_safe: int = 2
+) -> Callable[[Projected], Held]:
+    """``n_safe``: floor(0.2 * 12)."""
+
     def choose(layer: Projected) -> Held:
-        return adaptive(torch.tensor(score(layer)), KEEP, 2, ends(N, n_sink, n_window))  # floor(0.2 * 12)
+        return adaptive(torch.tensor(score(layer)), KEEP, n_safe, ends(N, n_sink, n_window))
 
     return choose
 
@@ -218,11 +222,11 @@ def blocks(layer: Projected) -> Held:
 
 
 def composed(layer: Projected) -> Held:
-    """Knorm keeps 16 of 21 (a ratio of 0.2), SnapKV 12 of these; the window is safe from both."""
+    """SnapKV keeps 16 of 21 (a ratio of 0.2), Knorm 12 of these; the window is safe from both."""
     held, norms, scores = [], from_slow(slow.knorm, KnormPress())(layer), attention_of(SNAP)(layer)
     for h in HEADS:
-        left = best(dict(enumerate(norms[h])), 16, N - 2, N - 1)
-        held.append(best({t: scores[h][t] for t in left}, 12, N - 2, N - 1))
+        left = best(dict(enumerate(scores[h])), 16, N - 2, N - 1)
+        held.append(best({t: norms[h][t] for t in left}, 12, N - 2, N - 1))
     return held
 
 
@@ -231,6 +235,7 @@ SMALL: dict[str, Any] = {
     "seed": 5, "block_size": 5,
 }  # fmt: skip
 CHANGED: dict[str, dict[str, Any]] = {
+    "adakv_snapkv": {"alpha_safeguard": 0.9},
     "pyramidkv": {"window_size": 3, "beta": 3},
     "chunk_snapkv": {"chunk_length": 7},
     "chunkkv": {"chunk_length": 5},
@@ -241,7 +246,7 @@ expected_plain = from_slow(slow.expected_attention, EXPECTED)
 random = make_press("random", RATIO, seed=5)
 KEPT: dict[str, Callable[[Projected], Held]] = {
     "adakv_expected_attention_e2": ada(expected_e2, 4, 0),
-    "adakv_snapkv": ada(attention_of(SNAP), 0, 2),
+    "adakv_snapkv": ada(attention_of(SNAP), 0, 2, 10),  # floor(0.9 * 12)
     "block_keydiff": blocks,
     "cap": top(cap, 4),
     "chunk_snapkv": chunks_of_their_own,
@@ -267,7 +272,7 @@ KEPT: dict[str, Callable[[Projected], Held]] = {
     "tova": top(from_slow(slow.tova, TOVAPress()), 0, 1),
 }
 OTHERS: list[tuple[BasePress, Callable[[Projected], Held]]] = [
-    (ComposedPress([KnormPress(0.2), SnapKVPress(0.25, window_size=2)]), composed),
+    (ComposedPress([SnapKVPress(0.2, window_size=2), KnormPress(0.25)]), composed),
     (
         PerLayerCompressionPress(KnormPress(), [0.1, 0.8]),
         lambda layer: top(from_slow(slow.knorm, KnormPress()), n=(18, 4)[layer.layer_idx])(layer),
