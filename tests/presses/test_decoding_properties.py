@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.contract.architectures import tiny, tokens
+from tests.contract.architectures import N_VOCAB, tiny
 from torch import Tensor
 
 from coldpress import (
@@ -58,6 +58,7 @@ ENDS: dict[ScorerPress, tuple[int, int]] = {  # base presses, and how many sinks
     CriticalKVPress(TOVAPress()): (0, 1),
     CriticalAdaKVPress(SnapKVPress(window_size=1)): (0, 1),
 }
+SYMMETRIC = (KeyDiffPress, LagKVPress, LeverageScorePress)  # of two tokens they find neither better: rounding decides
 BEFORE: list[BasePress | None] = [
     None,
     KnormPress(0.7),
@@ -106,7 +107,11 @@ def runs(draw: st.DrawFn) -> Run:
         model=draw(st.sampled_from(["gpt_neox", "llama"])),
         prompt=prompt,
         pads=[0, *draw(st.lists(st.integers(0, prompt - 1), max_size=2))],
-        pieces=draw(st.lists(st.sampled_from([1, 1, 1, 2, 5, 11]), min_size=1, max_size=14)),
+        pieces=draw(
+            st.lists(st.sampled_from([1, 1, 1, 2, 5, 11]), min_size=1, max_size=14).filter(
+                lambda turns: sum(turns) <= 54
+            )
+        ),
         base=base,
         schedule=schedule,
         before=draw(st.sampled_from(BEFORE)),
@@ -119,7 +124,9 @@ class Turns:
     def __init__(self, run: Run, rows: list[int]):
         self.run, self.rows, self.start = run, rows, min(run.pads[row] for row in rows)
         length = run.prompt + sum(run.pieces)
-        self.ids, self.mask = tokens(3, length)[rows], torch.ones(len(rows), length, dtype=torch.long)
+        generator = torch.Generator().manual_seed(0)  # no token comes twice, so that no scores tie in the first layer
+        ids = torch.stack([torch.randperm(N_VOCAB - 3, generator=generator)[:length] + 3 for _ in range(3)])
+        self.ids, self.mask = ids[rows], torch.ones(len(rows), length, dtype=torch.long)
         for i, row in enumerate(rows):
             self.ids[i, : run.pads[row]] = self.mask[i, : run.pads[row]] = 0
         self.ids, self.mask = self.ids[:, self.start :], self.mask[:, self.start :]
@@ -196,7 +203,7 @@ def turns_are_ragged(run: Run) -> bool:
 
 
 @settings(max_examples=150)
-@given(run=runs().filter(lambda run: len(run.pads) > 1), data=st.data())
+@given(run=runs().filter(lambda run: len(run.pads) > 1 and not isinstance(run.base, SYMMETRIC)), data=st.data())
 def test_a_row_of_a_batch_decodes_as_it_does_alone(run: Run, data: st.DataObject) -> None:
     row = data.draw(st.integers(0, len(run.pads) - 1))
     together, alone = Turns(run, list(range(len(run.pads)))), Turns(run, [row])
