@@ -61,4 +61,6 @@ class NonCausalAttnPress(ScorerPress):
 def standardized(scores: Tensor) -> Tensor:
     """``scores`` ``[B, Hkv, T]`` with mean 0 and standard deviation 1 in each head; 0 where they are all equal."""
     std = scores.std(dim=-1, correction=0, keepdim=True)
-    return (scores - scores.mean(dim=-1, keepdim=True)) / std.clamp(min=1e-6)
+    is_flat = std <= 1e-5 * scores.abs().amax(dim=-1, keepdim=True)  # rounding, which must not be blown up to scores
+    centred = scores - scores.mean(dim=-1, keepdim=True)
+    return (centred / std.clamp(min=torch.finfo(std.dtype).tiny)).masked_fill(is_flat, 0.0)
