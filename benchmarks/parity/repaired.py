@@ -1,0 +1,184 @@
+"""Presses of kvpress with one expression each replaced: what kvpress would keep without the fault.
+
+Each class has the name and parameters of the one that it repairs, and leaves everything else to it. Where a press draws
+random numbers, coldpress's draws are made, so that what is done with them can be compared.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import kvpress
+import torch
+from kvpress.presses.base_press import is_prefilling
+from kvpress.utils import compute_n_kept, get_prerope_query_states
+from torch import Tensor
+from transformers.models.llama.modeling_llama import repeat_kv, rotate_half
+
+# What kvpress hands to score() and compress(): module, hidden states, keys, values, attention, the layer's arguments.
+
+
+@dataclass
+class RandomPress(kvpress.RandomPress):
+    """K: draws that depend on the layer."""
+
+    def score(self, module: Any, hidden: Tensor, keys: Tensor, *rest: Any) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + module.layer_idx)
+        return torch.rand(keys.shape[1:3], generator=generator).expand(keys.shape[:3])
+
+
+@dataclass
+class SnapKVPress(kvpress.SnapKVPress):
+    """K: a window that does not fit is protected in half of the budget; the rest competes by its own attention."""
+
+    def score(self, module: Any, hidden: Tensor, keys: Tensor, values: Tensor, attention: Any, kwargs: Any) -> Tensor:
+        scores = super().score(module, hidden, keys, values, attention, kwargs)
+        n_keep, window = compute_n_kept(keys.shape[2], self.compression_ratio), self.window_size
+        if n_keep >= window:
+            return scores
+        cos, sin = (x[:, None, -window:] for x in kwargs["position_embeddings"])
+        queries = get_prerope_query_states(module, hidden[:, -window:])
+        queries = queries * cos + rotate_half(queries) * sin
+        groups = queries.shape[1] // keys.shape[1]
+        logits = queries @ repeat_kv(keys, groups).transpose(2, 3) / math.sqrt(module.head_dim)
+        hidden_from = torch.ones(logits.shape[-2:], dtype=torch.bool).triu(keys.shape[2] - window + 1)
+        inside = logits.masked_fill(hidden_from, -torch.inf).softmax(-1).mean(2)[..., -window:]
+        inside = inside.unflatten(1, (-1, groups)).mean(2)
+        scores[..., -window : -(n_keep // 2)] = inside[..., : -(n_keep // 2)]
+        return scores
+
+
+class _WholeSoftmax:
+    """Section 3 of the paper: attention is a softmax over all keys, the sinks among them."""
+
+    def score(self: Any, module: Any, hidden: Tensor, keys: Tensor, values: Tensor, *rest: Any) -> Tensor:
+        mean, covariance = self.get_query_statistics(module, hidden)
+        groups, dim = mean.shape[1] // keys.shape[1], keys.shape[3]
+        repeated = repeat_kv(keys, groups)
+        logits = (repeated @ mean[..., None]).squeeze(-1) / math.sqrt(dim)
+        if self.use_covariance:
+            logits = logits + ((repeated @ covariance) * repeated).sum(-1) / dim / 2
+        scores = logits.softmax(-1).unflatten(1, (-1, groups)).mean(2)
+        if self.use_vnorm:
+            scores = (scores + self.epsilon) * values.norm(dim=-1)
+        scores[..., : self.n_sink] = scores.max() + 1
+        return scores
+
+
+@dataclass
+class ExpectedAttentionPress(_WholeSoftmax, kvpress.ExpectedAttentionPress):
+    pass
+
+
+@dataclass
+class LagKVPress(kvpress.LagKVPress):
+    """K: a text too short for two partitions is cut in two."""
+
+    def score(self, module: Any, hidden: Tensor, keys: Tensor, *rest: Any) -> Tensor:
+        lag = min(self.lag_size, (keys.shape[2] - self.n_sink) // 2)
+        return kvpress.LagKVPress.score(replace(self, lag_size=lag), module, hidden, keys, *rest)
+
+
+@dataclass
+class CURPress(kvpress.CURPress):
+    """K: the mean of a window instead of its sum, which matters where the last one is shorter (kv_product)."""
+
+    def score(self, module: Any, hidden: Tensor, keys: Tensor, *rest: Any) -> Tensor:
+        scores = super().score(module, hidden, keys, *rest)
+        n_last = keys.shape[2] % self.local_window_size
+        scores[..., keys.shape[2] - n_last :] *= (n_last / self.local_window_size) ** 2
+        return scores
+
+
+def standardized(scores: Tensor) -> Tensor:
+    """A z-score of each head; any z-score over all heads before it drops out."""
+    return (scores - scores.mean(-1, keepdim=True)) / scores.std(-1, keepdim=True)
+
+
+@dataclass
+class NonCausalAttnPress(kvpress.NonCausalAttnPress):
+    """K: no padding in the last chunk, and a z-score of each head."""
+
+    @staticmethod
+    def non_causal_chunked_attn(q: Tensor, k: Tensor, chunk_size: int) -> Tensor:
+        chunks = zip(q.split(chunk_size, 2), k.split(chunk_size, 2), strict=True)
+        return torch.cat([(a @ b.transpose(-1, -2)).softmax(-1).sum(-2) for a, b in chunks], dim=-1)
+
+    def score(self, *given: Any, **named: Any) -> Tensor:
+        return standardized(super().score(*given, **named))
+
+
+@dataclass
+class LeverageScorePress(kvpress.LeverageScorePress):
+    """K: a sketch that repeats, and a z-score of each head."""
+
+    def score(self, module: Any, *given: Any, **named: Any) -> Tensor:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(module.layer_idx)
+            return standardized(super().score(module, *given, **named))
+
+
+@dataclass
+class CompactorPress(kvpress.CompactorPress):
+    """K: made of the two presses above."""
+
+    def __post_init__(self) -> None:
+        self._leverage_press = LeverageScorePress(self.compression_ratio, sketch_dimension=self.sketch_dimension)
+        self._non_causal_press = NonCausalAttnPress(self.compression_ratio, chunk_size=self.chunk_size)
+
+
+@dataclass
+class ChunkPress(kvpress.ChunkPress):
+    """K: positions of the chunk's own; and budgets by unprotected tokens, of which the last chunk has fewer."""
+
+    def compress(
+        self, module: Any, hidden: Tensor, keys: Tensor, values: Tensor, attention: Any, kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        n_tokens, n_window = keys.shape[2], self.press.window_size
+        free = compute_n_kept(n_tokens, self.compression_ratio) - n_window
+        edges = [*range(0, n_tokens, self.chunk_length), n_tokens]
+        places = []
+        for start, stop in pairwise(edges):
+            at, end = slice(start, stop), min(stop, n_tokens - n_window)
+            count = free * end // (n_tokens - n_window) - free * start // (n_tokens - n_window) + stop - end
+            own = {"position_embeddings": tuple(x[:, at] for x in kwargs["position_embeddings"])}
+            scores = self.press.score(module, hidden[:, at], keys[:, :, at], values[:, :, at], attention, own)
+            places.append(start + scores.topk(count, dim=-1).indices)
+        chosen = torch.cat(places, dim=-1)[..., None].expand(-1, -1, -1, keys.shape[3])
+        return keys.gather(2, chosen), values.gather(2, chosen)
+
+
+@dataclass
+class ChunkKVPress(kvpress.ChunkKVPress):
+    """E: every row of a batch by itself."""
+
+    def compress(
+        self, module: Any, hidden: Tensor, keys: Tensor, values: Tensor, attention: Any, kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        rows = zip(hidden.split(1), keys.split(1), values.split(1), strict=True)
+        kept = [super(ChunkKVPress, self).compress(module, h, k, v, attention, kwargs) for h, k, v in rows]
+        return torch.cat([k for k, _ in kept]), torch.cat([v for _, v in kept])
+
+
+@dataclass
+class ComposedPress(kvpress.ComposedPress):
+    """B4: every press scores the text in its order, and whole; what one of them protects, none of them removes."""
+
+    def forward_hook(self, module: Any, inputs: Any, kwargs: Any, output: Any) -> Any:
+        layer, hidden = kwargs["past_key_values"].layers[module.layer_idx], kwargs["hidden_states"]
+        if not is_prefilling(kwargs["cache_position"], hidden.shape[1]):
+            return output
+        left, n_keep = torch.ones(layer.keys.shape[:3], dtype=torch.bool), layer.keys.shape[2]
+        window = max(getattr(press, "window_size", 0) for press in self.presses)
+        for press in self.presses:
+            n_keep = compute_n_kept(n_keep, press.compression_ratio)
+            scores = press.score(module, hidden, layer.keys, layer.values, output[1], kwargs)
+            scores = scores.masked_fill(~left, -torch.inf)
+            scores[..., -window:] = torch.inf
+            left = torch.zeros_like(left).scatter(2, scores.topk(n_keep, dim=-1).indices, True)
+        chosen = left.nonzero()[:, 2].view(*left.shape[:2], n_keep, 1).expand(-1, -1, -1, layer.keys.shape[3])
+        layer.keys, layer.values = layer.keys.gather(2, chosen), layer.values.gather(2, chosen)
+        return output
