@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from benchmarks.parity.case import Case
 from torch import Tensor
-
-from benchmarks.parity.cases import Case
 
 TOLERANCE = 1e-4  # nats a token
 TIE = 1e-5  # scores that differ by less, relative to the larger one, are a tie
@@ -65,9 +64,9 @@ def only_ties(ours: Tensor, theirs: Tensor, scores: Tensor, scope: str) -> bool:
     Args:
         ours, theirs: bool ``[B, L, Hkv, T]``.
         scores: float32 of the same shape; larger = keep.
-        scope: ``head`` if the pairs of a head compete, ``layer`` if those of a layer do.
+        scope: whose pairs compete: those of a ``head``, of a ``layer`` or of the ``model``.
     """
-    start = {"head": 3, "layer": 2}[scope]
+    start = {"head": 3, "layer": 2, "model": 1}[scope]
     flat = [x.flatten(start).flatten(0, start - 1) for x in (ours, theirs, scores)]
     for a, b, s in zip(*flat, strict=True):
         if int(a.sum()) != int(b.sum()):
@@ -78,7 +77,9 @@ def only_ties(ours: Tensor, theirs: Tensor, scores: Tensor, scope: str) -> bool:
     return True
 
 
-def compare_one(case: Case, key: tuple[str, str, float, str], ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Row:
+def compare_one(
+    case: Case, key: tuple[str, str, float, str], ours: Mapping[str, Any], theirs: Mapping[str, Any]
+) -> Row:
     """The row of one measurement of each library."""
     model, _, ratio, variant = key
     if ours["error"] or theirs["error"]:
@@ -140,5 +141,6 @@ def _at(row: Row) -> str:
 
 
 def _difference(row: Row) -> str:
-    return f"{row.moved:.2%} of the kept pairs differ ({row.pairs} and {row.theirs}), losses by {row.loss_difference:.1e}"
-
+    return (
+        f"{row.moved:.2%} of the kept pairs differ ({row.pairs} and {row.theirs}), losses by {row.loss_difference:.1e}"
+    )

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-
-from benchmarks.parity.cases import Case
+from benchmarks.parity.case import Case
 from benchmarks.parity.models import N_SCORED, Setting
+from torch import Tensor
 
 
 @dataclass
@@ -54,26 +53,32 @@ class Written:
         return torch.cat(keys, dim=2)[:, :, :n_tokens], torch.cat(values, dim=2)[:, :, :n_tokens]
 
 
-def kept_positions(stored: tuple[Tensor, Tensor], written: tuple[Tensor, Tensor]) -> Tensor:
+def kept_positions(
+    stored: tuple[Tensor, Tensor], written: tuple[Tensor, Tensor], filled: Tensor | None = None
+) -> Tensor:
     """Which of the ``written`` pairs are ``stored``: bool ``[B, Hkv, T]``.
 
-    By their keys; by their values where keys were rotated or thinned. All-zero pairs are empty places.
+    By their keys; by their values where keys were rotated or thinned.
+
+    Args:
+        stored, written: keys and values ``[B, Hkv, n, D]``.
+        filled: bool ``[B, Hkv, n]``, False where a place is empty because the head keeps fewer than the longest.
 
     Raises:
-        ValueError: a stored pair was never written.
+        ValueError: a stored pair is none of them.
     """
     n_batch, n_heads, n_tokens = written[0].shape[:3]
     kept = torch.zeros(n_batch, n_heads, n_tokens, dtype=torch.bool)
     for row in range(n_batch):
         for head in range(n_heads):
             places = [_places(states[row, head]) for states in written]
-            for key, value in zip(*(_bytes(states[row, head]) for states in stored), strict=True):
+            held = [states[row, head] if filled is None else states[row, head][filled[row, head]] for states in stored]
+            for key, value in zip(*map(_bytes, held), strict=True):
                 place = places[0].get(key) or places[1].get(value)
-                if place:
-                    # of pairs that look the same, the first one that is free
-                    kept[row, head, next((at for at in place if not kept[row, head, at]), place[0])] = True
-                elif any(key) or any(value):
-                    raise ValueError("a stored pair is none of those that the model wrote")
+                if place is None:
+                    raise ValueError("a stored pair is none of those of the text")
+                # of pairs that look the same, the first one that is free
+                kept[row, head, next((at for at in place if not kept[row, head, at]), place[0])] = True
     return kept
 
 
@@ -111,7 +116,9 @@ def measure(
     kept = []
     for index, layer in enumerate(model.model.layers):
         stored = cache.layers[index].keys, cache.layers[index].values
-        kept.append(kept_positions(stored, written.layer(index, start)))
+        # coldpress marks the places that a shorter head leaves empty; its attention goes by the same marks
+        filled = cache.positions(index) >= 0 if hasattr(cache, "positions") else None
+        kept.append(kept_positions(stored, written.layer(index, start), filled))
         masked = getattr(layer.self_attn, "masked_key_indices", None)  # kvpress's head-wise presses evict nothing
         if masked is not None:
             kept[-1][tuple(masked)] = False

@@ -182,3 +182,46 @@ class ComposedPress(kvpress.ComposedPress):
         chosen = left.nonzero()[:, 2].view(*left.shape[:2], n_keep, 1).expand(-1, -1, -1, layer.keys.shape[3])
         layer.keys, layer.values = layer.keys.gather(2, chosen), layer.values.gather(2, chosen)
         return output
+
+
+def _projected_norms(values: Tensor, module: Any) -> Tensor:
+    """||W_O v||_1, with the head dimension that the layer says."""
+    groups = module.num_key_value_groups
+    heads = module.o_proj.weight.unflatten(1, (-1, module.head_dim)).permute(1, 2, 0)  # [Hq, D, hidden]
+    return (repeat_kv(values, groups) @ heads).norm(p=1, dim=-1).unflatten(1, (-1, groups)).mean(2)
+
+
+class CriticalKVPress(kvpress.CriticalKVPress):
+    """Section 1 of the list: no config.head_dim is needed."""
+
+    vwl1norm = staticmethod(_projected_norms)
+
+
+@dataclass
+class CriticalAdaKVPress(kvpress.CriticalAdaKVPress):
+    """The same; and the safeguard is a number of pairs: which ones they are, the two stages say."""
+
+    def compress(
+        self, module: Any, hidden: Tensor, keys: Tensor, values: Tensor, attention: Any, kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        scores = self.press.score(module, hidden, keys, values, attention, kwargs)[0]  # [Hkv, T]
+        n_keep = compute_n_kept(keys.shape[2], self.compression_ratio)
+        safe = scores.topk(int(n_keep * self.alpha_safeguard), dim=-1).indices
+        guarded = scores.scatter(-1, safe, torch.inf).flatten()
+        heads = guarded.topk(n_keep * keys.shape[1]).indices // keys.shape[2]
+        weighted = (scores + self.epsilon) * _projected_norms(values, module)[0]
+        masked = torch.ones_like(scores, dtype=torch.bool)
+        for head, count in enumerate(heads.bincount(minlength=keys.shape[1]).tolist()):
+            weighted[head, scores[head].topk(int(count * self.first_stage_ratio)).indices] = torch.inf
+            masked[head, weighted[head].topk(count).indices] = False
+        module.masked_key_indices = torch.nonzero(masked[None], as_tuple=True)
+        return keys, values
+
+
+@dataclass
+class KVComposePress(kvpress.KVComposePress):
+    """Not in the list yet: what the second pass wrote is removed from the cache."""
+
+    def compress_unstructured(self, model: Any) -> None:
+        super().compress_unstructured(model)
+        self.cache.crop(self.context_len)
