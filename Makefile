@@ -33,7 +33,7 @@ demo: $(STAMP) ## perplexity of the embedded model on the embedded text, under e
 	$(PY) evaluation/perplexity.py --model demo --dataset demo --press all --ppl_apply_press \
 		--limit_tokens 8192 --context_limit 896 --max_new_tokens 16 --repetitions 2 --output_dir results/demo
 
-parity: $(PARITY)/.installed ## compare every press with kvpress 0.5.5 (option: SMOLLM2=FILE.gguf); docs/parity.md
+parity: $(PARITY)/.installed ## compare every press with kvpress 0.5.5 (option: SMOLLM2=FILE.gguf)
 	$(PARITY)/bin/python -m benchmarks.parity $(if $(SMOLLM2),--smollm2 $(SMOLLM2)) $(ARGS); status=$$?; \
 		$(PARITY)/bin/python scripts/generate_docs.py && exit $$status
 

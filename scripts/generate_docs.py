@@ -4,9 +4,9 @@
     python scripts/generate_docs.py            write them
     python scripts/generate_docs.py --check    exit with 1 if a document is not what it would write
 
-A generated part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->``. NAME is ``presses``, ``results FOLDER``
-for the table of the JSON files in benchmarks/FOLDER, ``parity`` for the comparison with kvpress, or ``faults`` for the
-tests of kvpress's faults.
+A generated part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->``. NAME is ``presses``,
+``results FOLDER`` for the table of the JSON files in benchmarks/FOLDER, ``parity`` for the comparison with kvpress, or
+``faults`` for the tests of kvpress's faults.
 """
 
 from __future__ import annotations

@@ -75,7 +75,6 @@ def main() -> int:
     parser.add_argument("--smollm2", type=Path, help="SmolLM2-135M as a GGUF file")
     parser.add_argument("--only", nargs="*", help="names of cases")
     parser.add_argument("--models", nargs="*", help="names of models")
-    parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
     arguments: list[str] = []
     if given.smollm2 is None:
@@ -93,11 +92,13 @@ def main() -> int:
         sides = run_sides(Path(folder), arguments)
     rows = compare(CASES, sides["coldpress"]["results"], sides["kvpress"]["results"])
     versions = {"coldpress": version("coldpress"), "kvpress": version("kvpress"), **sides["kvpress"]["versions"]}
-    write(given.out, document(rows, versions))
+    out = RESULTS if given.smollm2 and not given.only and not given.models else ROOT / "results" / "parity.json"
+    out.parent.mkdir(exist_ok=True)
+    write(out, document(rows, versions))
     wrong = [text for case in CASES for text in problems(case, [row for row in rows if row.case == case.name])]
     agree = sum(row.agrees for row in rows if row.variant == "kvpress")
     total = sum(row.variant == "kvpress" for row in rows)
-    print(f"parity: {agree} of {total} runs keep the same pairs and losses; {given.out} has the rest")
+    print(f"parity: {agree} of {total} runs keep the same pairs and losses; {out.relative_to(ROOT)} has them all")
     for case in CASES:
         if absent(case):
             print(f"parity: not compared: {case.name}: {absent(case)}")

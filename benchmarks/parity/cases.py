@@ -160,6 +160,14 @@ CASES = [
     Case("chunkkv_knorm", lambda p, r, m: p.ChunkKVPress(p.KnormPress(r), chunk_length=10)),
     Case("chunkkv_snapkv", lambda p, r, m: p.ChunkKVPress(_snapkv(p, r, window=20), chunk_length=20)),
     Case(
+        "chunkkv_snapkv, cut chunks",
+        lambda p, r, m: p.ChunkKVPress(_snapkv(p, r), chunk_length=14),
+        one_by_one=True,
+        models=TINY,
+        why="kvpress keeps whole chunks, other numbers than the ratio asks for; coldpress keeps the first tokens of "
+        "one more chunk, and protected tokens do not count in the mean of their chunk",
+    ),
+    Case(
         "chunkkv_knorm, two rows",
         lambda p, r, m: p.ChunkKVPress(p.KnormPress(r), chunk_length=10),
         rows=2,
@@ -177,8 +185,8 @@ CASES = [
         one_by_one=True,
     ),
     Case(
-        "composed, knorm and snapkv",
-        lambda p, r, m: p.ComposedPress([p.KnormPress(r / 2), _snapkv(p, r / 2)]),
+        "composed, keydiff and snapkv",
+        lambda p, r, m: p.ComposedPress([p.KeyDiffPress(r / 2), _snapkv(p, r / 2)]),
         why="pairs are gathered in the order of scores, so that the second press protects a window of other tokens; "
         "and coldpress lets every press score the whole text",
         letter="B4",

@@ -25,7 +25,7 @@ class Row:
         theirs: that kvpress keeps.
         moved: that one of them keeps and the other does not, divided by ``pairs + theirs``.
         ties: the kept sets differ, and only in pairs with the same score.
-        loss: mean over the scored tokens, nats a token, of coldpress.
+        loss, their_loss: mean over the scored tokens, nats a token, of coldpress and of kvpress.
         loss_difference: mean over the scored tokens of the absolute difference, nats a token.
         error: what a library raised.
     """
@@ -39,6 +39,7 @@ class Row:
     moved: float = 0.0
     ties: bool = False
     loss: float = 0.0
+    their_loss: float = 0.0
     loss_difference: float = 0.0
     error: str = ""
 
@@ -52,7 +53,8 @@ class Row:
         """What is worth writing down; zeros and empty fields are left out."""
         record = asdict(self) | {
             "moved": round(self.moved, 6),
-            "loss": round(self.loss, 5),
+            "loss": round(self.loss, 4),
+            "their_loss": round(self.their_loss, 4),
             "loss_difference": float(f"{self.loss_difference:.3g}"),
         }
         return {key: value for key, value in record.items() if value}
@@ -99,6 +101,7 @@ def compare_one(
         moved=differ / int(kept.sum() + other.sum()),
         ties=ties,
         loss=float(losses[0].mean()),
+        their_loss=float(losses[1].mean()),
         loss_difference=float((losses[0] - losses[1]).abs().mean()),
     )
 

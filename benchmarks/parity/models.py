@@ -19,7 +19,7 @@ TINY = ("llama", "qwen2", "qwen3", "mistral", "phi3")
 SMOLLM2 = "SmolLM2-135M"
 
 _TINY_TOKENS = 160
-_SMOLLM2_TOKENS = 256
+_SMOLLM2_TOKENS = 320
 _TINY_CONFIG = {
     "vocab_size": 4096,  # that of the embedded tokenizer, which KVzip asks for
     "hidden_size": 64,

@@ -74,8 +74,8 @@ def tables(document: Record) -> str:
         ),
         "### Different, and why",
         _table(
-            ["case", "press, at one of its ratios", "runs that differ", "kept pairs that differ", "difference in loss",
-             "SmolLM2-135M alone", "kvpress repaired", "fault", "why"],
+            ["case", "press, at one of its ratios", "runs that differ", "kept pairs that differ", "losses differ by",
+             "SmolLM2-135M: pairs that differ", "losses, coldpress / kvpress", "kvpress repaired", "fault", "why"],
             (_different(case) for case in other),
         ),
     ]  # fmt: skip
@@ -128,7 +128,8 @@ def _different(case: Record) -> list[str]:
         f"{len(differ)} of {len(rows)}",
         _span(row.get("moved", 0) for row in differ),
         f"up to {_largest(differ)}",
-        f"{_span(row.get('moved', 0) for row in real)}, up to {_largest(real)}" if real else "",
+        _span(row.get("moved", 0) for row in real),
+        ", ".join(f"{row['loss']:.2f} / {row['their_loss']:.2f}" for row in real),
         fixed if repaired else "",
         case["letter"],
         case["why"],

@@ -39,21 +39,24 @@ def libraries(name: str) -> dict[str, Library]:
 
 
 def watch_scores(press: Any) -> Callable[[int], Tensor | None]:
-    """Remember what the outermost ``score`` of a press of kvpress returns; gives the scores of a layer."""
+    """Remember what the outermost ``score`` of a press of kvpress returns; gives the scores of a layer.
+
+    A press that scores chunk by chunk calls it several times.
+    """
     while press is not None and not hasattr(press, "score"):
         press = getattr(press, "press", None) or getattr(press, "base_press", None)
     if press is None:
         return lambda index: None
-    seen: dict[int, Tensor] = {}
+    seen: dict[int, list[Tensor]] = {}
     score = press.score
 
     def watched(module: Any, *args: Any, **kwargs: Any) -> Tensor:
         scores: Tensor = score(module, *args, **kwargs)
-        seen[module.layer_idx] = scores.detach().float().clone()  # some presses change them afterwards
+        seen.setdefault(module.layer_idx, []).append(scores.float().clone())  # some presses change them afterwards
         return scores
 
     object.__setattr__(press, "score", watched)
-    return seen.get
+    return lambda index: torch.cat(seen[index], dim=-1) if index in seen else None
 
 
 def run_one(library: str, namespace: Library, setting: Setting, case: Case, ratio: float) -> Measurement:
