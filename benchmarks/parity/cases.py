@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.parity.artefacts import query_statistics
 from benchmarks.parity.case import Case, Library
 from benchmarks.parity.models import TINY
 from transformers import PreTrainedModel
@@ -194,7 +195,12 @@ CASES = [
     ),
     # -- presses that coldpress may not have yet: their rows start to work when it does
     Case("qfilter", lambda p, r, m: p.QFilterPress(r), not_compared=_ARTEFACT),
-    Case("expected_attention_stats", lambda p, r, m: p.ExpectedAttentionStatsPress(r), not_compared=_ARTEFACT),
+    Case(
+        "expected_attention_stats",
+        lambda p, r, m: p.ExpectedAttentionStatsPress(r, stats_folder=query_statistics(m)),
+        why=_SINKS,
+        repaired=True,
+    ),
     Case("kvzap", lambda p, r, m: p.KVzapPress(r), not_compared=_ARTEFACT),
     Case("fastkvzip", lambda p, r, m: p.FastKVzipPress(r), not_compared=_ARTEFACT),
     Case("restorekv", lambda p, r, m: p.RestoreKVPress(r), not_compared=_ARTEFACT),
@@ -226,6 +232,9 @@ CASES = [
         "simlayerkv",
         lambda p, r, m: p.SimLayerKVPress(lazy_threshold=1 - r, n_recent=40),
         one_by_one=True,
+        why="a lazy layer keeps n_recent - n_last recent tokens, and is judged by the n_recent tokens before those",
+        letter="K",
+        repaired=True,
     ),
     Case("think", lambda p, r, m: p.ThinKPress(r)),
     Case("finch", _finch, rerotated=True),

@@ -30,6 +30,17 @@ class RandomPress(kvpress.RandomPress):
         return torch.rand(keys.shape[1:3], generator=generator).expand(keys.shape[:3])
 
 
+def _window_attention(module: Any, hidden: Tensor, keys: Tensor, window: int, kwargs: Any) -> Tensor:
+    """Attention of the last ``window`` queries to all keys, their own included: ``[B, Hq, window, T]``."""
+    cos, sin = (x[:, None, -window:] for x in kwargs["position_embeddings"])
+    queries = get_prerope_query_states(module, hidden[:, -window:])
+    queries = queries * cos + rotate_half(queries) * sin
+    repeated = repeat_kv(keys, queries.shape[1] // keys.shape[1])
+    logits = queries @ repeated.transpose(2, 3) / math.sqrt(module.head_dim)
+    is_later = torch.ones(logits.shape[-2:], dtype=torch.bool).triu(keys.shape[2] - window + 1)
+    return logits.masked_fill(is_later, -torch.inf).softmax(-1)
+
+
 @dataclass
 class SnapKVPress(kvpress.SnapKVPress):
     """K: a window that does not fit is protected in half of the budget; the rest competes by its own attention."""
@@ -39,14 +50,8 @@ class SnapKVPress(kvpress.SnapKVPress):
         n_keep, window = compute_n_kept(keys.shape[2], self.compression_ratio), self.window_size
         if n_keep >= window:
             return scores
-        cos, sin = (x[:, None, -window:] for x in kwargs["position_embeddings"])
-        queries = get_prerope_query_states(module, hidden[:, -window:])
-        queries = queries * cos + rotate_half(queries) * sin
-        groups = queries.shape[1] // keys.shape[1]
-        logits = queries @ repeat_kv(keys, groups).transpose(2, 3) / math.sqrt(module.head_dim)
-        hidden_from = torch.ones(logits.shape[-2:], dtype=torch.bool).triu(keys.shape[2] - window + 1)
-        inside = logits.masked_fill(hidden_from, -torch.inf).softmax(-1).mean(2)[..., -window:]
-        inside = inside.unflatten(1, (-1, groups)).mean(2)
+        attention = _window_attention(module, hidden, keys, window, kwargs)[..., -window:]
+        inside = attention.mean(2).unflatten(1, (keys.shape[1], -1)).mean(2)
         scores[..., -window : -(n_keep // 2)] = inside[..., : -(n_keep // 2)]
         return scores
 
@@ -70,6 +75,11 @@ class _WholeSoftmax:
 
 @dataclass
 class ExpectedAttentionPress(_WholeSoftmax, kvpress.ExpectedAttentionPress):
+    pass
+
+
+@dataclass
+class ExpectedAttentionStatsPress(_WholeSoftmax, kvpress.ExpectedAttentionStatsPress):
     pass
 
 
@@ -216,6 +226,20 @@ class CriticalAdaKVPress(kvpress.CriticalAdaKVPress):
             masked[head, weighted[head].topk(count).indices] = False
         module.masked_key_indices = torch.nonzero(masked[None], as_tuple=True)
         return keys, values
+
+
+@dataclass
+class SimLayerKVPress(kvpress.SimLayerKVPress):
+    """K: a lazy layer keeps n_recent tokens, and is judged by the attention to what it would keep."""
+
+    def compress(
+        self, module: Any, hidden: Tensor, keys: Tensor, values: Tensor, attention: Any, kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        seen = _window_attention(module, hidden, keys, self.n_last, kwargs).mean((0, 1, 2))
+        kept = torch.arange(keys.shape[2])
+        kept = kept[(kept < self.n_initial) | (kept >= keys.shape[2] - self.n_recent)]
+        is_lazy = self.lazy_threshold < 1 and seen[kept].sum() > self.lazy_threshold
+        return (keys[:, :, kept], values[:, :, kept]) if is_lazy else (keys, values)
 
 
 @dataclass

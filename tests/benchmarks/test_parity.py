@@ -147,8 +147,9 @@ def test_the_tables_show_what_was_written(tmp_path: Path) -> None:
 
 
 def test_the_committed_results_give_the_reasons_of_today() -> None:
-    committed = {case["name"]: case for case in json.loads(RESULTS.read_text(encoding="utf-8"))["cases"]}
+    cases = json.loads(RESULTS.read_text(encoding="utf-8"))["cases"]
+    committed = {case["name"]: case for case in cases if case["rows"]}
     known = {case.name: case for case in CASES}
-    assert set(committed) <= set(known)
+    assert committed and set(committed) <= set(known)
     for name, case in committed.items():
         assert (case["why"], case["letter"]) == (known[name].why, known[name].letter)
