@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import json
 import re
 import sys
 from pathlib import Path
@@ -53,9 +52,9 @@ def results(folder: str) -> str:
 def parity() -> str:
     """The tables of the committed comparison with kvpress."""
     sys.path.insert(0, str(ROOT))
-    from benchmarks.parity.report import RESULTS, tables
+    from benchmarks.parity.report import RESULTS, read, tables
 
-    return tables(json.loads(RESULTS.read_text(encoding="utf-8")))
+    return tables(read(RESULTS))
 
 
 FAULT = re.compile(r"(?P<letter>Table|[A-M]\d?): (?P<sentence>.+)", re.DOTALL)

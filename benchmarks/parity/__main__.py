@@ -18,7 +18,7 @@ import torch
 from benchmarks.parity.case import RATIOS, Case
 from benchmarks.parity.cases import CASES
 from benchmarks.parity.compare import Row, compare, problems
-from benchmarks.parity.models import N_SCORED, SMOLLM2, TINY
+from benchmarks.parity.models import MODELS, N_SCORED
 from benchmarks.parity.report import RESULTS, spelled, write
 
 import coldpress
@@ -52,7 +52,6 @@ def document(rows: list[Row], versions: dict[str, str]) -> dict[str, Any]:
     cases = []
     for case in CASES:
         mine = [row for row in rows if row.case == case.name]
-        records = [{k: v for k, v in row.as_record().items() if k != "case"} | {"agrees": row.agrees} for row in mine]
         cases.append(
             {
                 "name": case.name,
@@ -62,10 +61,10 @@ def document(rows: list[Row], versions: dict[str, str]) -> dict[str, Any]:
                 "breaks": list(case.breaks),
                 "breaks_why": case.breaks_why,
                 "absent": "" if mine else absent(case) or "it was not run",
-                "rows": records,
+                "rows": [row.as_record() for row in mine],
             }
         )
-    models = [model for model in (*TINY, SMOLLM2) if any(row.model == model for row in rows)]
+    models = [model for model in MODELS if any(row.model == model for row in rows)]
     facts = {"models": models, "ratios": list(RATIOS), "scored": N_SCORED}
     return versions | facts | {"cases": cases}
 

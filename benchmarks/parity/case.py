@@ -37,7 +37,8 @@ class Case:
         name: how the table calls it.
         make: the press, from a library, a ratio and a model.
         why: what makes the results differ: a fault of kvpress, or a statement of the paper that coldpress follows.
-        letter: of that fault in the project's list; empty for a statement of the paper or a decision of coldpress.
+        letter: of that fault in the project's list; ``paper`` for a statement of the paper, ``decision`` for one of
+            coldpress.
         repaired: ``repaired.py`` has what takes the difference away.
         ratios: what ``make`` is called with.
         models: those that it is run on.

@@ -37,6 +37,10 @@ _SINKS = (
     "which shifts the weights of the heads of a group against each other"
 )
 _NO_HEAD_DIM = "kvpress reads config.head_dim, which this model's configuration does not have (table, section 1)"
+_SAFEGUARD = (
+    "algorithm 1 of CriticalKV chooses all pairs of a head in two stages, whatever its budget; kvpress keeps the pairs "
+    "of AdaKV's safeguard before them"
+)
 _ARTEFACT = "needs weights, statistics or a pattern that only a hub has"
 
 CASES = [
@@ -65,7 +69,7 @@ CASES = [
     Case("pyramidkv", lambda p, r, m: p.PyramidKVPress(r, window_size=16, beta=2), one_by_one=True),
     Case("tova", lambda p, r, m: p.TOVAPress(r)),
     Case("observed_attention", lambda p, r, m: p.ObservedAttentionPress(r), kvpress_attention="eager"),
-    Case("expected_attention", lambda p, r, m: _expected(p, r), why=_SINKS, repaired=True),
+    Case("expected_attention", lambda p, r, m: _expected(p, r), why=_SINKS, letter="paper", repaired=True),
     Case("expected_attention, no sinks", lambda p, r, m: _expected(p, r, n_sink=0), models=TINY),
     Case("cap", lambda p, r, m: p.CapPress(r)),
     Case("lagkv", lambda p, r, m: p.LagKVPress(r, lag_size=16)),
@@ -119,6 +123,7 @@ CASES = [
         scope="layer",
         one_by_one=True,
         why=_SINKS,
+        letter="paper",
         repaired=True,
     ),
     Case(
@@ -136,6 +141,8 @@ CASES = [
         breaks=("qwen2", "phi3"),
         breaks_why=_NO_HEAD_DIM,
         repaired=True,
+        why=_SAFEGUARD,
+        letter="paper",
     ),
     Case(
         "critical_adakv_snapkv, large safeguard",
@@ -144,8 +151,8 @@ CASES = [
         one_by_one=True,
         breaks=("qwen2", "phi3"),
         breaks_why=_NO_HEAD_DIM,
-        why="algorithm 1 of CriticalKV chooses all pairs of a head in two stages, whatever its budget; kvpress keeps "
-        "the pairs of AdaKV's safeguard before them",
+        why=_SAFEGUARD,
+        letter="paper",
         repaired=True,
         models=TINY,
     ),
@@ -167,6 +174,7 @@ CASES = [
         models=TINY,
         why="kvpress keeps whole chunks, other numbers than the ratio asks for; coldpress keeps the first tokens of "
         "one more chunk, and protected tokens do not count in the mean of their chunk",
+        letter="decision",
     ),
     Case(
         "chunkkv_knorm, two rows",
@@ -199,6 +207,7 @@ CASES = [
         "expected_attention_stats",
         lambda p, r, m: p.ExpectedAttentionStatsPress(r, stats_folder=query_statistics(m)),
         why=_SINKS,
+        letter="paper",
         repaired=True,
     ),
     Case("kvzap", lambda p, r, m: p.KVzapPress(r), not_compared=_ARTEFACT),

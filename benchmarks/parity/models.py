@@ -17,6 +17,7 @@ DEMO = Path(__file__).resolve().parents[2] / "src" / "coldpress" / "assets" / "d
 N_SCORED = 32  # tokens whose loss is taken against the compressed cache
 TINY = ("llama", "qwen2", "qwen3", "mistral", "phi3")
 SMOLLM2 = "SmolLM2-135M"
+MODELS = (*TINY, SMOLLM2)
 
 _TINY_TOKENS = 160
 _SMOLLM2_TOKENS = 320

@@ -11,6 +11,9 @@ from typing import Any
 RESULTS = Path(__file__).resolve().parent / "results.json"
 SHOWN = 0.5  # the ratio at which the tables show how a press is made
 
+COLUMNS = ["model", "ratio", "variant", "agrees", "pairs", "theirs", "moved", "ties", "loss", "their_loss"]
+COLUMNS += ["loss_difference", "error"]
+
 Record = Mapping[str, Any]
 
 
@@ -51,14 +54,23 @@ def spelled(case: Any) -> tuple[str, list[str]]:
 
 
 def write(path: Path, document: Record) -> None:
-    """One line for each row, so that two runs can be compared by eye."""
+    """Rows as lists of the values of COLUMNS, one line each, so that two runs can be compared by eye."""
     cases = []
     for case in document["cases"]:
         head = json.dumps({k: v for k, v in case.items() if k != "rows"}, ensure_ascii=False)
-        rows = ",\n".join("   " + json.dumps(row) for row in case["rows"])
+        rows = ",\n".join("   " + json.dumps([row[column] for column in COLUMNS]) for row in case["rows"])
         cases.append(f'  {head[:-1]}, "rows": [\n{rows}\n  ]}}' if rows else f'  {head[:-1]}, "rows": []}}')
-    top = json.dumps({k: v for k, v in document.items() if k != "cases"})
+    top = json.dumps({k: v for k, v in document.items() if k != "cases"} | {"columns": COLUMNS})
     path.write_text(f'{top[:-1]}, "cases": [\n' + ",\n".join(cases) + "\n]}\n", encoding="utf-8")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What :func:`write` was given."""
+    document = json.loads(path.read_text(encoding="utf-8"))
+    columns = document.pop("columns")
+    for case in document["cases"]:
+        case["rows"] = [dict(zip(columns, row, strict=True)) for row in case["rows"]]
+    return dict(document)
 
 
 def tables(document: Record) -> str:
@@ -80,7 +92,7 @@ def tables(document: Record) -> str:
         "### Different, and why",
         _table(
             ["case", "press, at one of its ratios", "runs that differ", "kept pairs that differ", "losses differ by",
-             "SmolLM2-135M: pairs that differ", "losses, coldpress / kvpress", "kvpress repaired", "fault", "why"],
+             "SmolLM2-135M: pairs that differ", "losses, coldpress / kvpress", "kvpress repaired", "source", "why"],
             (_different(case) for case in other),
         ),
     ]  # fmt: skip
@@ -91,8 +103,8 @@ def tables(document: Record) -> str:
 
 
 def _table(header: list[str], rows: Iterable[Iterable[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    body = [f"| {' | '.join(line)} |" for line in (header, *rows)]
+    return "\n".join([body[0], "|---" * len(header) + "|", *body[1:]])
 
 
 def _of(case: Record, variant: str) -> list[Record]:
@@ -105,7 +117,7 @@ def _agrees(row: Record) -> bool:
 
 def _same(case: Record) -> list[str]:
     rows = _of(case, "kvpress")
-    ran = [row for row in rows if not row.get("error")]
+    ran = [row for row in rows if not row["error"]]
     notes = []
     if case["breaks"]:
         fixed = [row for row in _of(case, "repaired") if row["model"] in case["breaks"]]
@@ -115,25 +127,27 @@ def _same(case: Record) -> list[str]:
         case["name"],
         f"`{case['press']}`",
         f"{sum(map(_agrees, ran))} of {len(ran)}",
-        str(sum(row.get("ties", False) for row in ran)),
-        _largest(row for row in ran if not row.get("ties")),
+        str(sum(row["ties"] for row in ran)),
+        _largest(row for row in ran if not row["ties"]),
         "; ".join(notes),
     ]
 
 
 def _different(case: Record) -> list[str]:
-    rows = [row for row in _of(case, "kvpress") if not row.get("error")]
+    rows = [row for row in _of(case, "kvpress") if not row["error"]]
     differ = [row for row in rows if not _agrees(row)]
     real = [row for row in differ if row["model"] not in _TINY]
     repaired = _of(case, "repaired")
-    fixed = f"{sum(map(_agrees, repaired))} of {len(repaired)} agree, losses within {_largest(repaired)}"
+    ties = sum(row["ties"] for row in repaired)
+    fixed = f"{sum(map(_agrees, repaired))} of {len(repaired)} agree{f', {ties} of them with ties' if ties else ''}; "
+    fixed += f"losses within {_largest(row for row in repaired if not row['ties'])}"
     return [
         case["name"],
         f"`{case['press']}`",
         f"{len(differ)} of {len(rows)}",
-        _span(row.get("moved", 0) for row in differ),
+        _span(row["moved"] for row in differ),
         f"up to {_largest(differ)}",
-        _span(row.get("moved", 0) for row in real),
+        _span(row["moved"] for row in real),
         ", ".join(f"{row['loss']:.2f} / {row['their_loss']:.2f}" for row in real),
         fixed if repaired else "",
         case["letter"],
@@ -152,5 +166,5 @@ def _span(shares: Iterable[float]) -> str:
     values = sorted(shares)
     if not values:
         return ""
-    low, high = (f"{100 * value:.2g}" for value in (values[0], values[-1]))
+    low, high = (f"{100 * value:.{0 if value >= 0.1 else 1}f}" for value in (values[0], values[-1]))
     return f"{low} %" if low == high else f"{low} to {high} %"

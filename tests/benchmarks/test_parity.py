@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from benchmarks.parity.cases import CASES
 from benchmarks.parity.compare import TOLERANCE, Row, compare_one, only_ties, problems
 from benchmarks.parity.measure import kept_positions, measure
 from benchmarks.parity.models import Setting
-from benchmarks.parity.report import RESULTS, spelled, tables, write
+from benchmarks.parity.report import RESULTS, read, spelled, tables, write
 from tests.contract.architectures import BY_NAME, tokens
 
 import coldpress
@@ -87,10 +86,11 @@ def test_runs_agree_by_pairs_and_losses() -> None:
 def test_every_difference_needs_a_reason_and_every_reason_a_difference() -> None:
     same, other = Row("knorm", "llama", 0.5, "kvpress"), Row("knorm", "llama", 0.5, "kvpress", moved=0.1)
     fixed = replace(same, variant="repaired")
-    explained = replace(PLAIN, why="because", repaired=True)
+    explained = replace(PLAIN, why="because", repaired=True, models=("llama",))
     assert not problems(PLAIN, [same]) and not problems(explained, [other, fixed])
     assert "nothing explains it" in problems(PLAIN, [other])[0]
     assert "out of date" in problems(explained, [same, fixed])[0]
+    assert not problems(replace(explained, models=("llama", "qwen2")), [same, fixed])  # not run on all of them
     assert "even with" in problems(explained, [other, replace(fixed, moved=0.1)])[0]
     broken = replace(same, error="kvpress: AttributeError: head_dim")
     assert "head_dim" in problems(PLAIN, [broken])[0]
@@ -129,25 +129,23 @@ def test_a_case_makes_a_press_of_coldpress(case: Case) -> None:
 
 
 def test_the_tables_show_what_was_written(tmp_path: Path) -> None:
-    run = {"model": "llama", "ratio": 0.5}
     rows = [
-        run | {"variant": "kvpress", "moved": 0.125, "loss_difference": 0.25, "agrees": False},
-        run | {"variant": "repaired", "loss_difference": 1e-6, "agrees": True},
+        Row("cur", "llama", 0.5, "kvpress", moved=0.125, loss_difference=0.25),
+        Row("cur", "llama", 0.5, "repaired", loss_difference=1e-6),
     ]
     case = {"name": "cur", "press": "CURPress(0.5)", "letter": "K", "why": "a sum", "breaks": [], "absent": ""}
     other = {"name": "kvzap", "press": "", "letter": "", "why": "", "breaks": [], "absent": "a hub", "rows": []}
     facts = {"coldpress": "0.1", "kvpress": "0.5.5", "torch": "2", "transformers": "5"}
-    document = facts | {"models": ["llama"], "ratios": [0.5], "scored": 32, "cases": [case | {"rows": rows}, other]}
-    write(tmp_path / "results.json", document)
-    assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == document
-    text = tables(document)
-    assert "| cur | `CURPress(0.5)` | 1 of 1 | 12 % | up to 0.2 |" in text
-    assert "1 of 1 agree, losses within 1e-06 | K | a sum |" in text
+    cases = [case | {"rows": [row.as_record() for row in rows]}, other]
+    write(tmp_path / "results.json", facts | {"models": ["llama"], "ratios": [0.5], "scored": 32, "cases": cases})
+    text = tables(read(tmp_path / "results.json"))
+    assert "| cur | `CURPress(0.5)` | 1 of 1 | 12 % | up to 0.25 |" in text, text
+    assert "1 of 1 agree; losses within 1e-06 | K | a sum |" in text
     assert "| kvzap | a hub |" in text
 
 
 def test_the_committed_results_give_the_reasons_of_today() -> None:
-    cases = json.loads(RESULTS.read_text(encoding="utf-8"))["cases"]
+    cases = read(RESULTS)["cases"]
     committed = {case["name"]: case for case in cases if case["rows"]}
     known = {case.name: case for case in CASES}
     assert committed and set(committed) <= set(known)
