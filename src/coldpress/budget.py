@@ -42,16 +42,15 @@ def keep_count(n_tokens: int, ratio: float) -> int:
     return max(1, n_tokens - removed) if n_tokens else 0
 
 
-def pyramid_counts(n_tokens: int, ratio: float, n_layers: int, *, window: int, beta: int) -> list[int]:
+def pyramid_counts(n_tokens: int, keep: int, n_layers: int, *, window: int, beta: int) -> list[int]:
     """Tokens kept by each layer when the first layer keeps most and the last one least.
 
-    A straight line from ``max`` (layer 0) to ``min = keep / beta`` (last layer) with mean ``keep``, where ``keep`` is
-    the uniform count. If ``max`` does not fit beside the window, the line is flattened until it does; if the last layer
-    would fall below the window, every layer keeps ``keep``. Rounded so that the total is exactly ``n_layers * keep``.
+    A straight line from ``max`` (layer 0) to ``min = keep / beta`` (last layer) with mean ``keep``, of ``n_tokens``. If
+    ``max`` does not fit beside the window, the line is flattened until it does; if the last layer would fall below the
+    window, every layer keeps ``keep``. Rounded so that the total is exactly ``n_layers * keep``.
 
     Source: Cai et al. 2024, arXiv:2406.02069, equations 2 and 3.
     """
-    keep = keep_count(n_tokens, ratio)
     uniform = [keep] * n_layers
     low = keep / beta
     high = 2 * keep - low
@@ -110,43 +109,39 @@ def protect(scores: Tensor, n_sink: int, n_window: int) -> Tensor:
     return scores
 
 
-def adaptive_counts(scores: Tensor, n_keep: int, n_safe: int, *, n_sink: int = 0, n_window: int = 0) -> Tensor:
+def adaptive_counts(scores: Tensor, n_keep: int, n_safe: int) -> Tensor:
     """How many pairs each head keeps when the heads of a layer compete for its budget.
 
-    Every head keeps its ``n_safe`` best scores, and its sinks and window; the rest of the budget of ``Hkv * n_keep``
-    goes to the best scores left, whatever head they are in.
+    Every head keeps its ``n_safe`` best scores; the rest of the budget of ``Hkv * n_keep`` goes to the best scores
+    left, whatever head they are in.
 
     Args:
-        scores: ``[B, Hkv, T]``, comparable across heads.
+        scores: ``[B, Hkv, T]``, comparable across heads; infinite where protected.
         n_keep: mean over the heads.
         n_safe: least number of any head, at most ``n_keep``.
-        n_sink, n_window: as for :func:`select`.
 
     Returns:
         int64 ``[B, Hkv]``; each row adds up to ``Hkv * n_keep``.
     """
     n_batch, n_heads, _ = scores.shape
-    n_sink, n_window = shrink_protected(n_keep, n_sink, n_window)
-    least = max(n_safe, n_sink + n_window)
-    ordered = protect(_checked(scores), n_sink, n_window).sort(-1, descending=True).values[..., least:]
-    free = n_heads * (n_keep - least)
-    counts = torch.full((n_batch, n_heads), least, device=scores.device)
+    ordered = _checked(scores).sort(-1, descending=True).values[..., n_safe:]
+    free = n_heads * (n_keep - n_safe)
+    counts = torch.full((n_batch, n_heads), n_safe, device=scores.device)
     return counts + _best(ordered.flatten(1), free).view_as(ordered).sum(-1) if free else counts
 
 
-def select_counts(scores: Tensor, counts: Tensor, *, n_sink: int = 0, n_window: int = 0) -> Tensor:
+def select_counts(scores: Tensor, counts: Tensor) -> Tensor:
     """:func:`select` with a number of its own for every head.
 
     Args:
-        scores: ``[B, Hkv, T]``.
-        counts: int64 ``[B, Hkv]``, each at least ``n_sink + n_window``.
-        n_sink, n_window: as for :func:`select`.
+        scores: ``[B, Hkv, T]``; infinite where protected.
+        counts: int64 ``[B, Hkv]``.
 
     Returns:
         int64 ``[B, Hkv, n]`` with n the largest count; ascending, then -1 in heads that keep fewer.
     """
     n_tokens = scores.shape[-1]
-    order = protect(_checked(scores), n_sink, n_window).argsort(dim=-1, descending=True, stable=True)
+    order = _checked(scores).argsort(dim=-1, descending=True, stable=True)
     order = order[..., : int(counts.max())]  # [B, Hkv, n]: the earlier one among equals first
     is_kept = torch.arange(order.shape[-1], device=order.device) < counts[..., None]
     positions = order.masked_fill(~is_kept, n_tokens).sort(-1).values
