@@ -268,6 +268,7 @@ CASES = [
         decode=24,
         why="pairs are gathered in the order of scores, so that later rounds take others for sinks and recent ones",
         letter="B4",
+        repaired=True,
     ),
     Case(
         "decoding_ratio_knorm",
@@ -288,7 +289,17 @@ CASES = [
         lambda p, r, m: p.CAMPress(p.KnormPress(), compression_interval=8, target_size=100),
         ratios=(0.5,),
         decode=24,
-        why="whether a pair is merged is drawn from the global generator",
-        letter="B",
+        why="kvpress evicts by the mean of the heads' scores, the same pairs in all of them; in coldpress each head "
+        "evicts its own, as in the base press; draws as below",
+        letter="decision",
+    ),
+    Case(
+        "cam_streaming_llm",
+        lambda p, r, m: p.CAMPress(p.StreamingLLMPress(), compression_interval=8, target_size=100),
+        ratios=(0.5,),
+        decode=24,
+        why="whether a pair is merged is drawn from the global generator, in coldpress from the cache's seed; the kept "
+        "pairs are the same",
+        letter="table",
     ),
 ]

@@ -56,6 +56,17 @@ class SnapKVPress(kvpress.SnapKVPress):
         return scores
 
 
+@dataclass
+class StreamingLLMPress(kvpress.StreamingLLMPress):
+    """B4: pairs are gathered in the order of the text, so that the next round finds sinks and recent ones."""
+
+    def compress(self, module: Any, hidden: Tensor, keys: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        scores = self.score(module, hidden, keys, values, *rest)
+        chosen = scores.topk(compute_n_kept(keys.shape[2], self.compression_ratio), dim=-1).indices.sort(-1).values
+        chosen = chosen[..., None].expand(-1, -1, -1, keys.shape[3])
+        return keys.gather(2, chosen), values.gather(2, chosen)
+
+
 class _WholeSoftmax:
     """Section 3 of the paper: attention is a softmax over all keys, the sinks among them."""
 

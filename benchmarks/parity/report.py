@@ -159,7 +159,7 @@ _TINY = ("llama", "qwen2", "qwen3", "mistral", "phi3")
 
 
 def _largest(rows: Iterable[Record]) -> str:
-    return f"{max((row.get('loss_difference', 0.0) for row in rows), default=0.0):.1g}"
+    return f"{max((row['loss_difference'] for row in rows), default=0.0):.2g}"
 
 
 def _span(shares: Iterable[float]) -> str:

@@ -139,7 +139,7 @@ def test_the_tables_show_what_was_written(tmp_path: Path) -> None:
     cases = [case | {"rows": [row.as_record() for row in rows]}, other]
     write(tmp_path / "results.json", facts | {"models": ["llama"], "ratios": [0.5], "scored": 32, "cases": cases})
     text = tables(read(tmp_path / "results.json"))
-    assert "| cur | `CURPress(0.5)` | 1 of 1 | 12 % | up to 0.25 |" in text, text
+    assert "| cur | `CURPress(0.5)` | 1 of 1 | 12 % | up to 0.25 |" in text
     assert "1 of 1 agree; losses within 1e-06 | K | a sum |" in text
     assert "| kvzap | a hub |" in text
 
