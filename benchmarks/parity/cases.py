@@ -255,9 +255,10 @@ CASES = [
         models=TINY,
         one_by_one=True,
     ),
+    # KeyDiff: with Knorm a token's repetitions tie in the first layer, and what follows such a tie differs for good
     Case(
-        "decoding_knorm",
-        lambda p, r, m: p.DecodingPress(p.KnormPress(), compression_interval=8, target_size=100),
+        "decoding_keydiff",
+        lambda p, r, m: p.DecodingPress(p.KeyDiffPress(), compression_interval=8, target_size=100),
         ratios=(0.5,),
         decode=24,
     ),
@@ -271,16 +272,16 @@ CASES = [
         repaired=True,
     ),
     Case(
-        "decoding_ratio_knorm",
+        "decoding_ratio_keydiff",
         lambda p, r, m: p.CompressionRatioDecodingPress(
-            p.KnormPress(), compression_interval=8, target_compression_ratio=r
+            p.KeyDiffPress(), compression_interval=8, target_compression_ratio=r
         ),
         decode=24,
     ),
     Case(
-        "prefill_decoding_knorm",
+        "prefill_decoding_keydiff",
         lambda p, r, m: p.PrefillDecodingPress(
-            p.SnapKVPress(r, window_size=16), p.DecodingPress(p.KnormPress(), compression_interval=8, target_size=60)
+            p.SnapKVPress(r, window_size=16), p.DecodingPress(p.KeyDiffPress(), compression_interval=8, target_size=60)
         ),
         decode=24,
     ),
