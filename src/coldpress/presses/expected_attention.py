@@ -25,7 +25,7 @@ class ExpectedAttentionPress(ScorerPress):
     protected.
 
     Source: Devoto et al. 2025, arXiv:2510.00636, section 3. Differs from the paper: a uniform budget over heads; wrap
-    it in a head-wise budget for the paper's.
+    it in a head-wise budget for the paper's. Differs from kvpress: the sinks are part of the softmax, as in the paper.
 
     Needs: keys, values, all queries before rotation. Cost: O(T * D * D) per query head and layer.
 
