@@ -18,6 +18,7 @@ from coldpress.errors import PressError
 
 __all__ = [
     "adaptive_counts",
+    "best",
     "check_ratio",
     "keep_count",
     "protect",
@@ -97,7 +98,7 @@ def select(scores: Tensor, n_keep: int, *, n_sink: int = 0, n_window: int = 0) -
     """
     n_batch, n_heads, _ = scores.shape
     n_sink, n_window = shrink_protected(n_keep, n_sink, n_window)
-    keep = _best(protect(_checked(scores), n_sink, n_window), n_keep)
+    keep = best(protect(_checked(scores), n_sink, n_window), n_keep)
     return keep.nonzero()[:, -1].view(n_batch, n_heads, n_keep)
 
 
@@ -108,6 +109,28 @@ def protect(scores: Tensor, n_sink: int, n_window: int) -> Tensor:
         scores[..., :n_sink] = torch.inf
         scores[..., scores.shape[-1] - n_window :] = torch.inf
     return scores
+
+
+def best(scores: Tensor, n: int | Tensor) -> Tensor:
+    """Where the ``n`` largest entries of the last dimension are, the earlier one among equals.
+
+    Args:
+        scores: ``[..., T]`` without NaN.
+        n: how many, in 0 .. T: the same everywhere, or int64 ``[...]``.
+
+    Returns:
+        bool ``[..., T]``.
+    """
+    if isinstance(n, Tensor):
+        n = n[..., None]
+        threshold = scores.sort(dim=-1, descending=True).values.gather(-1, (n - 1).clamp(min=0))
+    elif n:
+        threshold = scores.topk(n, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    else:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    above = scores > threshold
+    ties = scores == threshold
+    return above | (ties & (ties.cumsum(-1) <= n - above.sum(-1, keepdim=True)))
 
 
 def adaptive_counts(scores: Tensor, n_keep: int, n_safe: int, *, n_sink: int = 0, n_window: int = 0) -> Tensor:
@@ -128,10 +151,9 @@ def adaptive_counts(scores: Tensor, n_keep: int, n_safe: int, *, n_sink: int = 0
     n_batch, n_heads, _ = scores.shape
     n_sink, n_window = shrink_protected(n_keep, n_sink, n_window)
     least = max(n_safe, n_sink + n_window)
-    ordered = protect(_checked(scores), n_sink, n_window).sort(-1, descending=True).values[..., least:]
-    free = n_heads * (n_keep - least)
-    counts = torch.full((n_batch, n_heads), least, device=scores.device)
-    return counts + _best(ordered.flatten(1), free).view_as(ordered).sum(-1) if free else counts
+    scores = protect(_checked(scores), n_sink, n_window)
+    left = scores[~best(scores, least)].view(n_batch, n_heads, scores.shape[-1] - least)
+    return least + best(left.flatten(1), n_heads * (n_keep - least)).view_as(left).sum(-1)
 
 
 def select_counts(scores: Tensor, counts: Tensor, *, n_sink: int = 0, n_window: int = 0) -> Tensor:
@@ -145,12 +167,11 @@ def select_counts(scores: Tensor, counts: Tensor, *, n_sink: int = 0, n_window: 
     Returns:
         int64 ``[B, Hkv, n]`` with n the largest count; ascending, then -1 in heads that keep fewer.
     """
-    n_tokens = scores.shape[-1]
-    order = protect(_checked(scores), n_sink, n_window).argsort(dim=-1, descending=True, stable=True)
-    order = order[..., : int(counts.max())]  # [B, Hkv, n]: the earlier one among equals first
-    is_kept = torch.arange(order.shape[-1], device=order.device) < counts[..., None]
-    positions = order.masked_fill(~is_kept, n_tokens).sort(-1).values
-    return positions.masked_fill(positions == n_tokens, -1)
+    keep = best(protect(_checked(scores), n_sink, n_window), counts)
+    positions = counts.new_full((*counts.shape, int(counts.max())), -1)
+    is_kept = torch.arange(positions.shape[-1], device=counts.device) < counts[..., None]
+    positions[is_kept] = keep.nonzero()[:, -1]  # both go through the heads in order
+    return positions
 
 
 def share_of(n: int, share: float) -> int:
@@ -183,11 +204,3 @@ def _checked(scores: Tensor) -> Tensor:
     if torch.isnan(scores).any():
         raise PressError("A score is NaN: the model produced NaN keys, values or queries (try float32 or bfloat16).")
     return scores.float()
-
-
-def _best(scores: Tensor, n: int) -> Tensor:
-    """Where the ``n`` largest entries of the last dimension are, the earlier one among equals."""
-    threshold = scores.topk(n, dim=-1).values[..., -1:]
-    above = scores > threshold
-    ties = scores == threshold
-    return above | (ties & (ties.cumsum(-1) <= n - above.sum(-1, keepdim=True)))
