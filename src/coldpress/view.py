@@ -274,17 +274,19 @@ class LayerView:
         n_batch, n_kv_heads = self.keys.shape[:2]
         offset = self.n_tokens - self.n_queries
         end = offset + stop  # keys after the last query are invisible to all of them
-        queries = self.queries[:, :, start:stop].float().view(n_batch, n_kv_heads, self.group_size, stop - start, -1)
-        logits = queries @ self.keys[:, :, None, :end].float().transpose(-1, -2)  # [B, Hkv, G, n, T']
-        logits *= self.scaling
+        n = stop - start
+        queries = self.queries[:, :, start:stop].float() * self.scaling
+        queries = queries.reshape(n_batch, n_kv_heads, self.group_size * n, -1)  # a group shares its keys: no copies
+        logits = queries @ self.keys[:, :, :end].float().transpose(-1, -2)
+        logits = logits.view(n_batch, n_kv_heads, self.group_size, n, end)
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        query_at = torch.arange(offset + start, end, device=logits.device)[:, None]
-        key_at = torch.arange(end, device=logits.device)
-        visible = key_at <= query_at
+        later = torch.ones(n, n, dtype=torch.bool, device=logits.device).triu(1)
+        logits[..., end - n :].masked_fill_(later, -torch.inf)
         if self.sliding_window is not None:
-            visible &= key_at > query_at - self.sliding_window
-        logits.masked_fill_(~visible, -torch.inf)
+            query_at = torch.arange(offset + start, end, device=logits.device)[:, None]
+            key_at = torch.arange(end, device=logits.device)
+            logits.masked_fill_(key_at <= query_at - self.sliding_window, -torch.inf)
         if self.sinks is None:
             return logits.softmax(-1)
         sinks = self.sinks.float().view(n_kv_heads, -1, 1, 1).expand(*logits.shape[:-1], 1)
