@@ -234,6 +234,16 @@ class LayerView:
         keys = rope.rotate_each(kept.keys.float(), *rope.inverse(*there), kept.positions.clamp(min=0))
         return rope.rotate_each(keys, *there, places.clamp(min=0)).to(kept.keys.dtype)
 
+    def value_norms(self) -> Tensor:
+        """||v||_2 of every value: float32 ``[B, Hkv, T]``."""
+
+        def compute() -> Tensor:
+            block = max(1, _CACHED_ELEMENTS // max(1, self.values[:, :, :1].numel()))
+            squares = [part.float().square().sum(-1) for part in self.values.split(block, dim=2)]
+            return torch.cat(squares, dim=-1).sqrt()
+
+        return self.once("value_norms", compute)
+
     def projected_value_norms(self) -> Tensor:
         """||W_O v||_1 of every value, the mean over the group's heads: float32 ``[B, Hkv, T]``.
 
@@ -269,15 +279,19 @@ class LayerView:
         )
         return rope.rotate(states, cos, sin)
 
-    def _attention(self, start: int, stop: int) -> Tensor:
-        """Weights of queries ``start .. stop - 1`` over the keys up to the last of them: ``[B, Hkv, G, n, T']``."""
-        n_batch, n_kv_heads = self.keys.shape[:2]
+    def _attention(self, start: int, stop: int, heads: slice = slice(None)) -> Tensor:
+        """Weights of queries ``start .. stop - 1`` over the keys up to the last of them: ``[B, Hkv, G, n, T']``.
+
+        ``heads``: the KV heads that are looked at.
+        """
+        keys = self.keys[:, heads]
+        n_batch, n_kv_heads = keys.shape[:2]
         offset = self.n_tokens - self.n_queries
         end = offset + stop  # keys after the last query are invisible to all of them
         n = stop - start
-        queries = self.queries[:, :, start:stop].float() * self.scaling
+        queries = self.queries[:, :, start:stop].unflatten(1, (-1, self.group_size))[:, heads].float() * self.scaling
         queries = queries.reshape(n_batch, n_kv_heads, self.group_size * n, -1)  # a group shares its keys: no copies
-        logits = queries @ self.keys[:, :, :end].float().transpose(-1, -2)
+        logits = queries @ keys[:, :, :end].float().transpose(-1, -2)
         logits = logits.view(n_batch, n_kv_heads, self.group_size, n, end)
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
@@ -289,16 +303,20 @@ class LayerView:
             logits.masked_fill_(key_at <= query_at - self.sliding_window, -torch.inf)
         if self.sinks is None:
             return logits.softmax(-1)
-        sinks = self.sinks.float().view(n_kv_heads, -1, 1, 1).expand(*logits.shape[:-1], 1)
+        sinks = self.sinks.float().view(-1, self.group_size, 1, 1)[heads].expand(*logits.shape[:-1], 1)
         return torch.cat([logits, sinks], dim=-1).softmax(-1)[..., :-1]
 
     def _column_sums(self) -> Tensor:
-        n_batch, n_heads = self.queries.shape[:2]
-        block = max(1, min(1024, _BLOCK_ELEMENTS // (n_batch * n_heads * self.n_tokens)))
+        n_batch, n_kv_heads = self.keys.shape[:2]
+        held = _CACHED_ELEMENTS if self.keys.device.type == "cpu" else _BLOCK_ELEMENTS
+        block = max(16, min(1024, held // self.n_tokens))  # queries at once, and KV heads at once
+        n_heads = max(1, held // (n_batch * self.group_size * min(block, self.n_queries) * self.n_tokens))
         sums = torch.zeros(self.keys.shape[:3], dtype=torch.float32, device=self.keys.device)
-        for start in range(0, self.n_queries, block):
-            weights = self._attention(start, min(start + block, self.n_queries))
-            sums[..., : weights.shape[-1]] += weights.sum(-2).mean(2)
+        for head in range(0, n_kv_heads, n_heads):
+            heads = slice(head, head + n_heads)
+            for start in range(0, self.n_queries, block):
+                weights = self._attention(start, min(start + block, self.n_queries), heads)
+                sums[:, heads, : weights.shape[-1]] += weights.sum(-2).mean(2)
         return sums
 
 

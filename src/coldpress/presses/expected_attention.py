@@ -75,7 +75,7 @@ class ExpectedAttentionPress(ScorerPress):
             logits = logits + spread * (view.scaling**2 / 2)
         expected = logits.softmax(dim=-1).mean(dim=2)  # [B, Hkv, T]
         if self.use_vnorm:
-            expected = (expected + self.epsilon) * view.values.float().norm(dim=-1)
+            expected = (expected + self.epsilon) * view.value_norms()
         return expected
 
     def protected(self, view: LayerView) -> tuple[int, int]:
