@@ -21,11 +21,11 @@ from coldpress.rope import Rope
 if TYPE_CHECKING:
     from coldpress.layer import PressedLayer
 
-__all__ = ["Kept", "LayerCall", "LayerView", "RowGroup"]
+__all__ = ["Kept", "LayerCall", "LayerView", "RowGroup", "at_once"]
 
 _T = TypeVar("_T")
-_BLOCK_ELEMENTS = 1 << 24  # attention weights held at once while columns are summed (64 MiB in float32)
-_CACHED_ELEMENTS = 1 << 18  # numbers worked on at once where that is done in blocks that stay in a CPU's cache (1 MiB)
+_CPU_ELEMENTS = 1 << 18  # numbers worked on at once on a CPU: 1 MiB in float32, which stays in its cache
+_DEVICE_ELEMENTS = 1 << 24  # the same on devices where every step costs a launch (64 MiB)
 
 
 class Kept(NamedTuple):
@@ -238,7 +238,7 @@ class LayerView:
         """||v||_2 of every value: float32 ``[B, Hkv, T]``."""
 
         def compute() -> Tensor:
-            block = max(1, _CACHED_ELEMENTS // max(1, self.values[:, :, :1].numel()))
+            block = at_once(self.values.device, self.values[:, :, :1].numel())
             squares = [part.float().square().sum(-1) for part in self.values.split(block, dim=2)]
             return torch.cat(squares, dim=-1).sqrt()
 
@@ -259,7 +259,7 @@ class LayerView:
             heads = (
                 weight.float().view(-1, n_kv_heads, self.group_size, dim).permute(1, 2, 3, 0)
             )  # [Hkv, G, Dv, hidden]
-            block = max(1, _CACHED_ELEMENTS // (n_batch * n_kv_heads * heads.shape[3]))
+            block = at_once(self.values.device, n_batch * n_kv_heads * heads.shape[3])
             norms = []
             for values in self.values.float().split(block, dim=2):
                 by_head = [(values @ heads[:, g]).abs_().sum(-1) for g in range(self.group_size)]
@@ -308,9 +308,9 @@ class LayerView:
 
     def _column_sums(self) -> Tensor:
         n_batch, n_kv_heads = self.keys.shape[:2]
-        held = _CACHED_ELEMENTS if self.keys.device.type == "cpu" else _BLOCK_ELEMENTS
-        block = max(16, min(1024, held // self.n_tokens))  # queries at once, and KV heads at once
-        n_heads = max(1, held // (n_batch * self.group_size * min(block, self.n_queries) * self.n_tokens))
+        block = max(16, min(1024, at_once(self.keys.device, self.n_tokens)))  # queries, for some of the KV heads
+        n_rows = n_batch * self.group_size * min(block, self.n_queries)
+        n_heads = at_once(self.keys.device, n_rows * self.n_tokens)
         sums = torch.zeros(self.keys.shape[:3], dtype=torch.float32, device=self.keys.device)
         for head in range(0, n_kv_heads, n_heads):
             heads = slice(head, head + n_heads)
@@ -392,6 +392,11 @@ class RowGroup:
         return torch.where(positions < 0, positions, slots.gather(2, positions.clamp(min=0)))
 
 
+def at_once(device: torch.device, n_numbers: int) -> int:
+    """How many tokens to work on at once, at least 1, when each of them takes ``n_numbers`` numbers."""
+    return max(1, (_CPU_ELEMENTS if device.type == "cpu" else _DEVICE_ELEMENTS) // max(1, n_numbers))
+
+
 def _take(states: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
     """Rows ``[b]`` and their slots ``[b, n]`` of ``[B, H, T, D]``: ``[b, H, n, D]``."""
     return _pick(states[rows], slots[:, None].expand(-1, states.shape[1], -1))
@@ -400,7 +405,7 @@ def _take(states: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
 def _unrotated(rope: Rope, states: Tensor, positions: Tensor) -> Tensor:
     """States ``[B, H, T, D]`` as they were before they were rotated to positions ``[T]``, float32; block by block."""
     back = rope.inverse(*rope.cos_sin(positions))
-    block = max(1, _CACHED_ELEMENTS // max(1, states[:, :, :1].numel()))
+    block = at_once(states.device, states[:, :, :1].numel())
     parts = zip(states.split(block, dim=2), *(x.split(block, dim=1) for x in back), strict=True)
     return torch.cat([rope.rotate(part.float(), cos, sin) for part, cos, sin in parts], dim=2)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +12,7 @@ from torch import Tensor
 from coldpress.errors import PressError
 from coldpress.presses.base import ScorerPress, check_at_least
 from coldpress.presses.registry import register
-from coldpress.view import LayerView
-
-_BLOCK_ELEMENTS = 1 << 17  # numbers worked on at once (512 KiB: they stay in a CPU's cache)
+from coldpress.view import LayerView, at_once
 
 
 @register("expected_attention")
@@ -61,7 +60,7 @@ class ExpectedAttentionPress(ScorerPress):
         skip = max(0, self.n_sink - view.first_position - (view.n_tokens - view.n_queries))
         if skip < view.n_queries:
             queries = queries[:, :, skip:]
-        n_batch, n_kv_heads, n_tokens, dim = view.keys.shape
+        n_batch, n_kv_heads, _, dim = view.keys.shape
         mean = queries.mean(dim=2, keepdim=True)  # [B, Hq, 1, D]
         ahead = view.mean_future_rotation(mean, self.n_future_positions).view(n_batch, n_kv_heads, -1, dim)
         keys = view.keys.float()
@@ -85,7 +84,7 @@ class ExpectedAttentionPress(ScorerPress):
 def _covariance(states: Tensor, mean: Tensor) -> Tensor:
     """Covariance ``[B, H, D, D]`` over the tokens of ``[B, H, T, D]`` with mean ``[B, H, 1, D]``."""
     total = torch.zeros(*states.shape[:2], states.shape[3], states.shape[3], device=states.device)
-    for part in states.split(_block(states), dim=2):
+    for part in _parts(states):
         centred = part - mean
         total = total + centred.transpose(-1, -2) @ centred
     return total / states.shape[2]
@@ -93,8 +92,8 @@ def _covariance(states: Tensor, mean: Tensor) -> Tensor:
 
 def _quadratic(states: Tensor, matrix: Tensor) -> Tensor:
     """x' M x for every x of ``[B, H, T, D]`` and M of ``[B, H, D, D]``: ``[B, H, T]``."""
-    return torch.cat([((part @ matrix) * part).sum(-1) for part in states.split(_block(states), dim=2)], dim=-1)
+    return torch.cat([((part @ matrix) * part).sum(-1) for part in _parts(states)], dim=-1)
 
 
-def _block(states: Tensor) -> int:
-    return max(1, _BLOCK_ELEMENTS // max(1, states[:, :, :1].numel()))
+def _parts(states: Tensor) -> Sequence[Tensor]:
+    return states.split(at_once(states.device, states[:, :, :1].numel()), dim=2)

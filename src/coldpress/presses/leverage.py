@@ -10,9 +10,7 @@ from torch import Tensor
 from coldpress.presses.base import ScorerPress, check_at_least
 from coldpress.presses.non_causal_attention import standardized
 from coldpress.presses.registry import register
-from coldpress.view import LayerView
-
-_BLOCK_ELEMENTS = 1 << 16  # float64 numbers held at once (512 KiB: they stay in a CPU's cache)
+from coldpress.view import LayerView, at_once
 
 
 @register("leverage")
@@ -68,7 +66,7 @@ def leverage_scores(rows: Tensor, ridge: float, weights: Tensor | None = None) -
     definite.
     """
     dtype = torch.float32 if rows.device.type == "mps" else torch.float64
-    block = max(1, _BLOCK_ELEMENTS // max(1, rows[..., :1, :].numel()))
+    block = at_once(rows.device, 2 * rows[..., :1, :].numel())  # float64
     parts = rows.split(block, dim=-2)
     scale = [None] * len(parts) if weights is None else weights[..., None].split(block, dim=-2)
     gram = ridge * torch.eye(rows.shape[-1], dtype=dtype, device=rows.device)

@@ -13,8 +13,6 @@ from coldpress.presses.base import ScorerPress, check_at_least
 from coldpress.presses.registry import register
 from coldpress.view import LayerView
 
-_BLOCK_ELEMENTS = 1 << 18  # attention weights held at once (1 MiB: they stay in a CPU's cache)
-
 
 @register("non_causal_attention")
 @dataclass(frozen=True)
@@ -49,17 +47,13 @@ class NonCausalAttnPress(ScorerPress):
         if view.n_queries < view.n_tokens:
             raise PressError("NonCausalAttnPress needs the queries of all tokens: compress the whole prompt at once.")
         keys, queries = view.keys, view.queries.unflatten(1, (-1, view.group_size))  # [B, Hkv, G, T, D]
-        chunk_elements = keys.shape[0] * view.group_size * min(self.chunk_size, view.n_tokens) ** 2
-        n_heads = max(1, _BLOCK_ELEMENTS // max(1, chunk_elements))
-        sums = torch.empty(keys.shape[:3], dtype=torch.float32, device=keys.device)
+        sums = []
         for start in range(0, view.n_tokens, self.chunk_size):
             part = slice(start, start + self.chunk_size)
-            for head in range(0, keys.shape[1], n_heads):
-                heads = slice(head, head + n_heads)
-                rows = queries[:, heads, :, part].float()
-                logits = rows.flatten(2, 3) @ keys[:, heads, part].float().transpose(-1, -2)
-                sums[:, heads, part] = logits.view(*rows.shape[:4], -1).softmax(-1).sum(-2).mean(2)
-        weighted = sums * view.value_norms()
+            rows = queries[:, :, :, part].float()  # a group shares its keys: one product, no copies of them
+            logits = rows.flatten(2, 3) @ keys[:, :, part].float().transpose(-1, -2)
+            sums.append(logits.view(*rows.shape[:4], -1).softmax(-1).sum(-2).mean(2))
+        weighted = torch.cat(sums, dim=-1) * view.value_norms()
         return standardized(avg_pool1d(weighted, 3, 1, 1))
 
 
