@@ -52,7 +52,8 @@ def test_ratios_that_are_allowed(ratio: object) -> None:
 @example(1024, 0.5, 12, 64, 20)
 @example(45, 0.5, 2, 8, 20)
 def test_pyramid(n_tokens: int, ratio: float, n_layers: int, window: int, beta: int) -> None:
-    counts, keep = pyramid_counts(n_tokens, ratio, n_layers, window=window, beta=beta), keep_count(n_tokens, ratio)
+    keep = keep_count(n_tokens, ratio)
+    counts = pyramid_counts(n_tokens, keep, n_layers, window=window, beta=beta)
     assert len(counts) == n_layers and sum(counts) == n_layers * keep
     assert all(1 <= count <= n_tokens for count in counts)
     assert counts == sorted(counts, reverse=True)
@@ -63,11 +64,11 @@ def test_pyramid(n_tokens: int, ratio: float, n_layers: int, window: int, beta: 
 
 
 def test_pyramid_by_hand() -> None:
-    assert pyramid_counts(1000, 0.8, 5, window=8, beta=4) == [350, 275, 200, 125, 50]  # 50 = 200 / 4, mean 200
-    assert pyramid_counts(1000, 0.5, 3, window=64, beta=20) == [936, 500, 64]  # flattened to fit beside the window
-    assert pyramid_counts(1000, 0.9, 3, window=64, beta=20) == [100] * 3  # the last layer would lose its window
-    assert pyramid_counts(1000, 0.5, 1, window=8, beta=20) == [500]
-    assert pyramid_counts(1000, 0.5, 4, window=8, beta=1) == [500] * 4
+    assert pyramid_counts(1000, 200, 5, window=8, beta=4) == [350, 275, 200, 125, 50]  # 50 = 200 / 4, mean 200
+    assert pyramid_counts(1000, 500, 3, window=64, beta=20) == [936, 500, 64]  # flattened to fit beside the window
+    assert pyramid_counts(1000, 100, 3, window=64, beta=20) == [100] * 3  # the last layer would lose its window
+    assert pyramid_counts(1000, 500, 1, window=8, beta=20) == [500]
+    assert pyramid_counts(1000, 500, 4, window=8, beta=1) == [500] * 4
 
 
 @given(st.integers(1, 300), st.integers(0, 100), st.integers(0, 100))

@@ -173,9 +173,16 @@ def _attention(
         layer_idx=rank,
         n_layers=n_layers,
         is_local=is_local and window is not None,
+        hidden_states=_hidden_states(module),
     )
     layer.after_attention(call, attention_mask)
     return result
+
+
+def _hidden_states(module: nn.Module) -> Tensor | None:
+    """What ``module`` was given in this call, if a press has asked to see it."""
+    seen, THREAD.hidden_states = THREAD.hidden_states, None
+    return seen[1] if seen is not None and seen[0] is module else None
 
 
 def _unpressed(

@@ -43,16 +43,15 @@ def keep_count(n_tokens: int, ratio: float) -> int:
     return max(1, n_tokens - removed) if n_tokens else 0
 
 
-def pyramid_counts(n_tokens: int, ratio: float, n_layers: int, *, window: int, beta: int) -> list[int]:
+def pyramid_counts(n_tokens: int, keep: int, n_layers: int, *, window: int, beta: int) -> list[int]:
     """Tokens kept by each layer when the first layer keeps most and the last one least.
 
-    A straight line from ``max`` (layer 0) to ``min = keep / beta`` (last layer) with mean ``keep``, where ``keep`` is
-    the uniform count. If ``max`` does not fit beside the window, the line is flattened until it does; if the last layer
-    would fall below the window, every layer keeps ``keep``. Rounded so that the total is exactly ``n_layers * keep``.
+    A straight line from ``max`` (layer 0) to ``min = keep / beta`` (last layer) with mean ``keep``, of ``n_tokens``. If
+    ``max`` does not fit beside the window, the line is flattened until it does; if the last layer would fall below the
+    window, every layer keeps ``keep``. Rounded so that the total is exactly ``n_layers * keep``.
 
     Source: Cai et al. 2024, arXiv:2406.02069, equations 2 and 3.
     """
-    keep = keep_count(n_tokens, ratio)
     uniform = [keep] * n_layers
     low = keep / beta
     high = 2 * keep - low
@@ -133,41 +132,37 @@ def best(scores: Tensor, n: int | Tensor) -> Tensor:
     return above | (ties & (ties.cumsum(-1) <= n - above.sum(-1, keepdim=True)))
 
 
-def adaptive_counts(scores: Tensor, n_keep: int, n_safe: int, *, n_sink: int = 0, n_window: int = 0) -> Tensor:
+def adaptive_counts(scores: Tensor, n_keep: int, n_safe: int) -> Tensor:
     """How many pairs each head keeps when the heads of a layer compete for its budget.
 
-    Every head keeps its ``n_safe`` best scores, and its sinks and window; the rest of the budget of ``Hkv * n_keep``
-    goes to the best scores left, whatever head they are in.
+    Every head keeps its ``n_safe`` best scores; the rest of the budget of ``Hkv * n_keep`` goes to the best scores
+    left, whatever head they are in.
 
     Args:
-        scores: ``[B, Hkv, T]``, comparable across heads.
+        scores: ``[B, Hkv, T]``, comparable across heads; infinite where protected.
         n_keep: mean over the heads.
         n_safe: least number of any head, at most ``n_keep``.
-        n_sink, n_window: as for :func:`select`.
 
     Returns:
         int64 ``[B, Hkv]``; each row adds up to ``Hkv * n_keep``.
     """
     n_batch, n_heads, _ = scores.shape
-    n_sink, n_window = shrink_protected(n_keep, n_sink, n_window)
-    least = max(n_safe, n_sink + n_window)
-    scores = protect(_checked(scores), n_sink, n_window)
-    left = scores[~best(scores, least)].view(n_batch, n_heads, scores.shape[-1] - least)
-    return least + best(left.flatten(1), n_heads * (n_keep - least)).view_as(left).sum(-1)
+    scores = _checked(scores)
+    left = scores[~best(scores, n_safe)].view(n_batch, n_heads, scores.shape[-1] - n_safe)
+    return n_safe + best(left.flatten(1), n_heads * (n_keep - n_safe)).view_as(left).sum(-1)
 
 
-def select_counts(scores: Tensor, counts: Tensor, *, n_sink: int = 0, n_window: int = 0) -> Tensor:
+def select_counts(scores: Tensor, counts: Tensor) -> Tensor:
     """:func:`select` with a number of its own for every head.
 
     Args:
-        scores: ``[B, Hkv, T]``.
-        counts: int64 ``[B, Hkv]``, each at least ``n_sink + n_window``.
-        n_sink, n_window: as for :func:`select`.
+        scores: ``[B, Hkv, T]``; infinite where protected.
+        counts: int64 ``[B, Hkv]``.
 
     Returns:
         int64 ``[B, Hkv, n]`` with n the largest count; ascending, then -1 in heads that keep fewer.
     """
-    keep = best(protect(_checked(scores), n_sink, n_window), counts)
+    keep = best(_checked(scores), counts)
     positions = counts.new_full((*counts.shape, int(counts.max())), -1)
     is_kept = torch.arange(positions.shape[-1], device=counts.device) < counts[..., None]
     positions[is_kept] = keep.nonzero()[:, -1]  # both go through the heads in order

@@ -25,7 +25,7 @@ __all__ = ["PressedCache"]
 
 
 class PressedCache(Cache):
-    """A key-value cache that a press compresses once, right after the prefill.
+    """A key-value cache that a press compresses: right after the prefill, and while decoding if that is its schedule.
 
     Pass it as ``past_key_values`` to a model that runs on coldpress's attention::
 
@@ -34,7 +34,8 @@ class PressedCache(Cache):
         model.generate(**inputs, past_key_values=cache, max_new_tokens=50)
 
     The first forward (the prefill) sees every pair; then each layer keeps what the press selects and frees the rest.
-    Later tokens, of an answer or of further turns, are stored whole, at the positions they have in the text; so are
+    Later tokens, of an answer or of further turns, are stored whole, at the positions they have in the text, unless the
+    press goes on while decoding (:class:`coldpress.DecodingPress` and its relatives); so are
     all chunks but the first where ``generate(prefill_chunk_size=...)`` cuts the prompt up. Without a press the cache
     computes what a DynamicCache does and writes new tokens into a buffer with room to grow.
 
@@ -53,6 +54,13 @@ class PressedCache(Cache):
             raise PressError(f"press must be a press such as coldpress.SnapKVPress(0.5), got {press!r}.")
         self.session = Session(press)
         super().__init__(layer_class_to_replicate=self.session.new_layer)
+
+    @classmethod
+    def around(cls, session: Session, layers: list[Any]) -> PressedCache:
+        """Another handle on ``layers`` that are in a cache of another class already."""
+        cache = cls(session.press)
+        cache.session, cache.layers = session, layers
+        return cache
 
     def __repr__(self) -> str:
         return f"PressedCache(press={self.press!r}, seen={self.seen_tokens}, stored={self.stored_lengths()})"

@@ -11,18 +11,16 @@ where pairs are evicted.
 from __future__ import annotations
 
 import traceback
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from coldpress.errors import CacheError
+from coldpress.rows import RowGroup
 from coldpress.session import THREAD, Session
-from coldpress.view import LayerCall, RowGroup
-
-if TYPE_CHECKING:
-    pass
+from coldpress.view import Kept, LayerCall
 
 __all__ = ["PressedLayer"]
 
@@ -61,6 +59,10 @@ class PressedLayer(CacheLayerMixin):
         self._offered: tuple[Tensor, Tensor] | None = None
         self._window: int | None = None  # sliding window of a layer that forgets what is out of its reach
         self._pairs_before = self._pairs_after = 0  # (row, head, token) triples before and after compression
+        # of the newest tokens, [B, Hq, n, D] each, for a press that goes on while decoding
+        self._recent: tuple[Tensor, ...] = ()
+        self.n_new = 0  # tokens since such a press was asked last
+        self._carry: Tensor | None = None  # [B, Hkv, n] float32, what the press gave its kept pairs to carry
 
     # -- what transformers asks of a layer ----------------------------------------------------------------------
 
@@ -131,8 +133,13 @@ class PressedLayer(CacheLayerMixin):
             CacheError: as :meth:`cropped_length`.
         """
         length = self.cropped_length(max_length)
-        self._stored -= self._seen - length
+        dropped = self._seen - length
+        self._stored -= dropped
         self._seen = length
+        if dropped and self._recent:
+            queries = torch.cat(self._recent, dim=2)
+            self._recent = (queries[:, :, : max(0, queries.shape[2] - dropped)],)
+        self.n_new = max(0, self.n_new - dropped)
 
     def cropped_length(self, max_length: int) -> int:
         """The logical length after ``crop(max_length)``; like transformers 5, ``crop(0)`` changes nothing.
@@ -189,6 +196,12 @@ class PressedLayer(CacheLayerMixin):
         tail = torch.arange(self._tail_start, self._seen, device=self._k.device).expand(n_batch, n_heads, -1)
         return tail.clone() if self._kept is None else torch.cat([self._kept.long(), tail], dim=-1)
 
+    def carried(self) -> Tensor | None:
+        """What the press gave the stored pairs to carry, float32 ``[B, Hkv, T]``, NaN for those that came later."""
+        if self._carry is None:
+            return None
+        return torch.nn.functional.pad(self._carry, (0, self._stored - self._carry.shape[2]), value=torch.nan)
+
     def visibility(self, n_queries: int, padding: Tensor | None, sliding_window: int | None) -> Tensor | None:
         """Which stored slots each of the last ``n_queries`` tokens sees: bool ``[B or 1, Hkv or 1, Q or 1, T]``.
 
@@ -240,7 +253,7 @@ class PressedLayer(CacheLayerMixin):
         return torch.cat([kept, tail.expand(n_batch, n_heads, -1)], dim=-1), rank
 
     def after_attention(self, call: LayerCall, padding: Tensor | None) -> None:
-        """Compress after the first forward, and free what a sliding window leaves out of reach.
+        """Compress after the first forward, or when the press says so, and free what is out of a window's reach.
 
         Args:
             call: what the attention function knows of this layer.
@@ -248,11 +261,13 @@ class PressedLayer(CacheLayerMixin):
         """
         session = self.session
         session.unclaimed = self._offered = None
+        if session.look is not None:
+            session.look(self, call)
         is_prefill = self._seen == call.query.shape[2]
         branches = [branch.layer(self.index) for branch in session.live_branches()] if is_prefill else []
         groups: list[RowGroup] = []
         if is_prefill and not call.is_local and (session.press is not None or branches):
-            groups = RowGroup.split(self, call, padding)
+            groups = RowGroup.of_prefill(self, call, padding)
         sharing = [branch for branch in branches if not branch.compress_from(self, groups)]
         self.compress_from(self, groups)
         if call.sliding_window is not None:
@@ -261,6 +276,32 @@ class PressedLayer(CacheLayerMixin):
             self._own(self._stored)
         for branch in sharing:
             branch.share(self)
+        for layer in (self, *branches):
+            layer._go_on(call, padding, is_prefill)
+
+    def _go_on(self, call: LayerCall, padding: Tensor | None, is_prefill: bool) -> None:
+        """Remember the queries of this call for a press that goes on while decoding, and compress when it is due."""
+        press = self.session.press
+        if press is None or not press.n_recent_queries or call.is_local or self.session.error is not None:
+            return
+        n, query = press.n_recent_queries, call.query
+        if query.shape[2] > n:
+            self._recent = (query[:, :, -n:].clone(),)
+        else:
+            self._recent = (*self._recent, query)
+            while sum(part.shape[2] for part in self._recent[1:]) >= n:
+                self._recent = self._recent[1:]
+        if is_prefill:
+            return
+        self.n_new += query.shape[2]
+        if press.is_due(self.n_new):
+            recent = torch.cat(self._recent, dim=2)[:, :, -n:]
+            groups = RowGroup.of_text_so_far(self, call, padding, recent)
+            kept = [press.compress_again(group.view) for group in groups]
+            if any(part is not None for part in kept):
+                self._hold(self, groups, kept)
+                self._recent = (recent,)
+            self.n_new = 0
 
     def compress_from(self, source: PressedLayer, groups: list[RowGroup]) -> bool:
         """Hold what this cache's press keeps of ``source``'s pairs (``source`` may be this layer); False if all.
@@ -280,25 +321,69 @@ class PressedLayer(CacheLayerMixin):
             return False
         if all(part is None for part in kept) and all(group.slots is None for group in groups):
             return False
+        self._hold(source, groups, kept)
+        return True
+
+    def _hold(self, source: PressedLayer, groups: list[RowGroup], kept: list[Kept | None]) -> None:
+        """Hold what was kept of each group of rows of ``source``: all of it where that is None, but no padding."""
         keys, values, seen = source.keys, source.values, source._seen
         assert keys is not None and values is not None
         parts = [group.all() if part is None else part for group, part in zip(groups, kept, strict=True)]
         longest = max(part.positions.shape[-1] for part in parts)
         n_batch, n_heads, _, dim = keys.shape
-        k = keys.new_zeros(n_batch, n_heads, longest, dim)
-        v = values.new_zeros(n_batch, n_heads, longest, values.shape[-1])
+        if source is self and self._has_room_for(longest):  # what is kept was copied out, so it may go back there
+            assert self._k is not None and self._v is not None
+            k, v = self._k, self._v
+        else:
+            k = keys.new_zeros(n_batch, n_heads, longest, dim)
+            v = values.new_zeros(n_batch, n_heads, longest, values.shape[-1])
         p = torch.full((n_batch, n_heads, longest), -1, dtype=torch.int32, device=keys.device)
+        carry = None
+        if any(part.carry is not None for part in parts):
+            carry = torch.full(p.shape, torch.nan, dtype=torch.float32, device=keys.device)
         for group, part in zip(groups, parts, strict=True):
             n = part.positions.shape[-1]
             k[group.rows, :, :n], v[group.rows, :, :n] = part.keys, part.values
             p[group.rows, :, :n] = group.original(part.positions).int()
+            if carry is not None and part.carry is not None:
+                carry[group.rows, :, :n] = part.carry
+        recent = self._recent
         self._clear()
+        self._recent, self._carry = recent, carry
         self._k, self._v, self._kept = k, v, p
         self._stored, self._seen, self._tail_start = longest, seen, seen
-        self._pairs_before = sum(group.view.keys.shape[:3].numel() for group in groups)
+        self._pairs_before = sum(group.n_pairs for group in groups)
         self._pairs_after = int((p >= 0).sum())
         self._has_gaps = self._pairs_after < p.numel()
-        return True
+
+    def _has_room_for(self, n_tokens: int) -> bool:
+        """Whether ``n_tokens`` fit in the buffer that is there, without leaving most of it empty."""
+        if not self.was_compressed or self._k is None or self._is_borrowed or self._is_frozen():
+            return False
+        return n_tokens <= self._k.shape[2] <= 2 * (n_tokens + _GROW_MIN_TOKENS)
+
+    def _is_frozen(self) -> bool:
+        """Whether the buffer cannot be written to: autograd or inference mode made it."""
+        assert self._k is not None
+        return self._k.requires_grad or (self._k.is_inference() and not torch.is_inference_mode_enabled())
+
+    def keep(self, slots: Tensor) -> None:
+        """Keep some of the stored pairs and free the others.
+
+        Args:
+            slots: int64 ``[B, Hkv, n]``, ascending slots of the stored tensors; -1 in the last places of a head that
+                keeps fewer.
+        """
+        assert self._k is not None and self._v is not None
+        before = max(self._pairs_before, int((self.positions() >= 0).sum()))
+        is_empty, at, seen = slots < 0, slots.clamp(min=0), self._seen
+        p = self.positions().gather(2, at).masked_fill(is_empty, -1).int()
+        k, v = (states.gather(2, at[..., None].expand(-1, -1, -1, states.shape[3])) for states in (self._k, self._v))
+        self._clear()
+        self._k, self._v, self._kept = k, v, p
+        self._stored, self._seen, self._tail_start = slots.shape[2], seen, seen
+        self._pairs_before, self._pairs_after = before, int((~is_empty).sum())
+        self._has_gaps = bool(is_empty.any())
 
     def share(self, other: PressedLayer) -> None:
         """Hold what ``other`` holds, without copying; whichever of the two is written to first copies."""
@@ -315,8 +400,7 @@ class PressedLayer(CacheLayerMixin):
                 "beams from one prefix call cache.batch_repeat_interleave(n) first, or start with an empty cache."
             )
         needed = self._stored + keys.shape[2]
-        is_frozen = self._k.requires_grad or (self._k.is_inference() and not torch.is_inference_mode_enabled())
-        if self._is_borrowed or is_frozen or needed > self._k.shape[2]:
+        if self._is_borrowed or self._is_frozen() or needed > self._k.shape[2]:
             self._own(needed + max(_GROW_MIN_TOKENS, needed // _GROW_FRACTION))
         self._k[:, :, self._stored : needed] = keys
         self._v[:, :, self._stored : needed] = values
@@ -349,15 +433,18 @@ class PressedLayer(CacheLayerMixin):
         self._k = self._k[:, :, surplus : self._stored].clone(memory_format=torch.contiguous_format)
         self._v = self._v[:, :, surplus : self._stored].clone(memory_format=torch.contiguous_format)
         self._stored -= surplus
-        self._kept, self._has_gaps, self._tail_start = None, False, oldest
+        self._kept, self._has_gaps, self._tail_start, self._carry = None, False, oldest, None
         self._is_borrowed = False
 
     def _index_rows(self, rows: Tensor) -> None:
         if self._k is None or self._v is None:
             return
         rows = rows.to(self._k.device)
+        self._recent = tuple(part.index_select(0, rows) for part in self._recent)
         self._k = self._k[:, :, : self._stored].index_select(0, rows)
         self._v = self._v[:, :, : self._stored].index_select(0, rows)
         if self._kept is not None:
             self._kept = self._kept.index_select(0, rows)
+        if self._carry is not None:
+            self._carry = self._carry.index_select(0, rows)
         self._is_borrowed = False

@@ -22,6 +22,7 @@ from coldpress.attention import use_coldpress
 from coldpress.cache import PressedCache
 from coldpress.errors import CacheError, InputError, PressError, nearest
 from coldpress.presses.base import BasePress
+from coldpress.pressing import prefilling
 
 __all__ = ["TASKS", "KVPressTextGenerationPipeline", "register"]
 
@@ -191,7 +192,8 @@ class KVPressTextGenerationPipeline(Pipeline):
             with press(self.model):
                 self._prefill(context_ids, cache)
         else:
-            self._prefill(context_ids, cache)
+            with prefilling(self.model, cache):
+                self._prefill(context_ids, cache)
         # The tokens of an earlier context are in the cache; generate only needs to know that they are there.
         before = torch.cat([context_ids.new_zeros(1, earlier), context_ids], 1)
         questions = [ids.to(context_ids.device) for ids in inputs["question_ids"]]

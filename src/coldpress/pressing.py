@@ -5,10 +5,10 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_utils import PreTrainedModel
 
@@ -16,12 +16,13 @@ from coldpress.attention import use_coldpress
 from coldpress.cache import PressedCache
 from coldpress.errors import CacheError, PressError
 from coldpress.layer import PressedLayer
-from coldpress.session import Session
+from coldpress.presses.base import require_block
+from coldpress.session import THREAD, Session
 
 if TYPE_CHECKING:
     from coldpress.presses.base import BasePress
 
-__all__ = ["pressed"]
+__all__ = ["prefilling", "pressed"]
 
 _ACTIVE: set[tuple[int, int]] = set()  # (thread, id of model) pairs that are inside a block
 
@@ -45,9 +46,10 @@ def pressed(model: PreTrainedModel, press: BasePress) -> Iterator[None]:
     if (owner, id(model)) in _ACTIVE:
         raise PressError("This model is inside another press's block; one press at a time.")
     bound: list[Session] = []
+    prefill = _Prefill(model, [], press.needs_hidden_states, raises=True)
 
     def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        if threading.get_ident() != owner:
+        if threading.get_ident() != owner or prefill.is_finishing:
             return None
         signature = inspect.signature(module.forward)
         call = signature.bind_partial(*args, **kwargs)
@@ -57,12 +59,13 @@ def pressed(model: PreTrainedModel, press: BasePress) -> Iterator[None]:
                 given |= given.pop(parameter.name, {})
         cache, use_cache = given.get("past_key_values"), given.get("use_cache")
         if cache is not None:
-            _bind(cache, press, bound)
+            prefill.add(_bind(cache, press, bound))
             return None
         if use_cache is False or (use_cache is None and not getattr(module.config, "use_cache", True)):
             return None
         cache = PressedCache(press)
         bound.append(cache.session)
+        prefill.add(cache)
         if "past_key_values" not in signature.parameters:
             return args, {**kwargs, "past_key_values": cache}
         call.arguments["past_key_values"] = cache
@@ -74,8 +77,89 @@ def pressed(model: PreTrainedModel, press: BasePress) -> Iterator[None]:
         stack.callback(_ACTIVE.discard, (owner, id(model)))
         for module in modules.values():
             stack.callback(module.register_forward_pre_hook(before_forward, with_kwargs=True).remove)
+        stack.enter_context(prefill)
         stack.callback(_release, bound)
         yield
+
+
+def prefilling(model: PreTrainedModel, *caches: PressedCache) -> AbstractContextManager[Any]:
+    """A block in which the presses of empty ``caches`` are shown what they need of ``model`` beside keys and values.
+
+    For several caches that one prefill fills; ``with press(model):`` does the same for one press. A press that fails in
+    :meth:`BasePress.finish` breaks its own cache, which raises the error at its next use.
+    """
+    presses = [cache.press for cache in caches if cache.press is not None]
+    return _Prefill(model, list(caches), any(press.needs_hidden_states for press in presses), raises=False)
+
+
+class _Prefill:
+    """Shows presses the token ids and hidden states of a prefill, and lets them finish after it.
+
+    Args:
+        model: runs the prefill.
+        caches: that it fills; others may be added before it.
+        needs_hidden_states: of any of their presses.
+        raises: whether what goes wrong in finishing is raised at once too.
+    """
+
+    def __init__(self, model: PreTrainedModel, caches: list[PressedCache], needs_hidden_states: bool, raises: bool):
+        base = getattr(model, "base_model", None)
+        self.backbone: nn.Module = base if isinstance(base, nn.Module) else model
+        self.caches, self.needs_hidden_states, self.raises = caches, needs_hidden_states, raises
+        self.is_finishing = False
+        self.under_way: list[PressedCache] = []
+        self.owner = threading.get_ident()
+        self.stack = ExitStack()
+
+    def add(self, cache: PressedCache) -> None:
+        if all(cache.session is not other.session for other in self.caches):
+            self.caches.append(cache)
+
+    def __enter__(self) -> None:
+        with ExitStack() as stack:
+            stack.callback(self.backbone.register_forward_pre_hook(self._before, with_kwargs=True).remove)
+            stack.callback(self.backbone.register_forward_hook(self._after).remove)
+            for module in self.backbone.modules() if self.needs_hidden_states else ():
+                if hasattr(module, "layer_idx"):  # transformers' attention layers know theirs
+                    stack.callback(module.register_forward_pre_hook(self._show, with_kwargs=True).remove)
+            self.stack = stack.pop_all()
+
+    def __exit__(self, *error: object) -> None:
+        self.stack.close()
+        THREAD.hidden_states = None
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if threading.get_ident() != self.owner or self.is_finishing:
+            return
+        given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        self.under_way = [cache for cache in self.caches if cache.press is not None and not cache.seen_tokens]
+        for cache in self.under_way:
+            cache.session.token_ids = given.get("input_ids")
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if threading.get_ident() != self.owner or self.is_finishing:
+            return
+        caches, self.under_way = self.under_way, []
+        for cache in caches:
+            ids, cache.session.token_ids = cache.session.token_ids, None
+            if cache.press is None or not cache.press.needs_model or cache.session.error is not None:
+                continue
+            self.is_finishing = True
+            try:
+                require_block(cache.press, ids)
+                assert ids is not None
+                cache.press.finish(cache, self.backbone, ids)
+            except Exception as error:
+                cache.session.error = error
+                if self.raises:
+                    raise
+            finally:
+                self.is_finishing = False
+
+    def _show(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        if threading.get_ident() == self.owner and isinstance(hidden, Tensor):
+            THREAD.hidden_states = module, hidden
 
 
 def _release(sessions: list[Session]) -> None:
@@ -83,8 +167,8 @@ def _release(sessions: list[Session]) -> None:
         session.press = None
 
 
-def _bind(cache: Any, press: BasePress, bound: list[Session]) -> None:
-    """Let ``press`` compress ``cache``, whose type decides how."""
+def _bind(cache: Any, press: BasePress, bound: list[Session]) -> PressedCache:
+    """Let ``press`` compress ``cache``, whose type decides how; return it as a PressedCache."""
     layers = getattr(cache, "layers", [])
     session = next((layer.session for layer in layers if isinstance(layer, PressedLayer)), None)
     if isinstance(cache, PressedCache):
@@ -99,6 +183,7 @@ def _bind(cache: Any, press: BasePress, bound: list[Session]) -> None:
         bound.append(session)
     elif session.press != press:
         raise CacheError(f"This cache has a press of its own, {session.press!r}; give it a cache without one.")
+    return cache if isinstance(cache, PressedCache) else PressedCache.around(session, cache.layers)
 
 
 def _adopt(cache: Any) -> Session:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from coldpress.errors import ModelError
 from coldpress.rope import Rope
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from coldpress.cache import PressedCache
     from coldpress.layer import PressedLayer
     from coldpress.presses.base import BasePress
+    from coldpress.view import LayerCall
 
 __all__ = ["THREAD", "Session"]
 
@@ -25,6 +27,7 @@ class _Thread(threading.local):
 
     updated: PressedLayer | None = None  # updated last, not yet claimed by an attention call
     masks_for: Session | None = None  # its cache was asked for mask sizes just now
+    hidden_states: tuple[nn.Module, Tensor] | None = None  # what an attention module was given, where a press asks
 
 
 THREAD = _Thread()
@@ -40,6 +43,8 @@ class Session:
         self.error: Exception | None = None  # what the press of a branch raised during the shared prefill
         self.seen: int | None = None  # logical length before the call that is under way
         self.has_padding = False  # of the prompt, by its attention mask
+        self.token_ids: Tensor | None = None  # int64 [B, T] of the prefill, where somebody told them
+        self.look: Callable[[PressedLayer, LayerCall], None] | None = None  # shown every call, before anything goes
         self._n_layers = 0
         self._seed: int | None = None
         self._ropes: dict[Any, Rope | None] = {}
@@ -66,6 +71,7 @@ class Session:
         self.branches = []
         self.unclaimed = self.error = self.seen = self._seed = None
         self.has_padding = False
+        self.token_ids = None
 
     def rope(self, module: nn.Module, device: torch.device) -> Rope | None:
         """The rotary embedding of ``module``; built once for each kind of layer."""

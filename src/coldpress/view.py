@@ -1,8 +1,12 @@
 """LayerView: what a press may see of one layer, computed when asked for, and only once.
 
-A view never holds padding: rows of a padded batch are taken apart before they get here (see :class:`RowGroup`), so
+A view never holds padding: rows of a padded batch are taken apart before they get here (see ``rows.py``), so
 that what a press does to a row is what it does to that row alone. Nor does it hold what a sliding window has left
 behind: such a view begins at ``first_position`` of its rows.
+
+After the prefill its tokens are consecutive. While decoding they are what is held of the text so far, and where heads
+hold different numbers, the shorter ones end in empty slots (``counts``); scorers never see those, because such a view
+is scored head by head (:meth:`LayerView.of_head`).
 """
 
 from __future__ import annotations
@@ -10,18 +14,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from coldpress.budget import protect
 from coldpress.projection import output_weight
 from coldpress.rope import Rope
 
-if TYPE_CHECKING:
-    from coldpress.layer import PressedLayer
-
-__all__ = ["Kept", "LayerCall", "LayerView", "RowGroup", "at_once"]
+__all__ = ["Kept", "LayerCall", "LayerView", "Place", "at_once", "pick"]
 
 _T = TypeVar("_T")
 _CPU_ELEMENTS = 1 << 18  # numbers worked on at once on a CPU: 1 MiB in float32, which stays in its cache
@@ -35,11 +37,26 @@ class Kept(NamedTuple):
         keys, values: ``[B, Hkv, n, D]``, ``[B, Hkv, n, Dv]``.
         positions: int64 ``[B, Hkv, n]``, ascending positions in the view; -1 in the last places of a head that keeps
             fewer.
+        carry: float32 ``[B, Hkv, n]`` or None, a number that each of them brings along: ``carried`` of later views.
     """
 
     keys: Tensor
     values: Tensor
     positions: Tensor
+    carry: Tensor | None = None
+
+
+class Place(NamedTuple):
+    """Where a layer stands, and what a token costs there: what a budget may depend on.
+
+    Attributes:
+        layer_idx, n_layers: this layer among the layers that are compressed, counted from 0.
+        token_bytes: keys and values of one token of one row, in all heads of the layer.
+    """
+
+    layer_idx: int
+    n_layers: int
+    token_bytes: int
 
 
 @dataclass(frozen=True)
@@ -60,6 +77,7 @@ class LayerCall:
     layer_idx: int
     n_layers: int
     is_local: bool
+    hidden_states: Tensor | None = None  # [B, Q, hidden]
 
 
 @dataclass(eq=False)
@@ -69,13 +87,20 @@ class LayerView:
     Attributes:
         keys: ``[B, Hkv, T, D]`` after rotation and normalisation, in the model's dtype.
         values: ``[B, Hkv, T, Dv]``.
-        queries: ``[B, Hq, Q, D]``, the queries of the last ``Q`` tokens (all ``T`` of them after a prefill).
+        queries: ``[B, Hq, Q, D]``, the queries of the last ``Q`` tokens of the text (all of it after a prefill).
         module: the attention module; its weights and ``config`` may be read.
         scaling: what ``q @ k`` is multiplied with before the softmax.
         layer_idx, n_layers: this layer among the layers that are compressed, counted from 0.
         first_position: position of the first token of the view among the real tokens of its rows, counted from 0.
-        positions: int64 ``[B, Hkv, T]`` in a view of :meth:`among`, whose tokens differ from head to head and stand
-            where this says; None where they are consecutive from ``first_position`` on.
+            Where ``positions`` are given, only ``first_position + T``, the length of the text so far, has a meaning.
+        positions: int64 ``[B, Hkv, T]``, ascending, where tokens are not consecutive: while decoding, and in a view of
+            :meth:`among`; -1 in empty slots. None where they are consecutive from ``first_position`` on.
+        counts: int64 ``[B, Hkv]``, tokens that each head holds, where heads differ; None where all slots are filled.
+        carried: float32 ``[B, Hkv, T]``, what the press gave each token to carry (:class:`Kept`), NaN for those that
+            have come since; None if it gave nothing.
+        n_new: how many tokens have come since the press was asked last; all of them at the prefill.
+        hidden_states: ``[B, Q, hidden]``, what the attention layer was given, for presses that ask for it.
+        token_ids: int64 ``[B, T]`` after a prefill inside ``with press(model):``, else None.
         sliding_window: how many tokens back a query sees, or None for all.
         softcap: ``c`` where the model replaces attention logits by ``c * tanh(logits / c)``, else None.
         sinks: ``[Hq]``, a logit of each head that takes part in the softmax and belongs to no token, or None.
@@ -92,6 +117,13 @@ class LayerView:
     n_layers: int
     first_position: int = 0
     positions: Tensor | None = None
+    counts: Tensor | None = None
+    carried: Tensor | None = None
+    n_new: int | None = None
+    hidden_states: Tensor | None = None
+    token_ids: Tensor | None = None
+    whole: LayerView | None = None  # what a view of one head was taken from
+    row_head: tuple[int, int] = (0, 0)  # and where it stood there
     sliding_window: int | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
@@ -103,6 +135,17 @@ class LayerView:
     def n_tokens(self) -> int:
         """T, the number of stored tokens."""
         return self.keys.shape[2]
+
+    @property
+    def end(self) -> int:
+        """Length of the text so far: the position of the next token among the real tokens of its rows."""
+        return self.first_position + self.n_tokens
+
+    @property
+    def place(self) -> Place:
+        """This layer among the others, and what a token costs in it."""
+        n_heads, dims = self.keys.shape[1], self.keys.shape[-1] + self.values.shape[-1]
+        return Place(self.layer_idx, self.n_layers, n_heads * dims * self.keys.element_size())
 
     @property
     def n_queries(self) -> int:
@@ -138,6 +181,8 @@ class LayerView:
                 queries=self.queries[:, :, max(0, start - skipped) : max(0, stop - skipped)],
                 first_position=self.first_position + start,
                 positions=None if self.positions is None else self.positions[..., start:stop],
+                hidden_states=None,
+                token_ids=None if self.token_ids is None else self.token_ids[:, start:stop],
                 _memo={},
             )
 
@@ -159,16 +204,69 @@ class LayerView:
             keys=kept.keys,
             values=kept.values,
             queries=self.queries[:, :, max(0, stop - n_queries - skipped) : max(0, stop - skipped)],
-            first_position=end
-            - chosen.shape[2],  # so that the last token, and with it the queries, stand at their places
+            first_position=end - chosen.shape[2],  # so that the queries, those of the last tokens, are in their places
             positions=chosen + self.first_position,
+            hidden_states=None,
+            token_ids=None,
             _memo={},
         )
+
+    def of_head(self, row: int, head: int) -> LayerView:
+        """What one head of one row holds, without empty slots: B and Hkv are 1; the same object every time."""
+
+        def compute() -> LayerView:
+            n = self.n_tokens if self.counts is None else int(self.counts[row, head])
+            group = slice(head * self.group_size, (head + 1) * self.group_size)
+            here = slice(row, row + 1), slice(head, head + 1), slice(0, n)
+            return replace(
+                self,
+                keys=self.keys[here],
+                values=self.values[here],
+                queries=self.queries[row : row + 1, group],
+                first_position=self.end - n,
+                positions=None if self.positions is None else self.positions[here],
+                counts=None,
+                carried=None if self.carried is None else self.carried[here],
+                hidden_states=None if self.hidden_states is None else self.hidden_states[row : row + 1],
+                token_ids=None,
+                sinks=None if self.sinks is None else self.sinks[group],
+                whole=self,
+                row_head=(row, head),
+                _memo={},
+            )
+
+        return self.once(("of_head", row, head), compute)
+
+    def n_first(self, n: int) -> int:
+        """How many slots, from the start of every head, belong to the first ``n`` tokens of the text."""
+        if self.positions is None:
+            return min(max(0, n - self.first_position), self.n_tokens)
+        return int(((self.positions >= 0) & (self.positions < n)).sum(-1).min()) if n else 0
+
+    def guard(self, scores: Tensor, n_sink: int, n_window: int) -> Tensor:
+        """``scores`` with infinity at protected tokens, and minus infinity in empty slots.
+
+        Args:
+            scores: ``[B, Hkv, T]``.
+            n_sink: protected tokens at the start of the view, or of the text if ``positions`` are given.
+            n_window: protected tokens at its end.
+        """
+        if self.positions is None:
+            return protect(scores, n_sink, n_window)
+        is_protected = (self.positions < n_sink) | (self.positions >= self.end - n_window)
+        return scores.masked_fill(is_protected, torch.inf).masked_fill(self.positions < 0, -torch.inf)
+
+    def held(self, chosen: Tensor) -> Tensor:
+        """``chosen``, int64 ``[B, Hkv, n]``, with -1 for empty slots, and no longer than its longest head."""
+        if self.counts is None:
+            return chosen
+        chosen = chosen.masked_fill(chosen >= self.counts[..., None], -1)
+        return chosen[..., : int((chosen >= 0).sum(-1).max())]
 
     def take(self, chosen: Tensor) -> Kept:
         """The pairs at ``chosen``, int64 ``[B, Hkv, n]`` positions in the view, -1 for none."""
         at = chosen.clamp(min=0)
-        return Kept(_pick(self.keys, at), _pick(self.values, at), chosen)
+        return Kept(pick(self.keys, at), pick(self.values, at), chosen)
 
     def window_attention(self, window: int) -> Tensor:
         """Attention weights of the last ``window`` queries: float32 ``[B, Hkv, G, window, T]``.
@@ -179,12 +277,13 @@ class LayerView:
             raise ValueError(f"window must be in 1..{self.n_queries}, got {window}")
         return self.once(("window_attention", window), lambda: self._attention(self.n_queries - window, self.n_queries))
 
-    def attention_column_sums(self) -> Tensor:
-        """What each key received from all ``Q`` queries, mean over the group: float32 ``[B, Hkv, T]``.
+    def attention_column_sums(self, n_queries: int | None = None) -> Tensor:
+        """What each key received from the last ``n_queries`` (None: all), mean over the group: float32 ``[B, Hkv, T]``.
 
         The sum over queries of the attention matrix, taken block by block: no ``[T, T]`` tensor is ever held.
         """
-        return self.once("attention_column_sums", self._column_sums)
+        n = self.n_queries if n_queries is None else min(n_queries, self.n_queries)
+        return self.once(("attention_column_sums", n), lambda: self._column_sums(self.n_queries - n))
 
     def unrotated_queries(self) -> Tensor:
         """The queries as they were before rotary embedding, float32 ``[B, Hq, Q, D]``.
@@ -195,8 +294,7 @@ class LayerView:
 
         def compute() -> Tensor:
             rope = self.find_rope()
-            end = self.first_position + self.n_tokens
-            positions = torch.arange(end - self.n_queries, end, device=self.queries.device)
+            positions = torch.arange(self.end - self.n_queries, self.end, device=self.queries.device)
             return self.queries.float() if rope is None else _unrotated(rope, self.queries, positions)
 
         return self.once("unrotated_queries", compute)
@@ -212,11 +310,11 @@ class LayerView:
             rope = self.find_rope()
             if rope is None:
                 return self.keys.float()
-            end, device = self.first_position + self.n_tokens, self.keys.device
+            end, device = self.end, self.keys.device
             if self.positions is None:
                 return _unrotated(rope, self.keys, torch.arange(self.first_position, end, device=device))
             back = rope.inverse(*rope.cos_sin(torch.arange(end, device=device)))
-            return rope.rotate_each(self.keys.float(), *back, self.positions)
+            return rope.rotate_each(self.keys.float(), *back, self.positions.clamp(min=0))
 
         return self.once("unrotated_keys", compute)
 
@@ -266,6 +364,9 @@ class LayerView:
                 norms.append(torch.stack(by_head).mean(0))  # a norm of order 1 takes twice as long on a CPU
             return torch.cat(norms, dim=-1)
 
+        if self.whole is not None:
+            row, head = self.row_head
+            return self.whole.projected_value_norms()[row : row + 1, head : head + 1, : self.n_tokens]
         return self.once("projected_value_norms", compute)
 
     def mean_future_rotation(self, states: Tensor, n_positions: int) -> Tensor:
@@ -288,6 +389,8 @@ class LayerView:
         n_batch, n_kv_heads = keys.shape[:2]
         offset = self.n_tokens - self.n_queries
         end = offset + stop  # keys after the last query are invisible to all of them
+        if self.positions is not None:
+            end = self.n_tokens
         n = stop - start
         queries = self.queries[:, :, start:stop].unflatten(1, (-1, self.group_size))[:, heads].float() * self.scaling
         queries = queries.reshape(n_batch, n_kv_heads, self.group_size * n, -1)  # a group shares its keys: no copies
@@ -295,18 +398,32 @@ class LayerView:
         logits = logits.view(n_batch, n_kv_heads, self.group_size, n, end)
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        later = torch.ones(n, n, dtype=torch.bool, device=logits.device).triu(1)
-        logits[..., end - n :].masked_fill_(later, -torch.inf)
+        query_at = torch.arange(offset + start, offset + stop, device=logits.device)[:, None]
+        key_at = torch.arange(end, device=logits.device)
+        is_hidden: Tensor | None = None
+        if self.positions is not None:
+            query_at = query_at + self.first_position
+            key_at = self.positions[:, heads, None, None]  # [B, Hkv, 1, 1, T']
+            is_hidden = key_at > query_at
+        else:  # all are in the past of all queries, but for the last ones
+            logits[..., end - n :].masked_fill_(key_at[end - n :] > query_at, -torch.inf)
         if self.sliding_window is not None:
-            query_at = torch.arange(offset + start, end, device=logits.device)[:, None]
-            key_at = torch.arange(end, device=logits.device)
-            logits.masked_fill_(key_at <= query_at - self.sliding_window, -torch.inf)
+            is_far = key_at <= query_at - self.sliding_window
+            is_hidden = is_far if is_hidden is None else is_hidden | is_far
+        if self.counts is not None:
+            is_empty = key_at < 0
+            is_hidden = is_empty if is_hidden is None else is_hidden | is_empty
+        if is_hidden is not None:
+            logits.masked_fill_(is_hidden, -torch.inf)
         if self.sinks is None:
-            return logits.softmax(-1)
+            if self.positions is None or is_hidden is None:
+                return logits.softmax(-1)
+            sees_nothing = is_hidden.all(-1, keepdim=True)  # all that a query of a token in the past saw may be gone
+            return logits.masked_fill_(sees_nothing, 0.0).softmax(-1).masked_fill_(sees_nothing, 0.0)
         sinks = self.sinks.float().view(-1, self.group_size, 1, 1)[heads].expand(*logits.shape[:-1], 1)
         return torch.cat([logits, sinks], dim=-1).softmax(-1)[..., :-1]
 
-    def _column_sums(self) -> Tensor:
+    def _column_sums(self, first: int) -> Tensor:
         n_batch, n_kv_heads = self.keys.shape[:2]
         block = max(16, min(1024, at_once(self.keys.device, self.n_tokens)))  # queries, for some of the KV heads
         n_rows = n_batch * self.group_size * min(block, self.n_queries)
@@ -314,92 +431,15 @@ class LayerView:
         sums = torch.zeros(self.keys.shape[:3], dtype=torch.float32, device=self.keys.device)
         for head in range(0, n_kv_heads, n_heads):
             heads = slice(head, head + n_heads)
-            for start in range(0, self.n_queries, block):
+            for start in range(first, self.n_queries, block):
                 weights = self._attention(start, min(start + block, self.n_queries), heads)
                 sums[:, heads, : weights.shape[-1]] += weights.sum(-2).mean(2)
         return sums
 
 
-@dataclass(frozen=True, eq=False)
-class RowGroup:
-    """The rows of a batch that have the same number of tokens to choose from, and their view without padding.
-
-    Attributes:
-        rows: indices of the rows in the batch, or all of them as a slice.
-        slots: int64 ``[b, T]``, where in the input each token of the view stood; None where that is ``0 .. T - 1``.
-        view: those rows alone.
-    """
-
-    rows: Tensor | slice
-    slots: Tensor | None
-    view: LayerView
-
-    @classmethod
-    def split(cls, layer: PressedLayer, call: LayerCall, padding: Tensor | None) -> list[RowGroup]:
-        """Take the stored pairs of ``layer`` apart into groups of rows of equal length.
-
-        Args:
-            layer: holds all tokens seen; nothing was evicted yet.
-            call: the attention call of these tokens.
-            padding: bool ``[B, seen]``, False where a token is padding; None if there is none.
-        """
-        keys, values, query = layer.keys, layer.values, call.query
-        assert keys is not None and values is not None
-        n_tokens, device, session = keys.shape[2], keys.device, layer.session
-        reach = n_tokens if call.sliding_window is None else min(n_tokens, max(1, call.sliding_window - 1))
-
-        def view(keys: Tensor, values: Tensor, queries: Tensor, first_position: int) -> LayerView:
-            return LayerView(
-                keys,
-                values,
-                queries,
-                module=call.module,
-                scaling=call.scaling,
-                layer_idx=call.layer_idx,
-                n_layers=call.n_layers,
-                first_position=first_position,
-                sliding_window=call.sliding_window,
-                softcap=call.softcap,
-                sinks=call.sinks,
-                find_rope=lambda: session.rope(call.module, device),
-                find_seed=lambda: session.seed,
-            )
-
-        if padding is None:
-            if reach == n_tokens:
-                return [cls(slice(None), None, view(keys, values, query, 0))]
-            padding = torch.ones(keys.shape[0], n_tokens, dtype=torch.bool, device=device)
-        lengths = padding.sum(-1).tolist()
-        groups = []
-        for length in sorted({n for n in lengths if n > 0}):
-            rows = torch.tensor([i for i, n in enumerate(lengths) if n == length], device=device)
-            slots = torch.stack([padding[row].nonzero()[-reach:, 0] for row in rows])  # [b, T]
-            k, v, q = (_take(states, rows, slots) for states in (keys, values, query))
-            groups.append(cls(rows, slots, view(k, v, q, length - slots.shape[1])))
-        return groups
-
-    def all(self) -> Kept:
-        """Everything in the view."""
-        n_batch, n_heads, n_tokens = self.view.keys.shape[:3]
-        positions = torch.arange(n_tokens, device=self.view.keys.device).expand(n_batch, n_heads, -1)
-        return Kept(self.view.keys, self.view.values, positions)
-
-    def original(self, positions: Tensor) -> Tensor:
-        """Positions in the view, ``[b, Hkv, n]`` with -1 for none, as positions in the input."""
-        if self.slots is None:
-            return positions
-        slots = self.slots[:, None].expand(-1, positions.shape[1], -1)
-        return torch.where(positions < 0, positions, slots.gather(2, positions.clamp(min=0)))
-
-
 def at_once(device: torch.device, n_numbers: int) -> int:
     """How many tokens to work on at once, at least 1, when each of them takes ``n_numbers`` numbers."""
     return max(1, (_CPU_ELEMENTS if device.type == "cpu" else _DEVICE_ELEMENTS) // max(1, n_numbers))
-
-
-def _take(states: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
-    """Rows ``[b]`` and their slots ``[b, n]`` of ``[B, H, T, D]``: ``[b, H, n, D]``."""
-    return _pick(states[rows], slots[:, None].expand(-1, states.shape[1], -1))
 
 
 def _unrotated(rope: Rope, states: Tensor, positions: Tensor) -> Tensor:
@@ -410,7 +450,7 @@ def _unrotated(rope: Rope, states: Tensor, positions: Tensor) -> Tensor:
     return torch.cat([rope.rotate(part.float(), cos, sin) for part, cos, sin in parts], dim=2)
 
 
-def _pick(states: Tensor, at: Tensor) -> Tensor:
+def pick(states: Tensor, at: Tensor) -> Tensor:
     """Tokens ``at`` ``[B, H, n]`` of ``[B, H, T, D]``: ``[B, H, n, D]``.
 
     index_select copies a token's D numbers at once; gather and indexing go number by number, which takes five times as

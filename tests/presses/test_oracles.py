@@ -239,7 +239,7 @@ def test_keeps_the_best_scores_and_what_is_protected(press: ScorerPress) -> None
         assert kept is not None
         n_keep = keep_count(N, 0.5)
         if isinstance(press, PyramidKVPress):
-            n_keep = pyramid_counts(N, 0.5, 2, window=4, beta=20)[view.layer_idx]
+            n_keep = pyramid_counts(N, keep_count(N, 0.5), 2, window=4, beta=20)[view.layer_idx]
         assert kept.positions.shape == (*view.keys.shape[:2], n_keep)
         scores = press.score(view)
         n_sink, n_window = press.protected(view)

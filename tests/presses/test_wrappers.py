@@ -42,6 +42,7 @@ from coldpress import (
 from coldpress.budget import keep_count, spread
 from coldpress.errors import ModelError, PressError
 from coldpress.projection import output_weight
+from coldpress.view import Place
 
 every_model = pytest.mark.parametrize("model", MODELS)
 every_ratio = pytest.mark.parametrize("ratio", [0.25, 0.5, 0.8])
@@ -335,7 +336,7 @@ def test_per_layer_compression() -> None:
     assert press.compression_ratio == 0.375
     past = PressedCache(press)
     model(ids, past_key_values=past)
-    assert past.stored_lengths() == [30, 20] == [press.keep_of(40, i, 2) for i in (0, 1)]
+    assert past.stored_lengths() == [30, 20] == [press.keep_of(40, Place(i, 2, 0)) for i in (0, 1)]
     for i, ratio in enumerate([0.25, 0.5]):
         alone = PressedCache(KnormPress(ratio))
         model(ids, past_key_values=alone)
@@ -359,7 +360,7 @@ def test_budgets_of_layers_survive_wrapping() -> None:
             view = view_of("llama", layer=i)
             kept = press.choose(view)
             assert int((kept >= 0).sum()) == inner.keep(view) * view.keys.shape[:2].numel() == press.keep(view) * 4
-        assert press.keep_of(40, 0, 2) > press.keep_of(40, 1, 2)
+        assert press.keep_of(40, Place(0, 2, 0)) > press.keep_of(40, Place(1, 2, 0))
 
 
 # -- the mechanism ------------------------------------------------------------------------------------------------

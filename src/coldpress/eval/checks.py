@@ -8,6 +8,7 @@ from typing import TypeVar
 from coldpress.cache import PressedCache
 from coldpress.errors import SelfCheckError
 from coldpress.presses.base import BasePress, ScorerPress
+from coldpress.view import Place
 
 __all__ = ["check_stored_pairs", "release"]
 
@@ -33,10 +34,15 @@ def check_stored_pairs(
     windows = [layer._window for layer in (source or cache).pressed_layers()]
     if not isinstance(press, ScorerPress) or any(window is not None for window in windows):
         return
-    positions = [layer.positions() for layer in cache.pressed_layers() if layer.is_initialized]  # [B, Hkv, T]
+    layers = [layer for layer in cache.pressed_layers() if layer.is_initialized]
+    positions = [layer.positions() for layer in layers]  # [B, Hkv, T]
     stored = sum(int((p >= 0).sum()) for p in positions)
-    n_layers = len(positions)
-    wanted = sum(press.keep_of(n_tokens, i, n_layers) * p.shape[:2].numel() for i, p in enumerate(positions))
+    wanted = 0
+    for i, layer in enumerate(layers):
+        assert layer.keys is not None and layer.values is not None
+        n_heads, dims = layer.keys.shape[1], layer.keys.shape[-1] + layer.values.shape[-1]
+        place = Place(i, len(layers), n_heads * dims * layer.keys.element_size())
+        wanted += press.keep_of(n_tokens, place) * positions[i].shape[:2].numel()
     if stored != wanted:
         raise SelfCheckError(f"{press}: {wanted} pairs should have been stored, {stored} were.")
 

@@ -26,6 +26,7 @@ from coldpress.eval.metrics import paired_difference, perplexity, quantiles
 from coldpress.eval.perplexity import BLOCK_TOKENS, forward, token_losses
 from coldpress.eval.windows import PrefixPlan
 from coldpress.presses.base import BasePress, ScorerPress
+from coldpress.pressing import prefilling
 
 __all__ = ["Point", "PrefixRun"]
 
@@ -108,7 +109,8 @@ class PrefixRun:
         zeros = list(dict.fromkeys(press.with_ratio(0.0) for press in scorers)) if is_first else []
         full = PressedCache()
         branches = full.branches([*(point.press for point in alive), *zeros])
-        forward(self.model, ids[:, :context], full, keep=1)  # the one prefill
+        with prefilling(self.model, *branches):
+            forward(self.model, ids[:, :context], full, keep=1)  # the one prefill
         if is_first:
             self._describe(self.baseline, full)
         base, reference = Scores.of(forward(self.model, inputs, full), wanted)

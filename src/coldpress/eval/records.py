@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from coldpress.eval.results import SCHEMA_VERSION, environment
 from coldpress.eval.settings import Job
+from coldpress.presses.base import BUDGETS, BasePress
 
 if TYPE_CHECKING:
     from coldpress.eval.run import Run
@@ -52,7 +53,7 @@ def make_records(run: Run) -> list[dict[str, Any]]:
             **dict.fromkeys(METRICS),
             **common,
             "press": job.name,
-            "press_config": None if job.press is None else asdict(job.press),  # type: ignore[call-overload]
+            "press_config": _config(job.press),
             "compression_ratio": job.ratio,
             "status": "failed" if error is not None else "ok" if _is_complete(run, job) else "interrupted",
             "error": None,
@@ -65,6 +66,13 @@ def make_records(run: Run) -> list[dict[str, Any]]:
             record["traceback"] = "".join(traceback.format_exception(error))
         records.append(record)
     return records
+
+
+def _config(press: BasePress | None) -> dict[str, Any] | None:
+    """The parameters of a press, without the budgets that it was not given."""
+    if press is None:
+        return None
+    return asdict(press, dict_factory=lambda items: {k: v for k, v in items if k not in BUDGETS or v is not None})  # type: ignore[call-overload]
 
 
 def _is_complete(run: Run, job: Job) -> bool:

@@ -27,6 +27,7 @@ from coldpress.eval.checks import check_stored_pairs, release
 from coldpress.eval.memory import MemoryMeter, MemoryReading
 from coldpress.eval.perplexity import forward
 from coldpress.presses.base import BasePress
+from coldpress.pressing import prefilling
 
 __all__ = ["Sample", "SpeedPoint", "SpeedRun", "now_ns"]
 
@@ -198,7 +199,8 @@ class SpeedRun:
         cache = PressedCache(point.press)
         may_stop = self.min_new_tokens < n_tokens and bool(self.eos_ids)
         start = now_ns(self.device)
-        token = self._next(self.context_ids, cache, 0)
+        with prefilling(self.model, cache):
+            token = self._next(self.context_ids, cache, 0)
         first = now_ns(self.device)
         n_generated = 1
         while n_generated < n_tokens:
@@ -221,7 +223,8 @@ class SpeedRun:
         meter = MemoryMeter(self.device)
         cache = PressedCache(point.press)
         with meter:
-            token = self._next(self.context_ids, cache, 0)
+            with prefilling(self.model, cache):
+                token = self._next(self.context_ids, cache, 0)
             point.kv_bytes, point.kv_lengths = cache.kv_bytes(), cache.stored_lengths()
             point.achieved_ratio = cache.achieved_ratio()
             check_stored_pairs(point.press, cache, self.context_ids.shape[1])

@@ -35,6 +35,8 @@ class AdaKVPress(WrapperPress):
         alpha_safeguard: share of the mean budget that no head falls below, in [0, 1]; at 1 all heads keep the same.
     """
 
+    per_head = True
+
     alpha_safeguard: float = 0.20
 
     def __post_init__(self) -> None:
@@ -45,12 +47,13 @@ class AdaKVPress(WrapperPress):
         n_keep = self.keep(view)
         if n_keep >= view.n_tokens:
             return None
-        n_sink, n_window = self.forced(view, n_keep)
-        counts = self.counts(view, n_keep)
-        return select_counts(self.scores(view), counts, n_sink=n_sink, n_window=n_window)
+        return view.held(
+            select_counts(view.guard(self.scores(view), *self.forced(view, n_keep)), self.counts(view, n_keep))
+        )
 
     def counts(self, view: LayerView, n_keep: int) -> Tensor:
         """How many pairs each head keeps: int64 ``[B, Hkv]``."""
         n_sink, n_window = self.forced(view, n_keep)
-        n_safe = share_of(n_keep, self.alpha_safeguard)
-        return adaptive_counts(self.scores(view), n_keep, n_safe, n_sink=n_sink, n_window=n_window)
+        n_safe = max(share_of(n_keep, self.alpha_safeguard), n_sink + n_window)
+        counts = adaptive_counts(view.guard(self.scores(view), n_sink, n_window), n_keep, n_safe)
+        return counts if view.counts is None else counts.minimum(view.counts)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import ClassVar, TypeVar
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.budget import check_ratio, keep_count, select, shrink_protected
 from coldpress.errors import PressError
-from coldpress.view import Kept, LayerView
+from coldpress.view import Kept, LayerView, Place
 
-__all__ = ["BasePress", "ScorerPress", "check_at_least", "check_between"]
+if TYPE_CHECKING:
+    from coldpress.cache import PressedCache
 
+__all__ = ["BUDGETS", "BasePress", "ScorerPress", "check_at_least", "check_between"]
+
+BUDGETS = ("budget_tokens", "budget_bytes")  # what may say how much is kept, instead of a ratio
 _S = TypeVar("_S", bound="ScorerPress")
 
 
@@ -26,11 +32,54 @@ class BasePress:
 
         with press(model):
             model(input_ids, past_key_values=cache)
+
+    The class says what kind of method it is; the catalogue (``coldpress presses``) shows it:
+
+    Attributes:
+        kind: ``training-free``; ``calibrated``: needs statistics of the model, taken from a text; ``trained``: needs
+            weights of its own that were trained for the model.
+        decodes: can choose among the pairs of a text that goes on, so that a decoding schedule may use it.
+        per_head, per_layer: heads of a layer, or layers, may keep different numbers of pairs.
+        needs_hidden_states: looks at ``view.hidden_states``: the prefill has to run inside ``with press(model):``.
+        needs_model: runs the model by itself after the prefill (:meth:`finish`), inside ``with press(model):`` too.
     """
 
+    kind: ClassVar[Literal["training-free", "calibrated", "trained"]] = "training-free"
+    decodes: ClassVar[bool] = False
+    per_head: ClassVar[bool] = False
+    per_layer: ClassVar[bool] = False
+    needs_hidden_states: ClassVar[bool] = False
+    needs_model: ClassVar[bool] = False
+
     def compress(self, view: LayerView) -> Kept | None:
-        """What is kept of ``view``; None keeps everything."""
+        """What is kept of ``view``, right after the prefill; None keeps everything."""
         raise NotImplementedError(f"{type(self).__name__} must define compress(view)")
+
+    def finish(self, cache: PressedCache, model: nn.Module, token_ids: Tensor) -> None:
+        """Compress ``cache``, which holds all of the prefill, with the help of the model; for ``needs_model`` presses.
+
+        Args:
+            cache: what to compress, by :meth:`coldpress.layer.PressedLayer.keep` of each of its layers.
+            model: the model without its head; ``model(input_ids=..., past_key_values=cache.fork())`` runs it, and
+                ``session.look`` of the fork's session is shown each of its attention calls.
+            token_ids: int64 ``[B, T]``, what the prefill was given.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define finish(cache, model, token_ids)")
+
+    # -- a press that goes on while decoding (see DecodingPress) ---------------------------------------------------
+
+    @property
+    def n_recent_queries(self) -> int:
+        """How many of the newest tokens' queries a layer remembers for :meth:`compress_again`; 0: never called."""
+        return 0
+
+    def is_due(self, n_new: int) -> bool:
+        """Whether a layer that has got ``n_new`` tokens since it was last compressed is compressed now."""
+        return False
+
+    def compress_again(self, view: LayerView) -> Kept | None:
+        """What is kept of ``view``, which holds what is left of the text so far; None keeps all of it."""
+        raise NotImplementedError(f"{type(self).__name__} must define compress_again(view)")
 
     @contextmanager
     def __call__(self, model: PreTrainedModel) -> Iterator[PreTrainedModel]:
@@ -51,27 +100,63 @@ class ScorerPress(BasePress):
 
     Args:
         compression_ratio: fraction of the pairs to remove, in [0, 1).
+        budget_tokens: pairs that a head keeps at most, on average over heads and layers; instead of a ratio.
+        budget_bytes: bytes that the kept keys and values of one row take at most, in all compressed layers together;
+            instead of a ratio.
     """
+
+    decodes = True
 
     estimates_attention: ClassVar[bool] = False  # scores are attention weights: not negative, comparable across heads
     needs_all_queries: ClassVar[bool] = False  # score(view) needs the query of every token of the view
 
     compression_ratio: float = 0.0
+    budget_tokens: int | None = field(default=None, kw_only=True)
+    budget_bytes: int | None = field(default=None, kw_only=True)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.__repr__ = ScorerPress.__repr__  # type: ignore[method-assign]  # dataclass would make one of its own
+
+    def __repr__(self) -> str:
+        shown = [f for f in fields(self) if f.repr and (f.name not in BUDGETS or getattr(self, f.name) is not None)]
+        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
 
     def __post_init__(self) -> None:
         check_ratio(self.compression_ratio)
+        check_budget(self)
 
     def score(self, view: LayerView) -> Tensor:
         """Scores ``[B, Hkv, T]`` in float32; larger = keep. Must not depend on ``compression_ratio``."""
         raise NotImplementedError(f"{type(self).__name__} must define score(view)")
 
-    def keep_of(self, n_tokens: int, layer_idx: int, n_layers: int) -> int:
-        """How many of ``n_tokens`` pairs a head of layer ``layer_idx`` keeps: the mean if its heads differ."""
+    def keep_of(self, n_tokens: int, place: Place) -> int:
+        """How many of ``n_tokens`` pairs a head of the layer at ``place`` keeps: the mean if its heads differ."""
+        return self.mean_keep(n_tokens, place)
+
+    def mean_keep(self, n_tokens: int, place: Place) -> int:
+        """How many of ``n_tokens`` pairs a head keeps, mean over heads and layers: the budget as its user gave it.
+
+        Raises:
+            PressError: ``budget_bytes`` is less than one token takes.
+        """
+        if self.budget_tokens is not None:
+            return min(n_tokens, self.budget_tokens)
+        if self.budget_bytes is not None:
+            token_bytes = place.n_layers * place.token_bytes
+            if self.budget_bytes < token_bytes:
+                raise PressError(
+                    f"budget_bytes={self.budget_bytes} is less than the {token_bytes} bytes of one token in "
+                    f"{place.n_layers} layers."
+                )
+            return min(n_tokens, self.budget_bytes // token_bytes)
         return keep_count(n_tokens, self.compression_ratio)
 
     def keep(self, view: LayerView) -> int:
         """How many pairs a head of this layer keeps, 1 <= n <= T: the mean if its heads differ."""
-        return self.keep_of(view.n_tokens, view.layer_idx, view.n_layers)
+        if view.positions is None:
+            return self.keep_of(view.n_tokens, view.place)
+        return min(view.n_tokens, self.keep_of(view.end, view.place))  # while decoding: of the text so far
 
     def layers_differ(self) -> bool:
         """Whether :meth:`keep_of` depends on the layer."""
@@ -82,17 +167,32 @@ class ScorerPress(BasePress):
         return 0, 0
 
     def with_ratio(self: _S, compression_ratio: float) -> _S:
-        """The same press at another ratio."""
-        return replace(self, compression_ratio=compression_ratio)
+        """The same press at another ratio, which takes the place of any budget."""
+        return self.with_budget(compression_ratio=compression_ratio)
+
+    def with_budget(self: _S, **budget: Any) -> _S:
+        """The same press with ``compression_ratio``, ``budget_tokens`` or ``budget_bytes`` instead of what it had."""
+        nothing: dict[str, Any] = {"compression_ratio": 0.0, "budget_tokens": None, "budget_bytes": None}
+        return replace(self, **(nothing | budget))
 
     def scores(self, view: LayerView) -> Tensor:
         """What :meth:`choose` goes by: :meth:`score`, computed once per view for all ratios."""
-        return view.once(self.with_ratio(0.0), lambda: self.score(view))
+        return view.once(self.with_ratio(0.0), lambda: self.score(view) if view.counts is None else self._by_head(view))
+
+    def _by_head(self, view: LayerView) -> Tensor:
+        """Scores of a view whose heads hold different numbers of pairs; minus infinity in empty slots."""
+        scores = torch.full(view.keys.shape[:3], -torch.inf, device=view.keys.device)
+        for row, head in itertools.product(*(range(n) for n in scores.shape[:2])):
+            own = self.score(view.of_head(row, head))[0, 0]
+            scores[row, head, : len(own)] = own
+        return scores
 
     def forced(self, view: LayerView, n_keep: int) -> tuple[int, int]:
         """Tokens at the two ends of ``view`` that are kept when ``n_keep`` are: the protected ones that are in it."""
         n_sink, n_window = self.protected(view)
-        return shrink_protected(n_keep, max(0, n_sink - view.first_position), min(n_window, view.n_tokens))
+        if view.positions is None:
+            n_sink = max(0, n_sink - view.first_position)
+        return shrink_protected(n_keep, n_sink, min(n_window, view.n_tokens))
 
     def choose(self, view: LayerView) -> Tensor | None:
         """Positions in ``view`` of the pairs that are kept.
@@ -104,12 +204,28 @@ class ScorerPress(BasePress):
         n_keep = self.keep(view)
         if n_keep >= view.n_tokens:
             return None
-        n_sink, n_window = self.forced(view, n_keep)
-        return select(self.scores(view), n_keep, n_sink=n_sink, n_window=n_window)
+        return view.held(select(view.guard(self.scores(view), *self.forced(view, n_keep)), n_keep))
 
     def compress(self, view: LayerView) -> Kept | None:
         positions = self.choose(view)
         return None if positions is None else view.take(positions)
+
+
+def require_block(press: BasePress, needed: object) -> None:
+    """Raise :class:`PressError` if what a press needs of the model is not there, because nothing has shown it."""
+    if needed is None:
+        what = "runs the model again on the tokens of" if press.needs_model else "looks at more of the model than"
+        raise PressError(
+            f"{type(press).__name__} {what} the prefill: run that inside 'with press(model):', with input_ids."
+        )
+
+
+def check_budget(press: ScorerPress) -> None:
+    """Raise :class:`PressError` unless at most one of ratio, tokens and bytes says how much is kept."""
+    check_at_least(press, 1, *(name for name in BUDGETS if getattr(press, name) is not None))
+    given = [name for name in ("compression_ratio", *BUDGETS) if getattr(press, name)]
+    if len(given) > 1:
+        raise PressError(f"{type(press).__name__}: {' and '.join(given)} both say how much is kept; give one of them.")
 
 
 def check_at_least(press: BasePress, minimum: int, *names: str) -> None:

@@ -36,6 +36,8 @@ class BlockPress(WrapperPress):
         block_size: tokens of a block, at least 1.
     """
 
+    decodes = False
+
     block_size: int = 128
 
     def __post_init__(self) -> None:

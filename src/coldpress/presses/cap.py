@@ -52,12 +52,12 @@ class CapPress(ScorerPress):
 
     def score(self, view: LayerView) -> Tensor:
         n_batch, n_kv_heads, n_tokens, dim = view.keys.shape
-        n_sink = max(0, self.n_sink - view.first_position)
+        n_sink = view.n_first(self.n_sink)
         if n_sink >= n_tokens:
             return torch.zeros(view.keys.shape[:3], device=view.keys.device)
         queries = view.unrotated_queries()  # [B, Hq, Q, D]
-        skip = max(0, n_sink - (n_tokens - view.n_queries))
-        mean = queries[:, :, skip:].mean(dim=2, keepdim=True)
+        skip = max(0, self.n_sink - (view.end - view.n_queries))
+        mean = queries[:, :, skip if skip < view.n_queries else 0 :].mean(dim=2, keepdim=True)
         anchor = view.mean_future_rotation(mean, self.n_future_positions).view(n_batch, n_kv_heads, -1, dim)
         keys = view.keys[:, :, n_sink:].float()  # [B, Hkv, n, D]
         along = keys @ normalize(anchor, dim=-1).transpose(-1, -2)  # [B, Hkv, n, G]

@@ -35,6 +35,8 @@ class ChunkKVPress(WrapperPress):
         chunk_length: tokens of a chunk, at least 1.
     """
 
+    decodes = False
+
     chunk_length: int = 20
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from coldpress.budget import check_ratio, select
 from coldpress.errors import PressError
 from coldpress.presses.base import ScorerPress
 from coldpress.presses.wrapper import require_scorer
-from coldpress.view import LayerView
+from coldpress.view import LayerView, Place
 
 _C = TypeVar("_C", bound="ComposedPress")
 
@@ -36,7 +36,11 @@ class ComposedPress(ScorerPress):
         presses: at least one scorer, each with its ratio. ``compression_ratio`` is 1 - product of (1 - ratio).
     """
 
+    decodes = False
+
     compression_ratio: float = field(init=False, repr=False, compare=False)
+    budget_tokens: int | None = field(init=False, repr=False, compare=False, default=None)
+    budget_bytes: int | None = field(init=False, repr=False, compare=False, default=None)
     presses: Sequence[ScorerPress]
 
     def __post_init__(self) -> None:
@@ -49,8 +53,13 @@ class ComposedPress(ScorerPress):
         kept = math.prod(1 - Fraction(repr(float(press.compression_ratio))) for press in presses)
         object.__setattr__(self, "compression_ratio", float(1 - kept))
 
-    def with_ratio(self: _C, compression_ratio: float) -> _C:
+    def with_budget(self: _C, **budget: Any) -> _C:
         """The same presses, each with the share of the work that it has now, at another ratio together."""
+        if set(budget) != {"compression_ratio"}:
+            raise PressError(
+                "ComposedPress has the ratios of its presses, and no budget in tokens or bytes of its own."
+            )
+        compression_ratio = budget["compression_ratio"]
         check_ratio(compression_ratio)
         kept = [math.log1p(-press.compression_ratio) for press in self.presses]
         shares = [part / sum(kept) if sum(kept) else 1 / len(kept) for part in kept]
@@ -60,8 +69,8 @@ class ComposedPress(ScorerPress):
     def score(self, view: LayerView) -> Tensor:
         raise PressError("ComposedPress has no scores of its own, only those of its presses.")
 
-    def keep_of(self, n_tokens: int, layer_idx: int, n_layers: int) -> int:
-        return self._counts(n_tokens, layer_idx, n_layers)[-1]
+    def keep_of(self, n_tokens: int, place: Place) -> int:
+        return self._counts(n_tokens, place)[-1]
 
     def layers_differ(self) -> bool:
         return any(press.layers_differ() for press in self.presses)
@@ -71,7 +80,7 @@ class ComposedPress(ScorerPress):
         return max(n_sink for n_sink, _ in both), max(n_window for _, n_window in both)
 
     def choose(self, view: LayerView) -> Tensor | None:
-        counts = self._counts(view.n_tokens, view.layer_idx, view.n_layers)
+        counts = self._counts(view.n_tokens, view.place)
         if counts[-1] >= view.n_tokens:
             return None
         n_sink, n_window = self.forced(view, counts[-1])
@@ -83,10 +92,10 @@ class ComposedPress(ScorerPress):
             left = torch.zeros_like(left).scatter(2, positions, True)
         return positions
 
-    def _counts(self, n_tokens: int, layer_idx: int, n_layers: int) -> list[int]:
+    def _counts(self, n_tokens: int, place: Place) -> list[int]:
         """How many are left after each press."""
         counts = []
         for press in self.presses:
-            n_tokens = press.keep_of(n_tokens, layer_idx, n_layers)
+            n_tokens = press.keep_of(n_tokens, place)
             counts.append(n_tokens)
         return counts

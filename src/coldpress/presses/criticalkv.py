@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coldpress.budget import best, protect, select, select_counts, share_of
+from coldpress.budget import best, select, select_counts, share_of
 from coldpress.errors import PressError
 from coldpress.presses.adakv import AdaKVPress
 from coldpress.presses.base import check_between
@@ -61,7 +61,7 @@ class CriticalKVPress(WrapperPress):
         n_sink, n_window = self.forced(view, n_keep)
         first = share_of(n_keep, self.first_stage_ratio)
         scores = _two_stages(view, self.scores(view), first, self.epsilon, n_sink, n_window)
-        return select(scores, n_keep, n_sink=n_sink, n_window=n_window)
+        return view.held(select(scores, n_keep))
 
 
 @register("critical_adakv_snapkv", SnapKVPress)
@@ -104,15 +104,16 @@ class CriticalAdaKVPress(AdaKVPress):
         counts = self.counts(view, n_keep)
         first = torch.tensor([[share_of(n, self.first_stage_ratio) for n in row] for row in counts.tolist()])
         scores = _two_stages(view, self.scores(view), first.to(counts.device), self.epsilon, n_sink, n_window)
-        return select_counts(scores, counts, n_sink=n_sink, n_window=n_window)
+        return view.held(select_counts(scores, counts))
 
 
 def _two_stages(
     view: LayerView, scores: Tensor, first: int | Tensor, epsilon: float, n_sink: int, n_window: int
 ) -> Tensor:
-    """Infinity for the ``first`` best of each head (a number, or ``[B, Hkv]``), protected ones first; weighted else."""
+    """Infinity for protected tokens and the ``first`` best of each head (a number, or ``[B, Hkv]``); weighted else."""
+    is_first = best(view.guard(scores, n_sink, n_window), first)
     weighted = (scores + epsilon) * view.projected_value_norms()
-    return weighted.masked_fill(best(protect(scores, n_sink, n_window), first), torch.inf)
+    return view.guard(weighted.masked_fill(is_first, torch.inf), n_sink, n_window)
 
 
 def _require_attention(wrapper: WrapperPress) -> None:

@@ -57,7 +57,7 @@ class ExpectedAttentionPress(ScorerPress):
 
     def score(self, view: LayerView) -> Tensor:
         queries = view.unrotated_queries()  # [B, Hq, Q, D]
-        skip = max(0, self.n_sink - view.first_position - (view.n_tokens - view.n_queries))
+        skip = max(0, self.n_sink - (view.end - view.n_queries))
         if skip < view.n_queries:
             queries = queries[:, :, skip:]
         n_batch, n_kv_heads, _, dim = view.keys.shape

@@ -34,6 +34,8 @@ class KeyRerotationPress(WrapperPress):
         press: any press that chooses which pairs are kept, with the compression ratio.
     """
 
+    decodes = False
+
     def _check_press(self) -> None:
         require_choice(self, self.press)
 

@@ -69,7 +69,7 @@ class LagKVPress(ScorerPress):
 
     def _partitions(self, view: LayerView) -> tuple[int, int, int]:
         """Sinks that are in the view, tokens of a partition, whole partitions."""
-        n_sink = min(max(0, self.n_sink - view.first_position), view.n_tokens)
+        n_sink = view.n_first(self.n_sink)
         lag = min(self.lag_size, max(1, (view.n_tokens - n_sink) // 2))
         return n_sink, lag, (view.n_tokens - n_sink) // lag
 

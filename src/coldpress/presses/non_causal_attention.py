@@ -36,6 +36,7 @@ class NonCausalAttnPress(ScorerPress):
     """
 
     needs_all_queries = True
+    decodes = False
 
     chunk_size: int = 256
 

@@ -27,6 +27,7 @@ class ObservedAttentionPress(ScorerPress):
     """
 
     estimates_attention = True
+    decodes = False
 
     def score(self, view: LayerView) -> Tensor:
         sums = view.attention_column_sums()  # [B, Hkv, T]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -13,7 +13,7 @@ from coldpress.budget import check_ratio
 from coldpress.errors import PressError
 from coldpress.presses.base import ScorerPress
 from coldpress.presses.wrapper import WrapperPress, require_choice
-from coldpress.view import LayerView
+from coldpress.view import LayerView, Place
 
 _P = TypeVar("_P", bound="PerLayerCompressionPress")
 
@@ -31,6 +31,9 @@ class PerLayerCompressionPress(WrapperPress):
         compression_ratios: one for each layer that is compressed, each in [0, 1). ``compression_ratio`` is their mean.
     """
 
+    decodes = False
+    per_layer = True
+
     compression_ratios: Sequence[float] = ()
 
     def __post_init__(self) -> None:
@@ -46,25 +49,30 @@ class PerLayerCompressionPress(WrapperPress):
 
     def _check_press(self) -> None:
         require_choice(self, self.press)
+        if self.press.budget_tokens is not None or self.press.budget_bytes is not None:
+            raise PressError(f"PerLayerCompressionPress has a ratio for each layer; {self.press!r} has a budget too.")
         if self.press.layers_differ():
             raise PressError(
                 f"{self.press!r} and PerLayerCompressionPress both decide how much each layer keeps; use one of them."
             )
 
-    def with_ratio(self: _P, compression_ratio: float) -> _P:
+    def with_budget(self: _P, **budget: Any) -> _P:
         """The same press with all its ratios multiplied, so that their mean is ``compression_ratio``.
 
         Raises:
-            PressError: a layer would have to remove everything.
+            PressError: a layer would have to remove everything, or a budget that is no ratio.
         """
+        if set(budget) != {"compression_ratio"}:
+            raise PressError("PerLayerCompressionPress has ratios, and no budget in tokens or bytes.")
+        compression_ratio = budget["compression_ratio"]
         check_ratio(compression_ratio)
         mean = self.compression_ratio
         factor = compression_ratio / mean if mean else 0.0
         ratios = [round(r * factor, 12) if mean else compression_ratio for r in self.compression_ratios]
         return replace(self, compression_ratios=ratios)
 
-    def keep_of(self, n_tokens: int, layer_idx: int, n_layers: int) -> int:
-        return self._at(layer_idx, n_layers).keep_of(n_tokens, layer_idx, n_layers)
+    def keep_of(self, n_tokens: int, place: Place) -> int:
+        return self._at(place.layer_idx, place.n_layers).keep_of(n_tokens, place)
 
     def layers_differ(self) -> bool:
         return True

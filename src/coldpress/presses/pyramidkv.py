@@ -8,6 +8,7 @@ from coldpress.budget import pyramid_counts
 from coldpress.presses.base import check_at_least
 from coldpress.presses.registry import register
 from coldpress.presses.snapkv import SnapKVPress
+from coldpress.view import Place
 
 
 @register("pyramidkv")
@@ -18,7 +19,7 @@ class PyramidKVPress(SnapKVPress):
     The counts are those of :func:`coldpress.budget.pyramid_counts`; their total is that of SnapKV at the same ratio.
 
     Source: Cai et al. 2024, arXiv:2406.02069, equations 2 and 3; scores as in SnapKVPress. Differs from the paper: the
-    budget follows from compression_ratio.
+    mean budget follows from compression_ratio, unless budget_tokens gives it.
 
     Needs: keys and the window's queries. Cost: as SnapKVPress.
 
@@ -29,12 +30,14 @@ class PyramidKVPress(SnapKVPress):
         beta: steepness, at least 1; the last layer keeps 1/beta of the mean where the line is not flattened.
     """
 
+    per_layer = True
+
     beta: int = 20
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(self, 1, "beta")
 
-    def keep_of(self, n_tokens: int, layer_idx: int, n_layers: int) -> int:
-        counts = pyramid_counts(n_tokens, self.compression_ratio, n_layers, window=self.window_size, beta=self.beta)
-        return counts[layer_idx]
+    def keep_of(self, n_tokens: int, place: Place) -> int:
+        mean = self.mean_keep(n_tokens, place)
+        return pyramid_counts(n_tokens, mean, place.n_layers, window=self.window_size, beta=self.beta)[place.layer_idx]

@@ -9,7 +9,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, TypeVar
 
 from coldpress.errors import PressError, nearest
-from coldpress.presses.base import BasePress, ScorerPress
+from coldpress.presses.base import BUDGETS, BasePress, ScorerPress
 
 __all__ = ["NO_PRESS", "PressInfo", "catalogue", "make_press", "parameters_of", "press_names", "register"]
 
@@ -34,7 +34,8 @@ _BY_NAME: dict[str, _Entry] = {}
 class PressInfo:
     """One line of the catalogue, read off a press's class and docstring.
 
-    ``call`` is how the press is made, with its defaults: ``SnapKVPress(compression_ratio, window_size=64, ...)``.
+    ``call`` is how the press is made, with its defaults: ``SnapKVPress(compression_ratio, window_size=64, ...)``. The
+    last four are those of :class:`BasePress`, of the press and the one inside it together.
     """
 
     name: str
@@ -44,6 +45,10 @@ class PressInfo:
     needs: str
     parameters: str
     call: str
+    kind: str
+    decodes: bool
+    per_head: bool
+    per_layer: bool
 
 
 def register(name: str, inner: type[ScorerPress] | None = None, **inner_parameters: Any) -> Callable[[_P], _P]:
@@ -77,7 +82,8 @@ def make_press(name: str, compression_ratio: float, /, **parameters: Any) -> Bas
     """The press called ``name``, or None for ``no_press``.
 
     Parameters of a name that stands for a wrapper are the wrapper's own or those of the press inside it; a parameter
-    that both have is the wrapper's.
+    that both have is the wrapper's. Every press that has a ratio takes ``budget_tokens`` or ``budget_bytes`` too, with
+    a ratio of 0.
 
     Raises:
         PressError: unknown name (with the nearest ones), a ratio outside [0, 1), an unknown parameter.
@@ -89,6 +95,10 @@ def make_press(name: str, compression_ratio: float, /, **parameters: Any) -> Bas
         known = [NO_PRESS, *press_names()]
         raise PressError(f"Unknown press {name!r}.{nearest(name, known)} Known: {', '.join(known)}.")
     allowed = sorted(parameters_of(name))
+    budget = {k: v for k, v in parameters.items() if k in BUDGETS and v is not None}
+    if budget and not issubclass(entry.cls, ScorerPress):
+        raise PressError(f"{name} has no budget in tokens or bytes: its own parameters say how much is kept.")
+    parameters = {k: v for k, v in parameters.items() if k not in BUDGETS}
     for parameter in parameters:
         if parameter not in allowed:
             raise PressError(
@@ -96,10 +106,10 @@ def make_press(name: str, compression_ratio: float, /, **parameters: Any) -> Bas
                 f"It takes: {', '.join(allowed) or 'none beside the ratio'}."
             )
     if entry.inner is None:
-        return entry.cls(compression_ratio=compression_ratio, **parameters)  # type: ignore[call-arg]
+        return entry.cls(compression_ratio=compression_ratio, **budget, **parameters)  # type: ignore[call-arg]
     own = {f.name for f in _parameters(entry.cls)}
     given = {k: v for k, v in parameters.items() if k not in own}
-    press = entry.inner(compression_ratio=compression_ratio, **(entry.inner_parameters | given))
+    press = entry.inner(compression_ratio=compression_ratio, **budget, **(entry.inner_parameters | given))
     return entry.cls(press=press, **{k: v for k, v in parameters.items() if k in own})  # type: ignore[call-arg]
 
 
@@ -120,7 +130,8 @@ def catalogue() -> list[PressInfo]:
 
 def _parameters(cls: type[BasePress]) -> list[Field[Any]]:
     """What a press takes beside the ratio and the press inside it."""
-    return [f for f in fields(cls) if f.init and f.name not in ("compression_ratio", "press")]  # type: ignore[arg-type]
+    budget = ("compression_ratio", *BUDGETS, "press")
+    return [f for f in fields(cls) if f.init and f.name not in budget]  # type: ignore[arg-type]
 
 
 def _default(f: Field[Any]) -> Any:
@@ -144,7 +155,21 @@ def _info(name: str, entry: _Entry) -> PressInfo:
         inner = call(entry.inner, "compression_ratio", entry.inner_parameters)
         text = call(entry.cls, inner, {})
         own = ", ".join([f"press={inner}", *_described(entry.cls, {})])
-    return PressInfo(name, entry.cls.__name__, doc.split("\n")[0], line("Source"), line("Needs"), own, text)
+    classes = [cls for cls in (entry.cls, entry.inner) if cls]
+    kinds = [cls.kind for cls in classes]
+    return PressInfo(
+        name=name,
+        class_name=entry.cls.__name__,
+        summary=doc.split("\n")[0],
+        source=line("Source"),
+        needs=line("Needs"),
+        parameters=own,
+        call=text,
+        kind=next((kind for kind in ("trained", "calibrated") if kind in kinds), "training-free"),
+        decodes=all(cls.decodes for cls in classes),
+        per_head=any(cls.per_head for cls in classes),
+        per_layer=any(cls.per_layer for cls in classes),
+    )
 
 
 def _described(cls: type[BasePress], changed: dict[str, Any]) -> list[str]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from coldpress.errors import PressError
 from coldpress.presses.base import ScorerPress
-from coldpress.view import LayerView
+from coldpress.view import LayerView, Place
 
 __all__ = ["WrapperPress", "require_choice", "require_scorer"]
 
@@ -20,26 +20,30 @@ _W = TypeVar("_W", bound="WrapperPress")
 class WrapperPress(ScorerPress):
     """A press around another one, which answers every question that the wrapper does not answer itself.
 
-    The ratio, the scores, the budget and the protected tokens are those of the press inside; ``with_ratio`` changes it
+    The ratio or budget, the scores and the protected tokens are those of the press inside; ``with_budget`` changes it
     there.
 
     Args:
         press: the press inside.
     """
 
-    compression_ratio: float = field(init=False, repr=False, compare=False)  # the inner press's
+    # the inner press's
+    compression_ratio: float = field(init=False, repr=False, compare=False)
+    budget_tokens: int | None = field(init=False, repr=False, compare=False)
+    budget_bytes: int | None = field(init=False, repr=False, compare=False)
     press: ScorerPress
 
     def __post_init__(self) -> None:
         self._check_press()
-        object.__setattr__(self, "compression_ratio", self.press.compression_ratio)
+        for name in ("compression_ratio", "budget_tokens", "budget_bytes"):
+            object.__setattr__(self, name, getattr(self.press, name))
 
     def _check_press(self) -> None:
         """Raise :class:`PressError` if ``press`` cannot be wrapped; wrappers that choose by scores need a scorer."""
         require_scorer(self, self.press)
 
-    def with_ratio(self: _W, compression_ratio: float) -> _W:
-        return replace(self, press=self.press.with_ratio(compression_ratio))
+    def with_budget(self: _W, **budget: Any) -> _W:
+        return replace(self, press=self.press.with_budget(**budget))
 
     def score(self, view: LayerView) -> Tensor:
         return self.press.score(view)
@@ -47,8 +51,8 @@ class WrapperPress(ScorerPress):
     def scores(self, view: LayerView) -> Tensor:
         return self.press.scores(view)
 
-    def keep_of(self, n_tokens: int, layer_idx: int, n_layers: int) -> int:
-        return self.press.keep_of(n_tokens, layer_idx, n_layers)
+    def keep_of(self, n_tokens: int, place: Place) -> int:
+        return self.press.keep_of(n_tokens, place)
 
     def layers_differ(self) -> bool:
         return self.press.layers_differ()

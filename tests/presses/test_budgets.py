@@ -1,0 +1,97 @@
+"""Budgets in tokens and bytes, beside the ratio."""
+
+from __future__ import annotations
+
+import pytest
+from tests.contract.architectures import tiny, tokens
+
+from coldpress import (
+    AdaKVPress,
+    ComposedPress,
+    KnormPress,
+    PerLayerCompressionPress,
+    PressedCache,
+    PyramidKVPress,
+    ScorerPress,
+    SnapKVPress,
+    make_press,
+    press_names,
+)
+from coldpress.errors import PressError
+
+with_a_ratio = [name for name in press_names() if isinstance(make_press(name, 0.5), ScorerPress)]
+
+
+def prefilled(press: ScorerPress, n_tokens: int = 60, rows: int = 1) -> PressedCache:
+    past = PressedCache(press)
+    tiny("gpt_neox")(tokens(rows, n_tokens), past_key_values=past)
+    return past
+
+
+def held(past: PressedCache) -> list[float]:
+    """Pairs that a head holds on average, by layer."""
+    return [(layer.positions() >= 0).sum(-1).double().mean().item() for layer in past.pressed_layers()]
+
+
+@pytest.mark.parametrize("name", with_a_ratio)
+def test_every_press_takes_a_budget_of_tokens(name: str) -> None:
+    past = prefilled(make_press(name, 0.0, budget_tokens=24))
+    assert sum(held(past)) == 2 * 24
+    assert past.stored_lengths() == prefilled(make_press(name, 0.6)).stored_lengths()  # 60 * 0.4
+
+
+@pytest.mark.parametrize("n_tokens", [1, 10, 24])
+def test_a_budget_that_is_not_reached_keeps_everything(n_tokens: int) -> None:
+    past = prefilled(KnormPress(budget_tokens=24), n_tokens)
+    assert past.stored_lengths() == [n_tokens] * 2
+    assert past.achieved_ratio() == 0
+
+
+@pytest.mark.parametrize("press", [KnormPress, PyramidKVPress])
+def test_a_budget_of_bytes_holds_for_each_row(press: type[ScorerPress]) -> None:
+    token_bytes = 2 * 4 * 2 * 16 * 4  # layers, heads, keys and values, dimensions, float32
+    past = prefilled(press(budget_bytes=20 * token_bytes + 5), rows=3)
+    assert sum(held(past)) == 2 * 20
+    tensors = [t for layer in past.pressed_layers() for t in (layer.keys, layer.values) if t is not None]
+    assert sum(t.numel() * t.element_size() for t in tensors) <= 3 * (20 * token_bytes + 5)
+
+
+def test_less_than_one_token_is_refused() -> None:
+    with pytest.raises(PressError, match="less than the 1024 bytes of one token in 2 layers"):
+        prefilled(KnormPress(budget_bytes=100))
+
+
+@pytest.mark.parametrize("budget", [0, -1, 2.5, "9", True])
+@pytest.mark.parametrize("name", ["budget_tokens", "budget_bytes"])
+def test_budgets_are_positive_integers(name: str, budget: object) -> None:
+    with pytest.raises(PressError, match=f"{name} must be an integer >= 1"):
+        KnormPress(**{name: budget})
+
+
+def test_only_one_of_them_says_how_much_is_kept() -> None:
+    with pytest.raises(PressError, match="compression_ratio and budget_tokens both say how much is kept"):
+        KnormPress(0.5, budget_tokens=9)
+    with pytest.raises(PressError, match="budget_tokens and budget_bytes both"):
+        SnapKVPress(budget_tokens=9, budget_bytes=9)
+    with pytest.raises(PressError, match="compression_ratio and budget_tokens both"):
+        make_press("knorm", 0.5, budget_tokens=9)
+
+
+def test_wrappers_have_the_budget_of_the_press_inside() -> None:
+    press = AdaKVPress(KnormPress(budget_tokens=9))
+    assert (press.compression_ratio, press.budget_tokens) == (0.0, 9)
+    assert press.with_ratio(0.5) == AdaKVPress(KnormPress(0.5))
+    assert press.with_ratio(0.5).with_budget(budget_bytes=10**6) == AdaKVPress(KnormPress(budget_bytes=10**6))
+
+
+def test_ratios_of_layers_or_presses_leave_no_place_for_a_budget() -> None:
+    with pytest.raises(PressError, match="has a budget too"):
+        PerLayerCompressionPress(KnormPress(budget_tokens=9), [0.5, 0.5])
+    for press in (PerLayerCompressionPress(KnormPress(), [0.5]), ComposedPress([KnormPress(0.5)])):
+        with pytest.raises(PressError, match="no budget in tokens or bytes"):
+            press.with_budget(budget_tokens=9)
+
+
+def test_composed_presses_count_down() -> None:
+    past = prefilled(ComposedPress([KnormPress(0.5), SnapKVPress(budget_tokens=20, window_size=4)]))
+    assert past.stored_lengths() == [20, 20]
