@@ -461,10 +461,10 @@ def pick(states: Tensor, at: Tensor) -> Tensor:
         states = states.contiguous()
     strides = states.stride()[:3]
     step = math.gcd(*(stride for stride, n in zip(strides, states.shape, strict=False) if n > 1)) or 1
-    last = sum(stride * (n - 1) for stride, n in zip(strides, states.shape, strict=False))
+    last = sum(stride * max(0, n - 1) for stride, n in zip(strides, states.shape, strict=False))
     index = at * (strides[2] // step)
     for dim in (0, 1):
         shape = [-1 if i == dim else 1 for i in range(3)]
         index = index + (torch.arange(states.shape[dim], device=at.device) * (strides[dim] // step)).view(shape)
     matrix = states.as_strided((last // step + 1, states.shape[3]), (step, 1))
-    return matrix.index_select(0, index.flatten()).view(*at.shape, -1)
+    return matrix.index_select(0, index.flatten()).view(*at.shape, states.shape[3])
