@@ -321,16 +321,23 @@ class LayerView:
     def moved_keys(self, kept: Kept, places: Tensor) -> Tensor:
         """The keys of ``kept`` as they would be at ``places``, int64 ``[B, Hkv, n]`` positions in the view.
 
-        They are rotated back and forth by the model's own rotary embedding, for a text of this length, in float32; the
-        dimensions that it does not rotate stay as they are. A layer that rotates nothing gets its keys back.
+        They are rotated back and forth, in one step, by the model's own rotary embedding for a text of this length, in
+        float32; the dimensions that it does not rotate stay as they are. A layer that rotates nothing gets its keys
+        back.
         """
         rope = self.find_rope()
         if rope is None:
             return kept.keys
-        end = self.first_position + self.n_tokens
-        there = rope.cos_sin(torch.arange(self.first_position, end, device=self.keys.device))
-        keys = rope.rotate_each(kept.keys.float(), *rope.inverse(*there), kept.positions.clamp(min=0))
-        return rope.rotate_each(keys, *there, places.clamp(min=0)).to(kept.keys.dtype)
+        cos, sin = rope.cos_sin(torch.arange(self.first_position, self.end, device=self.keys.device))
+        scale = cos[:, :1].square() + sin[:, :1].square()  # as in Rope.inverse
+        here, there = (at.clamp(min=0).flatten() for at in (kept.positions, places))
+        shape = (-1, here.numel() // max(1, kept.keys.shape[:2].numel()), cos.shape[-1])  # heads as rows of a batch
+        (cos_here, sin_here), (cos_there, sin_there) = (
+            (cos[0].index_select(0, at), sin[0].index_select(0, at)) for at in (here, there)
+        )
+        cos = ((cos_there * cos_here).addcmul_(sin_there, sin_here) / scale[0]).view(shape)
+        sin = ((sin_there * cos_here).addcmul_(cos_there, sin_here, value=-1) / scale[0]).view(shape)
+        return rope.rotate(kept.keys.float().flatten(0, 1)[:, None], cos, sin).view_as(kept.keys).to(kept.keys.dtype)
 
     def value_norms(self) -> Tensor:
         """||v||_2 of every value: float32 ``[B, Hkv, T]``."""
