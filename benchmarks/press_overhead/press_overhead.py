@@ -210,9 +210,10 @@ def with_coldpress(args: argparse.Namespace) -> Setup:
         return eval(call, {**vars(coldpress), "compression_ratio": args.compression_ratio})
 
     def prefill(ids: Any, press: Any, name: str) -> float:
-        cache = coldpress.PressedCache(press)
+        cache = coldpress.PressedCache()
         start = time.perf_counter()
-        model.base_model(ids, past_key_values=cache)
+        with press(model) if press is not None else nullcontext():
+            model.base_model(ids, past_key_values=cache)
         return time.perf_counter() - start
 
     return press_of, prefill, clock
