@@ -4,14 +4,17 @@
     python scripts/generate_docs.py            write them
     python scripts/generate_docs.py --check    exit with 1 if a document is not what it would write
 
-A generated part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->``. NAME is ``presses``, or
-``results FOLDER`` for the table of the JSON files in benchmarks/FOLDER.
+A generated part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->``. NAME is ``presses``,
+``results FOLDER`` for the table of the JSON files in benchmarks/FOLDER, or ``overhead FILE`` for that of
+benchmarks/press_overhead/results/FILE.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
+import runpy
 import sys
 from pathlib import Path
 
@@ -21,7 +24,7 @@ from coldpress.eval.results import read_results
 from coldpress.presses.registry import catalogue
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "README.zh-CN.md", "docs/presses.md")
+DOCUMENTS = ("README.md", "README.zh-CN.md", "docs/presses.md", "benchmarks/press_overhead/README.md")
 PART = re.compile(r"(<!-- generated: (?P<name>[^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -47,9 +50,17 @@ def results(folder: str) -> str:
     return f"{table(records)}\n\n{describe(records[0])}."
 
 
+def overhead(name: str) -> str:
+    """The table of a result of benchmarks/press_overhead, made by the script that measures it."""
+    folder = ROOT / "benchmarks" / "press_overhead"
+    record = json.loads((folder / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    made: str = runpy.run_path(str(folder / "press_overhead.py"))["table"](record)
+    return made
+
+
 def generated(name: str) -> str:
     kind, _, argument = name.partition(" ")
-    makers = {"presses": lambda: presses(), "results": lambda: results(argument)}
+    makers = {"presses": lambda: presses(), "results": lambda: results(argument), "overhead": lambda: overhead(argument)}
     if kind not in makers:
         raise ColdpressError(f"nothing called {name!r} is generated; there are {', '.join(makers)}")
     return makers[kind]()

@@ -47,7 +47,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--layers", type=int, help="fewer layers, to look at one press quickly")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compression_ratio", type=float, default=0.5)
     parser.add_argument("--press", nargs="+", help="default: every registered press")
     parser.add_argument("--library", nargs="+", choices=LIBRARIES, help="default: both where the model allows it")
