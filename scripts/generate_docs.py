@@ -60,7 +60,11 @@ def overhead(name: str) -> str:
 
 def generated(name: str) -> str:
     kind, _, argument = name.partition(" ")
-    makers = {"presses": lambda: presses(), "results": lambda: results(argument), "overhead": lambda: overhead(argument)}
+    makers = {
+        "presses": lambda: presses(),
+        "results": lambda: results(argument),
+        "overhead": lambda: overhead(argument),
+    }
     if kind not in makers:
         raise ColdpressError(f"nothing called {name!r} is generated; there are {', '.join(makers)}")
     return makers[kind]()

@@ -27,6 +27,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -53,10 +54,14 @@ def main() -> int:
     parser.add_argument("--library", nargs="+", choices=LIBRARIES, help="default: both where the model allows it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--profile", metavar="PRESS", help="instead: what one coldpress press spends its time on")
     parser.add_argument("--worker", choices=LIBRARIES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         serve(args)
+        return 0
+    if args.profile:
+        print(profile(args))
         return 0
     record = measure(args)
     if args.output:
@@ -193,6 +198,36 @@ class Clock:
                 self.seconds += time.perf_counter() - start
 
         setattr(cls, method, timed)
+
+
+def profile(args: argparse.Namespace) -> str:
+    """Torch's operations inside the press, by their share of its time, over all layers of one prefill."""
+    import torch
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record_operations
+
+    from coldpress import catalogue
+    from coldpress.layer import PressedLayer
+
+    torch.set_num_threads(args.threads)
+    press_of, prefill, _ = with_coldpress(args)
+    press = press_of({info.name: info.call for info in catalogue()}[args.profile])
+    ids = torch.randint(0, 10_000, (1, args.tokens), generator=torch.Generator().manual_seed(args.seed))
+    inner, spent = PressedLayer.after_attention, Counter[str]()
+
+    def profiled(*arguments: Any) -> None:
+        with record_operations(activities=[ProfilerActivity.CPU]) as recorded:
+            inner(*arguments)
+        for row in recorded.key_averages():
+            spent[row.key] += row.self_cpu_time_total
+
+    with torch.no_grad():
+        prefill(ids, press, args.profile)
+        PressedLayer.after_attention = profiled  # type: ignore[method-assign]
+        prefill(ids, press, args.profile)
+    total = sum(spent.values())
+    shares = [f"{name.removeprefix('aten::')} {100 * t / total:.0f} %" for name, t in spent.most_common(5)]
+    return f"{args.profile}: {', '.join(shares)}"
 
 
 Setup = tuple[Callable[[str], Any], Callable[..., float], Clock]
@@ -345,8 +380,9 @@ def table(record: dict[str, Any]) -> str:
         lines.append(line)
     prefills = ", ".join(f"{found[NO_PRESS][lib]['prefill_ms']:,.0f} ms in {lib}" for lib in libraries)
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    layers = f" through {settings['layers']} layers" if settings["layers"] else ""
     return "\n".join(lines) + (
-        f"\n\nPrefill of {settings['tokens']:,} tokens without a press: {prefills}. Ratio "
+        f"\n\nPrefill of {settings['tokens']:,} tokens{layers} without a press: {prefills}. Ratio "
         f"{settings['compression_ratio']}, {settings['weights']} weights, float32, {settings['threads']} CPU "
         f"thread{'s' * (settings['threads'] > 1)}, {settings['rounds']} rounds, {versions}."
     )
