@@ -5,15 +5,18 @@
     python scripts/generate_docs.py --check    exit with 1 if a document is not what it would write
 
 A generated part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->``. NAME is ``presses``,
-``results FOLDER`` for the table of the JSON files in benchmarks/FOLDER, ``parity`` for the comparison with kvpress, or
-``faults`` for the tests of kvpress's faults.
+``results FOLDER`` for the table of the JSON files in benchmarks/FOLDER, ``parity`` for the comparison with kvpress,
+``faults`` for the tests of kvpress's faults, or ``overhead FILE`` for the table of
+benchmarks/press_overhead/results/FILE.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import json
 import re
+import runpy
 import sys
 from pathlib import Path
 
@@ -23,7 +26,13 @@ from coldpress.eval.results import read_results
 from coldpress.presses.registry import catalogue
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "README.zh-CN.md", "docs/presses.md", "docs/parity.md")
+DOCUMENTS = (
+    "README.md",
+    "README.zh-CN.md",
+    "docs/presses.md",
+    "docs/parity.md",
+    "benchmarks/press_overhead/README.md",
+)
 PART = re.compile(r"(<!-- generated: (?P<name>[^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -75,9 +84,23 @@ def faults() -> str:
     return "\n".join(["| fault | what kvpress does | test |", "|---|---|---|", *(line for _, line in rows)])
 
 
+def overhead(name: str) -> str:
+    """The table of a result of benchmarks/press_overhead, made by the script that measures it."""
+    folder = ROOT / "benchmarks" / "press_overhead"
+    record = json.loads((folder / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    made: str = runpy.run_path(str(folder / "press_overhead.py"))["table"](record)
+    return made
+
+
 def generated(name: str) -> str:
     kind, _, argument = name.partition(" ")
-    makers = {"presses": presses, "results": lambda: results(argument), "parity": parity, "faults": faults}
+    makers = {
+        "presses": presses,
+        "results": lambda: results(argument),
+        "parity": parity,
+        "faults": faults,
+        "overhead": lambda: overhead(argument),
+    }
     if kind not in makers:
         raise ColdpressError(f"nothing called {name!r} is generated; there are {', '.join(makers)}")
     return makers[kind]()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from coldpress.view import Kept, LayerCall, LayerView
+from coldpress.view import Kept, LayerCall, LayerView, pick
 
 if TYPE_CHECKING:
     from coldpress.layer import PressedLayer
@@ -109,10 +109,7 @@ class RowGroup:
             rows, longest = torch.tensor(members, device=device), max(heads)
             order = (~is_held[rows]).to(torch.uint8).argsort(dim=-1, stable=True)[..., :longest]  # the held ones first
             is_ragged = min(heads) < longest
-            k, v = (
-                states[rows].gather(2, order[..., None].expand(-1, -1, -1, states.shape[3]))
-                for states in (keys, values)
-            )
+            k, v = pick(keys[rows], order), pick(values[rows], order)
             if padding is None:
                 q = queries[rows]
             else:
@@ -166,5 +163,4 @@ def _view(layer: PressedLayer, call: LayerCall, keys: Tensor, values: Tensor, qu
 
 def _take(states: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
     """Rows ``[b]`` and their slots ``[b, n]`` of ``[B, H, T, D]``: ``[b, H, n, D]``."""
-    index = slots[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
-    return states[rows].gather(2, index)
+    return pick(states[rows], slots[:, None].expand(-1, states.shape[1], -1))

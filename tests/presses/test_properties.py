@@ -114,9 +114,7 @@ def test_what_is_kept(name: str, view: LayerView, ratio: float) -> None:
     assert max(len(head[head >= 0]) for row in kept.positions for head in row) == kept.positions.shape[2]
 
 
-with_a_budget = pytest.mark.parametrize(
-    "name", [n for n in [*press_names(), *MORE] if n not in ("composed", "per_layer")]
-)
+with_a_budget = pytest.mark.parametrize("name", [n for n in [*WITH_RATIO, *MORE] if n not in ("composed", "per_layer")])
 
 
 @with_a_budget
