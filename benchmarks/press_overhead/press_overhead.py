@@ -318,6 +318,31 @@ def make_model(args: argparse.Namespace) -> Any:
 # -- what the record says -----------------------------------------------------------------------------------------
 
 
+def changes_attention(library: str, name: str) -> bool:
+    """Whether the press makes the library attend in another way, so that its cost is not in the press alone."""
+    return library == "kvpress" and name == EAGER
+
+
+def baselines(record: dict[str, Any], library: str) -> dict[int, float]:
+    """Median seconds of each round's prefills without a press."""
+    seconds: dict[int, list[float]] = {}
+    for sample in record["samples"]:
+        if sample["library"] == library and sample["press"] == NO_PRESS:
+            seconds.setdefault(sample["round"], []).append(sample["seconds"])
+    return {turn: statistics.median(values) for turn, values in seconds.items()}
+
+
+def shares(record: dict[str, Any], library: str, name: str) -> dict[int, float]:
+    """What the press added in each round, in per cent of the rest of the same prefill."""
+    base, found = baselines(record, library), {}
+    for sample in record["samples"]:
+        if sample["library"] == library and sample["press"] == name:
+            whole = sample["seconds"]
+            added = whole - base[sample["round"]] if changes_attention(library, name) else sample["in_press"]
+            found[sample["round"]] = 100 * added / (whole - added)
+    return found
+
+
 def summary(record: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
     """For every press and library: milliseconds added, in per cent of the rest of the same prefill, and their spread.
 
@@ -328,18 +353,14 @@ def summary(record: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
     found: dict[str, dict[str, dict[str, float]]] = {}
     for library in record["settings"]["libraries"]:
         mine = [s for s in record["samples"] if s["library"] == library]
-        base = {
-            turn: statistics.median(s["seconds"] for s in mine if s["round"] == turn and s["press"] == NO_PRESS)
-            for turn in {s["round"] for s in mine}
-        }
+        base = baselines(record, library)
         for name in [NO_PRESS, *record["settings"]["calls"]]:
             samples = [s for s in mine if s["press"] == name]
             if not samples:
                 continue
             differences = [s["seconds"] - base[s["round"]] for s in samples]
-            changes_attention = library == "kvpress" and name == EAGER
-            added = differences if changes_attention else [s["in_press"] for s in samples]
-            percent = [100 * a / (s["seconds"] - a) for a, s in zip(added, samples, strict=True)]
+            added = differences if changes_attention(library, name) else [s["in_press"] for s in samples]
+            percent = list(shares(record, library, name).values())
             found.setdefault(name, {})[library] = {
                 "prefill_ms": 1e3 * statistics.median(s["seconds"] for s in samples),
                 "added_ms": 1e3 * statistics.median(added),
@@ -375,8 +396,7 @@ def table(record: dict[str, Any]) -> str:
                 spread = f"{row['percent']:.1f} ({row['low']:.1f} to {row['high']:.1f})"
                 line += f" {row['added_ms']:.0f} | {spread} | {row['end_to_end']:+.1f} |"
         if len(libraries) == 2:
-            pair = [found[name][library]["added_ms"] for library in libraries if library in found[name]]
-            line += f" {pair[0] / pair[1]:.2f} |" if len(pair) == 2 else " |"
+            line += f" {versus(record, name)} |"
         lines.append(line)
     prefills = ", ".join(f"{found[NO_PRESS][lib]['prefill_ms']:,.0f} ms in {lib}" for lib in libraries)
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
@@ -386,6 +406,13 @@ def table(record: dict[str, Any]) -> str:
         f"{settings['compression_ratio']}, {settings['weights']} weights, float32, {settings['threads']} CPU "
         f"thread{'s' * (settings['threads'] > 1)}, {settings['rounds']} rounds, {versions}."
     )
+
+
+def versus(record: dict[str, Any], name: str) -> str:
+    """coldpress's share of a prefill over kvpress's in the same round: median, least and most; "" without both."""
+    by_round = [shares(record, library, name) for library in LIBRARIES]
+    ratios = [by_round[0][turn] / by_round[1][turn] for turn in by_round[0] if turn in by_round[1]]
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else ""
 
 
 def as_json(record: dict[str, Any]) -> str:
