@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from coldpress.attention import use_coldpress
 from coldpress.errors import DeviceError, InputError, MissingDependencyError, ModelError, UnreachableError
-from coldpress.eval.network import hub_problem, one_line
+from coldpress.network import hub_problem, one_line
 
 __all__ = ["LoadedModel", "load_model", "pick_device", "pick_dtype"]
 
