@@ -43,7 +43,7 @@ def results(folder: str) -> str:
     records = read_results(ROOT / "benchmarks" / folder)
     if not records:
         raise ColdpressError(f"benchmarks/{folder} holds no results")
-    records.sort(key=lambda r: (r["compression_ratio"], r["loss"] if r["loss"] is not None else 0.0))
+    records.sort(key=lambda r: (r["compression_ratio"] or 0.0, r["loss"] if r["loss"] is not None else 0.0))
     return f"{table(records)}\n\n{describe(records[0])}."
 
 

@@ -8,10 +8,20 @@ import gc
 import pytest
 import torch
 from tests.contract.architectures import BY_NAME, tiny, tokens
+from tests.presses.others import OTHERS, WITH_RATIO, other_press
 from torch import Tensor
 from transformers import DynamicCache
 
-from coldpress import BasePress, Kept, KnormPress, LayerView, PressedCache, SnapKVPress, make_press, press_names
+from coldpress import (
+    BasePress,
+    Kept,
+    KnormPress,
+    LayerView,
+    PerLayerCompressionPress,
+    PressedCache,
+    SnapKVPress,
+    make_press,
+)
 from coldpress.errors import CacheError, ModelError, PressError
 
 N = 53  # tokens of the prompt
@@ -227,8 +237,8 @@ def test_rows_can_be_repeated_and_selected(press: BasePress | None) -> None:
 @pytest.mark.parametrize("is_padded", [False, True])
 def test_branches_are_separate_prefills(name: str, is_padded: bool) -> None:
     own = {"random": {"seed": 1}, "snapkv": {"window_size": 8}, "pyramidkv": {"window_size": 4}}
-    presses = [make_press(press, ratio, **own.get(press, {})) for press in press_names() for ratio in (0.0, 0.3, 0.7)]
-    presses.append(None)
+    presses = [make_press(press, ratio, **own.get(press, {})) for press in WITH_RATIO for ratio in (0.0, 0.3, 0.7)]
+    presses += [*(other_press(press, name) for press in OTHERS), None]
     ids, mask = tokens(2, N), torch.ones(2, N, dtype=torch.long)
     if is_padded:
         mask[1, :20] = 0
@@ -369,3 +379,17 @@ def test_describes_itself() -> None:
     assert repr(prefilled(KnormPress(0.5))) == (
         f"PressedCache(press=KnormPress(compression_ratio=0.5), seen={N}, stored=[26, 26])"
     )
+
+
+@pytest.mark.parametrize("is_branch", [False, True])
+def test_layers_that_keep_everything_count_too(is_branch: bool) -> None:
+    """Half of one of two layers is a quarter, rounded up to whole tokens."""
+    press = PerLayerCompressionPress(KnormPress(), [0.5, 0.0])
+    past = PressedCache(press)
+    source = PressedCache() if is_branch else past
+    if is_branch:
+        (past,) = source.branches([press])
+    tiny("llama")(tokens(2, N), past_key_values=source)
+    assert past.achieved_ratio() == pytest.approx((N - N // 2) / (2 * N))
+    assert past.fork().achieved_ratio() == past.achieved_ratio()
+    assert [layer.was_compressed for layer in past.pressed_layers()] == [True, False]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.contract.architectures import BY_NAME, tiny, tokens
+from tests.presses.others import OTHERS, WITH_RATIO, other_press
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from coldpress import BasePress, PressedCache, SnapKVPress, make_press, press_names
+from coldpress import BasePress, PressedCache, SnapKVPress, make_press
 
 QUESTION = 4
 MODELS = ["gpt_neox", "llama", "mistral"]
@@ -89,13 +90,14 @@ def check(model: PreTrainedModel, batch: Batch, press: BasePress | None, n_decod
     ("name", "layout"),
     [*(("gpt_neox", layout) for layout in LAYOUTS), ("llama", "mixed"), ("mistral", "right"), ("mistral", "mixed")],
 )
-@pytest.mark.parametrize("press", [None, *press_names()])
+@pytest.mark.parametrize("press", [None, *WITH_RATIO, *OTHERS])
 def test_row_of_a_batch_is_the_row_alone(name: str, layout: str, press: str | None) -> None:
-    check(tiny(name), Batch(60, LAYOUTS[layout]), None if press is None else press_of(press, 0.5))
+    made = None if press is None else other_press(press, name) if press in OTHERS else press_of(press, 0.5)
+    check(tiny(name), Batch(60, LAYOUTS[layout]), made)
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("press", press_names())
+@pytest.mark.parametrize("press", WITH_RATIO)
 def test_ratio_0_drops_the_padding_only(name: str, press: str) -> None:
     past = check(tiny(name), Batch(20, [(3, 0), (0, 0), (0, 15)]), press_of(press, 0.0))
     assert past.achieved_ratio() == 0

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.presses.others import WITH_RATIO
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -24,7 +25,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import coldpress
-from coldpress import KnormPress, PressedCache, SnapKVPress, make_press, press_names
+from coldpress import KnormPress, PressedCache, SnapKVPress, make_press
 from coldpress.errors import CacheError, InputError, PressError
 from coldpress.pipeline import TASKS, KVPressTextGenerationPipeline
 
@@ -106,7 +107,7 @@ def test_without_a_press_it_is_the_models_own_greedy_answer(
     assert own_answer(pipe.model, tokenizer, CONTEXT) == own_answer(plain, tokenizer, CONTEXT)
 
 
-@pytest.mark.parametrize("name", press_names())
+@pytest.mark.parametrize("name", WITH_RATIO)
 def test_several_questions_are_answered_as_if_each_was_the_only_one(
     pipe: KVPressTextGenerationPipeline, name: str
 ) -> None:

@@ -23,18 +23,23 @@ from coldpress.presses.composed import ComposedPress
 from coldpress.presses.criticalkv import CriticalAdaKVPress, CriticalKVPress
 from coldpress.presses.cur import CURPress
 from coldpress.presses.decoding import CompressionRatioDecodingPress, DecodingPress, PrefillDecodingPress
+from coldpress.presses.dms import DMSPress
+from coldpress.presses.duo_attention import DuoAttentionPress
+from coldpress.presses.entropy_gated_chunkkv import EntropyGatedChunkKVPress
 from coldpress.presses.expected_attention import ExpectedAttentionPress
 from coldpress.presses.key_rerotation import KeyRerotationPress
 from coldpress.presses.keydiff import KeyDiffPress
 from coldpress.presses.knorm import KnormPress
 from coldpress.presses.lagkv import LagKVPress
 from coldpress.presses.leverage import LeverageScorePress
+from coldpress.presses.merging import MergingPress
 from coldpress.presses.non_causal_attention import NonCausalAttnPress
 from coldpress.presses.observed_attention import ObservedAttentionPress
 from coldpress.presses.per_layer_compression import PerLayerCompressionPress
 from coldpress.presses.pyramidkv import PyramidKVPress
 from coldpress.presses.random import RandomPress
 from coldpress.presses.registry import catalogue, make_press, press_names
+from coldpress.presses.simlayerkv import SimLayerKVPress
 from coldpress.presses.snapkv import SnapKVPress
 from coldpress.presses.streaming_llm import StreamingLLMPress
 from coldpress.presses.tova import TOVAPress
@@ -64,7 +69,10 @@ __all__ = [
     "CompressionRatioDecodingPress",
     "CriticalAdaKVPress",
     "CriticalKVPress",
+    "DMSPress",
     "DecodingPress",
+    "DuoAttentionPress",
+    "EntropyGatedChunkKVPress",
     "ExpectedAttentionPress",
     "KVPressTextGenerationPipeline",
     "Kept",
@@ -74,6 +82,7 @@ __all__ = [
     "LagKVPress",
     "LayerView",
     "LeverageScorePress",
+    "MergingPress",
     "NonCausalAttnPress",
     "ObservedAttentionPress",
     "PerLayerCompressionPress",
@@ -82,6 +91,7 @@ __all__ = [
     "PyramidKVPress",
     "RandomPress",
     "ScorerPress",
+    "SimLayerKVPress",
     "SnapKVPress",
     "StreamingLLMPress",
     "TOVAPress",

@@ -19,7 +19,10 @@ from coldpress.errors import PressError
 __all__ = [
     "adaptive_counts",
     "check_ratio",
+    "checked",
+    "ends",
     "keep_count",
+    "pack",
     "protect",
     "pyramid_counts",
     "select",
@@ -96,7 +99,7 @@ def select(scores: Tensor, n_keep: int, *, n_sink: int = 0, n_window: int = 0) -
     """
     n_batch, n_heads, _ = scores.shape
     n_sink, n_window = shrink_protected(n_keep, n_sink, n_window)
-    keep = _best(protect(_checked(scores), n_sink, n_window), n_keep)
+    keep = _best(protect(checked(scores), n_sink, n_window), n_keep)
     return keep.nonzero()[:, -1].view(n_batch, n_heads, n_keep)
 
 
@@ -124,7 +127,7 @@ def adaptive_counts(scores: Tensor, n_keep: int, n_safe: int) -> Tensor:
         int64 ``[B, Hkv]``; each row adds up to ``Hkv * n_keep``.
     """
     n_batch, n_heads, _ = scores.shape
-    ordered = _checked(scores).sort(-1, descending=True).values[..., n_safe:]
+    ordered = checked(scores).sort(-1, descending=True).values[..., n_safe:]
     free = n_heads * (n_keep - n_safe)
     counts = torch.full((n_batch, n_heads), n_safe, device=scores.device)
     return counts + _best(ordered.flatten(1), free).view_as(ordered).sum(-1) if free else counts
@@ -141,10 +144,31 @@ def select_counts(scores: Tensor, counts: Tensor) -> Tensor:
         int64 ``[B, Hkv, n]`` with n the largest count; ascending, then -1 in heads that keep fewer.
     """
     n_tokens = scores.shape[-1]
-    order = _checked(scores).argsort(dim=-1, descending=True, stable=True)
+    order = checked(scores).argsort(dim=-1, descending=True, stable=True)
     order = order[..., : int(counts.max())]  # [B, Hkv, n]: the earlier one among equals first
     is_kept = torch.arange(order.shape[-1], device=order.device) < counts[..., None]
     positions = order.masked_fill(~is_kept, n_tokens).sort(-1).values
+    return positions.masked_fill(positions == n_tokens, -1)
+
+
+def ends(n_tokens: int, n_sink: int, n_window: int, device: torch.device | None = None) -> Tensor:
+    """Which of ``n_tokens`` tokens are among the first ``n_sink`` or the last ``n_window``: bool ``[T]``."""
+    token = torch.arange(n_tokens, device=device)
+    return (token < n_sink) | (token >= n_tokens - n_window)
+
+
+def pack(is_kept: Tensor) -> Tensor:
+    """Positions of what is kept, as :class:`~coldpress.view.Kept` holds them.
+
+    Args:
+        is_kept: bool ``[B, Hkv, T]``; some head keeps something.
+
+    Returns:
+        int64 ``[B, Hkv, n]`` with n the largest number that a head keeps; ascending, then -1 in heads that keep fewer.
+    """
+    n_tokens = is_kept.shape[-1]
+    token = torch.arange(n_tokens, device=is_kept.device)
+    positions = token.where(is_kept, n_tokens).sort(-1).values[..., : int(is_kept.sum(-1).max())]
     return positions.masked_fill(positions == n_tokens, -1)
 
 
@@ -174,7 +198,8 @@ def spread(n_keep: int, n_forced: Sequence[int], sizes: Sequence[int]) -> list[i
     return counts
 
 
-def _checked(scores: Tensor) -> Tensor:
+def checked(scores: Tensor) -> Tensor:
+    """``scores`` in float32; raise :class:`PressError` if one is NaN."""
     if torch.isnan(scores).any():
         raise PressError("A score is NaN: the model produced NaN keys, values or queries (try float32 or bfloat16).")
     return scores.float()

@@ -114,7 +114,7 @@ class PressedCache(Cache):
         return sum(storages.values())
 
     def achieved_ratio(self) -> float:
-        """Fraction of the pairs (row, head, token) of the compressed layers that the press removed.
+        """Fraction of the pairs (row, head, token) that the press removed, of all layers that it was shown.
 
         Neither padding nor what a sliding window has left behind is counted.
         """

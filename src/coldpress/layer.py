@@ -181,7 +181,7 @@ class PressedLayer(CacheLayerMixin):
     @property
     def was_compressed(self) -> bool:
         """Whether a press has evicted pairs of this layer."""
-        return self._pairs_before > 0
+        return self._pairs_after < self._pairs_before
 
     @property
     def stored_length(self) -> int:
@@ -275,7 +275,9 @@ class PressedLayer(CacheLayerMixin):
         if is_prefill and self._is_borrowed:
             self._own(self._stored)
         for branch in sharing:
+            n_pairs = branch._pairs_before
             branch.share(self)
+            branch._pairs_before = branch._pairs_after = n_pairs
         for layer in (self, *branches):
             layer._go_on(call, padding, is_prefill)
 
@@ -320,6 +322,7 @@ class PressedLayer(CacheLayerMixin):
             traceback.clear_frames(error.__traceback__)  # they hold tensors that the other presses may need room for
             return False
         if all(part is None for part in kept) and all(group.slots is None for group in groups):
+            self._pairs_before = self._pairs_after = sum(group.n_pairs for group in groups)
             return False
         self._hold(source, groups, kept)
         return True

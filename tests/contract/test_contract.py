@@ -7,6 +7,7 @@ from functools import cache
 import pytest
 import torch
 from tests.contract.architectures import ARCHITECTURES, WINDOW, Architecture, tiny, tokens
+from tests.presses.others import OTHERS, WITH_RATIO, other_press
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -113,7 +114,7 @@ def expected_lengths(architecture: Architecture, model: PreTrainedModel, name: s
 
 
 @every_architecture
-@every_press
+@pytest.mark.parametrize("name", WITH_RATIO)
 def test_half_of_the_context(architecture: Architecture, name: str) -> None:
     check_half(architecture, name, torch.float32)
 
@@ -126,17 +127,44 @@ def test_half_of_the_context_in_bfloat16(architecture: Architecture, name: str) 
 
 @pytest.mark.slow
 @every_architecture
-@pytest.mark.parametrize("name", sorted({*press_names()} - {"expected_attention", "snapkv"}))
+@pytest.mark.parametrize("name", sorted({*WITH_RATIO} - {"expected_attention", "snapkv"}))
 def test_half_of_the_context_in_bfloat16_for_the_other_presses(architecture: Architecture, name: str) -> None:
     check_half(architecture, name, torch.bfloat16)
 
 
+def test_every_name_is_tested_here() -> None:
+    assert {*WITH_RATIO, *OTHERS} >= {*press_names()}
+
+
+@every_architecture
+@pytest.mark.parametrize("name", OTHERS)
+def test_without_a_ratio(architecture: Architecture, name: str) -> None:
+    past, _ = check_compressed(architecture, name, other_press(name, architecture.name), torch.float32)
+    assert 0.1 < past.achieved_ratio() < 1
+
+
 def check_half(architecture: Architecture, name: str, dtype: torch.dtype) -> None:
+    model = tiny(architecture.name, "coldpress", dtype)
+    past, counts = check_compressed(architecture, name, press_of(name, 0.5), dtype)
+    expected = expected_lengths(architecture, model, name)
+    if name == "pyramidkv":
+        assert sum(int(n.sum()) for n in counts) == sum(expected) * counts[0].numel()
+    elif "adakv" in name:  # the heads of a layer share its budget
+        assert [int(n.sum()) for n in counts] == [length * counts[0].numel() for length in expected]
+    else:
+        assert [n.unique().tolist() for n in counts] == [[length] for length in expected]
+    assert 0 < past.achieved_ratio() <= 0.53  # keep_count rounds the removed ones up
+
+
+def check_compressed(
+    architecture: Architecture, name: str, press: BasePress, dtype: torch.dtype
+) -> tuple[PressedCache, list[Tensor]]:
+    """A context, a question and an answer under ``press``: the cache, and what each layer kept ``[B, Hkv]``."""
     model = tiny(architecture.name, "coldpress", dtype)
     ids = tokens(1, CONTEXT + QUESTION + ANSWER)
 
     def run() -> tuple[PressedCache, list[Tensor], Tensor]:
-        past = PressedCache(press_of(name, 0.5))
+        past = PressedCache(press)
         model(ids[:, :CONTEXT], past_key_values=past)
         lengths = past.stored_lengths()
         counts = [(past.positions(layer.index) >= 0).sum(-1) for layer in past.pressed_layers()]  # [B, Hkv]
@@ -149,20 +177,13 @@ def check_half(architecture: Architecture, name: str, dtype: torch.dtype) -> Non
         return past, counts, torch.cat(logits, dim=1)
 
     past, counts, logits = run()
-    expected = expected_lengths(architecture, model, name)
-    if name == "pyramidkv":
-        assert sum(int(n.sum()) for n in counts) == sum(expected) * counts[0].numel()
-    elif "adakv" in name:  # the heads of a layer share its budget
-        assert [int(n.sum()) for n in counts] == [length * counts[0].numel() for length in expected]
-    else:
-        assert [n.unique().tolist() for n in counts] == [[length] for length in expected]
-    assert 0 < past.achieved_ratio() <= 0.53  # keep_count rounds the removed ones up
     assert torch.isfinite(logits).all()
     again, _, same = run()
     assert torch.equal(logits, same)
     for i, layer in enumerate(past.layers):
         if layer in past.pressed_layers():
             assert torch.equal(past.positions(i), again.positions(i))
+    return past, counts
 
 
 def check_positions(architecture: Architecture, name: str, past: PressedCache) -> None:

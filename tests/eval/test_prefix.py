@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from tests.presses.others import WITH_RATIO
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -27,7 +28,7 @@ from coldpress import (
 from coldpress.errors import SelfCheckError
 from coldpress.eval.prefix import PrefixRun
 from coldpress.eval.windows import plan_prefix
-from coldpress.presses.registry import make_press, press_names
+from coldpress.presses.registry import make_press
 
 CONTEXT, TARGET = 60, 24
 Result = dict[str, Any]
@@ -78,7 +79,7 @@ def test_the_baseline_is_one_forward_of_the_uncompressed_model(
     assert "delta_nll" not in record
 
 
-@pytest.mark.parametrize("name", press_names())
+@pytest.mark.parametrize("name", WITH_RATIO)
 def test_a_press_is_scored_like_a_prefill_and_a_forward_of_its_own(
     model: PreTrainedModel, text: Tensor, name: str
 ) -> None:
@@ -175,7 +176,7 @@ def test_all_presses_share_one_prefill_of_each_window(model: PreTrainedModel, te
         lambda module, args, kwargs: lengths.append((args[0] if args else kwargs["input_ids"]).shape[1]),
         with_kwargs=True,
     )
-    presses: list[BasePress] = [make_press(name, ratio) for name in press_names() for ratio in (0.25, 0.5)]  # type: ignore[misc]
+    presses: list[BasePress] = [make_press(name, ratio) for name in WITH_RATIO for ratio in (0.25, 0.5)]  # type: ignore[misc]
     _, results = measure(model, presses, [text])
     n_windows = only(results[0])["windows"]
     assert lengths.count(CONTEXT) == n_windows == 5

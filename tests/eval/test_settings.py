@@ -17,7 +17,9 @@ from coldpress import (
     PyramidKVPress,
     RandomPress,
     ScorerPress,
+    SimLayerKVPress,
     SnapKVPress,
+    press_names,
 )
 from coldpress.errors import PressError, SelfCheckError
 from coldpress.eval.checks import check_stored_pairs
@@ -35,6 +37,15 @@ def test_the_seed_reaches_every_press_that_takes_one() -> None:
         SnapKVPress(0.5),
     ]
     assert presses(press=("leverage",), seed=7, press_args=(("seed", 3),)) == [LeverageScorePress(0.5, seed=3)]
+
+
+def test_a_press_without_a_ratio_is_measured_once() -> None:
+    jobs = make_jobs(Settings(press=("knorm", "simlayerkv"), compression_ratio=(0.25, 0.5)))
+    assert [(job.name, job.ratio) for job in jobs] == [("knorm", 0.25), ("knorm", 0.5), ("simlayerkv", None)]
+    assert presses(press=("simlayerkv",), press_args=(("lazy_threshold", 0.9),)) == [SimLayerKVPress(0.9)]
+    jobs = make_jobs(Settings(press=("all",), compression_ratio=(0.25, 0.5)))
+    assert [job.ratio for job in jobs if job.name == "simlayerkv"] == [None]
+    assert {job.name for job in jobs} == {"no_press", *press_names(kind="training-free")}
 
 
 def test_parameters_may_be_none_by_default_or_belong_to_the_press_inside() -> None:

@@ -19,7 +19,7 @@ from coldpress import (
 )
 from coldpress.errors import PressError
 
-with_a_ratio = [name for name in press_names() if isinstance(make_press(name, 0.5), ScorerPress)]
+with_a_ratio = press_names(has_ratio=True)
 
 
 def prefilled(press: ScorerPress, n_tokens: int = 60, rows: int = 1) -> PressedCache:

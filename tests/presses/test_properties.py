@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.contract.architectures import tokens
+from tests.presses.others import WITH_RATIO
 from tests.presses.views import MODELS, view_of, views_of
 
 from coldpress import (
@@ -25,12 +26,12 @@ from coldpress import (
     LagKVPress,
     LayerView,
     LeverageScorePress,
+    MergingPress,
     PerLayerCompressionPress,
     ScorerPress,
     SnapKVPress,
     StreamingLLMPress,
     make_press,
-    press_names,
 )
 from coldpress.presses.registry import parameters_of
 
@@ -52,10 +53,11 @@ MORE: dict[str, Callable[[float], ScorerPress]] = {
     "chunk_streaming_llm": lambda r: ChunkPress(StreamingLLMPress(r), chunk_length=7),
     "chunkkv_lagkv": lambda r: ChunkKVPress(LagKVPress(r, lag_size=5), chunk_length=4),
     "composed": lambda r: ComposedPress([CapPress(n_future_positions=8), SnapKVPress(window_size=4)]).with_ratio(r),
+    "merging_adakv": lambda r: MergingPress(AdaKVPress(SnapKVPress(r, window_size=4), 0.0), merge_fraction=0.7),
     "per_layer": lambda r: PerLayerCompressionPress(KnormPress(), [r, r / 2]),
     "rerotated_adakv": lambda r: KeyRerotationPress(AdaKVPress(SnapKVPress(r, window_size=4), 0.0)),
 }
-every_press = pytest.mark.parametrize("name", [*press_names(), *MORE])
+every_press = pytest.mark.parametrize("name", [*WITH_RATIO, *MORE])
 
 
 def press_of(name: str, ratio: float) -> ScorerPress:

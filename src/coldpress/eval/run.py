@@ -45,6 +45,9 @@ def evaluate(settings: Settings, command: str) -> tuple[list[dict[str, Any]], bo
         InputError: before any long work, when something that was asked for cannot work.
     """
     jobs = make_jobs(settings)
+    for job in jobs:
+        if job.ratio is None and job.name in settings.press:
+            note(f"{job.name} has no compression ratio: it is measured once, as its own parameters say.")
     pick_device(settings.device)
     if not settings.output_dir.strip():
         raise OutputError("--output_dir is empty; name a folder.")
@@ -90,7 +93,9 @@ def evaluate(settings: Settings, command: str) -> tuple[list[dict[str, Any]], bo
             write_result(output_dir, record)
     for record in records:
         if record["status"] == "failed":
-            note(f"{record['press']} at {record['compression_ratio']:g} failed: {record['error']}", kind="error")
+            ratio = record["compression_ratio"]
+            at = "" if ratio is None else f" at {ratio:g}"
+            note(f"{record['press']}{at} failed: {record['error']}", kind="error")
     if records:
         print(f"\n{show(records)}\n")
         print(f"{len(records)} result(s) in {output_dir}/")

@@ -68,15 +68,18 @@ class Settings:
 
 @dataclass(frozen=True)
 class Job:
-    """One press at one ratio: one result record."""
+    """One press at one ratio, None for a press without a ratio: one result record."""
 
     name: str
-    ratio: float
+    ratio: float | None
     press: BasePress | None
 
 
 def make_jobs(settings: Settings) -> list[Job]:
-    """The presses to measure, each at every ratio, in the order they were named; ``no_press`` only once.
+    """The presses to measure, in the order they were named: each at every ratio, or once if it has none.
+
+    ``all`` is every press that needs nothing but the model; name the calibrated and the trained ones. ``no_press`` is
+    measured once.
 
     Raises:
         PressError: an unknown press or parameter, a ratio outside [0, 1), parameters for several presses.
@@ -85,20 +88,23 @@ def make_jobs(settings: Settings) -> list[Job]:
         check_ratio(ratio, "--compression_ratio")
     names: list[str] = []
     for name in settings.press:
-        names += [NO_PRESS, *press_names()] if name == "all" else [name]
+        names += [NO_PRESS, *press_names(kind="training-free")] if name == "all" else [name]
     names = list(dict.fromkeys(names))
     parameters = dict(settings.press_args)
     if parameters and len([name for name in names if name != NO_PRESS]) != 1:
         raise PressError("--press_args belongs to one press; name a single one with --press.")
     if "compression_ratio" in parameters:
         raise PressError("--press_args cannot hold compression_ratio; use --compression_ratio.")
-    jobs = {}
+    jobs: dict[tuple[str, float | None], Job] = {}
     for name in names:
         own = {} if name == NO_PRESS else parameters
         if "seed" in parameters_of(name):
             own = {"seed": settings.seed, **own}
+        _check_types(name, own)
+        if name in press_names(has_ratio=False):
+            jobs[name, None] = Job(name, None, make_press(name, 0.0, **own))
+            continue
         for ratio in settings.compression_ratio:
-            _check_types(name, own)
             press = make_press(name, ratio, **own)
             job = Job(name, 0.0 if press is None else ratio + 0.0, press)  # 0.0 for -0.0
             jobs[job.name, job.ratio] = job

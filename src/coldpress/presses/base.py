@@ -19,7 +19,7 @@ from coldpress.view import Kept, LayerView, Place
 if TYPE_CHECKING:
     from coldpress.cache import PressedCache
 
-__all__ = ["BUDGETS", "BasePress", "ScorerPress", "check_at_least", "check_between"]
+__all__ = ["BUDGETS", "BasePress", "ScorerPress", "check_at_least", "check_between", "numbers_of"]
 
 BUDGETS = ("budget_tokens", "budget_bytes")  # what may say how much is kept, instead of a ratio
 _S = TypeVar("_S", bound="ScorerPress")
@@ -40,6 +40,7 @@ class BasePress:
             weights of its own that were trained for the model.
         decodes: can choose among the pairs of a text that goes on, so that a decoding schedule may use it.
         per_head, per_layer: heads of a layer, or layers, may keep different numbers of pairs.
+        has_ratio: takes a ``compression_ratio``; if not, parameters of its own and the text decide how much is kept.
         needs_hidden_states: looks at ``view.hidden_states``: the prefill has to run inside ``with press(model):``.
         needs_model: runs the model by itself after the prefill (:meth:`finish`), inside ``with press(model):`` too.
     """
@@ -48,6 +49,7 @@ class BasePress:
     decodes: ClassVar[bool] = False
     per_head: ClassVar[bool] = False
     per_layer: ClassVar[bool] = False
+    has_ratio: ClassVar[bool] = False
     needs_hidden_states: ClassVar[bool] = False
     needs_model: ClassVar[bool] = False
 
@@ -106,6 +108,7 @@ class ScorerPress(BasePress):
     """
 
     decodes = True
+    has_ratio = True
 
     estimates_attention: ClassVar[bool] = False  # scores are attention weights: not negative, comparable across heads
     needs_all_queries: ClassVar[bool] = False  # score(view) needs the query of every token of the view
@@ -243,3 +246,25 @@ def check_between(press: BasePress, low: float, high: float, *names: str) -> Non
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
             allowed = f">= {low}" if high == float("inf") else f"in [{low}, {high}]"
             raise PressError(f"{type(press).__name__}: {name} must be a number {allowed}, got {value!r}.")
+
+
+def numbers_of(press: BasePress, name: str, values: Any, n_dims: int) -> tuple[Any, ...]:
+    """A table of numbers as tuples in tuples, ``n_dims`` deep, so that presses can be compared and hashed.
+
+    Raises:
+        PressError: ``values`` is not a tensor, array or list of so many dimensions, is empty, or is not finite.
+    """
+    try:
+        table = torch.as_tensor(values, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        table = torch.empty(0)
+    if table.dim() != n_dims or not table.numel() or not table.isfinite().all():
+        raise PressError(
+            f"{type(press).__name__}: {name} must be a tensor or lists of finite numbers with {n_dims} dimensions."
+        )
+
+    def tuples(part: Any) -> Any:
+        return tuple(map(tuples, part)) if isinstance(part, list) else part
+
+    found: tuple[Any, ...] = tuples(table.tolist())
+    return found

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from coldpress.presses.merging import MergingPress
 from coldpress.presses.registry import register
 from coldpress.presses.streaming_llm import StreamingLLMPress
 from coldpress.presses.wrapper import WrapperPress, require_choice
@@ -31,13 +32,14 @@ class KeyRerotationPress(WrapperPress):
     O(n * D) per layer.
 
     Args:
-        press: any press that chooses which pairs are kept, with the compression ratio.
+        press: any press that chooses which pairs are kept, or MergingPress, with the compression ratio.
     """
 
     decodes = False
 
     def _check_press(self) -> None:
-        require_choice(self, self.press)
+        press = self.press.press if isinstance(self.press, MergingPress) else self.press  # which leaves keys alone
+        require_choice(self, press)
 
     def compress(self, view: LayerView) -> Kept | None:
         kept = self.press.compress(view)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, TypeVar
 
+from coldpress.budget import check_ratio
 from coldpress.errors import PressError, nearest
 from coldpress.presses.base import BUDGETS, BasePress, ScorerPress
 
@@ -26,6 +27,17 @@ class _Entry:
     inner: type[ScorerPress] | None = None
     inner_parameters: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def classes(self) -> list[type[BasePress]]:
+        """The press and the one inside it."""
+        return [cls for cls in (self.cls, self.inner) if cls]
+
+    @property
+    def kind(self) -> str:
+        """``trained`` or ``calibrated`` where the press or the one inside it is."""
+        kinds = {cls.kind for cls in self.classes}
+        return next((kind for kind in ("trained", "calibrated") if kind in kinds), "training-free")
+
 
 _BY_NAME: dict[str, _Entry] = {}
 
@@ -35,7 +47,7 @@ class PressInfo:
     """One line of the catalogue, read off a press's class and docstring.
 
     ``call`` is how the press is made, with its defaults: ``SnapKVPress(compression_ratio, window_size=64, ...)``. The
-    last four are those of :class:`BasePress`, of the press and the one inside it together.
+    last five are those of :class:`BasePress`, of the press and the one inside it together.
     """
 
     name: str
@@ -49,6 +61,7 @@ class PressInfo:
     decodes: bool
     per_head: bool
     per_layer: bool
+    has_ratio: bool
 
 
 def register(name: str, inner: type[ScorerPress] | None = None, **inner_parameters: Any) -> Callable[[_P], _P]:
@@ -73,9 +86,17 @@ def register(name: str, inner: type[ScorerPress] | None = None, **inner_paramete
     return decorate
 
 
-def press_names() -> list[str]:
-    """The registered names, sorted; ``no_press`` is not one of them."""
-    return sorted(_BY_NAME)
+def press_names(*, kind: str | None = None, has_ratio: bool | None = None) -> list[str]:
+    """The registered names, sorted: all, or those of a kind, or with or without a ratio; ``no_press`` is none of them.
+
+    Args:
+        kind, has_ratio: as in :class:`PressInfo`; None for any.
+    """
+    return [
+        name
+        for name, entry in sorted(_BY_NAME.items())
+        if kind in (None, entry.kind) and has_ratio in (None, entry.cls.has_ratio)
+    ]
 
 
 def make_press(name: str, compression_ratio: float, /, **parameters: Any) -> BasePress | None:
@@ -83,10 +104,11 @@ def make_press(name: str, compression_ratio: float, /, **parameters: Any) -> Bas
 
     Parameters of a name that stands for a wrapper are the wrapper's own or those of the press inside it; a parameter
     that both have is the wrapper's. Every press that has a ratio takes ``budget_tokens`` or ``budget_bytes`` too, with
-    a ratio of 0.
+    a ratio of 0. A press without a ratio, whose own parameters say how much is kept, is made with a ratio of 0.
 
     Raises:
-        PressError: unknown name (with the nearest ones), a ratio outside [0, 1), an unknown parameter.
+        PressError: unknown name (with the nearest ones), a ratio outside [0, 1), an unknown parameter, a ratio for a
+            press that has none.
     """
     if name == NO_PRESS:
         return None
@@ -105,8 +127,16 @@ def make_press(name: str, compression_ratio: float, /, **parameters: Any) -> Bas
                 f"{name} has no parameter {parameter!r}.{nearest(parameter, allowed)} "
                 f"It takes: {', '.join(allowed) or 'none beside the ratio'}."
             )
+    if not entry.cls.has_ratio:
+        check_ratio(compression_ratio)
+        if compression_ratio:
+            raise PressError(
+                f"{name} has no compression ratio: its own parameters say how much is kept ({', '.join(allowed)}). "
+                f"Give it the ratio 0, got {compression_ratio}."
+            )
+    own_ratio = {"compression_ratio": compression_ratio} if entry.cls.has_ratio else {}
     if entry.inner is None:
-        return entry.cls(compression_ratio=compression_ratio, **budget, **parameters)  # type: ignore[call-arg]
+        return entry.cls(**own_ratio, **budget, **parameters)
     own = {f.name for f in _parameters(entry.cls)}
     given = {k: v for k, v in parameters.items() if k not in own}
     press = entry.inner(compression_ratio=compression_ratio, **budget, **(entry.inner_parameters | given))
@@ -119,7 +149,7 @@ def parameters_of(name: str) -> dict[str, Field[Any]]:
     A parameter that both have is the wrapper's. Empty for a name that is not registered.
     """
     entry = _BY_NAME.get(name)
-    classes = [cls for cls in (entry.inner, entry.cls) if cls] if entry else []
+    classes = entry.classes[::-1] if entry else []
     return {f.name: f for cls in classes for f in _parameters(cls)}
 
 
@@ -145,18 +175,17 @@ def _info(name: str, entry: _Entry) -> PressInfo:
         found = re.search(rf"^{tag}: (.+?)(?=\n\n|\n[A-Z]\w+: |\Z)", doc, re.MULTILINE | re.DOTALL)
         return " ".join(found[1].split()) if found else ""
 
-    def call(cls: type[BasePress], first: str, changed: dict[str, Any]) -> str:
-        return f"{cls.__name__}({', '.join([first, *_described(cls, changed)])})"
+    def call(cls: type[BasePress], first: list[str], changed: dict[str, Any]) -> str:
+        return f"{cls.__name__}({', '.join([*first, *_described(cls, changed)])})"
 
     own = ", ".join(_described(entry.cls, {}))
+    ratio = ["compression_ratio"] if entry.cls.has_ratio else []
     if entry.inner is None:
-        text = call(entry.cls, "compression_ratio", {})
+        text = call(entry.cls, ratio, {})
     else:
-        inner = call(entry.inner, "compression_ratio", entry.inner_parameters)
-        text = call(entry.cls, inner, {})
+        inner = call(entry.inner, ratio, entry.inner_parameters)
+        text = call(entry.cls, [inner], {})
         own = ", ".join([f"press={inner}", *_described(entry.cls, {})])
-    classes = [cls for cls in (entry.cls, entry.inner) if cls]
-    kinds = [cls.kind for cls in classes]
     return PressInfo(
         name=name,
         class_name=entry.cls.__name__,
@@ -165,10 +194,11 @@ def _info(name: str, entry: _Entry) -> PressInfo:
         needs=line("Needs"),
         parameters=own,
         call=text,
-        kind=next((kind for kind in ("trained", "calibrated") if kind in kinds), "training-free"),
-        decodes=all(cls.decodes for cls in classes),
-        per_head=any(cls.per_head for cls in classes),
-        per_layer=any(cls.per_layer for cls in classes),
+        kind=entry.kind,
+        decodes=all(cls.decodes for cls in entry.classes),
+        per_head=any(cls.per_head for cls in entry.classes),
+        per_layer=any(cls.per_layer for cls in entry.classes),
+        has_ratio=entry.cls.has_ratio,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from coldpress.errors import PressError
-from coldpress.presses.base import ScorerPress
+from coldpress.presses.base import BasePress, ScorerPress
 from coldpress.view import LayerView, Place
 
 __all__ = ["WrapperPress", "require_choice", "require_scorer"]
@@ -64,7 +64,7 @@ class WrapperPress(ScorerPress):
         return self.press.choose(view)
 
 
-def require_scorer(wrapper: ScorerPress, press: object) -> None:
+def require_scorer(wrapper: BasePress, press: object) -> None:
     """Raise :class:`PressError` unless ``press`` is a scorer: scores and a budget, and nothing around them."""
     _require_press(wrapper, press)
     if isinstance(press, WrapperPress) or type(press).choose is not ScorerPress.choose:  # type: ignore[attr-defined]
@@ -84,7 +84,7 @@ def require_choice(wrapper: ScorerPress, press: object) -> None:
         )
 
 
-def _require_press(wrapper: ScorerPress, press: object) -> None:
+def _require_press(wrapper: BasePress, press: object) -> None:
     if not isinstance(press, ScorerPress):
         given = f"the class {press.__name__}; call it" if isinstance(press, type) else repr(press)
         raise PressError(f"{type(wrapper).__name__} wraps a press such as SnapKVPress(0.5), got {given}.")

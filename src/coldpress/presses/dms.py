@@ -1,0 +1,72 @@
+"""DMS: evict what scores below a threshold, as soon as it is no longer recent."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from coldpress.budget import checked, ends, pack
+from coldpress.errors import PressError
+from coldpress.presses.base import BasePress, ScorerPress, check_at_least, check_between
+from coldpress.presses.wrapper import require_scorer
+from coldpress.view import Kept, LayerView
+
+
+@dataclass(frozen=True)
+class DMSPress(BasePress):
+    """Keep every pair that scores at least ``threshold``, and the last ``sliding_window_size`` tokens.
+
+    Each head of each layer keeps as many pairs as reach the threshold, so how much is removed depends on the text;
+    ``PressedCache.achieved_ratio()`` tells. What the inner press protects is kept as well. Evicted pairs are freed: a
+    layer's tensors are as long as its longest head. Thresholds belong to a scorer and a model: look at the scores of a
+    text before choosing one.
+
+    Source: the inference of Dynamic Memory Sparsification, Łańcucki et al. 2025, arXiv:2506.05345, section 3. Differs
+    from the paper: any scorer instead of trained decisions, taken after a dense prefill. Differs from kvpress: evicted
+    pairs leave memory instead of being masked.
+
+    Needs: what the inner press needs. Cost: of the inner press, and sorting the positions.
+
+    Args:
+        press: the scorer inside; it has no ratio or budget of its own.
+        threshold: pairs with lower scores are evicted; must be given.
+        sliding_window_size: last tokens that are kept whatever their score, at least 1.
+        decoding: go on evicting while tokens are generated.
+    """
+
+    per_head = True
+    per_layer = True
+
+    press: ScorerPress
+    threshold: float | None = None
+    sliding_window_size: int = 128
+    decoding: bool = False
+
+    def __post_init__(self) -> None:
+        require_scorer(self, self.press)
+        if self.threshold is None:
+            raise PressError(
+                f"DMSPress needs a threshold: the lowest score of {type(self.press).__name__} at which a pair is kept. "
+                "There is no default, because it depends on the scorer and the model."
+            )
+        check_between(self, -math.inf, math.inf, "threshold")
+        check_at_least(self, 1, "sliding_window_size")
+        if not isinstance(self.decoding, bool):
+            raise PressError(f"DMSPress: decoding must be True or False, got {self.decoding!r}.")
+        if self.press != self.press.with_ratio(0.0):
+            raise PressError(f"DMSPress keeps what reaches its threshold; give it {self.press!r} without a budget.")
+        if self.press.layers_differ():
+            raise PressError(
+                f"DMSPress decides how much each layer keeps, and so does {type(self.press).__name__}; "
+                "give it a scorer without budgets of its own, such as SnapKVPress()."
+            )
+
+    def compress(self, view: LayerView) -> Kept | None:
+        n_sink, n_window = self.press.protected(view)
+        n_sink, n_window = max(0, n_sink - view.first_position), max(n_window, self.sliding_window_size)
+        if n_sink + n_window >= view.n_tokens:
+            return None
+        assert self.threshold is not None
+        is_end = ends(view.n_tokens, n_sink, n_window, view.keys.device)
+        is_kept = (checked(self.press.scores(view)) >= self.threshold) | is_end  # [B, Hkv, T]
+        return None if is_kept.all() else view.take(pack(is_kept))

@@ -1,0 +1,97 @@
+"""Merging: what is evicted leaves its value with the nearest pair that stays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from coldpress.budget import share_of
+from coldpress.presses.base import check_between
+from coldpress.presses.registry import register
+from coldpress.presses.snapkv import SnapKVPress
+from coldpress.presses.wrapper import WrapperPress, require_choice
+from coldpress.view import Kept, LayerView
+
+_BLOCK_ELEMENTS = 1 << 22  # similarities held at once (16 MiB in float32)
+
+
+@register("merging_snapkv", SnapKVPress)
+@dataclass(frozen=True)
+class MergingPress(WrapperPress):
+    """Keep what the inner press keeps, and fold the value of every evicted pair into that of its nearest kept pair.
+
+    The nearest kept pair of an evicted pair e is the one t of the same head whose key has the largest cosine with e's.
+    With w_e = max(0, cos(k_e, k_t)) * ||v_e|| / (||v_e|| + ||v_t||), in float32,
+    v_t' = (v_t + sum over the e of t of w_e v_e) / (1 + sum of w_e).
+    Keys and positions stay as they are. Of each head's evicted pairs the floor(merge_fraction * n) with the largest
+    cosines are merged, and of these the ones with a cosine of at least similarity_threshold; the others are dropped.
+
+    Source: kvpress's MergingPress, https://github.com/NVIDIA/kvpress, after Wan et al. 2024, arXiv:2406.13035, section
+    3.3, and Bolya et al. 2022, arXiv:2210.09461. Differs from kvpress: any press that chooses which pairs are kept, of
+    each head its own number too; similarities are computed block by block.
+
+    Needs: what the inner press needs, keys and values. Cost: of the inner press, and O(evicted * kept * D) per head.
+
+    Args:
+        press: any press that chooses which pairs are kept, with the compression ratio.
+        similarity_threshold: smallest cosine of keys that are merged, in [0, 1].
+        merge_fraction: share of the evicted pairs that may be merged, in [0, 1].
+    """
+
+    decodes = False
+
+    similarity_threshold: float = 0.0
+    merge_fraction: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_between(self, 0, 1, "similarity_threshold", "merge_fraction")
+
+    def _check_press(self) -> None:
+        require_choice(self, self.press)
+
+    def compress(self, view: LayerView) -> Kept | None:
+        kept = self.press.compress(view)
+        return None if kept is None else kept._replace(values=self._merged(view, kept))
+
+    def _merged(self, view: LayerView, kept: Kept) -> Tensor:
+        """The values of ``kept`` with those of the evicted pairs folded in."""
+        evicted, is_real = _evicted(view, kept)  # [B, Hkv, E]
+        values = view.values.gather(2, evicted[..., None].expand(-1, -1, -1, view.values.shape[3])).float()
+        cosines, nearest = _nearest(view, kept, evicted)
+        cosines = cosines.masked_fill(~is_real, -torch.inf)
+        limits = [[share_of(n, self.merge_fraction) for n in row] for row in is_real.sum(-1).tolist()]
+        rank = cosines.argsort(dim=-1, descending=True, stable=True).argsort(-1)
+        is_merged = (rank < torch.tensor(limits, device=rank.device)[..., None]) & is_real
+        is_merged &= cosines >= self.similarity_threshold
+        own_norms = values.norm(dim=-1)
+        norms = own_norms + kept.values.float().norm(dim=-1).gather(2, nearest)
+        weights = torch.where(is_merged & (norms > 0), cosines * own_norms / norms, 0.0)  # [B, Hkv, E]
+        total = kept.values.float().scatter_add(2, nearest[..., None].expand_as(values), weights[..., None] * values)
+        sums = torch.ones_like(total[..., 0]).scatter_add(2, nearest, weights)
+        return (total / sums[..., None]).to(kept.values.dtype)
+
+
+def _evicted(view: LayerView, kept: Kept) -> tuple[Tensor, Tensor]:
+    """Positions of the pairs that are not in ``kept``, int64 ``[B, Hkv, E]``, and where a head has that many: bool."""
+    n_tokens = view.n_tokens
+    is_kept = torch.zeros(*view.keys.shape[:2], n_tokens + 1, dtype=torch.bool, device=view.keys.device)
+    is_kept.scatter_(2, kept.positions.where(kept.positions >= 0, n_tokens), True)  # -1 goes to a place of its own
+    counts = n_tokens - is_kept[..., :-1].sum(-1)  # [B, Hkv]
+    evicted = is_kept[..., :-1].int().argsort(dim=-1, stable=True)[..., : int(counts.max())]
+    return evicted, torch.arange(evicted.shape[-1], device=evicted.device) < counts[..., None]
+
+
+def _nearest(view: LayerView, kept: Kept, evicted: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine with the nearest kept key, float32 ``[B, Hkv, E]``, and which of the kept ones that is."""
+    targets = normalize(kept.keys.float(), dim=-1).transpose(-1, -2)  # [B, Hkv, D, n]
+    is_empty = (kept.positions < 0)[:, :, None]
+    found = []
+    for part in evicted.split(max(1, _BLOCK_ELEMENTS // kept.positions.numel()), dim=2):
+        keys = view.keys.gather(2, part[..., None].expand(-1, -1, -1, view.keys.shape[3]))
+        cosines = normalize(keys.float(), dim=-1) @ targets  # [B, Hkv, e, n]
+        found.append(cosines.masked_fill_(is_empty, -torch.inf).max(dim=-1))
+    return torch.cat([part.values for part in found], dim=2), torch.cat([part.indices for part in found], dim=2)

@@ -1,0 +1,34 @@
+"""Presses that a name and a ratio alone do not make: without a ratio, or with numbers taken from a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+from tests.contract.architectures import Look, tiny, tokens
+
+from coldpress import BasePress, DMSPress, DuoAttentionPress, LagKVPress, PressedCache, SimLayerKVPress, press_names
+
+WITH_RATIO = press_names(kind="training-free", has_ratio=True)  # a name and a ratio are all they need
+
+
+def duo(n_layers: int, n_heads: int) -> DuoAttentionPress:
+    """Heads of different lengths in the same layer, if there are several."""
+    gates = [[(3 * i + 2 * j) % 5 / 5 for j in range(n_heads)] for i in range(n_layers)]
+    return DuoAttentionPress(0.6, pattern=gates, sink_size=2, recent_size=9)
+
+
+# name -> a press that compresses some 40 tokens, made for so many compressed layers and KV heads
+OTHERS: dict[str, Callable[[int, int], BasePress]] = {
+    "dms_lagkv": lambda n_layers, n_heads: DMSPress(LagKVPress(lag_size=5), threshold=0.5, sliding_window_size=8),
+    "duo_attention": lambda n_layers, n_heads: duo(n_layers, n_heads),
+    "simlayerkv": lambda n_layers, n_heads: SimLayerKVPress(0.0, n_recent=12, n_initial=3),
+}
+
+
+@cache
+def other_press(name: str, model: str) -> BasePress:
+    """The press called ``name`` for the tiny model ``model``."""
+    look = Look()
+    tiny(model)(tokens(1, 5), past_key_values=PressedCache(look))
+    return OTHERS[name](look.views[0].n_layers, look.views[0].keys.shape[1])
