@@ -9,7 +9,8 @@ from tests.contract.architectures import Look, tiny, tokens
 
 from coldpress import BasePress, DMSPress, DuoAttentionPress, LagKVPress, PressedCache, SimLayerKVPress, press_names
 
-WITH_RATIO = press_names(kind="training-free", has_ratio=True)  # a name and a ratio are all they need
+# a name and a ratio are all they need; the tests make up what calibrated ones look up
+WITH_RATIO = [name for kind in ("training-free", "calibrated") for name in press_names(kind=kind, has_ratio=True)]
 
 
 def duo(n_layers: int, n_heads: int) -> DuoAttentionPress:

@@ -53,23 +53,28 @@ class ExpectedAttentionPress(ScorerPress):
         if not 0 <= self.epsilon < math.inf:
             raise PressError(f"ExpectedAttentionPress: epsilon must be a finite number >= 0, got {self.epsilon!r}.")
 
-    def score(self, view: LayerView) -> Tensor:
+    def statistics(self, view: LayerView) -> tuple[Tensor, Tensor | None]:
+        """Mean ``[B or 1, Hq, 1, D]`` and covariance ``[B or 1, Hq, D, D]`` of queries before rotation, in float32."""
         queries = view.unrotated_queries()  # [B, Hq, Q, D]
         skip = max(0, self.n_sink - (view.end - view.n_queries))
         if skip < view.n_queries:
             queries = queries[:, :, skip:]
-        n_batch, n_kv_heads, _, dim = view.keys.shape
+        mean = queries.mean(dim=2, keepdim=True)
+        if not self.use_covariance:
+            return mean, None
+        centred = queries - mean
+        return mean, centred.transpose(-1, -2) @ centred / centred.shape[2]
+
+    def score(self, view: LayerView) -> Tensor:
+        mean, covariance = self.statistics(view)
+        n_kv_heads = view.keys.shape[1]
         keys = view.keys.float()[:, :, None]  # [B, Hkv, 1, T, D]
-        mean = queries.mean(dim=2, keepdim=True)  # [B, Hq, 1, D]
-        ahead = view.mean_future_rotation(mean, self.n_future_positions)
-        ahead = ahead.view(n_batch, n_kv_heads, -1, dim, 1)
-        logits = (keys @ ahead).squeeze(-1) * view.scaling  # [B, Hkv, G, T]
-        if self.use_covariance:
-            centred = queries - mean
-            covariance = centred.transpose(-1, -2) @ centred / centred.shape[2]  # [B, Hq, D, D]
+        ahead = view.mean_future_rotation(mean, self.n_future_positions).unflatten(1, (n_kv_heads, -1))
+        logits = (keys @ ahead.transpose(-1, -2)).squeeze(-1) * view.scaling  # [B, Hkv, G, T]
+        if covariance is not None:
             half = view.mean_future_rotation(covariance, self.n_future_positions)  # Sigma R'
             covariance = view.mean_future_rotation(half.transpose(-1, -2), self.n_future_positions)  # R Sigma R'
-            covariance = covariance.view(n_batch, n_kv_heads, -1, dim, dim)
+            covariance = covariance.unflatten(1, (n_kv_heads, -1))
             logits = logits + ((keys @ covariance) * keys).sum(-1) * (view.scaling**2 / 2)
         expected = logits.softmax(dim=-1).mean(dim=2)  # [B, Hkv, T]
         if self.use_vnorm:
