@@ -393,3 +393,6 @@ def test_layers_that_keep_everything_count_too(is_branch: bool) -> None:
     assert past.achieved_ratio() == pytest.approx((N - N // 2) / (2 * N))
     assert past.fork().achieved_ratio() == past.achieved_ratio()
     assert [layer.was_compressed for layer in past.pressed_layers()] == [True, False]
+    before = past.achieved_ratio()
+    tiny("llama")(tokens(2, 3, seed=4), past_key_values=past)
+    assert past.achieved_ratio() == before

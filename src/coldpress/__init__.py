@@ -33,6 +33,7 @@ from coldpress.presses.keydiff import KeyDiffPress
 from coldpress.presses.knorm import KnormPress
 from coldpress.presses.lagkv import LagKVPress
 from coldpress.presses.leverage import LeverageScorePress
+from coldpress.presses.lukv import LUKVPress
 from coldpress.presses.merging import MergingPress
 from coldpress.presses.non_causal_attention import NonCausalAttnPress
 from coldpress.presses.observed_attention import ObservedAttentionPress
@@ -82,6 +83,7 @@ __all__ = [
     "KeyDiffPress",
     "KeyRerotationPress",
     "KnormPress",
+    "LUKVPress",
     "LagKVPress",
     "LayerView",
     "LeverageScorePress",

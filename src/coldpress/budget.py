@@ -18,6 +18,7 @@ from coldpress.errors import PressError
 
 __all__ = [
     "adaptive_counts",
+    "apportion",
     "check_ratio",
     "checked",
     "ends",
@@ -149,6 +150,33 @@ def select_counts(scores: Tensor, counts: Tensor) -> Tensor:
     is_kept = torch.arange(order.shape[-1], device=order.device) < counts[..., None]
     positions = order.masked_fill(~is_kept, n_tokens).sort(-1).values
     return positions.masked_fill(positions == n_tokens, -1)
+
+
+def apportion(total: int, shares: Sequence[float], low: int, high: int) -> list[int]:
+    """``total`` places given out in proportion to ``shares``, as far as each may have ``low`` to ``high`` of them.
+
+    Args:
+        total: from ``len(shares) * low`` to ``len(shares) * high``.
+        shares: not negative; among equal remainders the earlier one is rounded up.
+
+    Returns:
+        One count for each share; they add up to ``total`` exactly.
+    """
+    shares = [max(share, 1e-9) for share in shares]  # whoever asked for nothing takes what nobody else has room for
+
+    def at(factor: float) -> list[float]:
+        return [min(float(high), max(float(low), factor * share)) for share in shares]
+
+    below, above = 0.0, high / min(shares)
+    for _ in range(100):
+        middle = (below + above) / 2
+        below, above = (middle, above) if sum(at(middle)) <= total else (below, middle)
+    wanted = at(below)
+    counts = [math.floor(x) for x in wanted]
+    for i in sorted(range(len(counts)), key=lambda i: (counts[i] - wanted[i], i)) * 2:
+        if sum(counts) < total and counts[i] < high:
+            counts[i] += 1
+    return counts
 
 
 def ends(n_tokens: int, n_sink: int, n_window: int, device: torch.device | None = None) -> Tensor:

@@ -311,7 +311,7 @@ class PressedLayer(CacheLayerMixin):
         A press that fails breaks its own cache, which raises the error at its next use, and none that branches off.
         """
         press = self.session.press
-        if press is None or self.session.error is not None:
+        if press is None or self.session.error is not None or not groups:
             return False
         try:
             kept = [press.compress(group.view) for group in groups]

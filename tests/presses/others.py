@@ -7,7 +7,17 @@ from functools import cache
 
 from tests.contract.architectures import Look, tiny, tokens
 
-from coldpress import BasePress, DMSPress, DuoAttentionPress, LagKVPress, PressedCache, SimLayerKVPress, press_names
+from coldpress import (
+    BasePress,
+    DMSPress,
+    DuoAttentionPress,
+    KnormPress,
+    LagKVPress,
+    LUKVPress,
+    PressedCache,
+    SimLayerKVPress,
+    press_names,
+)
 
 # a name and a ratio are all they need; the tests make up what calibrated ones look up
 WITH_RATIO = [name for kind in ("training-free", "calibrated") for name in press_names(kind=kind, has_ratio=True)]
@@ -19,10 +29,18 @@ def duo(n_layers: int, n_heads: int) -> DuoAttentionPress:
     return DuoAttentionPress(0.6, pattern=gates, sink_size=2, recent_size=9)
 
 
+def lukv(n_layers: int, n_heads: int) -> LUKVPress:
+    """Heads and layers lean to more or less than the ratio."""
+    leans = [[(3 * i + 2 * j) % 5 / 5 - 0.4 for j in range(n_heads)] for i in range(n_layers)]
+    curves = [[[r + lean * r * (1 - r) for lean in layer] for layer in leans] for r in (p / 100 for p in range(1, 100))]
+    return LUKVPress(KnormPress(0.5), curves=curves)
+
+
 # name -> a press that compresses some 40 tokens, made for so many compressed layers and KV heads
 OTHERS: dict[str, Callable[[int, int], BasePress]] = {
     "dms_lagkv": lambda n_layers, n_heads: DMSPress(LagKVPress(lag_size=5), threshold=0.5, sliding_window_size=8),
     "duo_attention": lambda n_layers, n_heads: duo(n_layers, n_heads),
+    "lukv": lambda n_layers, n_heads: lukv(n_layers, n_heads),
     "simlayerkv": lambda n_layers, n_heads: SimLayerKVPress(0.0, n_recent=12, n_initial=3),
 }
 

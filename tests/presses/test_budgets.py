@@ -19,7 +19,7 @@ from coldpress import (
 )
 from coldpress.errors import PressError
 
-with_a_ratio = press_names(has_ratio=True)
+with_a_ratio = press_names(kind="training-free", has_ratio=True)
 
 
 def prefilled(press: ScorerPress, n_tokens: int = 60, rows: int = 1) -> PressedCache:

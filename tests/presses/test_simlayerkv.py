@@ -68,6 +68,7 @@ def test_layers_are_judged_one_by_one_and_freed() -> None:
         model(ids, past_key_values=past)
         sizes[threshold] = past.kv_bytes()
     assert sorted(past.stored_lengths()) == [20, 300]
+    assert past.achieved_ratio() == pytest.approx(280 / 600)  # both layers count
     assert sizes[sum(shares) / 2] == sizes[1.0] * (20 + 300) // 600
 
 

@@ -1,0 +1,183 @@
+"""LU-KV: how much each head of each layer keeps was found out beforehand, for every ratio."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from coldpress.budget import apportion, protect, select_counts, shrink_protected
+from coldpress.errors import PressError
+from coldpress.presses.base import ScorerPress, check_at_least, numbers_of
+from coldpress.presses.expected_attention import ExpectedAttentionPress
+from coldpress.presses.registry import register
+from coldpress.presses.wrapper import WrapperPress
+from coldpress.view import LayerView, Place
+
+_L = TypeVar("_L", bound="LUKVPress")
+Curves = tuple[tuple[tuple[float, ...], ...], ...]
+
+
+def curves_for(config: Any, press: ScorerPress) -> Curves:
+    """The curves of a model and the scorer ``press``, where the user gave none.
+
+    Raises:
+        PressError: there are none.
+    """
+    name = getattr(config, "_name_or_path", "") or "MODEL"
+    raise PressError(
+        f"LUKVPress has no budget curves of {name} with {type(press).__name__}. Make them with "
+        f"`coldpress calibrate lukv --model {name} --dataset DATASET`, or give the file of published ones: "
+        "LUKVPress(curves=FILE)."
+    )
+
+
+@register("lukv", ExpectedAttentionPress, epsilon=2e-2)
+@dataclass(frozen=True)
+class LUKVPress(WrapperPress):
+    """Keep the best scores of each head; how many that is was measured once on the model, for every ratio.
+
+    Curves say which share of its pairs each head of each layer loses when the whole cache loses 1, 2, ... 99 percent.
+    Between two of these (and 0, where no head loses any, and 100, where all do) the shares lie on a straight line. The
+    places of the whole cache, ratio and text length as asked for, are given to the layers in proportion to the mean of
+    what their heads may keep, then to each layer's heads in proportion to theirs; every head has at least one place.
+    The first ``sink`` and the last ``window`` tokens, and what the inner press protects, are kept as far as a head's
+    places allow.
+
+    Source: LU-KV, arXiv:2602.08585. Differs from the paper: the curves are given, not computed here. Differs from
+    kvpress: evicted pairs leave memory instead of being masked; counts add up to the ratio that was asked for, and
+    ratios between two percents have budgets of their own.
+
+    Needs: what the inner press needs, and curves of the model and the inner press. Cost: of the inner press, and
+    sorting the scores.
+
+    Args:
+        press: the scorer inside; it may have the ratio or budget.
+        compression_ratio: keyword only; the same as the ratio of the press inside.
+        sink, window: first and last tokens that every head keeps, at least 0.
+        curves: shares to remove, ``[99, layers, KV heads]`` in [0, 1], for the layers that are compressed: a tensor, or
+            the path of an .npy file.
+    """
+
+    kind = "calibrated"
+    decodes = False
+    per_head = True
+    per_layer = True
+
+    compression_ratio: float = field(default=0.0, kw_only=True, compare=False, repr=False)
+    press: ScorerPress = field(default_factory=lambda: ExpectedAttentionPress(epsilon=2e-2))
+    sink: int = 4
+    window: int = 1
+    curves: str | Path | Tensor | Sequence[Sequence[Sequence[float]]] | None = None
+
+    def __post_init__(self) -> None:
+        asked = self.compression_ratio
+        super().__post_init__()
+        if asked != 0 and self.press.with_ratio(asked) != self.press:
+            if self.press.with_ratio(0.0) != self.press:
+                raise PressError(
+                    f"LUKVPress: compression_ratio={asked!r} and {self.press!r} both say how much is kept."
+                )
+            object.__setattr__(self, "press", self.press.with_ratio(asked))
+            super().__post_init__()
+        check_at_least(self, 0, "sink", "window")
+        if self.curves is not None and not isinstance(self.curves, (str, Path)):
+            object.__setattr__(self, "curves", numbers_of(self, "curves", self.curves, 3))
+        if self.curves is not None:
+            self._given  # noqa: B018 -- a file that cannot be read is refused now
+
+    def _check_press(self) -> None:
+        super()._check_press()
+        if self.press.layers_differ():
+            raise PressError(
+                f"LUKVPress decides how much each layer keeps, and so does {type(self.press).__name__}; use one."
+            )
+
+    @cached_property
+    def _given(self) -> Curves:
+        """The curves that the user gave."""
+        curves = self.curves
+        if isinstance(curves, (str, Path)):
+            try:
+                read = np.load(curves, allow_pickle=False)
+            except (OSError, ValueError) as error:
+                raise PressError(
+                    f"LUKVPress cannot read the curves {curves}: {error} It takes an .npy file."
+                ) from error
+            curves = numbers_of(self, "curves", read, 3)
+        assert isinstance(curves, tuple)
+        shares = [share for percent in curves for layer in percent for share in layer]
+        if len(curves) != 99 or min(shares) < 0 or max(shares) > 1:
+            raise PressError(
+                "LUKVPress: curves must be the shares that 99 ratios, 1 to 99 percent, remove of each head of each "
+                f"layer, in [0, 1]; got {len(curves)} ratios and shares from {min(shares):g} to {max(shares):g}."
+            )
+        return curves
+
+    def with_budget(self: _L, **budget: Any) -> _L:
+        return replace(self, press=self.press.with_budget(**budget), compression_ratio=0.0)
+
+    def keep_of(self, n_tokens: int, place: Place) -> int:
+        """As in ScorerPress; without curves of its own the mean over layers, which the model's curves decide."""
+        n_mean = self.press.keep_of(n_tokens, place)
+        if self.curves is None or n_mean >= n_tokens:
+            return n_mean
+        return self._layers(self._given, n_tokens, n_mean)[place.layer_idx]
+
+    def layers_differ(self) -> bool:
+        return True
+
+    def protected(self, view: LayerView) -> tuple[int, int]:
+        n_sink, n_window = self.press.protected(view)
+        return max(n_sink, self.sink), max(n_window, self.window)
+
+    def choose(self, view: LayerView) -> Tensor | None:
+        n_tokens, n_heads = view.n_tokens, view.keys.shape[1]
+        n_mean = self.press.keep(view)
+        if n_mean >= n_tokens:
+            return None
+        curves = curves_for(view.module.config, self.press) if self.curves is None else self._given
+        if (len(curves[0]), len(curves[0][0])) != (view.n_layers, n_heads):
+            raise PressError(
+                f"LUKVPress: the curves have {len(curves[0])} layers with {len(curves[0][0])} KV heads; the model "
+                f"compresses {view.n_layers} layers with {n_heads}."
+            )
+        n_layer = self._layers(curves, n_tokens, n_mean)[view.layer_idx]
+        shares = _kept_shares(curves, n_mean / n_tokens)[view.layer_idx]
+        counts = apportion(n_heads * n_layer, shares, 1, n_tokens)
+        n_sink, n_window = self.protected(view)
+        n_sink, n_window = max(0, n_sink - view.first_position), min(n_window, n_tokens)
+        by_head = self.scores(view).split(1, dim=1)
+        guarded = [protect(s, *shrink_protected(n, n_sink, n_window)) for s, n in zip(by_head, counts, strict=True)]
+        own = torch.tensor(counts, device=view.keys.device).expand(view.keys.shape[:2])
+        return select_counts(torch.cat(guarded, dim=1), own)
+
+    @staticmethod
+    def _layers(curves: Curves, n_tokens: int, n_mean: int) -> list[int]:
+        """How many of ``n_tokens`` pairs a head of each layer keeps, on average over the heads."""
+        shares = [sum(heads) / len(heads) for heads in _kept_shares(curves, n_mean / n_tokens)]
+        return apportion(len(shares) * n_mean, shares, 1, n_tokens)
+
+
+def _kept_shares(curves: Curves, kept: float) -> list[list[float]]:
+    """The share that each head of each layer keeps when the whole cache keeps ``kept``: ``[layers][KV heads]``."""
+    at = 100 * (1 - kept)
+    below = min(99, int(at))
+    weight = at - below
+
+    def removed(percent: int, layer: int, head: int) -> float:
+        return float(percent == 100) if percent in (0, 100) else curves[percent - 1][layer][head]
+
+    return [
+        [
+            1 - (1 - weight) * removed(below, layer, head) - weight * removed(below + 1, layer, head)
+            for head in range(len(heads))
+        ]
+        for layer, heads in enumerate(curves[0])
+    ]
