@@ -6,6 +6,7 @@ them to ``$COLDPRESS_ARTEFACTS``, or else to ``~/.cache/coldpress/artefacts``, a
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -92,7 +93,8 @@ class Artefact:
             save_file(tensors, part, metadata={_KEY: json.dumps(said)})
             part.replace(path)
         except (OSError, SafetensorError) as error:
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
             raise OutputError(f"{path} cannot be written ({error}); name another file with --output.") from error
 
 

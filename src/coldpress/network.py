@@ -44,7 +44,7 @@ def fetch_hub_file(repo: str, name: str) -> Path | None:
     Raises:
         UnreachableError: it is not in the cache and the hub cannot be asked.
     """
-    from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub import errors, hf_hub_download, utils
 
     try:
         return Path(hf_hub_download(repo, name, local_files_only=True))
@@ -52,14 +52,21 @@ def fetch_hub_file(repo: str, name: str) -> Path | None:
         pass
     problem = hub_problem(f"{repo}/resolve/main/{name}")
     if problem is None:
+        had_bars = not utils.are_progress_bars_disabled()
+        utils.disable_progress_bars()
         try:
             return Path(hf_hub_download(repo, name))
+        except errors.LocalEntryNotFoundError as error:  # what it says when the connection breaks
+            problem = one_line(error)
         except (errors.RepositoryNotFoundError, errors.EntryNotFoundError, errors.HFValidationError):
             return None
         except Exception as error:
             problem = network_problem(error)
             if problem is None:
                 raise
+        finally:
+            if had_bars:
+                utils.enable_progress_bars()
     raise UnreachableError(f"the Hugging Face hub could not be reached for {repo} ({problem})")
 
 

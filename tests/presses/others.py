@@ -19,9 +19,6 @@ from coldpress import (
     press_names,
 )
 
-# a name and a ratio are all they need; the tests make up what calibrated ones look up
-WITH_RATIO = [name for kind in ("training-free", "calibrated") for name in press_names(kind=kind, has_ratio=True)]
-
 
 def duo(n_layers: int, n_heads: int) -> DuoAttentionPress:
     """Heads of different lengths in the same layer, if there are several."""
@@ -43,6 +40,14 @@ OTHERS: dict[str, Callable[[int, int], BasePress]] = {
     "lukv": lambda n_layers, n_heads: lukv(n_layers, n_heads),
     "simlayerkv": lambda n_layers, n_heads: SimLayerKVPress(0.0, n_recent=12, n_initial=3),
 }
+
+# a name and a ratio are all they need; the tests make up what calibrated ones look up
+WITH_RATIO = [
+    name
+    for kind in ("training-free", "calibrated")
+    for name in press_names(kind=kind, has_ratio=True)
+    if name not in OTHERS
+]
 
 
 @cache
