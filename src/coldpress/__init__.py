@@ -45,6 +45,7 @@ from coldpress.presses.registry import catalogue, make_press, press_names
 from coldpress.presses.simlayerkv import SimLayerKVPress
 from coldpress.presses.snapkv import SnapKVPress
 from coldpress.presses.streaming_llm import StreamingLLMPress
+from coldpress.presses.think import ThinKPress
 from coldpress.presses.tova import TOVAPress
 from coldpress.presses.wrapper import WrapperPress
 from coldpress.view import Kept, LayerView
@@ -101,6 +102,7 @@ __all__ = [
     "SnapKVPress",
     "StreamingLLMPress",
     "TOVAPress",
+    "ThinKPress",
     "WrapperPress",
     "__version__",
     "catalogue",

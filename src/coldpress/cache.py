@@ -107,10 +107,9 @@ class PressedCache(Cache):
         """Bytes of the distinct storages that hold keys and values, room to grow included."""
         storages = {}
         for layer in self.pressed_layers():
-            for tensor in (layer._k, layer._v):
-                if tensor is not None:
-                    storage = tensor.untyped_storage()
-                    storages[storage.data_ptr()] = storage.nbytes()
+            for tensor in layer.tensors():
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
         return sum(storages.values())
 
     def achieved_ratio(self) -> float:

@@ -20,6 +20,7 @@ from transformers.cache_utils import CacheLayerMixin
 from coldpress.errors import CacheError
 from coldpress.rows import RowGroup
 from coldpress.session import THREAD, Session
+from coldpress.thin import ThinKeys
 from coldpress.view import Kept, LayerCall
 
 __all__ = ["PressedLayer"]
@@ -62,6 +63,7 @@ class PressedLayer(CacheLayerMixin):
         # of the newest tokens, [B, Hq, n, D] each, for a press that goes on while decoding
         self._recent: tuple[Tensor, ...] = ()
         self.n_new = 0  # tokens since such a press was asked last
+        self._thin: ThinKeys | None = None  # the first keys, where they are held in fewer channels; _k holds the others
         self._carry: Tensor | None = None  # [B, Hkv, n] float32, what the press gave its kept pairs to carry
 
     # -- what transformers asks of a layer ----------------------------------------------------------------------
@@ -72,13 +74,26 @@ class PressedLayer(CacheLayerMixin):
 
     @property
     def keys(self) -> Tensor | None:
-        """Stored keys, ``[B, Hkv, T, D]``; a view of the buffer."""
-        return None if self._k is None else self._k[:, :, : self._stored]
+        """Stored keys, ``[B, Hkv, T, D]``; a view of the buffer, or a copy where keys are held in fewer channels."""
+        if self._k is None:
+            return None
+        keys = self._k[:, :, : self._stored - self._n_thin]
+        return keys if self._thin is None else self._thin.before(keys)
 
     @property
     def values(self) -> Tensor | None:
         """Stored values, ``[B, Hkv, T, Dv]``; a view of the buffer."""
         return None if self._v is None else self._v[:, :, : self._stored]
+
+    @property
+    def _n_thin(self) -> int:
+        """How many of the first slots have their keys outside ``_k``."""
+        return 0 if self._thin is None else self._thin.n_tokens
+
+    def tensors(self) -> list[Tensor]:
+        """What holds the keys and values."""
+        held = (self._k, self._v, *(() if self._thin is None else self._thin.tensors()))
+        return [tensor for tensor in held if tensor is not None]
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to do: the first update brings shapes, dtype and device."""
@@ -117,7 +132,8 @@ class PressedLayer(CacheLayerMixin):
             self._append(key_states, value_states)
         self._stored += key_states.shape[2]
         self._seen += key_states.shape[2]
-        keys, values = self._k[:, :, : self._stored], self._v[:, :, : self._stored]  # type: ignore[index]
+        keys, values = self.keys, self.values
+        assert keys is not None and values is not None
         self._offered = keys, values
         THREAD.updated = self.session.unclaimed = self
         return keys, values
@@ -353,6 +369,12 @@ class PressedLayer(CacheLayerMixin):
         recent = self._recent
         self._clear()
         self._recent, self._carry = recent, carry
+        if parts[0].channels is not None:
+            channels = parts[0].channels.new_zeros(n_batch, n_heads, parts[0].channels.shape[2])
+            for group, part in zip(groups, parts, strict=True):
+                channels[group.rows] = part.channels  # type: ignore[assignment]
+            self._thin = ThinKeys.of(k, (p >= 0).sum(-1), channels, parts[0].n_wide)
+            k = k.new_empty(n_batch, n_heads, 0, dim)
         self._k, self._v, self._kept = k, v, p
         self._stored, self._seen, self._tail_start = longest, seen, seen
         self._pairs_before = sum(group.n_pairs for group in groups)
@@ -361,7 +383,9 @@ class PressedLayer(CacheLayerMixin):
 
     def _has_room_for(self, n_tokens: int) -> bool:
         """Whether ``n_tokens`` fit in the buffer that is there, without leaving most of it empty."""
-        if not self.was_compressed or self._k is None or self._is_borrowed or self._is_frozen():
+        if not self.was_compressed or self._thin is not None:
+            return False
+        if self._k is None or self._is_borrowed or self._is_frozen():
             return False
         return n_tokens <= self._k.shape[2] <= 2 * (n_tokens + _GROW_MIN_TOKENS)
 
@@ -378,6 +402,7 @@ class PressedLayer(CacheLayerMixin):
                 keeps fewer.
         """
         assert self._k is not None and self._v is not None
+        assert self._thin is None
         before = max(self._pairs_before, int((self.positions() >= 0).sum()))
         is_empty, at, seen = slots < 0, slots.clamp(min=0), self._seen
         p = self.positions().gather(2, at).masked_fill(is_empty, -1).int()
@@ -403,18 +428,18 @@ class PressedLayer(CacheLayerMixin):
                 "beams from one prefix call cache.batch_repeat_interleave(n) first, or start with an empty cache."
             )
         needed = self._stored + keys.shape[2]
-        if self._is_borrowed or self._is_frozen() or needed > self._k.shape[2]:
+        if self._is_borrowed or self._is_frozen() or needed > self._v.shape[2]:
             self._own(needed + max(_GROW_MIN_TOKENS, needed // _GROW_FRACTION))
-        self._k[:, :, self._stored : needed] = keys
+        self._k[:, :, self._stored - self._n_thin : needed - self._n_thin] = keys
         self._v[:, :, self._stored : needed] = values
 
     def _own(self, capacity: int) -> None:
         """Move what is stored to a buffer of this layer's own with room for ``capacity`` tokens."""
         assert self._k is not None and self._v is not None
         buffers = []
-        for old in (self._k, self._v):
-            new = old.new_empty(*old.shape[:2], capacity, old.shape[3])
-            new[:, :, : self._stored] = old[:, :, : self._stored]
+        for old, skipped in ((self._k, self._n_thin), (self._v, 0)):
+            new = old.new_empty(*old.shape[:2], capacity - skipped, old.shape[3])
+            new[:, :, : self._stored - skipped] = old[:, :, : self._stored - skipped]
             buffers.append(new)
         self._k, self._v = buffers
         self._is_borrowed = False
@@ -433,10 +458,11 @@ class PressedLayer(CacheLayerMixin):
                 return
         assert self._k is not None and self._v is not None
         surplus = n_kept + oldest - self._tail_start
-        self._k = self._k[:, :, surplus : self._stored].clone(memory_format=torch.contiguous_format)
+        own = slice(surplus - self._n_thin, self._stored - self._n_thin)
+        self._k = self._k[:, :, own].clone(memory_format=torch.contiguous_format)
         self._v = self._v[:, :, surplus : self._stored].clone(memory_format=torch.contiguous_format)
         self._stored -= surplus
-        self._kept, self._has_gaps, self._tail_start, self._carry = None, False, oldest, None
+        self._kept, self._has_gaps, self._tail_start, self._carry, self._thin = None, False, oldest, None, None
         self._is_borrowed = False
 
     def _index_rows(self, rows: Tensor) -> None:
@@ -444,7 +470,8 @@ class PressedLayer(CacheLayerMixin):
             return
         rows = rows.to(self._k.device)
         self._recent = tuple(part.index_select(0, rows) for part in self._recent)
-        self._k = self._k[:, :, : self._stored].index_select(0, rows)
+        self._k = self._k[:, :, : self._stored - self._n_thin].index_select(0, rows)
+        self._thin = None if self._thin is None else self._thin.index_rows(rows)
         self._v = self._v[:, :, : self._stored].index_select(0, rows)
         if self._kept is not None:
             self._kept = self._kept.index_select(0, rows)

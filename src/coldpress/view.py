@@ -37,12 +37,16 @@ class Kept(NamedTuple):
         positions: int64 ``[B, Hkv, n]``, ascending positions in the view; -1 in the last places of a head that keeps
             fewer.
         carry: float32 ``[B, Hkv, n]`` or None, a number that each of them brings along: ``carried`` of later views.
+        channels: int64 ``[B, Hkv, d]``, ascending, or None: the channels of the keys that are held, the others are not.
+        n_wide: with channels, how many of each head's last keys hold all of them.
     """
 
     keys: Tensor
     values: Tensor
     positions: Tensor
     carry: Tensor | None = None
+    channels: Tensor | None = None
+    n_wide: int = 0
 
 
 class Place(NamedTuple):

@@ -16,6 +16,7 @@ from coldpress import (
     LUKVPress,
     PressedCache,
     SimLayerKVPress,
+    ThinKPress,
     press_names,
 )
 
@@ -38,6 +39,7 @@ OTHERS: dict[str, Callable[[int, int], BasePress]] = {
     "dms_lagkv": lambda n_layers, n_heads: DMSPress(LagKVPress(lag_size=5), threshold=0.5, sliding_window_size=8),
     "duo_attention": lambda n_layers, n_heads: duo(n_layers, n_heads),
     "lukv": lambda n_layers, n_heads: lukv(n_layers, n_heads),
+    "think": lambda n_layers, n_heads: ThinKPress(0.5, 8, press=KnormPress(0.3)),
     "simlayerkv": lambda n_layers, n_heads: SimLayerKVPress(0.0, n_recent=12, n_initial=3),
 }
 

@@ -118,7 +118,10 @@ def test_merged_pairs_may_be_rerotated() -> None:
     [
         (lambda: MergingPress(KnormPress(), similarity_threshold=-0.1), "similarity_threshold must be a number in"),
         (lambda: MergingPress(KnormPress(), merge_fraction=1.1), "merge_fraction must be a number in"),
-        (lambda: MergingPress(KeyRerotationPress(KnormPress())), r"put it outside: KeyRerotationPress\(MergingPress"),
+        (
+            lambda: MergingPress(KeyRerotationPress(KnormPress())),
+            r"outside: KeyRerotationPress\(press=MergingPress",
+        ),
         (lambda: MergingPress(MergingPress(KnormPress())), "MergingPress changes the pairs it keeps"),
         (lambda: MergingPress(None), "wraps a press"),
     ],

@@ -22,6 +22,7 @@ from tests.presses import (
     test_merging,
     test_scorers,
     test_simlayerkv,
+    test_think,
     test_wrappers,
 )
 from torch import Tensor
@@ -58,6 +59,7 @@ from coldpress import (
     SimLayerKVPress,
     SnapKVPress,
     StreamingLLMPress,
+    ThinKPress,
     TOVAPress,
     catalogue,
 )
@@ -230,6 +232,7 @@ ELSEWHERE: dict[type[BasePress], Callable[..., None]] = {  # the tests that hold
     LUKVPress: test_lukv.test_lukv,
     MergingPress: test_merging.test_merging,
     NonCausalAttnPress: test_scorers.test_non_causal_attention,
+    ThinKPress: test_think.test_attention_is_that_of_zeroed_channels,
     SimLayerKVPress: test_simlayerkv.test_lazy_layers_keep_both_ends,
 }
 

@@ -105,7 +105,7 @@ class PrefixRun:
         context = self.plan.context
         inputs, wanted = ids[:, context:-1], ids[:, context + 1 :]
         alive = [point for point in self.points if point.error is None]
-        scorers = [point.press for point in alive if isinstance(point.press, ScorerPress)]
+        scorers = [p.press for p in alive if isinstance(p.press, ScorerPress) and p.press.exact_at_0]
         zeros = list(dict.fromkeys(press.with_ratio(0.0) for press in scorers)) if is_first else []
         full = PressedCache()
         branches = full.branches([*(point.press for point in alive), *zeros])

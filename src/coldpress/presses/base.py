@@ -122,6 +122,7 @@ class ScorerPress(BasePress):
     has_ratio = True
 
     estimates_attention: ClassVar[bool] = False  # scores are attention weights: not negative, comparable across heads
+    exact_at_0: ClassVar[bool] = True  # at ratio 0 the cache is the uncompressed one
     needs_all_queries: ClassVar[bool] = False  # score(view) needs the query of every token of the view
 
     compression_ratio: float = 0.0

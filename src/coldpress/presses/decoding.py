@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from coldpress.budget import check_ratio, keep_count
 from coldpress.errors import PressError
 from coldpress.presses.base import BUDGETS, BasePress, ScorerPress, check_at_least
+from coldpress.presses.think import ThinKPress
 from coldpress.presses.wrapper import WrapperPress
 from coldpress.view import Kept, LayerView
 
@@ -136,6 +137,11 @@ class PrefillDecodingPress(BasePress):
             raise PressError(
                 f"PrefillDecodingPress: {type(self.prefilling_press).__name__} does nothing at the prefill; give it as "
                 "decoding_press."
+            )
+        if isinstance(self.prefilling_press, ThinKPress) and self.decoding_press is not None:
+            raise PressError(
+                "PrefillDecodingPress: ThinKPress holds keys in fewer channels, and choosing among them again while "
+                "decoding would widen them for good; leave one of the two out."
             )
         for name in ("needs_hidden_states", "needs_model"):
             needs = any(getattr(press, name) for press in (self.prefilling_press, self.decoding_press) if press)

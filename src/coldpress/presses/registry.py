@@ -33,6 +33,12 @@ class _Entry:
         return [cls for cls in (self.cls, self.inner) if cls]
 
     @property
+    def has_ratio(self) -> bool:
+        """Whether the press, or the one inside it, is made with a ratio."""
+        own = any(f.name == "compression_ratio" and f.init for f in fields(self.cls))  # type: ignore[arg-type]
+        return self.cls.has_ratio and (own or self.inner is not None)
+
+    @property
     def kind(self) -> str:
         """``trained`` or ``calibrated`` where the press or the one inside it is."""
         kinds = {cls.kind for cls in self.classes}
@@ -95,7 +101,7 @@ def press_names(*, kind: str | None = None, has_ratio: bool | None = None) -> li
     return [
         name
         for name, entry in sorted(_BY_NAME.items())
-        if kind in (None, entry.kind) and has_ratio in (None, entry.cls.has_ratio)
+        if kind in (None, entry.kind) and has_ratio in (None, entry.has_ratio)
     ]
 
 
@@ -118,7 +124,7 @@ def make_press(name: str, compression_ratio: float, /, **parameters: Any) -> Bas
         raise PressError(f"Unknown press {name!r}.{nearest(name, known)} Known: {', '.join(known)}.")
     allowed = sorted(parameters_of(name))
     budget = {k: v for k, v in parameters.items() if k in BUDGETS and v is not None}
-    if budget and not issubclass(entry.cls, ScorerPress):
+    if budget and not entry.has_ratio:
         raise PressError(f"{name} has no budget in tokens or bytes: its own parameters say how much is kept.")
     parameters = {k: v for k, v in parameters.items() if k not in BUDGETS}
     for parameter in parameters:
@@ -127,14 +133,14 @@ def make_press(name: str, compression_ratio: float, /, **parameters: Any) -> Bas
                 f"{name} has no parameter {parameter!r}.{nearest(parameter, allowed)} "
                 f"It takes: {', '.join(allowed) or 'none beside the ratio'}."
             )
-    if not entry.cls.has_ratio:
+    if not entry.has_ratio:
         check_ratio(compression_ratio)
         if compression_ratio:
             raise PressError(
                 f"{name} has no compression ratio: its own parameters say how much is kept ({', '.join(allowed)}). "
                 f"Give it the ratio 0, got {compression_ratio}."
             )
-    own_ratio = {"compression_ratio": compression_ratio} if entry.cls.has_ratio else {}
+    own_ratio = {"compression_ratio": compression_ratio} if entry.has_ratio else {}
     if entry.inner is None:
         return entry.cls(**own_ratio, **budget, **parameters)
     own = {f.name for f in _parameters(entry.cls)}
@@ -179,7 +185,7 @@ def _info(name: str, entry: _Entry) -> PressInfo:
         return f"{cls.__name__}({', '.join([*first, *_described(cls, changed)])})"
 
     own = ", ".join(_described(entry.cls, {}))
-    ratio = ["compression_ratio"] if entry.cls.has_ratio else []
+    ratio = ["compression_ratio"] if entry.has_ratio else []
     if entry.inner is None:
         text = call(entry.cls, ratio, {})
     else:
@@ -198,7 +204,7 @@ def _info(name: str, entry: _Entry) -> PressInfo:
         decodes=all(cls.decodes for cls in entry.classes),
         per_head=any(cls.per_head for cls in entry.classes),
         per_layer=any(cls.per_layer for cls in entry.classes),
-        has_ratio=entry.cls.has_ratio,
+        has_ratio=entry.has_ratio,
     )
 
 

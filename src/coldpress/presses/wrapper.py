@@ -11,7 +11,7 @@ from coldpress.errors import PressError
 from coldpress.presses.base import BasePress, ScorerPress
 from coldpress.view import LayerView, Place
 
-__all__ = ["WrapperPress", "require_choice", "require_scorer"]
+__all__ = ["WrapperPress", "require_choice", "require_press", "require_scorer"]
 
 _W = TypeVar("_W", bound="WrapperPress")
 
@@ -66,7 +66,7 @@ class WrapperPress(ScorerPress):
 
 def require_scorer(wrapper: BasePress, press: object) -> None:
     """Raise :class:`PressError` unless ``press`` is a scorer: scores and a budget, and nothing around them."""
-    _require_press(wrapper, press)
+    require_choice(wrapper, press)
     if isinstance(press, WrapperPress) or type(press).choose is not ScorerPress.choose:  # type: ignore[attr-defined]
         raise PressError(
             f"{type(wrapper).__name__} chooses by scores, and {type(press).__name__} makes that choice in its own way; "
@@ -74,17 +74,18 @@ def require_scorer(wrapper: BasePress, press: object) -> None:
         )
 
 
-def require_choice(wrapper: ScorerPress, press: object) -> None:
+def require_choice(wrapper: BasePress, press: object) -> None:
     """Raise :class:`PressError` unless ``press`` chooses among pairs and leaves them as they are."""
-    _require_press(wrapper, press)
+    require_press(wrapper, press)
     if type(press).compress is not ScorerPress.compress:  # type: ignore[attr-defined]
         raise PressError(
             f"{type(press).__name__} changes the pairs it keeps, so nothing else can be done after it; put it outside: "
-            f"{type(press).__name__}({type(wrapper).__name__}(...))."
+            f"{type(press).__name__}(press={type(wrapper).__name__}(...))."
         )
 
 
-def _require_press(wrapper: BasePress, press: object) -> None:
+def require_press(wrapper: BasePress, press: object) -> None:
+    """Raise :class:`PressError` unless ``press`` is one with scores and a budget."""
     if not isinstance(press, ScorerPress):
         given = f"the class {press.__name__}; call it" if isinstance(press, type) else repr(press)
         raise PressError(f"{type(wrapper).__name__} wraps a press such as SnapKVPress(0.5), got {given}.")

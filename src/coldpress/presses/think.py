@@ -1,0 +1,76 @@
+"""ThinK: keys in fewer channels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from coldpress.budget import check_ratio, keep_count, select
+from coldpress.errors import PressError
+from coldpress.presses.base import ScorerPress, check_at_least
+from coldpress.presses.knorm import KnormPress
+from coldpress.presses.registry import register
+from coldpress.presses.snapkv import SnapKVPress
+from coldpress.presses.wrapper import WrapperPress, require_press
+from coldpress.view import Kept, LayerView
+
+
+@register("think")
+@register("snap_think", SnapKVPress)
+@dataclass(frozen=True)
+class ThinKPress(WrapperPress):
+    """Keep of every key the channels that queries and keys use most; the last ``window_size`` keys stay whole.
+
+    Of the D channels of each KV head, the floor(D * (1 - key_channel_compression_ratio)) with the largest
+    score[b, h, d] = mean over the group's heads and the last window_size queries of q[d]^2 * mean over the kept keys of
+    k[d]^2 are held, in float32, after rotation; the others count as 0. Memory is freed: the layer holds narrow keys and
+    a list of channels for each head, full keys for the last window_size pairs of each head and for all next tokens, and
+    widens the keys of one layer at a time for its attention. Values stay as they are, so the bytes freed are at most
+    half of key_channel_compression_ratio; ``PressedCache.kv_bytes()`` counts them.
+
+    Source: Xu et al. 2024, arXiv:2407.21018, section 3.2 (equation 4). Differs from the paper: the number of channels
+    is the same in every head. Differs from kvpress: memory is freed, and the last window_size keys stay whole, as in
+    the paper; ThinKPress(0.5, press=SnapKVPress(0.5)) is its ComposedPress([SnapKVPress(0.5), ThinKPress(0.5)]).
+
+    Needs: keys and the window's queries, and what the press inside needs. Cost: O(T * D) per layer after the prefill,
+    and O(T * D) copied per layer and decoding step.
+
+    Args:
+        key_channel_compression_ratio: fraction of the key channels to remove, in [0, 1).
+        window_size: last tokens whose queries score the channels and whose keys stay whole, at least 1.
+        press: keyword only; the press that chooses which pairs are kept, with the compression ratio. By default one
+            that keeps all.
+    """
+
+    decodes = False
+    exact_at_0 = False
+
+    press: ScorerPress = field(default_factory=KnormPress, kw_only=True)
+    key_channel_compression_ratio: float = 0.0
+    window_size: int = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ratio(self.key_channel_compression_ratio, "key_channel_compression_ratio")
+        check_at_least(self, 1, "window_size")
+
+    def _check_press(self) -> None:
+        require_press(self, self.press)
+        if isinstance(self.press, ThinKPress):
+            raise PressError("ThinKPress around ThinKPress would remove channels twice; use one of them.")
+
+    def compress(self, view: LayerView) -> Kept | None:
+        kept = self.press.compress(view)
+        n_channels = view.keys.shape[3]
+        n_held = keep_count(n_channels, self.key_channel_compression_ratio)
+        if n_held == n_channels:
+            return kept
+        if kept is None:
+            everything = torch.arange(view.n_tokens, device=view.keys.device)
+            kept = Kept(view.keys, view.values, everything.expand(view.keys.shape[:3]))
+        queries = view.queries[:, :, -self.window_size :].float().square().mean(dim=2)  # [B, Hq, D]
+        by_head = queries.view(queries.shape[0], -1, view.group_size, n_channels).mean(dim=2)  # [B, Hkv, D]
+        is_filled = (kept.positions >= 0)[..., None]
+        keys = (kept.keys.float().square() * is_filled).sum(dim=2) / is_filled.sum(dim=2)
+        return kept._replace(channels=select(by_head * keys, n_held), n_wide=self.window_size)
