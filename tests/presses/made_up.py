@@ -16,5 +16,7 @@ def made_up(press: Calibrated, shape: Shape, why: str = "") -> Artefact:
         tensor = torch.randn(shape.n_layers, *(size or 1 for size in sizes), generator=generator)
         if name == "covariance":
             tensor = tensor @ tensor.transpose(-1, -2) / len(tensor)
+        if name in ("gates", "removed"):
+            tensor = tensor.sigmoid()
         tensors[name] = tensor
     return Artefact(press.artefact, tensors)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
 from coldpress.artefacts import Artefact, Shape, artefact_path, is_hub_id, read_artefact
 from coldpress.errors import PressError, UnreachableError
 from coldpress.network import fetch_hub_file
+from coldpress.presses.base import BasePress
 from coldpress.view import LayerView
 
 __all__ = ["Calibrated", "Calibration"]
@@ -29,7 +30,7 @@ class Calibration(Protocol):
         """What was measured, on the CPU in float32; the first dimension is the layer."""
 
 
-class Calibrated:
+class Calibrated(BasePress):
     """A press that needs an artefact, made by ``coldpress calibrate`` or published by others.
 
     The first of these that is there counts: what the user gave the press; the artefact of this machine; the published
@@ -42,7 +43,7 @@ class Calibrated:
         published_names: what published files call their tensors, and what we call them.
     """
 
-    kind: ClassVar[Literal["training-free", "calibrated", "trained"]] = "calibrated"
+    kind = "calibrated"
 
     artefact: ClassVar[str]
     holds: ClassVar[str]
@@ -82,13 +83,13 @@ class Calibrated:
         """
         given = getattr(self, self.parameter)
         if given is not None:
-            found = self._given(str(given))
+            found = self._from_user(str(given))
         elif not shape.name:
             found = self.missing(shape, "the model was not loaded from anywhere, so they cannot be looked up by name")
         else:
             path = artefact_path(self.artefact, shape.name, self.variant())
             if path.is_file():
-                found = self._read(path)
+                found = self.from_file(path)
             else:
                 try:
                     published = self.published(shape.name) if is_hub_id(shape.name) else None
@@ -107,8 +108,8 @@ class Calibrated:
             made = f"{made} --output PATH, and give them: {name}({self.parameter}=PATH)"
         raise PressError(f"{name} needs {self.holds} of {shape.name or 'the model'}: {why}. Make them with {made}.")
 
-    def of_layer(self, view: LayerView) -> dict[str, Tensor]:
-        """What the artefact holds for the layer and the heads of ``view``, on its device."""
+    def of_model(self, view: LayerView) -> Artefact:
+        """The artefact for the model that ``view`` belongs to."""
         whole = view if view.whole is None else view.whole
         shape = Shape.of_config(view.module.config)._replace(
             n_layers=view.n_layers,
@@ -116,19 +117,22 @@ class Calibrated:
             n_kv_heads=whole.keys.shape[1],
             head_dim=view.keys.shape[-1],
         )
-        artefact = self.look_up(shape)
+        return self.look_up(shape)
+
+    def of_layer(self, view: LayerView) -> dict[str, Tensor]:
+        """What the artefact holds for the layer and the heads of ``view``, on its device."""
         held = {}
-        for name, tensor in artefact.on(view.keys.device).items():
+        for name, tensor in self.of_model(view).on(view.keys.device).items():
             index: Any = view.layer_idx if len(tensor) == view.n_layers else getattr(view.module, "layer_idx", None)
             own = tensor[index]
             if view.whole is not None:
-                n = own.shape[0] // whole.keys.shape[1]  # 1, or the query heads of a KV head
+                n = own.shape[0] // view.whole.keys.shape[1]  # 1, or the query heads of a KV head
                 own = own[view.row_head[1] * n : (view.row_head[1] + 1) * n]
             held[name] = own
         return held
 
     def prepare(self, model: nn.Module) -> None:
-        """Look the artefact up before the model runs."""
+        super().prepare(model)
         self.look_up(Shape.of_config(model.config))
 
     def _check(self, found: Artefact, shape: Shape) -> None:
@@ -150,12 +154,12 @@ class Calibrated:
                     f"{shape.name or 'this model'} needs {need}. Make it with coldpress calibrate {self.artefact}."
                 )
 
-    def _given(self, given: str) -> Artefact:
+    def _from_user(self, given: str) -> Artefact:
         path = Path(given).expanduser()
         if path.is_dir():
             path = path / "model.safetensors"
         if path.is_file():
-            return self._read(path)
+            return self.from_file(path)
         if self.published_names and is_hub_id(given) and "/" in given:
             try:
                 published = self._of_hub(given)
@@ -175,11 +179,17 @@ class Calibrated:
             path = fetch_hub_file(repository, "model.safetensors")
             if path is None:
                 return None
-            _LOADED[key] = self._read(path)
+            _LOADED[key] = self.from_file(path)
         return _LOADED[key]
 
-    def _read(self, path: Path) -> Artefact:
-        state = path.stat()
+    def from_file(self, path: Path) -> Artefact:
+        """The artefact in a file, read once."""
+        try:
+            state = path.stat()
+        except OSError as error:
+            raise PressError(
+                f"{type(self).__name__}: {self.parameter}={str(path)!r} cannot be read ({error.strerror})."
+            ) from error
         key = self.artefact, path, state.st_mtime_ns, state.st_size
         if key not in _LOADED:
             _LOADED[key] = read_artefact(path, self.artefact, self.published_names)
