@@ -111,8 +111,8 @@ def pick_samples(documents: list[Tensor], n_samples: int, length: int) -> list[T
     """
     pieces = [piece for ids in documents for piece in ids.split(length) if len(piece) == length]
     pieces = pieces or [ids for ids in documents if len(ids) >= 2]
-    if not pieces:
-        raise DataError("The text has fewer than 2 tokens in every sample; give a longer text or --sample_tokens.")
+    if length < 2 or not pieces:
+        raise DataError("A sample has fewer than 2 tokens; give a longer text or a larger --sample_tokens.")
     n = min(n_samples, len(pieces))
     return [pieces[i * len(pieces) // n] for i in range(n)]
 
