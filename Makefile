@@ -5,13 +5,16 @@ PYTHON ?=
 TORCH ?= auto
 # more arguments for pytest, for instance ARGS="-k knorm -x"
 ARGS ?=
+# for parity: SmolLM2-135M as a GGUF file; left out without it
+SMOLLM2 ?=
 
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+PARITY := .venv-parity
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu check lint format clean
+.PHONY: help setup demo parity test test-slow test-gpu check lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +32,18 @@ $(STAMP): pyproject.toml constraints.txt scripts/make_venv.sh scripts/install_to
 demo: $(STAMP) ## perplexity of the embedded model on the embedded text, under every press
 	$(PY) evaluation/perplexity.py --model demo --dataset demo --press all --ppl_apply_press \
 		--limit_tokens 8192 --context_limit 896 --max_new_tokens 16 --repetitions 2 --output_dir results/demo
+
+parity: $(PARITY)/.installed ## compare every press with kvpress 0.5.5 (option: SMOLLM2=FILE.gguf)
+	$(PARITY)/bin/python -m benchmarks.parity $(if $(SMOLLM2),--smollm2 $(SMOLLM2)) $(ARGS); status=$$?; \
+		$(PARITY)/bin/python scripts/generate_docs.py && exit $$status
+
+$(PARITY)/.installed: pyproject.toml constraints.txt benchmarks/parity/requirements.txt scripts/install_torch.py
+	@sh scripts/make_venv.sh $(PARITY) $(PYTHON)
+	@$(PARITY)/bin/python -m pip install -qq "pip>=23.2"
+	@$(PARITY)/bin/python scripts/install_torch.py --build $(TORCH)
+	@echo "setup: installing kvpress and coldpress"
+	@$(PARITY)/bin/python -m pip install -qq -r benchmarks/parity/requirements.txt -e .
+	@touch $@
 
 test: $(STAMP) ## the fast tests (more pytest arguments: ARGS=)
 	$(PY) -m pytest -m "not slow and not gpu and not network" $(ARGS)
@@ -50,6 +65,6 @@ format: $(STAMP) ## let ruff format and repair what it can
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
-clean: ## remove .venv, caches and builds; results/ stays
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ## remove .venv, .venv-parity, caches and builds; results/ stays
+	rm -rf $(VENV) $(PARITY) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -4,14 +4,19 @@
     python scripts/generate_docs.py            write them
     python scripts/generate_docs.py --check    exit with 1 if a document is not what it would write
 
-A generated part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->``. NAME is ``presses``, or
-``results FOLDER`` for the table of the JSON files in benchmarks/FOLDER.
+A generated part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->``. NAME is ``presses``,
+``results FOLDER`` for the table of the JSON files in benchmarks/FOLDER, ``parity`` for the comparison with kvpress,
+``faults`` for the tests of kvpress's faults, or ``overhead FILE`` for the table of
+benchmarks/press_overhead/results/FILE.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import json
 import re
+import runpy
 import sys
 from pathlib import Path
 
@@ -21,7 +26,13 @@ from coldpress.eval.results import read_results
 from coldpress.presses.registry import catalogue
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "README.zh-CN.md", "docs/presses.md")
+DOCUMENTS = (
+    "README.md",
+    "README.zh-CN.md",
+    "docs/presses.md",
+    "docs/parity.md",
+    "benchmarks/press_overhead/README.md",
+)
 PART = re.compile(r"(<!-- generated: (?P<name>[^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -47,9 +58,49 @@ def results(folder: str) -> str:
     return f"{table(records)}\n\n{describe(records[0])}."
 
 
+def parity() -> str:
+    """The tables of the committed comparison with kvpress."""
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.parity.report import RESULTS, read, tables
+
+    return tables(read(RESULTS))
+
+
+FAULT = re.compile(r"(?P<letter>Table|[A-M]\d?): (?P<sentence>.+)", re.DOTALL)
+
+
+def faults() -> str:
+    """The tests whose docstrings begin with the letter of a fault of kvpress, sorted by it."""
+    rows = []
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            doc = ast.get_docstring(node) if isinstance(node, ast.FunctionDef) else None
+            found = FAULT.fullmatch(doc) if doc else None
+            if found:
+                where = f"`{path.relative_to(ROOT)}::{node.name}`"
+                sentence = " ".join(found["sentence"].split())
+                rows.append((found["letter"], f"| {found['letter']} | {sentence} | {where} |"))
+    rows.sort(key=lambda row: row[0])  # stable: by file and line within a letter
+    return "\n".join(["| fault | what kvpress does | test |", "|---|---|---|", *(line for _, line in rows)])
+
+
+def overhead(name: str) -> str:
+    """The table of a result of benchmarks/press_overhead, made by the script that measures it."""
+    folder = ROOT / "benchmarks" / "press_overhead"
+    record = json.loads((folder / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    made: str = runpy.run_path(str(folder / "press_overhead.py"))["table"](record)
+    return made
+
+
 def generated(name: str) -> str:
     kind, _, argument = name.partition(" ")
-    makers = {"presses": lambda: presses(), "results": lambda: results(argument)}
+    makers = {
+        "presses": presses,
+        "results": lambda: results(argument),
+        "parity": parity,
+        "faults": faults,
+        "overhead": lambda: overhead(argument),
+    }
     if kind not in makers:
         raise ColdpressError(f"nothing called {name!r} is generated; there are {', '.join(makers)}")
     return makers[kind]()

@@ -10,7 +10,16 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from coldpress.budget import check_ratio, keep_count, pyramid_counts, select, shrink_protected
+from coldpress.budget import (
+    adaptive_counts,
+    best,
+    check_ratio,
+    keep_count,
+    pyramid_counts,
+    select,
+    select_counts,
+    shrink_protected,
+)
 from coldpress.errors import PressError
 
 ratios = st.integers(0, 9999).map(lambda n: n / 10_000)
@@ -129,3 +138,42 @@ def test_select_refuses_nan() -> None:
     scores[0, 1, 3] = torch.nan
     with pytest.raises(PressError, match="NaN"):
         select(scores, 5)
+
+
+@st.composite
+def competing_heads(draw: st.DrawFn) -> tuple[list[list[float]], int, int]:
+    """Scores of some heads with equal ones among them, the mean number kept, and the least."""
+    n_heads, n_tokens = draw(st.integers(1, 4)), draw(st.integers(2, 20))
+    value = st.one_of(st.integers(-2, 2).map(float), st.sampled_from([math.inf, -math.inf]))
+    row = st.lists(value, min_size=n_tokens, max_size=n_tokens)
+    heads = draw(st.lists(row, min_size=n_heads, max_size=n_heads))
+    n_keep = draw(st.integers(1, n_tokens - 1))
+    return heads, n_keep, draw(st.integers(0, n_keep))
+
+
+@given(competing_heads(), st.data())
+def test_best_and_a_number_of_its_own_for_every_head(
+    drawn: tuple[list[list[float]], int, int], data: st.DataObject
+) -> None:
+    heads, n_keep, _ = drawn
+    n_tokens = len(heads[0])
+    counts = [data.draw(st.integers(0, n_tokens)) for _ in heads]
+    scores = torch.tensor([heads])
+    expected = [slow_select(row, n, 0, 0) for row, n in zip(heads, counts, strict=True)]
+    found = best(scores, torch.tensor([counts]))[0]
+    assert [row.nonzero()[:, 0].tolist() for row in found] == expected
+    same = best(scores, n_keep)[0]
+    assert [row.nonzero()[:, 0].tolist() for row in same] == [slow_select(row, n_keep, 0, 0) for row in heads]
+    assert not best(scores, 0).any()
+    positions = select_counts(scores, torch.tensor([counts]))[0].tolist()
+    assert positions == [row + [-1] * (max(counts) - len(row)) for row in expected]
+
+
+@given(competing_heads())
+def test_adaptive_counts(drawn: tuple[list[list[float]], int, int]) -> None:
+    heads, n_keep, n_safe = drawn
+    counts = [n_safe] * len(heads)
+    left = [(-x, h) for h, row in enumerate(heads) for x in sorted(row, reverse=True)[n_safe:]]
+    for _, head in sorted(left)[: len(heads) * (n_keep - n_safe)]:
+        counts[head] += 1
+    assert adaptive_counts(torch.tensor([heads]), n_keep, n_safe).tolist() == [counts]

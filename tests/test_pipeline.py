@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,25 @@ from transformers import (
     GenerationConfig,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    LogitsProcessor,
+    LogitsProcessorList,
     PreTrainedModel,
+    QuantizedCache,
     pipeline,
 )
 from transformers.generation.streamers import BaseStreamer
 
 import coldpress
-from coldpress import KnormPress, PressedCache, SnapKVPress, make_press
+from coldpress import (
+    AdaKVPress,
+    DecodingPress,
+    KnormPress,
+    PrefillDecodingPress,
+    PressedCache,
+    SnapKVPress,
+    make_press,
+    press_names,
+)
 from coldpress.errors import CacheError, InputError, PressError
 from coldpress.pipeline import TASKS, KVPressTextGenerationPipeline
 
@@ -111,6 +125,7 @@ def test_without_a_press_it_is_the_models_own_greedy_answer(
 def test_several_questions_are_answered_as_if_each_was_the_only_one(
     pipe: KVPressTextGenerationPipeline, name: str
 ) -> None:
+    """H: 20 tokens of an answer stayed in the quantised cache and leaked into the next question."""
     press = make_press(name, 0.5, **({"seed": 1} if name == "random" else {}))
     together = pipe(CONTEXT, questions=QUESTIONS, press=press)["answers"]
     assert len(together) == len(set(together)) == 3  # they do differ
@@ -161,6 +176,7 @@ def test_a_press_and_an_empty_cache(pipe: KVPressTextGenerationPipeline) -> None
 
 
 def test_a_list_of_contexts_is_answered_one_after_the_other(pipe: KVPressTextGenerationPipeline) -> None:
+    """E: contexts of a list shared the cache that was passed."""
     contexts, press = [CONTEXT, CONTEXT[::-1]], KnormPress(0.3)
     for question in ({"question": QUESTIONS[0]}, {"questions": QUESTIONS}):
         expected = [pipe(context, press=press, **question) for context in contexts]
@@ -184,11 +200,98 @@ def test_what_the_constructor_was_given_holds_for_every_call(model: PreTrainedMo
 
 
 def test_a_prompt_shorter_than_the_window_works(pipe: KVPressTextGenerationPipeline, tokenizer: Any) -> None:
+    """L: SnapKV failed with an AssertionError on a prompt of 60 tokens."""
     cache = PressedCache(SnapKVPress(0.5))
     text = tokenizer.decode(encode(tokenizer, CONTEXT)[0, :58])
     assert pipe(text, question="Who?", cache=cache)["answer"]
     assert cache.seen_tokens < 64 and cache.achieved_ratio() == pytest.approx(0.5, abs=0.02)
     assert pipe("Oil", question="Who?", press=SnapKVPress(0.9))["answer"]
+
+
+def test_a_quantised_cache_is_refused(pipe: KVPressTextGenerationPipeline) -> None:
+    """H: a quantised cache was scored on noisy keys, quantised twice, and kept answers; it is refused."""
+    quantized = QuantizedCache.__new__(QuantizedCache)  # without the packages that quantise
+    with pytest.raises(CacheError, match=r"must be a coldpress\.PressedCache, not QuantizedCache"):
+        pipe(CONTEXT, question="Who?", press=KnormPress(0.5), cache=quantized)
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 20])
+def test_the_cache_holds_the_context_and_no_answer(pipe: KVPressTextGenerationPipeline, max_new_tokens: int) -> None:
+    """H: the cache held 148 tokens after an answer of 20 to a context of 128."""
+    press = PrefillDecodingPress(SnapKVPress(0.5, window_size=8), DecodingPress(KnormPress(), 8, 40))
+    for given in (None, SnapKVPress(0.5), AdaKVPress(SnapKVPress(0.5)), press):
+        cache, other = PressedCache(given), PressedCache(given)
+        pipe(CONTEXT, questions=[], cache=other)
+        pipe(CONTEXT, questions=QUESTIONS, cache=cache, max_new_tokens=max_new_tokens)
+        assert cache.seen_tokens == other.seen_tokens and cache.stored_lengths() == other.stored_lengths()
+        for layer, expected in zip(cache.pressed_layers(), other.pressed_layers(), strict=True):
+            assert torch.equal(layer.keys, expected.keys) and torch.equal(layer.values, expected.values)
+            assert torch.equal(layer.positions(), expected.positions())
+
+
+def test_schedules_answer_several_questions(pipe: KVPressTextGenerationPipeline) -> None:
+    """Table: DecodingPress refused more than one question."""
+    press = DecodingPress(SnapKVPress(window_size=4), 4, 30, 8)
+    together = pipe(CONTEXT, questions=QUESTIONS, press=press, max_new_tokens=20)["answers"]
+    alone = [pipe(CONTEXT, question=q, press=press, max_new_tokens=20)["answer"] for q in QUESTIONS]
+    assert together == alone
+    whole = pipe(CONTEXT, questions=QUESTIONS, max_new_tokens=20)["answers"]
+    assert whole != together  # it does compress
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_model_that_was_never_saved(tokenizer: Any, attention: str) -> None:
+    """L: presses loaded the tokenizer again by the model's name, and failed in eager attention."""
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    config = GPTNeoXConfig(vocab_size=4096, max_position_embeddings=POSITIONS, initializer_range=0.4, **sizes)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    assert not model.name_or_path
+    tokenizer.name_or_path = ""
+    pipe = pipeline(TASKS[0], model=model, tokenizer=tokenizer, device="cpu", max_new_tokens=3)
+    for name in press_names():
+        n_before = len(tokenizer)
+        assert pipe(CONTEXT, question="Who?", press=make_press(name, 0.5))["answer"]
+        assert len(tokenizer) == n_before and model.get_input_embeddings().weight.shape[0] == 4096
+
+
+_OPTIMISED = """
+from coldpress import *
+from coldpress.errors import InputError
+assert False, "this runs without assertions"
+refused = 0
+for make in (
+    lambda: KnormPress(1.0), lambda: SnapKVPress(0.5, window_size=0), lambda: AdaKVPress(KnormPress),
+    lambda: DecodingPress(KnormPress(), 0), lambda: StreamingLLMPress(0.5, n_sink=-1), lambda: PressedCache("knorm"),
+    lambda: ChunkPress(KnormPress(0.5), chunk_length=0), lambda: ComposedPress([]), lambda: make_press("knrm", 0.5),
+):
+    try:
+        make()
+    except InputError:
+        refused += 1
+print(refused)
+"""
+
+
+def test_refusals_do_not_need_assertions() -> None:
+    """L: parameters were checked by assert, which python -O leaves out."""
+    done = subprocess.run([sys.executable, "-O", "-c", _OPTIMISED], capture_output=True, text=True)
+    assert done.stdout.split() == ["9"], done.stderr
+
+
+def test_logits_on_request(pipe: KVPressTextGenerationPipeline, model: PreTrainedModel) -> None:
+    """L: no log-probabilities; a step API by generate gives them, for the compressed context too."""
+    scores: list[Tensor] = []
+
+    class Keep(LogitsProcessor):
+        def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+            scores.append(logits.log_softmax(-1))
+            return logits
+
+    answer = pipe(CONTEXT, question="Who?", press=KnormPress(0.5), logits_processor=LogitsProcessorList([Keep()]))
+    assert len(scores) == 8
+    best = torch.cat(scores).argmax(-1)
+    assert pipe.tokenizer.decode(best, skip_special_tokens=True) == answer["answer"]
 
 
 # Lengths
@@ -218,6 +321,7 @@ def test_the_default_leaves_room_for_question_and_answer(pipe: KVPressTextGenera
 
 
 def test_the_end_of_text_is_seen_on_the_first_token(pipe: KVPressTextGenerationPipeline, tokenizer: Any) -> None:
+    """L: the end of the text was never checked on the first token."""
     answer = pipe(CONTEXT, question="Who?", press=KnormPress(0.5))["answer"]
     first = pipe(CONTEXT, question="Who?", press=KnormPress(0.5), max_new_tokens=1)["answer"]
     (token,) = encode(tokenizer, first)[0].tolist()
@@ -243,6 +347,7 @@ class Streamed(BaseStreamer):
 
 
 def test_a_streamer_gets_every_token(pipe: KVPressTextGenerationPipeline, tokenizer: Any) -> None:
+    """L: no streaming."""
     streamer = Streamed()
     answer = pipe(CONTEXT, question="Who?", press=KnormPress(0.5), streamer=streamer)["answer"]
     prompt = encode(tokenizer, "<|endoftext|>" + CONTEXT)[0].tolist() + encode(tokenizer, "Who?\n")[0].tolist()
@@ -252,6 +357,7 @@ def test_a_streamer_gets_every_token(pipe: KVPressTextGenerationPipeline, tokeni
 
 
 def test_sampling_repeats_with_the_seed(pipe: KVPressTextGenerationPipeline) -> None:
+    """L: greedy decoding only; sampling options were ignored."""
     options: dict[str, Any] = {"question": "Who?", "press": KnormPress(0.5), "do_sample": True, "temperature": 2.0}
     answers = []
     for seed in (1, 1, 2):
@@ -379,6 +485,7 @@ def test_a_template_that_does_not_hold_the_text_is_refused(chat: KVPressTextGene
 def test_refusals(
     pipe: KVPressTextGenerationPipeline, context: Any, options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
+    """L: unknown options were swallowed, and asserts took the place of refusals."""
     fed = Fed(pipe.model)
     with pytest.raises(error, match=message):
         pipe(context, **options)
@@ -386,6 +493,7 @@ def test_refusals(
 
 
 def test_a_constructor_refuses_unknown_options_too(model: PreTrainedModel, tokenizer: Any) -> None:
+    """L: unknown options were swallowed, so that a typo changed nothing."""
     with pytest.raises(InputError, match="Unknown option 'compression_ratio'"):
         pipeline(TASKS[0], model=model, tokenizer=tokenizer, device="cpu", compression_ratio=0.5)
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import subprocess
 import sys
 import threading
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,8 +24,23 @@ from transformers import (
     QuantizedCache,
     StaticCache,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from coldpress import KnormPress, PressedCache, SnapKVPress, use_coldpress
+from coldpress import (
+    AdaKVPress,
+    BasePress,
+    CompactorPress,
+    ExpectedAttentionPress,
+    Kept,
+    KeyRerotationPress,
+    KnormPress,
+    LayerView,
+    PressedCache,
+    SnapKVPress,
+    make_press,
+    press_names,
+    use_coldpress,
+)
 from coldpress.errors import CacheError, ModelError, PressError
 from coldpress.layer import PressedLayer
 
@@ -115,11 +134,37 @@ def traces(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def test_leaves_nothing_behind(model: PreTrainedModel) -> None:
+class Fails(SnapKVPress):
+    """Raises while it compresses the last layer, or after the prefill."""
+
+    def compress(self, view: LayerView) -> Kept | None:
+        if view.layer_idx == view.n_layers - 1 and not self.needs_model:
+            raise ArithmeticError("in compress")
+        return super().compress(view)
+
+    def finish(self, *args: Any) -> None:
+        raise ArithmeticError("in finish")
+
+
+class FailsLater(Fails):
+    needs_model = needs_hidden_states = True
+
+
+@pytest.mark.parametrize(
+    "press",
+    [PRESS, ExpectedAttentionPress(0.5), KeyRerotationPress(KnormPress(0.5)), CompactorPress(0.5), FailsLater()],
+    ids=lambda press: type(press).__name__,
+)
+def test_leaves_nothing_behind(model: PreTrainedModel, press: BasePress) -> None:
+    """G4: the rotary embedding stayed registered as a sub-module of every attention layer."""
     before, logits = traces(model), model(IDS).logits
     past = PressedCache()
-    with PRESS(model):
-        model(IDS, past_key_values=past)
+    if isinstance(press, Fails):
+        with pytest.raises(ArithmeticError), press(model):
+            model(IDS, past_key_values=past)
+    else:
+        with press(model):
+            model(IDS, past_key_values=past)
     assert traces(model) == before
     with pytest.raises(ZeroDivisionError), PRESS(model):
         other = model(IDS).past_key_values
@@ -129,6 +174,99 @@ def test_leaves_nothing_behind(model: PreTrainedModel) -> None:
     assert torch.equal(model(IDS).logits, logits)
     with PRESS(model):  # the block that failed is over
         pass
+
+
+@pytest.mark.parametrize(("press", "message"), [(Fails(0.5), "in compress"), (FailsLater(0.5), "in finish")])
+def test_what_goes_wrong_is_what_is_raised(model: PreTrainedModel, press: BasePress, message: str) -> None:
+    """G6: a forward was swapped without try/finally, and compressing in a finally block hid the real exception."""
+    use_coldpress(model)
+    before, forwards = traces(model), (model.forward, model.model.forward)
+    with pytest.raises(ArithmeticError, match=message) as raised, press(model):
+        model(IDS)
+    assert raised.value.__context__ is None and raised.value.__cause__ is None
+    broken = PressedCache()
+    with pytest.raises(ZeroDivisionError), press(model):  # the user's own
+        raise ZeroDivisionError
+    with pytest.raises(ArithmeticError, match=message), press(model):
+        model(IDS, past_key_values=broken)
+    with pytest.raises(Exception, match=rf"{message}|failed half-way"):  # it does not go on as if nothing had happened
+        model(QUESTION, past_key_values=broken)
+    assert traces(model) == before and (model.forward, model.model.forward) == forwards
+    assert model.config._attn_implementation == "coldpress"
+    assert torch.isfinite(model(IDS).logits).all()
+
+
+def test_presses_share_nothing_that_changes(caplog: pytest.LogCaptureFixture) -> None:
+    """G5: instances in a shared registry could be changed, results were cached by model name, calls logged warnings."""
+    for name in press_names():
+        press = make_press(name, 0.5)
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            press.compression_ratio = 0.9
+        assert hash(press) == hash(make_press(name, 0.5))
+    first, second = BY_NAME["llama"].build(), BY_NAME["llama"].build()
+    for parameter in second.parameters():
+        parameter.mul_(-1.5)
+    first.name_or_path = second.name_or_path = first.config._name_or_path = second.config._name_or_path = "one name"
+    third = BY_NAME["llama"].build()  # what the second one is, under a name of its own
+    third.load_state_dict(second.state_dict())
+    third.name_or_path = third.config._name_or_path = "another name"
+    press = make_press("critical_expected_attention", 0.5)
+    with caplog.at_level(logging.DEBUG), warnings.catch_warnings(record=True) as told:
+        kept = []
+        for model in (first, second, first, third):
+            past = PressedCache()
+            with press(model):
+                model(IDS, past_key_values=past)
+            kept.append(past.positions(1))
+    assert torch.equal(kept[0], kept[2]) and not torch.equal(kept[0], kept[1]) and torch.equal(kept[1], kept[3])
+    assert told == [] and caplog.records == []
+
+
+def test_presses_change_no_weight(model: PreTrainedModel) -> None:
+    """G7: adapters stayed on the model, and embeddings were resized for a token that was added."""
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name in press_names():
+        with make_press(name, 0.5)(model):
+            model(IDS)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert model.get_input_embeddings().weight.shape[0] == model.config.vocab_size == 97
+
+
+def test_attention_that_was_registered_later(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """G2: attention registered after the import was not patched, so that head-wise presses silently did nothing."""
+    calls = []
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def mine(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return sdpa(*args, **kwargs)
+
+    press = AdaKVPress(SnapKVPress(0.6, window_size=4))
+    past, whole = PressedCache(press), PressedCache()
+    twin = BY_NAME["llama"].build()
+    for cache in (past, whole):
+        twin(IDS, past_key_values=cache)
+    expected, uncompressed = answer(twin, past), answer(twin, whole)
+    assert not torch.allclose(expected, uncompressed, atol=1e-2)
+    monkeypatch.setitem(AttentionInterface._global_mapping, "mine", mine)
+    model.set_attn_implementation("mine")
+    model(IDS)
+    assert len(calls) == 2
+    with pytest.raises(ModelError, match="another attention backend"):  # said, instead of doing nothing
+        past = PressedCache(press)
+        model(IDS, past_key_values=past)
+        answer(model, past)
+    with press(model):
+        past = model(IDS).past_key_values
+    torch.testing.assert_close(answer(model, past), expected, atol=1e-5, rtol=0)
+    # and a function that takes the place of sdpa serves the models that ask for sdpa
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", mine)
+    calls.clear()
+    BY_NAME["llama"].build("sdpa")(IDS)
+    model(IDS, use_cache=False)
+    assert len(calls) == 4
 
 
 def test_another_press_inside_the_block(model: PreTrainedModel) -> None:
@@ -148,12 +286,22 @@ def test_a_cache_with_a_press_of_its_own(model: PreTrainedModel) -> None:
             model(IDS, past_key_values=PressedCache(KnormPress(0.5)))
 
 
+@pytest.fixture
+def switching() -> Iterator[None]:
+    """Threads take turns as often as they can, not every five milliseconds."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
 @pytest.mark.parametrize("is_one_model", [False, True])
-def test_threads_do_not_disturb_each_other(is_one_model: bool) -> None:
+def test_threads_do_not_disturb_each_other(is_one_model: bool, switching: None) -> None:
+    """G3: what one request masked was looked up on the model's modules by every other thread."""
     models = [BY_NAME["llama"].build(), BY_NAME["llama"].build()]
     if is_one_model:
         models[1] = models[0]
-    presses = [PRESS, KnormPress(0.8)]
+    presses = [PRESS, AdaKVPress(KnormPress(0.8))]
     start, results, errors = threading.Barrier(2, timeout=60), [[], []], []
 
     def work(i: int) -> None:
@@ -266,6 +414,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as masks
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as attention
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.models.sam2.configuration_sam2 import Sam2HieraDetConfig
+from transformers.models.sam2.modeling_sam2 import Sam2HieraDetModel
 
 config = AutoConfig.for_model("llama", vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                               num_attention_heads=4, num_key_value_heads=2)
@@ -273,6 +423,13 @@ torch.manual_seed(0)
 model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
 ids = torch.arange(40)[None]
 logits = model(ids).logits
+small = dict(embed_dim_per_stage=[8, 16, 32, 64], num_attention_heads_per_stage=[1, 1, 2, 2],
+             blocks_per_stage=[1] * 4, window_size_per_stage=[2] * 4, global_attention_blocks=[],
+             window_positional_embedding_background_size=[2, 2], image_size=[64, 64])
+vision = Sam2HieraDetModel(Sam2HieraDetConfig(hidden_size=8, num_attention_heads=1, **small)).eval()
+vision.set_attn_implementation("sdpa")  # its attention passes no dropout
+image = torch.randn(1, 3, 64, 64)
+seen = vision(image).last_hidden_state
 before = dict(attention), dict(masks), dict(vars(Cache)), dict(vars(DynamicCache)), dict(vars(type(model)))
 
 import coldpress
@@ -285,10 +442,29 @@ for mapping, old in ((attention, before[0]), (masks, before[1])):
 assert (dict(vars(Cache)), dict(vars(DynamicCache)), dict(vars(type(model)))) == before[2:]
 assert torch.equal(model(ids).logits, logits)
 assert model.config._attn_implementation == "sdpa"
+assert torch.equal(vision(image).last_hidden_state, seen)
+vision.set_attn_implementation("coldpress")  # as in a model of pictures and text
+torch.testing.assert_close(vision(image).last_hidden_state, seen)
+
+import importlib
+
+def pressed():
+    with coldpress.SnapKVPress(0.5, window_size=4)(model):
+        past = model(ids).past_key_values
+    return past.stored_lengths(), model(ids[:, :3], past_key_values=past).logits
+
+model.set_attn_implementation("coldpress")
+first = pressed()
+for module in (coldpress.attention, coldpress):
+    importlib.reload(module)
+again = pressed()
+assert first[0] == again[0] == [20, 20] and torch.equal(first[1], again[1])
+assert not attention._local_mapping and torch.equal(model(ids).logits, logits)
 """
 
 
 def test_importing_changes_nothing_for_other_models() -> None:
+    """G1: the import patched attention for all models, and those that pass no dropout failed with a TypeError."""
     done = subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -19,6 +19,7 @@ from coldpress.errors import PressError
 __all__ = [
     "adaptive_counts",
     "apportion",
+    "best",
     "check_ratio",
     "checked",
     "ends",
@@ -100,7 +101,7 @@ def select(scores: Tensor, n_keep: int, *, n_sink: int = 0, n_window: int = 0) -
     """
     n_batch, n_heads, _ = scores.shape
     n_sink, n_window = shrink_protected(n_keep, n_sink, n_window)
-    keep = _best(protect(checked(scores), n_sink, n_window), n_keep)
+    keep = best(protect(checked(scores), n_sink, n_window), n_keep)
     return keep.nonzero()[:, -1].view(n_batch, n_heads, n_keep)
 
 
@@ -111,6 +112,28 @@ def protect(scores: Tensor, n_sink: int, n_window: int) -> Tensor:
         scores[..., :n_sink] = torch.inf
         scores[..., scores.shape[-1] - n_window :] = torch.inf
     return scores
+
+
+def best(scores: Tensor, n: int | Tensor) -> Tensor:
+    """Where the ``n`` largest entries of the last dimension are, the earlier one among equals.
+
+    Args:
+        scores: ``[..., T]`` without NaN.
+        n: how many, in 0 .. T: the same everywhere, or int64 ``[...]``.
+
+    Returns:
+        bool ``[..., T]``.
+    """
+    if isinstance(n, Tensor):
+        n = n[..., None]
+        threshold = scores.sort(dim=-1, descending=True).values.gather(-1, (n - 1).clamp(min=0))
+    elif n:
+        threshold = scores.topk(n, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    else:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    above = scores > threshold
+    ties = scores == threshold
+    return above | (ties & (ties.cumsum(-1) <= n - above.sum(-1, keepdim=True)))
 
 
 def adaptive_counts(scores: Tensor, n_keep: int, n_safe: int) -> Tensor:
@@ -128,10 +151,9 @@ def adaptive_counts(scores: Tensor, n_keep: int, n_safe: int) -> Tensor:
         int64 ``[B, Hkv]``; each row adds up to ``Hkv * n_keep``.
     """
     n_batch, n_heads, _ = scores.shape
-    ordered = checked(scores).sort(-1, descending=True).values[..., n_safe:]
-    free = n_heads * (n_keep - n_safe)
-    counts = torch.full((n_batch, n_heads), n_safe, device=scores.device)
-    return counts + _best(ordered.flatten(1), free).view_as(ordered).sum(-1) if free else counts
+    scores = checked(scores)
+    left = scores[~best(scores, n_safe)].view(n_batch, n_heads, scores.shape[-1] - n_safe)
+    return n_safe + best(left.flatten(1), n_heads * (n_keep - n_safe)).view_as(left).sum(-1)
 
 
 def select_counts(scores: Tensor, counts: Tensor) -> Tensor:
@@ -144,12 +166,11 @@ def select_counts(scores: Tensor, counts: Tensor) -> Tensor:
     Returns:
         int64 ``[B, Hkv, n]`` with n the largest count; ascending, then -1 in heads that keep fewer.
     """
-    n_tokens = scores.shape[-1]
-    order = checked(scores).argsort(dim=-1, descending=True, stable=True)
-    order = order[..., : int(counts.max())]  # [B, Hkv, n]: the earlier one among equals first
-    is_kept = torch.arange(order.shape[-1], device=order.device) < counts[..., None]
-    positions = order.masked_fill(~is_kept, n_tokens).sort(-1).values
-    return positions.masked_fill(positions == n_tokens, -1)
+    keep = best(checked(scores), counts)
+    positions = counts.new_full((*counts.shape, int(counts.max())), -1)
+    is_kept = torch.arange(positions.shape[-1], device=counts.device) < counts[..., None]
+    positions[is_kept] = keep.nonzero()[:, -1]  # both go through the heads in order
+    return positions
 
 
 def apportion(total: int, shares: Sequence[float], low: int, high: int) -> list[int]:
@@ -231,11 +252,3 @@ def checked(scores: Tensor) -> Tensor:
     if torch.isnan(scores).any():
         raise PressError("A score is NaN: the model produced NaN keys, values or queries (try float32 or bfloat16).")
     return scores.float()
-
-
-def _best(scores: Tensor, n: int) -> Tensor:
-    """Where the ``n`` largest entries of the last dimension are, the earlier one among equals."""
-    threshold = scores.topk(n, dim=-1).values[..., -1:]
-    above = scores > threshold
-    ties = scores == threshold
-    return above | (ties & (ties.cumsum(-1) <= n - above.sum(-1, keepdim=True)))

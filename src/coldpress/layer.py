@@ -315,7 +315,7 @@ class PressedLayer(CacheLayerMixin):
         if press.is_due(self.n_new):
             recent = torch.cat(self._recent, dim=2)[:, :, -n:]
             groups = RowGroup.of_text_so_far(self, call, padding, recent)
-            kept = [press.compress_again(group.view) for group in groups]
+            kept = [press.compress_again(group.view) if group.view.n_queries else None for group in groups]
             if any(part is not None for part in kept):
                 self._hold(self, groups, kept)
                 self._recent = (recent,)

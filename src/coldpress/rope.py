@@ -4,6 +4,9 @@ Nothing here knows a model. The frequencies come from the rotary class of the mo
 (halves or interleaved pairs, full or partial width) from its ``apply_rotary_pos_emb``, so that undoing the rotation is
 running the model's own function with ``-sin``; and whether a layer rotates at all from the condition under which its
 forward calls that function.
+
+With "dynamic" scaling a model that has read a longer text goes on with that text's frequencies until it reads one
+within its trained length. That state is the model's; what is rebuilt here is a model that reads its first text.
 """
 
 from __future__ import annotations

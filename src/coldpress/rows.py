@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from coldpress.view import Kept, LayerCall, LayerView
+from coldpress.view import Kept, LayerCall, LayerView, pick
 
 if TYPE_CHECKING:
     from coldpress.layer import PressedLayer
@@ -73,6 +73,9 @@ class RowGroup:
     ) -> list[RowGroup]:
         """Take what ``layer`` holds while decoding apart into groups of rows with as many pairs in every head.
 
+        Rows whose newest tokens are all padding, and rows with a head that holds nothing, have no queries in their
+        view: there is nothing to choose by, or from.
+
         Args:
             layer: holds what was kept of the tokens seen.
             call: the last attention call.
@@ -99,21 +102,18 @@ class RowGroup:
         counts = is_held.sum(-1)  # [B, Hkv]
         keyed: dict[tuple[int, int, tuple[int, ...]], list[int]] = {}
         for row, (length, n, heads) in enumerate(zip(lengths, query_counts, counts.tolist(), strict=True)):
-            if n > 0 and min(heads) > 0:
-                keyed.setdefault((length, n, tuple(heads)), []).append(row)
+            if max(heads) > 0:
+                keyed.setdefault((length, n if min(heads) > 0 else 0, tuple(heads)), []).append(row)
         groups = []
-        for (length, _, heads), members in keyed.items():
+        for (length, n, heads), members in keyed.items():
             rows, longest = torch.tensor(members, device=device), max(heads)
             order = (~is_held[rows]).to(torch.uint8).argsort(dim=-1, stable=True)[..., :longest]  # the held ones first
             is_ragged = min(heads) < longest
-            k, v = (
-                states[rows].gather(2, order[..., None].expand(-1, -1, -1, states.shape[3]))
-                for states in (keys, values)
-            )
+            k, v = pick(keys[rows], order), pick(values[rows], order)
             if padding is None:
                 q = queries[rows]
             else:
-                last = torch.stack([padding[row, seen - n_queries :].nonzero()[:, 0] for row in members])
+                last = torch.stack([padding[row, seen - n_queries :].nonzero()[:n, 0] for row in members])
                 q = _take(queries, rows, last)
             view = _view(layer, call, k, v, q, length - longest)
             view.positions = position[rows].gather(2, order)
@@ -132,7 +132,7 @@ class RowGroup:
         """Everything in the view."""
         view = self.view
         slots = torch.arange(view.n_tokens, device=view.keys.device).expand(view.keys.shape[:3])
-        return Kept(view.keys, view.values, view.held(slots))
+        return Kept(view.keys, view.values, view.held(slots), view.carried)
 
     def original(self, positions: Tensor) -> Tensor:
         """Slots of the view, ``[b, Hkv, n]`` with -1 for none, as positions in the input."""
@@ -163,5 +163,4 @@ def _view(layer: PressedLayer, call: LayerCall, keys: Tensor, values: Tensor, qu
 
 def _take(states: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
     """Rows ``[b]`` and their slots ``[b, n]`` of ``[B, H, T, D]``: ``[b, H, n, D]``."""
-    index = slots[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
-    return states[rows].gather(2, index)
+    return pick(states[rows], slots[:, None].expand(-1, states.shape[1], -1))

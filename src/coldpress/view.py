@@ -11,6 +11,7 @@ is scored head by head (:meth:`LayerView.of_head`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
@@ -22,11 +23,11 @@ from coldpress.budget import protect
 from coldpress.projection import output_weight
 from coldpress.rope import Rope
 
-__all__ = ["Kept", "LayerCall", "LayerView", "Place"]
+__all__ = ["Kept", "LayerCall", "LayerView", "Place", "at_once", "pick"]
 
 _T = TypeVar("_T")
-_BLOCK_ELEMENTS = 1 << 24  # attention weights held at once while columns are summed (64 MiB in float32)
-_CACHED_ELEMENTS = 1 << 20  # projected values held at once while their norms are taken (4 MiB)
+_CPU_ELEMENTS = 1 << 18  # numbers worked on at once on a CPU: 1 MiB in float32, which stays in its cache
+_DEVICE_ELEMENTS = 1 << 24  # the same on devices where every step costs a launch (64 MiB)
 
 
 class Kept(NamedTuple):
@@ -268,10 +269,8 @@ class LayerView:
 
     def take(self, chosen: Tensor) -> Kept:
         """The pairs at ``chosen``, int64 ``[B, Hkv, n]`` positions in the view, -1 for none."""
-        n_batch, n_heads = chosen.shape[:2]
-        row = torch.arange(n_batch, device=chosen.device)[:, None, None]
-        at = row, torch.arange(n_heads, device=chosen.device)[:, None], chosen.clamp(min=0)
-        return Kept(self.keys[at], self.values[at], chosen)
+        at = chosen.clamp(min=0)
+        return Kept(pick(self.keys, at), pick(self.values, at), chosen)
 
     def window_attention(self, window: int) -> Tensor:
         """Attention weights of the last ``window`` queries: float32 ``[B, Hkv, G, window, T]``.
@@ -300,7 +299,7 @@ class LayerView:
         def compute() -> Tensor:
             rope = self.find_rope()
             positions = torch.arange(self.end - self.n_queries, self.end, device=self.queries.device)
-            return self.queries.float() if rope is None else rope.unrotate(self.queries, positions)
+            return self.queries.float() if rope is None else _unrotated(rope, self.queries, positions)
 
         return self.once("unrotated_queries", compute)
 
@@ -317,7 +316,7 @@ class LayerView:
                 return self.keys.float()
             end, device = self.end, self.keys.device
             if self.positions is None:
-                return rope.unrotate(self.keys, torch.arange(self.first_position, end, device=device))
+                return _unrotated(rope, self.keys, torch.arange(self.first_position, end, device=device))
             back = rope.inverse(*rope.cos_sin(torch.arange(end, device=device)))
             return rope.rotate_each(self.keys.float(), *back, self.positions.clamp(min=0))
 
@@ -326,16 +325,33 @@ class LayerView:
     def moved_keys(self, kept: Kept, places: Tensor) -> Tensor:
         """The keys of ``kept`` as they would be at ``places``, int64 ``[B, Hkv, n]`` positions in the view.
 
-        They are rotated back and forth by the model's own rotary embedding, for a text of this length, in float32; the
-        dimensions that it does not rotate stay as they are. A layer that rotates nothing gets its keys back.
+        They are rotated back and forth, in one step, by the model's own rotary embedding for a text of this length, in
+        float32; the dimensions that it does not rotate stay as they are. A layer that rotates nothing gets its keys
+        back.
         """
         rope = self.find_rope()
         if rope is None:
             return kept.keys
-        end = self.first_position + self.n_tokens
-        there = rope.cos_sin(torch.arange(self.first_position, end, device=self.keys.device))
-        keys = rope.rotate_each(kept.keys.float(), *rope.inverse(*there), kept.positions.clamp(min=0))
-        return rope.rotate_each(keys, *there, places.clamp(min=0)).to(kept.keys.dtype)
+        cos, sin = rope.cos_sin(torch.arange(self.first_position, self.end, device=self.keys.device))
+        scale = cos[:, :1].square() + sin[:, :1].square()  # as in Rope.inverse
+        here, there = (at.clamp(min=0).flatten() for at in (kept.positions, places))
+        shape = (-1, here.numel() // max(1, kept.keys.shape[:2].numel()), cos.shape[-1])  # heads as rows of a batch
+        (cos_here, sin_here), (cos_there, sin_there) = (
+            (cos[0].index_select(0, at), sin[0].index_select(0, at)) for at in (here, there)
+        )
+        cos = ((cos_there * cos_here).addcmul_(sin_there, sin_here) / scale[0]).view(shape)
+        sin = ((sin_there * cos_here).addcmul_(cos_there, sin_here, value=-1) / scale[0]).view(shape)
+        return rope.rotate(kept.keys.float().flatten(0, 1)[:, None], cos, sin).view_as(kept.keys).to(kept.keys.dtype)
+
+    def value_norms(self) -> Tensor:
+        """||v||_2 of every value: float32 ``[B, Hkv, T]``."""
+
+        def compute() -> Tensor:
+            block = at_once(self.values.device, self.values[:, :, :1].numel())
+            squares = [part.float().square().sum(-1) for part in self.values.split(block, dim=2)]
+            return torch.cat(squares, dim=-1).sqrt()
+
+        return self.once("value_norms", compute)
 
     def projected_value_norms(self) -> Tensor:
         """||W_O v||_1 of every value, the mean over the group's heads: float32 ``[B, Hkv, T]``.
@@ -352,11 +368,11 @@ class LayerView:
             heads = (
                 weight.float().view(-1, n_kv_heads, self.group_size, dim).permute(1, 2, 3, 0)
             )  # [Hkv, G, Dv, hidden]
-            block = max(1, _CACHED_ELEMENTS // (n_batch * n_kv_heads * heads.shape[3]))
+            block = at_once(self.values.device, n_batch * n_kv_heads * heads.shape[3])
             norms = []
             for values in self.values.float().split(block, dim=2):
-                by_head = [torch.linalg.vector_norm(values @ heads[:, g], 1, dim=-1) for g in range(self.group_size)]
-                norms.append(torch.stack(by_head).mean(0))
+                by_head = [(values @ heads[:, g]).abs_().sum(-1) for g in range(self.group_size)]
+                norms.append(torch.stack(by_head).mean(0))  # a norm of order 1 takes twice as long on a CPU
             return torch.cat(norms, dim=-1)
 
         if self.whole is not None:
@@ -375,42 +391,91 @@ class LayerView:
         )
         return rope.rotate(states, cos, sin)
 
-    def _attention(self, start: int, stop: int) -> Tensor:
-        """Weights of queries ``start .. stop - 1`` over the keys up to the last of them: ``[B, Hkv, G, n, T']``."""
-        n_batch, n_kv_heads = self.keys.shape[:2]
+    def _attention(self, start: int, stop: int, heads: slice = slice(None)) -> Tensor:
+        """Weights of queries ``start .. stop - 1`` over the keys up to the last of them: ``[B, Hkv, G, n, T']``.
+
+        ``heads``: the KV heads that are looked at.
+        """
+        keys = self.keys[:, heads]
+        n_batch, n_kv_heads = keys.shape[:2]
         offset = self.n_tokens - self.n_queries
         end = offset + stop  # keys after the last query are invisible to all of them
         if self.positions is not None:
             end = self.n_tokens
-        queries = self.queries[:, :, start:stop].float().view(n_batch, n_kv_heads, self.group_size, stop - start, -1)
-        logits = queries @ self.keys[:, :, None, :end].float().transpose(-1, -2)  # [B, Hkv, G, n, T']
-        logits *= self.scaling
+        n = stop - start
+        queries = self.queries[:, :, start:stop].unflatten(1, (-1, self.group_size))[:, heads].float() * self.scaling
+        queries = queries.reshape(n_batch, n_kv_heads, self.group_size * n, -1)  # a group shares its keys: no copies
+        logits = queries @ keys[:, :, :end].float().transpose(-1, -2)
+        logits = logits.view(n_batch, n_kv_heads, self.group_size, n, end)
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         query_at = torch.arange(offset + start, offset + stop, device=logits.device)[:, None]
         key_at = torch.arange(end, device=logits.device)
+        is_hidden: Tensor | None = None
         if self.positions is not None:
             query_at = query_at + self.first_position
-            key_at = self.positions[:, :, None, None, :end]  # [B, Hkv, 1, 1, T']
-        visible = key_at <= query_at
+            key_at = self.positions[:, heads, None, None]  # [B, Hkv, 1, 1, T']
+            is_hidden = key_at > query_at
+        else:  # all are in the past of all queries, but for the last ones
+            logits[..., end - n :].masked_fill_(key_at[end - n :] > query_at, -torch.inf)
         if self.sliding_window is not None:
-            visible &= key_at > query_at - self.sliding_window
+            is_far = key_at <= query_at - self.sliding_window
+            is_hidden = is_far if is_hidden is None else is_hidden | is_far
         if self.counts is not None:
-            visible &= key_at >= 0
-        logits.masked_fill_(~visible, -torch.inf)
+            is_empty = key_at < 0
+            is_hidden = is_empty if is_hidden is None else is_hidden | is_empty
+        if is_hidden is not None:
+            logits.masked_fill_(is_hidden, -torch.inf)
         if self.sinks is None:
-            if self.positions is None:
+            if self.positions is None or is_hidden is None:
                 return logits.softmax(-1)
-            sees_nothing = ~visible.any(-1, keepdim=True)  # all that a query of a token in the past saw may be gone
+            sees_nothing = is_hidden.all(-1, keepdim=True)  # all that a query of a token in the past saw may be gone
             return logits.masked_fill_(sees_nothing, 0.0).softmax(-1).masked_fill_(sees_nothing, 0.0)
-        sinks = self.sinks.float().view(n_kv_heads, -1, 1, 1).expand(*logits.shape[:-1], 1)
+        sinks = self.sinks.float().view(-1, self.group_size, 1, 1)[heads].expand(*logits.shape[:-1], 1)
         return torch.cat([logits, sinks], dim=-1).softmax(-1)[..., :-1]
 
     def _column_sums(self, first: int) -> Tensor:
-        n_batch, n_heads = self.queries.shape[:2]
-        block = max(1, min(1024, _BLOCK_ELEMENTS // (n_batch * n_heads * self.n_tokens)))
+        n_batch, n_kv_heads = self.keys.shape[:2]
+        block = max(16, min(1024, at_once(self.keys.device, self.n_tokens)))  # queries, for some of the KV heads
+        n_rows = n_batch * self.group_size * min(block, self.n_queries)
+        n_heads = at_once(self.keys.device, n_rows * self.n_tokens)
         sums = torch.zeros(self.keys.shape[:3], dtype=torch.float32, device=self.keys.device)
-        for start in range(first, self.n_queries, block):
-            weights = self._attention(start, min(start + block, self.n_queries))
-            sums[..., : weights.shape[-1]] += weights.sum(-2).mean(2)
+        for head in range(0, n_kv_heads, n_heads):
+            heads = slice(head, head + n_heads)
+            for start in range(first, self.n_queries, block):
+                weights = self._attention(start, min(start + block, self.n_queries), heads)
+                sums[:, heads, : weights.shape[-1]] += weights.sum(-2).mean(2)
         return sums
+
+
+def at_once(device: torch.device, n_numbers: int) -> int:
+    """How many tokens to work on at once, at least 1, when each of them takes ``n_numbers`` numbers."""
+    return max(1, (_CPU_ELEMENTS if device.type == "cpu" else _DEVICE_ELEMENTS) // max(1, n_numbers))
+
+
+def _unrotated(rope: Rope, states: Tensor, positions: Tensor) -> Tensor:
+    """States ``[B, H, T, D]`` as they were before they were rotated to positions ``[T]``, float32; block by block."""
+    back = rope.inverse(*rope.cos_sin(positions))
+    block = at_once(states.device, states[:, :, :1].numel())
+    parts = zip(states.split(block, dim=2), *(x.split(block, dim=1) for x in back), strict=True)
+    return torch.cat([rope.rotate(part.float(), cos, sin) for part, cos, sin in parts], dim=2)
+
+
+def pick(states: Tensor, at: Tensor) -> Tensor:
+    """Tokens ``at`` ``[B, H, n]`` of ``[B, H, T, D]``: ``[B, H, n, D]``.
+
+    index_select copies a token's D numbers at once; gather and indexing go number by number, which takes five times as
+    long on a CPU. It wants rows of one matrix, so ``states``, whatever the order of its heads and tokens in memory,
+    is seen as one whose rows begin at every multiple of what all its strides have in common.
+    """
+    if states.stride(3) != 1:
+        states = states.contiguous()
+    strides = states.stride()[:3]
+    step = math.gcd(*(stride for stride, n in zip(strides, states.shape, strict=False) if n > 1)) or 1
+    last = sum(stride * max(0, n - 1) for stride, n in zip(strides, states.shape, strict=False))
+    index = at * (strides[2] // step)
+    for dim in (0, 1):
+        shape = [-1 if i == dim else 1 for i in range(3)]
+        index = index + (torch.arange(states.shape[dim], device=at.device) * (strides[dim] // step)).view(shape)
+    matrix = states.as_strided((last // step + 1, states.shape[3]), (step, 1))
+    return matrix.index_select(0, index.flatten()).view(*at.shape, states.shape[3])

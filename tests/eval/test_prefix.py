@@ -24,6 +24,7 @@ from coldpress import (
     RandomPress,
     ScorerPress,
     SnapKVPress,
+    ThinKPress,
 )
 from coldpress.errors import SelfCheckError
 from coldpress.eval.prefix import PrefixRun
@@ -168,6 +169,14 @@ def test_documents_do_not_mix(model: PreTrainedModel, text: Tensor) -> None:
     _, together = measure(model, press, [first, second])
     for i in range(2):
         assert nlls(together[i]) == pytest.approx(nlls(apart_1[i]) + nlls(apart_2[i]), rel=1e-5)
+
+
+def test_channels_that_are_gone_show_in_bytes_and_losses(model: PreTrainedModel, text: Tensor) -> None:
+    """A press that thins keys is not the uncompressed cache at ratio 0, and is not held against it."""
+    _, (_, result) = measure(model, [ThinKPress(0.5)], [text[:200]])
+    record = only(result)
+    assert record["effective_compression_ratio"] == 0 and record["delta_nll"] != 0
+    assert record["kv_bytes"] < record["kv_bytes_baseline"]
 
 
 def test_all_presses_share_one_prefill_of_each_window(model: PreTrainedModel, text: Tensor) -> None:

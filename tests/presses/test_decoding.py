@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from tests.contract.architectures import Look, tiny, tokens
+from tests.presses.views import rotated, unrotated
 from torch import Tensor
 
 from coldpress import (
@@ -135,6 +137,101 @@ def test_against_a_slow_simulation(base: ScorerPress) -> None:
                     best = sorted(range(len(scores)), key=lambda i: -scores[i])[:TARGET]
                     kept[h] = [kept[h][i] for i in sorted(best)]
         assert held(past) == kept
+
+
+def slow_snapkv(text: Text, h: int, held: list[int], n_seen: int, n_queries: int) -> dict[int, float]:
+    """Window of 3, kernel of 5, pooled along what is held."""
+    received = [0.0] * len(held)
+    for at in range(n_seen - 3, n_seen):
+        for slot, weight in enumerate(text.attention(h, at, held)):
+            received[slot] += weight / 3
+    n = len(held) - 3
+    pooled = [sum(received[max(0, i - 2) : min(n, i + 3)]) / 5 for i in range(n)]
+    return dict(zip(held, [*pooled, *[math.inf] * 3], strict=True))
+
+
+def slow_tova(text: Text, h: int, held: list[int], n_seen: int, n_queries: int) -> dict[int, float]:
+    weights = [text.attention(g, n_seen - 1, held) for g in range(4)]
+    return dict(zip(held, [sum(w) for w in zip(*weights, strict=True)], strict=True)) | {n_seen - 1: math.inf}
+
+
+def slow_expected(text: Text, h: int, held: list[int], n_seen: int, n_queries: int) -> dict[int, float]:
+    """6 positions ahead of the text; the first 4 tokens are sinks, and their queries do not count."""
+    seen = [text.raw_queries[h, t].double() for t in range(max(n_seen - n_queries, 4), n_seen)]
+    mean = sum(seen) / len(seen)
+    covariance = sum(torch.outer(q - mean, q - mean) for q in seen) / len(seen)
+    rotation = sum(text.rotation(p) for p in range(n_seen, n_seen + 6)) / 6
+    mean, covariance = rotation @ mean, rotation @ covariance @ rotation.T
+    keys = [text.keys[h, t].double() for t in held]
+    logits = [float(k @ mean) / text.dim**0.5 + float(k @ covariance @ k) / (2 * text.dim) for k in keys]
+    top = max(logits)
+    total = sum(math.exp(x - top) for x in logits)
+    norms = [float(text.values[h, t].norm()) for t in held]
+    scores = {t: math.exp(x - top) / total * norm for t, x, norm in zip(held, logits, norms, strict=True)}
+    return scores | dict.fromkeys(range(4), math.inf)
+
+
+class Text:
+    """Layer 0 of a whole text: what it attends with depends on token and position only."""
+
+    def __init__(self, model: str, ids: Tensor):
+        full = PressedCache()
+        with torch.no_grad():
+            tiny(model)(ids, past_key_values=full)
+        self.model, self.values = model, full.layer(0).values[0]
+        self.raw_queries, raw_keys = (states[0] for states in unrotated(model, ids, 0))
+        n, self.dim = ids.shape[1], raw_keys.shape[2]
+        self.queries, self.keys = (
+            torch.stack([torch.stack([rotated(model, states[h, t], t) for t in range(n)]) for h in range(4)])
+            for states in (self.raw_queries, raw_keys)
+        )
+
+    def attention(self, h: int, at: int, held: list[int]) -> list[float]:
+        """Weights that the query of token ``at`` gives to what is held, as far as it came before."""
+        query = self.queries[h, at].double()
+        logits = [math.exp(float(query @ self.keys[h, t].double()) / self.dim**0.5) * (t <= at) for t in held]
+        return [x / sum(logits) for x in logits]
+
+    def rotation(self, position: int) -> Tensor:
+        return torch.stack([rotated(self.model, unit, position) for unit in torch.eye(self.dim).double()], dim=1)
+
+
+@pytest.mark.parametrize("model", ["gpt_neox", "gpt_neox_full_rotary"])
+@pytest.mark.parametrize("kind", ["fixed", "share", "after_a_press"])
+@pytest.mark.parametrize(
+    ("base", "slow"),
+    [
+        (SnapKVPress(window_size=3), slow_snapkv),
+        (TOVAPress(), slow_tova),
+        (ExpectedAttentionPress(n_future_positions=6), slow_expected),
+    ],
+    ids=["snapkv", "tova", "expected_attention"],
+)
+def test_scores_by_queries_against_a_slow_simulation(
+    base: ScorerPress, slow: Callable[..., dict[int, float]], kind: str, model: str
+) -> None:
+    """Held sets of every head after every token, for both widths of rotation."""
+    ids = torch.randperm(90, generator=torch.Generator().manual_seed(1))[None, :46] + 3
+    text, buffer, prompt = Text(model, ids), 7, 16
+    press: BasePress = DecodingPress(base, INTERVAL, 14, buffer)
+    kept = [list(range(prompt)) for _ in range(4)]
+    if kind == "share":
+        press = CompressionRatioDecodingPress(base, INTERVAL, buffer, 0.6)
+    elif kind == "after_a_press":
+        press = PrefillDecodingPress(StreamingLLMPress(0.5), press)
+        kept = [[0, 1, 2, 3, 12, 13, 14, 15] for _ in range(4)]
+    for past, _ in decode(press, 46, prompt, model, ids):
+        n_seen = past.seen_tokens
+        if n_seen > prompt:
+            kept = [[*head, n_seen - 1] for head in kept]
+        target = n_seen * 2 // 5 if kind == "share" else 14
+        if n_seen > prompt and (n_seen - prompt) % INTERVAL == 0 and len(kept[0]) > target:
+            scores = [slow(text, h, kept[h], n_seen, buffer) for h in range(4)]
+            kept = [
+                sorted(sorted(head, key=lambda t, own=own: (-own[t], t))[:target])
+                for head, own in zip(kept, scores, strict=True)
+            ]
+        assert held(past) == kept, n_seen
 
 
 class Spy(SnapKVPress):
@@ -335,6 +432,48 @@ def test_a_padded_row_decodes_as_it_does_alone(press: BasePress) -> None:
             for layer in (0, 1):
                 mine = [[p - pad for p in head if p >= 0] for head in batch.positions(layer)[row].tolist()]
                 assert mine == held(alone, layer)
+
+
+@pytest.mark.parametrize(
+    "press",
+    [
+        DecodingPress(KnormPress(), 4, 12, 0),
+        DecodingPress(AdaKVPress(SnapKVPress(window_size=2)), 4, 12, 4),
+        CAMPress(KnormPress(), 4, 12, 4),
+    ],
+)
+def test_a_row_whose_newest_tokens_are_padding_waits(press: BasePress) -> None:
+    """Its turn is shorter than the others': it keeps what it holds, and is cut back with them the next time."""
+    model, ids, mask = tiny("llama"), tokens(2, 52), torch.ones(2, 52, dtype=torch.long)
+    mask[1, 32:40] = 0
+    places, past = mask.cumsum(-1) - 1, PressedCache(press)
+    runs = {}
+    with torch.no_grad():
+        for a, b in [(0, 20), (20, 30), (30, 40), (40, 52)]:
+            out = model(ids[:, a:b], attention_mask=mask[:, :b], position_ids=places[:, a:b], past_key_values=past)
+            assert torch.isfinite(out.logits).all()
+            runs[b] = past.positions(1)
+    held, before, after = runs[40][1], runs[30][1], runs[52][1]
+    for mine, earlier, later in zip(held, before, after, strict=True):
+        assert mine[mine >= 0].tolist() == [*earlier[earlier >= 0].tolist(), 30, 31]
+        assert len(later[later >= 0]) > 0 and not set(range(32, 40)) & set(later.tolist())
+    assert int((after >= 0).sum()) == 2 * 12
+
+
+@pytest.mark.parametrize(
+    "press", [CAMPress(KnormPress(), 4, 12, 4, merge_budget=3), DecodingPress(AdaKVPress(RandomPress(seed=1)), 4, 12)]
+)
+def test_rows_of_one_length_draw_what_they_draw_alone(press: BasePress) -> None:
+    """E: what was drawn for a row depended on the rows before it."""
+    ids = tokens(1, 60).repeat(3, 1)
+    past = PressedCache(press)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for a, b in [(0, 30), *((i, i + 1) for i in range(30, 60))]:
+            tiny("gpt_neox")(ids[:, a:b], past_key_values=past)
+    for layer in past.pressed_layers():
+        assert torch.equal(layer.positions()[0], layer.positions()[2])
+        torch.testing.assert_close(layer.values[0], layer.values[2])
 
 
 def test_a_question_counts_its_tokens() -> None:

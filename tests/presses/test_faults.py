@@ -3,48 +3,95 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from tests.contract.architectures import tiny, tokens
+from tests.contract.architectures import BY_NAME, Look, tiny, tokens
 from tests.presses.views import view_of, views_of
+from transformers import QuantizedCache
+from transformers.cache_utils import Cache, QuantizedLayer
 
 from coldpress import (
     AdaKVPress,
+    BasePress,
     ChunkKVPress,
     ChunkPress,
     ComposedPress,
     CriticalAdaKVPress,
+    CriticalKVPress,
     CURPress,
+    DecodingPress,
     ExpectedAttentionPress,
+    KeyDiffPress,
     KnormPress,
     LagKVPress,
     LayerView,
     LeverageScorePress,
     NonCausalAttnPress,
+    ObservedAttentionPress,
     PressedCache,
     RandomPress,
+    ScorerPress,
     SnapKVPress,
+    StreamingLLMPress,
+    make_press,
 )
 from coldpress.budget import keep_count
+from coldpress.errors import CacheError
+from coldpress.presses.registry import catalogue
+
+INFOS = [info for info in catalogue() if info.kind == "training-free"]
+PLAIN = [  # presses that choose by a ratio, from what every prefill shows
+    info.name
+    for info in INFOS
+    if isinstance(press := make_press(info.name, 0.5), ScorerPress) and not press.needs_hidden_states
+]
 
 
 def changed(view: LayerView, **states: torch.Tensor) -> LayerView:
     return replace(view, _memo={}, **states)
 
 
-def test_a_head_wise_budget_frees_memory() -> None:
+@pytest.mark.parametrize("wrapper", [AdaKVPress, CriticalAdaKVPress])
+def test_a_head_wise_budget_frees_memory(wrapper: type[AdaKVPress]) -> None:
     """A: the cache stayed as large as it was, with the evicted keys masked."""
     model, ids = tiny("gpt_neox"), tokens(1, 200)
     sizes = {}
     for ratio in (0.0, 0.8):
-        past = PressedCache(AdaKVPress(KnormPress(ratio), alpha_safeguard=0.5))
+        past = PressedCache(wrapper(SnapKVPress(ratio, window_size=4), alpha_safeguard=0.5))
         model(ids, past_key_values=past)
         sizes[ratio] = past.kv_bytes()
         heads = (past.positions(0) >= 0).sum(-1)
         assert past.layer(0).stored_length == int(heads.max())
     assert sizes[0.8] < 0.5 * sizes[0.0]
     assert abs(past.achieved_ratio() - 0.8) < 1e-9
+
+
+class Unchanged(QuantizedLayer):
+    """A quantised layer without the packages that quantise: it loses nothing by itself."""
+
+    def _quantize(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
+        return tensor.clone()
+
+    def _dequantize(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+
+def test_newest_tokens_are_there_between_compressions() -> None:
+    """B1: of a quantised cache only the quantised part was read, and up to 128 of the newest tokens were lost."""
+    model, press, quantized = tiny("llama"), DecodingPress(KnormPress(), 64, 80), QuantizedCache.__new__(QuantizedCache)
+    Cache.__init__(quantized, layers=[Unchanged(residual_length=16) for _ in range(2)])
+    assert model(tokens(1, 9), past_key_values=quantized).logits.isfinite().all()  # it works without a press
+    with press(model):
+        with pytest.raises(CacheError, match=r"not QuantizedCache.*PressedCache"):
+            model(tokens(1, 9), past_key_values=quantized)
+        past = PressedCache()
+        model(tokens(1, 128), past_key_values=past)
+        for i in range(20):
+            model(tokens(1, 1, seed=i), past_key_values=past)
+    for layer in past.pressed_layers():
+        assert (layer.positions() == torch.arange(148)).all() and layer.keys.shape[2] == 148
 
 
 def test_head_wise_caches_do_not_meet() -> None:
@@ -72,6 +119,35 @@ def test_every_row_chooses_for_itself(press: ChunkKVPress | CriticalAdaKVPress) 
     for kept, alone in zip(batch, rows, strict=True):
         assert torch.equal(kept[:, : alone.shape[2]], alone[0])
     assert not torch.equal(batch[0], batch[1])
+
+
+@pytest.mark.parametrize("press", [KnormPress(0.5), StreamingLLMPress(0.5), AdaKVPress(ExpectedAttentionPress(0.5))])
+@pytest.mark.parametrize("name", ["gpt_neox", "llama"])
+def test_padding_is_neither_scored_nor_kept(name: str, press: ScorerPress) -> None:
+    """E: padding was scored and became the sinks, and a mask as long as the text no longer fitted the cache."""
+    model, row, question = tiny(name), tokens(1, 33), tokens(2, 4, seed=5)
+    ids = torch.cat([torch.cat([torch.zeros(1, 8, dtype=torch.long), row], 1), tokens(1, 41, seed=7)])
+    mask = torch.ones(2, 45, dtype=torch.long)
+    mask[0, :8] = 0
+    places = (mask.cumsum(-1) - 1).clamp(min=0)
+
+    def run(press: BasePress) -> tuple[torch.Tensor, torch.Tensor]:
+        past = PressedCache(press)
+        model(ids, attention_mask=mask[:, :41], position_ids=places[:, :41], past_key_values=past)
+        kept = past.positions(1)
+        answer = model(question, attention_mask=mask, position_ids=places[:, 41:], past_key_values=past)
+        return kept, answer.logits
+
+    look, alone = Look(), PressedCache(press)
+    run(look)
+    assert sorted(view.n_tokens for view in look.views) == [33, 33, 41, 41]
+    model(row, past_key_values=alone)
+    kept, answer = run(press)
+    expected = alone.positions(1)[0]
+    for mine, head in zip(kept[0], expected, strict=True):
+        assert torch.equal(mine[mine >= 0] - 8, head[head >= 0])
+    logits = model(question[:1], past_key_values=alone).logits
+    torch.testing.assert_close(answer[:1], logits, atol=1e-4, rtol=0)
 
 
 def test_a_composed_press_protects_the_right_window() -> None:
@@ -155,3 +231,91 @@ def test_random_chunks_do_not_repeat_one_pattern() -> None:
     kept = ChunkPress(RandomPress(0.5, seed=0), chunk_length=20).choose(view)
     first, second = kept[0, 0, :10], kept[0, 0, 10:]
     assert not torch.equal(first, second - 20)
+
+
+def test_random_layers_differ_and_draws_do_not_tie() -> None:
+    """K: a seed kept the same positions in every layer; draws in bfloat16 had 698 values for 4,096 tokens."""
+    past = PressedCache(RandomPress(0.5, seed=3))
+    tiny("gpt_neox")(tokens(1, 60), past_key_values=past)
+    assert not torch.equal(past.positions(0), past.positions(1))
+    view = view_of("gpt_neox")
+    states = torch.zeros(1, 4, 4096, 16, dtype=torch.bfloat16)
+    draws = RandomPress(seed=3).score(changed(view, keys=states, values=states))
+    assert all(len(head.unique()) > 4090 for head in draws[0])
+
+
+@pytest.mark.parametrize(
+    "press", [KeyDiffPress(), KnormPress(), LagKVPress(cross_scoring=True), ExpectedAttentionPress(), SnapKVPress()]
+)
+def test_scores_of_a_model_in_bfloat16_do_not_tie(press: ScorerPress) -> None:
+    """K: scores in bfloat16 tied for many tokens, and the earliest ones were kept."""
+    layer, generator = view_of("gpt_neox"), torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 4, 800, 16, generator=generator).bfloat16() for _ in range(3))
+    scores = press.scores(changed(layer, queries=q, keys=k, values=v))
+    assert all(len(head.unique()) > 760 for head in scores[0])
+    assert all(len(head.bfloat16().unique()) < 700 for head in scores[0])  # it would show
+
+
+@pytest.mark.parametrize("wrap", [lambda press: press, lambda press: AdaKVPress(press, 1.0)])
+def test_a_budget_below_the_window_keeps_what_the_window_looks_at(wrap: Any) -> None:
+    """K: with fewer places than window tokens, an arbitrary 12 of 64 were kept and every heavy hitter was lost."""
+    view = view_of("gpt_neox", n_tokens=128)
+    keys = view.keys.clone()
+    keys[:, :, 20] = 20 * torch.nn.functional.normalize(view.queries[:, :, -64:].mean(2), dim=-1)
+    kept = wrap(SnapKVPress(budget_tokens=12)).choose(changed(view, keys=keys))
+    assert kept.shape[2] == 12
+    assert (kept == 20).any(-1).all()
+    assert (kept[..., -6:] == torch.arange(122, 128)).all()  # half of the budget is for the newest tokens
+
+
+def test_nothing_keeps_more_than_there_is() -> None:
+    """K: 129 tokens were kept of 128, and a ratio of 0.99 was reported."""
+    view = view_of("llama", n_tokens=40)
+    for name in PLAIN:
+        for ratio, n_keep in ((0.0, 40), (0.01, 39), (0.03, 38), (0.97, 1), (0.999, 1)):
+            kept = make_press(name, ratio).choose(view)
+            held = torch.tensor(40 * 4) if kept is None else (kept >= 0).sum()
+            assert int(held) == n_keep * 4, name  # two rows of two heads
+            assert kept is None or int(kept.max()) < 40, name
+
+
+@pytest.mark.parametrize("wrapper", [CriticalKVPress, CriticalAdaKVPress])
+@pytest.mark.parametrize("name", ["qwen2", "gpt_neox", "gpt2", "phi"])
+def test_critical_presses_find_every_output_projection(wrapper: type[ScorerPress], name: str) -> None:
+    """Table: CriticalKV read o_proj and config.head_dim, and crashed on Qwen2, which has no head_dim."""
+    past = PressedCache(wrapper(SnapKVPress(0.5, window_size=4)))
+    tiny(name)(tokens(1, 40), past_key_values=past)
+    assert past.achieved_ratio() == 0.5
+
+
+@pytest.mark.parametrize("name", [info.name for info in INFOS])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_short_prompts_on_any_backend(name: str, attention: str) -> None:
+    """Table: presses asserted q_len > window, k_len > n_sink, eager attention or its absence."""
+    model = BY_NAME["gpt_neox"].build(attention)
+    press = make_press(name, 0.5)
+    assert press is not None
+    for n_tokens in (1, 2, 3, 5, 17):
+        with press(model):
+            past = model(tokens(1, n_tokens)).past_key_values
+        assert model(tokens(1, 3), past_key_values=past).logits.isfinite().all()
+        assert min(past.stored_lengths()) >= 4  # something of the prompt, and the three that followed
+
+
+def test_observed_attention_needs_no_attention_matrix() -> None:
+    """Table: ObservedAttention needed eager attention, whose weights take T * T numbers per head."""
+    view = view_of("gpt_neox", n_tokens=64)
+    largest = 0
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                largest = max(largest, out.numel())
+            return out
+
+    with pytest.MonkeyPatch.context() as patch, Sizes():
+        patch.setattr("coldpress.view._BLOCK_ELEMENTS", 2 * 4 * 64 * 8)  # eight queries at a time
+        ObservedAttentionPress().score(changed(view))
+    assert 0 < largest <= 2 * 4 * 64 * 16

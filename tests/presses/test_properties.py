@@ -9,12 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.contract.architectures import tokens
+from tests.contract.architectures import tiny, tokens
 from tests.presses.others import WITH_RATIO
 from tests.presses.views import MODELS, view_of, views_of
 
 from coldpress import (
     AdaKVPress,
+    BasePress,
     BlockPress,
     CapPress,
     ChunkKVPress,
@@ -28,6 +29,8 @@ from coldpress import (
     LeverageScorePress,
     MergingPress,
     PerLayerCompressionPress,
+    PrefillDecodingPress,
+    PressedCache,
     ScorerPress,
     SnapKVPress,
     StreamingLLMPress,
@@ -111,6 +114,33 @@ def test_what_is_kept(name: str, view: LayerView, ratio: float) -> None:
     assert max(len(head[head >= 0]) for row in kept.positions for head in row) == kept.positions.shape[2]
 
 
+with_a_budget = pytest.mark.parametrize("name", [n for n in [*WITH_RATIO, *MORE] if n not in ("composed", "per_layer")])
+
+
+@with_a_budget
+@settings(max_examples=12)
+@given(view=random_views(), data=st.data())
+def test_budgets_are_kept_to(name: str, view: LayerView, data: st.DataObject) -> None:
+    """In tokens and in bytes, for one row of the whole model; a budget that is not reached keeps everything."""
+    n_heads, n_tokens = view.keys.shape[1:3]
+    n = data.draw(st.integers(1, n_tokens + 3))
+    token_bytes = view.n_layers * n_heads * (view.keys.shape[3] + view.values.shape[3]) * view.keys.element_size()
+    spare = data.draw(st.integers(0, token_bytes - 1))
+    presses = [
+        press_of(name, 0.0).with_budget(budget_tokens=n),
+        press_of(name, 0.5).with_budget(budget_bytes=n * token_bytes + spare),
+    ]
+    by_tokens, by_bytes = (press.choose(view) for press in presses)
+    assert (by_tokens is None and by_bytes is None) or torch.equal(by_tokens, by_bytes)
+    if presses[0].layers_differ():
+        layers = [presses[0].keep_of(n_tokens, view.place._replace(layer_idx=i)) for i in range(view.n_layers)]
+        assert sum(layers) == view.n_layers * min(n, n_tokens)
+    else:
+        counts = torch.full((1, n_heads), n_tokens) if by_tokens is None else (by_tokens >= 0).sum(-1)
+        assert (counts.sum(-1) == n_heads * min(n, n_tokens)).all()
+    assert by_tokens is None or n < n_tokens
+
+
 @every_press
 @settings(max_examples=10)
 @given(view=random_views(), ratio=st.sampled_from([0.25, 0.5, 0.9]), data=st.data())
@@ -143,6 +173,38 @@ def test_a_padded_row_keeps_what_it_keeps_alone(name: str, model: str) -> None:
         assert torch.equal(press.choose(padded), press.choose(alone))
 
 
+@every_press
+@settings(max_examples=3)
+@given(
+    model=st.sampled_from(["gpt_neox", "gpt_neox_full_rotary", "llama"]),
+    pads=st.lists(st.tuples(st.integers(0, 9), st.sampled_from([0, 2, 9])), min_size=2, max_size=4),
+    ratio=st.sampled_from([0.0, 0.3, 0.5]),  # of two or three tokens some presses find neither better
+)
+def test_a_padded_row_equals_the_row_alone(name: str, model: str, pads: list[tuple[int, int]], ratio: float) -> None:
+    """Through the model: what is kept of each row, and the answers to a question after it."""
+    own, press, length = tiny(model), press_of(name, ratio), 37
+    question, mask = tokens(1, 4, seed=5), torch.ones(len(pads), length + 4).long()
+    generator = torch.Generator().manual_seed(0)  # tokens of a row differ, so that no scores tie in the first layer
+    ids = torch.stack([torch.randperm(90, generator=generator)[:length] + 3 for _ in pads])
+    for i, (before, after) in enumerate(pads):
+        mask[i, :before] = mask[i, length - after : length] = 0
+    places, past = (mask.cumsum(-1) - 1).clamp(min=0), PressedCache(press)
+    ids = ids * mask[:, :length]
+    with torch.no_grad():
+        own(ids, attention_mask=mask[:, :length], position_ids=places[:, :length], past_key_values=past)
+        kept = [past.positions(i) for i in (0, 1)]
+        turn = question.expand(len(pads), -1)
+        logits = own(turn, attention_mask=mask, position_ids=places[:, length:], past_key_values=past).logits
+        for i, (before, after) in enumerate(pads):
+            alone = PressedCache(press)
+            own(ids[i : i + 1, before : length - after], past_key_values=alone)
+            for mine, expected in zip(kept, [alone.positions(j)[0] for j in (0, 1)], strict=True):
+                for head, wanted in zip(mine[i], expected, strict=True):
+                    assert torch.equal(head[head >= 0] - before, wanted[wanted >= 0])
+            expected = own(question, past_key_values=alone).logits[0]
+            torch.testing.assert_close(logits[i], expected, atol=2e-4, rtol=0)
+
+
 def pairs(views: list[LayerView]) -> list[tuple[LayerView, LayerView]]:
     """The two groups of rows, shorter rows first, of each layer."""
     return list(zip(views[::2], views[1::2], strict=True))
@@ -168,3 +230,27 @@ def test_a_wrapper_that_changes_nothing_changes_nothing(name: str, view: LayerVi
     press = make_press(name, ratio, **IDENTITIES[name])
     kept, plain = press.choose(view), press.press.choose(view)
     assert (kept is None and plain is None) or torch.equal(kept, plain)
+
+
+@every_press
+@settings(max_examples=5)
+@given(view=random_views(), ratio=st.sampled_from([0.0, 0.3, 0.6, 0.9]))
+def test_what_wraps_one_press_and_adds_nothing_changes_nothing(name: str, view: LayerView, ratio: float) -> None:
+    press = press_of(name, ratio)
+    plain = press.compress(view)
+    assert ratio > 0 or plain is None
+    same: list[BasePress] = [PrefillDecodingPress(press)]
+    if type(press).choose is ScorerPress.choose and not press.layers_differ():
+        same += [ComposedPress([press]), ChunkPress(press, chunk_length=view.n_tokens)]
+        same += [AdaKVPress(press, alpha_safeguard=1.0)]
+        if name not in ("cap", "expected_attention", "observed_attention") and not press.needs_all_queries:
+            same += [BlockPress(press, block_size=view.n_tokens)]  # which shows those the queries of its block only
+    if type(press).compress is ScorerPress.compress and not press.layers_differ():
+        same += [PerLayerCompressionPress(press, [ratio] * view.n_layers)]
+    for wrapped in same:
+        if name == "compactor" and isinstance(wrapped, ComposedPress):
+            continue  # the blending of its scores is the ratio, which stays that of the press
+        kept = wrapped.compress(view)
+        assert (kept is None) == (plain is None), wrapped
+        if plain is not None:
+            assert all(torch.equal(a, b) for a, b in zip(kept[:3], plain[:3], strict=True)), wrapped

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from coldpress import CapPress, CompactorPress, CURPress, LagKVPress, LayerView, LeverageScorePress, NonCausalAttnPress
 from coldpress.presses.leverage import leverage_scores
+from coldpress.presses.non_causal_attention import standardized as standardized_by_head
 
 every_model = pytest.mark.parametrize("model", MODELS)
 N_TOKENS, LAYER, ROWS = 37, 1, 2
@@ -141,6 +142,16 @@ def test_leverage(model: str, dimension: int) -> None:
     sketch = press._sketch(view) if dimension < keys.shape[3] else None
     expected = per_head(view, lambda b, h: leverage(keys[b, h], None if sketch is None else sketch[h]))
     torch.testing.assert_close(press.score(view), expected, atol=2e-3, rtol=0)
+
+
+def test_rounding_is_no_score() -> None:
+    """Two tokens stand out from their mean equally: what is left is rounding, which differs by batch."""
+    view = view_of("llama")
+    for start in range(30):
+        assert (LeverageScorePress(sketch_dimension=5).score(view.part(start, start + 2)) == 0).all()
+    flat = torch.full((1, 1, 50), 2 / 3) + 1e-7 * torch.randn(50, generator=torch.Generator().manual_seed(0))
+    assert (standardized_by_head(flat) == 0).all() and (standardized_by_head(flat * 0) == 0).all()
+    torch.testing.assert_close(standardized_by_head(torch.tensor([[[1e-9, 3e-9]]])), torch.tensor([[[-1.0, 1.0]]]))
 
 
 def test_the_sketch_depends_on_seed_layer_and_head() -> None:

@@ -270,7 +270,7 @@ def test_block_keydiff(model: str, ratio: float, size: int) -> None:
 
 @every_model
 def test_block_press_shows_the_blocks_queries(model: str) -> None:
-    """TOVA in blocks: the last token of each block attends to what its own KV head holds."""
+    """K: the queries of a block were made from a hidden state stitched together from other tokens in every head."""
     view, n_keep, size = view_of(model), 12, 9
     n_batch, n_heads, group = *view.keys.shape[:2], view.group_size
     held = [[list(range(n_keep)) for _ in range(n_heads)] for _ in range(n_batch)]
@@ -352,7 +352,7 @@ def test_per_layer_compression() -> None:
 
 
 def test_budgets_of_layers_survive_wrapping() -> None:
-    """kvpress's wrappers take the scores of PyramidKV and forget its budgets."""
+    """K: wrappers took the scores of PyramidKV and silently dropped its budgets of layers."""
     inner = PyramidKVPress(0.5, window_size=4, beta=3)
     for wrapper in (AdaKVPress, ChunkKVPress, ChunkPress, BlockPress, CriticalKVPress, KeyRerotationPress):
         press = wrapper(inner)

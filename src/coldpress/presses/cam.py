@@ -56,10 +56,15 @@ class CAMPress(DecodingPress):
             slots = torch.arange(view.n_tokens, device=received.device).expand_as(received)
             return view.take(view.held(slots))._replace(carry=received)
         scores, values = press.scores(view), view.values.clone()
-        generator = torch.Generator().manual_seed((view.seed + 1_009 * view.layer_idx + 1_000_003 * view.end) % 2**63)
+        generator = torch.Generator()
+        seed = (view.seed + 1_009 * view.layer_idx + 1_000_003 * view.end) % 2**63
         for row, head in itertools.product(*(range(n) for n in chosen.shape[:2])):
             n_held = view.n_tokens if view.counts is None else int(view.counts[row, head])
+            if head == 0:  # every row draws what it draws alone
+                generator.manual_seed(seed)
             kept = chosen[row, head][chosen[row, head] >= 0]
+            if not len(kept):  # heads that share a budget may be left with nothing
+                continue
             is_evicted = torch.ones(n_held, dtype=torch.bool, device=kept.device).index_fill(0, kept, False)
             evicted = is_evicted.nonzero()[:, 0].flip(0)  # the later ones first
             best = scores[row, head, evicted].argsort(descending=True, stable=True)[:n_new]

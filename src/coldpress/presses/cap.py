@@ -58,15 +58,14 @@ class CapPress(ScorerPress):
         queries = view.unrotated_queries()  # [B, Hq, Q, D]
         skip = max(0, self.n_sink - (view.end - view.n_queries))
         mean = queries[:, :, skip if skip < view.n_queries else 0 :].mean(dim=2, keepdim=True)
-        anchor = view.mean_future_rotation(mean, self.n_future_positions).view(n_batch, n_kv_heads, -1, dim, 1)
-        keys = normalize(view.keys[:, :, None, n_sink:].float(), dim=-1)  # [B, Hkv, 1, n, D]
-        cosine = (keys @ normalize(anchor, dim=-2)).squeeze(-1)  # [B, Hkv, G, n]
-        weights = (self.tau * (cosine - cosine.amax(-1, keepdim=True))).exp()
-        values = view.values[:, :, None, n_sink:].float()  # [B, Hkv, 1, n, Dv]
+        anchor = view.mean_future_rotation(mean, self.n_future_positions).view(n_batch, n_kv_heads, -1, dim)
+        keys = view.keys[:, :, n_sink:].float()  # [B, Hkv, n, D]
+        along = keys @ normalize(anchor, dim=-1).transpose(-1, -2)  # [B, Hkv, n, G]
+        cosine = along.transpose(-1, -2) / keys.norm(dim=-1).clamp(min=1e-12)[:, :, None]
+        weights = (self.tau * (cosine - cosine.amax(-1, keepdim=True))).exp()  # [B, Hkv, G, n]
+        values = view.values[:, :, n_sink:]
         floored = (weights + self.epsilon).clamp(min=torch.finfo(torch.float32).tiny)
-        covered = torch.stack(
-            [leverage_scores(values[:, :, 0] * w[..., None].sqrt(), 1.0) for w in floored.unbind(2)], dim=2
-        )
+        covered = torch.stack([leverage_scores(values, 1.0, w) for w in floored.unbind(2)], dim=2)
         return pad((covered * weights / floored).mean(2), (n_sink, 0))
 
     def protected(self, view: LayerView) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coldpress.budget import select, select_counts, share_of
+from coldpress.budget import best, select, select_counts, share_of
 from coldpress.errors import PressError
 from coldpress.presses.adakv import AdaKVPress
 from coldpress.presses.base import check_between
@@ -59,7 +59,7 @@ class CriticalKVPress(WrapperPress):
         if n_keep >= view.n_tokens:
             return None
         n_sink, n_window = self.forced(view, n_keep)
-        first = torch.full(view.keys.shape[:2], share_of(n_keep, self.first_stage_ratio), device=view.keys.device)
+        first = share_of(n_keep, self.first_stage_ratio)
         scores = _two_stages(view, self.scores(view), first, self.epsilon, n_sink, n_window)
         return view.held(select(scores, n_keep))
 
@@ -107,12 +107,13 @@ class CriticalAdaKVPress(AdaKVPress):
         return view.held(select_counts(scores, counts))
 
 
-def _two_stages(view: LayerView, scores: Tensor, first: Tensor, epsilon: float, n_sink: int, n_window: int) -> Tensor:
-    """Infinity for protected tokens and the ``first`` ``[B, Hkv]`` best of each head; weighted scores for others."""
-    order = view.guard(scores, n_sink, n_window).argsort(dim=-1, descending=True, stable=True)
-    rank = order.argsort(-1)
+def _two_stages(
+    view: LayerView, scores: Tensor, first: int | Tensor, epsilon: float, n_sink: int, n_window: int
+) -> Tensor:
+    """Infinity for protected tokens and the ``first`` best of each head (a number, or ``[B, Hkv]``); weighted else."""
+    is_first = best(view.guard(scores, n_sink, n_window), first)
     weighted = (scores + epsilon) * view.projected_value_norms()
-    return view.guard(weighted.masked_fill(rank < first[..., None], torch.inf), n_sink, n_window)
+    return view.guard(weighted.masked_fill(is_first, torch.inf), n_sink, n_window)
 
 
 def _require_attention(wrapper: WrapperPress) -> None:

@@ -78,9 +78,12 @@ class CURPress(ScorerPress):
             generator = torch.Generator().manual_seed((self.seed * 1_000_003 + view.layer_idx) % 2**63)
             projection = torch.randn(states.shape[3], _RANDOM_DIMENSIONS, generator=generator)
             states = states @ projection.to(states.device) / _RANDOM_DIMENSIONS**0.5
-        squares = states.square().sum(-1)  # [B, Hkv, T]
+        squares = states.norm(dim=-1).square()  # [B, Hkv, T]
         if not self.use_local_approximation:
             return squares
-        windows = squares.split(self.local_window_size, dim=-1)
+        size = self.local_window_size
+        n_whole = squares.shape[-1] // size * size
+        windows = [squares[..., :n_whole].unflatten(-1, (-1, size)), squares[..., None, n_whole:]]  # [B, Hkv, n, size]
         tiny = torch.finfo(torch.float32).tiny
-        return torch.cat([part / part.mean(-1, keepdim=True).clamp(min=tiny) for part in windows], dim=-1)
+        parts = [part / part.mean(-1, keepdim=True).clamp(min=tiny) for part in windows if part.numel()]
+        return torch.cat([part.flatten(-2) for part in parts], dim=-1)

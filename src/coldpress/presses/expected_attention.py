@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from coldpress.errors import PressError
 from coldpress.presses.base import ScorerPress, check_at_least
 from coldpress.presses.registry import register
-from coldpress.view import LayerView
+from coldpress.view import LayerView, at_once
 
 
 @register("expected_attention")
@@ -25,7 +27,7 @@ class ExpectedAttentionPress(ScorerPress):
     protected.
 
     Source: Devoto et al. 2025, arXiv:2510.00636, section 3. Differs from the paper: a uniform budget over heads; wrap
-    it in a head-wise budget for the paper's.
+    it in a head-wise budget for the paper's. Differs from kvpress: the sinks are part of the softmax, as in the paper.
 
     Needs: keys, values, all queries before rotation. Cost: O(T * D * D) per query head and layer.
 
@@ -60,26 +62,41 @@ class ExpectedAttentionPress(ScorerPress):
         if skip < view.n_queries:
             queries = queries[:, :, skip:]
         mean = queries.mean(dim=2, keepdim=True)
-        if not self.use_covariance:
-            return mean, None
-        centred = queries - mean
-        return mean, centred.transpose(-1, -2) @ centred / centred.shape[2]
+        return mean, _covariance(queries, mean) if self.use_covariance else None
 
     def score(self, view: LayerView) -> Tensor:
         mean, covariance = self.statistics(view)
-        n_kv_heads = view.keys.shape[1]
-        keys = view.keys.float()[:, :, None]  # [B, Hkv, 1, T, D]
-        ahead = view.mean_future_rotation(mean, self.n_future_positions).unflatten(1, (n_kv_heads, -1))
-        logits = (keys @ ahead.transpose(-1, -2)).squeeze(-1) * view.scaling  # [B, Hkv, G, T]
+        n_kv_heads, keys = view.keys.shape[1], view.keys.float()
+        ahead = view.mean_future_rotation(mean, self.n_future_positions).squeeze(2).unflatten(1, (n_kv_heads, -1))
+        logits = (keys @ ahead.transpose(-1, -2)).transpose(-1, -2) * view.scaling  # [B, Hkv, G, T]
         if covariance is not None:
             half = view.mean_future_rotation(covariance, self.n_future_positions)  # Sigma R'
             covariance = view.mean_future_rotation(half.transpose(-1, -2), self.n_future_positions)  # R Sigma R'
-            covariance = covariance.unflatten(1, (n_kv_heads, -1))
-            logits = logits + ((keys @ covariance) * keys).sum(-1) * (view.scaling**2 / 2)
+            by_head = covariance.unflatten(1, (n_kv_heads, -1)).unbind(2)
+            spread = torch.stack([_quadratic(keys, matrix) for matrix in by_head], dim=2)
+            logits = logits + spread * (view.scaling**2 / 2)
         expected = logits.softmax(dim=-1).mean(dim=2)  # [B, Hkv, T]
         if self.use_vnorm:
-            expected = (expected + self.epsilon) * view.values.float().norm(dim=-1)
+            expected = (expected + self.epsilon) * view.value_norms()
         return expected
 
     def protected(self, view: LayerView) -> tuple[int, int]:
         return min(self.n_sink, view.n_tokens), 0
+
+
+def _covariance(states: Tensor, mean: Tensor) -> Tensor:
+    """Covariance ``[B, H, D, D]`` over the tokens of ``[B, H, T, D]`` with mean ``[B, H, 1, D]``."""
+    total = torch.zeros(*states.shape[:2], states.shape[3], states.shape[3], device=states.device)
+    for part in _parts(states):
+        centred = part - mean
+        total = total + centred.transpose(-1, -2) @ centred
+    return total / states.shape[2]
+
+
+def _quadratic(states: Tensor, matrix: Tensor) -> Tensor:
+    """x' M x for every x of ``[B, H, T, D]`` and M of ``[B, H, D, D]``: ``[B, H, T]``."""
+    return torch.cat([((part @ matrix) * part).sum(-1) for part in _parts(states)], dim=-1)
+
+
+def _parts(states: Tensor) -> Sequence[Tensor]:
+    return states.split(at_once(states.device, states[:, :, :1].numel()), dim=2)

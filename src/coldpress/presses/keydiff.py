@@ -26,6 +26,7 @@ class KeyDiffPress(ScorerPress):
     """
 
     def score(self, view: LayerView) -> Tensor:
-        directions = normalize(view.keys.float(), dim=-1)  # [B, Hkv, T, D]
-        anchor = normalize(directions.mean(dim=2, keepdim=True), dim=-1)
-        return -(directions * anchor).sum(-1)
+        keys = view.keys.float()  # [B, Hkv, T, D]
+        inverse = 1 / keys.norm(dim=-1).clamp(min=1e-12)
+        anchor = normalize(inverse[:, :, None] @ keys, dim=-1)  # [B, Hkv, 1, D]: of the mean, whose length is no matter
+        return (keys @ -anchor.transpose(-1, -2)).squeeze(-1) * inverse

@@ -10,9 +10,7 @@ from torch import Tensor
 from coldpress.presses.base import ScorerPress, check_at_least
 from coldpress.presses.non_causal_attention import standardized
 from coldpress.presses.registry import register
-from coldpress.view import LayerView
-
-_BLOCK_ELEMENTS = 1 << 20  # float64 numbers held at once (8 MiB)
+from coldpress.view import LayerView, at_once
 
 
 @register("leverage")
@@ -59,22 +57,26 @@ class LeverageScorePress(ScorerPress):
         return torch.randn(shape, generator=generator) / self.sketch_dimension**0.5
 
 
-def leverage_scores(rows: Tensor, ridge: float) -> Tensor:
+def leverage_scores(rows: Tensor, ridge: float, weights: Tensor | None = None) -> Tensor:
     """x' (X'X + ridge I)^-1 x of every row x of X: float32 ``[..., T]`` for X ``[..., T, m]``.
+
+    With ``weights`` ``[..., T]``, not negative, a row of X is the square root of its weight times the one in ``rows``.
 
     The matrix and its factor are in float64 where the device has it, so that keys of any size leave it positive
     definite.
     """
     dtype = torch.float32 if rows.device.type == "mps" else torch.float64
-    block = max(1, _BLOCK_ELEMENTS // max(1, rows[..., :1, :].numel()))
+    block = at_once(rows.device, 2 * rows[..., :1, :].numel())  # float64
     parts = rows.split(block, dim=-2)
+    scale = [None] * len(parts) if weights is None else weights[..., None].split(block, dim=-2)
     gram = ridge * torch.eye(rows.shape[-1], dtype=dtype, device=rows.device)
-    for part in parts:
+    for part, weight in zip(parts, scale, strict=True):
         wide = part.to(dtype)
-        gram = gram + wide.transpose(-1, -2) @ wide
+        gram = gram + (wide if weight is None else wide * weight).transpose(-1, -2) @ wide
     factor = torch.linalg.cholesky_ex(gram).L
     inverse = torch.linalg.solve_triangular(
         factor, torch.eye(rows.shape[-1], dtype=dtype, device=rows.device), upper=False
     )
     whiten = inverse.transpose(-1, -2).float()
-    return torch.cat([(part.float() @ whiten).square().sum(-1) for part in parts], dim=-1)
+    scores = torch.cat([(part.float() @ whiten).square_().sum(-1) for part in parts], dim=-1)
+    return scores if weights is None else scores * weights

@@ -65,7 +65,7 @@ class MergingPress(WrapperPress):
         cosines = cosines.masked_fill(~is_real, -torch.inf)
         limits = [[share_of(n, self.merge_fraction) for n in row] for row in is_real.sum(-1).tolist()]
         rank = cosines.argsort(dim=-1, descending=True, stable=True).argsort(-1)
-        is_merged = (rank < torch.tensor(limits, device=rank.device)[..., None]) & is_real
+        is_merged = rank < torch.tensor(limits, device=rank.device)[..., None]
         is_merged &= cosines >= self.similarity_threshold
         own_norms = values.norm(dim=-1)
         norms = own_norms + kept.values.float().norm(dim=-1).gather(2, nearest)

@@ -47,18 +47,20 @@ class NonCausalAttnPress(ScorerPress):
     def score(self, view: LayerView) -> Tensor:
         if view.n_queries < view.n_tokens:
             raise PressError("NonCausalAttnPress needs the queries of all tokens: compress the whole prompt at once.")
+        keys, queries = view.keys, view.queries.unflatten(1, (-1, view.group_size))  # [B, Hkv, G, T, D]
         sums = []
         for start in range(0, view.n_tokens, self.chunk_size):
             part = slice(start, start + self.chunk_size)
-            queries = view.queries[:, :, part].float().unflatten(1, (-1, view.group_size))  # [B, Hkv, G, n, D]
-            keys = view.keys[:, :, None, part].float()
-            attention = (queries @ keys.transpose(-1, -2)).softmax(-1)
-            sums.append(attention.sum(-2).mean(2))
-        weighted = torch.cat(sums, dim=-1) * view.values.float().norm(dim=-1)
+            rows = queries[:, :, :, part].float()  # a group shares its keys: one product, no copies of them
+            logits = rows.flatten(2, 3) @ keys[:, :, part].float().transpose(-1, -2)
+            sums.append(logits.view(*rows.shape[:4], -1).softmax(-1).sum(-2).mean(2))
+        weighted = torch.cat(sums, dim=-1) * view.value_norms()
         return standardized(avg_pool1d(weighted, 3, 1, 1))
 
 
 def standardized(scores: Tensor) -> Tensor:
     """``scores`` ``[B, Hkv, T]`` with mean 0 and standard deviation 1 in each head; 0 where they are all equal."""
-    std = scores.std(dim=-1, correction=0, keepdim=True)
-    return (scores - scores.mean(dim=-1, keepdim=True)) / std.clamp(min=1e-6)
+    centred = scores - scores.mean(dim=-1, keepdim=True)
+    std = centred.square().mean(dim=-1, keepdim=True).sqrt()  # Tensor.std takes several times as long on a CPU
+    is_flat = std <= 1e-5 * scores.abs().amax(dim=-1, keepdim=True)  # rounding, which must not be blown up to scores
+    return (centred / std.clamp(min=torch.finfo(std.dtype).tiny)).masked_fill(is_flat, 0.0)

@@ -34,8 +34,8 @@ class RandomPress(ScorerPress):
 
     def score(self, view: LayerView) -> Tensor:
         seed = view.seed if self.seed is None else self.seed
-        row, head = view.row_head
-        seed = (seed * 1_000_003 + view.first_position * 1_009 + view.layer_idx + (row * 1_009 + head) * 10_007) % 2**63
+        _, head = view.row_head
+        seed = (seed * 1_000_003 + view.first_position * 1_009 + view.layer_idx + head * 10_007) % 2**63
         generator = torch.Generator().manual_seed(seed)
         n_batch, n_heads, n_tokens = view.keys.shape[:3]
         draws = torch.rand(n_heads, n_tokens, generator=generator)

@@ -1,0 +1,306 @@
+"""The cases: how each press is made, and why results differ where they do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.parity.artefacts import query_statistics
+from benchmarks.parity.case import Case, Library
+from benchmarks.parity.models import TINY
+from transformers import PreTrainedModel
+
+
+def _snapkv(p: Library, r: float = 0.0, window: int = 16) -> Any:
+    return p.SnapKVPress(r, window_size=window)
+
+
+def _expected(p: Library, r: float = 0.0, **parameters: Any) -> Any:
+    return p.ExpectedAttentionPress(r, **parameters)
+
+
+def _finch(p: Library, r: float, m: PreTrainedModel) -> Any:
+    """The window is set by hand: a delimiter in the text is what sets it in a pipeline."""
+    press = p.FinchPress(r)
+    object.__setattr__(press, "delimiter_token_id", -1)
+    object.__setattr__(press, "window_size", 16)
+    return press
+
+
+def _falling(ratio: float, model: PreTrainedModel) -> list[float]:
+    """A ratio for every layer, from 1.25 times ``ratio`` to 0.75 times."""
+    n = model.config.num_hidden_layers
+    return [round(ratio * (1.25 - 0.5 * i / (n - 1)), 4) for i in range(n)]
+
+
+_SINKS = (
+    "the paper's attention is a softmax over all keys (section 3); kvpress leaves the sinks out of its denominator, "
+    "which shifts the weights of the heads of a group against each other"
+)
+_NO_HEAD_DIM = "kvpress reads config.head_dim, which this model's configuration does not have (table, section 1)"
+_SAFEGUARD = (
+    "algorithm 1 of CriticalKV chooses all pairs of a head in two stages, whatever its budget; kvpress keeps the pairs "
+    "of AdaKV's safeguard before them"
+)
+_ARTEFACT = "needs weights, statistics or a pattern that only a hub has"
+
+CASES = [
+    Case("no_press", lambda p, r, m: None, ratios=(0.0,)),
+    # -- scorers
+    Case(
+        "random",
+        lambda p, r, m: p.RandomPress(r, seed=3),
+        why="with a seed kvpress draws the same numbers in every layer",
+        letter="K",
+        repaired=True,
+    ),
+    Case("knorm", lambda p, r, m: p.KnormPress(r)),
+    Case("keydiff", lambda p, r, m: p.KeyDiffPress(r)),
+    Case("streaming_llm", lambda p, r, m: p.StreamingLLMPress(r)),
+    Case("snapkv", lambda p, r, m: _snapkv(p, r)),
+    Case(
+        "snapkv, budget below the window",
+        lambda p, r, m: _snapkv(p, r, window=100),
+        ratios=(0.75,),
+        models=TINY,
+        why="all tokens of the window tie, so that an arbitrary part of it is kept and nothing else",
+        letter="K",
+        repaired=True,
+    ),
+    Case("pyramidkv", lambda p, r, m: p.PyramidKVPress(r, window_size=16, beta=2), one_by_one=True),
+    Case("tova", lambda p, r, m: p.TOVAPress(r)),
+    Case("observed_attention", lambda p, r, m: p.ObservedAttentionPress(r), kvpress_attention="eager"),
+    Case("expected_attention", lambda p, r, m: _expected(p, r), why=_SINKS, letter="paper", repaired=True),
+    Case("expected_attention, no sinks", lambda p, r, m: _expected(p, r, n_sink=0), models=TINY),
+    Case("cap", lambda p, r, m: p.CapPress(r)),
+    Case("lagkv", lambda p, r, m: p.LagKVPress(r, lag_size=16)),
+    Case("lagkv, cross_scoring", lambda p, r, m: p.LagKVPress(r, lag_size=16, cross_scoring=True), models=TINY),
+    Case(
+        "lagkv, short text",
+        lambda p, r, m: p.LagKVPress(r, lag_size=1024),
+        ratios=(0.25, 0.3125, 0.375),  # the protected half fits
+        why="the branch called no compression keeps the newest tokens, whatever they say",
+        letter="K",
+        repaired=True,
+        models=TINY,
+    ),
+    Case("cur", lambda p, r, m: p.CURPress(r)),
+    Case(
+        "cur, short last window",
+        lambda p, r, m: p.CURPress(r, local_window_size=36),
+        why="norms are divided by the window's sum instead of its mean, so that a shorter last window gets too much",
+        letter="K",
+        repaired=True,
+        models=TINY,
+    ),
+    Case("non_causal_attention", lambda p, r, m: p.NonCausalAttnPress(r, chunk_size=32)),
+    Case(
+        "non_causal_attention, short last chunk",
+        lambda p, r, m: p.NonCausalAttnPress(r, chunk_size=100),
+        why="padding is masked with -1e-9 instead of -inf, and padded queries add uniform attention",
+        letter="K",
+        repaired=True,
+        models=TINY,
+    ),
+    Case(
+        "leverage",
+        lambda p, r, m: p.LeverageScorePress(r, sketch_dimension=12),
+        why="kvpress's sketch is drawn anew at every call",
+        letter="K",
+        repaired=True,
+    ),
+    Case(
+        "compactor",
+        lambda p, r, m: p.CompactorPress(r, chunk_size=37, sketch_dimension=12),
+        why="one z-score over all heads and rows instead of one for each head; the sketch and the padding as above",
+        letter="K",
+        repaired=True,
+    ),
+    # -- wrappers
+    Case("adakv_snapkv", lambda p, r, m: p.AdaKVPress(_snapkv(p, r)), scope="layer", one_by_one=True),
+    Case(
+        "adakv_expected_attention_e2",
+        lambda p, r, m: p.AdaKVPress(_expected(p, r, epsilon=1e-2)),
+        scope="layer",
+        one_by_one=True,
+        why=_SINKS,
+        letter="paper",
+        repaired=True,
+    ),
+    Case(
+        "critical_snapkv",
+        lambda p, r, m: p.CriticalKVPress(_snapkv(p, r)),
+        breaks=("qwen2", "phi3"),
+        breaks_why=_NO_HEAD_DIM,
+        repaired=True,
+    ),
+    Case(
+        "critical_adakv_snapkv",
+        lambda p, r, m: p.CriticalAdaKVPress(_snapkv(p, r)),
+        scope="layer",
+        one_by_one=True,
+        breaks=("qwen2", "phi3"),
+        breaks_why=_NO_HEAD_DIM,
+        repaired=True,
+        why=_SAFEGUARD,
+        letter="paper",
+    ),
+    Case(
+        "critical_adakv_snapkv, large safeguard",
+        lambda p, r, m: p.CriticalAdaKVPress(_snapkv(p, r), alpha_safeguard=0.9),
+        scope="layer",
+        one_by_one=True,
+        breaks=("qwen2", "phi3"),
+        breaks_why=_NO_HEAD_DIM,
+        why=_SAFEGUARD,
+        letter="paper",
+        repaired=True,
+        models=TINY,
+    ),
+    Case("chunk_knorm", lambda p, r, m: p.ChunkPress(p.KnormPress(r), chunk_length=32)),
+    Case(
+        "chunk_snapkv",
+        lambda p, r, m: p.ChunkPress(_snapkv(p, r, window=4), chunk_length=32),
+        why="every chunk is scored at the positions of the last one; and coldpress gives each chunk a share of its "
+        "unprotected tokens",
+        letter="K",
+        repaired=True,
+    ),
+    Case("chunkkv_knorm", lambda p, r, m: p.ChunkKVPress(p.KnormPress(r), chunk_length=10)),
+    Case("chunkkv_snapkv", lambda p, r, m: p.ChunkKVPress(_snapkv(p, r, window=20), chunk_length=20)),
+    Case(
+        "chunkkv_snapkv, cut chunks",
+        lambda p, r, m: p.ChunkKVPress(_snapkv(p, r), chunk_length=14),
+        one_by_one=True,
+        models=TINY,
+        why="kvpress keeps whole chunks, other numbers than the ratio asks for; coldpress keeps the first tokens of "
+        "one more chunk, and protected tokens do not count in the mean of their chunk",
+        letter="decision",
+    ),
+    Case(
+        "chunkkv_knorm, two rows",
+        lambda p, r, m: p.ChunkKVPress(p.KnormPress(r), chunk_length=10),
+        rows=2,
+        why="the chunks of row 0 are kept in every row",
+        letter="E",
+        repaired=True,
+        models=TINY,
+    ),
+    Case("block_keydiff", lambda p, r, m: p.BlockPress(p.KeyDiffPress(r), block_size=16)),
+    Case("rerotated_streaming_llm", lambda p, r, m: p.KeyRerotationPress(p.StreamingLLMPress(r)), rerotated=True),
+    Case("rerotated_knorm", lambda p, r, m: p.KeyRerotationPress(p.KnormPress(r)), rerotated=True, models=TINY),
+    Case(
+        "per_layer_knorm",
+        lambda p, r, m: p.PerLayerCompressionPress(p.KnormPress(), _falling(r, m)),
+        one_by_one=True,
+    ),
+    Case(
+        "composed, keydiff and snapkv",
+        lambda p, r, m: p.ComposedPress([p.KeyDiffPress(r / 2), _snapkv(p, r / 2)]),
+        why="pairs are gathered in the order of scores, so that the second press protects a window of other tokens; "
+        "and coldpress lets every press score the whole text",
+        letter="B4",
+        repaired=True,
+    ),
+    # -- presses that coldpress may not have yet: their rows start to work when it does
+    Case("qfilter", lambda p, r, m: p.QFilterPress(r), not_compared=_ARTEFACT),
+    Case(
+        "expected_attention_stats",
+        lambda p, r, m: p.ExpectedAttentionStatsPress(r, stats_folder=query_statistics(m)),
+        why=_SINKS,
+        letter="paper",
+        repaired=True,
+    ),
+    Case("kvzap", lambda p, r, m: p.KVzapPress(r), not_compared=_ARTEFACT),
+    Case("fastkvzip", lambda p, r, m: p.FastKVzipPress(r), not_compared=_ARTEFACT),
+    Case("restorekv", lambda p, r, m: p.RestoreKVPress(r), not_compared=_ARTEFACT),
+    Case("lukv", lambda p, r, m: p.LUKVPress(compression_ratio=r), not_compared=_ARTEFACT),
+    Case("duo_attention", lambda p, r, m: p.DuoAttentionPress(r), not_compared=_ARTEFACT),
+    Case("kvzip", lambda p, r, m: p.KVzipPress(r), models=TINY, scope="model", one_by_one=True),
+    Case(
+        "kvzip, layerwise", lambda p, r, m: p.KVzipPress(r, layerwise=True), models=TINY, scope="layer", one_by_one=True
+    ),
+    Case(
+        "kvzip_plus",
+        lambda p, r, m: p.KVzipPress(r, kvzip_plus_normalization=True),
+        models=TINY,
+        scope="model",
+        one_by_one=True,
+    ),
+    Case("kvgrad", lambda p, r, m: p.KVgradPress(r), models=TINY, scope="model", one_by_one=True),
+    Case("kvcompose", lambda p, r, m: p.KVComposePress(compression_ratio=r), models=TINY, one_by_one=True),
+    Case(
+        "kvcompose, unstructured",
+        lambda p, r, m: p.KVComposePress(compression_ratio=r, structured=False),
+        models=TINY,
+        one_by_one=True,
+        breaks=TINY,
+        breaks_why="the pairs of the second pass, the whole context again, stay in the cache and are attended to",
+        repaired=True,
+    ),
+    Case(
+        "simlayerkv",
+        lambda p, r, m: p.SimLayerKVPress(lazy_threshold=1 - r, n_recent=40),
+        one_by_one=True,
+        why="a lazy layer keeps n_recent - n_last recent tokens, and is judged by the n_recent tokens before those",
+        letter="K",
+        repaired=True,
+    ),
+    Case("think", lambda p, r, m: p.ThinKPress(r)),
+    Case("finch", _finch, rerotated=True),
+    Case("merging_knorm", lambda p, r, m: p.MergingPress(p.KnormPress(r))),
+    Case("entropy_gated_chunkkv_knorm", lambda p, r, m: p.EntropyGatedChunkKVPress(p.KnormPress(r))),
+    Case(
+        "dms_knorm",
+        lambda p, r, m: p.DMSPress(p.KnormPress(), threshold=-8 - 4 * r, sliding_window_size=20),
+        models=TINY,
+        one_by_one=True,
+    ),
+    # KeyDiff: with Knorm a token's repetitions tie in the first layer, and what follows such a tie differs for good
+    Case(
+        "decoding_keydiff",
+        lambda p, r, m: p.DecodingPress(p.KeyDiffPress(), compression_interval=8, target_size=100),
+        ratios=(0.5,),
+        decode=24,
+    ),
+    Case(
+        "decoding_streaming_llm",
+        lambda p, r, m: p.DecodingPress(p.StreamingLLMPress(), compression_interval=8, target_size=100),
+        ratios=(0.5,),
+        decode=24,
+        why="pairs are gathered in the order of scores, so that later rounds take others for sinks and recent ones",
+        letter="B4",
+        repaired=True,
+    ),
+    Case(
+        "decoding_ratio_keydiff",
+        lambda p, r, m: p.CompressionRatioDecodingPress(
+            p.KeyDiffPress(), compression_interval=8, target_compression_ratio=r
+        ),
+        decode=24,
+    ),
+    Case(
+        "prefill_decoding_keydiff",
+        lambda p, r, m: p.PrefillDecodingPress(
+            p.SnapKVPress(r, window_size=16), p.DecodingPress(p.KeyDiffPress(), compression_interval=8, target_size=60)
+        ),
+        decode=24,
+    ),
+    Case(
+        "cam_knorm",
+        lambda p, r, m: p.CAMPress(p.KnormPress(), compression_interval=8, target_size=100),
+        ratios=(0.5,),
+        decode=24,
+        why="kvpress evicts by the mean of the heads' scores, the same pairs in all of them; in coldpress each head "
+        "evicts its own, as in the base press; draws as below",
+        letter="decision",
+    ),
+    Case(
+        "cam_streaming_llm",
+        lambda p, r, m: p.CAMPress(p.StreamingLLMPress(), compression_interval=8, target_size=100),
+        ratios=(0.5,),
+        decode=24,
+        why="whether a pair is merged is drawn from the global generator, in coldpress from the cache's seed; the kept "
+        "pairs are the same",
+        letter="table",
+    ),
+]

@@ -1,0 +1,91 @@
+"""The models and texts that both libraries run: tiny random ones of five architectures, and SmolLM2-135M from a file.
+
+Nothing here imports coldpress or kvpress; the same seeds give both processes the same weights and tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+DEMO = Path(__file__).resolve().parents[2] / "src" / "coldpress" / "assets" / "demo"
+N_SCORED = 32  # tokens whose loss is taken against the compressed cache
+TINY = ("llama", "qwen2", "qwen3", "mistral", "phi3")
+SMOLLM2 = "SmolLM2-135M"
+MODELS = (*TINY, SMOLLM2)
+
+_TINY_TOKENS = 160
+_SMOLLM2_TOKENS = 320
+_TINY_CONFIG = {
+    "vocab_size": 4096,  # that of the embedded tokenizer, which KVzip asks for
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One model with its text.
+
+    Attributes:
+        name: how the tables call the model.
+        model: float32, on the CPU, on sdpa.
+        ids: int64 ``[2, n_context + more]``: two texts of equal length.
+        n_context: how many of the tokens are prefilled.
+    """
+
+    name: str
+    model: PreTrainedModel
+    ids: Tensor
+    n_context: int
+
+
+def settings(smollm2: Path | None) -> Iterator[Setting]:
+    """The models, one after the other so that only one is held."""
+    for name in TINY:
+        # no token twice: two equal tokens have equal values in the first layer, and could not be told apart there
+        order = torch.randperm(_TINY_CONFIG["vocab_size"] - 8, generator=torch.Generator().manual_seed(7)) + 8
+        ids = order[: 2 * (_TINY_TOKENS + 96)].view(2, -1)
+        yield Setting(name, _tiny(name), ids, _TINY_TOKENS)
+    if smollm2 is not None:
+        model = AutoModelForCausalLM.from_pretrained(
+            smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32, attn_implementation="sdpa"
+        )
+        tokenizer = AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
+        text = (DEMO / "text" / "theophrastus.txt").read_text(encoding="utf-8")
+        tokens = torch.tensor(tokenizer(text[:20_000])["input_ids"])
+        ids = tokens[: 2 * (_SMOLLM2_TOKENS + 96)].view(2, -1)
+        yield Setting(SMOLLM2, _ready(model), ids, _SMOLLM2_TOKENS)
+
+
+def _tiny(name: str) -> PreTrainedModel:
+    """A random model whose weights are larger than a trained model's, so that attention is uneven."""
+    changes = {"sliding_window": None} if name in ("mistral", "phi3") else {}
+    config = AutoConfig.for_model(name, **(_TINY_CONFIG | changes))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        with torch.no_grad():
+            if parameter.dim() > 1:
+                parameter.copy_(noise * 0.25)
+            else:
+                parameter.add_(noise * 0.1)
+    model.config.name_or_path = model.name_or_path = str(DEMO / "model")  # where KVzip looks for a tokenizer
+    return _ready(model)
+
+
+def _ready(model: PreTrainedModel) -> PreTrainedModel:
+    return model.eval().requires_grad_(False)

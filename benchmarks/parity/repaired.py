@@ -1,0 +1,262 @@
+"""Presses of kvpress with one expression each replaced: what kvpress would keep without the fault.
+
+Each class has the name and parameters of the one that it repairs, and leaves everything else to it. Where a press draws
+random numbers, coldpress's draws are made, so that what is done with them can be compared.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import kvpress
+import torch
+from kvpress.presses.base_press import is_prefilling
+from kvpress.utils import compute_n_kept, get_prerope_query_states
+from torch import Tensor
+from transformers.models.llama.modeling_llama import repeat_kv, rotate_half
+
+# What kvpress hands to score() and compress(): module, hidden states, keys, values, attention, the layer's arguments.
+
+
+@dataclass
+class RandomPress(kvpress.RandomPress):
+    """K: draws that depend on the layer."""
+
+    def score(self, module: Any, hidden: Tensor, keys: Tensor, *rest: Any) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + module.layer_idx)
+        return torch.rand(keys.shape[1:3], generator=generator).expand(keys.shape[:3])
+
+
+def _window_attention(module: Any, hidden: Tensor, keys: Tensor, window: int, kwargs: Any) -> Tensor:
+    """Attention of the last ``window`` queries to all keys, their own included: ``[B, Hq, window, T]``."""
+    cos, sin = (x[:, None, -window:] for x in kwargs["position_embeddings"])
+    queries = get_prerope_query_states(module, hidden[:, -window:])
+    queries = queries * cos + rotate_half(queries) * sin
+    repeated = repeat_kv(keys, queries.shape[1] // keys.shape[1])
+    logits = queries @ repeated.transpose(2, 3) / math.sqrt(module.head_dim)
+    is_later = torch.ones(logits.shape[-2:], dtype=torch.bool).triu(keys.shape[2] - window + 1)
+    return logits.masked_fill(is_later, -torch.inf).softmax(-1)
+
+
+@dataclass
+class SnapKVPress(kvpress.SnapKVPress):
+    """K: a window that does not fit is protected in half of the budget; the rest competes by its own attention."""
+
+    def score(self, module: Any, hidden: Tensor, keys: Tensor, values: Tensor, attention: Any, kwargs: Any) -> Tensor:
+        scores = super().score(module, hidden, keys, values, attention, kwargs)
+        n_keep, window = compute_n_kept(keys.shape[2], self.compression_ratio), self.window_size
+        if n_keep >= window:
+            return scores
+        attention = _window_attention(module, hidden, keys, window, kwargs)[..., -window:]
+        inside = attention.mean(2).unflatten(1, (keys.shape[1], -1)).mean(2)
+        scores[..., -window : -(n_keep // 2)] = inside[..., : -(n_keep // 2)]
+        return scores
+
+
+@dataclass
+class StreamingLLMPress(kvpress.StreamingLLMPress):
+    """B4: pairs are gathered in the order of the text, so that the next round finds sinks and recent ones."""
+
+    def compress(self, module: Any, hidden: Tensor, keys: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        scores = self.score(module, hidden, keys, values, *rest)
+        chosen = scores.topk(compute_n_kept(keys.shape[2], self.compression_ratio), dim=-1).indices.sort(-1).values
+        chosen = chosen[..., None].expand(-1, -1, -1, keys.shape[3])
+        return keys.gather(2, chosen), values.gather(2, chosen)
+
+
+class _WholeSoftmax:
+    """Section 3 of the paper: attention is a softmax over all keys, the sinks among them."""
+
+    def score(self: Any, module: Any, hidden: Tensor, keys: Tensor, values: Tensor, *rest: Any) -> Tensor:
+        mean, covariance = self.get_query_statistics(module, hidden)
+        groups, dim = mean.shape[1] // keys.shape[1], keys.shape[3]
+        repeated = repeat_kv(keys, groups)
+        logits = (repeated @ mean[..., None]).squeeze(-1) / math.sqrt(dim)
+        if self.use_covariance:
+            logits = logits + ((repeated @ covariance) * repeated).sum(-1) / dim / 2
+        scores = logits.softmax(-1).unflatten(1, (-1, groups)).mean(2)
+        if self.use_vnorm:
+            scores = (scores + self.epsilon) * values.norm(dim=-1)
+        scores[..., : self.n_sink] = scores.max() + 1
+        return scores
+
+
+@dataclass
+class ExpectedAttentionPress(_WholeSoftmax, kvpress.ExpectedAttentionPress):
+    pass
+
+
+@dataclass
+class ExpectedAttentionStatsPress(_WholeSoftmax, kvpress.ExpectedAttentionStatsPress):
+    pass
+
+
+@dataclass
+class LagKVPress(kvpress.LagKVPress):
+    """K: a text too short for two partitions is cut in two."""
+
+    def score(self, module: Any, hidden: Tensor, keys: Tensor, *rest: Any) -> Tensor:
+        lag = min(self.lag_size, (keys.shape[2] - self.n_sink) // 2)
+        return kvpress.LagKVPress.score(replace(self, lag_size=lag), module, hidden, keys, *rest)
+
+
+@dataclass
+class CURPress(kvpress.CURPress):
+    """K: the mean of a window instead of its sum, which matters where the last one is shorter (kv_product)."""
+
+    def score(self, module: Any, hidden: Tensor, keys: Tensor, *rest: Any) -> Tensor:
+        scores = super().score(module, hidden, keys, *rest)
+        n_last = keys.shape[2] % self.local_window_size
+        scores[..., keys.shape[2] - n_last :] *= (n_last / self.local_window_size) ** 2
+        return scores
+
+
+def standardized(scores: Tensor) -> Tensor:
+    """A z-score of each head; any z-score over all heads before it drops out."""
+    return (scores - scores.mean(-1, keepdim=True)) / scores.std(-1, keepdim=True)
+
+
+@dataclass
+class NonCausalAttnPress(kvpress.NonCausalAttnPress):
+    """K: no padding in the last chunk, and a z-score of each head."""
+
+    @staticmethod
+    def non_causal_chunked_attn(q: Tensor, k: Tensor, chunk_size: int) -> Tensor:
+        chunks = zip(q.split(chunk_size, 2), k.split(chunk_size, 2), strict=True)
+        return torch.cat([(a @ b.transpose(-1, -2)).softmax(-1).sum(-2) for a, b in chunks], dim=-1)
+
+    def score(self, *given: Any, **named: Any) -> Tensor:
+        return standardized(super().score(*given, **named))
+
+
+@dataclass
+class LeverageScorePress(kvpress.LeverageScorePress):
+    """K: a sketch that repeats, and a z-score of each head."""
+
+    def score(self, module: Any, *given: Any, **named: Any) -> Tensor:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(module.layer_idx)
+            return standardized(super().score(module, *given, **named))
+
+
+@dataclass
+class CompactorPress(kvpress.CompactorPress):
+    """K: made of the two presses above."""
+
+    def __post_init__(self) -> None:
+        self._leverage_press = LeverageScorePress(self.compression_ratio, sketch_dimension=self.sketch_dimension)
+        self._non_causal_press = NonCausalAttnPress(self.compression_ratio, chunk_size=self.chunk_size)
+
+
+@dataclass
+class ChunkPress(kvpress.ChunkPress):
+    """K: positions of the chunk's own; and budgets by unprotected tokens, of which the last chunk has fewer."""
+
+    def compress(
+        self, module: Any, hidden: Tensor, keys: Tensor, values: Tensor, attention: Any, kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        n_tokens, n_window = keys.shape[2], self.press.window_size
+        free = compute_n_kept(n_tokens, self.compression_ratio) - n_window
+        edges = [*range(0, n_tokens, self.chunk_length), n_tokens]
+        places = []
+        for start, stop in pairwise(edges):
+            at, end = slice(start, stop), min(stop, n_tokens - n_window)
+            count = free * end // (n_tokens - n_window) - free * start // (n_tokens - n_window) + stop - end
+            own = {"position_embeddings": tuple(x[:, at] for x in kwargs["position_embeddings"])}
+            scores = self.press.score(module, hidden[:, at], keys[:, :, at], values[:, :, at], attention, own)
+            places.append(start + scores.topk(count, dim=-1).indices)
+        chosen = torch.cat(places, dim=-1)[..., None].expand(-1, -1, -1, keys.shape[3])
+        return keys.gather(2, chosen), values.gather(2, chosen)
+
+
+@dataclass
+class ChunkKVPress(kvpress.ChunkKVPress):
+    """E: every row of a batch by itself."""
+
+    def compress(
+        self, module: Any, hidden: Tensor, keys: Tensor, values: Tensor, attention: Any, kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        rows = zip(hidden.split(1), keys.split(1), values.split(1), strict=True)
+        kept = [super(ChunkKVPress, self).compress(module, h, k, v, attention, kwargs) for h, k, v in rows]
+        return torch.cat([k for k, _ in kept]), torch.cat([v for _, v in kept])
+
+
+@dataclass
+class ComposedPress(kvpress.ComposedPress):
+    """B4: every press scores the text in its order, and whole; what one of them protects, none of them removes."""
+
+    def forward_hook(self, module: Any, inputs: Any, kwargs: Any, output: Any) -> Any:
+        layer, hidden = kwargs["past_key_values"].layers[module.layer_idx], kwargs["hidden_states"]
+        if not is_prefilling(kwargs["cache_position"], hidden.shape[1]):
+            return output
+        left, n_keep = torch.ones(layer.keys.shape[:3], dtype=torch.bool), layer.keys.shape[2]
+        window = max(getattr(press, "window_size", 0) for press in self.presses)
+        for press in self.presses:
+            n_keep = compute_n_kept(n_keep, press.compression_ratio)
+            scores = press.score(module, hidden, layer.keys, layer.values, output[1], kwargs)
+            scores = scores.masked_fill(~left, -torch.inf)
+            scores[..., -window:] = torch.inf
+            left = torch.zeros_like(left).scatter(2, scores.topk(n_keep, dim=-1).indices, True)
+        chosen = left.nonzero()[:, 2].view(*left.shape[:2], n_keep, 1).expand(-1, -1, -1, layer.keys.shape[3])
+        layer.keys, layer.values = layer.keys.gather(2, chosen), layer.values.gather(2, chosen)
+        return output
+
+
+def _projected_norms(values: Tensor, module: Any) -> Tensor:
+    """||W_O v||_1, with the head dimension that the layer says."""
+    groups = module.num_key_value_groups
+    heads = module.o_proj.weight.unflatten(1, (-1, module.head_dim)).permute(1, 2, 0)  # [Hq, D, hidden]
+    return (repeat_kv(values, groups) @ heads).norm(p=1, dim=-1).unflatten(1, (-1, groups)).mean(2)
+
+
+class CriticalKVPress(kvpress.CriticalKVPress):
+    """Section 1 of the list: no config.head_dim is needed."""
+
+    vwl1norm = staticmethod(_projected_norms)
+
+
+@dataclass
+class CriticalAdaKVPress(kvpress.CriticalAdaKVPress):
+    """The same; and the safeguard is a number of pairs: which ones they are, the two stages say."""
+
+    def compress(
+        self, module: Any, hidden: Tensor, keys: Tensor, values: Tensor, attention: Any, kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        scores = self.press.score(module, hidden, keys, values, attention, kwargs)[0]  # [Hkv, T]
+        n_keep = compute_n_kept(keys.shape[2], self.compression_ratio)
+        safe = scores.topk(int(n_keep * self.alpha_safeguard), dim=-1).indices
+        guarded = scores.scatter(-1, safe, torch.inf).flatten()
+        heads = guarded.topk(n_keep * keys.shape[1]).indices // keys.shape[2]
+        weighted = (scores + self.epsilon) * _projected_norms(values, module)[0]
+        masked = torch.ones_like(scores, dtype=torch.bool)
+        for head, count in enumerate(heads.bincount(minlength=keys.shape[1]).tolist()):
+            weighted[head, scores[head].topk(int(count * self.first_stage_ratio)).indices] = torch.inf
+            masked[head, weighted[head].topk(count).indices] = False
+        module.masked_key_indices = torch.nonzero(masked[None], as_tuple=True)
+        return keys, values
+
+
+@dataclass
+class SimLayerKVPress(kvpress.SimLayerKVPress):
+    """K: a lazy layer keeps n_recent tokens, and is judged by the attention to what it would keep."""
+
+    def compress(
+        self, module: Any, hidden: Tensor, keys: Tensor, values: Tensor, attention: Any, kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        seen = _window_attention(module, hidden, keys, self.n_last, kwargs).mean((0, 1, 2))
+        kept = torch.arange(keys.shape[2])
+        kept = kept[(kept < self.n_initial) | (kept >= keys.shape[2] - self.n_recent)]
+        is_lazy = self.lazy_threshold < 1 and seen[kept].sum() > self.lazy_threshold
+        return (keys[:, :, kept], values[:, :, kept]) if is_lazy else (keys, values)
+
+
+@dataclass
+class KVComposePress(kvpress.KVComposePress):
+    """Not in the list yet: what the second pass wrote is removed from the cache."""
+
+    def compress_unstructured(self, model: Any) -> None:
+        super().compress_unstructured(model)
+        self.cache.crop(self.context_len)

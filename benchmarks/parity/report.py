@@ -1,0 +1,170 @@
+"""The results as one JSON document, and that document as the tables of docs/parity.md. Standard library only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results.json"
+SHOWN = 0.5  # the ratio at which the tables show how a press is made
+
+COLUMNS = ["model", "ratio", "variant", "agrees", "pairs", "theirs", "moved", "ties", "loss", "their_loss"]
+COLUMNS += ["loss_difference", "error"]
+
+Record = Mapping[str, Any]
+
+
+class Spelled:
+    """Stands for a library: which classes would be called with what, as text."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        self.names.append(name)
+
+        def call(*given: Any, **named: Any) -> Any:
+            words = [_spell(x) for x in given] + [f"{key}={_spell(x)}" for key, x in named.items()]
+            return SimpleNamespace(text=f"{name}({', '.join(words)})")
+
+        return call
+
+
+def _spell(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_spell, value))}]"
+    if isinstance(value, str) and "/" in value:
+        return "FOLDER"
+    return str(value.text) if isinstance(value, SimpleNamespace) else repr(value)
+
+
+def spelled(case: Any) -> tuple[str, list[str]]:
+    """How the press of a case is made, at ratio ``SHOWN`` or its first one, and the classes that this takes."""
+    ratio = SHOWN if SHOWN in case.ratios else case.ratios[0]
+    attention = SimpleNamespace(self_attn=SimpleNamespace(head_dim=16))
+    model = SimpleNamespace(
+        config=SimpleNamespace(num_hidden_layers=4, num_attention_heads=4), model=SimpleNamespace(layers=[attention])
+    )
+    library = Spelled()
+    press = case.make(library, ratio, model)
+    return "none" if press is None else str(press.text), library.names
+
+
+def write(path: Path, document: Record) -> None:
+    """Rows as lists of the values of COLUMNS, one line each, so that two runs can be compared by eye."""
+    cases = []
+    for case in document["cases"]:
+        head = json.dumps({k: v for k, v in case.items() if k != "rows"}, ensure_ascii=False)
+        rows = ",\n".join("   " + json.dumps([row[column] for column in COLUMNS]) for row in case["rows"])
+        cases.append(f'  {head[:-1]}, "rows": [\n{rows}\n  ]}}' if rows else f'  {head[:-1]}, "rows": []}}')
+    top = json.dumps({k: v for k, v in document.items() if k != "cases"} | {"columns": COLUMNS})
+    path.write_text(f'{top[:-1]}, "cases": [\n' + ",\n".join(cases) + "\n]}\n", encoding="utf-8")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What :func:`write` was given."""
+    document = json.loads(path.read_text(encoding="utf-8"))
+    columns = document.pop("columns")
+    for case in document["cases"]:
+        case["rows"] = [dict(zip(columns, row, strict=True)) for row in case["rows"]]
+    return dict(document)
+
+
+def tables(document: Record) -> str:
+    """The three tables: what agrees, what differs and why, what is not compared."""
+    cases = document["cases"]
+    run = [case for case in cases if case["rows"]]
+    same = [case for case in run if not case["why"]]
+    other = [case for case in run if case["why"]]
+    parts = [
+        f"coldpress {document['coldpress']} against kvpress {document['kvpress']}, torch {document['torch']}, "
+        f"transformers {document['transformers']}; models: {', '.join(document['models'])}. "
+        f"Losses of {document['scored']} tokens; ratios {', '.join(map(str, document['ratios']))} where a row does not "
+        "say otherwise.",
+        "### Same pairs, same losses",
+        _table(
+            ["case", "press, at one of its ratios", "runs that agree", "with ties", "difference in loss", "notes"],
+            (_same(case) for case in same),
+        ),
+        "### Different, and why",
+        _table(
+            ["case", "press, at one of its ratios", "runs that differ", "kept pairs that differ", "losses differ by",
+             "SmolLM2-135M: pairs that differ", "losses, coldpress / kvpress", "kvpress repaired", "source", "why"],
+            (_different(case) for case in other),
+        ),
+    ]  # fmt: skip
+    absent = [(case["name"], case["absent"]) for case in cases if not case["rows"]]
+    if absent:
+        parts += ["### Not compared", _table(["case", "because"], absent)]
+    return "\n\n".join(parts)
+
+
+def _table(header: list[str], rows: Iterable[Iterable[str]]) -> str:
+    body = [f"| {' | '.join(line)} |" for line in (header, *rows)]
+    return "\n".join([body[0], "|---" * len(header) + "|", *body[1:]])
+
+
+def _of(case: Record, variant: str) -> list[Record]:
+    return [row for row in case["rows"] if row["variant"] == variant]
+
+
+def _agrees(row: Record) -> bool:
+    return bool(row["agrees"])
+
+
+def _same(case: Record) -> list[str]:
+    rows = _of(case, "kvpress")
+    ran = [row for row in rows if not row["error"]]
+    notes = []
+    if case["breaks"]:
+        fixed = [row for row in _of(case, "repaired") if row["model"] in case["breaks"]]
+        agree = f"; repaired: {sum(map(_agrees, fixed))} of {len(fixed)} agree" if fixed else ""
+        notes.append(f"fails on {' and '.join(case['breaks'])}: {case['breaks_why']}{agree}")
+    return [
+        case["name"],
+        f"`{case['press']}`",
+        f"{sum(map(_agrees, ran))} of {len(ran)}",
+        str(sum(row["ties"] for row in ran)),
+        _largest(row for row in ran if not row["ties"]),
+        "; ".join(notes),
+    ]
+
+
+def _different(case: Record) -> list[str]:
+    rows = [row for row in _of(case, "kvpress") if not row["error"]]
+    differ = [row for row in rows if not _agrees(row)]
+    real = [row for row in differ if row["model"] not in _TINY]
+    repaired = _of(case, "repaired")
+    ties = sum(row["ties"] for row in repaired)
+    fixed = f"{sum(map(_agrees, repaired))} of {len(repaired)} agree{f', {ties} of them with ties' if ties else ''}; "
+    fixed += f"losses within {_largest(row for row in repaired if not row['ties'])}"
+    return [
+        case["name"],
+        f"`{case['press']}`",
+        f"{len(differ)} of {len(rows)}",
+        _span(row["moved"] for row in differ),
+        f"up to {_largest(differ)}",
+        _span(row["moved"] for row in real),
+        ", ".join(f"{row['loss']:.2f} / {row['their_loss']:.2f}" for row in real),
+        fixed if repaired else "",
+        case["letter"],
+        case["why"],
+    ]
+
+
+_TINY = ("llama", "qwen2", "qwen3", "mistral", "phi3")
+
+
+def _largest(rows: Iterable[Record]) -> str:
+    return f"{max((row['loss_difference'] for row in rows), default=0.0):.2g}"
+
+
+def _span(shares: Iterable[float]) -> str:
+    values = sorted(shares)
+    if not values:
+        return ""
+    low, high = (f"{100 * value:.{0 if value >= 0.1 else 1}f}" for value in (values[0], values[-1]))
+    return f"{low} %" if low == high else f"{low} to {high} %"

@@ -1,0 +1,153 @@
+"""benchmarks/parity: what it takes for the same, and what it complains about. kvpress is not needed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from benchmarks.parity.case import Case, Library
+from benchmarks.parity.cases import CASES
+from benchmarks.parity.compare import TOLERANCE, Row, compare_one, only_ties, problems
+from benchmarks.parity.measure import kept_positions, measure
+from benchmarks.parity.models import Setting
+from benchmarks.parity.report import RESULTS, read, spelled, tables, write
+from tests.contract.architectures import BY_NAME, tokens
+
+import coldpress
+
+# The presses that kvpress 0.5.5 exports, without its three base classes.
+KVPRESS = """
+    AdaKV Block CAM CUR Cap Chunk ChunkKV Compactor Composed CompressionRatioDecoding CriticalAdaKV CriticalKV DMS
+    Decoding DuoAttention EntropyGatedChunkKV ExpectedAttention ExpectedAttentionStats FastKVzip Finch KVCompose KVgrad
+    KVzap KVzip KeyDiff KeyRotation Knorm LUKV LagKV LeverageScore Merging NonCausalAttn ObservedAttention
+    PerLayerCompression PrefillDecoding PyramidKV QFilter Random RestoreKV SimLayerKV SnapKV StreamingLLM TOVA ThinK
+""".replace("KeyRotation", "KeyRerotation").split()
+
+
+def mask(*kept: int, n_tokens: int = 6) -> torch.Tensor:
+    """bool ``[1, 1, 1, T]``."""
+    return torch.tensor([[[[t in kept for t in range(n_tokens)]]]])
+
+
+def result(kept: torch.Tensor, loss: float = 1.0, scores: torch.Tensor | None = None) -> dict[str, Any]:
+    return {"kept": kept, "losses": torch.full((1, 4), loss), "scores": scores, "error": None}
+
+
+KEY = ("llama", "knorm", 0.5, "kvpress")
+PLAIN = Case("knorm", lambda p, r, m: p.KnormPress(r))
+
+
+def test_kept_pairs_are_found_in_any_order() -> None:
+    keys, values = torch.randn(2, 3, 9, 4), torch.randn(2, 3, 9, 4)
+    order = torch.tensor([7, 0, 4, 5])
+    expected = torch.zeros(2, 3, 9, dtype=torch.bool)
+    expected[..., order] = True
+    assert torch.equal(kept_positions((keys[:, :, order], values[:, :, order]), (keys, values)), expected)
+    # keys that were rotated are found by their values, and values that were merged by their keys
+    assert torch.equal(kept_positions((keys[:, :, order] + 1, values[:, :, order]), (keys, values)), expected)
+    assert torch.equal(kept_positions((keys[:, :, order], values[:, :, order] + 1), (keys, values)), expected)
+    with pytest.raises(ValueError, match="none of those of the text"):
+        kept_positions((keys[:, :, order] + 1, values[:, :, order] + 1), (keys, values))
+
+
+def test_empty_places_and_equal_tokens_are_told_apart() -> None:
+    keys = torch.randn(1, 1, 5, 4)
+    keys[:, :, 3] = keys[:, :, 1]
+    filled = torch.tensor([[[True, True, True, False]]])
+    kept = kept_positions((keys[:, :, [1, 3, 4, 0]], keys[:, :, [1, 3, 4, 0]]), (keys, keys), filled)
+    assert kept[0, 0].tolist() == [False, True, False, True, True]
+
+
+def test_ties_are_equal_scores_of_pairs_that_compete() -> None:
+    scores = torch.tensor([[[[5.0, 1.0, 1.0, 3.0, 0.5, 0.4]]]])
+    assert only_ties(mask(0, 3, 1), mask(0, 3, 2), scores, "head")
+    assert not only_ties(mask(0, 3, 1), mask(0, 3, 4), scores, "head")
+    assert not only_ties(mask(0, 3, 1), mask(0, 3, 1, 2), scores, "head")  # one keeps more
+    two = torch.ones(1, 1, 2, 3)
+    ours = torch.tensor([[[[True, True, False], [True, False, False]]]])
+    theirs = torch.tensor([[[[True, False, False], [True, True, False]]]])
+    assert not only_ties(ours, theirs, two, "head") and only_ties(ours, theirs, two, "layer")
+
+
+def test_runs_agree_by_pairs_and_losses() -> None:
+    same = compare_one(PLAIN, KEY, result(mask(0, 1)), result(mask(0, 1), 1 + TOLERANCE / 2))
+    assert same.agrees and same.pairs == 2 and same.moved == 0
+    assert not compare_one(PLAIN, KEY, result(mask(0, 1)), result(mask(0, 1), 1 + 2 * TOLERANCE)).agrees
+    other = compare_one(PLAIN, KEY, result(mask(0, 1)), result(mask(0, 2)))
+    assert not other.agrees and other.moved == 0.5
+    assert compare_one(PLAIN, KEY, result(mask(0, 1)), result(mask(0, 2), 2.0, torch.ones(1, 1, 1, 6))).agrees
+    failed = compare_one(PLAIN, KEY, result(mask(0)), {"error": "ValueError: no"})
+    assert not failed.agrees and failed.error == "kvpress: ValueError: no"
+
+
+def test_every_difference_needs_a_reason_and_every_reason_a_difference() -> None:
+    same, other = Row("knorm", "llama", 0.5, "kvpress"), Row("knorm", "llama", 0.5, "kvpress", moved=0.1)
+    fixed = replace(same, variant="repaired")
+    explained = replace(PLAIN, why="because", repaired=True, models=("llama",))
+    assert not problems(PLAIN, [same]) and not problems(explained, [other, fixed])
+    assert "nothing explains it" in problems(PLAIN, [other])[0]
+    assert "out of date" in problems(explained, [same, fixed])[0]
+    assert not problems(replace(explained, models=("llama", "qwen2")), [same, fixed])  # not run on all of them
+    assert "even with" in problems(explained, [other, replace(fixed, moved=0.1)])[0]
+    broken = replace(same, error="kvpress: AttributeError: head_dim")
+    assert "head_dim" in problems(PLAIN, [broken])[0]
+    breaks = replace(PLAIN, breaks=("llama",), breaks_why="no head_dim")
+    assert not problems(breaks, [broken])
+    assert "out of date" in problems(breaks, [same])[0]
+    assert problems(breaks, [replace(same, error="coldpress: PressError: no")])
+
+
+def test_one_run_of_coldpress() -> None:
+    model = BY_NAME["llama"].build()
+    cache = coldpress.PressedCache()
+    press = coldpress.AdaKVPress(coldpress.SnapKVPress(0.5, window_size=8))  # heads of different lengths
+    setting = Setting("llama", model, tokens(2, 96), 40)
+    found = measure(setting, replace(PLAIN, rows=2), press, cache, False, lambda index: None)
+    assert found.kept is not None and found.losses is not None and found.losses.shape == (2, 32)
+    for index in range(2):
+        expected = torch.zeros(2, 2, 41, dtype=torch.bool)
+        at = cache.positions(index)[..., :-32]  # without the scored tokens
+        expected.scatter_(2, at.masked_fill(at < 0, 40), True)
+        assert torch.equal(found.kept[:, index], expected[..., :40])
+
+
+def test_every_press_of_kvpress_is_in_the_list() -> None:
+    names = {name for case in CASES for name in spelled(case)[1]}
+    assert {f"{name}Press" for name in KVPRESS} == names
+    assert len({case.name for case in CASES}) == len(CASES)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_case_makes_a_press_of_coldpress(case: Case) -> None:
+    missing = [name for name in spelled(case)[1] if not hasattr(coldpress, name)]
+    if not missing and not case.not_compared and case.ratios != (0.0,):
+        for ratio in case.ratios:
+            assert isinstance(case.make(Library(coldpress), ratio, BY_NAME["llama"].build()), coldpress.BasePress)
+
+
+def test_the_tables_show_what_was_written(tmp_path: Path) -> None:
+    rows = [
+        Row("cur", "llama", 0.5, "kvpress", moved=0.125, loss_difference=0.25),
+        Row("cur", "llama", 0.5, "repaired", loss_difference=1e-6),
+    ]
+    case = {"name": "cur", "press": "CURPress(0.5)", "letter": "K", "why": "a sum", "breaks": [], "absent": ""}
+    other = {"name": "kvzap", "press": "", "letter": "", "why": "", "breaks": [], "absent": "a hub", "rows": []}
+    facts = {"coldpress": "0.1", "kvpress": "0.5.5", "torch": "2", "transformers": "5"}
+    cases = [case | {"rows": [row.as_record() for row in rows]}, other]
+    write(tmp_path / "results.json", facts | {"models": ["llama"], "ratios": [0.5], "scored": 32, "cases": cases})
+    text = tables(read(tmp_path / "results.json"))
+    assert "| cur | `CURPress(0.5)` | 1 of 1 | 12 % | up to 0.25 |" in text
+    assert "1 of 1 agree; losses within 1e-06 | K | a sum |" in text
+    assert "| kvzap | a hub |" in text
+
+
+def test_the_committed_results_give_the_reasons_of_today() -> None:
+    cases = read(RESULTS)["cases"]
+    committed = {case["name"]: case for case in cases if case["rows"]}
+    known = {case.name: case for case in CASES}
+    assert committed and set(committed) <= set(known)
+    for name, case in committed.items():
+        assert (case["why"], case["letter"]) == (known[name].why, known[name].letter)
