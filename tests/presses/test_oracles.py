@@ -26,6 +26,7 @@ from tests.presses import (
     test_think,
     test_wrappers,
 )
+from tests.presses.others import WITH_RATIO
 from torch import Tensor
 
 from coldpress import (
@@ -65,6 +66,7 @@ from coldpress import (
     ThinKPress,
     TOVAPress,
     catalogue,
+    make_press,
 )
 from coldpress.budget import keep_count, pyramid_counts
 
@@ -320,7 +322,7 @@ def test_column_sums_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("press", press_names())
+@pytest.mark.parametrize("press", WITH_RATIO)
 def test_scores_do_not_depend_on_how_much_is_worked_on_at_once(
     model: str, press: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
