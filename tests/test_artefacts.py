@@ -276,6 +276,17 @@ def test_a_hub_that_fails(hub: Hub) -> None:
         fetch_hub_file("a/b", "c")
 
 
+def test_a_connection_that_breaks_is_not_an_answer(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """hf_hub_download then raises what it raises for a file that does not exist, more or less."""
+
+    def download(repo: str, name: str, local_files_only: bool = False) -> str:
+        raise huggingface_hub.errors.LocalEntryNotFoundError("not here" if local_files_only else "gone while loading")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(UnreachableError, match=r"could not be reached for a/b \(gone while loading\)"):
+        fetch_hub_file("a/b", "c")
+
+
 def test_files_from_elsewhere(hub: Hub, folder: Path) -> None:
     hub.files["/a.tsv"] = b"1\t2\n"
     copy = folder / "copies" / "a.tsv"
