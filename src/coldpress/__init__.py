@@ -27,6 +27,7 @@ from coldpress.presses.dms import DMSPress
 from coldpress.presses.duo_attention import DuoAttentionPress
 from coldpress.presses.entropy_gated_chunkkv import EntropyGatedChunkKVPress
 from coldpress.presses.expected_attention import ExpectedAttentionPress
+from coldpress.presses.expected_attention_with_stats import ExpectedAttentionStatsPress
 from coldpress.presses.key_rerotation import KeyRerotationPress
 from coldpress.presses.keydiff import KeyDiffPress
 from coldpress.presses.knorm import KnormPress
@@ -38,6 +39,7 @@ from coldpress.presses.non_causal_attention import NonCausalAttnPress
 from coldpress.presses.observed_attention import ObservedAttentionPress
 from coldpress.presses.per_layer_compression import PerLayerCompressionPress
 from coldpress.presses.pyramidkv import PyramidKVPress
+from coldpress.presses.qfilter import QFilterPress
 from coldpress.presses.random import RandomPress
 from coldpress.presses.registry import catalogue, make_press, press_names
 from coldpress.presses.simlayerkv import SimLayerKVPress
@@ -76,6 +78,7 @@ __all__ = [
     "DuoAttentionPress",
     "EntropyGatedChunkKVPress",
     "ExpectedAttentionPress",
+    "ExpectedAttentionStatsPress",
     "KVPressTextGenerationPipeline",
     "Kept",
     "KeyDiffPress",
@@ -92,6 +95,7 @@ __all__ = [
     "PrefillDecodingPress",
     "PressedCache",
     "PyramidKVPress",
+    "QFilterPress",
     "RandomPress",
     "ScorerPress",
     "SimLayerKVPress",

@@ -1,4 +1,4 @@
-"""The command ``coldpress``: ppl, speed, report, presses. Also what the scripts in evaluation/ run.
+"""The command ``coldpress``: ppl, speed, calibrate, report, presses. Also what the scripts in evaluation/ run.
 
 Exit codes: 0 all measured; 1 a press failed or a self-check did; 2 the input cannot work; 130 interrupted.
 """
@@ -89,6 +89,9 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     speed = commands.add_parser("speed", help="the same as ppl --speed_only")
     _add_options(speed)
     speed.set_defaults(options=speed.options, run=_run_ppl, speed_only=True)
+    calibrate = commands.add_parser("calibrate", help="measure what a press needs of a model, on a text, and save it")
+    _add_calibration_options(calibrate)
+    calibrate.set_defaults(options=calibrate.options, run=_run_calibrate)
     report = commands.add_parser("report", help="a table of the results in a folder")
     report.add_argument("folder", nargs="?", default="results/perplexity")
     report.set_defaults(options=report.options, run=_run_report)
@@ -97,17 +100,44 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    what = parser.add_argument_group("what is measured")
-    add = what.add_argument
+def _add_sources(group: Any, split: str) -> None:
+    """The options that say which model, and which text."""
+    add = group.add_argument
     add("--model", help="hub id, local folder, .gguf file, or demo (default: EleutherAI/pythia-70m)")
     add("--revision", help="branch, tag or commit of the model on the hub")
     add("--dataset", help="wikitext, pg19, demo, a local folder or file, or a hub id (default: wikitext)")
     add("--subset", help="configuration of the dataset, such as wikitext-103-v1")
-    add("--split", help="split of the dataset (default: test)")
+    add("--split", help=f"split of the dataset (default: {split})")
     add("--sample_idx", type=_not_negative, help="take this row of the dataset as the only text (a book of pg19)")
     add("--text_file", help="take this UTF-8 file as the text instead of a dataset")
+
+
+def _add_machinery(group: Any) -> None:
+    """The options that say how a model runs."""
+    add = group.add_argument
+    add("--attn_implementation", choices=("sdpa", "eager", "flash_attention_2"), help="arithmetic (default: sdpa)")
+    add("--device", help="auto, cpu, cuda, cuda:N (default: auto)")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="default: float32 on the CPU")
+
+
+def _add_calibration_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("press", help="a press that coldpress presses calls calibrated")
+    what = parser.add_argument_group("what is measured")
+    _add_sources(what, "train")
+    add = what.add_argument
+    add("--limit_tokens", type=_positive, help="use only the first so many tokens of the text")
+    add("--n_samples", type=_positive, help="pieces of the text that the model reads (default: 100)")
+    add("--sample_tokens", type=_positive, help="tokens of each (default: 1000)")
+    add("--press_args", type=_json_object, help="parameters of the press as JSON, such as '{\"n_sink\": 4}'")
+    how = parser.add_argument_group("how")
+    _add_machinery(how)
+    how.add_argument("--output", help="file to write (default: where presses look for it, see docs/presses.md)")
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what is measured")
+    _add_sources(what, "test")
+    add = what.add_argument
     add("--press", nargs="+", help="names of presses, no_press, or all (default: no_press)")
     add("--compression_ratio", nargs="+", type=float, help="fraction of the pairs to remove, in [0, 1) (default: 0.5)")
     add("--press_args", type=_json_object, help="parameters of a single press as JSON, such as '{\"window_size\": 32}'")
@@ -131,10 +161,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--repetitions", type=_positive, help="timed rounds (default: 5)")
     add("--warmup", type=_not_negative, help="untimed rounds before them (default: 1)")
     how = parser.add_argument_group("how")
+    _add_machinery(how)
     add = how.add_argument
-    add("--attn_implementation", choices=("sdpa", "eager", "flash_attention_2"), help="arithmetic (default: sdpa)")
-    add("--device", help="auto, cpu, cuda, cuda:N (default: auto)")
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="default: float32 on the CPU")
     add(
         "--allow_extrapolation",
         action="store_true",
@@ -191,6 +219,17 @@ def _run_ppl(args: argparse.Namespace, argv: list[str], prog: str | None) -> int
     return 1 if any(record["status"] == "failed" for record in records) else 0
 
 
+def _run_calibrate(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
+    from coldpress.eval.calibrate import CalibrationSettings, make_artefact
+
+    names = [f.name for f in fields(CalibrationSettings)]
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if "press_args" in given:
+        given["press_args"] = tuple(given["press_args"].items())
+    make_artefact(CalibrationSettings(**given))
+    return 0
+
+
 def _run_report(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
     from coldpress.errors import DataError
     from coldpress.eval.report import show
@@ -215,7 +254,7 @@ def _run_presses(args: argparse.Namespace, argv: list[str], prog: str | None) ->
 
     for info in catalogue():
         print(f"{info.name}: {info.class_name}({info.parameters})\n    {info.summary}")
-        print(f"    Source: {info.source}\n    Needs: {info.needs}")
+        print(f"    Kind: {info.kind}\n    Source: {info.source}\n    Needs: {info.needs}")
     return 0
 
 

@@ -38,10 +38,11 @@ def pressed(model: PreTrainedModel, press: BasePress) -> Iterator[None]:
 
     Raises:
         ModelError: the model cannot run on coldpress's backend.
-        PressError: this model is inside another press's block in this thread.
+        PressError: this model is inside another press's block in this thread, or the press lacks what it needs of it.
         CacheError: a cache of another kind, or one that has a different press.
     """
     use_coldpress(model)
+    press.prepare(model)
     owner = threading.get_ident()
     if (owner, id(model)) in _ACTIVE:
         raise PressError("This model is inside another press's block; one press at a time.")

@@ -20,8 +20,6 @@ from coldpress import (
     press_names,
 )
 
-WITH_RATIO = press_names(kind="training-free", has_ratio=True)  # a name and a ratio are all they need
-
 
 def duo(n_layers: int, n_heads: int) -> DuoAttentionPress:
     """Heads of different lengths in the same layer, if there are several."""
@@ -44,6 +42,14 @@ OTHERS: dict[str, Callable[[int, int], BasePress]] = {
     "think": lambda n_layers, n_heads: ThinKPress(0.5, 8, press=KnormPress(0.3)),
     "simlayerkv": lambda n_layers, n_heads: SimLayerKVPress(0.0, n_recent=12, n_initial=3),
 }
+
+# a name and a ratio are all they need; the tests make up what calibrated ones look up
+WITH_RATIO = [
+    name
+    for kind in ("training-free", "calibrated")
+    for name in press_names(kind=kind, has_ratio=True)
+    if name not in OTHERS
+]
 
 
 @cache

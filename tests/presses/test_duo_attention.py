@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.contract.architectures import tiny, tokens
-from tests.presses.views import MODELS, view_of
+from tests.contract.architectures import BY_NAME, tiny, tokens
+from tests.presses.views import MODELS, rotated, unrotated, view_of
 
-from coldpress import DuoAttentionPress, PressedCache, make_press
+from coldpress import DuoAttentionPress, LUKVPress, PressedCache, make_press
+from coldpress.artefacts import Artefact, artefact_path
+from coldpress.calibration import calibrate
 from coldpress.errors import PressError
 
 N_TOKENS = 37
+NAME = "meta-llama/Meta-Llama-3.1-8B-Instruct"
 
 
 def gates_of(n_heads: int, seed: int = 0) -> list[list[float]]:
@@ -77,9 +80,10 @@ def test_published_patterns(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.usefixtures("no_made_up_artefacts")
 def test_without_a_pattern_it_says_how_to_make_one() -> None:
     for press in (DuoAttentionPress(0.5), DuoAttentionPress(0.5, on_the_fly_scoring=True)):
-        with pytest.raises(PressError, match=r"coldpress calibrate duo_attention --model .* --dataset DATASET"):
+        with pytest.raises(PressError, match=r"coldpress calibrate duo_attention --model MODEL --dataset wikitext"):
             tiny("llama")(tokens(1, 9), past_key_values=PressedCache(press))
     assert DuoAttentionPress().compress(view_of("llama")) is None  # nothing to remove, nothing needed
 
@@ -88,6 +92,79 @@ def test_a_pattern_of_another_model_is_refused() -> None:
     press = DuoAttentionPress(0.5, pattern=gates_of(3))
     with pytest.raises(PressError, match="has 2 layers with 3 KV heads; the model compresses 2 layers with 2"):
         press.compress(view_of("llama"))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_what_is_measured(model: str) -> None:
+    samples, n_positions = [tokens(1, n, seed=n)[0] for n in (40, 33)], 500
+    gates = calibrate(DuoAttentionPress(), tiny(model), samples)["gates"]
+    for layer in range(2):
+        expected = torch.zeros(gates.shape[1], dtype=torch.float64)
+        for ids in samples:
+            queries, keys = (states[0].double().mean(1) for states in unrotated(model, ids[None], layer))  # [H, D]
+            group, dim = len(queries) // len(keys), keys.shape[1]
+            for head, key in enumerate(keys):
+                turned = torch.stack([rotated(model, key, p) for p in range(n_positions)])
+                for query in queries[head * group : (head + 1) * group]:
+                    logits = turned @ rotated(model, query, n_positions - 1) / dim**0.5
+                    expected[head] += logits.softmax(0).cumsum(0).mean() / group / len(samples)
+        torch.testing.assert_close(gates[layer].double(), expected, atol=1e-4, rtol=0)
+    assert 0 < gates.min() < gates.max() < 1
+
+
+def test_a_measured_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLDPRESS_ARTEFACTS", str(tmp_path))
+    model = BY_NAME["llama"].build()
+    model.config._name_or_path = NAME
+    gates = torch.tensor(gates_of(2, seed=3))
+    path = artefact_path("duo_attention", NAME)
+    Artefact("duo_attention", {"gates": gates}).save(path)
+    kept = []
+    for press in (
+        DuoAttentionPress(0.5, pattern=gates, sink_size=2, recent_size=5),
+        DuoAttentionPress(0.5, pattern=path, sink_size=2, recent_size=5),
+        DuoAttentionPress(0.5, sink_size=2, recent_size=5),
+        DuoAttentionPress(0.5, on_the_fly_scoring=True, sink_size=2, recent_size=5),
+    ):
+        past = PressedCache(press)
+        with press(model):
+            model(tokens(1, 30), past_key_values=past)
+        kept.append([past.positions(i) for i in range(2)])
+    assert all(torch.equal(a, b) for each in kept[1:] for a, b in zip(kept[0], each, strict=True))
+    with pytest.raises(PressError, match="is for duo_attention, not for lukv"):
+        LUKVPress(curves=path)
+    with pytest.raises(PressError, match=r"nothing.safetensors' cannot be read \(No such file"):
+        DuoAttentionPress(0.5, pattern=tmp_path / "nothing.safetensors")
+
+
+@pytest.mark.usefixtures("no_made_up_artefacts")
+def test_the_published_pattern_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    files = {"config.json": '{"sink_size": 3, "recent_size": 7}', "full_attention_heads.tsv": "0.9\t0.1\n0.8\t1.3\n"}
+
+    def fetch(url: str, copy: Path) -> Path | None:
+        asked.append(url)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(files[copy.name])
+        return copy if files[copy.name] else None
+
+    monkeypatch.setenv("COLDPRESS_ARTEFACTS", str(tmp_path))
+    monkeypatch.setattr("coldpress.presses.duo_attention.fetch_url", fetch)
+    model = BY_NAME["llama"].build()
+    model.config._name_or_path = NAME
+    past = PressedCache(DuoAttentionPress(0.25))
+    model(tokens(1, 30), past_key_values=past)
+    assert [(past.positions(i) >= 0).sum(-1).tolist() for i in range(2)] == [[[30, 10]], [[30, 30]]]
+    base = "https://raw.githubusercontent.com/mit-han-lab/duo-attention/refs/heads/main/attn_patterns"
+    folder = "Meta-Llama-3.1-8B-Instruct/lr=0.02-reg=0.05-ctx=1000_128000-multi_passkey10"
+    assert asked[:2] == [f"{base}/{folder}/config.json", f"{base}/{folder}/full_attention_heads.tsv"]
+    assert DuoAttentionPress(0.25, on_the_fly_scoring=True).published(NAME) is None
+    assert DuoAttentionPress(0.25).published("EleutherAI/pythia-70m") is None
+    files["config.json"] = ""
+    with pytest.raises(
+        PressError, match=r"and none are published for this model\. Make them with coldpress calibrate duo"
+    ):
+        model(tokens(1, 30), past_key_values=PressedCache(DuoAttentionPress(0.25)))
 
 
 def test_presses_with_the_same_pattern_are_equal() -> None:

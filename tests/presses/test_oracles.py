@@ -14,6 +14,7 @@ import pytest
 import torch
 from tests.contract.architectures import Look, tiny, tokens
 from tests.presses import (
+    test_calibrated,
     test_dms,
     test_duo_attention,
     test_entropy_gated_chunkkv,
@@ -43,6 +44,7 @@ from coldpress import (
     DuoAttentionPress,
     EntropyGatedChunkKVPress,
     ExpectedAttentionPress,
+    ExpectedAttentionStatsPress,
     KeyDiffPress,
     KeyRerotationPress,
     KnormPress,
@@ -55,6 +57,7 @@ from coldpress import (
     ObservedAttentionPress,
     PressedCache,
     PyramidKVPress,
+    QFilterPress,
     RandomPress,
     ScorerPress,
     SimLayerKVPress,
@@ -228,6 +231,7 @@ ELSEWHERE: dict[type[BasePress], Callable[..., None]] = {  # the tests that hold
     DMSPress: test_dms.test_every_head_keeps_what_reaches_the_threshold,
     DuoAttentionPress: test_duo_attention.test_streaming_heads_keep_both_ends,
     EntropyGatedChunkKVPress: test_entropy_gated_chunkkv.test_entropy_gated_chunkkv,
+    ExpectedAttentionStatsPress: test_calibrated.test_expected_attention_with_stats,
     KeyRerotationPress: test_key_rerotation.test_next_tokens_follow_the_kept_ones_without_a_gap,
     LagKVPress: test_scorers.test_lagkv,
     LeverageScorePress: test_scorers.test_leverage,
@@ -235,6 +239,7 @@ ELSEWHERE: dict[type[BasePress], Callable[..., None]] = {  # the tests that hold
     MergingPress: test_merging.test_merging,
     NonCausalAttnPress: test_scorers.test_non_causal_attention,
     ThinKPress: test_think.test_attention_is_that_of_zeroed_channels,
+    QFilterPress: test_calibrated.test_qfilter,
     SimLayerKVPress: test_simlayerkv.test_lazy_layers_keep_both_ends,
 }
 

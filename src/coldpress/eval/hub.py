@@ -13,11 +13,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from coldpress.errors import DataError, MissingDependencyError, UnreachableError, nearest
-from coldpress.eval.network import hub_problem, one_line
+from coldpress.network import hub_problem, network_problem, one_line
 
 __all__ = ["load_hub", "load_local"]
-
-NETWORK_PACKAGES = {"httpx", "httpx2", "requests", "urllib3", "huggingface_hub"}
 
 
 def _datasets() -> Any:
@@ -99,7 +97,7 @@ def load_hub(repos: tuple[str, ...], subset: str | None, split: str, revision: s
                     missing = one_line(error)
                     continue
                 except Exception as error:
-                    problem = _network_problem(error)
+                    problem = network_problem(error)
                     if problem is None:
                         raise _explained(error, repo, subset, split) from error
             rows = _load_cached(datasets, repo, subset, split, revision)
@@ -124,17 +122,6 @@ def _hub_problem(repo: str) -> str | None:
     if datasets.config.HF_HUB_OFFLINE:
         return "offline mode, HF_HUB_OFFLINE or HF_DATASETS_OFFLINE is set"
     return hub_problem(f"datasets/{repo}/resolve/main/README.md")
-
-
-def _network_problem(error: BaseException | None) -> str | None:
-    """One line when a broken connection is behind `error`, None when something else is."""
-    while error is not None:
-        roots = {cls.__module__.partition(".")[0] for cls in type(error).__mro__}
-        network = roots & NETWORK_PACKAGES and not isinstance(error, ValueError)  # that is an ill-formed id
-        if network or isinstance(error, (ConnectionError, TimeoutError)):
-            return one_line(error)
-        error = error.__cause__
-    return None
 
 
 def _load_cached(datasets: Any, repo: str, subset: str | None, split: str, revision: str | None) -> Any | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from coldpress.attention import use_coldpress
 from coldpress.errors import DeviceError, InputError, MissingDependencyError, ModelError, UnreachableError
-from coldpress.eval.network import hub_problem, one_line
+from coldpress.network import hub_problem, one_line
 
 __all__ = ["LoadedModel", "load_model", "pick_device", "pick_dtype"]
 
@@ -56,6 +56,15 @@ class LoadedModel:
         text = self.model.config.get_text_config(decoder=True)
         positions = getattr(text, "max_position_embeddings", None)
         return int(positions) if positions else None
+
+    def check_ids(self, documents: Iterable[torch.Tensor]) -> None:
+        """Raise :class:`ModelError` if the tokenizer gave ids that the model has no embedding for."""
+        known, highest = self.model.get_input_embeddings().num_embeddings, max(int(ids.max()) for ids in documents)
+        if highest >= known:
+            raise ModelError(
+                f"The tokenizer of {self.name} gives ids up to {highest} and the model knows {known} tokens; "
+                "the two do not belong together."
+            )
 
     def facts(self) -> dict[str, Any]:
         """The model's part of a result record."""

@@ -15,7 +15,7 @@ from coldpress.eval.datasets import Corpus
 from coldpress.eval.settings import Settings
 from coldpress.eval.windows import PrefixPlan, plan_prefix, plan_strided
 
-__all__ = ["Plan", "make_plan"]
+__all__ = ["UNKNOWN_POSITIONS", "Plan", "make_plan", "tokenize"]
 
 UNKNOWN_POSITIONS = 2048  # assumed where a model's configuration does not say
 
@@ -59,7 +59,7 @@ def make_plan(settings: Settings, corpus: Corpus, tokenizer: Any, max_positions:
     """
     s = settings
     limit = _Limit(s, max_positions)
-    documents = scored = _tokenize(s, corpus, tokenizer)
+    documents = scored = tokenize(corpus, tokenizer, s.limit_tokens)
     max_length = stride = windows = context_ids = None
     protocol = "speed"
     if s.ppl_apply_press:
@@ -110,9 +110,13 @@ class _Limit:
         return self.positions
 
 
-def _tokenize(s: Settings, corpus: Corpus, tokenizer: Any) -> _Documents:
-    """Token ids of each document, without special tokens, until ``--limit_tokens`` is reached."""
-    left = s.limit_tokens if s.limit_tokens is not None else sys.maxsize
+def tokenize(corpus: Corpus, tokenizer: Any, limit_tokens: int | None) -> _Documents:
+    """Token ids of each document, without special tokens, until ``--limit_tokens`` is reached.
+
+    Raises:
+        DataError: no document has two tokens.
+    """
+    left = limit_tokens if limit_tokens is not None else sys.maxsize
     documents = []
     for document in corpus.documents:
         encoded = tokenizer(document.text, add_special_tokens=False, verbose=False)
@@ -125,7 +129,7 @@ def _tokenize(s: Settings, corpus: Corpus, tokenizer: Any) -> _Documents:
     if not documents:
         raise DataError(
             "The text has fewer than 2 tokens; a token is scored from the one before it. Use a longer text"
-            f"{' or a larger --limit_tokens' if s.limit_tokens is not None else ''}."
+            f"{' or a larger --limit_tokens' if limit_tokens is not None else ''}."
         )
     return documents
 

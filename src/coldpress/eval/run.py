@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from coldpress.errors import InputError, ModelError, OutputError
+from coldpress.errors import InputError, OutputError
 from coldpress.eval.datasets import Corpus, load_corpus
 from coldpress.eval.models import LoadedModel, load_model, pick_device
 from coldpress.eval.perplexity import plain_perplexity
@@ -67,14 +67,11 @@ def evaluate(settings: Settings, command: str) -> tuple[list[dict[str, Any]], bo
         attn_implementation=settings.attn_implementation,
         revision=settings.revision,
     )
+    for job in jobs:
+        if job.press is not None:
+            job.press.prepare(loaded.model)
     plan = make_plan(settings, corpus, loaded.tokenizer, loaded.max_positions)
-    vocabulary = loaded.model.get_input_embeddings().num_embeddings
-    highest = max(int(ids.max()) for ids in plan.documents)
-    if highest >= vocabulary:
-        raise ModelError(
-            f"The tokenizer of {settings.model} gives ids up to {highest} and the model knows {vocabulary} tokens; "
-            "the two do not belong together."
-        )
+    loaded.check_ids(plan.documents)
     run = Run(settings, jobs, corpus, loaded, plan, command)
     for line in run.plan.notes:
         note(line)

@@ -10,7 +10,7 @@ from coldpress.errors import InputError, PressError
 from coldpress.presses.base import BasePress
 from coldpress.presses.registry import NO_PRESS, make_press, parameters_of, press_names
 
-__all__ = ["Job", "Settings", "make_jobs"]
+__all__ = ["Job", "Settings", "check_types", "make_jobs"]
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def make_jobs(settings: Settings) -> list[Job]:
         own = {} if name == NO_PRESS else parameters
         if "seed" in parameters_of(name):
             own = {"seed": settings.seed, **own}
-        _check_types(name, own)
+        check_types(name, own)
         if name in press_names(has_ratio=False):
             jobs[name, None] = Job(name, None, make_press(name, 0.0, **own))
             continue
@@ -111,7 +111,7 @@ def make_jobs(settings: Settings) -> list[Job]:
     return list(jobs.values())
 
 
-def _check_types(name: str, parameters: dict[str, Any]) -> None:
+def check_types(name: str, parameters: dict[str, Any]) -> None:
     """Parameters come from JSON, where a text may stand in for a number."""
     known = parameters_of(name)
     for parameter, value in parameters.items():

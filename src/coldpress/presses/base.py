@@ -57,6 +57,17 @@ class BasePress:
         """What is kept of ``view``, right after the prefill; None keeps everything."""
         raise NotImplementedError(f"{type(self).__name__} must define compress(view)")
 
+    def prepare(self, model: nn.Module) -> None:
+        """Look up what the press and those inside it need of ``model``, before it runs.
+
+        Raises:
+            PressError: something is missing; says how to get it.
+        """
+        for value in vars(self).values():
+            for press in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(press, BasePress):
+                    press.prepare(model)
+
     def finish(self, cache: PressedCache, model: nn.Module, token_ids: Tensor) -> None:
         """Compress ``cache``, which holds all of the prefill, with the help of the model; for ``needs_model`` presses.
 

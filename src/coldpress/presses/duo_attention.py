@@ -8,19 +8,32 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from coldpress.artefacts import Artefact, Shape, artefacts_folder
 from coldpress.budget import check_ratio, ends, pack
 from coldpress.errors import PressError
-from coldpress.presses.base import BasePress, check_at_least, numbers_of
+from coldpress.network import fetch_url
+from coldpress.presses.base import check_at_least, numbers_of
+from coldpress.presses.calibrated import Calibrated, Calibration
 from coldpress.presses.registry import register
 from coldpress.view import Kept, LayerView
 
 _HEADS, _SIZES = "full_attention_heads.tsv", "config.json"  # names of the published files
 _SINK_SIZE, _RECENT_SIZE = 128, 256  # of most published patterns
+_BASE_URL = "https://raw.githubusercontent.com/mit-han-lab/duo-attention/refs/heads/main/attn_patterns"
+_TRAINED_TO = {  # models that patterns are published of -> the longest texts that they were trained on
+    "togethercomputer/Llama-2-7B-32K-Instruct": 32000,
+    "gradientai/Llama-3-8B-Instruct-Gradient-1048k": 32000,
+    "gradientai/Llama-3-8B-Instruct-Gradient-4194k": 32000,
+    "meta-llama/Meta-Llama-3.1-8B-Instruct": 128000,
+    "mistralai/Mistral-7B-Instruct-v0.2": 32000,
+    "mistralai/Mistral-7B-Instruct-v0.3": 32000,
+}
+_N_POSITIONS = 500  # of the text that heads are measured on
 
 
 class Pattern(NamedTuple):
@@ -36,27 +49,9 @@ class Pattern(NamedTuple):
     recent_size: int | None = None
 
 
-def pattern_for(config: Any, on_the_fly: bool = False) -> Pattern:
-    """The pattern of a model that its user gave none for.
-
-    Args:
-        config: the model's configuration.
-        on_the_fly: measure it, even if there is a published one.
-
-    Raises:
-        PressError: there is none.
-    """
-    name = getattr(config, "_name_or_path", "") or "MODEL"
-    raise PressError(
-        f"DuoAttentionPress has no pattern of {name}. Make one with "
-        f"`coldpress calibrate duo_attention --model {name} --dataset DATASET`, or give the folder of a published one: "
-        "DuoAttentionPress(0.5, pattern=FOLDER)."
-    )
-
-
 @register("duo_attention")
 @dataclass(frozen=True)
-class DuoAttentionPress(BasePress):
+class DuoAttentionPress(Calibrated):
     """Keep everything in the retrieval heads, and the first and the recent tokens in the streaming heads.
 
     A pattern says for each KV head how much it needs the whole text, its gate. The round(head_compression_ratio *
@@ -65,22 +60,32 @@ class DuoAttentionPress(BasePress):
     tells. Evicted pairs are freed: a layer's tensors are as long as its longest head, so a layer becomes short when
     all its heads stream.
 
+    The published patterns were trained. ``coldpress calibrate duo_attention`` measures one as kvpress does on the fly:
+    with the mean query and the mean key of a head before rotation over a sample, both repeated at 500 positions and
+    rotated, a gate is the mean of the cumulated attention of the last query, over positions, the group's heads and
+    samples. It is near 1 for a head that looks far back, and near 0 for one that looks at recent tokens only.
+
     Source: Xiao et al. 2024, arXiv:2410.10819, section 2.3. Differs from the paper: the prompt's own attention is
     complete in all heads, and next tokens stay in the streaming heads. Differs from kvpress: evicted pairs leave memory
-    instead of being masked; a text shorter than both ends stays as it is.
+    instead of being masked; a text shorter than both ends stays as it is; all six published patterns are found;
+    on_the_fly_scoring takes what was measured beforehand.
 
     Needs: a pattern of the model. Cost: none beside copying what is kept.
 
     Args:
         head_compression_ratio: fraction of the KV heads that stream, in [0, 1).
-        on_the_fly_scoring: measure the pattern on the model instead of looking for a published one.
+        on_the_fly_scoring: take the pattern that was measured on the model, and never a published one.
         pattern: gates ``[layers, KV heads]`` as a tensor or lists, for the layers that are compressed; or the path of a
-            published pattern: a folder with full_attention_heads.tsv and config.json, or a file like the former.
+            published pattern: a folder with full_attention_heads.tsv and config.json, or a file like the former; or
+            the path of a file that ``coldpress calibrate duo_attention`` wrote. None looks it up by the model's name.
         sink_size, recent_size: first and last tokens that a streaming head keeps, instead of what the pattern says
             (128 and 256 where it says nothing).
     """
 
-    kind = "calibrated"
+    artefact: ClassVar[str] = "duo_attention"
+    holds: ClassVar[str] = "gates"
+    parameter: ClassVar[str] = "pattern"
+
     per_head = True
     per_layer = True
 
@@ -110,15 +115,14 @@ class DuoAttentionPress(BasePress):
     def _given(self) -> Pattern:
         """The pattern that the user gave."""
         if isinstance(self.pattern, (str, Path)):
-            return _read(self, Path(self.pattern))
+            path = Path(self.pattern).expanduser()
+            return _pattern(self.from_file(path)) if path.suffix == ".safetensors" else _read(self, path)
         return Pattern(self.pattern)  # type: ignore[arg-type]
 
     def compress(self, view: LayerView) -> Kept | None:
         if self.head_compression_ratio == 0:
             return None
-        pattern = self._given
-        if self.pattern is None:
-            pattern = pattern_for(view.module.config, self.on_the_fly_scoring)
+        pattern = _pattern(self.of_model(view)) if self.pattern is None else self._given
         shape = len(pattern.gates), len(pattern.gates[0])
         if shape != (view.n_layers, view.keys.shape[1]):
             raise PressError(
@@ -135,6 +139,59 @@ class DuoAttentionPress(BasePress):
         is_end = ends(view.n_tokens, n_sink, n_recent, device)  # [T]
         is_kept = is_end | ~torch.tensor(streaming, device=device)[:, None]  # [Hkv, T]
         return view.take(pack(is_kept.expand(view.keys.shape[:3])))
+
+    def layer_shapes(self, shape: Shape) -> dict[str, tuple[int | None, ...]]:
+        return {"gates": (shape.n_kv_heads,)}
+
+    def prepare(self, model: nn.Module) -> None:
+        if self.pattern is None and self.head_compression_ratio > 0:
+            super().prepare(model)
+
+    def published(self, model: str) -> Artefact | None:
+        if self.on_the_fly_scoring or model not in _TRAINED_TO:
+            return None
+        name = model.split("/")[-1]
+        url = f"{_BASE_URL}/{name}/lr=0.02-reg=0.05-ctx=1000_{_TRAINED_TO[model]}-multi_passkey10"
+        folder = artefacts_folder() / "published" / self.artefact / name
+        for part in (_SIZES, _HEADS):
+            if fetch_url(f"{url}/{part}", folder / part) is None:
+                return None
+        pattern = _read(self, folder)
+        sizes = {"sink_size": pattern.sink_size, "recent_size": pattern.recent_size}
+        return Artefact(self.artefact, {"gates": torch.tensor(pattern.gates)}, sizes, str(folder))
+
+    def calibration(self) -> Calibration:
+        return _Reach()
+
+
+class _Reach:
+    """How far back the mean query of each head looks, if all keys are the mean key."""
+
+    def __init__(self) -> None:
+        self.totals: dict[int, Tensor] = {}
+        self.n_samples: dict[int, int] = {}
+
+    def see(self, view: LayerView) -> None:
+        query = view.unrotated_queries().mean(2, keepdim=True)  # [1, Hq, 1, D]
+        key = view.unrotated_keys().mean(2, keepdim=True).expand(-1, -1, _N_POSITIONS, -1)  # [1, Hkv, 500, D]
+        rope = view.find_rope()
+        if rope is not None:
+            cos, sin = rope.cos_sin(torch.arange(_N_POSITIONS, device=key.device))
+            query, key = rope.rotate(query, cos[:, -1:], sin[:, -1:]), rope.rotate(key, cos, sin)
+        queries = query.unflatten(1, (key.shape[1], -1))  # [1, Hkv, G, 1, D]
+        weights = (queries @ key[:, :, None].transpose(-1, -2) * view.scaling).softmax(-1)  # [1, Hkv, G, 1, 500]
+        gates = weights.cumsum(-1).mean((0, 2, 3, 4)).cpu()  # [Hkv]
+        self.totals[view.layer_idx] = self.totals.get(view.layer_idx, torch.zeros(())) + gates
+        self.n_samples[view.layer_idx] = self.n_samples.get(view.layer_idx, 0) + 1
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"gates": torch.stack([self.totals[i] / self.n_samples[i] for i in sorted(self.totals)])}
+
+
+def _pattern(artefact: Artefact) -> Pattern:
+    """What an artefact says."""
+    gates = tuple(map(tuple, artefact.tensors["gates"].tolist()))
+    return Pattern(gates, artefact.facts.get("sink_size"), artefact.facts.get("recent_size"))
 
 
 def streaming_heads(gates: Sequence[Sequence[float]], ratio: float) -> list[list[bool]]:

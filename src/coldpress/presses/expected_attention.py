@@ -55,21 +55,24 @@ class ExpectedAttentionPress(ScorerPress):
         if not 0 <= self.epsilon < math.inf:
             raise PressError(f"ExpectedAttentionPress: epsilon must be a finite number >= 0, got {self.epsilon!r}.")
 
-    def score(self, view: LayerView) -> Tensor:
+    def statistics(self, view: LayerView) -> tuple[Tensor, Tensor | None]:
+        """Mean ``[B or 1, Hq, 1, D]`` and covariance ``[B or 1, Hq, D, D]`` of queries before rotation, in float32."""
         queries = view.unrotated_queries()  # [B, Hq, Q, D]
         skip = max(0, self.n_sink - (view.end - view.n_queries))
         if skip < view.n_queries:
             queries = queries[:, :, skip:]
-        n_batch, n_kv_heads, _, dim = view.keys.shape
-        mean = queries.mean(dim=2, keepdim=True)  # [B, Hq, 1, D]
-        ahead = view.mean_future_rotation(mean, self.n_future_positions).view(n_batch, n_kv_heads, -1, dim)
-        keys = view.keys.float()
+        mean = queries.mean(dim=2, keepdim=True)
+        return mean, _covariance(queries, mean) if self.use_covariance else None
+
+    def score(self, view: LayerView) -> Tensor:
+        mean, covariance = self.statistics(view)
+        n_kv_heads, keys = view.keys.shape[1], view.keys.float()
+        ahead = view.mean_future_rotation(mean, self.n_future_positions).squeeze(2).unflatten(1, (n_kv_heads, -1))
         logits = (keys @ ahead.transpose(-1, -2)).transpose(-1, -2) * view.scaling  # [B, Hkv, G, T]
-        if self.use_covariance:
-            covariance = _covariance(queries, mean)
+        if covariance is not None:
             half = view.mean_future_rotation(covariance, self.n_future_positions)  # Sigma R'
             covariance = view.mean_future_rotation(half.transpose(-1, -2), self.n_future_positions)  # R Sigma R'
-            by_head = covariance.view(n_batch, n_kv_heads, -1, dim, dim).unbind(2)
+            by_head = covariance.unflatten(1, (n_kv_heads, -1)).unbind(2)
             spread = torch.stack([_quadratic(keys, matrix) for matrix in by_head], dim=2)
             logits = logits + spread * (view.scaling**2 / 2)
         expected = logits.softmax(dim=-1).mean(dim=2)  # [B, Hkv, T]

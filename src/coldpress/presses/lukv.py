@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from coldpress.artefacts import Artefact, Shape, artefacts_folder
 from coldpress.budget import apportion, protect, select_counts, shrink_protected
+from coldpress.budget_curves import BudgetCurves
 from coldpress.errors import PressError
+from coldpress.network import fetch_url
 from coldpress.presses.base import ScorerPress, check_at_least, numbers_of
+from coldpress.presses.calibrated import Calibrated, Calibration
 from coldpress.presses.expected_attention import ExpectedAttentionPress
 from coldpress.presses.registry import register
 from coldpress.presses.wrapper import WrapperPress
@@ -24,23 +29,13 @@ _L = TypeVar("_L", bound="LUKVPress")
 Curves = tuple[tuple[tuple[float, ...], ...], ...]
 
 
-def curves_for(config: Any, press: ScorerPress) -> Curves:
-    """The curves of a model and the scorer ``press``, where the user gave none.
-
-    Raises:
-        PressError: there are none.
-    """
-    name = getattr(config, "_name_or_path", "") or "MODEL"
-    raise PressError(
-        f"LUKVPress has no budget curves of {name} with {type(press).__name__}. Make them with "
-        f"`coldpress calibrate lukv --model {name} --dataset DATASET`, or give the file of published ones: "
-        "LUKVPress(curves=FILE)."
-    )
+_URL = "https://raw.githubusercontent.com/baidu-baige/LU-KV/main/evaluation/curve_data"
+_PUBLISHED = {"meta-llama/Llama-3.1-8B-Instruct": "llama-3.1-8b/ea_0.02_sink4_win1_llama_avg_ratio.npy"}
 
 
 @register("lukv", ExpectedAttentionPress, epsilon=2e-2)
 @dataclass(frozen=True)
-class LUKVPress(WrapperPress):
+class LUKVPress(Calibrated, WrapperPress):
     """Keep the best scores of each head; how many that is was measured once on the model, for every ratio.
 
     Curves say which share of its pairs each head of each layer loses when the whole cache loses 1, 2, ... 99 percent.
@@ -50,9 +45,11 @@ class LUKVPress(WrapperPress):
     The first ``sink`` and the last ``window`` tokens, and what the inner press protects, are kept as far as a head's
     places allow.
 
-    Source: LU-KV, arXiv:2602.08585. Differs from the paper: the curves are given, not computed here. Differs from
-    kvpress: evicted pairs leave memory instead of being masked; counts add up to the ratio that was asked for, and
-    ratios between two percents have budgets of their own.
+    Source: Tang et al. 2026, arXiv:2602.08585. Differs from the paper: what ``coldpress calibrate lukv`` computes
+    follows the paper's idea where its details are not at hand; :class:`coldpress.budget_curves.BudgetCurves` says what
+    it is. Differs from kvpress: evicted pairs leave memory instead of being masked; counts add up to the ratio that was
+    asked for, and ratios between two percents have budgets of their own; the published curves serve the scorer that
+    they were made with, and no other parameters of it.
 
     Needs: what the inner press needs, and curves of the model and the inner press. Cost: of the inner press, and
     sorting the scores.
@@ -62,10 +59,14 @@ class LUKVPress(WrapperPress):
         compression_ratio: keyword only; the same as the ratio of the press inside.
         sink, window: first and last tokens that every head keeps, at least 0.
         curves: shares to remove, ``[99, layers, KV heads]`` in [0, 1], for the layers that are compressed: a tensor, or
-            the path of an .npy file.
+            the path of an .npy file, or of what ``coldpress calibrate lukv`` wrote. None looks them up by the model's
+            name and the press inside.
     """
 
-    kind = "calibrated"
+    artefact: ClassVar[str] = "lukv"
+    holds: ClassVar[str] = "budget curves"
+    parameter: ClassVar[str] = "curves"
+
     decodes = False
     per_head = True
     per_layer = True
@@ -104,13 +105,8 @@ class LUKVPress(WrapperPress):
         """The curves that the user gave."""
         curves = self.curves
         if isinstance(curves, (str, Path)):
-            try:
-                read = np.load(curves, allow_pickle=False)
-            except (OSError, ValueError) as error:
-                raise PressError(
-                    f"LUKVPress cannot read the curves {curves}: {error} It takes an .npy file."
-                ) from error
-            curves = numbers_of(self, "curves", read, 3)
+            path = Path(curves).expanduser()
+            curves = _curves(self.from_file(path)) if path.suffix == ".safetensors" else _read(self, path)
         assert isinstance(curves, tuple)
         shares = [share for percent in curves for layer in percent for share in layer]
         if len(curves) != 99 or min(shares) < 0 or max(shares) > 1:
@@ -142,7 +138,7 @@ class LUKVPress(WrapperPress):
         n_mean = self.press.keep(view)
         if n_mean >= n_tokens:
             return None
-        curves = curves_for(view.module.config, self.press) if self.curves is None else self._given
+        curves = _curves(self.of_model(view)) if self.curves is None else self._given
         if (len(curves[0]), len(curves[0][0])) != (view.n_layers, n_heads):
             raise PressError(
                 f"LUKVPress: the curves have {len(curves[0])} layers with {len(curves[0][0])} KV heads; the model "
@@ -163,6 +159,48 @@ class LUKVPress(WrapperPress):
         """How many of ``n_tokens`` pairs a head of each layer keeps, on average over the heads."""
         shares = [sum(heads) / len(heads) for heads in _kept_shares(curves, n_mean / n_tokens)]
         return apportion(len(shares) * n_mean, shares, 1, n_tokens)
+
+    def variant(self) -> str:
+        what = f"{self.press.with_ratio(0.0)!r} {self.sink} {self.window}"
+        return f"{type(self.press).__name__}-{hashlib.sha256(what.encode()).hexdigest()[:8]}"
+
+    def layer_shapes(self, shape: Shape) -> dict[str, tuple[int | None, ...]]:
+        return {"removed": (shape.n_kv_heads, 99)}
+
+    def prepare(self, model: nn.Module) -> None:
+        if self.curves is None:
+            super().prepare(model)
+        else:
+            self.press.prepare(model)
+
+    def published(self, model: str) -> Artefact | None:
+        if model not in _PUBLISHED or self.with_ratio(0.0) != LUKVPress():
+            return None
+        path = artefacts_folder() / "published" / self.artefact / Path(_PUBLISHED[model]).name
+        if fetch_url(f"{_URL}/{_PUBLISHED[model]}", path) is None:
+            return None
+        removed = torch.tensor(_read(self, path), dtype=torch.float32).permute(1, 2, 0)
+        return Artefact(self.artefact, {"removed": removed}, source=str(path))
+
+    def calibration(self) -> Calibration:
+        return BudgetCurves(self.press.with_ratio(0.0), self.sink, self.window)
+
+
+def _read(press: LUKVPress, path: Path) -> Curves:
+    """Curves as the authors publish them."""
+    try:
+        read = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise PressError(
+            f"LUKVPress cannot read the curves {path}: {error} It takes an .npy file or a calibrated one."
+        ) from error
+    return numbers_of(press, "curves", read, 3)
+
+
+@lru_cache(maxsize=4)
+def _curves(artefact: Artefact) -> Curves:
+    """What an artefact says, ratio first."""
+    return tuple(tuple(map(tuple, layers)) for layers in artefact.tensors["removed"].permute(2, 0, 1).tolist())
 
 
 def _kept_shares(curves: Curves, kept: float) -> list[list[float]]:

@@ -1,0 +1,137 @@
+"""``coldpress calibrate``: measure what a press needs of a model on samples of a text, and save it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import coldpress
+from coldpress.artefacts import Artefact, Shape, artefact_path
+from coldpress.calibration import calibrate
+from coldpress.errors import DataError, OutputError, PressError
+from coldpress.eval.datasets import load_corpus
+from coldpress.eval.models import load_model, pick_device
+from coldpress.eval.plan import UNKNOWN_POSITIONS, tokenize
+from coldpress.eval.progress import note, progress
+from coldpress.eval.results import check_writable
+from coldpress.eval.settings import check_types
+from coldpress.presses.calibrated import Calibrated
+from coldpress.presses.registry import catalogue, make_press, press_names
+
+__all__ = ["CalibrationSettings", "make_artefact"]
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """Everything a calibration was asked for; the command line's options have these names."""
+
+    press: str
+    model: str = "EleutherAI/pythia-70m"
+    revision: str | None = None
+    dataset: str = "wikitext"
+    subset: str | None = None
+    split: str = "train"
+    sample_idx: int | None = None
+    text_file: str | None = None
+    press_args: tuple[tuple[str, Any], ...] = ()
+    limit_tokens: int | None = None
+    n_samples: int = 100
+    sample_tokens: int = 1000
+    attn_implementation: str = "sdpa"
+    device: str = "auto"
+    dtype: str = "auto"
+    output: str | None = None
+
+
+def make_artefact(settings: CalibrationSettings) -> Path:
+    """Calibrate, save, and say where.
+
+    Returns:
+        The file.
+
+    Raises:
+        InputError: something that was asked for cannot work; before any long work.
+    """
+    s = settings
+    press = _press(s)
+    pick_device(s.device)
+    if s.output is not None and (not s.output.strip() or Path(s.output).is_dir()):
+        raise OutputError(f"--output {s.output!r} is no name of a file; give one such as filters.safetensors.")
+    corpus = load_corpus(s.dataset, subset=s.subset, split=s.split, sample_idx=s.sample_idx, text_file=s.text_file)
+    loaded = load_model(
+        s.model, device=s.device, dtype=s.dtype, attn_implementation=s.attn_implementation, revision=s.revision
+    )
+    shape = Shape.of_config(loaded.model.config)
+    path = artefact_path(press.artefact, shape.name, press.variant()) if s.output is None else Path(s.output)
+    check_writable(path.expanduser().parent)
+    documents = [ids for _, ids in tokenize(corpus, loaded.tokenizer, s.limit_tokens)]
+    loaded.check_ids(documents)
+    longest, length = loaded.max_positions or UNKNOWN_POSITIONS, s.sample_tokens
+    if length > longest:
+        note(f"--sample_tokens {length} is past the {longest} positions of {s.model}; cut to {longest}.")
+        length = longest
+    samples = pick_samples(documents, s.n_samples, length)
+    if len(samples) < s.n_samples:
+        note(f"the text has {len(samples)} sample(s) of up to {length} tokens, not --n_samples {s.n_samples}.")
+    tensors = calibrate(press, loaded.model, samples, partial(progress, name="calibration"))
+    facts = loaded.facts() | {
+        "n_layers": shape.n_layers,
+        "n_heads": shape.n_heads,
+        "n_kv_heads": shape.n_kv_heads,
+        "head_dim": shape.head_dim,
+        "parameters": repr(press),
+        "dataset": corpus.name,
+        "dataset_source": corpus.source,
+        "subset": corpus.subset,
+        "split": corpus.split,
+        "text_sha256": corpus.text_sha256,
+        "tokens_sha256": hashlib.sha256(torch.cat(samples).numpy().astype("<i8").tobytes()).hexdigest(),
+        "n_samples": len(samples),
+        "n_tokens": sum(len(ids) for ids in samples),
+        "coldpress_version": coldpress.__version__,
+    }
+    Artefact(press.artefact, tensors, facts).save(path.expanduser())
+    print(f"{press.artefact} of {s.model}, {len(samples)} sample(s), {facts['n_tokens']:,} tokens: {path}")
+    return path
+
+
+def pick_samples(documents: list[Tensor], n_samples: int, length: int) -> list[Tensor]:
+    """Up to ``n_samples`` pieces of ``length`` tokens, evenly spread over the text, none across two documents.
+
+    Shorter documents serve only where no document is long enough.
+
+    Raises:
+        DataError: there is no piece of at least 2 tokens.
+    """
+    pieces = [piece for ids in documents for piece in ids.split(length) if len(piece) == length]
+    pieces = pieces or [ids for ids in documents if len(ids) >= 2]
+    if length < 2 or not pieces:
+        raise DataError("A sample has fewer than 2 tokens; give a longer text or a larger --sample_tokens.")
+    n = min(n_samples, len(pieces))
+    return [pieces[i * len(pieces) // n] for i in range(n)]
+
+
+def _press(s: CalibrationSettings) -> Calibrated:
+    """The press that is calibrated.
+
+    Raises:
+        PressError: it needs no calibration, or something else.
+    """
+    parameters = dict(s.press_args)
+    check_types(s.press, parameters)
+    press = make_press(s.press, 0.0, **parameters)
+    inside = [press, getattr(press, "press", None)]
+    found = next((each for each in inside if isinstance(each, Calibrated)), None)
+    if found is not None:
+        return found
+    if s.press in press_names(kind="trained"):
+        needs = next(info.needs for info in catalogue() if info.name == s.press).split(" Cost:")[0].rstrip(".")
+        raise PressError(f"{s.press} needs trained weights, which are loaded and cannot be calibrated: {needs}.")
+    calibrated = ", ".join(press_names(kind="calibrated"))
+    raise PressError(f"{s.press} needs no calibration. These do: {calibrated}.")

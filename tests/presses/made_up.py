@@ -1,0 +1,22 @@
+"""Artefacts for tiny models that nobody calibrates: random numbers of the right shape."""
+
+from __future__ import annotations
+
+import torch
+
+from coldpress.artefacts import Artefact, Shape
+from coldpress.presses.calibrated import Calibrated
+
+
+def made_up(press: Calibrated, shape: Shape, why: str = "") -> Artefact:
+    """The same numbers for every model of one shape."""
+    tensors = {}
+    for i, (name, sizes) in enumerate(press.layer_shapes(shape).items()):
+        generator = torch.Generator().manual_seed(i)
+        tensor = torch.randn(shape.n_layers, *(size or 1 for size in sizes), generator=generator)
+        if name == "covariance":
+            tensor = tensor @ tensor.transpose(-1, -2) / len(tensor)
+        if name in ("gates", "removed"):
+            tensor = tensor.sigmoid()
+        tensors[name] = tensor
+    return Artefact(press.artefact, tensors)
