@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from tests.contract.architectures import BY_NAME, VERSION, tokens
+from tests.presses.others import WITH_RATIO
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -38,7 +39,6 @@ from coldpress import (
     PressedCache,
     SnapKVPress,
     make_press,
-    press_names,
     use_coldpress,
 )
 from coldpress.errors import CacheError, ModelError, PressError
@@ -198,7 +198,7 @@ def test_what_goes_wrong_is_what_is_raised(model: PreTrainedModel, press: BasePr
 
 def test_presses_share_nothing_that_changes(caplog: pytest.LogCaptureFixture) -> None:
     """G5: instances in a shared registry could be changed, results were cached by model name, calls logged warnings."""
-    for name in press_names():
+    for name in WITH_RATIO:
         press = make_press(name, 0.5)
         with pytest.raises(dataclasses.FrozenInstanceError):
             press.compression_ratio = 0.9
@@ -225,7 +225,7 @@ def test_presses_share_nothing_that_changes(caplog: pytest.LogCaptureFixture) ->
 def test_presses_change_no_weight(model: PreTrainedModel) -> None:
     """G7: adapters stayed on the model, and embeddings were resized for a token that was added."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for name in press_names():
+    for name in WITH_RATIO:
         with make_press(name, 0.5)(model):
             model(IDS)
     after = model.state_dict()

@@ -316,6 +316,6 @@ def test_observed_attention_needs_no_attention_matrix() -> None:
             return out
 
     with pytest.MonkeyPatch.context() as patch, Sizes():
-        patch.setattr("coldpress.view._BLOCK_ELEMENTS", 2 * 4 * 64 * 8)  # eight queries at a time
+        patch.setattr("coldpress.view._CPU_ELEMENTS", 2 * 4 * 64 * 8)  # eight queries at a time
         ObservedAttentionPress().score(changed(view))
     assert 0 < largest <= 2 * 4 * 64 * 16
