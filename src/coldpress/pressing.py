@@ -16,7 +16,7 @@ from coldpress.attention import use_coldpress
 from coldpress.cache import PressedCache
 from coldpress.errors import CacheError, PressError
 from coldpress.layer import PressedLayer
-from coldpress.presses.base import require_block
+from coldpress.presses.base import parts, require_block
 from coldpress.session import THREAD, Session
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def pressed(model: PreTrainedModel, press: BasePress) -> Iterator[None]:
     if (owner, id(model)) in _ACTIVE:
         raise PressError("This model is inside another press's block; one press at a time.")
     bound: list[Session] = []
-    prefill = _Prefill(model, [], press.needs_hidden_states, raises=True)
+    prefill = _Prefill(model, [], _looks_inside(press), raises=True)
 
     def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         if threading.get_ident() != owner or prefill.is_finishing:
@@ -88,8 +88,12 @@ def prefilling(model: PreTrainedModel, *caches: PressedCache) -> AbstractContext
     For several caches that one prefill fills; ``with press(model):`` does the same for one press. A press that fails in
     :meth:`BasePress.finish` breaks its own cache, which raises the error at its next use.
     """
-    presses = [cache.press for cache in caches if cache.press is not None]
-    return _Prefill(model, list(caches), any(press.needs_hidden_states for press in presses), raises=False)
+    looks_inside = any(_looks_inside(cache.press) for cache in caches if cache.press is not None)
+    return _Prefill(model, list(caches), looks_inside, raises=False)
+
+
+def _looks_inside(press: BasePress) -> bool:
+    return any(part.needs_hidden_states for part in parts(press))
 
 
 class _Prefill:

@@ -93,7 +93,8 @@ class LayerView:
         positions: int64 ``[B, Hkv, T]``, ascending, where tokens are not consecutive: while decoding, and in a view of
             :meth:`among`; -1 in empty slots. None where they are consecutive from ``first_position`` on.
         counts: int64 ``[B, Hkv]``, tokens that each head holds, where heads differ; None where all slots are filled.
-        hidden_states: ``[B, Q, hidden]``, what the attention layer was given, for presses that ask for it.
+        hidden_states: ``[B, Q, hidden]``, what the attention layer was given for the tokens of ``queries``, where a
+            press asks for it and the prefill runs inside ``with press(model):``; else None.
         token_ids: int64 ``[B, T]`` after a prefill inside ``with press(model):``, else None.
         sliding_window: how many tokens back a query sees, or None for all.
         softcap: ``c`` where the model replaces attention logits by ``c * tanh(logits / c)``, else None.
@@ -166,14 +167,15 @@ class LayerView:
 
         def compute() -> LayerView:
             skipped = self.n_tokens - self.n_queries  # tokens whose queries are not here
+            asked = slice(max(0, start - skipped), max(0, stop - skipped))
             return replace(
                 self,
                 keys=self.keys[:, :, start:stop],
                 values=self.values[:, :, start:stop],
-                queries=self.queries[:, :, max(0, start - skipped) : max(0, stop - skipped)],
+                queries=self.queries[:, :, asked],
                 first_position=self.first_position + start,
                 positions=None if self.positions is None else self.positions[..., start:stop],
-                hidden_states=None,
+                hidden_states=None if self.hidden_states is None else self.hidden_states[:, asked],
                 token_ids=None if self.token_ids is None else self.token_ids[:, start:stop],
                 _memo={},
             )
@@ -190,15 +192,16 @@ class LayerView:
             n_queries: tokens whose queries are looked at.
         """
         skipped = self.n_tokens - self.n_queries
+        asked = slice(max(0, stop - n_queries - skipped), max(0, stop - skipped))
         kept, end = self.take(chosen), self.first_position + stop
         return replace(
             self,
             keys=kept.keys,
             values=kept.values,
-            queries=self.queries[:, :, max(0, stop - n_queries - skipped) : max(0, stop - skipped)],
+            queries=self.queries[:, :, asked],
             first_position=end - chosen.shape[2],  # so that the queries, those of the last tokens, are in their places
             positions=chosen + self.first_position,
-            hidden_states=None,
+            hidden_states=None if self.hidden_states is None else self.hidden_states[:, asked],
             token_ids=None,
             _memo={},
         )

@@ -19,7 +19,7 @@ from coldpress.view import Kept, LayerView, Place
 if TYPE_CHECKING:
     from coldpress.cache import PressedCache
 
-__all__ = ["BUDGETS", "BasePress", "ScorerPress", "check_at_least", "check_between"]
+__all__ = ["BUDGETS", "BasePress", "ScorerPress", "check_at_least", "check_between", "parts", "require_block"]
 
 BUDGETS = ("budget_tokens", "budget_bytes")  # what may say how much is kept, instead of a ratio
 _S = TypeVar("_S", bound="ScorerPress")
@@ -40,7 +40,8 @@ class BasePress:
             weights of its own that were trained for the model.
         decodes: can choose among the pairs of a text that goes on, so that a decoding schedule may use it.
         per_head, per_layer: heads of a layer, or layers, may keep different numbers of pairs.
-        needs_hidden_states: looks at ``view.hidden_states``: the prefill has to run inside ``with press(model):``.
+        needs_hidden_states: looks at ``view.hidden_states``: the prefill has to run inside ``with press(model):``. A
+            wrapper need not say it for the press inside it.
         needs_model: runs the model by itself after the prefill (:meth:`finish`), inside ``with press(model):`` too.
     """
 
@@ -214,10 +215,19 @@ class ScorerPress(BasePress):
 def require_block(press: BasePress, needed: object) -> None:
     """Raise :class:`PressError` if what a press needs of the model is not there, because nothing has shown it."""
     if needed is None:
-        what = "runs the model again on the tokens of" if press.needs_model else "looks at more of the model than"
-        raise PressError(
-            f"{type(press).__name__} {what} the prefill: run that inside 'with press(model):', with input_ids."
-        )
+        what, how = "looks at hidden states, which a cache by itself is not shown", ""
+        if press.needs_model:
+            what, how = "runs the model again on the tokens of the prefill", ", with input_ids"
+        raise PressError(f"{type(press).__name__} {what}: run the prefill inside 'with press(model):'{how}.")
+
+
+def parts(press: BasePress) -> Iterator[BasePress]:
+    """The press and all presses inside it."""
+    yield press
+    for value in vars(press).values():
+        for inner in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(inner, BasePress):
+                yield from parts(inner)
 
 
 def check_budget(press: ScorerPress) -> None:
