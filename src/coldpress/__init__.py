@@ -14,6 +14,7 @@ from coldpress.pipeline import register as _register_tasks
 from coldpress.presses.adakv import AdaKVPress
 from coldpress.presses.base import BasePress, ScorerPress
 from coldpress.presses.block import BlockPress
+from coldpress.presses.cam import CAMPress
 from coldpress.presses.cap import CapPress
 from coldpress.presses.chunk import ChunkPress
 from coldpress.presses.chunkkv import ChunkKVPress
@@ -21,6 +22,7 @@ from coldpress.presses.compactor import CompactorPress
 from coldpress.presses.composed import ComposedPress
 from coldpress.presses.criticalkv import CriticalAdaKVPress, CriticalKVPress
 from coldpress.presses.cur import CURPress
+from coldpress.presses.decoding import CompressionRatioDecodingPress, DecodingPress, PrefillDecodingPress
 from coldpress.presses.expected_attention import ExpectedAttentionPress
 from coldpress.presses.key_rerotation import KeyRerotationPress
 from coldpress.presses.keydiff import KeyDiffPress
@@ -51,6 +53,7 @@ __all__ = [
     "AdaKVPress",
     "BasePress",
     "BlockPress",
+    "CAMPress",
     "CURPress",
     "CapPress",
     "ChunkKVPress",
@@ -58,8 +61,10 @@ __all__ = [
     "ColdpressError",
     "CompactorPress",
     "ComposedPress",
+    "CompressionRatioDecodingPress",
     "CriticalAdaKVPress",
     "CriticalKVPress",
+    "DecodingPress",
     "ExpectedAttentionPress",
     "KVPressTextGenerationPipeline",
     "Kept",
@@ -72,6 +77,7 @@ __all__ = [
     "NonCausalAttnPress",
     "ObservedAttentionPress",
     "PerLayerCompressionPress",
+    "PrefillDecodingPress",
     "PressedCache",
     "PyramidKVPress",
     "RandomPress",

@@ -61,7 +61,8 @@ class PressedLayer(CacheLayerMixin):
         self._pairs_before = self._pairs_after = 0  # (row, head, token) triples before and after compression
         # of the newest tokens, [B, Hq, n, D] each, for a press that goes on while decoding
         self._recent: tuple[Tensor, ...] = ()
-        self._n_new = 0  # tokens since such a press was asked last
+        self.n_new = 0  # tokens since such a press was asked last
+        self._carry: Tensor | None = None  # [B, Hkv, n] float32, what the press gave its kept pairs to carry
 
     # -- what transformers asks of a layer ----------------------------------------------------------------------
 
@@ -138,7 +139,7 @@ class PressedLayer(CacheLayerMixin):
         if dropped and self._recent:
             queries = torch.cat(self._recent, dim=2)
             self._recent = (queries[:, :, : max(0, queries.shape[2] - dropped)],)
-        self._n_new = max(0, self._n_new - dropped)
+        self.n_new = max(0, self.n_new - dropped)
 
     def cropped_length(self, max_length: int) -> int:
         """The logical length after ``crop(max_length)``; like transformers 5, ``crop(0)`` changes nothing.
@@ -194,6 +195,12 @@ class PressedLayer(CacheLayerMixin):
         n_batch, n_heads = self._k.shape[:2]
         tail = torch.arange(self._tail_start, self._seen, device=self._k.device).expand(n_batch, n_heads, -1)
         return tail.clone() if self._kept is None else torch.cat([self._kept.long(), tail], dim=-1)
+
+    def carried(self) -> Tensor | None:
+        """What the press gave the stored pairs to carry, float32 ``[B, Hkv, T]``, NaN for those that came later."""
+        if self._carry is None:
+            return None
+        return torch.nn.functional.pad(self._carry, (0, self._stored - self._carry.shape[2]), value=torch.nan)
 
     def visibility(self, n_queries: int, padding: Tensor | None, sliding_window: int | None) -> Tensor | None:
         """Which stored slots each of the last ``n_queries`` tokens sees: bool ``[B or 1, Hkv or 1, Q or 1, T]``.
@@ -286,15 +293,15 @@ class PressedLayer(CacheLayerMixin):
                 self._recent = self._recent[1:]
         if is_prefill:
             return
-        self._n_new += query.shape[2]
-        if press.is_due(self._n_new):
-            self._n_new = 0
+        self.n_new += query.shape[2]
+        if press.is_due(self.n_new):
             recent = torch.cat(self._recent, dim=2)[:, :, -n:]
             groups = RowGroup.of_text_so_far(self, call, padding, recent)
             kept = [press.compress_again(group.view) for group in groups]
             if any(part is not None for part in kept):
                 self._hold(self, groups, kept)
                 self._recent = (recent,)
+            self.n_new = 0
 
     def compress_from(self, source: PressedLayer, groups: list[RowGroup]) -> bool:
         """Hold what this cache's press keeps of ``source``'s pairs (``source`` may be this layer); False if all.
@@ -324,21 +331,41 @@ class PressedLayer(CacheLayerMixin):
         parts = [group.all() if part is None else part for group, part in zip(groups, kept, strict=True)]
         longest = max(part.positions.shape[-1] for part in parts)
         n_batch, n_heads, _, dim = keys.shape
-        k = keys.new_zeros(n_batch, n_heads, longest, dim)
-        v = values.new_zeros(n_batch, n_heads, longest, values.shape[-1])
+        if source is self and self._has_room_for(longest):  # what is kept was copied out, so it may go back there
+            assert self._k is not None and self._v is not None
+            k, v = self._k, self._v
+        else:
+            k = keys.new_zeros(n_batch, n_heads, longest, dim)
+            v = values.new_zeros(n_batch, n_heads, longest, values.shape[-1])
         p = torch.full((n_batch, n_heads, longest), -1, dtype=torch.int32, device=keys.device)
+        carry = None
+        if any(part.carry is not None for part in parts):
+            carry = torch.full(p.shape, torch.nan, dtype=torch.float32, device=keys.device)
         for group, part in zip(groups, parts, strict=True):
             n = part.positions.shape[-1]
             k[group.rows, :, :n], v[group.rows, :, :n] = part.keys, part.values
             p[group.rows, :, :n] = group.original(part.positions).int()
+            if carry is not None and part.carry is not None:
+                carry[group.rows, :, :n] = part.carry
         recent = self._recent
         self._clear()
-        self._recent = recent
+        self._recent, self._carry = recent, carry
         self._k, self._v, self._kept = k, v, p
         self._stored, self._seen, self._tail_start = longest, seen, seen
         self._pairs_before = sum(group.n_pairs for group in groups)
         self._pairs_after = int((p >= 0).sum())
         self._has_gaps = self._pairs_after < p.numel()
+
+    def _has_room_for(self, n_tokens: int) -> bool:
+        """Whether ``n_tokens`` fit in the buffer that is there, without leaving most of it empty."""
+        if not self.was_compressed or self._k is None or self._is_borrowed or self._is_frozen():
+            return False
+        return n_tokens <= self._k.shape[2] <= 2 * (n_tokens + _GROW_MIN_TOKENS)
+
+    def _is_frozen(self) -> bool:
+        """Whether the buffer cannot be written to: autograd or inference mode made it."""
+        assert self._k is not None
+        return self._k.requires_grad or (self._k.is_inference() and not torch.is_inference_mode_enabled())
 
     def keep(self, slots: Tensor) -> None:
         """Keep some of the stored pairs and free the others.
@@ -373,8 +400,7 @@ class PressedLayer(CacheLayerMixin):
                 "beams from one prefix call cache.batch_repeat_interleave(n) first, or start with an empty cache."
             )
         needed = self._stored + keys.shape[2]
-        is_frozen = self._k.requires_grad or (self._k.is_inference() and not torch.is_inference_mode_enabled())
-        if self._is_borrowed or is_frozen or needed > self._k.shape[2]:
+        if self._is_borrowed or self._is_frozen() or needed > self._k.shape[2]:
             self._own(needed + max(_GROW_MIN_TOKENS, needed // _GROW_FRACTION))
         self._k[:, :, self._stored : needed] = keys
         self._v[:, :, self._stored : needed] = values
@@ -407,7 +433,7 @@ class PressedLayer(CacheLayerMixin):
         self._k = self._k[:, :, surplus : self._stored].clone(memory_format=torch.contiguous_format)
         self._v = self._v[:, :, surplus : self._stored].clone(memory_format=torch.contiguous_format)
         self._stored -= surplus
-        self._kept, self._has_gaps, self._tail_start = None, False, oldest
+        self._kept, self._has_gaps, self._tail_start, self._carry = None, False, oldest, None
         self._is_borrowed = False
 
     def _index_rows(self, rows: Tensor) -> None:
@@ -419,4 +445,6 @@ class PressedLayer(CacheLayerMixin):
         self._v = self._v[:, :, : self._stored].index_select(0, rows)
         if self._kept is not None:
             self._kept = self._kept.index_select(0, rows)
+        if self._carry is not None:
+            self._carry = self._carry.index_select(0, rows)
         self._is_borrowed = False

@@ -84,7 +84,7 @@ class RowGroup:
         (n_batch, n_heads, *_), device = keys.shape, keys.device
         at = layer.positions()  # [B, Hkv, T] in the input, -1 for an empty slot
         is_held, position = at >= 0, at
-        seen, n_queries = layer.get_seq_length(), queries.shape[2]
+        seen, n_queries, carried = layer.get_seq_length(), queries.shape[2], layer.carried()
         lengths, query_counts = [seen] * n_batch, [n_queries] * n_batch
         if padding is not None:
             rank = (padding.cumsum(-1) - 1)[:, None].expand(n_batch, n_heads, -1)
@@ -121,6 +121,9 @@ class RowGroup:
                 view.counts = counts[rows]
                 is_empty = torch.arange(longest, device=device) >= view.counts[..., None]
                 view.positions = view.positions.masked_fill(is_empty, -1)
+            if carried is not None:
+                view.carried = carried[rows].gather(2, order)
+            view.n_new = layer.n_new
             n_pairs = len(members) * n_heads * min(length, reach)
             groups.append(cls(rows, at[rows].gather(2, order), view, n_pairs))
         return groups

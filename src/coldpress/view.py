@@ -36,11 +36,13 @@ class Kept(NamedTuple):
         keys, values: ``[B, Hkv, n, D]``, ``[B, Hkv, n, Dv]``.
         positions: int64 ``[B, Hkv, n]``, ascending positions in the view; -1 in the last places of a head that keeps
             fewer.
+        carry: float32 ``[B, Hkv, n]`` or None, a number that each of them brings along: ``carried`` of later views.
     """
 
     keys: Tensor
     values: Tensor
     positions: Tensor
+    carry: Tensor | None = None
 
 
 class Place(NamedTuple):
@@ -93,6 +95,9 @@ class LayerView:
         positions: int64 ``[B, Hkv, T]``, ascending, where tokens are not consecutive: while decoding, and in a view of
             :meth:`among`; -1 in empty slots. None where they are consecutive from ``first_position`` on.
         counts: int64 ``[B, Hkv]``, tokens that each head holds, where heads differ; None where all slots are filled.
+        carried: float32 ``[B, Hkv, T]``, what the press gave each token to carry (:class:`Kept`), NaN for those that
+            have come since; None if it gave nothing.
+        n_new: how many tokens have come since the press was asked last; all of them at the prefill.
         hidden_states: ``[B, Q, hidden]``, what the attention layer was given, for presses that ask for it.
         token_ids: int64 ``[B, T]`` after a prefill inside ``with press(model):``, else None.
         sliding_window: how many tokens back a query sees, or None for all.
@@ -112,6 +117,8 @@ class LayerView:
     first_position: int = 0
     positions: Tensor | None = None
     counts: Tensor | None = None
+    carried: Tensor | None = None
+    n_new: int | None = None
     hidden_states: Tensor | None = None
     token_ids: Tensor | None = None
     whole: LayerView | None = None  # what a view of one head was taken from
@@ -218,6 +225,7 @@ class LayerView:
                 first_position=self.end - n,
                 positions=None if self.positions is None else self.positions[here],
                 counts=None,
+                carried=None if self.carried is None else self.carried[here],
                 hidden_states=None if self.hidden_states is None else self.hidden_states[row : row + 1],
                 token_ids=None,
                 sinks=None if self.sinks is None else self.sinks[group],
@@ -270,12 +278,13 @@ class LayerView:
             raise ValueError(f"window must be in 1..{self.n_queries}, got {window}")
         return self.once(("window_attention", window), lambda: self._attention(self.n_queries - window, self.n_queries))
 
-    def attention_column_sums(self) -> Tensor:
-        """What each key received from all ``Q`` queries, mean over the group: float32 ``[B, Hkv, T]``.
+    def attention_column_sums(self, n_queries: int | None = None) -> Tensor:
+        """What each key received from the last ``n_queries`` (None: all), mean over the group: float32 ``[B, Hkv, T]``.
 
         The sum over queries of the attention matrix, taken block by block: no ``[T, T]`` tensor is ever held.
         """
-        return self.once("attention_column_sums", self._column_sums)
+        n = self.n_queries if n_queries is None else min(n_queries, self.n_queries)
+        return self.once(("attention_column_sums", n), lambda: self._column_sums(self.n_queries - n))
 
     def unrotated_queries(self) -> Tensor:
         """The queries as they were before rotary embedding, float32 ``[B, Hq, Q, D]``.
@@ -382,6 +391,8 @@ class LayerView:
         visible = key_at <= query_at
         if self.sliding_window is not None:
             visible &= key_at > query_at - self.sliding_window
+        if self.counts is not None:
+            visible &= key_at >= 0
         logits.masked_fill_(~visible, -torch.inf)
         if self.sinks is None:
             if self.positions is None:
@@ -391,11 +402,11 @@ class LayerView:
         sinks = self.sinks.float().view(n_kv_heads, -1, 1, 1).expand(*logits.shape[:-1], 1)
         return torch.cat([logits, sinks], dim=-1).softmax(-1)[..., :-1]
 
-    def _column_sums(self) -> Tensor:
+    def _column_sums(self, first: int) -> Tensor:
         n_batch, n_heads = self.queries.shape[:2]
         block = max(1, min(1024, _BLOCK_ELEMENTS // (n_batch * n_heads * self.n_tokens)))
         sums = torch.zeros(self.keys.shape[:3], dtype=torch.float32, device=self.keys.device)
-        for start in range(0, self.n_queries, block):
+        for start in range(first, self.n_queries, block):
             weights = self._attention(start, min(start + block, self.n_queries))
             sums[..., : weights.shape[-1]] += weights.sum(-2).mean(2)
         return sums

@@ -1,0 +1,97 @@
+"""CaM: before a value is evicted while decoding, it may be shared out among those that stay."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coldpress.presses.base import check_at_least
+from coldpress.presses.decoding import DecodingPress
+from coldpress.view import Kept, LayerView
+
+
+@dataclass(frozen=True)
+class CAMPress(DecodingPress):
+    """As DecodingPress; of each pair that is evicted, the value may be added to the values that follow and stay.
+
+    With A[t] the attention that token t of a head received while decoding (summed over steps, mean over the group's
+    heads): of the pairs of a head that are evicted, the best-scored ones, as many as tokens have come since the last
+    time (of equal scores the later ones), are merged with probability min(1, A[t] / mean of A over J), J the
+    merge_budget kept tokens next after t, or as many as there are. Then v[t] / |J| is added to every value of J. Keys
+    stay as they are.
+
+    Source: Zhang et al. 2024, https://openreview.net/forum?id=LCTmppB165, equations 5 to 7. Differs from the paper:
+    pairs are evicted every compression_interval tokens together, at 1 as in the paper. Differs from kvpress: each head
+    evicts its own pairs, as its base press scores them; random numbers come from the cache's seed.
+
+    Needs: what the base press needs, and the queries of the tokens since the last compression. Cost: as DecodingPress,
+    and attention of the new tokens once more.
+
+    Args:
+        base_press, compression_interval, target_size, hidden_states_buffer_size: as for DecodingPress.
+        merge_budget: how many of the kept tokens share a value, at least 1.
+    """
+
+    merge_budget: int = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, 1, "merge_budget")
+
+    @property
+    def n_recent_queries(self) -> int:
+        return max(self.hidden_states_buffer_size, self.compression_interval)
+
+    def compress_again(self, view: LayerView) -> Kept | None:
+        n_new = view.n_queries if view.n_new is None else view.n_new
+        received = view.attention_column_sums(n_new)  # [B, Hkv, T]
+        if view.carried is not None:
+            received = received + view.carried.nan_to_num(nan=0.0)
+        press = self.base_press.with_budget(budget_tokens=self.target(view))
+        chosen = press.choose(view)
+        if chosen is None:
+            slots = torch.arange(view.n_tokens, device=received.device).expand_as(received)
+            return view.take(view.held(slots))._replace(carry=received)
+        scores, values = press.scores(view), view.values.clone()
+        generator = torch.Generator().manual_seed((view.seed + 1_009 * view.layer_idx + 1_000_003 * view.end) % 2**63)
+        for row, head in itertools.product(*(range(n) for n in chosen.shape[:2])):
+            n_held = view.n_tokens if view.counts is None else int(view.counts[row, head])
+            kept = chosen[row, head][chosen[row, head] >= 0]
+            is_evicted = torch.ones(n_held, dtype=torch.bool, device=kept.device).index_fill(0, kept, False)
+            evicted = is_evicted.nonzero()[:, 0].flip(0)  # the later ones first
+            best = scores[row, head, evicted].argsort(descending=True, stable=True)[:n_new]
+            added = self._shares(received[row, head], values[row, head], evicted[best], kept, generator)
+            values[row, head].index_add_(0, added[0], added[1].to(values.dtype))
+        taken = view.take(chosen)
+        at = chosen.clamp(min=0)
+        merged = values.gather(2, at[..., None].expand_as(taken.values))
+        return taken._replace(values=merged, carry=received.gather(2, at))
+
+    def _shares(
+        self, received: Tensor, values: Tensor, evicted: Tensor, kept: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """What is added to which value of one head.
+
+        Args:
+            received: ``[T]``, attention.
+            values: ``[T, Dv]``.
+            evicted: int64 ``[m]``, slots of the pairs that may be merged.
+            kept: int64 ``[n]``, ascending.
+
+        Returns:
+            Slots int64 ``[s]`` and what comes to their values, float32 ``[s, Dv]``.
+        """
+        first = torch.searchsorted(kept, evicted, right=True)
+        place = first[:, None] + torch.arange(self.merge_budget, device=kept.device)  # [m, merge_budget]
+        is_there = place < len(kept)
+        heirs = kept[place.clamp(max=len(kept) - 1)]
+        n_heirs = is_there.sum(-1)
+        mean = (received[heirs] * is_there).sum(-1) / n_heirs.clamp(min=1)
+        probability = torch.where(mean > 0, (received[evicted] / mean.clamp(min=1e-30)).clamp(max=1), 1.0)
+        draw = torch.rand(len(evicted), generator=generator).to(probability.device)
+        is_merged = ((draw < probability) & (n_heirs > 0))[:, None] & is_there
+        share = values[evicted].float() / n_heirs.clamp(min=1)[:, None]  # [m, Dv]
+        return heirs[is_merged], share[:, None].expand(-1, self.merge_budget, -1)[is_merged]

@@ -1,0 +1,180 @@
+"""DecodingPress: a budget for the text that is being generated, restored every few tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from coldpress.budget import check_ratio, keep_count
+from coldpress.errors import PressError
+from coldpress.presses.base import BUDGETS, BasePress, ScorerPress, check_at_least
+from coldpress.presses.wrapper import WrapperPress
+from coldpress.view import Kept, LayerView
+
+if TYPE_CHECKING:
+    from coldpress.cache import PressedCache
+
+
+@dataclass(frozen=True)
+class DecodingPress(BasePress):
+    """Keep everything of the prompt; while decoding, cut the cache back to a fixed size every few tokens.
+
+    Each time that compression_interval tokens have come since the last time, the base press chooses target_size pairs
+    of those that are held, on average over heads and layers. In between the new tokens are kept, so that, once it was
+    first cut back, a layer never holds more than target_size + compression_interval - 1 tokens after a step. Pairs are
+    stored in the order of the text, sinks and recent tokens are found by their positions, and queries are those of the
+    newest tokens at the positions where they were made, whatever has been evicted since.
+
+    Source: kvpress's DecodingPress, https://github.com/NVIDIA/kvpress; no paper. Differs from kvpress: the newest
+    queries are remembered across compressions; tokens are counted, not calls, so a question of many tokens counts
+    for as many; heads may keep different numbers (AdaKVPress inside), and evict for real.
+
+    Needs: what the base press needs, of the newest tokens only. Cost: of the base press, every compression_interval
+    tokens, on target_size + compression_interval tokens.
+
+    Args:
+        base_press: a scorer, or AdaKVPress and its relatives around one, without a ratio or budget of its own.
+        compression_interval: tokens between two compressions, at least 1.
+        target_size: tokens that are kept of each head, on average, at least 1.
+        hidden_states_buffer_size: how many of the newest tokens' queries the base press sees; at least one is kept.
+    """
+
+    decodes = True
+
+    base_press: ScorerPress
+    compression_interval: int = 512
+    target_size: int = 2048
+    hidden_states_buffer_size: int = 256
+
+    def __post_init__(self) -> None:
+        _require_decoding(self, self.base_press)
+        check_at_least(self, 1, "compression_interval", "target_size")
+        check_at_least(self, 0, "hidden_states_buffer_size")
+
+    @property
+    def n_recent_queries(self) -> int:
+        return max(1, self.hidden_states_buffer_size)
+
+    def compress(self, view: LayerView) -> Kept | None:
+        return None
+
+    def is_due(self, n_new: int) -> bool:
+        return n_new >= self.compression_interval
+
+    def target(self, view: LayerView) -> int:
+        """How many tokens of the text so far are kept of each head, on average."""
+        return self.target_size
+
+    def compress_again(self, view: LayerView) -> Kept | None:
+        return self.base_press.with_budget(budget_tokens=self.target(view)).compress(view)
+
+
+@dataclass(frozen=True)
+class CompressionRatioDecodingPress(DecodingPress):
+    """Keep everything of the prompt; while decoding, cut the cache back to a share of the text so far.
+
+    As DecodingPress, but the base press chooses floor(n * (1 - target_compression_ratio)) pairs where n is the length
+    of the text so far, prompt included.
+
+    Source: kvpress's CompressionRatioDecodingPress, https://github.com/NVIDIA/kvpress; no paper. Differs from kvpress:
+    as DecodingPress does; the length of the text is the cache's own, not read from position_ids.
+
+    Needs: what the base press needs, of the newest tokens only. Cost: of the base press, every compression_interval
+    tokens.
+
+    Args:
+        base_press: a scorer, or AdaKVPress and its relatives around one, without a ratio or budget of its own.
+        compression_interval: tokens between two compressions, at least 1.
+        hidden_states_buffer_size: how many of the newest tokens' queries the base press sees; at least one is kept.
+        target_compression_ratio: fraction of the pairs of the text so far to remove, in [0, 1).
+    """
+
+    target_size: int = field(default=1, init=False, repr=False, compare=False)
+    target_compression_ratio: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ratio(self.target_compression_ratio, "target_compression_ratio")
+
+    def target(self, view: LayerView) -> int:
+        return keep_count(view.end, self.target_compression_ratio)
+
+
+@dataclass(frozen=True)
+class PrefillDecodingPress(BasePress):
+    """Keep of the prompt what one press keeps, and go on with another one while decoding.
+
+    Source: kvpress's PrefillDecodingPress, https://github.com/NVIDIA/kvpress; no paper.
+
+    Needs: what the two presses need. Cost: the sum of theirs.
+
+    Args:
+        prefilling_press: any press that compresses after the prefill; None keeps the prompt whole.
+        decoding_press: a press that goes on while decoding, such as DecodingPress; None keeps all that is generated.
+    """
+
+    decodes = True
+
+    prefilling_press: BasePress | None = None
+    decoding_press: BasePress | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("prefilling_press", "decoding_press"):
+            press = getattr(self, name)
+            if not isinstance(press, (BasePress, type(None))):
+                raise PressError(f"PrefillDecodingPress: {name} must be a press or None, got {press!r}.")
+        if self.prefilling_press is None and self.decoding_press is None:
+            raise PressError("PrefillDecodingPress needs a prefilling_press, a decoding_press or both.")
+        if self.decoding_press is not None and not self.decoding_press.n_recent_queries:
+            raise PressError(
+                f"PrefillDecodingPress: {type(self.decoding_press).__name__} does nothing while decoding; give "
+                "decoding_press=DecodingPress(...)."
+            )
+        if isinstance(self.prefilling_press, DecodingPress):
+            raise PressError(
+                f"PrefillDecodingPress: {type(self.prefilling_press).__name__} does nothing at the prefill; give it as "
+                "decoding_press."
+            )
+        for name in ("needs_hidden_states", "needs_model"):
+            needs = any(getattr(press, name) for press in (self.prefilling_press, self.decoding_press) if press)
+            object.__setattr__(self, name, needs)
+
+    @property
+    def n_recent_queries(self) -> int:
+        return 0 if self.decoding_press is None else self.decoding_press.n_recent_queries
+
+    def compress(self, view: LayerView) -> Kept | None:
+        return None if self.prefilling_press is None else self.prefilling_press.compress(view)
+
+    def finish(self, cache: PressedCache, model: nn.Module, token_ids: Tensor) -> None:
+        if self.prefilling_press is not None and self.prefilling_press.needs_model:
+            self.prefilling_press.finish(cache, model, token_ids)
+
+    def is_due(self, n_new: int) -> bool:
+        return self.decoding_press is not None and self.decoding_press.is_due(n_new)
+
+    def compress_again(self, view: LayerView) -> Kept | None:
+        assert self.decoding_press is not None
+        return self.decoding_press.compress_again(view)
+
+
+def _require_decoding(schedule: DecodingPress, press: object) -> None:
+    """Raise :class:`PressError` unless ``press`` can choose among what is left of a text that goes on."""
+    name = type(schedule).__name__
+    if not isinstance(press, ScorerPress):
+        given = f"the class {press.__name__}; call it" if isinstance(press, type) else repr(press)
+        raise PressError(f"{name} takes a scorer such as SnapKVPress(), or AdaKVPress around one; got {given}.")
+    inner: object = press
+    while isinstance(inner, ScorerPress):
+        if not inner.decodes:
+            raise PressError(
+                f"{name} chooses again and again among what is left of a text, and {type(inner).__name__} chooses "
+                "once, from a whole prompt; use a scorer such as SnapKVPress(), or AdaKVPress around one."
+            )
+        inner = inner.press if isinstance(inner, WrapperPress) else None
+    budgets = [budget for budget in ("compression_ratio", *BUDGETS) if getattr(press, budget)]
+    if budgets:
+        size = "target_compression_ratio" if isinstance(schedule, CompressionRatioDecodingPress) else "target_size"
+        raise PressError(f"{name}: {size} says how much is kept; leave {budgets[0]} of the base press out.")

@@ -1,0 +1,461 @@
+"""Presses that go on while decoding: budgets, positions and queries of a text that grows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from tests.contract.architectures import Look, tiny, tokens
+from torch import Tensor
+
+from coldpress import (
+    AdaKVPress,
+    BasePress,
+    CAMPress,
+    ChunkPress,
+    CompactorPress,
+    CompressionRatioDecodingPress,
+    CriticalAdaKVPress,
+    DecodingPress,
+    ExpectedAttentionPress,
+    Kept,
+    KeyDiffPress,
+    KeyRerotationPress,
+    KnormPress,
+    LayerView,
+    LeverageScorePress,
+    ObservedAttentionPress,
+    PrefillDecodingPress,
+    PressedCache,
+    PyramidKVPress,
+    RandomPress,
+    ScorerPress,
+    SnapKVPress,
+    StreamingLLMPress,
+    TOVAPress,
+)
+from coldpress.errors import PressError
+
+TARGET, INTERVAL = 24, 5
+
+
+def decode(
+    press: BasePress, n_tokens: int, prompt: int = 16, model: str = "gpt_neox", ids: Tensor | None = None
+) -> Iterator[tuple[PressedCache, Tensor | None]]:
+    """The cache and the logits after a prompt (without logits) and after every following token."""
+    past, ids = PressedCache(press), tokens(1, n_tokens) if ids is None else ids
+    own = tiny(model)
+    with torch.no_grad():
+        own(ids[:, :prompt], past_key_values=past)
+        yield past, None
+        for i in range(prompt, n_tokens):
+            yield past, own(ids[:, i : i + 1], past_key_values=past).logits
+
+
+def decoded(press: BasePress, n_tokens: int, prompt: int = 16, model: str = "gpt_neox") -> PressedCache:
+    """The cache at the end; no logits on the way were NaN or infinite."""
+    steps = list(decode(press, n_tokens, prompt, model))  # the cache is the same at every step
+    assert all(torch.isfinite(logits).all() for _, logits in steps if logits is not None)
+    return steps[-1][0]
+
+
+def held(past: PressedCache, layer: int = 0) -> list[list[int]]:
+    """Positions that each head of row 0 holds."""
+    return [[p for p in head if p >= 0] for head in past.positions(layer)[0].tolist()]
+
+
+SCHEDULES: dict[str, Callable[[ScorerPress], DecodingPress]] = {
+    "decoding": lambda base: DecodingPress(base, INTERVAL, TARGET, 8),
+    "every_token": lambda base: DecodingPress(base, 1, TARGET, 8),
+    "cam": lambda base: CAMPress(base, INTERVAL, TARGET, 8, merge_budget=4),
+}
+BASES: dict[str, ScorerPress] = {
+    "streaming_llm": StreamingLLMPress(),
+    "snapkv": SnapKVPress(window_size=4),
+    "expected_attention": ExpectedAttentionPress(n_future_positions=16),
+    "adakv_snapkv": AdaKVPress(SnapKVPress(window_size=4)),
+}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "base"), [(s, b) for s in SCHEDULES for b in BASES if s != "every_token" or b == "snapkv"]
+)
+def test_a_thousand_steps_stay_within_the_budget(schedule: str, base: str) -> None:
+    press = SCHEDULES[schedule](BASES[base])
+    n_sink, n_window = {"streaming_llm": (4, 1), "expected_attention": (4, 0)}.get(base, (0, 4))
+    was_full = False
+    for past, logits in decode(press, 1016):
+        assert logits is None or torch.isfinite(logits).all()
+        n_seen = past.seen_tokens
+        for layer in past.pressed_layers():
+            n_pairs = int((layer.positions() >= 0).sum())
+            was_full |= n_pairs >= 4 * TARGET
+            assert n_pairs <= 4 * (max(TARGET, 16) + press.compression_interval - (1 if was_full else 0))
+        if n_seen % 50 == 0:
+            for head in held(past):
+                assert head == sorted(set(head))
+                assert head[:n_sink] == list(range(n_sink))
+                assert head[-1] < n_seen and set(range(n_seen - n_window, n_seen)) <= set(head)
+    assert was_full and past.seen_tokens == 1016
+    assert past.achieved_ratio() == pytest.approx(1 - TARGET / 1016, abs=0.01)
+
+
+def test_a_share_of_the_text_so_far() -> None:
+    press = CompressionRatioDecodingPress(KnormPress(), 10, target_compression_ratio=0.75)
+    lengths = {past.seen_tokens: past.stored_lengths() for past, _ in decode(press, 216)}
+    assert lengths[16] == [16, 16] and lengths[25] == [25, 25]
+    assert lengths[26] == [6, 6] and lengths[35] == [15, 15] and lengths[216] == [54, 54]
+
+
+@pytest.mark.parametrize("base", [KnormPress(), KeyDiffPress(), StreamingLLMPress(), RandomPress(seed=0)])
+def test_against_a_slow_simulation(base: ScorerPress) -> None:
+    """Keys of layer 0 depend on their token only, so what is held there can be followed by hand."""
+    model, ids = tiny("gpt_neox"), torch.randperm(90, generator=torch.Generator().manual_seed(0))[None, :60] + 3
+    full = PressedCache()
+    model(ids, past_key_values=full)
+    keys = full.layer(0).keys[0].double()  # [H, T, D]
+    kept = [list(range(16)) for _ in range(4)]
+    for past, _ in decode(DecodingPress(base, INTERVAL, TARGET), 60, ids=ids):
+        n_seen = past.seen_tokens
+        for h in range(4) if n_seen > 16 else ():
+            kept[h].append(n_seen - 1)
+            if (n_seen - 16) % INTERVAL == 0 and len(kept[h]) > TARGET:
+                if isinstance(base, StreamingLLMPress):
+                    kept[h] = kept[h][:4] + kept[h][len(kept[h]) - TARGET + 4 :]
+                elif isinstance(base, RandomPress):
+                    kept[h] = held(past)[h]
+                else:
+                    mine = keys[h, kept[h]]
+                    if isinstance(base, KnormPress):
+                        scores = [-float(k.norm()) for k in mine]
+                    else:
+                        mean = torch.stack([k / k.norm() for k in mine]).mean(0)
+                        scores = [-float(k @ mean / k.norm() / mean.norm()) for k in mine]
+                    best = sorted(range(len(scores)), key=lambda i: -scores[i])[:TARGET]
+                    kept[h] = [kept[h][i] for i in sorted(best)]
+        assert held(past) == kept
+
+
+class Spy(SnapKVPress):
+    """SnapKV that remembers the views it was shown of layer 0."""
+
+    seen: list[LayerView] = []  # noqa: RUF012
+
+    def compress(self, view: LayerView) -> Kept | None:
+        if view.layer_idx == 0:
+            self.seen.append(view)
+        return super().compress(view)
+
+
+@pytest.mark.parametrize("model", ["gpt_neox", "gpt_neox_full_rotary", "llama"])
+def test_queries_are_those_of_the_newest_tokens_at_their_positions(model: str) -> None:
+    """B3: all buffered queries were rotated to the position of the newest one."""
+    Spy.seen.clear()
+    decoded(DecodingPress(Spy(window_size=4), INTERVAL, TARGET, 8), 61, model=model)
+    look = Look()
+    with torch.no_grad():
+        tiny(model)(tokens(1, 61), past_key_values=PressedCache(look))
+    dense, view = look.views[0], Spy.seen[-1]
+    assert view.end == 61 and view.n_queries == 8
+    torch.testing.assert_close(view.queries, dense.queries[:, :, 53:61], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(view.unrotated_queries(), dense.unrotated_queries()[:, :, 53:61], atol=1e-4, rtol=1e-4)
+    index = view.positions[..., None].expand_as(view.keys)
+    torch.testing.assert_close(view.keys, dense.keys.gather(2, index), atol=1e-5, rtol=1e-5)
+    scores = view.window_attention(4)
+    for h, g, q in [(0, 0, 0), (1, 0, 3)]:  # by hand, with causal order by position
+        query = dense.queries[0, h * view.group_size + g, 57 + q].double()
+        logits = [
+            float(query @ dense.keys[0, h, p].double()) * view.scaling if p <= 57 + q else -torch.inf
+            for p in view.positions[0, h].tolist()
+        ]
+        torch.testing.assert_close(
+            scores[0, h, g, q].double(), torch.tensor(logits).double().softmax(0), atol=1e-5, rtol=0
+        )
+
+
+@pytest.mark.parametrize("interval", [1, 3, 4])
+def test_expected_attention_of_few_queries(interval: int) -> None:
+    """B2: four queries of the buffer were dropped as if they were sinks: none were left, and every score was NaN."""
+    press = DecodingPress(
+        ExpectedAttentionPress(n_future_positions=4), interval, 12, hidden_states_buffer_size=interval
+    )
+    past = decoded(press, 40)
+    assert max(past.stored_lengths()) < 12 + interval
+    assert all(head[:4] == [0, 1, 2, 3] for head in held(past))
+
+
+def test_expected_attention_looks_ahead_of_the_text() -> None:
+    """B2: the positions to come were counted from the length of the buffer."""
+
+    class Ahead(ExpectedAttentionPress):
+        ends: list[int] = []  # noqa: RUF012
+
+        def score(self, view: LayerView) -> Tensor:
+            self.ends.append(view.end)
+            return super().score(view)
+
+    decoded(DecodingPress(Ahead(n_future_positions=4), 8, 12), 32)
+    assert sorted(set(Ahead.ends)) == [24, 32]
+
+
+def test_sinks_and_recent_tokens_after_many_rounds() -> None:
+    """B4: pairs were stored in the order of their scores, so that later rounds lost sinks and recent tokens."""
+    past = decoded(DecodingPress(StreamingLLMPress(), 8, 64), 16 + 12 * 8, prompt=16)
+    n = past.seen_tokens
+    assert held(past) == [[0, 1, 2, 3, *range(n - 60, n)]] * 4
+
+
+@pytest.mark.parametrize(
+    "inner", [ExpectedAttentionPress(n_future_positions=8, epsilon=1e-2), TOVAPress(), KnormPress()]
+)
+def test_heads_that_share_a_budget_are_cut_back(inner: ScorerPress) -> None:
+    """B5: masked keys were scored again and came back, and the cache never shrank."""
+    past = decoded(DecodingPress(AdaKVPress(inner), INTERVAL, TARGET), 16 + 20 * INTERVAL)
+    counts = torch.tensor([len(head) for head in held(past, 1)])
+    assert int(counts.sum()) == 4 * TARGET
+    assert past.layer(1).stored_length == int(counts.max())
+    if not isinstance(inner, TOVAPress):
+        assert counts.min() < counts.max()
+
+
+def test_scores_of_unequal_heads_are_those_of_each_head_alone() -> None:
+    look = Look()
+
+    class Asks(DecodingPress):
+        def compress_again(self, view: LayerView) -> Kept | None:
+            look.views.append(view)
+            return super().compress_again(view)
+
+    decoded(Asks(AdaKVPress(SnapKVPress(window_size=4)), INTERVAL, TARGET, 8), 16 + 10 * INTERVAL)
+    view = next(view for view in reversed(look.views) if view.counts is not None)
+    press = SnapKVPress(window_size=4)
+    scores = press.scores(view)
+    for h in range(4):
+        n = int(view.counts[0, h])
+        assert torch.equal(scores[0, h, :n], press.score(view.of_head(0, h))[0, 0])
+        assert (scores[0, h, n:] == -torch.inf).all()
+
+
+def test_cam_around_adakv() -> None:
+    """B6: AttributeError, AdaKVPress has no method score."""
+    past = decoded(CAMPress(AdaKVPress(SnapKVPress(window_size=4)), INTERVAL, TARGET), 80)
+    assert sum(len(head) for head in held(past)) < 4 * (TARGET + INTERVAL)
+
+
+def test_cam_by_hand() -> None:
+    """Every number of one compression, by loops over heads and tokens."""
+    shown: list[tuple[LayerView, Kept]] = []
+
+    class Asks(CAMPress):
+        def compress_again(self, view: LayerView) -> Kept | None:
+            kept = super().compress_again(view)
+            shown.append((view, kept))
+            return kept
+
+    press = Asks(KnormPress(), 6, 12, merge_budget=3)
+    decoded(press, 16 + 18)
+    before, after = [pair for pair in shown if pair[0].layer_idx == 0][-2:]
+    view, kept = after
+    n_merged = 0
+    torch.testing.assert_close(view.carried[..., :12], before[1].carry)
+    assert view.carried[..., 12:].isnan().all() and view.n_new == 6
+    generator = torch.Generator().manual_seed((view.seed + 1_009 * view.layer_idx + 1_000_003 * view.end) % 2**63)
+    for h in range(4):
+        n, positions = view.n_tokens, view.positions[0, h].tolist()
+        received = [0.0 if torch.isnan(c) else float(c) for c in view.carried[0, h]]
+        for i in range(6):
+            q = view.queries[0, h, view.n_queries - 6 + i].double()
+            seen = [t for t in range(n) if positions[t] <= view.end - 6 + i]
+            weights = torch.stack([q @ view.keys[0, h, t].double() * view.scaling for t in seen]).softmax(0)
+            for t, weight in zip(seen, weights.tolist(), strict=True):
+                received[t] += weight
+        norms = [float(view.keys[0, h, t].norm()) for t in range(n)]
+        stays = sorted(sorted(range(n), key=lambda t: norms[t])[:12])
+        goes = sorted(set(range(n)) - set(stays), key=lambda t: norms[t])[:6]
+        values = view.values[0, h].double().clone()
+        draws = torch.rand(len(goes), generator=generator).tolist()
+        for t, draw in zip(goes, draws, strict=True):
+            heirs = [s for s in stays if s > t][:3]
+            if heirs and draw < min(1.0, received[t] / (sum(received[s] for s in heirs) / len(heirs))):
+                n_merged += 1
+                for s in heirs:
+                    values[s] += view.values[0, h, t].double() / len(heirs)
+        torch.testing.assert_close(kept.values[0, h].double(), values[stays], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(kept.carry[0, h], torch.tensor([received[t] for t in stays]), atol=1e-5, rtol=1e-5)
+        assert torch.equal(kept.keys[0, h], view.keys[0, h, stays])
+    assert n_merged > 3
+
+
+def test_cam_repeats_with_the_seed() -> None:
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        past = decoded(CAMPress(KnormPress(), 4, 12), 60)
+        runs.append(past.layer(1).values)
+    assert torch.equal(*runs)
+
+
+@pytest.mark.parametrize(
+    "press",
+    [
+        DecodingPress(SnapKVPress(window_size=4), INTERVAL, 12, 8),
+        DecodingPress(AdaKVPress(KnormPress()), INTERVAL, 12, 8),
+        CAMPress(StreamingLLMPress(), INTERVAL, 12, 8),
+        PrefillDecodingPress(KnormPress(0.5), CompressionRatioDecodingPress(SnapKVPress(window_size=4), 4, 8)),
+    ],
+)
+def test_a_padded_row_decodes_as_it_does_alone(press: BasePress) -> None:
+    model, ids = tiny("gpt_neox"), tokens(3, 50)
+    pads = [0, 3, 9]
+    mask = torch.ones(3, 50, dtype=torch.long)
+    for row, n in enumerate(pads):
+        mask[row, :n], ids[row, :n] = 0, 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+
+    def run(rows: slice, start: int) -> tuple[PressedCache, Tensor]:
+        torch.manual_seed(0)
+        past, logits = PressedCache(press), []
+        cuts = [20, 24, *range(25, 51)]
+        for a, b in zip([start, *cuts], cuts, strict=False):
+            out = model(
+                ids[rows, a:b],
+                attention_mask=mask[rows, start:b],
+                position_ids=positions[rows, a:b],
+                past_key_values=past,
+            )
+            logits.append(out.logits[:, -1])
+        return past, torch.stack(logits, 1)
+
+    with torch.no_grad():
+        batch, logits = run(slice(0, 3), 0)
+        for row, pad in enumerate(pads):
+            alone, expected = run(slice(row, row + 1), pad)
+            torch.testing.assert_close(logits[row], expected[0], atol=2e-4, rtol=0)
+            for layer in (0, 1):
+                mine = [[p - pad for p in head if p >= 0] for head in batch.positions(layer)[row].tolist()]
+                assert mine == held(alone, layer)
+
+
+def test_a_question_counts_its_tokens() -> None:
+    model, ids, past = tiny("llama"), tokens(1, 60), PressedCache(DecodingPress(KnormPress(), 10, 20))
+    model(ids[:, :30], past_key_values=past)
+    model(ids[:, 30:39], past_key_values=past)
+    assert past.stored_lengths() == [39, 39]
+    model(ids[:, 39:45], past_key_values=past)
+    assert past.stored_lengths() == [20, 20]
+    assert past.seen_tokens == 45
+
+
+def test_generate_keeps_to_the_budget() -> None:
+    model, past = tiny("llama"), PressedCache(DecodingPress(SnapKVPress(window_size=4), 6, 20, 8))
+    ids = tokens(1, 30)
+    out = model.generate(
+        ids, past_key_values=past, max_new_tokens=40, do_sample=False, attention_mask=torch.ones_like(ids)
+    )
+    assert out.shape == (1, 70)
+    assert max(past.stored_lengths()) < 26
+    beams = PressedCache(DecodingPress(SnapKVPress(window_size=4), 6, 20, 8))
+    model.generate(
+        ids, past_key_values=beams, max_new_tokens=20, num_beams=3, do_sample=False, attention_mask=torch.ones_like(ids)
+    )
+    assert max(beams.stored_lengths()) < 26
+
+
+def test_forks_go_their_own_ways() -> None:
+    model, ids = tiny("gpt_neox"), tokens(1, 60)
+    past = decoded(DecodingPress(SnapKVPress(window_size=4), INTERVAL, TARGET, 8), 40)
+    fork, before = past.fork(), past.layer(0).keys.clone()
+    for i in range(40, 60):
+        model(ids[:, i : i + 1], past_key_values=fork)
+    assert torch.equal(past.layer(0).keys, before) and past.seen_tokens == 40
+    for i in range(40, 60):
+        model(ids[:, i : i + 1], past_key_values=past)
+    assert held(past) == held(fork) and held(past, 1) == held(fork, 1)
+
+
+def test_cropped_tokens_are_forgotten_by_the_schedule_too() -> None:
+    model, ids = tiny("gpt_neox"), tokens(1, 70)
+    press = DecodingPress(SnapKVPress(window_size=4), 10, TARGET, 8)
+    straight, detour = PressedCache(press), PressedCache(press)
+    for past in (straight, detour):
+        model(ids[:, :20], past_key_values=past)
+        for i in range(20, 46):
+            model(ids[:, i : i + 1], past_key_values=past)
+    model(tokens(1, 3, seed=9), past_key_values=detour)
+    detour.crop(46)
+    for i in range(46, 60):
+        for past in (straight, detour):
+            model(ids[:, i : i + 1], past_key_values=past)
+    assert held(straight) == held(detour) and held(straight, 1) == held(detour, 1)
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3", "qwen3", "gpt2", "gpt_oss"])
+@pytest.mark.parametrize(
+    "base", [SnapKVPress(window_size=4), AdaKVPress(KnormPress()), LeverageScorePress(sketch_dimension=6)]
+)
+def test_other_architectures(name: str, base: ScorerPress) -> None:
+    past = decoded(DecodingPress(base, INTERVAL, 12, 8), 90, prompt=30, model=name)
+    local = [
+        i for i, kind in enumerate(getattr(tiny(name).config, "layer_types", None) or ()) if kind != "full_attention"
+    ]
+    if name in ("mistral",):
+        local = []
+    for layer in past.pressed_layers():
+        if layer.index not in local:
+            n_heads = layer.keys.shape[1]
+            assert int((layer.positions() >= 0).sum()) == 12 * n_heads  # 60 steps: just cut back
+
+
+def test_pyramids_share_the_budget_over_layers() -> None:
+    press = DecodingPress(PyramidKVPress(window_size=4, beta=4), INTERVAL, TARGET, 8)
+    past = decoded(press, 16 + 30 * INTERVAL)
+    first, last = past.stored_lengths()
+    assert first > last and first + last == 2 * TARGET
+
+
+def test_after_a_compressed_prompt() -> None:
+    press = PrefillDecodingPress(KnormPress(0.5), DecodingPress(SnapKVPress(window_size=4), INTERVAL, 12, 8))
+    lengths = {past.seen_tokens: past.stored_lengths() for past, _ in decode(press, 60)}
+    assert lengths[16] == [8, 8] and lengths[20] == [12, 12] and lengths[21] == [12, 12] and lengths[30] == [16, 16]
+    nothing = PrefillDecodingPress(prefilling_press=KnormPress(0.5))
+    assert {past.seen_tokens: past.stored_lengths() for past, _ in decode(nothing, 60)}[60] == [52, 52]
+
+
+def test_the_buffer_does_not_grow() -> None:
+    sizes = [past.kv_bytes() for past, _ in decode(DecodingPress(KnormPress(), 8, 32), 400)]
+    assert len(set(sizes[150:])) == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DecodingPress(KnormPress), "takes a scorer such as SnapKVPress.* got the class KnormPress"),
+        (lambda: DecodingPress(DecodingPress(KnormPress())), "takes a scorer"),
+        (lambda: DecodingPress(KnormPress(0.5)), "target_size says how much is kept; leave compression_ratio"),
+        (lambda: DecodingPress(AdaKVPress(KnormPress(budget_tokens=9))), "leave budget_tokens"),
+        (lambda: CompressionRatioDecodingPress(KnormPress(0.5)), "target_compression_ratio says how much"),
+        (lambda: CompressionRatioDecodingPress(KnormPress(), target_compression_ratio=1.0), "target_compression_ratio"),
+        (lambda: DecodingPress(CompactorPress()), "CompactorPress chooses once"),
+        (lambda: DecodingPress(ObservedAttentionPress()), "ObservedAttentionPress chooses once"),
+        (lambda: DecodingPress(ChunkPress(KnormPress())), "ChunkPress chooses once"),
+        (lambda: DecodingPress(KeyRerotationPress(KnormPress())), "KeyRerotationPress chooses once"),
+        (lambda: DecodingPress(KnormPress(), 0), "compression_interval must be an integer >= 1"),
+        (lambda: DecodingPress(KnormPress(), 5, 0), "target_size must be an integer >= 1"),
+        (lambda: CAMPress(KnormPress(), merge_budget=0), "merge_budget must be an integer >= 1"),
+        (lambda: PrefillDecodingPress(), "needs a prefilling_press, a decoding_press or both"),
+        (lambda: PrefillDecodingPress(decoding_press=KnormPress(0.5)), "KnormPress does nothing while decoding"),
+        (lambda: PrefillDecodingPress(DecodingPress(KnormPress())), "does nothing at the prefill"),
+        (lambda: PrefillDecodingPress("knorm"), "must be a press or None"),
+        (lambda: AdaKVPress(DecodingPress(KnormPress())), "AdaKVPress wraps a press such as"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(make: Callable[[], BasePress], message: str) -> None:
+    with pytest.raises(PressError, match=message):
+        make()
+
+
+def test_critical_heads_while_decoding() -> None:
+    press = DecodingPress(CriticalAdaKVPress(SnapKVPress(window_size=4)), INTERVAL, TARGET, 8)
+    past = decoded(press, 16 + 20 * INTERVAL, model="llama")
+    assert sum(len(head) for head in held(past)) == 2 * TARGET
