@@ -247,6 +247,15 @@ def require_block(press: BasePress, needed: object) -> None:
         )
 
 
+def require_one_layer(outer: BasePress, press: object) -> None:
+    """Raise :class:`PressError` if ``press`` cannot be asked about one layer at a time, as ``outer`` would."""
+    if isinstance(press, BasePress) and press.needs_model:
+        raise PressError(
+            f"{type(outer).__name__} asks a press about one layer at a time, and {type(press).__name__} chooses among "
+            "the pairs of all layers after running the model again; use it by itself."
+        )
+
+
 def check_budget(press: BudgetPress) -> None:
     """Raise :class:`PressError` unless at most one of ratio, tokens and bytes says how much is kept."""
     check_at_least(press, 1, *(name for name in BUDGETS if getattr(press, name) is not None))
