@@ -24,9 +24,13 @@ from coldpress.presses.criticalkv import CriticalAdaKVPress, CriticalKVPress
 from coldpress.presses.cur import CURPress
 from coldpress.presses.decoding import CompressionRatioDecodingPress, DecodingPress, PrefillDecodingPress
 from coldpress.presses.expected_attention import ExpectedAttentionPress
+from coldpress.presses.finch import FinchPress
 from coldpress.presses.key_rerotation import KeyRerotationPress
 from coldpress.presses.keydiff import KeyDiffPress
 from coldpress.presses.knorm import KnormPress
+from coldpress.presses.kvcompose import KVComposePress
+from coldpress.presses.kvgrad import KVgradPress
+from coldpress.presses.kvzip import KVzipPress
 from coldpress.presses.lagkv import LagKVPress
 from coldpress.presses.leverage import LeverageScorePress
 from coldpress.presses.non_causal_attention import NonCausalAttnPress
@@ -66,7 +70,11 @@ __all__ = [
     "CriticalKVPress",
     "DecodingPress",
     "ExpectedAttentionPress",
+    "FinchPress",
+    "KVComposePress",
     "KVPressTextGenerationPipeline",
+    "KVgradPress",
+    "KVzipPress",
     "Kept",
     "KeyDiffPress",
     "KeyRerotationPress",

@@ -379,7 +379,9 @@ class PressedLayer(CacheLayerMixin):
         is_empty, at, seen = slots < 0, slots.clamp(min=0), self._seen
         p = self.positions().gather(2, at).masked_fill(is_empty, -1).int()
         k, v = (states.gather(2, at[..., None].expand(-1, -1, -1, states.shape[3])) for states in (self._k, self._v))
+        recent = self._recent
         self._clear()
+        self._recent = recent
         self._k, self._v, self._kept = k, v, p
         self._stored, self._seen, self._tail_start = slots.shape[2], seen, seen
         self._pairs_before, self._pairs_after = before, int((~is_empty).sum())

@@ -11,7 +11,7 @@ is scored head by head (:meth:`LayerView.of_head`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -288,6 +288,16 @@ class LayerView:
         """
         n = self.n_queries if n_queries is None else min(n_queries, self.n_queries)
         return self.once(("attention_column_sums", n), lambda: self._column_sums(self.n_queries - n))
+
+    def attention_blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """Attention weights of all queries, block by block: the first query of each, float32 ``[B, Hkv, G, n, T']``.
+
+        Keys that no query of a block sees may be left out at the end.
+        """
+        n_batch, n_heads = self.queries.shape[:2]
+        block = max(1, min(1024, _BLOCK_ELEMENTS // (n_batch * n_heads * self.n_tokens)))
+        for start in range(0, self.n_queries, block):
+            yield start, self._attention(start, min(start + block, self.n_queries))
 
     def unrotated_queries(self) -> Tensor:
         """The queries as they were before rotary embedding, float32 ``[B, Hq, Q, D]``.

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,10 @@ def evaluate(settings: Settings, command: str) -> tuple[list[dict[str, Any]], bo
         attn_implementation=settings.attn_implementation,
         revision=settings.revision,
     )
+    jobs = [
+        job if job.press is None else replace(job, press=job.press.prepared(loaded.model, loaded.tokenizer))
+        for job in jobs
+    ]
     plan = make_plan(settings, corpus, loaded.tokenizer, loaded.max_positions)
     vocabulary = loaded.model.get_input_embeddings().num_embeddings
     highest = max(int(ids.max()) for ids in plan.documents)

@@ -19,10 +19,21 @@ from coldpress.view import Kept, LayerView, Place
 if TYPE_CHECKING:
     from coldpress.cache import PressedCache
 
-__all__ = ["BUDGETS", "BasePress", "ScorerPress", "check_at_least", "check_between", "parts", "require_block"]
+__all__ = [
+    "BUDGETS",
+    "BasePress",
+    "BudgetPress",
+    "ScorerPress",
+    "check_at_least",
+    "check_between",
+    "parts",
+    "require_block",
+    "require_one_layer",
+]
 
 BUDGETS = ("budget_tokens", "budget_bytes")  # what may say how much is kept, instead of a ratio
-_S = TypeVar("_S", bound="ScorerPress")
+_B = TypeVar("_B", bound="BasePress")
+_S = TypeVar("_S", bound="BudgetPress")
 
 
 class BasePress:
@@ -56,8 +67,25 @@ class BasePress:
         """What is kept of ``view``, right after the prefill; None keeps everything."""
         raise NotImplementedError(f"{type(self).__name__} must define compress(view)")
 
+    def prepared(self: _B, model: PreTrainedModel, tokenizer: Any = None) -> _B:
+        """The same press with what it needs to know of ``model``, asked for when a block begins.
+
+        Args:
+            model: what will run the prefill.
+            tokenizer: the model's, where somebody has it at hand.
+
+        Raises:
+            PressError: something is missing.
+        """
+        return self
+
+    def check_prefill(self, token_ids: Tensor, has_padding: bool) -> None:
+        """Raise :class:`PressError` if :meth:`finish` could not compress this prefill; asked before it begins."""
+
     def finish(self, cache: PressedCache, model: nn.Module, token_ids: Tensor) -> None:
         """Compress ``cache``, which holds all of the prefill, with the help of the model; for ``needs_model`` presses.
+
+        Runs without gradients unless it asks for them; what it runs of the model is no prefill to anybody.
 
         Args:
             cache: what to compress, by :meth:`coldpress.layer.PressedLayer.keep` of each of its layers.
@@ -92,12 +120,8 @@ class BasePress:
 
 
 @dataclass(frozen=True)
-class ScorerPress(BasePress):
-    """Keep the pairs with the largest scores; subclasses define :meth:`score`.
-
-    Three questions, each with a method of its own, so that wrappers can change one and leave the others alone: which
-    pairs matter (:meth:`scores`), how many are kept (:meth:`keep_of`, :meth:`protected`), which ones these are
-    (:meth:`choose`). Only a press that stores something else than the chosen pairs overrides :meth:`compress`.
+class BudgetPress(BasePress):
+    """A press that is told how many pairs to keep; :class:`ScorerPress` for those that score one layer at a time.
 
     Args:
         compression_ratio: fraction of the pairs to remove, in [0, 1).
@@ -106,18 +130,13 @@ class ScorerPress(BasePress):
             instead of a ratio.
     """
 
-    decodes = True
-
-    estimates_attention: ClassVar[bool] = False  # scores are attention weights: not negative, comparable across heads
-    needs_all_queries: ClassVar[bool] = False  # score(view) needs the query of every token of the view
-
     compression_ratio: float = 0.0
     budget_tokens: int | None = field(default=None, kw_only=True)
     budget_bytes: int | None = field(default=None, kw_only=True)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.__repr__ = ScorerPress.__repr__  # type: ignore[method-assign]  # dataclass would make one of its own
+        cls.__repr__ = BudgetPress.__repr__  # type: ignore[method-assign]  # dataclass would make one of its own
 
     def __repr__(self) -> str:
         shown = [f for f in fields(self) if f.repr and (f.name not in BUDGETS or getattr(self, f.name) is not None)]
@@ -126,10 +145,6 @@ class ScorerPress(BasePress):
     def __post_init__(self) -> None:
         check_ratio(self.compression_ratio)
         check_budget(self)
-
-    def score(self, view: LayerView) -> Tensor:
-        """Scores ``[B, Hkv, T]`` in float32; larger = keep. Must not depend on ``compression_ratio``."""
-        raise NotImplementedError(f"{type(self).__name__} must define score(view)")
 
     def keep_of(self, n_tokens: int, place: Place) -> int:
         """How many of ``n_tokens`` pairs a head of the layer at ``place`` keeps: the mean if its heads differ."""
@@ -153,19 +168,15 @@ class ScorerPress(BasePress):
             return min(n_tokens, self.budget_bytes // token_bytes)
         return keep_count(n_tokens, self.compression_ratio)
 
+    def layers_differ(self) -> bool:
+        """Whether :meth:`keep_of` depends on the layer."""
+        return type(self).keep_of is not BudgetPress.keep_of
+
     def keep(self, view: LayerView) -> int:
         """How many pairs a head of this layer keeps, 1 <= n <= T: the mean if its heads differ."""
         if view.positions is None:
             return self.keep_of(view.n_tokens, view.place)
         return min(view.n_tokens, self.keep_of(view.end, view.place))  # while decoding: of the text so far
-
-    def layers_differ(self) -> bool:
-        """Whether :meth:`keep_of` depends on the layer."""
-        return type(self).keep_of is not ScorerPress.keep_of
-
-    def protected(self, view: LayerView) -> tuple[int, int]:
-        """How many of the first and of the last tokens of the text are kept whatever their score."""
-        return 0, 0
 
     def with_ratio(self: _S, compression_ratio: float) -> _S:
         """The same press at another ratio, which takes the place of any budget."""
@@ -175,6 +186,32 @@ class ScorerPress(BasePress):
         """The same press with ``compression_ratio``, ``budget_tokens`` or ``budget_bytes`` instead of what it had."""
         nothing: dict[str, Any] = {"compression_ratio": 0.0, "budget_tokens": None, "budget_bytes": None}
         return replace(self, **(nothing | budget))
+
+
+@dataclass(frozen=True)
+class ScorerPress(BudgetPress):
+    """Keep the pairs with the largest scores; subclasses define :meth:`score`.
+
+    Three questions, each with a method of its own, so that wrappers can change one and leave the others alone: which
+    pairs matter (:meth:`scores`), how many are kept (:meth:`keep_of`, :meth:`protected`), which ones these are
+    (:meth:`choose`). Only a press that stores something else than the chosen pairs overrides :meth:`compress`.
+
+    Args:
+        compression_ratio, budget_tokens, budget_bytes: as in :class:`BudgetPress`.
+    """
+
+    decodes = True
+
+    estimates_attention: ClassVar[bool] = False  # scores are attention weights: not negative, comparable across heads
+    needs_all_queries: ClassVar[bool] = False  # score(view) needs the query of every token of the view
+
+    def score(self, view: LayerView) -> Tensor:
+        """Scores ``[B, Hkv, T]`` in float32; larger = keep. Must not depend on ``compression_ratio``."""
+        raise NotImplementedError(f"{type(self).__name__} must define score(view)")
+
+    def protected(self, view: LayerView) -> tuple[int, int]:
+        """How many of the first and of the last tokens of the text are kept whatever their score."""
+        return 0, 0
 
     def scores(self, view: LayerView) -> Tensor:
         """What :meth:`choose` goes by: :meth:`score`, computed once per view for all ratios."""
@@ -230,7 +267,16 @@ def parts(press: BasePress) -> Iterator[BasePress]:
                 yield from parts(inner)
 
 
-def check_budget(press: ScorerPress) -> None:
+def require_one_layer(outer: BasePress, press: object) -> None:
+    """Raise :class:`PressError` if ``press`` cannot be asked about one layer at a time, as ``outer`` would."""
+    if isinstance(press, BasePress) and press.needs_model:
+        raise PressError(
+            f"{type(outer).__name__} asks a press about one layer at a time, and {type(press).__name__} chooses among "
+            "the pairs of all layers after running the model again; use it by itself."
+        )
+
+
+def check_budget(press: BudgetPress) -> None:
     """Raise :class:`PressError` unless at most one of ratio, tokens and bytes says how much is kept."""
     check_at_least(press, 1, *(name for name in BUDGETS if getattr(press, name) is not None))
     given = [name for name in ("compression_ratio", *BUDGETS) if getattr(press, name)]

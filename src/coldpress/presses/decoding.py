@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.budget import check_ratio, keep_count
 from coldpress.errors import PressError
-from coldpress.presses.base import BUDGETS, BasePress, ScorerPress, check_at_least
+from coldpress.presses.base import BUDGETS, BasePress, ScorerPress, check_at_least, require_one_layer
 from coldpress.presses.wrapper import WrapperPress
 from coldpress.view import Kept, LayerView
 
@@ -148,6 +149,15 @@ class PrefillDecodingPress(BasePress):
     def compress(self, view: LayerView) -> Kept | None:
         return None if self.prefilling_press is None else self.prefilling_press.compress(view)
 
+    def prepared(self, model: PreTrainedModel, tokenizer: Any = None) -> PrefillDecodingPress:
+        if self.prefilling_press is None:
+            return self
+        return replace(self, prefilling_press=self.prefilling_press.prepared(model, tokenizer))
+
+    def check_prefill(self, token_ids: Tensor, has_padding: bool) -> None:
+        if self.prefilling_press is not None:
+            self.prefilling_press.check_prefill(token_ids, has_padding)
+
     def finish(self, cache: PressedCache, model: nn.Module, token_ids: Tensor) -> None:
         if self.prefilling_press is not None and self.prefilling_press.needs_model:
             self.prefilling_press.finish(cache, model, token_ids)
@@ -163,6 +173,7 @@ class PrefillDecodingPress(BasePress):
 def _require_decoding(schedule: DecodingPress, press: object) -> None:
     """Raise :class:`PressError` unless ``press`` can choose among what is left of a text that goes on."""
     name = type(schedule).__name__
+    require_one_layer(schedule, press)
     if not isinstance(press, ScorerPress):
         given = f"the class {press.__name__}; call it" if isinstance(press, type) else repr(press)
         raise PressError(f"{name} takes a scorer such as SnapKVPress(), or AdaKVPress around one; got {given}.")
