@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from coldpress.errors import PressError
 from coldpress.presses.kvzip import KVzipPress
 from coldpress.presses.registry import register
 from coldpress.presses.replay import last_block
@@ -49,6 +50,11 @@ class KVgradPress(KVzipPress):
     def scores(
         self, cache: PressedCache, model: nn.Module, token_ids: Tensor, layers: Sequence[PressedLayer]
     ) -> list[Tensor]:
+        if len(cache.pressed_layers()) < len(cache.layers):
+            raise PressError(
+                "KVgradPress needs gradients, which do not go through the layers of this model that keep a state instead "
+                "of keys and values; use KVzipPress."
+            )
         indices = {layer.index for layer in layers}
         with torch.inference_mode(False):  # what is made in inference mode can never have a gradient
             found = {
