@@ -24,12 +24,14 @@ from coldpress.presses.criticalkv import CriticalAdaKVPress, CriticalKVPress
 from coldpress.presses.cur import CURPress
 from coldpress.presses.decoding import CompressionRatioDecodingPress, DecodingPress, PrefillDecodingPress
 from coldpress.presses.expected_attention import ExpectedAttentionPress
+from coldpress.presses.fastkvzip import FastKVzipPress
 from coldpress.presses.finch import FinchPress
 from coldpress.presses.key_rerotation import KeyRerotationPress
 from coldpress.presses.keydiff import KeyDiffPress
 from coldpress.presses.knorm import KnormPress
 from coldpress.presses.kvcompose import KVComposePress
 from coldpress.presses.kvgrad import KVgradPress
+from coldpress.presses.kvzap import KVzapPress
 from coldpress.presses.kvzip import KVzipPress
 from coldpress.presses.lagkv import LagKVPress
 from coldpress.presses.leverage import LeverageScorePress
@@ -70,10 +72,12 @@ __all__ = [
     "CriticalKVPress",
     "DecodingPress",
     "ExpectedAttentionPress",
+    "FastKVzipPress",
     "FinchPress",
     "KVComposePress",
     "KVPressTextGenerationPipeline",
     "KVgradPress",
+    "KVzapPress",
     "KVzipPress",
     "Kept",
     "KeyDiffPress",

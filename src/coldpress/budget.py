@@ -19,6 +19,7 @@ from coldpress.errors import PressError
 __all__ = [
     "adaptive_counts",
     "check_ratio",
+    "counts_together",
     "keep_count",
     "protect",
     "pyramid_counts",
@@ -128,6 +129,22 @@ def adaptive_counts(scores: Tensor, n_keep: int, n_safe: int) -> Tensor:
     free = n_heads * (n_keep - n_safe)
     counts = torch.full((n_batch, n_heads), n_safe, device=scores.device)
     return counts + _best(ordered.flatten(1), free).view_as(ordered).sum(-1) if free else counts
+
+
+def counts_together(scores: Sequence[Tensor], n_keep: int, n_safe: int) -> list[Tensor]:
+    """:func:`adaptive_counts` where the heads of all layers compete for one budget.
+
+    Args:
+        scores: by layer, ``[B, Hkv, T]`` each.
+        n_keep: mean over layers and heads.
+        n_safe: least number of any head.
+
+    Returns:
+        int64 ``[B, Hkv]`` by layer, each on its layer's device.
+    """
+    together = torch.cat([part.to(scores[0].device) for part in scores], dim=1)  # [B, sum of Hkv, T]
+    counts = adaptive_counts(together, n_keep, n_safe).split([part.shape[1] for part in scores], dim=1)
+    return [own.to(part.device) for own, part in zip(counts, scores, strict=True)]
 
 
 def select_counts(scores: Tensor, counts: Tensor) -> Tensor:

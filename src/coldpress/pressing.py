@@ -175,13 +175,17 @@ class _Prefill:
         done = [(cache, cache.session.token_ids) for cache in self.under_way]
         self._begin([], None)
         for cache, ids in done:
-            if cache.press is None or not cache.press.needs_model or cache.session.error is not None:
+            press = cache.press
+            if press is None or not (press.needs_model or press.chooses_together) or cache.session.error is not None:
                 continue
             self.is_finishing = True
             try:
-                assert ids is not None
                 with torch.no_grad():
-                    cache.press.finish(cache, self.backbone, ids)
+                    if press.needs_model:
+                        assert ids is not None
+                        press.finish(cache, self.backbone, ids)
+                    if press.chooses_together:
+                        press.choose_together(cache)
             except Exception as error:
                 cache.session.error = error
                 if self.raises:

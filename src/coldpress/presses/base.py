@@ -54,6 +54,8 @@ class BasePress:
         needs_hidden_states: looks at ``view.hidden_states``: the prefill has to run inside ``with press(model):``. A
             wrapper need not say it for the press inside it.
         needs_model: runs the model by itself after the prefill (:meth:`finish`), inside ``with press(model):`` too.
+        chooses_together: chooses among the pairs of all layers when the prefill is over (:meth:`choose_together`),
+            inside ``with press(model):`` too.
     """
 
     kind: ClassVar[Literal["training-free", "calibrated", "trained"]] = "training-free"
@@ -62,6 +64,7 @@ class BasePress:
     per_layer: ClassVar[bool] = False
     needs_hidden_states: ClassVar[bool] = False
     needs_model: ClassVar[bool] = False
+    chooses_together: ClassVar[bool] = False
 
     def compress(self, view: LayerView) -> Kept | None:
         """What is kept of ``view``, right after the prefill; None keeps everything."""
@@ -94,6 +97,14 @@ class BasePress:
             token_ids: int64 ``[B, T]``, what the prefill was given.
         """
         raise NotImplementedError(f"{type(self).__name__} must define finish(cache, model, token_ids)")
+
+    def choose_together(self, cache: PressedCache) -> None:
+        """Compress ``cache``, which holds all of the prefill, by what :meth:`compress` had its pairs carry.
+
+        For ``chooses_together`` presses, whose :meth:`compress` keeps everything, with a number for each pair
+        (``Kept.carry``); ``layer.carried()`` gives these back, and ``layer.keep(slots)`` evicts.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define choose_together(cache)")
 
     # -- a press that goes on while decoding (see DecodingPress) ---------------------------------------------------
 

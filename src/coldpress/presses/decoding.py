@@ -138,7 +138,7 @@ class PrefillDecodingPress(BasePress):
                 f"PrefillDecodingPress: {type(self.prefilling_press).__name__} does nothing at the prefill; give it as "
                 "decoding_press."
             )
-        for name in ("needs_hidden_states", "needs_model"):
+        for name in ("needs_hidden_states", "needs_model", "chooses_together"):
             needs = any(getattr(press, name) for press in (self.prefilling_press, self.decoding_press) if press)
             object.__setattr__(self, name, needs)
 
@@ -161,6 +161,10 @@ class PrefillDecodingPress(BasePress):
     def finish(self, cache: PressedCache, model: nn.Module, token_ids: Tensor) -> None:
         if self.prefilling_press is not None and self.prefilling_press.needs_model:
             self.prefilling_press.finish(cache, model, token_ids)
+
+    def choose_together(self, cache: PressedCache) -> None:
+        if self.prefilling_press is not None and self.prefilling_press.chooses_together:
+            self.prefilling_press.choose_together(cache)
 
     def is_due(self, n_new: int) -> bool:
         return self.decoding_press is not None and self.decoding_press.is_due(n_new)

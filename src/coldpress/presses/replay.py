@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from coldpress.attention import place_of
-from coldpress.budget import adaptive_counts, protect, select_counts, shrink_protected
+from coldpress.budget import counts_together, protect, select_counts, shrink_protected
 from coldpress.errors import ModelError, PressError
 from coldpress.presses.base import BUDGETS, BudgetPress, require_block
 from coldpress.projection import output_weight
@@ -60,12 +60,7 @@ class ReplayPress(BudgetPress):
             n_keep: mean over layers and heads.
             n_safe: least number of any head.
         """
-        together = torch.cat([part.to(scores[0].device) for part in scores], dim=1)  # [1, sum of Hkv, T]
-        counts = adaptive_counts(together, n_keep, n_safe)
-        return [
-            own.to(part.device)
-            for own, part in zip(counts.split([part.shape[1] for part in scores], dim=1), scores, strict=True)
-        ]
+        return counts_together(scores, n_keep, n_safe)
 
     @property
     def compresses(self) -> bool:

@@ -1,0 +1,266 @@
+"""KVzap: scores of random weights in the published format against loops over tokens and heads."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub.errors import EntryNotFoundError
+from tests.contract.architectures import ARCHITECTURES, Architecture, tiny, tokens
+from tests.presses.weights import write_kvzap
+from tests.test_hidden_states import LookDeeper
+from torch import Tensor
+
+from coldpress import (
+    AdaKVPress,
+    BlockPress,
+    ChunkPress,
+    DecodingPress,
+    KVzapPress,
+    LayerView,
+    PressedCache,
+    catalogue,
+    make_press,
+)
+from coldpress.errors import PressError, UnreachableError
+
+KINDS = {"linear": None, "mlp": 12}
+
+
+@pytest.fixture
+def views() -> list[LayerView]:
+    return views_of("llama", tokens(2, 19))
+
+
+def views_of(name: str, ids: Tensor, **options: Any) -> list[LayerView]:
+    look = LookDeeper()
+    with torch.no_grad(), look(tiny(name)):
+        tiny(name)(ids, past_key_values=PressedCache(), **options)
+    return look.views
+
+
+def of(view: LayerView, folder: Path, kind: str = "mlp") -> tuple[str, dict[str, Tensor]]:
+    """Weights for the model of ``view`` in ``folder``."""
+    weights = write_kvzap(folder, view.hidden_states.shape[-1], view.keys.shape[1], 8, KINDS[kind])  # type: ignore[union-attr]
+    return str(folder), weights
+
+
+def expected(view: LayerView, weights: dict[str, Tensor], kind: str) -> Tensor:
+    """The formula, one token and one head at a time."""
+    i, scores = view.module.layer_idx, torch.zeros(view.keys.shape[:3])
+    for row, sequence in enumerate(view.hidden_states):  # type: ignore[arg-type]
+        for t, x in enumerate(sequence):
+            if kind == "mlp":
+                inner = [
+                    float(w @ x + b)
+                    for w, b in zip(weights[f"layers.{i}.0.weight"], weights[f"layers.{i}.0.bias"], strict=True)
+                ]
+                x = torch.tensor([z * (1 + math.erf(z / math.sqrt(2))) / 2 for z in inner])
+            name = f"layers.{i}.2" if kind == "mlp" else f"layers.{i}"
+            for head in range(view.keys.shape[1]):
+                scores[row, head, t] = weights[f"{name}.weight"][head] @ x + weights[f"{name}.bias"][head]
+    return scores
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_scores(architecture: Architecture, kind: str, tmp_path: Path) -> None:
+    views = views_of(architecture.name, tokens(1, 5))
+    folder, weights = of(views[0], tmp_path, kind)
+    press = KVzapPress(model_type=kind, weights=folder)
+    for view in views:
+        torch.testing.assert_close(press.scores(view), expected(view, weights, kind), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "llama", "gemma3", "mistral", "lfm2"])
+def test_keeps_the_best_of_every_head(name: str, tmp_path: Path) -> None:
+    if name not in {a.name for a in ARCHITECTURES}:
+        pytest.skip("needs a newer transformers")
+    views = views_of(name, tokens(2, 19))
+    folder, weights = of(views[0], tmp_path)
+    press, past = KVzapPress(0.6, weights=folder), PressedCache()
+    with press(tiny(name)):
+        tiny(name)(tokens(2, 19), past_key_values=past)
+    layers = [layer for layer in past.pressed_layers() if layer.was_compressed]
+    for layer, view in zip(layers, views, strict=True):
+        best = expected(view, weights, "mlp").topk(7).indices.sort().values
+        assert torch.equal(layer.positions(), best)
+
+
+def test_a_padded_row_keeps_what_it_keeps_alone(views: list[LayerView], tmp_path: Path) -> None:
+    press = KVzapPress(0.5, weights=of(views[0], tmp_path)[0])
+    ids, mask = tokens(2, 20), torch.ones(2, 20, dtype=torch.long)
+    mask[0, :6] = 0
+    past, alone = PressedCache(), PressedCache()
+    with press(tiny("llama")):
+        tiny("llama")(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), past_key_values=past)
+        tiny("llama")(ids[:1, 6:], past_key_values=alone)
+    kept = past.positions()[0]
+    assert torch.equal(kept[kept >= 0].view(2, -1), alone.positions()[0] + 6)
+
+
+def test_the_newest_tokens_alone_can_be_scored(views: list[LayerView], tmp_path: Path) -> None:
+    view, press = views[1], KVzapPress(weights=of(views[0], tmp_path)[0])
+    whole = press.scores(view)
+    torch.testing.assert_close(press.score(view.part(12, 19)), whole[:, :, 12:])
+    torch.testing.assert_close(press.score(view.of_head(1, 0)), whole[1:, :1])
+    later = replace(
+        view,
+        queries=view.queries[:, :, -4:],
+        hidden_states=view.hidden_states[:, -4:],
+        _memo={},  # type: ignore[index]
+    )
+    torch.testing.assert_close(press.score(later.part(15, 19)), whole[:, :, 15:])
+    with pytest.raises(PressError, match="those of 15 of 19 are gone"):
+        press.score(later)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_computed_in_the_dtype_of_the_model(views: list[LayerView], tmp_path: Path, dtype: torch.dtype) -> None:
+    press = KVzapPress(weights=of(views[0], tmp_path)[0])
+    low = replace(views[0], hidden_states=views[0].hidden_states.to(dtype), _memo={})  # type: ignore[union-attr]
+    assert press.score(low).dtype == torch.float32
+    torch.testing.assert_close(press.score(low), press.score(views[0]), atol=0.2, rtol=0.05)
+
+
+def test_inside_wrappers(views: list[LayerView], tmp_path: Path) -> None:
+    press = KVzapPress(0.5, weights=of(views[0], tmp_path)[0])
+    for outer in (AdaKVPress(press), ChunkPress(press, chunk_length=7)):
+        past = PressedCache()
+        with outer(tiny("llama")):
+            tiny("llama")(tokens(1, 20), past_key_values=past)
+        assert past.achieved_ratio() == 0.5
+    with pytest.raises(PressError, match="needs those of all"):
+        BlockPress(press)
+    with pytest.raises(PressError, match=r"KVzapPress chooses *once"):
+        DecodingPress(KVzapPress())
+
+
+def test_changed_weights_are_read_again(views: list[LayerView], tmp_path: Path) -> None:
+    folder, _ = of(views[0], tmp_path)
+    press = KVzapPress(weights=folder)
+    with torch.inference_mode():
+        before = press.score(views[0]).clone()
+    x = views[0].hidden_states
+    assert x is not None
+    write_kvzap(tmp_path, x.shape[-1], views[0].keys.shape[1], 4, 9)
+    assert not torch.allclose(press.score(views[0]), before)
+
+
+def test_what_it_says_of_itself() -> None:
+    (info,) = [info for info in catalogue() if info.name == "kvzap"]
+    assert (info.kind, info.decodes) == ("trained", False)
+    assert make_press("kvzap", 0.5, model_type="linear") == KVzapPress(0.5, model_type="linear")
+    with pytest.raises(PressError, match="model_type must be 'mlp' or 'linear', got 'cnn'"):
+        KVzapPress(model_type="cnn")
+
+
+def test_outside_the_block() -> None:
+    with pytest.raises(PressError, match=r"KVzapPress looks at hidden states.*inside 'with press\(model\):'"):
+        tiny("llama")(tokens(1, 9), past_key_values=PressedCache(KVzapPress(0.5)))
+
+
+# -- weights that cannot be used ---------------------------------------------------------------------------------------
+
+
+def test_a_model_without_a_name(views: list[LayerView]) -> None:
+    with pytest.raises(PressError, match=r"not loaded from anywhere; give the weights: KVzapPress\(weights=FOLDER\)"):
+        KVzapPress().score(views[0])
+
+
+def test_a_folder_without_the_files(views: list[LayerView], tmp_path: Path) -> None:
+    with pytest.raises(
+        PressError, match=r"has no file config.json; give the folder with the files of nvidia/KVzap-mlp"
+    ):
+        KVzapPress(weights=str(tmp_path)).score(views[0])
+    of(views[0], tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(PressError, match=r"has no file model.safetensors"):
+        KVzapPress(weights=str(tmp_path)).score(views[0])
+
+
+@pytest.mark.parametrize(
+    "change", [{"input_dim": 31}, {"output_dim": 5}, {"n_modules": 1}], ids=lambda change: next(iter(change))
+)
+def test_weights_of_another_model(views: list[LayerView], tmp_path: Path, change: dict[str, int]) -> None:
+    folder, _ = of(views[0], tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    with pytest.raises(PressError, match=r"KVzapPress: .* holds weights for .* layer 1 of this model has 2 KV heads"):
+        KVzapPress(weights=folder).score(views[1])
+
+
+def test_weights_of_the_other_kind(views: list[LayerView], tmp_path: Path) -> None:
+    folder, _ = of(views[0], tmp_path, "linear")
+    with pytest.raises(PressError, match="holds weights of model_type='linear'"):
+        KVzapPress(weights=folder).score(views[0])
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"\xff\x00\x01", bytes(100)])
+def test_damaged_files(views: list[LayerView], tmp_path: Path, name: str, content: bytes) -> None:
+    folder, _ = of(views[0], tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(PressError, match=rf"KVzapPress: .*{name} is damaged.*fetch it again"):
+        KVzapPress(weights=folder).score(views[0])
+
+
+def test_files_that_contradict_each_other(views: list[LayerView], tmp_path: Path) -> None:
+    folder, _ = of(views[0], tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"hidden_dim": 13}))
+    with pytest.raises(PressError, match=r"the shapes of layer 0 are not those in config\.json"):
+        KVzapPress(weights=folder).score(views[0])
+
+
+# -- the hub -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def named(views: list[LayerView], monkeypatch: pytest.MonkeyPatch) -> LayerView:
+    monkeypatch.setattr(views[0].module.config, "_name_or_path", "meta/Tiny-1B")
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    return views[0]
+
+
+def test_published_weights_are_found_by_name(named: LayerView, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+    _, weights = of(named, tmp_path)
+
+    def download(repo: str, name: str) -> str:
+        asked.append((repo, name))
+        return str(tmp_path / name)
+
+    monkeypatch.setattr("coldpress.presses.published.hub_problem", lambda _: None)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    torch.testing.assert_close(KVzapPress().score(named), expected(named, weights, "mlp"), atol=1e-4, rtol=1e-4)
+    assert asked == [("nvidia/KVzap-mlp-Tiny-1B", name) for name in ("config.json", "model.safetensors")]
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda _, name: str(tmp_path / name))
+    monkeypatch.setattr("coldpress.presses.published.hub_problem", lambda _: pytest.fail("asked the hub"))
+    KVzapPress().score(named)
+
+
+def test_an_unreachable_hub(named: LayerView, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coldpress.presses.published.hub_problem", lambda _: "no route")
+    message = (
+        r"KVzapPress: config.json of nvidia/KVzap-linear-Tiny-1B .* could not be reached \(no route\).*weights=FOLDER"
+    )
+    with pytest.raises(UnreachableError, match=message):
+        KVzapPress(model_type="linear").score(named)
+
+
+def test_no_published_weights(named: LayerView, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(repo: str, name: str) -> str:
+        raise EntryNotFoundError(f"404: {repo} {name}")
+
+    monkeypatch.setattr("coldpress.presses.published.hub_problem", lambda _: None)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    with pytest.raises(
+        PressError, match=r"no published weights for this model: there is no config.json in nvidia/KVzap"
+    ):
+        KVzapPress().score(named)
