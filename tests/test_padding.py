@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.contract.architectures import BY_NAME, tiny, tokens
+from tests.contract.architectures import ALONE, BY_NAME, tiny, tokens
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from coldpress import BasePress, PressedCache, SnapKVPress, make_press, press_names
+from coldpress import BasePress, PressedCache, SnapKVPress, make_press
 
 QUESTION = 4
 MODELS = ["gpt_neox", "llama", "mistral"]
@@ -89,13 +89,13 @@ def check(model: PreTrainedModel, batch: Batch, press: BasePress | None, n_decod
     ("name", "layout"),
     [*(("gpt_neox", layout) for layout in LAYOUTS), ("llama", "mixed"), ("mistral", "right"), ("mistral", "mixed")],
 )
-@pytest.mark.parametrize("press", [None, *press_names()])
+@pytest.mark.parametrize("press", [None, *ALONE])
 def test_row_of_a_batch_is_the_row_alone(name: str, layout: str, press: str | None) -> None:
     check(tiny(name), Batch(60, LAYOUTS[layout]), None if press is None else press_of(press, 0.5))
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("press", press_names())
+@pytest.mark.parametrize("press", ALONE)
 def test_ratio_0_drops_the_padding_only(name: str, press: str) -> None:
     past = check(tiny(name), Batch(20, [(3, 0), (0, 0), (0, 15)]), press_of(press, 0.0))
     assert past.achieved_ratio() == 0

@@ -120,8 +120,9 @@ class _Prefill:
     def __init__(self, model: PreTrainedModel, caches: list[PressedCache], needs_hidden_states: bool, raises: bool):
         base = getattr(model, "base_model", None)
         self.backbone: nn.Module = base if isinstance(base, nn.Module) else model
-        if isinstance(getattr(self.backbone, "decoder", None), nn.Module):  # OPT's head calls what is inside the base
-            self.backbone = self.backbone.decoder
+        decoder = getattr(self.backbone, "decoder", None)
+        if isinstance(decoder, nn.Module):  # OPT's head calls what is inside the base
+            self.backbone = decoder
         self.caches, self.needs_hidden_states, self.raises = caches, needs_hidden_states, raises
         self.is_finishing = False
         self.under_way: list[PressedCache] = []

@@ -14,10 +14,12 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from coldpress import BasePress, Kept, LayerView
+from coldpress import BasePress, Kept, LayerView, make_press, press_names
 
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 N_VOCAB = 97
+NEEDS_MODEL = [name for name in press_names() if getattr(make_press(name, 0.5), "needs_model", False)]
+ALONE = [name for name in press_names() if name not in NEEDS_MODEL]  # work in a cache, without 'with press(model):'
 WINDOW = 24  # of the sliding layers: smaller than the contexts of the tests
 
 _BASE = {

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from tests.contract.architectures import Look, tiny, tokens
-from tests.presses import test_key_rerotation, test_scorers, test_wrappers
+from tests.presses import test_finch, test_key_rerotation, test_replay, test_scorers, test_wrappers
 from torch import Tensor
 
 from coldpress import (
@@ -28,9 +28,13 @@ from coldpress import (
     CriticalKVPress,
     CURPress,
     ExpectedAttentionPress,
+    FinchPress,
     KeyDiffPress,
     KeyRerotationPress,
     KnormPress,
+    KVComposePress,
+    KVgradPress,
+    KVzipPress,
     LagKVPress,
     LayerView,
     LeverageScorePress,
@@ -209,6 +213,10 @@ ELSEWHERE: dict[type[BasePress], Callable[..., None]] = {  # the tests that hold
     KeyRerotationPress: test_key_rerotation.test_next_tokens_follow_the_kept_ones_without_a_gap,
     LagKVPress: test_scorers.test_lagkv,
     LeverageScorePress: test_scorers.test_leverage,
+    FinchPress: test_finch.test_scores,
+    KVComposePress: test_replay.test_kvcompose,
+    KVgradPress: test_replay.test_kvzip,
+    KVzipPress: test_replay.test_kvzip,
     NonCausalAttnPress: test_scorers.test_non_causal_attention,
 }
 

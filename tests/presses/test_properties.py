@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.contract.architectures import tokens
+from tests.contract.architectures import ALONE, tokens
 from tests.presses.views import MODELS, view_of, views_of
 
 from coldpress import (
@@ -30,7 +30,6 @@ from coldpress import (
     SnapKVPress,
     StreamingLLMPress,
     make_press,
-    press_names,
 )
 from coldpress.presses.registry import parameters_of
 
@@ -55,7 +54,7 @@ MORE: dict[str, Callable[[float], ScorerPress]] = {
     "per_layer": lambda r: PerLayerCompressionPress(KnormPress(), [r, r / 2]),
     "rerotated_adakv": lambda r: KeyRerotationPress(AdaKVPress(SnapKVPress(r, window_size=4), 0.0)),
 }
-every_press = pytest.mark.parametrize("name", [*press_names(), *MORE])
+every_press = pytest.mark.parametrize("name", [*ALONE, *MORE])
 
 
 def press_of(name: str, ratio: float) -> ScorerPress:

@@ -27,7 +27,8 @@ class FinchPress(ScorerPress):
     rerotate_keys the kept keys move to consecutive positions, as KeyRerotationPress does it.
 
     The question is the text after the last delimiter_token_id, or the last window_size tokens. It has to be part of
-    the prefill: in the pipeline give context and question as one text, and no question=.
+    the prefill: in the pipeline give context and question as one text, pipe(context + delimiter + question, press=...),
+    and no question=, which would stay outside.
 
     Source: Corallo and Papotti 2024, arXiv:2408.00167, section 3, as in kvpress (one prefill; the paper's goes chunk by
     chunk). Differs from kvpress: the delimiter is any token, or tokens, of the model's own vocabulary and stays in the
@@ -42,7 +43,8 @@ class FinchPress(ScorerPress):
         normalize_scores: multiply a query's attention by the number of tokens that it sees.
         rerotate_keys: close the gaps between the positions of the kept keys.
         window_size: tokens of the question; does not count if there is a delimiter.
-        delimiter_token_id: the token, or the tokens in a row, that the question comes after.
+        delimiter_token_id: the token, or the tokens in a row, that the question comes after. Best a special token, as
+            no letter next to it can change how it is tokenised.
     """
 
     decodes = False

@@ -52,8 +52,8 @@ class KVgradPress(KVzipPress):
     ) -> list[Tensor]:
         if len(cache.pressed_layers()) < len(cache.layers):
             raise PressError(
-                "KVgradPress needs gradients, which do not go through the layers of this model that keep a state instead "
-                "of keys and values; use KVzipPress."
+                "KVgradPress needs gradients, which do not go through layers that keep a state instead of keys and "
+                "values, as this model's do; use KVzipPress."
             )
         indices = {layer.index for layer in layers}
         with torch.inference_mode(False):  # what is made in inference mode can never have a gradient
