@@ -167,10 +167,10 @@ def test_a_press_with_a_tokenizer_is_recorded_without_it(run: Run) -> None:
             "--attn_implementation eager",
             1,
         ),
-        ("--dataset {data}/wikitext --press all --speed_only", 1 + len(press_names())),
+        ("--dataset {data}/wikitext --press all --speed_only", 1 + len(press_names(kind="training-free"))),
         ("--dataset {data}/wikitext --press snapkv --compression_ratio 0.5 --speed_only", 1),
         ("--dataset {data}/wikitext --press snapkv --compression_ratio 0.5 --ppl_apply_press", 1),
-        ("--dataset {data}/wikitext --press all --ppl_apply_press", 1 + len(press_names())),
+        ("--dataset {data}/wikitext --press all --ppl_apply_press", 1 + len(press_names(kind="training-free"))),
         (
             "--dataset {data}/wikitext --press snapkv --compression_ratio 0.5 --speed_only --speed_decode_only "
             "--min_new_tokens 3",
@@ -373,7 +373,7 @@ def test_a_press_that_fails_is_recorded_as_failed_and_the_others_go_on(run: Run,
     assert done.code == 1
     assert "error: breaks at 0.5 failed: RuntimeError: out of order" in done.err
     by_press = {record["press"]: record for record in done.records}
-    assert set(by_press) == {"no_press", "breaks", *press_names()} and len(done.records) == len(by_press)
+    assert set(by_press) == {"no_press", *press_names(kind="training-free")} and len(done.records) == len(by_press)
     failed = by_press.pop("breaks")
     assert (failed["status"], failed["error"]) == ("failed", "RuntimeError: out of order")
     assert "test_cli.py" in failed["traceback"]

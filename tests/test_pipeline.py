@@ -106,6 +106,7 @@ def test_without_a_press_it_is_the_models_own_greedy_answer(
     assert own_answer(pipe.model, tokenizer, CONTEXT) == own_answer(plain, tokenizer, CONTEXT)
 
 
+@pytest.mark.usefixtures("given_weights")
 @pytest.mark.parametrize("name", press_names())
 def test_several_questions_are_answered_as_if_each_was_the_only_one(
     pipe: KVPressTextGenerationPipeline, name: str

@@ -18,8 +18,8 @@ from coldpress import BasePress, Kept, LayerView, make_press, press_names
 
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 N_VOCAB = 97
-NEEDS_MODEL = [name for name in press_names() if getattr(make_press(name, 0.5), "needs_model", False)]
-ALONE = [name for name in press_names() if name not in NEEDS_MODEL]  # work in a cache, without 'with press(model):'
+# Those that work in a cache, without 'with press(model):'.
+ALONE = [n for n in press_names() if not (p := make_press(n, 0.5)).needs_model and not p.needs_hidden_states]  # type: ignore[union-attr]
 WINDOW = 24  # of the sliding layers: smaller than the contexts of the tests
 
 _BASE = {

@@ -30,6 +30,7 @@ SMALL = {
 SINKS = {
     "kvzip": 4,
     "kvgrad": 4,
+    "fastkvzip": 4,
     "compactor": 8,
     "cap": 4,
     "cur": 4,
@@ -37,9 +38,19 @@ SINKS = {
     "lagkv": 4,
     "streaming_llm": 4,
 }
-RECENT = {"compactor": 4, "lagkv": 6, "snapkv": 8, "pyramidkv": 8, "tova": 1, "streaming_llm": 1, "finch": 8}
+RECENT = {
+    "compactor": 4,
+    "lagkv": 6,
+    "snapkv": 8,
+    "pyramidkv": 8,
+    "tova": 1,
+    "streaming_llm": 1,
+    "finch": 8,
+    "fastkvzip": 1,
+}
 
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
+pytestmark = pytest.mark.usefixtures("given_weights")
 every_press = pytest.mark.parametrize("name", press_names())
 
 
@@ -62,7 +73,7 @@ def press_of(name: str, ratio: float) -> BasePress:
 
 def block(model: PreTrainedModel, press: BasePress) -> AbstractContextManager[Any]:
     """``with press(model):`` for presses that need it."""
-    return press.prepared(model, Words())(model) if press.needs_model else nullcontext()
+    return press.prepared(model, Words())(model) if press.needs_model or press.needs_hidden_states else nullcontext()
 
 
 def cannot_replay(architecture: Architecture, name: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tests.contract.architectures import tiny, tokens
+from tests.contract.architectures import ALONE, tiny, tokens
 
 from coldpress import (
     AdaKVPress,
@@ -15,11 +15,10 @@ from coldpress import (
     ScorerPress,
     SnapKVPress,
     make_press,
-    press_names,
 )
 from coldpress.errors import PressError
 
-with_a_ratio = [name for name in press_names() if isinstance(make_press(name, 0.5), ScorerPress)]
+with_a_ratio = [name for name in ALONE if isinstance(make_press(name, 0.5), ScorerPress)]
 
 
 def prefilled(press: ScorerPress, n_tokens: int = 60, rows: int = 1) -> PressedCache:

@@ -13,7 +13,15 @@ from collections.abc import Callable
 import pytest
 import torch
 from tests.contract.architectures import Look, tiny, tokens
-from tests.presses import test_finch, test_key_rerotation, test_replay, test_scorers, test_wrappers
+from tests.presses import (
+    test_fastkvzip,
+    test_finch,
+    test_key_rerotation,
+    test_kvzap,
+    test_replay,
+    test_scorers,
+    test_wrappers,
+)
 from torch import Tensor
 
 from coldpress import (
@@ -28,12 +36,14 @@ from coldpress import (
     CriticalKVPress,
     CURPress,
     ExpectedAttentionPress,
+    FastKVzipPress,
     FinchPress,
     KeyDiffPress,
     KeyRerotationPress,
     KnormPress,
     KVComposePress,
     KVgradPress,
+    KVzapPress,
     KVzipPress,
     LagKVPress,
     LayerView,
@@ -213,9 +223,11 @@ ELSEWHERE: dict[type[BasePress], Callable[..., None]] = {  # the tests that hold
     KeyRerotationPress: test_key_rerotation.test_next_tokens_follow_the_kept_ones_without_a_gap,
     LagKVPress: test_scorers.test_lagkv,
     LeverageScorePress: test_scorers.test_leverage,
+    FastKVzipPress: test_fastkvzip.test_scores_and_what_is_kept,
     FinchPress: test_finch.test_scores,
     KVComposePress: test_replay.test_kvcompose,
     KVgradPress: test_replay.test_kvzip,
+    KVzapPress: test_kvzap.test_scores,
     KVzipPress: test_replay.test_kvzip,
     NonCausalAttnPress: test_scorers.test_non_causal_attention,
 }

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from coldpress import FastKVzipPress, KVzapPress, LayerView
 
 
 def _random(*shape: int, seed: int) -> Tensor:
@@ -49,3 +54,26 @@ def write_gates(
     ]
     torch.save({"module": gates, "loss": torch.tensor(0.5).double().numpy()}, path)
     return gates
+
+
+@pytest.fixture
+def given_weights(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Presses that were given no weights read random ones of the right shape, wherever their model comes from."""
+    folder = tmp_path_factory.getbasetemp() / "weights"
+    of_kvzap, of_gates = KVzapPress._layer, FastKVzipPress._gate
+
+    def kvzap(press: KVzapPress, view: LayerView, x: Tensor, n_heads: int) -> Any:
+        n_hidden = 12 if press.model_type == "mlp" else None
+        own = folder / f"kvzap-{x.shape[-1]}-{n_heads}-{n_hidden}"
+        if not own.exists():
+            write_kvzap(own, x.shape[-1], n_heads, 4, n_hidden)
+        return of_kvzap(press if press.weights else replace(press, weights=str(own)), view, x, n_heads)
+
+    def gates(press: FastKVzipPress, view: LayerView, x: Tensor) -> Any:
+        own = folder / f"gates-{x.shape[-1]}-{view.keys.shape[1]}" / f"q{view.group_size}_dim16_sink16.pt"
+        if not own.exists():
+            write_gates(own, x.shape[-1], view.keys.shape[1], view.group_size, 4)
+        return of_gates(press if press.weights else replace(press, weights=str(own.parent)), view, x)
+
+    monkeypatch.setattr(KVzapPress, "_layer", kvzap)
+    monkeypatch.setattr(FastKVzipPress, "_gate", gates)

@@ -78,6 +78,8 @@ class Job:
 def make_jobs(settings: Settings) -> list[Job]:
     """The presses to measure, each at every ratio, in the order they were named; ``no_press`` only once.
 
+    ``all`` is every press that needs nothing but the model; name the calibrated and the trained ones.
+
     Raises:
         PressError: an unknown press or parameter, a ratio outside [0, 1), parameters for several presses.
     """
@@ -85,7 +87,7 @@ def make_jobs(settings: Settings) -> list[Job]:
         check_ratio(ratio, "--compression_ratio")
     names: list[str] = []
     for name in settings.press:
-        names += [NO_PRESS, *press_names()] if name == "all" else [name]
+        names += [NO_PRESS, *press_names(kind="training-free")] if name == "all" else [name]
     names = list(dict.fromkeys(names))
     parameters = dict(settings.press_args)
     if parameters and len([name for name in names if name != NO_PRESS]) != 1:

@@ -26,6 +26,17 @@ class _Entry:
     inner: type[ScorerPress] | None = None
     changed: dict[str, Any] = field(default_factory=dict)  # of the press inside, or of the press if none is inside
 
+    @property
+    def classes(self) -> list[type[BasePress]]:
+        """The press and the one inside it."""
+        return [cls for cls in (self.cls, self.inner) if cls]
+
+    @property
+    def kind(self) -> str:
+        """``trained`` or ``calibrated`` where the press or the one inside it is."""
+        kinds = {cls.kind for cls in self.classes}
+        return next((kind for kind in ("trained", "calibrated") if kind in kinds), "training-free")
+
 
 _BY_NAME: dict[str, _Entry] = {}
 
@@ -73,9 +84,9 @@ def register(name: str, inner: type[ScorerPress] | None = None, **parameters: An
     return decorate
 
 
-def press_names() -> list[str]:
-    """The registered names, sorted; ``no_press`` is not one of them."""
-    return sorted(_BY_NAME)
+def press_names(*, kind: str | None = None) -> list[str]:
+    """The registered names, sorted: all, or those of a kind (:class:`PressInfo`); ``no_press`` is none of them."""
+    return [name for name, entry in sorted(_BY_NAME.items()) if kind in (None, entry.kind)]
 
 
 def make_press(name: str, compression_ratio: float, /, **parameters: Any) -> BasePress | None:
@@ -119,7 +130,7 @@ def parameters_of(name: str) -> dict[str, Field[Any]]:
     A parameter that both have is the wrapper's. Empty for a name that is not registered.
     """
     entry = _BY_NAME.get(name)
-    classes = [cls for cls in (entry.inner, entry.cls) if cls] if entry else []
+    classes = entry.classes[::-1] if entry else []
     return {f.name: f for cls in classes for f in _parameters(cls)}
 
 
@@ -155,8 +166,6 @@ def _info(name: str, entry: _Entry) -> PressInfo:
         inner = call(entry.inner, "compression_ratio", entry.changed)
         text = call(entry.cls, inner, {})
         own = ", ".join([f"press={inner}", *_described(entry.cls, {})])
-    classes = [cls for cls in (entry.cls, entry.inner) if cls]
-    kinds = [cls.kind for cls in classes]
     return PressInfo(
         name=name,
         class_name=entry.cls.__name__,
@@ -165,10 +174,10 @@ def _info(name: str, entry: _Entry) -> PressInfo:
         needs=line("Needs"),
         parameters=own,
         call=text,
-        kind=next((kind for kind in ("trained", "calibrated") if kind in kinds), "training-free"),
-        decodes=all(cls.decodes for cls in classes),
-        per_head=any(cls.per_head for cls in classes),
-        per_layer=any(cls.per_layer for cls in classes),
+        kind=entry.kind,
+        decodes=all(cls.decodes for cls in entry.classes),
+        per_head=any(cls.per_head for cls in entry.classes),
+        per_layer=any(cls.per_layer for cls in entry.classes),
     )
 
 
