@@ -98,8 +98,9 @@ class LayerView:
         carried: float32 ``[B, Hkv, T]``, what the press gave each token to carry (:class:`Kept`), NaN for those that
             have come since; None if it gave nothing.
         n_new: how many tokens have come since the press was asked last; all of them at the prefill.
-        hidden_states: ``[B, Q, hidden]``, what the attention layer was given for the tokens of ``queries``, where a
-            press asks for it and the prefill runs inside ``with press(model):``; else None.
+        hidden_states: ``[B, n, hidden]``, what the attention layer was given for the last n tokens of the text: for all
+            of it after a prefill, for those that have come since the press was asked last while decoding. None unless
+            a press asks for it, and the model runs inside ``with press(model):``.
         token_ids: int64 ``[B, T]`` after a prefill inside ``with press(model):``, else None.
         sliding_window: how many tokens back a query sees, or None for all.
         softcap: ``c`` where the model replaces attention logits by ``c * tanh(logits / c)``, else None.
@@ -174,15 +175,14 @@ class LayerView:
 
         def compute() -> LayerView:
             skipped = self.n_tokens - self.n_queries  # tokens whose queries are not here
-            asked = slice(max(0, start - skipped), max(0, stop - skipped))
             return replace(
                 self,
                 keys=self.keys[:, :, start:stop],
                 values=self.values[:, :, start:stop],
-                queries=self.queries[:, :, asked],
+                queries=self.queries[:, :, max(0, start - skipped) : max(0, stop - skipped)],
                 first_position=self.first_position + start,
                 positions=None if self.positions is None else self.positions[..., start:stop],
-                hidden_states=None if self.hidden_states is None else self.hidden_states[:, asked],
+                hidden_states=self._hidden_states_of(start, stop),
                 token_ids=None if self.token_ids is None else self.token_ids[:, start:stop],
                 _memo={},
             )
@@ -199,19 +199,25 @@ class LayerView:
             n_queries: tokens whose queries are looked at.
         """
         skipped = self.n_tokens - self.n_queries
-        asked = slice(max(0, stop - n_queries - skipped), max(0, stop - skipped))
         kept, end = self.take(chosen), self.first_position + stop
         return replace(
             self,
             keys=kept.keys,
             values=kept.values,
-            queries=self.queries[:, :, asked],
+            queries=self.queries[:, :, max(0, stop - n_queries - skipped) : max(0, stop - skipped)],
             first_position=end - chosen.shape[2],  # so that the queries, those of the last tokens, are in their places
             positions=chosen + self.first_position,
-            hidden_states=None if self.hidden_states is None else self.hidden_states[:, asked],
+            hidden_states=self._hidden_states_of(stop - n_queries, stop),
             token_ids=None,
             _memo={},
         )
+
+    def _hidden_states_of(self, start: int, stop: int) -> Tensor | None:
+        """Those of tokens ``start .. stop - 1`` that are there."""
+        if self.hidden_states is None:
+            return None
+        skipped = self.n_tokens - self.hidden_states.shape[1]
+        return self.hidden_states[:, max(0, start - skipped) : max(0, stop - skipped)]
 
     def of_head(self, row: int, head: int) -> LayerView:
         """What one head of one row holds, without empty slots: B and Hkv are 1; the same object every time."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +13,25 @@ import torch
 from huggingface_hub.errors import EntryNotFoundError
 from tests.contract.architectures import ARCHITECTURES, Architecture, tiny, tokens
 from tests.presses.weights import write_kvzap
-from tests.test_hidden_states import LookDeeper
+from tests.test_hidden_states import LookDeeper, projected
 from torch import Tensor
 
 from coldpress import (
     AdaKVPress,
+    BasePress,
     BlockPress,
     ChunkPress,
     DecodingPress,
+    Kept,
     KVzapPress,
     LayerView,
     PressedCache,
     catalogue,
     make_press,
 )
+from coldpress.budget import select_counts
 from coldpress.errors import PressError, UnreachableError
+from coldpress.pressing import prefilling
 
 KINDS = {"linear": None, "mlp": 12}
 
@@ -264,3 +268,89 @@ def test_no_published_weights(named: LayerView, monkeypatch: pytest.MonkeyPatch)
         PressError, match=r"no published weights for this model: there is no config.json in nvidia/KVzap"
     ):
         KVzapPress().score(named)
+
+
+# -- while decoding ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Threshold(BasePress):
+    """Evicts what scores too low and is not among the last four, every three tokens; remembers what it went by."""
+
+    press: KVzapPress
+    log: list[tuple[int, int, Tensor, Tensor]] = field(default_factory=list, compare=False)
+
+    @property
+    def n_recent_queries(self) -> int:
+        return 1
+
+    def is_due(self, n_new: int) -> bool:
+        return n_new >= 3
+
+    def compress(self, view: LayerView) -> Kept:
+        positions = view.positions
+        if positions is None:
+            positions = torch.arange(view.n_tokens).expand(view.keys.shape[:3])
+        scores = self.press.scores(view)
+        self.log.append((view.layer_idx, view.keys.shape[0], positions, scores))
+        is_kept = (scores > 0) | (positions >= view.end - 4)
+        slots = select_counts(is_kept & (positions >= 0), is_kept.sum(-1))
+        return view.take(slots)._replace(carry=scores.gather(2, slots.clamp(min=0)))
+
+    compress_again = compress
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "llama"])
+def test_a_press_around_it_can_go_on_while_decoding(name: str, tmp_path: Path) -> None:
+    """Every score it goes by is that of the hidden state with which the token came, whatever has gone since."""
+    model = tiny(name)
+    view = views_of(name, tokens(1, 5))[0]
+    folder, weights = of(view, tmp_path)
+    press, past = Threshold(KVzapPress(weights=folder)), PressedCache()
+    with projected(model) as seen, press(model):
+        for i, n in enumerate((19, 1, 1, 1, 5, 2, 1)):
+            model(tokens(2, n, seed=i), past_key_values=past)
+    hidden = [torch.cat(states, dim=1) for states in seen.values()]
+    assert past.seen_tokens == 30
+    for layer in (
+        0,
+        1,
+    ):  # at the prefill and three times after it, rows that differ one by one
+        assert sum(entry[1] for entry in press.log if entry[0] == layer) == 2 * 4
+    n_held = sum(int((layer.positions() >= 0).sum()) for layer in past.pressed_layers())
+    assert n_held < 0.8 * 2 * view.keys.shape[1] * 2 * 30
+    for layer, n_rows, positions, scores in press.log:
+        twin = replace(view, module=list(seen)[layer], keys=torch.zeros(2, view.keys.shape[1], 30, 1))
+        twins = expected(replace(twin, hidden_states=hidden[layer]), weights, "mlp")  # [2, Hkv, 30]
+        is_empty, at = positions < 0, positions.clamp(min=0)
+        assert any(
+            torch.allclose(scores.masked_fill(is_empty, 0), own.gather(2, at).masked_fill(is_empty, 0), atol=1e-4)
+            for own in ([twins] if n_rows == 2 else [twins[:1], twins[1:]])
+        )
+
+
+def test_decoding_outside_the_block_says_so(tmp_path: Path) -> None:
+    view = views_of("llama", tokens(1, 5))[0]
+    past = PressedCache(Threshold(KVzapPress(weights=of(view, tmp_path)[0])))
+    with prefilling(tiny("llama"), past):
+        tiny("llama")(tokens(1, 19), past_key_values=past)
+    with pytest.raises(PressError, match=r"looks at hidden states.*inside 'with press\(model\):'"):
+        tiny("llama")(tokens(1, 3), past_key_values=past)
+
+
+@pytest.mark.parametrize("dropped", [1, 2])
+def test_cropped_tokens_are_forgotten(tmp_path: Path, dropped: int) -> None:
+    model, view = tiny("llama"), views_of("llama", tokens(1, 5))[0]
+    logs = []
+    for first in (tokens(1, 2, seed=3)[:, : 2 - dropped], tokens(1, 2, seed=3)):
+        press, past = Threshold(KVzapPress(weights=of(view, tmp_path)[0])), PressedCache()
+        with press(model):
+            model(tokens(1, 19), past_key_values=past)
+            if first.shape[1]:
+                model(first, past_key_values=past)
+            past.crop(19 + 2 - dropped)
+            model(tokens(1, 4, seed=4), past_key_values=past)
+        logs.append([entry[3] for entry in press.log])
+    assert len(logs[0]) == 4
+    for own, other in zip(*logs, strict=True):
+        torch.testing.assert_close(own, other, atol=1e-5, rtol=0)

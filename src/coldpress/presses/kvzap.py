@@ -28,9 +28,10 @@ class KVzapPress(ScorerPress):
     is the input of the attention layer; each layer has weights of its own. Computed in the model's dtype. Scores are
     logarithms, comparable across heads and layers: made for a threshold, ``DMSPress(KVzapPress(), threshold=-4)``.
 
-    Source: Jegou and Jeblick 2026, arXiv:2601.07891, section 3. A score depends on nothing but its own token, so a view
-    of the newest tokens alone (``view.part``) can be scored while decoding; tokens whose hidden states are gone cannot
-    be scored again, so what chooses among older tokens has to carry the scores along.
+    While decoding only new tokens can be scored, older ones whose hidden states are gone keep the scores that the press
+    around has had them carry; so DMSPress can go on with it, and DecodingPress, which scores anew, cannot.
+
+    Source: Jegou and Jeblick 2026, arXiv:2601.07891, section 3.
 
     Needs: hidden states, and trained weights: those published as nvidia/KVzap-<model_type>-<model>, or a folder of
     yours. Cost: O(T * hidden * width) per layer.
@@ -59,11 +60,13 @@ class KVzapPress(ScorerPress):
     def score(self, view: LayerView) -> Tensor:
         require_block(self, view.hidden_states)
         assert view.hidden_states is not None
-        x = view.hidden_states.detach()
-        if x.shape[1] != view.n_tokens:
+        x = view.hidden_states[:, -view.n_tokens :].detach()
+        n_old = view.n_tokens - x.shape[1]
+        old = None if view.carried is None else view.carried[..., :n_old]
+        if n_old and (old is None or old.isnan().any()):
             raise PressError(
-                f"KVzapPress scores tokens by their hidden states, and those of {view.n_tokens - x.shape[1]} of "
-                f"{view.n_tokens} are gone."
+                f"KVzapPress scores tokens by their hidden states, and those of {n_old} of {view.n_tokens} are gone; "
+                "while decoding, a press around it has to carry their scores along (Kept.carry)."
             )
         n_heads = view.keys.shape[1] if view.whole is None else view.whole.keys.shape[1]
         first, *second = self._layer(view, x, n_heads)
@@ -71,7 +74,9 @@ class KVzapPress(ScorerPress):
         for weight, bias in second:
             scores = torch.nn.functional.linear(torch.nn.functional.gelu(scores), weight, bias)
         scores = scores.transpose(1, 2).float()  # [B, Hkv, T]
-        return scores if view.whole is None else scores[:, view.row_head[1]][:, None]
+        if view.whole is not None:
+            scores = scores[:, view.row_head[1]][:, None]
+        return scores if old is None or not n_old else torch.cat([old, scores], dim=-1)
 
     def _layer(self, view: LayerView, x: Tensor, n_heads: int) -> _Layer:
         """The linear maps for the layer of ``view``, in the dtype and on the device of ``x``."""
