@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import settings
 from tests.presses.made_up import made_up
+from tests.presses.weights import given_weights as given_weights
 
 from coldpress.presses.calibrated import Calibrated
 

@@ -162,7 +162,7 @@ def test_a_missing_artefact_says_what_to_do(folder: Path, named: PreTrainedModel
     with pytest.raises(PressError, match=message), QFilterPress(0.5)(named):
         pass
     with pytest.raises(PressError, match=message):  # of a press inside another one
-        make_press("qfilter", 0.5).prepare(named)
+        make_press("qfilter", 0.5).prepared(named)
     with pytest.raises(
         PressError, match=r"was not loaded from anywhere.*--output PATH, and give them: QFilterPress\(fil"
     ):

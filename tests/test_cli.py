@@ -137,6 +137,27 @@ def run(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str], monkeypa
 # The user's command lines
 
 
+def test_presses_that_need_the_model_refuse_batches_and_no_one_else_does(run: Run) -> None:
+    done = run("--press", "kvzip", "kvcompose", "knorm", "--batch_size", "2", "--max_length", "40", *QUALITY)
+    by_press = {record["press"]: record for record in done.records}
+    for name in ("kvzip", "kvcompose"):
+        assert by_press[name]["status"] == "failed"
+        assert "a batch of 2: run texts one by one" in by_press[name]["error"]
+    assert by_press["knorm"]["status"] == "ok"
+
+
+def test_a_press_with_a_tokenizer_is_recorded_without_it(run: Run) -> None:
+    done = run("--press", "kvzip_plus", "--speed_only", *SMALL)
+    assert done.code == 0, done.err
+    assert done.record["press_config"] == {
+        "compression_ratio": 0.5,
+        "layerwise": False,
+        "n_sink": 4,
+        "kvzip_plus_normalization": True,
+        "chunk_size": 2048,
+    }
+
+
 @pytest.mark.parametrize(
     ("arguments", "presses"),
     [

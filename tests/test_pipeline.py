@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.presses.others import WITH_RATIO
+from tests.presses.others import IN_BLOCK, WITH_RATIO
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -33,7 +33,9 @@ import coldpress
 from coldpress import (
     AdaKVPress,
     DecodingPress,
+    FinchPress,
     KnormPress,
+    KVzipPress,
     PrefillDecodingPress,
     PressedCache,
     SnapKVPress,
@@ -120,7 +122,8 @@ def test_without_a_press_it_is_the_models_own_greedy_answer(
     assert own_answer(pipe.model, tokenizer, CONTEXT) == own_answer(plain, tokenizer, CONTEXT)
 
 
-@pytest.mark.parametrize("name", WITH_RATIO)
+@pytest.mark.usefixtures("given_weights")
+@pytest.mark.parametrize("name", [*WITH_RATIO, *IN_BLOCK])
 def test_several_questions_are_answered_as_if_each_was_the_only_one(
     pipe: KVPressTextGenerationPipeline, name: str
 ) -> None:
@@ -132,6 +135,34 @@ def test_several_questions_are_answered_as_if_each_was_the_only_one(
         assert pipe(CONTEXT, question=question, press=press)["answer"] == answer
     assert pipe(CONTEXT, questions=QUESTIONS[::-1], press=press)["answers"] == together[::-1]
     assert pipe(CONTEXT, questions=[], press=press) == {"answers": []}
+
+
+def test_presses_that_speak_to_the_model_get_the_pipelines_tokenizer(
+    model: PreTrainedModel, tokenizer: Any, folder: Path
+) -> None:
+    model.config._name_or_path = ""  # a model made in memory
+    pipe = pipeline(TASKS[0], model=model, tokenizer=tokenizer, device="cpu", max_new_tokens=8)
+    expected, found = PressedCache(), [PressedCache(), PressedCache(KVzipPress(0.5))]
+    with torch.no_grad(), KVzipPress(0.5, tokenizer=tokenizer)(model):
+        model(encode(tokenizer, "<|endoftext|>" + CONTEXT), past_key_values=expected)
+    answers = [pipe(CONTEXT, question=QUESTIONS[0], press=KVzipPress(0.5), cache=found[0])]
+    answers.append(pipe(CONTEXT, question=QUESTIONS[0], cache=found[1]))
+    assert answers[0] == answers[1]
+    for past in found:
+        assert past.achieved_ratio() > 0.4
+        for ours, theirs in zip(past.pressed_layers(), expected.pressed_layers(), strict=True):
+            assert torch.equal(ours.positions(), theirs.positions())
+
+
+def test_finch_takes_the_question_with_the_context(pipe: KVPressTextGenerationPipeline, tokenizer: Any) -> None:
+    mark, question = tokenizer.eos_token, QUESTIONS[0]
+    cache, n_question = PressedCache(), encode(tokenizer, question).shape[1]
+    answer = pipe(
+        CONTEXT + mark + question, press=FinchPress(0.5, delimiter_token_id=tokenizer.eos_token_id), cache=cache
+    )
+    assert answer == pipe(CONTEXT + mark + question, press=FinchPress(0.5, window_size=n_question))
+    seen = cache.seen_tokens
+    assert cache.positions()[0, 0, -n_question:].tolist() == list(range(seen - n_question, seen))
 
 
 def test_the_context_is_read_once_and_the_question_stays_outside(

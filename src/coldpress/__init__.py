@@ -28,9 +28,15 @@ from coldpress.presses.duo_attention import DuoAttentionPress
 from coldpress.presses.entropy_gated_chunkkv import EntropyGatedChunkKVPress
 from coldpress.presses.expected_attention import ExpectedAttentionPress
 from coldpress.presses.expected_attention_with_stats import ExpectedAttentionStatsPress
+from coldpress.presses.fastkvzip import FastKVzipPress
+from coldpress.presses.finch import FinchPress
 from coldpress.presses.key_rerotation import KeyRerotationPress
 from coldpress.presses.keydiff import KeyDiffPress
 from coldpress.presses.knorm import KnormPress
+from coldpress.presses.kvcompose import KVComposePress
+from coldpress.presses.kvgrad import KVgradPress
+from coldpress.presses.kvzap import KVzapPress
+from coldpress.presses.kvzip import KVzipPress
 from coldpress.presses.lagkv import LagKVPress
 from coldpress.presses.leverage import LeverageScorePress
 from coldpress.presses.lukv import LUKVPress
@@ -79,7 +85,13 @@ __all__ = [
     "EntropyGatedChunkKVPress",
     "ExpectedAttentionPress",
     "ExpectedAttentionStatsPress",
+    "FastKVzipPress",
+    "FinchPress",
+    "KVComposePress",
     "KVPressTextGenerationPipeline",
+    "KVgradPress",
+    "KVzapPress",
+    "KVzipPress",
     "Kept",
     "KeyDiffPress",
     "KeyRerotationPress",

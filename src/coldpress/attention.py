@@ -30,7 +30,7 @@ from coldpress.errors import CacheError, MissingDependencyError, ModelError
 from coldpress.session import THREAD
 from coldpress.view import LayerCall
 
-__all__ = ["BACKENDS", "register", "underlying", "use_coldpress"]
+__all__ = ["BACKENDS", "place_of", "register", "underlying", "use_coldpress"]
 
 _UNKNOWN = ("position_bias", "head_mask", "indices", "block_indices", "sinks")  # arguments that only some models pass
 BACKENDS = {"coldpress": "sdpa", "coldpress_eager": "eager", "coldpress_fa2": "flash_attention_2"}
@@ -162,7 +162,7 @@ def _attention(
     visible = layer.visibility(query.shape[2], attention_mask, window)
     compute = {"sdpa": _sdpa, "flash_attention_2": _flash}.get(native, _eager)
     result = compute(module, query, key, value, visible, scaling, dropout if module.training else 0.0, **kwargs)
-    rank, n_layers, is_local = _place(module, layer.index)
+    rank, n_layers, is_local = place_of(module.config, layer.index)
     call = LayerCall(
         module=module,
         query=query,
@@ -210,9 +210,8 @@ def _unpressed(
     return attended
 
 
-def _place(module: nn.Module, index: int) -> tuple[int, int, bool]:
-    """This layer's place among the layers that are compressed, their number, and whether it is a local one itself."""
-    config: Any = module.config
+def place_of(config: Any, index: int) -> tuple[int, int, bool]:
+    """A layer's place among the layers that are compressed, their number, and whether it is a local one itself."""
     places = [i for i, kind in enumerate(getattr(config, "layer_types", None) or ()) if kind == "full_attention"]
     if not places:
         return index, config.num_hidden_layers, False

@@ -22,6 +22,7 @@ __all__ = [
     "best",
     "check_ratio",
     "checked",
+    "counts_together",
     "ends",
     "keep_count",
     "pack",
@@ -154,6 +155,22 @@ def adaptive_counts(scores: Tensor, n_keep: int, n_safe: int) -> Tensor:
     scores = checked(scores)
     left = scores[~best(scores, n_safe)].view(n_batch, n_heads, scores.shape[-1] - n_safe)
     return n_safe + best(left.flatten(1), n_heads * (n_keep - n_safe)).view_as(left).sum(-1)
+
+
+def counts_together(scores: Sequence[Tensor], n_keep: int, n_safe: int) -> list[Tensor]:
+    """:func:`adaptive_counts` where the heads of all layers compete for one budget.
+
+    Args:
+        scores: by layer, ``[B, Hkv, T]`` each.
+        n_keep: mean over layers and heads.
+        n_safe: least number of any head.
+
+    Returns:
+        int64 ``[B, Hkv]`` by layer, each on its layer's device.
+    """
+    together = torch.cat([part.to(scores[0].device) for part in scores], dim=1)  # [B, sum of Hkv, T]
+    counts = adaptive_counts(together, n_keep, n_safe).split([part.shape[1] for part in scores], dim=1)
+    return [own.to(part.device) for own, part in zip(counts, scores, strict=True)]
 
 
 def select_counts(scores: Tensor, counts: Tensor) -> Tensor:

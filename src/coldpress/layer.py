@@ -62,6 +62,7 @@ class PressedLayer(CacheLayerMixin):
         self._pairs_before = self._pairs_after = 0  # (row, head, token) triples before and after compression
         # of the newest tokens, [B, Hq, n, D] each, for a press that goes on while decoding
         self._recent: tuple[Tensor, ...] = ()
+        self._unseen: tuple[Tensor, ...] = ()  # hidden states since then, [B, n, hidden] each, where it needs them
         self.n_new = 0  # tokens since such a press was asked last
         self._thin: ThinKeys | None = None  # the first keys, where they are held in fewer channels; _k holds the others
         self._carry: Tensor | None = None  # [B, Hkv, n] float32, what the press gave its kept pairs to carry
@@ -155,6 +156,9 @@ class PressedLayer(CacheLayerMixin):
         if dropped and self._recent:
             queries = torch.cat(self._recent, dim=2)
             self._recent = (queries[:, :, : max(0, queries.shape[2] - dropped)],)
+        if dropped and self._unseen:
+            unseen = torch.cat(self._unseen, dim=1)
+            self._unseen = (unseen[:, : max(0, unseen.shape[1] - dropped)],)
         self.n_new = max(0, self.n_new - dropped)
 
     def cropped_length(self, max_length: int) -> int:
@@ -312,14 +316,19 @@ class PressedLayer(CacheLayerMixin):
         if is_prefill:
             return
         self.n_new += query.shape[2]
+        if call.hidden_states is not None:
+            self._unseen = (*self._unseen, call.hidden_states)
         if press.is_due(self.n_new):
             recent = torch.cat(self._recent, dim=2)[:, :, -n:]
-            groups = RowGroup.of_text_so_far(self, call, padding, recent)
+            unseen = torch.cat(self._unseen, dim=1) if self._unseen else None
+            if unseen is not None and unseen.shape[1] != self.n_new:  # some came outside 'with press(model):'
+                unseen = None
+            groups = RowGroup.of_text_so_far(self, call, padding, recent, unseen)
             kept = [press.compress_again(group.view) if group.view.n_queries else None for group in groups]
             if any(part is not None for part in kept):
                 self._hold(self, groups, kept)
                 self._recent = (recent,)
-            self.n_new = 0
+            self.n_new, self._unseen = 0, ()
 
     def compress_from(self, source: PressedLayer, groups: list[RowGroup]) -> bool:
         """Hold what this cache's press keeps of ``source``'s pairs (``source`` may be this layer); False if all.
@@ -407,7 +416,9 @@ class PressedLayer(CacheLayerMixin):
         is_empty, at, seen = slots < 0, slots.clamp(min=0), self._seen
         p = self.positions().gather(2, at).masked_fill(is_empty, -1).int()
         k, v = (states.gather(2, at[..., None].expand(-1, -1, -1, states.shape[3])) for states in (self._k, self._v))
+        recent = self._recent
         self._clear()
+        self._recent = recent
         self._k, self._v, self._kept = k, v, p
         self._stored, self._seen, self._tail_start = slots.shape[2], seen, seen
         self._pairs_before, self._pairs_after = before, int((~is_empty).sum())
@@ -469,7 +480,9 @@ class PressedLayer(CacheLayerMixin):
         if self._k is None or self._v is None:
             return
         rows = rows.to(self._k.device)
-        self._recent = tuple(part.index_select(0, rows) for part in self._recent)
+        self._recent, self._unseen = (
+            tuple(part.index_select(0, rows) for part in parts) for parts in (self._recent, self._unseen)
+        )
         self._k = self._k[:, :, : self._stored - self._n_thin].index_select(0, rows)
         self._thin = None if self._thin is None else self._thin.index_rows(rows)
         self._v = self._v[:, :, : self._stored].index_select(0, rows)

@@ -186,6 +186,9 @@ class KVPressTextGenerationPipeline(Pipeline):
         context_ids = inputs["context_ids"].to(self.model.device)
         cache = PressedCache(press) if cache is None else cache
         earlier = cache.seen_tokens
+        press = None if press is None else press.prepared(self.model, self.tokenizer)
+        if cache.press is not None:
+            cache.session.press = cache.press.prepared(self.model, self.tokenizer)
         if press is not None and cache.press != press:
             if cache.press is not None or earlier:
                 raise CacheError("The cache has another press or holds tokens; give an empty one, or no press.")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_utils import PreTrainedModel
@@ -16,7 +18,7 @@ from coldpress.attention import use_coldpress
 from coldpress.cache import PressedCache
 from coldpress.errors import CacheError, PressError
 from coldpress.layer import PressedLayer
-from coldpress.presses.base import require_block
+from coldpress.presses.base import parts, require_block
 from coldpress.session import THREAD, Session
 
 if TYPE_CHECKING:
@@ -42,12 +44,12 @@ def pressed(model: PreTrainedModel, press: BasePress) -> Iterator[None]:
         CacheError: a cache of another kind, or one that has a different press.
     """
     use_coldpress(model)
-    press.prepare(model)
     owner = threading.get_ident()
     if (owner, id(model)) in _ACTIVE:
         raise PressError("This model is inside another press's block; one press at a time.")
+    press = press.prepared(model)
     bound: list[Session] = []
-    prefill = _Prefill(model, [], press.needs_hidden_states, raises=True)
+    prefill = _Prefill(model, [], _looks_inside(press), raises=True)
 
     def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         if threading.get_ident() != owner or prefill.is_finishing:
@@ -59,14 +61,15 @@ def pressed(model: PreTrainedModel, press: BasePress) -> Iterator[None]:
             if parameter.kind is parameter.VAR_KEYWORD:
                 given |= given.pop(parameter.name, {})
         cache, use_cache = given.get("past_key_values"), given.get("use_cache")
+        prefill.caches = []  # those of this call alone, so that the block holds on to no other
         if cache is not None:
-            prefill.add(_bind(cache, press, bound))
+            prefill.caches = [_bind(cache, press, bound)]
             return None
         if use_cache is False or (use_cache is None and not getattr(module.config, "use_cache", True)):
             return None
         cache = PressedCache(press)
         bound.append(cache.session)
-        prefill.add(cache)
+        prefill.caches = [cache]
         if "past_key_values" not in signature.parameters:
             return args, {**kwargs, "past_key_values": cache}
         call.arguments["past_key_values"] = cache
@@ -86,11 +89,22 @@ def pressed(model: PreTrainedModel, press: BasePress) -> Iterator[None]:
 def prefilling(model: PreTrainedModel, *caches: PressedCache) -> AbstractContextManager[Any]:
     """A block in which the presses of empty ``caches`` are shown what they need of ``model`` beside keys and values.
 
-    For several caches that one prefill fills; ``with press(model):`` does the same for one press. A press that fails in
-    :meth:`BasePress.finish` breaks its own cache, which raises the error at its next use.
+    For several caches that one prefill fills, the one that it is called with among them; ``with press(model):`` does
+    the same for one press. A press that cannot be prepared or fails in :meth:`BasePress.finish` breaks its own cache,
+    which raises the error at its next use.
     """
-    presses = [cache.press for cache in caches if cache.press is not None]
-    return _Prefill(model, list(caches), any(press.needs_hidden_states for press in presses), raises=False)
+    for cache in caches:
+        if cache.press is not None:
+            try:
+                cache.session.press = cache.press.prepared(model)
+            except Exception as error:
+                cache.session.error = error
+    looks_inside = any(_looks_inside(cache.press) for cache in caches if cache.press is not None)
+    return _Prefill(model, list(caches), looks_inside, raises=False)
+
+
+def _looks_inside(press: BasePress) -> bool:
+    return any(part.needs_hidden_states for part in parts(press))
 
 
 class _Prefill:
@@ -98,7 +112,7 @@ class _Prefill:
 
     Args:
         model: runs the prefill.
-        caches: that it fills; others may be added before it.
+        caches: that it fills; another list may take its place before each call.
         needs_hidden_states: of any of their presses.
         raises: whether what goes wrong in finishing is raised at once too.
     """
@@ -106,15 +120,14 @@ class _Prefill:
     def __init__(self, model: PreTrainedModel, caches: list[PressedCache], needs_hidden_states: bool, raises: bool):
         base = getattr(model, "base_model", None)
         self.backbone: nn.Module = base if isinstance(base, nn.Module) else model
+        decoder = getattr(self.backbone, "decoder", None)
+        if isinstance(decoder, nn.Module):  # OPT's head calls what is inside the base
+            self.backbone = decoder
         self.caches, self.needs_hidden_states, self.raises = caches, needs_hidden_states, raises
         self.is_finishing = False
         self.under_way: list[PressedCache] = []
         self.owner = threading.get_ident()
         self.stack = ExitStack()
-
-    def add(self, cache: PressedCache) -> None:
-        if all(cache.session is not other.session for other in self.caches):
-            self.caches.append(cache)
 
     def __enter__(self) -> None:
         with ExitStack() as stack:
@@ -128,34 +141,60 @@ class _Prefill:
     def __exit__(self, *error: object) -> None:
         self.stack.close()
         THREAD.hidden_states = None
+        self._begin([], None)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if threading.get_ident() != self.owner or self.is_finishing:
             return
         given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-        self.under_way = [cache for cache in self.caches if cache.press is not None and not cache.seen_tokens]
+        ids, mask = given.get("input_ids"), given.get("attention_mask")
+        self._begin([cache for cache in self.caches if not cache.seen_tokens], ids)
         for cache in self.under_way:
-            cache.session.token_ids = given.get("input_ids")
+            if cache.press is None or not cache.press.needs_model or cache.session.error is not None:
+                continue
+            try:
+                require_block(cache.press, ids)
+                assert ids is not None
+                has_padding = isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.all())
+                cache.press.check_prefill(ids, has_padding)
+            except PressError as error:
+                if self.raises:
+                    raise
+                cache.session.error = error
+
+    def _begin(self, caches: list[PressedCache], ids: Tensor | None) -> None:
+        """``caches`` are filled from ``ids`` now, and those of an earlier call no longer, even if it failed."""
+        for cache in self.under_way:
+            cache.session.token_ids = None
+        self.under_way = caches
+        for cache in caches:
+            cache.session.token_ids = ids
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if threading.get_ident() != self.owner or self.is_finishing:
             return
-        caches, self.under_way = self.under_way, []
-        for cache in caches:
-            ids, cache.session.token_ids = cache.session.token_ids, None
-            if cache.press is None or not cache.press.needs_model or cache.session.error is not None:
+        done = [(cache, cache.session.token_ids) for cache in self.under_way]
+        self._begin([], None)
+        for cache, ids in done:
+            press = cache.press
+            if press is None or not (press.needs_model or press.chooses_together) or cache.session.error is not None:
                 continue
             self.is_finishing = True
             try:
-                require_block(cache.press, ids)
-                assert ids is not None
-                cache.press.finish(cache, self.backbone, ids)
+                with torch.no_grad():
+                    if press.needs_model:
+                        assert ids is not None
+                        press.finish(cache, self.backbone, ids)
+                    if press.chooses_together:
+                        press.choose_together(cache)
             except Exception as error:
                 cache.session.error = error
                 if self.raises:
                     raise
+                traceback.clear_frames(error.__traceback__)  # they hold tensors that the others may need room for
             finally:
                 self.is_finishing = False
+                THREAD.hidden_states = None
 
     def _show(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs.get("hidden_states")
@@ -184,6 +223,8 @@ def _bind(cache: Any, press: BasePress, bound: list[Session]) -> PressedCache:
         bound.append(session)
     elif session.press != press:
         raise CacheError(f"This cache has a press of its own, {session.press!r}; give it a cache without one.")
+    else:
+        session.press = press  # equal, and prepared
     return cache if isinstance(cache, PressedCache) else PressedCache.around(session, cache.layers)
 
 

@@ -69,7 +69,7 @@ class RowGroup:
 
     @classmethod
     def of_text_so_far(
-        cls, layer: PressedLayer, call: LayerCall, padding: Tensor | None, queries: Tensor
+        cls, layer: PressedLayer, call: LayerCall, padding: Tensor | None, queries: Tensor, unseen: Tensor | None = None
     ) -> list[RowGroup]:
         """Take what ``layer`` holds while decoding apart into groups of rows with as many pairs in every head.
 
@@ -81,6 +81,7 @@ class RowGroup:
             call: the last attention call.
             padding: bool ``[B, seen]``, False where a token is padding; None if there is none.
             queries: ``[B, Hq, Q, D]`` of the last Q tokens, padding included.
+            unseen: ``[B, n, hidden]``, hidden states of the last n, padding included.
         """
         keys, values = layer.keys, layer.values
         assert keys is not None and values is not None
@@ -88,24 +89,29 @@ class RowGroup:
         at = layer.positions()  # [B, Hkv, T] in the input, -1 for an empty slot
         is_held, position = at >= 0, at
         seen, n_queries, carried = layer.get_seq_length(), queries.shape[2], layer.carried()
-        lengths, query_counts = [seen] * n_batch, [n_queries] * n_batch
+        n_unseen = 0 if unseen is None else unseen.shape[1]
+        lengths, query_counts, unseen_counts = ([n] * n_batch for n in (seen, n_queries, n_unseen))
         if padding is not None:
             rank = (padding.cumsum(-1) - 1)[:, None].expand(n_batch, n_heads, -1)
             position = rank.gather(2, at.clamp(min=0))
             is_held = is_held & padding[:, None].expand(n_batch, n_heads, -1).gather(2, at.clamp(min=0))
-            lengths, query_counts = padding.sum(-1).tolist(), padding[:, seen - n_queries :].sum(-1).tolist()
+            lengths, query_counts, unseen_counts = (
+                padding[:, seen - n :].sum(-1).tolist() for n in (seen, n_queries, n_unseen)
+            )
         reach = seen
         if call.sliding_window is not None:
             reach = max(1, call.sliding_window - 1)
             oldest = torch.tensor(lengths, device=device)[:, None, None] - reach
             is_held = is_held & (position >= oldest)
         counts = is_held.sum(-1)  # [B, Hkv]
-        keyed: dict[tuple[int, int, tuple[int, ...]], list[int]] = {}
-        for row, (length, n, heads) in enumerate(zip(lengths, query_counts, counts.tolist(), strict=True)):
+        keyed: dict[tuple[int, int, int, tuple[int, ...]], list[int]] = {}
+        for row, (length, n, new, heads) in enumerate(
+            zip(lengths, query_counts, unseen_counts, counts.tolist(), strict=True)
+        ):
             if max(heads) > 0:
-                keyed.setdefault((length, n if min(heads) > 0 else 0, tuple(heads)), []).append(row)
+                keyed.setdefault((length, n if min(heads) > 0 else 0, new, tuple(heads)), []).append(row)
         groups = []
-        for (length, n, heads), members in keyed.items():
+        for (length, n, _, heads), members in keyed.items():
             rows, longest = torch.tensor(members, device=device), max(heads)
             order = (~is_held[rows]).to(torch.uint8).argsort(dim=-1, stable=True)[..., :longest]  # the held ones first
             is_ragged = min(heads) < longest
@@ -124,6 +130,11 @@ class RowGroup:
             if carried is not None:
                 view.carried = carried[rows].gather(2, order)
             view.n_new = layer.n_new
+            if unseen is not None:
+                view.hidden_states = unseen[rows]
+                if padding is not None:
+                    last = torch.stack([padding[row, seen - n_unseen :].nonzero()[:, 0] for row in members])
+                    view.hidden_states = _take(unseen[:, None], rows, last)[:, 0]
             n_pairs = len(members) * n_heads * min(length, reach)
             groups.append(cls(rows, at[rows].gather(2, order), view, n_pairs))
         return groups

@@ -12,7 +12,7 @@ is scored head by head (:meth:`LayerView.of_head`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -103,7 +103,9 @@ class LayerView:
         carried: float32 ``[B, Hkv, T]``, what the press gave each token to carry (:class:`Kept`), NaN for those that
             have come since; None if it gave nothing.
         n_new: how many tokens have come since the press was asked last; all of them at the prefill.
-        hidden_states: ``[B, Q, hidden]``, what the attention layer was given, for presses that ask for it.
+        hidden_states: ``[B, n, hidden]``, what the attention layer was given for the last n tokens of the text: for all
+            of it after a prefill, for those that have come since the press was asked last while decoding. None unless
+            a press asks for it, and the model runs inside ``with press(model):``.
         token_ids: int64 ``[B, T]`` after a prefill inside ``with press(model):``, else None.
         sliding_window: how many tokens back a query sees, or None for all.
         softcap: ``c`` where the model replaces attention logits by ``c * tanh(logits / c)``, else None.
@@ -185,7 +187,7 @@ class LayerView:
                 queries=self.queries[:, :, max(0, start - skipped) : max(0, stop - skipped)],
                 first_position=self.first_position + start,
                 positions=None if self.positions is None else self.positions[..., start:stop],
-                hidden_states=None,
+                hidden_states=self._hidden_states_of(start, stop),
                 token_ids=None if self.token_ids is None else self.token_ids[:, start:stop],
                 _memo={},
             )
@@ -210,10 +212,17 @@ class LayerView:
             queries=self.queries[:, :, max(0, stop - n_queries - skipped) : max(0, stop - skipped)],
             first_position=end - chosen.shape[2],  # so that the queries, those of the last tokens, are in their places
             positions=chosen + self.first_position,
-            hidden_states=None,
+            hidden_states=self._hidden_states_of(stop - n_queries, stop),
             token_ids=None,
             _memo={},
         )
+
+    def _hidden_states_of(self, start: int, stop: int) -> Tensor | None:
+        """Those of tokens ``start .. stop - 1`` that are there."""
+        if self.hidden_states is None:
+            return None
+        skipped = self.n_tokens - self.hidden_states.shape[1]
+        return self.hidden_states[:, max(0, start - skipped) : max(0, stop - skipped)]
 
     def of_head(self, row: int, head: int) -> LayerView:
         """What one head of one row holds, without empty slots: B and Hkv are 1; the same object every time."""
@@ -288,6 +297,16 @@ class LayerView:
         """
         n = self.n_queries if n_queries is None else min(n_queries, self.n_queries)
         return self.once(("attention_column_sums", n), lambda: self._column_sums(self.n_queries - n))
+
+    def attention_blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """Attention weights of all queries, block by block: the first query of each, float32 ``[B, Hkv, G, n, T']``.
+
+        Keys that no query of a block sees may be left out at the end.
+        """
+        n_batch, n_heads = self.queries.shape[:2]
+        block = min(1024, at_once(self.queries.device, n_batch * n_heads * self.n_tokens))
+        for start in range(0, self.n_queries, block):
+            yield start, self._attention(start, min(start + block, self.n_queries))
 
     def unrotated_queries(self) -> Tensor:
         """The queries as they were before rotary embedding, float32 ``[B, Hq, Q, D]``.

@@ -19,6 +19,7 @@ from coldpress import (
     BasePress,
     Kept,
     KnormPress,
+    KVComposePress,
     LayerView,
     PressedCache,
     RandomPress,
@@ -26,7 +27,7 @@ from coldpress import (
     SnapKVPress,
     ThinKPress,
 )
-from coldpress.errors import SelfCheckError
+from coldpress.errors import PressError, SelfCheckError
 from coldpress.eval.prefix import PrefixRun
 from coldpress.eval.windows import plan_prefix
 from coldpress.presses.registry import make_press
@@ -80,7 +81,7 @@ def test_the_baseline_is_one_forward_of_the_uncompressed_model(
     assert "delta_nll" not in record
 
 
-@pytest.mark.parametrize("name", WITH_RATIO)
+@pytest.mark.parametrize("name", [*WITH_RATIO, "kvcompose"])
 def test_a_press_is_scored_like_a_prefill_and_a_forward_of_its_own(
     model: PreTrainedModel, text: Tensor, name: str
 ) -> None:
@@ -93,8 +94,9 @@ def test_a_press_is_scored_like_a_prefill_and_a_forward_of_its_own(
         window = text[None, start : start + width]
         cache, whole = PressedCache(press), PressedCache()
         with torch.no_grad():
-            for each in (cache, whole):
-                model(window[:, :CONTEXT], past_key_values=each)
+            with press(model):
+                model(window[:, :CONTEXT], past_key_values=cache)
+            model(window[:, :CONTEXT], past_key_values=whole)
             kept.append([layer.positions() for layer in cache.pressed_layers()])
             logits = model(window[:, CONTEXT:-1], past_key_values=cache).logits[0]
             base = model(window[:, CONTEXT:-1], past_key_values=whole).logits[0]
@@ -192,6 +194,24 @@ def test_all_presses_share_one_prefill_of_each_window(model: PreTrainedModel, te
     n_zeros = 1  # the presses at ratio 0 share one cache, and are scored once; in the first window only
     assert lengths.count(TARGET - 1) == n_windows * (1 + len(presses)) + n_zeros
     assert len(lengths) == lengths.count(CONTEXT) + lengths.count(TARGET - 1) + 1
+
+
+def test_presses_that_run_the_model_again_beside_others(model: PreTrainedModel, text: Tensor) -> None:
+    presses: list[BasePress] = [KVComposePress(0.5), KnormPress(0.5), KVComposePress(0.7, structured=False)]
+    run, together = measure(model, presses, [text[:200]])
+    for press, result in zip(presses, together[1:], strict=True):
+        _, (_, alone) = measure(model, [press], [text[:200]])
+        assert only(result)["kept_hash"] == only(alone)["kept_hash"]
+        assert nlls(result) == pytest.approx(nlls(alone), rel=1e-6)
+    assert run.is_complete
+
+
+def test_a_batch_is_an_error_of_the_presses_that_need_the_model(model: PreTrainedModel, text: Tensor) -> None:
+    presses: list[BasePress] = [KVComposePress(0.5), KnormPress(0.5)]
+    _, (baseline, failed, record) = measure(model, presses, [text], batch_size=2)
+    assert isinstance(failed, PressError) and "a batch of 2" in str(failed) and "batch_size 1" in str(failed)
+    _, (alone, other) = measure(model, [KnormPress(0.5)], [text], batch_size=2)
+    assert nlls(record) == nlls(other) and nlls(baseline) == nlls(alone)
 
 
 # Alarms

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from tests.contract.architectures import tiny, tokens
+from tests.presses.others import IN_BLOCK
 
 from coldpress import (
     AdaKVPress,
@@ -19,7 +20,7 @@ from coldpress import (
 )
 from coldpress.errors import PressError
 
-with_a_ratio = press_names(kind="training-free", has_ratio=True)
+with_a_ratio = [name for name in press_names(kind="training-free", has_ratio=True) if name not in IN_BLOCK]
 
 
 def prefilled(press: ScorerPress, n_tokens: int = 60, rows: int = 1) -> PressedCache:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tests.contract.architectures import BY_NAME, Look, tiny, tokens
+from tests.presses.replays import Words
 from tests.presses.views import view_of, views_of
 from transformers import QuantizedCache
 from transformers.cache_utils import Cache, QuantizedLayer
@@ -295,6 +296,7 @@ def test_short_prompts_on_any_backend(name: str, attention: str) -> None:
     model = BY_NAME["gpt_neox"].build(attention)
     press = make_press(name, 0.5)
     assert press is not None
+    press = press.prepared(model, Words())
     for n_tokens in (1, 2, 3, 5, 17):
         with press(model):
             past = model(tokens(1, n_tokens)).past_key_values

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from coldpress.cache import PressedCache
 from coldpress.errors import SelfCheckError
-from coldpress.presses.base import BasePress, ScorerPress
+from coldpress.presses.base import BasePress, BudgetPress
 from coldpress.view import Place
 
 __all__ = ["check_stored_pairs", "release"]
@@ -32,7 +32,7 @@ def check_stored_pairs(
         SelfCheckError: more or fewer are stored.
     """
     windows = [layer._window for layer in (source or cache).pressed_layers()]
-    if not isinstance(press, ScorerPress) or any(window is not None for window in windows):
+    if not isinstance(press, BudgetPress) or any(window is not None for window in windows):
         return
     layers = [layer for layer in cache.pressed_layers() if layer.is_initialized]
     positions = [layer.positions() for layer in layers]  # [B, Hkv, T]

@@ -25,7 +25,7 @@ from coldpress.eval.checks import check_stored_pairs, release
 from coldpress.eval.metrics import paired_difference, perplexity, quantiles
 from coldpress.eval.perplexity import BLOCK_TOKENS, forward, token_losses
 from coldpress.eval.windows import PrefixPlan
-from coldpress.presses.base import BasePress, ScorerPress
+from coldpress.presses.base import BasePress, BudgetPress
 from coldpress.pressing import prefilling
 
 __all__ = ["Point", "PrefixRun"]
@@ -105,11 +105,11 @@ class PrefixRun:
         context = self.plan.context
         inputs, wanted = ids[:, context:-1], ids[:, context + 1 :]
         alive = [point for point in self.points if point.error is None]
-        scorers = [p.press for p in alive if isinstance(p.press, ScorerPress) and p.press.exact_at_0]
+        scorers = [p.press for p in alive if isinstance(p.press, BudgetPress) and p.press.exact_at_0]
         zeros = list(dict.fromkeys(press.with_ratio(0.0) for press in scorers)) if is_first else []
         full = PressedCache()
         branches = full.branches([*(point.press for point in alive), *zeros])
-        with prefilling(self.model, *branches):
+        with prefilling(self.model, full, *branches):
             forward(self.model, ids[:, :context], full, keep=1)  # the one prefill
         if is_first:
             self._describe(self.baseline, full)
@@ -139,7 +139,7 @@ class PrefixRun:
                 self._check_zero(zero, measured[held], base.losses)
             except Exception as error:
                 for point in alive:
-                    if isinstance(point.press, ScorerPress) and point.press.with_ratio(0.0) == zero:
+                    if isinstance(point.press, BudgetPress) and point.press.with_ratio(0.0) == zero:
                         point.error = point.error or release(error)
         return scores
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 import traceback
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from coldpress.eval.results import SCHEMA_VERSION, environment
@@ -69,10 +69,13 @@ def make_records(run: Run) -> list[dict[str, Any]]:
 
 
 def _config(press: BasePress | None) -> dict[str, Any] | None:
-    """The parameters of a press, without the budgets that it was not given."""
+    """The parameters of a press, without the budgets that it was not given, and without the model's tokenizer."""
     if press is None:
         return None
-    return asdict(press, dict_factory=lambda items: {k: v for k, v in items if k not in BUDGETS or v is not None})  # type: ignore[call-overload]
+    if hasattr(press, "tokenizer"):
+        press = replace(press, tokenizer=None)  # type: ignore[type-var]
+    unset = (*BUDGETS, "tokenizer")
+    return asdict(press, dict_factory=lambda items: {k: v for k, v in items if k not in unset or v is not None})  # type: ignore[call-overload]
 
 
 def _is_complete(run: Run, job: Job) -> bool:

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,9 +67,10 @@ def evaluate(settings: Settings, command: str) -> tuple[list[dict[str, Any]], bo
         attn_implementation=settings.attn_implementation,
         revision=settings.revision,
     )
-    for job in jobs:
-        if job.press is not None:
-            job.press.prepare(loaded.model)
+    jobs = [
+        job if job.press is None else replace(job, press=job.press.prepared(loaded.model, loaded.tokenizer))
+        for job in jobs
+    ]
     plan = make_plan(settings, corpus, loaded.tokenizer, loaded.max_positions)
     loaded.check_ids(plan.documents)
     run = Run(settings, jobs, corpus, loaded, plan, command)

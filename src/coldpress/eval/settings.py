@@ -81,6 +81,8 @@ def make_jobs(settings: Settings) -> list[Job]:
     ``all`` is every press that needs nothing but the model; name the calibrated and the trained ones. ``no_press`` is
     measured once.
 
+    ``all`` is every press that needs nothing but the model; name the calibrated and the trained ones.
+
     Raises:
         PressError: an unknown press or parameter, a ratio outside [0, 1), parameters for several presses.
     """

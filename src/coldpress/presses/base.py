@@ -19,10 +19,22 @@ from coldpress.view import Kept, LayerView, Place
 if TYPE_CHECKING:
     from coldpress.cache import PressedCache
 
-__all__ = ["BUDGETS", "BasePress", "ScorerPress", "check_at_least", "check_between", "numbers_of"]
+__all__ = [
+    "BUDGETS",
+    "BasePress",
+    "BudgetPress",
+    "ScorerPress",
+    "check_at_least",
+    "check_between",
+    "numbers_of",
+    "parts",
+    "require_block",
+    "require_one_layer",
+]
 
 BUDGETS = ("budget_tokens", "budget_bytes")  # what may say how much is kept, instead of a ratio
-_S = TypeVar("_S", bound="ScorerPress")
+_B = TypeVar("_B", bound="BasePress")
+_S = TypeVar("_S", bound="BudgetPress")
 
 
 class BasePress:
@@ -41,8 +53,11 @@ class BasePress:
         decodes: can choose among the pairs of a text that goes on, so that a decoding schedule may use it.
         per_head, per_layer: heads of a layer, or layers, may keep different numbers of pairs.
         has_ratio: takes a ``compression_ratio``; if not, parameters of its own and the text decide how much is kept.
-        needs_hidden_states: looks at ``view.hidden_states``: the prefill has to run inside ``with press(model):``.
+        needs_hidden_states: looks at ``view.hidden_states``: the prefill has to run inside ``with press(model):``. A
+            wrapper need not say it for the press inside it.
         needs_model: runs the model by itself after the prefill (:meth:`finish`), inside ``with press(model):`` too.
+        chooses_together: chooses among the pairs of all layers when the prefill is over (:meth:`choose_together`),
+            inside ``with press(model):`` too.
     """
 
     kind: ClassVar[Literal["training-free", "calibrated", "trained"]] = "training-free"
@@ -52,24 +67,40 @@ class BasePress:
     has_ratio: ClassVar[bool] = False
     needs_hidden_states: ClassVar[bool] = False
     needs_model: ClassVar[bool] = False
+    chooses_together: ClassVar[bool] = False
 
     def compress(self, view: LayerView) -> Kept | None:
         """What is kept of ``view``, right after the prefill; None keeps everything."""
         raise NotImplementedError(f"{type(self).__name__} must define compress(view)")
 
-    def prepare(self, model: nn.Module) -> None:
-        """Look up what the press and those inside it need of ``model``, before it runs.
+    def prepared(self: _B, model: PreTrainedModel, tokenizer: Any = None) -> _B:
+        """The same press with what it and those inside it need to know of ``model``, asked for before that runs.
+
+        Args:
+            model: what will run the prefill.
+            tokenizer: the model's, where somebody has it at hand.
 
         Raises:
             PressError: something is missing; says how to get it.
         """
-        for value in vars(self).values():
-            for press in value if isinstance(value, (list, tuple)) else [value]:
-                if isinstance(press, BasePress):
-                    press.prepare(model)
+        found: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            for press in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(press, BasePress) and (ready := press.prepared(model, tokenizer)) is not press:
+                    before = found.get(name, value)
+                    if isinstance(value, (list, tuple)):
+                        found[name] = tuple(ready if own is press else own for own in before)
+                    else:
+                        found[name] = ready
+        return replace(self, **found) if found else self  # type: ignore[type-var]
+
+    def check_prefill(self, token_ids: Tensor, has_padding: bool) -> None:
+        """Raise :class:`PressError` if :meth:`finish` could not compress this prefill; asked before it begins."""
 
     def finish(self, cache: PressedCache, model: nn.Module, token_ids: Tensor) -> None:
         """Compress ``cache``, which holds all of the prefill, with the help of the model; for ``needs_model`` presses.
+
+        Runs without gradients unless it asks for them; what it runs of the model is no prefill to anybody.
 
         Args:
             cache: what to compress, by :meth:`coldpress.layer.PressedLayer.keep` of each of its layers.
@@ -78,6 +109,14 @@ class BasePress:
             token_ids: int64 ``[B, T]``, what the prefill was given.
         """
         raise NotImplementedError(f"{type(self).__name__} must define finish(cache, model, token_ids)")
+
+    def choose_together(self, cache: PressedCache) -> None:
+        """Compress ``cache``, which holds all of the prefill, by what :meth:`compress` had its pairs carry.
+
+        For ``chooses_together`` presses, whose :meth:`compress` keeps everything, with a number for each pair
+        (``Kept.carry``); ``layer.carried()`` gives these back, and ``layer.keep(slots)`` evicts.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define choose_together(cache)")
 
     # -- a press that goes on while decoding (see DecodingPress) ---------------------------------------------------
 
@@ -104,12 +143,8 @@ class BasePress:
 
 
 @dataclass(frozen=True)
-class ScorerPress(BasePress):
-    """Keep the pairs with the largest scores; subclasses define :meth:`score`.
-
-    Three questions, each with a method of its own, so that wrappers can change one and leave the others alone: which
-    pairs matter (:meth:`scores`), how many are kept (:meth:`keep_of`, :meth:`protected`), which ones these are
-    (:meth:`choose`). Only a press that stores something else than the chosen pairs overrides :meth:`compress`.
+class BudgetPress(BasePress):
+    """A press that is told how many pairs to keep; :class:`ScorerPress` for those that score one layer at a time.
 
     Args:
         compression_ratio: fraction of the pairs to remove, in [0, 1).
@@ -118,12 +153,9 @@ class ScorerPress(BasePress):
             instead of a ratio.
     """
 
-    decodes = True
     has_ratio = True
 
-    estimates_attention: ClassVar[bool] = False  # scores are attention weights: not negative, comparable across heads
     exact_at_0: ClassVar[bool] = True  # at ratio 0 the cache is the uncompressed one
-    needs_all_queries: ClassVar[bool] = False  # score(view) needs the query of every token of the view
 
     compression_ratio: float = 0.0
     budget_tokens: int | None = field(default=None, kw_only=True)
@@ -131,7 +163,7 @@ class ScorerPress(BasePress):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.__repr__ = ScorerPress.__repr__  # type: ignore[method-assign]  # dataclass would make one of its own
+        cls.__repr__ = BudgetPress.__repr__  # type: ignore[method-assign]  # dataclass would make one of its own
 
     def __repr__(self) -> str:
         shown = [f for f in fields(self) if f.repr and (f.name not in BUDGETS or getattr(self, f.name) is not None)]
@@ -140,10 +172,6 @@ class ScorerPress(BasePress):
     def __post_init__(self) -> None:
         check_ratio(self.compression_ratio)
         check_budget(self)
-
-    def score(self, view: LayerView) -> Tensor:
-        """Scores ``[B, Hkv, T]`` in float32; larger = keep. Must not depend on ``compression_ratio``."""
-        raise NotImplementedError(f"{type(self).__name__} must define score(view)")
 
     def keep_of(self, n_tokens: int, place: Place) -> int:
         """How many of ``n_tokens`` pairs a head of the layer at ``place`` keeps: the mean if its heads differ."""
@@ -167,19 +195,15 @@ class ScorerPress(BasePress):
             return min(n_tokens, self.budget_bytes // token_bytes)
         return keep_count(n_tokens, self.compression_ratio)
 
+    def layers_differ(self) -> bool:
+        """Whether :meth:`keep_of` depends on the layer."""
+        return type(self).keep_of is not BudgetPress.keep_of
+
     def keep(self, view: LayerView) -> int:
         """How many pairs a head of this layer keeps, 1 <= n <= T: the mean if its heads differ."""
         if view.positions is None:
             return self.keep_of(view.n_tokens, view.place)
         return min(view.n_tokens, self.keep_of(view.end, view.place))  # while decoding: of the text so far
-
-    def layers_differ(self) -> bool:
-        """Whether :meth:`keep_of` depends on the layer."""
-        return type(self).keep_of is not ScorerPress.keep_of
-
-    def protected(self, view: LayerView) -> tuple[int, int]:
-        """How many of the first and of the last tokens of the text are kept whatever their score."""
-        return 0, 0
 
     def with_ratio(self: _S, compression_ratio: float) -> _S:
         """The same press at another ratio, which takes the place of any budget."""
@@ -189,6 +213,32 @@ class ScorerPress(BasePress):
         """The same press with ``compression_ratio``, ``budget_tokens`` or ``budget_bytes`` instead of what it had."""
         nothing: dict[str, Any] = {"compression_ratio": 0.0, "budget_tokens": None, "budget_bytes": None}
         return replace(self, **(nothing | budget))
+
+
+@dataclass(frozen=True)
+class ScorerPress(BudgetPress):
+    """Keep the pairs with the largest scores; subclasses define :meth:`score`.
+
+    Three questions, each with a method of its own, so that wrappers can change one and leave the others alone: which
+    pairs matter (:meth:`scores`), how many are kept (:meth:`keep_of`, :meth:`protected`), which ones these are
+    (:meth:`choose`). Only a press that stores something else than the chosen pairs overrides :meth:`compress`.
+
+    Args:
+        compression_ratio, budget_tokens, budget_bytes: as in :class:`BudgetPress`.
+    """
+
+    decodes = True
+
+    estimates_attention: ClassVar[bool] = False  # scores are attention weights: not negative, comparable across heads
+    needs_all_queries: ClassVar[bool] = False  # score(view) needs the query of every token of the view
+
+    def score(self, view: LayerView) -> Tensor:
+        """Scores ``[B, Hkv, T]`` in float32; larger = keep. Must not depend on ``compression_ratio``."""
+        raise NotImplementedError(f"{type(self).__name__} must define score(view)")
+
+    def protected(self, view: LayerView) -> tuple[int, int]:
+        """How many of the first and of the last tokens of the text are kept whatever their score."""
+        return 0, 0
 
     def scores(self, view: LayerView) -> Tensor:
         """What :meth:`choose` goes by: :meth:`score`, computed once per view for all ratios."""
@@ -229,13 +279,31 @@ class ScorerPress(BasePress):
 def require_block(press: BasePress, needed: object) -> None:
     """Raise :class:`PressError` if what a press needs of the model is not there, because nothing has shown it."""
     if needed is None:
-        what = "runs the model again on the tokens of" if press.needs_model else "looks at more of the model than"
+        what, how = "looks at hidden states, which a cache by itself is not shown", ""
+        if press.needs_model:
+            what, how = "runs the model again on the tokens of the prefill", ", with input_ids"
+        raise PressError(f"{type(press).__name__} {what}: run the prefill inside 'with press(model):'{how}.")
+
+
+def parts(press: BasePress) -> Iterator[BasePress]:
+    """The press and all presses inside it."""
+    yield press
+    for value in vars(press).values():
+        for inner in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(inner, BasePress):
+                yield from parts(inner)
+
+
+def require_one_layer(outer: BasePress, press: object) -> None:
+    """Raise :class:`PressError` if ``press`` cannot be asked about one layer at a time, as ``outer`` would."""
+    if isinstance(press, BasePress) and press.needs_model:
         raise PressError(
-            f"{type(press).__name__} {what} the prefill: run that inside 'with press(model):', with input_ids."
+            f"{type(outer).__name__} asks a press about one layer at a time, and {type(press).__name__} chooses among "
+            "the pairs of all layers after running the model again; use it by itself."
         )
 
 
-def check_budget(press: ScorerPress) -> None:
+def check_budget(press: BudgetPress) -> None:
     """Raise :class:`PressError` unless at most one of ratio, tokens and bytes says how much is kept."""
     check_at_least(press, 1, *(name for name in BUDGETS if getattr(press, name) is not None))
     given = [name for name in ("compression_ratio", *BUDGETS) if getattr(press, name)]

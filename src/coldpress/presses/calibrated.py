@@ -5,9 +5,10 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor
+from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.artefacts import Artefact, Shape, artefact_path, is_hub_id, read_artefact
 from coldpress.errors import PressError, UnreachableError
@@ -17,6 +18,7 @@ from coldpress.view import LayerView
 
 __all__ = ["Calibrated", "Calibration"]
 
+_C = TypeVar("_C", bound="Calibrated")
 _LOADED: dict[Hashable, Artefact] = {}  # presses are immutable; what they have read lives here
 
 
@@ -131,9 +133,14 @@ class Calibrated(BasePress):
             held[name] = own
         return held
 
-    def prepare(self, model: nn.Module) -> None:
-        super().prepare(model)
-        self.look_up(Shape.of_config(model.config))
+    def prepared(self: _C, model: PreTrainedModel, tokenizer: Any = None) -> _C:
+        if self.needs_artefact():
+            self.look_up(Shape.of_config(model.config))
+        return super().prepared(model, tokenizer)
+
+    def needs_artefact(self) -> bool:
+        """Whether there is anything to look up."""
+        return True
 
     def _check(self, found: Artefact, shape: Shape) -> None:
         wanted = self.layer_shapes(shape)

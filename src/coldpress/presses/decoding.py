@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from coldpress.budget import check_ratio, keep_count
 from coldpress.errors import PressError
-from coldpress.presses.base import BUDGETS, BasePress, ScorerPress, check_at_least
+from coldpress.presses.base import BUDGETS, BasePress, ScorerPress, check_at_least, require_one_layer
 from coldpress.presses.think import ThinKPress
 from coldpress.presses.wrapper import WrapperPress
 from coldpress.view import Kept, LayerView
@@ -143,7 +143,7 @@ class PrefillDecodingPress(BasePress):
                 "PrefillDecodingPress: ThinKPress holds keys in fewer channels, and choosing among them again while "
                 "decoding would widen them for good; leave one of the two out."
             )
-        for name in ("needs_hidden_states", "needs_model"):
+        for name in ("needs_hidden_states", "needs_model", "chooses_together"):
             needs = any(getattr(press, name) for press in (self.prefilling_press, self.decoding_press) if press)
             object.__setattr__(self, name, needs)
 
@@ -154,9 +154,17 @@ class PrefillDecodingPress(BasePress):
     def compress(self, view: LayerView) -> Kept | None:
         return None if self.prefilling_press is None else self.prefilling_press.compress(view)
 
+    def check_prefill(self, token_ids: Tensor, has_padding: bool) -> None:
+        if self.prefilling_press is not None:
+            self.prefilling_press.check_prefill(token_ids, has_padding)
+
     def finish(self, cache: PressedCache, model: nn.Module, token_ids: Tensor) -> None:
         if self.prefilling_press is not None and self.prefilling_press.needs_model:
             self.prefilling_press.finish(cache, model, token_ids)
+
+    def choose_together(self, cache: PressedCache) -> None:
+        if self.prefilling_press is not None and self.prefilling_press.chooses_together:
+            self.prefilling_press.choose_together(cache)
 
     def is_due(self, n_new: int) -> bool:
         return self.decoding_press is not None and self.decoding_press.is_due(n_new)
@@ -169,6 +177,7 @@ class PrefillDecodingPress(BasePress):
 def _require_decoding(schedule: DecodingPress, press: object) -> None:
     """Raise :class:`PressError` unless ``press`` can choose among what is left of a text that goes on."""
     name = type(schedule).__name__
+    require_one_layer(schedule, press)
     if not isinstance(press, ScorerPress):
         given = f"the class {press.__name__}; call it" if isinstance(press, type) else repr(press)
         raise PressError(f"{name} takes a scorer such as SnapKVPress(), or AdaKVPress around one; got {given}.")

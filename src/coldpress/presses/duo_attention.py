@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from coldpress.artefacts import Artefact, Shape, artefacts_folder
 from coldpress.budget import check_ratio, ends, pack
@@ -143,9 +143,8 @@ class DuoAttentionPress(Calibrated):
     def layer_shapes(self, shape: Shape) -> dict[str, tuple[int | None, ...]]:
         return {"gates": (shape.n_kv_heads,)}
 
-    def prepare(self, model: nn.Module) -> None:
-        if self.pattern is None and self.head_compression_ratio > 0:
-            super().prepare(model)
+    def needs_artefact(self) -> bool:
+        return self.pattern is None and self.head_compression_ratio > 0
 
     def published(self, model: str) -> Artefact | None:
         if self.on_the_fly_scoring or model not in _TRAINED_TO:

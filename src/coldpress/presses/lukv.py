@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from coldpress.artefacts import Artefact, Shape, artefacts_folder
 from coldpress.budget import apportion, protect, select_counts, shrink_protected
@@ -167,11 +167,8 @@ class LUKVPress(Calibrated, WrapperPress):
     def layer_shapes(self, shape: Shape) -> dict[str, tuple[int | None, ...]]:
         return {"removed": (shape.n_kv_heads, 99)}
 
-    def prepare(self, model: nn.Module) -> None:
-        if self.curves is None:
-            super().prepare(model)
-        else:
-            self.press.prepare(model)
+    def needs_artefact(self) -> bool:
+        return self.curves is None
 
     def published(self, model: str) -> Artefact | None:
         if model not in _PUBLISHED or self.with_ratio(0.0) != LUKVPress():

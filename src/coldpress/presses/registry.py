@@ -21,11 +21,11 @@ _P = TypeVar("_P", bound=type[BasePress])
 
 @dataclass(frozen=True)
 class _Entry:
-    """What a name stands for: a press, or a wrapper around a press with parameters of its own."""
+    """What a name stands for: a press, or a wrapper around a press, with some parameters that are not the defaults."""
 
     cls: type[BasePress]
     inner: type[ScorerPress] | None = None
-    inner_parameters: dict[str, Any] = field(default_factory=dict)
+    changed: dict[str, Any] = field(default_factory=dict)  # of the press inside, or of the press if none is inside
 
     @property
     def classes(self) -> list[type[BasePress]]:
@@ -70,13 +70,13 @@ class PressInfo:
     has_ratio: bool
 
 
-def register(name: str, inner: type[ScorerPress] | None = None, **inner_parameters: Any) -> Callable[[_P], _P]:
+def register(name: str, inner: type[ScorerPress] | None = None, **parameters: Any) -> Callable[[_P], _P]:
     """Class decorator: make a press known under ``name``.
 
     Args:
         name: how the command line and :func:`make_press` call it.
         inner: for a wrapper, the class of the press inside it.
-        inner_parameters: those of ``inner`` that differ from its defaults.
+        parameters: those of ``inner``, or of the class if there is none, that differ from the defaults.
 
     Raises:
         PressError: the name is taken by another class.
@@ -86,7 +86,7 @@ def register(name: str, inner: type[ScorerPress] | None = None, **inner_paramete
         taken = _BY_NAME.get(name)
         if name == NO_PRESS or (taken is not None and taken.cls.__qualname__ != cls.__qualname__):
             raise PressError(f"The press name {name!r} is taken{f' by {taken.cls.__name__}' if taken else ''}.")
-        _BY_NAME[name] = _Entry(cls, inner, inner_parameters)
+        _BY_NAME[name] = _Entry(cls, inner, parameters)
         return cls
 
     return decorate
@@ -142,10 +142,10 @@ def make_press(name: str, compression_ratio: float, /, **parameters: Any) -> Bas
             )
     own_ratio = {"compression_ratio": compression_ratio} if entry.has_ratio else {}
     if entry.inner is None:
-        return entry.cls(**own_ratio, **budget, **parameters)
+        return entry.cls(**own_ratio, **budget, **(entry.changed | parameters))
     own = {f.name for f in _parameters(entry.cls)}
     given = {k: v for k, v in parameters.items() if k not in own}
-    press = entry.inner(compression_ratio=compression_ratio, **budget, **(entry.inner_parameters | given))
+    press = entry.inner(compression_ratio=compression_ratio, **budget, **(entry.changed | given))
     return entry.cls(press=press, **{k: v for k, v in parameters.items() if k in own})  # type: ignore[call-arg]
 
 
@@ -167,7 +167,7 @@ def catalogue() -> list[PressInfo]:
 def _parameters(cls: type[BasePress]) -> list[Field[Any]]:
     """What a press takes beside the ratio and the press inside it."""
     budget = ("compression_ratio", *BUDGETS, "press")
-    return [f for f in fields(cls) if f.init and f.name not in budget]  # type: ignore[arg-type]
+    return [f for f in fields(cls) if f.init and f.repr and f.name not in budget]  # type: ignore[arg-type]
 
 
 def _default(f: Field[Any]) -> Any:
@@ -184,12 +184,12 @@ def _info(name: str, entry: _Entry) -> PressInfo:
     def call(cls: type[BasePress], first: list[str], changed: dict[str, Any]) -> str:
         return f"{cls.__name__}({', '.join([*first, *_described(cls, changed)])})"
 
-    own = ", ".join(_described(entry.cls, {}))
+    own = ", ".join(_described(entry.cls, {} if entry.inner else entry.changed))
     ratio = ["compression_ratio"] if entry.has_ratio else []
     if entry.inner is None:
-        text = call(entry.cls, ratio, {})
+        text = call(entry.cls, ratio, entry.changed)
     else:
-        inner = call(entry.inner, ratio, entry.inner_parameters)
+        inner = call(entry.inner, ratio, entry.changed)
         text = call(entry.cls, [inner], {})
         own = ", ".join([f"press={inner}", *_described(entry.cls, {})])
     return PressInfo(

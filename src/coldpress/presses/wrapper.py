@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from coldpress.errors import PressError
-from coldpress.presses.base import BasePress, ScorerPress
+from coldpress.presses.base import BasePress, ScorerPress, require_one_layer
 from coldpress.view import LayerView, Place
 
 __all__ = ["WrapperPress", "require_choice", "require_press", "require_scorer"]
@@ -86,6 +86,7 @@ def require_choice(wrapper: BasePress, press: object) -> None:
 
 def require_press(wrapper: BasePress, press: object) -> None:
     """Raise :class:`PressError` unless ``press`` is one with scores and a budget."""
+    require_one_layer(wrapper, press)
     if not isinstance(press, ScorerPress):
         given = f"the class {press.__name__}; call it" if isinstance(press, type) else repr(press)
         raise PressError(f"{type(wrapper).__name__} wraps a press such as SnapKVPress(0.5), got {given}.")

@@ -1,0 +1,79 @@
+"""Random weights for the tiny models, in the files in which trained ones are published."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from coldpress import FastKVzipPress, KVzapPress, LayerView
+
+
+def _random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape))) / 2
+
+
+def write_kvzap(folder: Path, n_in: int, n_out: int, n_layers: int, n_hidden: int | None) -> dict[str, Tensor]:
+    """config.json and model.safetensors of a KVzap model; returns what is in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sizes = {"input_dim": n_in, "output_dim": n_out, "hidden_dim": n_hidden, "n_modules": n_layers}
+    (folder / "config.json").write_text(json.dumps({"model_type": "kvzap", "architectures": ["KVzapModel"]} | sizes))
+    shapes = {"": (n_out, n_in)} if n_hidden is None else {".0": (n_hidden, n_in), ".2": (n_out, n_hidden)}
+    weights = {}
+    for i in range(n_layers):
+        for name, shape in shapes.items():
+            weights[f"layers.{i}{name}.weight"] = _random(*shape, seed=2 * i)
+            weights[f"layers.{i}{name}.bias"] = _random(shape[0], seed=2 * i + 1)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return weights
+
+
+def write_gates(
+    path: Path, n_in: int, n_heads: int, group: int, n_layers: int, dim: int = 16
+) -> list[dict[str, Tensor]]:
+    """The gates of a FastKVzip model; returns them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shapes = {
+        "q_proj.weight": (n_heads * group * dim, n_in),
+        "q_proj.bias": (n_heads * group * dim,),
+        "k_proj.weight": (n_heads * dim, n_in),
+        "q_norm.weight": (dim,),
+        "k_norm.weight": (dim,),
+        "k_base": (n_heads, 1, 3, dim),
+        "b": (n_heads, 1, group),
+    }
+    gates = [
+        {name: _random(*shape, seed=10 * i + j) for j, (name, shape) in enumerate(shapes.items())}
+        for i in range(n_layers)
+    ]
+    torch.save({"module": gates, "loss": torch.tensor(0.5).double().numpy()}, path)
+    return gates
+
+
+@pytest.fixture
+def given_weights(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Presses that were given no weights read random ones of the right shape, wherever their model comes from."""
+    folder = tmp_path_factory.getbasetemp() / "weights"
+    of_kvzap, of_gates = KVzapPress._layer, FastKVzipPress._gate
+
+    def kvzap(press: KVzapPress, view: LayerView, x: Tensor, n_heads: int) -> Any:
+        n_hidden = 12 if press.model_type == "mlp" else None
+        own = folder / f"kvzap-{x.shape[-1]}-{n_heads}-{n_hidden}"
+        if not own.exists():
+            write_kvzap(own, x.shape[-1], n_heads, 4, n_hidden)
+        return of_kvzap(press if press.weights else replace(press, weights=str(own)), view, x, n_heads)
+
+    def gates(press: FastKVzipPress, view: LayerView, x: Tensor) -> Any:
+        own = folder / f"gates-{x.shape[-1]}-{view.keys.shape[1]}" / f"q{view.group_size}_dim16_sink16.pt"
+        if not own.exists():
+            write_gates(own, x.shape[-1], view.keys.shape[1], view.group_size, 4)
+        return of_gates(press if press.weights else replace(press, weights=str(own.parent)), view, x)
+
+    monkeypatch.setattr(KVzapPress, "_layer", kvzap)
+    monkeypatch.setattr(FastKVzipPress, "_gate", gates)
