@@ -230,8 +230,8 @@ def combine(numbers: list[float], how: str) -> float:
     "press",
     [
         KVComposePress(0.5),
-        KVComposePress(0.7, agg_task="mean", agg_group="max", agg_head="max", add_v_norm=True),
-        KVComposePress(0.9, add_mean_across_heads=False, keep_token_lower_bound=1),
+        KVComposePress(0.7, agg_task="mean", agg_group="max", add_v_norm=True),
+        KVComposePress(0.8, agg_head="max", add_mean_across_heads=False, keep_token_lower_bound=1),
     ],
     ids=repr,
 )
