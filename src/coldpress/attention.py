@@ -36,6 +36,8 @@ _UNKNOWN = ("position_bias", "head_mask", "indices", "block_indices", "sinks")  
 BACKENDS = {"coldpress": "sdpa", "coldpress_eager": "eager", "coldpress_fa2": "flash_attention_2"}
 _FROM_NATIVE = {native: ours for ours, native in BACKENDS.items()} | {"flex_attention": "coldpress"}
 
+_PLAIN = ("sdpa", "flash_attention_2")  # arithmetic that is a softmax and nothing else
+
 Attended = tuple[Tensor, Tensor | None]  # output [B, Q, Hq, Dv], weights [B, Hq, Q, T] or None
 
 
@@ -159,9 +161,16 @@ def _attention(
         if kwargs.get(name) is not None:
             raise ModelError(f"{type(module).__name__} attends with {name!r}, which coldpress does not support.")
     window = kwargs.pop("sliding_window", None)
-    visible = layer.visibility(query.shape[2], attention_mask, window)
-    compute = {"sdpa": _sdpa, "flash_attention_2": _flash}.get(native, _eager)
-    result = compute(module, query, key, value, visible, scaling, dropout if module.training else 0.0, **kwargs)
+    dropout = dropout if module.training else 0.0
+    output = layer.attend(query, attention_mask, window, scaling) if native in _PLAIN and not dropout else None
+    if output is None:
+        if layer.is_ragged:
+            key, value = layer.keys, layer.values  # type: ignore[assignment]
+        visible = layer.visibility(query.shape[2], attention_mask, window)
+        compute = {"sdpa": _sdpa, "flash_attention_2": _flash}.get(native, _eager)
+        result = compute(module, query, key, value, visible, scaling, dropout, **kwargs)
+    else:
+        result = output, None
     rank, n_layers, is_local = place_of(module.config, layer.index)
     call = LayerCall(
         module=module,

@@ -18,20 +18,22 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from coldpress.errors import CacheError
+from coldpress.ragged import RaggedStore
 from coldpress.rows import RowGroup
 from coldpress.session import THREAD, Session
-from coldpress.thin import ThinKeys
+from coldpress.store import DenseStore
+from coldpress.thin import ThinKeys, ThinStore
 from coldpress.view import Kept, LayerCall
 
 __all__ = ["PressedLayer"]
 
-_GROW_MIN_TOKENS = 64
-_GROW_FRACTION = 8  # a full buffer grows by an eighth of what it holds
+_WASTE = 0.01  # of padded slots, from which on heads are held one after the other instead
+_FORGET_MIN_TOKENS = 64  # that are worth a copy
 _SLACK_TOKENS = 64  # out of a sliding window's reach and yet kept, so that as many of the newest can be cropped
 
 
 class PressedLayer(CacheLayerMixin):
-    """The pairs of one layer: a buffer with room to grow, and the original positions of what is in it.
+    """The pairs of one layer: a store that holds them, and the original positions of what is in it.
 
     Slots ``0 .. n - 1`` hold what the press kept (positions in ``_kept``); the slots after them hold, in order and
     without gaps, the tokens seen since. A layer that was never compressed has ``n == 0``.
@@ -48,14 +50,11 @@ class PressedLayer(CacheLayerMixin):
         self._clear()
 
     def _clear(self) -> None:
-        self._k: Tensor | None = None  # [B, Hkv, capacity, D]
-        self._v: Tensor | None = None  # [B, Hkv, capacity, Dv]
-        self._stored = 0  # slots in use
+        self._store: DenseStore | RaggedStore | None = None
         self._seen = 0  # logical length
         self._kept: Tensor | None = None  # [B, Hkv, n] int32 original positions, -1 = empty slot
         self._has_gaps = False  # some slot of _kept is empty
         self._tail_start = 0  # original position of the first slot after the kept ones
-        self._is_borrowed = False  # the buffer is the model's own tensor or another cache's: copy before writing
         # what was handed to the model, to recognise the call in which it comes back
         self._offered: tuple[Tensor, Tensor] | None = None
         self._window: int | None = None  # sliding window of a layer that forgets what is out of its reach
@@ -64,37 +63,32 @@ class PressedLayer(CacheLayerMixin):
         self._recent: tuple[Tensor, ...] = ()
         self._unseen: tuple[Tensor, ...] = ()  # hidden states since then, [B, n, hidden] each, where it needs them
         self.n_new = 0  # tokens since such a press was asked last
-        self._thin: ThinKeys | None = None  # the first keys, where they are held in fewer channels; _k holds the others
         self._carry: Tensor | None = None  # [B, Hkv, n] float32, what the press gave its kept pairs to carry
 
     # -- what transformers asks of a layer ----------------------------------------------------------------------
 
     @property
     def is_initialized(self) -> bool:
-        return self._k is not None
+        return self._store is not None
 
     @property
     def keys(self) -> Tensor | None:
-        """Stored keys, ``[B, Hkv, T, D]``; a view of the buffer, or a copy where keys are held in fewer channels."""
-        if self._k is None:
-            return None
-        keys = self._k[:, :, : self._stored - self._n_thin]
-        return keys if self._thin is None else self._thin.before(keys)
+        """Stored keys, ``[B, Hkv, T, D]``; a copy where heads hold different numbers of them, or fewer channels."""
+        return None if self._store is None else self._store.keys
 
     @property
     def values(self) -> Tensor | None:
-        """Stored values, ``[B, Hkv, T, Dv]``; a view of the buffer."""
-        return None if self._v is None else self._v[:, :, : self._stored]
+        """Stored values, ``[B, Hkv, T, Dv]``; a copy where heads hold different numbers of them."""
+        return None if self._store is None else self._store.values
 
     @property
-    def _n_thin(self) -> int:
-        """How many of the first slots have their keys outside ``_k``."""
-        return 0 if self._thin is None else self._thin.n_tokens
+    def is_ragged(self) -> bool:
+        """Whether heads are held one after the other, so that :meth:`update` returns the new pairs alone."""
+        return isinstance(self._store, RaggedStore)
 
-    def tensors(self) -> list[Tensor]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """What holds the keys and values."""
-        held = (self._k, self._v, *(() if self._thin is None else self._thin.tensors()))
-        return [tensor for tensor in held if tensor is not None]
+        return () if self._store is None else self._store.tensors()
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to do: the first update brings shapes, dtype and device."""
@@ -122,22 +116,28 @@ class PressedLayer(CacheLayerMixin):
         return -1
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append the pairs of new tokens, ``[B, Hkv, Q, D]``; return all stored keys and values."""
+        """Append the pairs of new tokens, ``[B, Hkv, Q, D]``; return all stored keys and values.
+
+        Where heads are held one after the other, it returns what it was given: attention asks this layer for the rest.
+        """
         self.session.check_claimed()
         THREAD.masks_for = None
         if self.session.seen not in (None, self._seen):
             raise CacheError("An earlier call failed half-way, so layers differ in length; reset() this cache.")
-        if self._k is None:
-            self._k, self._v, self._is_borrowed = key_states, value_states, True
+        if self._store is None:
+            self._store = DenseStore(key_states, value_states, is_borrowed=True)
         else:
-            self._append(key_states, value_states)
-        self._stored += key_states.shape[2]
+            if key_states.shape[0] != self._store.n_rows:
+                raise CacheError(
+                    f"The cache holds {self._store.n_rows} rows and the call has {key_states.shape[0]}. For several "
+                    "sequences or beams from one prefix call cache.batch_repeat_interleave(n) first, or start with an "
+                    "empty cache."
+                )
+            self._store.append(key_states, value_states)
         self._seen += key_states.shape[2]
-        keys, values = self.keys, self.values
-        assert keys is not None and values is not None
-        self._offered = keys, values
+        self._offered = (key_states, value_states) if self.is_ragged else (self._store.keys, self._store.values)
         THREAD.updated = self.session.unclaimed = self
-        return keys, values
+        return self._offered
 
     def reset(self) -> None:
         """Forget everything; the session's press stays."""
@@ -151,7 +151,8 @@ class PressedLayer(CacheLayerMixin):
         """
         length = self.cropped_length(max_length)
         dropped = self._seen - length
-        self._stored -= dropped
+        if dropped and self._store is not None:
+            self._store.crop(self._store.n - dropped)
         self._seen = length
         if dropped and self._recent:
             queries = torch.cat(self._recent, dim=2)
@@ -188,8 +189,8 @@ class PressedLayer(CacheLayerMixin):
         self._index_rows(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self._k is not None:
-            self._index_rows(torch.arange(self._k.shape[0]).repeat_interleave(repeats))
+        if self._store is not None:
+            self._index_rows(torch.arange(self._store.n_rows).repeat_interleave(repeats))
 
     def offload(self) -> None:
         raise CacheError("PressedCache does not offload to the CPU; use it without cache offloading.")
@@ -206,21 +207,21 @@ class PressedLayer(CacheLayerMixin):
     @property
     def stored_length(self) -> int:
         """Slots in use, T: the length of the stored tensors (of the longest head, where heads differ)."""
-        return self._stored
+        return 0 if self._store is None else self._store.n
 
     def positions(self) -> Tensor:
         """Original positions of the stored pairs, int64 ``[B, Hkv, T]``, ascending; -1 where a head stores fewer."""
-        if self._k is None:
+        store = self._store
+        if store is None:
             return torch.empty(0, 0, 0, dtype=torch.long)
-        n_batch, n_heads = self._k.shape[:2]
-        tail = torch.arange(self._tail_start, self._seen, device=self._k.device).expand(n_batch, n_heads, -1)
+        tail = torch.arange(self._tail_start, self._seen, device=store.device).expand(store.n_rows, store.n_heads, -1)
         return tail.clone() if self._kept is None else torch.cat([self._kept.long(), tail], dim=-1)
 
     def carried(self) -> Tensor | None:
         """What the press gave the stored pairs to carry, float32 ``[B, Hkv, T]``, NaN for those that came later."""
         if self._carry is None:
             return None
-        return torch.nn.functional.pad(self._carry, (0, self._stored - self._carry.shape[2]), value=torch.nan)
+        return torch.nn.functional.pad(self._carry, (0, self.stored_length - self._carry.shape[2]), value=torch.nan)
 
     def visibility(self, n_queries: int, padding: Tensor | None, sliding_window: int | None) -> Tensor | None:
         """Which stored slots each of the last ``n_queries`` tokens sees: bool ``[B or 1, Hkv or 1, Q or 1, T]``.
@@ -232,19 +233,20 @@ class PressedLayer(CacheLayerMixin):
             padding: bool ``[B, seen]``, False where a token is padding; None if there is none.
             sliding_window: how many tokens back a query sees (itself included), or None.
         """
-        assert self._k is not None
-        device, before = self._k.device, self._stored - n_queries
+        assert self._store is not None
+        device, n_stored = self._store.device, self._store.n
+        before = n_stored - n_queries
         if sliding_window is not None and self._seen <= sliding_window:
             sliding_window = None
         plain = padding is None and not self._has_gaps and sliding_window is None
         if plain and (n_queries == 1 or before == 0):
             return None
-        slot = torch.arange(self._stored, device=device)
-        query_slot = torch.arange(before, self._stored, device=device)[:, None]
+        slot = torch.arange(n_stored, device=device)
+        query_slot = torch.arange(before, n_stored, device=device)[:, None]
         visible = (slot <= query_slot)[None, None]  # [1, 1, Q, T]
         n_kept = 0 if self._kept is None else self._kept.shape[2]
         if self._has_gaps and self._kept is not None:
-            filled = torch.nn.functional.pad(self._kept >= 0, (0, self._stored - n_kept), value=True)
+            filled = torch.nn.functional.pad(self._kept >= 0, (0, n_stored - n_kept), value=True)
             visible = visible & filled[:, :, None]
         if padding is not None:
             real = torch.nn.functional.pad(padding[:, self._tail_start :], (n_kept, 0), value=True)
@@ -260,9 +262,9 @@ class PressedLayer(CacheLayerMixin):
 
         Sliding windows count real tokens, as they would in each row alone: padding takes no position.
         """
-        assert self._k is not None
+        assert self._store is not None
         if padding is None:
-            rank = torch.arange(self._seen, device=self._k.device).expand(1, 1, -1)
+            rank = torch.arange(self._seen, device=self._store.device).expand(1, 1, -1)
         else:
             rank = (padding.cumsum(-1) - 1)[:, None]
         tail = rank[..., self._tail_start :]
@@ -271,6 +273,22 @@ class PressedLayer(CacheLayerMixin):
         n_batch, n_heads = self._kept.shape[:2]
         kept = rank.expand(n_batch, n_heads, -1).gather(2, self._kept.clamp(min=0).long())
         return torch.cat([kept, tail.expand(n_batch, n_heads, -1)], dim=-1), rank
+
+    def attend(
+        self, query: Tensor, padding: Tensor | None, sliding_window: int | None, scaling: float | None
+    ) -> Tensor | None:
+        """Attention head by head, ``[B, Q, Hq, Dv]``, where heads are held one after the other.
+
+        Returns None if they are not, or if a mask is needed beside causal order: :meth:`visibility` has it, and
+        ``keys`` and ``values`` are as it needs them.
+        """
+        if not isinstance(self._store, RaggedStore):
+            return None
+        if sliding_window is not None and self._seen > sliding_window:
+            return None
+        if padding is not None and not bool(padding[:, self._tail_start :].all()):
+            return None
+        return self._store.attend(query, scaling)
 
     def after_attention(self, call: LayerCall, padding: Tensor | None) -> None:
         """Compress after the first forward, or when the press says so, and free what is out of a window's reach.
@@ -292,8 +310,8 @@ class PressedLayer(CacheLayerMixin):
         self.compress_from(self, groups)
         if call.sliding_window is not None:
             self._forget_unreachable(call.sliding_window, padding)
-        if is_prefill and self._is_borrowed:
-            self._own(self._stored)
+        if is_prefill and isinstance(self._store, DenseStore) and self._store.is_borrowed:
+            self._store.own(self._store.n)
         for branch in sharing:
             n_pairs = branch._pairs_before
             branch.share(self)
@@ -359,49 +377,59 @@ class PressedLayer(CacheLayerMixin):
         parts = [group.all() if part is None else part for group, part in zip(groups, kept, strict=True)]
         longest = max(part.positions.shape[-1] for part in parts)
         n_batch, n_heads, _, dim = keys.shape
-        if source is self and self._has_room_for(longest):  # what is kept was copied out, so it may go back there
-            assert self._k is not None and self._v is not None
-            k, v = self._k, self._v
-        else:
-            k = keys.new_zeros(n_batch, n_heads, longest, dim)
-            v = values.new_zeros(n_batch, n_heads, longest, values.shape[-1])
         p = torch.full((n_batch, n_heads, longest), -1, dtype=torch.int32, device=keys.device)
+        is_whole = len(parts) == 1 and isinstance(groups[0].rows, slice)  # then there is nothing to put together
+        is_whole = is_whole and _is_new(parts[0].keys, keys) and _is_new(parts[0].values, values)
+        buffers = None
+        if is_whole:
+            buffers = parts[0].keys, parts[0].values
+        elif source is self and self.was_compressed and self._store is not None:
+            buffers = self._store.buffers_for(longest)  # what is kept was copied out, so it may go back there
+        if buffers is None:
+            buffers = keys.new_zeros(n_batch, n_heads, longest, dim), values.new_zeros(*p.shape, values.shape[-1])
+        k, v = buffers
         carry = None
         if any(part.carry is not None for part in parts):
             carry = torch.full(p.shape, torch.nan, dtype=torch.float32, device=keys.device)
         for group, part in zip(groups, parts, strict=True):
             n = part.positions.shape[-1]
-            k[group.rows, :, :n], v[group.rows, :, :n] = part.keys, part.values
+            if not is_whole:
+                k[group.rows, :, :n], v[group.rows, :, :n] = part.keys, part.values
             p[group.rows, :, :n] = group.original(part.positions).int()
             if carry is not None and part.carry is not None:
                 carry[group.rows, :, :n] = part.carry
-        recent = self._recent
-        self._clear()
-        self._recent, self._carry = recent, carry
+        thin = None
         if parts[0].channels is not None:
             channels = parts[0].channels.new_zeros(n_batch, n_heads, parts[0].channels.shape[2])
             for group, part in zip(groups, parts, strict=True):
                 channels[group.rows] = part.channels  # type: ignore[assignment]
-            self._thin = ThinKeys.of(k, (p >= 0).sum(-1), channels, parts[0].n_wide)
-            k = k.new_empty(n_batch, n_heads, 0, dim)
-        self._k, self._v, self._kept = k, v, p
-        self._stored, self._seen, self._tail_start = longest, seen, seen
+            thin = ThinKeys.of(k, (p >= 0).sum(-1), channels, parts[0].n_wide)
+        recent = self._recent
+        self._clear()
+        self._recent, self._carry, self._seen = recent, carry, seen
         self._pairs_before = sum(group.n_pairs for group in groups)
-        self._pairs_after = int((p >= 0).sum())
-        self._has_gaps = self._pairs_after < p.numel()
+        self._take(k, v, p, thin)
 
-    def _has_room_for(self, n_tokens: int) -> bool:
-        """Whether ``n_tokens`` fit in the buffer that is there, without leaving most of it empty."""
-        if not self.was_compressed or self._thin is not None:
-            return False
-        if self._k is None or self._is_borrowed or self._is_frozen():
-            return False
-        return n_tokens <= self._k.shape[2] <= 2 * (n_tokens + _GROW_MIN_TOKENS)
+    def _take(self, keys: Tensor, values: Tensor, positions: Tensor, thin: ThinKeys | None = None) -> None:
+        """Hold the pairs of kept tokens, in tensors that are nobody else's.
 
-    def _is_frozen(self) -> bool:
-        """Whether the buffer cannot be written to: autograd or inference mode made it."""
-        assert self._k is not None
-        return self._k.requires_grad or (self._k.is_inference() and not torch.is_inference_mode_enabled())
+        Args:
+            keys: ``[B, Hkv, capacity, D]``; of no account with ``thin``.
+            values: ``[B, Hkv, capacity, Dv]``.
+            positions: int32 ``[B, Hkv, n]``; -1 in the last slots of heads that keep fewer.
+            thin: the keys, in fewer channels.
+        """
+        n, is_held = positions.shape[2], positions >= 0
+        self._kept, self._tail_start = positions, self._seen
+        self._pairs_after = int(is_held.sum())
+        self._has_gaps = self._pairs_after < positions.numel()
+        if thin is not None:
+            self._store = ThinStore(thin, values, keys.shape[3])
+        elif self._pairs_after <= (1 - _WASTE) * positions.numel():
+            self._store = RaggedStore(keys[:, :, :n], values[:, :, :n], is_held)
+        else:
+            self._store = DenseStore(keys, values)
+            self._store.crop(n)
 
     def keep(self, slots: Tensor) -> None:
         """Keep some of the stored pairs and free the others.
@@ -410,84 +438,60 @@ class PressedLayer(CacheLayerMixin):
             slots: int64 ``[B, Hkv, n]``, ascending slots of the stored tensors; -1 in the last places of a head that
                 keeps fewer.
         """
-        assert self._k is not None and self._v is not None
-        assert self._thin is None
+        assert self._store is not None
         before = max(self._pairs_before, int((self.positions() >= 0).sum()))
-        is_empty, at, seen = slots < 0, slots.clamp(min=0), self._seen
-        p = self.positions().gather(2, at).masked_fill(is_empty, -1).int()
-        k, v = (states.gather(2, at[..., None].expand(-1, -1, -1, states.shape[3])) for states in (self._k, self._v))
-        recent = self._recent
+        is_empty, at, seen, recent = slots < 0, slots.clamp(min=0), self._seen, self._recent
+        positions = self.positions().gather(2, at).masked_fill(is_empty, -1).int()
+        keys, values = (
+            states.gather(2, at[..., None].expand(-1, -1, -1, states.shape[3]))
+            for states in (self._store.keys, self._store.values)
+        )
         self._clear()
-        self._recent = recent
-        self._k, self._v, self._kept = k, v, p
-        self._stored, self._seen, self._tail_start = slots.shape[2], seen, seen
-        self._pairs_before, self._pairs_after = before, int((~is_empty).sum())
-        self._has_gaps = bool(is_empty.any())
+        self._recent, self._seen, self._pairs_before = recent, seen, before
+        self._take(keys, values, positions)
 
     def share(self, other: PressedLayer) -> None:
         """Hold what ``other`` holds, without copying; whichever of the two is written to first copies."""
         session, index = self.session, self.index
         self.__dict__.update(other.__dict__)
         self.session, self.index, self._offered = session, index, None
-        self._is_borrowed = other._is_borrowed = True
-
-    def _append(self, keys: Tensor, values: Tensor) -> None:
-        assert self._k is not None and self._v is not None
-        if keys.shape[0] != self._k.shape[0]:
-            raise CacheError(
-                f"The cache holds {self._k.shape[0]} rows and the call has {keys.shape[0]}. For several sequences or "
-                "beams from one prefix call cache.batch_repeat_interleave(n) first, or start with an empty cache."
-            )
-        needed = self._stored + keys.shape[2]
-        if self._is_borrowed or self._is_frozen() or needed > self._v.shape[2]:
-            self._own(needed + max(_GROW_MIN_TOKENS, needed // _GROW_FRACTION))
-        self._k[:, :, self._stored - self._n_thin : needed - self._n_thin] = keys
-        self._v[:, :, self._stored : needed] = values
-
-    def _own(self, capacity: int) -> None:
-        """Move what is stored to a buffer of this layer's own with room for ``capacity`` tokens."""
-        assert self._k is not None and self._v is not None
-        buffers = []
-        for old, skipped in ((self._k, self._n_thin), (self._v, 0)):
-            new = old.new_empty(*old.shape[:2], capacity - skipped, old.shape[3])
-            new[:, :, : self._stored - skipped] = old[:, :, : self._stored - skipped]
-            buffers.append(new)
-        self._k, self._v = buffers
-        self._is_borrowed = False
+        self._store = None if other._store is None else other._store.shared()
 
     def _forget_unreachable(self, window: int, padding: Tensor | None) -> None:
         """Free the slots that no later token can see; some of them stay until freeing is worth the copy."""
         self._window = window
         n_kept = 0 if self._kept is None else self._kept.shape[2]
         oldest = self._seen - (window - 1) - _SLACK_TOKENS  # position of the first slot that has to stay
-        if oldest < self._tail_start or n_kept + oldest - self._tail_start < max(_GROW_MIN_TOKENS, window // 2):
+        if oldest < self._tail_start or n_kept + oldest - self._tail_start < max(_FORGET_MIN_TOKENS, window // 2):
             return
         if padding is not None:  # a row with padding in its window reaches further back
             later = padding.sum(-1, keepdim=True) - padding.cumsum(-1)  # [B, seen] real tokens after each one
             oldest = int((later < window - 1 + _SLACK_TOKENS).int().argmax(-1).min())
             if oldest <= self._tail_start:
                 return
-        assert self._k is not None and self._v is not None
-        surplus = n_kept + oldest - self._tail_start
-        own = slice(surplus - self._n_thin, self._stored - self._n_thin)
-        self._k = self._k[:, :, own].clone(memory_format=torch.contiguous_format)
-        self._v = self._v[:, :, surplus : self._stored].clone(memory_format=torch.contiguous_format)
-        self._stored -= surplus
-        self._kept, self._has_gaps, self._tail_start, self._carry, self._thin = None, False, oldest, None, None
-        self._is_borrowed = False
+        assert self._store is not None
+        store = self._store
+        if isinstance(store, RaggedStore):
+            store = DenseStore(store.keys, store.values)
+        self._store = store.without_first(n_kept + oldest - self._tail_start)
+        self._kept, self._has_gaps, self._tail_start, self._carry = None, False, oldest, None
 
     def _index_rows(self, rows: Tensor) -> None:
-        if self._k is None or self._v is None:
+        if self._store is None:
             return
-        rows = rows.to(self._k.device)
+        rows = rows.to(self._store.device)
+        self._store.index_rows(rows)
         self._recent, self._unseen = (
             tuple(part.index_select(0, rows) for part in parts) for parts in (self._recent, self._unseen)
         )
-        self._k = self._k[:, :, : self._stored - self._n_thin].index_select(0, rows)
-        self._thin = None if self._thin is None else self._thin.index_rows(rows)
-        self._v = self._v[:, :, : self._stored].index_select(0, rows)
         if self._kept is not None:
             self._kept = self._kept.index_select(0, rows)
         if self._carry is not None:
             self._carry = self._carry.index_select(0, rows)
-        self._is_borrowed = False
+
+
+def _is_new(tensor: Tensor, source: Tensor) -> bool:
+    """Whether ``tensor`` shares no memory with ``source``, and is all that its own memory holds."""
+    storage = tensor.untyped_storage()
+    is_all = tensor.is_contiguous() and storage.nbytes() == tensor.numel() * tensor.element_size()
+    return is_all and storage.data_ptr() != source.untyped_storage().data_ptr()

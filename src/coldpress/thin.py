@@ -1,4 +1,4 @@
-"""ThinKeys: keys of which each head holds some channels only, and what is needed to attend with them."""
+"""ThinKeys, ThinStore: keys of which each head holds some channels only, and what is needed to attend with them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["ThinKeys"]
+from coldpress.store import DenseStore
+
+__all__ = ["ThinKeys", "ThinStore"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +80,29 @@ class ThinKeys:
     def index_rows(self, rows: Tensor) -> ThinKeys:
         """The same keys of other rows."""
         return ThinKeys(*(tensor.index_select(0, rows) for tensor in self.tensors()))
+
+
+class ThinStore(DenseStore):
+    """The first keys in fewer channels; the values, and the keys of later tokens, as they are."""
+
+    def __init__(self, thin: ThinKeys, values: Tensor, dim: int):
+        super().__init__(thin.narrow.new_empty(*values.shape[:2], 0, dim), values)
+        self.thin, self.n_apart = thin, thin.n_tokens
+
+    @property
+    def keys(self) -> Tensor:
+        """``[B, Hkv, n, D]``: a copy."""
+        return self.thin.before(self._k[:, :, : self.n - self.n_apart])
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return *super().tensors(), *self.thin.tensors()
+
+    def index_rows(self, rows: Tensor) -> None:
+        super().index_rows(rows)
+        self.thin = self.thin.index_rows(rows)
+
+    def buffers_for(self, n_tokens: int) -> None:
+        return None
 
 
 def _pick(keys: Tensor, channels: Tensor) -> Tensor:

@@ -115,8 +115,7 @@ def test_a_press_is_scored_like_a_prefill_and_a_forward_of_its_own(
     assert record["kv_len_after"] == lengths
     assert isinstance(press, AdaKVPress) or sum(lengths) == 2 * CONTEXT // 2
     assert record["kv_bytes_baseline"] == 2 * 2 * 32 * 4 * CONTEXT
-    if name != "pyramidkv":
-        assert record["kv_bytes"] == 2 * 32 * 4 * sum(lengths)
+    assert record["kv_bytes"] == record["kv_bytes_baseline"] // 2  # even if heads or layers differ
 
 
 def test_comparisons_with_the_baseline(model: PreTrainedModel, text: Tensor) -> None:

@@ -90,7 +90,7 @@ def test_the_whole_cache_keeps_what_was_asked_for_and_frees_the_rest() -> None:
         check_stored_pairs(press, past, 203)
         kept = sum(int((past.positions(i) >= 0).sum()) for i in range(2))
         assert kept == 2 * 2 * 2 * keep_count(203, ratio)
-        assert past.kv_bytes() == sum(past.stored_lengths()) * full.kv_bytes() // (2 * 203)
+        assert 1 <= past.kv_bytes() / (kept * full.kv_bytes() // (2 * 2 * 2 * 203)) <= 1.01
     past = PressedCache(LUKVPress(KnormPress(budget_tokens=50), curves=curves))
     model(ids, past_key_values=past)
     assert sum(int((past.positions(i) >= 0).sum()) for i in range(2)) == 2 * 2 * 2 * 50

@@ -24,6 +24,7 @@ from coldpress import (
     make_press,
 )
 from coldpress.errors import PressError
+from coldpress.store import DenseStore
 from coldpress.thin import ThinKeys
 
 N = 45
@@ -68,10 +69,10 @@ def test_attention_is_that_of_zeroed_channels(model: str, inner: ScorerPress, ra
             for head in range(keys.shape[1]):
                 n = int((layer.positions()[row, head] >= 0).sum())
                 held = held_channels(view, keys[row, head, :n], row, head, n_held, window)
-                assert held == thin.layer(i)._thin.channels[row, head, :n_held].tolist()
+                assert held == thin.layer(i)._store.thin.channels[row, head, :n_held].tolist()
                 lost = [d for d in range(dim) if d not in held]
                 keys[row, head, : max(0, n - window), lost] = 0
-        layer._k = keys
+        layer._store = DenseStore(keys, layer.values)
         assert torch.equal(thin.positions(i), zeroed.positions(i))
     for piece in (ids[:, N : N + 4], ids[:, N + 4 : N + 5], ids[:, N + 5 :]):
         actual, expected = (tiny(model)(piece, past_key_values=past).logits for past in (thin, zeroed))
@@ -90,7 +91,7 @@ def test_channels_are_freed() -> None:
     assert past.kv_bytes() < 0.4 * full.kv_bytes() and plain.kv_bytes() == full.kv_bytes() // 2
     assert past.achieved_ratio() == 0.5  # pairs: channels are not counted
     model(tokens(2, 1), past_key_values=past)
-    assert all(layer._k.shape[2] < 100 for layer in past.pressed_layers())  # room for new keys only
+    assert all(layer.tensors()[0].shape[2] < 100 for layer in past.pressed_layers())  # room for new keys only
 
 
 def test_a_fork_a_crop_and_other_rows() -> None:

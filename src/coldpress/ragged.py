@@ -1,0 +1,169 @@
+"""RaggedStore: rows and heads that hold different numbers of pairs, and take no more memory than these."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from coldpress.store import is_frozen, room_for
+
+__all__ = ["RaggedStore"]
+
+
+class RaggedStore:
+    """The pairs of every row and head one after the other, each with room for the tokens to come.
+
+    A segment is what one KV head of one row holds: ``n_first`` pairs of its own number, then the pairs of later tokens,
+    as many in every segment. Seen as slots, as the other stores have them, the first pairs are padded to the longest
+    segment's, so ``n = max(n_first) + later tokens``; in memory nothing is padded.
+
+    Members are those of :class:`~coldpress.store.DenseStore`; ``keys`` and ``values`` are padded copies, for whatever
+    cannot work head by head. :meth:`attend` can.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, is_held: Tensor):
+        """Hold some of the pairs ``keys [B, Hkv, T, D]``, ``values [B, Hkv, T, Dv]``.
+
+        Args:
+            keys, values: the pairs, and anything in the slots that are not held.
+            is_held: bool ``[B, Hkv, T]``, the first slots of each head.
+        """
+        self.n_rows, self.n_heads = is_held.shape[:2]
+        self._k, self._v = keys[is_held], values[is_held]  # [slots of all segments, D]
+        self._n_first: list[int] = is_held.sum(-1).flatten().tolist()
+        self._n_later = self._room = 0
+        self._place()
+        self.is_borrowed = False
+
+    def _place(self) -> None:
+        """Note where the segments begin, with ``_room`` for later tokens in each, and where the next token goes."""
+        starts, total = [], 0
+        for n in self._n_first:
+            starts.append(total)
+            total += n + self._room
+        self._starts = starts
+        ends = [start + n + self._n_later for start, n in zip(starts, self._n_first, strict=True)]
+        self._ends = torch.tensor(ends, device=self._v.device)
+
+    @property
+    def n(self) -> int:
+        """Slots in use, as the longest segment counts them."""
+        return max(self._n_first) + self._n_later
+
+    @property
+    def device(self) -> torch.device:
+        return self._v.device
+
+    @property
+    def keys(self) -> Tensor:
+        """``[B, Hkv, n, D]``: a copy, zero where a head holds fewer pairs."""
+        return self._padded(self._k)
+
+    @property
+    def values(self) -> Tensor:
+        """``[B, Hkv, n, Dv]``: a copy, zero where a head holds fewer pairs."""
+        return self._padded(self._v)
+
+    def _padded(self, flat: Tensor) -> Tensor:
+        padded = flat.new_zeros(len(self._starts), self.n, flat.shape[1])
+        longest = max(self._n_first)
+        for own, start, n in zip(padded, self._starts, self._n_first, strict=True):
+            own[:n] = flat[start : start + n]
+            own[longest:] = flat[start + n : start + n + self._n_later]
+        return padded.unflatten(0, (self.n_rows, self.n_heads))
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What takes memory."""
+        return self._k, self._v
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Add the pairs ``[B, Hkv, Q, D]`` of Q new tokens, in the room that each segment has for them."""
+        n_new = keys.shape[2]
+        if self.is_borrowed or is_frozen(self._v) or self._n_later + n_new > self._room:
+            mean = sum(self._n_first) // len(self._n_first)
+            self._move(room_for(mean + self._n_later + n_new) - mean)
+        at = (self._ends[:, None] + torch.arange(n_new, device=self.device)).flatten()
+        self._k[at] = keys.reshape(-1, keys.shape[3])
+        self._v[at] = values.reshape(-1, values.shape[3])
+        self._ends, self._n_later = self._ends + n_new, self._n_later + n_new
+
+    def _move(self, room: int) -> None:
+        """Move to buffers that nobody else has, with ``room`` for later tokens in each segment."""
+        starts = self._starts
+        self._room = room
+        self._place()
+        total = self._starts[-1] + self._n_first[-1] + room
+        for name in ("_k", "_v"):
+            old = getattr(self, name)
+            new = old.new_empty(total, old.shape[1])
+            for start, own_start, n in zip(starts, self._starts, self._n_first, strict=True):
+                new[own_start : own_start + n + self._n_later] = old[start : start + n + self._n_later]
+            setattr(self, name, new)
+        self.is_borrowed = False
+
+    def crop(self, n: int) -> None:
+        """Forget the slots from ``n`` on, which are those of later tokens."""
+        dropped = self.n - n
+        self._ends, self._n_later = self._ends - dropped, self._n_later - dropped
+
+    def index_rows(self, rows: Tensor) -> None:
+        """Hold the rows ``rows`` of what is held, int64 ``[B']``."""
+        chosen = [row * self.n_heads + head for row in rows.tolist() for head in range(self.n_heads)]
+        spans = [slice(self._starts[i], self._starts[i] + self._n_first[i] + self._n_later) for i in chosen]
+        self._k, self._v = (torch.cat([flat[span] for span in spans]) for flat in (self._k, self._v))
+        self.n_rows, self._n_first, self._room = len(rows), [self._n_first[i] for i in chosen], self._n_later
+        self._place()
+        self.is_borrowed = False
+
+    def shared(self) -> RaggedStore:
+        """A store of the same pairs that goes its own way; nothing is copied until one of the two is written to."""
+        self.is_borrowed = True
+        return copy.copy(self)
+
+    def buffers_for(self, n_tokens: int) -> None:
+        """None: nothing else can be written into these buffers."""
+        return None
+
+    def attend(self, query: Tensor, scaling: float | None) -> Tensor:
+        """Attention of the newest tokens over what each head holds, they themselves in causal order.
+
+        Args:
+            query: ``[B, Hq, Q, D]`` of the last Q tokens, which are in the store.
+            scaling: of the logits; None for ``D ** -0.5``.
+
+        Returns:
+            ``[B, Q, Hq, Dv]``.
+        """
+        n_batch, n_query_heads, n_queries, dim = query.shape
+        group = n_query_heads // self.n_heads
+        scaling = dim**-0.5 if scaling is None else scaling
+        queries = query.reshape(-1, group, n_queries, dim)  # [B * Hkv, G, Q, D]
+        outputs = []
+        for own, start, n_first in zip(queries, self._starts, self._n_first, strict=True):
+            span = slice(start, start + n_first + self._n_later)
+            outputs.append(_attend(own, self._k[span], self._v[span], scaling))
+        return torch.stack(outputs).reshape(n_batch, n_query_heads, n_queries, -1).transpose(1, 2).contiguous()
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """Attention of one head's group: ``query [G, Q, D]`` over ``key [n, D]``, ``value [n, Dv]``: ``[G, Q, Dv]``."""
+    group, n_queries, _ = query.shape
+    if n_queries == 1 and query.device.type == "cpu" and query.dtype == torch.float32:
+        # matrix products use all cores for one head; scaled_dot_product_attention works on one head with one core
+        if group == 1:
+            weights = torch.mv(key, query[0, 0] * scaling).softmax(0)
+            return torch.mv(value.t(), weights)[None, None]
+        return ((query[:, 0] * scaling @ key.t()).softmax(-1) @ value)[:, None]
+    visible = None
+    if n_queries == 1:
+        query = query.transpose(0, 1)  # the group's heads are the queries of one head
+    else:
+        last = torch.arange(len(key) - n_queries, len(key), device=key.device)
+        visible = torch.arange(len(key), device=key.device) <= last[:, None]
+        key, value = key.expand(group, -1, -1), value.expand(group, -1, -1)
+    output = nn.functional.scaled_dot_product_attention(
+        query[None], key.view(1, -1, *key.shape[-2:]), value.view(1, -1, *value.shape[-2:]), visible, scale=scaling
+    )[0]
+    return output.transpose(0, 1) if n_queries == 1 else output
