@@ -412,17 +412,25 @@ class PressedLayer(CacheLayerMixin):
         """
         assert self._k is not None and self._v is not None
         assert self._thin is None
-        before = max(self._pairs_before, int((self.positions() >= 0).sum()))
-        is_empty, at, seen = slots < 0, slots.clamp(min=0), self._seen
-        p = self.positions().gather(2, at).masked_fill(is_empty, -1).int()
+        at = slots.clamp(min=0)
         k, v = (states.gather(2, at[..., None].expand(-1, -1, -1, states.shape[3])) for states in (self._k, self._v))
+        self.hold(k, v, self.positions().gather(2, at).masked_fill(slots < 0, -1))
+
+    def hold(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        """Hold these pairs instead of those that are stored, as what the press kept of the tokens seen so far.
+
+        Args:
+            keys, values: ``[B, Hkv, n, D]``; the layer's own from now on.
+            positions: int64 ``[B, Hkv, n]``, ascending; -1 in the last places of a head that holds fewer.
+        """
+        before, seen = max(self._pairs_before, int((self.positions() >= 0).sum())), self._seen
         recent = self._recent
         self._clear()
         self._recent = recent
-        self._k, self._v, self._kept = k, v, p
-        self._stored, self._seen, self._tail_start = slots.shape[2], seen, seen
-        self._pairs_before, self._pairs_after = before, int((~is_empty).sum())
-        self._has_gaps = bool(is_empty.any())
+        self._k, self._v, self._kept = keys, values, positions.int()
+        self._stored, self._seen, self._tail_start = positions.shape[2], seen, seen
+        self._pairs_before, self._pairs_after = before, int((positions >= 0).sum())
+        self._has_gaps = self._pairs_after < positions.numel()
 
     def share(self, other: PressedLayer) -> None:
         """Hold what ``other`` holds, without copying; whichever of the two is written to first copies."""
