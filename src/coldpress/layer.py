@@ -209,7 +209,10 @@ class PressedLayer(CacheLayerMixin):
         return self._stored
 
     def positions(self) -> Tensor:
-        """Original positions of the stored pairs, int64 ``[B, Hkv, T]``, ascending; -1 where a head stores fewer."""
+        """Original positions of the stored pairs, int64 ``[B, Hkv, T]``, ascending; -1 where a head stores fewer.
+
+        They differ within a head, but for pairs that belong to no token (RestoreKVPress).
+        """
         if self._k is None:
             return torch.empty(0, 0, 0, dtype=torch.long)
         n_batch, n_heads = self._k.shape[:2]

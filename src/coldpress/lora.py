@@ -136,13 +136,14 @@ def read_tensors(press: BasePress, path: Path) -> dict[str, Tensor]:
         PressError: it is damaged.
     """
     try:
-        return _read(path, path.stat().st_mtime_ns)
+        state = path.stat()
+        return _read(path, (state.st_mtime_ns, state.st_size))
     except Exception as error:  # a file may be broken in any way
         raise damaged(press, path, error) from error
 
 
 @lru_cache(maxsize=4)  # adapter and embeddings of two models
-def _read(path: Path, changed: int) -> dict[str, Tensor]:
+def _read(path: Path, version: tuple[int, int]) -> dict[str, Tensor]:
     with torch.inference_mode(False):  # they outlive the mode that they are read in
         return dict(load_file(path))
 

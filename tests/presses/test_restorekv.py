@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.contract.architectures import BY_NAME, tiny, tokens
+from tests.contract.architectures import BY_NAME, ROTARY_VARIANTS, tiny, tokens
 from tests.contract.test_oracle import Llama, Neox, attend, rotate
 from tests.presses.replays import Twin, Words, best_of_all, kvzip_scores
 from tests.presses.weights import write_restorekv
@@ -32,6 +32,8 @@ from coldpress import (
 )
 from coldpress.errors import PressError, UnreachableError
 from coldpress.lora import Lora
+from coldpress.presses.restorekv import _moved_back
+from coldpress.pressing import prefilling
 
 MODELS = ["gpt_neox", "gpt_neox_full_rotary", "llama"]
 N, N_NEW = 21, 3
@@ -130,6 +132,24 @@ def test_what_is_stored(name: str, kind: str, tmp_path: Path) -> None:
     assert (twin.logits_after(name, QUESTION[0], slots, N) - after).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("name", [*(a.name for a in ROTARY_VARIANTS), "gpt_neox", "phi", "glm", "cohere", "gpt2"])
+def test_keys_move_back_by_the_models_own_rotation(name: str) -> None:
+    """Keys of the first layer depend on nothing but the token and its position."""
+    model, here, later = BY_NAME[name].build(), PressedCache(), PressedCache()
+    model(IDS, past_key_values=here)
+    keys = here.layer(0).keys
+    assert keys is not None
+    if name != "gpt2":  # which does not rotate
+        model(IDS, past_key_values=later, position_ids=torch.arange(N_NEW, N_NEW + N)[None])
+        moved = later.layer(0).keys
+        assert moved is not None and not torch.allclose(moved, keys, atol=1e-2)
+    else:
+        moved = keys
+    attention = next(m for m in model.modules() if hasattr(m, "layer_idx") and "Attention" in type(m).__name__)
+    rope = here.session.rope(attention, IDS.device)
+    torch.testing.assert_close(_moved_back(moved, rope, N_NEW, N + N_NEW), keys, atol=1e-5, rtol=1e-4)
+
+
 def test_generate_goes_on_after_the_text(tmp_path: Path) -> None:
     model, ids = tiny("llama"), torch.cat([IDS, QUESTION], dim=1)
     write_restorekv(tmp_path, model, N_NEW)
@@ -197,6 +217,21 @@ def test_text_beside_sliding_windows(tmp_path: Path) -> None:
     ] * 2
     logits = model(QUESTION, past_key_values=past).logits
     assert torch.isfinite(logits).all()
+
+
+def test_a_shared_prefill(tmp_path: Path) -> None:
+    model, full = tiny("llama"), PressedCache()
+    write_restorekv(tmp_path, model, N_NEW)
+    presses = [RestoreKVPress(ratio, weights=str(tmp_path), **SMALL) for ratio in (0.0, 0.3, 0.6)]
+    branches = full.branches([*presses, KnormPress(0.5)])
+    with torch.no_grad(), prefilling(model, full, *branches):
+        model(IDS, past_key_values=full)
+    assert branches[0].achieved_ratio() == full.achieved_ratio() == 0
+    for press, branch in zip(presses[1:], branches[1:], strict=False):
+        alone = run(model, press)
+        assert kept(branch) == kept(alone)
+        for layer, own in zip(branch.pressed_layers(), alone.pressed_layers(), strict=True):
+            assert torch.equal(layer.keys, own.keys) and torch.equal(layer.values, own.values)  # type: ignore[arg-type]
 
 
 def test_a_schedule_goes_on_after_it(tmp_path: Path) -> None:
