@@ -48,6 +48,7 @@ from coldpress.presses.pyramidkv import PyramidKVPress
 from coldpress.presses.qfilter import QFilterPress
 from coldpress.presses.random import RandomPress
 from coldpress.presses.registry import catalogue, make_press, press_names
+from coldpress.presses.restorekv import RestoreKVPress
 from coldpress.presses.simlayerkv import SimLayerKVPress
 from coldpress.presses.snapkv import SnapKVPress
 from coldpress.presses.streaming_llm import StreamingLLMPress
@@ -109,6 +110,7 @@ __all__ = [
     "PyramidKVPress",
     "QFilterPress",
     "RandomPress",
+    "RestoreKVPress",
     "ScorerPress",
     "SimLayerKVPress",
     "SnapKVPress",

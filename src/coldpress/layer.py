@@ -210,7 +210,10 @@ class PressedLayer(CacheLayerMixin):
         return 0 if self._store is None else self._store.n
 
     def positions(self) -> Tensor:
-        """Original positions of the stored pairs, int64 ``[B, Hkv, T]``, ascending; -1 where a head stores fewer."""
+        """Original positions of the stored pairs, int64 ``[B, Hkv, T]``, ascending; -1 where a head stores fewer.
+
+        They differ within a head, but for pairs that belong to no token (RestoreKVPress).
+        """
         store = self._store
         if store is None:
             return torch.empty(0, 0, 0, dtype=torch.long)
@@ -439,16 +442,24 @@ class PressedLayer(CacheLayerMixin):
                 keeps fewer.
         """
         assert self._store is not None
-        before = max(self._pairs_before, int((self.positions() >= 0).sum()))
-        is_empty, at, seen, recent = slots < 0, slots.clamp(min=0), self._seen, self._recent
-        positions = self.positions().gather(2, at).masked_fill(is_empty, -1).int()
+        at = slots.clamp(min=0)
         keys, values = (
             states.gather(2, at[..., None].expand(-1, -1, -1, states.shape[3]))
             for states in (self._store.keys, self._store.values)
         )
+        self.hold(keys, values, self.positions().gather(2, at).masked_fill(slots < 0, -1))
+
+    def hold(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        """Hold these pairs instead of those that are stored, as what the press kept of the tokens seen so far.
+
+        Args:
+            keys, values: ``[B, Hkv, n, D]``; the layer's own from now on.
+            positions: int64 ``[B, Hkv, n]``, ascending; -1 in the last places of a head that holds fewer.
+        """
+        before, seen, recent = max(self._pairs_before, int((self.positions() >= 0).sum())), self._seen, self._recent
         self._clear()
         self._recent, self._seen, self._pairs_before = recent, seen, before
-        self._take(keys, values, positions)
+        self._take(keys, values, positions.int())
 
     def share(self, other: PressedLayer) -> None:
         """Hold what ``other`` holds, without copying; whichever of the two is written to first copies."""

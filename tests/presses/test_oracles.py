@@ -25,6 +25,7 @@ from tests.presses import (
     test_lukv,
     test_merging,
     test_replay,
+    test_restorekv,
     test_scorers,
     test_simlayerkv,
     test_think,
@@ -69,6 +70,7 @@ from coldpress import (
     PyramidKVPress,
     QFilterPress,
     RandomPress,
+    RestoreKVPress,
     ScorerPress,
     SimLayerKVPress,
     SnapKVPress,
@@ -256,6 +258,7 @@ ELSEWHERE: dict[type[BasePress], Callable[..., None]] = {  # the tests that hold
     NonCausalAttnPress: test_scorers.test_non_causal_attention,
     ThinKPress: test_think.test_attention_is_that_of_zeroed_channels,
     QFilterPress: test_calibrated.test_qfilter,
+    RestoreKVPress: test_restorekv.test_what_is_stored,
     SimLayerKVPress: test_simlayerkv.test_lazy_layers_keep_both_ends,
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +11,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from coldpress import FastKVzipPress, KVzapPress, LayerView
+from coldpress import FastKVzipPress, KVzapPress, LayerView, RestoreKVPress
+
+N_RESTORED = 3  # of the random weights for RestoreKV
 
 
 def _random(*shape: int, seed: int) -> Tensor:
@@ -56,11 +60,36 @@ def write_gates(
     return gates
 
 
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Those in decoder layers, by name."""
+    found = ((name, m) for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)))
+    return {name: m for name, m in found if any(part.isdigit() for part in name.split("."))}
+
+
+def write_restorekv(
+    folder: Path, model: nn.Module, n: int, prefix: str = "base_model.model.", **config: Any
+) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    """Embeddings and an adapter for all linear layers of ``model``; returns the embeddings, and A and B by module."""
+    folder.mkdir(parents=True, exist_ok=True)
+    embeddings = _random(n, model.get_input_embeddings().weight.shape[1], seed=3)  # type: ignore[operator]
+    save_file({"restore_embeddings": embeddings}, folder / "restore_embeddings.safetensors")
+    parts, tensors, rank = {}, {}, 2
+    for i, (name, module) in enumerate(linear_layers(model).items()):
+        n_in, n_out = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
+        parts[name] = _random(rank, n_in, seed=2 * i), _random(n_out, rank, seed=2 * i + 1)
+        for letter, weight in zip("AB", parts[name], strict=True):
+            tensors[f"{prefix}{name}.lora_{letter}.weight"] = weight
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    says = {"peft_type": "LORA", "r": rank, "lora_alpha": 3, "bias": "none", "target_modules": ["all of them"]} | config
+    (folder / "adapter_config.json").write_text(json.dumps(says | {"use_dora": False, "modules_to_save": None}))
+    return embeddings, parts
+
+
 @pytest.fixture
 def given_weights(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Presses that were given no weights read random ones of the right shape, wherever their model comes from."""
     folder = tmp_path_factory.getbasetemp() / "weights"
-    of_kvzap, of_gates = KVzapPress._layer, FastKVzipPress._gate
+    of_kvzap, of_gates, of_restorer = KVzapPress._layer, FastKVzipPress._gate, RestoreKVPress.restorer
 
     def kvzap(press: KVzapPress, view: LayerView, x: Tensor, n_heads: int) -> Any:
         n_hidden = 12 if press.model_type == "mlp" else None
@@ -75,5 +104,13 @@ def given_weights(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
             write_gates(own, x.shape[-1], view.keys.shape[1], view.group_size, 4)
         return of_gates(press if press.weights else replace(press, weights=str(own.parent)), view, x)
 
+    def restorer(press: RestoreKVPress, model: nn.Module) -> Any:
+        shapes = [(name, tuple(module.weight.shape)) for name, module in linear_layers(model).items()]
+        own = folder / f"restorekv-{hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]}"
+        if not own.exists():
+            write_restorekv(own, model, N_RESTORED)
+        return of_restorer(press if press.weights else replace(press, weights=str(own)), model)
+
+    monkeypatch.setattr(RestoreKVPress, "restorer", restorer)
     monkeypatch.setattr(KVzapPress, "_layer", kvzap)
     monkeypatch.setattr(FastKVzipPress, "_gate", gates)

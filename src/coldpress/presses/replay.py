@@ -89,9 +89,14 @@ class ReplayPress(BudgetPress):
                 place = Place(rank, n_layers, layer.keys.shape[1] * dims * layer.keys.element_size())
                 n_keep = min(n_keep, self.keep_of(n_tokens, place))
                 layers.append(layer)
-        if n_keep >= n_tokens:
-            return
-        n_first, _ = shrink_protected(n_keep, min(self.n_first(token_ids), n_tokens), 0)
+        if n_keep < n_tokens:
+            self.evict(cache, model, token_ids, layers, n_keep)
+
+    def evict(
+        self, cache: PressedCache, model: nn.Module, token_ids: Tensor, layers: Sequence[PressedLayer], n_keep: int
+    ) -> None:
+        """Have each head of ``layers`` hold ``n_keep`` pairs, mean over layers and heads."""
+        n_first, _ = shrink_protected(n_keep, min(self.n_first(token_ids), token_ids.shape[1]), 0)
         scores = [protect(part, n_first, 0) for part in self.scores(cache, model, token_ids, layers)]
         counts = self.counts(scores, n_keep, max(1, n_first))
         for layer, part, count in zip(layers, scores, counts, strict=True):
