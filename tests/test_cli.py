@@ -562,10 +562,43 @@ def test_report_prints_what_a_folder_holds(run: Run, capsys: pytest.CaptureFixtu
     assert "no folder" in capsys.readouterr().err
 
 
-def test_presses_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["presses"]) == 0
+def test_presses_are_listed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for columns, width in (("80", 80), ("300", 100)):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert main(["presses"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        first = [line.split()[0] for line in lines if line.strip()]
+        assert all(name in first for name in [*press_names(), "DecodingPress", "ComposedPress"])
+        assert width - 10 < max(len(line) for line in lines) <= width
+
+
+def test_one_press_is_described_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["presses", "adakv_snapkv"]) == 0
     out = capsys.readouterr().out
-    assert all(f"{name}: " in out for name in press_names())
+    for text in (
+        "adakv_snapkv: AdaKVPress(SnapKVPress)\n",
+        "https://arxiv.org/abs/2407.11550",
+        "  alpha_safeguard=0.2\n      share of the mean budget",
+        "  window_size=64\n      last tokens that score",
+        "from the paper: any scorer",
+        "heads may keep different numbers",
+    ):
+        assert text in out
+    assert main(["presses", "DecodingPress"]) == 0
+    assert "  target_size=2048\n" in capsys.readouterr().out
+    assert main(["presses", "decodingpres"]) == 2
+    assert "Unknown press 'decodingpres'. Did you mean 'DecodingPress'" in capsys.readouterr().err
+
+
+def test_presses_are_printed_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["presses", "--json"]) == 0
+    entries = json.loads(capsys.readouterr().out)
+    assert [e["name"] for e in entries if e["name"]] == press_names()
+    assert {"CAMPress", "DMSPress", "PrefillDecodingPress"} <= {e["class_name"] for e in entries if not e["name"]}
+    assert main(["presses", "kvzap", "--json"]) == 0
+    (entry,) = json.loads(capsys.readouterr().out)
+    assert (entry["kind"], entry["in_block"]) == ("trained", True)
+    assert entry["parameters"][0]["name"] == "model_type" and entry["parameters"][0]["default"] == "'mlp'"
 
 
 def test_speed_is_a_command(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
