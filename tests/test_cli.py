@@ -197,6 +197,37 @@ def test_the_users_command_lines(run: Run, data: Path, arguments: str, presses: 
         assert f"| {record['press']} " in done.out
 
 
+def test_budgets_stand_in_the_place_of_a_ratio(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    token = 2 * 2 * 32 * 4  # bytes: 2 layers, keys and values, 32 channels, float32
+    done = run("--press", "no_press", "knorm", "--budget_tokens", "30", "20", *QUALITY)
+    assert done.code == 0, done.err
+    assert run("--press", "no_press", "knorm", "--budget_bytes", 24 * token + 5, *QUALITY).code == 0
+    assert run("--press", "knorm", "--compression_ratio", "0.75", *QUALITY).code == 0
+    done = run("--press", "all", "--budget_tokens", "96", *QUALITY)
+    assert done.code == 0, done.err
+    assert "Nothing to remove, as their parameters or budgets say: adakv_expected_attention_e2, " in done.out
+    found = {
+        (r["press"], r["compression_ratio"], r["budget_tokens"], r["budget_bytes"]): r["kv_len_after"]
+        for r in done.records
+        if r["press"] in ("no_press", "knorm", "simlayerkv")
+    }
+    assert found == {
+        ("no_press", 0, None, None): [96, 96],
+        ("simlayerkv", None, None, None): [96, 96],
+        ("knorm", None, 20, None): [20, 20],
+        ("knorm", None, 30, None): [30, 30],
+        ("knorm", None, 96, None): [96, 96],
+        ("knorm", None, None, 24 * token + 5): [24, 24],
+        ("knorm", 0.75, None, None): [24, 24],
+    }
+    assert main(["report", str(done.folder)]) == 0
+    out = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if "|" in line]
+    assert rows[0][:2] == ["press", "ratio or budget"]
+    sizes = [row[1] for row in rows if row[0] == "knorm"]
+    assert sorted(sizes) == ["0.75", "12.00 KiB", "20 tokens", "30 tokens", "96 tokens"]
+
+
 def test_the_embedded_default_needs_nothing(run: Run) -> None:
     done = run("--model", "demo", "--dataset", "demo", "--press", "knorm", *SMALL, "--max_length", "256")
     assert done.code == 0, done.err
@@ -485,6 +516,12 @@ def odd_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ('--press compactor --press_args {{"blending":"a"}}', "blending must be int or float, got 'a'"),
         ('--press snapkv --press_args {{"compression_ratio":0.3}}', "use --compression_ratio"),
         ('--press snapkv knorm --press_args {{"window_size":3}}', "name a single one"),
+        ('--press snapkv --press_args {{"budget_tokens":3}}', "use --budget_tokens"),
+        ("--press knorm --budget_tokens 8 --compression_ratio 0.5", "--compression_ratio and --budget_tokens both say"),
+        ("--press knorm --budget_tokens 8 --budget_bytes 9", "--budget_tokens and --budget_bytes both say"),
+        ("--press knorm simlayerkv --budget_tokens 8", "simlayerkv has no budget in tokens or bytes"),
+        ("--press knorm --budget_tokens 0", "at least 1, got '0'"),
+        ("--press knorm --budget_bytes 1.5", "must be an integer"),
         ("--max_new_tokens many", "must be an integer of at least 1, got 'many'"),
         ("--max_new_tokens 1", "at least 2 to time decoding"),
         ("--max_new_tokens 200", "leaves no room for a context in 128 positions"),

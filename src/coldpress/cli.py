@@ -142,6 +142,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add = what.add_argument
     add("--press", nargs="+", help="names of presses, no_press, or all (default: no_press)")
     add("--compression_ratio", nargs="+", type=float, help="fraction of the pairs to remove, in [0, 1) (default: 0.5)")
+    add("--budget_tokens", nargs="+", type=_positive, help="instead of a ratio: pairs that a head keeps, on average")
+    add("--budget_bytes", nargs="+", type=_positive, help="instead of a ratio: bytes of the kept pairs of one text")
     add("--press_args", type=_json_object, help="parameters of a single press as JSON, such as '{\"window_size\": 32}'")
     ppl = parser.add_argument_group("perplexity")
     add = ppl.add_argument
@@ -206,9 +208,10 @@ def _json_object(text: str) -> dict[str, Any]:
 
 def _run_ppl(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
     from coldpress.eval.run import Settings, evaluate
+    from coldpress.presses.base import BUDGETS
 
     given = {f.name: getattr(args, f.name) for f in fields(Settings) if getattr(args, f.name, None) is not None}
-    for name in ("press", "compression_ratio"):
+    for name in ("press", "compression_ratio", *BUDGETS):
         if name in given:
             given[name] = tuple(given[name])
     if "press_args" in given:

@@ -49,7 +49,7 @@ def listing() -> str:
     lines += ["b  inside 'with press(model):' only  l  layers may keep different numbers", ""]
     for title, what, infos in groups:
         lines += [_hanging("", f"{title}: {what}", _width()), *map(_row, infos), ""]
-    return "\n".join([*lines, "coldpress presses NAME tells all about one: its paper, parameters, needs and cost."])
+    return "\n".join([*lines, "coldpress presses NAME tells all about one: paper, parameters, needs, cost."])
 
 
 def entry(info: PressInfo) -> str:
