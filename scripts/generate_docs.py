@@ -4,7 +4,8 @@
     python scripts/generate_docs.py            write them
     python scripts/generate_docs.py --check    exit with 1 if a document is not what it would write
 
-A generated part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->``. NAME is ``presses``,
+A generated part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->``. NAME is ``presses DOCUMENT`` for the
+table of presses, whose classes lead to their sections in that document, ``press sections`` for those sections,
 ``results FOLDER`` for the table of the JSON files in benchmarks/FOLDER, ``parity`` for the comparison with kvpress,
 ``faults`` for the tests of kvpress's faults, or ``overhead FILE`` for the table of
 benchmarks/press_overhead/results/FILE.json.
@@ -23,7 +24,8 @@ from pathlib import Path
 from coldpress.errors import ColdpressError
 from coldpress.eval.report import describe, table
 from coldpress.eval.results import read_results
-from coldpress.presses.registry import catalogue
+from coldpress.listing import KINDS, keeps, python_only, traits
+from coldpress.presses.registry import PressInfo, catalogue, press_classes
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = (
@@ -36,17 +38,69 @@ DOCUMENTS = (
 PART = re.compile(r"(<!-- generated: (?P<name>[^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def presses() -> str:
-    """The catalogue as a Markdown table."""
-    lines = ["| name | class | keeps | source | needs |", "|---|---|---|---|---|"]
-    for info in catalogue():
-        what = info.summary.removeprefix("Keep ").rstrip(".")
-        source = re.sub(r"arXiv:(\d{4}\.\d{5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", info.source)
-        source = source.split(" Differs from")[0].rstrip(".")
+def presses(document: str) -> str:
+    """The catalogue as a Markdown table, by kind, then the classes without a name."""
+    lines = [
+        "| name | class | keeps | paper | kind | decodes | heads | layers |",
+        "|---|---|---|---|---|:-:|:-:|:-:|",
+    ]
+    for info in [*sorted(catalogue(), key=lambda info: list(KINDS).index(info.kind)), *python_only()]:
+        name = f"`{info.name}`" if info.name else "–"
+        marks = " | ".join("✓" if has else "" for has in (info.decodes, info.per_head, info.per_layer))
         lines.append(
-            f"| `{info.name}` | `{info.call}` | {what} | {source} | {info.needs.split(' Cost:')[0].rstrip('.')} |"
+            f"| {name} | [{info.class_name}]({document}#{info.class_name.lower()}) | {_markdown(keeps(info))} "
+            f"| {_paper(info)} | {info.kind.removeprefix('training-')} | {marks} |"
         )
     return "\n".join(lines)
+
+
+def press_sections() -> str:
+    """Everything about each class and its names, one section a class."""
+    names: dict[str, list[PressInfo]] = {}
+    for info in catalogue():
+        names.setdefault(info.class_name, []).append(info)
+    return "\n\n".join(_section(info, names.get(info.class_name, [])) for info in press_classes())
+
+
+def _section(info: PressInfo, named: list[PressInfo]) -> str:
+    kind = f"**{info.kind}**; {'; '.join(traits(info))}".replace("'with press(model):'", "`with press(model):`")
+    parts = [f"### {info.class_name}", _markdown(info.summary), kind + ".", *map(_markdown, info.details)]
+    lines = [f"- Python: `{info.call}`"]
+    if [one.call for one in named] == [info.call.replace("compression_ratio=0.0", "compression_ratio")]:
+        lines.append(f"- Name: `{named[0].name}`")
+    else:
+        lines += [f"- `{one.name}`: `{one.call}`" for one in named]
+    lines += [f"- {tag}: {_markdown(said)}." for tag, said in (("Source", info.source),) if said]
+    lines += [f"- {_markdown(said)}" for said in info.differs]
+    lines += [f"- {tag}: {_markdown(said)}." for tag, said in (("Needs", info.needs), ("Cost", info.cost)) if said]
+    parts.append("\n".join(lines))
+    if any(p.text for p in info.parameters):
+        rows = [
+            f"| `{p.name}` | {f'`{p.default}`' if p.default else ''} | {_markdown(p.text)} |" for p in info.parameters
+        ]
+        parts.append("\n".join(["| parameter | default | |", "|---|---|---|", *rows]))
+    return "\n\n".join(parts)
+
+
+def _paper(info: PressInfo) -> str:
+    """A link to the paper, or to what stands for one."""
+    if not info.link:
+        return ""
+    host = info.link.split("/")[2]
+    names = {"arxiv.org": info.link.rpartition("/")[2], "openreview.net": "OpenReview", "github.com": "kvpress"}
+    return f"[{names[host]}]({info.link})"
+
+
+def _markdown(text: str) -> str:
+    """A docstring's text: arXiv numbers are links, and nothing outside code is taken for markup."""
+    parts = re.split(r"(``[^`]+``)", text)
+    for i, part in enumerate(parts):
+        if part.startswith("``"):
+            parts[i] = part[1:-1].replace("|", "\\|")
+        else:
+            part = re.sub(r"([*|<>\[\]]|\b_(?!\w)|(?<!\w)_)", r"\\\1", part)
+            parts[i] = re.sub(r"arXiv:(\d{4}\.\d{5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", part)
+    return "".join(parts)
 
 
 def results(folder: str) -> str:
@@ -95,7 +149,8 @@ def overhead(name: str) -> str:
 def generated(name: str) -> str:
     kind, _, argument = name.partition(" ")
     makers = {
-        "presses": presses,
+        "presses": lambda: presses(argument),
+        "press": press_sections,
         "results": lambda: results(argument),
         "parity": parity,
         "faults": faults,

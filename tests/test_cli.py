@@ -197,6 +197,37 @@ def test_the_users_command_lines(run: Run, data: Path, arguments: str, presses: 
         assert f"| {record['press']} " in done.out
 
 
+def test_budgets_stand_in_the_place_of_a_ratio(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    token = 2 * 2 * 32 * 4  # bytes: 2 layers, keys and values, 32 channels, float32
+    done = run("--press", "no_press", "knorm", "--budget_tokens", "30", "20", *QUALITY)
+    assert done.code == 0, done.err
+    assert run("--press", "no_press", "knorm", "--budget_bytes", 24 * token + 5, *QUALITY).code == 0
+    assert run("--press", "knorm", "--compression_ratio", "0.75", *QUALITY).code == 0
+    done = run("--press", "all", "--budget_tokens", "96", *QUALITY)
+    assert done.code == 0, done.err
+    assert "Nothing to remove, as their parameters or budgets say: adakv_expected_attention_e2, " in done.out
+    found = {
+        (r["press"], r["compression_ratio"], r["budget_tokens"], r["budget_bytes"]): r["kv_len_after"]
+        for r in done.records
+        if r["press"] in ("no_press", "knorm", "simlayerkv")
+    }
+    assert found == {
+        ("no_press", 0, None, None): [96, 96],
+        ("simlayerkv", None, None, None): [96, 96],
+        ("knorm", None, 20, None): [20, 20],
+        ("knorm", None, 30, None): [30, 30],
+        ("knorm", None, 96, None): [96, 96],
+        ("knorm", None, None, 24 * token + 5): [24, 24],
+        ("knorm", 0.75, None, None): [24, 24],
+    }
+    assert main(["report", str(done.folder)]) == 0
+    out = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if "|" in line]
+    assert rows[0][:2] == ["press", "ratio or budget"]
+    sizes = [row[1] for row in rows if row[0] == "knorm"]
+    assert sorted(sizes) == ["0.75", "12.00 KiB", "20 tokens", "30 tokens", "96 tokens"]
+
+
 def test_the_embedded_default_needs_nothing(run: Run) -> None:
     done = run("--model", "demo", "--dataset", "demo", "--press", "knorm", *SMALL, "--max_length", "256")
     assert done.code == 0, done.err
@@ -485,6 +516,12 @@ def odd_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ('--press compactor --press_args {{"blending":"a"}}', "blending must be int or float, got 'a'"),
         ('--press snapkv --press_args {{"compression_ratio":0.3}}', "use --compression_ratio"),
         ('--press snapkv knorm --press_args {{"window_size":3}}', "name a single one"),
+        ('--press snapkv --press_args {{"budget_tokens":3}}', "use --budget_tokens"),
+        ("--press knorm --budget_tokens 8 --compression_ratio 0.5", "--compression_ratio and --budget_tokens both say"),
+        ("--press knorm --budget_tokens 8 --budget_bytes 9", "--budget_tokens and --budget_bytes both say"),
+        ("--press knorm simlayerkv --budget_tokens 8", "simlayerkv has no budget in tokens or bytes"),
+        ("--press knorm --budget_tokens 0", "at least 1, got '0'"),
+        ("--press knorm --budget_bytes 1.5", "must be an integer"),
         ("--max_new_tokens many", "must be an integer of at least 1, got 'many'"),
         ("--max_new_tokens 1", "at least 2 to time decoding"),
         ("--max_new_tokens 200", "leaves no room for a context in 128 positions"),
@@ -562,10 +599,43 @@ def test_report_prints_what_a_folder_holds(run: Run, capsys: pytest.CaptureFixtu
     assert "no folder" in capsys.readouterr().err
 
 
-def test_presses_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["presses"]) == 0
+def test_presses_are_listed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for columns, width in (("80", 80), ("300", 100)):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert main(["presses"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        first = [line.split()[0] for line in lines if line.strip()]
+        assert all(name in first for name in [*press_names(), "DecodingPress", "ComposedPress"])
+        assert width - 10 < max(len(line) for line in lines) <= width
+
+
+def test_one_press_is_described_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["presses", "adakv_snapkv"]) == 0
     out = capsys.readouterr().out
-    assert all(f"{name}: " in out for name in press_names())
+    for text in (
+        "adakv_snapkv: AdaKVPress(SnapKVPress)\n",
+        "https://arxiv.org/abs/2407.11550",
+        "  alpha_safeguard=0.2\n      share of the mean budget",
+        "  window_size=64\n      last tokens that score",
+        "from the paper: any scorer",
+        "heads may keep different numbers",
+    ):
+        assert text in out
+    assert main(["presses", "DecodingPress"]) == 0
+    assert "  target_size=2048\n" in capsys.readouterr().out
+    assert main(["presses", "decodingpres"]) == 2
+    assert "Unknown press 'decodingpres'. Did you mean 'DecodingPress'" in capsys.readouterr().err
+
+
+def test_presses_are_printed_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["presses", "--json"]) == 0
+    entries = json.loads(capsys.readouterr().out)
+    assert [e["name"] for e in entries if e["name"]] == press_names()
+    assert {"CAMPress", "DMSPress", "PrefillDecodingPress"} <= {e["class_name"] for e in entries if not e["name"]}
+    assert main(["presses", "kvzap", "--json"]) == 0
+    (entry,) = json.loads(capsys.readouterr().out)
+    assert (entry["kind"], entry["in_block"]) == ("trained", True)
+    assert entry["parameters"][0]["name"] == "model_type" and entry["parameters"][0]["default"] == "'mlp'"
 
 
 def test_speed_is_a_command(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

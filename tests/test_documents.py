@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import coldpress
+from coldpress.cli import _parser
 from coldpress.presses.base import BasePress
 from coldpress.presses.registry import catalogue, make_press, press_names
 
@@ -30,9 +33,13 @@ def test_relative_links_lead_somewhere(document: Path) -> None:
 
 
 def test_both_readmes_have_the_same_parts() -> None:
-    def shape(name: str) -> tuple[int, list[str], list[str]]:
+    def shape(name: str) -> tuple[list[str], list[str], list[str]]:
         text = (ROOT / name).read_text(encoding="utf-8")
-        return text.count("\n## "), re.findall(r"generated: (.+?) -->", text), re.findall(r"^python .+$", text, re.M)
+        return (
+            re.findall(r"^##+(?= )", text, re.M),
+            re.findall(r"generated: (.+?) -->", text),
+            re.findall(r"^python .+$", text, re.M),
+        )
 
     assert shape("README.md") == shape("README.zh-CN.md")
 
@@ -53,14 +60,52 @@ def test_the_public_names_are_there_once() -> None:
         assert hasattr(coldpress, name)
 
 
-def test_the_readme_example_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    example = re.search(r"## In eight lines\n+```python\n(.*?)```", text, re.DOTALL)
-    assert example is not None
+@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
+def test_the_code_of_the_readmes_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 5
     demo = str(ROOT / "src" / "coldpress" / "assets" / "demo" / "model")
-    kvpress = re.search(r"Coming from kvpress.*?```python\n(.*?)```", text, re.DOTALL)
-    assert kvpress is not None
     names: dict[str, object] = {}
-    exec(example[1].replace("EleutherAI/pythia-70m", demo), names)
-    assert "olives" in capsys.readouterr().out
-    exec(kvpress[1].replace(', device_map="auto"', ""), names)
+    for block in blocks:  # one goes on from the other
+        exec(block.replace("EleutherAI/pythia-70m", demo).replace(', device_map="auto"', ""), names)
+    out = capsys.readouterr().out
+    assert "olives" in out
+    (tokens, n_bytes), (_, most) = re.findall(r"^(\[.+\]) (\d+)$", out, re.MULTILINE)  # budgets in tokens, in bytes
+    assert tokens == str([128] * 6)
+    assert int(most) <= 1 << 20 < int(most) + int(n_bytes) // 128
+    assert re.search(r"^4\d\d \[1[234]\d(, 1[234]\d){5}\]$", out, re.MULTILINE)  # while decoding: 128 to 143 are held
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
+def test_the_command_lines_of_the_readmes_are_understood(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    lines = re.findall(r"^(?:coldpress |python evaluation/perplexity.py ).+$", text, re.MULTILINE)
+    assert len(lines) >= 9
+    for line in lines:
+        words = shlex.split(line.replace("python evaluation/perplexity.py", "coldpress ppl"))
+        args = _parser(None).parse_args(words[1:])  # exits if it does not understand
+        named = args.press if isinstance(args.press, list) else [args.press]
+        assert all(press in ("all", "no_press", *press_names()) for press in named)
+
+
+@pytest.mark.parametrize("document", ["README.md", "README.zh-CN.md", "docs/presses.md"])
+def test_rows_of_a_table_have_its_columns(document: str) -> None:
+    lines = (ROOT / document).read_text(encoding="utf-8").splitlines()
+    for i, line in enumerate(lines):
+        if re.fullmatch(r"\|[-:| ]+\|", line):
+            n_columns = len(re.findall(r"(?<!\\)\|", line))
+            rows = [lines[i - 1], *itertools.takewhile(lambda row: row.startswith("|"), lines[i + 1 :])]
+            assert len(rows) > 1
+            for row in rows:
+                assert len(re.findall(r"(?<!\\)\|", row)) == n_columns, row
+
+
+def test_links_within_the_documents_lead_to_headings() -> None:
+    for name in ("README.md", "README.zh-CN.md", "docs/presses.md"):
+        for target, anchor in re.findall(
+            r"\]\(((?!https?:)[^)#]*)#([^)]+)\)", (ROOT / name).read_text(encoding="utf-8")
+        ):
+            where = (ROOT / name).parent / target if target else ROOT / name
+            headings = re.findall(r"^#+ (.+)$", where.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert anchor in anchors, f"{name} links to #{anchor}"

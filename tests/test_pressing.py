@@ -295,6 +295,25 @@ def switching() -> Iterator[None]:
     sys.setswitchinterval(before)
 
 
+class Looks(KnormPress):
+    needs_hidden_states = True
+
+
+def test_another_thread_may_call_a_hook_before_torch_knows_that_it_takes_keywords() -> None:
+    """torch adds a hook to a module first, and then notes that it takes keywords: a thread may come in between."""
+    model, found = BY_NAME["llama"].build(), []
+
+    def call(hooks: list[Any]) -> None:
+        found.extend(hook(model, (IDS,)) for hook in hooks)
+
+    with Looks(0.5)(model):
+        hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
+        thread = threading.Thread(target=call, args=(hooks,))
+        thread.start()
+        thread.join()
+    assert len(hooks) >= 3 and found == [None] * len(hooks)
+
+
 @pytest.mark.parametrize("is_one_model", [False, True])
 def test_threads_do_not_disturb_each_other(is_one_model: bool, switching: None) -> None:
     """G3: what one request masked was looked up on the model's modules by every other thread."""

@@ -12,7 +12,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -96,6 +96,8 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     report.add_argument("folder", nargs="?", default="results/perplexity")
     report.set_defaults(options=report.options, run=_run_report)
     presses = commands.add_parser("presses", help="the methods, what they need, and where they come from")
+    presses.add_argument("name", nargs="?", help="a press, by its name or its class: all about it")
+    presses.add_argument("--json", action="store_true", help="print the entries as JSON")
     presses.set_defaults(options=presses.options, run=_run_presses)
     return parser
 
@@ -140,6 +142,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add = what.add_argument
     add("--press", nargs="+", help="names of presses, no_press, or all (default: no_press)")
     add("--compression_ratio", nargs="+", type=float, help="fraction of the pairs to remove, in [0, 1) (default: 0.5)")
+    add("--budget_tokens", nargs="+", type=_positive, help="instead of a ratio: pairs that a head keeps, on average")
+    add("--budget_bytes", nargs="+", type=_positive, help="instead of a ratio: bytes of the kept pairs of one text")
     add("--press_args", type=_json_object, help="parameters of a single press as JSON, such as '{\"window_size\": 32}'")
     ppl = parser.add_argument_group("perplexity")
     add = ppl.add_argument
@@ -204,9 +208,10 @@ def _json_object(text: str) -> dict[str, Any]:
 
 def _run_ppl(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
     from coldpress.eval.run import Settings, evaluate
+    from coldpress.presses.base import BUDGETS
 
     given = {f.name: getattr(args, f.name) for f in fields(Settings) if getattr(args, f.name, None) is not None}
-    for name in ("press", "compression_ratio"):
+    for name in ("press", "compression_ratio", *BUDGETS):
         if name in given:
             given[name] = tuple(given[name])
     if "press_args" in given:
@@ -250,12 +255,19 @@ def _run_report(args: argparse.Namespace, argv: list[str], prog: str | None) -> 
 
 
 def _run_presses(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
-    from coldpress.presses.registry import catalogue
+    from coldpress.listing import entry, listing, python_only
+    from coldpress.presses.registry import catalogue, find_press
 
-    for info in catalogue():
-        print(f"{info.name}: {info.class_name}({info.parameters})\n    {info.summary}")
-        print(f"    Kind: {info.kind}\n    Source: {info.source}\n    Needs: {info.needs}")
+    if args.json:
+        infos = [*catalogue(), *python_only()] if args.name is None else [find_press(args.name)]
+        print(json.dumps([_entry(info) for info in infos], indent=2, ensure_ascii=False))
+    else:
+        print(listing() if args.name is None else entry(find_press(args.name)))
     return 0
+
+
+def _entry(info: Any) -> dict[str, Any]:
+    return asdict(info) | {"parameters": [p._asdict() for p in info.parameters]}
 
 
 if __name__ == "__main__":

@@ -51,7 +51,8 @@ def pressed(model: PreTrainedModel, press: BasePress) -> Iterator[None]:
     bound: list[Session] = []
     prefill = _Prefill(model, [], _looks_inside(press), raises=True)
 
-    def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    # torch adds a hook, then notes that it takes keywords: in between, another thread calls it without any
+    def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> tuple[Any, Any] | None:
         if threading.get_ident() != owner or prefill.is_finishing:
             return None
         signature = inspect.signature(module.forward)
@@ -143,7 +144,7 @@ class _Prefill:
         THREAD.hidden_states = None
         self._begin([], None)
 
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> None:
         if threading.get_ident() != self.owner or self.is_finishing:
             return
         given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
@@ -196,9 +197,11 @@ class _Prefill:
                 self.is_finishing = False
                 THREAD.hidden_states = None
 
-    def _show(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _show(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> None:
+        if threading.get_ident() != self.owner:
+            return
         hidden = args[0] if args else kwargs.get("hidden_states")
-        if threading.get_ident() == self.owner and isinstance(hidden, Tensor):
+        if isinstance(hidden, Tensor):
             THREAD.hidden_states = module, hidden
 
 

@@ -69,7 +69,11 @@ def ends_of(name: str) -> tuple[int, int]:
 
 
 def press_of(name: str, ratio: float) -> BasePress:
-    press = make_press(name, ratio, **{k: v for k, v in SMALL.items() if k in parameters_of(name)} | seed_of(name))
+    known = parameters_of(name)
+    own = {k: v for k, v in SMALL.items() if k in known} | seed_of(name)
+    if ratio == 0 and "key_channel_compression_ratio" in known:  # channels are no pairs
+        own["key_channel_compression_ratio"] = 0.0
+    press = make_press(name, ratio, **own)
     assert press is not None
     return press
 

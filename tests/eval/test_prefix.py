@@ -85,7 +85,7 @@ def test_the_baseline_is_one_forward_of_the_uncompressed_model(
 def test_a_press_is_scored_like_a_prefill_and_a_forward_of_its_own(
     model: PreTrainedModel, text: Tensor, name: str
 ) -> None:
-    parameters = {"seed": 3} if name == "random" else {}
+    parameters = {"random": {"seed": 3}, "snap_think": {"window_size": 8}}.get(name, {})
     press = make_press(name, 0.5, **parameters)
     assert press is not None
     _, (baseline, result) = measure(model, [press], [text[:200]])
@@ -115,7 +115,10 @@ def test_a_press_is_scored_like_a_prefill_and_a_forward_of_its_own(
     assert record["kv_len_after"] == lengths
     assert isinstance(press, AdaKVPress) or sum(lengths) == 2 * CONTEXT // 2
     assert record["kv_bytes_baseline"] == 2 * 2 * 32 * 4 * CONTEXT
-    assert record["kv_bytes"] == record["kv_bytes_baseline"] // 2  # even if heads or layers differ
+    if name == "snap_think":  # the other half of the pairs loses 0.4 of the key channels, but for the last 8
+        assert record["kv_bytes"] < record["kv_bytes_baseline"] // 2
+    else:
+        assert record["kv_bytes"] == record["kv_bytes_baseline"] // 2  # even if heads or layers differ
 
 
 def test_comparisons_with_the_baseline(model: PreTrainedModel, text: Tensor) -> None:

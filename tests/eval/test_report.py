@@ -38,6 +38,24 @@ def test_columns_that_nobody_fills_are_left_out() -> None:
     assert knorm == ["knorm", "0.5", "0.500", "3.0000", "22.000", "+0.0900 ± 0.0200", "0.2500", "2.00 KiB", "1.00 KiB"]
 
 
+def test_a_budget_is_shown_in_the_place_of_the_ratio() -> None:
+    few = {**PRESSED, "compression_ratio": None, "budget_tokens": 1500}
+    small = {**PRESSED, "compression_ratio": None, "budget_bytes": 3 << 20}
+    header, _, *rows = cells(table([RECORD, few, small]))
+    assert [header[1], *(row[1] for row in rows)] == ["budget", "", "1,500 tokens", "3.00 MiB"]
+    header, _, *rows = cells(table([RECORD, PRESSED, few]))
+    assert [header[1], *(row[1] for row in rows)] == ["ratio or budget", "0", "0.5", "1,500 tokens"]
+
+
+def test_who_removed_nothing_is_named_under_the_table() -> None:
+    whole = {**RECORD, "press": "simlayerkv", "compression_ratio": None, "effective_compression_ratio": 0.0}
+    said = "Nothing to remove, as their parameters or budgets say: simlayerkv."
+    assert show([RECORD, PRESSED, whole]).endswith(f"\n\n{said}")
+    think = {**whole, "press": "think", "kv_bytes": 1500}  # fewer channels, the same pairs
+    zero = {**whole, "press": "knorm", "compression_ratio": 0.0}
+    assert "Nothing" not in show([RECORD, PRESSED, think, zero])
+
+
 def test_speed_has_a_table_of_its_own_without_what_was_not_timed() -> None:
     quality, speed = table([RECORD, {**PRESSED, **TIMED}, FAILED]).split("\n\n")
     assert [row[0] for row in cells(quality)[2:]] == ["no_press", "knorm", "snapkv"]

@@ -50,11 +50,16 @@ def test_a_name_tells_the_setting(tmp_path: Path) -> None:
     parts = path.name.removesuffix(".json").split("__")
     assert parts[:-1] == ["prefix", "EleutherAI_pythia-70m", "wikitext", "knorm", "r0.50"]
     assert len(parts[-1]) == 10 and int(parts[-1], 16) >= 0
+    for budget, shown in (("budget_tokens", "t512"), ("budget_bytes", "b512")):
+        name = result_path(tmp_path, {**RECORD, "compression_ratio": None, budget: 512}).name
+        assert name.split("__")[3:-1] == ["knorm", shown]
 
 
 def test_every_setting_has_its_own_name(tmp_path: Path) -> None:
     changed = [{**RECORD, field: "other"} for field in IDENTIFYING_FIELDS if field != "compression_ratio"]
     changed += [{**RECORD, "compression_ratio": ratio} for ratio in (0, 0.125, 0.12, 0.1251, None)]
+    changed += [{**RECORD, "compression_ratio": None, "budget_tokens": n} for n in (512, 513)]
+    changed += [{**RECORD, "compression_ratio": None, "budget_bytes": n} for n in (512, 513)]
     changed += [{**RECORD, "speed_only": True}, {**RECORD, "sample_idx": 0}, {**RECORD, "sample_idx": 1}]
     changed += [{**RECORD, "press_config": {"window": w}} for w in (16, 32)]
     found = {result_path(tmp_path, record).name.lower() for record in [RECORD, *changed]}

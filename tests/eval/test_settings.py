@@ -6,6 +6,7 @@ import pytest
 from tests.contract.architectures import tiny, tokens
 
 from coldpress import (
+    AdaKVPress,
     CompactorPress,
     ComposedPress,
     ExpectedAttentionPress,
@@ -21,7 +22,7 @@ from coldpress import (
     SnapKVPress,
     press_names,
 )
-from coldpress.errors import PressError, SelfCheckError
+from coldpress.errors import InputError, PressError, SelfCheckError
 from coldpress.eval.checks import check_stored_pairs
 from coldpress.eval.settings import Settings, make_jobs
 
@@ -46,6 +47,38 @@ def test_a_press_without_a_ratio_is_measured_once() -> None:
     jobs = make_jobs(Settings(press=("all",), compression_ratio=(0.25, 0.5)))
     assert [job.ratio for job in jobs if job.name == "simlayerkv"] == [None]
     assert {job.name for job in jobs} == {"no_press", *press_names(kind="training-free")}
+
+
+def test_a_budget_takes_the_place_of_the_ratio() -> None:
+    jobs = make_jobs(Settings(press=("no_press", "knorm", "adakv_snapkv"), budget_tokens=(8, 16, 8)))
+    assert [(job.name, job.ratio, job.budget_tokens, job.budget_bytes) for job in jobs] == [
+        ("no_press", 0.0, None, None),
+        ("knorm", None, 8, None),
+        ("knorm", None, 16, None),
+        ("adakv_snapkv", None, 8, None),
+        ("adakv_snapkv", None, 16, None),
+    ]
+    assert [job.press for job in jobs[1:4]] == [
+        KnormPress(budget_tokens=8),
+        KnormPress(budget_tokens=16),
+        AdaKVPress(SnapKVPress(budget_tokens=8)),
+    ]
+    (job,) = make_jobs(Settings(press=("knorm",), budget_bytes=(4096,)))
+    assert (job.ratio, job.budget_bytes, job.press) == (None, 4096, KnormPress(budget_bytes=4096))
+    jobs = make_jobs(Settings(press=("all",), budget_tokens=(8,)))
+    assert {job.name for job in jobs} == {"no_press", *press_names(kind="training-free")}
+    assert [job.budget_tokens for job in jobs if job.name == "simlayerkv"] == [None]
+    with pytest.raises(PressError, match="simlayerkv has no budget"):
+        make_jobs(Settings(press=("all", "simlayerkv"), budget_tokens=(8,)))
+    with pytest.raises(InputError, match="--compression_ratio and --budget_bytes both say how much is kept"):
+        Settings(compression_ratio=(0.5,), budget_bytes=(8,))
+    assert Settings().compression_ratio == (0.5,) and Settings(budget_tokens=(8,)).compression_ratio == ()
+
+
+def test_all_is_every_press_that_needs_only_the_model() -> None:
+    names = [job.name for job in make_jobs(Settings(press=("all",)))]
+    assert {"kvzip", "kvzip_plus", "kvgrad", "kvcompose", "finch", "think", "simlayerkv"} <= set(names)
+    assert not {"qfilter", "kvzap", "fastkvzip", "duo_attention", "lukv"} & set(names)
 
 
 def test_parameters_may_be_none_by_default_or_belong_to_the_press_inside() -> None:

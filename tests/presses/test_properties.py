@@ -66,7 +66,11 @@ every_press = pytest.mark.parametrize("name", [*WITH_RATIO, *MORE])
 def press_of(name: str, ratio: float) -> ScorerPress:
     if name in MORE:
         return MORE[name](ratio)
-    press = make_press(name, ratio, **{k: v for k, v in SMALL.items() if k in parameters_of(name)})
+    known = parameters_of(name)
+    own = {k: v for k, v in SMALL.items() if k in known}
+    if ratio == 0 and "key_channel_compression_ratio" in known:  # channels are no pairs
+        own["key_channel_compression_ratio"] = 0.0
+    press = make_press(name, ratio, **own)
     assert isinstance(press, ScorerPress)
     return press
 

@@ -128,8 +128,9 @@ def test_thin_keys_give_back_what_they_hold(n_wide: int) -> None:
 
 
 def test_names() -> None:
-    assert make_press("think", 0.0, key_channel_compression_ratio=0.4) == ThinKPress(0.4)
-    assert make_press("snap_think", 0.5, window_size=8) == ThinKPress(window_size=8, press=SnapKVPress(0.5))
+    assert make_press("think", 0.0) == ThinKPress(0.4)
+    assert make_press("think", 0.0, key_channel_compression_ratio=0.3) == ThinKPress(0.3)
+    assert make_press("snap_think", 0.5, window_size=8) == ThinKPress(0.4, window_size=8, press=SnapKVPress(0.5))
     assert make_press("snap_think", 0.5).with_ratio(0.25).press == SnapKVPress(0.25)
     with pytest.raises(PressError, match="think has no compression ratio"):
         make_press("think", 0.5)

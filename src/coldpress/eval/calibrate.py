@@ -131,7 +131,7 @@ def _press(s: CalibrationSettings) -> Calibrated:
     if found is not None:
         return found
     if s.press in press_names(kind="trained"):
-        needs = next(info.needs for info in catalogue() if info.name == s.press).split(" Cost:")[0].rstrip(".")
+        needs = next(info.needs for info in catalogue() if info.name == s.press)
         raise PressError(f"{s.press} needs trained weights, which are loaded and cannot be calibrated: {needs}.")
     calibrated = ", ".join(press_names(kind="calibrated"))
     raise PressError(f"{s.press} needs no calibration. These do: {calibrated}.")

@@ -1,4 +1,4 @@
-"""From measurements to result records: one for each press and ratio, with all that is needed to repeat it."""
+"""From measurements to result records: one for each press and its size, with all that is needed to repeat it."""
 
 from __future__ import annotations
 
@@ -31,11 +31,17 @@ SIZES = (
     *("context_tokens", "kv_bytes", "kv_bytes_baseline", "kv_len_before", "kv_len_after"),
     "effective_compression_ratio",
 )
-_NOT_SETTINGS = ("output_dir", "press", "compression_ratio", "press_args")  # elsewhere in the record, or beside it
+_NOT_SETTINGS = (
+    "output_dir",
+    "press",
+    "compression_ratio",
+    *BUDGETS,
+    "press_args",
+)  # elsewhere in the record, or beside it
 
 
 def make_records(run: Run) -> list[dict[str, Any]]:
-    """One record per press and ratio; of an interrupted run, those that have something in them.
+    """One record per press and size, a ratio or a budget; of an interrupted run, those that have something in them.
 
     ``status`` is ``ok`` when everything that was asked for is there, ``failed`` when the press or the run failed (then
     the metrics are null), ``interrupted`` otherwise.
@@ -55,6 +61,8 @@ def make_records(run: Run) -> list[dict[str, Any]]:
             "press": job.name,
             "press_config": _config(job.press),
             "compression_ratio": job.ratio,
+            "budget_tokens": job.budget_tokens,
+            "budget_bytes": job.budget_bytes,
             "status": "failed" if error is not None else "ok" if _is_complete(run, job) else "interrupted",
             "error": None,
         }

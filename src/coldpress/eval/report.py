@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from coldpress.eval.memory import format_bytes
+from coldpress.presses.base import BUDGETS
 from coldpress.presses.registry import NO_PRESS
 
-__all__ = ["describe", "show", "table"]
+__all__ = ["describe", "show", "size_of", "table"]
 
 Record = dict[str, Any]
 
@@ -34,8 +35,24 @@ def _is_plain(record: Record) -> bool:
     return record["press"] != NO_PRESS and str(record.get("protocol", "")).startswith("strided")
 
 
+def size_of(record: Record) -> str:
+    """How much a press was asked to keep: its ratio or budget; an empty text for a press that has neither."""
+    if record.get("budget_tokens") is not None:
+        return f"{record['budget_tokens']:,} tokens"
+    if record.get("budget_bytes") is not None:
+        return format_bytes(record["budget_bytes"])
+    ratio = record.get("compression_ratio")
+    return "" if ratio is None else f"{ratio:g}"
+
+
+def _size_name(records: Sequence[Record]) -> str:
+    """What the sizes in a table are: ratios, budgets, or both."""
+    has_budget = any(r.get(name) is not None for r in records for name in BUDGETS)
+    has_ratio = any(r.get("compression_ratio") is not None for r in records if r["press"] != NO_PRESS)
+    return "ratio" if not has_budget else "ratio or budget" if has_ratio else "budget"
+
+
 Column = tuple[str, Callable[[Record], str | None]]
-WHICH: tuple[Column, ...] = (("press", lambda r: r["press"]), ("ratio", _number("compression_ratio", "{:g}")))
 QUALITY: tuple[Column, ...] = (
     ("achieved", _number("effective_compression_ratio", "{:.3f}")),
     ("loss", _number("loss", "{:.4f}")),
@@ -71,9 +88,11 @@ def _table(records: Sequence[Record], columns: Sequence[Column]) -> str:
     used = [i for i in range(len(columns)) if any(row[i] for row in cells)]
     if not used:
         return ""
-    header = [name for name, _ in WHICH] + [columns[i][0] for i in used]
+    size = _size_name(records)
+    header = ["press", size, *(columns[i][0] for i in used)]
     body = [
-        [cell(record) or "" for _, cell in WHICH] + [row[i] for i in used]
+        [record["press"], "" if size == "budget" and record["press"] == NO_PRESS else size_of(record)]
+        + [row[i] for i in used]
         for record, row in zip(records, cells, strict=True)
         if any(row)
     ]
@@ -115,5 +134,16 @@ def describe(record: Record) -> str:
 
 
 def show(records: Sequence[Record]) -> str:
-    """The records of one run as text: what they were measured on, and their tables."""
-    return f"{describe(next((r for r in records if r['status'] == 'ok'), records[0]))}\n\n{table(records)}"
+    """The records of one run as text: what they were measured on, their tables, and who removed nothing."""
+    parts = [describe(next((r for r in records if r["status"] == "ok"), records[0])), table(records)]
+    whole = dict.fromkeys(r["press"] for r in records if _is_whole(r))
+    if whole:
+        parts.append(f"Nothing to remove, as their parameters or budgets say: {', '.join(whole)}.")
+    return "\n\n".join(parts)
+
+
+def _is_whole(record: Record) -> bool:
+    """Whether a press had nothing to do, though no ratio of 0 was asked for."""
+    asked = record["press"] != NO_PRESS and record.get("compression_ratio") != 0
+    is_same = record.get("kv_bytes") is not None and record["kv_bytes"] == record.get("kv_bytes_baseline")
+    return asked and is_same and record.get("effective_compression_ratio") == 0

@@ -22,10 +22,11 @@ from coldpress.eval.plan import Plan, make_plan
 from coldpress.eval.prefix import PrefixRun
 from coldpress.eval.progress import note, progress
 from coldpress.eval.records import make_records
-from coldpress.eval.report import show
+from coldpress.eval.report import show, size_of
 from coldpress.eval.results import check_writable, write_result
 from coldpress.eval.settings import Job, Settings, make_jobs
 from coldpress.eval.speed import SpeedRun
+from coldpress.presses.registry import press_names
 
 __all__ = ["Run", "Settings", "evaluate"]
 
@@ -46,7 +47,7 @@ def evaluate(settings: Settings, command: str) -> tuple[list[dict[str, Any]], bo
     """
     jobs = make_jobs(settings)
     for job in jobs:
-        if job.ratio is None and job.name in settings.press:
+        if job.name in settings.press and job.name in press_names(has_ratio=False):
             note(f"{job.name} has no compression ratio: it is measured once, as its own parameters say.")
     pick_device(settings.device)
     if not settings.output_dir.strip():
@@ -91,9 +92,8 @@ def evaluate(settings: Settings, command: str) -> tuple[list[dict[str, Any]], bo
             write_result(output_dir, record)
     for record in records:
         if record["status"] == "failed":
-            ratio = record["compression_ratio"]
-            at = "" if ratio is None else f" at {ratio:g}"
-            note(f"{record['press']}{at} failed: {record['error']}", kind="error")
+            size = size_of(record)
+            note(f"{record['press']}{f' at {size}' if size else ''} failed: {record['error']}", kind="error")
     if records:
         print(f"\n{show(records)}\n")
         print(f"{len(records)} result(s) in {output_dir}/")

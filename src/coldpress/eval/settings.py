@@ -7,7 +7,7 @@ from typing import Any
 
 from coldpress.budget import check_ratio
 from coldpress.errors import InputError, PressError
-from coldpress.presses.base import BasePress
+from coldpress.presses.base import BUDGETS, BasePress
 from coldpress.presses.registry import NO_PRESS, make_press, parameters_of, press_names
 
 __all__ = ["Job", "Settings", "check_types", "make_jobs"]
@@ -29,7 +29,9 @@ class Settings:
     sample_idx: int | None = None
     text_file: str | None = None
     press: tuple[str, ...] = (NO_PRESS,)
-    compression_ratio: tuple[float, ...] = (0.5,)
+    compression_ratio: tuple[float, ...] = ()  # (0.5,) if no budget is given
+    budget_tokens: tuple[int, ...] = ()
+    budget_bytes: tuple[int, ...] = ()
     press_args: tuple[tuple[str, Any], ...] = ()
     ppl_apply_press: bool = False
     speed_only: bool = False
@@ -54,6 +56,11 @@ class Settings:
     output_dir: str = "results/perplexity"
 
     def __post_init__(self) -> None:
+        sizes = [f"--{name}" for name in ("compression_ratio", *BUDGETS) if getattr(self, name)]
+        if len(sizes) > 1:
+            raise InputError(f"{' and '.join(sizes)} both say how much is kept; give one of them.")
+        if not sizes:
+            object.__setattr__(self, "compression_ratio", (0.5,))
         if self.speed_only and (self.ppl_apply_press or self.ppl_only):
             raise InputError("--speed_only measures no perplexity; leave it out, or --ppl_apply_press and --ppl_only.")
         if self.ppl_only and self.speed_decode_only:
@@ -68,23 +75,27 @@ class Settings:
 
 @dataclass(frozen=True)
 class Job:
-    """One press at one ratio, None for a press without a ratio: one result record."""
+    """One press of one size: one result record.
+
+    At most one of ``ratio``, ``budget_tokens`` and ``budget_bytes`` is given, and none for a press without a ratio.
+    """
 
     name: str
-    ratio: float | None
     press: BasePress | None
+    ratio: float | None = None
+    budget_tokens: int | None = None
+    budget_bytes: int | None = None
 
 
 def make_jobs(settings: Settings) -> list[Job]:
-    """The presses to measure, in the order they were named: each at every ratio, or once if it has none.
+    """The presses to measure, in the order they were named: each at every ratio or budget, or once if it has none.
 
     ``all`` is every press that needs nothing but the model; name the calibrated and the trained ones. ``no_press`` is
     measured once.
 
-    ``all`` is every press that needs nothing but the model; name the calibrated and the trained ones.
-
     Raises:
-        PressError: an unknown press or parameter, a ratio outside [0, 1), parameters for several presses.
+        PressError: an unknown press or parameter, a ratio outside [0, 1), parameters for several presses, a budget for
+            a press that was named and has none.
     """
     for ratio in settings.compression_ratio:
         check_ratio(ratio, "--compression_ratio")
@@ -95,22 +106,26 @@ def make_jobs(settings: Settings) -> list[Job]:
     parameters = dict(settings.press_args)
     if parameters and len([name for name in names if name != NO_PRESS]) != 1:
         raise PressError("--press_args belongs to one press; name a single one with --press.")
-    if "compression_ratio" in parameters:
-        raise PressError("--press_args cannot hold compression_ratio; use --compression_ratio.")
-    jobs: dict[tuple[str, float | None], Job] = {}
+    for size in ("compression_ratio", *BUDGETS):
+        if size in parameters:
+            raise PressError(f"--press_args cannot hold {size}; use --{size}.")
+    budgets = [{size: value} for size in BUDGETS for value in getattr(settings, size)]
+    jobs: list[Job] = []
     for name in names:
         own = {} if name == NO_PRESS else parameters
         if "seed" in parameters_of(name):
             own = {"seed": settings.seed, **own}
         check_types(name, own)
-        if name in press_names(has_ratio=False):
-            jobs[name, None] = Job(name, None, make_press(name, 0.0, **own))
-            continue
-        for ratio in settings.compression_ratio:
-            press = make_press(name, ratio, **own)
-            job = Job(name, 0.0 if press is None else ratio + 0.0, press)  # 0.0 for -0.0
-            jobs[job.name, job.ratio] = job
-    return list(jobs.values())
+        if name == NO_PRESS:
+            jobs.append(Job(name, None, 0.0))
+        elif name in press_names(has_ratio=False):
+            asked = budgets[0] if budgets and name in settings.press else {}  # make_press says that it has none
+            jobs.append(Job(name, make_press(name, 0.0, **asked, **own)))
+        else:
+            ratios = [ratio + 0.0 for ratio in settings.compression_ratio]  # 0.0 for -0.0
+            jobs += [Job(name, make_press(name, ratio, **own), ratio) for ratio in ratios]
+            jobs += [Job(name, make_press(name, 0.0, **budget, **own), **budget) for budget in budgets]
+    return list({(job.name, job.ratio, job.budget_tokens, job.budget_bytes): job for job in jobs}.values())
 
 
 def check_types(name: str, parameters: dict[str, Any]) -> None:

@@ -49,7 +49,7 @@ class Pattern(NamedTuple):
     recent_size: int | None = None
 
 
-@register("duo_attention")
+@register("duo_attention", head_compression_ratio=0.5)
 @dataclass(frozen=True)
 class DuoAttentionPress(Calibrated):
     """Keep everything in the retrieval heads, and the first and the recent tokens in the streaming heads.
@@ -58,7 +58,8 @@ class DuoAttentionPress(Calibrated):
     number of KV heads in all layers) heads with the smallest gates are streaming heads; they keep the first sink_size
     and the last recent_size tokens. How many pairs are removed depends on the text; ``PressedCache.achieved_ratio()``
     tells. Evicted pairs are freed: a layer's tensors are as long as its longest head, so a layer becomes short when
-    all its heads stream.
+    all its heads stream. The registered name lets half of the heads stream, as the paper does with grouped queries; the
+    class by itself lets none.
 
     The published patterns were trained. ``coldpress calibrate duo_attention`` measures one as kvpress does on the fly:
     with the mean query and the mean key of a head before rotation over a sample, both repeated at 500 positions and

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from coldpress.budget import check_ratio
 from coldpress.errors import PressError, nearest
 from coldpress.presses.base import BUDGETS, BasePress, ScorerPress
+from coldpress.presses.docstring import parse
 
-__all__ = ["NO_PRESS", "PressInfo", "catalogue", "make_press", "parameters_of", "press_names", "register"]
+__all__ = [
+    "NO_PRESS",
+    "Parameter",
+    "PressInfo",
+    "catalogue",
+    "find_press",
+    "make_press",
+    "parameters_of",
+    "press_classes",
+    "press_names",
+    "register",
+]
 
 NO_PRESS = "no_press"  # the uncompressed baseline: a name for the command line, no class
 
@@ -25,7 +36,7 @@ class _Entry:
 
     cls: type[BasePress]
     inner: type[ScorerPress] | None = None
-    changed: dict[str, Any] = field(default_factory=dict)  # of the press inside, or of the press if none is inside
+    changed: dict[str, Any] = field(default_factory=dict)  # the press's own, or those of the press inside it
 
     @property
     def classes(self) -> list[type[BasePress]]:
@@ -44,30 +55,64 @@ class _Entry:
         kinds = {cls.kind for cls in self.classes}
         return next((kind for kind in ("trained", "calibrated") if kind in kinds), "training-free")
 
+    def split(self, parameters: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The press's own parameters, and those of the press inside it; one that both have is the press's own."""
+        if self.inner is None:
+            return parameters, {}
+        own = {f.name for f in _parameters(self.cls)}
+        outer = {name: value for name, value in parameters.items() if name in own}
+        return outer, {name: value for name, value in parameters.items() if name not in own}
+
 
 _BY_NAME: dict[str, _Entry] = {}
 
 
+class Parameter(NamedTuple):
+    """A parameter of a press: its name, its default as it is written in Python, and what the docstring says of it.
+
+    ``default`` is an empty text for one that has to be given.
+    """
+
+    name: str
+    default: str
+    text: str
+
+
 @dataclass(frozen=True)
 class PressInfo:
-    """One line of the catalogue, read off a press's class and docstring.
+    """An entry of the catalogue, read off a press's class and docstring.
 
-    ``call`` is how the press is made, with its defaults: ``SnapKVPress(compression_ratio, window_size=64, ...)``. The
-    last five are those of :class:`BasePress`, of the press and the one inside it together.
+    Attributes:
+        name: the registered one; an empty text for a class, which may have several names, or none.
+        title: the class, and for a wrapper with a name the one inside: ``AdaKVPress(SnapKVPress)``.
+        summary, details, source, differs, needs, cost: as in
+            :class:`coldpress.presses.docstring.Docstring`.
+        link: the address of the paper, or of the code where there is none; may be empty.
+        call: how the press is made, with its defaults: ``SnapKVPress(compression_ratio, window_size=64, ...)``.
+        parameters: what the call takes; of a named wrapper, those of the press inside it too.
+        kind, decodes, per_head, per_layer: as in :class:`BasePress`, of the press and the one inside it together.
+        has_ratio: takes a ratio, and budgets.
+        in_block: runs only inside ``with press(model):``, as the commands and the pipeline do.
     """
 
     name: str
     class_name: str
+    title: str
     summary: str
+    details: tuple[str, ...]
     source: str
+    link: str
+    differs: tuple[str, ...]
     needs: str
-    parameters: str
+    cost: str
     call: str
+    parameters: tuple[Parameter, ...]
     kind: str
     decodes: bool
     per_head: bool
     per_layer: bool
     has_ratio: bool
+    in_block: bool
 
 
 def register(name: str, inner: type[ScorerPress] | None = None, **parameters: Any) -> Callable[[_P], _P]:
@@ -76,7 +121,7 @@ def register(name: str, inner: type[ScorerPress] | None = None, **parameters: An
     Args:
         name: how the command line and :func:`make_press` call it.
         inner: for a wrapper, the class of the press inside it.
-        parameters: those of ``inner``, or of the class if there is none, that differ from the defaults.
+        parameters: the class's own that differ from its defaults, and those of ``inner``.
 
     Raises:
         PressError: the name is taken by another class.
@@ -141,12 +186,10 @@ def make_press(name: str, compression_ratio: float, /, **parameters: Any) -> Bas
                 f"Give it the ratio 0, got {compression_ratio}."
             )
     own_ratio = {"compression_ratio": compression_ratio} if entry.has_ratio else {}
+    outer, inner = entry.split(entry.changed | parameters)
     if entry.inner is None:
-        return entry.cls(**own_ratio, **budget, **(entry.changed | parameters))
-    own = {f.name for f in _parameters(entry.cls)}
-    given = {k: v for k, v in parameters.items() if k not in own}
-    press = entry.inner(compression_ratio=compression_ratio, **budget, **(entry.changed | given))
-    return entry.cls(press=press, **{k: v for k, v in parameters.items() if k in own})  # type: ignore[call-arg]
+        return entry.cls(**own_ratio, **budget, **outer)
+    return entry.cls(press=entry.inner(compression_ratio=compression_ratio, **budget, **inner), **outer)  # type: ignore[call-arg]
 
 
 def parameters_of(name: str) -> dict[str, Field[Any]]:
@@ -164,6 +207,33 @@ def catalogue() -> list[PressInfo]:
     return [_info(name, _BY_NAME[name]) for name in press_names()]
 
 
+def press_classes() -> list[PressInfo]:
+    """Every press's class once, whether it has names or is made in Python only, sorted by the class's name."""
+    classes = {cls for cls in _subclasses(BasePress) if cls.__module__.startswith(f"{__package__}.")}
+    known = [cls for cls in classes if parse(cls).source]  # what has no source is there to be inherited from
+    return [_info("", _Entry(cls)) for cls in sorted(known, key=lambda cls: cls.__name__)]
+
+
+def find_press(name: str) -> PressInfo:
+    """The entry of a registered name or of a class.
+
+    Raises:
+        PressError: there is none; says which names are near.
+    """
+    known = {info.name or info.class_name: info for info in [*catalogue(), *press_classes()]}
+    if name not in known:
+        raise PressError(
+            f"Unknown press {name!r}.{nearest(name, known)} 'coldpress presses' lists the names and classes."
+        )
+    return known[name]
+
+
+def _subclasses(cls: type[BasePress]) -> Iterator[type[BasePress]]:
+    for sub in cls.__subclasses__():
+        yield sub
+        yield from _subclasses(sub)
+
+
 def _parameters(cls: type[BasePress]) -> list[Field[Any]]:
     """What a press takes beside the ratio and the press inside it."""
     budget = ("compression_ratio", *BUDGETS, "press")
@@ -175,38 +245,64 @@ def _default(f: Field[Any]) -> Any:
 
 
 def _info(name: str, entry: _Entry) -> PressInfo:
-    doc = inspect.getdoc(entry.cls) or ""
-
-    def line(tag: str) -> str:
-        found = re.search(rf"^{tag}: (.+?)(?=\n\n|\n[A-Z]\w+: |\Z)", doc, re.MULTILINE | re.DOTALL)
-        return " ".join(found[1].split()) if found else ""
-
-    def call(cls: type[BasePress], first: list[str], changed: dict[str, Any]) -> str:
-        return f"{cls.__name__}({', '.join([*first, *_described(cls, changed)])})"
-
-    own = ", ".join(_described(entry.cls, {} if entry.inner else entry.changed))
+    """The entry of a name; of the class alone for an empty one, with all that its constructor takes."""
+    cls, doc = entry.cls, parse(entry.cls)
     ratio = ["compression_ratio"] if entry.has_ratio else []
-    if entry.inner is None:
-        text = call(entry.cls, ratio, entry.changed)
+    outer, inner = entry.split(entry.changed)
+    if not name:
+        parameters = _constructor(cls)
+        call = ", ".join(f"{p.name}={p.default}" if p.default else p.name for p in parameters)
+    elif entry.inner is None:
+        parameters = _described(cls, outer)
+        call = ", ".join([*ratio, *_written(cls, outer)])
     else:
-        inner = call(entry.inner, ratio, entry.changed)
-        text = call(entry.cls, [inner], {})
-        own = ", ".join([f"press={inner}", *_described(entry.cls, {})])
+        inside = f"{entry.inner.__name__}({', '.join([*ratio, *_written(entry.inner, inner)])})"
+        is_keyword = any(f.name == "press" and f.kw_only is True for f in fields(cls))  # type: ignore[arg-type]
+        mine = _described(cls, outer)
+        names = {p.name for p in mine}
+        parameters = mine + tuple(p for p in _described(entry.inner, inner) if p.name not in names)
+        written = _written(cls, outer)
+        call = ", ".join([*written, f"press={inside}"] if is_keyword else [inside, *written])
+    found = re.search(r"arXiv:(\d{4}\.\d{5})|(https://[^\s,;]+)", doc.source)
     return PressInfo(
         name=name,
-        class_name=entry.cls.__name__,
-        summary=doc.split("\n")[0],
-        source=line("Source"),
-        needs=line("Needs"),
-        parameters=own,
-        call=text,
+        class_name=cls.__name__,
+        title=f"{cls.__name__}({entry.inner.__name__})" if entry.inner else cls.__name__,
+        summary=doc.summary,
+        details=doc.details,
+        source=doc.source,
+        link="" if found is None else f"https://arxiv.org/abs/{found[1]}" if found[1] else found[2],
+        differs=doc.differs,
+        needs=doc.needs,
+        cost=doc.cost,
+        call=f"{cls.__name__}({call})",
+        parameters=parameters,
         kind=entry.kind,
         decodes=all(cls.decodes for cls in entry.classes),
         per_head=any(cls.per_head for cls in entry.classes),
         per_layer=any(cls.per_layer for cls in entry.classes),
-        has_ratio=entry.has_ratio,
+        has_ratio=entry.has_ratio if name else cls.has_ratio,
+        in_block=any(cls.needs_hidden_states or cls.needs_model or cls.chooses_together for cls in entry.classes),
     )
 
 
-def _described(cls: type[BasePress], changed: dict[str, Any]) -> list[str]:
-    return [f"{f.name}={changed.get(f.name, _default(f))!r}" for f in _parameters(cls)]
+def _described(cls: type[BasePress], changed: dict[str, Any]) -> tuple[Parameter, ...]:
+    """What a name takes beside the ratio."""
+    said = parse(cls).arguments
+    return tuple(
+        Parameter(f.name, repr(changed.get(f.name, _default(f))), said.get(f.name, "")) for f in _parameters(cls)
+    )
+
+
+def _written(cls: type[BasePress], changed: dict[str, Any]) -> list[str]:
+    return [f"{p.name}={p.default}" for p in _described(cls, changed)]
+
+
+def _constructor(cls: type[BasePress]) -> tuple[Parameter, ...]:
+    """All that the class takes, but budgets, which every press with a ratio takes; keyword-only ones last."""
+    said = parse(cls).arguments
+    given = [f for f in fields(cls) if f.init and f.name not in BUDGETS]  # type: ignore[arg-type]
+    given.sort(key=lambda f: f.kw_only is True)
+    return tuple(
+        Parameter(f.name, "" if (value := _default(f)) is MISSING else repr(value), said.get(f.name, "")) for f in given
+    )

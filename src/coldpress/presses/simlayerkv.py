@@ -11,7 +11,7 @@ from coldpress.presses.registry import register
 from coldpress.view import Kept, LayerView
 
 
-@register("simlayerkv")
+@register("simlayerkv", lazy_threshold=0.9)
 @dataclass(frozen=True)
 class SimLayerKVPress(BasePress):
     """Keep the first and the recent tokens in the layers that attend to nothing else, and everything in the others.
@@ -20,7 +20,8 @@ class SimLayerKVPress(BasePress):
     lazy for a row if the mean over all heads and the last n_last queries of sum over t in E of A[q, t] is above
     lazy_threshold. A lazy layer keeps E. How much is removed depends on the text; ``PressedCache.achieved_ratio()``
     tells. The rows of a batch are judged one by one, and a layer is freed as far as its longest row allows. Thresholds
-    that kvpress names: Llama 3 0.9, Llama 2 0.65, Mistral 0.8, Qwen 0.85.
+    that kvpress names: Llama 3 0.9, Llama 2 0.65, Mistral 0.8, Qwen 0.85. The registered name takes the most careful of
+    them, 0.9; the class by itself removes nothing. Texts of up to n_initial + n_recent tokens stay whole.
 
     Source: Zhang et al. 2024, arXiv:2410.13846, section 4. Differs from the paper: judged once, after the prompt.
     Differs from kvpress: exactly n_recent recent tokens are kept (kvpress keeps n_recent - n_last, and everything and

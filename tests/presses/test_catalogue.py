@@ -1,0 +1,89 @@
+"""The catalogue says what the classes say, and what it says can be run."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+
+import coldpress
+from coldpress import AdaKVPress, SnapKVPress, ThinKPress, make_press
+from coldpress.errors import PressError
+from coldpress.listing import entry, python_only
+from coldpress.presses.docstring import parse
+from coldpress.presses.registry import catalogue, find_press, press_classes
+
+
+class Made:
+    """Keep nothing much.
+
+    score = 1 / :meth:`there`,
+    in float32. Source: Nobody 1999, arXiv:1234.56789, section 2. Differs from the paper: a sum; no
+    product. Differs from kvpress: nothing.
+
+    Needs: keys. Cost: O(T)
+    per layer.
+
+    Args:
+        a, b: two
+            numbers: any.
+        c: one.
+
+    Raises:
+        PressError: never.
+    """
+
+
+def test_a_docstring_has_parts() -> None:
+    doc = parse(Made)
+    assert doc.summary == "Keep nothing much."
+    assert doc.details == ("score = 1 / ``there``, in float32.",)
+    assert doc.source == "Nobody 1999, arXiv:1234.56789, section 2"
+    assert doc.differs == ("Differs from the paper: a sum; no product.", "Differs from kvpress: nothing.")
+    assert (doc.needs, doc.cost) == ("keys", "O(T) per layer")
+    assert doc.arguments == {"a": "two numbers: any.", "b": "two numbers: any.", "c": "one."}
+
+
+@pytest.mark.parametrize("info", catalogue(), ids=lambda info: info.name)
+def test_the_call_makes_the_press_of_the_name(info: coldpress.presses.registry.PressInfo) -> None:
+    ratio = 0.5 if info.has_ratio else 0.0
+    made = eval(info.call, {**vars(coldpress), "compression_ratio": ratio})
+    assert made == make_press(info.name, ratio)
+
+
+@pytest.mark.parametrize("info", press_classes(), ids=lambda info: info.class_name)
+def test_every_class_is_described_whole(info: coldpress.presses.registry.PressInfo) -> None:
+    assert info.summary and info.source and info.needs and info.cost
+    cls = getattr(coldpress, info.class_name)
+    taken = {f.name for f in fields(cls) if f.init} - {"budget_tokens", "budget_bytes"}
+    assert {p.name for p in info.parameters} == taken
+    silent = {p.name for p in info.parameters if not p.text}
+    assert silent <= {"compression_ratio"}, f"{info.class_name} says nothing of {silent}"
+    assert set(parse(cls).arguments) <= taken, "its docstring explains what it does not take"
+    assert info.source in " ".join(entry(info).split())
+
+
+def test_classes_without_a_name_are_found() -> None:
+    assert [info.class_name for info in python_only()] == [
+        "CAMPress",
+        "ComposedPress",
+        "CompressionRatioDecodingPress",
+        "DMSPress",
+        "DecodingPress",
+        "PerLayerCompressionPress",
+        "PrefillDecodingPress",
+    ]
+
+
+def test_a_name_may_change_parameters_of_the_wrapper() -> None:
+    assert make_press("snap_think", 0.5) == ThinKPress(0.4, press=SnapKVPress(0.5))
+    assert make_press("snap_think", 0.5, kernel_size=3, key_channel_compression_ratio=0.1) == ThinKPress(
+        0.1, press=SnapKVPress(0.5, kernel_size=3)
+    )
+    assert make_press("adakv_snapkv", 0.5, alpha_safeguard=0.5) == AdaKVPress(SnapKVPress(0.5), alpha_safeguard=0.5)
+    assert find_press("think").call == "ThinKPress(key_channel_compression_ratio=0.4, window_size=32)"
+
+
+def test_an_unknown_press_is_not_found() -> None:
+    with pytest.raises(PressError, match=r"Unknown press 'SnapKVPres'. Did you mean 'SnapKVPress'"):
+        find_press("SnapKVPres")
