@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -67,7 +68,11 @@ def settings(smollm2: Path | None) -> Iterator[Setting]:
         text = (DEMO / "text" / "theophrastus.txt").read_text(encoding="utf-8")
         tokens = torch.tensor(tokenizer(text[:20_000])["input_ids"])
         ids = tokens[: 2 * (_SMOLLM2_TOKENS + 96)].view(2, -1)
-        yield Setting(SMOLLM2, _ready(model), ids, _SMOLLM2_TOKENS)
+        tokenizer.chat_template = None  # the text is no chat
+        with TemporaryDirectory(prefix="parity-") as folder:
+            tokenizer.save_pretrained(folder)
+            model.config.name_or_path = model.name_or_path = folder
+            yield Setting(SMOLLM2, _ready(model), ids, _SMOLLM2_TOKENS)
 
 
 def _tiny(name: str) -> PreTrainedModel:

@@ -185,6 +185,35 @@ class ChunkKVPress(kvpress.ChunkKVPress):
 
 
 @dataclass
+class _Given(kvpress.ScorerPress):
+    """Scores that are known."""
+
+    scores: Any = None
+
+    def score(self, *given: Any) -> Tensor:
+        return self.scores  # type: ignore[no-any-return]
+
+
+@dataclass
+class EntropyGatedChunkKVPress(kvpress.EntropyGatedChunkKVPress):
+    """E: every row by itself; and protected tokens, here whole chunks, are in no median."""
+
+    def compress(
+        self, module: Any, hidden: Tensor, keys: Tensor, values: Tensor, attention: Any, kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        scores = self.press.score(module, hidden, keys, values, attention, kwargs)
+        n_free = keys.shape[2] - getattr(self.press, "window_size", 0)
+        n_keep = compute_n_kept(keys.shape[2], self.press.compression_ratio) - (keys.shape[2] - n_free)
+        kept = []
+        for own, k, v in zip(scores.split(1), keys.split(1), values.split(1), strict=True):
+            given = _Given(1 - (n_keep + 0.5) / n_free, scores=own[..., :n_free])
+            gated = kvpress.EntropyGatedChunkKVPress(given, self.chunk_length, self.low_entropy_chunk_length)
+            pair = gated.compress(module, hidden, k[:, :, :n_free], v[:, :, :n_free], attention, kwargs)
+            kept.append([torch.cat([x, y[:, :, n_free:]], dim=2) for x, y in zip(pair, (k, v), strict=True)])
+        return torch.cat([k for k, _ in kept]), torch.cat([v for _, v in kept])
+
+
+@dataclass
 class ComposedPress(kvpress.ComposedPress):
     """B4: every press scores the text in its order, and whole; what one of them protects, none of them removes."""
 
@@ -237,6 +266,15 @@ class CriticalAdaKVPress(kvpress.CriticalAdaKVPress):
             masked[head, weighted[head].topk(count).indices] = False
         module.masked_key_indices = torch.nonzero(masked[None], as_tuple=True)
         return keys, values
+
+
+@dataclass
+class ThinKPress(kvpress.ThinKPress):
+    """Section 3.2 of the paper: the keys of the observation window stay whole."""
+
+    def compress(self, module: Any, hidden: Tensor, keys: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        pruned, values = super().compress(module, hidden, keys.clone(), values, *rest)
+        return torch.cat([pruned[:, :, : -self.window_size], keys[:, :, -self.window_size :]], dim=2), values
 
 
 @dataclass

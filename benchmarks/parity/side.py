@@ -27,15 +27,15 @@ from transformers.utils import logging as transformers_logging
 
 
 def libraries(name: str) -> dict[str, Library]:
-    """The library called ``name``; kvpress also with its faults repaired."""
+    """The library called ``name``, kvpress with presses that read files of this machine; and with its faults repaired."""
     if name == "coldpress":
         import coldpress
 
         return {"coldpress": Library(coldpress)}
     import kvpress
-    from benchmarks.parity import repaired
+    from benchmarks.parity import local, repaired
 
-    return {"kvpress": Library(kvpress), "repaired": Library(repaired, kvpress)}
+    return {"kvpress": Library(local, kvpress), "repaired": Library(repaired, local, kvpress)}
 
 
 def watch_scores(press: Any) -> Callable[[int], Tensor | None]:
