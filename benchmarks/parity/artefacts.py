@@ -112,8 +112,7 @@ def budget_curves(model: PreTrainedModel, step: float) -> str:
     """An .npy file with the share that every head loses at 1 to 99 percent, for ``LUKVPress``.
 
     Args:
-        step: shares are multiples of it, and at multiples of 25 percent their mean over any two heads that follow each
-            other is that percentage.
+        step: how far apart two possible shares are. The mean over all heads is the percentage asked for.
     """
     return _budget_curves(Shape.of(model), step)
 
@@ -121,10 +120,8 @@ def budget_curves(model: PreTrainedModel, step: float) -> str:
 @cache
 def _budget_curves(shape: Shape, step: float) -> str:
     percents = np.arange(1, _PERCENTS + 1)[:, None, None] / 100
-    spread = np.random.default_rng(9).uniform(-1, 1, (1, shape.n_layers, shape.n_kv_heads))
-    spread.reshape(-1)[1::2] = -spread.reshape(-1)[: spread.size // 2 * 2 : 2]  # each head gives what the next one gets
-    if spread.size % 2:
-        spread.reshape(-1)[-1] = 0
+    spread = np.random.default_rng(9).uniform(-2, 2, (1, shape.n_layers, shape.n_kv_heads))
+    spread = (spread - spread[:, ::-1, ::-1]) / 2  # what one head keeps more, another keeps less
     curves = percents + np.round(0.4 * np.minimum(percents, 1 - percents) * spread / step) * step
     path = _new_folder() / "curves.npy"
     np.save(path, curves.clip(0, 1))
