@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from benchmarks.parity import __main__ as parity_main
 from benchmarks.parity import artefacts
+from benchmarks.parity.__main__ import document, with_committed
 from benchmarks.parity.case import Case, Library
 from benchmarks.parity.cases import CASES
 from benchmarks.parity.compare import TOLERANCE, Row, compare_one, only_ties, problems
@@ -204,6 +206,20 @@ def test_the_tables_show_what_was_written(tmp_path: Path) -> None:
     assert "| cur | `CURPress(0.5)` | 1 of 1 | 12 % | up to 0.25 |" in text
     assert "1 of 1 agree; losses within 1e-06 | K | a sum |" in text
     assert "| kvzap | a hub |" in text
+
+
+def test_rows_are_added_to_the_committed_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parity_main, "RESULTS", tmp_path / "results.json")
+    versions = {"coldpress": "0.1", "kvpress": "0.5.5", "torch": "2", "transformers": "5"}
+    old = [Row(name, model, 0.5, "kvpress") for name in ("knorm", "cur") for model in ("llama", "SmolLM2-135M")]
+    write(tmp_path / "results.json", document(old, versions))
+    new = Row("knorm", "llama", 0.5, "kvpress", moved=0.25)
+    assert set(with_committed([new], versions)) == {new, *old[1:]}
+    changed = (tmp_path / "results.json").read_text(encoding="utf-8").replace("CURPress(0.5)", "CURPress(0.5, 2)")
+    (tmp_path / "results.json").write_text(changed, encoding="utf-8")
+    assert set(with_committed([new], versions)) == {new, old[1]}
+    with pytest.raises(SystemExit, match="other versions"):
+        with_committed([new], versions | {"torch": "3"})
 
 
 def test_the_committed_results_give_the_reasons_of_today() -> None:
