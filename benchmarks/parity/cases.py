@@ -40,7 +40,7 @@ _SAFEGUARD = (
     "algorithm 1 of CriticalKV chooses all pairs of a head in two stages, whatever its budget; kvpress keeps the pairs "
     "of AdaKV's safeguard before them"
 )
-_ADAPTER = "coldpress has no press of this name: it needs an adapter for the model, trained for this purpose"
+_ADAPTER = "needs an adapter that was trained for the model"
 
 CASES = [
     Case("no_press", lambda p, r, m: None, ratios=(0.0,)),
@@ -299,7 +299,7 @@ CASES = [
         "simlayerkv",
         lambda p, r, m: p.SimLayerKVPress(lazy_threshold=1 - r, n_recent=40),
         one_by_one=True,
-        why="a lazy layer keeps n_recent - n_last recent tokens, and is judged by the n_recent tokens before those",
+        why="a lazy layer keeps n_recent - n_last recent tokens, and is judged by the n_recent before the last n_last",
         letter="K",
         repaired=True,
     ),

@@ -7,9 +7,8 @@ the files too, where that can be told from fetching them.
 from __future__ import annotations
 
 import json
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -45,7 +44,7 @@ class FastKVzipPress(kvpress.FastKVzipPress):
     def post_init_from_model(self, model: Any) -> None:
         (file,) = Path(self.weights).glob("*.pt")
         found = {"get_gate_id": lambda model_name: file.name, "hf_hub_download": lambda **asked: str(file)}
-        with mock.patch.multiple(fastkvzip_press, **found), redirect_stdout(StringIO()):
+        with mock.patch.multiple(fastkvzip_press, **found):
             super().post_init_from_model(model)
 
 

@@ -13,7 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,8 @@ def main() -> int:
             for variant, namespace in libraries(given.library).items():
                 if variant == "repaired" and not case.repaired:
                     continue
-                with as_chat(setting) if case.chat else nullcontext(setting) as text:
+                chat = as_chat(setting) if case.chat else nullcontext(setting)
+                with chat as text, redirect_stdout(None):  # kvpress prints what it loads
                     for ratio in case.ratios:
                         result = run_one(given.library, namespace, text, case, ratio)
                         results[setting.name, case.name, ratio, variant] = result
