@@ -112,7 +112,8 @@ def budget_curves(model: PreTrainedModel, step: float) -> str:
     """An .npy file with the share that every head loses at 1 to 99 percent, for ``LUKVPress``.
 
     Args:
-        step: how far apart two possible shares are. The mean over all heads is the percentage asked for.
+        step: how far apart two possible shares are. Their mean over all heads is the percentage asked for, and that of
+            each layer is a possible share too.
     """
     return _budget_curves(Shape.of(model), step)
 
@@ -120,9 +121,11 @@ def budget_curves(model: PreTrainedModel, step: float) -> str:
 @cache
 def _budget_curves(shape: Shape, step: float) -> str:
     percents = np.arange(1, _PERCENTS + 1)[:, None, None] / 100
-    spread = np.random.default_rng(9).uniform(-2, 2, (1, shape.n_layers, shape.n_kv_heads))
-    spread = (spread - spread[:, ::-1, ::-1]) / 2  # what one head keeps more, another keeps less
-    curves = percents + np.round(0.4 * np.minimum(percents, 1 - percents) * spread / step) * step
+    draw = np.random.default_rng(9)
+    layers, heads = (draw.uniform(-1, 1, (1, shape.n_layers, n)) for n in (1, shape.n_kv_heads))
+    layers, heads = layers - layers[:, ::-1], heads - heads[:, :, ::-1]  # what one keeps more, another keeps less
+    most = 0.1 * np.minimum(percents, 1 - percents)
+    curves = percents + (np.round(most * layers / step) + np.round(most * heads / step)) * step
     path = _new_folder() / "curves.npy"
     np.save(path, curves.clip(0, 1))
     return str(path)
