@@ -236,7 +236,7 @@ CASES = [
         ratios=(0.255, 0.505, 0.755),
         one_by_one=True,
         models=TINY,
-        why="kvpress takes the curve of a neighbouring percent; in coldpress pairs add up to the ratio, whole numbers a layer",
+        why="kvpress takes the curve of a neighbouring percent; in coldpress pairs add up to the ratio asked for",
         letter="decision",
     ),
     Case(
