@@ -1,6 +1,6 @@
 """Run both libraries, compare them, write results.json; exit with 1 if a difference is left that nothing explains.
 
-python -m benchmarks.parity [--smollm2 FILE] [--only NAME ...] [--models NAME ...] [--out FILE]
+python -m benchmarks.parity [--smollm2 FILE] [--only NAME ...] [--models NAME ...] [--add]
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from benchmarks.parity.case import RATIOS, Case
 from benchmarks.parity.cases import CASES
 from benchmarks.parity.compare import Row, compare, problems
 from benchmarks.parity.models import MODELS, N_SCORED
-from benchmarks.parity.report import RESULTS, spelled, write
+from benchmarks.parity.report import RESULTS, read, spelled, write
 
 import coldpress
 
@@ -45,6 +45,22 @@ def absent(case: Case) -> str:
     """Why a case cannot be run, or nothing."""
     missing = [name for name in spelled(case)[1] if not hasattr(coldpress, name)]
     return f"coldpress has no {missing[0]}" if missing else case.not_compared
+
+
+def with_committed(rows: list[Row], versions: dict[str, str]) -> list[Row]:
+    """``rows``, and those of results.json of other cases and models, as far as they were made in the same way."""
+    committed = read(RESULTS)
+    if any(committed[name] != number for name, number in versions.items()):
+        raise SystemExit(f"parity: {RESULTS.name} was made with other versions; run everything.")
+    made, presses = {(row.case, row.model) for row in rows}, {case.name: spelled(case)[0] for case in CASES}
+    found = list(rows)
+    for case in committed["cases"]:
+        if presses.get(case["name"]) == case["press"]:
+            for record in case["rows"]:
+                row = Row(case["name"], **{name: value for name, value in record.items() if name != "agrees"})
+                if (row.case, row.model) not in made:
+                    found.append(row)
+    return sorted(found, key=lambda row: MODELS.index(row.model))
 
 
 def document(rows: list[Row], versions: dict[str, str]) -> dict[str, Any]:
@@ -74,6 +90,7 @@ def main() -> int:
     parser.add_argument("--smollm2", type=Path, help="SmolLM2-135M as a GGUF file")
     parser.add_argument("--only", nargs="*", help="names of cases")
     parser.add_argument("--models", nargs="*", help="names of models")
+    parser.add_argument("--add", action="store_true", help="into results.json, which keeps its other rows")
     given = parser.parse_args()
     arguments: list[str] = []
     if given.smollm2 is None:
@@ -91,7 +108,10 @@ def main() -> int:
         sides = run_sides(Path(folder), arguments)
     rows = compare(CASES, sides["coldpress"]["results"], sides["kvpress"]["results"])
     versions = {"coldpress": version("coldpress"), "kvpress": version("kvpress"), **sides["kvpress"]["versions"]}
-    out = RESULTS if given.smollm2 and not given.only and not given.models else ROOT / "results" / "parity.json"
+    everything = given.smollm2 and not given.only and not given.models
+    out = RESULTS if everything or given.add else ROOT / "results" / "parity.json"
+    if given.add:
+        rows = with_committed(rows, versions)
     out.parent.mkdir(exist_ok=True)
     write(out, document(rows, versions))
     wrong = [text for case in CASES for text in problems(case, [row for row in rows if row.case == case.name])]

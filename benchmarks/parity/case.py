@@ -43,6 +43,7 @@ class Case:
         ratios: what ``make`` is called with.
         models: those that it is run on.
         rows: 1 or 2 texts in a batch.
+        chat: the tokenizer has a chat template, and the text begins with what that puts there.
         decode: tokens that are decoded under the press before anything is compared.
         scope: which pairs compete with each other, where ties are looked for: those of a head, of a layer or of the
             model.
@@ -61,6 +62,7 @@ class Case:
     ratios: tuple[float, ...] = RATIOS
     models: tuple[str, ...] = ()
     rows: int = 1
+    chat: bool = False
     decode: int = 0
     scope: str = "head"
     one_by_one: bool = False

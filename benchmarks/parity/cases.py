@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.parity.artefacts import query_statistics
+from benchmarks.parity.artefacts import (
+    budget_curves,
+    gates,
+    head_pattern,
+    predictors,
+    query_filters,
+    query_statistics,
+)
 from benchmarks.parity.case import Case, Library
 from benchmarks.parity.models import TINY
 from transformers import PreTrainedModel
@@ -16,16 +23,6 @@ def _snapkv(p: Library, r: float = 0.0, window: int = 16) -> Any:
 
 def _expected(p: Library, r: float = 0.0, **parameters: Any) -> Any:
     return p.ExpectedAttentionPress(r, **parameters)
-
-
-def _finch(p: Library, r: float, m: PreTrainedModel) -> Any:
-    """The length of the question is given; kvpress takes it from a delimiter in a pipeline, and here by hand."""
-    try:
-        return p.FinchPress(r, window_size=16)
-    except TypeError:  # kvpress
-        press = p.FinchPress(r)
-        press.delimiter_token_id, press.window_size = -1, 16
-        return press
 
 
 def _falling(ratio: float, model: PreTrainedModel) -> list[float]:
@@ -43,7 +40,7 @@ _SAFEGUARD = (
     "algorithm 1 of CriticalKV chooses all pairs of a head in two stages, whatever its budget; kvpress keeps the pairs "
     "of AdaKV's safeguard before them"
 )
-_ARTEFACT = "needs weights, statistics or a pattern that only a hub has"
+_ADAPTER = "needs an adapter that was trained for the model"
 
 CASES = [
     Case("no_press", lambda p, r, m: None, ratios=(0.0,)),
@@ -203,8 +200,8 @@ CASES = [
         letter="B4",
         repaired=True,
     ),
-    # -- presses that coldpress may not have yet: their rows start to work when it does
-    Case("qfilter", lambda p, r, m: p.QFilterPress(r), not_compared=_ARTEFACT),
+    # -- presses that were calibrated or trained, with random files
+    Case("qfilter", lambda p, r, m: p.QFilterPress(r, filters=query_filters(m))),
     Case(
         "expected_attention_stats",
         lambda p, r, m: p.ExpectedAttentionStatsPress(r, stats_folder=query_statistics(m)),
@@ -212,51 +209,160 @@ CASES = [
         letter="paper",
         repaired=True,
     ),
-    Case("kvzap", lambda p, r, m: p.KVzapPress(r), not_compared=_ARTEFACT),
-    Case("fastkvzip", lambda p, r, m: p.FastKVzipPress(r), not_compared=_ARTEFACT),
-    Case("restorekv", lambda p, r, m: p.RestoreKVPress(r), not_compared=_ARTEFACT),
-    Case("lukv", lambda p, r, m: p.LUKVPress(compression_ratio=r), not_compared=_ARTEFACT),
-    Case("duo_attention", lambda p, r, m: p.DuoAttentionPress(r), not_compared=_ARTEFACT),
-    Case("kvzip", lambda p, r, m: p.KVzipPress(r), models=TINY, scope="model", one_by_one=True),
+    Case("kvzap", lambda p, r, m: p.KVzapPress(r, weights=predictors(m, "mlp"))),
+    Case("kvzap, linear", lambda p, r, m: p.KVzapPress(r, "linear", weights=predictors(m, "linear")), models=TINY),
+    Case(
+        "dms_kvzap",
+        lambda p, r, m: p.DMSPress(p.KVzapPress(weights=predictors(m, "mlp")), threshold=r - 1, sliding_window_size=20),
+        one_by_one=True,
+    ),
+    Case("fastkvzip", lambda p, r, m: p.FastKVzipPress(r, weights=gates(m)), scope="model", one_by_one=True),
+    Case(
+        "fastkvzip, layerwise",
+        lambda p, r, m: p.FastKVzipPress(r, layerwise=True, weights=gates(m)),
+        models=TINY,
+        scope="layer",
+        one_by_one=True,
+    ),
+    Case("restorekv", lambda p, r, m: p.RestoreKVPress(r), not_compared=_ADAPTER),
+    Case(
+        "lukv_snapkv",
+        lambda p, r, m: p.LUKVPress(_snapkv(p), compression_ratio=r, curves=budget_curves(m, 1 / 160)),
+        one_by_one=True,
+    ),
+    Case(
+        "lukv_snapkv, between percents",
+        lambda p, r, m: p.LUKVPress(_snapkv(p), compression_ratio=r, curves=budget_curves(m, 1 / 160)),
+        ratios=(0.255, 0.505, 0.755),
+        one_by_one=True,
+        models=TINY,
+        why="kvpress takes the curve of a neighbouring percent; in coldpress pairs add up to the ratio asked for",
+        letter="decision",
+    ),
+    Case(
+        "duo_attention",
+        lambda p, r, m: p.DuoAttentionPress(r, pattern=head_pattern(m, 8, 32)),
+        one_by_one=True,
+    ),
+    # -- presses that run the model again
+    Case("kvzip", lambda p, r, m: p.KVzipPress(r), scope="model", one_by_one=True),
     Case(
         "kvzip, layerwise", lambda p, r, m: p.KVzipPress(r, layerwise=True), models=TINY, scope="layer", one_by_one=True
     ),
     Case(
-        "kvzip_plus",
-        lambda p, r, m: p.KVzipPress(r, kvzip_plus_normalization=True),
+        "kvzip, several chunks",
+        lambda p, r, m: p.KVzipPress(r, chunk_size=48),
         models=TINY,
         scope="model",
         one_by_one=True,
     ),
-    Case("kvgrad", lambda p, r, m: p.KVgradPress(r), models=TINY, scope="model", one_by_one=True),
-    Case("kvcompose", lambda p, r, m: p.KVComposePress(compression_ratio=r), models=TINY, one_by_one=True),
+    Case(
+        "kvzip, in a chat",
+        lambda p, r, m: p.KVzipPress(r),
+        chat=True,
+        models=TINY,
+        scope="model",
+        one_by_one=True,
+        why="in kvpress what a chat template puts before the text, but for the sinks, has the score 0 and goes first; "
+        "in coldpress it is kept, as in the authors' code",
+        letter="decision",
+        repaired=True,
+    ),
+    Case("kvzip_plus", lambda p, r, m: p.KVzipPress(r, kvzip_plus_normalization=True), scope="model", one_by_one=True),
+    Case("kvgrad", lambda p, r, m: p.KVgradPress(r), scope="model", one_by_one=True),
+    Case(
+        "kvgrad, several chunks",
+        lambda p, r, m: p.KVgradPress(r, chunk_size=48),
+        models=TINY,
+        scope="model",
+        one_by_one=True,
+    ),
+    Case(
+        "kvcompose",
+        lambda p, r, m: p.KVComposePress(compression_ratio=r),
+        one_by_one=True,
+        why="kvpress makes the first layer the largest, by the best scores of any layer, because its length makes the "
+        "mask of all",
+        letter="C",
+        repaired=True,
+    ),
     Case(
         "kvcompose, unstructured",
         lambda p, r, m: p.KVComposePress(compression_ratio=r, structured=False),
-        models=TINY,
         one_by_one=True,
-        breaks=TINY,
-        breaks_why="the pairs of the second pass, the whole context again, stay in the cache and are attended to",
+        why="the pairs of the second pass, the whole context again, stay in the cache and are attended to",
+        letter="A",
         repaired=True,
     ),
+    # -- others
     Case(
         "simlayerkv",
         lambda p, r, m: p.SimLayerKVPress(lazy_threshold=1 - r, n_recent=40),
         one_by_one=True,
-        why="a lazy layer keeps n_recent - n_last recent tokens, and is judged by the n_recent tokens before those",
+        why="a lazy layer keeps n_recent - n_last recent tokens, and is judged by the n_recent before the last n_last",
         letter="K",
         repaired=True,
     ),
-    Case("think", lambda p, r, m: p.ThinKPress(r)),
-    Case("finch", _finch, rerotated=True),
+    Case(
+        "think",
+        lambda p, r, m: p.ThinKPress(r),
+        why="section 3.2 of ThinK leaves the keys of the observation window whole; kvpress prunes them too",
+        letter="paper",
+        repaired=True,
+    ),
+    Case(
+        "finch",
+        lambda p, r, m: p.FinchPress(r, window_size=16),
+        rerotated=True,
+        why="kvpress weighs a query by the number of tokens before it, one less than it sees",
+        letter="K",
+        repaired=True,
+    ),
+    Case(
+        "finch, chunks",
+        lambda p, r, m: p.FinchPress(r, chunk_length=32, window_size=4),
+        rerotated=True,
+        models=TINY,
+        why="every chunk keeps its share of the budget, the question counted as a part of the last one; in coldpress "
+        "chunks share what the question leaves; the weights as above",
+        letter="decision",
+        repaired=True,
+    ),
+    Case(
+        "finch, in place",
+        lambda p, r, m: p.FinchPress(r, normalize_scores=False, rerotate_keys=False, window_size=16),
+        models=TINY,
+    ),
     Case("merging_knorm", lambda p, r, m: p.MergingPress(p.KnormPress(r))),
+    Case(
+        "merging_snapkv, a part",
+        lambda p, r, m: p.MergingPress(_snapkv(p, r), similarity_threshold=0.1, merge_fraction=0.6),
+        models=TINY,
+    ),
     Case("entropy_gated_chunkkv_knorm", lambda p, r, m: p.EntropyGatedChunkKVPress(p.KnormPress(r))),
+    Case(
+        "entropy_gated_chunkkv_snapkv",
+        lambda p, r, m: p.EntropyGatedChunkKVPress(_snapkv(p, r, window=20)),
+        why="protected tokens make the medians that chunks are held against; in coldpress they do not count",
+        letter="decision",
+        repaired=True,
+    ),
+    Case(
+        "entropy_gated_chunkkv_knorm, two rows",
+        lambda p, r, m: p.EntropyGatedChunkKVPress(p.KnormPress(r)),
+        rows=2,
+        why="the chunks of row 0 are kept in every row",
+        letter="E",
+        repaired=True,
+        models=TINY,
+    ),
     Case(
         "dms_knorm",
         lambda p, r, m: p.DMSPress(p.KnormPress(), threshold=-8 - 4 * r, sliding_window_size=20),
         models=TINY,
         one_by_one=True,
     ),
+    # -- while decoding
     # KeyDiff: with Knorm a token's repetitions tie in the first layer, and what follows such a tie differs for good
     Case(
         "decoding_keydiff",

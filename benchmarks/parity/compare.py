@@ -89,17 +89,20 @@ def compare_one(
         who = "coldpress" if ours["error"] else "kvpress"
         return Row(case.name, model, ratio, variant, error=f"{who}: {ours['error'] or theirs['error']}")
     kept, other = ours["kept"], theirs["kept"]
-    differ = int((kept ^ other).sum())
-    ties = bool(differ) and theirs["scores"] is not None and only_ties(kept, other, theirs["scores"], case.scope)
+    extra = ours["extra"], theirs["extra"]
+    differ = int((kept ^ other).sum()) + sum(extra)
+    n_kept = int(kept.sum()) + extra[0], int(other.sum()) + extra[1]
+    ties = bool(differ) and not sum(extra) and theirs["scores"] is not None
+    ties = ties and only_ties(kept, other, theirs["scores"], case.scope)
     losses = ours["losses"], theirs["losses"]
     return Row(
         case.name,
         model,
         ratio,
         variant,
-        pairs=int(kept.sum()),
-        theirs=int(other.sum()),
-        moved=differ / int(kept.sum() + other.sum()),
+        pairs=n_kept[0],
+        theirs=n_kept[1],
+        moved=differ / sum(n_kept),
         ties=ties,
         loss=float(losses[0].mean()),
         their_loss=float(losses[1].mean()),

@@ -25,12 +25,14 @@ class Measurement:
         kept: bool ``[B, L, Hkv, T]``, over all tokens before the scored ones.
         losses: float32 ``[B, N_SCORED]``, nats.
         scores: float32 ``[B, L, Hkv, T]`` by which the pairs were chosen, to recognise ties, or None.
+        extra: stored pairs that are none of those of the text.
         error: what the library raised instead.
     """
 
     kept: Tensor | None = None
     losses: Tensor | None = None
     scores: Tensor | None = None
+    extra: int = 0
     error: str | None = None
 
 
@@ -113,9 +115,11 @@ def measure(
         for at in range(setting.n_context, start):
             positions = torch.full((case.rows, 1), at)
             model.model(input_ids=ids[:, at : at + 1], past_key_values=cache, position_ids=positions)
-    kept = []
+    kept, extra = [], 0
     for index, layer in enumerate(model.model.layers):
-        stored = cache.layers[index].keys, cache.layers[index].values
+        # what is after the text, a press has left there that ran the model again
+        stored = cache.layers[index].keys[:, :, :start], cache.layers[index].values[:, :, :start]
+        extra += cache.layers[index].keys[:, :, start:, 0].numel()
         # coldpress marks the places that a shorter head leaves empty; its attention goes by the same marks
         filled = cache.positions(index) >= 0 if hasattr(cache, "positions") else None
         kept.append(kept_positions(stored, written.layer(index, start), filled))
@@ -126,7 +130,8 @@ def measure(
     first = cache.layers[0].keys.shape[2] if rerotated else start
     losses = _losses(setting, case, cache, start, first)
     whole = [s for s in seen if s is not None and s.shape == kept[0].shape]
-    return Measurement(torch.stack(kept, 1), losses, torch.stack(whole, 1) if len(whole) == len(kept) else None)
+    scored = torch.stack(whole, 1) if len(whole) == len(kept) else None
+    return Measurement(torch.stack(kept, 1), losses, scored, extra)
 
 
 def _losses(setting: Setting, case: Case, cache: Any, start: int, first: int) -> Tensor:

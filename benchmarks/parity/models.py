@@ -6,8 +6,10 @@ Nothing here imports coldpress or kvpress; the same seeds give both processes th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ TINY = ("llama", "qwen2", "qwen3", "mistral", "phi3")
 SMOLLM2 = "SmolLM2-135M"
 MODELS = (*TINY, SMOLLM2)
 
+_CHAT = "A reader asks, and a scholar answers.\n\nReader: {{ messages[0].content }}\n\nScholar:"
 _TINY_TOKENS = 160
 _SMOLLM2_TOKENS = 320
 _TINY_CONFIG = {
@@ -52,6 +55,23 @@ class Setting:
     n_context: int
 
 
+@contextmanager
+def as_chat(setting: Setting) -> Iterator[Setting]:
+    """The setting with a chat template, and with a text that begins with what that puts there."""
+    config = setting.model.config
+    name, ids, tokenizer = config.name_or_path, setting.ids.clone(), AutoTokenizer.from_pretrained(config.name_or_path)
+    before = tokenizer.encode(_CHAT.partition("{{")[0], add_special_tokens=False)
+    ids[:, : len(before)] = torch.tensor(before)
+    tokenizer.chat_template = _CHAT
+    with TemporaryDirectory(prefix="parity-") as folder:
+        tokenizer.save_pretrained(folder)
+        config.name_or_path = folder
+        try:
+            yield replace(setting, ids=ids)
+        finally:
+            config.name_or_path = name
+
+
 def settings(smollm2: Path | None) -> Iterator[Setting]:
     """The models, one after the other so that only one is held."""
     for name in TINY:
@@ -67,7 +87,11 @@ def settings(smollm2: Path | None) -> Iterator[Setting]:
         text = (DEMO / "text" / "theophrastus.txt").read_text(encoding="utf-8")
         tokens = torch.tensor(tokenizer(text[:20_000])["input_ids"])
         ids = tokens[: 2 * (_SMOLLM2_TOKENS + 96)].view(2, -1)
-        yield Setting(SMOLLM2, _ready(model), ids, _SMOLLM2_TOKENS)
+        tokenizer.chat_template = None  # the text is no chat
+        with TemporaryDirectory(prefix="parity-") as folder:
+            tokenizer.save_pretrained(folder)
+            model.config.name_or_path = model.name_or_path = folder
+            yield Setting(SMOLLM2, _ready(model), ids, _SMOLLM2_TOKENS)
 
 
 def _tiny(name: str) -> PreTrainedModel:

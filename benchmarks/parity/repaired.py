@@ -7,12 +7,14 @@ random numbers, coldpress's draws are made, so that what is done with them can b
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import kvpress
 import torch
+from benchmarks.parity import local
 from kvpress.presses.base_press import is_prefilling
 from kvpress.utils import compute_n_kept, get_prerope_query_states
 from torch import Tensor
@@ -151,6 +153,15 @@ class CompactorPress(kvpress.CompactorPress):
         self._non_causal_press = NonCausalAttnPress(self.compression_ratio, chunk_size=self.chunk_size)
 
 
+def _shares(press: Any, n_tokens: int, n_window: int) -> Iterator[tuple[int, int, int]]:
+    """Start and end of every chunk, and how many pairs it keeps: its share by tokens outside the window."""
+    n_free = n_tokens - n_window
+    n_keep = compute_n_kept(n_tokens, press.compression_ratio) - n_window
+    for start, stop in pairwise([*range(0, n_tokens, press.chunk_length), n_tokens]):
+        end = min(stop, n_free)
+        yield start, stop, n_keep * end // n_free - n_keep * start // n_free + stop - end
+
+
 @dataclass
 class ChunkPress(kvpress.ChunkPress):
     """K: positions of the chunk's own; and budgets by unprotected tokens, of which the last chunk has fewer."""
@@ -158,13 +169,9 @@ class ChunkPress(kvpress.ChunkPress):
     def compress(
         self, module: Any, hidden: Tensor, keys: Tensor, values: Tensor, attention: Any, kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        n_tokens, n_window = keys.shape[2], self.press.window_size
-        free = compute_n_kept(n_tokens, self.compression_ratio) - n_window
-        edges = [*range(0, n_tokens, self.chunk_length), n_tokens]
         places = []
-        for start, stop in pairwise(edges):
-            at, end = slice(start, stop), min(stop, n_tokens - n_window)
-            count = free * end // (n_tokens - n_window) - free * start // (n_tokens - n_window) + stop - end
+        for start, stop, count in _shares(self, keys.shape[2], self.press.window_size):
+            at = slice(start, stop)
             own = {"position_embeddings": tuple(x[:, at] for x in kwargs["position_embeddings"])}
             scores = self.press.score(module, hidden[:, at], keys[:, :, at], values[:, :, at], attention, own)
             places.append(start + scores.topk(count, dim=-1).indices)
@@ -181,6 +188,35 @@ class ChunkKVPress(kvpress.ChunkKVPress):
     ) -> tuple[Tensor, Tensor]:
         rows = zip(hidden.split(1), keys.split(1), values.split(1), strict=True)
         kept = [super(ChunkKVPress, self).compress(module, h, k, v, attention, kwargs) for h, k, v in rows]
+        return torch.cat([k for k, _ in kept]), torch.cat([v for _, v in kept])
+
+
+@dataclass
+class _Given(kvpress.ScorerPress):
+    """Scores that are known."""
+
+    scores: Any = None
+
+    def score(self, *given: Any) -> Tensor:
+        return self.scores  # type: ignore[no-any-return]
+
+
+@dataclass
+class EntropyGatedChunkKVPress(kvpress.EntropyGatedChunkKVPress):
+    """E: every row by itself; and protected tokens, here whole chunks, are in no median."""
+
+    def compress(
+        self, module: Any, hidden: Tensor, keys: Tensor, values: Tensor, attention: Any, kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        scores = self.press.score(module, hidden, keys, values, attention, kwargs)
+        n_free = keys.shape[2] - getattr(self.press, "window_size", 0)
+        n_keep = compute_n_kept(keys.shape[2], self.press.compression_ratio) - (keys.shape[2] - n_free)
+        kept = []
+        for own, k, v in zip(scores.split(1), keys.split(1), values.split(1), strict=True):
+            given = _Given(1 - (n_keep + 0.5) / n_free, scores=own[..., :n_free])
+            gated = kvpress.EntropyGatedChunkKVPress(given, self.chunk_length, self.low_entropy_chunk_length)
+            pair = gated.compress(module, hidden, k[:, :, :n_free], v[:, :, :n_free], attention, kwargs)
+            kept.append([torch.cat([x, y[:, :, n_free:]], dim=2) for x, y in zip(pair, (k, v), strict=True)])
         return torch.cat([k for k, _ in kept]), torch.cat([v for _, v in kept])
 
 
@@ -240,6 +276,15 @@ class CriticalAdaKVPress(kvpress.CriticalAdaKVPress):
 
 
 @dataclass
+class ThinKPress(kvpress.ThinKPress):
+    """Section 3.2 of the paper: the keys of the observation window stay whole."""
+
+    def compress(self, module: Any, hidden: Tensor, keys: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        pruned, values = super().compress(module, hidden, keys.clone(), values, *rest)
+        return torch.cat([pruned[:, :, : -self.window_size], keys[:, :, -self.window_size :]], dim=2), values
+
+
+@dataclass
 class SimLayerKVPress(kvpress.SimLayerKVPress):
     """K: a lazy layer keeps n_recent tokens, and is judged by the attention to what it would keep."""
 
@@ -254,8 +299,47 @@ class SimLayerKVPress(kvpress.SimLayerKVPress):
 
 
 @dataclass
+class FinchPress(local.FinchPress):
+    """K: a query sees itself too; and chunks share out what the question leaves of the budget."""
+
+    def score(self, module: Any, hidden: Tensor, keys: Tensor, values: Tensor, attention: Any, kwargs: Any) -> Tensor:
+        n_tokens, window = keys.shape[2], self.window_size or 0
+        attention = _window_attention(module, hidden, keys, window, kwargs)[..., :-window]
+        attention = attention * torch.arange(n_tokens - window + 1, n_tokens + 1)[:, None]
+        scores = attention.mean(2).unflatten(1, (keys.shape[1], -1)).mean(2)
+        return torch.nn.functional.pad(scores, (0, window), value=float(scores.max()) + 1)
+
+    def compress(
+        self, module: Any, hidden: Tensor, keys: Tensor, values: Tensor, attention: Any, kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if self.chunk_length is None:
+            return super().compress(module, hidden, keys, values, attention, kwargs)
+        scores = self.score(module, hidden, keys, values, attention, kwargs)
+        shares = _shares(self, keys.shape[2], self.window_size or 0)
+        places = [start + scores[..., start:stop].topk(count, dim=-1).indices for start, stop, count in shares]
+        chosen = torch.cat(places, dim=-1).sort(-1).values
+        moved = kvpress.KeyRerotationPress.rerotate_keys(module, chosen, keys)
+        return moved, values.gather(2, chosen[..., None].expand(-1, -1, -1, values.shape[3]))
+
+
+@dataclass
+class KVzipPress(kvpress.KVzipPress):
+    """What a chat template puts before the text is kept."""
+
+    def compress_post(self, model: Any) -> None:
+        n_sink, self.n_sink = self.n_sink, max(self.n_sink, self.prefix_length)
+        super().compress_post(model)
+        self.n_sink = n_sink
+
+
+@dataclass
 class KVComposePress(kvpress.KVComposePress):
-    """Not in the list yet: what the second pass wrote is removed from the cache."""
+    """C: the first layer has its own scores. A: what the second pass wrote is removed from the cache."""
+
+    def compute_composite_scores(self) -> None:
+        super().compute_composite_scores()
+        by_head = self.composite_scores_per_head[0]
+        self.composite_scores_per_layer[0] = by_head.mean(0) if self.agg_head == "mean" else by_head.amax(0)
 
     def compress_unstructured(self, model: Any) -> None:
         super().compress_unstructured(model)

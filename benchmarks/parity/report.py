@@ -37,7 +37,7 @@ def _spell(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(_spell, value))}]"
     if isinstance(value, str) and "/" in value:
-        return "FOLDER"
+        return "FOLDER" if Path(value).is_dir() else "FILE"
     return str(value.text) if isinstance(value, SimpleNamespace) else repr(value)
 
 
@@ -45,9 +45,8 @@ def spelled(case: Any) -> tuple[str, list[str]]:
     """How the press of a case is made, at ratio ``SHOWN`` or its first one, and the classes that this takes."""
     ratio = SHOWN if SHOWN in case.ratios else case.ratios[0]
     attention = SimpleNamespace(self_attn=SimpleNamespace(head_dim=16))
-    model = SimpleNamespace(
-        config=SimpleNamespace(num_hidden_layers=4, num_attention_heads=4), model=SimpleNamespace(layers=[attention])
-    )
+    config = SimpleNamespace(num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, hidden_size=64)
+    model = SimpleNamespace(config=config, model=SimpleNamespace(layers=[attention]))
     library = Spelled()
     press = case.make(library, ratio, model)
     return "none" if press is None else str(press.text), library.names

@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +21,22 @@ import torch
 from benchmarks.parity.case import Case, Library
 from benchmarks.parity.cases import CASES
 from benchmarks.parity.measure import Measurement, measure
-from benchmarks.parity.models import Setting, settings
+from benchmarks.parity.models import Setting, as_chat, settings
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.utils import logging as transformers_logging
 
 
 def libraries(name: str) -> dict[str, Library]:
-    """The library called ``name``; kvpress also with its faults repaired."""
+    """The library called ``name``; kvpress with files of this machine, and also with its faults repaired."""
     if name == "coldpress":
         import coldpress
 
         return {"coldpress": Library(coldpress)}
     import kvpress
-    from benchmarks.parity import repaired
+    from benchmarks.parity import local, repaired
 
-    return {"kvpress": Library(kvpress), "repaired": Library(repaired, kvpress)}
+    return {"kvpress": Library(local, kvpress), "repaired": Library(repaired, local, kvpress)}
 
 
 def watch_scores(press: Any) -> Callable[[int], Tensor | None]:
@@ -101,9 +102,11 @@ def main() -> int:
             for variant, namespace in libraries(given.library).items():
                 if variant == "repaired" and not case.repaired:
                     continue
-                for ratio in case.ratios:
-                    result = run_one(given.library, namespace, setting, case, ratio)
-                    results[setting.name, case.name, ratio, variant] = result
+                chat = as_chat(setting) if case.chat else nullcontext(setting)
+                with chat as text, redirect_stdout(None):  # kvpress prints what it loads
+                    for ratio in case.ratios:
+                        result = run_one(given.library, namespace, text, case, ratio)
+                        results[setting.name, case.name, ratio, variant] = result
         print(f"parity: {given.library} on {setting.name}: {time.perf_counter() - began:.0f} s", file=sys.stderr)
     versions = {"torch": torch.__version__.partition("+")[0], "transformers": __import__("transformers").__version__}
     saved = {key: vars(value) for key, value in results.items()}

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from benchmarks.parity import __main__ as parity_main
+from benchmarks.parity import artefacts
+from benchmarks.parity.__main__ import document, with_committed
 from benchmarks.parity.case import Case, Library
 from benchmarks.parity.cases import CASES
 from benchmarks.parity.compare import TOLERANCE, Row, compare_one, only_ties, problems
 from benchmarks.parity.measure import kept_positions, measure
-from benchmarks.parity.models import Setting
+from benchmarks.parity.models import DEMO, Setting, as_chat
 from benchmarks.parity.report import RESULTS, read, spelled, tables, write
 from tests.contract.architectures import BY_NAME, tokens
+from transformers import AutoTokenizer, DynamicCache
 
 import coldpress
 
@@ -33,7 +40,11 @@ def mask(*kept: int, n_tokens: int = 6) -> torch.Tensor:
 
 
 def result(kept: torch.Tensor, loss: float = 1.0, scores: torch.Tensor | None = None) -> dict[str, Any]:
-    return {"kept": kept, "losses": torch.full((1, 4), loss), "scores": scores, "error": None}
+    return {"kept": kept, "losses": torch.full((1, 4), loss), "scores": scores, "extra": 0, "error": None}
+
+
+def no_scores(index: int) -> None:
+    return None
 
 
 KEY = ("llama", "knorm", 0.5, "kvpress")
@@ -79,6 +90,8 @@ def test_runs_agree_by_pairs_and_losses() -> None:
     other = compare_one(PLAIN, KEY, result(mask(0, 1)), result(mask(0, 2)))
     assert not other.agrees and other.moved == 0.5
     assert compare_one(PLAIN, KEY, result(mask(0, 1)), result(mask(0, 2), 2.0, torch.ones(1, 1, 1, 6))).agrees
+    left = compare_one(PLAIN, KEY, result(mask(0, 1)), result(mask(0, 1)) | {"extra": 4})  # beside those of the text
+    assert not left.agrees and left.theirs == 6 and left.moved == 0.5
     failed = compare_one(PLAIN, KEY, result(mask(0)), {"error": "ValueError: no"})
     assert not failed.agrees and failed.error == "kvpress: ValueError: no"
 
@@ -105,13 +118,64 @@ def test_one_run_of_coldpress() -> None:
     cache = coldpress.PressedCache()
     press = coldpress.AdaKVPress(coldpress.SnapKVPress(0.5, window_size=8))  # heads of different lengths
     setting = Setting("llama", model, tokens(2, 96), 40)
-    found = measure(setting, replace(PLAIN, rows=2), press, cache, False, lambda index: None)
+    found = measure(setting, replace(PLAIN, rows=2), press, cache, False, no_scores)
     assert found.kept is not None and found.losses is not None and found.losses.shape == (2, 32)
     for index in range(2):
         expected = torch.zeros(2, 2, 41, dtype=torch.bool)
         at = cache.positions(index)[..., :-32]  # without the scored tokens
         expected.scatter_(2, at.masked_fill(at < 0, 40), True)
         assert torch.equal(found.kept[:, index], expected[..., :40])
+
+
+def test_pairs_beside_those_of_the_text_are_counted() -> None:
+    model = BY_NAME["llama"].build()
+    setting = Setting("llama", model, tokens(1, 96), 40)
+
+    @contextmanager
+    def reads_twice(model: Any) -> Iterator[None]:
+        yield
+        model.model(input_ids=setting.ids[:, :8], past_key_values=cache)
+
+    cache = DynamicCache()
+    found = measure(setting, PLAIN, reads_twice, cache, False, no_scores)
+    assert found.kept is not None and found.kept.all()
+    assert found.extra == len(model.model.layers) * model.config.num_key_value_heads * 8
+
+
+def test_a_text_in_a_chat() -> None:
+    model = BY_NAME["llama"].build()
+    model.config.name_or_path = str(DEMO / "model")
+    setting = Setting("llama", model, tokens(1, 96), 40)
+    with as_chat(setting) as chat:
+        tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path)
+        text = tokenizer.apply_chat_template([{"role": "user", "content": "What is a flatterer?"}], tokenize=False)
+        before = tokenizer.encode(text.partition("What")[0], add_special_tokens=False)
+        assert len(before) > 4 and chat.ids[0, : len(before)].tolist() == before
+        assert torch.equal(chat.ids[:, len(before) :], setting.ids[:, len(before) :])
+    assert model.config.name_or_path == str(DEMO / "model")
+
+
+def test_shares_of_a_budget_add_up() -> None:
+    curves = np.load(artefacts.budget_curves(BY_NAME["llama"].build(), 1 / 160))
+    assert curves.shape[0] == 99 and curves.min() >= 0 and curves.max() <= 1
+    for percent in (25, 50, 75):
+        at = curves[percent - 1]
+        assert at.mean() == pytest.approx(percent / 100) and at.std() > 0.01
+        assert at * 160 == pytest.approx(np.round(at * 160))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["qfilter", "expected_attention_stats", "kvzap", "kvzap, linear", "fastkvzip", "lukv_snapkv", "duo_attention"],
+)
+def test_coldpress_reads_the_random_files(name: str) -> None:
+    model = BY_NAME["llama"].build()
+    (case,) = (case for case in CASES if case.name == name)
+    press = case.make(Library(coldpress), 0.5, model)
+    found = measure(
+        Setting("llama", model, tokens(1, 160), 120), case, press, coldpress.PressedCache(), False, no_scores
+    )
+    assert found.kept is not None and 0.4 < found.kept.float().mean() < 0.8
 
 
 def test_every_press_of_kvpress_is_in_the_list() -> None:
@@ -142,6 +206,20 @@ def test_the_tables_show_what_was_written(tmp_path: Path) -> None:
     assert "| cur | `CURPress(0.5)` | 1 of 1 | 12 % | up to 0.25 |" in text
     assert "1 of 1 agree; losses within 1e-06 | K | a sum |" in text
     assert "| kvzap | a hub |" in text
+
+
+def test_rows_are_added_to_the_committed_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parity_main, "RESULTS", tmp_path / "results.json")
+    versions = {"coldpress": "0.1", "kvpress": "0.5.5", "torch": "2", "transformers": "5"}
+    old = [Row(name, model, 0.5, "kvpress") for name in ("knorm", "cur") for model in ("llama", "SmolLM2-135M")]
+    write(tmp_path / "results.json", document(old, versions))
+    new = Row("knorm", "llama", 0.5, "kvpress", moved=0.25)
+    assert set(with_committed([new], versions)) == {new, *old[1:]}
+    changed = (tmp_path / "results.json").read_text(encoding="utf-8").replace("CURPress(0.5)", "CURPress(0.5, 2)")
+    (tmp_path / "results.json").write_text(changed, encoding="utf-8")
+    assert set(with_committed([new], versions)) == {new, old[1]}
+    with pytest.raises(SystemExit, match="other versions"):
+        with_committed([new], versions | {"torch": "3"})
 
 
 def test_the_committed_results_give_the_reasons_of_today() -> None:

@@ -58,6 +58,7 @@ def test_scores(model: str, normalize: bool) -> None:
 
 
 def test_normalising_matters() -> None:
+    """K: a query was weighed by the number of tokens before it, one less than it sees."""
     (view, _) = views_of("llama", IDS)
     plain, normal = (FinchPress(0.5, window_size=WINDOW, normalize_scores=n).scores(view) for n in (False, True))
     ratio = normal / plain

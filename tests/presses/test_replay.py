@@ -254,11 +254,19 @@ def test_kvcompose(name: str, press: KVComposePress) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_kvcompose_without_structure(name: str) -> None:
+    """A: all pairs of the text stayed in the cache, and those of the second pass too, where they were attended to."""
     press = KVComposePress(0.6, structured=False)
     past, _ = compressed(name, press)
     assert kept(past) == best_of_all(kvcompose_scores(name, press, IDS[0].tolist()), 8, 1)
     layer = past.pressed_layers()[0]
     assert layer.stored_length == max(len(head) for head in kept(past)[0]) < N
+
+
+def test_the_first_layer_may_be_the_smallest() -> None:
+    """C: the first layer was made the largest, by the best scores of any layer, as its length made the mask of all."""
+    low, high = torch.rand(1, 2, 20) * 0.1, torch.rand(1, 2, 20) + 1
+    counts = KVComposePress(0.5).counts([low, high], 10, 1)
+    assert [count.tolist() for count in counts] == [[[1, 1]], [[19, 19]]]
 
 
 @pytest.mark.parametrize("structured", [True, False])
