@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
+from typing import Any
 
 import pytest
 import torch
 from tests.contract.architectures import BY_NAME, tiny, tokens
-from tests.presses.others import OTHERS, WITH_RATIO, other_press
+from tests.presses.others import OTHERS, WITH_RATIO, block, other_press, small_press
 from torch import Tensor
 from transformers import DynamicCache
 
 from coldpress import (
     BasePress,
+    DecodingPress,
+    ExpectedAttentionPress,
     Kept,
     KnormPress,
     LayerView,
@@ -21,6 +25,7 @@ from coldpress import (
     PressedCache,
     SnapKVPress,
     make_press,
+    press_names,
 )
 from coldpress.errors import CacheError, ModelError, PressError
 
@@ -185,6 +190,50 @@ def test_copies_go_their_own_ways(press: BasePress | None, split: object) -> Non
         assert torch.equal(torch.cat(answer, dim=1), expected)
         assert past.press == press and past.achieved_ratio() == alone.achieved_ratio()
         assert torch.equal(past.positions(1), alone.positions(1))
+
+
+def through_a_file(past: PressedCache) -> PressedCache:
+    return pickle.loads(pickle.dumps(past))
+
+
+@pytest.mark.usefixtures("given_weights")
+@pytest.mark.parametrize("name", press_names())
+def test_a_cache_of_every_press_can_be_copied_and_pickled(name: str) -> None:
+    """What presses had computed was remembered in local functions, which no file can hold."""
+    press = small_press(name, "llama")
+    past, question = PressedCache(press), tokens(1, 3, seed=5)
+    with torch.no_grad():
+        with block(tiny("llama"), press):
+            tiny("llama")(IDS, past_key_values=past)
+        for split in (copy.deepcopy, through_a_file):
+            other = split(past)
+            assert other.press == past.press and other.achieved_ratio() == past.achieved_ratio() > 0
+            assert other.layer(1).session is other.session is not past.session
+            expected = add(past.fork(), question)
+            assert torch.equal(add(other, question), expected)
+            assert torch.equal(add(split(other), question), add(other.fork(), question))
+
+
+@pytest.mark.parametrize("split", [copy.deepcopy, through_a_file])
+def test_copies_in_the_middle_of_things(split: Any) -> None:
+    """A schedule goes on in a copy; branches of a shared prefill, and a DynamicCache that holds our layers."""
+    press = DecodingPress(ExpectedAttentionPress(n_future_positions=8), 4, 20)
+    past = prefilled(press)
+    add(past, FURTHER[:, :6])
+    other = split(past)
+    assert torch.equal(add(other, FURTHER[:, 6:12]), add(past, FURTHER[:, 6:12]))
+    assert other.stored_lengths() == past.stored_lengths() == [20, 20]
+    full = PressedCache()
+    (branch,) = full.branches([ExpectedAttentionPress(0.5)])
+    tiny("llama")(IDS, past_key_values=full)
+    assert torch.equal(add(split(full), FURTHER), add(full.fork(), FURTHER))
+    assert torch.equal(add(split(branch), FURTHER), add(branch.fork(), FURTHER))
+    theirs = DynamicCache()
+    with ExpectedAttentionPress(0.5)(tiny("llama")):
+        tiny("llama")(IDS, past_key_values=theirs)
+    ours = split(theirs)
+    assert ours.get_seq_length() == N and ours.layers[0].stored_length == N // 2
+    assert torch.equal(add(ours, FURTHER), add(theirs, FURTHER))
 
 
 @pytest.mark.parametrize("is_child", [True, False])
