@@ -15,6 +15,7 @@ from coldpress import (
     AdaKVPress,
     BasePress,
     CAMPress,
+    CapPress,
     ChunkPress,
     CompactorPress,
     CompressionRatioDecodingPress,
@@ -271,13 +272,11 @@ def test_queries_are_those_of_the_newest_tokens_at_their_positions(model: str) -
         )
 
 
+@pytest.mark.parametrize("base", [ExpectedAttentionPress(n_future_positions=4), CapPress(n_future_positions=4)])
 @pytest.mark.parametrize("interval", [1, 3, 4])
-def test_expected_attention_of_few_queries(interval: int) -> None:
+def test_expected_attention_of_few_queries(interval: int, base: ScorerPress) -> None:
     """B2: four queries of the buffer were dropped as if they were sinks: none were left, and every score was NaN."""
-    press = DecodingPress(
-        ExpectedAttentionPress(n_future_positions=4), interval, 12, hidden_states_buffer_size=interval
-    )
-    past = decoded(press, 40)
+    past = decoded(DecodingPress(base, interval, 12, hidden_states_buffer_size=interval), 40)
     assert max(past.stored_lengths()) < 12 + interval
     assert all(head[:4] == [0, 1, 2, 3] for head in held(past))
 

@@ -28,6 +28,7 @@ from coldpress import (
     KnormPress,
     LagKVPress,
     LayerView,
+    MergingPress,
     NonCausalAttnPress,
     ObservedAttentionPress,
     PerLayerCompressionPress,
@@ -36,6 +37,7 @@ from coldpress import (
     RandomPress,
     SnapKVPress,
     StreamingLLMPress,
+    ThinKPress,
     TOVAPress,
     make_press,
 )
@@ -354,7 +356,7 @@ def test_per_layer_compression() -> None:
 def test_budgets_of_layers_survive_wrapping() -> None:
     """K: wrappers took the scores of PyramidKV and silently dropped its budgets of layers."""
     inner = PyramidKVPress(0.5, window_size=4, beta=3)
-    for wrapper in (AdaKVPress, ChunkKVPress, ChunkPress, BlockPress, CriticalKVPress, KeyRerotationPress):
+    for wrapper in (*WRAPPERS, MergingPress, lambda press: ThinKPress(0.5, press=press)):
         press = wrapper(inner)
         for i in range(2):
             view = view_of("llama", layer=i)
