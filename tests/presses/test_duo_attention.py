@@ -49,7 +49,7 @@ def test_streaming_heads_keep_both_ends(model: str, layer: int, ratio: float) ->
 
 
 def test_the_ratio_of_the_pairs_is_an_outcome_and_memory_is_freed() -> None:
-    """kvpress masks, and reports a ratio of -1 for short prompts."""
+    """K: DuoAttention masked, and reported a ratio of -1 for short prompts."""
     gates = [[0.1, 0.2], [0.9, 0.8]]
     press = DuoAttentionPress(0.5, pattern=torch.tensor(gates), sink_size=16, recent_size=64)
     sizes = {}

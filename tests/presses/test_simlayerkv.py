@@ -50,7 +50,7 @@ def test_lazy_layers_keep_both_ends(model: str, layer: int, n_last: int, n_recen
 
 
 def test_a_window_as_long_as_what_is_looked_at_keeps_no_token_too_many() -> None:
-    """kvpress keeps 129 of 128 tokens where n_recent == n_last."""
+    """K: SimLayerKV kept 129 of 128 tokens where n_recent == n_last."""
     past = PressedCache(SimLayerKVPress(0.0, n_last=1, n_recent=1, n_initial=1))
     tiny("gpt_neox")(tokens(1, 128), past_key_values=past)
     assert past.stored_lengths() == [2, 2]
