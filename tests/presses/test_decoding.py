@@ -339,7 +339,8 @@ def test_cam_around_adakv() -> None:
     assert sum(len(head) for head in held(past)) < 4 * (TARGET + INTERVAL)
 
 
-def test_cam_by_hand() -> None:
+@pytest.mark.parametrize("model", ["gpt_neox", "gpt_neox_full_rotary"])
+def test_cam_by_hand(model: str) -> None:
     """Every number of one compression, by loops over heads and tokens."""
     shown: list[tuple[LayerView, Kept]] = []
 
@@ -350,7 +351,7 @@ def test_cam_by_hand() -> None:
             return kept
 
     press = Asks(KnormPress(), 6, 12, merge_budget=3)
-    decoded(press, 16 + 18)
+    decoded(press, 16 + 18, model=model)
     before, after = [pair for pair in shown if pair[0].layer_idx == 0][-2:]
     view, kept = after
     n_merged = 0

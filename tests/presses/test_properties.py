@@ -299,9 +299,8 @@ def held(past: PressedCache, row: int = 0) -> list[list[list[int]]]:
     """Positions by layer and head; empty slots, which are left out, come last."""
     layers = [layer.positions()[row].tolist() for layer in past.pressed_layers()]
     kept = [[[t for t in head if t >= 0] for head in layer] for layer in layers]
-    assert all(
-        head == own[: len(head)] for a, b in zip(kept, layers, strict=True) for head, own in zip(a, b, strict=True)
-    )
+    for of_layer, slots in zip(kept, layers, strict=True):
+        assert all(head == own[: len(head)] for head, own in zip(of_layer, slots, strict=True))
     return kept
 
 
@@ -332,10 +331,12 @@ def test_what_is_kept_of_the_whole_model(
 
         return wrapped
 
+    def recorded(scores: Tensor, *ends: int) -> Tensor:
+        seen.append(scores)
+        return protect(scores, *ends)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "coldpress.presses.replay.protect", lambda scores, *ends: (seen.append(scores), protect(scores, *ends))[1]
-        )
+        patch.setattr("coldpress.presses.replay.protect", recorded)
         for scorer in (FastKVzipPress, KVzapPress):
             patch.setattr(scorer, "score", spy(scorer.score))
         past = prefilled(press, model, distinct(n_tokens), dtype=dtype)
