@@ -300,7 +300,7 @@ def test_rows_can_be_repeated_and_selected(press: BasePress | None) -> None:
 @pytest.mark.parametrize("is_padded", [False, True])
 def test_branches_are_separate_prefills(name: str, is_padded: bool) -> None:
     own = {"random": {"seed": 1}, "snapkv": {"window_size": 8}, "pyramidkv": {"window_size": 4}}
-    presses = [make_press(press, ratio, **own.get(press, {})) for press in WITH_RATIO for ratio in (0.0, 0.3, 0.7)]
+    presses = [make_press(press, ratio, **own.get(press, {})) for press in WITH_RATIO for ratio in (0.0, 0.6)]
     presses += [*(other_press(press, name) for press in OTHERS), None]
     ids, mask = tokens(2, N), torch.ones(2, N, dtype=torch.long)
     if is_padded:
