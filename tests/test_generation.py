@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
-from tests.contract.architectures import BY_NAME, ROTARY_VARIANTS, VERSION, tiny, tokens
+from tests.contract.architectures import BY_NAME, ROTARY_VARIANTS, VERSION, Look, tiny, tokens
 from tests.contract.test_oracle import oracle_logits
+from tests.presses.others import block, small_press
+from tests.presses.replays import Words
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,16 +21,21 @@ from coldpress import (
     AdaKVPress,
     BasePress,
     DecodingPress,
+    DMSPress,
+    DuoAttentionPress,
     ExpectedAttentionPress,
     Kept,
     KeyRerotationPress,
     KnormPress,
+    KVComposePress,
     LayerView,
+    LUKVPress,
     PerLayerCompressionPress,
     PrefillDecodingPress,
     PressedCache,
     PyramidKVPress,
     RandomPress,
+    SimLayerKVPress,
     SnapKVPress,
     StreamingLLMPress,
 )
@@ -36,6 +44,15 @@ from coldpress.errors import CacheError
 N, NEW = 40, 12
 PRESS = SnapKVPress(0.5, window_size=8)
 IDS = tokens(1, N)
+
+
+def named(press: BasePress | str | None) -> str:
+    return press if isinstance(press, str) else type(press).__name__
+
+
+def press_for(press: BasePress | str, model: str) -> BasePress:
+    """A press that is registered, where a name is given."""
+    return small_press(press, model) if isinstance(press, str) else press
 
 
 def generate(
@@ -192,12 +209,29 @@ def test_prefill_in_chunks_compresses_the_first_one_only() -> None:
     assert answer[0, N] == logits[0, -1].argmax()
 
 
-@pytest.mark.parametrize("press", [PyramidKVPress(0.5, window_size=4), AdaKVPress(KnormPress(0.5))])
-def test_a_second_turn_and_later_chunks_by_a_schedule(press: BasePress) -> None:
+@pytest.mark.usefixtures("given_weights")
+@pytest.mark.parametrize(
+    "press",
+    [
+        PyramidKVPress(0.5, window_size=4),
+        AdaKVPress(KnormPress(0.5)),
+        "dms_lagkv",
+        "duo_attention",
+        "fastkvzip",
+        "kvcompose",
+        "kvzip",
+        "lukv",
+        "simlayerkv",
+    ],
+    ids=named,
+)
+def test_a_second_turn_and_later_chunks_by_a_schedule(press: BasePress | str) -> None:
     """F: later chunks of a prompt and later turns stayed whole: no press could compress them."""
+    press = press_for(press, "llama")
     both = PrefillDecodingPress(press, DecodingPress(SnapKVPress(window_size=4), 16, 20))
     past = PressedCache(both)
-    answer = generate("llama", past, tokens(1, 128), prefill_chunk_size=32, max_new_tokens=1)
+    with block(tiny("llama"), both):
+        answer = generate("llama", past, tokens(1, 128), prefill_chunk_size=32, max_new_tokens=1)
     assert past.seen_tokens == 128 and max(past.stored_lengths()) < 20 + 16
     longer = torch.cat([answer, tokens(1, 64, seed=3)], dim=1)
     generate("llama", past, longer, max_new_tokens=1)
@@ -209,7 +243,18 @@ def test_a_second_turn_and_later_chunks_by_a_schedule(press: BasePress) -> None:
         assert torch.equal(recent, torch.arange(past.seen_tokens - 4, past.seen_tokens).expand_as(recent))
 
 
-@pytest.mark.parametrize("press", [SnapKVPress(0.75, window_size=4), AdaKVPress(SnapKVPress(0.75, window_size=4), 0.9)])
+@pytest.mark.parametrize(
+    "press",
+    [
+        SnapKVPress(0.75, window_size=4),
+        AdaKVPress(SnapKVPress(0.75, window_size=4), 0.9),
+        DMSPress(KnormPress(), threshold=0.0),  # nothing scores above it
+        DuoAttentionPress(0.9, pattern=[[i / 5, i / 5] for i in range(6)]),
+        LUKVPress(KnormPress(0.75), curves=[[[r / 100] * 2] * 6 for r in range(1, 100)]),
+        SimLayerKVPress(0.0, n_recent=50),
+    ],
+    ids=named,
+)
 def test_one_layer_at_a_time_is_whole(press: BasePress, monkeypatch: pytest.MonkeyPatch) -> None:
     """F: head-wise presses held the whole prompt in every layer until the prefill was over."""
     model, past, held = BY_NAME["llama"].build(num_hidden_layers=6), PressedCache(press), []
@@ -224,12 +269,13 @@ def test_one_layer_at_a_time_is_whole(press: BasePress, monkeypatch: pytest.Monk
     whole = 2 * 2 * 400 * 8 * 4  # keys and values, heads, tokens, dimensions, float32
     assert len(held) == 6
     for i, n_bytes in enumerate(held):
-        assert n_bytes <= whole * (1 + i * 0.3)
+        assert n_bytes <= whole * (1 + i * (0.97 if isinstance(press, DuoAttentionPress) else 0.33))
 
 
 # -- positions and masks ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("given_weights")
 @pytest.mark.parametrize("backend", ["coldpress", "coldpress_eager"])
 @pytest.mark.parametrize("name", ["gpt_neox", "gpt_neox_full_rotary", "llama"])
 @pytest.mark.parametrize(
@@ -239,21 +285,37 @@ def test_one_layer_at_a_time_is_whole(press: BasePress, monkeypatch: pytest.Monk
         PerLayerCompressionPress(KnormPress(), [0.8, 0.25]),
         PerLayerCompressionPress(SnapKVPress(window_size=4), [0.0, 0.7]),
         AdaKVPress(KnormPress(0.6), 0.0),
+        "dms_lagkv",
+        "duo_attention",
+        "fastkvzip",
+        KVComposePress(0.6),
+        "kvzip",
+        "lukv",
+        "simlayerkv",
     ],
-    ids=lambda press: type(press).__name__,
+    ids=named,
 )
-def test_a_question_of_several_tokens_where_layers_differ(name: str, press: BasePress, backend: str) -> None:
+def test_a_question_of_several_tokens_where_layers_differ(name: str, press: BasePress | str, backend: str) -> None:
     """C: one mask, made for layer 0, served all layers: a question of several tokens failed in sdpa and eager."""
     model, question = tiny(name, backend), tokens(1, 5, seed=4)
-    full, past = PressedCache(), PressedCache(press)
-    for cache in (full, past):
-        model(IDS, past_key_values=cache)
+    look = Look()
+    full, past = PressedCache(look), PressedCache()
+    model(IDS, past_key_values=full)
+    if press == "simlayerkv":  # with a threshold that one layer reaches
+        shares = [
+            float(view.window_attention(1)[..., [0, 1, 2, *range(N - 12, N)]].sum(-1).mean()) for view in look.views
+        ]
+        press = SimLayerKVPress(sum(shares) / 2, n_recent=12, n_initial=3)
+    press = press_for(press, name)
+    with torch.no_grad(), press.prepared(model, Words())(model):
+        model(IDS, past_key_values=past)
     kept = [[[p for p in head if p >= 0] for head in layer.positions()[0].tolist()] for layer in past.pressed_layers()]
     assert len({len(head) for layer in kept for head in layer}) > 1
     expected = oracle_logits(name, question[0], full, kept)
     torch.testing.assert_close(model(question, past_key_values=past).logits[0], expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.usefixtures("given_weights")
 @pytest.mark.parametrize("name", ["gpt_neox", "llama", "gpt2", "mistral"])
 @pytest.mark.parametrize(
     "press",
@@ -262,12 +324,24 @@ def test_a_question_of_several_tokens_where_layers_differ(name: str, press: Base
         PyramidKVPress(0.5, window_size=4),
         AdaKVPress(SnapKVPress(0.6, window_size=4)),
         DecodingPress(KnormPress(), 3, 12),
+        "dms_lagkv",
+        "duo_attention",
+        "fastkvzip",
+        "finch",
+        "kvcompose",
+        "kvzip",
+        "lukv",
+        "merging_snapkv",
+        "simlayerkv",
+        "think",
     ],
-    ids=lambda press: type(press).__name__,
+    ids=named,
 )
-def test_a_call_without_positions_goes_on_where_the_text_ends(name: str, press: BasePress) -> None:
+def test_a_call_without_positions_goes_on_where_the_text_ends(name: str, press: BasePress | str) -> None:
     """D1: a call without position_ids took the stored length for the next position: 64 instead of 128."""
-    model = tiny(name)
+    model, press = tiny(name), press_for(press, name)
+    if name == "mistral" and press.needs_model:
+        pytest.skip("its windows do not reach back to the text")
     runs = []
     for has_positions in (False, True):
         past, logits, end = PressedCache(press), [], 0
@@ -275,21 +349,23 @@ def test_a_call_without_positions_goes_on_where_the_text_ends(name: str, press: 
             start, end = end, end + n
             places = {"position_ids": torch.arange(start, end)[None]} if has_positions else {}
             assert past.get_seq_length() == start
-            logits.append(model(tokens(1, 47)[:, start:end], past_key_values=past, **places).logits)
+            with block(model, press):
+                logits.append(model(tokens(1, 47)[:, start:end], past_key_values=past, **places).logits)
         runs.append(torch.cat(logits, dim=1))
     assert torch.equal(*runs)
-    assert min(past.stored_lengths()) < N  # so that it would show
+    assert past.achieved_ratio() > 0.1  # so that it would show
 
 
 @pytest.mark.parametrize("name", ["gpt_neox", "llama", *(a.name for a in ROTARY_VARIANTS)])
 @pytest.mark.parametrize("earlier", [0, 12, 200])
+@pytest.mark.parametrize("is_in_block", [True, False])
 def test_keys_are_moved_by_the_frequencies_of_their_prefill(
-    name: str, earlier: int, monkeypatch: pytest.MonkeyPatch
+    name: str, earlier: int, is_in_block: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """D2: rotation went by the frequencies of the moment, which dynamic and longrope embeddings swap."""
     model, press = BY_NAME[name].build(), KeyRerotationPress(StreamingLLMPress(0.5))
-    if (name, earlier) == ("llama_dynamic", 200):
-        pytest.xfail("the model keeps the frequencies of its longest text, and an attention layer cannot tell")
+    if (name, earlier, is_in_block) == ("llama_dynamic", 200, False):
+        pytest.xfail("the model keeps the frequencies of its longest text, and a cache by itself does not know it")
     if earlier:
         model(tokens(1, earlier))  # which has frequencies of its own
     source, seen = sys.modules[type(model).__module__], []
@@ -303,7 +379,8 @@ def test_keys_are_moved_by_the_frequencies_of_their_prefill(
     past = PressedCache(press)
     with monkeypatch.context() as patch:
         patch.setattr(source, "apply_rotary_pos_emb", spy)
-        model(IDS, past_key_values=past)
+        with press(model) if is_in_block else nullcontext():
+            model(IDS, past_key_values=past)
     for layer, (keys, cos, sin) in zip(past.pressed_layers(), seen, strict=True):
         kept, width = layer.positions()[0, 0], cos.shape[-1]
         assert len(kept) == N // 2
@@ -358,12 +435,16 @@ class ToHost(TorchFunctionMode):
         AdaKVPress(KnormPress(0.5)),
         KeyRerotationPress(StreamingLLMPress(0.5)),
         DecodingPress(KnormPress(), 64, 20),
+        "duo_attention",
+        "lukv",
+        "think",
     ],
-    ids=lambda press: type(press).__name__,
+    ids=named,
 )
-def test_decoding_waits_for_nothing(name: str, press: BasePress | None, has_mask: bool) -> None:
+def test_decoding_waits_for_nothing(name: str, press: BasePress | str | None, has_mask: bool) -> None:
     """I: every layer asked the device whether this was the prefill, at every step: .item() per layer and token."""
-    model, past, waits, to_host = tiny(name), PressedCache(press), Waits(), ToHost()
+    model, waits, to_host = tiny(name), Waits(), ToHost()
+    past = PressedCache(None if press is None else press_for(press, name))
     mask = torch.ones(1, N + 3, dtype=torch.long)
     masks = [{"attention_mask": mask[:, :n]} if has_mask else {} for n in (N, N + 1, N + 2, N + 3)]
     model(IDS, past_key_values=past, **masks[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import subprocess
@@ -14,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 from tests.contract.architectures import BY_NAME, VERSION, tokens
-from tests.presses.others import WITH_RATIO
+from tests.presses.others import small_press
+from tests.presses.replays import Words
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -32,17 +34,25 @@ from coldpress import (
     BasePress,
     CompactorPress,
     ExpectedAttentionPress,
+    FastKVzipPress,
+    FinchPress,
     Kept,
     KeyRerotationPress,
     KnormPress,
+    KVComposePress,
+    KVgradPress,
+    KVzapPress,
+    KVzipPress,
     LayerView,
     PressedCache,
     SnapKVPress,
     make_press,
+    press_names,
     use_coldpress,
 )
 from coldpress.errors import CacheError, ModelError, PressError
 from coldpress.layer import PressedLayer
+from coldpress.session import THREAD
 
 N = 40
 PRESS = SnapKVPress(0.5, window_size=8)
@@ -134,6 +144,17 @@ def traces(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
+REPLAYING = {  # presses that run the model, or look into it
+    "fastkvzip": FastKVzipPress(0.5),
+    "finch": FinchPress(0.5, delimiter_token_id=int(IDS[0, -5])),
+    "kvcompose": KVComposePress(0.5),
+    "kvgrad": KVgradPress(0.5, tokenizer=Words()),
+    "kvzap_mlp": KVzapPress(0.5),
+    "kvzip": KVzipPress(0.5, tokenizer=Words()),
+    "kvzip_plus": KVzipPress(0.5, kvzip_plus_normalization=True, tokenizer=Words()),
+}
+
+
 class Fails(SnapKVPress):
     """Raises while it compresses the last layer, or after the prefill."""
 
@@ -150,9 +171,17 @@ class FailsLater(Fails):
     needs_model = needs_hidden_states = True
 
 
+@pytest.mark.usefixtures("given_weights")
 @pytest.mark.parametrize(
     "press",
-    [PRESS, ExpectedAttentionPress(0.5), KeyRerotationPress(KnormPress(0.5)), CompactorPress(0.5), FailsLater()],
+    [
+        PRESS,
+        ExpectedAttentionPress(0.5),
+        KeyRerotationPress(KnormPress(0.5)),
+        CompactorPress(0.5),
+        FailsLater(),
+        *REPLAYING.values(),
+    ],
     ids=lambda press: type(press).__name__,
 )
 def test_leaves_nothing_behind(model: PreTrainedModel, press: BasePress) -> None:
@@ -171,6 +200,7 @@ def test_leaves_nothing_behind(model: PreTrainedModel, press: BasePress) -> None
         raise ZeroDivisionError
     assert traces(model) == before
     assert past.press is None and other.press is None
+    assert isinstance(press, Fails) or past.achieved_ratio() == 0.5
     assert torch.equal(model(IDS).logits, logits)
     with PRESS(model):  # the block that failed is over
         pass
@@ -196,13 +226,56 @@ def test_what_goes_wrong_is_what_is_raised(model: PreTrainedModel, press: BasePr
     assert torch.isfinite(model(IDS).logits).all()
 
 
+@pytest.mark.usefixtures("given_weights")
+@pytest.mark.parametrize("name", [name for name, press in REPLAYING.items() if press.needs_model])
+@pytest.mark.parametrize("at", ["the model", "a layer", "the scores"])
+def test_a_replay_that_fails_leaves_the_model_as_it_was(
+    model: PreTrainedModel, name: str, at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G6: KVzip swapped a forward and KVCompose the attention, and neither put it back when the second pass failed."""
+    press = REPLAYING[name]
+    use_coldpress(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    before, forwards, logits = traces(model), (model.forward, model.model.forward), model(IDS).logits
+    calls, module = [], model.model if at == "the model" else model.model.layers[1]
+
+    def fail(*args: Any) -> None:
+        calls.append(1)
+        if len(calls) == 2:  # the first is the prefill
+            raise ArithmeticError("in the replay")
+
+    handle = None if at == "the scores" else module.register_forward_pre_hook(fail)
+    with monkeypatch.context() as patch:
+        if handle is None:
+            patch.setattr(LayerView, "attention_blocks", lambda self: fail() or fail())
+        past = PressedCache()
+        with press(model):
+            with pytest.raises(ArithmeticError, match="in the replay") as raised:
+                model(IDS, past_key_values=past)
+            assert raised.value.__cause__ is None and raised.value.__context__ is None
+            patch.undo()
+            if handle is not None:
+                handle.remove()
+            assert model(IDS).past_key_values.achieved_ratio() == 0.5  # the block goes on
+    with pytest.raises(ArithmeticError, match="in the replay"):  # what is half done is not used
+        model(QUESTION, past_key_values=past)
+    assert traces(model) == before and (model.forward, model.model.forward) == forwards
+    assert model.config._attn_implementation == "coldpress"
+    assert THREAD.hidden_states is None and past.session.token_ids is None
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert torch.equal(model(IDS).logits, logits)
+    with press(model):
+        assert model(IDS).past_key_values.achieved_ratio() == 0.5
+
+
 def test_presses_share_nothing_that_changes(caplog: pytest.LogCaptureFixture) -> None:
     """G5: instances in a shared registry could be changed, results were cached by model name, calls logged warnings."""
-    for name in WITH_RATIO:
-        press = make_press(name, 0.5)
+    for name in press_names():
+        press = small_press(name, "llama")
         with pytest.raises(dataclasses.FrozenInstanceError):
             press.compression_ratio = 0.9
-        assert hash(press) == hash(make_press(name, 0.5))
+        assert hash(press) == hash(copy.deepcopy(press))
     first, second = BY_NAME["llama"].build(), BY_NAME["llama"].build()
     for parameter in second.parameters():
         parameter.mul_(-1.5)
@@ -222,12 +295,14 @@ def test_presses_share_nothing_that_changes(caplog: pytest.LogCaptureFixture) ->
     assert told == [] and caplog.records == []
 
 
+@pytest.mark.usefixtures("given_weights")
 def test_presses_change_no_weight(model: PreTrainedModel) -> None:
     """G7: adapters stayed on the model, and embeddings were resized for a token that was added."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for name in WITH_RATIO:
-        with make_press(name, 0.5)(model):
-            model(IDS)
+    presses = [small_press(name, "llama").prepared(model, Words()) for name in press_names()]
+    for press in (*presses, *REPLAYING.values()):
+        with press(model):
+            assert model(IDS).past_key_values.achieved_ratio() > 0
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())

@@ -128,6 +128,7 @@ class PressedCache(Cache):
         """
         self.session.check_claimed()
         other = PressedCache(self.press)
+        other.session.follow(self.session)
         for layer in self.layers:
             if isinstance(layer, PressedLayer):
                 other.layers.append(other.session.new_layer())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 import traceback
+import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -148,6 +149,8 @@ class _Prefill:
         if threading.get_ident() != self.owner or self.is_finishing:
             return
         given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        for cache in self.caches:
+            cache.session.find_model = weakref.ref(module)
         ids, mask = given.get("input_ids"), given.get("attention_mask")
         self._begin([cache for cache in self.caches if not cache.seen_tokens], ids)
         for cache in self.under_way:

@@ -6,7 +6,8 @@ running the model's own function with ``-sin``; and whether a layer rotates at a
 forward calls that function.
 
 With "dynamic" scaling a model that has read a longer text goes on with that text's frequencies until it reads one
-within its trained length. That state is the model's; what is rebuilt here is a model that reads its first text.
+within its trained length. Inside ``with press(model):`` that state is taken from the model; a cache by itself does not
+know its model, and what is rebuilt then is one that reads its first text.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class Rope:
         kinds = getattr(self._embed, "rope_type", "default")
         kind = kinds.get(layer_type) if isinstance(kinds, dict) else kinds
         self._remembers = "dynamic" in str(kind)  # its frequencies depend on the longest input so far
+        self._length_name = f"{layer_type}_max_seq_len_cached" if takes_type else "max_seq_len_cached"
         self.width = 2 * frequencies.shape[-1]  # Drot, the rotated dimensions of each head
 
     @staticmethod
@@ -57,8 +59,11 @@ class Rope:
         return type(module), _layer_type(module), _rotates(module)
 
     @classmethod
-    def of(cls, module: nn.Module, device: torch.device) -> Rope | None:
+    def of(cls, module: nn.Module, device: torch.device, model: nn.Module | None = None) -> Rope | None:
         """The rotary embedding that ``module`` (an attention layer) uses, or None if it uses none.
+
+        Args:
+            model: what ``module`` belongs to, if that is known: frequencies that change are those of this moment.
 
         Raises:
             ModelError: the model rotates in a way that cannot be undone from outside, as multi-head latent attention
@@ -76,19 +81,28 @@ class Rope:
         if apply is None or hasattr(module, "qk_rope_head_dim"):
             raise ModelError(f"{type(module).__name__} rotates in a way that coldpress cannot undo. {_INSTEAD}")
         try:
-            return cls(lambda: _build(classes[0], module).to(device), apply, _layer_type(module))
+            rope = cls(lambda: _build(classes[0], module).to(device), apply, _layer_type(module))
         except (TypeError, AttributeError, KeyError) as error:
             raise ModelError(
                 f"The rotary embedding of {type(module).__name__} could not be built from its configuration ({error}). "
                 f"{_INSTEAD}"
             ) from error
+        own = [part for part in model.modules() if type(part) is classes[0]] if model is not None else []
+        if rope._remembers and len(own) == 1:
+            rope._build = _as_it_is(own[0], rope._build, device)
+        return rope
 
     def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines, float32 ``[1, T, Drot or Drot / 2]``, of integer positions ``[T]``."""
-        embed = self._build() if self._remembers else self._embed
         x = torch.empty(0, dtype=torch.float32, device=positions.device)
+        if not self._remembers:
+            cos, sin = self._embed(x, positions[None], *self._type_arg)
+            return cos, sin
+        embed: Any = self._build()
+        longest = int(getattr(embed, self._length_name, embed.max_seq_len_cached))
+        positions = torch.nn.functional.pad(positions, (0, 1), value=longest - 1)  # a part of a text is no shorter text
         cos, sin = embed(x, positions[None], *self._type_arg)
-        return cos, sin
+        return cos[:, :-1], sin[:, :-1]
 
     def rotate(self, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotate float32 ``[B, H, T, D]`` by what :meth:`cos_sin` gives for ``T`` positions, or for one."""
@@ -119,6 +133,26 @@ class Rope:
         """
         cos, sin = self.cos_sin(torch.arange(start, start + n_positions, device=device))
         return cos.mean(1, keepdim=True), sin.mean(1, keepdim=True)
+
+
+def _as_it_is(own: nn.Module, build: Callable[[], nn.Module], device: torch.device) -> Callable[[], nn.Module]:
+    """Makes rotary embeddings with the frequencies that ``own``, which will go on changing, has now."""
+    buffers = {name: buffer.detach().to(device, copy=True) for name, buffer in own.named_buffers(recurse=False)}
+    numbers = {
+        name: value
+        for name, value in vars(own).items()
+        if name.endswith("max_seq_len_cached") or name == "attention_scaling"
+    }
+
+    def rebuild() -> nn.Module:
+        embed = build()
+        for name, buffer in buffers.items():
+            embed.register_buffer(name, buffer, persistent=False)
+        for name, value in numbers.items():
+            setattr(embed, name, value)
+        return embed
+
+    return rebuild
 
 
 def _layer_type(module: nn.Module) -> str:

@@ -44,6 +44,7 @@ class Session:
         self.seen: int | None = None  # logical length before the call that is under way
         self.has_padding = False  # of the prompt, by its attention mask
         self.token_ids: Tensor | None = None  # int64 [B, T] of the prefill, where somebody told them
+        self.find_model: Callable[[], nn.Module | None] = lambda: None  # what runs, inside 'with press(model):'
         self.look: Callable[[PressedLayer, LayerCall], None] | None = None  # shown every call, before anything goes
         self._n_layers = 0
         self._seed: int | None = None
@@ -55,6 +56,14 @@ class Session:
         if self._seed is None:
             self._seed = int(torch.randint(2**62, (1,)).item())
         return self._seed
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a file can hold: what belongs to a run or a model is left out, and found again."""
+        of_a_run = ("branches", "find_model", "look", "_ropes")
+        return {name: value for name, value in vars(self).items() if name not in of_a_run}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(vars(Session()) | state)
 
     def new_layer(self) -> PressedLayer:
         """The next layer of the cache, in order."""
@@ -72,12 +81,17 @@ class Session:
         self.unclaimed = self.error = self.seen = self._seed = None
         self.has_padding = False
         self.token_ids = None
+        self._ropes = {}  # of the next text's frequencies, should they depend on the text
+
+    def follow(self, other: Session) -> None:
+        """Rotate as ``other`` does, whose pairs this session's cache holds too."""
+        self.find_model, self._ropes = other.find_model, dict(other._ropes)
 
     def rope(self, module: nn.Module, device: torch.device) -> Rope | None:
         """The rotary embedding of ``module``; built once for each kind of layer."""
         kind = (*Rope.kind(module), device)
         if kind not in self._ropes:
-            self._ropes[kind] = Rope.of(module, device)
+            self._ropes[kind] = Rope.of(module, device, self.find_model())
         return self._ropes[kind]
 
     def check_claimed(self) -> None:

@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any
 
 import pytest
 import torch
 from tests.contract.architectures import ARCHITECTURES, WINDOW, Architecture, tiny, tokens
-from tests.presses.others import IN_BLOCK, OTHERS, WITH_RATIO, other_press
-from tests.presses.replays import Words
+from tests.presses.others import IN_BLOCK, OTHERS, WITH_RATIO, block, other_press, press_of
 from tests.presses.weights import N_RESTORED
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from coldpress import BasePress, PressedCache, make_press, press_names
+from coldpress import BasePress, PressedCache, press_names
 from coldpress.budget import keep_count
 from coldpress.errors import PressError
-from coldpress.presses.registry import parameters_of
 
 CONTEXT, QUESTION, ANSWER = 45, 7, 5
-SMALL = {
-    "window_size": 8,
-    "chunk_length": 10,
-    "block_size": 10,
-    "lag_size": 5,
-    "chunk_size": 10,
-    "sketch_dimension": 6,
-}
 SINKS = {
     "kvzip": 4,
     "kvgrad": 4,
@@ -57,30 +45,11 @@ pytestmark = pytest.mark.usefixtures("given_weights")
 every_press = pytest.mark.parametrize("name", press_names())
 
 
-def seed_of(name: str) -> dict[str, int]:
-    return {"seed": 0} if "seed" in parameters_of(name) else {}
-
-
 def ends_of(name: str) -> tuple[int, int]:
     """How many of the first and of the last tokens are protected, by the press or by the one inside a wrapper."""
     known = sorted(SINKS.keys() | RECENT.keys(), key=len)
     inner = next((n for n in reversed(known) if n in name), "")
     return SINKS.get(inner, 0), RECENT.get(inner, 0)
-
-
-def press_of(name: str, ratio: float) -> BasePress:
-    known = parameters_of(name)
-    own = {k: v for k, v in SMALL.items() if k in known} | seed_of(name)
-    if ratio == 0 and "key_channel_compression_ratio" in known:  # channels are no pairs
-        own["key_channel_compression_ratio"] = 0.0
-    press = make_press(name, ratio, **own)
-    assert press is not None
-    return press
-
-
-def block(model: PreTrainedModel, press: BasePress) -> AbstractContextManager[Any]:
-    """``with press(model):`` for presses that need it."""
-    return press.prepared(model, Words())(model) if press.needs_model or press.needs_hidden_states else nullcontext()
 
 
 def cannot_replay(architecture: Architecture, name: str) -> bool:
@@ -173,6 +142,14 @@ def test_half_of_the_context_in_bfloat16(architecture: Architecture, name: str) 
 @pytest.mark.parametrize("name", sorted({*WITH_RATIO, *IN_BLOCK} - {"expected_attention", "snapkv"}))
 def test_half_of_the_context_in_bfloat16_for_the_other_presses(architecture: Architecture, name: str) -> None:
     check_half(architecture, name, torch.bfloat16)
+
+
+@pytest.mark.slow
+@every_architecture
+@pytest.mark.parametrize("name", OTHERS)
+def test_without_a_ratio_in_bfloat16(architecture: Architecture, name: str) -> None:
+    past, _ = check_compressed(architecture, name, other_press(name, architecture.name), torch.bfloat16)
+    assert 0.1 < past.achieved_ratio() < 1
 
 
 def test_every_name_is_tested_here() -> None:

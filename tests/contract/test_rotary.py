@@ -11,7 +11,7 @@ from tests.contract.architectures import ARCHITECTURES, BY_NAME, ROTARY_VARIANTS
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from coldpress import ColdpressError, PressedCache
+from coldpress import ColdpressError, Kept, LayerView, PressedCache
 from coldpress.rope import Rope
 
 LENGTH = 45
@@ -81,6 +81,34 @@ def test_dynamic_frequencies_do_not_leak_from_layer_to_layer() -> None:
     rope = first.find_rope()
     assert rope is not None and second.find_rope() is rope
     assert torch.equal(rope.unrotate(first.queries, torch.arange(LENGTH)), before)
+
+
+@pytest.mark.parametrize("earlier", [0, 12, 200])
+def test_dynamic_frequencies_are_those_that_the_model_has(earlier: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a block: a model goes on with the frequencies of a longer text, and a part of a text is no shorter one."""
+
+    class Asks(Look):
+        def compress(self, view: LayerView) -> Kept | None:
+            assert view.find_rope() is not None
+            return super().compress(view)
+
+    model, look, past = BY_NAME["llama_dynamic"].build(), Asks(), PressedCache()
+    if earlier:
+        model(tokens(1, earlier))
+    with monkeypatch.context() as patch:
+        spy = Spy(model, patch)
+        with look(model):
+            model(tokens(1, LENGTH), past_key_values=past)
+    seen = dict(spy.before)
+    model(tokens(1, 400, seed=1))  # swaps them again
+    for view in look.views:
+        before = seen[view.module]
+        torch.testing.assert_close(view.unrotated_queries(), before, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(view.part(0, 20).unrotated_queries(), before[:, :, :20], atol=1e-4, rtol=1e-4)
+    rope = look.views[0].find_rope()
+    assert past.fork().session.rope(look.views[0].module, torch.device("cpu")) is rope
+    past.reset()
+    assert past.session.rope(look.views[0].module, torch.device("cpu")) is not rope
 
 
 def test_a_rotation_that_cannot_be_undone_is_refused() -> None:

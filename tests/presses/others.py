@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from typing import Any
 
 from tests.contract.architectures import Look, tiny, tokens
+from tests.presses.replays import Words
+from transformers import PreTrainedModel
 
 from coldpress import (
     BasePress,
@@ -21,6 +25,7 @@ from coldpress import (
     press_names,
 )
 from coldpress.presses.base import parts
+from coldpress.presses.registry import parameters_of
 
 
 def duo(n_layers: int, n_heads: int) -> DuoAttentionPress:
@@ -54,6 +59,31 @@ IN_BLOCK = [
 
 # a name and a ratio are all they need; the tests make up what calibrated ones look up
 WITH_RATIO = [name for name in press_names(has_ratio=True) if name not in (*OTHERS, *IN_BLOCK)]
+
+
+SMALL = {"window_size": 8, "chunk_length": 10, "block_size": 10, "lag_size": 5, "chunk_size": 10, "sketch_dimension": 6}
+
+
+def small_press(name: str, model: str) -> BasePress:
+    """The press of any registered name, which removes some of 40 tokens of the tiny model ``model``."""
+    return other_press(name, model) if name in OTHERS else press_of(name, 0.5)
+
+
+def press_of(name: str, ratio: float) -> BasePress:
+    """Small enough for some 40 tokens, and with a seed."""
+    given: dict[str, Any] = {k: v for k, v in SMALL.items() if k in parameters_of(name)}
+    if "seed" in parameters_of(name):
+        given["seed"] = 0
+    if ratio == 0 and "key_channel_compression_ratio" in parameters_of(name):  # channels are no pairs
+        given["key_channel_compression_ratio"] = 0.0
+    press = make_press(name, ratio, **given)
+    assert press is not None
+    return press
+
+
+def block(model: PreTrainedModel, press: BasePress) -> AbstractContextManager[Any]:
+    """``with press(model):`` for presses that need it, with a tokenizer for those that ask for one."""
+    return press.prepared(model, Words())(model) if press.needs_model or press.needs_hidden_states else nullcontext()
 
 
 @cache

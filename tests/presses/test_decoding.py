@@ -15,6 +15,7 @@ from coldpress import (
     AdaKVPress,
     BasePress,
     CAMPress,
+    CapPress,
     ChunkPress,
     CompactorPress,
     CompressionRatioDecodingPress,
@@ -271,13 +272,11 @@ def test_queries_are_those_of_the_newest_tokens_at_their_positions(model: str) -
         )
 
 
+@pytest.mark.parametrize("base", [ExpectedAttentionPress(n_future_positions=4), CapPress(n_future_positions=4)])
 @pytest.mark.parametrize("interval", [1, 3, 4])
-def test_expected_attention_of_few_queries(interval: int) -> None:
+def test_expected_attention_of_few_queries(interval: int, base: ScorerPress) -> None:
     """B2: four queries of the buffer were dropped as if they were sinks: none were left, and every score was NaN."""
-    press = DecodingPress(
-        ExpectedAttentionPress(n_future_positions=4), interval, 12, hidden_states_buffer_size=interval
-    )
-    past = decoded(press, 40)
+    past = decoded(DecodingPress(base, interval, 12, hidden_states_buffer_size=interval), 40)
     assert max(past.stored_lengths()) < 12 + interval
     assert all(head[:4] == [0, 1, 2, 3] for head in held(past))
 
@@ -340,7 +339,8 @@ def test_cam_around_adakv() -> None:
     assert sum(len(head) for head in held(past)) < 4 * (TARGET + INTERVAL)
 
 
-def test_cam_by_hand() -> None:
+@pytest.mark.parametrize("model", ["gpt_neox", "gpt_neox_full_rotary"])
+def test_cam_by_hand(model: str) -> None:
     """Every number of one compression, by loops over heads and tokens."""
     shown: list[tuple[LayerView, Kept]] = []
 
@@ -351,7 +351,7 @@ def test_cam_by_hand() -> None:
             return kept
 
     press = Asks(KnormPress(), 6, 12, merge_budget=3)
-    decoded(press, 16 + 18)
+    decoded(press, 16 + 18, model=model)
     before, after = [pair for pair in shown if pair[0].layer_idx == 0][-2:]
     view, kept = after
     n_merged = 0

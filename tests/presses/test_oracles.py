@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from tests.contract.architectures import Look, tiny, tokens
+from tests.contract.architectures import BY_NAME, Look, tiny, tokens
 from tests.presses import (
     test_calibrated,
+    test_decoding,
     test_dms,
     test_duo_attention,
     test_entropy_gated_chunkkv,
@@ -34,17 +37,22 @@ from tests.presses import (
 from tests.presses.others import WITH_RATIO
 from torch import Tensor
 
+import coldpress
 from coldpress import (
     AdaKVPress,
     BasePress,
     BlockPress,
+    CAMPress,
     CapPress,
     ChunkKVPress,
     ChunkPress,
     CompactorPress,
+    ComposedPress,
+    CompressionRatioDecodingPress,
     CriticalAdaKVPress,
     CriticalKVPress,
     CURPress,
+    DecodingPress,
     DMSPress,
     DuoAttentionPress,
     EntropyGatedChunkKVPress,
@@ -66,6 +74,8 @@ from coldpress import (
     MergingPress,
     NonCausalAttnPress,
     ObservedAttentionPress,
+    PerLayerCompressionPress,
+    PrefillDecodingPress,
     PressedCache,
     PyramidKVPress,
     QFilterPress,
@@ -81,6 +91,8 @@ from coldpress import (
     make_press,
 )
 from coldpress.budget import keep_count, pyramid_counts
+from coldpress.presses.base import parts
+from coldpress.presses.wrapper import WrapperPress
 
 N = 21
 MODELS = {"gpt_neox": 4, "gpt_neox_full_rotary": 8, "llama": 8}  # name -> rotary dimensions of a head
@@ -259,16 +271,51 @@ ELSEWHERE: dict[type[BasePress], Callable[..., None]] = {  # the tests that hold
     ThinKPress: test_think.test_attention_is_that_of_zeroed_channels,
     QFilterPress: test_calibrated.test_qfilter,
     RestoreKVPress: test_restorekv.test_what_is_stored,
+    CAMPress: test_decoding.test_cam_by_hand,
+    ComposedPress: test_wrappers.test_composed_press,
+    CompressionRatioDecodingPress: test_decoding.test_scores_by_queries_against_a_slow_simulation,
+    DecodingPress: test_decoding.test_scores_by_queries_against_a_slow_simulation,
+    PerLayerCompressionPress: test_wrappers.test_per_layer_compression,
+    PrefillDecodingPress: test_decoding.test_scores_by_queries_against_a_slow_simulation,
     SimLayerKVPress: test_simlayerkv.test_lazy_layers_keep_both_ends,
 }
+
+
+def parameters(test: Callable[..., None]) -> list[Any]:
+    """Every value that a test is run with."""
+    found: list[Any] = []
+    for mark in getattr(test, "pytestmark", []):
+        if mark.name == "parametrize":
+            for value in mark.args[1]:
+                found += value if isinstance(value, (tuple, list)) else [value]
+    return found
+
+
+def makes(test: Callable[..., None], cls: type[BasePress]) -> bool:
+    """Whether a test makes presses of a class, or is given one."""
+    inside = [part for value in parameters(test) if isinstance(value, BasePress) for part in parts(value)]
+    made = rf"{cls.__name__}\(|class \w+\({cls.__name__}\)"
+    return bool(re.search(made, inspect.getsource(test))) or any(type(press) is cls for press in inside)
 
 
 def test_every_press_has_an_oracle() -> None:
     here = {type(press) for press, _ in CASES}
     assert here.isdisjoint(ELSEWHERE)
-    assert {cls.__name__ for cls in here | ELSEWHERE.keys()} >= {info.class_name for info in catalogue()}
+    public = [getattr(coldpress, name) for name in coldpress.__all__]
+    presses = {cls for cls in public if inspect.isclass(cls) and issubclass(cls, BasePress)}
+    presses -= {BasePress, ScorerPress, WrapperPress}  # which others are made of
+    assert {cls.__name__ for cls in presses} >= {info.class_name for info in catalogue()}
+    assert here | ELSEWHERE.keys() == presses
     for cls, test in ELSEWHERE.items():
-        assert f"{cls.__name__}(" in inspect.getsource(test), f"{test.__name__} does not make a {cls.__name__}"
+        assert makes(test, cls), f"{test.__name__} does not make a {cls.__name__}"
+
+
+def test_oracles_are_asked_with_partial_and_with_full_rotation() -> None:
+    """GPT-NeoX with rotary_pct 0.25 and 1.0."""
+    assert [BY_NAME[name].config["rotary_pct"] for name in ("gpt_neox", "gpt_neox_full_rotary")] == [0.25, 1.0]
+    for test in (test_scores, *ELSEWHERE.values()):
+        given = {str(value) for value in parameters(test)}
+        assert {"gpt_neox", "gpt_neox_full_rotary"} <= given, test.__name__
 
 
 @pytest.mark.parametrize("name", MODELS)

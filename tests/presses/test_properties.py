@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.contract.architectures import tiny, tokens
-from tests.presses.others import WITH_RATIO
+from tests.presses.others import IN_BLOCK, OTHERS, WITH_RATIO, other_press
+from tests.presses.others import press_of as small_press_of
+from tests.presses.replays import Words
 from tests.presses.views import MODELS, view_of, views_of
+from torch import Tensor
 
 from coldpress import (
     AdaKVPress,
@@ -22,11 +26,14 @@ from coldpress import (
     ChunkPress,
     CompactorPress,
     ComposedPress,
+    FastKVzipPress,
     KeyRerotationPress,
     KnormPress,
+    KVzapPress,
     LagKVPress,
     LayerView,
     LeverageScorePress,
+    LUKVPress,
     MergingPress,
     PerLayerCompressionPress,
     PrefillDecodingPress,
@@ -34,8 +41,10 @@ from coldpress import (
     ScorerPress,
     SnapKVPress,
     StreamingLLMPress,
+    ThinKPress,
     make_press,
 )
+from coldpress.budget import keep_count, protect
 from coldpress.presses.registry import parameters_of
 
 SMALL = {
@@ -247,8 +256,13 @@ def test_what_wraps_one_press_and_adds_nothing_changes_nothing(name: str, view: 
     if type(press).choose is ScorerPress.choose and not press.layers_differ():
         same += [ComposedPress([press]), ChunkPress(press, chunk_length=view.n_tokens)]
         same += [AdaKVPress(press, alpha_safeguard=1.0)]
+        even = [[[percent / 100] * view.keys.shape[1]] * view.n_layers for percent in range(1, 100)]
+        same += [LUKVPress(press, sink=0, window=0, curves=even)]
         if name not in ("cap", "expected_attention", "observed_attention") and not press.needs_all_queries:
             same += [BlockPress(press, block_size=view.n_tokens)]  # which shows those the queries of its block only
+    same += [] if isinstance(press, ThinKPress) else [ThinKPress(0.0, press=press)]
+    if type(press).compress is ScorerPress.compress:
+        same += [MergingPress(press, merge_fraction=0.0), MergingPress(press, similarity_threshold=1.0)]
     if type(press).compress is ScorerPress.compress and not press.layers_differ():
         same += [PerLayerCompressionPress(press, [ratio] * view.n_layers)]
     for wrapped in same:
@@ -258,3 +272,126 @@ def test_what_wraps_one_press_and_adds_nothing_changes_nothing(name: str, view: 
         assert (kept is None) == (plain is None), wrapped
         if plain is not None:
             assert all(torch.equal(a, b) for a, b in zip(kept[:3], plain[:3], strict=True)), wrapped
+
+
+# -- presses that see more of the model than one layer, or have no ratio: through the model ----------------------------
+
+ENDS = {  # name -> first and last tokens that are kept
+    "dms_lagkv": (4, 10), "duo_attention": (2, 9), "fastkvzip": (4, 1), "kvgrad": (4, 0), "kvzip": (4, 0),
+    "kvzip_plus": (4, 0), "lukv": (4, 1), "simlayerkv": (3, 12),
+}  # fmt: skip
+ALONE = ("kvcompose", "kvgrad", "kvzip", "kvzip_plus")  # one text at a time
+through_the_model = pytest.mark.parametrize("name", [*IN_BLOCK, *OTHERS])
+
+
+def of_model(name: str, model: str, ratio: float) -> BasePress:
+    press = other_press(name, model) if name in OTHERS else small_press_of(name, ratio)
+    return press.prepared(tiny(model), Words())
+
+
+def prefilled(
+    press: BasePress, model: str, ids: Tensor, mask: Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> PressedCache:
+    own, past = tiny(model, "coldpress", dtype), PressedCache()
+    places = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad(), press(own):
+        own(ids, attention_mask=mask, position_ids=places, past_key_values=past)
+    return past
+
+
+def held(past: PressedCache, row: int = 0) -> list[list[list[int]]]:
+    """Positions by layer and head; empty slots, which are left out, come last."""
+    layers = [layer.positions()[row].tolist() for layer in past.pressed_layers()]
+    kept = [[[t for t in head if t >= 0] for head in layer] for layer in layers]
+    for of_layer, slots in zip(kept, layers, strict=True):
+        assert all(head == own[: len(head)] for head, own in zip(of_layer, slots, strict=True))
+    return kept
+
+
+def distinct(n_tokens: int, rows: int = 1) -> Tensor:
+    """Tokens of a row differ, so that no scores tie in the first layer."""
+    generator = torch.Generator().manual_seed(n_tokens)
+    return torch.stack([torch.randperm(90, generator=generator)[:n_tokens] + 3 for _ in range(rows)])
+
+
+@pytest.mark.usefixtures("given_weights")
+@through_the_model
+@settings(max_examples=9, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    model=st.sampled_from(MODELS),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    n_tokens=st.integers(1, 44),
+    ratio=st.sampled_from([0.0, 0.1, 0.5, 0.9]),
+)
+def test_what_is_kept_of_the_whole_model(
+    name: str, model: str, dtype: torch.dtype, n_tokens: int, ratio: float
+) -> None:
+    press, seen = of_model(name, model, ratio), []
+
+    def spy(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def wrapped(*args: Any) -> Tensor:
+            seen.append(out := function(*args))
+            return out
+
+        return wrapped
+
+    def recorded(scores: Tensor, *ends: int) -> Tensor:
+        seen.append(scores)
+        return protect(scores, *ends)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("coldpress.presses.replay.protect", recorded)
+        for scorer in (FastKVzipPress, KVzapPress):
+            patch.setattr(scorer, "score", spy(scorer.score))
+        past = prefilled(press, model, distinct(n_tokens), dtype=dtype)
+    n_keep = keep_count(n_tokens, 0.5 if name in OTHERS else ratio)
+    assert all(scores.isfinite().all() and scores.dtype == torch.float32 for scores in seen)
+    assert seen or name in OTHERS or n_keep == n_tokens
+    kept = held(past)
+    heads = [head for layer in kept for head in layer]
+    n_sink, n_window = ENDS.get(name, (0, 0))
+    for head in heads:
+        assert head == sorted(set(head)) and head[0] >= 0 and head[-1] < n_tokens
+        if n_keep >= 2 * (n_sink + n_window) or n_keep == n_tokens:
+            assert head[:n_sink] == list(range(min(n_sink, n_tokens)))
+            assert head[len(head) - n_window :][:n_window] == list(range(n_tokens))[-n_window or n_tokens :]
+    if name in IN_BLOCK or name == "lukv":
+        assert sum(map(len, heads)) == n_keep * len(heads)
+    n_held = sum(map(len, heads))
+    assert past.achieved_ratio() == pytest.approx(1 - n_held / (n_tokens * len(heads)))
+    again = prefilled(PrefillDecodingPress(press), model, distinct(n_tokens), dtype=dtype)
+    for ours, theirs in zip(past.pressed_layers(), again.pressed_layers(), strict=True):
+        assert torch.equal(ours.positions(), theirs.positions()) and torch.equal(ours.keys, theirs.keys)
+        assert torch.equal(ours.values, theirs.values) and ours.keys.isfinite().all()
+
+
+@pytest.mark.usefixtures("given_weights")
+@pytest.mark.parametrize("name", [name for name in (*IN_BLOCK, *OTHERS) if name not in ALONE])
+@settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    model=st.sampled_from(MODELS),
+    pads=st.lists(st.tuples(st.integers(0, 9), st.sampled_from([0, 2, 9])), min_size=2, max_size=3),
+    data=st.data(),
+)
+def test_rows_are_what_they_are_alone_in_any_order(
+    name: str, model: str, pads: list[tuple[int, int]], data: st.DataObject
+) -> None:
+    """What is kept of each row, and the answers to a question after it."""
+    length, own, press = 40, tiny(model), of_model(name, model, 0.5)
+    order = data.draw(st.permutations(range(len(pads))))
+    mask, question = torch.ones(len(pads), length + 3, dtype=torch.long), tokens(1, 3, seed=5)
+    for i, (before, after) in enumerate(pads):
+        mask[i, :before] = mask[i, length - after : length] = 0
+    ids = distinct(length, len(pads)) * mask[:, :length]
+    past = prefilled(press, model, ids[order], mask[order, :length])
+    kept = [held(past, i) for i in range(len(pads))]
+    places = (mask.cumsum(-1) - 1)[order, length:]
+    with torch.no_grad():
+        turn = question.expand(len(pads), -1)
+        logits = own(turn, attention_mask=mask[order], position_ids=places, past_key_values=past).logits
+        for i, row in enumerate(order):
+            before, after = pads[row]
+            alone = prefilled(press, model, ids[row : row + 1, before : length - after])
+            found = [[[t - before for t in head] for head in layer] for layer in kept[i]]
+            assert found == held(alone)
+            torch.testing.assert_close(logits[i], own(question, past_key_values=alone).logits[0], atol=2e-4, rtol=0)

@@ -28,6 +28,7 @@ from coldpress import (
     KnormPress,
     LagKVPress,
     LayerView,
+    MergingPress,
     NonCausalAttnPress,
     ObservedAttentionPress,
     PerLayerCompressionPress,
@@ -36,6 +37,7 @@ from coldpress import (
     RandomPress,
     SnapKVPress,
     StreamingLLMPress,
+    ThinKPress,
     TOVAPress,
     make_press,
 )
@@ -330,31 +332,31 @@ def test_composed_press_at_another_ratio() -> None:
     assert [p.compression_ratio for p in press.with_ratio(0.0).with_ratio(0.75).presses] == [0.5, 0.5]
 
 
-def test_per_layer_compression() -> None:
-    model, ids = tiny("gpt_neox"), tokens(1, 40)
+@every_model
+def test_per_layer_compression(model: str) -> None:
+    own, ids = tiny(model), tokens(1, 40)
     press = PerLayerCompressionPress(KnormPress(0.9), [0.25, 0.5])
     assert press.compression_ratio == 0.375
     past = PressedCache(press)
-    model(ids, past_key_values=past)
+    own(ids, past_key_values=past)
     assert past.stored_lengths() == [30, 20] == [press.keep_of(40, Place(i, 2, 0)) for i in (0, 1)]
-    for i, ratio in enumerate([0.25, 0.5]):
-        alone = PressedCache(KnormPress(ratio))
-        model(ids, past_key_values=alone)
-        assert torch.equal(past.positions(i), alone.positions(i))
-    logits = model(tokens(1, 7), past_key_values=past).logits  # a question of several tokens
+    for layer, view, n in zip(past.pressed_layers(), views_of(model, ids), (30, 20), strict=True):
+        for keys, found in zip(view.keys[0], layer.positions()[0].tolist(), strict=True):
+            assert found == sorted(sorted(range(40), key=lambda t, keys=keys: float(keys[t].norm()))[:n])
+    logits = own(tokens(1, 7), past_key_values=past).logits  # a question of several tokens
     assert torch.isfinite(logits).all()
     assert press.with_ratio(0.6).compression_ratios == (0.4, 0.8)
     assert press.with_ratio(0.0).with_ratio(0.3).compression_ratios == (0.3, 0.3)
     with pytest.raises(PressError, match=r"number in \[0, 1\)"):
         press.with_ratio(0.9)
     with pytest.raises(PressError, match="3 ratios and the model compresses 2"):
-        model(ids, past_key_values=PressedCache(PerLayerCompressionPress(KnormPress(), [0.1, 0.2, 0.3])))
+        own(ids, past_key_values=PressedCache(PerLayerCompressionPress(KnormPress(), [0.1, 0.2, 0.3])))
 
 
 def test_budgets_of_layers_survive_wrapping() -> None:
     """K: wrappers took the scores of PyramidKV and silently dropped its budgets of layers."""
     inner = PyramidKVPress(0.5, window_size=4, beta=3)
-    for wrapper in (AdaKVPress, ChunkKVPress, ChunkPress, BlockPress, CriticalKVPress, KeyRerotationPress):
+    for wrapper in (*WRAPPERS, MergingPress, lambda press: ThinKPress(0.5, press=press)):
         press = wrapper(inner)
         for i in range(2):
             view = view_of("llama", layer=i)
