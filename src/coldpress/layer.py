@@ -11,17 +11,22 @@ where pairs are evicted.
 from __future__ import annotations
 
 import traceback
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.cache_utils import CacheLayerMixin
 
 from coldpress.errors import CacheError
-from coldpress.rows import RowGroup
+from coldpress.rows import RowGroup, view_of_newest
 from coldpress.session import THREAD, Session
 from coldpress.thin import ThinKeys
-from coldpress.view import Kept, LayerCall
+from coldpress.verdicts import Verdicts
+from coldpress.view import Kept, LayerCall, pick
+
+if TYPE_CHECKING:
+    from coldpress.presses.base import BasePress
 
 __all__ = ["PressedLayer"]
 
@@ -66,6 +71,7 @@ class PressedLayer(CacheLayerMixin):
         self.n_new = 0  # tokens since such a press was asked last
         self._thin: ThinKeys | None = None  # the first keys, where they are held in fewer channels; _k holds the others
         self._carry: Tensor | None = None  # [B, Hkv, n] float32, what the press gave its kept pairs to carry
+        self._verdicts: Verdicts | None = None  # of the tokens after the kept ones, where the press judges them
 
     # -- what transformers asks of a layer ----------------------------------------------------------------------
 
@@ -159,6 +165,8 @@ class PressedLayer(CacheLayerMixin):
         if dropped and self._unseen:
             unseen = torch.cat(self._unseen, dim=1)
             self._unseen = (unseen[:, : max(0, unseen.shape[1] - dropped)],)
+        if self._verdicts is not None:
+            self._verdicts = self._verdicts.until(length)
         self.n_new = max(0, self.n_new - dropped)
 
     def cropped_length(self, max_length: int) -> int:
@@ -299,13 +307,94 @@ class PressedLayer(CacheLayerMixin):
             branch.share(self)
             branch._pairs_before = branch._pairs_after = n_pairs
         for layer in (self, *branches):
-            layer._go_on(call, padding, is_prefill)
+            try:
+                layer._go_on(call, padding, is_prefill)
+            except Exception as error:
+                if layer is self:
+                    raise
+                layer.session.error = error
+                traceback.clear_frames(error.__traceback__)
 
     def _go_on(self, call: LayerCall, padding: Tensor | None, is_prefill: bool) -> None:
-        """Remember the queries of this call for a press that goes on while decoding, and compress when it is due."""
+        """What a press that goes on while decoding does after a call, and with the queries that it remembers."""
         press = self.session.press
-        if press is None or not press.n_recent_queries or call.is_local or self.session.error is not None:
+        if press is None or call.is_local or self.session.error is not None:
             return
+        if press.n_waiting and (press.judges_prompt or not is_prefill):
+            self._judge(press, call, padding)
+        if press.n_recent_queries:
+            self._compress_when_due(press, call, padding, is_prefill)
+
+    def _judge(self, press: BasePress, call: LayerCall, padding: Tensor | None) -> None:
+        """Have the press say which of the new tokens stay, and free the others when they are no longer the newest."""
+        stays = press.judge(view_of_newest(self, call, padding))
+        before = Verdicts(stays[..., :0], self._seen - stays.shape[2]) if self._verdicts is None else self._verdicts
+        self._verdicts = before.and_then(stays, self._seen)
+        stop = self._seen - press.n_waiting
+        if padding is not None:  # a row with padding among its newest tokens reaches further back
+            later = padding.sum(-1, keepdim=True) - padding.cumsum(-1)  # [B, seen] real tokens after each one
+            is_new = (later < press.n_waiting) & padding
+            oldest = is_new.int().argmax(-1).masked_fill(~is_new.any(-1), self._seen)
+            stop = min(stop, int(oldest.min()))
+        if stop > self._tail_start:
+            self._settle(stop, padding)
+            self._verdicts = self._verdicts.since(stop)
+        self._count_pairs(call, padding)
+
+    def _settle(self, stop: int, padding: Tensor | None) -> None:
+        """Of the tokens up to ``stop``, those that stay move up behind what their head keeps; the others are freed.
+
+        Costs a copy of these tokens and of those after them, not of what is kept.
+        """
+        assert self._k is not None and self._verdicts is not None and self._thin is None
+        (n_batch, n_heads), start = self._k.shape[:2], self._tail_start
+        kept = self._k.new_empty(n_batch, n_heads, 0, dtype=torch.int32) if self._kept is None else self._kept
+        stays, n_kept, n_settled = self._verdicts.of(start, stop), kept.shape[2], stop - start
+        if padding is not None:
+            stays = stays & padding[:, None, start:stop]
+        n_each = (kept >= 0).sum(-1, keepdim=True)  # [B, Hkv, 1]
+        n_after = n_each[..., 0] + stays.sum(-1)
+        longest, shortest = torch.stack(n_after.aminmax()[::-1]).tolist()
+        order = (~stays).to(torch.uint8).argsort(dim=-1, stable=True)  # those that stay first
+        to = n_each + torch.arange(n_settled, device=order.device)  # the others land in empty slots, or are overwritten
+        at = (start + order).int().masked_fill(~stays.gather(2, order), -1)
+        self._kept = pad(kept, (0, n_settled), value=-1).scatter_(2, to, at)[..., :longest].contiguous()
+        if self._is_borrowed or self._is_frozen():
+            self._own(self._stored)
+        n_rest = self._stored - n_kept - n_settled
+        for states in (self._k, self._v):
+            assert states is not None
+            new, rest = states[:, :, n_kept : n_kept + n_settled], states[:, :, n_kept + n_settled : self._stored]
+            rest = rest.clone() if longest < n_kept + n_settled else rest
+            if n_kept:
+                moved = pick(new, order)
+                states.scatter_(2, to[..., None].expand_as(moved), moved)
+            else:
+                states[:, :, :longest] = pick(new, order[..., :longest])
+            if longest < n_kept + n_settled:
+                states[:, :, longest : longest + n_rest] = rest
+        self._stored, self._tail_start, self._carry = longest + n_rest, stop, None
+        self._has_gaps = shortest < longest
+        room = max(_GROW_MIN_TOKENS, self._stored // _GROW_FRACTION)
+        if self._k.shape[2] > 2 * (self._stored + room):
+            self._own(self._stored + room)
+
+    def _count_pairs(self, call: LayerCall, padding: Tensor | None) -> None:
+        """Count what achieved_ratio() goes by: neither padding nor what is out of a sliding window's reach."""
+        assert self._k is not None
+        n_batch, n_heads = self._k.shape[:2]
+        near = 0 if call.sliding_window is None else max(0, self._seen - max(1, call.sliding_window - 1))
+        newest = max(near, self._tail_start)
+        if padding is None:
+            before, after = n_batch * (self._seen - near), n_batch * (self._seen - newest)
+        else:
+            before, after = (int(padding[:, first : self._seen].sum()) for first in (near, newest))
+        self._pairs_before, self._pairs_after = before * n_heads, after * n_heads
+        if self._kept is not None:
+            self._pairs_after += int((self._kept >= near).sum())
+
+    def _compress_when_due(self, press: BasePress, call: LayerCall, padding: Tensor | None, is_prefill: bool) -> None:
+        """Remember the queries of this call, and compress again when enough tokens have come."""
         n, query = press.n_recent_queries, call.query
         if query.shape[2] > n:
             self._recent = (query[:, :, -n:].clone(),)
@@ -336,7 +425,7 @@ class PressedLayer(CacheLayerMixin):
         A press that fails breaks its own cache, which raises the error at its next use, and none that branches off.
         """
         press = self.session.press
-        if press is None or self.session.error is not None or not groups:
+        if press is None or self.session.error is not None or not groups or press.judges_prompt:
             return False
         try:
             kept = [press.compress(group.view) for group in groups]
@@ -490,4 +579,6 @@ class PressedLayer(CacheLayerMixin):
             self._kept = self._kept.index_select(0, rows)
         if self._carry is not None:
             self._carry = self._carry.index_select(0, rows)
+        if self._verdicts is not None:
+            self._verdicts = self._verdicts.index_rows(rows)
         self._is_borrowed = False

@@ -133,6 +133,30 @@ class BasePress:
         """What is kept of ``view``, which holds what is left of the text so far; None keeps all of it."""
         raise NotImplementedError(f"{type(self).__name__} must define compress_again(view)")
 
+    # -- a press that judges tokens as they come, and evicts them later (see DMSPress) -----------------------------
+
+    @property
+    def n_waiting(self) -> int:
+        """How many of the newest tokens stay whatever :meth:`judge` has said of them; 0: it is never called."""
+        return 0
+
+    @property
+    def judges_prompt(self) -> bool:
+        """Whether the tokens of the prefill are judged too; then :meth:`compress` is not called."""
+        return False
+
+    def judge(self, view: LayerView) -> Tensor:
+        """Which tokens of ``view``, those that have just come, stay when they are no longer new: bool ``[B, Hkv, n]``.
+
+        The view holds all rows of the batch, with their padding, of which it does not matter what is said.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define judge(view)")
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it compresses what comes after the prefill too."""
+        return bool(self.n_recent_queries or self.n_waiting)
+
     @contextmanager
     def __call__(self, model: PreTrainedModel) -> Iterator[PreTrainedModel]:
         """Compress every cache that ``model`` prefills inside the block. See :func:`coldpress.pressing.pressed`."""
@@ -231,6 +255,7 @@ class ScorerPress(BudgetPress):
 
     estimates_attention: ClassVar[bool] = False  # scores are attention weights: not negative, comparable across heads
     needs_all_queries: ClassVar[bool] = False  # score(view) needs the query of every token of the view
+    scores_alone: ClassVar[bool] = False  # a score depends on its own token only, so that it can be given at once
 
     def score(self, view: LayerView) -> Tensor:
         """Scores ``[B, Hkv, T]`` in float32; larger = keep. Must not depend on ``compression_ratio``."""

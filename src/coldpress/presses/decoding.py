@@ -128,7 +128,7 @@ class PrefillDecodingPress(BasePress):
                 raise PressError(f"PrefillDecodingPress: {name} must be a press or None, got {press!r}.")
         if self.prefilling_press is None and self.decoding_press is None:
             raise PressError("PrefillDecodingPress needs a prefilling_press, a decoding_press or both.")
-        if self.decoding_press is not None and not self.decoding_press.n_recent_queries:
+        if self.decoding_press is not None and not self.decoding_press.goes_on:
             raise PressError(
                 f"PrefillDecodingPress: {type(self.decoding_press).__name__} does nothing while decoding; give "
                 "decoding_press=DecodingPress(...)."
@@ -137,6 +137,11 @@ class PrefillDecodingPress(BasePress):
             raise PressError(
                 f"PrefillDecodingPress: {type(self.prefilling_press).__name__} does nothing at the prefill; give it as "
                 "decoding_press."
+            )
+        if self.prefilling_press is not None and self.prefilling_press.goes_on:
+            raise PressError(
+                f"PrefillDecodingPress: {type(self.prefilling_press).__name__} goes on while decoding by itself; use "
+                "it alone, or give a prefilling_press that stops after the prefill."
             )
         if isinstance(self.prefilling_press, ThinKPress) and self.decoding_press is not None:
             raise PressError(
@@ -150,6 +155,14 @@ class PrefillDecodingPress(BasePress):
     @property
     def n_recent_queries(self) -> int:
         return 0 if self.decoding_press is None else self.decoding_press.n_recent_queries
+
+    @property
+    def n_waiting(self) -> int:
+        return 0 if self.decoding_press is None else self.decoding_press.n_waiting
+
+    def judge(self, view: LayerView) -> Tensor:
+        assert self.decoding_press is not None
+        return self.decoding_press.judge(view)
 
     def compress(self, view: LayerView) -> Kept | None:
         return None if self.prefilling_press is None else self.prefilling_press.compress(view)
