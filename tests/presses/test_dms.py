@@ -329,6 +329,20 @@ def test_cropping_within_the_window() -> None:
         past.crop(41)
 
 
+def test_tokens_that_come_outside_the_block_stay() -> None:
+    model, ids, past = tiny("gpt_neox"), tokens(1, 60), PressedCache()
+    press = DMSPress(KnormPress(), 1e9, 8, decoding=True)
+    with torch.no_grad():
+        with press(model):
+            model(ids[:, :30], past_key_values=past)
+        past.crop(28)
+        model(ids[:, 28:33], past_key_values=past)
+        with press(model):
+            for i in range(33, 50):
+                model(ids[:, i : i + 1], past_key_values=past)
+    assert held(past, 1) == [[*range(28, 33), *range(42, 50)]] * 4
+
+
 def test_rows_are_reordered_and_repeated() -> None:
     model, ids = tiny("llama"), tokens(2, 60)
     press = DMSPress(KnormPress(), median_norm("llama"), 8, decoding=True)
