@@ -138,7 +138,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what is measured")
     _add_sources(what, "test")
     add = what.add_argument
-    add("--press", nargs="+", help="names of presses, no_press, or all (default: no_press)")
+    add("--press", nargs="+", help="names of presses, no_press (the default), or all")
     add("--compression_ratio", nargs="+", type=float, help="fraction of the pairs to remove, in [0, 1) (default: 0.5)")
     add("--press_args", type=_json_object, help="parameters of a single press as JSON, such as '{\"window_size\": 32}'")
     ppl = parser.add_argument_group("perplexity")
@@ -254,7 +254,8 @@ def _run_presses(args: argparse.Namespace, argv: list[str], prog: str | None) ->
 
     for info in catalogue():
         print(f"{info.name}: {info.class_name}({info.parameters})\n    {info.summary}")
-        print(f"    Kind: {info.kind}\n    Source: {info.source}\n    Needs: {info.needs}")
+        when = "" if info.at_prefill else ", while decoding"
+        print(f"    Kind: {info.kind}{when}\n    Source: {info.source}\n    Needs: {info.needs}")
     return 0
 
 

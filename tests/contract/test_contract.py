@@ -52,7 +52,8 @@ RECENT = {
 
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
 pytestmark = pytest.mark.usefixtures("given_weights")
-every_press = pytest.mark.parametrize("name", press_names())
+SCHEDULES = press_names(at_prefill=False)
+every_press = pytest.mark.parametrize("name", press_names(at_prefill=True))
 
 
 def seed_of(name: str) -> dict[str, int]:
@@ -169,8 +170,25 @@ def test_half_of_the_context_in_bfloat16_for_the_other_presses(architecture: Arc
     check_half(architecture, name, torch.bfloat16)
 
 
+@every_architecture
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_compress_what_is_generated(architecture: Architecture, name: str) -> None:
+    model, ids = tiny(architecture.name), tokens(1, CONTEXT + 4 * QUESTION)
+    own = {"window_size": 4} if "window_size" in parameters_of(name) else {}
+    past = PressedCache(make_press(name, 0.5, compression_interval=2 * QUESTION, **own))
+    types = getattr(model.config, "layer_types", None) or ["full_attention"] * model.config.num_hidden_layers
+    types = [kind for kind in types if kind not in ("conv", "linear_attention")]
+    for end in range(CONTEXT, ids.shape[1] + 1, QUESTION):
+        start = 0 if end == CONTEXT else end - QUESTION
+        assert torch.isfinite(model(ids[:, start:end], past_key_values=past).logits).all()
+    for kind, layer in zip(types, past.pressed_layers(), strict=True):
+        if kind == "full_attention" and architecture.name != "mistral":
+            assert layer.stored_length == keep_count(ids.shape[1], 0.5)
+            assert layer.positions()[0, 0, -1] < ids.shape[1] == past.seen_tokens
+
+
 def test_every_name_is_tested_here() -> None:
-    assert {*WITH_RATIO, *IN_BLOCK, *OTHERS} >= {*press_names()}
+    assert {*WITH_RATIO, *IN_BLOCK, *OTHERS, *SCHEDULES} >= {*press_names()}
 
 
 @every_architecture

@@ -42,7 +42,7 @@ from coldpress.budget import keep_count
 from coldpress.errors import CacheError
 from coldpress.presses.registry import catalogue
 
-INFOS = [info for info in catalogue() if info.kind == "training-free" and info.has_ratio]
+INFOS = [info for info in catalogue() if info.kind == "training-free" and info.has_ratio and info.at_prefill]
 PLAIN = [  # presses that choose by a ratio, from what every prefill shows
     info.name
     for info in INFOS

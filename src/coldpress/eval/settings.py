@@ -78,19 +78,18 @@ class Job:
 def make_jobs(settings: Settings) -> list[Job]:
     """The presses to measure, in the order they were named: each at every ratio, or once if it has none.
 
-    ``all`` is every press that needs nothing but the model; name the calibrated and the trained ones. ``no_press`` is
-    measured once.
-
-    ``all`` is every press that needs nothing but the model; name the calibrated and the trained ones.
+    ``all`` is every press that needs nothing but the model and compresses the prompt; name the calibrated, the trained
+    and the decoding ones. ``no_press`` is measured once.
 
     Raises:
-        PressError: an unknown press or parameter, a ratio outside [0, 1), parameters for several presses.
+        PressError: an unknown press or parameter, a ratio outside [0, 1), parameters for several presses, a press that
+            would compress nothing of what is measured.
     """
     for ratio in settings.compression_ratio:
         check_ratio(ratio, "--compression_ratio")
     names: list[str] = []
     for name in settings.press:
-        names += [NO_PRESS, *press_names(kind="training-free")] if name == "all" else [name]
+        names += [NO_PRESS, *press_names(kind="training-free", at_prefill=True)] if name == "all" else [name]
     names = list(dict.fromkeys(names))
     parameters = dict(settings.press_args)
     if parameters and len([name for name in names if name != NO_PRESS]) != 1:
@@ -108,9 +107,26 @@ def make_jobs(settings: Settings) -> list[Job]:
             continue
         for ratio in settings.compression_ratio:
             press = make_press(name, ratio, **own)
+            _check_compresses(name, press, settings)
             job = Job(name, 0.0 if press is None else ratio + 0.0, press)  # 0.0 for -0.0
             jobs[job.name, job.ratio] = job
     return list(jobs.values())
+
+
+def _check_compresses(name: str, press: BasePress | None, settings: Settings) -> None:
+    """Raise :class:`PressError` if a press that goes to work while decoding would find nothing to do."""
+    if press is None or press.at_prefill:
+        return
+    if settings.ppl_apply_press or settings.ppl_only:
+        raise PressError(
+            f"{name} compresses what is generated and nothing of a prompt, so no perplexity shows it. Measure its "
+            "speed and memory (--speed_only), or compress the prompt too, with PrefillDecodingPress in Python."
+        )
+    if not press.is_due(settings.max_new_tokens - 1):
+        raise PressError(
+            f"{name} would compress nothing within --max_new_tokens {settings.max_new_tokens}: generate more, or "
+            "compress more often, as with --press_args '{\"compression_interval\": 16}'."
+        )
 
 
 def check_types(name: str, parameters: dict[str, Any]) -> None:

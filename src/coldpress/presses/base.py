@@ -50,6 +50,7 @@ class BasePress:
     Attributes:
         kind: ``training-free``; ``calibrated``: needs statistics of the model, taken from a text; ``trained``: needs
             weights of its own that were trained for the model.
+        at_prefill: compresses the prompt; if not, only what comes after it, as a decoding schedule does.
         decodes: can choose among the pairs of a text that goes on, so that a decoding schedule may use it.
         per_head, per_layer: heads of a layer, or layers, may keep different numbers of pairs.
         has_ratio: takes a ``compression_ratio``; if not, parameters of its own and the text decide how much is kept.
@@ -61,6 +62,7 @@ class BasePress:
     """
 
     kind: ClassVar[Literal["training-free", "calibrated", "trained"]] = "training-free"
+    at_prefill: ClassVar[bool] = True
     decodes: ClassVar[bool] = False
     per_head: ClassVar[bool] = False
     per_layer: ClassVar[bool] = False

@@ -10,7 +10,13 @@ from torch import Tensor, nn
 from coldpress.budget import check_ratio, keep_count
 from coldpress.errors import PressError
 from coldpress.presses.base import BUDGETS, BasePress, ScorerPress, check_at_least, require_one_layer
+from coldpress.presses.keydiff import KeyDiffPress
+from coldpress.presses.knorm import KnormPress
+from coldpress.presses.registry import register
+from coldpress.presses.snapkv import SnapKVPress
+from coldpress.presses.streaming_llm import StreamingLLMPress
 from coldpress.presses.think import ThinKPress
+from coldpress.presses.tova import TOVAPress
 from coldpress.presses.wrapper import WrapperPress
 from coldpress.view import Kept, LayerView
 
@@ -42,6 +48,7 @@ class DecodingPress(BasePress):
         hidden_states_buffer_size: how many of the newest tokens' queries the base press sees; at least one is kept.
     """
 
+    at_prefill = False
     decodes = True
 
     base_press: ScorerPress
@@ -72,12 +79,18 @@ class DecodingPress(BasePress):
         return self.base_press.with_budget(budget_tokens=self.target(view)).compress(view)
 
 
+@register("decoding_knorm", KnormPress, compression_interval=64)
+@register("decoding_keydiff", KeyDiffPress, compression_interval=64)
+@register("decoding_snapkv", SnapKVPress, compression_interval=64)
+@register("decoding_streaming_llm", StreamingLLMPress, compression_interval=64)
+@register("decoding_tova", TOVAPress, compression_interval=64)
 @dataclass(frozen=True)
 class CompressionRatioDecodingPress(DecodingPress):
     """Keep everything of the prompt; while decoding, cut the cache back to a share of the text so far.
 
     As DecodingPress, but the base press chooses floor(n * (1 - target_compression_ratio)) pairs where n is the length
-    of the text so far, prompt included.
+    of the text so far, prompt included. The registered names compress every 64 tokens, and their ratio is
+    target_compression_ratio.
 
     Source: kvpress's CompressionRatioDecodingPress, https://github.com/NVIDIA/kvpress; no paper. Differs from kvpress:
     as DecodingPress does; the length of the text is the cache's own, not read from position_ids.
@@ -91,6 +104,8 @@ class CompressionRatioDecodingPress(DecodingPress):
         hidden_states_buffer_size: how many of the newest tokens' queries the base press sees; at least one is kept.
         target_compression_ratio: fraction of the pairs of the text so far to remove, in [0, 1).
     """
+
+    has_ratio = True
 
     target_size: int = field(default=1, init=False, repr=False, compare=False)
     target_compression_ratio: float = 0.5

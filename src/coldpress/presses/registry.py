@@ -25,7 +25,7 @@ class _Entry:
 
     cls: type[BasePress]
     inner: type[ScorerPress] | None = None
-    changed: dict[str, Any] = field(default_factory=dict)  # of the press inside, or of the press if none is inside
+    changed: dict[str, Any] = field(default_factory=dict)  # of the press inside, or of the press
 
     @property
     def classes(self) -> list[type[BasePress]]:
@@ -37,6 +37,20 @@ class _Entry:
         """Whether the press, or the one inside it, is made with a ratio."""
         own = any(f.name == "compression_ratio" and f.init for f in fields(self.cls))  # type: ignore[arg-type]
         return self.cls.has_ratio and (own or self.inner is not None)
+
+    @property
+    def schedule_ratio(self) -> str | None:
+        """The parameter that the ratio is, of a schedule around a press that has none of its own."""
+        return None if self.cls.at_prefill else "target_compression_ratio"
+
+    def split(self, parameters: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """``parameters`` as those of the press and those of the press inside; what both have is the wrapper's."""
+        own = {f.name for f in _parameters(self.cls)}
+        inside = {f.name for f in _parameters(self.inner)} if self.inner else set()
+        outside = {k: v for k, v in self.changed.items() if k not in inside}
+        outside |= {k: v for k, v in parameters.items() if k in own}
+        rest = {k: v for k, v in self.changed.items() if k in inside}
+        return outside, rest | {k: v for k, v in parameters.items() if k not in own}
 
     @property
     def kind(self) -> str:
@@ -53,7 +67,7 @@ class PressInfo:
     """One line of the catalogue, read off a press's class and docstring.
 
     ``call`` is how the press is made, with its defaults: ``SnapKVPress(compression_ratio, window_size=64, ...)``. The
-    last five are those of :class:`BasePress`, of the press and the one inside it together.
+    last six are those of :class:`BasePress`, of the press and the one inside it together.
     """
 
     name: str
@@ -64,6 +78,7 @@ class PressInfo:
     parameters: str
     call: str
     kind: str
+    at_prefill: bool
     decodes: bool
     per_head: bool
     per_layer: bool
@@ -76,7 +91,7 @@ def register(name: str, inner: type[ScorerPress] | None = None, **parameters: An
     Args:
         name: how the command line and :func:`make_press` call it.
         inner: for a wrapper, the class of the press inside it.
-        parameters: those of ``inner``, or of the class if there is none, that differ from the defaults.
+        parameters: those of ``inner``, or of the class where it has no such parameter, that differ from the defaults.
 
     Raises:
         PressError: the name is taken by another class.
@@ -92,16 +107,18 @@ def register(name: str, inner: type[ScorerPress] | None = None, **parameters: An
     return decorate
 
 
-def press_names(*, kind: str | None = None, has_ratio: bool | None = None) -> list[str]:
-    """The registered names, sorted: all, or those of a kind, or with or without a ratio; ``no_press`` is none of them.
+def press_names(*, kind: str | None = None, has_ratio: bool | None = None, at_prefill: bool | None = None) -> list[str]:
+    """The registered names, sorted: all, or those for which the arguments hold; ``no_press`` is none of them.
 
     Args:
-        kind, has_ratio: as in :class:`PressInfo`; None for any.
+        kind, has_ratio, at_prefill: as in :class:`PressInfo`; None for any.
     """
     return [
         name
         for name, entry in sorted(_BY_NAME.items())
-        if kind in (None, entry.kind) and has_ratio in (None, entry.has_ratio)
+        if kind in (None, entry.kind)
+        and has_ratio in (None, entry.has_ratio)
+        and at_prefill in (None, entry.cls.at_prefill)
     ]
 
 
@@ -110,7 +127,8 @@ def make_press(name: str, compression_ratio: float, /, **parameters: Any) -> Bas
 
     Parameters of a name that stands for a wrapper are the wrapper's own or those of the press inside it; a parameter
     that both have is the wrapper's. Every press that has a ratio takes ``budget_tokens`` or ``budget_bytes`` too, with
-    a ratio of 0. A press without a ratio, whose own parameters say how much is kept, is made with a ratio of 0.
+    a ratio of 0; a decoding schedule does not, and its ratio is that of the text so far. A press without a ratio, whose
+    own parameters say how much is kept, is made with a ratio of 0.
 
     Raises:
         PressError: unknown name (with the nearest ones), a ratio outside [0, 1), an unknown parameter, a ratio for a
@@ -126,6 +144,11 @@ def make_press(name: str, compression_ratio: float, /, **parameters: Any) -> Bas
     budget = {k: v for k, v in parameters.items() if k in BUDGETS and v is not None}
     if budget and not entry.has_ratio:
         raise PressError(f"{name} has no budget in tokens or bytes: its own parameters say how much is kept.")
+    if budget and entry.schedule_ratio:
+        raise PressError(
+            f"{name} keeps a share of the text so far; for a fixed number of tokens make "
+            f"DecodingPress({_named(entry.inner)}(), target_size=...) in Python."
+        )
     parameters = {k: v for k, v in parameters.items() if k not in BUDGETS}
     for parameter in parameters:
         if parameter not in allowed:
@@ -140,13 +163,16 @@ def make_press(name: str, compression_ratio: float, /, **parameters: Any) -> Bas
                 f"{name} has no compression ratio: its own parameters say how much is kept ({', '.join(allowed)}). "
                 f"Give it the ratio 0, got {compression_ratio}."
             )
-    own_ratio = {"compression_ratio": compression_ratio} if entry.has_ratio else {}
+    own_ratio: dict[str, Any] = {"compression_ratio": compression_ratio} if entry.has_ratio else {}
+    own, inside = entry.split(parameters)
     if entry.inner is None:
-        return entry.cls(**own_ratio, **budget, **(entry.changed | parameters))
-    own = {f.name for f in _parameters(entry.cls)}
-    given = {k: v for k, v in parameters.items() if k not in own}
-    press = entry.inner(compression_ratio=compression_ratio, **budget, **(entry.changed | given))
-    return entry.cls(press=press, **{k: v for k, v in parameters.items() if k in own})  # type: ignore[call-arg]
+        return entry.cls(**own_ratio, **budget, **own)
+    if entry.schedule_ratio:
+        check_ratio(compression_ratio)
+        own[entry.schedule_ratio] = compression_ratio
+        return entry.cls(base_press=entry.inner(**inside), **own)  # type: ignore[call-arg]
+    press = entry.inner(compression_ratio=compression_ratio, **budget, **inside)
+    return entry.cls(press=press, **own)  # type: ignore[call-arg]
 
 
 def parameters_of(name: str) -> dict[str, Field[Any]]:
@@ -166,8 +192,12 @@ def catalogue() -> list[PressInfo]:
 
 def _parameters(cls: type[BasePress]) -> list[Field[Any]]:
     """What a press takes beside the ratio and the press inside it."""
-    budget = ("compression_ratio", *BUDGETS, "press")
+    budget = ("compression_ratio", "target_compression_ratio", *BUDGETS, "press", "base_press")
     return [f for f in fields(cls) if f.init and f.repr and f.name not in budget]  # type: ignore[arg-type]
+
+
+def _named(cls: type[BasePress] | None) -> str:
+    return "" if cls is None else cls.__name__
 
 
 def _default(f: Field[Any]) -> Any:
@@ -184,14 +214,19 @@ def _info(name: str, entry: _Entry) -> PressInfo:
     def call(cls: type[BasePress], first: list[str], changed: dict[str, Any]) -> str:
         return f"{cls.__name__}({', '.join([*first, *_described(cls, changed)])})"
 
-    own = ", ".join(_described(entry.cls, {} if entry.inner else entry.changed))
+    of_own, of_inner = entry.split({})
+    own = ", ".join(_described(entry.cls, of_own))
     ratio = ["compression_ratio"] if entry.has_ratio else []
     if entry.inner is None:
-        text = call(entry.cls, ratio, entry.changed)
+        text = call(entry.cls, ratio, of_own)
+    elif entry.schedule_ratio:
+        inner = call(entry.inner, [], of_inner)
+        shown = [*_described(entry.cls, of_own), f"{entry.schedule_ratio}=compression_ratio"]
+        text, own = (f"{entry.cls.__name__}({', '.join([inner, *shown])})", ", ".join([f"base_press={inner}", *shown]))
     else:
-        inner = call(entry.inner, ratio, entry.changed)
-        text = call(entry.cls, [inner], {})
-        own = ", ".join([f"press={inner}", *_described(entry.cls, {})])
+        inner = call(entry.inner, ratio, of_inner)
+        text = call(entry.cls, [inner], of_own)
+        own = ", ".join([f"press={inner}", *_described(entry.cls, of_own)])
     return PressInfo(
         name=name,
         class_name=entry.cls.__name__,
@@ -201,6 +236,7 @@ def _info(name: str, entry: _Entry) -> PressInfo:
         parameters=own,
         call=text,
         kind=entry.kind,
+        at_prefill=entry.cls.at_prefill,
         decodes=all(cls.decodes for cls in entry.classes),
         per_head=any(cls.per_head for cls in entry.classes),
         per_layer=any(cls.per_layer for cls in entry.classes),
