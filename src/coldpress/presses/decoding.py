@@ -148,6 +148,11 @@ class PrefillDecodingPress(BasePress):
                 f"PrefillDecodingPress: {type(self.decoding_press).__name__} does nothing while decoding; give "
                 "decoding_press=DecodingPress(...)."
             )
+        if isinstance(self.decoding_press, PrefillDecodingPress):
+            raise PressError(
+                "PrefillDecodingPress: one inside another would never use its prefilling_press; give the inner one's "
+                "decoding_press itself."
+            )
         if isinstance(self.prefilling_press, DecodingPress):
             raise PressError(
                 f"PrefillDecodingPress: {type(self.prefilling_press).__name__} does nothing at the prefill; give it as "
