@@ -68,9 +68,9 @@ class KVPressTextGenerationPipeline(Pipeline):
         pipe(context, question="Who?", press=SnapKVPress(0.5))["answer"]
         pipe(context, questions=["Who?", "When?"], press=SnapKVPress(0.5))["answers"]
 
-    Only the context is compressed; a question sees what is left of it and never another question or its answer. With a
-    chat template the context is the user's turn up to the question, without one it is taken as it is, after the
-    tokenizer's beginning-of-text token if it has one.
+    Only the context is compressed, unless the press goes on while decoding; a question sees what is left of it and
+    never another question or its answer. With a chat template the context is the user's turn up to the question,
+    without one it is taken as it is, after the tokenizer's beginning-of-text token if it has one.
 
     Args (of a call; those of the constructor hold for every call):
         context: a text, or a list of texts that are answered one after the other.

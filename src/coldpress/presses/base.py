@@ -26,6 +26,7 @@ __all__ = [
     "ScorerPress",
     "check_at_least",
     "check_between",
+    "no_scorer",
     "numbers_of",
     "parts",
     "require_block",
@@ -328,6 +329,20 @@ def require_one_layer(outer: BasePress, press: object) -> None:
             f"{type(outer).__name__} asks a press about one layer at a time, and {type(press).__name__} chooses among "
             "the pairs of all layers after running the model again; use it by itself."
         )
+
+
+def no_scorer(press: object) -> str:
+    """What was given where a press with scores and a budget is needed, and what to do with it instead."""
+    if isinstance(press, type):
+        return f"the class {press.__name__}; call it"
+    if not isinstance(press, BasePress):
+        return repr(press)
+    name = type(press).__name__
+    if press.goes_on:
+        return f"{name}, which says when pairs are evicted and not which; put it outside"
+    if press.chooses_together:
+        return f"{name}, which chooses among the pairs of all layers; use it by itself"
+    return f"{name}, which has no ratio and no scores that others could choose by; use it by itself"
 
 
 def check_budget(press: BudgetPress) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from coldpress.budget import check_ratio, keep_count
 from coldpress.errors import PressError
-from coldpress.presses.base import BUDGETS, BasePress, ScorerPress, check_at_least, require_one_layer
+from coldpress.presses.base import BUDGETS, BasePress, ScorerPress, check_at_least, no_scorer, require_one_layer
 from coldpress.presses.keydiff import KeyDiffPress
 from coldpress.presses.knorm import KnormPress
 from coldpress.presses.registry import register
@@ -212,8 +212,9 @@ def _require_decoding(schedule: DecodingPress, press: object) -> None:
     name = type(schedule).__name__
     require_one_layer(schedule, press)
     if not isinstance(press, ScorerPress):
-        given = f"the class {press.__name__}; call it" if isinstance(press, type) else repr(press)
-        raise PressError(f"{name} takes a scorer such as SnapKVPress(), or AdaKVPress around one; got {given}.")
+        raise PressError(
+            f"{name} takes a scorer such as SnapKVPress(), or AdaKVPress around one; got {no_scorer(press)}."
+        )
     inner: object = press
     while isinstance(inner, ScorerPress):
         if not inner.decodes:
