@@ -15,6 +15,7 @@ import torch
 from tests.contract.architectures import Look, tiny, tokens
 from tests.presses import (
     test_calibrated,
+    test_decoding,
     test_dms,
     test_duo_attention,
     test_entropy_gated_chunkkv,
@@ -41,6 +42,7 @@ from coldpress import (
     ChunkKVPress,
     ChunkPress,
     CompactorPress,
+    CompressionRatioDecodingPress,
     CriticalAdaKVPress,
     CriticalKVPress,
     CURPress,
@@ -235,6 +237,7 @@ ELSEWHERE: dict[type[BasePress], Callable[..., None]] = {  # the tests that hold
     ChunkKVPress: test_wrappers.test_chunkkv,
     ChunkPress: test_wrappers.test_chunk_press_scores_each_chunk_as_a_text_of_its_own,
     CompactorPress: test_scorers.test_compactor,
+    CompressionRatioDecodingPress: test_decoding.test_scores_by_queries_against_a_slow_simulation,
     CriticalAdaKVPress: test_wrappers.test_critical_adakv,
     CriticalKVPress: test_wrappers.test_criticalkv,
     CURPress: test_scorers.test_cur,
