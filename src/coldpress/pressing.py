@@ -51,8 +51,11 @@ def pressed(model: PreTrainedModel, press: BasePress) -> Iterator[None]:
     bound: list[Session] = []
     prefill = _Prefill(model, [], _looks_inside(press), raises=True)
 
-    def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        if threading.get_ident() != owner or prefill.is_finishing:
+    def before_forward(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> tuple[Any, Any] | None:
+        # torch adds a hook, and only then that it takes kwargs: a thread in between calls it without them
+        if threading.get_ident() != owner or prefill.is_finishing or kwargs is None:
             return None
         signature = inspect.signature(module.forward)
         call = signature.bind_partial(*args, **kwargs)
@@ -143,8 +146,8 @@ class _Prefill:
         THREAD.hidden_states = None
         self._begin([], None)
 
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if threading.get_ident() != self.owner or self.is_finishing:
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        if threading.get_ident() != self.owner or self.is_finishing or kwargs is None:
             return
         given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         ids, mask = given.get("input_ids"), given.get("attention_mask")
@@ -196,8 +199,8 @@ class _Prefill:
                 self.is_finishing = False
                 THREAD.hidden_states = None
 
-    def _show(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs.get("hidden_states")
+    def _show(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        hidden = args[0] if args else (kwargs or {}).get("hidden_states")
         if threading.get_ident() == self.owner and isinstance(hidden, Tensor):
             THREAD.hidden_states = module, hidden
 
