@@ -158,6 +158,21 @@ def test_a_press_with_a_tokenizer_is_recorded_without_it(run: Run) -> None:
     }
 
 
+def test_a_decoding_schedule_is_timed(run: Run) -> None:
+    own = ["--press_args", '{"compression_interval": 3}', "--speed_only"]
+    done = run("--press", "no_press", "decoding_knorm", *own, *SMALL)
+    assert done.code == 0, done.err
+    by_press = {record["press"]: record for record in done.records}
+    baseline, record = by_press["no_press"], by_press["decoding_knorm"]
+    assert (record["status"], record["compression_ratio"]) == ("ok", 0.5)
+    assert 0.4 < record["effective_compression_ratio"] < 0.6
+    n_seen = record["kv_len_before"]
+    assert n_seen == record["context_tokens"] + record["generated_tokens"] - 1
+    assert all(n_seen // 2 - 3 <= n <= n_seen // 2 + 3 for n in record["kv_len_after"])
+    assert baseline["kv_len_before"] == record["context_tokens"]
+    assert record["kv_bytes_baseline"] > baseline["kv_bytes_baseline"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "presses"),
     [
@@ -167,10 +182,16 @@ def test_a_press_with_a_tokenizer_is_recorded_without_it(run: Run) -> None:
             "--attn_implementation eager",
             1,
         ),
-        ("--dataset {data}/wikitext --press all --speed_only", 1 + len(press_names(kind="training-free"))),
+        (
+            "--dataset {data}/wikitext --press all --speed_only",
+            1 + len(press_names(kind="training-free", at_prefill=True)),
+        ),
         ("--dataset {data}/wikitext --press snapkv --compression_ratio 0.5 --speed_only", 1),
         ("--dataset {data}/wikitext --press snapkv --compression_ratio 0.5 --ppl_apply_press", 1),
-        ("--dataset {data}/wikitext --press all --ppl_apply_press", 1 + len(press_names(kind="training-free"))),
+        (
+            "--dataset {data}/wikitext --press all --ppl_apply_press",
+            1 + len(press_names(kind="training-free", at_prefill=True)),
+        ),
         (
             "--dataset {data}/wikitext --press snapkv --compression_ratio 0.5 --speed_only --speed_decode_only "
             "--min_new_tokens 3",
@@ -406,9 +427,9 @@ def test_a_press_that_fails_is_recorded_as_failed_and_the_others_go_on(run: Run,
     assert done.code == 1
     assert "error: breaks at 0.5 failed: RuntimeError: out of order" in done.err
     by_press = {record["press"]: record for record in done.records}
-    assert set(by_press) == {"no_press", "breaks", *press_names(kind="training-free")} and len(done.records) == len(
-        by_press
-    )
+    assert set(by_press) == {"no_press", "breaks", *press_names(kind="training-free", at_prefill=True)} and len(
+        done.records
+    ) == len(by_press)
     failed = by_press.pop("breaks")
     assert (failed["status"], failed["error"]) == ("failed", "RuntimeError: out of order")
     assert "test_cli.py" in failed["traceback"]
@@ -609,7 +630,8 @@ def test_presses_are_listed(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
         assert width - 10 < max(len(line) for line in lines) <= width
 
 
-def test_one_press_is_described_whole(capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_press_is_described_whole(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
     assert main(["presses", "adakv_snapkv"]) == 0
     out = capsys.readouterr().out
     for text in (

@@ -37,7 +37,9 @@ from coldpress import (
     DuoAttentionPress,
     FinchPress,
     KnormPress,
+    KVzapPress,
     KVzipPress,
+    LayerView,
     PrefillDecodingPress,
     PressedCache,
     SimLayerKVPress,
@@ -275,6 +277,29 @@ def test_schedules_answer_several_questions(pipe: KVPressTextGenerationPipeline)
     assert together == alone
     whole = pipe(CONTEXT, questions=QUESTIONS, max_new_tokens=20)["answers"]
     assert whole != together  # it does compress
+
+
+@pytest.mark.usefixtures("given_weights")
+@pytest.mark.parametrize("given_cache", [False, True])
+def test_a_press_that_goes_on_is_shown_what_is_generated(
+    pipe: KVPressTextGenerationPipeline, given_cache: bool
+) -> None:
+    """KVzap reads the hidden states of new tokens; a cache of the user's own, without a press, makes no difference."""
+    judged: list[int] = []
+
+    class Judges(DMSPress):
+        def judge(self, view: LayerView) -> Tensor:
+            judged.append(view.n_tokens)
+            return super().judge(view)
+
+    press = Judges(KVzapPress(), 0.0, 6, decoding=True)
+    cache = PressedCache() if given_cache else None
+    answers = pipe(CONTEXT, questions=QUESTIONS, press=press, cache=cache)["answers"]
+    n_context = judged[0]
+    assert judged[1] == n_context and judged.count(1) == 3 * 7 * 2  # 8 tokens each, the first from the question
+    assert answers == [pipe(CONTEXT, question=question, press=press)["answer"] for question in QUESTIONS]
+    if cache is not None:
+        assert cache.seen_tokens == n_context and cache.press is None
 
 
 @pytest.mark.usefixtures("given_weights")

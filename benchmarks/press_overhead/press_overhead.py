@@ -78,7 +78,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Run all samples; the record holds every one of them."""
     from coldpress import catalogue
 
-    calls = {info.name: info.call for info in catalogue()}
+    calls = {info.name: info.call for info in catalogue() if info.at_prefill}
     names = args.press or list(calls)
     libraries = [name for name in args.library or MODELS[args.model] if importlib.util.find_spec(name)]
     workers = {library: Worker(library, args) for library in libraries}

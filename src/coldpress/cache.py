@@ -35,9 +35,9 @@ class PressedCache(Cache):
 
     The first forward (the prefill) sees every pair; then each layer keeps what the press selects and frees the rest.
     Later tokens, of an answer or of further turns, are stored whole, at the positions they have in the text, unless the
-    press goes on while decoding (:class:`coldpress.DecodingPress` and its relatives); so are
-    all chunks but the first where ``generate(prefill_chunk_size=...)`` cuts the prompt up. Without a press the cache
-    computes what a DynamicCache does and writes new tokens into a buffer with room to grow.
+    press goes on while decoding (:class:`coldpress.DecodingPress` and its relatives, :class:`coldpress.DMSPress` with
+    ``decoding=True``); so are all chunks but the first where ``generate(prefill_chunk_size=...)`` cuts the prompt up.
+    Without a press the cache computes what a DynamicCache does and writes new tokens into a buffer with room to grow.
 
     Args:
         press: what compresses the cache, or None.

@@ -140,7 +140,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what is measured")
     _add_sources(what, "test")
     add = what.add_argument
-    add("--press", nargs="+", help="names of presses, no_press, or all (default: no_press)")
+    add("--press", nargs="+", help="names of presses, no_press (the default), or all")
     add("--compression_ratio", nargs="+", type=float, help="fraction of the pairs to remove, in [0, 1) (default: 0.5)")
     add("--budget_tokens", nargs="+", type=_positive, help="instead of a ratio: pairs that a head keeps, on average")
     add("--budget_bytes", nargs="+", type=_positive, help="instead of a ratio: bytes of the kept pairs of one text")

@@ -11,19 +11,24 @@ where pairs are evicted.
 from __future__ import annotations
 
 import traceback
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.cache_utils import CacheLayerMixin
 
 from coldpress.errors import CacheError
 from coldpress.ragged import RaggedStore
-from coldpress.rows import RowGroup
+from coldpress.rows import RowGroup, view_of_newest
 from coldpress.session import THREAD, Session
 from coldpress.store import DenseStore
 from coldpress.thin import ThinKeys, ThinStore
+from coldpress.verdicts import Verdicts
 from coldpress.view import Kept, LayerCall
+
+if TYPE_CHECKING:
+    from coldpress.presses.base import BasePress
 
 __all__ = ["PressedLayer"]
 
@@ -47,6 +52,7 @@ class PressedLayer(CacheLayerMixin):
     def __init__(self, session: Session, index: int):
         self.session = session
         self.index = index  # in cache.layers
+        self._window: int | None = None  # sliding window of a layer that forgets what is out of its reach
         self._clear()
 
     def _clear(self) -> None:
@@ -57,13 +63,13 @@ class PressedLayer(CacheLayerMixin):
         self._tail_start = 0  # original position of the first slot after the kept ones
         # what was handed to the model, to recognise the call in which it comes back
         self._offered: tuple[Tensor, Tensor] | None = None
-        self._window: int | None = None  # sliding window of a layer that forgets what is out of its reach
         self._pairs_before = self._pairs_after = 0  # (row, head, token) triples before and after compression
         # of the newest tokens, [B, Hq, n, D] each, for a press that goes on while decoding
         self._recent: tuple[Tensor, ...] = ()
         self._unseen: tuple[Tensor, ...] = ()  # hidden states since then, [B, n, hidden] each, where it needs them
         self.n_new = 0  # tokens since such a press was asked last
         self._carry: Tensor | None = None  # [B, Hkv, n] float32, what the press gave its kept pairs to carry
+        self._verdicts: Verdicts | None = None  # of the tokens after the kept ones, where the press judges them
 
     # -- what transformers asks of a layer ----------------------------------------------------------------------
 
@@ -160,6 +166,8 @@ class PressedLayer(CacheLayerMixin):
         if dropped and self._unseen:
             unseen = torch.cat(self._unseen, dim=1)
             self._unseen = (unseen[:, : max(0, unseen.shape[1] - dropped)],)
+        if self._verdicts is not None:
+            self._verdicts = self._verdicts.until(length)
         self.n_new = max(0, self.n_new - dropped)
 
     def cropped_length(self, max_length: int) -> int:
@@ -305,6 +313,7 @@ class PressedLayer(CacheLayerMixin):
         if session.look is not None:
             session.look(self, call)
         is_prefill = self._seen == call.query.shape[2]
+        self._window = call.sliding_window
         branches = [branch.layer(self.index) for branch in session.live_branches()] if is_prefill else []
         groups: list[RowGroup] = []
         if is_prefill and not call.is_local and (session.press is not None or branches):
@@ -320,13 +329,86 @@ class PressedLayer(CacheLayerMixin):
             branch.share(self)
             branch._pairs_before = branch._pairs_after = n_pairs
         for layer in (self, *branches):
-            layer._go_on(call, padding, is_prefill)
+            try:
+                layer._go_on(call, padding, is_prefill)
+            except Exception as error:
+                if layer is self:
+                    raise
+                layer.session.error = error
+                traceback.clear_frames(error.__traceback__)
 
     def _go_on(self, call: LayerCall, padding: Tensor | None, is_prefill: bool) -> None:
-        """Remember the queries of this call for a press that goes on while decoding, and compress when it is due."""
+        """What a press that goes on while decoding does after a call, and with the queries that it remembers."""
         press = self.session.press
-        if press is None or not press.n_recent_queries or call.is_local or self.session.error is not None:
+        if press is None or call.is_local or self.session.error is not None:
             return
+        if press.n_waiting and (press.judges_prompt or not is_prefill):
+            self._judge(press, call, padding)
+        if press.n_recent_queries:
+            self._compress_when_due(press, call, padding, is_prefill)
+
+    def _judge(self, press: BasePress, call: LayerCall, padding: Tensor | None) -> None:
+        """Have the press say which of the new tokens stay, and free the others when they are no longer the newest."""
+        stays = press.judge(view_of_newest(self, call, padding))
+        before = Verdicts(stays[..., :0], self._seen - stays.shape[2]) if self._verdicts is None else self._verdicts
+        self._verdicts = before.and_then(stays, self._seen)
+        stop = self._seen - press.n_waiting
+        if padding is not None:  # a row with padding among its newest tokens reaches further back
+            later = padding.sum(-1, keepdim=True) - padding.cumsum(-1)  # [B, seen] real tokens after each one
+            is_new = (later < press.n_waiting) & padding
+            oldest = is_new.int().argmax(-1).masked_fill(~is_new.any(-1), self._seen)
+            stop = min(stop, int(oldest.min()))
+        if stop > self._tail_start:
+            self._settle(stop, padding)
+            self._verdicts = self._verdicts.since(stop)
+        self._count_pairs(call, padding)
+
+    def _settle(self, stop: int, padding: Tensor | None) -> None:
+        """Of the tokens up to ``stop``, those that stay move up behind what their head keeps; the others are freed.
+
+        Costs a copy of these tokens and of those after them, not of what is kept.
+        """
+        assert self._store is not None and self._verdicts is not None
+        store, start = self._store, self._tail_start
+        kept = self._kept
+        if kept is None:
+            kept = torch.empty(store.n_rows, store.n_heads, 0, dtype=torch.int32, device=store.device)
+        stays, n_kept = self._verdicts.of(start, stop), kept.shape[2]
+        if padding is not None:
+            stays = stays & padding[:, None, start:stop]
+        n_each = (kept >= 0).sum(-1, keepdim=True)  # [B, Hkv, 1]
+        n_after = n_each[..., 0] + stays.sum(-1)
+        longest, shortest, n_pairs = torch.stack([n_after.max(), n_after.min(), n_after.sum()]).tolist()
+        order = (~stays).to(torch.uint8).argsort(dim=-1, stable=True)  # those that stay first
+        to = n_each + torch.arange(stop - start, device=order.device)  # the others land in empty slots, or go over
+        at = (start + order).int().masked_fill(~stays.gather(2, order), -1)
+        self._kept = pad(kept, (0, stop - start), value=-1).scatter_(2, to, at)[..., :longest].contiguous()
+        if isinstance(store, RaggedStore):
+            store.settle(stays)
+        else:
+            store.settle(n_kept, order, to, longest)
+            if self._window is None and n_pairs <= (1 - _WASTE) * self._kept.numel():
+                self._store = RaggedStore(store.keys[:, :, :longest], store.values[:, :, :longest], self._kept >= 0)
+                self._store.append(store.keys[:, :, longest:], store.values[:, :, longest:])
+        self._tail_start, self._carry = stop, None
+        self._has_gaps = shortest < longest
+
+    def _count_pairs(self, call: LayerCall, padding: Tensor | None) -> None:
+        """Count what achieved_ratio() goes by: neither padding nor what is out of a sliding window's reach."""
+        assert self._store is not None
+        n_batch, n_heads = self._store.n_rows, self._store.n_heads
+        near = 0 if call.sliding_window is None else max(0, self._seen - max(1, call.sliding_window - 1))
+        newest = max(near, self._tail_start)
+        if padding is None:
+            before, after = n_batch * (self._seen - near), n_batch * (self._seen - newest)
+        else:
+            before, after = (int(padding[:, first : self._seen].sum()) for first in (near, newest))
+        self._pairs_before, self._pairs_after = before * n_heads, after * n_heads
+        if self._kept is not None:
+            self._pairs_after += int((self._kept >= near).sum())
+
+    def _compress_when_due(self, press: BasePress, call: LayerCall, padding: Tensor | None, is_prefill: bool) -> None:
+        """Remember the queries of this call, and compress again when enough tokens have come."""
         n, query = press.n_recent_queries, call.query
         if query.shape[2] > n:
             self._recent = (query[:, :, -n:].clone(),)
@@ -357,7 +439,7 @@ class PressedLayer(CacheLayerMixin):
         A press that fails breaks its own cache, which raises the error at its next use, and none that branches off.
         """
         press = self.session.press
-        if press is None or self.session.error is not None or not groups:
+        if press is None or self.session.error is not None or not groups or press.judges_prompt:
             return False
         try:
             kept = [press.compress(group.view) for group in groups]
@@ -428,7 +510,7 @@ class PressedLayer(CacheLayerMixin):
         self._has_gaps = self._pairs_after < positions.numel()
         if thin is not None:
             self._store = ThinStore(thin, values, keys.shape[3])
-        elif self._pairs_after <= (1 - _WASTE) * positions.numel():
+        elif self._window is None and self._pairs_after <= (1 - _WASTE) * positions.numel():
             self._store = RaggedStore(keys[:, :, :n], values[:, :, :n], is_held)
         else:
             self._store = DenseStore(keys, values)
@@ -470,7 +552,6 @@ class PressedLayer(CacheLayerMixin):
 
     def _forget_unreachable(self, window: int, padding: Tensor | None) -> None:
         """Free the slots that no later token can see; some of them stay until freeing is worth the copy."""
-        self._window = window
         n_kept = 0 if self._kept is None else self._kept.shape[2]
         oldest = self._seen - (window - 1) - _SLACK_TOKENS  # position of the first slot that has to stay
         if oldest < self._tail_start or n_kept + oldest - self._tail_start < max(_FORGET_MIN_TOKENS, window // 2):
@@ -499,6 +580,8 @@ class PressedLayer(CacheLayerMixin):
             self._kept = self._kept.index_select(0, rows)
         if self._carry is not None:
             self._carry = self._carry.index_select(0, rows)
+        if self._verdicts is not None:
+            self._verdicts = self._verdicts.index_rows(rows)
 
 
 def _is_new(tensor: Tensor, source: Tensor) -> bool:

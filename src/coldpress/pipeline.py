@@ -11,6 +11,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -67,15 +68,16 @@ class KVPressTextGenerationPipeline(Pipeline):
         pipe(context, question="Who?", press=SnapKVPress(0.5))["answer"]
         pipe(context, questions=["Who?", "When?"], press=SnapKVPress(0.5))["answers"]
 
-    Only the context is compressed; a question sees what is left of it and never another question or its answer. With a
-    chat template the context is the user's turn up to the question, without one it is taken as it is, after the
-    tokenizer's beginning-of-text token if it has one.
+    Only the context is compressed, unless the press goes on while decoding; a question sees what is left of it and
+    never another question or its answer. With a chat template the context is the user's turn up to the question,
+    without one it is taken as it is, after the tokenizer's beginning-of-text token if it has one.
 
     Args (of a call; those of the constructor hold for every call):
         context: a text, or a list of texts that are answered one after the other.
         question, questions: one question or several; none asks the model to go on with the context.
         answer_prefix: put before each answer, and not part of what is returned.
-        press: what compresses the context; None keeps it whole.
+        press: what compresses the context; None keeps it whole. One that goes on while decoding (DecodingPress, or
+            DMSPress with decoding=True) compresses questions and answers too, each on a branch of its own.
         max_new_tokens: of each answer (default: that of generation_config, or 50).
         max_context_length: the context's tokens after this many are cut off, with a warning; default: the tokenizer's
             or the model's maximum, less room for the longest question and answer.
@@ -189,18 +191,22 @@ class KVPressTextGenerationPipeline(Pipeline):
         press = None if press is None else press.prepared(self.model, self.tokenizer)
         if cache.press is not None:
             cache.session.press = cache.press.prepared(self.model, self.tokenizer)
+        block: AbstractContextManager[Any]
         if press is not None and cache.press != press:
             if cache.press is not None or earlier:
                 raise CacheError("The cache has another press or holds tokens; give an empty one, or no press.")
-            with press(self.model):
-                self._prefill(context_ids, cache)
+            block = press(self.model)
         else:
-            with prefilling(self.model, cache):
-                self._prefill(context_ids, cache)
+            press, block = cache.press, prefilling(self.model, cache)
         # The tokens of an earlier context are in the cache; generate only needs to know that they are there.
         before = torch.cat([context_ids.new_zeros(1, earlier), context_ids], 1)
         questions = [ids.to(context_ids.device) for ids in inputs["question_ids"]]
-        return [self._answer(torch.cat([before, ids], 1), cache, options) for ids in questions]
+        with ExitStack() as stack:
+            stack.enter_context(block)
+            self._prefill(context_ids, cache)
+            if press is None or not press.goes_on:  # else it is shown what is generated too
+                stack.close()
+            return [self._answer(torch.cat([before, ids], 1), cache, options) for ids in questions]
 
     def _prefill(self, context_ids: Tensor, cache: PressedCache) -> None:
         """Run the backbone only: the vocabulary-sized logits of a long context need more memory than its cache."""

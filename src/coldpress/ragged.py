@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import torch
 from torch import Tensor, nn
@@ -33,18 +34,20 @@ class RaggedStore:
         self.n_rows, self.n_heads = is_held.shape[:2]
         self._k, self._v = keys[is_held], values[is_held]  # [slots of all segments, D]
         self._n_first: list[int] = is_held.sum(-1).flatten().tolist()
-        self._n_later = self._room = 0
-        self._place()
+        self._n_later = 0
+        self._place(0)
         self.is_borrowed = False
 
-    def _place(self) -> None:
-        """Note where the segments begin, with ``_room`` for later tokens in each, and where the next token goes."""
-        starts, total = [], 0
-        for n in self._n_first:
-            starts.append(total)
-            total += n + self._room
-        self._starts = starts
-        ends = [start + n + self._n_later for start, n in zip(starts, self._n_first, strict=True)]
+    def _place(self, room: int) -> None:
+        """Note where the segments begin, with room for ``room`` later tokens in each, and where the next token goes."""
+        sizes = [n + room for n in self._n_first]
+        self._ends_of_room = list(itertools.accumulate(sizes))
+        self._starts = [0, *self._ends_of_room[:-1]]
+        self._room = room  # of the segment that has least
+        self._find_ends()
+
+    def _find_ends(self) -> None:
+        ends = [start + n + self._n_later for start, n in zip(self._starts, self._n_first, strict=True)]
         self._ends = torch.tensor(ends, device=self._v.device)
 
     @property
@@ -82,19 +85,22 @@ class RaggedStore:
         """Add the pairs ``[B, Hkv, Q, D]`` of Q new tokens, in the room that each segment has for them."""
         n_new = keys.shape[2]
         if self.is_borrowed or is_frozen(self._v) or self._n_later + n_new > self._room:
-            mean = sum(self._n_first) // len(self._n_first)
-            self._move(room_for(mean + self._n_later + n_new) - mean)
+            self._move(self._n_later + n_new + self._more())
         at = (self._ends[:, None] + torch.arange(n_new, device=self.device)).flatten()
         self._k[at] = keys.reshape(-1, keys.shape[3])
         self._v[at] = values.reshape(-1, values.shape[3])
         self._ends, self._n_later = self._ends + n_new, self._n_later + n_new
 
+    def _more(self) -> int:
+        """Later tokens to make room for, beside those that there are."""
+        mean = sum(self._n_first) // len(self._n_first) + self._n_later
+        return room_for(mean) - mean
+
     def _move(self, room: int) -> None:
         """Move to buffers that nobody else has, with ``room`` for later tokens in each segment."""
         starts = self._starts
-        self._room = room
-        self._place()
-        total = self._starts[-1] + self._n_first[-1] + room
+        self._place(room)
+        total = self._ends_of_room[-1]
         for name in ("_k", "_v"):
             old = getattr(self, name)
             new = old.new_empty(total, old.shape[1])
@@ -108,13 +114,38 @@ class RaggedStore:
         dropped = self.n - n
         self._ends, self._n_later = self._ends - dropped, self._n_later - dropped
 
+    def settle(self, stays: Tensor) -> None:
+        """Count the oldest later tokens of each segment among its first ones, if they stay, and forget them if not.
+
+        Args:
+            stays: bool ``[B, Hkv, m]``, of the m oldest.
+        """
+        if self.is_borrowed or is_frozen(self._v):
+            self._move(self._n_later)
+        stays = stays.flatten(0, 1)
+        n_rest = self._n_later - stays.shape[1]
+        order = (~torch.nn.functional.pad(stays, (0, n_rest), value=True)).to(torch.uint8).argsort(dim=-1, stable=True)
+        first = (self._ends - self._n_later)[:, None]
+        at = (first + torch.arange(self._n_later, device=self.device)).flatten()
+        source = (first + order).flatten()
+        for flat in (self._k, self._v):
+            flat[at] = flat[source]
+        self._n_first = [n + more for n, more in zip(self._n_first, stays.sum(-1).tolist(), strict=True)]
+        self._n_later = n_rest
+        spans = zip(self._ends_of_room, self._starts, self._n_first, strict=True)
+        self._room = min(end - start - n for end, start, n in spans)
+        self._find_ends()
+        used = sum(self._n_first) + n_rest * len(self._n_first)
+        if len(self._v) > 2 * room_for(used):
+            self._move(n_rest + self._more())
+
     def index_rows(self, rows: Tensor) -> None:
         """Hold the rows ``rows`` of what is held, int64 ``[B']``."""
         chosen = [row * self.n_heads + head for row in rows.tolist() for head in range(self.n_heads)]
         spans = [slice(self._starts[i], self._starts[i] + self._n_first[i] + self._n_later) for i in chosen]
         self._k, self._v = (torch.cat([flat[span] for span in spans]) for flat in (self._k, self._v))
-        self.n_rows, self._n_first, self._room = len(rows), [self._n_first[i] for i in chosen], self._n_later
-        self._place()
+        self.n_rows, self._n_first = len(rows), [self._n_first[i] for i in chosen]
+        self._place(self._n_later)
         self.is_borrowed = False
 
     def shared(self) -> RaggedStore:

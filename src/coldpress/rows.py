@@ -13,7 +13,7 @@ from coldpress.view import Kept, LayerCall, LayerView, pick
 if TYPE_CHECKING:
     from coldpress.layer import PressedLayer
 
-__all__ = ["RowGroup"]
+__all__ = ["RowGroup", "view_of_newest"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,6 +151,22 @@ class RowGroup:
             return positions
         slots = self.slots.expand(-1, positions.shape[1], -1)
         return torch.where(positions < 0, positions, slots.gather(2, positions.clamp(min=0)))
+
+
+def view_of_newest(layer: PressedLayer, call: LayerCall, padding: Tensor | None) -> LayerView:
+    """The tokens of this call alone, as far as ``layer`` still holds them; all rows, with their padding.
+
+    For scores that depend on nothing but their own token. With padding, ``positions`` count each row's real tokens.
+    """
+    keys, values, seen = layer.keys, layer.values, layer._seen
+    assert keys is not None and values is not None
+    n = min(call.query.shape[2], keys.shape[2])
+    view = _view(layer, call, keys[:, :, -n:], values[:, :, -n:], call.query[:, :, -n:], seen - n)
+    if call.hidden_states is not None:
+        view.hidden_states = call.hidden_states[:, -n:]
+    if padding is not None:
+        view.positions = (padding.cumsum(-1) - 1)[:, None, seen - n : seen].expand(view.keys.shape[:3])
+    return view
 
 
 def _view(layer: PressedLayer, call: LayerCall, keys: Tensor, values: Tensor, queries: Tensor, first: int) -> LayerView:

@@ -13,6 +13,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from coldpress.view import pick
+
 __all__ = ["DenseStore", "is_frozen", "room_for"]
 
 _GROW_MIN_TOKENS = 64
@@ -94,6 +96,33 @@ class DenseStore:
     def crop(self, n: int) -> None:
         """Forget the slots from ``n`` on, which came one by one after the others."""
         self.n = n
+
+    def settle(self, n_first: int, order: Tensor, to: Tensor, n: int) -> None:
+        """Move some later slots into the empty ones of the first, and forget the others.
+
+        Args:
+            n_first: how many slots are the first ones.
+            order: int64 ``[B, Hkv, m]``, the m slots after these, those that stay first.
+            to: int64 ``[B, Hkv, m]``, where they go; those that do not stay are of no account.
+            n: how many slots are the first ones afterwards.
+        """
+        if self.is_borrowed or is_frozen(self._v):
+            self.own(self.n)
+        m = order.shape[2]
+        n_rest = self.n - n_first - m
+        for states in (self._k, self._v):
+            new, rest = states[:, :, n_first : n_first + m], states[:, :, n_first + m : self.n]
+            rest = rest.clone() if n < n_first + m else rest
+            if n_first:
+                moved = pick(new, order)
+                states.scatter_(2, to[..., None].expand_as(moved), moved)
+            else:
+                states[:, :, :n] = pick(new, order[..., :n])
+            if n < n_first + m:
+                states[:, :, n : n + n_rest] = rest
+        self.n = n + n_rest
+        if self._v.shape[2] > 2 * room_for(self.n):
+            self.own(room_for(self.n))
 
     def without_first(self, n: int) -> DenseStore:
         """A store of the slots from ``n`` on, in memory of its own."""

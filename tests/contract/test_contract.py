@@ -12,9 +12,10 @@ from tests.presses.weights import N_RESTORED
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from coldpress import BasePress, PressedCache, press_names
+from coldpress import BasePress, PressedCache, make_press, press_names
 from coldpress.budget import keep_count
 from coldpress.errors import PressError
+from coldpress.presses.registry import parameters_of
 
 CONTEXT, QUESTION, ANSWER = 45, 7, 5
 SINKS = {
@@ -42,7 +43,8 @@ RECENT = {
 
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
 pytestmark = pytest.mark.usefixtures("given_weights")
-every_press = pytest.mark.parametrize("name", press_names())
+SCHEDULES = press_names(at_prefill=False)
+every_press = pytest.mark.parametrize("name", press_names(at_prefill=True))
 
 
 def ends_of(name: str) -> tuple[int, int]:
@@ -152,8 +154,25 @@ def test_without_a_ratio_in_bfloat16(architecture: Architecture, name: str) -> N
     assert 0.1 < past.achieved_ratio() < 1
 
 
+@every_architecture
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_compress_what_is_generated(architecture: Architecture, name: str) -> None:
+    model, ids = tiny(architecture.name), tokens(1, CONTEXT + 4 * QUESTION)
+    own = {"window_size": 4} if "window_size" in parameters_of(name) else {}
+    past = PressedCache(make_press(name, 0.5, compression_interval=2 * QUESTION, **own))
+    types = getattr(model.config, "layer_types", None) or ["full_attention"] * model.config.num_hidden_layers
+    types = [kind for kind in types if kind not in ("conv", "linear_attention")]
+    for end in range(CONTEXT, ids.shape[1] + 1, QUESTION):
+        start = 0 if end == CONTEXT else end - QUESTION
+        assert torch.isfinite(model(ids[:, start:end], past_key_values=past).logits).all()
+    for kind, layer in zip(types, past.pressed_layers(), strict=True):
+        if kind == "full_attention" and architecture.name != "mistral":
+            assert layer.stored_length == keep_count(ids.shape[1], 0.5)
+            assert layer.positions()[0, 0, -1] < ids.shape[1] == past.seen_tokens
+
+
 def test_every_name_is_tested_here() -> None:
-    assert {*WITH_RATIO, *IN_BLOCK, *OTHERS} >= {*press_names()}
+    assert {*WITH_RATIO, *IN_BLOCK, *OTHERS, *SCHEDULES} >= {*press_names()}
 
 
 @every_architecture

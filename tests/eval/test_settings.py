@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 from tests.contract.architectures import tiny, tokens
 
+import coldpress
 from coldpress import (
     AdaKVPress,
     CompactorPress,
     ComposedPress,
+    CompressionRatioDecodingPress,
     ExpectedAttentionPress,
     KeyDiffPress,
     KnormPress,
@@ -20,6 +22,8 @@ from coldpress import (
     ScorerPress,
     SimLayerKVPress,
     SnapKVPress,
+    catalogue,
+    make_press,
     press_names,
 )
 from coldpress.errors import InputError, PressError, SelfCheckError
@@ -46,7 +50,35 @@ def test_a_press_without_a_ratio_is_measured_once() -> None:
     assert presses(press=("simlayerkv",), press_args=(("lazy_threshold", 0.9),)) == [SimLayerKVPress(0.9)]
     jobs = make_jobs(Settings(press=("all",), compression_ratio=(0.25, 0.5)))
     assert [job.ratio for job in jobs if job.name == "simlayerkv"] == [None]
-    assert {job.name for job in jobs} == {"no_press", *press_names(kind="training-free")}
+    assert {job.name for job in jobs} == {"no_press", *press_names(kind="training-free", at_prefill=True)}
+
+
+def test_schedules_are_measured_where_they_compress_something() -> None:
+    (press,) = presses(press=("decoding_snapkv",), press_args=(("window_size", 8),))
+    assert press == CompressionRatioDecodingPress(SnapKVPress(window_size=8), 64, target_compression_ratio=0.5)
+    assert not {"decoding_knorm", "decoding_snapkv"} & {job.name for job in make_jobs(Settings(press=("all",)))}
+    for how in ({"ppl_apply_press": True}, {"ppl_only": True}):
+        with pytest.raises(
+            PressError, match=r"decoding_tova compresses what is generated.*speed_only.*PrefillDecoding"
+        ):
+            make_jobs(Settings(press=("no_press", "decoding_tova"), **how))
+    with pytest.raises(PressError, match=r"would compress nothing within --max_new_tokens 64: .*compression_interval"):
+        make_jobs(Settings(press=("decoding_tova",), max_new_tokens=64))
+    assert len(make_jobs(Settings(press=("decoding_tova",), max_new_tokens=65))) == 1
+
+
+def test_names_of_schedules() -> None:
+    info = next(info for info in catalogue() if info.name == "decoding_knorm")
+    assert (info.kind, info.at_prefill, info.decodes, info.has_ratio) == ("training-free", False, True, True)
+    made = eval(info.call, vars(coldpress) | {"compression_ratio": 0.3})
+    assert made == make_press("decoding_knorm", 0.3) and made.target_compression_ratio == 0.3
+    assert make_press("decoding_knorm", 0.3, compression_interval=5).compression_interval == 5
+    with pytest.raises(PressError, match=r"share of the text so far; .*DecodingPress\(KnormPress\(\), target_size"):
+        make_press("decoding_knorm", 0.0, budget_tokens=9)
+    with pytest.raises(PressError, match="compression_ratio is the fraction"):
+        make_press("decoding_knorm", 1.0)
+    with pytest.raises(PressError, match="has no parameter 'target_compression_ratio'"):
+        make_press("decoding_knorm", 0.3, target_compression_ratio=0.5)
 
 
 def test_a_budget_takes_the_place_of_the_ratio() -> None:
@@ -66,7 +98,7 @@ def test_a_budget_takes_the_place_of_the_ratio() -> None:
     (job,) = make_jobs(Settings(press=("knorm",), budget_bytes=(4096,)))
     assert (job.ratio, job.budget_bytes, job.press) == (None, 4096, KnormPress(budget_bytes=4096))
     jobs = make_jobs(Settings(press=("all",), budget_tokens=(8,)))
-    assert {job.name for job in jobs} == {"no_press", *press_names(kind="training-free")}
+    assert {job.name for job in jobs} == {"no_press", *press_names(kind="training-free", at_prefill=True)}
     assert [job.budget_tokens for job in jobs if job.name == "simlayerkv"] == [None]
     with pytest.raises(PressError, match="simlayerkv has no budget"):
         make_jobs(Settings(press=("all", "simlayerkv"), budget_tokens=(8,)))

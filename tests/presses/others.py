@@ -53,12 +53,12 @@ OTHERS: dict[str, Callable[[int, int], BasePress]] = {
 # with a ratio, but they are shown more of the model than a cache sees, inside 'with press(model):'
 IN_BLOCK = [
     name
-    for name in press_names(has_ratio=True)
+    for name in press_names(has_ratio=True, at_prefill=True)
     if any(p.needs_model or p.needs_hidden_states for p in parts(make_press(name, 0.5)))  # type: ignore[arg-type]
 ]
 
 # a name and a ratio are all they need; the tests make up what calibrated ones look up
-WITH_RATIO = [name for name in press_names(has_ratio=True) if name not in (*OTHERS, *IN_BLOCK)]
+WITH_RATIO = [name for name in press_names(has_ratio=True, at_prefill=True) if name not in (*OTHERS, *IN_BLOCK)]
 
 
 SMALL = {"window_size": 8, "chunk_length": 10, "block_size": 10, "lag_size": 5, "chunk_size": 10, "sketch_dimension": 6}

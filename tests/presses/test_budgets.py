@@ -20,7 +20,9 @@ from coldpress import (
 )
 from coldpress.errors import PressError
 
-with_a_ratio = [name for name in press_names(kind="training-free", has_ratio=True) if name not in IN_BLOCK]
+with_a_ratio = [
+    name for name in press_names(kind="training-free", has_ratio=True, at_prefill=True) if name not in IN_BLOCK
+]
 
 
 def prefilled(press: ScorerPress, n_tokens: int = 60, rows: int = 1) -> PressedCache:

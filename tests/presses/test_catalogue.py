@@ -67,7 +67,6 @@ def test_classes_without_a_name_are_found() -> None:
     assert [info.class_name for info in python_only()] == [
         "CAMPress",
         "ComposedPress",
-        "CompressionRatioDecodingPress",
         "DMSPress",
         "DecodingPress",
         "PerLayerCompressionPress",

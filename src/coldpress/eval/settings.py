@@ -90,18 +90,18 @@ class Job:
 def make_jobs(settings: Settings) -> list[Job]:
     """The presses to measure, in the order they were named: each at every ratio or budget, or once if it has none.
 
-    ``all`` is every press that needs nothing but the model; name the calibrated and the trained ones. ``no_press`` is
-    measured once.
+    ``all`` is every press that needs nothing but the model and compresses the prompt; name the calibrated, the trained
+    and the decoding ones. ``no_press`` is measured once.
 
     Raises:
         PressError: an unknown press or parameter, a ratio outside [0, 1), parameters for several presses, a budget for
-            a press that was named and has none.
+            a press that was named and has none, a press that would compress nothing of what is measured.
     """
     for ratio in settings.compression_ratio:
         check_ratio(ratio, "--compression_ratio")
     names: list[str] = []
     for name in settings.press:
-        names += [NO_PRESS, *press_names(kind="training-free")] if name == "all" else [name]
+        names += [NO_PRESS, *press_names(kind="training-free", at_prefill=True)] if name == "all" else [name]
     names = list(dict.fromkeys(names))
     parameters = dict(settings.press_args)
     if parameters and len([name for name in names if name != NO_PRESS]) != 1:
@@ -118,14 +118,34 @@ def make_jobs(settings: Settings) -> list[Job]:
         check_types(name, own)
         if name == NO_PRESS:
             jobs.append(Job(name, None, 0.0))
-        elif name in press_names(has_ratio=False):
+            continue
+        if name in press_names(has_ratio=False):
             asked = budgets[0] if budgets and name in settings.press else {}  # make_press says that it has none
             jobs.append(Job(name, make_press(name, 0.0, **asked, **own)))
-        else:
-            ratios = [ratio + 0.0 for ratio in settings.compression_ratio]  # 0.0 for -0.0
-            jobs += [Job(name, make_press(name, ratio, **own), ratio) for ratio in ratios]
-            jobs += [Job(name, make_press(name, 0.0, **budget, **own), **budget) for budget in budgets]
+            continue
+        ratios = [ratio + 0.0 for ratio in settings.compression_ratio]  # 0.0 for -0.0
+        mine = [Job(name, make_press(name, ratio, **own), ratio) for ratio in ratios]
+        mine += [Job(name, make_press(name, 0.0, **budget, **own), **budget) for budget in budgets]
+        for job in mine:
+            _check_compresses(name, job.press, settings)
+        jobs += mine
     return list({(job.name, job.ratio, job.budget_tokens, job.budget_bytes): job for job in jobs}.values())
+
+
+def _check_compresses(name: str, press: BasePress | None, settings: Settings) -> None:
+    """Raise :class:`PressError` if a press that goes to work while decoding would find nothing to do."""
+    if press is None or press.at_prefill:
+        return
+    if settings.ppl_apply_press or settings.ppl_only:
+        raise PressError(
+            f"{name} compresses what is generated and nothing of a prompt, so no perplexity shows it. Measure its "
+            "speed and memory (--speed_only), or compress the prompt too, with PrefillDecodingPress in Python."
+        )
+    if not press.is_due(settings.max_new_tokens - 1):
+        raise PressError(
+            f"{name} would compress nothing within --max_new_tokens {settings.max_new_tokens}: generate more, or "
+            "compress more often, as with --press_args '{\"compression_interval\": 16}'."
+        )
 
 
 def check_types(name: str, parameters: dict[str, Any]) -> None:

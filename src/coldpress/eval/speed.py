@@ -13,7 +13,8 @@ import gc
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,7 +72,13 @@ class SpeedPoint:
     kv_bytes: int | None = None
     kv_lengths: list[int] = field(default_factory=list)
     achieved_ratio: float = 0.0
+    kv_bytes_at_end: int | None = None  # after generation: of the baseline, where a press goes on while decoding
     error: Exception | None = None
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the press goes on while decoding: then its cache is that of the end of generation."""
+        return self.press is not None and self.press.goes_on
 
     @property
     def tpot_ms(self) -> list[float]:
@@ -160,6 +167,8 @@ class SpeedRun:
         baseline = next((p for p in self.points if p.press is None), None)
         context_tokens = self.context_ids.shape[1]
         tpot = point.tpot_ms
+        kv_tokens = context_tokens + (self.max_new_tokens - 1 if point.goes_on else 0)
+        kv_baseline = None if baseline is None else baseline.kv_bytes_at_end if point.goes_on else baseline.kv_bytes
         ttft = [s.prefill_ns / 1e9 for s in point.samples if s.prefill_ns is not None]  # s
         record: dict[str, Any] = {
             "context_tokens": context_tokens,
@@ -175,8 +184,8 @@ class SpeedRun:
             "generation_tokens_per_s": _median([s.tokens_per_s for s in point.samples if s.timed_tokens]),
             "samples": [vars(s) for s in point.samples],
             "kv_bytes": point.kv_bytes,
-            "kv_bytes_baseline": None if baseline is None else baseline.kv_bytes,
-            "kv_len_before": context_tokens,
+            "kv_bytes_baseline": kv_baseline,
+            "kv_len_before": kv_tokens,
             "kv_len_after": point.kv_lengths,
             "effective_compression_ratio": point.achieved_ratio,
         }
@@ -199,19 +208,28 @@ class SpeedRun:
         cache = PressedCache(point.press)
         may_stop = self.min_new_tokens < n_tokens and bool(self.eos_ids)
         start = now_ns(self.device)
-        with prefilling(self.model, cache):
-            token = self._next(self.context_ids, cache, 0)
-        first = now_ns(self.device)
-        n_generated = 1
-        while n_generated < n_tokens:
-            if may_stop and n_generated >= self.min_new_tokens and int(token) in self.eos_ids:
-                break
-            token = self._next(token, cache, n_generated)
-            n_generated += 1
-        end = now_ns(self.device)
+        with self._prefilled(cache) as token:
+            first = now_ns(self.device)
+            n_generated = 1
+            while n_generated < n_tokens:
+                if may_stop and n_generated >= self.min_new_tokens and int(token) in self.eos_ids:
+                    break
+                token = self._next(token, cache, n_generated)
+                n_generated += 1
+            end = now_ns(self.device)
         if not may_stop and n_generated != n_tokens:
             raise SelfCheckError(f"{n_generated} ids were generated, {n_tokens} were asked for.")
         return Sample(None if self.decode_only else first - start, end - first, n_generated)
+
+    @contextmanager
+    def _prefilled(self, cache: PressedCache) -> Iterator[Tensor]:
+        """The first token; a press that goes on while decoding is shown what follows inside."""
+        with ExitStack() as stack:
+            stack.enter_context(prefilling(self.model, cache))
+            token = self._next(self.context_ids, cache, 0)
+            if cache.press is None or not cache.press.goes_on:
+                stack.close()
+            yield token
 
     def _next(self, ids: Tensor, cache: PressedCache, n_generated: int) -> Tensor:
         logits = forward(self.model, ids, cache, keep=1)[:, -1]
@@ -222,15 +240,22 @@ class SpeedRun:
     def _measure_memory(self, point: SpeedPoint) -> None:
         meter = MemoryMeter(self.device)
         cache = PressedCache(point.press)
+        n_metered = min(self.max_new_tokens, WARMUP_TOKENS)
         with meter:
-            with prefilling(self.model, cache):
-                token = self._next(self.context_ids, cache, 0)
-            point.kv_bytes, point.kv_lengths = cache.kv_bytes(), cache.stored_lengths()
-            point.achieved_ratio = cache.achieved_ratio()
-            check_stored_pairs(point.press, cache, self.context_ids.shape[1])
-            for i in range(1, min(self.max_new_tokens, WARMUP_TOKENS)):
-                token = self._next(token, cache, i)
+            with self._prefilled(cache) as token:
+                point.kv_bytes, point.kv_lengths = cache.kv_bytes(), cache.stored_lengths()
+                point.achieved_ratio = cache.achieved_ratio()
+                check_stored_pairs(point.press, cache, self.context_ids.shape[1])
+                for i in range(1, self.max_new_tokens if point.goes_on else n_metered):
+                    token = self._next(token, cache, i)
+            if point.goes_on:
+                point.kv_bytes, point.kv_lengths = cache.kv_bytes(), cache.stored_lengths()
+                point.achieved_ratio = cache.achieved_ratio()
         point.memory = meter.result
+        if point.press is None and any(other.goes_on for other in self.points):  # what these are compared with
+            for i in range(n_metered, self.max_new_tokens):
+                token = self._next(token, cache, i)
+            point.kv_bytes_at_end = cache.kv_bytes()
 
 
 def _median(values: Sequence[float]) -> float | None:

@@ -23,7 +23,7 @@ class AdaKVPress(WrapperPress):
 
     With n the number that the inner press keeps of each head: every head keeps its floor(alpha_safeguard * n) best
     pairs and its protected ones; the rest of the layer's n * Hkv places go to the best scores left in any head. What is
-    evicted is freed: a layer's tensors are as long as its longest head, and attention goes by each head's own length.
+    evicted is freed in every head, and attention goes by each head's own length.
 
     Source: Feng et al. 2024, arXiv:2407.11550, algorithm 1. Differs from the paper: any scorer; protected tokens count
     towards the budget, and every head has them. Scores should be comparable across heads, as attention weights are.

@@ -26,6 +26,7 @@ __all__ = [
     "ScorerPress",
     "check_at_least",
     "check_between",
+    "no_scorer",
     "numbers_of",
     "parts",
     "require_block",
@@ -50,6 +51,7 @@ class BasePress:
     Attributes:
         kind: ``training-free``; ``calibrated``: needs statistics of the model, taken from a text; ``trained``: needs
             weights of its own that were trained for the model.
+        at_prefill: compresses the prompt; if not, only what comes after it, as a decoding schedule does.
         decodes: can choose among the pairs of a text that goes on, so that a decoding schedule may use it.
         per_head, per_layer: heads of a layer, or layers, may keep different numbers of pairs.
         has_ratio: takes a ``compression_ratio``; if not, parameters of its own and the text decide how much is kept.
@@ -61,6 +63,7 @@ class BasePress:
     """
 
     kind: ClassVar[Literal["training-free", "calibrated", "trained"]] = "training-free"
+    at_prefill: ClassVar[bool] = True
     decodes: ClassVar[bool] = False
     per_head: ClassVar[bool] = False
     per_layer: ClassVar[bool] = False
@@ -132,6 +135,30 @@ class BasePress:
     def compress_again(self, view: LayerView) -> Kept | None:
         """What is kept of ``view``, which holds what is left of the text so far; None keeps all of it."""
         raise NotImplementedError(f"{type(self).__name__} must define compress_again(view)")
+
+    # -- a press that judges tokens as they come, and evicts them later (see DMSPress) -----------------------------
+
+    @property
+    def n_waiting(self) -> int:
+        """How many of the newest tokens stay whatever :meth:`judge` has said of them; 0: it is never called."""
+        return 0
+
+    @property
+    def judges_prompt(self) -> bool:
+        """Whether the tokens of the prefill are judged too; then :meth:`compress` is not called."""
+        return False
+
+    def judge(self, view: LayerView) -> Tensor:
+        """Which tokens of ``view``, those that have just come, stay when they are no longer new: bool ``[B, Hkv, n]``.
+
+        The view holds all rows of the batch, with their padding, of which it does not matter what is said.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define judge(view)")
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it compresses what comes after the prefill too."""
+        return bool(self.n_recent_queries or self.n_waiting)
 
     @contextmanager
     def __call__(self, model: PreTrainedModel) -> Iterator[PreTrainedModel]:
@@ -231,6 +258,7 @@ class ScorerPress(BudgetPress):
 
     estimates_attention: ClassVar[bool] = False  # scores are attention weights: not negative, comparable across heads
     needs_all_queries: ClassVar[bool] = False  # score(view) needs the query of every token of the view
+    scores_alone: ClassVar[bool] = False  # a score depends on its own token only, so that it can be given at once
 
     def score(self, view: LayerView) -> Tensor:
         """Scores ``[B, Hkv, T]`` in float32; larger = keep. Must not depend on ``compression_ratio``."""
@@ -301,6 +329,20 @@ def require_one_layer(outer: BasePress, press: object) -> None:
             f"{type(outer).__name__} asks a press about one layer at a time, and {type(press).__name__} chooses among "
             "the pairs of all layers after running the model again; use it by itself."
         )
+
+
+def no_scorer(press: object) -> str:
+    """What was given where a press with scores and a budget is needed, and what to do with it instead."""
+    if isinstance(press, type):
+        return f"the class {press.__name__}; call it"
+    if not isinstance(press, BasePress):
+        return repr(press)
+    name = type(press).__name__
+    if press.goes_on:
+        return f"{name}, which says when pairs are evicted and not which; put it outside"
+    if press.chooses_together:
+        return f"{name}, which chooses among the pairs of all layers; use it by itself"
+    return f"{name}, which has no ratio and no scores that others could choose by; use it by itself"
 
 
 def check_budget(press: BudgetPress) -> None:

@@ -9,8 +9,14 @@ from torch import Tensor, nn
 
 from coldpress.budget import check_ratio, keep_count
 from coldpress.errors import PressError
-from coldpress.presses.base import BUDGETS, BasePress, ScorerPress, check_at_least, require_one_layer
+from coldpress.presses.base import BUDGETS, BasePress, ScorerPress, check_at_least, no_scorer, require_one_layer
+from coldpress.presses.keydiff import KeyDiffPress
+from coldpress.presses.knorm import KnormPress
+from coldpress.presses.registry import register
+from coldpress.presses.snapkv import SnapKVPress
+from coldpress.presses.streaming_llm import StreamingLLMPress
 from coldpress.presses.think import ThinKPress
+from coldpress.presses.tova import TOVAPress
 from coldpress.presses.wrapper import WrapperPress
 from coldpress.view import Kept, LayerView
 
@@ -42,6 +48,7 @@ class DecodingPress(BasePress):
         hidden_states_buffer_size: how many of the newest tokens' queries the base press sees; at least one is kept.
     """
 
+    at_prefill = False
     decodes = True
 
     base_press: ScorerPress
@@ -72,12 +79,18 @@ class DecodingPress(BasePress):
         return self.base_press.with_budget(budget_tokens=self.target(view)).compress(view)
 
 
+@register("decoding_knorm", KnormPress, compression_interval=64)
+@register("decoding_keydiff", KeyDiffPress, compression_interval=64)
+@register("decoding_snapkv", SnapKVPress, compression_interval=64)
+@register("decoding_streaming_llm", StreamingLLMPress, compression_interval=64)
+@register("decoding_tova", TOVAPress, compression_interval=64)
 @dataclass(frozen=True)
 class CompressionRatioDecodingPress(DecodingPress):
     """Keep everything of the prompt; while decoding, cut the cache back to a share of the text so far.
 
     As DecodingPress, but the base press chooses floor(n * (1 - target_compression_ratio)) pairs where n is the length
-    of the text so far, prompt included.
+    of the text so far, prompt included. The registered names compress every 64 tokens, and their ratio is
+    target_compression_ratio.
 
     Source: kvpress's CompressionRatioDecodingPress, https://github.com/NVIDIA/kvpress; no paper. Differs from kvpress:
     as DecodingPress does; the length of the text is the cache's own, not read from position_ids.
@@ -91,6 +104,8 @@ class CompressionRatioDecodingPress(DecodingPress):
         hidden_states_buffer_size: how many of the newest tokens' queries the base press sees; at least one is kept.
         target_compression_ratio: fraction of the pairs of the text so far to remove, in [0, 1).
     """
+
+    has_ratio = True
 
     target_size: int = field(default=1, init=False, repr=False, compare=False)
     target_compression_ratio: float = 0.5
@@ -128,15 +143,25 @@ class PrefillDecodingPress(BasePress):
                 raise PressError(f"PrefillDecodingPress: {name} must be a press or None, got {press!r}.")
         if self.prefilling_press is None and self.decoding_press is None:
             raise PressError("PrefillDecodingPress needs a prefilling_press, a decoding_press or both.")
-        if self.decoding_press is not None and not self.decoding_press.n_recent_queries:
+        if self.decoding_press is not None and not self.decoding_press.goes_on:
             raise PressError(
                 f"PrefillDecodingPress: {type(self.decoding_press).__name__} does nothing while decoding; give "
                 "decoding_press=DecodingPress(...)."
+            )
+        if isinstance(self.decoding_press, PrefillDecodingPress):
+            raise PressError(
+                "PrefillDecodingPress: one inside another would never use its prefilling_press; give the inner one's "
+                "decoding_press itself."
             )
         if isinstance(self.prefilling_press, DecodingPress):
             raise PressError(
                 f"PrefillDecodingPress: {type(self.prefilling_press).__name__} does nothing at the prefill; give it as "
                 "decoding_press."
+            )
+        if self.prefilling_press is not None and self.prefilling_press.goes_on:
+            raise PressError(
+                f"PrefillDecodingPress: {type(self.prefilling_press).__name__} goes on while decoding by itself; use "
+                "it alone, or give a prefilling_press that stops after the prefill."
             )
         if isinstance(self.prefilling_press, ThinKPress) and self.decoding_press is not None:
             raise PressError(
@@ -150,6 +175,14 @@ class PrefillDecodingPress(BasePress):
     @property
     def n_recent_queries(self) -> int:
         return 0 if self.decoding_press is None else self.decoding_press.n_recent_queries
+
+    @property
+    def n_waiting(self) -> int:
+        return 0 if self.decoding_press is None else self.decoding_press.n_waiting
+
+    def judge(self, view: LayerView) -> Tensor:
+        assert self.decoding_press is not None
+        return self.decoding_press.judge(view)
 
     def compress(self, view: LayerView) -> Kept | None:
         return None if self.prefilling_press is None else self.prefilling_press.compress(view)
@@ -179,8 +212,9 @@ def _require_decoding(schedule: DecodingPress, press: object) -> None:
     name = type(schedule).__name__
     require_one_layer(schedule, press)
     if not isinstance(press, ScorerPress):
-        given = f"the class {press.__name__}; call it" if isinstance(press, type) else repr(press)
-        raise PressError(f"{name} takes a scorer such as SnapKVPress(), or AdaKVPress around one; got {given}.")
+        raise PressError(
+            f"{name} takes a scorer such as SnapKVPress(), or AdaKVPress around one; got {no_scorer(press)}."
+        )
     inner: object = press
     while isinstance(inner, ScorerPress):
         if not inner.decodes:

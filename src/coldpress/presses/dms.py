@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from coldpress.budget import checked, ends, pack
 from coldpress.errors import PressError
 from coldpress.presses.base import BasePress, ScorerPress, check_at_least, check_between
@@ -16,22 +19,31 @@ from coldpress.view import Kept, LayerView
 class DMSPress(BasePress):
     """Keep every pair that scores at least ``threshold``, and the last ``sliding_window_size`` tokens.
 
+    With ``decoding=True`` this goes on while tokens are generated: each token is scored when it comes, and a head that
+    gave it less than the threshold evicts it when it leaves the window. The inner press has to be one whose score of a
+    token depends on that token alone (``scores_alone``): KnormPress, QFilterPress, KVzapPress.
+
     Each head of each layer keeps as many pairs as reach the threshold, so how much is removed depends on the text;
-    ``PressedCache.achieved_ratio()`` tells. What the inner press protects is kept as well. Evicted pairs are freed: a
-    layer's tensors are as long as its longest head. Thresholds belong to a scorer and a model: look at the scores of a
+    ``PressedCache.achieved_ratio()`` tells. What the inner press protects is kept as well. Evicted pairs are freed
+    in every head. Thresholds belong to a scorer and a model: look at the scores of a
     text before choosing one.
 
-    Source: the inference of Dynamic Memory Sparsification, Łańcucki et al. 2025, arXiv:2506.05345, section 3. Differs
-    from the paper: any scorer instead of trained decisions, taken after a dense prefill. Differs from kvpress: evicted
-    pairs leave memory instead of being masked.
+    Source: the inference of Dynamic Memory Sparsification, Łańcucki et al. 2025, arXiv:2506.05345, section 3; with
+    KVzap, Jegou and Jeblick 2026, arXiv:2601.07891. Differs from the paper: any scorer instead of trained decisions,
+    taken after a dense prefill. Differs from kvpress: evicted pairs leave memory instead of being masked; what the
+    inner press protects stays; scorers that compare tokens with each other are refused with decoding=True, where
+    kvpress lets them compare the new tokens of one call only (KeyDiff gives every single token the same score). The
+    schedule is kvpress's: scored on arrival, evicted on leaving the window, after the call in which that happens.
 
-    Needs: what the inner press needs. Cost: of the inner press, and sorting the positions.
+    Needs: what the inner press needs; with decoding=True of the new tokens, so for KVzapPress generation has to happen
+    inside ``with press(model):`` too. Cost: of the inner press, and sorting the positions; for each generated token, of
+    the inner press for that token, and a copy of the window.
 
     Args:
         press: the scorer inside; it has no ratio or budget of its own.
         threshold: pairs with lower scores are evicted; must be given.
         sliding_window_size: last tokens that are kept whatever their score, at least 1.
-        decoding: go on evicting while tokens are generated.
+        decoding: go on evicting while tokens are generated; ``crop`` reaches back as far as the window.
     """
 
     per_head = True
@@ -60,6 +72,30 @@ class DMSPress(BasePress):
                 f"DMSPress decides how much each layer keeps, and so does {type(self.press).__name__}; "
                 "give it a scorer without budgets of its own, such as SnapKVPress()."
             )
+
+        if self.decoding and not self.press.scores_alone:
+            raise PressError(
+                f"DMSPress(decoding=True) judges each token as it comes, and {type(self.press).__name__} scores tokens "
+                "by one another or by the queries of others; use KnormPress, QFilterPress or KVzapPress, or "
+                "decoding=False."
+            )
+
+    @property
+    def n_waiting(self) -> int:
+        return self.sliding_window_size if self.decoding else 0
+
+    @property
+    def judges_prompt(self) -> bool:
+        return self.decoding
+
+    def judge(self, view: LayerView) -> Tensor:
+        assert self.threshold is not None
+        stays = checked(self.press.scores(view)) >= self.threshold  # [B, Hkv, n]
+        n_sink, _ = self.press.protected(view)
+        at = view.positions
+        if at is None:
+            at = torch.arange(view.first_position, view.end, device=stays.device)
+        return stays | (at < n_sink)
 
     def compress(self, view: LayerView) -> Kept | None:
         n_sink, n_window = self.press.protected(view)

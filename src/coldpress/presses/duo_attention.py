@@ -57,9 +57,8 @@ class DuoAttentionPress(Calibrated):
     A pattern says for each KV head how much it needs the whole text, its gate. The round(head_compression_ratio *
     number of KV heads in all layers) heads with the smallest gates are streaming heads; they keep the first sink_size
     and the last recent_size tokens. How many pairs are removed depends on the text; ``PressedCache.achieved_ratio()``
-    tells. Evicted pairs are freed: a layer's tensors are as long as its longest head, so a layer becomes short when
-    all its heads stream. The registered name lets half of the heads stream, as the paper does with grouped queries; the
-    class by itself lets none.
+    tells. Evicted pairs are freed in every head. The registered name lets half of the heads stream, as the paper does
+    with grouped queries; the class by itself lets none.
 
     The published patterns were trained. ``coldpress calibrate duo_attention`` measures one as kvpress does on the fly:
     with the mean query and the mean key of a head before rotation over a sample, both repeated at 500 positions and

@@ -23,5 +23,7 @@ class KnormPress(ScorerPress):
     Needs: keys. Cost: O(T * D) per layer.
     """
 
+    scores_alone = True
+
     def score(self, view: LayerView) -> Tensor:
         return -view.keys.float().norm(dim=-1)

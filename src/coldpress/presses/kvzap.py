@@ -45,6 +45,7 @@ class KVzapPress(ScorerPress):
     kind = "trained"
     decodes = False
     needs_hidden_states = True
+    scores_alone = True
     needs_all_queries = True  # as BlockPress means it: of every token, here its hidden state
 
     model_type: str = "mlp"

@@ -37,6 +37,8 @@ class QFilterPress(Calibrated, ScorerPress):
             the hub; None looks them up by the model's name.
     """
 
+    scores_alone = True
+
     artefact: ClassVar[str] = "qfilter"
     holds: ClassVar[str] = "filters"
     parameter: ClassVar[str] = "filters"

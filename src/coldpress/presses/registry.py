@@ -50,6 +50,11 @@ class _Entry:
         return self.cls.has_ratio and (own or self.inner is not None)
 
     @property
+    def schedule_ratio(self) -> str | None:
+        """The parameter that the ratio is, of a schedule around a press that has none of its own."""
+        return None if self.cls.at_prefill else "target_compression_ratio"
+
+    @property
     def kind(self) -> str:
         """``trained`` or ``calibrated`` where the press or the one inside it is."""
         kinds = {cls.kind for cls in self.classes}
@@ -90,7 +95,8 @@ class PressInfo:
         link: the address of the paper, or of the code where there is none; may be empty.
         call: how the press is made, with its defaults: ``SnapKVPress(compression_ratio, window_size=64, ...)``.
         parameters: what the call takes; of a named wrapper, those of the press inside it too.
-        kind, decodes, per_head, per_layer: as in :class:`BasePress`, of the press and the one inside it together.
+        kind, at_prefill, decodes, per_head, per_layer: as in :class:`BasePress`, of the press and the one inside it
+            together.
         has_ratio: takes a ratio, and budgets.
         in_block: runs only inside ``with press(model):``, as the commands and the pipeline do.
     """
@@ -108,6 +114,7 @@ class PressInfo:
     call: str
     parameters: tuple[Parameter, ...]
     kind: str
+    at_prefill: bool
     decodes: bool
     per_head: bool
     per_layer: bool
@@ -137,16 +144,18 @@ def register(name: str, inner: type[ScorerPress] | None = None, **parameters: An
     return decorate
 
 
-def press_names(*, kind: str | None = None, has_ratio: bool | None = None) -> list[str]:
-    """The registered names, sorted: all, or those of a kind, or with or without a ratio; ``no_press`` is none of them.
+def press_names(*, kind: str | None = None, has_ratio: bool | None = None, at_prefill: bool | None = None) -> list[str]:
+    """The registered names, sorted: all, or those for which the arguments hold; ``no_press`` is none of them.
 
     Args:
-        kind, has_ratio: as in :class:`PressInfo`; None for any.
+        kind, has_ratio, at_prefill: as in :class:`PressInfo`; None for any.
     """
     return [
         name
         for name, entry in sorted(_BY_NAME.items())
-        if kind in (None, entry.kind) and has_ratio in (None, entry.has_ratio)
+        if kind in (None, entry.kind)
+        and has_ratio in (None, entry.has_ratio)
+        and at_prefill in (None, entry.cls.at_prefill)
     ]
 
 
@@ -155,7 +164,8 @@ def make_press(name: str, compression_ratio: float, /, **parameters: Any) -> Bas
 
     Parameters of a name that stands for a wrapper are the wrapper's own or those of the press inside it; a parameter
     that both have is the wrapper's. Every press that has a ratio takes ``budget_tokens`` or ``budget_bytes`` too, with
-    a ratio of 0. A press without a ratio, whose own parameters say how much is kept, is made with a ratio of 0.
+    a ratio of 0; a decoding schedule does not, and its ratio is that of the text so far. A press without a ratio, whose
+    own parameters say how much is kept, is made with a ratio of 0.
 
     Raises:
         PressError: unknown name (with the nearest ones), a ratio outside [0, 1), an unknown parameter, a ratio for a
@@ -171,6 +181,11 @@ def make_press(name: str, compression_ratio: float, /, **parameters: Any) -> Bas
     budget = {k: v for k, v in parameters.items() if k in BUDGETS and v is not None}
     if budget and not entry.has_ratio:
         raise PressError(f"{name} has no budget in tokens or bytes: its own parameters say how much is kept.")
+    if budget and entry.schedule_ratio:
+        raise PressError(
+            f"{name} keeps a share of the text so far; for a fixed number of tokens make "
+            f"DecodingPress({_named(entry.inner)}(), target_size=...) in Python."
+        )
     parameters = {k: v for k, v in parameters.items() if k not in BUDGETS}
     for parameter in parameters:
         if parameter not in allowed:
@@ -185,10 +200,14 @@ def make_press(name: str, compression_ratio: float, /, **parameters: Any) -> Bas
                 f"{name} has no compression ratio: its own parameters say how much is kept ({', '.join(allowed)}). "
                 f"Give it the ratio 0, got {compression_ratio}."
             )
-    own_ratio = {"compression_ratio": compression_ratio} if entry.has_ratio else {}
+    own_ratio: dict[str, Any] = {"compression_ratio": compression_ratio} if entry.has_ratio else {}
     outer, inner = entry.split(entry.changed | parameters)
     if entry.inner is None:
         return entry.cls(**own_ratio, **budget, **outer)
+    if entry.schedule_ratio:
+        check_ratio(compression_ratio)
+        outer[entry.schedule_ratio] = compression_ratio
+        return entry.cls(base_press=entry.inner(**inner), **outer)  # type: ignore[call-arg]
     return entry.cls(press=entry.inner(compression_ratio=compression_ratio, **budget, **inner), **outer)  # type: ignore[call-arg]
 
 
@@ -236,8 +255,12 @@ def _subclasses(cls: type[BasePress]) -> Iterator[type[BasePress]]:
 
 def _parameters(cls: type[BasePress]) -> list[Field[Any]]:
     """What a press takes beside the ratio and the press inside it."""
-    budget = ("compression_ratio", *BUDGETS, "press")
+    budget = ("compression_ratio", "target_compression_ratio", *BUDGETS, "press", "base_press")
     return [f for f in fields(cls) if f.init and f.repr and f.name not in budget]  # type: ignore[arg-type]
+
+
+def _named(cls: type[BasePress] | None) -> str:
+    return "" if cls is None else cls.__name__
 
 
 def _default(f: Field[Any]) -> Any:
@@ -256,12 +279,15 @@ def _info(name: str, entry: _Entry) -> PressInfo:
         parameters = _described(cls, outer)
         call = ", ".join([*ratio, *_written(cls, outer)])
     else:
-        inside = f"{entry.inner.__name__}({', '.join([*ratio, *_written(entry.inner, inner)])})"
+        given = [] if entry.schedule_ratio else ratio
+        inside = f"{entry.inner.__name__}({', '.join([*given, *_written(entry.inner, inner)])})"
         is_keyword = any(f.name == "press" and f.kw_only is True for f in fields(cls))  # type: ignore[arg-type]
         mine = _described(cls, outer)
         names = {p.name for p in mine}
         parameters = mine + tuple(p for p in _described(entry.inner, inner) if p.name not in names)
         written = _written(cls, outer)
+        if entry.schedule_ratio:
+            written.append(f"{entry.schedule_ratio}=compression_ratio")
         call = ", ".join([*written, f"press={inside}"] if is_keyword else [inside, *written])
     found = re.search(r"arXiv:(\d{4}\.\d{5})|(https://[^\s,;]+)", doc.source)
     return PressInfo(
@@ -278,6 +304,7 @@ def _info(name: str, entry: _Entry) -> PressInfo:
         call=f"{cls.__name__}({call})",
         parameters=parameters,
         kind=entry.kind,
+        at_prefill=entry.cls.at_prefill,
         decodes=all(cls.decodes for cls in entry.classes),
         per_head=any(cls.per_head for cls in entry.classes),
         per_layer=any(cls.per_layer for cls in entry.classes),

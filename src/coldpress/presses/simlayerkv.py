@@ -19,7 +19,7 @@ class SimLayerKVPress(BasePress):
     With E the first n_initial and the last n_recent tokens and A[q, t] the attention of query q to token t, a layer is
     lazy for a row if the mean over all heads and the last n_last queries of sum over t in E of A[q, t] is above
     lazy_threshold. A lazy layer keeps E. How much is removed depends on the text; ``PressedCache.achieved_ratio()``
-    tells. The rows of a batch are judged one by one, and a layer is freed as far as its longest row allows. Thresholds
+    tells. The rows of a batch are judged, and freed, one by one. Thresholds
     that kvpress names: Llama 3 0.9, Llama 2 0.65, Mistral 0.8, Qwen 0.85. The registered name takes the most careful of
     them, 0.9; the class by itself removes nothing. Texts of up to n_initial + n_recent tokens stay whole.
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from coldpress.errors import PressError
-from coldpress.presses.base import BasePress, ScorerPress, require_one_layer
+from coldpress.presses.base import BasePress, ScorerPress, no_scorer, require_one_layer
 from coldpress.view import LayerView, Place
 
 __all__ = ["WrapperPress", "require_choice", "require_press", "require_scorer"]
@@ -88,5 +88,4 @@ def require_press(wrapper: BasePress, press: object) -> None:
     """Raise :class:`PressError` unless ``press`` is one with scores and a budget."""
     require_one_layer(wrapper, press)
     if not isinstance(press, ScorerPress):
-        given = f"the class {press.__name__}; call it" if isinstance(press, type) else repr(press)
-        raise PressError(f"{type(wrapper).__name__} wraps a press such as SnapKVPress(0.5), got {given}.")
+        raise PressError(f"{type(wrapper).__name__} wraps a press such as SnapKVPress(0.5), got {no_scorer(press)}.")
