@@ -222,7 +222,10 @@ def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.setattr("huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr("coldpress.presses.calibrated._LOADED", {})
+    reset = getattr(huggingface_hub.utils, "reset_sessions", lambda: None)  # before 1.0, a session stays offline
+    reset()
     yield made
+    reset()
     made.server.shutdown()
     made.server.server_close()
 
