@@ -17,6 +17,8 @@ class PyramidKVPress(SnapKVPress):
     """SnapKV's scores; the first layers keep more tokens and the last ones fewer, on a straight line.
 
     The counts are those of :func:`coldpress.budget.pyramid_counts`; their total is that of SnapKV at the same ratio.
+    Where the last layer would keep fewer than window_size pairs, as it does when the mean is below beta * window_size
+    and the line is not flattened, all layers keep the same number: then this is SnapKV.
 
     Source: Cai et al. 2024, arXiv:2406.02069, equations 2 and 3; scores as in SnapKVPress. Differs from the paper: the
     mean budget follows from compression_ratio, unless budget_tokens gives it.
