@@ -50,7 +50,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compression_ratio", type=float, default=0.5)
-    parser.add_argument("--press", nargs="+", help="default: every registered press")
+    parser.add_argument("--press", nargs="+", help="default: all that need neither artefacts nor a second pass")
     parser.add_argument("--library", nargs="+", choices=LIBRARIES, help="default: both where the model allows it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path)
@@ -78,8 +78,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Run all samples; the record holds every one of them."""
     from coldpress import catalogue
 
-    calls = {info.name: info.call for info in catalogue() if info.at_prefill}
-    names = args.press or list(calls)
+    calls = {info.name: info.call for info in catalogue()}
+    in_passing = [info for info in catalogue() if info.at_prefill and not info.in_block]  # no second pass of the model
+    names = args.press or [info.name for info in in_passing if info.kind == "training-free"]
     libraries = [name for name in args.library or MODELS[args.model] if importlib.util.find_spec(name)]
     workers = {library: Worker(library, args) for library in libraries}
     try:
