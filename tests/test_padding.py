@@ -9,7 +9,7 @@ from tests.presses.others import OTHERS, WITH_RATIO, other_press
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from coldpress import BasePress, PressedCache, SnapKVPress, make_press
+from coldpress import BasePress, DMSPress, KnormPress, PressedCache, SnapKVPress, make_press
 
 QUESTION = 4
 MODELS = ["gpt_neox", "llama", "mistral"]
@@ -180,3 +180,22 @@ def test_padding_of_a_later_turn() -> None:
         for turn, answer, real in zip(turns, logits, mask[i].bool().split([20, 6, 3]), strict=True):
             expected = model(turn[i : i + 1, real], past_key_values=alone).logits[0]
             torch.testing.assert_close(answer[i, real], expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("press", [None, KnormPress(0.5), DMSPress(KnormPress(), -5.0, 4, decoding=True)])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_fork_of_a_padded_row_goes_on_without_its_padding(press: BasePress | None, side: str) -> None:
+    """One row and one token: nobody looks at the mask again, so that the fork has to know."""
+    model, ids, mask = tiny("llama"), tokens(1, 41), torch.ones(1, 41, dtype=torch.long)
+    mask[0, slice(0, 10) if side == "left" else slice(28, 40)] = 0
+    at, past = (mask.cumsum(-1) - 1).clamp(min=0), PressedCache(press)
+    source = PressedCache() if press is None else past
+    branch = source.branches([None])[0] if press is None else None
+    model(ids[:, :40], attention_mask=mask[:, :40], position_ids=at[:, :40], past_key_values=source)
+    others = [source.fork(), *([branch] if branch is not None else [])]
+    given = {"attention_mask": mask, "position_ids": at[:, 40:]}
+    expected = model(ids[:, 40:], past_key_values=source, **given).logits
+    for other in others:
+        torch.testing.assert_close(
+            model(ids[:, 40:], past_key_values=other, **given).logits, expected, atol=1e-5, rtol=0
+        )

@@ -149,6 +149,59 @@ def test_beams_and_forks() -> None:
     torch.testing.assert_close(model(rest[:1], past_key_values=other).logits, expected[0], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("attention", ["coldpress", "coldpress_eager"])
+def test_the_longest_row_may_go(attention: str) -> None:
+    """What is left is no longer than its own longest head, with and without a mask."""
+    model, ids, question = tiny("llama", attention), tokens(2, 60), tokens(1, 3, seed=5)
+    past = PressedCache(AdaKVPress(SnapKVPress(0.7, window_size=2), 0.0))
+    model(ids, past_key_values=past)
+    lengths = (past.positions(0) >= 0).sum(-1).amax(-1)
+    assert lengths[0] != lengths[1]
+    for row in range(2):
+        own, alone = past.fork(), PressedCache(past.press)
+        own.batch_select_indices(torch.tensor([row]))
+        model(ids[row : row + 1], past_key_values=alone)
+        assert own.positions(0).shape == own.layer(0).keys.shape[:3] == alone.layer(0).keys.shape[:3]
+        mask = torch.ones(1, 63, dtype=torch.long)
+        mask[0, 60] = 0
+        for mask_and_positions in ({}, {"attention_mask": mask, "position_ids": torch.tensor([[59, 60, 61]])}):
+            actual, expected = (
+                model(question, past_key_values=c.fork(), **mask_and_positions).logits for c in (own, alone)
+            )
+            torch.testing.assert_close(actual[:, 1:], expected[:, 1:], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("attention", ["coldpress", "coldpress_eager"])
+def test_beams_under_a_schedule(attention: str) -> None:
+    """Rows come and go while heads are cut back: the tokens are those of either arithmetic."""
+    press = DecodingPress(AdaKVPress(SnapKVPress(window_size=4)), compression_interval=5, target_size=20)
+    ids = tokens(1, 40)
+    found = tiny("llama", attention).generate(
+        ids, attention_mask=torch.ones_like(ids), num_beams=3, max_new_tokens=20, past_key_values=PressedCache(press)
+    )
+    assert found.shape == (1, 60)
+
+
+@pytest.mark.parametrize(
+    "press",
+    [
+        AdaKVPress(SnapKVPress(0.5, window_size=4)),
+        DMSPress(KnormPress(), threshold=-5.0, sliding_window_size=4, decoding=True),
+        DecodingPress(AdaKVPress(KnormPress()), compression_interval=2, target_size=8),
+    ],
+)
+@pytest.mark.parametrize("attention", ["coldpress", "coldpress_eager"])
+def test_with_gradients(press: BasePress, attention: str) -> None:
+    """Parameters that want gradients change nothing."""
+    model, logits = BY_NAME["gpt_neox"].build(attention).requires_grad_(True), []
+    for with_gradients in (False, True):
+        past = PressedCache(press)
+        with torch.set_grad_enabled(with_gradients):
+            pieces = (tokens(1, n, seed=i) for i, n in enumerate((40, 1, 1, 1, 3)))
+            logits.append(torch.cat([model(piece, past_key_values=past).logits for piece in pieces], dim=1))
+    torch.testing.assert_close(logits[1].detach(), logits[0], atol=1e-5, rtol=0)
+
+
 def test_compressing_again_while_decoding() -> None:
     past = PressedCache(DecodingPress(AdaKVPress(KnormPress(), 0.0), compression_interval=8, target_size=20))
     model = tiny("gpt_neox")

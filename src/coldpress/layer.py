@@ -328,6 +328,8 @@ class PressedLayer(CacheLayerMixin):
             n_pairs = branch._pairs_before
             branch.share(self)
             branch._pairs_before = branch._pairs_after = n_pairs
+        for branch in branches:
+            branch.session.has_padding = session.has_padding
         for layer in (self, *branches):
             try:
                 layer._go_on(call, padding, is_prefill)
@@ -576,10 +578,14 @@ class PressedLayer(CacheLayerMixin):
         self._recent, self._unseen = (
             tuple(part.index_select(0, rows) for part in parts) for parts in (self._recent, self._unseen)
         )
+        n_kept = None  # all that there are, or those of the longest head that is left
+        if isinstance(self._store, RaggedStore):
+            n_kept = self._store.n_first
+            self._has_gaps = self._store.has_gaps
         if self._kept is not None:
-            self._kept = self._kept.index_select(0, rows)
+            self._kept = self._kept.index_select(0, rows)[..., :n_kept]
         if self._carry is not None:
-            self._carry = self._carry.index_select(0, rows)
+            self._carry = self._carry.index_select(0, rows)[..., :n_kept]
         if self._verdicts is not None:
             self._verdicts = self._verdicts.index_rows(rows)
 

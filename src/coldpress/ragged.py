@@ -53,7 +53,17 @@ class RaggedStore:
     @property
     def n(self) -> int:
         """Slots in use, as the longest segment counts them."""
-        return max(self._n_first) + self._n_later
+        return self.n_first + self._n_later
+
+    @property
+    def n_first(self) -> int:
+        """Pairs of the longest segment, without those of later tokens."""
+        return max(self._n_first)
+
+    @property
+    def has_gaps(self) -> bool:
+        """Whether segments differ in length."""
+        return min(self._n_first) < self.n_first
 
     @property
     def device(self) -> torch.device:
@@ -72,14 +82,22 @@ class RaggedStore:
     def _padded(self, flat: Tensor) -> Tensor:
         padded = flat.new_zeros(len(self._starts), self.n, flat.shape[1])
         longest = max(self._n_first)
-        for own, start, n in zip(padded, self._starts, self._n_first, strict=True):
-            own[:n] = flat[start : start + n]
-            own[longest:] = flat[start + n : start + n + self._n_later]
+        for i, (start, n) in enumerate(zip(self._starts, self._n_first, strict=True)):
+            padded[i, :n] = flat[start : start + n]
+            padded[i, longest:] = flat[start + n : start + n + self._n_later]
         return padded.unflatten(0, (self.n_rows, self.n_heads))
 
     def tensors(self) -> tuple[Tensor, ...]:
         """What takes memory."""
         return self._k, self._v
+
+    def newest(self, n: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the last ``n`` slots."""
+        if n > self._n_later:
+            return self.keys[:, :, self.n - n :], self.values[:, :, self.n - n :]
+        at = self._ends[:, None] + torch.arange(-n, 0, device=self.device)
+        keys, values = (flat[at].unflatten(0, (self.n_rows, self.n_heads)) for flat in (self._k, self._v))
+        return keys, values
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add the pairs ``[B, Hkv, Q, D]`` of Q new tokens, in the room that each segment has for them."""

@@ -158,10 +158,10 @@ def view_of_newest(layer: PressedLayer, call: LayerCall, padding: Tensor | None)
 
     For scores that depend on nothing but their own token. With padding, ``positions`` count each row's real tokens.
     """
-    keys, values, seen = layer.keys, layer.values, layer._seen
-    assert keys is not None and values is not None
-    n = min(call.query.shape[2], keys.shape[2])
-    view = _view(layer, call, keys[:, :, -n:], values[:, :, -n:], call.query[:, :, -n:], seen - n)
+    assert layer._store is not None
+    seen, n = layer._seen, min(call.query.shape[2], layer._store.n)
+    keys, values = layer._store.newest(n)
+    view = _view(layer, call, keys, values, call.query[:, :, -n:], seen - n)
     if call.hidden_states is not None:
         view.hidden_states = call.hidden_states[:, -n:]
     if padding is not None:

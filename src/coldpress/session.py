@@ -84,8 +84,8 @@ class Session:
         self._ropes = {}  # of the next text's frequencies, should they depend on the text
 
     def follow(self, other: Session) -> None:
-        """Rotate as ``other`` does, whose pairs this session's cache holds too."""
-        self.find_model, self._ropes = other.find_model, dict(other._ropes)
+        """Take over what is known of the pairs of ``other``'s cache, which this session's cache holds too."""
+        self.find_model, self._ropes, self.has_padding = other.find_model, dict(other._ropes), other.has_padding
 
     def rope(self, module: nn.Module, device: torch.device) -> Rope | None:
         """The rotary embedding of ``module``; built once for each kind of layer."""

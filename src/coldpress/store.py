@@ -74,6 +74,10 @@ class DenseStore:
         """What takes memory."""
         return self._k, self._v
 
+    def newest(self, n: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the last ``n`` slots."""
+        return self.keys[:, :, self.n - n :], self.values[:, :, self.n - n :]
+
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add the pairs ``[B, Hkv, Q, D]`` of Q new tokens."""
         needed = self.n + keys.shape[2]
