@@ -180,3 +180,19 @@ def test_padding_of_a_later_turn() -> None:
         for turn, answer, real in zip(turns, logits, mask[i].bool().split([20, 6, 3]), strict=True):
             expected = model(turn[i : i + 1, real], past_key_values=alone).logits[0]
             torch.testing.assert_close(answer[i, real], expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("press", [None, press_of("knorm", 0.5)])
+def test_copies_of_a_single_padded_row_know_of_its_padding(press: BasePress | None) -> None:
+    """Forks and branches took the padding for text as soon as one token came alone."""
+    model, ids, mask = tiny("llama"), tokens(1, 20), torch.ones(1, 20, dtype=torch.long)
+    mask[:, :6] = 0
+    source = PressedCache()
+    (branch,) = source.branches([press])
+    alone = PressedCache(press)
+    for past in (source, alone):
+        model(ids, attention_mask=mask, past_key_values=past)
+    mask = torch.cat([mask, torch.ones(1, 1, dtype=torch.long)], dim=1)
+    caches = [alone.fork(), branch.fork(), branch, alone]
+    answers = [model(tokens(1, 1, seed=3), attention_mask=mask, past_key_values=past).logits for past in caches]
+    assert all(torch.equal(answer, answers[-1]) for answer in answers)

@@ -84,7 +84,8 @@ class Session:
         self._ropes = {}  # of the next text's frequencies, should they depend on the text
 
     def follow(self, other: Session) -> None:
-        """Rotate as ``other`` does, whose pairs this session's cache holds too."""
+        """Rotate as ``other`` does, whose pairs this session's cache holds too, and know of its padding."""
+        self.has_padding = other.has_padding
         self.find_model, self._ropes = other.find_model, dict(other._ropes)
 
     def rope(self, module: nn.Module, device: torch.device) -> Rope | None:
