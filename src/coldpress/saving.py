@@ -30,7 +30,7 @@ from coldpress.store import DenseStore
 from coldpress.thin import ThinStore
 from coldpress.verdicts import Verdicts
 
-__all__ = ["FORMAT", "load_cache", "save_cache"]
+__all__ = ["FORMAT", "load_cache", "require_file", "save_cache"]
 
 FORMAT = 1  # goes up when an older coldpress would misread a newer file
 _STORES: dict[str, type[DenseStore] | type[RaggedStore]] = {
@@ -97,8 +97,7 @@ def load_cache(path: str | Path, model: PreTrainedModel, check_model: bool) -> P
     """See :meth:`coldpress.PressedCache.load`."""
     path = Path(path).expanduser()
     again = "compress the context again and save it"
-    if not path.exists():
-        raise CacheError(f"There is no file {path}; name one that PressedCache.save wrote.")
+    require_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -122,6 +121,12 @@ def load_cache(path: str | Path, model: PreTrainedModel, check_model: bool) -> P
     if _MASK in tensors:
         cache.attention_mask = tensors[_MASK].to(model.device)
     return cache
+
+
+def require_file(path: str | Path) -> None:
+    """Raise :class:`CacheError` if there is nothing at ``path``."""
+    if not Path(path).expanduser().exists():
+        raise CacheError(f"There is no file {path}; name one that PressedCache.save or coldpress compress wrote.")
 
 
 def _said(path: Path, metadata: dict[str, str], again: str) -> dict[str, Any]:
@@ -163,7 +168,7 @@ def _check_model(path: Path, saved: dict[str, Any], own: dict[str, Any], check_m
     if saved["dtype"] != own["dtype"]:
         raise CacheError(
             f"{path} was made by a model in {saved['dtype']}, and this one is in {own['dtype']}; load the model with "
-            f"dtype=torch.{saved['dtype']}."
+            f"dtype=torch.{saved['dtype']} (coldpress ask: --dtype {saved['dtype']})."
         )
     if check_model and saved["weights"] != own["weights"]:
         raise CacheError(
