@@ -289,19 +289,20 @@ import sys
 sys.path[:0] = [{src!r}, {root!r}]
 import torch
 torch.set_num_threads(1)
-from tests.test_saving import go_on, prefilled
-from tests.contract.architectures import tiny
-from coldpress import AdaKVPress, KnormPress
-past = prefilled(AdaKVPress(KnormPress(0.5)))
-past.save({path!r}, tiny("llama"))
-torch.save(go_on(past), {path!r} + ".logits")
+from tests.contract.architectures import tiny, tokens
+from coldpress import AdaKVPress, KnormPress, PressedCache
+past, model = PressedCache(AdaKVPress(KnormPress(0.5))), tiny("llama")
+model(tokens(1, 53), past_key_values=past)
+past.save({path!r}, model)
+torch.save(model(tokens(1, 5, seed=7), past_key_values=past).logits, {path!r} + ".logits")
 """
 KILLED = """
 import sys, os
 sys.path[:0] = [{src!r}, {root!r}]
-from tests.test_saving import prefilled
-from tests.contract.architectures import tiny
-past, model = prefilled(), tiny("llama")
+from tests.contract.architectures import tiny, tokens
+from coldpress import PressedCache
+past, model = PressedCache(), tiny("llama")
+model(tokens(1, 53), past_key_values=past)
 print("ready", flush=True)
 while True:
     past.save({path!r}, model)
@@ -316,7 +317,8 @@ def test_a_file_of_another_process(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     subprocess.run([sys.executable, "-c", script(WRITER, path)], check=True, timeout=120)
     expected = torch.load(f"{path}.logits", weights_only=True)
-    assert torch.equal(go_on(PressedCache.load(path, tiny("llama"))), expected)
+    loaded = PressedCache.load(path, tiny("llama"))
+    assert torch.equal(tiny("llama")(tokens(1, 5, seed=7), past_key_values=loaded).logits, expected)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no signals of that kind")
@@ -453,6 +455,18 @@ def test_models_of_the_same_shape_are_refused_unless_one_is_sure(saved: bytes, t
         with pytest.raises(CacheError, match=f"{message}.*check_model=False"):
             PressedCache.load(path, model)
         assert PressedCache.load(path, model, check_model=False).seen_tokens == 20
+
+
+def test_a_model_is_known_whatever_its_weights_are_called_and_where_they_are(saved: bytes, tmp_path: Path) -> None:
+    """Versions of transformers name the same weights differently: GPT-NeoX's head, for one."""
+    path, model = tmp_path / "a.safetensors", BY_NAME["llama"].build()
+    path.write_bytes(saved)
+    model.model.renamed = model.model.norm
+    model.model.norm = torch.nn.Identity()
+    assert PressedCache.load(path, model).seen_tokens == 20
+    model.lm_head = model.lm_head.to("meta")  # as what is loaded only when it is needed
+    with pytest.raises(CacheError, match="other weights"):
+        PressedCache.load(path, model)
 
 
 def test_the_model_is_named(tmp_path: Path) -> None:

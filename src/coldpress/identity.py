@@ -1,4 +1,4 @@
-"""Which model this is: what a file that belongs to one model remembers of it, and what a result names it by."""
+"""Which model this is: what a file that belongs to one model remembers of it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
-__all__ = ["model_facts", "weights_fingerprint"]
+__all__ = ["model_facts"]
+
+_ELSEWHERE = ("type", "original_max_position_embeddings")  # said by another name, or beside the rotary parameters
 
 
 def model_facts(model: PreTrainedModel) -> dict[str, Any]:
@@ -16,7 +18,9 @@ def model_facts(model: PreTrainedModel) -> dict[str, Any]:
 
     Returns:
         ``name``: hub id or folder, or an empty text. ``dtype``. ``sizes``: what the shape of a cache depends on.
-        ``kind``: what else its numbers depend on, by the configuration. ``weights``: :func:`weights_fingerprint`.
+        ``kind``: what else its numbers depend on, by the configuration. ``weights``: a hash over
+        shapes and first 64 numbers of all weights, whatever device, dtype and order they are in and whatever their
+        names are, which change with transformers. It tells a model from its own fine-tuned or merged versions.
     """
     config = model.config.get_text_config(decoder=True)
     n_heads, hidden_size = config.num_attention_heads, config.hidden_size
@@ -36,22 +40,17 @@ def model_facts(model: PreTrainedModel) -> dict[str, Any]:
             "sliding_window": getattr(config, "sliding_window", None),
             "rope": _rope(config),
         },
-        "weights": weights_fingerprint(model),
+        "weights": _weights(model),
     }
 
 
-def weights_fingerprint(model: nn.Module) -> str:
-    """A hash over names, shapes and the first 64 numbers of all weights, whatever device and dtype they are in.
-
-    It tells apart two models in folders of one name, and a model from its own fine-tuned or merged versions. Weights
-    that are not in memory, because something loads them when they are needed, count with name and shape only.
-    """
-    digest = hashlib.sha256()
-    for name, weights in model.named_parameters():
-        digest.update(f"{name} {tuple(weights.shape)}".encode())
-        if not weights.is_meta:
-            digest.update(weights.detach().flatten()[:64].cpu().double().numpy().tobytes())
-    return digest.hexdigest()[:16]
+def _weights(model: nn.Module) -> str:
+    """Weights that are not in memory, because something loads them when they are needed, count by their shape only."""
+    parts = []
+    for weights in model.parameters():
+        numbers = b"" if weights.is_meta else weights.detach().flatten()[:64].cpu().double().numpy().tobytes()
+        parts.append(hashlib.sha256(f"{tuple(weights.shape)}".encode() + numbers).digest())
+    return hashlib.sha256(b"".join(sorted(parts))).hexdigest()[:16]
 
 
 def _rope(config: Any) -> Any:
@@ -71,7 +70,7 @@ def _rope(config: Any) -> Any:
 
 
 def _plain(rope: dict[str, Any]) -> dict[str, Any]:
-    """With the defaults filled in, and lists for what JSON reads back as lists."""
+    """With the defaults filled in, without what stands there in some versions only, and with lists as JSON has them."""
     kind = {"rope_type": rope.get("rope_type", rope.get("type", "default"))}
-    rest = {name: list(v) if isinstance(v, tuple) else v for name, v in rope.items() if name != "type"}
+    rest = {name: list(v) if isinstance(v, tuple) else v for name, v in rope.items() if name not in _ELSEWHERE}
     return {"partial_rotary_factor": 1.0, **rest, **kind}
