@@ -10,10 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
@@ -39,6 +40,8 @@ _STORES: dict[str, type[DenseStore] | type[RaggedStore]] = {
     "thin": ThinStore,
 }
 _MASK = "attention_mask"
+_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+_AGAIN = "compress the context again and save it"
 
 
 def save_cache(cache: PressedCache, path: str | Path, model: PreTrainedModel, attention_mask: Tensor | None) -> None:
@@ -96,20 +99,21 @@ def save_cache(cache: PressedCache, path: str | Path, model: PreTrainedModel, at
 def load_cache(path: str | Path, model: PreTrainedModel, check_model: bool) -> PressedCache:
     """See :meth:`coldpress.PressedCache.load`."""
     path = Path(path).expanduser()
-    again = "compress the context again and save it"
     require_file(path)
+    own = model_facts(model)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            said = _said(path, metadata, again)
-            _check_model(path, said["model"], model_facts(model), check_model)
-            # copies, because what is read may be the file itself, which somebody may write to
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 -- no iterator
-    except (OSError, SafetensorError, UnicodeDecodeError) as error:
+        with path.open("rb") as file:  # once, for it may be replaced at any time
+            said = _said(path, _metadata(file))
+            _check_model(path, said["model"], own, check_model)
+            file.seek(0)
+            tensors = load(file.read())
+    except CacheError:
+        raise
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise CacheError(f"{path} is damaged or no file of a saved cache ({reason}); {again}.") from error
+        raise CacheError(f"{path} is damaged or no file of a saved cache ({reason}); {_AGAIN}.") from error
     if digest_of(tensors) != said["sha256"]:
-        raise CacheError(f"{path} is damaged: its numbers are not those that were saved; {again}.")
+        raise CacheError(f"{path} is damaged: its numbers are not those that were saved; {_AGAIN}.")
     cache = PressedCache(_press(path, said["press"], model))
     session = cache.session
     session._seed, session.has_padding = said["seed"], said["has_padding"]
@@ -129,7 +133,23 @@ def require_file(path: str | Path) -> None:
         raise CacheError(f"There is no file {path}; name one that PressedCache.save or coldpress compress wrote.")
 
 
-def _said(path: Path, metadata: dict[str, str], again: str) -> dict[str, Any]:
+def _metadata(file: BinaryIO) -> dict[str, str]:
+    """The metadata in the header of a file of safetensors; nothing else of the file is looked at.
+
+    Raises:
+        ValueError: there is no such header.
+    """
+    size = int.from_bytes(file.read(8), "little")
+    if size > _MAX_HEADER_BYTES:
+        raise ValueError("it does not begin as one of safetensors does")
+    header = json.loads(file.read(size))
+    found = header.get("__metadata__") if isinstance(header, dict) else None
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        return {}
+    return found
+
+
+def _said(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
     """What a file says of its cache.
 
     Raises:
@@ -137,14 +157,14 @@ def _said(path: Path, metadata: dict[str, str], again: str) -> dict[str, Any]:
     """
     kind, _, version = metadata.get("format", "").rpartition(" ")
     if kind != "coldpress cache" or not {"cache", "sha256"} <= metadata.keys():
-        raise CacheError(f"{path} is damaged or holds no cache that coldpress saved; name one, or {again}.")
+        raise CacheError(f"{path} is damaged or holds no cache that coldpress saved; name one, or {_AGAIN}.")
     if version != str(FORMAT):
         raise CacheError(
             f"{path} is of format {version}, and coldpress {coldpress.__version__} reads format {FORMAT}; install the "
-            f"coldpress that wrote it, or {again}."
+            f"coldpress that wrote it, or {_AGAIN}."
         )
     if _digest(metadata["cache"]) != metadata["sha256"]:
-        raise CacheError(f"{path} is damaged: what it says of the cache is not what was saved; {again}.")
+        raise CacheError(f"{path} is damaged: what it says of the cache is not what was saved; {_AGAIN}.")
     found: dict[str, Any] = json.loads(metadata["cache"])
     return found
 
