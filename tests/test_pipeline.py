@@ -30,6 +30,7 @@ from transformers.generation.streamers import BaseStreamer
 import coldpress
 from coldpress import (
     AdaKVPress,
+    BasePress,
     ChunkPress,
     ComposedPress,
     DecodingPress,
@@ -202,6 +203,47 @@ def test_a_cache_is_used_again_and_goes_on(pipe: KVPressTextGenerationPipeline) 
     pipe(CONTEXT, questions=[], cache=other)
     assert pipe(" More of it. ", question=QUESTIONS[1], cache=other) == second
     assert pipe(" No more. ", question=QUESTIONS[1], cache=other)["answer"]
+
+
+@pytest.mark.parametrize("press", [SnapKVPress(0.5), DecodingPress(KnormPress(), 4, 20), None])
+def test_a_cache_that_holds_the_context_is_asked_without_its_text(
+    pipe: KVPressTextGenerationPipeline, press: BasePress | None, tmp_path: Path
+) -> None:
+    expected = pipe(CONTEXT, questions=QUESTIONS, press=press)
+    cache = PressedCache(press)
+    pipe(CONTEXT, questions=[], cache=cache)
+    cache.save(tmp_path / "a.safetensors", pipe.model)
+    loaded = PressedCache.load(tmp_path / "a.safetensors", pipe.model)
+    fed = Fed(pipe.model)
+    for each in (cache, loaded):
+        assert pipe(questions=QUESTIONS, cache=each) == expected
+        assert pipe(None, question=QUESTIONS[1], cache=each, press=press)["answer"] == expected["answers"][1]
+        assert each.seen_tokens == len(encode(pipe.tokenizer, CONTEXT)[0]) + bool(pipe.tokenizer.bos_token)
+    assert encode(pipe.tokenizer, CONTEXT)[0].tolist() not in fed.ids
+    assert pipe(" More. ", question="Who?", cache=loaded) == pipe(" More. ", question="Who?", cache=cache)
+    assert loaded.seen_tokens == cache.seen_tokens
+    with pytest.raises(InputError, match="left out only with a cache= that holds one"):
+        pipe(question="Who?", cache=PressedCache(press))
+    with pytest.raises(InputError, match="no room for a question and its answer after the"):
+        pipe(question="Who?", cache=loaded, max_new_tokens=POSITIONS)
+
+
+@pytest.mark.usefixtures("given_weights")
+@pytest.mark.parametrize("name", ["qfilter", "kvzip", "kvzap"])
+def test_a_press_that_has_done_its_work_needs_nothing_of_the_model(
+    pipe: KVPressTextGenerationPipeline, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither artefacts nor weights need to be on the machine on which a compressed context is asked."""
+    cache = PressedCache(make_press(name, 0.5))
+    expected = pipe(CONTEXT, question=QUESTIONS[0], cache=cache)
+
+    def refuse(*args: Any) -> None:
+        raise PressError("it looked")
+
+    monkeypatch.setattr(type(cache.press), "prepared", refuse)
+    assert pipe(question=QUESTIONS[0], cache=cache) == expected
+    with pytest.raises(PressError, match="it looked"):
+        pipe(CONTEXT, cache=PressedCache(make_press(name, 0.5)))
 
 
 def test_a_press_and_an_empty_cache(pipe: KVPressTextGenerationPipeline) -> None:
@@ -502,6 +544,14 @@ def test_a_chat_template_puts_the_context_before_and_the_rest_after_the_question
     end = "<|end|><|assistant|>" + ("<think>" if thinking else "")
     assert decode(fed.ids[1]) == "Who? " + end + "It was"
     assert cache.seen_tokens == len(fed.ids[0])
+
+
+def test_a_context_in_a_cache_is_asked_within_its_chat_turn(chat: KVPressTextGenerationPipeline) -> None:
+    cache = PressedCache(KnormPress(0.5))
+    expected = chat(CONTEXT, question="Who?", cache=cache)
+    fed = Fed(chat.model)
+    assert chat(question="Who?", cache=cache) == expected
+    assert chat.tokenizer.decode(fed.ids[0]) == "Who?<|end|><|assistant|>"
 
 
 def test_a_context_full_of_separators_is_split_at_the_right_place(

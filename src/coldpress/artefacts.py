@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,16 @@ from torch import Tensor
 
 from coldpress.errors import OutputError, PressError
 
-__all__ = ["Artefact", "Shape", "artefact_path", "artefacts_folder", "is_hub_id", "read_artefact"]
+__all__ = [
+    "Artefact",
+    "Shape",
+    "artefact_path",
+    "artefacts_folder",
+    "digest_of",
+    "is_hub_id",
+    "read_artefact",
+    "write_whole",
+]
 
 _KEY = "coldpress"  # of our part of a file's metadata
 
@@ -86,15 +96,10 @@ class Artefact:
             OutputError: it cannot be written there.
         """
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
-        said = {"press": self.press, "facts": dict(self.facts), "sha256": _digest(tensors)}
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        said = {"press": self.press, "facts": dict(self.facts), "sha256": digest_of(tensors)}
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, part, metadata={_KEY: json.dumps(said)})
-            part.replace(path)
+            write_whole(path, tensors, {_KEY: json.dumps(said)})
         except (OSError, SafetensorError) as error:
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
             raise OutputError(f"{path} cannot be written ({error}); name another file with --output.") from error
 
 
@@ -125,7 +130,7 @@ def read_artefact(path: Path, press: str, names: Mapping[str, str]) -> Artefact:
         tensors = {ours: tensors[theirs] for theirs, ours in names.items()}
     elif said["press"] != press:
         raise PressError(f"{path} is for {said['press']}, not for {press}; {make}.")
-    elif said["sha256"] != _digest(tensors):
+    elif said["sha256"] != digest_of(tensors):
         raise PressError(f"{path} is damaged: its numbers are not those that were written; {make}.")
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise PressError(f"{path} is damaged: it holds numbers that are not finite; {make}.")
@@ -152,9 +157,34 @@ def is_hub_id(model: str) -> bool:
     return re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", model) is not None and not Path(model).exists()
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
+def write_whole(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a file of safetensors that is there whole or not at all, whenever the process ends.
+
+    Args:
+        path: the file; its folder is made if need be. What was there before stays until the new file is on disk.
+        tensors: contiguous, on the CPU.
+        metadata: goes into the header.
+
+    Raises:
+        OSError, SafetensorError: it cannot be written.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(dict(tensors), part, metadata=metadata)
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes, dtypes and numbers of tensors on the CPU."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -120,7 +120,8 @@ def _mask(native: str, *args: Any, **kwargs: Any) -> Any:
     if padding.shape[0] == 1 and n_queries == 1:
         return padding if seen > 1 and session.has_padding else None  # no device synchronisation while decoding
     has_padding = not bool(padding.all())
-    session.has_padding = has_padding
+    for own in (session, *(branch.session for branch in session.live_branches())):
+        own.has_padding = has_padding
     return padding if has_padding else None
 
 

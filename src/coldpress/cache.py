@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -19,6 +20,8 @@ from coldpress.layer import PressedLayer
 from coldpress.session import Session
 
 if TYPE_CHECKING:
+    from transformers.modeling_utils import PreTrainedModel
+
     from coldpress.presses.base import BasePress
 
 __all__ = ["PressedCache"]
@@ -42,10 +45,16 @@ class PressedCache(Cache):
     Args:
         press: what compresses the cache, or None.
 
+    Attributes:
+        attention_mask: bool ``[B, n]``, of the tokens that a loaded cache had seen when it was saved, if there was
+            padding among them: what later calls have to put before the mask of their own tokens. None otherwise.
+
     Raises:
         PressError: ``press`` is not a press.
         ModelError: at the next call, when the model runs another attention backend.
     """
+
+    attention_mask: Tensor | None = None
 
     def __init__(self, press: BasePress | None = None):
         from coldpress.presses.base import BasePress
@@ -121,6 +130,48 @@ class PressedCache(Cache):
         after = sum(layer._pairs_after for layer in self.pressed_layers())
         return 1 - after / before if before else 0.0
 
+    def save(self, path: str | Path, model: PreTrainedModel, attention_mask: Tensor | None = None) -> None:
+        """Write all that is needed to go on from here to a file; :meth:`load` reads it.
+
+        The file is as large as what the cache holds, without room to grow. It is there whole or not at all. Beside the
+        tensors it says which model and press made them; neither the text nor its tokens are in it.
+
+        Args:
+            path: the file; one that is there is replaced.
+            model: what filled the cache.
+            attention_mask: ``[B, seen]``, of all tokens seen; must be given if some of them are padding.
+
+        Raises:
+            CacheError: the cache is empty or has failed, holds the states of a recurrent model, or has a press that
+                goes on while decoding and has parameters that a file cannot hold.
+            OutputError: the file cannot be written.
+        """
+        from coldpress.saving import save_cache
+
+        save_cache(self, path, model, attention_mask)
+
+    @classmethod
+    def load(cls, path: str | Path, model: PreTrainedModel, check_model: bool = True) -> PressedCache:
+        """The cache in a file that :meth:`save` wrote, on the model's devices; it goes on exactly as the saved one.
+
+        A press that goes on while decoding does so. One that has done its work is there as :attr:`press`, or None if
+        it is a class of your own that is not imported. Nothing in a file is run. (A model with "dynamic" rotary
+        scaling goes on with the frequencies of the longest text that it has read: have it read none before.)
+
+        Args:
+            path: the file.
+            model: what the cache is used with.
+            check_model: refuse another model of the same sizes: other weights (a checksum over the first numbers of
+                all of them), rotary parameters or vocabulary. Other sizes and dtypes are refused in any case.
+
+        Raises:
+            CacheError: there is no such file, it is damaged, of a newer format, or of another model.
+            PressError: its press goes on and lacks what it needs of the model.
+        """
+        from coldpress.saving import load_cache
+
+        return load_cache(path, model, check_model)
+
     def fork(self) -> PressedCache:
         """A cache that holds the same pairs and goes its own way from here.
 
@@ -129,6 +180,7 @@ class PressedCache(Cache):
         self.session.check_claimed()
         other = PressedCache(self.press)
         other.session.follow(self.session)
+        other.attention_mask = self.attention_mask
         for layer in self.layers:
             if isinstance(layer, PressedLayer):
                 other.layers.append(other.session.new_layer())
@@ -160,6 +212,7 @@ class PressedCache(Cache):
         """Forget all tokens; the next call is a prefill again."""
         super().reset()
         self.session.reset()
+        self.attention_mask = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

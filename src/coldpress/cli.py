@@ -1,4 +1,6 @@
-"""The command ``coldpress``: ppl, speed, calibrate, report, presses. Also what the scripts in evaluation/ run.
+"""The command ``coldpress``: ppl, speed, calibrate, compress, ask, report, presses.
+
+Also what the scripts in evaluation/ run.
 
 Exit codes: 0 all measured; 1 a press failed or a self-check did; 2 the input cannot work; 130 interrupted.
 """
@@ -92,6 +94,12 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     calibrate = commands.add_parser("calibrate", help="measure what a press needs of a model, on a text, and save it")
     _add_calibration_options(calibrate)
     calibrate.set_defaults(options=calibrate.options, run=_run_calibrate)
+    compress = commands.add_parser("compress", help="compress a text once and save what is left, to ask it later")
+    _add_compress_options(compress)
+    compress.set_defaults(options=compress.options, run=_run_compress)
+    ask = commands.add_parser("ask", help="ask questions about a text that coldpress compress has saved")
+    _add_ask_options(ask)
+    ask.set_defaults(options=ask.options, run=_run_ask)
     report = commands.add_parser("report", help="a table of the results in a folder")
     report.add_argument("folder", nargs="?", default="results/perplexity")
     report.set_defaults(options=report.options, run=_run_report)
@@ -102,11 +110,16 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def _add_sources(group: Any, split: str) -> None:
-    """The options that say which model, and which text."""
+def _add_model(group: Any) -> None:
     add = group.add_argument
     add("--model", help="hub id, local folder, .gguf file, or demo (default: EleutherAI/pythia-70m)")
     add("--revision", help="branch, tag or commit of the model on the hub")
+
+
+def _add_sources(group: Any, split: str) -> None:
+    """The options that say which model, and which text."""
+    _add_model(group)
+    add = group.add_argument
     add("--dataset", help="wikitext, pg19, demo, a local folder or file, or a hub id (default: wikitext)")
     add("--subset", help="configuration of the dataset, such as wikitext-103-v1")
     add("--split", help=f"split of the dataset (default: {split})")
@@ -134,6 +147,30 @@ def _add_calibration_options(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how")
     _add_machinery(how)
     how.add_argument("--output", help="file to write (default: where presses look for it, see docs/presses.md)")
+
+
+def _add_compress_options(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what is compressed")
+    _add_model(what)
+    add = what.add_argument
+    add("--text_file", required=True, help="UTF-8 file with the text")
+    add("--output", required=True, help="file to write, such as context.safetensors")
+    add("--press", default="snapkv", help="name of a press, or no_press (default: snapkv)")
+    add("--compression_ratio", type=float, help="fraction of the pairs to remove, in [0, 1) (default: 0.5)")
+    add("--budget_tokens", type=_positive, help="instead of a ratio: pairs that a head keeps, on average")
+    add("--budget_bytes", type=_positive, help="instead of a ratio: bytes of the kept pairs")
+    add("--press_args", type=_json_object, default={}, help="parameters of the press as JSON")
+    _add_machinery(parser.add_argument_group("how"))
+
+
+def _add_ask_options(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what is asked")
+    what.add_argument("file", help="what coldpress compress or PressedCache.save has written")
+    what.add_argument("question", nargs="+", help="a question; several are answered one by one")
+    _add_model(what)
+    what.add_argument("--max_new_tokens", type=_positive, default=50, help="of each answer (default: 50)")
+    what.add_argument("--any_model", action="store_true", help="take a model with other weights than the file's")
+    _add_machinery(parser.add_argument_group("how"))
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -233,6 +270,26 @@ def _run_calibrate(args: argparse.Namespace, argv: list[str], prog: str | None) 
         given["press_args"] = tuple(given["press_args"].items())
     make_artefact(CalibrationSettings(**given))
     return 0
+
+
+def _run_compress(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
+    from coldpress.asking import compress
+
+    names = ("text_file", "output", "press", "press_args", "compression_ratio", "budget_tokens", "budget_bytes")
+    compress(**{name: getattr(args, name) for name in names}, model_options=_model_options(args))
+    return 0
+
+
+def _run_ask(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
+    from coldpress.asking import ask
+
+    ask(args.file, args.question, _model_options(args), args.any_model, max_new_tokens=args.max_new_tokens)
+    return 0
+
+
+def _model_options(args: argparse.Namespace) -> dict[str, Any]:
+    given = {name: getattr(args, name) for name in ("device", "dtype", "attn_implementation", "revision")}
+    return {"name": args.model or "EleutherAI/pythia-70m"} | {k: v for k, v in given.items() if v is not None}
 
 
 def _run_report(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:

@@ -328,8 +328,6 @@ class PressedLayer(CacheLayerMixin):
             n_pairs = branch._pairs_before
             branch.share(self)
             branch._pairs_before = branch._pairs_after = n_pairs
-        for branch in branches:
-            branch.session.has_padding = session.has_padding
         for layer in (self, *branches):
             try:
                 layer._go_on(call, padding, is_prefill)

@@ -11,7 +11,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -72,8 +72,13 @@ class KVPressTextGenerationPipeline(Pipeline):
     never another question or its answer. With a chat template the context is the user's turn up to the question,
     without one it is taken as it is, after the tokenizer's beginning-of-text token if it has one.
 
+    A context that was compressed earlier, or loaded from a file, is asked without its text::
+
+        pipe(question="Who?", cache=PressedCache.load("context.safetensors", pipe.model))["answer"]
+
     Args (of a call; those of the constructor hold for every call):
-        context: a text, or a list of texts that are answered one after the other.
+        context: a text, or a list of texts that are answered one after the other; left out, or None, where the cache
+            holds the context already.
         question, questions: one question or several; none asks the model to go on with the context.
         answer_prefix: put before each answer, and not part of what is returned.
         press: what compresses the context; None keeps it whole. One that goes on while decoding (DecodingPress, or
@@ -122,13 +127,20 @@ class KVPressTextGenerationPipeline(Pipeline):
         }
         return preprocess, forward, {"is_single": questions is None}
 
-    def __call__(self, context: str | Sequence[str], **kwargs: Any) -> Any:
+    def __call__(self, context: str | Sequence[str] | None = None, **kwargs: Any) -> Any:
+        if context is None:
+            cache = {**(self._given or {}), **kwargs}.get("cache")
+            if isinstance(cache, PressedCache) and cache.seen_tokens:
+                return super().__call__("", **kwargs)
         if isinstance(context, (list, tuple)):
             if kwargs.get("cache") is not None and len(context) > 1:
                 raise CacheError("One cache holds one context: call the pipeline once for each context.")
             return [self(text, **kwargs) for text in context]
         if not isinstance(context, str) or not context:
-            raise InputError(f"The context must be a text that is not empty, or a list of such texts; got {context!r}.")
+            raise InputError(
+                f"The context must be a text that is not empty, or a list of such texts; got {context!r}. It "
+                "may be left out only with a cache= that holds one."
+            )
         return super().__call__(context, **kwargs)
 
     def preprocess(
@@ -156,6 +168,7 @@ class KVPressTextGenerationPipeline(Pipeline):
             if rendered.count(separator) != 1:
                 raise InputError("The tokenizer's chat template does not hold the user's text once, as it is.")
             before, after = rendered.split(separator)
+            before = before if context else ""  # the cache holds the beginning of the turn
 
         def encode(text: str) -> Tensor:
             ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -173,8 +186,9 @@ class KVPressTextGenerationPipeline(Pipeline):
             warnings.warn(
                 f"The context and its answer go past the {self._max_positions()} positions of the model.", stacklevel=2
             )
-        if limit < 1:
-            raise InputError(f"There is no room for a context: its maximum length would be {limit} tokens.")
+        if limit < (1 if context else 0):
+            what = "a context" if context else f"a question and its answer after the {n_earlier} tokens of the cache"
+            raise InputError(f"There is no room for {what}: the maximum length of a context would be {limit} tokens.")
         if context_ids.shape[1] > limit:
             message = f"The context is cut from {context_ids.shape[1]} to {limit} tokens (max_context_length)."
             warnings.warn(message, UserWarning, stacklevel=2)
@@ -188,22 +202,25 @@ class KVPressTextGenerationPipeline(Pipeline):
         context_ids = inputs["context_ids"].to(self.model.device)
         cache = PressedCache(press) if cache is None else cache
         earlier = cache.seen_tokens
-        press = None if press is None else press.prepared(self.model, self.tokenizer)
-        if cache.press is not None:
-            cache.session.press = cache.press.prepared(self.model, self.tokenizer)
         block: AbstractContextManager[Any]
+        is_done = earlier and (cache.press is None or not cache.press.goes_on)
+        if not is_done:  # else there is nothing that a press would need of the model
+            press = None if press is None else press.prepared(self.model, self.tokenizer)
+            if cache.press is not None:
+                cache.session.press = cache.press.prepared(self.model, self.tokenizer)
         if press is not None and cache.press != press:
             if cache.press is not None or earlier:
                 raise CacheError("The cache has another press or holds tokens; give an empty one, or no press.")
             block = press(self.model)
         else:
-            press, block = cache.press, prefilling(self.model, cache)
+            press, block = cache.press, nullcontext() if is_done else prefilling(self.model, cache)
         # The tokens of an earlier context are in the cache; generate only needs to know that they are there.
         before = torch.cat([context_ids.new_zeros(1, earlier), context_ids], 1)
         questions = [ids.to(context_ids.device) for ids in inputs["question_ids"]]
         with ExitStack() as stack:
             stack.enter_context(block)
-            self._prefill(context_ids, cache)
+            if context_ids.shape[1]:
+                self._prefill(context_ids, cache)
             if press is None or not press.goes_on:  # else it is shown what is generated too
                 stack.close()
             return [self._answer(torch.cat([before, ids], 1), cache, options) for ids in questions]

@@ -99,6 +99,34 @@ class RaggedStore:
         keys, values = (flat[at].unflatten(0, (self.n_rows, self.n_heads)) for flat in (self._k, self._v))
         return keys, values
 
+    @property
+    def room(self) -> int:
+        """Tokens that can be added before the buffers have to be copied."""
+        return 0 if self.is_borrowed or is_frozen(self._v) else self._room - self._n_later
+
+    def packed(self) -> dict[str, Tensor]:
+        """What it takes to make the store again, by name: the segments one after the other, without room to grow."""
+        spans = zip(self._starts, self._n_first, strict=True)
+        slots = [slice(start, start + n + self._n_later) for start, n in spans]
+        keys, values = (torch.cat([flat[own] for own in slots]) for flat in (self._k, self._v))
+        counts = torch.tensor(self._n_first, device=self.device).view(self.n_rows, self.n_heads)
+        return {"keys": keys, "values": values, "counts": counts}
+
+    @classmethod
+    def unpacked(cls, parts: dict[str, Tensor], room: int) -> RaggedStore:
+        """The store that was :meth:`packed`, in tensors of its own, with room for ``room`` more tokens."""
+        keys, values, counts = parts["keys"], parts["values"], parts["counts"]
+        nothing = counts.new_zeros(*counts.shape, 0, dtype=torch.bool)
+        empty = [flat.new_empty(*nothing.shape, flat.shape[1]) for flat in (keys, values)]
+        store = cls(empty[0], empty[1], nothing)
+        store._k, store._v = keys, values
+        store._n_first = counts.flatten().tolist()
+        store._n_later = (len(values) - sum(store._n_first)) // len(store._n_first)
+        store._place(store._n_later)
+        if room:
+            store._move(store._n_later + room)
+        return store
+
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add the pairs ``[B, Hkv, Q, D]`` of Q new tokens, in the room that each segment has for them."""
         n_new = keys.shape[2]

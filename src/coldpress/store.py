@@ -78,6 +78,23 @@ class DenseStore:
         """Keys and values of the last ``n`` slots."""
         return self.keys[:, :, self.n - n :], self.values[:, :, self.n - n :]
 
+    @property
+    def room(self) -> int:
+        """Tokens that can be added before the buffers have to be copied."""
+        return 0 if self.is_borrowed or is_frozen(self._v) else self._v.shape[2] - self.n
+
+    def packed(self) -> dict[str, Tensor]:
+        """What it takes to make the store again, by name, and nothing of the room to grow."""
+        return {"keys": self._k[:, :, : self.n - self.n_apart], "values": self.values}
+
+    @classmethod
+    def unpacked(cls, parts: dict[str, Tensor], room: int) -> DenseStore:
+        """The store that was :meth:`packed`, in tensors of its own, with room for ``room`` more tokens."""
+        store = cls(parts["keys"], parts["values"])
+        if room:
+            store.own(store.n + room)
+        return store
+
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add the pairs ``[B, Hkv, Q, D]`` of Q new tokens."""
         needed = self.n + keys.shape[2]

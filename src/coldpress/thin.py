@@ -97,6 +97,20 @@ class ThinStore(DenseStore):
     def tensors(self) -> tuple[Tensor, ...]:
         return *super().tensors(), *self.thin.tensors()
 
+    def packed(self) -> dict[str, Tensor]:
+        thin = self.thin
+        own = {"narrow": thin.narrow, "channels": thin.channels, "others": thin.others, "wide": thin.wide}
+        return super().packed() | own
+
+    @classmethod
+    def unpacked(cls, parts: dict[str, Tensor], room: int) -> ThinStore:
+        thin = ThinKeys(*(parts[name] for name in ("narrow", "channels", "others", "wide")))
+        store = cls(thin, parts["values"], parts["keys"].shape[3])
+        store._k = parts["keys"]
+        if room:
+            store.own(store.n + room)
+        return store
+
     def index_rows(self, rows: Tensor) -> None:
         super().index_rows(rows)
         self.thin = self.thin.index_rows(rows)

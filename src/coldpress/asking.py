@@ -1,0 +1,90 @@
+"""``coldpress compress`` and ``coldpress ask``: compress a text once, and ask it questions whenever you like."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from coldpress.cache import PressedCache
+from coldpress.errors import InputError, OutputError
+from coldpress.eval.datasets import load_corpus
+from coldpress.eval.models import LoadedModel, load_model
+from coldpress.eval.progress import note
+from coldpress.eval.results import check_writable
+from coldpress.eval.settings import check_types
+from coldpress.pipeline import KVPressTextGenerationPipeline
+from coldpress.presses.base import BUDGETS
+from coldpress.presses.registry import make_press, press_names
+from coldpress.saving import require_file
+
+__all__ = ["ask", "compress"]
+
+
+def compress(
+    text_file: str,
+    output: str,
+    press: str,
+    press_args: dict[str, Any],
+    model_options: dict[str, Any],
+    compression_ratio: float | None = None,
+    **budget: int | None,
+) -> None:
+    """Read a text, compress it, save the cache to ``output``, and say how large it is.
+
+    Args:
+        text_file: UTF-8.
+        press: a registered name.
+        press_args: its parameters.
+        model_options: of :func:`load_model`.
+        compression_ratio: 0.5 if neither it nor a budget is given, and the press has a ratio.
+        budget: ``budget_tokens`` or ``budget_bytes``, instead of a ratio.
+
+    Raises:
+        InputError: something that was asked for cannot work; before any long work.
+    """
+    budget = {name: size for name, size in budget.items() if size is not None}
+    if compression_ratio is not None and budget:
+        raise InputError(f"--compression_ratio and --{next(iter(budget))} both say how much is kept; give one of them.")
+    for name in ("compression_ratio", *BUDGETS):
+        if name in press_args:
+            raise InputError(f"--press_args cannot hold {name}; use --{name}.")
+    if compression_ratio is None:
+        compression_ratio = 0.5 if press in press_names(has_ratio=True) and not budget else 0.0
+    check_types(press, press_args)
+    cache = PressedCache(make_press(press, compression_ratio, **budget, **press_args))
+    path = Path(output).expanduser()
+    if not output.strip() or path.is_dir():
+        raise OutputError(f"--output {output!r} is no name of a file; give one such as context.safetensors.")
+    check_writable(path.parent)
+    (document,) = load_corpus("demo", text_file=text_file).documents
+    loaded = load_model(**model_options)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", UserWarning)
+        _pipeline(loaded)(document.text, questions=[], cache=cache)
+    for warning in said:
+        note(str(warning.message))
+    cache.save(path, loaded.model)
+    print(f"{path}: {cache.seen_tokens:,} tokens, {cache.achieved_ratio():.1%} removed, {path.stat().st_size:,} bytes")
+
+
+def ask(
+    file: str, questions: list[str], model_options: dict[str, Any], any_model: bool = False, **options: Any
+) -> None:
+    """Print the answer to each question about the context that is saved in ``file``.
+
+    Args:
+        model_options: of :func:`load_model`.
+        any_model: take a model with other weights than the one that made the file.
+        options: of the pipeline.
+    """
+    require_file(file)
+    loaded = load_model(**model_options)
+    cache = PressedCache.load(file, loaded.model, check_model=not any_model)
+    answers = _pipeline(loaded)(questions=questions, cache=cache, **options)["answers"]
+    for question, answer in zip(questions, answers, strict=True):
+        print(answer.strip() if len(questions) == 1 else f"{question}\n{answer.strip()}\n")
+
+
+def _pipeline(loaded: LoadedModel) -> KVPressTextGenerationPipeline:
+    return KVPressTextGenerationPipeline(model=loaded.model, tokenizer=loaded.tokenizer, device=loaded.device)

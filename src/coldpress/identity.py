@@ -1,0 +1,76 @@
+"""Which model this is: what a file that belongs to one model remembers of it."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from torch import nn
+from transformers.modeling_utils import PreTrainedModel
+
+__all__ = ["model_facts"]
+
+_ELSEWHERE = ("type", "original_max_position_embeddings")  # said by another name, or beside the rotary parameters
+
+
+def model_facts(model: PreTrainedModel) -> dict[str, Any]:
+    """What tells ``model`` from others, as JSON can hold it and in the words of no one version of transformers.
+
+    Returns:
+        ``name``: hub id or folder, or an empty text. ``dtype``. ``sizes``: what the shape of a cache depends on.
+        ``kind``: what else its numbers depend on, by the configuration. ``weights``: a hash over
+        shapes and first 64 numbers of all weights, whatever device, dtype and order they are in and whatever their
+        names are, which change with transformers. It tells a model from its own fine-tuned or merged versions.
+    """
+    config = model.config.get_text_config(decoder=True)
+    n_heads, hidden_size = config.num_attention_heads, config.hidden_size
+    return {
+        "name": getattr(model.config, "_name_or_path", "") or "",
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "sizes": {
+            "num_hidden_layers": config.num_hidden_layers,
+            "hidden_size": hidden_size,
+            "num_attention_heads": n_heads,
+            "num_key_value_heads": getattr(config, "num_key_value_heads", None) or n_heads,
+            "head_dim": getattr(config, "head_dim", None) or hidden_size // n_heads,
+        },
+        "kind": {
+            "model_type": config.model_type,
+            "vocab_size": config.vocab_size,
+            "sliding_window": getattr(config, "sliding_window", None),
+            "rope": _rope(config),
+        },
+        "weights": _weights(model),
+    }
+
+
+def _weights(model: nn.Module) -> str:
+    """Weights that are not in memory, because something loads them when they are needed, count by their shape only."""
+    parts = []
+    for weights in model.parameters():
+        numbers = b"" if weights.is_meta else weights.detach().flatten()[:64].cpu().double().numpy().tobytes()
+        parts.append(hashlib.sha256(f"{tuple(weights.shape)}".encode() + numbers).digest())
+    return hashlib.sha256(b"".join(sorted(parts))).hexdigest()[:16]
+
+
+def _rope(config: Any) -> Any:
+    """The rotary embedding's parameters; by kinds of layers where these differ. As transformers 5 has them."""
+    given = getattr(config, "rope_parameters", None)
+    if given is None:  # transformers 4
+        theta = getattr(config, "rope_theta", None)
+        if theta is None:
+            return None
+        given = {"rope_theta": theta, "partial_rotary_factor": getattr(config, "partial_rotary_factor", None) or 1.0}
+        given |= getattr(config, "rope_scaling", None) or {}
+        local = getattr(config, "rope_local_base_freq", None)
+        if local is not None:
+            given = {"full_attention": given, "sliding_attention": {"rope_theta": local}}
+    kinds = {kind: part for kind, part in given.items() if isinstance(part, dict)}
+    return {kind: _plain(part) for kind, part in kinds.items()} if kinds else _plain(given)
+
+
+def _plain(rope: dict[str, Any]) -> dict[str, Any]:
+    """With the defaults filled in, without what stands there in some versions only, and with lists as JSON has them."""
+    kind = {"rope_type": rope.get("rope_type", rope.get("type", "default"))}
+    rest = {name: list(v) if isinstance(v, tuple) else v for name, v in rope.items() if name not in _ELSEWHERE}
+    return {"partial_rotary_factor": 1.0, **rest, **kind}

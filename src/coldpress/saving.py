@@ -1,0 +1,289 @@
+"""Save a compressed cache to a file, and go on with it tomorrow, in another process, on another machine.
+
+The file is one of safetensors: tensors and a text, and nothing that is run when it is read. The text says, as JSON,
+which model and press made the cache, and how long its layers are; it holds a checksum over all tensors, and a checksum
+of its own stands beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+from transformers.modeling_utils import PreTrainedModel
+
+import coldpress
+from coldpress.artefacts import digest_of, write_whole
+from coldpress.cache import PressedCache
+from coldpress.errors import CacheError, OutputError, PressError
+from coldpress.identity import model_facts
+from coldpress.layer import PressedLayer
+from coldpress.presses.as_data import as_data, from_data
+from coldpress.presses.base import BasePress
+from coldpress.ragged import RaggedStore
+from coldpress.store import DenseStore
+from coldpress.thin import ThinStore
+from coldpress.verdicts import Verdicts
+
+__all__ = ["FORMAT", "load_cache", "require_file", "save_cache"]
+
+FORMAT = 1  # goes up when an older coldpress would misread a newer file
+_STORES: dict[str, type[DenseStore] | type[RaggedStore]] = {
+    "dense": DenseStore,
+    "ragged": RaggedStore,
+    "thin": ThinStore,
+}
+_MASK = "attention_mask"
+_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+_AGAIN = "compress the context again and save it"
+
+
+def save_cache(cache: PressedCache, path: str | Path, model: PreTrainedModel, attention_mask: Tensor | None) -> None:
+    """See :meth:`coldpress.PressedCache.save`."""
+    path, session = Path(path).expanduser(), cache.session
+    session.check_claimed()
+    layers = cache.pressed_layers()
+    if len(layers) < len(cache.layers):
+        raise CacheError("This cache holds states beside keys and values (a recurrent model's), which are not saved.")
+    seen = {layer._seen for layer in layers if layer.is_initialized}
+    if not seen:
+        raise CacheError("This cache holds no tokens, so there is nothing to save; run the prefill first.")
+    if len(seen) > 1:
+        raise CacheError("An earlier call failed half-way, so layers differ in length; reset() this cache.")
+    facts = model_facts(model)
+    if len(layers) > facts["sizes"]["num_hidden_layers"]:
+        raise CacheError(
+            f"This cache has {len(layers)} layers and the model {facts['sizes']['num_hidden_layers']}; save it with "
+            "the model that filled it."
+        )
+    tensors: dict[str, Tensor] = {}
+    about = [_pack(layer, tensors) for layer in layers]
+    if attention_mask is not None:
+        n_rows = next(layer for layer in layers if layer.is_initialized).positions().shape[0]
+        if attention_mask.shape != (n_rows, *seen):
+            raise CacheError(
+                f"attention_mask must be of all tokens that the cache has seen, {(n_rows, *seen)}, got "
+                f"{tuple(attention_mask.shape)}."
+            )
+        tensors[_MASK] = attention_mask.bool()
+    elif session.has_padding:
+        raise CacheError(
+            "The text has padding, which a cache does not know the place of; give attention_mask=, the mask "
+            f"[rows, tokens] of all {max(seen)} tokens."
+        )
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    said = json.dumps(
+        {
+            "coldpress": coldpress.__version__,
+            "model": facts,
+            "press": _of_press(cache.press),
+            "seed": session._seed,
+            "has_padding": session.has_padding,
+            "layers": about,
+            "sha256": digest_of(tensors),
+        }
+    )
+    metadata = {"format": f"coldpress cache {FORMAT}", "cache": said, "sha256": _digest(said)}
+    try:
+        write_whole(path, tensors, metadata)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"{path} cannot be written ({error}); name another file.") from error
+
+
+def load_cache(path: str | Path, model: PreTrainedModel, check_model: bool) -> PressedCache:
+    """See :meth:`coldpress.PressedCache.load`."""
+    path = Path(path).expanduser()
+    require_file(path)
+    own = model_facts(model)
+    try:
+        with path.open("rb") as file:  # once, for it may be replaced at any time
+            said = _said(path, _metadata(file))
+            _check_model(path, said["model"], own, check_model)
+            file.seek(0)
+            tensors = load(file.read())
+    except CacheError:
+        raise
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CacheError(f"{path} is damaged or no file of a saved cache ({reason}); {_AGAIN}.") from error
+    if digest_of(tensors) != said["sha256"]:
+        raise CacheError(f"{path} is damaged: its numbers are not those that were saved; {_AGAIN}.")
+    cache = PressedCache(_press(path, said["press"], model))
+    session = cache.session
+    session._seed, session.has_padding = said["seed"], said["has_padding"]
+    devices = _devices(model)
+    for index, about in enumerate(said["layers"]):
+        layer = cache.layer(index)
+        if about is not None:
+            _unpack(layer, about, tensors, devices.get(index, model.device))
+    if _MASK in tensors:
+        cache.attention_mask = tensors[_MASK].to(model.device)
+    return cache
+
+
+def require_file(path: str | Path) -> None:
+    """Raise :class:`CacheError` if there is nothing at ``path``."""
+    if not Path(path).expanduser().exists():
+        raise CacheError(f"There is no file {path}; name one that PressedCache.save or coldpress compress wrote.")
+
+
+def _metadata(file: BinaryIO) -> dict[str, str]:
+    """The metadata in the header of a file of safetensors; nothing else of the file is looked at.
+
+    Raises:
+        ValueError: there is no such header.
+    """
+    size = int.from_bytes(file.read(8), "little")
+    if size > _MAX_HEADER_BYTES:
+        raise ValueError("it does not begin as one of safetensors does")
+    header = json.loads(file.read(size))
+    found = header.get("__metadata__") if isinstance(header, dict) else None
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        return {}
+    return found
+
+
+def _said(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    """What a file says of its cache.
+
+    Raises:
+        CacheError: it is another file, a newer one, or damaged.
+    """
+    kind, _, version = metadata.get("format", "").rpartition(" ")
+    if kind != "coldpress cache" or not {"cache", "sha256"} <= metadata.keys():
+        raise CacheError(f"{path} is damaged or holds no cache that coldpress saved; name one, or {_AGAIN}.")
+    if version != str(FORMAT):
+        raise CacheError(
+            f"{path} is of format {version}, and coldpress {coldpress.__version__} reads format {FORMAT}; install the "
+            f"coldpress that wrote it, or {_AGAIN}."
+        )
+    if _digest(metadata["cache"]) != metadata["sha256"]:
+        raise CacheError(f"{path} is damaged: what it says of the cache is not what was saved; {_AGAIN}.")
+    found: dict[str, Any] = json.loads(metadata["cache"])
+    return found
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _check_model(path: Path, saved: dict[str, Any], own: dict[str, Any], check_model: bool) -> None:
+    """Raise :class:`CacheError` unless a cache of the model ``saved`` is one of the model ``own``."""
+    name = f" ({saved['name']})" if saved["name"] else ""
+    anyway = "or give check_model=False (coldpress ask: --any_model) if you are sure"
+    parts = ("sizes", "kind") if check_model else ("sizes",)
+    for part in parts:
+        for fact, value in saved[part].items():
+            if own[part].get(fact) != value:
+                raise CacheError(
+                    f"{path} is of another model{name}: its {fact} is {value}, and here it is {own[part].get(fact)}; "
+                    f"load it with the model that made it{f', {anyway}' if part == 'kind' else ''}."
+                )
+    if saved["dtype"] != own["dtype"]:
+        raise CacheError(
+            f"{path} was made by a model in {saved['dtype']}, and this one is in {own['dtype']}; load the model with "
+            f"dtype=torch.{saved['dtype']} (coldpress ask: --dtype {saved['dtype']})."
+        )
+    if check_model and saved["weights"] != own["weights"]:
+        raise CacheError(
+            f"{path} is of a model with the same sizes and other weights{name}: load it with the model and revision "
+            f"that made it, {anyway}."
+        )
+
+
+# -- presses ----------------------------------------------------------------------------------------------------------
+
+
+def _of_press(press: BasePress | None) -> dict[str, Any] | None:
+    """A press as JSON holds it; only one that still has work to do has to come back from there."""
+    if press is None:
+        return None
+    said: dict[str, Any] = {"repr": repr(press), "goes_on": press.goes_on, "data": None}
+    try:
+        data = json.loads(json.dumps(as_data(press)))
+        if from_data(data) != press:
+            raise PressError(f"{type(press).__name__} made from its parameters is another press.")
+    except PressError as error:
+        if press.goes_on:
+            raise CacheError(f"The press goes on while decoding, and cannot be saved: {error}") from error
+    else:
+        said["data"] = data
+    return said
+
+
+def _press(path: Path, said: dict[str, Any] | None, model: PreTrainedModel) -> BasePress | None:
+    """The press of a saved cache; None for one that has done its work and cannot be made here."""
+    if said is None or said["data"] is None:
+        return None
+    try:
+        press = from_data(said["data"])
+    except PressError as error:
+        if said["goes_on"]:
+            raise CacheError(f"{path} goes on being compressed by {said['repr']}: {error}") from error
+        return None
+    return press.prepared(model) if press.goes_on else press
+
+
+# -- layers -----------------------------------------------------------------------------------------------------------
+
+
+def _pack(layer: PressedLayer, tensors: dict[str, Tensor]) -> dict[str, Any] | None:
+    """Add the tensors of one layer to ``tensors``, and return the rest of it, as JSON holds it."""
+    store = layer._store
+    if store is None:
+        return None
+    parts = {f"store.{name}": tensor for name, tensor in store.packed().items()}
+    if layer._kept is not None:
+        parts["kept"] = layer._kept  # [B, Hkv, n] int32
+    if layer._carry is not None:
+        parts["carry"] = layer._carry
+    if layer._recent and layer.session.press is not None:
+        parts["recent"] = torch.cat(layer._recent, dim=2)[:, :, -layer.session.press.n_recent_queries :]
+    if layer._unseen:
+        parts["unseen"] = torch.cat(layer._unseen, dim=1)
+    if layer._verdicts is not None:
+        parts["stays"] = layer._verdicts.stays
+    tensors |= {f"layers.{layer.index}.{name}": tensor for name, tensor in parts.items()}
+    return {
+        "store": next(name for name, cls in _STORES.items() if cls is type(store)),
+        "room": store.room,
+        "seen": layer._seen,
+        "tail_start": layer._tail_start,
+        "window": layer._window,
+        "n_new": layer.n_new,
+        "pairs": [layer._pairs_before, layer._pairs_after],
+        "verdicts_end": None if layer._verdicts is None else layer._verdicts.end,
+    }
+
+
+def _unpack(layer: PressedLayer, said: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> None:
+    """Make an empty layer what the saved one was; takes its tensors out of ``tensors``."""
+    prefix = f"layers.{layer.index}."
+    names = [name for name in tensors if name.startswith(prefix)]
+    parts = {name.removeprefix(prefix): tensors.pop(name).to(device) for name in names}
+    store = {name.removeprefix("store."): part for name, part in parts.items() if name.startswith("store.")}
+    layer._store = _STORES[said["store"]].unpacked(store, said["room"])
+    layer._seen, layer._tail_start, layer._window = said["seen"], said["tail_start"], said["window"]
+    layer._kept, layer._carry = parts.get("kept"), parts.get("carry")
+    layer._has_gaps = layer._kept is not None and bool((layer._kept < 0).any())
+    layer._pairs_before, layer._pairs_after = said["pairs"]
+    layer.n_new = said["n_new"]
+    layer._recent, layer._unseen = ((parts[name],) if name in parts else () for name in ("recent", "unseen"))
+    if "stays" in parts:
+        layer._verdicts = Verdicts(parts["stays"], said["verdicts_end"])
+
+
+def _devices(model: PreTrainedModel) -> dict[int, torch.device]:
+    """Where the attention layers of ``model`` are, by their index."""
+    found = {}
+    for module in model.modules():
+        index, weight = getattr(module, "layer_idx", None), next(module.parameters(), None)
+        if isinstance(index, int) and weight is not None and not weight.is_meta:
+            found[index] = weight.device
+    return found

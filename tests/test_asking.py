@@ -1,0 +1,87 @@
+"""coldpress compress and coldpress ask: what is saved by one command is asked by another."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.test_pipeline import CONTEXT, QUESTIONS
+from tests.test_pipeline import folder as folder  # a tiny model with a tokenizer
+from transformers import pipeline
+
+from coldpress import AdaKVPress, PressedCache, SnapKVPress
+from coldpress.cli import main
+from coldpress.pipeline import TASKS
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(CONTEXT)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        try:
+            code = main([*arguments, "--model", str(folder), "--device", "cpu"])
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_what_is_compressed_is_asked(run: Run, folder: Path, tmp_path: Path) -> None:
+    given = ["--text-file", "text.txt", "--output", "a.safetensors", "--press", "adakv_snapkv"]
+    code, out, err = run("compress", *given, "--compression_ratio", "0.6")
+    size = (tmp_path / "a.safetensors").stat().st_size
+    assert code == 0 and err == ""
+    assert re.fullmatch(rf"a.safetensors: \d+ tokens, (59|60|61)\.\d% removed, {size:,} bytes\n", out)
+    pipe = pipeline(TASKS[0], model=str(folder), device="cpu", max_new_tokens=8)
+    expected = pipe(CONTEXT, questions=QUESTIONS, press=AdaKVPress(SnapKVPress(0.6)))["answers"]
+    code, out, _ = run("ask", "a.safetensors", QUESTIONS[0], "--max_new_tokens", "8")
+    assert code == 0 and out == f"{expected[0].strip()}\n"
+    code, out, _ = run("ask", "a.safetensors", *QUESTIONS, "--max_new_tokens", "8")
+    assert out == "".join(f"{q}\n{a.strip()}\n\n" for q, a in zip(QUESTIONS, expected, strict=True))
+
+
+def test_budgets_presses_without_a_ratio_and_long_texts(run: Run, folder: Path, tmp_path: Path) -> None:
+    given = ["--text_file", "text.txt", "--output", "a.safetensors"]
+    model = pipeline(TASKS[0], model=str(folder), device="cpu").model
+    for more, stored in (
+        (["--budget_tokens", "20"], 20),
+        (["--press", "simlayerkv", "--press_args", '{"lazy_threshold": 0.0, "n_recent": 12, "n_initial": 3}'], 15),
+        ([], None),
+    ):
+        assert run("compress", *given, *more)[0] == 0
+        cache = PressedCache.load("a.safetensors", model)
+        assert cache.stored_lengths()[0] == (cache.seen_tokens // 2 if stored is None else stored)
+    assert cache.press == SnapKVPress(0.5)
+    (tmp_path / "text.txt").write_text(CONTEXT * 10)
+    code, _, err = run("compress", *given)
+    assert code == 0 and "The context is cut from" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("ask nothing.safetensors Who?", "There is no file nothing.safetensors"),
+        ("ask text.txt Who?", "text.txt is damaged or no file of a saved cache"),
+        ("ask text.txt", "the following arguments are required: question"),
+        ("compress --text_file text.txt", "the following arguments are required: --output"),
+        ("compress --text_file nothing.txt --output a", "No such file"),
+        ("compress --text_file text.txt --output .", "'.' is no name of a file"),
+        ("compress --text_file text.txt --output text.txt/a", "is a file: give a folder"),
+        ("compress --text_file text.txt --output a --press snapvk", "Unknown press 'snapvk'. Did you mean 'snapkv'"),
+        ("compress --text_file text.txt --output a --compression_ratio 1", r"number in \[0, 1\)"),
+        ("compress --text_file text.txt --output a --compression_ratio 0.1 --budget_tokens 9", "both say how much"),
+        ('compress --text_file text.txt --output a --press_args {"budget_tokens":9}', "use --budget_tokens"),
+        ('compress --text_file text.txt --output a --press_args {"window_size":"9"}', "window_size must be int"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(run: Run, tmp_path: Path, arguments: str, message: str) -> None:
+    code, out, err = run(*arguments.split(" "))
+    assert code == 2 and out == "" and len(err.splitlines()) == 1 and re.search(message, err), err
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
