@@ -294,19 +294,13 @@ def _model_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def _run_report(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
     from coldpress.errors import DataError
-    from coldpress.eval.report import show
+    from coldpress.eval.report import groups, show
     from coldpress.eval.results import read_results
 
     records = read_results(Path(args.folder))
     if not records:
         raise DataError(f"{args.folder} holds no results; run coldpress ppl first, or name another folder.")
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for record in records:  # numbers of different protocols, models or texts do not share a table
-        key = tuple(
-            record.get(k) for k in ("protocol", "model", "dtype", "dataset", "subset", "text_sha256", "total_tokens")
-        )
-        groups.setdefault(key, []).append(record)
-    for group in groups.values():
+    for group in groups(records):  # numbers that were not measured alike do not share a table
         print(f"{show(group)}\n")
     return 0
 

@@ -31,14 +31,29 @@ def keeps(info: PressInfo) -> str:
 
 def traits(info: PressInfo) -> list[str]:
     """What a press can do, and what to watch for, in words."""
-    found = [
-        "has a compression ratio" if info.has_ratio else "no ratio: its own parameters say how much is kept",
-        "works while decoding" if info.decodes else "compresses the prompt only",
-    ]
+    while_decoding = "with decoding=True works" if _takes(info, "decoding") else "works"
+    found = [_ratio(info), f"{while_decoding} while decoding" if info.decodes else "compresses the prompt only"]
     found += ["heads may keep different numbers"] if info.per_head else []
     found += ["layers may keep different numbers"] if info.per_layer else []
     found += ["runs inside 'with press(model):' only"] if info.in_block else []
     return found
+
+
+def _takes(info: PressInfo, parameter: str) -> bool:
+    return any(p.name == parameter for p in info.parameters)
+
+
+def _ratio(info: PressInfo) -> str:
+    """What says how much is kept. A name has a ratio or none; a class may leave that to the presses inside it."""
+    if not info.has_ratio:
+        return "no ratio: its own parameters say how much is kept"
+    if not info.at_prefill:
+        return "has a ratio, of the text so far, and takes no budget"
+    if info.name or _takes(info, "compression_ratio"):
+        return "has a compression ratio"
+    if _takes(info, "compression_ratios"):
+        return "has a ratio for each layer, and takes no budget"
+    return f"its ratio is that of the press{'es' if _takes(info, 'presses') else ''} inside"
 
 
 def listing() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from coldpress.eval.report import describe, show, table
+from coldpress.eval.report import describe, groups, show, table
 
 ENV = {"transformers": "5.0", "torch": "2.0", "cpu": "a CPU", "threads": 2}
 RECORD: dict[str, Any] = {
@@ -82,3 +82,47 @@ def test_the_caption_names_model_text_protocol_and_machine() -> None:
 def test_the_caption_is_that_of_a_press_that_did_not_fail() -> None:
     assert "4 windows" in show([FAILED, RECORD])
     assert "windows" not in show([FAILED])
+
+
+def test_what_was_not_measured_alike_does_not_share_a_table() -> None:
+    asked = {"context_limit": 824, "max_new_tokens": 200, "repetitions": 5, "speed_decode_only": False}
+    timed = {**PRESSED, **TIMED, "settings": asked}
+    others = [
+        {**timed, "attn_implementation": "eager"},
+        {**timed, "device": "cuda:0"},
+        {**timed, "env": {**ENV, "threads": 1}},
+        {**timed, "windows": 3},
+        *({**timed, "settings": {**asked, k: v}} for k, v in (("context_limit", 64), ("max_new_tokens", 8))),
+        *({**timed, "settings": {**asked, k: v}} for k, v in (("repetitions", 1), ("speed_decode_only", True))),
+        {**timed, "settings": {**asked, "ppl_only": True}},
+    ]
+    assert groups([timed, *others]) == [[record] for record in [timed, others[3], *others[:3], *others[4:]]]
+    failed = {**FAILED, "settings": asked}
+    assert groups([failed, timed]) == [[timed, failed]]  # a press that failed has no windows
+    assert groups([failed]) == [[failed]]
+
+
+def test_a_caption_says_how_often_and_what_was_timed() -> None:
+    asked = {"max_new_tokens": 200, "repetitions": 5, "speed_decode_only": True}
+    timed = {**PRESSED, **TIMED, "settings": asked}
+    assert "824 tokens of context and 200 generated ones, 5 repetitions, decoding only;" in describe(timed)
+    timed["settings"] = {**asked, "repetitions": 1, "speed_decode_only": False, "min_new_tokens": 3}
+    assert "and up to 200 generated ones, 1 repetition;" in describe(timed)
+
+
+def test_lines_are_sorted_by_press_and_size_as_a_number() -> None:
+    tokens = [{**PRESSED, "compression_ratio": None, "budget_tokens": n} for n in (1024, 96, 256)]
+    ratios = [{**PRESSED, "compression_ratio": ratio} for ratio in (0.75, 0.5)]
+    (group,) = groups([{**PRESSED, "press": "cur"}, *tokens, *ratios, RECORD])
+    assert [(r["press"], r["compression_ratio"] or r.get("budget_tokens")) for r in group] == [
+        *(("no_press", None), ("cur", 0.5), ("knorm", 0.5), ("knorm", 0.75)),
+        *(("knorm", 96), ("knorm", 256), ("knorm", 1024)),
+    ]
+
+
+def test_the_baseline_is_named_where_it_has_no_line() -> None:
+    compared = {**PRESSED, "baseline_loss": 2.91, "baseline_ppl": 18.357}
+    said = "ΔNLL is the difference to the uncompressed cache on the same tokens: loss 2.9100, PPL 18.357."
+    assert show([compared]).endswith(f"\n\n{said}")
+    assert said not in show([RECORD, compared])
+    assert "uncompressed" not in show([RECORD])

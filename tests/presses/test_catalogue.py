@@ -9,7 +9,7 @@ import pytest
 import coldpress
 from coldpress import AdaKVPress, SnapKVPress, ThinKPress, make_press
 from coldpress.errors import PressError
-from coldpress.listing import entry, python_only
+from coldpress.listing import entry, python_only, traits
 from coldpress.presses.docstring import parse
 from coldpress.presses.registry import catalogue, find_press, press_classes
 
@@ -86,3 +86,30 @@ def test_a_name_may_change_parameters_of_the_wrapper() -> None:
 def test_an_unknown_press_is_not_found() -> None:
     with pytest.raises(PressError, match=r"Unknown press 'SnapKVPres'. Did you mean 'SnapKVPress'"):
         find_press("SnapKVPres")
+
+
+@pytest.mark.parametrize("info", press_classes(), ids=lambda info: info.class_name)
+def test_who_is_said_to_have_a_ratio_takes_one_and_a_budget(info: coldpress.presses.registry.PressInfo) -> None:
+    taken = {f.name for f in fields(getattr(coldpress, info.class_name)) if f.init}
+    says_so = "has a compression ratio" in traits(info)
+    assert says_so == ({"compression_ratio", "budget_tokens", "budget_bytes"} <= taken)
+
+
+def test_whose_ratio_it_is() -> None:
+    for name, said in {
+        "AdaKVPress": "its ratio is that of the press inside",
+        "ComposedPress": "its ratio is that of the presses inside",
+        "ThinKPress": "its ratio is that of the press inside",
+        "think": "no ratio: its own parameters say how much is kept",
+        "snap_think": "has a compression ratio",
+        "PerLayerCompressionPress": "has a ratio for each layer, and takes no budget",
+        "CompressionRatioDecodingPress": "has a ratio, of the text so far, and takes no budget",
+        "decoding_tova": "has a ratio, of the text so far, and takes no budget",
+        "DecodingPress": "no ratio: its own parameters say how much is kept",
+    }.items():
+        assert traits(find_press(name))[0] == said
+
+
+def test_dms_is_marked_as_a_press_that_may_go_on() -> None:
+    info = find_press("DMSPress")
+    assert info.decodes and traits(info)[1] == "with decoding=True works while decoding"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from coldpress.eval.memory import format_bytes
 from coldpress.presses.base import BUDGETS
 from coldpress.presses.registry import NO_PRESS
 
-__all__ = ["describe", "show", "size_of", "table"]
+__all__ = ["describe", "groups", "show", "size_of", "table"]
 
 Record = dict[str, Any]
 
@@ -126,7 +127,13 @@ def describe(record: Record) -> str:
         parts.append(f"{record['windows']} windows, {record['scored_tokens']:,} scored tokens")
     if record.get("generated_tokens"):
         context = record.get("speed_context_tokens") or record["context_tokens"]
-        parts.append(f"timed with {context:,} tokens of context and {record['generated_tokens']} generated ones")
+        settings = record.get("settings") or {}
+        may_stop = (settings.get("min_new_tokens") or sys.maxsize) < settings.get("max_new_tokens", 0)
+        n_generated = f"up to {settings['max_new_tokens']}" if may_stop else record["generated_tokens"]
+        timed = f"timed with {context:,} tokens of context and {n_generated} generated ones"
+        n = settings.get("repetitions")
+        timed += f", {n} repetition{'s' if n > 1 else ''}" if n else ""
+        parts.append(f"{timed}, decoding only" if settings.get("speed_decode_only") else timed)
     if record.get("peak_mem_kind"):
         parts.append(f"peak memory by {record['peak_mem_kind']}")
     parts.append(f"transformers {env['transformers']}, torch {env['torch']}, {env['cpu']}, {env['threads']} threads")
@@ -136,10 +143,55 @@ def describe(record: Record) -> str:
 def show(records: Sequence[Record]) -> str:
     """The records of one run as text: what they were measured on, their tables, and who removed nothing."""
     parts = [describe(next((r for r in records if r["status"] == "ok"), records[0])), table(records)]
+    parts += _baseline(records)
     whole = dict.fromkeys(r["press"] for r in records if _is_whole(r))
     if whole:
         parts.append(f"Nothing to remove, as their parameters or budgets say: {', '.join(whole)}.")
     return "\n\n".join(parts)
+
+
+def groups(records: Iterable[Record]) -> list[list[Record]]:
+    """The records that may share a table: those of which :func:`describe` says the same; each group sorted.
+
+    A press that failed has measured nothing, and stands with those that were asked for the same.
+    """
+    found: dict[tuple[Any, ...], dict[tuple[Any, ...], list[Record]]] = {}
+    for record in records:
+        outcome = () if record["status"] == "failed" else (record.get("windows"), record.get("scored_tokens"))
+        found.setdefault(_asked(record), {}).setdefault(outcome, []).append(record)
+    grouped = []
+    for outcomes in found.values():
+        failed = outcomes.pop((), [])
+        first, *rest = list(outcomes.values()) or [[]]
+        grouped += [sorted(group, key=_order) for group in ([*first, *failed], *rest)]
+    return grouped
+
+
+def _asked(record: Record) -> tuple[Any, ...]:
+    """What a caption says that is known before anything is measured."""
+    settings, env = record.get("settings") or {}, record["env"]
+    of_speed = ("context_limit", "max_new_tokens", "min_new_tokens", "repetitions", "warmup", "speed_decode_only")
+    return (
+        *(record.get(k) for k in ("protocol", "model", "num_params", "dtype", "device", "attn_implementation")),
+        *(record.get(k) for k in ("dataset", "subset", "text_sha256", "total_tokens")),
+        *(None if settings.get("ppl_only") else settings.get(k) for k in of_speed),
+        *(env[k] for k in ("transformers", "torch", "cpu", "threads")),
+    )
+
+
+def _order(record: Record) -> tuple[Any, ...]:
+    """No press before the presses, these by name; sizes as numbers, ratios before budgets."""
+    sizes = [record.get(name) for name in ("compression_ratio", *BUDGETS)]
+    return record["press"] != NO_PRESS, record["press"], [(size is None, size or 0) for size in sizes]
+
+
+def _baseline(records: Sequence[Record]) -> list[str]:
+    """What the differences are differences to, where no line of the table says it."""
+    compared = [r for r in records if r.get("delta_nll") is not None and r.get("baseline_loss") is not None]
+    if not compared or any(r["press"] == NO_PRESS and r["status"] == "ok" for r in records):
+        return []
+    loss, ppl = compared[0]["baseline_loss"], compared[0]["baseline_ppl"]
+    return [f"ΔNLL is the difference to the uncompressed cache on the same tokens: loss {loss:.4f}, PPL {ppl:.3f}."]
 
 
 def _is_whole(record: Record) -> bool:

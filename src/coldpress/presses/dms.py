@@ -46,6 +46,7 @@ class DMSPress(BasePress):
         decoding: go on evicting while tokens are generated; ``crop`` reaches back as far as the window.
     """
 
+    decodes = True
     per_head = True
     per_layer = True
 
