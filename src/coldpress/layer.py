@@ -147,7 +147,8 @@ class PressedLayer(CacheLayerMixin):
                     "sequences or beams from one prefix call cache.batch_repeat_interleave(n) first, or start with an "
                     "empty cache."
                 )
-            self._store.append(key_states, value_states)
+            is_tight = chunk is not None and not self._is_prefilled and self.session.press is not None
+            self._store.append(key_states, value_states, is_tight)  # it is cut back before the next ones come
         self._seen += key_states.shape[2]
         self._offered = (key_states, value_states) if self.is_ragged else (self._store.keys, self._store.values)
         THREAD.updated = self.session.unclaimed = self

@@ -5,9 +5,9 @@ the uncompressed model. ``PrefixRun`` prefills a context, compresses it, and sco
 is left, at their original positions. All presses share one prefill per window, the uncompressed cache scores the same
 tokens, and a number that contradicts a check is an error instead of a result.
 
-With ``chunk_tokens`` the context is prefilled in pieces and compressed after each. What the model computes of the second
-piece depends on what the press has kept of the first, so every press and ratio has a prefill of its own; the baseline,
-in the same pieces, is measured once for all of them.
+With ``chunk_tokens`` the context is prefilled in pieces and compressed after each. What the model computes of the
+second piece depends on what the press has kept of the first, so every press and ratio has a prefill of its own; the
+baseline, in the same pieces, is measured once for all of them.
 """
 
 from __future__ import annotations
@@ -147,7 +147,9 @@ class PrefixRun:
                         point.error = point.error or release(error)
         return scores
 
-    def _prefill(self, context: Tensor, presses: Sequence[BasePress]) -> tuple[PressedCache, Iterator[PressedCache]]:
+    def _prefill(
+        self, context: Tensor, presses: Sequence[BasePress | None]
+    ) -> tuple[PressedCache, Iterator[PressedCache]]:
         """The uncompressed cache of ``context [B, C]``, and that of each press.
 
         A press that fails leaves a cache that raises the error when it is used.
@@ -162,7 +164,7 @@ class PrefixRun:
         branches.reverse()
         return full, (branches.pop() for _ in presses)
 
-    def _prefill_alone(self, context: Tensor, press: BasePress) -> PressedCache:
+    def _prefill_alone(self, context: Tensor, press: BasePress | None) -> PressedCache:
         cache = PressedCache(press, self.chunk_tokens)
         try:
             with prefilling(self.model, cache):

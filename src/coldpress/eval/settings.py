@@ -98,7 +98,8 @@ def make_jobs(settings: Settings) -> list[Job]:
     """The presses to measure, in the order they were named: each at every ratio or budget, or once if it has none.
 
     ``all`` is every press that needs nothing but the model and compresses the prompt; name the calibrated, the trained
-    and the decoding ones. ``no_press`` is measured once. With ``--chunk_tokens``, ``all`` leaves out what chooses only once.
+    and the decoding ones. ``no_press`` is measured once. With ``--chunk_tokens``, ``all`` leaves out what chooses only
+    once.
 
     Raises:
         PressError: an unknown press or parameter, a ratio outside [0, 1), parameters for several presses, a budget for

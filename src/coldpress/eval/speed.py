@@ -1,10 +1,10 @@
 """Speed of prefill and decoding, with the one clock of this package.
 
-*Prefill* runs the whole context in one forward pass (in pieces with ``chunk_tokens``) and compresses it; *decode* then feeds one token at a time. TTFT
-(time to first token) runs from the start to the first generated id, compression included; TPOT (time per output token)
-is ``(total - TTFT) / (n - 1)``. Tokenisation and detokenisation are outside. The same ids go in for every press, a
-configuration is warmed up before it counts, repetitions of different presses are interleaved in a seeded random order,
-and every raw sample is kept.
+*Prefill* runs the whole context in one forward pass and compresses it, or in pieces with ``chunk_tokens``; *decode*
+then feeds one token at a time. TTFT (time to first token) runs from the start to the first generated id, compression
+included; TPOT (time per output token) is ``(total - TTFT) / (n - 1)``. Tokenisation and detokenisation are outside. The
+same ids go in for every press, a configuration is warmed up before it counts, repetitions of different presses are
+interleaved in a seeded random order, and every raw sample is kept.
 """
 
 from __future__ import annotations
