@@ -246,6 +246,18 @@ def test_a_short_first_piece_does_not_lose_the_sinks() -> None:
     assert all(head == [0, 1, 2, 3, *range(30, 51)] for layer in held(past) for head in layer)
 
 
+def test_scores_of_a_token_alone_keep_the_best_of_the_whole_prompt() -> None:
+    """In the first layer, whose keys do not depend on what was kept of earlier tokens."""
+    ids = torch.randperm(90, generator=torch.Generator().manual_seed(0))[None, :N] + 3
+    past, whole = (prefilled("llama", KnormPress(budget_tokens=14), ids, chunk) for chunk in (CHUNK, None))
+    assert held(past)[0] == held(whole)[0]
+
+
+def test_streaming_llm_keeps_what_one_piece_keeps() -> None:
+    for press in (StreamingLLMPress(budget_tokens=14), StreamingLLMPress(0.5)):  # room for the sinks
+        assert held(prefilled("llama", press, tokens(1, N))) == held(prefilled("llama", press, tokens(1, N), None))
+
+
 def test_presses_see_the_queries_of_the_piece_and_what_is_kept() -> None:
     views: list[LayerView] = []
 
