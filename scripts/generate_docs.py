@@ -7,8 +7,8 @@
 A generated part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->``. NAME is ``presses DOCUMENT`` for the
 table of presses, whose classes lead to their sections in that document, ``press sections`` for those sections,
 ``results FOLDER`` for the table of the JSON files in benchmarks/FOLDER, ``parity`` for the comparison with kvpress,
-``faults`` for the tests of kvpress's faults, or ``overhead FILE`` for the table of
-benchmarks/press_overhead/results/FILE.json.
+``faults`` for the tests of kvpress's faults, ``overhead FILE`` for the table of
+benchmarks/press_overhead/results/FILE.json, or ``chunked FILE`` for that of benchmarks/prefill_chunked.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ DOCUMENTS = (
     "docs/presses.md",
     "docs/parity.md",
     "benchmarks/press_overhead/README.md",
+    "benchmarks/prefill_chunked/README.md",
 )
 PART = re.compile(r"(<!-- generated: (?P<name>[^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -146,6 +147,16 @@ def overhead(name: str) -> str:
     return made
 
 
+def chunked(name: str) -> str:
+    """The table of a result of benchmarks/prefill_chunked, made by the script that measures it."""
+    folder = ROOT / "benchmarks" / "prefill_chunked"
+    path = folder / "results" / f"{name}.json"
+    if not path.exists():
+        return "Not measured yet."
+    made: str = runpy.run_path(str(folder / "prefill_chunked.py"))["table"](json.loads(path.read_text("utf-8")))
+    return made
+
+
 def generated(name: str) -> str:
     kind, _, argument = name.partition(" ")
     makers = {
@@ -155,6 +166,7 @@ def generated(name: str) -> str:
         "parity": parity,
         "faults": faults,
         "overhead": lambda: overhead(argument),
+        "chunked": lambda: chunked(argument),
     }
     if kind not in makers:
         raise ColdpressError(f"nothing called {name!r} is generated; there are {', '.join(makers)}")

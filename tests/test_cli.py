@@ -249,6 +249,35 @@ def test_budgets_stand_in_the_place_of_a_ratio(run: Run, capsys: pytest.CaptureF
     assert sorted(sizes) == ["0.75", "12.00 KiB", "20 tokens", "30 tokens", "96 tokens"]
 
 
+def test_prompts_in_pieces(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    pieces = ("--chunk_tokens", "20")
+    done = run("--press", "no_press", "knorm", "--budget_tokens", "24", *pieces, *QUALITY)
+    assert done.code == 0, done.err
+    assert run("--press", "knorm", "--budget_tokens", "24", *QUALITY).code == 0
+    done = run("--press", "all", *pieces, *QUALITY)
+    assert done.code == 0, done.err
+    names = {r["press"] for r in done.records}
+    assert "keydiff" in names and not {"compactor", "chunkkv", "simlayerkv"} & names
+    found = {(r["protocol"][-8:], r["kv_len_after"][0]): r for r in done.records if r["budget_tokens"] == 24}
+    assert set(found) == {("-chunk20", 24), ("T32-S128", 24)}
+    in_pieces, whole = (found[key] for key in sorted(found, key=lambda key: key[0]))
+    assert in_pieces["settings"]["chunk_tokens"] == 20 and whole["settings"]["chunk_tokens"] is None
+    assert in_pieces["ppl"] != whole["ppl"] and in_pieces["baseline_ppl"] == pytest.approx(whole["baseline_ppl"])
+    assert main(["report", str(done.folder)]) == 0
+    assert capsys.readouterr().out.count("press ") >= 2  # a table for each way of reading prompts
+
+
+def test_prompts_in_pieces_are_timed(run: Run) -> None:
+    done = run(
+        *("--press", "no_press", "knorm", "--speed_only", "--chunk_tokens", "20", "--context_limit", "64"),
+        *("--max_new_tokens", "4", "--repetitions", "1"),
+    )
+    assert done.code == 0, done.err
+    knorm = next(r for r in done.records if r["press"] == "knorm")
+    assert knorm["protocol"] == "speed-chunk20" and knorm["status"] == "ok"
+    assert knorm["kv_len_before"] == 64 and knorm["kv_len_after"] == [32, 32] and knorm["ttft_s"] > 0
+
+
 def test_the_embedded_default_needs_nothing(run: Run) -> None:
     done = run("--model", "demo", "--dataset", "demo", "--press", "knorm", *SMALL, "--max_length", "256")
     assert done.code == 0, done.err
@@ -542,6 +571,10 @@ def odd_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("--press knorm --budget_tokens 8 --budget_bytes 9", "--budget_tokens and --budget_bytes both say"),
         ("--press knorm simlayerkv --budget_tokens 8", "simlayerkv has no budget in tokens or bytes"),
         ("--press knorm --budget_tokens 0", "at least 1, got '0'"),
+        ("--press knorm --chunk_tokens 0", "at least 1, got '0'"),
+        ("--press compactor --chunk_tokens 16", "again and again.*CompactorPress"),
+        ("--press simlayerkv --chunk_tokens 16", "again and again.*SimLayerKVPress"),
+        ("--press knorm --chunk_tokens 16 --ppl_only", "add --ppl_apply_press"),
         ("--press knorm --budget_bytes 1.5", "must be an integer"),
         ("--max_new_tokens many", "must be an integer of at least 1, got 'many'"),
         ("--max_new_tokens 1", "at least 2 to time decoding"),

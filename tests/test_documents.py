@@ -67,7 +67,7 @@ def test_the_code_of_the_readmes_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 6
+    assert len(blocks) > 5
     demo = str(ROOT / "src" / "coldpress" / "assets" / "demo" / "model")
     names: dict[str, object] = {}
     for block in blocks:  # one goes on from the other

@@ -321,6 +321,22 @@ def test_schedules_answer_several_questions(pipe: KVPressTextGenerationPipeline)
     assert whole != together  # it does compress
 
 
+@pytest.mark.parametrize("given", ["cache", "press"])
+def test_a_context_in_pieces(pipe: KVPressTextGenerationPipeline, model: PreTrainedModel, given: str) -> None:
+    press, fed = KnormPress(0.5), Fed(model)
+    cache = PressedCache(press if given == "cache" else None, chunk_tokens=16)
+    answers = pipe(CONTEXT, questions=QUESTIONS, cache=cache, press=None if given == "cache" else press)["answers"]
+    n = cache.seen_tokens
+    sizes = [len(ids) for ids in fed.ids]
+    n_pieces = -(-n // 16)
+    assert sizes[:n_pieces] == [n % 16 or 16] + [16] * (n_pieces - 1) and n_pieces > 2
+    assert cache.stored_lengths() == [n // 2] * 2
+    for question, answer in zip(QUESTIONS, answers, strict=True):
+        assert pipe(CONTEXT, question=question, cache=PressedCache(press, chunk_tokens=16))["answer"] == answer
+    pipe(CONTEXT, question=QUESTIONS[0], cache=cache)  # a second context goes on from there, stored whole
+    assert cache.stored_lengths() == [n // 2 + cache.seen_tokens - n] * 2
+
+
 @pytest.mark.usefixtures("given_weights")
 @pytest.mark.parametrize("given_cache", [False, True])
 def test_a_press_that_goes_on_is_shown_what_is_generated(

@@ -149,6 +149,22 @@ def test_a_press_that_goes_on_while_decoding_goes_on(name: str, tmp_path: Path) 
     assert loaded.stored_lengths() != [n + 25 for n in before[1]]  # it has compressed since
 
 
+@pytest.mark.parametrize("n_pieces", [1, 3])
+def test_a_prompt_in_pieces_goes_on(n_pieces: int, tmp_path: Path) -> None:
+    """In the middle of the prompt as well as after it."""
+    model, ids = tiny("llama"), tokens(1, 60)
+    past = PressedCache(SnapKVPress(0.5, window_size=4), chunk_tokens=16)
+    with torch.no_grad():
+        for piece in ids.split(16, dim=1)[:n_pieces]:
+            model(piece, past_key_values=past)
+        loaded = through_a_file(past, tmp_path / "a.safetensors")
+        check_same(loaded, past)
+        for piece in ids.split(16, dim=1)[n_pieces:]:
+            assert torch.equal(*(model(piece, past_key_values=each).logits for each in (loaded, past)))
+    check_same(loaded, past)
+    assert torch.equal(go_on(loaded), go_on(past))
+
+
 def test_a_press_inside_a_block_goes_on(tmp_path: Path) -> None:
     """DMS with trained scores looks at hidden states while decoding too."""
     model, press = tiny("llama"), DecodingPress(KnormPress(), 5, 20)

@@ -8,6 +8,7 @@ from coldpress import presses
 from coldpress.attention import register as _register_backends
 from coldpress.attention import use_coldpress
 from coldpress.cache import PressedCache
+from coldpress.chunks import prefill
 from coldpress.errors import ColdpressError
 from coldpress.pipeline import KVPressTextGenerationPipeline
 from coldpress.pipeline import register as _register_tasks
@@ -121,6 +122,7 @@ __all__ = [
     "__version__",
     "catalogue",
     "make_press",
+    "prefill",
     "press_names",
     "presses",
     "use_coldpress",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from coldpress.chunks import check_chunks
 from coldpress.errors import CacheError, PressError
 from coldpress.layer import PressedLayer
 from coldpress.session import Session
@@ -39,45 +40,64 @@ class PressedCache(Cache):
     The first forward (the prefill) sees every pair; then each layer keeps what the press selects and frees the rest.
     Later tokens, of an answer or of further turns, are stored whole, at the positions they have in the text, unless the
     press goes on while decoding (:class:`coldpress.DecodingPress` and its relatives, :class:`coldpress.DMSPress` with
-    ``decoding=True``); so are all chunks but the first where ``generate(prefill_chunk_size=...)`` cuts the prompt up.
-    Without a press the cache computes what a DynamicCache does and writes new tokens into a buffer with room to grow.
+    ``decoding=True``). Without a press the cache computes what a DynamicCache does and writes new tokens into a buffer
+    with room to grow.
+
+    With ``chunk_tokens`` the prompt is read in pieces, and each layer is cut back to its budget after every one, so
+    that it never holds more than the budget and a piece, and under a budget the time is linear in the length::
+
+        cache = PressedCache(SnapKVPress(budget_tokens=2048), chunk_tokens=512)
+        model.generate(**inputs, past_key_values=cache, prefill_chunk_size=512)
+
+    :func:`coldpress.prefill` does the same for whoever calls the model. Without ``chunk_tokens`` all pieces but the
+    first are stored whole, whoever cuts the prompt up.
 
     Args:
         press: what compresses the cache, or None.
+        chunk_tokens: tokens of a prompt that a call brings at most, at least 1; None for a prompt in one call.
 
     Attributes:
         attention_mask: bool ``[B, n]``, of the tokens that a loaded cache had seen when it was saved, if there was
             padding among them: what later calls have to put before the mask of their own tokens. None otherwise.
 
     Raises:
-        PressError: ``press`` is not a press.
+        PressError: ``press`` is not a press, or cannot choose among what is left of a text that goes on.
+        CacheError: ``chunk_tokens`` is not such a number; or, at the call, a prompt is longer than a piece.
         ModelError: at the next call, when the model runs another attention backend.
     """
 
     attention_mask: Tensor | None = None
 
-    def __init__(self, press: BasePress | None = None):
+    def __init__(self, press: BasePress | None = None, *, chunk_tokens: int | None = None):
         from coldpress.presses.base import BasePress
 
         if press is not None and not isinstance(press, BasePress):
             raise PressError(f"press must be a press such as coldpress.SnapKVPress(0.5), got {press!r}.")
+        check_chunks(press, chunk_tokens)
         self.session = Session(press)
+        self.session.chunk_tokens = chunk_tokens
         super().__init__(layer_class_to_replicate=self.session.new_layer)
 
     @classmethod
     def around(cls, session: Session, layers: list[Any]) -> PressedCache:
         """Another handle on ``layers`` that are in a cache of another class already."""
-        cache = cls(session.press)
+        cache = cls()
         cache.session, cache.layers = session, layers
         return cache
 
     def __repr__(self) -> str:
-        return f"PressedCache(press={self.press!r}, seen={self.seen_tokens}, stored={self.stored_lengths()})"
+        chunks = "" if self.chunk_tokens is None else f"chunk_tokens={self.chunk_tokens}, "
+        return f"PressedCache(press={self.press!r}, {chunks}seen={self.seen_tokens}, stored={self.stored_lengths()})"
 
     @property
     def press(self) -> BasePress | None:
         """The press that compresses this cache."""
         return self.session.press
+
+    @property
+    def chunk_tokens(self) -> int | None:
+        """How many tokens of a prompt come at once at most; None where it comes whole."""
+        return self.session.chunk_tokens
 
     @property
     def seen_tokens(self) -> int:
@@ -178,7 +198,7 @@ class PressedCache(Cache):
         Nothing is copied until one of the two is written to; neither ever sees the other's later tokens.
         """
         self.session.check_claimed()
-        other = PressedCache(self.press)
+        other = PressedCache(self.press, chunk_tokens=self.chunk_tokens)
         other.session.follow(self.session)
         other.attention_mask = self.attention_mask
         for layer in self.layers:
@@ -200,8 +220,11 @@ class PressedCache(Cache):
         queries) the others get for nothing.
 
         Raises:
-            CacheError: this cache has a press or is not empty.
+            CacheError: this cache has a press, is not empty, or is filled in pieces: what the model computes of the
+                second piece depends on what each press has kept of the first.
         """
+        if self.chunk_tokens is not None:
+            raise CacheError("branches() needs a prefill in one piece; leave chunk_tokens out, or prefill each cache.")
         if self.press is not None or self.seen_tokens:
             raise CacheError("branches() needs an empty cache without a press; start from PressedCache().")
         branches = [PressedCache(press) for press in presses]

@@ -182,6 +182,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--budget_tokens", nargs="+", type=_positive, help="instead of a ratio: pairs that a head keeps, on average")
     add("--budget_bytes", nargs="+", type=_positive, help="instead of a ratio: bytes of the kept pairs of one text")
     add("--press_args", type=_json_object, help="parameters of a single press as JSON, such as '{\"window_size\": 32}'")
+    add("--chunk_tokens", type=_positive, help="read prompts in pieces of so many tokens, and compress after each")
     ppl = parser.add_argument_group("perplexity")
     add = ppl.add_argument
     add("--ppl_apply_press", action="store_true", default=None, help="score targets against the compressed context")

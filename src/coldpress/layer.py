@@ -53,6 +53,7 @@ class PressedLayer(CacheLayerMixin):
         self.session = session
         self.index = index  # in cache.layers
         self._window: int | None = None  # sliding window of a layer that forgets what is out of its reach
+        self._is_prefilled = False  # the last piece of a prompt in pieces has come
         self._clear()
 
     def _clear(self) -> None:
@@ -128,6 +129,13 @@ class PressedLayer(CacheLayerMixin):
         """
         self.session.check_claimed()
         THREAD.masks_for = None
+        chunk = self.session.chunk_tokens
+        if chunk is not None and not self._is_prefilled and key_states.shape[2] > chunk:
+            raise CacheError(
+                f"This PressedCache has chunk_tokens={chunk} and was given {key_states.shape[2]} tokens in one call, "
+                "which cannot be cut up from inside the model. Run the prompt by coldpress.prefill(model, input_ids, "
+                f"cache), or by generate(..., prefill_chunk_size={chunk})."
+            )
         if self.session.seen not in (None, self._seen):
             raise CacheError("An earlier call failed half-way, so layers differ in length; reset() this cache.")
         if self._store is None:
@@ -139,7 +147,8 @@ class PressedLayer(CacheLayerMixin):
                     "sequences or beams from one prefix call cache.batch_repeat_interleave(n) first, or start with an "
                     "empty cache."
                 )
-            self._store.append(key_states, value_states)
+            is_tight = chunk is not None and not self._is_prefilled and self.session.press is not None
+            self._store.append(key_states, value_states, is_tight)  # it is cut back before the next ones come
         self._seen += key_states.shape[2]
         self._offered = (key_states, value_states) if self.is_ragged else (self._store.keys, self._store.values)
         THREAD.updated = self.session.unclaimed = self
@@ -147,6 +156,7 @@ class PressedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything; the session's press stays."""
+        self._is_prefilled = False
         self._clear()
 
     def crop(self, max_length: int) -> None:
@@ -302,7 +312,7 @@ class PressedLayer(CacheLayerMixin):
         return self._store.attend(query, scaling)
 
     def after_attention(self, call: LayerCall, padding: Tensor | None) -> None:
-        """Compress after the first forward, or when the press says so, and free what is out of a window's reach.
+        """Compress after the prefill, or each piece of it, or when the press says so; free what no token will see.
 
         Args:
             call: what the attention function knows of this layer.
@@ -312,17 +322,22 @@ class PressedLayer(CacheLayerMixin):
         session.unclaimed = self._offered = None
         if session.look is not None:
             session.look(self, call)
-        is_prefill = self._seen == call.query.shape[2]
+        is_first = self._seen == call.query.shape[2]
+        is_prefill, is_last = self._is_prefill(call.query.shape[2])
         self._window = call.sliding_window
-        branches = [branch.layer(self.index) for branch in session.live_branches()] if is_prefill else []
+        branches = [branch.layer(self.index) for branch in session.live_branches()] if is_first else []
         groups: list[RowGroup] = []
-        if is_prefill and not call.is_local and (session.press is not None or branches):
+        if is_first and not call.is_local and (session.press is not None or branches):
             groups = RowGroup.of_prefill(self, call, padding)
+            self._count_for_budgets(groups, is_last)
         sharing = [branch for branch in branches if not branch.compress_from(self, groups)]
-        self.compress_from(self, groups)
+        if is_first:
+            self.compress_from(self, groups)
+        elif is_prefill and not call.is_local and session.press is not None:
+            self._compress_piece(session.press, call, padding, is_last)
         if call.sliding_window is not None:
             self._forget_unreachable(call.sliding_window, padding)
-        if is_prefill and isinstance(self._store, DenseStore) and self._store.is_borrowed:
+        if is_first and isinstance(self._store, DenseStore) and self._store.is_borrowed:
             self._store.own(self._store.n)
         for branch in sharing:
             n_pairs = branch._pairs_before
@@ -336,6 +351,54 @@ class PressedLayer(CacheLayerMixin):
                     raise
                 layer.session.error = error
                 traceback.clear_frames(error.__traceback__)
+
+    def _is_prefill(self, n_new: int) -> tuple[bool, bool]:
+        """Whether the newest ``n_new`` tokens belong to the prefill, and whether it ends with them.
+
+        A prompt comes in one call, unless the cache has ``chunk_tokens``. Then :func:`coldpress.prefill` says where it
+        ends; where somebody else feeds it (``generate(prefill_chunk_size=...)``), it goes on while calls bring
+        ``chunk_tokens`` tokens, a call with fewer is its last piece, and a single token is generated.
+        """
+        chunk, end, is_first = self.session.chunk_tokens, self.session.prefill_end, self._seen == n_new
+        if chunk is None:
+            return is_first, True
+        is_prefill = not self._is_prefilled and (is_first or end is not None or n_new > 1)
+        is_last = n_new < chunk if end is None else self._seen >= end
+        self._is_prefilled = not is_prefill or is_last
+        return is_prefill, is_last
+
+    def _count_for_budgets(self, groups: list[RowGroup], is_last: bool) -> None:
+        """Note in the views of a prompt in pieces what their budgets are of; the one place that says it.
+
+        A ratio is a fraction of the text so far, and a budget is what it is; both hold for each row by itself. As long
+        as more is to come, a text shorter than ``chunk_tokens`` is given the budget of a text of that length: else a
+        first piece of three tokens would lose its attention sinks to a ratio.
+        """
+        chunk = self.session.chunk_tokens
+        if chunk is None:
+            return
+        for view in (group.view for group in groups):
+            n = view.end if is_last else max(view.end, chunk)
+            view.n_counted = n if view.sliding_window is None else min(n, max(1, view.sliding_window - 1))
+
+    def _compress_piece(self, press: BasePress, call: LayerCall, padding: Tensor | None, is_last: bool) -> None:
+        """Cut back to the budget after a later piece of the prompt: what was kept and the piece are chosen from."""
+        groups = RowGroup.of_text_so_far(self, call, padding, call.query, call.hidden_states)
+        self._count_for_budgets(groups, is_last)
+        kept: list[Kept | None] = []
+        try:
+            for view in (group.view for group in groups):
+                view.n_new = view.n_queries
+                kept.append(press.compress(view) if view.n_queries else None)  # none: nothing of this row came
+        except Exception as error:
+            self.session.error = error
+            raise
+        assert self._store is not None
+        is_less = any(group.view.n_tokens < self._store.n for group in groups)  # without padding, within the window
+        if is_less or any(part is not None for part in kept):
+            self._hold(self, groups, kept, is_tight=True)
+        else:
+            self._count_pairs(call, padding)
 
     def _go_on(self, call: LayerCall, padding: Tensor | None, is_prefill: bool) -> None:
         """What a press that goes on while decoding does after a call, and with the queries that it remembers."""
@@ -455,8 +518,13 @@ class PressedLayer(CacheLayerMixin):
         self._hold(source, groups, kept)
         return True
 
-    def _hold(self, source: PressedLayer, groups: list[RowGroup], kept: list[Kept | None]) -> None:
-        """Hold what was kept of each group of rows of ``source``: all of it where that is None, but no padding."""
+    def _hold(
+        self, source: PressedLayer, groups: list[RowGroup], kept: list[Kept | None], is_tight: bool = False
+    ) -> None:
+        """Hold what was kept of each group of rows of ``source``: all of it where that is None, but no padding.
+
+        ``is_tight``: in no more memory than that takes, without the room that there was for more.
+        """
         keys, values, seen = source.keys, source.values, source._seen
         assert keys is not None and values is not None
         parts = [group.all() if part is None else part for group, part in zip(groups, kept, strict=True)]
@@ -466,10 +534,11 @@ class PressedLayer(CacheLayerMixin):
         is_whole = len(parts) == 1 and isinstance(groups[0].rows, slice)  # then there is nothing to put together
         is_whole = is_whole and _is_new(parts[0].keys, keys) and _is_new(parts[0].values, values)
         buffers = None
+        if source is self and self.was_compressed and self._store is not None and not is_tight:
+            buffers = self._store.buffers_for(longest)  # what is kept was copied out, so it may go back there
+            is_whole = is_whole and buffers is None
         if is_whole:
             buffers = parts[0].keys, parts[0].values
-        elif source is self and self.was_compressed and self._store is not None:
-            buffers = self._store.buffers_for(longest)  # what is kept was copied out, so it may go back there
         if buffers is None:
             buffers = keys.new_zeros(n_batch, n_heads, longest, dim), values.new_zeros(*p.shape, values.shape[-1])
         k, v = buffers

@@ -21,6 +21,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from coldpress.attention import use_coldpress
 from coldpress.cache import PressedCache
+from coldpress.chunks import prefill
 from coldpress.errors import CacheError, InputError, PressError, nearest
 from coldpress.presses.base import BasePress
 from coldpress.pressing import prefilling
@@ -88,7 +89,8 @@ class KVPressTextGenerationPipeline(Pipeline):
             or the model's maximum, less room for the longest question and answer.
         enable_thinking: handed to the chat template.
         cache: a PressedCache, empty or holding a compressed context of an earlier call (then ``context`` goes on from
-            there); after the call it holds the context and no answer.
+            there); after the call it holds the context and no answer. One with ``chunk_tokens`` reads the context in
+            pieces, and compresses after each.
         streamer and any option of ``generate``: passed on to it; decoding is greedy unless they say otherwise. Unknown
             options, and those that a compressed context rules out, are refused.
 
@@ -228,7 +230,10 @@ class KVPressTextGenerationPipeline(Pipeline):
     def _prefill(self, context_ids: Tensor, cache: PressedCache) -> None:
         """Run the backbone only: the vocabulary-sized logits of a long context need more memory than its cache."""
         backbone: Any = getattr(self.model, self.model.base_model_prefix, self.model)
-        backbone(input_ids=context_ids, past_key_values=cache, use_cache=True)
+        if cache.seen_tokens:
+            backbone(input_ids=context_ids, past_key_values=cache, use_cache=True)
+        else:
+            prefill(backbone, context_ids, cache)
 
     def _answer(self, ids: Tensor, cache: PressedCache, options: dict[str, Any]) -> str:
         config = copy.deepcopy(options.get("generation_config") or self.model.generation_config)

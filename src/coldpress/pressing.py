@@ -17,6 +17,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.attention import use_coldpress
 from coldpress.cache import PressedCache
+from coldpress.chunks import check_chunks
 from coldpress.errors import CacheError, PressError
 from coldpress.layer import PressedLayer
 from coldpress.presses.base import parts, require_block
@@ -225,6 +226,7 @@ def _bind(cache: Any, press: BasePress, bound: list[Session]) -> PressedCache:
         held = [layer for layer in layers if isinstance(layer, PressedLayer) and layer.is_initialized]
         if held and not any(layer.was_compressed for layer in held):
             raise CacheError("This cache holds tokens already; a press compresses during the prefill. Start empty.")
+        check_chunks(press, session.chunk_tokens)
         session.press = press
         bound.append(session)
     elif session.press != press:

@@ -127,11 +127,14 @@ class RaggedStore:
             store._move(store._n_later + room)
         return store
 
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        """Add the pairs ``[B, Hkv, Q, D]`` of Q new tokens, in the room that each segment has for them."""
+    def append(self, keys: Tensor, values: Tensor, is_tight: bool = False) -> None:
+        """Add the pairs ``[B, Hkv, Q, D]`` of Q new tokens, in the room that each segment has for them.
+
+        ``is_tight``: where it has not, make no room for more than these.
+        """
         n_new = keys.shape[2]
         if self.is_borrowed or is_frozen(self._v) or self._n_later + n_new > self._room:
-            self._move(self._n_later + n_new + self._more())
+            self._move(self._n_later + n_new + (0 if is_tight else self._more()))
         at = (self._ends[:, None] + torch.arange(n_new, device=self.device)).flatten()
         self._k[at] = keys.reshape(-1, keys.shape[3])
         self._v[at] = values.reshape(-1, values.shape[3])

@@ -112,7 +112,8 @@ class RowGroup:
                 keyed.setdefault((length, n if min(heads) > 0 else 0, new, tuple(heads)), []).append(row)
         groups = []
         for (length, n, _, heads), members in keyed.items():
-            rows, longest = torch.tensor(members, device=device), max(heads)
+            longest = max(heads)
+            rows = slice(None) if len(members) == n_batch else torch.tensor(members, device=device)
             order = (~is_held[rows]).to(torch.uint8).argsort(dim=-1, stable=True)[..., :longest]  # the held ones first
             is_ragged = min(heads) < longest
             k, v = pick(keys[rows], order), pick(values[rows], order)
@@ -188,6 +189,6 @@ def _view(layer: PressedLayer, call: LayerCall, keys: Tensor, values: Tensor, qu
     )
 
 
-def _take(states: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
+def _take(states: Tensor, rows: Tensor | slice, slots: Tensor) -> Tensor:
     """Rows ``[b]`` and their slots ``[b, n]`` of ``[B, H, T, D]``: ``[b, H, n, D]``."""
     return pick(states[rows], slots[:, None].expand(-1, states.shape[1], -1))

@@ -83,6 +83,7 @@ def save_cache(cache: PressedCache, path: str | Path, model: PreTrainedModel, at
             "coldpress": coldpress.__version__,
             "model": facts,
             "press": _of_press(cache.press),
+            "chunk_tokens": cache.chunk_tokens,
             "seed": session._seed,
             "has_padding": session.has_padding,
             "layers": about,
@@ -114,7 +115,7 @@ def load_cache(path: str | Path, model: PreTrainedModel, check_model: bool) -> P
         raise CacheError(f"{path} is damaged or no file of a saved cache ({reason}); {_AGAIN}.") from error
     if digest_of(tensors) != said["sha256"]:
         raise CacheError(f"{path} is damaged: its numbers are not those that were saved; {_AGAIN}.")
-    cache = PressedCache(_press(path, said["press"], model))
+    cache = PressedCache(_press(path, said["press"], model), chunk_tokens=said["chunk_tokens"])
     session = cache.session
     session._seed, session.has_padding = said["seed"], said["has_padding"]
     devices = _devices(model)
@@ -256,6 +257,7 @@ def _pack(layer: PressedLayer, tensors: dict[str, Tensor]) -> dict[str, Any] | N
         "seen": layer._seen,
         "tail_start": layer._tail_start,
         "window": layer._window,
+        "is_prefilled": layer._is_prefilled,
         "n_new": layer.n_new,
         "pairs": [layer._pairs_before, layer._pairs_after],
         "verdicts_end": None if layer._verdicts is None else layer._verdicts.end,
@@ -270,6 +272,7 @@ def _unpack(layer: PressedLayer, said: dict[str, Any], tensors: dict[str, Tensor
     store = {name.removeprefix("store."): part for name, part in parts.items() if name.startswith("store.")}
     layer._store = _STORES[said["store"]].unpacked(store, said["room"])
     layer._seen, layer._tail_start, layer._window = said["seen"], said["tail_start"], said["window"]
+    layer._is_prefilled = said["is_prefilled"]
     layer._kept, layer._carry = parts.get("kept"), parts.get("carry")
     layer._has_gaps = layer._kept is not None and bool((layer._kept < 0).any())
     layer._pairs_before, layer._pairs_after = said["pairs"]

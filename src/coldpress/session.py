@@ -38,6 +38,8 @@ class Session:
 
     def __init__(self, press: BasePress | None = None):
         self.press = press
+        self.chunk_tokens: int | None = None  # that the prompt comes in at most at once
+        self.prefill_end: int | None = None  # length of the prompt, while prefill() feeds it
         self.branches: list[weakref.ref[PressedCache]] = []  # caches that this one's prefill fills too
         self.unclaimed: PressedLayer | None = None
         self.error: Exception | None = None  # what the press of a branch raised during the shared prefill
@@ -78,7 +80,7 @@ class Session:
 
     def reset(self) -> None:
         self.branches = []
-        self.unclaimed = self.error = self.seen = self._seed = None
+        self.unclaimed = self.error = self.seen = self.prefill_end = self._seed = None
         self.has_padding = False
         self.token_ids = None
         self._ropes = {}  # of the next text's frequencies, should they depend on the text

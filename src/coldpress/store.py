@@ -95,11 +95,11 @@ class DenseStore:
             store.own(store.n + room)
         return store
 
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        """Add the pairs ``[B, Hkv, Q, D]`` of Q new tokens."""
+    def append(self, keys: Tensor, values: Tensor, is_tight: bool = False) -> None:
+        """Add the pairs ``[B, Hkv, Q, D]`` of Q new tokens; ``is_tight``: make no room for more than these."""
         needed = self.n + keys.shape[2]
         if self.is_borrowed or is_frozen(self._v) or needed > self._v.shape[2]:
-            self.own(room_for(needed))
+            self.own(needed if is_tight else room_for(needed))
         self._k[:, :, self.n - self.n_apart : needed - self.n_apart] = keys
         self._v[:, :, self.n : needed] = values
         self.n = needed

@@ -103,6 +103,8 @@ class LayerView:
         carried: float32 ``[B, Hkv, T]``, what the press gave each token to carry (:class:`Kept`), NaN for those that
             have come since; None if it gave nothing.
         n_new: how many tokens have come since the press was asked last; all of them at the prefill.
+        n_counted: while a prefill goes on in pieces, the length of the text that a budget is a share of
+            (:meth:`coldpress.layer.PressedLayer._pressed_piece`); else None.
         hidden_states: ``[B, n, hidden]``, what the attention layer was given for the last n tokens of the text: for all
             of it after a prefill, for those that have come since the press was asked last while decoding. None unless
             a press asks for it, and the model runs inside ``with press(model):``.
@@ -126,6 +128,7 @@ class LayerView:
     counts: Tensor | None = None
     carried: Tensor | None = None
     n_new: int | None = None
+    n_counted: int | None = None
     hidden_states: Tensor | None = None
     token_ids: Tensor | None = None
     whole: LayerView | None = None  # what a view of one head was taken from

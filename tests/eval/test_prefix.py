@@ -37,10 +37,14 @@ Result = dict[str, Any]
 
 
 def measure(
-    model: PreTrainedModel, presses: list[BasePress], documents: list[Tensor], batch_size: int = 1
+    model: PreTrainedModel,
+    presses: list[BasePress],
+    documents: list[Tensor],
+    batch_size: int = 1,
+    chunk_tokens: int | None = None,
 ) -> tuple[PrefixRun, list[Result | Exception]]:
     plans = [(ids, plan_prefix(len(ids), CONTEXT, TARGET)) for ids in documents]
-    run = PrefixRun(model, presses, plans, batch_size)
+    run = PrefixRun(model, presses, plans, batch_size, chunk_tokens)
     run.run()
     return run, [result for _, result in run.results()]
 
@@ -374,3 +378,66 @@ def test_an_interruption_within_a_window_leaves_the_windows_before_it(model: Pre
     with pytest.raises(KeyboardInterrupt):
         run.run()
     assert [only(result)["windows"] for _, result in run.results()] == [2, 2, 2, 2]
+
+
+# A context in pieces
+
+
+@torch.no_grad()
+def in_pieces(model: PreTrainedModel, press: BasePress | None, window: Tensor, chunk: int) -> float:
+    """The loss of a window's targets, with a prefill written out piece by piece."""
+    cache = PressedCache(press, chunk_tokens=chunk)
+    cache.session.prefill_end = CONTEXT
+    for stop in range(CONTEXT % chunk or chunk, CONTEXT + 1, chunk):
+        model(window[None, max(0, stop - chunk) : stop], past_key_values=cache)
+    cache.session.prefill_end = None
+    logits = model(window[None, CONTEXT:-1], past_key_values=cache).logits[0]
+    return token_nll(logits, window[CONTEXT + 1 :])
+
+
+@pytest.mark.parametrize("chunk", [8, 25])
+def test_in_pieces_every_press_has_a_prefill_of_its_own(model: PreTrainedModel, text: Tensor, chunk: int) -> None:
+    presses: list[BasePress] = [KnormPress(0.5), KnormPress(0.8), SnapKVPress(budget_tokens=20, window_size=4)]
+    presses += [AdaKVPress(SnapKVPress(0.5, window_size=4))]
+    n_prefills = 0
+
+    def count(module: Any, args: Any, kwargs: Any) -> None:
+        nonlocal n_prefills
+        n_prefills += args[0].shape[1] if args else kwargs["input_ids"].shape[1]
+
+    with torch.no_grad():
+        handle = model.register_forward_pre_hook(count, with_kwargs=True)
+        run, results = measure(model, presses, [text], 1, chunk)
+        handle.remove()
+    width = CONTEXT + TARGET
+    windows = [text[start : start + width] for start in range(0, 500 - width + 1, width)]
+    zeros = 3  # Knorm, SnapKV and AdaKV at ratio 0, in the first window only
+    per_cache, n = CONTEXT + TARGET - 1, len(windows)
+    assert n_prefills == per_cache * (n * (1 + len(presses)) + zeros) + width - 1  # and the check of the baseline
+    for press, result in zip([None, *presses], results, strict=True):
+        expected = [in_pieces(model, press, window, chunk) for window in windows]
+        assert nlls(result) == pytest.approx(expected, abs=1e-4)
+    assert [only(result)["kv_len_after"] for result in results[:4]] == [[60, 60], [30, 30], [12, 12], [20, 20]]
+    _, whole = measure(model, presses, [text])
+    assert nlls(whole[0]) == pytest.approx(nlls(results[0]), abs=1e-4)  # the baseline's text is seen whole
+    assert nlls(whole[2]) != pytest.approx(nlls(results[2]), abs=1e-3)
+    assert run.is_complete
+
+
+def test_in_pieces_batches_change_nothing(model: PreTrainedModel, text: Tensor) -> None:
+    presses: list[BasePress] = [KnormPress(0.5)]
+    (_, one), (_, four) = (measure(model, presses, [text], size, 8) for size in (1, 4))
+    assert nlls(one[1]) == pytest.approx(nlls(four[1]), abs=1e-4)
+
+
+class FailsLate(KnormPress):
+    def score(self, view: LayerView) -> Tensor:
+        if view.end == CONTEXT:
+            raise RuntimeError("not the last one")
+        return super().score(view)
+
+
+def test_in_pieces_a_press_that_fails_stops_no_other(model: PreTrainedModel, text: Tensor) -> None:
+    _, results = measure(model, [FailsLate(0.5), KnormPress(0.5)], [text], 1, 8)
+    assert isinstance(results[1], RuntimeError) and "not the last one" in str(results[1])
+    assert only(results[2])["kv_len_after"] == [30, 30]

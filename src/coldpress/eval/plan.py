@@ -27,7 +27,8 @@ class Plan:
     """What an evaluation will do.
 
     Attributes:
-        protocol: the name of the way perplexity is measured, its sizes included; ``speed`` when it is not.
+        protocol: the name of the way perplexity is measured, its sizes included; ``speed`` when it is not; ends in
+            ``-chunkN`` where prompts come in pieces.
         doc_ids: the documents that are scored, or timed when nothing is scored.
         documents: their token ids, int64 ``[N]`` each.
         total_tokens: of the whole text, after ``--limit_tokens``.
@@ -72,6 +73,8 @@ def make_plan(settings: Settings, corpus: Corpus, tokenizer: Any, max_positions:
         protocol = f"strided-L{max_length}-S{stride}"
         for _, ids in documents:
             plan_strided(len(ids), max_length, stride)  # raises what the run would raise
+    if s.chunk_tokens is not None:
+        protocol += f"-chunk{s.chunk_tokens}"
     if not s.ppl_only:
         context_ids = _timed_context(s, documents, limit)
     return Plan(

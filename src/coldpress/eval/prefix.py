@@ -4,6 +4,10 @@ Compression comes after attention, so a teacher-forced forward under a press mea
 the uncompressed model. ``PrefixRun`` prefills a context, compresses it, and scores the tokens that follow against what
 is left, at their original positions. All presses share one prefill per window, the uncompressed cache scores the same
 tokens, and a number that contradicts a check is an error instead of a result.
+
+With ``chunk_tokens`` the context is prefilled in pieces and compressed after each. What the model computes of the
+second piece depends on what the press has kept of the first, so every press and ratio has a prefill of its own; the
+baseline, in the same pieces, is measured once for all of them.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.cache import PressedCache
+from coldpress.chunks import prefill
 from coldpress.errors import SelfCheckError
 from coldpress.eval.checks import check_stored_pairs, release
 from coldpress.eval.metrics import paired_difference, perplexity, quantiles
@@ -54,6 +59,7 @@ class PrefixRun:
         presses: the points to measure; the uncompressed baseline is always measured too.
         documents: token ids, int64 ``[N]`` each, with the plan of their windows; all plans have the same sizes.
         batch_size: windows that are run together.
+        chunk_tokens: tokens of a piece of the context; None for a context in one piece.
 
     Raises:
         SelfCheckError: from :meth:`run`, when the baseline contradicts a direct forward pass or is not finite.
@@ -65,8 +71,9 @@ class PrefixRun:
         presses: Sequence[BasePress],
         documents: Sequence[tuple[Tensor, PrefixPlan]],
         batch_size: int = 1,
+        chunk_tokens: int | None = None,
     ):
-        self.model = model
+        self.model, self.chunk_tokens = model, chunk_tokens
         self.baseline = Point(None)
         self.points = [Point(press) for press in presses]
         self.plan = documents[0][1]
@@ -107,10 +114,7 @@ class PrefixRun:
         alive = [point for point in self.points if point.error is None]
         scorers = [p.press for p in alive if isinstance(p.press, BudgetPress) and p.press.exact_at_0]
         zeros = list(dict.fromkeys(press.with_ratio(0.0) for press in scorers)) if is_first else []
-        full = PressedCache()
-        branches = full.branches([*(point.press for point in alive), *zeros])
-        with prefilling(self.model, full, *branches):
-            forward(self.model, ids[:, :context], full, keep=1)  # the one prefill
+        full, branches = self._prefill(ids[:, :context], [*(point.press for point in alive), *zeros])
         if is_first:
             self._describe(self.baseline, full)
         base, reference = Scores.of(forward(self.model, inputs, full), wanted)
@@ -118,7 +122,7 @@ class PrefixRun:
             self._check_baseline(ids, base.losses)
         scores = {id(self.baseline): base}
         for point in alive:
-            branch = branches.pop(0)  # its memory is free again before the next one grows
+            branch = next(branches)  # its memory is free again before the next one grows
             try:
                 branch.get_seq_length()  # raises what the press raised
                 if is_first:
@@ -129,12 +133,12 @@ class PrefixRun:
                 point.error = release(error)
         measured: dict[Any, Tensor] = {}  # presses that keep everything share one cache, and its losses
         for zero in zeros:
-            branch = branches.pop(0)
+            branch = next(branches)
             try:
                 branch.get_seq_length()
                 states = (state for layer in branch.pressed_layers() for state in (layer.keys, layer.values))
                 held = tuple((state.data_ptr(), state.shape) for state in states if state is not None)
-                if held not in measured:
+                if held not in measured or self.chunk_tokens is not None:  # in pieces none are shared
                     measured[held] = token_losses(forward(self.model, inputs, branch), wanted).cpu()
                 self._check_zero(zero, measured[held], base.losses)
             except Exception as error:
@@ -142,6 +146,32 @@ class PrefixRun:
                     if isinstance(point.press, BudgetPress) and point.press.with_ratio(0.0) == zero:
                         point.error = point.error or release(error)
         return scores
+
+    def _prefill(
+        self, context: Tensor, presses: Sequence[BasePress | None]
+    ) -> tuple[PressedCache, Iterator[PressedCache]]:
+        """The uncompressed cache of ``context [B, C]``, and that of each press.
+
+        A press that fails leaves a cache that raises the error when it is used.
+        """
+        full = PressedCache(chunk_tokens=self.chunk_tokens)
+        if self.chunk_tokens is not None:
+            prefill(self.model, context, full)
+            return full, (self._prefill_alone(context, press) for press in presses)
+        branches = full.branches(presses)
+        with prefilling(self.model, full, *branches):
+            forward(self.model, context, full, keep=1)  # the one prefill
+        branches.reverse()
+        return full, (branches.pop() for _ in presses)
+
+    def _prefill_alone(self, context: Tensor, press: BasePress | None) -> PressedCache:
+        cache = PressedCache(press, chunk_tokens=self.chunk_tokens)
+        try:
+            with prefilling(self.model, cache):
+                prefill(self.model, context, cache)
+        except Exception as error:
+            cache.session.error = release(error)
+        return cache
 
     def _describe(self, point: Point, cache: PressedCache) -> None:
         """Sizes of one window's cache, and a fingerprint of which pairs it keeps."""

@@ -89,7 +89,7 @@ def _config(press: BasePress | None) -> dict[str, Any] | None:
 def _is_complete(run: Run, job: Job) -> bool:
     """Whether everything that was asked for this press has been measured."""
     plan = run.plan
-    is_scored = run.plain is not None or plan.protocol == "speed"
+    is_scored = run.plain is not None or plan.protocol.startswith("speed")
     if plan.windows is not None:
         is_scored = run.prefix is not None and run.prefix.is_complete
     is_timed = plan.context_ids is None

@@ -136,7 +136,8 @@ class Run:
         presses = [job.press for job in self.jobs]
         if plan.windows is not None:
             pressed = [press for press in presses if press is not None]
-            self.prefix = PrefixRun(model, pressed, list(zip(plan.documents, plan.windows, strict=True)), s.batch_size)
+            documents = list(zip(plan.documents, plan.windows, strict=True))
+            self.prefix = PrefixRun(model, pressed, documents, s.batch_size, s.chunk_tokens)
             self._timed("perplexity", self.prefix.run)
         elif plan.max_length is not None and plan.stride is not None:
             if any(press is not None for press in presses):
@@ -156,6 +157,7 @@ class Run:
                 repetitions=s.repetitions,
                 warmup=s.warmup,
                 seed=s.seed,
+                chunk_tokens=s.chunk_tokens,
             )
             self._timed("speed", self.speed.run)
 

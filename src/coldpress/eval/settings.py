@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from coldpress.budget import check_ratio
+from coldpress.chunks import can_choose_again, check_chunks
 from coldpress.errors import InputError, PressError
 from coldpress.presses.base import BUDGETS, BasePress
 from coldpress.presses.registry import NO_PRESS, make_press, parameters_of, press_names
@@ -33,6 +34,7 @@ class Settings:
     budget_tokens: tuple[int, ...] = ()
     budget_bytes: tuple[int, ...] = ()
     press_args: tuple[tuple[str, Any], ...] = ()
+    chunk_tokens: int | None = None
     ppl_apply_press: bool = False
     speed_only: bool = False
     ppl_only: bool = False
@@ -63,6 +65,11 @@ class Settings:
             object.__setattr__(self, "compression_ratio", (0.5,))
         if self.speed_only and (self.ppl_apply_press or self.ppl_only):
             raise InputError("--speed_only measures no perplexity; leave it out, or --ppl_apply_press and --ppl_only.")
+        if self.chunk_tokens is not None and not self.ppl_apply_press and self.ppl_only:
+            raise InputError(
+                "--chunk_tokens cuts up the prompt that a press compresses; --ppl_only alone has none: add "
+                "--ppl_apply_press."
+            )
         if self.ppl_only and self.speed_decode_only:
             raise InputError("--ppl_only measures no speed; leave it out, or --speed_decode_only.")
         if not self.ppl_only and self.max_new_tokens < 2:
@@ -91,7 +98,8 @@ def make_jobs(settings: Settings) -> list[Job]:
     """The presses to measure, in the order they were named: each at every ratio or budget, or once if it has none.
 
     ``all`` is every press that needs nothing but the model and compresses the prompt; name the calibrated, the trained
-    and the decoding ones. ``no_press`` is measured once.
+    and the decoding ones. ``no_press`` is measured once. With ``--chunk_tokens``, ``all`` leaves out what chooses only
+    once.
 
     Raises:
         PressError: an unknown press or parameter, a ratio outside [0, 1), parameters for several presses, a budget for
@@ -101,7 +109,7 @@ def make_jobs(settings: Settings) -> list[Job]:
         check_ratio(ratio, "--compression_ratio")
     names: list[str] = []
     for name in settings.press:
-        names += [NO_PRESS, *press_names(kind="training-free", at_prefill=True)] if name == "all" else [name]
+        names += [NO_PRESS, *_all_presses(settings)] if name == "all" else [name]
     names = list(dict.fromkeys(names))
     parameters = dict(settings.press_args)
     if parameters and len([name for name in names if name != NO_PRESS]) != 1:
@@ -122,14 +130,24 @@ def make_jobs(settings: Settings) -> list[Job]:
         if name in press_names(has_ratio=False):
             asked = budgets[0] if budgets and name in settings.press else {}  # make_press says that it has none
             jobs.append(Job(name, make_press(name, 0.0, **asked, **own)))
+            check_chunks(jobs[-1].press, settings.chunk_tokens)
             continue
         ratios = [ratio + 0.0 for ratio in settings.compression_ratio]  # 0.0 for -0.0
         mine = [Job(name, make_press(name, ratio, **own), ratio) for ratio in ratios]
         mine += [Job(name, make_press(name, 0.0, **budget, **own), **budget) for budget in budgets]
         for job in mine:
             _check_compresses(name, job.press, settings)
+            check_chunks(job.press, settings.chunk_tokens)
         jobs += mine
     return list({(job.name, job.ratio, job.budget_tokens, job.budget_bytes): job for job in jobs}.values())
+
+
+def _all_presses(settings: Settings) -> list[str]:
+    """What ``all`` means beside no_press: with ``--chunk_tokens`` those that can choose again and again."""
+    names = press_names(kind="training-free", at_prefill=True)
+    if settings.chunk_tokens is None:
+        return names
+    return [name for name in names if can_choose_again(make_press(name, 0.0))]
 
 
 def _check_compresses(name: str, press: BasePress | None, settings: Settings) -> None:

@@ -1,10 +1,10 @@
 """Speed of prefill and decoding, with the one clock of this package.
 
-*Prefill* runs the whole context in one forward pass and compresses it; *decode* then feeds one token at a time. TTFT
-(time to first token) runs from the start to the first generated id, compression included; TPOT (time per output token)
-is ``(total - TTFT) / (n - 1)``. Tokenisation and detokenisation are outside. The same ids go in for every press, a
-configuration is warmed up before it counts, repetitions of different presses are interleaved in a seeded random order,
-and every raw sample is kept.
+*Prefill* runs the whole context in one forward pass and compresses it, or in pieces with ``chunk_tokens``; *decode*
+then feeds one token at a time. TTFT (time to first token) runs from the start to the first generated id, compression
+included; TPOT (time per output token) is ``(total - TTFT) / (n - 1)``. Tokenisation and detokenisation are outside. The
+same ids go in for every press, a configuration is warmed up before it counts, repetitions of different presses are
+interleaved in a seeded random order, and every raw sample is kept.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.cache import PressedCache
+from coldpress.chunks import prefill
 from coldpress.errors import SelfCheckError
 from coldpress.eval.checks import check_stored_pairs, release
 from coldpress.eval.memory import MemoryMeter, MemoryReading
@@ -100,6 +101,7 @@ class SpeedRun:
         decode_only: leave prefill and compression out of the timed part.
         repetitions, warmup: timed rounds, and untimed ones (with few tokens) before them.
         seed: of the order of the presses within a round.
+        chunk_tokens: tokens of a piece of the context, that without a press too; None for a context in one piece.
     """
 
     def __init__(
@@ -115,6 +117,7 @@ class SpeedRun:
         repetitions: int = 5,
         warmup: int = 1,
         seed: int = 0,
+        chunk_tokens: int | None = None,
     ):
         self.model, self.context_ids = model, context_ids
         self.points = [SpeedPoint(press) for press in presses]
@@ -123,6 +126,7 @@ class SpeedRun:
         self.eos_ids, self.decode_only = tuple(eos_ids), decode_only
         self.repetitions, self.warmup = repetitions, warmup
         self.order = random.Random(seed)
+        self.chunk_tokens = chunk_tokens
 
     @property
     def device(self) -> torch.device:
@@ -205,7 +209,7 @@ class SpeedRun:
     def _generate(self, point: SpeedPoint, n_tokens: int) -> Sample:
         """Prefill, then greedy decoding of ``n_tokens`` ids; ends earlier only at an end of text that is allowed."""
         gc.collect()
-        cache = PressedCache(point.press)
+        cache = PressedCache(point.press, chunk_tokens=self.chunk_tokens)
         may_stop = self.min_new_tokens < n_tokens and bool(self.eos_ids)
         start = now_ns(self.device)
         with self._prefilled(cache) as token:
@@ -232,14 +236,17 @@ class SpeedRun:
             yield token
 
     def _next(self, ids: Tensor, cache: PressedCache, n_generated: int) -> Tensor:
-        logits = forward(self.model, ids, cache, keep=1)[:, -1]
+        if n_generated or self.chunk_tokens is None:
+            logits = forward(self.model, ids, cache, keep=1)[:, -1]
+        else:
+            logits = prefill(self.model, ids, cache).logits[:, -1]
         if n_generated < self.min_new_tokens and self.eos_ids:
             logits[:, list(self.eos_ids)] = -torch.inf
         return logits.argmax(-1, keepdim=True)
 
     def _measure_memory(self, point: SpeedPoint) -> None:
         meter = MemoryMeter(self.device)
-        cache = PressedCache(point.press)
+        cache = PressedCache(point.press, chunk_tokens=self.chunk_tokens)
         n_metered = min(self.max_new_tokens, WARMUP_TOKENS)
         with meter:
             with self._prefilled(cache) as token:

@@ -228,6 +228,8 @@ class BudgetPress(BasePress):
 
     def keep(self, view: LayerView) -> int:
         """How many pairs a head of this layer keeps, 1 <= n <= T: the mean if its heads differ."""
+        if view.n_counted is not None:  # in a prefill in pieces
+            return min(view.n_tokens, self.keep_of(view.n_counted, view.place))
         if view.positions is None:
             return self.keep_of(view.n_tokens, view.place)
         return min(view.n_tokens, self.keep_of(view.end, view.place))  # while decoding: of the text so far

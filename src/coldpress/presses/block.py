@@ -27,7 +27,7 @@ class BlockPress(WrapperPress):
 
     Source: Park et al. 2025, arXiv:2504.15364, section 3.3 (block prompt processing). Differs from the paper: the
     prompt's attention is computed at once, so evicted tokens have been seen by later ones, and memory is freed at the
-    end.
+    end; PressedCache(press, chunk_tokens=block_size) with the press inside is the paper's.
 
     Needs: what the inner press needs. Cost: of the inner press on n + block_size tokens, (T - n) / block_size times.
 

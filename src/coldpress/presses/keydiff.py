@@ -20,7 +20,7 @@ class KeyDiffPress(ScorerPress):
     score[b, h, t] = -cos(k[b, h, t], mean over s of k[b, h, s] / ||k[b, h, s]||), in float32.
 
     Source: Park et al. 2025, arXiv:2504.15364, section 3.3. Differs from the paper: applied once to the whole prompt,
-    not block by block.
+    not block by block, unless the cache has chunk_tokens.
 
     Needs: keys. Cost: O(T * D) per layer.
     """

@@ -19,8 +19,9 @@ class StreamingLLMPress(ScorerPress):
 
     score[b, h, t] = t, with the first n_sink tokens protected.
 
-    Source: Xiao et al. 2023, arXiv:2309.17453, section 3.2. Differs from the paper: applied once to the prompt, and
-    kept tokens keep their positions.
+    Source: Xiao et al. 2023, arXiv:2309.17453, section 3.2. Differs from the paper: applied once to the prompt,
+    or with chunk_tokens after each piece of it, where the paper evicts token by token; kept tokens keep their
+    positions.
 
     Needs: positions. Cost: O(T) per layer.
 

@@ -28,8 +28,8 @@ class ThinKPress(WrapperPress):
     a list of channels for each head, full keys for the last window_size pairs of each head and for all next tokens, and
     widens the keys of one layer at a time for its attention. Values stay as they are, so the bytes freed are at most
     half of key_channel_compression_ratio; ``PressedCache.kv_bytes()`` counts them. The registered names remove 0.4 of
-    the channels, as some of the paper's tables do; the class by itself removes none. ``think`` has no ratio, as the press inside it
-    keeps every pair; the ratio of ``snap_think`` is SnapKV's.
+    the channels, as some of the paper's tables do; the class by itself removes none. ``think`` has no ratio, as
+    the press inside it keeps every pair; the ratio of ``snap_think`` is SnapKV's.
 
     Source: Xu et al. 2024, arXiv:2407.21018, section 3.2 (equation 4). Differs from the paper: the number of channels
     is the same in every head. Differs from kvpress: memory is freed, and the last window_size keys stay whole, as in
