@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 from transformers.cache_utils import Cache
@@ -41,18 +41,26 @@ class PressedCache(Cache):
 
     Args:
         press: what compresses the cache, or None.
+        positions: ``"original"``: keys stay at the positions that they have in the text. ``"rerotate"``: whenever pairs
+            are evicted, the keys that stay are rotated so that they stand side by side before the next token. Then no
+            distance is longer than what is held, and with a decoding schedule a model reads on beyond the positions it
+            was trained on, in constant memory.
 
     Raises:
-        PressError: ``press`` is not a press.
-        ModelError: at the next call, when the model runs another attention backend.
+        PressError: ``press`` is not a press, or is one that cannot go with ``positions="rerotate"``.
+        ModelError: at the next call, when the model runs another attention backend, or its keys cannot be moved.
     """
 
-    def __init__(self, press: BasePress | None = None):
-        from coldpress.presses.base import BasePress
+    def __init__(self, press: BasePress | None = None, positions: Literal["original", "rerotate"] = "original"):
+        from coldpress.presses.base import BasePress, require_rerotatable
 
         if press is not None and not isinstance(press, BasePress):
             raise PressError(f"press must be a press such as coldpress.SnapKVPress(0.5), got {press!r}.")
-        self.session = Session(press)
+        if positions not in ("original", "rerotate"):
+            raise PressError(f"positions must be 'original' or 'rerotate', got {positions!r}.")
+        if positions == "rerotate" and press is not None:
+            require_rerotatable(press)
+        self.session = Session(press, positions == "rerotate")
         super().__init__(layer_class_to_replicate=self.session.new_layer)
 
     @classmethod
@@ -152,7 +160,7 @@ class PressedCache(Cache):
         """
         if self.press is not None or self.seen_tokens:
             raise CacheError("branches() needs an empty cache without a press; start from PressedCache().")
-        branches = [PressedCache(press) for press in presses]
+        branches = [PressedCache(press, "rerotate" if self.session.rerotates else "original") for press in presses]
         self.session.branches = [weakref.ref(branch) for branch in branches]
         return branches
 

@@ -36,8 +36,9 @@ THREAD = _Thread()
 class Session:
     """What the layers of one cache share: the press, and what the run has accumulated."""
 
-    def __init__(self, press: BasePress | None = None):
+    def __init__(self, press: BasePress | None = None, rerotates: bool = False):
         self.press = press
+        self.rerotates = rerotates  # keys that stay move up, so that no gaps are left between positions
         self.branches: list[weakref.ref[PressedCache]] = []  # caches that this one's prefill fills too
         self.unclaimed: PressedLayer | None = None
         self.error: Exception | None = None  # what the press of a branch raised during the shared prefill
@@ -85,6 +86,7 @@ class Session:
 
     def follow(self, other: Session) -> None:
         """Rotate as ``other`` does, whose pairs this session's cache holds too."""
+        self.rerotates = other.rerotates
         self.find_model, self._ropes = other.find_model, dict(other._ropes)
 
     def rope(self, module: nn.Module, device: torch.device) -> Rope | None:
