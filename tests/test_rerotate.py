@@ -151,7 +151,7 @@ def test_heads_of_different_length_each_stand_side_by_side(model: str) -> None:
         expected = turned(model, twin.pairs[0][0].gather(2, at), places_of(past, 0)).float()
         is_held = own >= 0
         torch.testing.assert_close(past.layer(0).keys[is_held], expected[is_held], atol=2e-4, rtol=0)
-        n_ragged += int((is_held.sum(-1).max() > is_held.sum(-1).min()))
+        n_ragged += int(is_held.sum(-1).max() > is_held.sum(-1).min())
     assert n_ragged > 10
 
 
