@@ -7,8 +7,9 @@
 A generated part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->``. NAME is ``presses DOCUMENT`` for the
 table of presses, whose classes lead to their sections in that document, ``press sections`` for those sections,
 ``results FOLDER`` for the table of the JSON files in benchmarks/FOLDER, ``parity`` for the comparison with kvpress,
-``faults`` for the tests of kvpress's faults, or ``overhead FILE`` for the table of
-benchmarks/press_overhead/results/FILE.json.
+``faults`` for the tests of kvpress's faults, ``overhead FILE`` for the table of
+benchmarks/press_overhead/results/FILE.json, or ``stream FILE``, ``far FILE`` and ``drift FILE`` for those of
+benchmarks/long_stream/results/FILE.json.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ DOCUMENTS = (
     "docs/presses.md",
     "docs/parity.md",
     "benchmarks/press_overhead/README.md",
+    "benchmarks/long_stream/README.md",
 )
 PART = re.compile(r"(<!-- generated: (?P<name>[^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -138,11 +140,11 @@ def faults() -> str:
     return "\n".join(["| fault | what kvpress does | test |", "|---|---|---|", *(line for _, line in rows)])
 
 
-def overhead(name: str) -> str:
-    """The table of a result of benchmarks/press_overhead, made by the script that measures it."""
-    folder = ROOT / "benchmarks" / "press_overhead"
+def measured(benchmark: str, script: str, name: str, *parts: str) -> str:
+    """The table of a result of benchmarks/``benchmark``, or of a part of it, made by the script that measures it."""
+    folder = ROOT / "benchmarks" / benchmark
     record = json.loads((folder / "results" / f"{name}.json").read_text(encoding="utf-8"))
-    made: str = runpy.run_path(str(folder / "press_overhead.py"))["table"](record)
+    made: str = runpy.run_path(str(folder / script))["table"](record, *parts)
     return made
 
 
@@ -154,7 +156,10 @@ def generated(name: str) -> str:
         "results": lambda: results(argument),
         "parity": parity,
         "faults": faults,
-        "overhead": lambda: overhead(argument),
+        "overhead": lambda: measured("press_overhead", "press_overhead.py", argument),
+        "stream": lambda: measured("long_stream", "long_stream.py", argument),
+        "far": lambda: measured("long_stream", "precision.py", argument, "far"),
+        "drift": lambda: measured("long_stream", "precision.py", argument, "drift"),
     }
     if kind not in makers:
         raise ColdpressError(f"nothing called {name!r} is generated; there are {', '.join(makers)}")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.contract.architectures import BY_NAME, tiny, tokens
+from tests.contract.architectures import ARCHITECTURES, BY_NAME, ROTARY_VARIANTS, tiny, tokens
 from tests.presses.views import MODELS, rotary_width
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -37,6 +37,7 @@ from coldpress.view import Kept, LayerCall, LayerView
 
 every_model = pytest.mark.parametrize("model", MODELS)
 TARGET, INTERVAL = 20, 4
+LEARNED, CHANGING = ("gpt2", "opt", "gpt_bigcode"), ("llama_dynamic", "phi3_longrope")
 
 
 def turned(model: str, states: Tensor, places: Tensor) -> Tensor:
@@ -227,11 +228,15 @@ def test_scorers_that_undo_the_rotation_go_on(inner: BasePress) -> None:
         assert torch.isfinite(read("llama", past, ids[:, start:stop])).all()
 
 
-def test_the_prompt_is_closed_up_too() -> None:
-    """As KeyRerotationPress does it."""
+ROTARY = [a.name for a in ARCHITECTURES + ROTARY_VARIANTS if a.name not in (*LEARNED, *CHANGING)]
+
+
+@pytest.mark.parametrize("name", ROTARY)
+def test_the_prompt_is_closed_up_too(name: str) -> None:
+    """As KeyRerotationPress does it, with every layout and scaling."""
     ids = tokens(2, 40)
     own, wrapped = PressedCache(KnormPress(0.6), "rerotate"), PressedCache(KeyRerotationPress(KnormPress(0.6)))
-    read("gpt_neox", own, ids), read("gpt_neox", wrapped, ids)
+    read(name, own, ids), read(name, wrapped, ids)
     for a, b in zip(own.pressed_layers(), wrapped.pressed_layers(), strict=True):
         torch.testing.assert_close(a.keys, b.keys, atol=1e-5, rtol=0)
         assert torch.equal(a.positions(), b.positions())
@@ -312,10 +317,9 @@ def test_an_unknown_word_is_refused() -> None:
         PressedCache(positions="compact")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("name", "why"), [("gpt2", "no rotary embedding"), ("llama_dynamic", "change with the length")]
-)
-def test_models_that_cannot_are_refused_at_the_first_call(name: str, why: str) -> None:
+@pytest.mark.parametrize("name", [name for name in (*LEARNED, *CHANGING) if name in BY_NAME])
+def test_models_that_cannot_are_refused_at_the_first_call(name: str) -> None:
+    why = "has no rotary embedding" if name in LEARNED else "change with the length of a text"
     past = PressedCache(DecodingPress(StreamingLLMPress(), INTERVAL, TARGET), positions="rerotate")
     with pytest.raises(ModelError, match=why):
         read(name, past, tokens(1, 8))

@@ -15,11 +15,13 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 DIM, KEYS, STEP = 64, 1024, 64
+TITLES = {"far": "query at position", "drift": "times moved"}
 THETA = 1.0 / 10_000.0 ** (torch.arange(0, DIM, 2).float() / DIM)
 
 
@@ -68,7 +70,7 @@ def main() -> int:
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     short = [str(dtype).removeprefix("torch.") for dtype in dtypes]
     places = (KEYS, 2_048, 30_000, 200_000, 1_000_000)
-    record = {
+    record: dict[str, Any] = {
         "far": {p: {n: far(p, d) for n, d in zip(short, dtypes, strict=True)} for p in places},
         "drift": {
             n: {
@@ -83,13 +85,19 @@ def main() -> int:
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    for title, rows in (("query at position", record["far"]), ("times moved", record["drift"])):
-        names = list(next(iter(rows.values())))
-        print("| " + " | ".join([title, *names]) + " |\n|" + "---:|" * (len(names) + 1))
-        for key, cells in rows.items():
-            print(f"| {key:,} | " + " | ".join(f"{cells[name]:.1e}" for name in names) + " |")
-        print()
+    for part in TITLES:
+        print(f"{table(record, part)}\n")
     return 0
+
+
+def table(record: dict[str, Any], part: str) -> str:
+    """One part of the record as a Markdown table."""
+    rows = record[part]
+    names = list(next(iter(rows.values())))
+    lines = ["| " + " | ".join([TITLES[part], *names]) + " |", "|" + "---:|" * (len(names) + 1)]
+    for key, cells in rows.items():
+        lines.append(f"| {int(key):,} | " + " | ".join(f"{cells[name]:.1e}" for name in names) + " |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -206,8 +206,10 @@ def _find_places(view: LayerView) -> None:
 
 
 def n_after(held: Tensor, at: Tensor) -> Tensor:
-    """How many of ``held`` ``[B, Hkv, T]`` are larger than each of ``at``, ``[Q]``: int64 ``[B, Hkv, Q]``."""
-    return torch.stack([(held > one).sum(-1) for one in at], dim=-1) if len(at) else held[..., :0]
+    """How many of ``held`` ``[B, Hkv, T]``, -1 for none, are larger than each of ``at`` ``[Q]``: ``[B, Hkv, Q]``."""
+    ordered = held.masked_fill(held < 0, torch.iinfo(held.dtype).max).sort(-1).values
+    up_to = torch.searchsorted(ordered, at.expand(*held.shape[:2], -1).contiguous(), right=True)
+    return (held >= 0).sum(-1, keepdim=True) - up_to
 
 
 def _take(states: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
