@@ -8,7 +8,8 @@ A generated part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->`
 table of presses, whose classes lead to their sections in that document, ``press sections`` for those sections,
 ``results FOLDER`` for the table of the JSON files in benchmarks/FOLDER, ``parity`` for the comparison with kvpress,
 ``faults`` for the tests of kvpress's faults, ``overhead FILE`` for the table of
-benchmarks/press_overhead/results/FILE.json, or ``chunked FILE`` for that of benchmarks/prefill_chunked.
+benchmarks/press_overhead/results/FILE.json, ``chunked FILE`` for that of benchmarks/prefill_chunked, or
+``stream FILE``, ``far FILE`` and ``drift FILE`` for those of benchmarks/long_stream/results/FILE.json.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ DOCUMENTS = (
     "docs/parity.md",
     "benchmarks/press_overhead/README.md",
     "benchmarks/prefill_chunked/README.md",
+    "benchmarks/long_stream/README.md",
 )
 PART = re.compile(r"(<!-- generated: (?P<name>[^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -139,21 +141,13 @@ def faults() -> str:
     return "\n".join(["| fault | what kvpress does | test |", "|---|---|---|", *(line for _, line in rows)])
 
 
-def overhead(name: str) -> str:
-    """The table of a result of benchmarks/press_overhead, made by the script that measures it."""
-    folder = ROOT / "benchmarks" / "press_overhead"
-    record = json.loads((folder / "results" / f"{name}.json").read_text(encoding="utf-8"))
-    made: str = runpy.run_path(str(folder / "press_overhead.py"))["table"](record)
-    return made
-
-
-def chunked(name: str) -> str:
-    """The table of a result of benchmarks/prefill_chunked, made by the script that measures it."""
-    folder = ROOT / "benchmarks" / "prefill_chunked"
+def measured(benchmark: str, script: str, name: str, *parts: str) -> str:
+    """The table of a result of benchmarks/``benchmark``, or of a part of it, made by the script that measures it."""
+    folder = ROOT / "benchmarks" / benchmark
     path = folder / "results" / f"{name}.json"
     if not path.exists():
         return "Not measured yet."
-    made: str = runpy.run_path(str(folder / "prefill_chunked.py"))["table"](json.loads(path.read_text("utf-8")))
+    made: str = runpy.run_path(str(folder / script))["table"](json.loads(path.read_text(encoding="utf-8")), *parts)
     return made
 
 
@@ -165,8 +159,11 @@ def generated(name: str) -> str:
         "results": lambda: results(argument),
         "parity": parity,
         "faults": faults,
-        "overhead": lambda: overhead(argument),
-        "chunked": lambda: chunked(argument),
+        "overhead": lambda: measured("press_overhead", "press_overhead.py", argument),
+        "chunked": lambda: measured("prefill_chunked", "prefill_chunked.py", argument),
+        "stream": lambda: measured("long_stream", "long_stream.py", argument),
+        "far": lambda: measured("long_stream", "precision.py", argument, "far"),
+        "drift": lambda: measured("long_stream", "precision.py", argument, "drift"),
     }
     if kind not in makers:
         raise ColdpressError(f"nothing called {name!r} is generated; there are {', '.join(makers)}")

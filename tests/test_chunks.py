@@ -232,7 +232,7 @@ def test_every_press_stays_within_its_budget_and_a_piece(name: str, model: str) 
 
 def test_memory_of_a_long_prompt_is_flat() -> None:
     def peak(n: int) -> int:
-        past, most = PressedCache(KeyDiffPress(budget_tokens=32), 32), [0]
+        past, most = PressedCache(KeyDiffPress(budget_tokens=32), chunk_tokens=32), [0]
         past.session.look = lambda layer, call: most.append(past.kv_bytes())
         prefill(tiny("llama"), tokens(1, n), past)
         return max(most)
@@ -323,11 +323,11 @@ def test_padding_on_the_right_is_dropped_too() -> None:
 @torch.no_grad()
 def test_generate_cuts_it_up_from_its_start() -> None:
     for n in (40, 48):
-        past, ids = PressedCache(SnapKVPress(0.5, window_size=4), 16), tokens(1, n)
+        past, ids = PressedCache(SnapKVPress(0.5, window_size=4), chunk_tokens=16), tokens(1, n)
         output = tiny("llama").generate(
             ids, past_key_values=past, prefill_chunk_size=16, max_new_tokens=6, do_sample=False
         )
-        expected = PressedCache(SnapKVPress(0.5, window_size=4), 16)
+        expected = PressedCache(SnapKVPress(0.5, window_size=4), chunk_tokens=16)
         prompt = ids if VERSION >= (5, 0) else ids[:, :-1]
         for piece in prompt.split(16, dim=1):
             logits = tiny("llama")(piece, past_key_values=expected).logits
@@ -341,7 +341,7 @@ def test_generate_cuts_it_up_from_its_start() -> None:
 
 
 def test_a_prompt_longer_than_a_piece_says_what_to_do() -> None:
-    past = PressedCache(KnormPress(0.5), CHUNK)
+    past = PressedCache(KnormPress(0.5), chunk_tokens=CHUNK)
     with torch.no_grad(), pytest.raises(CacheError, match=r"in one call.*coldpress.prefill.*prefill_chunk_size=12"):
         tiny("llama")(tokens(1, 13), past_key_values=past)
     assert past.seen_tokens == 0
@@ -395,8 +395,20 @@ def test_inside_a_block() -> None:
         prefill(model, tokens(1, N), PressedCache(chunk_tokens=CHUNK))
 
 
+@pytest.mark.parametrize("model", ["gpt_neox", "llama"])
+def test_keys_move_up_after_each_piece(model: str) -> None:
+    """As they do under a schedule that cuts back to as many tokens after as many."""
+    ids, inner = tokens(2, 100), KeyDiffPress(budget_tokens=20)
+    own = PressedCache(inner, chunk_tokens=16, positions="rerotate")
+    twin = PressedCache(DecodingPress(KeyDiffPress(), 16, 20), positions="rerotate")
+    with torch.no_grad():
+        for piece in ids.split(16, dim=1):
+            torch.testing.assert_close(*(tiny(model)(piece, past_key_values=past).logits for past in (own, twin)))
+    assert own.stored_lengths() == [20] * len(own.layers)
+
+
 def test_a_backbone_without_a_head_and_a_model_with_one() -> None:
-    past, other = PressedCache(KnormPress(0.5), CHUNK), PressedCache(KnormPress(0.5), CHUNK)
+    past, other = PressedCache(KnormPress(0.5), chunk_tokens=CHUNK), PressedCache(KnormPress(0.5), chunk_tokens=CHUNK)
     output = prefill(tiny("llama"), tokens(1, N), past)
     prefill(tiny("llama").model, tokens(1, N), other)
     assert output.logits.shape[:2] == (1, 1) and not output.logits.requires_grad
@@ -411,7 +423,7 @@ class Breaks(KnormPress):
 
 
 def test_a_press_that_fails_at_a_later_piece_breaks_its_cache() -> None:
-    past = PressedCache(Breaks(0.5), CHUNK)
+    past = PressedCache(Breaks(0.5), chunk_tokens=CHUNK)
     with pytest.raises(ValueError, match="no more of this"):
         prefill(tiny("llama"), tokens(1, N), past)
     with pytest.raises(ValueError, match="no more of this"):

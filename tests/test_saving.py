@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -163,6 +164,19 @@ def test_a_prompt_in_pieces_goes_on(n_pieces: int, tmp_path: Path) -> None:
             assert torch.equal(*(model(piece, past_key_values=each).logits for each in (loaded, past)))
     check_same(loaded, past)
     assert torch.equal(go_on(loaded), go_on(past))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_that_move_up_go_on(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = copy.deepcopy(tiny("gpt_neox")).to(dtype)
+    past = PressedCache(DecodingPress(SnapKVPress(window_size=4), 7, 20), positions="rerotate")
+    with torch.no_grad():
+        for piece in tokens(1, 50).split(5, dim=1):
+            model(piece, past_key_values=past)
+    loaded = through_a_file(past, tmp_path / "a.safetensors", model)
+    check_same(loaded, past)
+    assert (past.layer(0)._fine is None) == (dtype == torch.float32)
+    assert torch.equal(go_on(loaded, model), go_on(past, model))
 
 
 def test_a_press_inside_a_block_goes_on(tmp_path: Path) -> None:

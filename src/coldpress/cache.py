@@ -10,7 +10,7 @@ import copy
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 from transformers.cache_utils import Cache
@@ -55,26 +55,41 @@ class PressedCache(Cache):
     Args:
         press: what compresses the cache, or None.
         chunk_tokens: tokens of a prompt that a call brings at most, at least 1; None for a prompt in one call.
+        positions: ``"original"``: keys stay at the positions that they have in the text. ``"rerotate"``: whenever pairs
+            are evicted, the keys that stay are rotated so that they stand side by side before the next token. Then no
+            distance is longer than what is held, and with a decoding schedule a model reads on beyond the positions it
+            was trained on, in constant memory.
 
     Attributes:
         attention_mask: bool ``[B, n]``, of the tokens that a loaded cache had seen when it was saved, if there was
             padding among them: what later calls have to put before the mask of their own tokens. None otherwise.
 
     Raises:
-        PressError: ``press`` is not a press, or cannot choose among what is left of a text that goes on.
+        PressError: ``press`` is not a press, cannot choose among what is left of a text that goes on, or cannot go
+            with ``positions="rerotate"``.
         CacheError: ``chunk_tokens`` is not such a number; or, at the call, a prompt is longer than a piece.
-        ModelError: at the next call, when the model runs another attention backend.
+        ModelError: at the next call, when the model runs another attention backend, or its keys cannot be moved.
     """
 
     attention_mask: Tensor | None = None
 
-    def __init__(self, press: BasePress | None = None, *, chunk_tokens: int | None = None):
-        from coldpress.presses.base import BasePress
+    def __init__(
+        self,
+        press: BasePress | None = None,
+        *,
+        chunk_tokens: int | None = None,
+        positions: Literal["original", "rerotate"] = "original",
+    ):
+        from coldpress.presses.base import BasePress, require_rerotatable
 
         if press is not None and not isinstance(press, BasePress):
             raise PressError(f"press must be a press such as coldpress.SnapKVPress(0.5), got {press!r}.")
         check_chunks(press, chunk_tokens)
-        self.session = Session(press)
+        if positions not in ("original", "rerotate"):
+            raise PressError(f"positions must be 'original' or 'rerotate', got {positions!r}.")
+        if positions == "rerotate" and press is not None:
+            require_rerotatable(press)
+        self.session = Session(press, positions == "rerotate")
         self.session.chunk_tokens = chunk_tokens
         super().__init__(layer_class_to_replicate=self.session.new_layer)
 
@@ -93,6 +108,10 @@ class PressedCache(Cache):
     def press(self) -> BasePress | None:
         """The press that compresses this cache."""
         return self.session.press
+
+    @property
+    def _places(self) -> Literal["original", "rerotate"]:
+        return "rerotate" if self.session.rerotates else "original"
 
     @property
     def chunk_tokens(self) -> int | None:
@@ -227,7 +246,7 @@ class PressedCache(Cache):
             raise CacheError("branches() needs a prefill in one piece; leave chunk_tokens out, or prefill each cache.")
         if self.press is not None or self.seen_tokens:
             raise CacheError("branches() needs an empty cache without a press; start from PressedCache().")
-        branches = [PressedCache(press) for press in presses]
+        branches = [PressedCache(press, positions=self._places) for press in presses]
         self.session.branches = [weakref.ref(branch) for branch in branches]
         return branches
 

@@ -186,6 +186,17 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     ppl = parser.add_argument_group("perplexity")
     add = ppl.add_argument
     add("--ppl_apply_press", action="store_true", default=None, help="score targets against the compressed context")
+    add(
+        "--ppl_mode",
+        choices=("prefix", "streaming"),
+        help="prefix: as --ppl_apply_press; streaming: read each text to its end, the cache cut back on the way",
+    )
+    add("--stream_chunk", type=_positive, help="streaming: tokens between two cuts (default: 64)")
+    add(
+        "--positions",
+        choices=("original", "rerotate"),
+        help="streaming: where kept keys stand, in the text or side by side (default: rerotate)",
+    )
     add("--ppl_only", action="store_true", default=None, help="do not measure speed")
     add("--max_length", type=_positive, help="tokens of a window (default: the model's positions)")
     add("--stride", type=_positive, help="tokens between windows (default: 512; with --ppl_apply_press side by side)")

@@ -20,7 +20,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 from coldpress.errors import CacheError
 from coldpress.ragged import RaggedStore
-from coldpress.rows import RowGroup, view_of_newest
+from coldpress.rope import Rope
+from coldpress.rows import RowGroup, n_after, view_of_newest
 from coldpress.session import THREAD, Session
 from coldpress.store import DenseStore
 from coldpress.thin import ThinKeys, ThinStore
@@ -70,6 +71,7 @@ class PressedLayer(CacheLayerMixin):
         self._unseen: tuple[Tensor, ...] = ()  # hidden states since then, [B, n, hidden] each, where it needs them
         self.n_new = 0  # tokens since such a press was asked last
         self._carry: Tensor | None = None  # [B, Hkv, n] float32, what the press gave its kept pairs to carry
+        self._fine: Tensor | None = None  # [B, Hkv, m, Drot], what the first m keys lack that were moved up
         self._verdicts: Verdicts | None = None  # of the tokens after the kept ones, where the press judges them
 
     # -- what transformers asks of a layer ----------------------------------------------------------------------
@@ -95,7 +97,8 @@ class PressedLayer(CacheLayerMixin):
 
     def tensors(self) -> tuple[Tensor, ...]:
         """What holds the keys and values."""
-        return () if self._store is None else self._store.tensors()
+        own = () if self._store is None else self._store.tensors()
+        return own if self._fine is None else (*own, self._fine)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to do: the first update brings shapes, dtype and device."""
@@ -244,6 +247,12 @@ class PressedLayer(CacheLayerMixin):
             return None
         return torch.nn.functional.pad(self._carry, (0, self.stored_length - self._carry.shape[2]), value=torch.nan)
 
+    def fine(self) -> Tensor | None:
+        """What the stored keys lack that were rotated more precisely than they are held: ``[B, Hkv, T, Drot]``."""
+        if self._fine is None:
+            return None
+        return torch.nn.functional.pad(self._fine, (0, 0, 0, self.stored_length - self._fine.shape[2]))
+
     def visibility(self, n_queries: int, padding: Tensor | None, sliding_window: int | None) -> Tensor | None:
         """Which stored slots each of the last ``n_queries`` tokens sees: bool ``[B or 1, Hkv or 1, Q or 1, T]``.
 
@@ -324,6 +333,8 @@ class PressedLayer(CacheLayerMixin):
             session.look(self, call)
         is_first = self._seen == call.query.shape[2]
         is_prefill, is_last = self._is_prefill(call.query.shape[2])
+        if is_first and session.rerotates and not call.is_local:
+            Rope.to_move(call.module, session.rope(call.module, call.query.device))
         self._window = call.sliding_window
         branches = [branch.layer(self.index) for branch in session.live_branches()] if is_first else []
         groups: list[RowGroup] = []
@@ -492,9 +503,29 @@ class PressedLayer(CacheLayerMixin):
             groups = RowGroup.of_text_so_far(self, call, padding, recent, unseen)
             kept = [press.compress_again(group.view) if group.view.n_queries else None for group in groups]
             if any(part is not None for part in kept):
+                before = self.positions()
                 self._hold(self, groups, kept)
-                self._recent = (recent,)
+                self._recent = (self._moved_up(recent, call, padding, before),)
             self.n_new, self._unseen = 0, ()
+
+    def _moved_up(self, queries: Tensor, call: LayerCall, padding: Tensor | None, before: Tensor) -> Tensor:
+        """The newest queries ``[B, Hq, Q, D]`` after the gaps behind them were closed, as they are for the keys.
+
+        Args:
+            before: int64 ``[B, Hkv, T]``, positions of what was held before that.
+        """
+        rope = self.session.rope(call.module, queries.device) if self.session.rerotates else None
+        if rope is None:
+            return queries
+        if padding is not None:
+            is_real = padding[:, None].expand(-1, before.shape[1], -1).gather(2, before.clamp(min=0))
+            before = before.masked_fill(~is_real, -1)
+        at = torch.arange(self._seen - queries.shape[2], self._seen, device=queries.device)
+        moves = n_after(before, at) - n_after(self.positions(), at)  # [B, Hkv, Q]
+        if not bool(moves.any()):
+            return queries
+        by_head = moves.repeat_interleave(queries.shape[1] // moves.shape[1], dim=1)
+        return rope.turn(queries.float(), by_head).to(queries.dtype)
 
     def compress_from(self, source: PressedLayer, groups: list[RowGroup]) -> bool:
         """Hold what this cache's press keeps of ``source``'s pairs (``source`` may be this layer); False if all.
@@ -528,6 +559,8 @@ class PressedLayer(CacheLayerMixin):
         keys, values, seen = source.keys, source.values, source._seen
         assert keys is not None and values is not None
         parts = [group.all() if part is None else part for group, part in zip(groups, kept, strict=True)]
+        if self.session.rerotates:
+            parts = [group.view.side_by_side(part) for group, part in zip(groups, parts, strict=True)]
         longest = max(part.positions.shape[-1] for part in parts)
         n_batch, n_heads, _, dim = keys.shape
         p = torch.full((n_batch, n_heads, longest), -1, dtype=torch.int32, device=keys.device)
@@ -558,9 +591,15 @@ class PressedLayer(CacheLayerMixin):
             for group, part in zip(groups, parts, strict=True):
                 channels[group.rows] = part.channels  # type: ignore[assignment]
             thin = ThinKeys.of(k, (p >= 0).sum(-1), channels, parts[0].n_wide)
-        recent = self._recent
+        fine, recent = None, self._recent
+        fines = [(group.rows, part.fine) for group, part in zip(groups, parts, strict=True) if part.fine is not None]
+        if fines:
+            n_fine, width = max(own.shape[2] for _, own in fines), fines[0][1].shape[3]
+            fine = keys.new_zeros(n_batch, n_heads, n_fine, width)
+            for rows, own in fines:
+                fine[rows, :, : own.shape[2]] = own
         self._clear()
-        self._recent, self._carry, self._seen = recent, carry, seen
+        self._recent, self._carry, self._fine, self._seen = recent, carry, fine, seen
         self._pairs_before = sum(group.n_pairs for group in groups)
         self._take(k, v, p, thin)
 
@@ -635,7 +674,8 @@ class PressedLayer(CacheLayerMixin):
         if isinstance(store, RaggedStore):
             store = DenseStore(store.keys, store.values)
         self._store = store.without_first(n_kept + oldest - self._tail_start)
-        self._kept, self._has_gaps, self._tail_start, self._carry = None, False, oldest, None
+        self._kept, self._has_gaps, self._tail_start = None, False, oldest
+        self._carry = self._fine = None
 
     def _index_rows(self, rows: Tensor) -> None:
         if self._store is None:
@@ -653,6 +693,8 @@ class PressedLayer(CacheLayerMixin):
             self._kept = self._kept.index_select(0, rows)[..., :n_kept]
         if self._carry is not None:
             self._carry = self._carry.index_select(0, rows)[..., :n_kept]
+        if self._fine is not None:
+            self._fine = self._fine.index_select(0, rows)
         if self._verdicts is not None:
             self._verdicts = self._verdicts.index_rows(rows)
 

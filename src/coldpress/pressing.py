@@ -20,7 +20,7 @@ from coldpress.cache import PressedCache
 from coldpress.chunks import check_chunks
 from coldpress.errors import CacheError, PressError
 from coldpress.layer import PressedLayer
-from coldpress.presses.base import parts, require_block
+from coldpress.presses.base import parts, require_block, require_rerotatable
 from coldpress.session import THREAD, Session
 
 if TYPE_CHECKING:
@@ -222,6 +222,8 @@ def _bind(cache: Any, press: BasePress, bound: list[Session]) -> PressedCache:
         session = cache.session
     if session is None:
         session = _adopt(cache)
+    if session.rerotates:
+        require_rerotatable(press)
     if session.press is None:
         held = [layer for layer in layers if isinstance(layer, PressedLayer) and layer.is_initialized]
         if held and not any(layer.was_compressed for layer in held):

@@ -51,6 +51,7 @@ class Rope:
         kind = kinds.get(layer_type) if isinstance(kinds, dict) else kinds
         self._remembers = "dynamic" in str(kind)  # its frequencies depend on the longest input so far
         self._length_name = f"{layer_type}_max_seq_len_cached" if takes_type else "max_seq_len_cached"
+        self.switches = self._remembers or "longrope" in str(kind)  # frequencies change with the length of a text
         self.width = 2 * frequencies.shape[-1]  # Drot, the rotated dimensions of each head
 
     @staticmethod
@@ -69,13 +70,8 @@ class Rope:
             ModelError: the model rotates in a way that cannot be undone from outside, as multi-head latent attention
                 does.
         """
-        source = sys.modules[type(module).__module__]
-        apply = getattr(source, _APPLY, None)
-        classes: list[type[nn.Module]] = [
-            c
-            for name, c in vars(source).items()
-            if name.endswith("RotaryEmbedding") and "Vision" not in name and issubclass(c, nn.Module)
-        ]
+        apply = getattr(sys.modules[type(module).__module__], _APPLY, None)
+        classes = _rotary_classes(module)
         if not classes or not _rotates(module):
             return None
         if apply is None or hasattr(module, "qk_rope_head_dim"):
@@ -90,6 +86,26 @@ class Rope:
         own = [part for part in model.modules() if type(part) is classes[0]] if model is not None else []
         if rope._remembers and len(own) == 1:
             rope._build = _as_it_is(own[0], rope._build, device)
+        return rope
+
+    @classmethod
+    def to_move(cls, module: nn.Module, rope: Rope | None) -> Rope | None:
+        """``rope``, which is ``module``'s, if it may move keys as a text goes on without end.
+
+        Raises:
+            ModelError: the model has learned positions or none, or frequencies that change with the length of a text.
+        """
+        name = type(module).__name__
+        if not _rotary_classes(module):
+            raise ModelError(
+                f"positions='rerotate' moves keys by rotating them, and {name} has no rotary embedding; leave it out."
+            )
+        if rope is not None and rope.switches:
+            raise ModelError(
+                f"positions='rerotate' lets a text go on beyond the trained positions, and the frequencies of {name} "
+                "change with the length of a text (dynamic or longrope scaling), so that keys made before and after "
+                "would not fit together. Leave it out, or configure the model without that scaling."
+            )
         return rope
 
     def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,6 +142,12 @@ class Rope:
         rows = index.flatten(0, 1)  # heads take the place of batch rows, which may differ in position
         return self.rotate(states.flatten(0, 1)[:, None], cos[0, rows], sin[0, rows]).view_as(states)
 
+    def turn(self, states: Tensor, moves: Tensor) -> Tensor:
+        """Rotated states, float32 ``[B, H, n, D]``, as they would be ``moves`` positions later, int64 ``[B, H, n]``."""
+        cos, sin = self.cos_sin(torch.arange(int(moves.max()) + 1, device=moves.device))
+        scale = (cos[:, :1].square() + sin[:, :1].square()).sqrt()  # they have been scaled already
+        return self.rotate_each(states, cos / scale, sin / scale, moves)
+
     def mean_rotation(self, start: int, n_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """What rotates by the mean over positions ``start .. start + n_positions - 1``: ``cos, sin`` of one position.
 
@@ -153,6 +175,15 @@ def _as_it_is(own: nn.Module, build: Callable[[], nn.Module], device: torch.devi
         return embed
 
     return rebuild
+
+
+def _rotary_classes(module: nn.Module) -> list[type[nn.Module]]:
+    """The rotary embeddings of the module's own modeling file."""
+    return [
+        c
+        for name, c in vars(sys.modules[type(module).__module__]).items()
+        if name.endswith("RotaryEmbedding") and "Vision" not in name and issubclass(c, nn.Module)
+    ]
 
 
 def _layer_type(module: nn.Module) -> str:

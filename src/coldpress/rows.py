@@ -13,7 +13,7 @@ from coldpress.view import Kept, LayerCall, LayerView, pick
 if TYPE_CHECKING:
     from coldpress.layer import PressedLayer
 
-__all__ = ["RowGroup", "view_of_newest"]
+__all__ = ["RowGroup", "n_after", "view_of_newest"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +88,7 @@ class RowGroup:
         (n_batch, n_heads, *_), device = keys.shape, keys.device
         at = layer.positions()  # [B, Hkv, T] in the input, -1 for an empty slot
         is_held, position = at >= 0, at
-        seen, n_queries, carried = layer.get_seq_length(), queries.shape[2], layer.carried()
+        seen, n_queries, carried, fine = layer.get_seq_length(), queries.shape[2], layer.carried(), layer.fine()
         n_unseen = 0 if unseen is None else unseen.shape[1]
         lengths, query_counts, unseen_counts = ([n] * n_batch for n in (seen, n_queries, n_unseen))
         if padding is not None:
@@ -130,6 +130,9 @@ class RowGroup:
                 view.positions = view.positions.masked_fill(is_empty, -1)
             if carried is not None:
                 view.carried = carried[rows].gather(2, order)
+            if layer.session.rerotates:
+                _find_places(view)
+                view.fine = None if fine is None else pick(fine[rows], order)
             view.n_new = layer.n_new
             if unseen is not None:
                 view.hidden_states = unseen[rows]
@@ -187,6 +190,27 @@ def _view(layer: PressedLayer, call: LayerCall, keys: Tensor, values: Tensor, qu
         find_rope=lambda: session.rope(call.module, device),
         find_seed=lambda: session.seed,
     )
+
+
+def _find_places(view: LayerView) -> None:
+    """Note where keys and queries stand if those that are held stand side by side at the end of the text.
+
+    A token's place has as many tokens after it as are held of those after it.
+    """
+    held = view.positions
+    assert held is not None
+    slot = torch.arange(view.n_tokens, device=held.device)
+    n_held = (held >= 0).sum(-1, keepdim=True)
+    view.places = (slot - n_held + view.end).clamp(max=view.end - 1)
+    query_at = torch.arange(view.end - view.n_queries, view.end, device=held.device)
+    view.query_places = (view.end - 1 - n_after(held, query_at)).clamp(min=0)
+
+
+def n_after(held: Tensor, at: Tensor) -> Tensor:
+    """How many of ``held`` ``[B, Hkv, T]``, -1 for none, are larger than each of ``at`` ``[Q]``: ``[B, Hkv, Q]``."""
+    ordered = held.masked_fill(held < 0, torch.iinfo(held.dtype).max).sort(-1).values
+    up_to = torch.searchsorted(ordered, at.expand(*held.shape[:2], -1).contiguous(), right=True)
+    return (held >= 0).sum(-1, keepdim=True) - up_to
 
 
 def _take(states: Tensor, rows: Tensor | slice, slots: Tensor) -> Tensor:

@@ -84,6 +84,7 @@ def save_cache(cache: PressedCache, path: str | Path, model: PreTrainedModel, at
             "model": facts,
             "press": _of_press(cache.press),
             "chunk_tokens": cache.chunk_tokens,
+            "positions": cache._places,
             "seed": session._seed,
             "has_padding": session.has_padding,
             "layers": about,
@@ -115,7 +116,8 @@ def load_cache(path: str | Path, model: PreTrainedModel, check_model: bool) -> P
         raise CacheError(f"{path} is damaged or no file of a saved cache ({reason}); {_AGAIN}.") from error
     if digest_of(tensors) != said["sha256"]:
         raise CacheError(f"{path} is damaged: its numbers are not those that were saved; {_AGAIN}.")
-    cache = PressedCache(_press(path, said["press"], model), chunk_tokens=said["chunk_tokens"])
+    press = _press(path, said["press"], model)
+    cache = PressedCache(press, chunk_tokens=said["chunk_tokens"], positions=said["positions"])
     session = cache.session
     session._seed, session.has_padding = said["seed"], said["has_padding"]
     devices = _devices(model)
@@ -244,6 +246,8 @@ def _pack(layer: PressedLayer, tensors: dict[str, Tensor]) -> dict[str, Any] | N
         parts["kept"] = layer._kept  # [B, Hkv, n] int32
     if layer._carry is not None:
         parts["carry"] = layer._carry
+    if layer._fine is not None:
+        parts["fine"] = layer._fine
     if layer._recent and layer.session.press is not None:
         parts["recent"] = torch.cat(layer._recent, dim=2)[:, :, -layer.session.press.n_recent_queries :]
     if layer._unseen:
@@ -273,7 +277,7 @@ def _unpack(layer: PressedLayer, said: dict[str, Any], tensors: dict[str, Tensor
     layer._store = _STORES[said["store"]].unpacked(store, said["room"])
     layer._seen, layer._tail_start, layer._window = said["seen"], said["tail_start"], said["window"]
     layer._is_prefilled = said["is_prefilled"]
-    layer._kept, layer._carry = parts.get("kept"), parts.get("carry")
+    layer._kept, layer._carry, layer._fine = parts.get("kept"), parts.get("carry"), parts.get("fine")
     layer._has_gaps = layer._kept is not None and bool((layer._kept < 0).any())
     layer._pairs_before, layer._pairs_after = said["pairs"]
     layer.n_new = said["n_new"]

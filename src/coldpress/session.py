@@ -36,10 +36,11 @@ THREAD = _Thread()
 class Session:
     """What the layers of one cache share: the press, and what the run has accumulated."""
 
-    def __init__(self, press: BasePress | None = None):
+    def __init__(self, press: BasePress | None = None, rerotates: bool = False):
         self.press = press
         self.chunk_tokens: int | None = None  # that the prompt comes in at most at once
         self.prefill_end: int | None = None  # length of the prompt, while prefill() feeds it
+        self.rerotates = rerotates  # keys that stay move up, so that no gaps are left between positions
         self.branches: list[weakref.ref[PressedCache]] = []  # caches that this one's prefill fills too
         self.unclaimed: PressedLayer | None = None
         self.error: Exception | None = None  # what the press of a branch raised during the shared prefill
@@ -87,7 +88,8 @@ class Session:
 
     def follow(self, other: Session) -> None:
         """Take over what is known of the pairs of ``other``'s cache, which this session's cache holds too."""
-        self.find_model, self._ropes, self.has_padding = other.find_model, dict(other._ropes), other.has_padding
+        self.rerotates, self.has_padding = other.rerotates, other.has_padding
+        self.find_model, self._ropes = other.find_model, dict(other._ropes)
 
     def rope(self, module: nn.Module, device: torch.device) -> Rope | None:
         """The rotary embedding of ``module``; built once for each kind of layer."""

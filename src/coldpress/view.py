@@ -40,6 +40,8 @@ class Kept(NamedTuple):
         carry: float32 ``[B, Hkv, n]`` or None, a number that each of them brings along: ``carried`` of later views.
         channels: int64 ``[B, Hkv, d]``, ascending, or None: the channels of the keys that are held, the others are not.
         n_wide: with channels, how many of each head's last keys hold all of them.
+        fine: ``[B, Hkv, m, Drot]`` in the keys' dtype or None: what is to be added to the first m keys, which were
+            rotated more precisely than they can be held.
     """
 
     keys: Tensor
@@ -48,6 +50,7 @@ class Kept(NamedTuple):
     carry: Tensor | None = None
     channels: Tensor | None = None
     n_wide: int = 0
+    fine: Tensor | None = None
 
 
 class Place(NamedTuple):
@@ -102,6 +105,10 @@ class LayerView:
         counts: int64 ``[B, Hkv]``, tokens that each head holds, where heads differ; None where all slots are filled.
         carried: float32 ``[B, Hkv, T]``, what the press gave each token to carry (:class:`Kept`), NaN for those that
             have come since; None if it gave nothing.
+        places: int64 ``[B, Hkv, T]``, the positions at which the keys stand where that is not ``positions``: in a cache
+            that moves its keys up (``positions="rerotate"``); of no account in empty slots.
+        query_places: int64 ``[B, Hkv, Q]``, likewise of the queries, which differ by KV head.
+        fine: ``[B, Hkv, T, Drot]`` in the keys' dtype or None, as in :class:`Kept`, zero where there is nothing to add.
         n_new: how many tokens have come since the press was asked last; all of them at the prefill.
         n_counted: while a prefill goes on in pieces, the length of the text that a budget is a share of
             (:meth:`coldpress.layer.PressedLayer._pressed_piece`); else None.
@@ -127,6 +134,9 @@ class LayerView:
     positions: Tensor | None = None
     counts: Tensor | None = None
     carried: Tensor | None = None
+    places: Tensor | None = None
+    query_places: Tensor | None = None
+    fine: Tensor | None = None
     n_new: int | None = None
     n_counted: int | None = None
     hidden_states: Tensor | None = None
@@ -243,6 +253,9 @@ class LayerView:
                 positions=None if self.positions is None else self.positions[here],
                 counts=None,
                 carried=None if self.carried is None else self.carried[here],
+                places=None if self.places is None else self.places[here],
+                query_places=None if self.query_places is None else self.query_places[here[:2]],
+                fine=None,
                 hidden_states=None if self.hidden_states is None else self.hidden_states[row : row + 1],
                 token_ids=None,
                 sinks=None if self.sinks is None else self.sinks[group],
@@ -320,6 +333,9 @@ class LayerView:
 
         def compute() -> Tensor:
             rope = self.find_rope()
+            if rope is not None and self.query_places is not None:
+                at = self.query_places.repeat_interleave(self.group_size, dim=1)
+                return rope.rotate_each(self.queries.float(), *self._back(rope, at))
             positions = torch.arange(self.end - self.n_queries, self.end, device=self.queries.device)
             return self.queries.float() if rope is None else _unrotated(rope, self.queries, positions)
 
@@ -339,10 +355,49 @@ class LayerView:
             end, device = self.end, self.keys.device
             if self.positions is None:
                 return _unrotated(rope, self.keys, torch.arange(self.first_position, end, device=device))
+            if self.places is not None:
+                return rope.rotate_each(self.keys.float(), *self._back(rope, self.places))
             back = rope.inverse(*rope.cos_sin(torch.arange(end, device=device)))
             return rope.rotate_each(self.keys.float(), *back, self.positions.clamp(min=0))
 
         return self.once("unrotated_keys", compute)
+
+    @staticmethod
+    def _back(rope: Rope, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What undoes the rotation to ``places``, as :meth:`Rope.rotate_each` takes it; for places near each other."""
+        first = places.min()
+        near = torch.arange(int(places.max() - first) + 1, device=places.device)
+        return *rope.inverse(*rope.cos_sin(near + first)), places - first
+
+    def side_by_side(self, kept: Kept) -> Kept:
+        """``kept`` with keys that stand side by side at the end of the text, as all those of the view do.
+
+        What stays moves up by as many positions as tokens after it go; in float32, and what the keys' dtype cannot hold
+        of the result is remembered (``fine``), so that moving a key again and again adds up no errors.
+        """
+        rope = self.find_rope()
+        if rope is None or kept.positions.numel() == 0:
+            return kept
+        is_kept, slot = kept.positions >= 0, torch.arange(kept.positions.shape[2], device=kept.keys.device)
+        n_held = self.n_tokens if self.counts is None else self.counts[..., None]
+        n_after = is_kept.sum(-1, keepdim=True) - slot
+        moves = (n_held - kept.positions - n_after).masked_fill(~is_kept, 0)  # [B, Hkv, n]
+        fine, is_moved = None, moves > 0
+        if self.fine is not None:
+            fine = pick(self.fine, kept.positions.clamp(min=0)) * is_kept[..., None]
+            is_moved = is_moved | (fine != 0).any(-1)
+        n = int((is_moved * (slot + 1)).max())  # the later ones stay where they are
+        if n == 0:
+            return kept
+        exact = kept.keys[:, :, :n].float()
+        if fine is not None:
+            rest = torch.nn.functional.pad(fine[:, :, :n].float(), (0, exact.shape[3] - fine.shape[3]))
+            exact = exact + rest
+        exact = rope.turn(exact, moves[..., :n])
+        keys = exact.to(kept.keys.dtype)
+        if keys.dtype != torch.float32:
+            fine = (exact - keys.float())[..., : rope.width].to(keys.dtype)
+        return kept._replace(keys=torch.cat([keys, kept.keys[:, :, n:]], dim=2), fine=fine)
 
     def moved_keys(self, kept: Kept, places: Tensor) -> Tensor:
         """The keys of ``kept`` as they would be at ``places``, int64 ``[B, Hkv, n]`` positions in the view.

@@ -204,10 +204,10 @@ def test_the_cache_of_one_press_is_gone_when_the_next_one_runs(
     caches: list[weakref.ref[PressedCache]] = []
 
     class Watched(PressedCache):
-        def __init__(self, *given: Any):
+        def __init__(self, *given: Any, **options: Any):
             gc.collect()
             assert all(ref() is None for ref in caches)
-            super().__init__(*given)
+            super().__init__(*given, **options)
             caches.append(weakref.ref(self))
 
     monkeypatch.setattr(speed, "PressedCache", Watched)

@@ -37,6 +37,7 @@ class Plan:
         windows: of the prefix protocol, for each document; None without it.
         context_ids: what is prefilled when speed is measured, int64 ``[1, C]``; None when it is not.
         notes: what the user should know about the meaning of the numbers.
+        stream_limit: of a stream, how much of each document is read at original positions; None for all.
     """
 
     protocol: str
@@ -49,6 +50,7 @@ class Plan:
     windows: tuple[PrefixPlan, ...] | None
     context_ids: Tensor | None
     notes: tuple[str, ...]
+    stream_limit: int | None = None
 
 
 def make_plan(settings: Settings, corpus: Corpus, tokenizer: Any, max_positions: int | None) -> Plan:
@@ -63,7 +65,11 @@ def make_plan(settings: Settings, corpus: Corpus, tokenizer: Any, max_positions:
     documents = scored = tokenize(corpus, tokenizer, s.limit_tokens)
     max_length = stride = windows = context_ids = None
     protocol = "speed"
-    if s.ppl_apply_press:
+    stream_limit = None
+    if s.ppl_mode == "streaming":
+        protocol = f"stream-K{s.stream_chunk}"
+        stream_limit = _stream_limit(s, max(len(ids) for _, ids in documents), limit)
+    elif s.ppl_apply_press:
         scored, windows = _prefix_windows(s, documents, limit)
         first = windows[0]
         protocol = f"prefix-C{first.context}-T{first.target}-S{first.stride}"
@@ -88,6 +94,7 @@ def make_plan(settings: Settings, corpus: Corpus, tokenizer: Any, max_positions:
         windows=windows,
         context_ids=context_ids,
         notes=tuple(limit.notes),
+        stream_limit=stream_limit,
     )
 
 
@@ -158,6 +165,28 @@ def _prefix_windows(s: Settings, documents: _Documents, limit: _Limit) -> tuple[
         limit.notes.append(f"{len(documents) - len(fitting)} document(s) shorter than {width} tokens are left out.")
     chosen = fitting or documents[:1]  # that is too short, which plan_prefix says
     return chosen, tuple(plan_prefix(len(ids), context, target, s.stride) for _, ids in chosen)
+
+
+def _stream_limit(s: Settings, longest: int, limit: _Limit) -> int | None:
+    """How much of each document is read at original positions: no more than the model was trained on, unless asked."""
+    assert s.stream_chunk is not None
+    reach = max([*s.budget_tokens, s.stream_chunk]) + s.stream_chunk
+    if s.positions == "rerotate" and reach > limit.positions and not s.allow_extrapolation:
+        raise InputError(
+            f"What is held and a chunk are {reach} tokens together, and {s.model} was trained on {limit.positions} "
+            "positions; give less --budget_tokens or --stream_chunk, or --allow_extrapolation."
+        )
+    if longest <= limit.positions:
+        return None
+    past = f"a text of {longest} tokens is longer than the {limit.positions} positions {s.model} was trained on"
+    if s.allow_extrapolation:
+        limit.notes.append(f"{past}; at original positions all of it is read because of --allow_extrapolation.")
+        return None
+    limit.notes.append(
+        f"{past}; at original positions (no_press, --positions original) no more than these are read "
+        "(--allow_extrapolation reads all)."
+    )
+    return limit.positions
 
 
 def _timed_context(s: Settings, documents: _Documents, limit: _Limit) -> Tensor:

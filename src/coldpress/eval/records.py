@@ -21,6 +21,7 @@ __all__ = ["METRICS", "make_records"]
 METRICS = (
     *("scored_tokens", "windows", "loss", "ppl", "baseline_loss", "baseline_ppl", "delta_nll", "delta_nll_se"),
     *("delta_nll_ci95", "ppl_ratio_ci95", "top1_acc", "same_top1", "kld", "delta_p", "nll_by_distance", "per_window"),
+    *("nll_by_position", "per_document", "kv_bytes_max"),
     *("context_tokens", "target_tokens", "kv_bytes", "kv_bytes_baseline", "kv_len_before", "kv_len_after", "kept_hash"),
     *("effective_compression_ratio", "generated_tokens", "repetitions", "generation_tokens_per_s"),
     *("speed_tokens_per_s", "decode_tokens_per_s", "prefill_tokens_per_s", "ttft_s", "tpot_ms", "decode_speedup"),
@@ -47,10 +48,11 @@ def make_records(run: Run) -> list[dict[str, Any]]:
     the metrics are null), ``interrupted`` otherwise.
     """
     common = _common(run)
-    scored = {} if run.prefix is None else {id(point.press): result for point, result in run.prefix.results()}
+    by_press = run.prefix or run.stream
+    scored = {} if by_press is None else {id(point.press): result for point, result in by_press.results()}
     records = []
     for job in run.jobs:
-        perplexity = run.plain if run.prefix is None else scored.get(id(job.press))
+        perplexity = run.plain if by_press is None else scored.get(id(job.press))
         parts = [part for part in (perplexity, _speed(run, job)) if part is not None]
         error = run.error or next((part for part in parts if isinstance(part, Exception)), None)
         if not parts and error is None:
@@ -90,6 +92,8 @@ def _is_complete(run: Run, job: Job) -> bool:
     """Whether everything that was asked for this press has been measured."""
     plan = run.plan
     is_scored = run.plain is not None or plan.protocol.startswith("speed")
+    if run.stream is not None:
+        is_scored = run.stream.is_complete
     if plan.windows is not None:
         is_scored = run.prefix is not None and run.prefix.is_complete
     is_timed = plan.context_ids is None
@@ -123,6 +127,7 @@ def _common(run: Run) -> dict[str, Any]:
         "timestamp": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": run.command,
         "protocol": plan.protocol,
+        "ppl_mode": s.ppl_mode,
         "settings": {key: value for key, value in asdict(s).items() if key not in _NOT_SETTINGS},
         "seed": s.seed,
         **run.loaded.facts(),
@@ -148,4 +153,6 @@ def _common(run: Run) -> dict[str, Any]:
         record |= {"context_tokens": sizes.context, "target_tokens": sizes.target, "stride": sizes.stride}
     elif plan.max_length is not None:
         record |= {"max_length": plan.max_length, "stride": plan.stride}
+    elif s.ppl_mode == "streaming":
+        record |= {"chunk_size": s.stream_chunk, "stream_limit": plan.stream_limit, "position_mode": s.positions}
     return record

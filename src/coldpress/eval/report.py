@@ -66,6 +66,11 @@ QUALITY: tuple[Column, ...] = (
     ("KV after", _bytes("kv_bytes")),
     ("status", lambda r: None if r["status"] == "ok" else r["status"]),
 )
+STREAM: tuple[Column, ...] = (
+    ("positions", lambda r: r["position_mode"] if r.get("nll_by_position") else None),
+    ("tokens", lambda r: f"{r['scored_tokens']:,}" if r.get("nll_by_position") else None),
+    ("KV most", _bytes("kv_bytes_max")),
+)
 SPEED: tuple[Column, ...] = (
     ("prefill tok/s", _number("prefill_tokens_per_s", "{:.0f}")),
     ("TTFT s", _number("ttft_s", "{:.3f}")),
@@ -80,7 +85,27 @@ SPEED: tuple[Column, ...] = (
 def table(records: Sequence[Record]) -> str:
     """Markdown tables, one line a record: quality and sizes, then speed and memory, as far as they were measured."""
     flat = [{**r, "kld_mean": (r.get("kld") or {}).get("mean")} for r in records]
-    return "\n\n".join(text for text in (_table(flat, QUALITY), _table(flat, SPEED)) if text)
+    quality = QUALITY
+    if any(r.get("nll_by_position") for r in records):
+        own = ("loss", "PPL", "status")
+        quality = (*STREAM, *(column for column in QUALITY if column[0] in own))
+    parts = _table(flat, quality), _table(flat, _buckets(records)), _table(flat, SPEED)
+    return "\n\n".join(text for text in parts if text)
+
+
+def _buckets(records: Sequence[Record]) -> tuple[Column, ...]:
+    """A column for each bucket of positions in which a stream was scored."""
+    names = dict.fromkeys(name for r in records for name in r.get("nll_by_position") or ())
+    names = dict.fromkeys(sorted(names, key=lambda name: int(name.partition("-")[0])))
+
+    def column(name: str) -> Column:
+        def cell(record: Record) -> str | None:
+            loss = (record.get("nll_by_position") or {}).get(name)
+            return None if loss is None else f"{loss:.3f}"
+
+        return f"loss at {name}", cell
+
+    return tuple(column(name) for name in names)
 
 
 def _table(records: Sequence[Record], columns: Sequence[Column]) -> str:
@@ -157,7 +182,11 @@ def groups(records: Iterable[Record]) -> list[list[Record]]:
     """
     found: dict[tuple[Any, ...], dict[tuple[Any, ...], list[Record]]] = {}
     for record in records:
-        outcome = () if record["status"] == "failed" else (record.get("windows"), record.get("scored_tokens"))
+        outcome: tuple[Any, ...] = (record.get("windows"), record.get("scored_tokens"))
+        if record["status"] == "failed":
+            outcome = ()
+        elif record.get("ppl_mode") == "streaming":  # how far each press reads stands in its row
+            outcome = ("stream",)
         found.setdefault(_asked(record), {}).setdefault(outcome, []).append(record)
     grouped = []
     for outcomes in found.values():
@@ -173,7 +202,7 @@ def _asked(record: Record) -> tuple[Any, ...]:
     of_speed = ("context_limit", "max_new_tokens", "min_new_tokens", "repetitions", "warmup", "speed_decode_only")
     return (
         *(record.get(k) for k in ("protocol", "model", "num_params", "dtype", "device", "attn_implementation")),
-        *(record.get(k) for k in ("dataset", "subset", "text_sha256", "total_tokens")),
+        *(record.get(k) for k in ("ppl_mode", "dataset", "subset", "text_sha256", "total_tokens")),
         *(None if settings.get("ppl_only") else settings.get(k) for k in of_speed),
         *(env[k] for k in ("transformers", "torch", "cpu", "threads")),
     )

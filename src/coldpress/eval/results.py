@@ -39,7 +39,7 @@ SCHEMA_VERSION = 1
 # What was asked for and what it was asked of: a run that fails has the same name as one that finishes. Measured values
 # (loss, achieved ratio, ...) are in the record, not in its name.
 IDENTIFYING_FIELDS = (
-    *("protocol", "mode", "speed_only", "settings"),
+    *("protocol", "mode", "ppl_mode", "speed_only", "settings"),
     *("model", "model_revision", "weights_fingerprint", "dtype", "device", "attn_implementation", "quantization"),
     *("dataset", "dataset_revision", "subset", "split", "sample_idx", "text_file", "text_sha256", "add_bos"),
     *(

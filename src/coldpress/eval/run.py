@@ -26,6 +26,7 @@ from coldpress.eval.report import show, size_of
 from coldpress.eval.results import check_writable, write_result
 from coldpress.eval.settings import Job, Settings, make_jobs
 from coldpress.eval.speed import SpeedRun
+from coldpress.eval.stream import StreamRun
 from coldpress.presses.registry import press_names
 
 __all__ = ["Run", "Settings", "evaluate"]
@@ -125,6 +126,7 @@ class Run:
     command: str
     plain: dict[str, Any] | None = None
     prefix: PrefixRun | None = None
+    stream: StreamRun | None = None
     speed: SpeedRun | None = None
     seconds: dict[str, float] = field(default_factory=dict)  # wall time of each part
     error: Exception | None = None  # what ended the run
@@ -134,7 +136,14 @@ class Run:
         s, plan, model = self.settings, self.plan, self.loaded.model
         torch.manual_seed(s.seed)
         presses = [job.press for job in self.jobs]
-        if plan.windows is not None:
+        if s.ppl_mode == "streaming":
+            assert s.stream_chunk is not None
+            positions: Any = s.positions
+            self.stream = StreamRun(
+                model, presses, plan.documents, chunk=s.stream_chunk, positions=positions, limit=plan.stream_limit
+            )
+            self._timed("perplexity", self.stream.run)
+        elif plan.windows is not None:
             pressed = [press for press in presses if press is not None]
             documents = list(zip(plan.documents, plan.windows, strict=True))
             self.prefix = PrefixRun(model, pressed, documents, s.batch_size, s.chunk_tokens)

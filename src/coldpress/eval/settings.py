@@ -8,10 +8,15 @@ from typing import Any
 from coldpress.budget import check_ratio
 from coldpress.chunks import can_choose_again, check_chunks
 from coldpress.errors import InputError, PressError
-from coldpress.presses.base import BUDGETS, BasePress
+from coldpress.presses.base import BUDGETS, BasePress, parts, require_rerotatable
+from coldpress.presses.decoding import DecodingPress
 from coldpress.presses.registry import NO_PRESS, make_press, parameters_of, press_names
 
-__all__ = ["Job", "Settings", "check_types", "make_jobs"]
+PPL_MODES = ("prefix", "streaming")
+POSITIONS = ("original", "rerotate")
+STREAM_CHUNK = 64
+
+__all__ = ["POSITIONS", "PPL_MODES", "Job", "Settings", "check_types", "make_jobs"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,9 @@ class Settings:
     press_args: tuple[tuple[str, Any], ...] = ()
     chunk_tokens: int | None = None
     ppl_apply_press: bool = False
+    ppl_mode: str | None = None  # prefix or streaming
+    stream_chunk: int | None = None
+    positions: str | None = None  # original or rerotate; rerotate if a stream is read
     speed_only: bool = False
     ppl_only: bool = False
     speed_decode_only: bool = False
@@ -63,6 +71,7 @@ class Settings:
             raise InputError(f"{' and '.join(sizes)} both say how much is kept; give one of them.")
         if not sizes:
             object.__setattr__(self, "compression_ratio", (0.5,))
+        self._check_mode()
         if self.speed_only and (self.ppl_apply_press or self.ppl_only):
             raise InputError("--speed_only measures no perplexity; leave it out, or --ppl_apply_press and --ppl_only.")
         if self.chunk_tokens is not None and not self.ppl_apply_press and self.ppl_only:
@@ -78,6 +87,39 @@ class Settings:
             raise InputError(
                 f"--min_new_tokens {self.min_new_tokens} is more than --max_new_tokens {self.max_new_tokens}."
             )
+
+    def _check_mode(self) -> None:
+        """Fill in what follows from ``--ppl_mode``; raise :class:`InputError` if it contradicts other options."""
+        if self.ppl_mode not in (None, *PPL_MODES):
+            raise InputError(f"--ppl_mode must be {' or '.join(PPL_MODES)}, got {self.ppl_mode!r}.")
+        if self.positions not in (None, *POSITIONS):
+            raise InputError(f"--positions must be {' or '.join(POSITIONS)}, got {self.positions!r}.")
+        if self.ppl_mode == "streaming":
+            if self.ppl_apply_press or self.speed_only or self.speed_decode_only:
+                raise InputError(
+                    "--ppl_mode streaming reads whole texts and measures no speed; leave --ppl_apply_press, "
+                    "--speed_only and --speed_decode_only out."
+                )
+            for name in ("context_tokens", "target_tokens", "stride", "max_length"):
+                if getattr(self, name) is not None:
+                    raise InputError(f"--ppl_mode streaming has no windows; leave --{name} out.")
+            if self.chunk_tokens is not None:
+                raise InputError(
+                    "--ppl_mode streaming reads --stream_chunk tokens at a time; leave --chunk_tokens out."
+                )
+            if self.batch_size != 1:
+                raise InputError("--ppl_mode streaming reads one text after the other; leave --batch_size out.")
+            object.__setattr__(self, "ppl_only", True)
+            object.__setattr__(self, "stream_chunk", self.stream_chunk or STREAM_CHUNK)
+            object.__setattr__(self, "positions", self.positions or "rerotate")
+            return
+        for name in ("stream_chunk", "positions"):
+            if getattr(self, name) is not None:
+                raise InputError(f"--{name} belongs to --ppl_mode streaming.")
+        if self.ppl_mode == "prefix":
+            object.__setattr__(self, "ppl_apply_press", True)
+        elif self.ppl_apply_press:
+            object.__setattr__(self, "ppl_mode", "prefix")
 
 
 @dataclass(frozen=True)
@@ -105,6 +147,8 @@ def make_jobs(settings: Settings) -> list[Job]:
         PressError: an unknown press or parameter, a ratio outside [0, 1), parameters for several presses, a budget for
             a press that was named and has none, a press that would compress nothing of what is measured.
     """
+    if settings.ppl_mode == "streaming":
+        return _make_stream_jobs(settings)
     for ratio in settings.compression_ratio:
         check_ratio(ratio, "--compression_ratio")
     names: list[str] = []
@@ -148,6 +192,55 @@ def _all_presses(settings: Settings) -> list[str]:
     if settings.chunk_tokens is None:
         return names
     return [name for name in names if can_choose_again(make_press(name, 0.0))]
+
+
+def _make_stream_jobs(settings: Settings) -> list[Job]:
+    """Each named scorer at each number of tokens, cut back to them after every chunk; ``no_press`` is measured once.
+
+    Raises:
+        PressError: a press that cannot choose again and again among what is left of a text, or no number of tokens.
+    """
+    names, parameters = list(dict.fromkeys(settings.press)), dict(settings.press_args)
+    if parameters and len([name for name in names if name != NO_PRESS]) != 1:
+        raise PressError("--press_args belongs to one press; name a single one with --press.")
+    if not settings.budget_tokens and names != [NO_PRESS]:
+        raise PressError(
+            "A stream has no length that a ratio could be taken of; say how much is held: --budget_tokens."
+        )
+    if "all" in names:
+        scorers = [name for name in press_names(kind="training-free", has_ratio=True) if _streams(name)]
+        names = list(dict.fromkeys([NO_PRESS, *names, *scorers]))
+        names.remove("all")
+    jobs = []
+    for name in names:
+        own = {} if name == NO_PRESS else parameters
+        if "seed" in parameters_of(name):
+            own = {"seed": settings.seed, **own}
+        check_types(name, own)
+        if name == NO_PRESS:
+            jobs.append(Job(name, None))
+            continue
+        assert settings.stream_chunk is not None
+        scorer = make_press(name, 0.0, **own)
+        for n in settings.budget_tokens:
+            press = DecodingPress(scorer, compression_interval=settings.stream_chunk, target_size=n)  # type: ignore[arg-type]
+            if settings.positions == "rerotate":
+                require_rerotatable(press)
+            if any(part.needs_hidden_states for part in parts(press)):
+                raise PressError(
+                    f"{name} looks at hidden states, which --ppl_mode streaming does not show; leave it out."
+                )
+            jobs.append(Job(name, press, budget_tokens=n))
+    return jobs
+
+
+def _streams(name: str) -> bool:
+    """Whether the press called ``name`` can go into a decoding schedule."""
+    try:
+        DecodingPress(make_press(name, 0.0))  # type: ignore[arg-type]
+    except PressError:
+        return False
+    return True
 
 
 def _check_compresses(name: str, press: BasePress | None, settings: Settings) -> None:

@@ -31,6 +31,7 @@ __all__ = [
     "parts",
     "require_block",
     "require_one_layer",
+    "require_rerotatable",
 ]
 
 BUDGETS = ("budget_tokens", "budget_bytes")  # what may say how much is kept, instead of a ratio
@@ -120,6 +121,11 @@ class BasePress:
         (``Kept.carry``); ``layer.carried()`` gives these back, and ``layer.keep(slots)`` evicts.
         """
         raise NotImplementedError(f"{type(self).__name__} must define choose_together(cache)")
+
+    @property
+    def leaves_keys(self) -> bool:
+        """Whether the keys that are kept are held as the model made them."""
+        return True
 
     # -- a press that goes on while decoding (see DecodingPress) ---------------------------------------------------
 
@@ -330,6 +336,24 @@ def require_one_layer(outer: BasePress, press: object) -> None:
         raise PressError(
             f"{type(outer).__name__} asks a press about one layer at a time, and {type(press).__name__} chooses among "
             "the pairs of all layers after running the model again; use it by itself."
+        )
+
+
+def require_rerotatable(press: BasePress) -> None:
+    """Raise :class:`PressError` unless a cache can move up the keys that ``press`` keeps."""
+    for part in parts(press):
+        name = type(part).__name__
+        if not part.leaves_keys:
+            why = f"{name} changes the keys that it keeps"
+        elif part.needs_model or part.chooses_together:
+            why = f"{name} chooses among the pairs of all layers when the prefill is over"
+        elif part.n_waiting:
+            why = f"{name} evicts token by token"
+        else:
+            continue
+        raise PressError(
+            f"positions='rerotate' moves keys up whenever a layer is cut back, and {why}; leave positions out, or use "
+            "a scorer or DecodingPress around one."
         )
 
 

@@ -94,6 +94,10 @@ class FinchPress(ScorerPress):
                 parts.append(start + select(scores[..., start : start + size], count, n_window=n_last))
         return torch.cat(parts, dim=-1)
 
+    @property
+    def leaves_keys(self) -> bool:
+        return not self.rerotate_keys
+
     def compress(self, view: LayerView) -> Kept | None:
         kept = super().compress(view)
         if kept is None or not self.rerotate_keys:

@@ -37,6 +37,10 @@ class KeyRerotationPress(WrapperPress):
 
     decodes = False
 
+    @property
+    def leaves_keys(self) -> bool:
+        return False
+
     def _check_press(self) -> None:
         press = self.press.press if isinstance(self.press, MergingPress) else self.press  # which leaves keys alone
         require_choice(self, press)

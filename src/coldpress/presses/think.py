@@ -62,6 +62,10 @@ class ThinKPress(WrapperPress):
         if isinstance(self.press, ThinKPress):
             raise PressError("ThinKPress around ThinKPress would remove channels twice; use one of them.")
 
+    @property
+    def leaves_keys(self) -> bool:
+        return False
+
     def compress(self, view: LayerView) -> Kept | None:
         kept = self.press.compress(view)
         n_channels = view.keys.shape[3]
