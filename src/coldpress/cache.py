@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 
 from coldpress.errors import CacheError, PressError
 from coldpress.layer import PressedLayer
+from coldpress.quantised import KVBits, check_quantisable
 from coldpress.session import Session
 
 if TYPE_CHECKING:
@@ -39,20 +40,27 @@ class PressedCache(Cache):
     ``decoding=True``); so are all chunks but the first where ``generate(prefill_chunk_size=...)`` cuts the prompt up.
     Without a press the cache computes what a DynamicCache does and writes new tokens into a buffer with room to grow.
 
+    With ``kv_bits`` what is left is held in few bits: the press scores pairs as they are, its survivors are quantised
+    once, and attention sees them in their own type again, one layer at a time. Each head's newest pairs stay as they
+    are (:class:`KVBits`).
+
     Args:
         press: what compresses the cache, or None.
+        kv_bits: 8, 4 or 2 bits for each number of the older pairs, or a KVBits; None holds all as they are.
 
     Raises:
         PressError: ``press`` is not a press.
+        CacheError: ``kv_bits`` is none of these, or the press keeps what cannot be held so.
         ModelError: at the next call, when the model runs another attention backend.
     """
 
-    def __init__(self, press: BasePress | None = None):
+    def __init__(self, press: BasePress | None = None, kv_bits: int | KVBits | None = None):
         from coldpress.presses.base import BasePress
 
         if press is not None and not isinstance(press, BasePress):
             raise PressError(f"press must be a press such as coldpress.SnapKVPress(0.5), got {press!r}.")
-        self.session = Session(press)
+        self.session = Session(press, KVBits.of(kv_bits))
+        check_quantisable(press, self.kv_bits)
         super().__init__(layer_class_to_replicate=self.session.new_layer)
 
     @classmethod
@@ -63,12 +71,18 @@ class PressedCache(Cache):
         return cache
 
     def __repr__(self) -> str:
-        return f"PressedCache(press={self.press!r}, seen={self.seen_tokens}, stored={self.stored_lengths()})"
+        bits = "" if self.kv_bits is None else f"kv_bits={self.kv_bits!r}, "
+        return f"PressedCache(press={self.press!r}, {bits}seen={self.seen_tokens}, stored={self.stored_lengths()})"
 
     @property
     def press(self) -> BasePress | None:
         """The press that compresses this cache."""
         return self.session.press
+
+    @property
+    def kv_bits(self) -> KVBits | None:
+        """How the older pairs are held; None: as they are."""
+        return self.session.kv_bits
 
     @property
     def seen_tokens(self) -> int:
@@ -127,7 +141,7 @@ class PressedCache(Cache):
         Nothing is copied until one of the two is written to; neither ever sees the other's later tokens.
         """
         self.session.check_claimed()
-        other = PressedCache(self.press)
+        other = PressedCache(self.press, self.kv_bits)
         other.session.follow(self.session)
         for layer in self.layers:
             if isinstance(layer, PressedLayer):
@@ -140,19 +154,26 @@ class PressedCache(Cache):
 
     __copy__ = fork  # a copy that shared its layers would go wrong as soon as one of the two is used
 
-    def branches(self, presses: Sequence[BasePress | None]) -> list[PressedCache]:
+    def branches(
+        self, presses: Sequence[BasePress | None], kv_bits: Sequence[int | KVBits | None] | None = None
+    ) -> list[PressedCache]:
         """One cache for each press, all filled from this cache's own prefill: one prefill serves them all.
 
         Call it on an empty cache without a press, then run the prefill with this cache; it keeps every pair itself. The
         presses see the same views, so what one of them computed (scores at another ratio, attention of the last
         queries) the others get for nothing.
 
+        Args:
+            presses: one for each cache; None keeps all.
+            kv_bits: how each of them holds its pairs; None: all as they are.
+
         Raises:
-            CacheError: this cache has a press or is not empty.
+            CacheError: this cache has a press or kv_bits, or is not empty.
         """
-        if self.press is not None or self.seen_tokens:
+        if self.press is not None or self.kv_bits is not None or self.seen_tokens:
             raise CacheError("branches() needs an empty cache without a press; start from PressedCache().")
-        branches = [PressedCache(press) for press in presses]
+        kv_bits = [None] * len(presses) if kv_bits is None else kv_bits
+        branches = [PressedCache(press, bits) for press, bits in zip(presses, kv_bits, strict=True)]
         self.session.branches = [weakref.ref(branch) for branch in branches]
         return branches
 

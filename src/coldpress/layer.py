@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 from transformers.cache_utils import CacheLayerMixin
 
 from coldpress.errors import CacheError
+from coldpress.quantised import QuantizedRaggedStore, QuantizedStore
 from coldpress.ragged import RaggedStore
 from coldpress.rows import RowGroup, view_of_newest
 from coldpress.session import THREAD, Session
@@ -56,7 +57,7 @@ class PressedLayer(CacheLayerMixin):
         self._clear()
 
     def _clear(self) -> None:
-        self._store: DenseStore | RaggedStore | None = None
+        self._store: DenseStore | RaggedStore | QuantizedStore | QuantizedRaggedStore | None = None
         self._seen = 0  # logical length
         self._kept: Tensor | None = None  # [B, Hkv, n] int32 original positions, -1 = empty slot
         self._has_gaps = False  # some slot of _kept is empty
@@ -79,18 +80,18 @@ class PressedLayer(CacheLayerMixin):
 
     @property
     def keys(self) -> Tensor | None:
-        """Stored keys, ``[B, Hkv, T, D]``; a copy where heads hold different numbers of them, or fewer channels."""
+        """Stored keys, ``[B, Hkv, T, D]``; a copy where heads hold different numbers, fewer channels or few bits."""
         return None if self._store is None else self._store.keys
 
     @property
     def values(self) -> Tensor | None:
-        """Stored values, ``[B, Hkv, T, Dv]``; a copy where heads hold different numbers of them."""
+        """Stored values, ``[B, Hkv, T, Dv]``; a copy where heads hold different numbers of them, or few bits."""
         return None if self._store is None else self._store.values
 
     @property
     def is_ragged(self) -> bool:
         """Whether heads are held one after the other, so that :meth:`update` returns the new pairs alone."""
-        return isinstance(self._store, RaggedStore)
+        return isinstance(self._store, (RaggedStore, QuantizedRaggedStore))
 
     def tensors(self) -> tuple[Tensor, ...]:
         """What holds the keys and values."""
@@ -188,6 +189,14 @@ class PressedLayer(CacheLayerMixin):
                 f"Cannot crop to {length} tokens: pairs that a cache of that length needs are gone. "
                 f"Crop to {oldest} or more, fork() the cache before adding to it, or prefill again."
             )
+        if isinstance(self._store, (QuantizedStore, QuantizedRaggedStore)):
+            exact = self._seen - self._store.n_exact
+            if length < exact:
+                raise CacheError(
+                    f"Cannot crop to {length} tokens: those before {exact} are held in few bits, in groups that cannot "
+                    "be cut. Crop to that or more, fork() the cache before adding to it, or keep more of the newest "
+                    "tokens as they are, with kv_bits=KVBits(bits, residual_tokens=...)."
+                )
         return length
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -293,7 +302,7 @@ class PressedLayer(CacheLayerMixin):
         Returns None if they are not, or if a mask is needed beside causal order: :meth:`visibility` has it, and
         ``keys`` and ``values`` are as it needs them.
         """
-        if not isinstance(self._store, RaggedStore):
+        if not isinstance(self._store, (RaggedStore, QuantizedRaggedStore)):
             return None
         if sliding_window is not None and self._seen > sliding_window:
             return None
@@ -316,8 +325,11 @@ class PressedLayer(CacheLayerMixin):
         self._window = call.sliding_window
         branches = [branch.layer(self.index) for branch in session.live_branches()] if is_prefill else []
         groups: list[RowGroup] = []
-        if is_prefill and not call.is_local and (session.press is not None or branches):
+        has_padding = padding is not None and session.kv_bits is not None  # it is not quantised along with the rest
+        if is_prefill and not call.is_local and (session.press is not None or branches or has_padding):
             groups = RowGroup.of_prefill(self, call, padding)
+        for branch in branches:
+            branch._window = call.sliding_window
         sharing = [branch for branch in branches if not branch.compress_from(self, groups)]
         self.compress_from(self, groups)
         if call.sliding_window is not None:
@@ -336,6 +348,21 @@ class PressedLayer(CacheLayerMixin):
                     raise
                 layer.session.error = error
                 traceback.clear_frames(error.__traceback__)
+            press = layer.session.press
+            if not is_prefill or press is None or not (press.needs_model or press.chooses_together):
+                layer.quantise()  # else when they have chosen
+
+    def quantise(self) -> None:
+        """Hold all but the newest pairs in few bits, if the cache is to; what is held so already is left alone."""
+        store, kv_bits = self._store, self.session.kv_bits
+        if isinstance(store, (QuantizedStore, QuantizedRaggedStore)):
+            store.quantise()
+        elif isinstance(store, RaggedStore) and kv_bits is not None:
+            self._store = QuantizedRaggedStore(store, kv_bits)
+        elif isinstance(store, ThinStore) and kv_bits is not None:
+            raise CacheError("Keys in fewer channels cannot be held in fewer bits as well; leave kv_bits out.")
+        elif isinstance(store, DenseStore) and kv_bits is not None:
+            self._store = QuantizedStore(store, kv_bits)
 
     def _go_on(self, call: LayerCall, padding: Tensor | None, is_prefill: bool) -> None:
         """What a press that goes on while decoding does after a call, and with the queries that it remembers."""
@@ -386,6 +413,7 @@ class PressedLayer(CacheLayerMixin):
         if isinstance(store, RaggedStore):
             store.settle(stays)
         else:
+            assert isinstance(store, DenseStore)
             store.settle(n_kept, order, to, longest)
             if self._window is None and n_pairs <= (1 - _WASTE) * self._kept.numel():
                 self._store = RaggedStore(store.keys[:, :, :longest], store.values[:, :, :longest], self._kept >= 0)
@@ -439,7 +467,12 @@ class PressedLayer(CacheLayerMixin):
         A press that fails breaks its own cache, which raises the error at its next use, and none that branches off.
         """
         press = self.session.press
-        if press is None or self.session.error is not None or not groups or press.judges_prompt:
+        if self.session.error is not None or not groups:
+            return False
+        if press is None and self.session.kv_bits is not None and any(group.slots is not None for group in groups):
+            self._hold(source, groups, [None] * len(groups))  # without the padding
+            return True
+        if press is None or press.judges_prompt:
             return False
         try:
             kept = [press.compress(group.view) for group in groups]
@@ -508,9 +541,10 @@ class PressedLayer(CacheLayerMixin):
         self._kept, self._tail_start = positions, self._seen
         self._pairs_after = int(is_held.sum())
         self._has_gaps = self._pairs_after < positions.numel()
+        waste = _WASTE if self.session.kv_bits is None else 0  # empty slots would be quantised along with the others
         if thin is not None:
             self._store = ThinStore(thin, values, keys.shape[3])
-        elif self._window is None and self._pairs_after <= (1 - _WASTE) * positions.numel():
+        elif self._window is None and self._pairs_after <= (1 - waste) * positions.numel() and self._has_gaps:
             self._store = RaggedStore(keys[:, :, :n], values[:, :, :n], is_held)
         else:
             self._store = DenseStore(keys, values)
@@ -563,9 +597,13 @@ class PressedLayer(CacheLayerMixin):
                 return
         assert self._store is not None
         store = self._store
-        if isinstance(store, RaggedStore):
+        if isinstance(store, (RaggedStore, QuantizedRaggedStore)):
             store = DenseStore(store.keys, store.values)
-        self._store = store.without_first(n_kept + oldest - self._tail_start)
+        n_first = store.droppable(n_kept + oldest - self._tail_start)
+        if n_first < n_kept:
+            return
+        oldest = n_first - n_kept + self._tail_start
+        self._store = store.without_first(n_first)
         self._kept, self._has_gaps, self._tail_start, self._carry = None, False, oldest, None
 
     def _index_rows(self, rows: Tensor) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from coldpress.cache import PressedCache
     from coldpress.layer import PressedLayer
     from coldpress.presses.base import BasePress
+    from coldpress.quantised import KVBits
     from coldpress.view import LayerCall
 
 __all__ = ["THREAD", "Session"]
@@ -36,8 +37,9 @@ THREAD = _Thread()
 class Session:
     """What the layers of one cache share: the press, and what the run has accumulated."""
 
-    def __init__(self, press: BasePress | None = None):
+    def __init__(self, press: BasePress | None = None, kv_bits: KVBits | None = None):
         self.press = press
+        self.kv_bits = kv_bits  # how pairs are held, None: as they are
         self.branches: list[weakref.ref[PressedCache]] = []  # caches that this one's prefill fills too
         self.unclaimed: PressedLayer | None = None
         self.error: Exception | None = None  # what the press of a branch raised during the shared prefill
