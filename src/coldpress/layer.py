@@ -541,10 +541,11 @@ class PressedLayer(CacheLayerMixin):
         self._kept, self._tail_start = positions, self._seen
         self._pairs_after = int(is_held.sum())
         self._has_gaps = self._pairs_after < positions.numel()
-        waste = _WASTE if self.session.kv_bits is None else 0  # empty slots would be quantised along with the others
+        # empty slots would be quantised along with the others
+        is_ragged = self._has_gaps if self.session.kv_bits else self._pairs_after <= (1 - _WASTE) * positions.numel()
         if thin is not None:
             self._store = ThinStore(thin, values, keys.shape[3])
-        elif self._window is None and self._pairs_after <= (1 - waste) * positions.numel() and self._has_gaps:
+        elif self._window is None and is_ragged:
             self._store = RaggedStore(keys[:, :, :n], values[:, :, :n], is_held)
         else:
             self._store = DenseStore(keys, values)

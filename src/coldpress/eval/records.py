@@ -37,6 +37,7 @@ _NOT_SETTINGS = (
     "compression_ratio",
     *BUDGETS,
     "press_args",
+    *("kv_bits", "kv_group_size", "kv_residual_tokens"),
 )  # elsewhere in the record, or beside it
 
 
@@ -47,10 +48,12 @@ def make_records(run: Run) -> list[dict[str, Any]]:
     the metrics are null), ``interrupted`` otherwise.
     """
     common = _common(run)
-    scored = {} if run.prefix is None else {id(point.press): result for point, result in run.prefix.results()}
+    scored: dict[Any, Any] = {}
+    if run.prefix is not None:
+        scored = {(id(point.press), point.kv_bits): result for point, result in run.prefix.results()}
     records = []
     for job in run.jobs:
-        perplexity = run.plain if run.prefix is None else scored.get(id(job.press))
+        perplexity = run.plain if run.prefix is None else scored.get((id(job.press), job.kv_bits))
         parts = [part for part in (perplexity, _speed(run, job)) if part is not None]
         error = run.error or next((part for part in parts if isinstance(part, Exception)), None)
         if not parts and error is None:
@@ -63,6 +66,8 @@ def make_records(run: Run) -> list[dict[str, Any]]:
             "compression_ratio": job.ratio,
             "budget_tokens": job.budget_tokens,
             "budget_bytes": job.budget_bytes,
+            "kv_bits": None if job.kv_bits is None else job.kv_bits.bits,
+            "kv_bits_config": None if job.kv_bits is None else asdict(job.kv_bits),
             "status": "failed" if error is not None else "ok" if _is_complete(run, job) else "interrupted",
             "error": None,
         }
@@ -94,7 +99,7 @@ def _is_complete(run: Run, job: Job) -> bool:
         is_scored = run.prefix is not None and run.prefix.is_complete
     is_timed = plan.context_ids is None
     if run.speed is not None:
-        point = run.speed.point(job.press)
+        point = run.speed.point(job.press, job.kv_bits)
         is_timed = len(point.samples) == run.settings.repetitions and point.memory is not None
     return is_scored and is_timed
 
@@ -103,7 +108,7 @@ def _speed(run: Run, job: Job) -> dict[str, Any] | Exception | None:
     """The speed part of a record, what went wrong, or None when nothing was timed."""
     if run.speed is None:
         return None
-    point = run.speed.point(job.press)
+    point = run.speed.point(job.press, job.kv_bits)
     if point.error is not None:
         return point.error
     if not point.samples:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from coldpress.budget import check_ratio
-from coldpress.errors import InputError, PressError
+from coldpress.errors import CacheError, InputError, PressError
 from coldpress.presses.base import BUDGETS, BasePress
 from coldpress.presses.registry import NO_PRESS, make_press, parameters_of, press_names
+from coldpress.quantised import KVBits, check_quantisable
 
 __all__ = ["Job", "Settings", "check_types", "make_jobs"]
 
@@ -33,6 +34,9 @@ class Settings:
     budget_tokens: tuple[int, ...] = ()
     budget_bytes: tuple[int, ...] = ()
     press_args: tuple[tuple[str, Any], ...] = ()
+    kv_bits: tuple[int, ...] = ()  # of the older pairs, instead of as they are
+    kv_group_size: int = KVBits.group_size
+    kv_residual_tokens: int = KVBits.residual_tokens
     ppl_apply_press: bool = False
     speed_only: bool = False
     ppl_only: bool = False
@@ -78,6 +82,7 @@ class Job:
     """One press of one size: one result record.
 
     At most one of ``ratio``, ``budget_tokens`` and ``budget_bytes`` is given, and none for a press without a ratio.
+    ``kv_bits`` says how what is kept is held; None: as it is.
     """
 
     name: str
@@ -85,17 +90,20 @@ class Job:
     ratio: float | None = None
     budget_tokens: int | None = None
     budget_bytes: int | None = None
+    kv_bits: KVBits | None = None
 
 
 def make_jobs(settings: Settings) -> list[Job]:
     """The presses to measure, in the order they were named: each at every ratio or budget, or once if it has none.
 
     ``all`` is every press that needs nothing but the model and compresses the prompt; name the calibrated, the trained
-    and the decoding ones. ``no_press`` is measured once.
+    and the decoding ones. ``no_press`` is measured once. With ``kv_bits`` each of them is measured at every number of
+    bits; ``all`` leaves out those that cannot be held so.
 
     Raises:
         PressError: an unknown press or parameter, a ratio outside [0, 1), parameters for several presses, a budget for
             a press that was named and has none, a press that would compress nothing of what is measured.
+        CacheError: bits that there are not, or that a press that was named cannot be held in.
     """
     for ratio in settings.compression_ratio:
         check_ratio(ratio, "--compression_ratio")
@@ -129,7 +137,25 @@ def make_jobs(settings: Settings) -> list[Job]:
         for job in mine:
             _check_compresses(name, job.press, settings)
         jobs += mine
-    return list({(job.name, job.ratio, job.budget_tokens, job.budget_bytes): job for job in jobs}.values())
+    jobs = list({(job.name, job.ratio, job.budget_tokens, job.budget_bytes): job for job in jobs}.values())
+    bits = dict.fromkeys(settings.kv_bits)
+    return _in_bits(jobs, [KVBits(n, settings.kv_group_size, settings.kv_residual_tokens) for n in bits], settings)
+
+
+def _in_bits(jobs: list[Job], kv_bits: list[KVBits], settings: Settings) -> list[Job]:
+    """Each job at every number of bits; as it is where there are none."""
+    if not kv_bits:
+        return jobs
+    held = []
+    for job in jobs:
+        try:
+            check_quantisable(job.press, kv_bits[0])
+        except CacheError:
+            if job.name in settings.press:
+                raise
+            continue
+        held += [replace(job, kv_bits=each) for each in kv_bits]
+    return held
 
 
 def _check_compresses(name: str, press: BasePress | None, settings: Settings) -> None:
