@@ -46,7 +46,7 @@ class KVBits:
     residual_tokens: int = 128
 
     def __post_init__(self) -> None:
-        if isinstance(self.bits, bool) or self.bits not in BITS:
+        if type(self.bits) is not int or self.bits not in BITS:
             raise CacheError(f"kv_bits must be 8, 4 or 2, or a KVBits of these, got {self.bits!r}.")
         for name, least in (("group_size", 1), ("residual_tokens", 0)):
             value = getattr(self, name)
