@@ -7,8 +7,8 @@
 A generated part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->``. NAME is ``presses DOCUMENT`` for the
 table of presses, whose classes lead to their sections in that document, ``press sections`` for those sections,
 ``results FOLDER`` for the table of the JSON files in benchmarks/FOLDER, ``parity`` for the comparison with kvpress,
-``faults`` for the tests of kvpress's faults, or ``overhead FILE`` for the table of
-benchmarks/press_overhead/results/FILE.json.
+``faults`` for the tests of kvpress's faults, ``overhead FILE`` for the table of
+benchmarks/press_overhead/results/FILE.json, or ``quantised FILE`` for that of benchmarks/quantised/results/FILE.json.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ DOCUMENTS = (
     "docs/presses.md",
     "docs/parity.md",
     "benchmarks/press_overhead/README.md",
+    "benchmarks/quantised/README.md",
 )
 PART = re.compile(r"(<!-- generated: (?P<name>[^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -138,11 +139,11 @@ def faults() -> str:
     return "\n".join(["| fault | what kvpress does | test |", "|---|---|---|", *(line for _, line in rows)])
 
 
-def overhead(name: str) -> str:
-    """The table of a result of benchmarks/press_overhead, made by the script that measures it."""
-    folder = ROOT / "benchmarks" / "press_overhead"
+def of_script(benchmark: str, name: str) -> str:
+    """The table of a result of ``benchmark``, made by the script that measures it."""
+    folder = ROOT / "benchmarks" / benchmark
     record = json.loads((folder / "results" / f"{name}.json").read_text(encoding="utf-8"))
-    made: str = runpy.run_path(str(folder / "press_overhead.py"))["table"](record)
+    made: str = runpy.run_path(str(folder / f"{benchmark}.py"))["table"](record)
     return made
 
 
@@ -154,7 +155,8 @@ def generated(name: str) -> str:
         "results": lambda: results(argument),
         "parity": parity,
         "faults": faults,
-        "overhead": lambda: overhead(argument),
+        "overhead": lambda: of_script("press_overhead", argument),
+        "quantised": lambda: of_script("quantised", argument),
     }
     if kind not in makers:
         raise ColdpressError(f"nothing called {name!r} is generated; there are {', '.join(makers)}")
