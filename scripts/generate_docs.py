@@ -8,8 +8,9 @@ A generated part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->`
 table of presses, whose classes lead to their sections in that document, ``press sections`` for those sections,
 ``results FOLDER`` for the table of the JSON files in benchmarks/FOLDER, ``parity`` for the comparison with kvpress,
 ``faults`` for the tests of kvpress's faults, ``overhead FILE`` for the table of
-benchmarks/press_overhead/results/FILE.json, ``chunked FILE`` for that of benchmarks/prefill_chunked, or
-``stream FILE``, ``far FILE`` and ``drift FILE`` for those of benchmarks/long_stream/results/FILE.json.
+benchmarks/press_overhead/results/FILE.json, ``chunked FILE`` and ``quantised FILE`` for those of
+benchmarks/prefill_chunked and benchmarks/quantised, or ``stream FILE``, ``far FILE`` and ``drift FILE`` for those of
+benchmarks/long_stream/results/FILE.json.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ DOCUMENTS = (
     "benchmarks/press_overhead/README.md",
     "benchmarks/prefill_chunked/README.md",
     "benchmarks/long_stream/README.md",
+    "benchmarks/quantised/README.md",
 )
 PART = re.compile(r"(<!-- generated: (?P<name>[^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -111,7 +113,13 @@ def results(folder: str) -> str:
     records = read_results(ROOT / "benchmarks" / folder)
     if not records:
         raise ColdpressError(f"benchmarks/{folder} holds no results")
-    records.sort(key=lambda r: (r["compression_ratio"] or 0.0, r["loss"] if r["loss"] is not None else 0.0))
+    records.sort(
+        key=lambda r: (
+            r["compression_ratio"] or 0.0,
+            -(r.get("kv_bits") or 16),
+            r["loss"] if r["loss"] is not None else 0.0,
+        )
+    )
     return f"{table(records)}\n\n{describe(records[0])}."
 
 
@@ -161,6 +169,7 @@ def generated(name: str) -> str:
         "faults": faults,
         "overhead": lambda: measured("press_overhead", "press_overhead.py", argument),
         "chunked": lambda: measured("prefill_chunked", "prefill_chunked.py", argument),
+        "quantised": lambda: measured("quantised", "quantised.py", argument),
         "stream": lambda: measured("long_stream", "long_stream.py", argument),
         "far": lambda: measured("long_stream", "precision.py", argument, "far"),
         "drift": lambda: measured("long_stream", "precision.py", argument, "drift"),

@@ -218,6 +218,24 @@ def test_the_users_command_lines(run: Run, data: Path, arguments: str, presses: 
         assert f"| {record['press']} " in done.out
 
 
+def test_presses_in_few_bits(run: Run) -> None:
+    kept = ("--kv_group_size", "16", "--kv_residual_tokens", "16", *QUALITY)
+    done = run("--press", "no_press", "knorm", "--kv_bits", "8", "2", *kept)
+    assert done.code == 0, done.err
+    assert run("--press", "no_press", "knorm", *QUALITY).code == 0
+    done = run("--press", "knorm", "--kv_bits", "4", *QUALITY)  # another setting of the same name
+    found = {(r["press"], r["kv_bits"]): r for r in done.records}
+    assert set(found) == {(press, bits) for press in ("no_press", "knorm") for bits in (None, 8, 2)} | {("knorm", 4)}
+    for (press, bits), record in found.items():
+        assert record["status"] == "ok" and "kv_bits" not in record["settings"]
+        assert record["baseline_loss"] == found["no_press", None]["loss"]
+        if bits in (8, 2):
+            assert record["kv_bits_config"] == {"bits": bits, "group_size": 16, "residual_tokens": 16}
+            assert record["kv_bytes"] < found[press, None]["kv_bytes"]
+    assert found["knorm", 4]["kv_bytes"] == found["knorm", None]["kv_bytes"]  # 48 pairs are among the newest 128
+    assert run("--kv_bits", "3").code == 2
+
+
 def test_budgets_stand_in_the_place_of_a_ratio(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     token = 2 * 2 * 32 * 4  # bytes: 2 layers, keys and values, 32 channels, float32
     done = run("--press", "no_press", "knorm", "--budget_tokens", "30", "20", *QUALITY)

@@ -38,6 +38,7 @@ from coldpress import (
     DuoAttentionPress,
     FinchPress,
     KnormPress,
+    KVBits,
     KVzapPress,
     KVzipPress,
     LayerView,
@@ -295,6 +296,23 @@ def test_a_quantised_cache_is_refused(pipe: KVPressTextGenerationPipeline) -> No
     quantized = QuantizedCache.__new__(QuantizedCache)  # without the packages that quantise
     with pytest.raises(CacheError, match=r"must be a coldpress\.PressedCache, not QuantizedCache"):
         pipe(CONTEXT, question="Who?", press=KnormPress(0.5), cache=quantized)
+
+
+def test_few_bits(pipe: KVPressTextGenerationPipeline) -> None:
+    """In the place of kvpress's cache=QuantizedCache(...): each question sees the context, and no answer before it."""
+    for press in (None, SnapKVPress(0.3, window_size=8), AdaKVPress(SnapKVPress(0.3, window_size=8))):
+        kv_bits = KVBits(2, 8, 8)
+        together = pipe(CONTEXT, questions=QUESTIONS, press=press, kv_bits=kv_bits, max_new_tokens=20)["answers"]
+        cache = PressedCache(press, kv_bits=kv_bits)
+        assert pipe(CONTEXT, questions=QUESTIONS, cache=cache, max_new_tokens=20)["answers"] == together
+        plain = PressedCache(press)
+        assert pipe(CONTEXT, questions=QUESTIONS, cache=plain, max_new_tokens=20)["answers"] != together
+        assert cache.kv_bytes() < 0.5 * plain.kv_bytes()
+        for question, answer in zip(QUESTIONS, together, strict=True):
+            again = pipe(
+                CONTEXT, question=question, press=press, cache=PressedCache(kv_bits=kv_bits), max_new_tokens=20
+            )
+            assert again["answer"] == answer
 
 
 @pytest.mark.parametrize("max_new_tokens", [1, 20])

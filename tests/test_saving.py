@@ -35,6 +35,7 @@ from coldpress import (
     DMSPress,
     ExpectedAttentionPress,
     KnormPress,
+    KVBits,
     LayerView,
     PrefillDecodingPress,
     PressedCache,
@@ -164,6 +165,19 @@ def test_a_prompt_in_pieces_goes_on(n_pieces: int, tmp_path: Path) -> None:
             assert torch.equal(*(model(piece, past_key_values=each).logits for each in (loaded, past)))
     check_same(loaded, past)
     assert torch.equal(go_on(loaded), go_on(past))
+
+
+@pytest.mark.parametrize("press", [None, SnapKVPress(0.5, window_size=8), AdaKVPress(KnormPress(0.5))])
+def test_pairs_in_few_bits_go_on(press: BasePress | None, tmp_path: Path) -> None:
+    past = PressedCache(press, kv_bits=KVBits(2, 4, 6))
+    with torch.no_grad():
+        tiny("llama")(IDS, past_key_values=past)
+    path = tmp_path / "a.safetensors"
+    loaded = through_a_file(past, path)
+    check_same(loaded, past)
+    assert torch.equal(go_on(loaded), go_on(past))
+    check_same(loaded, past)
+    assert torch.equal(go_on(through_a_file(loaded, path)), go_on(past))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -56,6 +56,7 @@ from coldpress.presses.streaming_llm import StreamingLLMPress
 from coldpress.presses.think import ThinKPress
 from coldpress.presses.tova import TOVAPress
 from coldpress.presses.wrapper import WrapperPress
+from coldpress.quantised import KVBits
 from coldpress.view import Kept, LayerView
 
 try:
@@ -89,6 +90,7 @@ __all__ = [
     "ExpectedAttentionStatsPress",
     "FastKVzipPress",
     "FinchPress",
+    "KVBits",
     "KVComposePress",
     "KVPressTextGenerationPipeline",
     "KVgradPress",

@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 from coldpress.chunks import check_chunks
 from coldpress.errors import CacheError, PressError
 from coldpress.layer import PressedLayer
+from coldpress.quantised import KVBits, check_quantisable
 from coldpress.session import Session
 
 if TYPE_CHECKING:
@@ -52,6 +53,10 @@ class PressedCache(Cache):
     :func:`coldpress.prefill` does the same for whoever calls the model. Without ``chunk_tokens`` all pieces but the
     first are stored whole, whoever cuts the prompt up.
 
+    With ``kv_bits`` what is left is held in few bits: the press scores pairs as they are, its survivors are quantised
+    once, and attention sees them in their own type again, one layer at a time. Each head's newest pairs stay as they
+    are (:class:`KVBits`).
+
     Args:
         press: what compresses the cache, or None.
         chunk_tokens: tokens of a prompt that a call brings at most, at least 1; None for a prompt in one call.
@@ -59,6 +64,7 @@ class PressedCache(Cache):
             are evicted, the keys that stay are rotated so that they stand side by side before the next token. Then no
             distance is longer than what is held, and with a decoding schedule a model reads on beyond the positions it
             was trained on, in constant memory.
+        kv_bits: 8, 4 or 2 bits for each number of the older pairs, or a KVBits; None holds all as they are.
 
     Attributes:
         attention_mask: bool ``[B, n]``, of the tokens that a loaded cache had seen when it was saved, if there was
@@ -67,7 +73,8 @@ class PressedCache(Cache):
     Raises:
         PressError: ``press`` is not a press, cannot choose among what is left of a text that goes on, or cannot go
             with ``positions="rerotate"``.
-        CacheError: ``chunk_tokens`` is not such a number; or, at the call, a prompt is longer than a piece.
+        CacheError: ``chunk_tokens`` or ``kv_bits`` is not such a number, or the press keeps what cannot be held so; or,
+            at the call, a prompt is longer than a piece.
         ModelError: at the next call, when the model runs another attention backend, or its keys cannot be moved.
     """
 
@@ -79,6 +86,7 @@ class PressedCache(Cache):
         *,
         chunk_tokens: int | None = None,
         positions: Literal["original", "rerotate"] = "original",
+        kv_bits: int | KVBits | None = None,
     ):
         from coldpress.presses.base import BasePress, require_rerotatable
 
@@ -89,8 +97,9 @@ class PressedCache(Cache):
             raise PressError(f"positions must be 'original' or 'rerotate', got {positions!r}.")
         if positions == "rerotate" and press is not None:
             require_rerotatable(press)
-        self.session = Session(press, positions == "rerotate")
+        self.session = Session(press, positions == "rerotate", KVBits.of(kv_bits))
         self.session.chunk_tokens = chunk_tokens
+        check_quantisable(press, self.kv_bits)
         super().__init__(layer_class_to_replicate=self.session.new_layer)
 
     @classmethod
@@ -101,8 +110,10 @@ class PressedCache(Cache):
         return cache
 
     def __repr__(self) -> str:
-        chunks = "" if self.chunk_tokens is None else f"chunk_tokens={self.chunk_tokens}, "
-        return f"PressedCache(press={self.press!r}, {chunks}seen={self.seen_tokens}, stored={self.stored_lengths()})"
+        said = "" if self.chunk_tokens is None else f"chunk_tokens={self.chunk_tokens}, "
+        said += 'positions="rerotate", ' if self.session.rerotates else ""
+        said += "" if self.kv_bits is None else f"kv_bits={self.kv_bits!r}, "
+        return f"PressedCache(press={self.press!r}, {said}seen={self.seen_tokens}, stored={self.stored_lengths()})"
 
     @property
     def press(self) -> BasePress | None:
@@ -117,6 +128,11 @@ class PressedCache(Cache):
     def chunk_tokens(self) -> int | None:
         """How many tokens of a prompt come at once at most; None where it comes whole."""
         return self.session.chunk_tokens
+
+    @property
+    def kv_bits(self) -> KVBits | None:
+        """How the older pairs are held; None: as they are."""
+        return self.session.kv_bits
 
     @property
     def seen_tokens(self) -> int:
@@ -217,7 +233,7 @@ class PressedCache(Cache):
         Nothing is copied until one of the two is written to; neither ever sees the other's later tokens.
         """
         self.session.check_claimed()
-        other = PressedCache(self.press, chunk_tokens=self.chunk_tokens)
+        other = PressedCache(self.press, chunk_tokens=self.chunk_tokens, positions=self._places, kv_bits=self.kv_bits)
         other.session.follow(self.session)
         other.attention_mask = self.attention_mask
         for layer in self.layers:
@@ -231,22 +247,30 @@ class PressedCache(Cache):
 
     __copy__ = fork  # a copy that shared its layers would go wrong as soon as one of the two is used
 
-    def branches(self, presses: Sequence[BasePress | None]) -> list[PressedCache]:
+    def branches(
+        self, presses: Sequence[BasePress | None], kv_bits: Sequence[int | KVBits | None] | None = None
+    ) -> list[PressedCache]:
         """One cache for each press, all filled from this cache's own prefill: one prefill serves them all.
 
         Call it on an empty cache without a press, then run the prefill with this cache; it keeps every pair itself. The
         presses see the same views, so what one of them computed (scores at another ratio, attention of the last
         queries) the others get for nothing.
 
+        Args:
+            presses: one for each cache; None keeps all.
+            kv_bits: how each of them holds its pairs; None: all as they are.
+
         Raises:
-            CacheError: this cache has a press, is not empty, or is filled in pieces: what the model computes of the
-                second piece depends on what each press has kept of the first.
+            CacheError: this cache has a press or kv_bits, is not empty, or is filled in pieces: what the model
+                computes of the second piece depends on what each press has kept of the first.
         """
         if self.chunk_tokens is not None:
             raise CacheError("branches() needs a prefill in one piece; leave chunk_tokens out, or prefill each cache.")
-        if self.press is not None or self.seen_tokens:
+        if self.press is not None or self.kv_bits is not None or self.seen_tokens:
             raise CacheError("branches() needs an empty cache without a press; start from PressedCache().")
-        branches = [PressedCache(press, positions=self._places) for press in presses]
+        kv_bits = [None] * len(presses) if kv_bits is None else kv_bits
+        pairs = zip(presses, kv_bits, strict=True)
+        branches = [PressedCache(press, positions=self._places, kv_bits=bits) for press, bits in pairs]
         self.session.branches = [weakref.ref(branch) for branch in branches]
         return branches
 

@@ -23,6 +23,8 @@ from coldpress.errors import InputError, SelfCheckError, nearest
 
 __all__ = ["main"]
 
+BITS = (8, 4, 2)  # those of coldpress.quantised, which takes torch along
+
 
 class _Parser(argparse.ArgumentParser):
     """Errors are one line on stderr and exit code 2; an option has to be written out."""
@@ -183,6 +185,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--budget_bytes", nargs="+", type=_positive, help="instead of a ratio: bytes of the kept pairs of one text")
     add("--press_args", type=_json_object, help="parameters of a single press as JSON, such as '{\"window_size\": 32}'")
     add("--chunk_tokens", type=_positive, help="read prompts in pieces of so many tokens, and compress after each")
+    add("--kv_bits", nargs="+", type=int, choices=BITS, help="hold what is kept in so few bits, its newest pairs not")
+    add("--kv_group_size", type=_positive, help="numbers that share a step then (default: 64)")
+    add("--kv_residual_tokens", type=_not_negative, help="newest pairs that stay as they are then (default: 128)")
     ppl = parser.add_argument_group("perplexity")
     add = ppl.add_argument
     add("--ppl_apply_press", action="store_true", default=None, help="score targets against the compressed context")
@@ -260,7 +265,7 @@ def _run_ppl(args: argparse.Namespace, argv: list[str], prog: str | None) -> int
     from coldpress.presses.base import BUDGETS
 
     given = {f.name: getattr(args, f.name) for f in fields(Settings) if getattr(args, f.name, None) is not None}
-    for name in ("press", "compression_ratio", *BUDGETS):
+    for name in ("press", "compression_ratio", *BUDGETS, "kv_bits"):
         if name in given:
             given[name] = tuple(given[name])
     if "press_args" in given:

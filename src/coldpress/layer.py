@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 from transformers.cache_utils import CacheLayerMixin
 
 from coldpress.errors import CacheError
+from coldpress.quantised import QuantizedRaggedStore, QuantizedStore
 from coldpress.ragged import RaggedStore
 from coldpress.rope import Rope
 from coldpress.rows import RowGroup, n_after, view_of_newest
@@ -58,7 +59,7 @@ class PressedLayer(CacheLayerMixin):
         self._clear()
 
     def _clear(self) -> None:
-        self._store: DenseStore | RaggedStore | None = None
+        self._store: DenseStore | RaggedStore | QuantizedStore | QuantizedRaggedStore | None = None
         self._seen = 0  # logical length
         self._kept: Tensor | None = None  # [B, Hkv, n] int32 original positions, -1 = empty slot
         self._has_gaps = False  # some slot of _kept is empty
@@ -82,18 +83,18 @@ class PressedLayer(CacheLayerMixin):
 
     @property
     def keys(self) -> Tensor | None:
-        """Stored keys, ``[B, Hkv, T, D]``; a copy where heads hold different numbers of them, or fewer channels."""
+        """Stored keys, ``[B, Hkv, T, D]``; a copy where heads hold different numbers, fewer channels or few bits."""
         return None if self._store is None else self._store.keys
 
     @property
     def values(self) -> Tensor | None:
-        """Stored values, ``[B, Hkv, T, Dv]``; a copy where heads hold different numbers of them."""
+        """Stored values, ``[B, Hkv, T, Dv]``; a copy where heads hold different numbers of them, or few bits."""
         return None if self._store is None else self._store.values
 
     @property
     def is_ragged(self) -> bool:
         """Whether heads are held one after the other, so that :meth:`update` returns the new pairs alone."""
-        return isinstance(self._store, RaggedStore)
+        return isinstance(self._store, (RaggedStore, QuantizedRaggedStore))
 
     def tensors(self) -> tuple[Tensor, ...]:
         """What holds the keys and values."""
@@ -201,6 +202,14 @@ class PressedLayer(CacheLayerMixin):
                 f"Cannot crop to {length} tokens: pairs that a cache of that length needs are gone. "
                 f"Crop to {oldest} or more, fork() the cache before adding to it, or prefill again."
             )
+        if isinstance(self._store, (QuantizedStore, QuantizedRaggedStore)):
+            exact = self._seen - self._store.n_exact
+            if length < exact:
+                raise CacheError(
+                    f"Cannot crop to {length} tokens: those before {exact} are held in few bits, in groups that cannot "
+                    "be cut. Crop to that or more, fork() the cache before adding to it, or keep more of the newest "
+                    "tokens as they are, with kv_bits=KVBits(bits, residual_tokens=...)."
+                )
         return length
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -312,7 +321,7 @@ class PressedLayer(CacheLayerMixin):
         Returns None if they are not, or if a mask is needed beside causal order: :meth:`visibility` has it, and
         ``keys`` and ``values`` are as it needs them.
         """
-        if not isinstance(self._store, RaggedStore):
+        if not isinstance(self._store, (RaggedStore, QuantizedRaggedStore)):
             return None
         if sliding_window is not None and self._seen > sliding_window:
             return None
@@ -338,9 +347,12 @@ class PressedLayer(CacheLayerMixin):
         self._window = call.sliding_window
         branches = [branch.layer(self.index) for branch in session.live_branches()] if is_first else []
         groups: list[RowGroup] = []
-        if is_first and not call.is_local and (session.press is not None or branches):
+        has_padding = padding is not None and session.kv_bits is not None  # it is not quantised along with the rest
+        if is_first and not call.is_local and (session.press is not None or branches or has_padding):
             groups = RowGroup.of_prefill(self, call, padding)
             self._count_for_budgets(groups, is_last)
+        for branch in branches:
+            branch._window = call.sliding_window
         sharing = [branch for branch in branches if not branch.compress_from(self, groups)]
         if is_first:
             self.compress_from(self, groups)
@@ -362,6 +374,24 @@ class PressedLayer(CacheLayerMixin):
                     raise
                 layer.session.error = error
                 traceback.clear_frames(error.__traceback__)
+            press = layer.session.press
+            is_chosen = is_last and not (press is not None and (press.needs_model or press.chooses_together))
+            if is_chosen or press is None or not is_prefill:
+                layer.quantise()  # else when they have
+
+    def quantise(self) -> None:
+        """Hold all but the newest pairs in few bits, if the cache is to; what is held so already is left alone."""
+        store, kv_bits = self._store, self.session.kv_bits
+        if kv_bits is not None:
+            self._fine = None  # nothing moves any more
+        if isinstance(store, (QuantizedStore, QuantizedRaggedStore)):
+            store.quantise()
+        elif isinstance(store, RaggedStore) and kv_bits is not None:
+            self._store = QuantizedRaggedStore(store, kv_bits)
+        elif isinstance(store, ThinStore) and kv_bits is not None:
+            raise CacheError("Keys in fewer channels cannot be held in fewer bits as well; leave kv_bits out.")
+        elif isinstance(store, DenseStore) and kv_bits is not None:
+            self._store = QuantizedStore(store, kv_bits)
 
     def _is_prefill(self, n_new: int) -> tuple[bool, bool]:
         """Whether the newest ``n_new`` tokens belong to the prefill, and whether it ends with them.
@@ -460,6 +490,7 @@ class PressedLayer(CacheLayerMixin):
         if isinstance(store, RaggedStore):
             store.settle(stays)
         else:
+            assert isinstance(store, DenseStore)
             store.settle(n_kept, order, to, longest)
             if self._window is None and n_pairs <= (1 - _WASTE) * self._kept.numel():
                 self._store = RaggedStore(store.keys[:, :, :longest], store.values[:, :, :longest], self._kept >= 0)
@@ -533,7 +564,12 @@ class PressedLayer(CacheLayerMixin):
         A press that fails breaks its own cache, which raises the error at its next use, and none that branches off.
         """
         press = self.session.press
-        if press is None or self.session.error is not None or not groups or press.judges_prompt:
+        if self.session.error is not None or not groups:
+            return False
+        if press is None and self.session.kv_bits is not None and any(group.slots is not None for group in groups):
+            self._hold(source, groups, [None] * len(groups))  # without the padding
+            return True
+        if press is None or press.judges_prompt:
             return False
         try:
             kept = [press.compress(group.view) for group in groups]
@@ -616,9 +652,11 @@ class PressedLayer(CacheLayerMixin):
         self._kept, self._tail_start = positions, self._seen
         self._pairs_after = int(is_held.sum())
         self._has_gaps = self._pairs_after < positions.numel()
+        # empty slots would be quantised along with the others
+        is_ragged = self._has_gaps if self.session.kv_bits else self._pairs_after <= (1 - _WASTE) * positions.numel()
         if thin is not None:
             self._store = ThinStore(thin, values, keys.shape[3])
-        elif self._window is None and self._pairs_after <= (1 - _WASTE) * positions.numel():
+        elif self._window is None and is_ragged:
             self._store = RaggedStore(keys[:, :, :n], values[:, :, :n], is_held)
         else:
             self._store = DenseStore(keys, values)
@@ -671,9 +709,13 @@ class PressedLayer(CacheLayerMixin):
                 return
         assert self._store is not None
         store = self._store
-        if isinstance(store, RaggedStore):
+        if isinstance(store, (RaggedStore, QuantizedRaggedStore)):
             store = DenseStore(store.keys, store.values)
-        self._store = store.without_first(n_kept + oldest - self._tail_start)
+        n_first = store.droppable(n_kept + oldest - self._tail_start)
+        if n_first < n_kept:
+            return
+        oldest = n_first - n_kept + self._tail_start
+        self._store = store.without_first(n_first)
         self._kept, self._has_gaps, self._tail_start = None, False, oldest
         self._carry = self._fine = None
 
@@ -686,7 +728,7 @@ class PressedLayer(CacheLayerMixin):
             tuple(part.index_select(0, rows) for part in parts) for parts in (self._recent, self._unseen)
         )
         n_kept = None  # all that there are, or those of the longest head that is left
-        if isinstance(self._store, RaggedStore):
+        if isinstance(self._store, (RaggedStore, QuantizedRaggedStore)):
             n_kept = self._store.n_first
             self._has_gaps = self._store.has_gaps
         if self._kept is not None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, Pipeline
+from transformers import AutoModelForCausalLM, GenerationConfig, Pipeline, QuantizedCache
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from coldpress.attention import use_coldpress
@@ -25,6 +25,7 @@ from coldpress.chunks import prefill
 from coldpress.errors import CacheError, InputError, PressError, nearest
 from coldpress.presses.base import BasePress
 from coldpress.pressing import prefilling
+from coldpress.quantised import BITS, KVBits
 
 __all__ = ["TASKS", "KVPressTextGenerationPipeline", "register"]
 
@@ -38,12 +39,13 @@ _OWN = (
     "max_context_length",
     "enable_thinking",
     "cache",
+    "kv_bits",
 )
 _PASSED_ON = ("streamer", "generation_config", "stopping_criteria", "logits_processor", "prefix_allowed_tokens_fn")
 _REFUSED = {
     "use_cache": "the context is in a cache",
-    "cache_implementation": "the cache is a PressedCache; give your own with cache=",
-    "cache_config": "the cache is a PressedCache; give your own with cache=",
+    "cache_implementation": "the cache is a PressedCache; give your own with cache=, or kv_bits= for a quantised one",
+    "cache_config": "the cache is a PressedCache; give your own with cache=, or kv_bits= for a quantised one",
     "num_return_sequences": "each question has one answer",
     "max_length": "it would count the context; give max_new_tokens",
     "min_length": "it would count the context; give min_new_tokens",
@@ -91,6 +93,8 @@ class KVPressTextGenerationPipeline(Pipeline):
         cache: a PressedCache, empty or holding a compressed context of an earlier call (then ``context`` goes on from
             there); after the call it holds the context and no answer. One with ``chunk_tokens`` reads the context in
             pieces, and compresses after each.
+        kv_bits: 8, 4 or 2, or a KVBits: hold what is kept of the context, and what is answered, in so few bits. It
+            takes the place of kvpress's cache=QuantizedCache(...); with cache=, give it to that PressedCache instead.
         streamer and any option of ``generate``: passed on to it; decoding is greedy unless they say otherwise. Unknown
             options, and those that a compressed context rules out, are refused.
 
@@ -125,6 +129,7 @@ class KVPressTextGenerationPipeline(Pipeline):
         forward = {
             "press": kwargs.get("press"),
             "cache": cache,
+            "kv_bits": KVBits.of(kwargs.get("kv_bits")),
             "options": {"max_new_tokens": max_new_tokens, **options},
         }
         return preprocess, forward, {"is_single": questions is None}
@@ -198,11 +203,16 @@ class KVPressTextGenerationPipeline(Pipeline):
         return {"context_ids": context_ids, "question_ids": question_ids}
 
     def _forward(
-        self, inputs: dict[str, Any], press: BasePress | None, cache: PressedCache | None, options: dict[str, Any]
+        self,
+        inputs: dict[str, Any],
+        press: BasePress | None,
+        cache: PressedCache | None,
+        kv_bits: KVBits | None,
+        options: dict[str, Any],
     ) -> list[str]:
         use_coldpress(self.model)
         context_ids = inputs["context_ids"].to(self.model.device)
-        cache = PressedCache(press) if cache is None else cache
+        cache = PressedCache(press, kv_bits=kv_bits) if cache is None else cache
         earlier = cache.seen_tokens
         block: AbstractContextManager[Any]
         is_done = earlier and (cache.press is None or not cache.press.goes_on)
@@ -286,12 +296,33 @@ def _check_options(options: dict[str, Any]) -> None:
         raise InputError(f"questions must be a list of texts, got {questions!r}; for a single one use question=.")
     if press is not None and not isinstance(press, BasePress):
         raise PressError(f"press must be a press such as coldpress.SnapKVPress(0.5), got {press!r}.")
-    if not isinstance(options.get("cache"), (PressedCache, type(None))):
-        raise CacheError(f"cache must be a coldpress.PressedCache, not {type(options['cache']).__name__}.")
+    cache, kv_bits = options.get("cache"), KVBits.of(options.get("kv_bits"))
+    if not isinstance(cache, (PressedCache, type(None))):
+        raise CacheError(f"cache must be a coldpress.PressedCache, not {type(cache).__name__}.{_instead_of(cache)}")
+    if cache is not None and kv_bits not in (None, cache.kv_bits):
+        raise CacheError(
+            "The cache says how its pairs are held: give kv_bits to the PressedCache, or leave cache= out."
+        )
     for name in ("max_new_tokens", "max_context_length"):
         value = options.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise InputError(f"{name} must be an integer of at least 1, got {value!r}.")
+
+
+def _instead_of(cache: Any) -> str:
+    """What to give instead of a quantised cache of transformers, in the bits and groups that it was made with."""
+    if not isinstance(cache, QuantizedCache):
+        return ""
+    layer = next(iter(getattr(cache, "layers", ())), None)
+    bits, size, newest = (getattr(layer, name, None) for name in ("nbits", "q_group_size", "residual_length"))
+    if bits not in BITS:
+        return (
+            " To hold what is kept in few bits, give kv_bits=4 (or 8, or 2) instead; the press scores full precision."
+        )
+    return (
+        f" Give kv_bits=coldpress.KVBits({bits}, group_size={size}, residual_tokens={newest}) instead: the press "
+        "scores pairs as they are, and what it keeps is quantised once."
+    )
 
 
 @functools.cache

@@ -21,6 +21,7 @@ from coldpress.chunks import check_chunks
 from coldpress.errors import CacheError, PressError
 from coldpress.layer import PressedLayer
 from coldpress.presses.base import parts, require_block, require_rerotatable
+from coldpress.quantised import check_quantisable
 from coldpress.session import THREAD, Session
 
 if TYPE_CHECKING:
@@ -192,6 +193,8 @@ class _Prefill:
                         press.finish(cache, self.backbone, ids)
                     if press.chooses_together:
                         press.choose_together(cache)
+                    for layer in cache.pressed_layers():
+                        layer.quantise()
             except Exception as error:
                 cache.session.error = error
                 if self.raises:
@@ -224,6 +227,7 @@ def _bind(cache: Any, press: BasePress, bound: list[Session]) -> PressedCache:
         session = _adopt(cache)
     if session.rerotates:
         require_rerotatable(press)
+    check_quantisable(press, session.kv_bits)
     if session.press is None:
         held = [layer for layer in layers if isinstance(layer, PressedLayer) and layer.is_initialized]
         if held and not any(layer.was_compressed for layer in held):
@@ -243,7 +247,7 @@ def _adopt(cache: Any) -> Session:
     if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
         raise CacheError(
             f"A press compresses a PressedCache or a plain DynamicCache, not {type(cache).__name__}. "
-            "Pass past_key_values=coldpress.PressedCache()."
+            "Pass past_key_values=coldpress.PressedCache(); for one that is quantised, PressedCache(kv_bits=4)."
         )
     if isinstance(cache, Cache) and cache.get_seq_length() > 0:
         raise CacheError("This DynamicCache holds tokens already; a press compresses during the prefill. Start empty.")

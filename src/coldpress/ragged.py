@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from coldpress.store import is_frozen, room_for
 
-__all__ = ["RaggedStore"]
+__all__ = ["RaggedStore", "attend_segments", "pad_segments"]
 
 
 class RaggedStore:
@@ -80,12 +81,22 @@ class RaggedStore:
         return self._padded(self._v)
 
     def _padded(self, flat: Tensor) -> Tensor:
-        padded = flat.new_zeros(len(self._starts), self.n, flat.shape[1])
-        longest = max(self._n_first)
-        for i, (start, n) in enumerate(zip(self._starts, self._n_first, strict=True)):
-            padded[i, :n] = flat[start : start + n]
-            padded[i, longest:] = flat[start + n : start + n + self._n_later]
+        padded = pad_segments([flat[span] for span in self.spans()], self._n_first, self._n_later)
         return padded.unflatten(0, (self.n_rows, self.n_heads))
+
+    @property
+    def n_later(self) -> int:
+        """Pairs of later tokens, of every segment."""
+        return self._n_later
+
+    def counts(self) -> list[int]:
+        """How many pairs each segment holds beside those of later tokens."""
+        return list(self._n_first)
+
+    def spans(self) -> list[slice]:
+        """Where each segment's pairs are in the flat tensors."""
+        ends = zip(self._starts, self._n_first, strict=True)
+        return [slice(start, start + n + self._n_later) for start, n in ends]
 
     def tensors(self) -> tuple[Tensor, ...]:
         """What takes memory."""
@@ -127,14 +138,18 @@ class RaggedStore:
             store._move(store._n_later + room)
         return store
 
-    def append(self, keys: Tensor, values: Tensor, is_tight: bool = False) -> None:
+    def append(self, keys: Tensor, values: Tensor, is_tight: bool = False, room: int | None = None) -> None:
         """Add the pairs ``[B, Hkv, Q, D]`` of Q new tokens, in the room that each segment has for them.
 
-        ``is_tight``: where it has not, make no room for more than these.
+        Args:
+            keys, values: the pairs.
+            is_tight: where there is too little room, make none for more than these.
+            room: for how many later tokens to make room then, these included; None: for more as it sees fit.
         """
         n_new = keys.shape[2]
         if self.is_borrowed or is_frozen(self._v) or self._n_later + n_new > self._room:
-            self._move(self._n_later + n_new + (0 if is_tight else self._more()))
+            more = n_new if is_tight else n_new + self._more()
+            self._move(self._n_later + (more if room is None else room))
         at = (self._ends[:, None] + torch.arange(n_new, device=self.device)).flatten()
         self._k[at] = keys.reshape(-1, keys.shape[3])
         self._v[at] = values.reshape(-1, values.shape[3])
@@ -188,6 +203,20 @@ class RaggedStore:
         if len(self._v) > 2 * room_for(used):
             self._move(n_rest + self._more())
 
+    def without_first(self, counts: list[int]) -> RaggedStore:
+        """A store without the first ``counts[i]`` pairs of each segment i, in memory of its own.
+
+        As many of the newest pairs count as later ones as before, or as every segment has left.
+        """
+        other = copy.copy(self)
+        spans = [slice(span.start + n, span.stop) for span, n in zip(self.spans(), counts, strict=True)]
+        other._k, other._v = (torch.cat([flat[span] for span in spans]) for flat in (self._k, self._v))
+        other._n_later = min(self._n_later, *(span.stop - span.start for span in spans))
+        other._n_first = [span.stop - span.start - other._n_later for span in spans]
+        other._place(other._n_later)
+        other.is_borrowed = False
+        return other
+
     def index_rows(self, rows: Tensor) -> None:
         """Hold the rows ``rows`` of what is held, int64 ``[B']``."""
         chosen = [row * self.n_heads + head for row in rows.tolist() for head in range(self.n_heads)]
@@ -216,15 +245,27 @@ class RaggedStore:
         Returns:
             ``[B, Q, Hq, Dv]``.
         """
-        n_batch, n_query_heads, n_queries, dim = query.shape
-        group = n_query_heads // self.n_heads
-        scaling = dim**-0.5 if scaling is None else scaling
-        queries = query.reshape(-1, group, n_queries, dim)  # [B * Hkv, G, Q, D]
-        outputs = []
-        for own, start, n_first in zip(queries, self._starts, self._n_first, strict=True):
-            span = slice(start, start + n_first + self._n_later)
-            outputs.append(_attend(own, self._k[span], self._v[span], scaling))
-        return torch.stack(outputs).reshape(n_batch, n_query_heads, n_queries, -1).transpose(1, 2).contiguous()
+        spans = self.spans()
+        return attend_segments(query, [self._k[s] for s in spans], [self._v[s] for s in spans], scaling)
+
+
+def pad_segments(segments: Sequence[Tensor], n_first: Sequence[int], n_later: int) -> Tensor:
+    """Segments ``[n_first[i] + n_later, D]`` as slots ``[S, n, D]``, their first pairs padded with zeros."""
+    longest = max(n_first)
+    padded = segments[0].new_zeros(len(segments), longest + n_later, segments[0].shape[1])
+    for i, (segment, n) in enumerate(zip(segments, n_first, strict=True)):
+        padded[i, :n] = segment[:n]
+        padded[i, longest:] = segment[n:]
+    return padded
+
+
+def attend_segments(query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], scaling: float | None) -> Tensor:
+    """Attention of ``query [B, Hq, Q, D]`` over the B * Hkv segments ``[n, D]``, ``[n, Dv]``: ``[B, Q, Hq, Dv]``."""
+    n_batch, n_query_heads, n_queries, dim = query.shape
+    scaling = dim**-0.5 if scaling is None else scaling
+    queries = query.reshape(len(keys), -1, n_queries, dim)  # [B * Hkv, G, Q, D]
+    outputs = [_attend(*own, scaling) for own in zip(queries, keys, values, strict=True)]
+    return torch.stack(outputs).reshape(n_batch, n_query_heads, n_queries, -1).transpose(1, 2).contiguous()
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,6 +27,7 @@ from coldpress.identity import model_facts
 from coldpress.layer import PressedLayer
 from coldpress.presses.as_data import as_data, from_data
 from coldpress.presses.base import BasePress
+from coldpress.quantised import KVBits, QuantizedRaggedStore, QuantizedStore
 from coldpress.ragged import RaggedStore
 from coldpress.store import DenseStore
 from coldpress.thin import ThinStore
@@ -34,10 +36,12 @@ from coldpress.verdicts import Verdicts
 __all__ = ["FORMAT", "load_cache", "require_file", "save_cache"]
 
 FORMAT = 1  # goes up when an older coldpress would misread a newer file
-_STORES: dict[str, type[DenseStore] | type[RaggedStore]] = {
+_STORES: dict[str, type[DenseStore | RaggedStore | QuantizedStore | QuantizedRaggedStore]] = {
     "dense": DenseStore,
     "ragged": RaggedStore,
     "thin": ThinStore,
+    "quantised": QuantizedStore,
+    "quantised ragged": QuantizedRaggedStore,
 }
 _MASK = "attention_mask"
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
@@ -85,6 +89,7 @@ def save_cache(cache: PressedCache, path: str | Path, model: PreTrainedModel, at
             "press": _of_press(cache.press),
             "chunk_tokens": cache.chunk_tokens,
             "positions": cache._places,
+            "kv_bits": None if cache.kv_bits is None else asdict(cache.kv_bits),
             "seed": session._seed,
             "has_padding": session.has_padding,
             "layers": about,
@@ -117,7 +122,8 @@ def load_cache(path: str | Path, model: PreTrainedModel, check_model: bool) -> P
     if digest_of(tensors) != said["sha256"]:
         raise CacheError(f"{path} is damaged: its numbers are not those that were saved; {_AGAIN}.")
     press = _press(path, said["press"], model)
-    cache = PressedCache(press, chunk_tokens=said["chunk_tokens"], positions=said["positions"])
+    kv_bits = None if said["kv_bits"] is None else KVBits(**said["kv_bits"])
+    cache = PressedCache(press, chunk_tokens=said["chunk_tokens"], positions=said["positions"], kv_bits=kv_bits)
     session = cache.session
     session._seed, session.has_padding = said["seed"], said["has_padding"]
     devices = _devices(model)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from coldpress.cache import PressedCache
     from coldpress.layer import PressedLayer
     from coldpress.presses.base import BasePress
+    from coldpress.quantised import KVBits
     from coldpress.view import LayerCall
 
 __all__ = ["THREAD", "Session"]
@@ -36,11 +37,12 @@ THREAD = _Thread()
 class Session:
     """What the layers of one cache share: the press, and what the run has accumulated."""
 
-    def __init__(self, press: BasePress | None = None, rerotates: bool = False):
+    def __init__(self, press: BasePress | None = None, rerotates: bool = False, kv_bits: KVBits | None = None):
         self.press = press
         self.chunk_tokens: int | None = None  # that the prompt comes in at most at once
         self.prefill_end: int | None = None  # length of the prompt, while prefill() feeds it
         self.rerotates = rerotates  # keys that stay move up, so that no gaps are left between positions
+        self.kv_bits = kv_bits  # how pairs are held, None: as they are
         self.branches: list[weakref.ref[PressedCache]] = []  # caches that this one's prefill fills too
         self.unclaimed: PressedLayer | None = None
         self.error: Exception | None = None  # what the press of a branch raised during the shared prefill

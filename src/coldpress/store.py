@@ -2,7 +2,8 @@
 
 A store holds the pairs of one layer of a cache in slots ``0 .. n - 1`` of every row and head, and nothing else: which
 tokens these are, and who sees them, is the business of the layer (``layer.py``). All stores have the members of
-:class:`DenseStore`; :class:`~coldpress.thin.ThinStore` and :class:`~coldpress.ragged.RaggedStore` are the others.
+:class:`DenseStore`; :class:`~coldpress.thin.ThinStore`, :class:`~coldpress.ragged.RaggedStore` and those of
+``quantised.py`` are the others.
 """
 
 from __future__ import annotations
@@ -144,6 +145,10 @@ class DenseStore:
         self.n = n + n_rest
         if self._v.shape[2] > 2 * room_for(self.n):
             self.own(room_for(self.n))
+
+    def droppable(self, n: int) -> int:
+        """How many of the first ``n`` slots :meth:`without_first` can leave out."""
+        return n
 
     def without_first(self, n: int) -> DenseStore:
         """A store of the slots from ``n`` on, in memory of its own."""

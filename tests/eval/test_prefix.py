@@ -19,6 +19,7 @@ from coldpress import (
     BasePress,
     Kept,
     KnormPress,
+    KVBits,
     KVComposePress,
     LayerView,
     PressedCache,
@@ -185,6 +186,34 @@ def test_channels_that_are_gone_show_in_bytes_and_losses(model: PreTrainedModel,
     record = only(result)
     assert record["effective_compression_ratio"] == 0 and record["delta_nll"] != 0
     assert record["kv_bytes"] < record["kv_bytes_baseline"]
+
+
+def test_presses_in_few_bits(model: PreTrainedModel, text: Tensor) -> None:
+    """Also no press at all, which is no baseline then; and ratio 0, whose check is about pairs as they are."""
+    presses: list[Any] = [None, None, KnormPress(0.5), KnormPress(0.5), KnormPress(0.0)]
+    bits = [KVBits(8, 8, 8), KVBits(2, 8, 8), None, KVBits(4, 8, 8), KVBits(4, 8, 8)]
+    run = PrefixRun(model, presses, [(text, plan_prefix(len(text), CONTEXT, TARGET))], 1, kv_bits=bits)
+    run.run()
+    points, found = zip(*run.results(), strict=True)
+    assert [(point.press, point.kv_bits) for point in points] == [(None, None), *zip(presses, bits, strict=True)]
+    baseline, in_8, in_2, half, half_in_4, zero = (only(result) for result in found)
+    assert "delta_nll" not in baseline and baseline["kv_bytes"] == baseline["kv_bytes_baseline"]
+    assert abs(in_8["delta_nll"]) < 0.05 and in_8["kld"]["mean"] < in_2["kld"]["mean"]
+    assert half["kept_hash"] == half_in_4["kept_hash"] != zero["kept_hash"] == in_8["kept_hash"]
+    assert half_in_4["effective_compression_ratio"] == 0.5 and zero["effective_compression_ratio"] == 0
+    assert half_in_4["kv_bytes"] < half["kv_bytes"] and half_in_4["kv_bytes"] < zero["kv_bytes"] < in_8["kv_bytes"]
+    assert zero["kv_bytes"] < baseline["kv_bytes"]
+
+
+def test_bits_that_nothing_is_held_in_are_no_error_and_change_nothing(model: PreTrainedModel, text: Tensor) -> None:
+    """A context of no more than the newest tokens; and bits that change nothing are one, where bytes were saved."""
+    run = PrefixRun(model, [None], [(text, plan_prefix(len(text), CONTEXT, TARGET))], 1, kv_bits=[KVBits(4)])
+    run.run()
+    baseline, same = (only(result) for _, result in run.results())
+    assert nlls(same) == nlls(baseline) and same["kv_bytes"] == baseline["kv_bytes"]
+    run.points[0].kv_bytes = 1
+    _, (_, wrong) = run.results()
+    assert isinstance(wrong, SelfCheckError) and "None in 4 bits: all" in str(wrong)
 
 
 def test_all_presses_share_one_prefill_of_each_window(model: PreTrainedModel, text: Tensor) -> None:

@@ -47,6 +47,18 @@ def test_a_budget_is_shown_in_the_place_of_the_ratio() -> None:
     assert [header[1], *(row[1] for row in rows)] == ["ratio or budget", "0", "0.5", "1,500 tokens"]
 
 
+def test_bits_have_a_column_where_there_are_some() -> None:
+    in_4, few = {**RECORD, "kv_bits": 4, "kv_bytes": 512}, {**PRESSED, "kv_bits": 2}
+    header, _, *rows = cells(table([RECORD, PRESSED, in_4, few]))
+    assert header[:3] == ["press", "ratio", "bits"]
+    assert [row[:3] for row in rows] == [
+        *(["no_press", "0", ""], ["knorm", "0.5", ""]),
+        *(["no_press", "0", "4"], ["knorm", "0.5", "2"]),
+    ]
+    strided = {**in_4, "protocol": "strided-L1024"}
+    assert "PPL uncompressed" in cells(table([strided]))[0]
+
+
 def test_who_removed_nothing_is_named_under_the_table() -> None:
     whole = {**RECORD, "press": "simlayerkv", "compression_ratio": None, "effective_compression_ratio": 0.0}
     said = "Nothing to remove, as their parameters or budgets say: simlayerkv."

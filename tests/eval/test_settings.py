@@ -14,6 +14,7 @@ from coldpress import (
     ExpectedAttentionPress,
     KeyDiffPress,
     KnormPress,
+    KVBits,
     LeverageScorePress,
     PerLayerCompressionPress,
     PressedCache,
@@ -26,7 +27,7 @@ from coldpress import (
     make_press,
     press_names,
 )
-from coldpress.errors import InputError, PressError, SelfCheckError
+from coldpress.errors import CacheError, InputError, PressError, SelfCheckError
 from coldpress.eval.checks import check_stored_pairs
 from coldpress.eval.settings import Settings, make_jobs
 
@@ -105,6 +106,21 @@ def test_a_budget_takes_the_place_of_the_ratio() -> None:
     with pytest.raises(InputError, match="--compression_ratio and --budget_bytes both say how much is kept"):
         Settings(compression_ratio=(0.5,), budget_bytes=(8,))
     assert Settings().compression_ratio == (0.5,) and Settings(budget_tokens=(8,)).compression_ratio == ()
+
+
+def test_bits_multiply_the_points() -> None:
+    settings = Settings(press=("no_press", "knorm"), compression_ratio=(0.5, 0.25), kv_bits=(8, 4, 8), kv_group_size=32)
+    found = [(job.name, job.ratio, job.kv_bits) for job in make_jobs(settings)]
+    in_8, in_4 = KVBits(8, 32, 128), KVBits(4, 32, 128)
+    sizes = [("no_press", 0.0), ("knorm", 0.5), ("knorm", 0.25)]
+    assert found == [(name, ratio, bits) for name, ratio in sizes for bits in (in_8, in_4)]
+    names = {job.name for job in make_jobs(Settings(press=("all",), kv_bits=(4,)))}
+    assert {job.name for job in make_jobs(Settings(press=("all",)))} - names == {"snap_think", "think"}
+    for name in ("think", "decoding_knorm"):
+        with pytest.raises(CacheError, match="kv_bits"):
+            make_jobs(Settings(press=("no_press", name), kv_bits=(4,), speed_only=True))
+    with pytest.raises(CacheError, match="8, 4 or 2"):
+        make_jobs(Settings(kv_bits=(3,)))
 
 
 def test_all_is_every_press_that_needs_only_the_model() -> None:

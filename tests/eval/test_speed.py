@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from coldpress import KnormPress, LayerView, PressedCache, RandomPress, SnapKVPress
+from coldpress import KnormPress, KVBits, LayerView, PressedCache, RandomPress, SnapKVPress
 from coldpress.errors import SelfCheckError
 from coldpress.eval import speed
 from coldpress.eval.speed import WARMUP_TOKENS, Sample, SpeedPoint, SpeedRun
@@ -213,3 +213,16 @@ def test_the_cache_of_one_press_is_gone_when_the_next_one_runs(
     monkeypatch.setattr(speed, "PressedCache", Watched)
     run(model, text, [None, KnormPress(0.5)])
     assert len(caches) == 6
+
+
+def test_presses_in_few_bits_are_timed_beside_the_baseline(model: PreTrainedModel, text: Tensor) -> None:
+    press, bits = KnormPress(0.5), KVBits(4, 8, 8)
+    measured = run(model, text, [None, press, press, None], kv_bits=[None, None, bits, bits])
+    base, half, half_in_4, in_4 = measured.points
+    assert [point.error for point in measured.points] == [None] * 4
+    assert measured.point(press, bits) is half_in_4 and measured.point(None, bits) is in_4
+    assert base.kv_bytes and half.kv_bytes and half_in_4.kv_bytes and in_4.kv_bytes
+    assert half_in_4.kv_bytes < half.kv_bytes and half_in_4.kv_bytes < in_4.kv_bytes < base.kv_bytes
+    for point in (half, half_in_4, in_4):
+        result = measured.result(point)
+        assert result["kv_bytes_baseline"] == base.kv_bytes and result["decode_speedup"] > 0

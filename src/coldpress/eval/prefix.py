@@ -32,6 +32,7 @@ from coldpress.eval.perplexity import BLOCK_TOKENS, forward, token_losses
 from coldpress.eval.windows import PrefixPlan
 from coldpress.presses.base import BasePress, BudgetPress
 from coldpress.pressing import prefilling
+from coldpress.quantised import KVBits
 
 __all__ = ["Point", "PrefixRun"]
 
@@ -41,9 +42,13 @@ ZERO_TOLERANCE = 1e-5  # nats by which a loss may change when nothing is removed
 
 @dataclass
 class Point:
-    """One press at one ratio (None: the uncompressed baseline), and what its cache looked like in the first window."""
+    """One press at one ratio, in so many bits, and what its cache looked like in the first window.
+
+    Without a press and bits it is the uncompressed baseline.
+    """
 
     press: BasePress | None
+    kv_bits: KVBits | None = None
     kv_bytes: int | None = None  # right after the prefill
     kv_lengths: list[int] = field(default_factory=list)  # stored tokens of each layer, likewise
     achieved_ratio: float = 0.0
@@ -57,6 +62,7 @@ class PrefixRun:
     Args:
         model: a causal language model on coldpress's backend.
         presses: the points to measure; the uncompressed baseline is always measured too.
+        kv_bits: how what each of them keeps is held; None: all as it is.
         documents: token ids, int64 ``[N]`` each, with the plan of their windows; all plans have the same sizes.
         batch_size: windows that are run together.
         chunk_tokens: tokens of a piece of the context; None for a context in one piece.
@@ -68,14 +74,16 @@ class PrefixRun:
     def __init__(
         self,
         model: PreTrainedModel,
-        presses: Sequence[BasePress],
+        presses: Sequence[BasePress | None],
         documents: Sequence[tuple[Tensor, PrefixPlan]],
         batch_size: int = 1,
         chunk_tokens: int | None = None,
+        kv_bits: Sequence[KVBits | None] | None = None,
     ):
         self.model, self.chunk_tokens = model, chunk_tokens
         self.baseline = Point(None)
-        self.points = [Point(press) for press in presses]
+        kv_bits = [None] * len(presses) if kv_bits is None else kv_bits
+        self.points = [Point(press, bits) for press, bits in zip(presses, kv_bits, strict=True)]
         self.plan = documents[0][1]
         width = self.plan.context + self.plan.target
         windows = [ids[start : start + width] for ids, plan in documents for start in plan.starts]
@@ -114,7 +122,8 @@ class PrefixRun:
         alive = [point for point in self.points if point.error is None]
         scorers = [p.press for p in alive if isinstance(p.press, BudgetPress) and p.press.exact_at_0]
         zeros = list(dict.fromkeys(press.with_ratio(0.0) for press in scorers)) if is_first else []
-        full, branches = self._prefill(ids[:, :context], [*(point.press for point in alive), *zeros])
+        bits = [*(point.kv_bits for point in alive), *(None for _ in zeros)]
+        full, branches = self._prefill(ids[:, :context], [*(point.press for point in alive), *zeros], bits)
         if is_first:
             self._describe(self.baseline, full)
         base, reference = Scores.of(forward(self.model, inputs, full), wanted)
@@ -148,7 +157,7 @@ class PrefixRun:
         return scores
 
     def _prefill(
-        self, context: Tensor, presses: Sequence[BasePress | None]
+        self, context: Tensor, presses: Sequence[BasePress | None], kv_bits: Sequence[KVBits | None]
     ) -> tuple[PressedCache, Iterator[PressedCache]]:
         """The uncompressed cache of ``context [B, C]``, and that of each press.
 
@@ -157,15 +166,15 @@ class PrefixRun:
         full = PressedCache(chunk_tokens=self.chunk_tokens)
         if self.chunk_tokens is not None:
             prefill(self.model, context, full)
-            return full, (self._prefill_alone(context, press) for press in presses)
-        branches = full.branches(presses)
+            return full, (self._prefill_alone(context, *pair) for pair in zip(presses, kv_bits, strict=True))
+        branches = full.branches(presses, kv_bits)
         with prefilling(self.model, full, *branches):
             forward(self.model, context, full, keep=1)  # the one prefill
         branches.reverse()
         return full, (branches.pop() for _ in presses)
 
-    def _prefill_alone(self, context: Tensor, press: BasePress | None) -> PressedCache:
-        cache = PressedCache(press, chunk_tokens=self.chunk_tokens)
+    def _prefill_alone(self, context: Tensor, press: BasePress | None, kv_bits: KVBits | None) -> PressedCache:
+        cache = PressedCache(press, chunk_tokens=self.chunk_tokens, kv_bits=kv_bits)
         try:
             with prefilling(self.model, cache):
                 prefill(self.model, context, cache)
@@ -180,7 +189,7 @@ class PrefixRun:
         point.kv_lengths = cache.stored_lengths()
         point.kv_bytes = cache.kv_bytes() // positions[0].shape[0]
         point.achieved_ratio = cache.achieved_ratio()
-        if point.press is not None:
+        if point is not self.baseline:
             digest = hashlib.sha256(b"".join(p[0].cpu().numpy().tobytes() for p in positions))
             point.kept_hash = digest.hexdigest()[:16]
 
@@ -211,9 +220,11 @@ class PrefixRun:
         if n_tokens != expected:
             raise SelfCheckError(f"{n_tokens} tokens were scored, the windows' formula says {expected}.")
         asked = getattr(point.press, "compression_ratio", 0.0)
-        if (asked > 0 or point.achieved_ratio > 0) and torch.equal(own.losses, base.losses):
+        is_smaller = point.kv_bits is not None and (point.kv_bytes or 0) < (self.baseline.kv_bytes or 0)
+        if (asked > 0 or point.achieved_ratio > 0 or is_smaller) and torch.equal(own.losses, base.losses):
+            bits = "" if point.kv_bits is None else f" in {point.kv_bits.bits} bits"
             raise SelfCheckError(
-                f"{point.press}: all {n_tokens} losses are bit for bit those of the uncompressed cache: "
+                f"{point.press}{bits}: all {n_tokens} losses are bit for bit those of the uncompressed cache: "
                 "nothing was compressed."
             )
         counts = [self.plan.scored_per_window] * n_windows
@@ -236,7 +247,7 @@ class PrefixRun:
             "effective_compression_ratio": point.achieved_ratio,
             "kept_hash": point.kept_hash,
         }
-        if point.press is not None:
+        if point is not self.baseline:
             paired = paired_difference(counts, nll, base_nll)
             ci = paired.ci95
             kld, delta_p = own.kld.double(), own.delta_p.double()

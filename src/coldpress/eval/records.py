@@ -38,6 +38,7 @@ _NOT_SETTINGS = (
     "compression_ratio",
     *BUDGETS,
     "press_args",
+    *("kv_bits", "kv_group_size", "kv_residual_tokens"),
 )  # elsewhere in the record, or beside it
 
 
@@ -49,10 +50,12 @@ def make_records(run: Run) -> list[dict[str, Any]]:
     """
     common = _common(run)
     by_press = run.prefix or run.stream
-    scored = {} if by_press is None else {id(point.press): result for point, result in by_press.results()}
+    scored: dict[Any, Any] = {}
+    if by_press is not None:
+        scored = {(id(point.press), getattr(point, "kv_bits", None)): result for point, result in by_press.results()}
     records = []
     for job in run.jobs:
-        perplexity = run.plain if by_press is None else scored.get(id(job.press))
+        perplexity = run.plain if by_press is None else scored.get((id(job.press), job.kv_bits))
         parts = [part for part in (perplexity, _speed(run, job)) if part is not None]
         error = run.error or next((part for part in parts if isinstance(part, Exception)), None)
         if not parts and error is None:
@@ -65,6 +68,8 @@ def make_records(run: Run) -> list[dict[str, Any]]:
             "compression_ratio": job.ratio,
             "budget_tokens": job.budget_tokens,
             "budget_bytes": job.budget_bytes,
+            "kv_bits": None if job.kv_bits is None else job.kv_bits.bits,
+            "kv_bits_config": None if job.kv_bits is None else asdict(job.kv_bits),
             "status": "failed" if error is not None else "ok" if _is_complete(run, job) else "interrupted",
             "error": None,
         }
@@ -98,7 +103,7 @@ def _is_complete(run: Run, job: Job) -> bool:
         is_scored = run.prefix is not None and run.prefix.is_complete
     is_timed = plan.context_ids is None
     if run.speed is not None:
-        point = run.speed.point(job.press)
+        point = run.speed.point(job.press, job.kv_bits)
         is_timed = len(point.samples) == run.settings.repetitions and point.memory is not None
     return is_scored and is_timed
 
@@ -107,7 +112,7 @@ def _speed(run: Run, job: Job) -> dict[str, Any] | Exception | None:
     """The speed part of a record, what went wrong, or None when nothing was timed."""
     if run.speed is None:
         return None
-    point = run.speed.point(job.press)
+    point = run.speed.point(job.press, job.kv_bits)
     if point.error is not None:
         return point.error
     if not point.samples:

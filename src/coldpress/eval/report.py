@@ -33,7 +33,9 @@ def _bytes(key: str) -> Callable[[Record], str | None]:
 
 def _is_plain(record: Record) -> bool:
     """Whether the perplexity beside a press is the uncompressed model's own."""
-    return record["press"] != NO_PRESS and str(record.get("protocol", "")).startswith("strided")
+    return (record["press"] != NO_PRESS or bits_of(record) != "") and str(record.get("protocol", "")).startswith(
+        "strided"
+    )
 
 
 def size_of(record: Record) -> str:
@@ -44,6 +46,11 @@ def size_of(record: Record) -> str:
         return format_bytes(record["budget_bytes"])
     ratio = record.get("compression_ratio")
     return "" if ratio is None else f"{ratio:g}"
+
+
+def bits_of(record: Record) -> str:
+    """In how many bits what was kept is held; an empty text where it is as it was."""
+    return "" if record.get("kv_bits") is None else f"{record['kv_bits']}"
 
 
 def _size_name(records: Sequence[Record]) -> str:
@@ -115,9 +122,11 @@ def _table(records: Sequence[Record], columns: Sequence[Column]) -> str:
     if not used:
         return ""
     size = _size_name(records)
-    header = ["press", size, *(columns[i][0] for i in used)]
+    has_bits = any(map(bits_of, records))
+    header = ["press", size, *(["bits"] if has_bits else []), *(columns[i][0] for i in used)]
     body = [
         [record["press"], "" if size == "budget" and record["press"] == NO_PRESS else size_of(record)]
+        + ([bits_of(record)] if has_bits else [])
         + [row[i] for i in used]
         for record, row in zip(records, cells, strict=True)
         if any(row)
@@ -225,6 +234,6 @@ def _baseline(records: Sequence[Record]) -> list[str]:
 
 def _is_whole(record: Record) -> bool:
     """Whether a press had nothing to do, though no ratio of 0 was asked for."""
-    asked = record["press"] != NO_PRESS and record.get("compression_ratio") != 0
+    asked = record["press"] != NO_PRESS and not bits_of(record) and record.get("compression_ratio") != 0
     is_same = record.get("kv_bytes") is not None and record["kv_bytes"] == record.get("kv_bytes_baseline")
     return asked and is_same and record.get("effective_compression_ratio") == 0

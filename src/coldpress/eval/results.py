@@ -51,7 +51,7 @@ IDENTIFYING_FIELDS = (
         "stride",
         "chunk_size",
     ),
-    *("batch_size", "position_mode", "press", "press_config", "compression_ratio", *BUDGETS),
+    *("batch_size", "position_mode", "press", "press_config", "compression_ratio", *BUDGETS, "kv_bits_config"),
     *("max_new_tokens", "warmup", "repetitions", "threads", "seed"),
 )
 PACKAGE_DIR = Path(__file__).resolve().parents[1]
@@ -84,7 +84,8 @@ def environment() -> dict[str, Any]:
 
 def result_path(output_dir: Path, record: dict[str, Any]) -> Path:
     """Where `record` belongs: ``{protocol}__{model}__{dataset}__{press}__r0.50__{10 hex}.json`` in
-    `output_dir`; ``t512`` instead of the ratio for a budget in tokens, ``b1048576`` for one in bytes.
+    `output_dir`; ``t512`` instead of the ratio for a budget in tokens, ``b1048576`` for one in bytes; then ``q4`` where
+    pairs are held in 4 bits.
 
     The hex digits are a hash over IDENTIFYING_FIELDS, where an absent field is as one that is None: equal
     settings share a name, others do not. A record that failed (status "failed" or "error", or an error in it) ends in
@@ -99,6 +100,7 @@ def result_path(output_dir: Path, record: dict[str, Any]) -> Path:
     parts = [protocol, record.get("model"), record.get("dataset"), record.get("press") or "no_press"]
     shown = [] if ratio is None else [f"r{ratio:.2f}" if round(ratio, 2) == ratio else f"r{ratio:g}"]
     shown += [f"{name.removeprefix('budget_')[0]}{record[name]}" for name in BUDGETS if record.get(name) is not None]
+    shown += [f"q{record['kv_bits']}"] if record.get("kv_bits") is not None else []
     return Path(output_dir) / ("__".join([*map(_slug, parts), *shown, digest]) + _suffix(record))
 
 

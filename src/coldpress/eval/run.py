@@ -135,21 +135,23 @@ class Run:
         """Perplexity, then speed and memory, as far as they were asked for."""
         s, plan, model = self.settings, self.plan, self.loaded.model
         torch.manual_seed(s.seed)
-        presses = [job.press for job in self.jobs]
+        asked = [(job.press, job.kv_bits) for job in self.jobs]
+        compressed = [pair for pair in asked if pair != (None, None)]
         if s.ppl_mode == "streaming":
             assert s.stream_chunk is not None
             positions: Any = s.positions
+            presses = [press for press, _ in asked]
             self.stream = StreamRun(
                 model, presses, plan.documents, chunk=s.stream_chunk, positions=positions, limit=plan.stream_limit
             )
             self._timed("perplexity", self.stream.run)
         elif plan.windows is not None:
-            pressed = [press for press in presses if press is not None]
+            pressed, kv_bits = [press for press, _ in compressed], [bits for _, bits in compressed]
             documents = list(zip(plan.documents, plan.windows, strict=True))
-            self.prefix = PrefixRun(model, pressed, documents, s.batch_size, s.chunk_tokens)
+            self.prefix = PrefixRun(model, pressed, documents, s.batch_size, s.chunk_tokens, kv_bits)
             self._timed("perplexity", self.prefix.run)
         elif plan.max_length is not None and plan.stride is not None:
-            if any(press is not None for press in presses):
+            if compressed:
                 note("this perplexity is the uncompressed model's; --ppl_apply_press measures it under the press.")
             sizes: dict[str, Any] = {"max_length": plan.max_length, "stride": plan.stride, "batch_size": s.batch_size}
             self.plain = self._timed("perplexity", partial(plain_perplexity, model, plan.documents, **sizes))
@@ -158,7 +160,8 @@ class Run:
             self.speed = SpeedRun(
                 model,
                 plan.context_ids.to(self.loaded.device),
-                presses if None in presses else [None, *presses],  # the baseline is always timed beside the presses
+                [None, *presses],  # the baseline is always timed beside the presses
+                kv_bits=[None, *kv_bits],
                 max_new_tokens=s.max_new_tokens,
                 min_new_tokens=s.min_new_tokens,
                 eos_ids=[] if eos is None else eos if isinstance(eos, list) else [eos],

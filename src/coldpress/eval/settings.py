@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from coldpress.budget import check_ratio
 from coldpress.chunks import can_choose_again, check_chunks
-from coldpress.errors import InputError, PressError
+from coldpress.errors import CacheError, InputError, PressError
 from coldpress.presses.base import BUDGETS, BasePress, parts, require_rerotatable
 from coldpress.presses.decoding import DecodingPress
 from coldpress.presses.registry import NO_PRESS, make_press, parameters_of, press_names
+from coldpress.quantised import KVBits, check_quantisable
 
 PPL_MODES = ("prefix", "streaming")
 POSITIONS = ("original", "rerotate")
@@ -40,6 +41,9 @@ class Settings:
     budget_bytes: tuple[int, ...] = ()
     press_args: tuple[tuple[str, Any], ...] = ()
     chunk_tokens: int | None = None
+    kv_bits: tuple[int, ...] = ()  # of the older pairs, instead of as they are
+    kv_group_size: int = KVBits.group_size
+    kv_residual_tokens: int = KVBits.residual_tokens
     ppl_apply_press: bool = False
     ppl_mode: str | None = None  # prefix or streaming
     stream_chunk: int | None = None
@@ -107,6 +111,8 @@ class Settings:
                 raise InputError(
                     "--ppl_mode streaming reads --stream_chunk tokens at a time; leave --chunk_tokens out."
                 )
+            if self.kv_bits:
+                raise InputError("--ppl_mode streaming evicts again and again, and --kv_bits cannot; leave one out.")
             if self.batch_size != 1:
                 raise InputError("--ppl_mode streaming reads one text after the other; leave --batch_size out.")
             object.__setattr__(self, "ppl_only", True)
@@ -127,6 +133,7 @@ class Job:
     """One press of one size: one result record.
 
     At most one of ``ratio``, ``budget_tokens`` and ``budget_bytes`` is given, and none for a press without a ratio.
+    ``kv_bits`` says how what is kept is held; None: as it is.
     """
 
     name: str
@@ -134,6 +141,7 @@ class Job:
     ratio: float | None = None
     budget_tokens: int | None = None
     budget_bytes: int | None = None
+    kv_bits: KVBits | None = None
 
 
 def make_jobs(settings: Settings) -> list[Job]:
@@ -141,11 +149,13 @@ def make_jobs(settings: Settings) -> list[Job]:
 
     ``all`` is every press that needs nothing but the model and compresses the prompt; name the calibrated, the trained
     and the decoding ones. ``no_press`` is measured once. With ``--chunk_tokens``, ``all`` leaves out what chooses only
-    once.
+    once. With ``kv_bits`` each of them is measured at every number of bits; ``all`` leaves out those that cannot be
+    held so.
 
     Raises:
         PressError: an unknown press or parameter, a ratio outside [0, 1), parameters for several presses, a budget for
             a press that was named and has none, a press that would compress nothing of what is measured.
+        CacheError: bits that there are not, or that a press that was named cannot be held in.
     """
     if settings.ppl_mode == "streaming":
         return _make_stream_jobs(settings)
@@ -183,7 +193,25 @@ def make_jobs(settings: Settings) -> list[Job]:
             _check_compresses(name, job.press, settings)
             check_chunks(job.press, settings.chunk_tokens)
         jobs += mine
-    return list({(job.name, job.ratio, job.budget_tokens, job.budget_bytes): job for job in jobs}.values())
+    jobs = list({(job.name, job.ratio, job.budget_tokens, job.budget_bytes): job for job in jobs}.values())
+    bits = dict.fromkeys(settings.kv_bits)
+    return _in_bits(jobs, [KVBits(n, settings.kv_group_size, settings.kv_residual_tokens) for n in bits], settings)
+
+
+def _in_bits(jobs: list[Job], kv_bits: list[KVBits], settings: Settings) -> list[Job]:
+    """Each job at every number of bits; as it is where there are none."""
+    if not kv_bits:
+        return jobs
+    held = []
+    for job in jobs:
+        try:
+            check_quantisable(job.press, kv_bits[0])
+        except CacheError:
+            if job.name in settings.press:
+                raise
+            continue
+        held += [replace(job, kv_bits=each) for each in kv_bits]
+    return held
 
 
 def _all_presses(settings: Settings) -> list[str]:

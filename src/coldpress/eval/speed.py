@@ -30,6 +30,7 @@ from coldpress.eval.memory import MemoryMeter, MemoryReading
 from coldpress.eval.perplexity import forward
 from coldpress.presses.base import BasePress
 from coldpress.pressing import prefilling
+from coldpress.quantised import KVBits
 
 __all__ = ["Sample", "SpeedPoint", "SpeedRun", "now_ns"]
 
@@ -65,9 +66,10 @@ class Sample:
 
 @dataclass
 class SpeedPoint:
-    """One press (None: no press) and its measurements."""
+    """One press (None: no press), in so many bits, and its measurements."""
 
     press: BasePress | None
+    kv_bits: KVBits | None = None
     samples: list[Sample] = field(default_factory=list)
     memory: MemoryReading | None = None
     kv_bytes: int | None = None
@@ -75,6 +77,11 @@ class SpeedPoint:
     achieved_ratio: float = 0.0
     kv_bytes_at_end: int | None = None  # after generation: of the baseline, where a press goes on while decoding
     error: Exception | None = None
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether there is neither a press nor few bits."""
+        return self.press is None and self.kv_bits is None
 
     @property
     def goes_on(self) -> bool:
@@ -94,6 +101,7 @@ class SpeedRun:
         model: a causal language model on coldpress's backend.
         context_ids: int64 ``[1, C]``.
         presses: what to time; None stands for no press.
+        kv_bits: how what each of them keeps is held; None: all as it is.
         max_new_tokens: ids to generate, at least 2.
         min_new_tokens: no end of text before so many ids; None means ``max_new_tokens``, so that every run generates
             the same number.
@@ -118,9 +126,11 @@ class SpeedRun:
         warmup: int = 1,
         seed: int = 0,
         chunk_tokens: int | None = None,
+        kv_bits: Sequence[KVBits | None] | None = None,
     ):
         self.model, self.context_ids = model, context_ids
-        self.points = [SpeedPoint(press) for press in presses]
+        kv_bits = [None] * len(presses) if kv_bits is None else kv_bits
+        self.points = [SpeedPoint(press, bits) for press, bits in zip(presses, kv_bits, strict=True)]
         self.max_new_tokens = max_new_tokens
         self.min_new_tokens = max_new_tokens if min_new_tokens is None else min(min_new_tokens, max_new_tokens)
         self.eos_ids, self.decode_only = tuple(eos_ids), decode_only
@@ -132,9 +142,9 @@ class SpeedRun:
     def device(self) -> torch.device:
         return self.context_ids.device
 
-    def point(self, press: BasePress | None) -> SpeedPoint:
+    def point(self, press: BasePress | None, kv_bits: KVBits | None = None) -> SpeedPoint:
         """The measurements of one of the presses."""
-        return next(point for point in self.points if point.press is press)
+        return next(point for point in self.points if point.press is press and point.kv_bits == kv_bits)
 
     @torch.inference_mode()
     def run(self, progress: Callable[[Any], Any] = iter) -> None:
@@ -168,7 +178,7 @@ class SpeedRun:
 
     def result(self, point: SpeedPoint) -> dict[str, Any]:
         """The speed part of a result record: medians over repetitions, their spread, and the raw samples."""
-        baseline = next((p for p in self.points if p.press is None), None)
+        baseline = next((p for p in self.points if p.is_baseline), None)
         context_tokens = self.context_ids.shape[1]
         tpot = point.tpot_ms
         kv_tokens = context_tokens + (self.max_new_tokens - 1 if point.goes_on else 0)
@@ -209,7 +219,7 @@ class SpeedRun:
     def _generate(self, point: SpeedPoint, n_tokens: int) -> Sample:
         """Prefill, then greedy decoding of ``n_tokens`` ids; ends earlier only at an end of text that is allowed."""
         gc.collect()
-        cache = PressedCache(point.press, chunk_tokens=self.chunk_tokens)
+        cache = PressedCache(point.press, chunk_tokens=self.chunk_tokens, kv_bits=point.kv_bits)
         may_stop = self.min_new_tokens < n_tokens and bool(self.eos_ids)
         start = now_ns(self.device)
         with self._prefilled(cache) as token:
@@ -246,7 +256,7 @@ class SpeedRun:
 
     def _measure_memory(self, point: SpeedPoint) -> None:
         meter = MemoryMeter(self.device)
-        cache = PressedCache(point.press, chunk_tokens=self.chunk_tokens)
+        cache = PressedCache(point.press, chunk_tokens=self.chunk_tokens, kv_bits=point.kv_bits)
         n_metered = min(self.max_new_tokens, WARMUP_TOKENS)
         with meter:
             with self._prefilled(cache) as token:
@@ -259,7 +269,7 @@ class SpeedRun:
                 point.kv_bytes, point.kv_lengths = cache.kv_bytes(), cache.stored_lengths()
                 point.achieved_ratio = cache.achieved_ratio()
         point.memory = meter.result
-        if point.press is None and any(other.goes_on for other in self.points):  # what these are compared with
+        if point.is_baseline and any(other.goes_on for other in self.points):  # what these are compared with
             for i in range(n_metered, self.max_new_tokens):
                 token = self._next(token, cache, i)
             point.kv_bytes_at_end = cache.kv_bytes()

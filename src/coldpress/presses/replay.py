@@ -131,7 +131,7 @@ class ReplayPress(BudgetPress):
                 f"has {positions} positions; give it a shorter text."
             )
         fork = cache.fork()
-        fork.session.press, fork.session.look = None, look
+        fork.session.press, fork.session.kv_bits, fork.session.look = None, None, look
         return model(past_key_values=fork, use_cache=True, **inputs)
 
 
