@@ -162,7 +162,9 @@ def profile(decoder: Decoder, n: int) -> str:
 def table(record: dict[str, Any]) -> str:
     """The record as a Markdown table, then how it stands with the goals."""
     settings, lines = record["settings"], []
-    lines.append("| cache | ms a token | times faster than transformers without a press | MB to read | of the memory's speed % |")
+    lines.append(
+        "| cache | ms a token | times faster than transformers without a press | MB to read | of the memory's speed % |"
+    )
     lines.append("|---|---:|---:|---:|---:|")
     speed = max(record["read_gb_per_s"])
     for name, title in TITLES.items():

@@ -13,7 +13,7 @@ from coldpress.store import is_frozen, room_for
 
 __all__ = ["RaggedStore"]
 
-_SPREAD_TOKENS = 16  # segments that differ by so many, or by this fraction, are held in as much memory
+_SPREAD_TOKENS = 64  # segments that differ by so many, or by this fraction, are held in as much memory
 _SPREAD_FRACTION = 16
 
 
