@@ -27,6 +27,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface, PreTrainedModel
 
 from coldpress.errors import CacheError, MissingDependencyError, ModelError
+from coldpress.one_token import attend_once, can_attend_once
 from coldpress.session import THREAD
 from coldpress.view import LayerCall
 
@@ -241,6 +242,12 @@ def _sdpa(
     n_batch, n_heads, n_queries, _ = query.shape
     n_kv_heads = key.shape[1]
     is_causal = visible is None and n_queries > 1
+    if not dropout and can_attend_once(query, key, value):
+        is_hidden = None if visible is None else ~visible.expand(n_batch, n_kv_heads, 1, -1).flatten(0, 1)
+        grouped = query.reshape(n_batch * n_kv_heads, -1, query.shape[3])
+        scaling = query.shape[3] ** -0.5 if scaling is None else scaling
+        output = attend_once(grouped, key.flatten(0, 1), value.flatten(0, 1), is_hidden, scaling)
+        return output.reshape(n_batch, 1, n_heads, -1), None
     if n_queries == 1 and n_heads != n_kv_heads:  # the heads of a group become queries: nothing is repeated
         output = nn.functional.scaled_dot_product_attention(
             query.reshape(n_batch, n_kv_heads, -1, query.shape[3]), key, value, visible, dropout, scale=scaling

@@ -49,7 +49,7 @@ def _ratio(info: PressInfo) -> str:
         return "no ratio: its own parameters say how much is kept"
     if not info.at_prefill:
         return "has a ratio, of the text so far, and takes no budget"
-    if info.name or _takes(info, "compression_ratio"):
+    if info.name or (_takes(info, "compression_ratio") and not _takes(info, "press")):
         return "has a compression ratio"
     if _takes(info, "compression_ratios"):
         return "has a ratio for each layer, and takes no budget"

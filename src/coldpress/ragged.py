@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from coldpress.one_token import attend_once, can_attend_once
 from coldpress.store import is_frozen, room_for
 
 __all__ = ["RaggedStore", "attend_segments", "pad_segments"]
+
+_SPREAD_TOKENS = 64  # segments that differ by so many, or by this fraction, are held in as much memory
+_SPREAD_FRACTION = 16
 
 
 class RaggedStore:
@@ -36,20 +40,42 @@ class RaggedStore:
         self._k, self._v = keys[is_held], values[is_held]  # [slots of all segments, D]
         self._n_first: list[int] = is_held.sum(-1).flatten().tolist()
         self._n_later = 0
-        self._place(0)
+        self._place(0, is_exact=True)
         self.is_borrowed = False
 
-    def _place(self, room: int) -> None:
-        """Note where the segments begin, with room for ``room`` later tokens in each, and where the next token goes."""
-        sizes = [n + room for n in self._n_first]
-        self._ends_of_room = list(itertools.accumulate(sizes))
-        self._starts = [0, *self._ends_of_room[:-1]]
+    def _place(self, room: int, is_exact: bool = False) -> None:
+        """Note where the segments are, with room for ``room`` later tokens in each, and where the next token goes.
+
+        Args:
+            room: later tokens that fit into every segment.
+            is_exact: the segments are in their order and none has more room. Without, those of similar length are side
+                by side and as large as the largest of them, so that one product serves them all.
+        """
+        n_segments = len(self._n_first)
+        order = list(range(n_segments))
+        if not is_exact:
+            order.sort(key=self._n_first.__getitem__, reverse=True)
+        self._starts, self._ends_of_room = [0] * n_segments, [0] * n_segments
+        self._groups, end = [], 0
+        for members in _alike(order, self._n_first, is_exact):
+            size = max(self._n_first[i] for i in members) + room
+            self._groups.append(_Group(members, end, size))
+            for i in members:
+                self._starts[i], self._ends_of_room[i] = end, end + size
+                end += size
+        rank = sorted(range(n_segments), key=order.__getitem__)
+        self._order = None if order == list(range(n_segments)) else torch.tensor([order, rank], device=self._v.device)
         self._room = room  # of the segment that has least
         self._find_ends()
 
     def _find_ends(self) -> None:
         ends = [start + n + self._n_later for start, n in zip(self._starts, self._n_first, strict=True)]
         self._ends = torch.tensor(ends, device=self._v.device)
+        self._longest = [max(self._n_first[i] for i in group.members) for group in self._groups]
+        self._first = [  # what each segment of a group holds of the first pairs, where they differ
+            None if min(counts) == max(counts) else torch.tensor(counts, device=self._v.device)[:, None]
+            for counts in ([self._n_first[i] for i in group.members] for group in self._groups)
+        ]
 
     @property
     def n(self) -> int:
@@ -133,7 +159,7 @@ class RaggedStore:
         store._k, store._v = keys, values
         store._n_first = counts.flatten().tolist()
         store._n_later = (len(values) - sum(store._n_first)) // len(store._n_first)
-        store._place(store._n_later)
+        store._place(store._n_later, is_exact=True)
         if room:
             store._move(store._n_later + room)
         return store
@@ -149,7 +175,7 @@ class RaggedStore:
         n_new = keys.shape[2]
         if self.is_borrowed or is_frozen(self._v) or self._n_later + n_new > self._room:
             more = n_new if is_tight else n_new + self._more()
-            self._move(self._n_later + (more if room is None else room))
+            self._move(self._n_later + (more if room is None else room), is_exact=is_tight)
         at = (self._ends[:, None] + torch.arange(n_new, device=self.device)).flatten()
         self._k[at] = keys.reshape(-1, keys.shape[3])
         self._v[at] = values.reshape(-1, values.shape[3])
@@ -160,14 +186,14 @@ class RaggedStore:
         mean = sum(self._n_first) // len(self._n_first) + self._n_later
         return room_for(mean) - mean
 
-    def _move(self, room: int) -> None:
+    def _move(self, room: int, is_exact: bool = False) -> None:
         """Move to buffers that nobody else has, with ``room`` for later tokens in each segment."""
         starts = self._starts
-        self._place(room)
-        total = self._ends_of_room[-1]
+        self._place(room, is_exact)
+        total = max(self._ends_of_room)
         for name in ("_k", "_v"):
             old = getattr(self, name)
-            new = old.new_empty(total, old.shape[1])
+            new = old.new_zeros(total, old.shape[1])  # empty slots get no weight, and must not be NaN
             for start, own_start, n in zip(starts, self._starts, self._n_first, strict=True):
                 new[own_start : own_start + n + self._n_later] = old[start : start + n + self._n_later]
             setattr(self, name, new)
@@ -213,7 +239,7 @@ class RaggedStore:
         other._k, other._v = (torch.cat([flat[span] for span in spans]) for flat in (self._k, self._v))
         other._n_later = min(self._n_later, *(span.stop - span.start for span in spans))
         other._n_first = [span.stop - span.start - other._n_later for span in spans]
-        other._place(other._n_later)
+        other._place(other._n_later, is_exact=True)
         other.is_borrowed = False
         return other
 
@@ -223,7 +249,7 @@ class RaggedStore:
         spans = [slice(self._starts[i], self._starts[i] + self._n_first[i] + self._n_later) for i in chosen]
         self._k, self._v = (torch.cat([flat[span] for span in spans]) for flat in (self._k, self._v))
         self.n_rows, self._n_first = len(rows), [self._n_first[i] for i in chosen]
-        self._place(self._n_later)
+        self._place(self._n_later, is_exact=True)
         self.is_borrowed = False
 
     def shared(self) -> RaggedStore:
@@ -245,8 +271,38 @@ class RaggedStore:
         Returns:
             ``[B, Q, Hq, Dv]``.
         """
-        spans = self.spans()
-        return attend_segments(query, [self._k[s] for s in spans], [self._v[s] for s in spans], scaling)
+        n_batch, n_query_heads, n_queries, dim = query.shape
+        group = n_query_heads // self.n_heads
+        scaling = dim**-0.5 if scaling is None else scaling
+        queries = query.reshape(-1, group, n_queries, dim)  # [B * Hkv, G, Q, D]
+        if self._order is not None:
+            queries = queries.index_select(0, self._order[0])
+        outputs, n_before = [], 0
+        for (members, start, size), longest, n_first in zip(self._groups, self._longest, self._first, strict=True):
+            span, n = slice(start, start + len(members) * size), longest + self._n_later
+            key, value = (flat[span].unflatten(0, (-1, size))[:, :n] for flat in (self._k, self._v))
+            own = queries[n_before : n_before + len(members)]
+            is_hidden = self._hidden(n, n_queries, n_first)
+            outputs.append(_attend(own, key, value, is_hidden, scaling))
+            n_before += len(members)
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        if self._order is not None:
+            output = output.index_select(0, self._order[1])
+        return output.reshape(n_batch, n_query_heads, n_queries, -1).transpose(1, 2).contiguous()
+
+    def _hidden(self, n: int, n_queries: int, n_first: Tensor | None) -> Tensor | None:
+        """Which of a group's first ``n`` slots its newest queries do not see: bool ``[1 or S, Q, n]``; None for none.
+
+        Args:
+            n_first: int64 ``[S, 1]``, how many of the first pairs each segment holds; None if all hold as many.
+        """
+        if n_queries == 1 and n_first is None:
+            return None
+        slots = torch.arange(n, device=self.device)[None, None]
+        end = n if n_first is None else n_first[..., None] + self._n_later  # [S, 1, 1]
+        if n_queries == 1:
+            return slots >= end
+        return slots > end - n_queries + torch.arange(n_queries, device=self.device)[:, None]
 
 
 def pad_segments(segments: Sequence[Tensor], n_first: Sequence[int], n_later: int) -> Tensor:
@@ -264,27 +320,52 @@ def attend_segments(query: Tensor, keys: Sequence[Tensor], values: Sequence[Tens
     n_batch, n_query_heads, n_queries, dim = query.shape
     scaling = dim**-0.5 if scaling is None else scaling
     queries = query.reshape(len(keys), -1, n_queries, dim)  # [B * Hkv, G, Q, D]
-    outputs = [_attend(*own, scaling) for own in zip(queries, keys, values, strict=True)]
-    return torch.stack(outputs).reshape(n_batch, n_query_heads, n_queries, -1).transpose(1, 2).contiguous()
+    outputs = []
+    for own, key, value in zip(queries, keys, values, strict=True):
+        is_hidden = None if n_queries == 1 else _is_later(len(key), n_queries, key.device)
+        outputs.append(_attend(own[None], key[None], value[None], is_hidden, scaling))
+    return torch.cat(outputs).reshape(n_batch, n_query_heads, n_queries, -1).transpose(1, 2).contiguous()
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """Attention of one head's group: ``query [G, Q, D]`` over ``key [n, D]``, ``value [n, Dv]``: ``[G, Q, Dv]``."""
-    group, n_queries, _ = query.shape
-    if n_queries == 1 and query.device.type == "cpu" and query.dtype == torch.float32:
-        # matrix products use all cores for one head; scaled_dot_product_attention works on one head with one core
-        if group == 1:
-            weights = torch.mv(key, query[0, 0] * scaling).softmax(0)
-            return torch.mv(value.t(), weights)[None, None]
-        return ((query[:, 0] * scaling @ key.t()).softmax(-1) @ value)[:, None]
-    visible = None
-    if n_queries == 1:
-        query = query.transpose(0, 1)  # the group's heads are the queries of one head
+def _is_later(n: int, n_queries: int, device: torch.device) -> Tensor:
+    """Which of ``n`` slots come after each of the newest ``n_queries`` tokens: bool ``[1, Q, n]``."""
+    slots = torch.arange(n, device=device)
+    return slots[None, None] > slots[n - n_queries :, None]
+
+
+class _Group(NamedTuple):
+    """Segments of similar length that are side by side in memory, and have as much room."""
+
+    members: list[int]
+    start: int
+    size: int
+
+
+def _alike(order: list[int], n_first: list[int], is_exact: bool) -> list[list[int]]:
+    """Cut ``order`` where lengths begin to differ: by anything, or by more than is worth another call."""
+    groups: list[list[int]] = []
+    for i in order:
+        longest = n_first[groups[-1][0]] if groups else 0
+        spread = 0 if is_exact else max(_SPREAD_TOKENS, longest // _SPREAD_FRACTION)
+        if groups and abs(longest - n_first[i]) <= spread:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, is_hidden: Tensor | None, scaling: float) -> Tensor:
+    """Attention of the groups of S heads: ``query [S, G, Q, D]`` over ``key``, ``value [S, n, D]``: ``[S, G, Q, Dv]``.
+
+    ``is_hidden`` is bool ``[1 or S, Q, n]`` or None.
+    """
+    if can_attend_once(query, key, value):
+        return attend_once(query[:, :, 0], key, value, is_hidden, scaling)[:, :, None]
+    visible = None if is_hidden is None else ~is_hidden[:, None]
+    is_single = query.shape[2] == 1
+    if is_single:  # the heads of a group are the queries of one head
+        query, key, value = query.transpose(1, 2), key[:, None], value[:, None]
     else:
-        last = torch.arange(len(key) - n_queries, len(key), device=key.device)
-        visible = torch.arange(len(key), device=key.device) <= last[:, None]
-        key, value = key.expand(group, -1, -1), value.expand(group, -1, -1)
-    output = nn.functional.scaled_dot_product_attention(
-        query[None], key.view(1, -1, *key.shape[-2:]), value.view(1, -1, *value.shape[-2:]), visible, scale=scaling
-    )[0]
-    return output.transpose(0, 1) if n_queries == 1 else output
+        key, value = (states[:, None].expand(-1, query.shape[1], -1, -1) for states in (key, value))
+    output = nn.functional.scaled_dot_product_attention(query, key, value, visible, scale=scaling)
+    return output.transpose(1, 2) if is_single else output

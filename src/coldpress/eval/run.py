@@ -137,16 +137,20 @@ class Run:
         torch.manual_seed(s.seed)
         asked = [(job.press, job.kv_bits) for job in self.jobs]
         compressed = [pair for pair in asked if pair != (None, None)]
+        pressed, kv_bits = [press for press, _ in compressed], [bits for _, bits in compressed]
         if s.ppl_mode == "streaming":
             assert s.stream_chunk is not None
             positions: Any = s.positions
-            presses = [press for press, _ in asked]
             self.stream = StreamRun(
-                model, presses, plan.documents, chunk=s.stream_chunk, positions=positions, limit=plan.stream_limit
+                model,
+                [press for press, _ in asked],
+                plan.documents,
+                chunk=s.stream_chunk,
+                positions=positions,
+                limit=plan.stream_limit,
             )
             self._timed("perplexity", self.stream.run)
         elif plan.windows is not None:
-            pressed, kv_bits = [press for press, _ in compressed], [bits for _, bits in compressed]
             documents = list(zip(plan.documents, plan.windows, strict=True))
             self.prefix = PrefixRun(model, pressed, documents, s.batch_size, s.chunk_tokens, kv_bits)
             self._timed("perplexity", self.prefix.run)
@@ -160,7 +164,7 @@ class Run:
             self.speed = SpeedRun(
                 model,
                 plan.context_ids.to(self.loaded.device),
-                [None, *presses],  # the baseline is always timed beside the presses
+                [None, *pressed],  # the baseline is always timed beside the presses
                 kv_bits=[None, *kv_bits],
                 max_new_tokens=s.max_new_tokens,
                 min_new_tokens=s.min_new_tokens,

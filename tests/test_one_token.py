@@ -1,0 +1,81 @@
+"""Attention of one new token on the CPU, against the formula in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.contract.architectures import tiny, tokens
+from torch import Tensor
+
+from coldpress import AdaKVPress, BasePress, KnormPress, PressedCache, one_token
+from coldpress.one_token import attend_once, can_attend_once
+
+
+@pytest.mark.parametrize(("segments", "group"), [(1, 1), (8, 1), (1, 3), (6, 3)])
+@pytest.mark.parametrize("n", [1, 2, 5, 300, 4097])
+@pytest.mark.parametrize("hides", [False, True])
+def test_softmax_of_one_query(segments: int, group: int, n: int, hides: bool) -> None:
+    """Keys and values in a buffer with room to grow, whose empty slots are NaN, or as a slice of something else."""
+    torch.manual_seed(n)
+    query, buffers = torch.randn(segments, group, 16), torch.full((2, segments, n + 7, 16), torch.nan)
+    buffers[:, :, :n] = torch.randn(2, segments, n, 16)
+    key, value = buffers[:, :, :n]
+    is_hidden = torch.rand(segments, 1, n) < 0.3 if hides else None
+    if is_hidden is not None:
+        is_hidden[..., -1] = False
+    expected = formula(query, key, value, is_hidden)
+    for k, v in ((key, value), (key.clone(), value.clone()), (wide(key), wide(value))):
+        actual = attend_once(query, k, v, is_hidden, 0.25)
+        torch.testing.assert_close(actual.double(), expected, atol=1e-6, rtol=0)
+
+
+def formula(query: Tensor, key: Tensor, value: Tensor, is_hidden: Tensor | None) -> Tensor:
+    logits = torch.einsum("sgd,snd->sgn", query.double(), key.double()) / 4
+    if is_hidden is not None:
+        logits = logits.masked_fill(is_hidden, -torch.inf)
+    return torch.einsum("sgn,snd->sgd", logits.softmax(-1), value.double())
+
+
+def wide(states: Tensor) -> Tensor:
+    """The same, as a slice of wider rows that come in another order."""
+    padded = torch.cat([states, torch.full_like(states, torch.nan)], dim=-1)
+    return padded.transpose(0, 1).contiguous().transpose(0, 1)[..., : states.shape[-1]]
+
+
+def test_who_is_served() -> None:
+    one, two = torch.randn(2, 8, 1, 16), torch.randn(2, 8, 2, 16)
+    pairs, few = torch.randn(2, 8, 300, 16), torch.randn(2, 8, 30, 16)
+    assert can_attend_once(one, pairs, pairs)
+    assert not can_attend_once(two, pairs, pairs) and not can_attend_once(one, few, few)
+    assert not can_attend_once(one.half(), pairs.half(), pairs.half())
+    assert not can_attend_once(one.requires_grad_(), pairs, pairs)
+    with torch.no_grad():
+        assert can_attend_once(one, pairs, pairs)
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "llama"])
+@pytest.mark.parametrize("press", [None, KnormPress(0.5), AdaKVPress(KnormPress(0.5), 0.0)])
+@pytest.mark.parametrize("inference", [False, True])
+def test_models_answer_as_with_fused_attention(name: str, press: BasePress | None, inference: bool) -> None:
+    model, ids, later = tiny(name), tokens(2, 90), tokens(2, 8, seed=1)
+    mask = torch.ones(2, 98, dtype=torch.long)
+    mask[1, :30] = 0
+    answers = []
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode() if inference else torch.no_grad():
+        for fewest in (10_000, 1):
+            patch.setattr(one_token, "_FEWEST", fewest)
+            past, logits = PressedCache(press), []
+            model(ids, attention_mask=mask[:, :90], past_key_values=past)
+            for i in range(8):
+                position = mask[:, : 91 + i].sum(-1)[:, None] - 1
+                logits.append(
+                    model(
+                        later[:, i : i + 1],
+                        attention_mask=mask[:, : 91 + i],
+                        position_ids=position,
+                        past_key_values=past,
+                    ).logits
+                )
+            answers.append(torch.cat(logits, dim=1))
+    assert not torch.equal(*answers)  # they were computed in two ways
+    torch.testing.assert_close(*answers, atol=1e-5, rtol=0)
