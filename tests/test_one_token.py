@@ -6,9 +6,10 @@ import pytest
 import torch
 from tests.contract.architectures import tiny, tokens
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from coldpress import AdaKVPress, BasePress, KnormPress, PressedCache, one_token
-from coldpress.one_token import attend_once, can_attend_once
+from coldpress.one_token import attend_blocks, attend_once, can_attend_once
 
 
 @pytest.mark.parametrize(("segments", "group"), [(1, 1), (8, 1), (1, 3), (6, 3)])
@@ -29,6 +30,39 @@ def test_softmax_of_one_query(segments: int, group: int, n: int, hides: bool) ->
         torch.testing.assert_close(actual.double(), expected, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("segments", "group"), [(1, 1), (8, 1), (1, 3), (6, 3)])
+def test_in_16_bits(dtype: torch.dtype, segments: int, group: int) -> None:
+    """As exact as fused attention in that dtype."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(segments, n, 16).to(dtype) for n in (group, 4097, 4097))
+    expected = formula(query, key, value, None)
+    fused = scaled_dot_product_attention(query, key, value, scale=0.25)
+    for v in (value, wide(value)):
+        error = (attend_once(query, key, v, None, 0.25).double() - expected).abs().max()
+        assert error <= 1.5 * (fused.double() - expected).abs().max() + torch.finfo(dtype).eps * 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("group", [1, 3])
+def test_segments_of_whole_blocks(dtype: torch.dtype, group: int) -> None:
+    """Of 1 to 7 blocks that come in any order, the last ones with empty slots in them, and logits far apart."""
+    torch.manual_seed(0)
+    lengths, sizes, order = [5, 40, 112, 17], [2, 3, 7, 4], [2, 0, 3, 1]
+    segment = torch.tensor(order).repeat_interleave(torch.tensor([sizes[i] for i in order]))
+    query = torch.randn(4, group, 16).to(dtype) * torch.tensor([1.0, 30.0, 0.1, 1.0]).to(dtype)[:, None, None]
+    key, value = torch.zeros(2, len(segment) * 16, 16, dtype=dtype)
+    n_held, expected, start = [], torch.zeros(4, group, 16, dtype=torch.float64), 0
+    for i in order:
+        own = slice(start, start + lengths[i])
+        key[own], value[own] = torch.randn(2, lengths[i], 16).to(dtype)
+        expected[i] = formula(query[i : i + 1], key[own][None], value[own][None], None)[0]
+        n_held += [lengths[i] - 16 * block for block in range(sizes[i])]
+        start += 16 * sizes[i]
+    actual = attend_blocks(query, key, value, segment, torch.tensor(n_held), 16, 0.25)
+    torch.testing.assert_close(actual.double(), expected, atol=1e-5 if dtype == torch.float32 else 0.03, rtol=0)
+
+
 def formula(query: Tensor, key: Tensor, value: Tensor, is_hidden: Tensor | None) -> Tensor:
     logits = torch.einsum("sgd,snd->sgn", query.double(), key.double()) / 4
     if is_hidden is not None:
@@ -47,7 +81,8 @@ def test_who_is_served() -> None:
     pairs, few = torch.randn(2, 8, 300, 16), torch.randn(2, 8, 30, 16)
     assert can_attend_once(one, pairs, pairs)
     assert not can_attend_once(two, pairs, pairs) and not can_attend_once(one, few, few)
-    assert not can_attend_once(one.half(), pairs.half(), pairs.half())
+    assert can_attend_once(one.half(), pairs.half(), pairs.half())
+    assert not can_attend_once(one.double(), pairs.double(), pairs.double())
     assert not can_attend_once(one.requires_grad_(), pairs, pairs)
     with torch.no_grad():
         assert can_attend_once(one, pairs, pairs)

@@ -13,27 +13,28 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-__all__ = ["attend_once", "can_attend_once"]
+__all__ = ["attend_blocks", "attend_once", "can_attend_once"]
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FEWEST = 256  # pairs of a head from which on reading them takes longer than calling torch a few times more
 
 
 def can_attend_once(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether :func:`attend_once` is for these tensors: one query per head, on the CPU, in float32, without gradients.
+    """Whether :func:`attend_once` is for these tensors: one query per head, on the CPU, without gradients.
 
     It would be right, but no faster, for a few pairs.
 
     Args:
         query: ``[..., Q, D]``.
-        key, value: ``[..., n, D]``.
+        key, value: ``[..., n, D]``, float32, bfloat16 or float16.
     """
-    if query.shape[-2] != 1 or query.device.type != "cpu" or query.dtype != torch.float32 or key.shape[-2] < _FEWEST:
+    if query.shape[-2] != 1 or query.device.type != "cpu" or query.dtype not in _DTYPES or key.shape[-2] < _FEWEST:
         return False
     return not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
 
 
 def attend_once(query: Tensor, key: Tensor, value: Tensor, is_hidden: Tensor | None, scaling: float) -> Tensor:
-    """Attention of one query per head: ``softmax(query @ key^T * scaling) @ value``.
+    """Attention of one query per head: ``softmax(query @ key^T * scaling) @ value``, the logits in float32.
 
     Args:
         query: ``[S, G, D]``, S key-value heads of all rows, G query heads to each.
@@ -45,21 +46,67 @@ def attend_once(query: Tensor, key: Tensor, value: Tensor, is_hidden: Tensor | N
     Returns:
         ``[S, G, Dv]``.
     """
-    query = query * scaling
-    if query.shape[1] == 1:
-        logits = _products(query[:, 0], key)[:, None]  # [S, 1, n]
-    else:
-        logits = torch.bmm(query, key.transpose(1, 2))  # [S, G, n]
+    logits = _products(query.float() * scaling, key.float())
     if is_hidden is not None:
         logits.masked_fill_(is_hidden, -torch.inf)
     weights = logits.softmax(-1)
-    if query.shape[1] == 1 and value.stride(2) == 1 and value.stride(1) == value.shape[2]:
-        return _weighted_sums(weights[:, 0], value)[:, None]
-    return torch.bmm(weights, value)
+    if value.stride(2) == 1 and value.stride(1) == value.shape[2]:
+        return _weighted_sums(weights.to(value.dtype), value)
+    return torch.bmm(weights, value.float()).to(value.dtype)
+
+
+def attend_blocks(
+    query: Tensor, key: Tensor, value: Tensor, segment: Tensor, n_held: Tensor, n_slots: int, scaling: float
+) -> Tensor:
+    """As :func:`attend_once`, of S segments of different lengths, each of whole blocks of slots.
+
+    All blocks share two products: softmax is taken in each, and then over the blocks of a segment.
+
+    Args:
+        query: ``[S, G, D]``.
+        key: ``[N * c, D]``, N blocks of c slots.
+        value: ``[N * c, Dv]``; finite where a slot holds nothing.
+        segment: int64 ``[N]``, which segment each block belongs to.
+        n_held: int64 ``[N]``, how many slots hold something from the first one of each block on: none if not positive,
+            all if c or more. Each segment holds something.
+        n_slots: c.
+        scaling: of the logits.
+
+    Returns:
+        ``[S, G, Dv]``.
+    """
+    n_segments, group, dim = query.shape
+    n_blocks = len(segment)
+    own = (query.float() * scaling).index_select(0, segment)
+    logits = torch.bmm(own, key.view(n_blocks, n_slots, dim).float().transpose(1, 2))  # [N, G, c]
+    is_empty = torch.arange(n_slots) >= n_held[:, None]
+    logits.masked_fill_(is_empty[:, None], -torch.inf)
+    largest = logits.new_full((n_segments, group), -torch.inf)
+    largest.scatter_reduce_(0, segment[:, None].expand(-1, group), logits.amax(2), "amax")
+    weights = logits.sub_(largest.index_select(0, segment)[..., None]).exp_()
+    total = largest.zero_().index_add_(0, segment, weights.sum(2))
+    rows, starts = _block_rows(group, n_slots, 1 << (n_blocks - 1).bit_length())
+    sums = embedding_bag(
+        rows[: n_blocks * group * n_slots],
+        value,
+        starts[: n_blocks * group],
+        mode="sum",
+        per_sample_weights=weights.to(value.dtype).flatten(),
+    ).float()
+    output = sums.new_zeros(n_segments, group, value.shape[1]).index_add_(0, segment, sums.view(n_blocks, group, -1))
+    return (output / total[..., None]).to(value.dtype)
+
+
+@lru_cache(maxsize=2)
+def _block_rows(group: int, n_slots: int, n_blocks: int) -> tuple[Tensor, Tensor]:
+    """The rows of each block, ``group`` times, and where bags begin; those of fewer blocks are the first of these."""
+    with torch.inference_mode(False):
+        rows = torch.arange(n_blocks * n_slots, dtype=torch.int32).view(-1, 1, n_slots).expand(-1, group, -1).flatten()
+        return rows, torch.arange(n_blocks * group, dtype=torch.int32) * n_slots
 
 
 def _products(query: Tensor, key: Tensor) -> Tensor:
-    """``query [S, D]`` times ``key [S, n, D]``: ``[S, n]``.
+    """``query [S, G, D]`` times ``key [S, n, D]``: ``[S, G, n]``.
 
     A batched product reads faster than that of one matrix and a vector, and faster in this order than in the other. So
     one segment is taken for two, which overlap by one key where their number is odd.
@@ -68,32 +115,33 @@ def _products(query: Tensor, key: Tensor) -> Tensor:
     half = n // 2
     if n_segments == 1:
         key = key.as_strided((2, n - half, dim), (half * key.stride(1), key.stride(1), key.stride(2)))
-        query = query.expand(2, -1)
-    columns = query[:, None].transpose(1, 2)  # [S, D, 1]; query[..., None] has strides with which bmm is slow
-    products = torch.bmm(key, columns)[..., 0]
-    return products if n_segments > 1 else torch.cat([products[0, :half], products[1]])[None]
+        query = query.expand(2, -1, -1)
+    columns = query.contiguous().transpose(1, 2)  # [S, D, G]; with other strides bmm is slow
+    products = torch.bmm(key, columns).transpose(1, 2)
+    return products if n_segments > 1 else torch.cat([products[:1, :, :half], products[1:]], dim=2)
 
 
 def _weighted_sums(weights: Tensor, value: Tensor) -> Tensor:
-    """``weights [S, n]`` times ``value [S, n, Dv]``, whose rows are whole: ``[S, Dv]``.
+    """``weights [S, G, n]`` times ``value [S, n, Dv]``, whose rows are whole: ``[S, G, Dv]``.
 
     The rows of all segments are those of one table, and embedding_bag, which adds up rows of a table with weights,
-    fetches them ahead; a matrix product with one row does not.
+    fetches them ahead; a matrix product with few rows does not.
     """
-    n_segments, n, dim = value.shape
+    (n_segments, n, dim), group = value.shape, weights.shape[1]
     pitch = value.stride(0) // dim if n_segments > 1 else n
     if pitch * dim != value.stride(0) and n_segments > 1:
-        return torch.bmm(weights[:, None], value)[:, 0]
+        return torch.bmm(weights.float(), value.float()).to(value.dtype)
     table = value.as_strided(((n_segments - 1) * pitch + n, dim), (dim, 1))
-    n_parts = 1 if n_segments > 1 else min(torch.get_num_threads(), n)  # each bag is added up by one thread
-    rows, starts = _rows(n_segments, pitch, n, n_parts)
-    sums = embedding_bag(rows, table, starts, mode="sum", per_sample_weights=weights.reshape(-1))
-    return sums if n_parts == 1 else sums.sum(0, keepdim=True)
+    is_alone = n_segments * group == 1
+    n_parts = min(torch.get_num_threads(), n) if is_alone else 1  # each bag is added up by one thread
+    rows, starts = _rows(n_segments, group, pitch, n, n_parts)
+    sums = embedding_bag(rows, table, starts, mode="sum", per_sample_weights=weights.flatten())
+    return sums.view(n_segments, group, dim) if n_parts == 1 else sums.sum(0)[None, None]
 
 
 @lru_cache(maxsize=1)  # the layers of a model mostly ask for the same rows in turn
-def _rows(n_segments: int, pitch: int, n: int, n_parts: int) -> tuple[Tensor, Tensor]:
-    """Where the first n of every ``pitch`` rows are in the table, and where the bags begin in this list."""
+def _rows(n_segments: int, group: int, pitch: int, n: int, n_parts: int) -> tuple[Tensor, Tensor]:
+    """Where the first n of every ``pitch`` rows are in the table, ``group`` times, and where bags begin in the list."""
     with torch.inference_mode(False):
-        rows = (torch.arange(n_segments)[:, None] * pitch + torch.arange(n)).flatten()
-        return rows, torch.arange(n_segments) * n if n_parts == 1 else torch.arange(n_parts) * (n // n_parts)
+        rows = (torch.arange(n_segments)[:, None, None] * pitch + torch.arange(n)).expand(-1, group, -1).flatten()
+        return rows, torch.arange(n_segments * group) * n if n_parts == 1 else torch.arange(n_parts) * (n // n_parts)

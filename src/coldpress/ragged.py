@@ -9,13 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from coldpress.one_token import attend_once, can_attend_once
+from coldpress.one_token import attend_blocks, attend_once, can_attend_once
 from coldpress.store import is_frozen, room_for
 
 __all__ = ["RaggedStore", "attend_segments", "pad_segments"]
 
 _SPREAD_TOKENS = 64  # segments that differ by so many, or by this fraction, are held in as much memory
 _SPREAD_FRACTION = 16
+_BLOCKS = ((2048, 128), (512, 64), (0, 16))  # longest segment from which on blocks have so many slots
 
 
 class RaggedStore:
@@ -49,24 +50,37 @@ class RaggedStore:
         Args:
             room: later tokens that fit into every segment.
             is_exact: the segments are in their order and none has more room. Without, those of similar length are side
-                by side and as large as the largest of them, so that one product serves them all.
+                by side and as large as the largest of them, in whole blocks, so that one product serves them all.
         """
         n_segments = len(self._n_first)
         order = list(range(n_segments))
         if not is_exact:
             order.sort(key=self._n_first.__getitem__, reverse=True)
+        self._n_slots = 1 if is_exact else _block_of(max(self._n_first))
         self._starts, self._ends_of_room = [0] * n_segments, [0] * n_segments
         self._groups, end = [], 0
         for members in _alike(order, self._n_first, is_exact):
             size = max(self._n_first[i] for i in members) + room
+            size += -size % self._n_slots
             self._groups.append(_Group(members, end, size))
             for i in members:
                 self._starts[i], self._ends_of_room[i] = end, end + size
                 end += size
         rank = sorted(range(n_segments), key=order.__getitem__)
         self._order = None if order == list(range(n_segments)) else torch.tensor([order, rank], device=self._v.device)
-        self._room = room  # of the segment that has least
+        spans = zip(self._ends_of_room, self._starts, self._n_first, strict=True)
+        self._room = min(end - start - n for end, start, n in spans)
+        self._blocks = None if is_exact else self._cut_into_blocks()
         self._find_ends()
+
+    def _cut_into_blocks(self) -> tuple[Tensor, Tensor]:
+        """Which segment each block of slots belongs to, and its first slot: int64 ``[N]`` each."""
+        sizes = [end - start for start, end in zip(self._starts, self._ends_of_room, strict=True)]
+        order = sorted(range(len(sizes)), key=self._starts.__getitem__)
+        n_blocks = torch.tensor([sizes[i] // self._n_slots for i in order])
+        segment = torch.tensor(order).repeat_interleave(n_blocks)
+        first = torch.arange(len(segment)) * self._n_slots
+        return segment.to(self.device), first.to(self.device)
 
     def _find_ends(self) -> None:
         ends = [start + n + self._n_later for start, n in zip(self._starts, self._n_first, strict=True)]
@@ -275,6 +289,11 @@ class RaggedStore:
         group = n_query_heads // self.n_heads
         scaling = dim**-0.5 if scaling is None else scaling
         queries = query.reshape(-1, group, n_queries, dim)  # [B * Hkv, G, Q, D]
+        if self._blocks is not None and can_attend_once(query, self._k, self._v):
+            segment, first = self._blocks
+            n_held = self._ends.index_select(0, segment) - first
+            output = attend_blocks(queries[:, :, 0], self._k, self._v, segment, n_held, self._n_slots, scaling)
+            return output.view(n_batch, 1, n_query_heads, -1)
         if self._order is not None:
             queries = queries.index_select(0, self._order[0])
         outputs, n_before = [], 0
@@ -339,6 +358,10 @@ class _Group(NamedTuple):
     members: list[int]
     start: int
     size: int
+
+
+def _block_of(longest: int) -> int:
+    return next(n_slots for least, n_slots in _BLOCKS if longest >= least)
 
 
 def _alike(order: list[int], n_first: list[int], is_exact: bool) -> list[list[int]]:
