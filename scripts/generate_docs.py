@@ -8,9 +8,9 @@ A generated part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->`
 table of presses, whose classes lead to their sections in that document, ``press sections`` for those sections,
 ``results FOLDER`` for the table of the JSON files in benchmarks/FOLDER, ``parity`` for the comparison with kvpress,
 ``faults`` for the tests of kvpress's faults, ``overhead FILE`` for the table of
-benchmarks/press_overhead/results/FILE.json, ``chunked FILE`` and ``quantised FILE`` for those of
-benchmarks/prefill_chunked and benchmarks/quantised, or ``stream FILE``, ``far FILE`` and ``drift FILE`` for those of
-benchmarks/long_stream/results/FILE.json.
+benchmarks/press_overhead/results/FILE.json, ``chunked FILE``, ``quantised FILE``, ``decode FILE``, ``headwise FILE`` and
+``batch FILE`` for those of prefill_chunked, quantised, decode_speed, head_wise_memory and batch, or ``stream FILE``,
+``far FILE`` and ``drift FILE`` for those of benchmarks/long_stream/results/FILE.json.
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ DOCUMENTS = (
     "benchmarks/prefill_chunked/README.md",
     "benchmarks/long_stream/README.md",
     "benchmarks/quantised/README.md",
+    "benchmarks/decode_speed/README.md",
+    "benchmarks/head_wise_memory/README.md",
+    "benchmarks/batch/README.md",
 )
 PART = re.compile(r"(<!-- generated: (?P<name>[^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -170,6 +173,9 @@ def generated(name: str) -> str:
         "overhead": lambda: measured("press_overhead", "press_overhead.py", argument),
         "chunked": lambda: measured("prefill_chunked", "prefill_chunked.py", argument),
         "quantised": lambda: measured("quantised", "quantised.py", argument),
+        "decode": lambda: measured("decode_speed", "decode_speed.py", argument),
+        "headwise": lambda: measured("head_wise_memory", "head_wise_memory.py", argument),
+        "batch": lambda: measured("batch", "batch.py", argument),
         "stream": lambda: measured("long_stream", "long_stream.py", argument),
         "far": lambda: measured("long_stream", "precision.py", argument, "far"),
         "drift": lambda: measured("long_stream", "precision.py", argument, "drift"),

@@ -10,12 +10,16 @@ else the machine does meets all of them. The memory's speed is measured in every
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import statistics
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.decode_speed.llamacpp import LlamaCpp, write_in_16_bits
 from benchmarks.decoding import (
     Decoder,
     add_arguments,
@@ -46,11 +50,13 @@ TITLES = {
     "coldpress, heads 0.5": "PressedCache, AdaKV around SnapKV at 0.5",
     "coldpress, heads and layers 0.5": "PressedCache, heads of all layers share 0.5, as KVzip's do",
     "coldpress, empty": "PressedCache, empty context",
+    "llama.cpp, full": "llama.cpp, 16-bit weights, keys and values, no press",
 }
 GOALS = (
     ("ratio 0.5 against no press in transformers", "transformers, full", "coldpress, 0.5", 1.8),
     ("ratio 0.5 against the same pairs in a DynamicCache", "transformers, 0.5", "coldpress, 0.5", 1.35),
     ("an empty context in transformers against ratio 0.9", "transformers, empty", "coldpress, 0.9", 1 / 1.1),
+    ("llama.cpp without a press against ratio 0.5", "llama.cpp, full", "coldpress, 0.5", 1.0),
 )
 
 
@@ -60,20 +66,28 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=8192, help="of context")
     parser.add_argument("--new_tokens", type=int, default=12, help="timed in each sample")
     parser.add_argument("--profile", choices=[n for n in TITLES if n.startswith("coldpress")], help="instead of timing")
+    parser.add_argument("--llamacpp", action="store_true", help="llama.cpp too, on --gguf's weights in 16 bits")
     args = parser.parse_args()
+    if args.llamacpp and not (args.gguf and args.dtype == "float16"):
+        parser.error("--llamacpp needs --gguf and --dtype float16")
     torch.set_num_threads(args.threads)
     model = make_model(args)
     decoders = make_decoders(args, model)
     if args.profile:
         print(profile(decoders[args.profile], args.new_tokens))
         return 0
-    record = measure(args, decoders)
+    with tempfile.TemporaryDirectory() as folder:
+        if args.llamacpp:
+            path = Path(folder, "f16.gguf")
+            write_in_16_bits(Path(args.gguf), path)
+            decoders["llama.cpp, full"] = LlamaCpp(path, text(1, args.tokens, args.seed), args.threads)
+        record = measure(args, decoders)
     write(args, record)
     print(table(record))
     return 0
 
 
-def make_decoders(args: argparse.Namespace, model: Any) -> dict[str, Decoder]:
+def make_decoders(args: argparse.Namespace, model: Any) -> dict[str, Any]:
     use_coldpress(model)
     full = PressedCache()
     presses = [SnapKVPress(0.5), SnapKVPress(0.9), AdaKVPress(SnapKVPress(0.5))]
@@ -119,9 +133,12 @@ def share_unevenly(cache: PressedCache, ratio: float, seed: int) -> None:
         layer.keep(slots)
 
 
-def measure(args: argparse.Namespace, decoders: dict[str, Decoder]) -> dict[str, Any]:
-    held = {name: stored_bytes(decoder.cache) for name, decoder in decoders.items()}
-    model = next(iter(decoders.values())).model
+def measure(args: argparse.Namespace, decoders: dict[str, Any]) -> dict[str, Any]:
+    held = {name: stored_bytes(decoder.cache) for name, decoder in decoders.items() if isinstance(decoder, Decoder)}
+    model = decoders["transformers, full"].model
+    if args.llamacpp:
+        layers = decoders["coldpress, full"].cache.pressed_layers()
+        held["llama.cpp, full"] = sum(2 * 2 * layer.keys.numel() for layer in layers)
     for decoder in decoders.values():
         decoder.tokens(1)
     samples, speeds = [], []
@@ -135,6 +152,8 @@ def measure(args: argparse.Namespace, decoders: dict[str, Decoder]) -> dict[str,
         print(json.dumps(samples[-1]), file=sys.stderr, flush=True)
     settings = facts(args, model) | {"tokens": args.tokens, "new_tokens": args.new_tokens}
     settings |= {"weight_bytes": weight_bytes(model), "kv_bytes": held}
+    if args.llamacpp:
+        settings["versions"]["xllamacpp"] = importlib.metadata.version("xllamacpp")
     return {"settings": settings, "read_gb_per_s": speeds, "samples": samples}
 
 
@@ -168,6 +187,8 @@ def table(record: dict[str, Any]) -> str:
     lines.append("|---|---:|---:|---:|---:|")
     speed = max(record["read_gb_per_s"])
     for name, title in TITLES.items():
+        if name not in settings["kv_bytes"]:
+            continue
         ms = statistics.median(by_round(record, name).values())
         n_bytes = settings["weight_bytes"] + settings["kv_bytes"][name]
         faster = spread(ratios(record, "transformers, full", name))
@@ -175,7 +196,8 @@ def table(record: dict[str, Any]) -> str:
         lines.append(f"| {title} | {ms:.1f} | {faster} | {n_bytes / 1e6:.0f} | {reached:.0f} |")
     lines += ["", "| goal | at least | median (least to most) |", "|---|---:|---:|"]
     for title, slow, fast, least in GOALS:
-        lines.append(f"| {title} | {least:.2f} | {spread(ratios(record, slow, fast))} |")
+        if slow in settings["kv_bytes"]:
+            lines.append(f"| {title} | {least:.2f} | {spread(ratios(record, slow, fast))} |")
     share = statistics.median(s["cpu"] for s in record["samples"]) / settings["threads"]
     return "\n".join(lines) + (
         f"\n\nContext of {settings['tokens']:,} tokens; a sum over memory reads {speed:.1f} GB/s at best; the process "

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Milliseconds of a decoded token behind 8,192 tokens (Pythia-70M's shape) and 4,096 (SmolLM2-135M, three dtypes).
+# Usage: bash benchmarks/decode_speed/run.sh [GGUF]    GGUF: SmolLM2-135M's weights, then llama.cpp is measured as well
+# PYTHON must have coldpress, and xllamacpp and gguf with GGUF. Nothing else should run on the machine.
+# RESULTS=benchmarks/decode_speed/results, then python scripts/generate_docs.py: the tables of the README.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+export OMP_NUM_THREADS="${THREADS:-2}"
+measure=("${PYTHON:-.venv/bin/python}" -m benchmarks.decode_speed.decode_speed --threads "$OMP_NUM_THREADS"
+  --rounds "${ROUNDS:-12}")
+results=${RESULTS:-results/decode_speed}
+"${measure[@]}" --model pythia-70m --output "$results/pythia-70m.json"
+smollm2=(--model smollm2-135m --tokens 4096 --new_tokens 6 ${1:+--gguf "$1"})
+"${measure[@]}" "${smollm2[@]}" --dtype float16 ${1:+--llamacpp} --output "$results/smollm2-135m-float16.json"
+for dtype in bfloat16 float32; do
+    "${measure[@]}" "${smollm2[@]}" --dtype "$dtype" --output "$results/smollm2-135m-$dtype.json"
+done
