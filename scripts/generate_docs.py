@@ -8,9 +8,9 @@ A generated part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->`
 table of presses, whose classes lead to their sections in that document, ``press sections`` for those sections,
 ``results FOLDER`` for the table of the JSON files in benchmarks/FOLDER, ``parity`` for the comparison with kvpress,
 ``faults`` for the tests of kvpress's faults, ``overhead FILE`` for the table of
-benchmarks/press_overhead/results/FILE.json, ``chunked FILE``, ``quantised FILE``, ``decode FILE``, ``headwise FILE`` and
-``batch FILE`` for those of prefill_chunked, quantised, decode_speed, head_wise_memory and batch, or ``stream FILE``,
-``far FILE`` and ``drift FILE`` for those of benchmarks/long_stream/results/FILE.json.
+benchmarks/press_overhead/results/FILE.json, ``chunked FILE``, ``quantised FILE``, ``decode FILE``, ``headwise FILE``
+and ``batch FILE`` for those of prefill_chunked, quantised, decode_speed, head_wise_memory and batch, or
+``stream FILE``, ``far FILE`` and ``drift FILE`` for those of benchmarks/long_stream/results/FILE.json.
 """
 
 from __future__ import annotations
