@@ -4,13 +4,15 @@
     python scripts/generate_docs.py            write them
     python scripts/generate_docs.py --check    exit with 1 if a document is not what it would write
 
-A generated part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->``. NAME is ``presses DOCUMENT`` for the
-table of presses, whose classes lead to their sections in that document, ``press sections`` for those sections,
-``results FOLDER`` for the table of the JSON files in benchmarks/FOLDER, ``parity`` for the comparison with kvpress,
-``faults`` for the tests of kvpress's faults, ``overhead FILE`` for the table of
-benchmarks/press_overhead/results/FILE.json, ``chunked FILE``, ``quantised FILE``, ``decode FILE``, ``headwise FILE``
-and ``batch FILE`` for those of prefill_chunked, quantised, decode_speed, head_wise_memory and batch, or
-``stream FILE``, ``far FILE`` and ``drift FILE`` for those of benchmarks/long_stream/results/FILE.json.
+A generated part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->``. NAME is one of
+
+- ``presses DOCUMENT``: the table of presses, whose classes lead to their sections in that document;
+- ``press sections``: those sections;
+- ``results FOLDER``: the table of the JSON files in benchmarks/FOLDER;
+- ``parity``: the comparison with kvpress; ``faults``: the tests of kvpress's faults;
+- ``goals``: what the benchmarks of savings were to show, and what they do;
+- ``overhead``, ``chunked``, ``quantised``, ``decode``, ``headwise``, ``batch``, ``stream``, ``far`` or ``drift`` with a
+  FILE: the table of FILE.json in the results of that benchmark.
 """
 
 from __future__ import annotations
@@ -162,6 +164,25 @@ def measured(benchmark: str, script: str, name: str, *parts: str) -> str:
     return made
 
 
+GOALS = (
+    *(("decode_speed", "decode_speed.py", name) for name in ("pythia-70m", "smollm2-135m-float16")),
+    ("prefill_chunked", "prefill_chunked.py", "pythia-70m"),
+    ("head_wise_memory", "head_wise_memory.py", "smollm2-135m"),
+)
+
+
+def goals() -> str:
+    """What the benchmarks of savings were to show, beside what they show."""
+    lines = ["| what | goal | measured, median (least to most) |", "|---|---|---|"]
+    for benchmark, script, name in GOALS:
+        folder = ROOT / "benchmarks" / benchmark
+        path = folder / "results" / f"{name}.json"
+        if path.exists():
+            record = json.loads(path.read_text(encoding="utf-8"))
+            lines += [f"| {' | '.join(row)} |" for row in runpy.run_path(str(folder / script))["goals"](record)]
+    return "\n".join(lines)
+
+
 def generated(name: str) -> str:
     kind, _, argument = name.partition(" ")
     makers = {
@@ -169,6 +190,7 @@ def generated(name: str) -> str:
         "press": press_sections,
         "results": lambda: results(argument),
         "parity": parity,
+        "goals": goals,
         "faults": faults,
         "overhead": lambda: measured("press_overhead", "press_overhead.py", argument),
         "chunked": lambda: measured("prefill_chunked", "prefill_chunked.py", argument),

@@ -178,6 +178,18 @@ def profile(decoder: Decoder, n: int) -> str:
     return ", ".join(shares)
 
 
+def goals(record: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """What was wanted, how much of it at least, and what was measured."""
+    settings = record["settings"]
+    where = f"{settings['model']}, {settings['dtype']}, {settings['tokens']:,} tokens: one token decoded"
+    rows = []
+    for title, slow, fast, least in GOALS:
+        if slow in settings["kv_bytes"]:
+            times = f"at least {least:.2f} times as fast"
+            rows.append((f"{where}, {title}", times, spread(ratios(record, slow, fast))))
+    return rows
+
+
 def table(record: dict[str, Any]) -> str:
     """The record as a Markdown table, then how it stands with the goals."""
     settings, lines = record["settings"], []

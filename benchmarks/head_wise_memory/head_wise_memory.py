@@ -241,6 +241,21 @@ def decoding(args: argparse.Namespace, model: Any) -> list[dict[str, Any]]:
     return samples
 
 
+def goals(record: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """What was wanted, how much of it at most, and what was measured."""
+    over = {
+        library: [
+            c["bytes"] / c["full_bytes"] / (1 - c["achieved"]) for c in record["caches"] if c["library"] == library
+        ]
+        for library in ("coldpress", "kvpress")
+    }
+    measured = f"{min(over['coldpress']):.3f} to {max(over['coldpress']):.3f}"
+    if over["kvpress"]:
+        measured += f" (kvpress: {min(over['kvpress']):.2f} to {max(over['kvpress']):.2f})"
+    title = f"{record['settings']['model']}: bytes left over pairs left, after presses by head"
+    return [(title, "at most 1.02", measured)]
+
+
 def table(record: dict[str, Any]) -> str:
     """The record as two Markdown tables: memory, then speed."""
     settings = record["settings"]

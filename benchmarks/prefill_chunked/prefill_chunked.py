@@ -196,6 +196,19 @@ def table(record: dict[str, Any]) -> str:
     )
 
 
+def goals(record: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """What was wanted of the longest prompt, how much of it at most, and what was measured."""
+    settings, rows = record["settings"], []
+    longest = max(settings["tokens"])
+    where = f"{settings['model']}, {longest:,} tokens in pieces of {settings['chunk_tokens']}"
+    for press in settings["press"]:
+        for key, what, most in (("seconds", "time", 0.5), ("peak_bytes", "peak memory", 0.25)):
+            own, whole = (of(record, key, tokens=longest, press=press, method=method) for method in ("pieces", "whole"))
+            title = f"{where}, `{press}`: {what} against one piece"
+            rows.append((title, f"at most {most:.2f}", _ratio(own, whole)))
+    return rows
+
+
 def _ratio(own: list[float], whole: list[float]) -> str:
     """Median, least and most of the rounds; "" where there is nothing to compare with."""
     ratios = [a / b for a, b in zip(own, whole, strict=False)]
