@@ -180,7 +180,7 @@ def goals() -> str:
         if path.exists():
             record = json.loads(path.read_text(encoding="utf-8"))
             lines += [f"| {' | '.join(row)} |" for row in runpy.run_path(str(folder / script))["goals"](record)]
-    return "\n".join(lines)
+    return "\n".join(lines) if len(lines) > 2 else "Not measured yet."
 
 
 def generated(name: str) -> str:
