@@ -137,13 +137,24 @@ def run(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str], monkeypa
 # The user's command lines
 
 
-def test_presses_that_need_the_model_refuse_batches_and_no_one_else_does(run: Run) -> None:
-    done = run("--press", "kvzip", "kvcompose", "knorm", "--batch_size", "2", "--max_length", "40", *QUALITY)
-    by_press = {record["press"]: record for record in done.records}
-    for name in ("kvzip", "kvcompose"):
-        assert by_press[name]["status"] == "failed"
-        assert "a batch of 2: run texts one by one" in by_press[name]["error"]
-    assert by_press["knorm"]["status"] == "ok"
+def test_all_leaves_out_what_takes_one_text_at_a_time_where_there_are_batches(run: Run) -> None:
+    batches = ("--batch_size", "2", "--max_length", "40")
+    done = run("--press", "all", *batches, *QUALITY)
+    assert done.code == 0, done.err
+    notes = [line for line in done.err.splitlines() if line.startswith("note: all leaves out")]
+    alone = notes[0].rpartition(": ")[2].rstrip(".").split(", ")
+    assert len(notes) == 1 and alone == ["kvcompose", "kvgrad", "kvzip", "kvzip_plus"]
+    assert {r["press"] for r in done.records} == {"no_press", *press_names(kind="training-free", at_prefill=True)} - {
+        *alone
+    }
+    assert all(record["status"] == "ok" for record in done.records)
+    done = run("--press", "all", "kvzip", *batches, *QUALITY, folder="named")
+    assert done.code == 2 and done.out == "" and done.records == []
+    assert done.err == (
+        "error: kvzip takes one text at a time, and --batch_size is 2: leave --batch_size out, or kvzip.\n"
+    )
+    done = run("--press", "kvzip", "--batch_size", "2", "--speed_only", *SMALL, folder="timed")  # of one text
+    assert done.code == 0, done.err
 
 
 def test_a_press_with_a_tokenizer_is_recorded_without_it(run: Run) -> None:

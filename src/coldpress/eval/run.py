@@ -24,7 +24,7 @@ from coldpress.eval.progress import note, progress
 from coldpress.eval.records import make_records
 from coldpress.eval.report import show, size_of
 from coldpress.eval.results import check_writable, write_result
-from coldpress.eval.settings import Job, Settings, make_jobs
+from coldpress.eval.settings import Job, Settings, left_out_of_batches, make_jobs
 from coldpress.eval.speed import SpeedRun
 from coldpress.eval.stream import StreamRun
 from coldpress.presses.registry import press_names
@@ -50,6 +50,11 @@ def evaluate(settings: Settings, command: str) -> tuple[list[dict[str, Any]], bo
     for job in jobs:
         if job.name in settings.press and job.name in press_names(has_ratio=False):
             note(f"{job.name} has no compression ratio: it is measured once, as its own parameters say.")
+    alone = list(dict.fromkeys(left_out_of_batches(settings)))
+    if alone:
+        note(
+            f"all leaves out what takes one text at a time, not --batch_size {settings.batch_size}: {', '.join(alone)}."
+        )
     pick_device(settings.device)
     if not settings.output_dir.strip():
         raise OutputError("--output_dir is empty; name a folder.")
