@@ -204,7 +204,12 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--ppl_only", action="store_true", default=None, help="do not measure speed")
     add("--max_length", type=_positive, help="tokens of a window (default: the model's positions)")
-    add("--stride", type=_positive, help="tokens between windows (default: 512; with --ppl_apply_press side by side)")
+    add(
+        "--stride",
+        type=_positive,
+        help="tokens between windows (default: 512); with --ppl_apply_press at least the targets of a window, so that "
+        "no token is scored twice (default: side by side)",
+    )
     add("--context_tokens", type=_positive, help="tokens compressed in each window (default: 3/4 of the positions)")
     add("--target_tokens", type=_positive, help="tokens scored after them (default: 1/4 of the positions)")
     add("--limit_tokens", type=_positive, help="use only the first so many tokens of the text")

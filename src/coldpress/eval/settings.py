@@ -151,9 +151,9 @@ def make_jobs(settings: Settings) -> list[Job]:
 
     ``all`` is every press that needs nothing but the model and compresses the prompt; name the calibrated, the trained
     and the decoding ones. ``no_press`` is measured once. With ``--chunk_tokens``, ``all`` leaves out what chooses only
-    once; with ``--batch_size``, where perplexity is measured under presses, those that take one text at a time
-    (:func:`left_out_of_batches`). With ``kv_bits`` each of them is measured at every number of bits; ``all`` leaves out those that cannot be
-    held so.
+    once; with ``--batch_size``, where perplexity is measured under presses, what takes one text at a time
+    (:func:`left_out_of_batches`). With ``kv_bits`` each of them is measured at every number of bits; ``all`` leaves out
+    those that cannot be held so.
 
     Raises:
         PressError: an unknown press or parameter, a ratio outside [0, 1), parameters for several presses, a budget for
