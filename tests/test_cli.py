@@ -34,6 +34,7 @@ from coldpress import KnormPress, LayerView
 from coldpress.cli import main
 from coldpress.eval import run as run_module
 from coldpress.eval.records import METRICS
+from coldpress.eval.speed import Sample, SpeedPoint, SpeedRun
 from coldpress.presses import registry
 from coldpress.presses.registry import press_names
 
@@ -841,6 +842,60 @@ def test_interrupted_while_timing_it_keeps_finished_presses_as_finished(tiny: Pa
     for record in records:
         assert record["tpot_ms"] > 0
         assert (record["peak_mem_bytes"] is not None) == (record["status"] == "ok")
+
+
+def test_killed_while_timing_it_has_kept_the_perplexity(tiny: Path, tmp_path: Path) -> None:
+    arguments = ["--model", tiny, "--dataset", "demo", "--press", "no_press", "knorm", "snapkv", "--ppl_apply_press"]
+    kill = "import coldpress.eval.speed as s; s.SpeedRun._generate = lambda *a: os.kill(os.getpid(), signal.SIGKILL)"
+    code, out, err = finish(start(kill, *arguments, *SMALL, "--output_dir", tmp_path))
+    assert code == -signal.SIGKILL, err
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert len(files) == 3 and all(name.endswith(".interrupted.json") for name in files)
+    records = [json.loads((tmp_path / name).read_text()) for name in files]
+    for record in records:
+        assert record["status"] == "interrupted" and record["ppl"] > 0 and record["windows"] == 3
+        assert record["tpot_ms"] is None
+    assert len({record["run_id"] for record in records}) == 1
+    assert out.count("| knorm ") == 1 and "ΔNLL" in out and "interrupted" not in out  # the table of what is done
+    kill = "import coldpress.eval.speed as s; f = s.SpeedRun._measure_memory\n"
+    kill += (
+        "def memory(self, point):\n    f(self, point) if 'Snap' not in repr(point.press) else os.kill(os.getpid(), 9)\n"
+    )
+    code, out, err = finish(
+        start(kill + "s.SpeedRun._measure_memory = memory", *arguments, *SMALL, "--output_dir", tmp_path)
+    )
+    assert code == -signal.SIGKILL, err
+    found = {record["press"]: record for record in (json.loads(path.read_text()) for path in tmp_path.iterdir())}
+    assert {press: record["status"] for press, record in found.items()} == {
+        "no_press": "ok",
+        "knorm": "ok",
+        "snapkv": "interrupted",
+    }
+    assert found["knorm"]["peak_mem_bytes"] > 0 and len(list(tmp_path.iterdir())) == 3
+    code, out, err = finish(start("", *arguments, *SMALL, "--output_dir", tmp_path))
+    assert code == 0, err
+    assert [json.loads(path.read_text())["status"] for path in tmp_path.iterdir()] == ["ok"] * 3
+    assert out.count("| knorm ") == 3  # in the table of the first part, and in both at the end
+
+
+def test_a_press_that_fails_while_timed_leaves_one_result(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate = SpeedRun._generate
+
+    def broken(self: SpeedRun, point: SpeedPoint, n_tokens: int) -> Sample:
+        if isinstance(point.press, KnormPress):
+            raise RuntimeError("out of order")
+        return generate(self, point, n_tokens)
+
+    monkeypatch.setattr(SpeedRun, "_generate", broken)
+    done = run("--press", "knorm", "snapkv", "--ppl_apply_press", *SMALL)
+    assert done.code == 1
+    assert {r["press"]: r["status"] for r in done.records} == {"knorm": "failed", "snapkv": "ok"}
+    assert len(done.records) == 2
+    assert run("--press", "knorm", "--speed_only", *SMALL).code == 1
+    monkeypatch.setattr(SpeedRun, "_generate", generate)
+    for what in ("--ppl_apply_press", "--speed_only"):
+        done = run("--press", "knorm", what, *SMALL)
+    assert [record["status"] for record in done.records] == ["ok"] * 3  # under the names of those that failed
 
 
 def test_interrupted_it_leaves_an_earlier_result_alone(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

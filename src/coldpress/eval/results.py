@@ -92,6 +92,10 @@ def result_path(output_dir: Path, record: dict[str, Any]) -> Path:
     ``.failed.json``, one of an interrupted run in ``.interrupted.json``.
     """
     identity = {key: record[key] for key in IDENTIFYING_FIELDS if record.get(key) is not None}
+    settings = record.get("settings")
+    if isinstance(settings, dict) and "repetitions" in settings:  # as asked: there are fewer, or none, of a part of it
+        identity.pop("repetitions", None)
+        identity |= {} if settings.get("ppl_only") else {"repetitions": settings["repetitions"]}
     ratio = record.get("compression_ratio")
     if ratio is not None:
         identity["compression_ratio"] = ratio = float(ratio)  # 0 and 0.0 are one setting
