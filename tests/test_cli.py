@@ -34,6 +34,7 @@ from coldpress import KnormPress, LayerView
 from coldpress.cli import main
 from coldpress.eval import run as run_module
 from coldpress.eval.records import METRICS
+from coldpress.eval.report import check_record, groups, show
 from coldpress.eval.speed import Sample, SpeedPoint, SpeedRun
 from coldpress.presses import registry
 from coldpress.presses.registry import press_names
@@ -694,6 +695,66 @@ def test_report_prints_what_a_folder_holds(run: Run, capsys: pytest.CaptureFixtu
     assert out.count("| knorm") == 2 and out.count("protocol ") == 2  # two protocols do not share a table
     assert main(["report", str(done.folder / "nothing")]) == 2
     assert "no folder" in capsys.readouterr().err
+
+
+ODD: tuple[Any, ...] = (None, "abc", 5, -1.5, True, [], [[]], {}, {"a": [1]}, 10**400, "9" * 400)
+
+
+def test_report_leaves_out_what_is_no_result(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    done = run("--press", "knorm", "--ppl_apply_press", *SMALL)
+    (path,) = done.folder.glob("*.json")
+    bad = {
+        "a.json": json.dumps({**done.record, "loss": "abc"}),
+        "b.json": json.dumps({**done.record, "press": None}),
+        "c.json": json.dumps({**done.record, "status": 5}),
+        "d.json": json.dumps([done.record]),
+        "e.json": "[" * 100_000,
+        "f.json": json.dumps({**done.record, "kv_bytes": 10**400}),
+        "g.json": '{"schema_version": 1, "loss": ' + "9" * 5000 + "}",
+        "h.json": "",
+        "i.json": '{"schema_version": 1}',
+    }
+    for name, text in bad.items():
+        (done.folder / name).write_text(text)
+    (done.folder / "j.json").mkdir()
+    assert main(["report", str(done.folder)]) == 0
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert out.count("| knorm") == 2 and len(lines) == len(bad) + 1
+    for line, name in zip(lines, [*bad, "j.json"], strict=True):
+        assert line.startswith(f"note: skipped {done.folder / name}: ") and len(line) < 400
+    assert "loss must be a number, got 'abc'" in lines[0]
+    path.unlink()
+    assert main(["report", str(done.folder)]) == 2
+    assert "holds no results; run coldpress ppl first" in capsys.readouterr().err.splitlines()[-1]
+    for name in ("", " "):
+        assert main(["report", name]) == 2
+        assert capsys.readouterr().err == (
+            "error: The folder's name is empty; give the folder that a run wrote its results to.\n"
+        )
+
+
+@pytest.mark.parametrize("how", [("--ppl_apply_press", *SMALL), ("--ppl_mode", "streaming", "--budget_tokens", "32")])
+def test_report_survives_any_value_of_any_field(run: Run, how: tuple[str, ...]) -> None:
+    """Whatever the check lets pass can be shown."""
+    done = run("--press", "knorm", *how, "--limit_tokens", "400")
+    n_shown = 0
+    record = done.records[0]
+    for where in (record, record["env"], record["settings"]):
+        for field in [*where]:
+            for value in (*ODD, ODD):  # ODD itself: without the field
+                before = where.pop(field)
+                where |= {} if value is ODD else {field: value}
+                try:
+                    check_record(record)
+                except ValueError:
+                    continue
+                else:
+                    for group in groups([record]):
+                        n_shown += len(show(group))
+                finally:
+                    where[field] = before
+    assert n_shown
 
 
 def test_presses_are_listed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

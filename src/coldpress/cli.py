@@ -13,6 +13,7 @@ import json
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from functools import partial
@@ -329,10 +330,17 @@ def _model_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def _run_report(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
     from coldpress.errors import DataError
-    from coldpress.eval.report import groups, show
+    from coldpress.eval.progress import note
+    from coldpress.eval.report import check_record, groups, show
     from coldpress.eval.results import read_results
 
-    records = read_results(Path(args.folder))
+    if not args.folder.strip():
+        raise DataError("The folder's name is empty; give the folder that a run wrote its results to.")
+    with warnings.catch_warnings(record=True) as skipped:
+        warnings.simplefilter("always")
+        records = read_results(Path(args.folder), check_record)
+    for warning in skipped:
+        note(str(warning.message))
     if not records:
         raise DataError(f"{args.folder} holds no results; run coldpress ppl first, or name another folder.")
     for group in groups(records):  # numbers that were not measured alike do not share a table
