@@ -177,6 +177,7 @@ def test_a_decoding_schedule_is_timed(run: Run) -> None:
     assert done.code == 0, done.err
     by_press = {record["press"]: record for record in done.records}
     baseline, record = by_press["no_press"], by_press["decoding_knorm"]
+    assert "of what goes on while decoding (decoding_knorm) those at the end of generation" in done.out
     assert (record["status"], record["compression_ratio"]) == ("ok", 0.5)
     assert 0.4 < record["effective_compression_ratio"] < 0.6
     n_seen = record["kv_len_before"]

@@ -63,7 +63,8 @@ def _size_name(records: Sequence[Record]) -> str:
 Column = tuple[str, Callable[[Record], str | None]]
 QUALITY: tuple[Column, ...] = (
     ("achieved", _number("effective_compression_ratio", "{:.3f}")),
-    ("loss", _number("loss", "{:.4f}")),
+    ("loss", lambda r: None if _is_plain(r) else _number("loss", "{:.4f}")(r)),
+    ("loss uncompressed", lambda r: _number("loss", "{:.4f}")(r) if _is_plain(r) else None),
     ("PPL", lambda r: None if _is_plain(r) else _number("ppl", "{:.3f}")(r)),
     ("PPL uncompressed", lambda r: _number("ppl", "{:.3f}")(r) if _is_plain(r) else None),
     ("ΔNLL ± 95 % CI", _interval),
@@ -178,6 +179,12 @@ def show(records: Sequence[Record]) -> str:
     """The records of one run as text: what they were measured on, their tables, and who removed nothing."""
     parts = [describe(next((r for r in records if r["status"] == "ok"), records[0])), table(records)]
     parts += _baseline(records)
+    late = dict.fromkeys(r["press"] for r in records if _goes_on(r))
+    if late:
+        parts.append(
+            "Achieved ratio and KV are those right after the prefill; of what goes on while decoding "
+            f"({', '.join(late)}) those at the end of generation, KV before likewise."
+        )
     whole = dict.fromkeys(r["press"] for r in records if _is_whole(r))
     if whole:
         parts.append(f"Nothing to remove, as their parameters or budgets say: {', '.join(whole)}.")
@@ -295,6 +302,12 @@ def _baseline(records: Sequence[Record]) -> list[str]:
         return []
     loss, ppl = compared[0]["baseline_loss"], compared[0]["baseline_ppl"]
     return [f"ΔNLL is the difference to the uncompressed cache on the same tokens: loss {loss:.4f}, PPL {ppl:.3f}."]
+
+
+def _goes_on(record: Record) -> bool:
+    """Whether its sizes are those of the end of generation: more tokens were seen than the timed context has."""
+    seen, context = record.get("kv_len_before"), record.get("context_tokens")
+    return record["press"] != NO_PRESS and seen is not None and context is not None and seen > context
 
 
 def _is_whole(record: Record) -> bool:
