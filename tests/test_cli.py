@@ -811,9 +811,8 @@ def test_speed_is_a_command(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFi
 # In a process of its own
 
 
-def start(code: str, *arguments: object, **environment: str) -> subprocess.Popen[str]:
-    """Run the user's script in another process, after ``code``; interrupts reach it even if this one ignores them."""
-    script = ROOT / "evaluation" / "perplexity.py"
+def start(code: str, *arguments: object, script: Path = ROOT / "evaluation" / "perplexity.py") -> subprocess.Popen[str]:
+    """Run a script in another process, after ``code``; interrupts reach it even if this one ignores them."""
     lines = [
         "import os, runpy, signal, sys",
         "signal.signal(signal.SIGINT, signal.default_int_handler)",
@@ -821,7 +820,7 @@ def start(code: str, *arguments: object, **environment: str) -> subprocess.Popen
         f"sys.argv = {[str(script), *map(str, arguments)]!r}",
         f"runpy.run_path({str(script)!r}, run_name='__main__')",
     ]
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", **environment}
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-c", "\n".join(lines)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
     )
@@ -1001,10 +1000,13 @@ def test_interrupted_again_while_the_results_are_written_it_still_writes_them(
     assert done.code == 0 and len(done.records) == 2
 
 
-def test_interrupted_while_torch_is_imported(tiny: Path, tmp_path: Path) -> None:
-    process = start(
-        "os.write(2, b'now\\n')", "--model", tiny, "--dataset", "demo", "--output_dir", tmp_path / "results"
-    )
+COMMAND = ROOT / "src" / "coldpress_command.py"
+
+
+@pytest.mark.parametrize("script", [ROOT / "evaluation" / "perplexity.py", COMMAND], ids=lambda script: script.stem)
+def test_interrupted_while_torch_is_imported(tiny: Path, tmp_path: Path, script: Path) -> None:
+    arguments = [*(["ppl"] if script == COMMAND else []), "--model", tiny, "--dataset", "demo"]
+    process = start("os.write(2, b'now\\n')", *arguments, "--output_dir", tmp_path / "results", script=script)
     wait_for(process, "now")
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(0.3)
@@ -1013,6 +1015,12 @@ def test_interrupted_while_torch_is_imported(tiny: Path, tmp_path: Path) -> None
     assert code == 130, err
     assert out == "" and err.split() == ["interrupted"]
     assert os.listdir(tmp_path) == []
+
+
+def test_the_command_of_the_package() -> None:
+    code, out, err = finish(start("", "report", "", script=COMMAND))
+    assert (code, out) == (2, "") and err.startswith("error: The folder's name is empty")
+    assert 'coldpress = "coldpress_command:main"' in (ROOT / "pyproject.toml").read_text()
 
 
 @pytest.mark.parametrize("step", ["load_corpus", "load_model", "make_plan"])
