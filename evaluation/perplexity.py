@@ -5,11 +5,7 @@ python evaluation/perplexity.py --dataset wikitext --press snapkv --compression_
 
 import sys
 
-if __name__ == "__main__":
-    try:
-        from coldpress.cli import main  # here, because an interrupt may come while torch is being imported
+from coldpress_command import main
 
-        sys.exit(main(["ppl", *sys.argv[1:]], prog="python evaluation/perplexity.py"))
-    except KeyboardInterrupt:
-        sys.stderr.write("\ninterrupted\n")
-        sys.exit(130)
+if __name__ == "__main__":
+    sys.exit(main(["ppl", *sys.argv[1:]], prog="python evaluation/perplexity.py"))

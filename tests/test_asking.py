@@ -68,6 +68,8 @@ def test_budgets_presses_without_a_ratio_and_long_texts(run: Run, folder: Path, 
     ("arguments", "message"),
     [
         ("ask nothing.safetensors Who?", "There is no file nothing.safetensors"),
+        ("ask . Who?", "^error: . is a folder; name the file in it that coldpress compress wrote"),
+        ("compress --text_file . --output a", r"cannot read '\.' \(Is a directory\)"),
         ("ask text.txt Who?", "text.txt is damaged or no file of a saved cache"),
         ("ask text.txt", "the following arguments are required: question"),
         ("compress --text_file text.txt", "the following arguments are required: --output"),

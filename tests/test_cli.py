@@ -34,6 +34,8 @@ from coldpress import KnormPress, LayerView
 from coldpress.cli import main
 from coldpress.eval import run as run_module
 from coldpress.eval.records import METRICS
+from coldpress.eval.report import check_record, groups, show
+from coldpress.eval.speed import Sample, SpeedPoint, SpeedRun
 from coldpress.presses import registry
 from coldpress.presses.registry import press_names
 
@@ -137,13 +139,24 @@ def run(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str], monkeypa
 # The user's command lines
 
 
-def test_presses_that_need_the_model_refuse_batches_and_no_one_else_does(run: Run) -> None:
-    done = run("--press", "kvzip", "kvcompose", "knorm", "--batch_size", "2", "--max_length", "40", *QUALITY)
-    by_press = {record["press"]: record for record in done.records}
-    for name in ("kvzip", "kvcompose"):
-        assert by_press[name]["status"] == "failed"
-        assert "a batch of 2: run texts one by one" in by_press[name]["error"]
-    assert by_press["knorm"]["status"] == "ok"
+def test_all_leaves_out_what_takes_one_text_at_a_time_where_there_are_batches(run: Run) -> None:
+    batches = ("--batch_size", "2", "--max_length", "40")
+    done = run("--press", "all", *batches, *QUALITY)
+    assert done.code == 0, done.err
+    notes = [line for line in done.err.splitlines() if line.startswith("note: all leaves out")]
+    alone = notes[0].rpartition(": ")[2].rstrip(".").split(", ")
+    assert len(notes) == 1 and alone == ["kvcompose", "kvgrad", "kvzip", "kvzip_plus"]
+    assert {r["press"] for r in done.records} == {"no_press", *press_names(kind="training-free", at_prefill=True)} - {
+        *alone
+    }
+    assert all(record["status"] == "ok" for record in done.records)
+    done = run("--press", "all", "kvzip", *batches, *QUALITY, folder="named")
+    assert done.code == 2 and done.out == "" and done.records == []
+    assert done.err == (
+        "error: kvzip takes one text at a time, and --batch_size is 2: leave --batch_size out, or kvzip.\n"
+    )
+    done = run("--press", "kvzip", "--batch_size", "2", "--speed_only", *SMALL, folder="timed")  # of one text
+    assert done.code == 0, done.err
 
 
 def test_a_press_with_a_tokenizer_is_recorded_without_it(run: Run) -> None:
@@ -164,6 +177,7 @@ def test_a_decoding_schedule_is_timed(run: Run) -> None:
     assert done.code == 0, done.err
     by_press = {record["press"]: record for record in done.records}
     baseline, record = by_press["no_press"], by_press["decoding_knorm"]
+    assert "of what goes on while decoding (decoding_knorm) those at the end of generation" in done.out
     assert (record["status"], record["compression_ratio"]) == ("ok", 0.5)
     assert 0.4 < record["effective_compression_ratio"] < 0.6
     n_seen = record["kv_len_before"]
@@ -534,6 +548,9 @@ def odd_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("arguments", "message"),
     [
         ("--press snapvk", r"Unknown press 'snapvk'. Did you mean 'snapkv'"),
+        ("--press SnapKVPress", r"Unknown press 'SnapKVPress'. SnapKVPress is called 'snapkv' here. Known: no_press, "),
+        ("--press AdaKV", r"AdaKVPress is called 'adakv_expected_attention_e2' or 'adakv_snapkv' here"),
+        ("--press DMSPress", r"DMSPress has no name and is made in Python"),
         ("--press snapkv,knorm", r"Unknown press 'snapkv,knorm'. Did you mean"),
         ("--press xyz", rf"Unknown press 'xyz'. Known: no_press, {', '.join(press_names())}\.$"),
         *(
@@ -549,6 +566,7 @@ def odd_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("--limit_tokens 1", "fewer than 2 tokens"),
         ("--text_file {data}/missing.txt", "No such file"),
         ("--text_file {data}", "Is a directory"),
+        ("--text_file {data}/text.txt --dataset demo", "--dataset and --text_file both say which text is read; give"),
         ("--text_file {data}/latin1.txt", "not UTF-8"),
         ("--dataset {data}/missing", "no file or folder"),
         ("--dataset wikitxt", "unknown dataset 'wikitxt'.*Did you mean 'wikitext'"),
@@ -557,7 +575,10 @@ def odd_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("--sample_idx 1", "out of range"),
         ("--sample_idx -1", "at least 0"),
         ("--dataset {data}/wikitext --subset wikitext-3", "unknown subset 'wikitext-3'.*wikitext-103-v1"),
-        ("--dataset {data}/wikitext --split valid", "unknown split 'valid'"),
+        (
+            "--dataset {data}/wikitext --split valid",
+            r"unknown split 'valid' of .*: allowed are \['test'\]. Name one: --s",
+        ),
         ("--model {odd}/t5", "encoder-decoder"),
         ("--model {odd}/bloom", "attention interface"),
         ("--model {odd}/empty", "no config.json"),
@@ -602,7 +623,12 @@ def odd_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("--stride 400 --ppl_only", "--stride in 1..max_length"),
         ("--limit_tokens 2.5", "must be an integer"),
         ("--seed -1", "at least 0"),
-        (f"--seed {2**64}", "must be an integer"),
+        (f"--seed {10**30}", f"--seed: must be an integer of at most {2**63 - 1}, got '{10**30}'"),
+        (f"--context_tokens {10**20 - 1} --ppl_apply_press", f"at most {2**63 - 1}, got '9{'9' * 19}'"),
+        (f"--stride {'9' * 5000}", f"at most {2**63 - 1}, got '9{'9' * 29}... of 5000 characters'"),
+        (f"--context_tokens {2**63 - 1} --ppl_apply_press --allow_extrapolation", "The text has [0-9]+ tokens, a wind"),
+        ("--repetitions 1000001", "at most 1000000"),
+        ("--warmup 1000001", "at most 1000000"),
         ("--warmup -1", "at least 0"),
         ("--speed_only --ppl_apply_press", "--speed_only measures no perplexity"),
         (
@@ -672,6 +698,66 @@ def test_report_prints_what_a_folder_holds(run: Run, capsys: pytest.CaptureFixtu
     assert "no folder" in capsys.readouterr().err
 
 
+ODD: tuple[Any, ...] = (None, "abc", 5, -1.5, True, [], [[]], {}, {"a": [1]}, 10**400, "9" * 400)
+
+
+def test_report_leaves_out_what_is_no_result(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    done = run("--press", "knorm", "--ppl_apply_press", *SMALL)
+    (path,) = done.folder.glob("*.json")
+    bad = {
+        "a.json": json.dumps({**done.record, "loss": "abc"}),
+        "b.json": json.dumps({**done.record, "press": None}),
+        "c.json": json.dumps({**done.record, "status": 5}),
+        "d.json": json.dumps([done.record]),
+        "e.json": "[" * 100_000,
+        "f.json": json.dumps({**done.record, "kv_bytes": 10**400}),
+        "g.json": '{"schema_version": 1, "loss": ' + "9" * 5000 + "}",
+        "h.json": "",
+        "i.json": '{"schema_version": 1}',
+    }
+    for name, text in bad.items():
+        (done.folder / name).write_text(text)
+    (done.folder / "j.json").mkdir()
+    assert main(["report", str(done.folder)]) == 0
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert out.count("| knorm") == 2 and len(lines) == len(bad) + 1
+    for line, name in zip(lines, [*bad, "j.json"], strict=True):
+        assert line.startswith(f"note: skipped {done.folder / name}: ") and len(line) < 400
+    assert "loss must be a number, got 'abc'" in lines[0]
+    path.unlink()
+    assert main(["report", str(done.folder)]) == 2
+    assert "holds no results; run coldpress ppl first" in capsys.readouterr().err.splitlines()[-1]
+    for name in ("", " "):
+        assert main(["report", name]) == 2
+        assert capsys.readouterr().err == (
+            "error: The folder's name is empty; give the folder that a run wrote its results to.\n"
+        )
+
+
+@pytest.mark.parametrize("how", [("--ppl_apply_press", *SMALL), ("--ppl_mode", "streaming", "--budget_tokens", "32")])
+def test_report_survives_any_value_of_any_field(run: Run, how: tuple[str, ...]) -> None:
+    """Whatever the check lets pass can be shown."""
+    done = run("--press", "knorm", *how, "--limit_tokens", "400")
+    n_shown = 0
+    record = done.records[0]
+    for where in (record, record["env"], record["settings"]):
+        for field in [*where]:
+            for value in (*ODD, ODD):  # ODD itself: without the field
+                before = where.pop(field)
+                where |= {} if value is ODD else {field: value}
+                try:
+                    check_record(record)
+                except ValueError:
+                    continue
+                else:
+                    for group in groups([record]):
+                        n_shown += len(show(group))
+                finally:
+                    where[field] = before
+    assert n_shown
+
+
 def test_presses_are_listed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     for columns, width in (("80", 80), ("300", 100)):
         monkeypatch.setenv("COLUMNS", columns)
@@ -725,9 +811,8 @@ def test_speed_is_a_command(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFi
 # In a process of its own
 
 
-def start(code: str, *arguments: object, **environment: str) -> subprocess.Popen[str]:
-    """Run the user's script in another process, after ``code``; interrupts reach it even if this one ignores them."""
-    script = ROOT / "evaluation" / "perplexity.py"
+def start(code: str, *arguments: object, script: Path = ROOT / "evaluation" / "perplexity.py") -> subprocess.Popen[str]:
+    """Run a script in another process, after ``code``; interrupts reach it even if this one ignores them."""
     lines = [
         "import os, runpy, signal, sys",
         "signal.signal(signal.SIGINT, signal.default_int_handler)",
@@ -735,7 +820,7 @@ def start(code: str, *arguments: object, **environment: str) -> subprocess.Popen
         f"sys.argv = {[str(script), *map(str, arguments)]!r}",
         f"runpy.run_path({str(script)!r}, run_name='__main__')",
     ]
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", **environment}
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-c", "\n".join(lines)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
     )
@@ -820,6 +905,60 @@ def test_interrupted_while_timing_it_keeps_finished_presses_as_finished(tiny: Pa
         assert (record["peak_mem_bytes"] is not None) == (record["status"] == "ok")
 
 
+def test_killed_while_timing_it_has_kept_the_perplexity(tiny: Path, tmp_path: Path) -> None:
+    arguments = ["--model", tiny, "--dataset", "demo", "--press", "no_press", "knorm", "snapkv", "--ppl_apply_press"]
+    kill = "import coldpress.eval.speed as s; s.SpeedRun._generate = lambda *a: os.kill(os.getpid(), signal.SIGKILL)"
+    code, out, err = finish(start(kill, *arguments, *SMALL, "--output_dir", tmp_path))
+    assert code == -signal.SIGKILL, err
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert len(files) == 3 and all(name.endswith(".interrupted.json") for name in files)
+    records = [json.loads((tmp_path / name).read_text()) for name in files]
+    for record in records:
+        assert record["status"] == "interrupted" and record["ppl"] > 0 and record["windows"] == 3
+        assert record["tpot_ms"] is None
+    assert len({record["run_id"] for record in records}) == 1
+    assert out.count("| knorm ") == 1 and "ΔNLL" in out and "interrupted" not in out  # the table of what is done
+    kill = "import coldpress.eval.speed as s; f = s.SpeedRun._measure_memory\n"
+    kill += (
+        "def memory(self, point):\n    f(self, point) if 'Snap' not in repr(point.press) else os.kill(os.getpid(), 9)\n"
+    )
+    code, out, err = finish(
+        start(kill + "s.SpeedRun._measure_memory = memory", *arguments, *SMALL, "--output_dir", tmp_path)
+    )
+    assert code == -signal.SIGKILL, err
+    found = {record["press"]: record for record in (json.loads(path.read_text()) for path in tmp_path.iterdir())}
+    assert {press: record["status"] for press, record in found.items()} == {
+        "no_press": "ok",
+        "knorm": "ok",
+        "snapkv": "interrupted",
+    }
+    assert found["knorm"]["peak_mem_bytes"] > 0 and len(list(tmp_path.iterdir())) == 3
+    code, out, err = finish(start("", *arguments, *SMALL, "--output_dir", tmp_path))
+    assert code == 0, err
+    assert [json.loads(path.read_text())["status"] for path in tmp_path.iterdir()] == ["ok"] * 3
+    assert out.count("| knorm ") == 3  # in the table of the first part, and in both at the end
+
+
+def test_a_press_that_fails_while_timed_leaves_one_result(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate = SpeedRun._generate
+
+    def broken(self: SpeedRun, point: SpeedPoint, n_tokens: int) -> Sample:
+        if isinstance(point.press, KnormPress):
+            raise RuntimeError("out of order")
+        return generate(self, point, n_tokens)
+
+    monkeypatch.setattr(SpeedRun, "_generate", broken)
+    done = run("--press", "knorm", "snapkv", "--ppl_apply_press", *SMALL)
+    assert done.code == 1
+    assert {r["press"]: r["status"] for r in done.records} == {"knorm": "failed", "snapkv": "ok"}
+    assert len(done.records) == 2
+    assert run("--press", "knorm", "--speed_only", *SMALL).code == 1
+    monkeypatch.setattr(SpeedRun, "_generate", generate)
+    for what in ("--ppl_apply_press", "--speed_only"):
+        done = run("--press", "knorm", what, *SMALL)
+    assert [record["status"] for record in done.records] == ["ok"] * 3  # under the names of those that failed
+
+
 def test_interrupted_it_leaves_an_earlier_result_alone(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     done = run("--press", "knorm", *QUALITY)
     (finished,) = done.folder.glob("*.json")
@@ -861,10 +1000,13 @@ def test_interrupted_again_while_the_results_are_written_it_still_writes_them(
     assert done.code == 0 and len(done.records) == 2
 
 
-def test_interrupted_while_torch_is_imported(tiny: Path, tmp_path: Path) -> None:
-    process = start(
-        "os.write(2, b'now\\n')", "--model", tiny, "--dataset", "demo", "--output_dir", tmp_path / "results"
-    )
+COMMAND = ROOT / "src" / "coldpress_command.py"
+
+
+@pytest.mark.parametrize("script", [ROOT / "evaluation" / "perplexity.py", COMMAND], ids=lambda script: script.stem)
+def test_interrupted_while_torch_is_imported(tiny: Path, tmp_path: Path, script: Path) -> None:
+    arguments = [*(["ppl"] if script == COMMAND else []), "--model", tiny, "--dataset", "demo"]
+    process = start("os.write(2, b'now\\n')", *arguments, "--output_dir", tmp_path / "results", script=script)
     wait_for(process, "now")
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(0.3)
@@ -873,6 +1015,12 @@ def test_interrupted_while_torch_is_imported(tiny: Path, tmp_path: Path) -> None
     assert code == 130, err
     assert out == "" and err.split() == ["interrupted"]
     assert os.listdir(tmp_path) == []
+
+
+def test_the_command_of_the_package() -> None:
+    code, out, err = finish(start("", "report", "", script=COMMAND))
+    assert (code, out) == (2, "") and err.startswith("error: The folder's name is empty")
+    assert 'coldpress = "coldpress_command:main"' in (ROOT / "pyproject.toml").read_text()
 
 
 @pytest.mark.parametrize("step", ["load_corpus", "load_model", "make_plan"])

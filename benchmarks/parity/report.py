@@ -16,6 +16,33 @@ COLUMNS += ["loss_difference", "error"]
 
 Record = Mapping[str, Any]
 
+SAME = {  # the columns of the first table, and what they say
+    "case": "name of the press, and what is special about this case",
+    "press, at one of its ratios": "how the press is made in both libraries; FOLDER and FILE hold random weights",
+    "runs that agree": "of the runs that kvpress finishes: both keep the same pairs and losses differ by at most 1e-4 "
+    "nats a token, or the kept pairs differ in ties only",
+    "with ties": "those of them in which the kept pairs differ in ties only, pairs with the same score",
+    "difference in loss": "largest difference of any run without ties: nats a token, mean over the tokens of the "
+    "absolute difference",
+    "notes": "models on which kvpress raises an error, and why",
+}
+DIFFERENT = {  # likewise of the second
+    "case": SAME["case"],
+    "press, at one of its ratios": SAME["press, at one of its ratios"],
+    "runs that differ": "of the runs that kvpress finishes, those that do not agree",
+    "kept pairs that differ": "of these runs: pairs that one library keeps and the other does not, as a share of all "
+    "that the one keeps and all that the other keeps together; least to most",
+    "losses differ by": "largest difference in loss of these runs, as above",
+    "SmolLM2-135M: pairs that differ": "the same on the one trained model; empty where that was not run, or agrees",
+    "losses, coldpress / kvpress": "loss in nats a token on that model, for each ratio that differs; lower is better",
+    "kvpress repaired": "how many runs agree when the expression in question is replaced in kvpress, and the largest "
+    "difference in loss that is left; empty where nothing was replaced",
+    "source": "what explains the difference: a letter, the fault of kvpress in the table of faults below (K: a "
+    "detail of scoring); paper, a statement of the paper; decision, one of coldpress; table, a deviation that is no "
+    "fault by itself",
+    "why": "the explanation",
+}
+
 
 class Spelled:
     """Stands for a library: which classes would be called with what, as text."""
@@ -83,18 +110,13 @@ def tables(document: Record) -> str:
         f"transformers {document['transformers']}; models: {', '.join(document['models'])}. "
         f"Losses of {document['scored']} tokens; ratios {', '.join(map(str, document['ratios']))} where a row does not "
         "say otherwise.",
+        "### How to read the tables",
+        _table(["column", "meaning"], (SAME | DIFFERENT).items()),
         "### Same pairs, same losses",
-        _table(
-            ["case", "press, at one of its ratios", "runs that agree", "with ties", "difference in loss", "notes"],
-            (_same(case) for case in same),
-        ),
+        _table(list(SAME), (_same(case) for case in same)),
         "### Different, and why",
-        _table(
-            ["case", "press, at one of its ratios", "runs that differ", "kept pairs that differ", "losses differ by",
-             "SmolLM2-135M: pairs that differ", "losses, coldpress / kvpress", "kvpress repaired", "source", "why"],
-            (_different(case) for case in other),
-        ),
-    ]  # fmt: skip
+        _table(list(DIFFERENT), (_different(case) for case in other)),
+    ]
     absent = [(case["name"], case["absent"]) for case in cases if not case["rows"]]
     if absent:
         parts += ["### Not compared", _table(["case", "because"], absent)]

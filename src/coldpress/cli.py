@@ -13,6 +13,7 @@ import json
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from functools import partial
@@ -204,7 +205,12 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--ppl_only", action="store_true", default=None, help="do not measure speed")
     add("--max_length", type=_positive, help="tokens of a window (default: the model's positions)")
-    add("--stride", type=_positive, help="tokens between windows (default: 512; with --ppl_apply_press side by side)")
+    add(
+        "--stride",
+        type=_positive,
+        help="tokens between windows (default: 512); with --ppl_apply_press at least the targets of a window, so that "
+        "no token is scored twice (default: side by side)",
+    )
     add("--context_tokens", type=_positive, help="tokens compressed in each window (default: 3/4 of the positions)")
     add("--target_tokens", type=_positive, help="tokens scored after them (default: 1/4 of the positions)")
     add("--limit_tokens", type=_positive, help="use only the first so many tokens of the text")
@@ -216,8 +222,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--context_limit", type=_positive, help="tokens of the timed context (default: 4096)")
     add("--max_new_tokens", type=_positive, help="tokens to generate (default: 200)")
     add("--min_new_tokens", type=_positive, help="no end of text before so many (default: --max_new_tokens)")
-    add("--repetitions", type=_positive, help="timed rounds (default: 5)")
-    add("--warmup", type=_not_negative, help="untimed rounds before them (default: 1)")
+    add("--repetitions", type=partial(_positive, maximum=MOST_ROUNDS), help="timed rounds (default: 5)")
+    add("--warmup", type=partial(_not_negative, maximum=MOST_ROUNDS), help="untimed rounds before them (default: 1)")
     how = parser.add_argument_group("how")
     _add_machinery(how)
     add = how.add_argument
@@ -232,17 +238,28 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _integer(text: str, minimum: int, maximum: int = 2**63 - 1) -> int:
+    digits = text.strip().removeprefix("+").replace("_", "")
     try:
-        value = int(text)
+        value = maximum + 1 if digits.isdecimal() and len(digits) > 1000 else int(text)  # int reads no more than 4300
     except ValueError:
         value = minimum - 1
-    if not minimum <= value <= maximum:
-        raise argparse.ArgumentTypeError(f"must be an integer of at least {minimum}, got {text!r}")
+    got = text if len(text) <= 40 else f"{text[:30]}... of {len(text)} characters"
+    if value < minimum:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least {minimum}, got {got!r}")
+    if value > maximum:
+        raise argparse.ArgumentTypeError(f"must be an integer of at most {maximum}, got {got!r}")
     return value
 
 
+MOST_ROUNDS = 1_000_000  # they are listed before the first is timed
 _positive = partial(_integer, minimum=1)
 _not_negative = partial(_integer, minimum=0)
+
+
+def _check_sources(args: argparse.Namespace) -> None:
+    """Raise :class:`InputError` if two texts are asked for."""
+    if args.dataset is not None and args.text_file is not None:
+        raise InputError("--dataset and --text_file both say which text is read; give one of them.")
 
 
 def _refuse(constant: str) -> NoReturn:
@@ -261,6 +278,7 @@ def _json_object(text: str) -> dict[str, Any]:
 
 
 def _run_ppl(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
+    _check_sources(args)
     from coldpress.eval.run import Settings, evaluate
     from coldpress.presses.base import BUDGETS
 
@@ -279,6 +297,7 @@ def _run_ppl(args: argparse.Namespace, argv: list[str], prog: str | None) -> int
 
 
 def _run_calibrate(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
+    _check_sources(args)
     from coldpress.eval.calibrate import CalibrationSettings, make_artefact
 
     names = [f.name for f in fields(CalibrationSettings)]
@@ -311,10 +330,17 @@ def _model_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def _run_report(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
     from coldpress.errors import DataError
-    from coldpress.eval.report import groups, show
+    from coldpress.eval.progress import note
+    from coldpress.eval.report import check_record, groups, show
     from coldpress.eval.results import read_results
 
-    records = read_results(Path(args.folder))
+    if not args.folder.strip():
+        raise DataError("The folder's name is empty; give the folder that a run wrote its results to.")
+    with warnings.catch_warnings(record=True) as skipped:
+        warnings.simplefilter("always")
+        records = read_results(Path(args.folder), check_record)
+    for warning in skipped:
+        note(str(warning.message))
     if not records:
         raise DataError(f"{args.folder} holds no results; run coldpress ppl first, or name another folder.")
     for group in groups(records):  # numbers that were not measured alike do not share a table

@@ -137,7 +137,9 @@ def load_cache(path: str | Path, model: PreTrainedModel, check_model: bool) -> P
 
 
 def require_file(path: str | Path) -> None:
-    """Raise :class:`CacheError` if there is nothing at ``path``."""
+    """Raise :class:`CacheError` if there is no file at ``path``."""
+    if Path(path).expanduser().is_dir():
+        raise CacheError(f"{path} is a folder; name the file in it that coldpress compress wrote.")
     if not Path(path).expanduser().exists():
         raise CacheError(f"There is no file {path}; name one that PressedCache.save or coldpress compress wrote.")
 

@@ -206,6 +206,10 @@ def test_the_tables_show_what_was_written(tmp_path: Path) -> None:
     assert "| cur | `CURPress(0.5)` | 1 of 1 | 12 % | up to 0.25 |" in text
     assert "1 of 1 agree; losses within 1e-06 | K | a sum |" in text
     assert "| kvzap | a hub |" in text
+    header = next(line for line in text.splitlines() if line.startswith("| case | press") and "source" in line)
+    legend = text.partition("### How to read the tables")[2].partition("###")[0]
+    for column in header.strip("| ").split(" | "):
+        assert f"| {column} | " in legend
 
 
 def test_rows_are_added_to_the_committed_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

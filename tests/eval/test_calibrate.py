@@ -101,6 +101,13 @@ def test_on_what_it_was_measured_is_in_the_file(run: Run, tiny: Path, tmp_path: 
     assert evaluate(run, "expected_attention_with_stats", "--press_args", args)[0] == 0
 
 
+def test_a_folder_without_an_artefact(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    code, _, err = evaluate(run, "expected_attention_with_stats", "--press_args", json.dumps({"stats_folder": "empty"}))
+    assert code == 2 and len(err.splitlines()) == 1
+    assert "stats_folder='empty' is a folder with no file model.safetensors in it; name the file itself" in err
+
+
 def test_calibration_repeats(run: Run, tmp_path: Path) -> None:
     for name in ("a", "b"):
         assert run("calibrate", "qfilter", *FEW, "--output", f"{name}.safetensors")[0] == 0
@@ -144,6 +151,9 @@ def test_all_is_what_needs_no_artefact(run: Run, tmp_path: Path) -> None:
         ("calibrate qfilter --n_samples 0", "argument --n_samples: must be an integer of at least 1"),
         ("calibrate qfilter --datset demo", "unrecognized arguments: --datset"),
         ("calibrate qfilter --dataset nowhere", "unknown dataset 'nowhere'"),
+        ("calibrate qfilter --dataset demo --text_file file", "--dataset and --text_file both say which text is read"),
+        ("calibrate qfilter --split validation", "demo is one text without splits; leave --split validation out."),
+        ("calibrate qfilter --text_file . --model demo", "cannot read '.' (Is a directory)"),
         ("calibrate qfilter --model ./nowhere", "--model './nowhere': no such folder"),
         ("calibrate qfilter --output .", "--output '.' is no name of a file"),
         ("calibrate qfilter --output file/a.safetensors", "output folder 'file' is a file: give a folder"),

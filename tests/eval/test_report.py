@@ -57,6 +57,14 @@ def test_bits_have_a_column_where_there_are_some() -> None:
     ]
     strided = {**in_4, "protocol": "strided-L1024"}
     assert "PPL uncompressed" in cells(table([strided]))[0]
+    assert {"loss uncompressed"} == {name for name in cells(table([strided]))[0] if "loss" in name}
+
+
+def test_when_sizes_are_taken_is_said_where_it_differs() -> None:
+    late = {**PRESSED, **TIMED, "press": "decoding_knorm", "context_tokens": 96, "kv_len_before": 127}
+    soon = {**PRESSED, **TIMED, "context_tokens": 96, "kv_len_before": 96}
+    said = "right after the prefill; of what goes on while decoding (decoding_knorm) those at the end of generation"
+    assert said in show([RECORD, soon, late]) and "after the prefill" not in show([RECORD, soon])
 
 
 def test_who_removed_nothing_is_named_under_the_table() -> None:

@@ -57,11 +57,17 @@ def test_prefix_windows_are_whole_and_as_many_as_fit(
     n_tokens: int, context: int, target: int, stride: int | None
 ) -> None:
     width = context + target
-    if n_tokens < width:
+    if n_tokens < width and (stride is None or stride >= target):
         with pytest.raises(DataError, match=f"{context} \\+ {target}"):
             plan_prefix(n_tokens, context, target, stride)
         return
+    if stride is not None and stride < target:
+        with pytest.raises(InputError, match=f"Give at least --stride {target}, or fewer --target_tokens"):
+            plan_prefix(n_tokens, context, target, stride)
+        return
     plan = plan_prefix(n_tokens, context, target, stride)
+    scored = [i for start in plan.starts for i in range(start + context + 1, start + width)]
+    assert len(scored) == len(set(scored))  # no token is in two windows' sums
     step = width if stride is None else stride
     assert plan.starts[0] == 0 and all(b - a == step for a, b in zip(plan.starts, plan.starts[1:], strict=False))
     assert plan.starts[-1] + width <= n_tokens < plan.starts[-1] + step + width

@@ -77,7 +77,9 @@ def _explained(error: BaseException, what: str, subset: str | None, split: str) 
     if names and "BuilderConfig" in message:
         return DataError(f"unknown subset {subset!r} of {what}: allowed are {names}.{nearest(str(subset), names)}")
     if names and "Unknown split" in message:
-        return DataError(f"unknown split {split!r} of {what}: allowed are {names}.{nearest(split, names)}")
+        return DataError(
+            f"unknown split {split!r} of {what}: allowed are {names}.{nearest(split, names)} Name one: --split."
+        )
     if "Unrecognized instruction" in message or "Split name" in message:
         return DataError(f"split {split!r} cannot be read: write a name like 'test', or a slice like 'test[:10]'")
     return DataError(f"{what} cannot be read as a dataset ({type(error).__name__}: {message[:300]})")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 import traceback
 from dataclasses import asdict, replace
@@ -48,14 +47,11 @@ def make_records(run: Run) -> list[dict[str, Any]]:
     ``status`` is ``ok`` when everything that was asked for is there, ``failed`` when the press or the run failed (then
     the metrics are null), ``interrupted`` otherwise.
     """
-    common = _common(run)
-    by_press = run.prefix or run.stream
-    scored: dict[Any, Any] = {}
-    if by_press is not None:
-        scored = {(id(point.press), getattr(point, "kv_bits", None)): result for point, result in by_press.results()}
+    common, scored = _common(run), run.scored
+    is_by_press = run.prefix is not None or run.stream is not None
     records = []
     for job in run.jobs:
-        perplexity = run.plain if by_press is None else scored.get((id(job.press), job.kv_bits))
+        perplexity = scored.get((id(job.press), job.kv_bits)) if is_by_press else run.plain
         parts = [part for part in (perplexity, _speed(run, job)) if part is not None]
         error = run.error or next((part for part in parts if isinstance(part, Exception)), None)
         if not parts and error is None:
@@ -128,7 +124,7 @@ def _common(run: Run) -> dict[str, Any]:
     s, corpus, plan = run.settings, run.corpus, run.plan
     record: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
-        "run_id": secrets.token_hex(6),
+        "run_id": run.run_id,
         "timestamp": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": run.command,
         "protocol": plan.protocol,
@@ -153,6 +149,8 @@ def _common(run: Run) -> dict[str, Any]:
         "seconds": run.seconds,
         "env": environment(),
     }
+    if plan.context_ids is not None:
+        record["context_tokens"] = plan.context_ids.shape[1]
     if plan.windows is not None:
         sizes = plan.windows[0]
         record |= {"context_tokens": sizes.context, "target_tokens": sizes.target, "stride": sizes.stride}

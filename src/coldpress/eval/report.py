@@ -11,7 +11,7 @@ from coldpress.eval.memory import format_bytes
 from coldpress.presses.base import BUDGETS
 from coldpress.presses.registry import NO_PRESS
 
-__all__ = ["describe", "groups", "show", "size_of", "table"]
+__all__ = ["check_record", "describe", "groups", "show", "size_of", "table"]
 
 Record = dict[str, Any]
 
@@ -63,7 +63,8 @@ def _size_name(records: Sequence[Record]) -> str:
 Column = tuple[str, Callable[[Record], str | None]]
 QUALITY: tuple[Column, ...] = (
     ("achieved", _number("effective_compression_ratio", "{:.3f}")),
-    ("loss", _number("loss", "{:.4f}")),
+    ("loss", lambda r: None if _is_plain(r) else _number("loss", "{:.4f}")(r)),
+    ("loss uncompressed", lambda r: _number("loss", "{:.4f}")(r) if _is_plain(r) else None),
     ("PPL", lambda r: None if _is_plain(r) else _number("ppl", "{:.3f}")(r)),
     ("PPL uncompressed", lambda r: _number("ppl", "{:.3f}")(r) if _is_plain(r) else None),
     ("ΔNLL ± 95 % CI", _interval),
@@ -74,7 +75,7 @@ QUALITY: tuple[Column, ...] = (
     ("status", lambda r: None if r["status"] == "ok" else r["status"]),
 )
 STREAM: tuple[Column, ...] = (
-    ("positions", lambda r: r["position_mode"] if r.get("nll_by_position") else None),
+    ("positions", lambda r: r.get("position_mode") if r.get("nll_by_position") else None),
     ("tokens", lambda r: f"{r['scored_tokens']:,}" if r.get("nll_by_position") else None),
     ("KV most", _bytes("kv_bytes_max")),
 )
@@ -149,7 +150,7 @@ def _short(name: str) -> str:
 def describe(record: Record) -> str:
     """What a table's numbers were measured on, in one paragraph."""
     env = record["env"]
-    subset = f"/{record['subset']}" if record["subset"] else ""
+    subset = f"/{record['subset']}" if record.get("subset") else ""
     parts = [
         f"model {_short(record['model'])} ({record['num_params'] / 1e6:.1f} M parameters, {record['dtype']}, "
         f"{record['device']}, {record['attn_implementation']})",
@@ -162,7 +163,7 @@ def describe(record: Record) -> str:
     if record.get("generated_tokens"):
         context = record.get("speed_context_tokens") or record["context_tokens"]
         settings = record.get("settings") or {}
-        may_stop = (settings.get("min_new_tokens") or sys.maxsize) < settings.get("max_new_tokens", 0)
+        may_stop = (settings.get("min_new_tokens") or sys.maxsize) < (settings.get("max_new_tokens") or 0)
         n_generated = f"up to {settings['max_new_tokens']}" if may_stop else record["generated_tokens"]
         timed = f"timed with {context:,} tokens of context and {n_generated} generated ones"
         n = settings.get("repetitions")
@@ -178,10 +179,77 @@ def show(records: Sequence[Record]) -> str:
     """The records of one run as text: what they were measured on, their tables, and who removed nothing."""
     parts = [describe(next((r for r in records if r["status"] == "ok"), records[0])), table(records)]
     parts += _baseline(records)
+    late = dict.fromkeys(r["press"] for r in records if _goes_on(r))
+    if late:
+        parts.append(
+            "Achieved ratio and KV are those right after the prefill; of what goes on while decoding "
+            f"({', '.join(late)}) those at the end of generation, KV before likewise."
+        )
     whole = dict.fromkeys(r["press"] for r in records if _is_whole(r))
     if whole:
         parts.append(f"Nothing to remove, as their parameters or budgets say: {', '.join(whole)}.")
     return "\n\n".join(parts)
+
+
+_TEXTS = ("press", "status", "protocol", "model", "dataset", "dtype", "device", "attn_implementation", "text_sha256")
+_MAYBE_TEXTS = ("subset", "ppl_mode", "peak_mem_kind", "position_mode")
+_NUMBERS = ("num_params", "total_tokens")
+_MAYBE_NUMBERS = (
+    *("compression_ratio", *BUDGETS, "kv_bits", "windows", "scored_tokens", "loss", "ppl", "baseline_loss"),
+    *("baseline_ppl", "delta_nll", "same_top1", "effective_compression_ratio", "context_tokens"),
+    *("speed_context_tokens", "generated_tokens", "kv_bytes", "kv_bytes_baseline", "kv_bytes_max", "kv_len_before"),
+    *("prefill_tokens_per_s", "ttft_s", "tpot_ms", "generation_tokens_per_s", "decode_speedup", "peak_mem_bytes"),
+    "peak_mem_delta_bytes",
+)
+_TOGETHER = {  # where the first is there, so is one of the others
+    "windows": ("scored_tokens",),
+    "nll_by_position": ("scored_tokens",),
+    "generated_tokens": ("speed_context_tokens", "context_tokens"),
+    "baseline_loss": ("baseline_ppl",),
+}
+_ENV = ("transformers", "torch", "cpu", "threads")
+
+
+def check_record(record: Record) -> None:
+    """Raise ValueError, with the field's name, where a table could not show what a file holds."""
+
+    def check(name: str, value: Any, fits: bool, wanted: str) -> None:
+        if not fits:
+            raise ValueError(f"{name} must be {wanted}, got {repr(value)[:40]}")
+
+    for name in (*_TEXTS, *_MAYBE_TEXTS):
+        value: Any = record.get(name)
+        check(name, value, isinstance(value, str) or (value is None and name in _MAYBE_TEXTS), "a text")
+    for name in (*_NUMBERS, *_MAYBE_NUMBERS):
+        value = record.get(name)
+        check(name, value, _is_number(value) or (value is None and name in _MAYBE_NUMBERS), "a number")
+    ci: Any = record.get("delta_nll_ci95")
+    env: Any = record.get("env")
+    settings: Any = record.get("settings")
+    is_pair = isinstance(ci, list) and len(ci) == 2 and all(map(_is_number, ci))
+    check("delta_nll_ci95", ci, ci is None or is_pair, "two numbers")
+    check("env", env, isinstance(env, dict) and all(_is_simple(env.get(key, ())) for key in _ENV), "an environment")
+    settings_fit = isinstance(settings, dict) and all(
+        value is None or isinstance(value, bool) or _is_number(value) for value in _of_speed(settings)
+    )
+    check("settings", settings, settings is None or settings_fit, "an object of settings")
+    for name in ("kld", "nll_by_position"):
+        value = record.get(name)
+        fits = isinstance(value, dict) and all(x is None or _is_number(x) for x in value.values())
+        if name == "nll_by_position" and fits:
+            fits = all(key.partition("-")[0].isdecimal() and len(key) < 40 for key in value)
+        check(name, value, value is None or fits, "an object of numbers")
+    for name, others in _TOGETHER.items():
+        if record.get(name):
+            check(" or ".join(others), None, any(record.get(other) is not None for other in others), f"beside {name}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63
+
+
+def _is_simple(value: Any) -> bool:
+    return value is None or isinstance(value, str | bool) or _is_number(value)
 
 
 def groups(records: Iterable[Record]) -> list[list[Record]]:
@@ -208,13 +276,17 @@ def groups(records: Iterable[Record]) -> list[list[Record]]:
 def _asked(record: Record) -> tuple[Any, ...]:
     """What a caption says that is known before anything is measured."""
     settings, env = record.get("settings") or {}, record["env"]
-    of_speed = ("context_limit", "max_new_tokens", "min_new_tokens", "repetitions", "warmup", "speed_decode_only")
     return (
         *(record.get(k) for k in ("protocol", "model", "num_params", "dtype", "device", "attn_implementation")),
         *(record.get(k) for k in ("ppl_mode", "dataset", "subset", "text_sha256", "total_tokens")),
-        *(None if settings.get("ppl_only") else settings.get(k) for k in of_speed),
-        *(env[k] for k in ("transformers", "torch", "cpu", "threads")),
+        *([] if settings.get("ppl_only") else _of_speed(settings)),
+        *(env[k] for k in _ENV),
     )
+
+
+def _of_speed(settings: dict[str, Any]) -> list[Any]:
+    names = ("context_limit", "max_new_tokens", "min_new_tokens", "repetitions", "warmup", "speed_decode_only")
+    return [settings.get(name) for name in names]
 
 
 def _order(record: Record) -> tuple[Any, ...]:
@@ -230,6 +302,12 @@ def _baseline(records: Sequence[Record]) -> list[str]:
         return []
     loss, ppl = compared[0]["baseline_loss"], compared[0]["baseline_ppl"]
     return [f"ΔNLL is the difference to the uncompressed cache on the same tokens: loss {loss:.4f}, PPL {ppl:.3f}."]
+
+
+def _goes_on(record: Record) -> bool:
+    """Whether its sizes are those of the end of generation: more tokens were seen than the timed context has."""
+    seen, context = record.get("kv_len_before"), record.get("context_tokens")
+    return record["press"] != NO_PRESS and seen is not None and context is not None and seen > context
 
 
 def _is_whole(record: Record) -> bool:

@@ -15,7 +15,7 @@ import secrets
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,10 @@ def result_path(output_dir: Path, record: dict[str, Any]) -> Path:
     ``.failed.json``, one of an interrupted run in ``.interrupted.json``.
     """
     identity = {key: record[key] for key in IDENTIFYING_FIELDS if record.get(key) is not None}
+    settings = record.get("settings")
+    if isinstance(settings, dict) and "repetitions" in settings:  # as asked: there are fewer, or none, of a part of it
+        identity.pop("repetitions", None)
+        identity |= {} if settings.get("ppl_only") else {"repetitions": settings["repetitions"]}
     ratio = record.get("compression_ratio")
     if ratio is not None:
         identity["compression_ratio"] = ratio = float(ratio)  # 0 and 0.0 are one setting
@@ -158,10 +162,13 @@ def check_writable(output_dir: Path) -> None:
         ) from error
 
 
-def read_results(output_dir: Path) -> list[dict[str, Any]]:
+def read_results(
+    output_dir: Path, check: Callable[[dict[str, Any]], None] = lambda record: None
+) -> list[dict[str, Any]]:
     """All records in `output_dir`, failed ones too, in the order of their file names.
 
-    A file that is not a record of this schema is skipped with a warning. Raises DataError without a folder.
+    A file that is not a record of this schema, or at which `check` raises ValueError, is skipped with a warning. Raises
+    DataError without a folder.
     """
     if not Path(output_dir).is_dir():
         raise DataError(f"no folder {str(output_dir)!r}: give the folder that a run wrote its results to")
@@ -169,11 +176,14 @@ def read_results(output_dir: Path) -> list[dict[str, Any]]:
     for path in sorted(Path(output_dir).glob("*.json")):
         try:
             record = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-            version = record.get("schema_version") if isinstance(record, dict) else None
+            if not isinstance(record, dict):
+                raise ValueError("it holds no object, so no result")
+            version = record.get("schema_version")
             if version != SCHEMA_VERSION:
                 raise ValueError(f"schema_version is {version!r}, this version reads {SCHEMA_VERSION}")
-        except (OSError, ValueError) as error:
-            warnings.warn(f"skipped {path}: {error}", stacklevel=2)
+            check(record)
+        except (OSError, ValueError, RecursionError) as error:
+            warnings.warn(f"skipped {path}: {' '.join(str(error).split())}", stacklevel=2)
         else:
             records.append(record)
     return records

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 import signal
 import threading
 import time
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from coldpress.errors import InputError, OutputError
+from coldpress.errors import InputError, OutputError, SelfCheckError
 from coldpress.eval.datasets import Corpus, load_corpus
 from coldpress.eval.models import LoadedModel, load_model, pick_device
 from coldpress.eval.perplexity import plain_perplexity
@@ -23,11 +24,13 @@ from coldpress.eval.prefix import PrefixRun
 from coldpress.eval.progress import note, progress
 from coldpress.eval.records import make_records
 from coldpress.eval.report import show, size_of
-from coldpress.eval.results import check_writable, write_result
-from coldpress.eval.settings import Job, Settings, make_jobs
-from coldpress.eval.speed import SpeedRun
+from coldpress.eval.results import check_writable, result_path, write_result
+from coldpress.eval.settings import Job, Settings, left_out_of_batches, make_jobs
+from coldpress.eval.speed import SpeedPoint, SpeedRun
 from coldpress.eval.stream import StreamRun
+from coldpress.presses.base import BasePress
 from coldpress.presses.registry import press_names
+from coldpress.quantised import KVBits
 
 __all__ = ["Run", "Settings", "evaluate"]
 
@@ -50,6 +53,11 @@ def evaluate(settings: Settings, command: str) -> tuple[list[dict[str, Any]], bo
     for job in jobs:
         if job.name in settings.press and job.name in press_names(has_ratio=False):
             note(f"{job.name} has no compression ratio: it is measured once, as its own parameters say.")
+    alone = list(dict.fromkeys(left_out_of_batches(settings)))
+    if alone:
+        note(
+            f"all leaves out what takes one text at a time, not --batch_size {settings.batch_size}: {', '.join(alone)}."
+        )
     pick_device(settings.device)
     if not settings.output_dir.strip():
         raise OutputError("--output_dir is empty; name a folder.")
@@ -79,8 +87,12 @@ def evaluate(settings: Settings, command: str) -> tuple[list[dict[str, Any]], bo
     for line in run.plan.notes:
         note(line)
     is_interrupted = False
+    early = _Early(run, output_dir)
     try:
-        run.measure()
+        run.measure_perplexity()
+        if run.seconds and plan.context_ids is not None:  # who kills the rest shall not lose this
+            early.save_perplexity()
+        run.measure_speed(early.save_speed)
     except InputError:
         raise
     except Exception as error:  # the model itself fails, without a press: so does everything that is compared with it
@@ -89,8 +101,7 @@ def evaluate(settings: Settings, command: str) -> tuple[list[dict[str, Any]], bo
         is_interrupted = True
     with _uninterrupted():  # a second Ctrl-C shall not cost the results
         records = make_records(run)
-        for record in records:
-            write_result(output_dir, record)
+        early.replace(records)
     for record in records:
         if record["status"] == "failed":
             size = size_of(record)
@@ -99,6 +110,39 @@ def evaluate(settings: Settings, command: str) -> tuple[list[dict[str, Any]], bo
         print(f"\n{show(records)}\n")
         print(f"{len(records)} result(s) in {output_dir}/")
     return records, is_interrupted
+
+
+class _Early:
+    """Writes what is finished while the run goes on; at its end the run has one file for each setting all the same."""
+
+    def __init__(self, run: Run, output_dir: Path):
+        self.run, self.output_dir = run, output_dir
+        self.written: set[Path] = set()
+
+    def save_perplexity(self) -> None:
+        """Write the records of all presses, ``interrupted`` until they are timed, and print their table."""
+        records = make_records(self.run)
+        self._save(records)
+        measured = [record if record["status"] == "failed" else {**record, "status": "ok"} for record in records]
+        with contextlib.suppress(OSError):  # nobody reads it: no reason to stop
+            print(f"\n{show(measured)}\n", flush=True)
+
+    def save_speed(self, point: SpeedPoint) -> None:
+        """Write the record of a press of which everything is measured now, or that has failed."""
+        jobs = [job for job in self.run.jobs if job.press is point.press and job.kv_bits == point.kv_bits]
+        self._save(make_records(replace(self.run, jobs=jobs)))
+
+    def _save(self, records: list[dict[str, Any]]) -> None:
+        for record in records:
+            self.written.add(result_path(self.output_dir, record))
+            with contextlib.suppress(SelfCheckError):  # the last word says what is wrong with it
+                write_result(self.output_dir, record)
+
+    def replace(self, records: list[dict[str, Any]]) -> None:
+        """Write the run's last word, and take back what it had said under other names."""
+        last = {write_result(self.output_dir, record) for record in records}
+        for path in self.written - last:
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -130,20 +174,37 @@ class Run:
     speed: SpeedRun | None = None
     seconds: dict[str, float] = field(default_factory=dict)  # wall time of each part
     error: Exception | None = None  # what ended the run
+    run_id: str = field(default_factory=lambda: secrets.token_hex(6))
+    _scored: dict[Any, Any] | None = None
 
-    def measure(self) -> None:
-        """Perplexity, then speed and memory, as far as they were asked for."""
+    @property
+    def scored(self) -> dict[Any, Any]:
+        """What perplexity under presses has to say of each press and its bits; taken once when all is measured."""
+        by_press = self.prefix or self.stream
+        if by_press is None or self._scored is not None:
+            return self._scored or {}
+        found = {(id(point.press), getattr(point, "kv_bits", None)): result for point, result in by_press.results()}
+        if by_press.is_complete:
+            self._scored = found
+        return found
+
+    @property
+    def compressed(self) -> tuple[list[BasePress | None], list[KVBits | None]]:
+        """The presses, and the bits that what they keep is held in, without the uncompressed baseline."""
+        pairs = [(job.press, job.kv_bits) for job in self.jobs if job.press is not None or job.kv_bits is not None]
+        return [press for press, _ in pairs], [bits for _, bits in pairs]
+
+    def measure_perplexity(self) -> None:
+        """If it was asked for."""
         s, plan, model = self.settings, self.plan, self.loaded.model
         torch.manual_seed(s.seed)
-        asked = [(job.press, job.kv_bits) for job in self.jobs]
-        compressed = [pair for pair in asked if pair != (None, None)]
-        pressed, kv_bits = [press for press, _ in compressed], [bits for _, bits in compressed]
+        pressed, kv_bits = self.compressed
         if s.ppl_mode == "streaming":
             assert s.stream_chunk is not None
             positions: Any = s.positions
             self.stream = StreamRun(
                 model,
-                [press for press, _ in asked],
+                [job.press for job in self.jobs],
                 plan.documents,
                 chunk=s.stream_chunk,
                 positions=positions,
@@ -155,10 +216,15 @@ class Run:
             self.prefix = PrefixRun(model, pressed, documents, s.batch_size, s.chunk_tokens, kv_bits)
             self._timed("perplexity", self.prefix.run)
         elif plan.max_length is not None and plan.stride is not None:
-            if compressed:
+            if pressed:
                 note("this perplexity is the uncompressed model's; --ppl_apply_press measures it under the press.")
             sizes: dict[str, Any] = {"max_length": plan.max_length, "stride": plan.stride, "batch_size": s.batch_size}
             self.plain = self._timed("perplexity", partial(plain_perplexity, model, plan.documents, **sizes))
+
+    def measure_speed(self, on_done: Callable[[SpeedPoint], None]) -> None:
+        """And memory, if they were asked for; ``on_done`` is told of each press of which all is measured."""
+        s, plan, model = self.settings, self.plan, self.loaded.model
+        pressed, kv_bits = self.compressed
         if plan.context_ids is not None:
             eos = getattr(model.generation_config, "eos_token_id", None)
             self.speed = SpeedRun(
@@ -175,7 +241,7 @@ class Run:
                 seed=s.seed,
                 chunk_tokens=s.chunk_tokens,
             )
-            self._timed("speed", self.speed.run)
+            self._timed("speed", partial(self.speed.run, on_done=on_done))
 
     def _timed(self, name: str, work: Callable[..., Any]) -> Any:
         start = time.perf_counter()

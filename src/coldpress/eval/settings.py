@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from coldpress.budget import check_ratio
 from coldpress.chunks import can_choose_again, check_chunks
 from coldpress.errors import CacheError, InputError, PressError
@@ -17,7 +19,7 @@ PPL_MODES = ("prefix", "streaming")
 POSITIONS = ("original", "rerotate")
 STREAM_CHUNK = 64
 
-__all__ = ["POSITIONS", "PPL_MODES", "Job", "Settings", "check_types", "make_jobs"]
+__all__ = ["POSITIONS", "PPL_MODES", "Job", "Settings", "check_types", "left_out_of_batches", "make_jobs"]
 
 
 @dataclass(frozen=True)
@@ -149,12 +151,14 @@ def make_jobs(settings: Settings) -> list[Job]:
 
     ``all`` is every press that needs nothing but the model and compresses the prompt; name the calibrated, the trained
     and the decoding ones. ``no_press`` is measured once. With ``--chunk_tokens``, ``all`` leaves out what chooses only
-    once. With ``kv_bits`` each of them is measured at every number of bits; ``all`` leaves out those that cannot be
-    held so.
+    once; with ``--batch_size``, where perplexity is measured under presses, what takes one text at a time
+    (:func:`left_out_of_batches`). With ``kv_bits`` each of them is measured at every number of bits; ``all`` leaves out
+    those that cannot be held so.
 
     Raises:
         PressError: an unknown press or parameter, a ratio outside [0, 1), parameters for several presses, a budget for
-            a press that was named and has none, a press that would compress nothing of what is measured.
+            a press that was named and has none, a press that would compress nothing of what is measured, a press that
+            was named and takes one text at a time.
         CacheError: bits that there are not, or that a press that was named cannot be held in.
     """
     if settings.ppl_mode == "streaming":
@@ -194,8 +198,37 @@ def make_jobs(settings: Settings) -> list[Job]:
             check_chunks(job.press, settings.chunk_tokens)
         jobs += mine
     jobs = list({(job.name, job.ratio, job.budget_tokens, job.budget_bytes): job for job in jobs}.values())
+    jobs = [job for job in jobs if _takes_batch(job, settings)]
     bits = dict.fromkeys(settings.kv_bits)
     return _in_bits(jobs, [KVBits(n, settings.kv_group_size, settings.kv_residual_tokens) for n in bits], settings)
+
+
+def left_out_of_batches(settings: Settings) -> list[str]:
+    """What ``all`` leaves out because it takes one text at a time; empty where ``all`` was not asked for."""
+    if "all" not in settings.press or settings.batch_size == 1:
+        return []
+    measured = {job.name for job in make_jobs(settings)}
+    return [job.name for job in make_jobs(replace(settings, batch_size=1)) if job.name not in measured]
+
+
+def _takes_batch(job: Job, settings: Settings) -> bool:
+    """Whether its perplexity can be measured on so many texts at once.
+
+    Raises:
+        PressError: it cannot, and was named.
+    """
+    if job.press is None or not settings.ppl_apply_press or settings.batch_size == 1:
+        return True
+    try:
+        job.press.check_prefill(torch.empty(2, 1, dtype=torch.long), has_padding=False)  # two rows stand for any more
+    except PressError as error:
+        if job.name not in settings.press:
+            return False
+        raise PressError(
+            f"{job.name} takes one text at a time, and --batch_size is {settings.batch_size}: leave --batch_size out, "
+            f"or {job.name}."
+        ) from error
+    return True
 
 
 def _in_bits(jobs: list[Job], kv_bits: list[KVBits], settings: Settings) -> list[Job]:

@@ -13,7 +13,7 @@ import gc
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -147,8 +147,13 @@ class SpeedRun:
         return next(point for point in self.points if point.press is press and point.kv_bits == kv_bits)
 
     @torch.inference_mode()
-    def run(self, progress: Callable[[Any], Any] = iter) -> None:
-        """Warm up, time, then measure memory in a run of its own for each press."""
+    def run(self, progress: Callable[[Any], Any] = iter, on_done: Callable[[SpeedPoint], None] | None = None) -> None:
+        """Warm up, time, then measure memory in a run of its own for each press.
+
+        Args:
+            progress: wraps the list of rounds, for a progress bar.
+            on_done: told of each press when nothing of it is left to measure; nothing is timed any more then.
+        """
         rounds = [("warmup", point) for _ in range(self.warmup) for point in self.points]
         for _ in range(self.repetitions):
             shuffled = self.points.copy()
@@ -158,23 +163,26 @@ class SpeedRun:
         gc.collect()
         gc.freeze()  # what is here now stays: the collections between the rounds need not look at it
         try:
-            self._run(progress(rounds))
+            for kind, point in progress(rounds):
+                self._measure(kind, point)
+                if kind == "memory" and on_done is not None:
+                    on_done(point)
         finally:
             gc.unfreeze()
 
-    def _run(self, rounds: Iterable[tuple[str, SpeedPoint]]) -> None:
-        for kind, point in rounds:
-            if point.error is not None:
-                continue
-            try:
-                if kind == "memory":
-                    self._measure_memory(point)
-                else:
-                    sample = self._generate(point, WARMUP_TOKENS if kind == "warmup" else self.max_new_tokens)
-                    if kind == "time":
-                        point.samples.append(sample)
-            except Exception as error:
-                point.error = release(error)
+    def _measure(self, kind: str, point: SpeedPoint) -> None:
+        """One round of one press, unless it has failed."""
+        if point.error is not None:
+            return
+        try:
+            if kind == "memory":
+                self._measure_memory(point)
+            else:
+                sample = self._generate(point, WARMUP_TOKENS if kind == "warmup" else self.max_new_tokens)
+                if kind == "time":
+                    point.samples.append(sample)
+        except Exception as error:
+            point.error = release(error)
 
     def result(self, point: SpeedPoint) -> dict[str, Any]:
         """The speed part of a result record: medians over repetitions, their spread, and the raw samples."""

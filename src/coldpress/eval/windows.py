@@ -85,7 +85,9 @@ def plan_prefix(
     Args:
         n_tokens: length of the text.
         context, target: tokens to compress, at least 2, and tokens that follow, at least 2.
-        stride: tokens from one window's start to the next; None lays them side by side.
+        stride: tokens from one window's start to the next, at least ``target``: windows may share context, but no
+            target, or they would not be the independent samples that error bars take them for. None lays them side by
+            side.
         max_windows: stop after so many.
 
     Raises:
@@ -97,6 +99,12 @@ def plan_prefix(
         raise InputError(
             f"a window needs a context of at least 2 tokens, at least 2 targets and a stride of at least 1; got "
             f"{context}, {target}, {stride}."
+        )
+    if stride < target:
+        raise InputError(
+            f"--stride {stride} is less than the {target} targets of a window: tokens would be scored more than once, "
+            f"and the confidence interval would be too narrow. Give at least --stride {target}, or fewer "
+            "--target_tokens."
         )
     if n_tokens < context + target:
         raise DataError(

@@ -174,8 +174,11 @@ class Calibrated(BasePress):
                 raise PressError(f"{self.parameter}={given!r}: no such file or folder here, and {error}.") from error
             if published is not None:
                 return published
+        here = "is no file or folder that is here"
+        if Path(given).expanduser().is_dir():
+            here = "is a folder with no file model.safetensors in it; name the file itself"
         raise PressError(
-            f"{type(self).__name__}: {self.parameter}={given!r} is no file or folder that is here"
+            f"{type(self).__name__}: {self.parameter}={given!r} {here}"
             f"{', and no repository of the hub' if self.published_names else ''}; coldpress calibrate {self.artefact} "
             "--output PATH makes one."
         )

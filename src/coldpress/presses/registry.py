@@ -176,7 +176,7 @@ def make_press(name: str, compression_ratio: float, /, **parameters: Any) -> Bas
     entry = _BY_NAME.get(name)
     if entry is None:
         known = [NO_PRESS, *press_names()]
-        raise PressError(f"Unknown press {name!r}.{nearest(name, known)} Known: {', '.join(known)}.")
+        raise PressError(f"Unknown press {name!r}.{_of_class(name) or nearest(name, known)} Known: {', '.join(known)}.")
     allowed = sorted(parameters_of(name))
     budget = {k: v for k, v in parameters.items() if k in BUDGETS and v is not None}
     if budget and not entry.has_ratio:
@@ -209,6 +209,17 @@ def make_press(name: str, compression_ratio: float, /, **parameters: Any) -> Bas
         outer[entry.schedule_ratio] = compression_ratio
         return entry.cls(base_press=entry.inner(**inner), **outer)  # type: ignore[call-arg]
     return entry.cls(press=entry.inner(compression_ratio=compression_ratio, **budget, **inner), **outer)  # type: ignore[call-arg]
+
+
+def _of_class(name: str) -> str:
+    """What to write instead where ``name`` is that of a class, its ending left out or not; else an empty text."""
+    wanted = name.lower().removesuffix("press")
+    classes = {entry.cls.__name__ for entry in _BY_NAME.values()} | {info.class_name for info in press_classes()}
+    cls = next((cls for cls in sorted(classes) if cls.lower().removesuffix("press") == wanted), None)
+    if cls is None:
+        return ""
+    names = [repr(own) for own, entry in sorted(_BY_NAME.items()) if entry.cls.__name__ == cls]
+    return f" {cls} is called {' or '.join(names)} here." if names else f" {cls} has no name and is made in Python."
 
 
 def parameters_of(name: str) -> dict[str, Field[Any]]:
