@@ -34,7 +34,7 @@ from coldpress.layer import PressedLayer
 from coldpress.pressing import is_inside
 from coldpress.store import DenseStore
 
-__all__ = ["compiled"]
+__all__ = ["by_columns", "compiled"]
 
 _CAPACITY_TOKENS = 64  # buffers are whole multiples of this, so that texts of similar lengths share a compiled step
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -74,7 +74,7 @@ def compiled(model: PreTrainedModel, new_tokens: int = 256) -> Iterator[None]:
     decoder = _Decoder(model, new_tokens)
     with ExitStack() as stack:
         if model.device.type == "cpu":
-            stack.enter_context(_by_columns(model))
+            stack.enter_context(by_columns(model))
         model.forward = decoder.forward
         stack.callback(delattr, model, "forward")
         yield
@@ -175,6 +175,8 @@ class _Decoder:
                     "compiled() needs heads that hold equally many pairs, as they are: not AdaKV and its kind, padded "
                     "batches, kv_bits or ThinK. Leave compiled() out, or take a press that keeps as many in each head."
                 )
+            if layer._window is not None:
+                raise ModelError(f"{type(self.model).__name__} has sliding windows; leave compiled() out.")
             if store.n_rows != n_rows:
                 raise CacheError(f"The cache holds {store.n_rows} rows and the call has {n_rows}.")
             if store.room < 1 or self.buffers.get(store) != store._v.data_ptr():
@@ -271,7 +273,7 @@ class _Columns(TorchFunctionMode):
 
 
 @contextmanager
-def _by_columns(model: PreTrainedModel) -> Iterator[None]:
+def by_columns(model: PreTrainedModel) -> Iterator[None]:
     """The weights of linear layers lie in memory by columns; afterwards, as they lay before."""
     weights = {id(m.weight): m.weight for m in model.modules() if type(m) is nn.Linear and m.weight.dtype in _DTYPES}
     moved = []
