@@ -122,7 +122,9 @@ class _Decoder:
                 raise CacheError(f"compiled() decodes from a PressedCache, not from a {type(cache).__name__}.")
             return False
         is_whole = cache.chunk_tokens is None or all(layer._is_prefilled for layer in cache.pressed_layers())
-        return cache.seen_tokens > 0 and is_whole
+        return (
+            cache.seen_tokens > 0 and is_whole and cache.session.look is None
+        )  # a press that watches sees eager calls
 
     def _decode(self, given: dict[str, Any]) -> CausalLMOutputWithPast:
         ids, cache, mask = given["input_ids"], given["past_key_values"], given.get("attention_mask")
@@ -150,7 +152,9 @@ class _Decoder:
         n_parts = torch.get_num_threads() if ids.device.type == "cpu" else 0
         try:
             logits = self.step(self.model, self.eager, ids, position, at, list(keys), list(values), n_parts)
-        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
+        except Exception as error:
+            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
             reason = str(error).partition("\n")[0]
             raise ModelError(
                 f"torch.compile cannot compile a step of {type(self.model).__name__}; leave compiled() out. ({reason})"

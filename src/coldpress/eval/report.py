@@ -167,7 +167,8 @@ def describe(record: Record) -> str:
         timed = f"timed with {context:,} tokens of context and {n_generated} generated ones"
         n = settings.get("repetitions")
         timed += f", {n} repetition{'s' if n > 1 else ''}" if n else ""
-        parts.append(f"{timed}, decoding only" if settings.get("speed_decode_only") else timed)
+        timed += ", decoding only" if settings.get("speed_decode_only") else ""
+        parts.append(f"{timed}, compiled" if settings.get("compile") else timed)
     if record.get("peak_mem_kind"):
         parts.append(f"peak memory by {record['peak_mem_kind']}")
     parts.append(f"transformers {env['transformers']}, torch {env['torch']}, {env['cpu']}, {env['threads']} threads")
@@ -208,7 +209,15 @@ def groups(records: Iterable[Record]) -> list[list[Record]]:
 def _asked(record: Record) -> tuple[Any, ...]:
     """What a caption says that is known before anything is measured."""
     settings, env = record.get("settings") or {}, record["env"]
-    of_speed = ("context_limit", "max_new_tokens", "min_new_tokens", "repetitions", "warmup", "speed_decode_only")
+    of_speed = (
+        "context_limit",
+        "max_new_tokens",
+        "min_new_tokens",
+        "repetitions",
+        "warmup",
+        "speed_decode_only",
+        "compile",
+    )
     return (
         *(record.get(k) for k in ("protocol", "model", "num_params", "dtype", "device", "attn_implementation")),
         *(record.get(k) for k in ("ppl_mode", "dataset", "subset", "text_sha256", "total_tokens")),

@@ -174,6 +174,7 @@ class Run:
                 warmup=s.warmup,
                 seed=s.seed,
                 chunk_tokens=s.chunk_tokens,
+                compile=s.compile,
             )
             self._timed("speed", self.speed.run)
 
