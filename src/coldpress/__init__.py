@@ -9,6 +9,7 @@ from coldpress.attention import register as _register_backends
 from coldpress.attention import use_coldpress
 from coldpress.cache import PressedCache
 from coldpress.chunks import prefill
+from coldpress.compiling import compiled
 from coldpress.errors import ColdpressError
 from coldpress.pipeline import KVPressTextGenerationPipeline
 from coldpress.pipeline import register as _register_tasks
@@ -123,6 +124,7 @@ __all__ = [
     "WrapperPress",
     "__version__",
     "catalogue",
+    "compiled",
     "make_press",
     "prefill",
     "press_names",

@@ -148,6 +148,8 @@ def _attention(
     **kwargs: Any,
 ) -> Attended:
     """What a model calls for one layer: ``query [B, Hq, Q, D]``, ``key`` and ``value [B, Hkv, T, D]``, both final."""
+    if attention_mask is not None and attention_mask.dtype == torch.uint8 and attention_mask.dim() == 4:
+        return _in_step(native, module, query, key, value, attention_mask, scaling, dropout, **kwargs)
     layer, THREAD.updated = THREAD.updated, None
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
     if native != "eager" and (softcap is not None or sinks is not None):
@@ -188,6 +190,31 @@ def _attention(
     )
     layer.after_attention(call, attention_mask)
     return result
+
+
+def _in_step(
+    native: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    hidden: Tensor,
+    scaling: float | None,
+    dropout: float,
+    **kwargs: Any,
+) -> Attended:
+    """Attention of one token over whole buffers, in a compiled step (``compiling.py``).
+
+    ``hidden``: uint8 ``[L, 1, 1, capacity]``, the slots of each layer that are empty; no other mask has this dtype.
+    """
+    for name in (*_UNKNOWN, "softcap", "s_aux", "sliding_window"):
+        if kwargs.get(name) is not None:
+            raise ModelError(f"{type(module).__name__} attends with {name!r}, which a compiled step does not know.")
+    if native not in BACKENDS.values() or (dropout and module.training):
+        raise ModelError("A compiled step does not train; call model.eval().")
+    index: Any = module.layer_idx
+    visible = hidden[index, :, :, : key.shape[2]][None] == 0
+    return _sdpa(module, query, key, value, visible, scaling, 0.0)
 
 
 def _hidden_states(module: nn.Module) -> Tensor | None:

@@ -219,6 +219,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add = speed.add_argument
     add("--speed_only", action="store_true", default=None, help="do not measure perplexity")
     add("--speed_decode_only", action="store_true", default=None, help="leave prefill and compression out of the time")
+    add("--compile", action="store_true", default=None, help="decode by a step that torch.compile has made")
     add("--context_limit", type=_positive, help="tokens of the timed context (default: 4096)")
     add("--max_new_tokens", type=_positive, help="tokens to generate (default: 200)")
     add("--min_new_tokens", type=_positive, help="no end of text before so many (default: --max_new_tokens)")

@@ -158,6 +158,12 @@ class PressedLayer(CacheLayerMixin):
         THREAD.updated = self.session.unclaimed = self
         return self._offered
 
+    def has_written(self, n: int) -> None:
+        """Somebody has put the pairs of ``n`` new tokens into the slots after those in use (``compiling.py``)."""
+        assert type(self._store) is DenseStore
+        self._store.n += n
+        self._seen += n
+
     def reset(self) -> None:
         """Forget everything; the session's press stays."""
         self._is_prefilled = False

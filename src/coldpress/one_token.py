@@ -134,7 +134,8 @@ def _weighted_sums(weights: Tensor, value: Tensor) -> Tensor:
     table = value.as_strided(((n_segments - 1) * pitch + n, dim), (dim, 1))
     is_alone = n_segments * group == 1
     n_parts = min(torch.get_num_threads(), n) if is_alone else 1  # each bag is added up by one thread
-    rows, starts = _rows(n_segments, group, pitch, n, n_parts)
+    find = _rows.__wrapped__ if torch.compiler.is_compiling() else _rows  # a compiled step has no use for the memory
+    rows, starts = find(n_segments, group, pitch, n, n_parts)
     sums = embedding_bag(rows, table, starts, mode="sum", per_sample_weights=weights.flatten())
     return sums.view(n_segments, group, dim) if n_parts == 1 else sums.sum(0)[None, None]
 

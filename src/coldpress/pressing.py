@@ -27,7 +27,7 @@ from coldpress.session import THREAD, Session
 if TYPE_CHECKING:
     from coldpress.presses.base import BasePress
 
-__all__ = ["prefilling", "pressed"]
+__all__ = ["is_inside", "prefilling", "pressed"]
 
 _ACTIVE: set[tuple[int, int]] = set()  # (thread, id of model) pairs that are inside a block
 
@@ -88,6 +88,11 @@ def pressed(model: PreTrainedModel, press: BasePress) -> Iterator[None]:
         stack.enter_context(prefill)
         stack.callback(_release, bound)
         yield
+
+
+def is_inside(model: PreTrainedModel) -> bool:
+    """Whether ``model`` is inside a press's block in this thread."""
+    return (threading.get_ident(), id(model)) in _ACTIVE
 
 
 def prefilling(model: PreTrainedModel, *caches: PressedCache) -> AbstractContextManager[Any]:

@@ -154,6 +154,8 @@ def test_what_cannot_work(text: str, settings: dict[str, Any], error: type[Excep
         ({"speed_only": True, "ppl_apply_press": True}, "--speed_only measures no perplexity"),
         ({"speed_only": True, "ppl_only": True}, "--speed_only measures no perplexity"),
         ({"ppl_only": True, "speed_decode_only": True}, "--ppl_only measures no speed"),
+        ({"ppl_only": True, "compile": True}, "--compile is for decoding"),
+        ({"compile": True, "warmup": 0}, "--compile compiles in the untimed rounds"),
         ({"max_new_tokens": 1}, "at least 2"),
         ({"min_new_tokens": 300}, "more than --max_new_tokens 200"),
     ],

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from coldpress import KnormPress, KVBits, LayerView, PressedCache, RandomPress, SnapKVPress
+from coldpress import AdaKVPress, KnormPress, KVBits, LayerView, PressedCache, RandomPress, SnapKVPress
 from coldpress.errors import SelfCheckError
 from coldpress.eval import speed
 from coldpress.eval.speed import WARMUP_TOKENS, Sample, SpeedPoint, SpeedRun
+from coldpress.layer import PressedLayer
 
 CONTEXT, NEW = 40, 12
 KV_BYTES = 2 * 2 * CONTEXT * 32 * 4  # layers, keys and values, tokens, hidden size, float32
@@ -120,6 +121,24 @@ def test_rounds_are_interleaved_in_a_seeded_random_order(
     assert all(sorted(one) == ["t0", "t1", "t2", "t3"] for one in rounds)
     assert len({tuple(one) for one in rounds}) > 1
     assert order(0) == log != order(1)
+
+
+def test_compiled_decoding_generates_the_same_ids(
+    model: PreTrainedModel, text: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced and not compiled; what a compiled step refuses fails alone, with its reason."""
+    presses, own = [None, SnapKVPress(0.5), AdaKVPress(SnapKVPress(0.5, window_size=8))], torch.compile
+    fed = Fed(model)
+    run(model, text, presses[:2], repetitions=1)
+    expected, fed.ids = fed.answers, []
+    steps: list[int] = []
+    count = PressedLayer.has_written
+    monkeypatch.setattr(PressedLayer, "has_written", lambda layer, n: (steps.append(n), count(layer, n))[1])
+    monkeypatch.setattr(torch, "compile", lambda step, **options: own(step, backend="eager", fullgraph=True))
+    measured = run(model, text, presses, repetitions=1, compile=True)
+    assert [a for a in fed.answers if len(a) == NEW - 1][:2] == expected[:2] and len(steps) > 2 * (NEW - 1)
+    assert [point.error is None for point in measured.points] == [True, True, False]
+    assert "equally many pairs" in str(measured.points[2].error)
 
 
 def test_a_press_that_fails_stops_no_other(model: PreTrainedModel, text: Tensor) -> None:

@@ -168,7 +168,8 @@ def describe(record: Record) -> str:
         timed = f"timed with {context:,} tokens of context and {n_generated} generated ones"
         n = settings.get("repetitions")
         timed += f", {n} repetition{'s' if n > 1 else ''}" if n else ""
-        parts.append(f"{timed}, decoding only" if settings.get("speed_decode_only") else timed)
+        timed += ", decoding only" if settings.get("speed_decode_only") else ""
+        parts.append(f"{timed}, compiled" if settings.get("compile") else timed)
     if record.get("peak_mem_kind"):
         parts.append(f"peak memory by {record['peak_mem_kind']}")
     parts.append(f"transformers {env['transformers']}, torch {env['torch']}, {env['cpu']}, {env['threads']} threads")
@@ -285,7 +286,15 @@ def _asked(record: Record) -> tuple[Any, ...]:
 
 
 def _of_speed(settings: dict[str, Any]) -> list[Any]:
-    names = ("context_limit", "max_new_tokens", "min_new_tokens", "repetitions", "warmup", "speed_decode_only")
+    names = (
+        "context_limit",
+        "max_new_tokens",
+        "min_new_tokens",
+        "repetitions",
+        "warmup",
+        "speed_decode_only",
+        "compile",
+    )
     return [settings.get(name) for name in names]
 
 

@@ -240,6 +240,7 @@ class Run:
                 warmup=s.warmup,
                 seed=s.seed,
                 chunk_tokens=s.chunk_tokens,
+                compile=s.compile,
             )
             self._timed("speed", partial(self.speed.run, on_done=on_done))
 

@@ -53,6 +53,7 @@ class Settings:
     speed_only: bool = False
     ppl_only: bool = False
     speed_decode_only: bool = False
+    compile: bool = False  # the timed decoding
     max_length: int | None = None
     stride: int | None = None
     context_tokens: int | None = None
@@ -87,6 +88,10 @@ class Settings:
             )
         if self.ppl_only and self.speed_decode_only:
             raise InputError("--ppl_only measures no speed; leave it out, or --speed_decode_only.")
+        if self.compile and self.ppl_only:
+            raise InputError("--compile is for decoding, and no speed is measured here; leave it out.")
+        if self.compile and not self.warmup:
+            raise InputError("--compile compiles in the untimed rounds; give --warmup 1 or more.")
         if not self.ppl_only and self.max_new_tokens < 2:
             raise InputError(f"--max_new_tokens must be at least 2 to time decoding, got {self.max_new_tokens}.")
         if not self.ppl_only and (self.min_new_tokens or 0) > self.max_new_tokens:

@@ -14,7 +14,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.cache import PressedCache
 from coldpress.chunks import prefill
+from coldpress.compiling import compiled
 from coldpress.errors import SelfCheckError
 from coldpress.eval.checks import check_stored_pairs, release
 from coldpress.eval.memory import MemoryMeter, MemoryReading
@@ -110,6 +111,7 @@ class SpeedRun:
         repetitions, warmup: timed rounds, and untimed ones (with few tokens) before them.
         seed: of the order of the presses within a round.
         chunk_tokens: tokens of a piece of the context, that without a press too; None for a context in one piece.
+        compile: decode by a compiled step (:func:`coldpress.compiled`), which the warm-up compiles.
     """
 
     def __init__(
@@ -127,6 +129,7 @@ class SpeedRun:
         seed: int = 0,
         chunk_tokens: int | None = None,
         kv_bits: Sequence[KVBits | None] | None = None,
+        compile: bool = False,
     ):
         self.model, self.context_ids = model, context_ids
         kv_bits = [None] * len(presses) if kv_bits is None else kv_bits
@@ -136,7 +139,7 @@ class SpeedRun:
         self.eos_ids, self.decode_only = tuple(eos_ids), decode_only
         self.repetitions, self.warmup = repetitions, warmup
         self.order = random.Random(seed)
-        self.chunk_tokens = chunk_tokens
+        self.chunk_tokens, self.compile = chunk_tokens, compile
 
     @property
     def device(self) -> torch.device:
@@ -162,11 +165,13 @@ class SpeedRun:
         rounds += [("memory", point) for point in self.points]
         gc.collect()
         gc.freeze()  # what is here now stays: the collections between the rounds need not look at it
+        block = compiled(self.model, self.max_new_tokens) if self.compile else nullcontext()
         try:
-            for kind, point in progress(rounds):
-                self._measure(kind, point)
-                if kind == "memory" and on_done is not None:
-                    on_done(point)
+            with block:
+                for kind, point in progress(rounds):
+                    self._measure(kind, point)
+                    if kind == "memory" and on_done is not None:
+                        on_done(point)
         finally:
             gc.unfreeze()
 

@@ -1,0 +1,111 @@
+#!/usr/bin/env python3
+"""Milliseconds of a decoded token with a compiled step, and with its parts, against the same cache outside of it.
+
+    python -m benchmarks.decode_speed.compiled --output FILE.json
+
+Three models with the same weights decode from the same pairs, SnapKV's at ratio 0.5: as they are; with weights that lie
+by columns; in a ``compiled()`` block. They take turns in a random order, one sample of some tokens at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import sys
+import time
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from benchmarks.decoding import (
+    Decoder,
+    add_arguments,
+    by_round,
+    facts,
+    footer,
+    make_model,
+    ratios,
+    read_bandwidth,
+    spread,
+    text,
+    turns,
+    write,
+)
+
+from coldpress import PressedCache, SnapKVPress, compiled, use_coldpress
+from coldpress.compiling import by_columns
+
+TITLES = {
+    "eager": "outside",
+    "columns": "weights by columns, not compiled",
+    "compiled": "in a compiled() block",
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    add_arguments(parser)
+    parser.add_argument("--tokens", type=int, default=8192, help="of context")
+    parser.add_argument("--new_tokens", type=int, default=12, help="timed in each sample")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    record = measure(args)
+    write(args, record)
+    print(table(record))
+    return 0
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    model = make_model(args)
+    use_coldpress(model)
+    full = PressedCache()
+    (half,) = full.branches([SnapKVPress(0.5)])
+    with torch.inference_mode():
+        model.base_model(text(1, args.tokens, args.seed), past_key_values=full)
+    decoders = {name: Decoder(copy.deepcopy(model), half.fork(), "coldpress", args.tokens) for name in TITLES}
+    samples, speeds, last = [], [], -1
+    with ExitStack() as stack:
+        stack.enter_context(by_columns(decoders["columns"].model))
+        stack.enter_context(compiled(decoders["compiled"].model, new_tokens=args.new_tokens + 2))
+        start = time.perf_counter()
+        decoders["compiled"].tokens(1)
+        compile_s = time.perf_counter() - start
+        difference = largest_difference(decoders["eager"], decoders["compiled"])
+        for turn, name in turns(list(decoders), args.rounds, args.seed):
+            if turn != last:
+                last = turn
+                speeds.append(round(read_bandwidth(), 2))
+            ms, cpu = decoders[name].tokens(args.new_tokens)
+            samples.append({"round": turn, "name": name, "cpu": cpu, "ms": ms})
+    settings = facts(args, model) | {"tokens": args.tokens, "new_tokens": args.new_tokens}
+    settings |= {"compile_s": round(compile_s, 1), "largest_difference_of_logits": difference}
+    return {"settings": settings, "read_gb_per_s": speeds, "samples": samples}
+
+
+def largest_difference(one: Decoder, other: Decoder) -> float:
+    """Between the logits of a token after the same cache."""
+    with torch.inference_mode():
+        logits = [d.model(torch.full((1, 1), 5), past_key_values=d.cache).logits for d in (one, other)]
+    for decoder in (one, other):
+        decoder.cache.crop(-1)
+    return float((logits[0] - logits[1]).abs().max())
+
+
+def table(record: dict[str, Any]) -> str:
+    settings = record["settings"]
+    lines = ["| step | ms a token | times faster: median (least to most) |", "|---|---:|---:|"]
+    for name, title in TITLES.items():
+        ms = statistics.median(by_round(record, name).values())
+        lines.append(f"| {title} | {ms:.1f} | {spread(ratios(record, 'eager', name))} |")
+    share = statistics.median(s["cpu"] for s in record["samples"]) / settings["threads"]
+    return "\n".join(lines) + (
+        f"\n\nContext of {settings['tokens']:,} tokens, SnapKV at 0.5; compiling took {settings['compile_s']:.0f} s; "
+        f"logits differ by {settings['largest_difference_of_logits']:.1g} at most; a sum over memory reads "
+        f"{max(record['read_gb_per_s']):.1f} GB/s at best; the process got {100 * share:.0f} % of its CPU time. "
+        f"{footer(settings)}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
