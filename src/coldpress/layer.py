@@ -559,11 +559,14 @@ class PressedLayer(CacheLayerMixin):
         rope = self.session.rope(call.module, queries.device) if self.session.rerotates else None
         if rope is None:
             return queries
+        after = self.positions()
         if padding is not None:
-            is_real = padding[:, None].expand(-1, before.shape[1], -1).gather(2, before.clamp(min=0))
-            before = before.masked_fill(~is_real, -1)
+            is_real = padding[:, None].expand(-1, before.shape[1], -1)
+            before, after = (
+                held.masked_fill(~is_real.gather(2, held.clamp(min=0)), -1) for held in (before, after)
+            )
         at = torch.arange(self._seen - queries.shape[2], self._seen, device=queries.device)
-        moves = n_after(before, at) - n_after(self.positions(), at)  # [B, Hkv, Q]
+        moves = n_after(before, at) - n_after(after, at)  # [B, Hkv, Q]
         if not bool(moves.any()):
             return queries
         by_head = moves.repeat_interleave(queries.shape[1] // moves.shape[1], dim=1)
