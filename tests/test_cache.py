@@ -24,8 +24,10 @@ from coldpress import (
     LayerView,
     PerLayerCompressionPress,
     PressedCache,
+    RandomPress,
     SnapKVPress,
     make_press,
+    prefill,
     press_names,
 )
 from coldpress.errors import CacheError, ModelError, PressError
@@ -183,6 +185,24 @@ def test_crop_of_an_uncompressed_cache_into_the_prompt() -> None:
     torch.testing.assert_close(add(past, FURTHER[:, :3]), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("press", [None, SnapKVPress(0.0)])
+@pytest.mark.parametrize("chunk", [None, 12])
+def test_a_cache_cropped_to_nothing_is_as_good_as_new(press: BasePress | None, chunk: int | None) -> None:
+    """It takes another number of rows, and its next call is a prefill."""
+    past, ids = PressedCache(press, chunk_tokens=chunk), tokens(2, N)
+    mask = torch.ones_like(ids)
+    mask[0, : 4 if press is None else 0] = 0  # a press takes padding out, and then there is no way back
+    prefill(tiny("llama"), ids, past, attention_mask=mask)
+    past.crop(-N)
+    assert past.seen_tokens == past.kv_bytes() == 0 and past.stored_lengths() == []
+    past.session.press = None if press is None else PRESS
+    prefill(tiny("llama"), IDS, past)
+    new = PressedCache(past.press, chunk_tokens=chunk)
+    prefill(tiny("llama"), IDS, new)
+    assert past.stored_lengths() == new.stored_lengths() and not past.session.has_padding
+    assert torch.equal(add(past, FURTHER[:, :3]), add(new, FURTHER[:, :3]))
+
+
 # -- copies -----------------------------------------------------------------------------------------------------------
 
 
@@ -262,6 +282,18 @@ def test_cropping_one_of_two_leaves_the_other_alone(is_child: bool) -> None:
     cropped.crop(-20)
     add(cropped, FURTHER[:, 50:60])
     assert torch.equal(add(other, FURTHER[:, 2:5]), add(alone, FURTHER[:, 2:5]))
+
+
+def test_a_fork_goes_on_with_the_seed_of_its_original() -> None:
+    """As a copy and a saved cache do: what a press draws once per cache is drawn."""
+    torch.manual_seed(0)
+    past = PressedCache(DecodingPress(RandomPress(), 4, 20))
+    add(past, IDS)
+    add(past, FURTHER[:, :4])  # the seed is drawn
+    fork, copied = past.fork(), copy.deepcopy(past)
+    for each in (past, fork, copied):
+        add(each, FURTHER[:, 4:20])
+    assert torch.equal(fork.positions(), past.positions()) and torch.equal(copied.positions(), past.positions())
 
 
 def test_reset_and_reuse() -> None:

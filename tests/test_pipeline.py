@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
+import resource
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.presses.others import IN_BLOCK, OTHERS, WITH_RATIO
+from tests.presses.others import IN_BLOCK, OTHERS, WITH_RATIO, small_press
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -37,6 +39,7 @@ from coldpress import (
     DMSPress,
     DuoAttentionPress,
     FinchPress,
+    Kept,
     KnormPress,
     KVBits,
     KVzapPress,
@@ -51,8 +54,11 @@ from coldpress import (
     make_press,
     press_names,
 )
+from coldpress.chunks import can_choose_again
 from coldpress.errors import CacheError, InputError, PressError
+from coldpress.layer import PressedLayer
 from coldpress.pipeline import TASKS, KVPressTextGenerationPipeline
+from coldpress.session import Session
 
 DEMO = Path(coldpress.__file__).parent / "assets" / "demo" / "model"
 CONTEXT = "The miller weighed the olives, washed them, and laid them between mats of woven grass. " * 4
@@ -663,3 +669,59 @@ def test_from_a_folder_with_a_device_map(folder: Path) -> None:
     pipe = pipeline(TASKS[0], model=str(folder), device_map="auto")
     answers = pipe(CONTEXT, questions=QUESTIONS, press=SnapKVPress(0.5), max_new_tokens=3)["answers"]
     assert len(answers) == 3 and all(answers)
+
+
+# Memory
+
+
+LEAKY = ("snapkv", "adakv_snapkv", "expected_attention", "kvzip", "think", "finch", "tova", "rerotated_streaming_llm")
+SCHEDULES = (DecodingPress(AdaKVPress(KnormPress(), 0.0), 2, 12), DMSPress(KnormPress(), -1.0, 4, decoding=True))
+
+
+def _is_alive(kind: type) -> int:
+    return sum(issubclass(type(each), kind) for each in gc.get_objects())
+
+
+def _resident_bytes() -> int:
+    """What the process holds of main memory; 0 where Linux does not say."""
+    path = Path("/proc/self/statm")
+    return int(path.read_text().split()[1]) * resource.getpagesize() if path.exists() else 0
+
+
+class _Fails(BasePress):
+    def compress(self, view: LayerView) -> Kept | None:
+        if view.layer_idx == 1:
+            raise PressError("This press fails at the second layer.")
+        return None
+
+
+def test_many_requests_leave_nothing_behind(pipe: KVPressTextGenerationPipeline) -> None:
+    """The objects of one round are gone after it, whatever was asked for, and so is the memory of 200 requests."""
+    presses: list[BasePress | None] = [None, *(small_press(name, "gpt_neox") for name in LEAKY), *SCHEDULES, _Fails()]
+
+    def ask(i: int) -> None:
+        press = presses[i % len(presses)]
+        options: dict[str, Any] = {"press": press}
+        if i % 3 == 1 and (press is None or not (press.goes_on or "Think" in repr(press))):
+            options["kv_bits"] = KVBits(4, 8, 8)
+        elif i % 3 == 2:
+            options = {"cache": PressedCache(press, chunk_tokens=16 if can_choose_again(press) else None)}
+        if i % 4 == 3:
+            options |= {"num_beams": 2}
+        try:
+            pipe(f"{i} " + CONTEXT, questions=["Who?", "Where?"], max_new_tokens=3, **options)
+        except PressError as error:
+            assert "second layer" in str(error)
+
+    def left() -> list[int]:
+        gc.collect()
+        hooks = [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in pipe.model.modules()]
+        return [_is_alive(PressedCache), _is_alive(PressedLayer), _is_alive(Session), _is_alive(Tensor), sum(hooks)]
+
+    for i in range(2 * len(presses)):  # what is made once, for a model or by torch, is made
+        ask(i)
+    before, resident = left(), _resident_bytes()
+    for i in range(200):
+        ask(i)
+    assert left() == before
+    assert _resident_bytes() - resident < 32 << 20

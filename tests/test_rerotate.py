@@ -30,6 +30,7 @@ from coldpress import (
     StreamingLLMPress,
     ThinKPress,
     TOVAPress,
+    prefill,
 )
 from coldpress.errors import ModelError, PressError
 from coldpress.layer import PressedLayer
@@ -190,7 +191,12 @@ class Spy(DecodingPress):
 
 @every_model
 @pytest.mark.parametrize("inner", [TOVAPress(), AdaKVPress(KeyDiffPress(), 0.0)], ids=repr)
-def test_scorers_see_keys_and_queries_where_they_stand(model: str, inner: BasePress) -> None:
+@pytest.mark.parametrize(
+    ("before", "chunk"), [(None, None), (KnormPress(0.5), None), (AdaKVPress(KnormPress(0.5)), 5)], ids=repr
+)
+def test_scorers_see_keys_and_queries_where_they_stand(
+    model: str, inner: BasePress, before: BasePress | None, chunk: int | None
+) -> None:
     """Queries of tokens long before the last cut too; unrotating gives back what the projections gave."""
     ids, made = tokens(1, 70), {}
 
@@ -200,10 +206,13 @@ def test_scorers_see_keys_and_queries_where_they_stand(model: str, inner: BasePr
             made[layer._seen] = turned(model, call.query, -at), turned(model, layer.keys[:, :, -len(at) :], -at)
 
     Spy.views = []
-    past = PressedCache(Spy(inner, INTERVAL, TARGET, 12), positions="rerotate")  # type: ignore[arg-type]
+    press = PrefillDecodingPress(before, Spy(inner, INTERVAL, TARGET, 12))  # type: ignore[arg-type]
+    past = PressedCache(press, positions="rerotate", chunk_tokens=chunk)
     past.session.look = look
-    for start, stop in [(0, 16), *((i, i + 1) for i in range(16, 70))]:
-        if stop > 16 and past.layer(0).is_ragged:
+    with torch.no_grad():
+        prefill(tiny(model), ids[:, :16], past)
+    for start, stop in [(i, i + 1) for i in range(16, 70)]:
+        if past.layer(0).is_ragged:
             past.layer(0)._offered = None
         read(model, past, ids[:, start:stop])
     queries, keys = (torch.cat([made[seen][i] for seen in sorted(made)], dim=2) for i in (0, 1))

@@ -272,6 +272,18 @@ def test_a_batch_with_padding(tmp_path: Path) -> None:
     more = torch.cat([loaded.attention_mask.long(), torch.ones(3, 4, dtype=torch.long)], dim=1)
     answers = [model(tokens(3, 4, seed=2), attention_mask=more, past_key_values=each).logits for each in (past, loaded)]
     assert torch.equal(*answers)
+    loaded.crop(-2)
+    assert torch.equal(loaded.attention_mask, mask.bool())  # of no token that came later
+    fork = loaded.fork()
+    fork.crop(-2)
+    for rows, change in (
+        ([2, 0], lambda: fork.reorder_cache(torch.tensor([2, 0]))),
+        ([0, 2], lambda: fork.batch_select_indices(torch.tensor([1, 0]))),
+        ([0, 0, 2, 2], lambda: fork.batch_repeat_interleave(2)),
+    ):
+        change()
+        assert torch.equal(fork.attention_mask.long(), mask[rows])
+    assert torch.equal(loaded.attention_mask, mask.bool())
     loaded.reset()
     assert loaded.attention_mask is None
 

@@ -295,6 +295,30 @@ class PressedCache(Cache):
         for layer in self.pressed_layers():
             layer.cropped_length(max_length)
         super().crop(max_length)
+        if not self.seen_tokens:
+            self.attention_mask, self.session.has_padding = None, False
+        elif self.attention_mask is not None:
+            self.attention_mask = self.attention_mask[:, : self.seen_tokens]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Hold the rows ``beam_idx`` of what is held, int64 ``[B']``."""
+        super().reorder_cache(beam_idx)
+        self._index_mask(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Hold the rows ``indices`` of what is held, int64 ``[B']``."""
+        super().batch_select_indices(indices)
+        self._index_mask(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Hold every row ``repeats`` times, one after the other."""
+        super().batch_repeat_interleave(repeats)
+        if self.attention_mask is not None:
+            self.attention_mask = self.attention_mask.repeat_interleave(repeats, dim=0)
+
+    def _index_mask(self, rows: Tensor) -> None:
+        if self.attention_mask is not None:
+            self.attention_mask = self.attention_mask.index_select(0, rows.to(self.attention_mask.device))
 
     def activate_past_recording(self) -> None:
         """What assisted generation asks for before its first forward, which feeds its guesses with the prompt.

@@ -176,6 +176,8 @@ class PressedLayer(CacheLayerMixin):
             CacheError: as :meth:`cropped_length`.
         """
         length = self.cropped_length(max_length)
+        if not length:
+            return self.reset()  # the next call is a prefill, of as many rows as it brings
         dropped = self._seen - length
         if dropped and self._store is not None:
             self._store.crop(self._store.n - dropped)
@@ -359,6 +361,7 @@ class PressedLayer(CacheLayerMixin):
             self._count_for_budgets(groups, is_last)
         for branch in branches:
             branch._window = call.sliding_window
+        before = self.positions() if session.rerotates and is_prefill else None
         sharing = [branch for branch in branches if not branch.compress_from(self, groups)]
         if is_first:
             self.compress_from(self, groups)
@@ -374,7 +377,7 @@ class PressedLayer(CacheLayerMixin):
             branch._pairs_before = branch._pairs_after = n_pairs
         for layer in (self, *branches):
             try:
-                layer._go_on(call, padding, is_prefill)
+                layer._go_on(call, padding, is_prefill, before)
             except Exception as error:
                 if layer is self:
                     raise
@@ -447,15 +450,19 @@ class PressedLayer(CacheLayerMixin):
         else:
             self._count_pairs(call, padding)
 
-    def _go_on(self, call: LayerCall, padding: Tensor | None, is_prefill: bool) -> None:
-        """What a press that goes on while decoding does after a call, and with the queries that it remembers."""
+    def _go_on(self, call: LayerCall, padding: Tensor | None, is_prefill: bool, before: Tensor | None) -> None:
+        """What a press that goes on while decoding does after a call, and with the queries that it remembers.
+
+        Args:
+            before: int64 ``[B, Hkv, T]``, positions of what a prefill was cut back from, where keys then move up.
+        """
         press = self.session.press
         if press is None or call.is_local or self.session.error is not None:
             return
         if press.n_waiting and (press.judges_prompt or not is_prefill):
             self._judge(press, call, padding)
         if press.n_recent_queries:
-            self._compress_when_due(press, call, padding, is_prefill)
+            self._compress_when_due(press, call, padding, is_prefill, before)
 
     def _judge(self, press: BasePress, call: LayerCall, padding: Tensor | None) -> None:
         """Have the press say which of the new tokens stay, and free the others when they are no longer the newest."""
@@ -518,7 +525,9 @@ class PressedLayer(CacheLayerMixin):
         if self._kept is not None:
             self._pairs_after += int((self._kept >= near).sum())
 
-    def _compress_when_due(self, press: BasePress, call: LayerCall, padding: Tensor | None, is_prefill: bool) -> None:
+    def _compress_when_due(
+        self, press: BasePress, call: LayerCall, padding: Tensor | None, is_prefill: bool, before: Tensor | None
+    ) -> None:
         """Remember the queries of this call, and compress again when enough tokens have come."""
         n, query = press.n_recent_queries, call.query
         if query.shape[2] > n:
@@ -528,6 +537,8 @@ class PressedLayer(CacheLayerMixin):
             while sum(part.shape[2] for part in self._recent[1:]) >= n:
                 self._recent = self._recent[1:]
         if is_prefill:
+            if before is not None:
+                self._recent = (self._moved_up(torch.cat(self._recent, dim=2), call, padding, before),)
             return
         self.n_new += query.shape[2]
         if call.hidden_states is not None:
@@ -554,11 +565,14 @@ class PressedLayer(CacheLayerMixin):
         rope = self.session.rope(call.module, queries.device) if self.session.rerotates else None
         if rope is None:
             return queries
+        after = self.positions()
         if padding is not None:
-            is_real = padding[:, None].expand(-1, before.shape[1], -1).gather(2, before.clamp(min=0))
-            before = before.masked_fill(~is_real, -1)
+            is_real = padding[:, None].expand(-1, before.shape[1], -1)
+            before, after = (
+                held.masked_fill(~is_real.gather(2, held.clamp(min=0)), -1) for held in (before, after)
+            )
         at = torch.arange(self._seen - queries.shape[2], self._seen, device=queries.device)
-        moves = n_after(before, at) - n_after(self.positions(), at)  # [B, Hkv, Q]
+        moves = n_after(before, at) - n_after(after, at)  # [B, Hkv, Q]
         if not bool(moves.any()):
             return queries
         by_head = moves.repeat_interleave(queries.shape[1] // moves.shape[1], dim=1)

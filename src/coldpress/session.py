@@ -90,7 +90,7 @@ class Session:
 
     def follow(self, other: Session) -> None:
         """Take over what is known of the pairs of ``other``'s cache, which this session's cache holds too."""
-        self.rerotates, self.has_padding = other.rerotates, other.has_padding
+        self.rerotates, self.has_padding, self._seed = other.rerotates, other.has_padding, other._seed
         self.find_model, self._ropes = other.find_model, dict(other._ropes)
 
     def rope(self, module: nn.Module, device: torch.device) -> Rope | None:
