@@ -65,7 +65,7 @@ def main() -> int:
 
 
 def weights(args: argparse.Namespace) -> str:
-    """For the shapes of Pythia-70M, best of ``--rounds``; each reads more weights than a processor holds near itself."""
+    """For the shapes of Pythia-70M, best of ``--rounds``; each reads more weights than a processor holds."""
     by_rows = torch.compile(linear)
     lines = [
         "| weight | by rows | by rows, torch.compile | by columns | by columns, embedding_bag |",
