@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from benchmarks.decoding import (
+    DTYPES,
     Decoder,
     add_arguments,
     by_round,
@@ -32,9 +33,10 @@ from benchmarks.decoding import (
     turns,
     write,
 )
+from torch.nn.functional import linear
 
 from coldpress import PressedCache, SnapKVPress, compiled, use_coldpress
-from coldpress.compiling import by_columns
+from coldpress.compiling import OneRow, by_columns
 
 TITLES = {
     "eager": "outside",
@@ -48,12 +50,43 @@ def main() -> int:
     add_arguments(parser)
     parser.add_argument("--tokens", type=int, default=8192, help="of context")
     parser.add_argument("--new_tokens", type=int, default=12, help="timed in each sample")
+    parser.add_argument(
+        "--weights", action="store_true", help="instead: GB/s at which linear layers of one row are read"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.weights:
+        print(weights(args))
+        return 0
     record = measure(args)
     write(args, record)
     print(table(record))
     return 0
+
+
+def weights(args: argparse.Namespace) -> str:
+    """For the shapes of Pythia-70M, best of ``--rounds``; each reads more weights than a processor holds."""
+    by_rows = torch.compile(linear)
+    lines = [
+        "| weight | by rows | by rows, torch.compile | by columns | by columns, embedding_bag |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for n_out, n_in in ((50304, 512), (1536, 512), (512, 512), (2048, 512), (512, 2048)):
+        rows = [torch.randn(n_out, n_in, dtype=DTYPES[args.dtype]) for _ in range(max(1, 50_000_000 // (n_out * n_in)))]
+        columns = [weight.t().contiguous().t() for weight in rows]
+        x, mode = torch.randn(1, 1, n_in, dtype=DTYPES[args.dtype]), OneRow(args.threads)
+        n_bytes = sum(weight.nbytes for weight in rows)
+        ways = ((linear, rows), (by_rows, rows), (linear, columns), (mode.linear, columns))
+        best = [float("inf")] * len(ways)
+        with torch.inference_mode():
+            for _ in range(args.rounds):
+                for i, (product, held) in enumerate(ways):
+                    start = time.perf_counter()
+                    for weight in held:
+                        product(x, weight)
+                    best[i] = min(best[i], time.perf_counter() - start)
+        lines.append(f"| {n_out} x {n_in} | " + " | ".join(f"{n_bytes / t / 1e9:.1f}" for t in best) + " |")
+    return "\n".join(lines)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from coldpress.layer import PressedLayer
 from coldpress.pressing import is_inside
 from coldpress.store import DenseStore
 
-__all__ = ["by_columns", "compiled"]
+__all__ = ["OneRow", "by_columns", "compiled"]
 
 _CAPACITY_TOKENS = 64  # buffers are whole multiples of this, so that texts of similar lengths share a compiled step
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -215,7 +215,7 @@ def _step(
     capacity = max(buffer.shape[2] for buffer in keys)
     hidden = torch.arange(capacity, device=ids.device) > at[:, None]  # [L, capacity]
     cache = _StepCache(keys, values, at)
-    with _Columns(n_parts):
+    with OneRow(n_parts):
         output = forward(
             input_ids=ids,
             attention_mask=hidden[:, None, None].to(torch.uint8),
@@ -249,7 +249,7 @@ class _StepCache(Cache):
         return self.all_keys[0].shape[2], 0
 
 
-class _Columns(TorchFunctionMode):
+class OneRow(TorchFunctionMode):
     """A linear layer of one row, whose weights lie by columns, is a sum of these columns with weights.
 
     ``embedding_bag`` is the operation of torch that reads them fastest: it fetches ahead.
@@ -262,10 +262,10 @@ class _Columns(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is linear and self.n_parts and not kwargs:
-            return self._linear(*args)
+            return self.linear(*args)
         return func(*args, **kwargs)
 
-    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         n = weight.shape[1]
         if x.numel() != n or x.dtype != weight.dtype or weight.dtype not in _DTYPES or weight.stride(0) != 1:
             return linear(x, weight, bias)
