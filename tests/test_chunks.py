@@ -443,7 +443,6 @@ def test_a_press_that_fails_at_a_later_piece_breaks_its_cache() -> None:
         ObservedAttentionPress(0.5),
         SimLayerKVPress(),
         DMSPress(KnormPress(), threshold=0.0),
-        DecodingPress(KnormPress()),
         PrefillDecodingPress(CompactorPress(0.5), DecodingPress(KnormPress())),
     ],
     ids=lambda press: type(press).__name__,
@@ -452,6 +451,13 @@ def test_a_press_that_chooses_once_is_refused(press: BasePress) -> None:
     with pytest.raises(PressError, match="again and again"):
         PressedCache(press, chunk_tokens=CHUNK)
     assert not can_choose_again(press)
+
+
+def test_a_press_that_begins_after_the_prompt_is_refused() -> None:
+    schedule = DecodingPress(KnormPress())
+    with pytest.raises(PressError, match=r"DecodingPress begins after it; give PrefillDecodingPress\(.* None in the"):
+        PressedCache(schedule, chunk_tokens=CHUNK)
+    assert PressedCache(PrefillDecodingPress(None, schedule), chunk_tokens=CHUNK).chunk_tokens == CHUNK
 
 
 @pytest.mark.parametrize("chunk", [0, -3, 1.5, True, "512"])

@@ -157,25 +157,30 @@ def test_heads_of_different_length_each_stand_side_by_side(model: str) -> None:
     assert n_ragged > 10
 
 
-@pytest.mark.parametrize("inner", [KnormPress(), SnapKVPress(window_size=4), AdaKVPress(KnormPress())], ids=repr)
-def test_a_padded_row_reads_what_it_reads_alone(inner: BasePress) -> None:
+@pytest.mark.parametrize("inner", [KnormPress(), SnapKVPress(window_size=8), AdaKVPress(KnormPress())], ids=repr)
+@pytest.mark.parametrize(("before", "chunk"), [(None, None), (KnormPress(0.5), None), (KnormPress(0.5), 5)])
+def test_a_padded_row_reads_what_it_reads_alone(inner: BasePress, before: BasePress | None, chunk: int | None) -> None:
     random = torch.Generator().manual_seed(0)  # no token twice: two of one norm would be a tie
     ids, pad = torch.stack([3 + torch.randperm(90, generator=random)[:80] for _ in range(2)]), 7
-    press = DecodingPress(inner, INTERVAL, TARGET)
+    press = PrefillDecodingPress(before, DecodingPress(inner, INTERVAL, TARGET if before is None else 10))
     mask = torch.ones_like(ids)
     mask[1, :pad] = 0
     ranks = (mask.cumsum(-1) - 1).clamp(min=0)
-    both, alone = PressedCache(press, positions="rerotate"), PressedCache(press, positions="rerotate")
-    steps = [(0, 16), *((i, i + 1) for i in range(16, 80))]
+    both, alone = (PressedCache(press, positions="rerotate", chunk_tokens=chunk) for _ in range(2))
+    prefill(tiny("gpt_neox"), ids[:, :16], both, attention_mask=mask[:, :16])
+    prefill(tiny("gpt_neox"), ids[1:, pad:16], alone)
+    for layer, other in zip(both.pressed_layers(), alone.pressed_layers(), strict=True):
+        remembered, own = (torch.cat(each._recent, dim=2) for each in (layer, other))
+        torch.testing.assert_close(remembered[1:, :, -own.shape[2] :], own, atol=2e-4, rtol=0)
     with torch.no_grad():
-        for start, stop in steps:
+        for start, stop in ((i, i + 1) for i in range(16, 80)):
             logits = tiny("gpt_neox")(
                 ids[:, start:stop],
                 attention_mask=mask[:, :stop],
                 position_ids=ranks[:, start:stop],
                 past_key_values=both,
             ).logits[1]
-            own = tiny("gpt_neox")(ids[1:, max(pad, start) : stop], past_key_values=alone).logits[0]
+            own = tiny("gpt_neox")(ids[1:, start:stop], past_key_values=alone).logits[0]
             torch.testing.assert_close(logits[-len(own) :], own, atol=2e-4, rtol=0)
 
 

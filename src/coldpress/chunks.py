@@ -107,6 +107,13 @@ def check_chunks(press: BasePress | None, chunk_tokens: int | None) -> None:
         return
     if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int) or chunk_tokens < 1:
         raise CacheError(f"chunk_tokens must be an integer >= 1, got {chunk_tokens!r}.")
+    if press is not None and not press.at_prefill:
+        name = type(press).__name__
+        raise PressError(
+            f"With chunk_tokens a prompt is cut back piece by piece, and {name} begins after it; give "
+            f"PrefillDecodingPress(SnapKVPress(0.5), {name}(...)), with None in the first place to keep the prompt "
+            "whole, or leave chunk_tokens out."
+        )
     if not can_choose_again(press):
         raise PressError(
             f"With chunk_tokens a press chooses again and again among what is left of a prompt, and {press!r} cannot; "

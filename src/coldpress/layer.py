@@ -568,9 +568,7 @@ class PressedLayer(CacheLayerMixin):
         after = self.positions()
         if padding is not None:
             is_real = padding[:, None].expand(-1, before.shape[1], -1)
-            before, after = (
-                held.masked_fill(~is_real.gather(2, held.clamp(min=0)), -1) for held in (before, after)
-            )
+            before, after = (held.masked_fill(~is_real.gather(2, held.clamp(min=0)), -1) for held in (before, after))
         at = torch.arange(self._seen - queries.shape[2], self._seen, device=queries.device)
         moves = n_after(before, at) - n_after(after, at)  # [B, Hkv, Q]
         if not bool(moves.any()):

@@ -1,4 +1,4 @@
-"""Ways to hold a cache, on every architecture: in pieces, moved up, in few bits, head by head, and all of them at once."""
+"""Ways to hold a cache, on every architecture: in pieces, moved up, in few bits, head by head, and all at once."""
 
 from __future__ import annotations
 
