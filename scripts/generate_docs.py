@@ -11,8 +11,8 @@ A generated part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->`
 - ``results FOLDER``: the table of the JSON files in benchmarks/FOLDER;
 - ``parity``: the comparison with kvpress; ``faults``: the tests of kvpress's faults;
 - ``goals``: what the benchmarks of savings were to show, and what they do;
-- ``overhead``, ``chunked``, ``quantised``, ``decode``, ``headwise``, ``batch``, ``stream``, ``far`` or ``drift`` with a
-  FILE: the table of FILE.json in the results of that benchmark.
+- ``overhead``, ``chunked``, ``quantised``, ``decode``, ``compiled``, ``headwise``, ``batch``, ``stream``, ``far`` or
+  ``drift`` with a FILE: the table of FILE.json in the results of that benchmark.
 """
 
 from __future__ import annotations
@@ -165,7 +165,9 @@ def measured(benchmark: str, script: str, name: str, *parts: str) -> str:
 
 
 GOALS = (
-    *(("decode_speed", "decode_speed.py", name) for name in ("pythia-70m", "smollm2-135m-float16")),
+    ("decode_speed", "decode_speed.py", "pythia-70m"),
+    ("decode_speed", "compiled.py", "compiled_float32"),
+    ("decode_speed", "decode_speed.py", "smollm2-135m-float16"),
     ("prefill_chunked", "prefill_chunked.py", "pythia-70m"),
     ("head_wise_memory", "head_wise_memory.py", "smollm2-135m"),
 )
@@ -195,6 +197,7 @@ def generated(name: str) -> str:
         "overhead": lambda: measured("press_overhead", "press_overhead.py", argument),
         "chunked": lambda: measured("prefill_chunked", "prefill_chunked.py", argument),
         "quantised": lambda: measured("quantised", "quantised.py", argument),
+        "compiled": lambda: measured("decode_speed", "compiled.py", argument),
         "decode": lambda: measured("decode_speed", "decode_speed.py", argument),
         "headwise": lambda: measured("head_wise_memory", "head_wise_memory.py", argument),
         "batch": lambda: measured("batch", "batch.py", argument),

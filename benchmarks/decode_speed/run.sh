@@ -10,6 +10,9 @@ measure=("${PYTHON:-.venv/bin/python}" -m benchmarks.decode_speed.decode_speed -
   --rounds "${ROUNDS:-12}")
 results=${RESULTS:-results/decode_speed}
 "${measure[@]}" --model pythia-70m --output "$results/pythia-70m.json"
+for dtype in float32 bfloat16; do
+    "${measure[@]/decode_speed.decode_speed/decode_speed.compiled}" --dtype "$dtype" --output "$results/compiled_$dtype.json"
+done
 smollm2=(--model smollm2-135m --tokens 4096 --new_tokens 6 ${1:+--gguf "$1"})
 "${measure[@]}" "${smollm2[@]}" --dtype float16 ${1:+--llamacpp} --output "$results/smollm2-135m-float16.json"
 for dtype in bfloat16 float32; do
