@@ -3,6 +3,8 @@ VENV ?= .venv
 PYTHON ?=
 # which build of torch: auto (no CUDA packages without an NVIDIA GPU), plain (as pip decides), cpu
 TORCH ?= auto
+# tests that run side by side, one core each: a number, or all cores up to 8
+JOBS ?= logical
 # more arguments for pytest, for instance ARGS="-k knorm -x"
 ARGS ?=
 # for parity: SmolLM2-135M as a GGUF file; left out without it
@@ -46,10 +48,10 @@ $(PARITY)/.installed: pyproject.toml constraints.txt benchmarks/parity/requireme
 	@touch $@
 
 test: $(STAMP) ## the fast tests (more pytest arguments: ARGS=)
-	$(PY) -m pytest -m "not slow and not gpu and not network" $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --maxprocesses 8 -m "not slow and not gpu and not network" $(ARGS)
 
 test-slow: $(STAMP) ## the slow tests
-	$(PY) -m pytest -m "slow and not gpu and not network" $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --maxprocesses 8 -m "slow and not gpu and not network" $(ARGS)
 
 test-gpu: $(STAMP) ## the tests that need a CUDA device
 	$(PY) -m pytest -m "gpu and not network" $(ARGS)

@@ -82,6 +82,8 @@ def main() -> int:
             write_in_16_bits(Path(args.gguf), path)
             decoders["llama.cpp, full"] = LlamaCpp(path, text(1, args.tokens, args.seed), args.threads)
         record = measure(args, decoders)
+        if args.llamacpp:
+            decoders["llama.cpp, full"].close()
     write(args, record)
     print(table(record))
     return 0

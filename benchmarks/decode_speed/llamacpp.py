@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -37,6 +42,8 @@ def write_in_16_bits(source: Path, target: Path) -> None:
 class LlamaCpp:
     """A context in llama.cpp, keys and values in float16, from which :meth:`tokens` decodes.
 
+    It is a process of its own, which is stopped between samples: its threads would go on looking for work.
+
     Args:
         path: a GGUF file.
         ids: int64 ``[1, n]``, the context.
@@ -44,20 +51,55 @@ class LlamaCpp:
     """
 
     def __init__(self, path: Path, ids: Tensor, threads: int):
-        import xllamacpp
-
-        params = xllamacpp.CommonParams()
-        params.model.path, params.n_parallel, params.n_ctx = str(path), 1, ids.shape[1] + 512
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-        self.server, self.ids = xllamacpp.Server(params), ids[0].tolist()
+        command = [sys.executable, "-m", "benchmarks.decode_speed.llamacpp", str(path), str(threads)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._ask(ids[0].tolist())
 
     def tokens(self, n: int) -> tuple[list[float], float]:
         """As :meth:`benchmarks.decoding.Decoder.tokens`; llama.cpp says the mean time of a token only."""
-        asked = {"prompt": self.ids, "n_predict": n, "cache_prompt": True, "temperature": 0.0, "ignore_eos": True}
+        self.process.send_signal(signal.SIGCONT)
+        ms, share = self._ask(n)
+        return [round(ms, 3)] * n, round(share, 3)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def _ask(self, what: Any) -> Any:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(json.dumps(what) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit("llama.cpp has ended without an answer")
+        self.process.send_signal(signal.SIGSTOP)
+        return json.loads(line)
+
+
+def main() -> None:
+    """Answer lines from standard input: the context first, then numbers of tokens to decode after it."""
+    import xllamacpp
+
+    answers = os.dup(1)  # what llama.cpp prints there goes elsewhere
+    os.dup2(2, 1)
+    ids = json.loads(sys.stdin.readline())
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_parallel, params.n_ctx = sys.argv[1], 1, len(ids) + 512
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = int(sys.argv[2])
+    server = xllamacpp.Server(params)
+    asked = {"prompt": ids, "n_predict": 1, "cache_prompt": True, "temperature": 0.0, "ignore_eos": True}
+    server.handle_completions(asked)
+    os.write(answers, b"[]\n")
+    for line in sys.stdin:
+        n = json.loads(line)
         start, cpu_start = time.perf_counter(), time.process_time()
-        answer: Any = self.server.handle_completions(asked)
+        answer: Any = server.handle_completions(asked | {"n_predict": n})
         share = (time.process_time() - cpu_start) / (time.perf_counter() - start)
         timings = answer["timings"]
         if timings["predicted_n"] != n:
             raise SystemExit(f"llama.cpp made {timings['predicted_n']} tokens of {n}")
-        return [round(timings["predicted_per_token_ms"], 3)] * n, round(share, 3)
+        os.write(answers, f"{json.dumps([timings['predicted_per_token_ms'], share])}\n".encode())
+
+
+if __name__ == "__main__":
+    main()

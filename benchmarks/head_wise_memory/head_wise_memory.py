@@ -109,6 +109,7 @@ def memory(args: argparse.Namespace, library: str, name: str, ratio: float) -> d
     full, _ = next(made)
     bytes_of_all = full.kv_bytes() if library == "coldpress" else storage_bytes(full)
     del full
+    next(made)  # lets go of it too
     before = resident()
     cache, achieved = next(made)
     held = cache.kv_bytes() if library == "coldpress" else storage_bytes(cache)
@@ -128,6 +129,7 @@ def with_coldpress(model: Any, ids: torch.Tensor, name: str, ratio: float) -> It
         press = press_of(cache, model, name, ratio)
         yield cache, 0.0
         del cache
+        yield None, 0.0
         cache = PressedCache()
         with press(model):
             model(ids, past_key_values=cache, logits_to_keep=1)
@@ -184,6 +186,7 @@ def with_kvpress(model: Any, ids: torch.Tensor, name: str, ratio: float) -> Iter
         model.base_model(ids, past_key_values=cache)
         yield cache, 0.0
         del cache
+        yield None, 0.0
         cache = DynamicCache()
         with press(model):
             model.base_model(ids, past_key_values=cache)
