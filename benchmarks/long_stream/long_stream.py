@@ -132,7 +132,7 @@ def table(record: dict[str, Any]) -> str:
         )
     env = record["env"]
     return "\n".join(lines) + (
-        f"\n\nModel {s['model']}, trained on {s['trained_positions']:,} positions; {s['book']}, {s['tokens']:,} "
+        f"\n\nModel {s['model']}, trained on {s['trained_positions']:,} positions; book {s['book']}, {s['tokens']:,} "
         "tokens; "
         f"{s['budget_tokens']} pairs of each head are kept, chunks of {s['chunk']}. float32, torch {env['torch']}, "
         f"transformers {env['transformers']}."
@@ -162,10 +162,10 @@ def draw(record: dict[str, Any], path: Path) -> None:
     above.set_ylabel(f"loss, nats a token ({BIN:,}-token means)")
     above.legend(frameon=False)
     above.set_title(
-        f"{s['book']} read to its end; the model was trained on {s['trained_positions']:,} positions (line)"
+        f"Book {s['book']}, read to its end; the model was trained on {s['trained_positions']:,} positions (line)"
     )
     below.set_ylabel("keys and values, MiB")
-    below.set_yscale("log")
+    below.set_ylim(bottom=0)
     below.set_xlabel("position in the book, tokens")
     figure.savefig(path, dpi=120)
 
