@@ -262,13 +262,13 @@ class PressedLayer(CacheLayerMixin):
         """What the press gave the stored pairs to carry, float32 ``[B, Hkv, T]``, NaN for those that came later."""
         if self._carry is None:
             return None
-        return torch.nn.functional.pad(self._carry, (0, self.stored_length - self._carry.shape[2]), value=torch.nan)
+        return pad(self._carry, (0, self.stored_length - self._carry.shape[2]), value=torch.nan)
 
     def fine(self) -> Tensor | None:
         """What the stored keys lack that were rotated more precisely than they are held: ``[B, Hkv, T, Drot]``."""
         if self._fine is None:
             return None
-        return torch.nn.functional.pad(self._fine, (0, 0, 0, self.stored_length - self._fine.shape[2]))
+        return pad(self._fine, (0, 0, 0, self.stored_length - self._fine.shape[2]))
 
     def visibility(self, n_queries: int, padding: Tensor | None, sliding_window: int | None) -> Tensor | None:
         """Which stored slots each of the last ``n_queries`` tokens sees: bool ``[B or 1, Hkv or 1, Q or 1, T]``.
@@ -293,10 +293,10 @@ class PressedLayer(CacheLayerMixin):
         visible = (slot <= query_slot)[None, None]  # [1, 1, Q, T]
         n_kept = 0 if self._kept is None else self._kept.shape[2]
         if self._has_gaps and self._kept is not None:
-            filled = torch.nn.functional.pad(self._kept >= 0, (0, n_stored - n_kept), value=True)
+            filled = pad(self._kept >= 0, (0, n_stored - n_kept), value=True)
             visible = visible & filled[:, :, None]
         if padding is not None:
-            real = torch.nn.functional.pad(padding[:, self._tail_start :], (n_kept, 0), value=True)
+            real = pad(padding[:, self._tail_start :], (n_kept, 0), value=True)
             visible = visible & real[:, None, None]
         if sliding_window is not None:
             position, query_at = self._ranks(padding)
@@ -494,8 +494,8 @@ class PressedLayer(CacheLayerMixin):
         if padding is not None:
             stays = stays & padding[:, None, start:stop]
         n_each = (kept >= 0).sum(-1, keepdim=True)  # [B, Hkv, 1]
-        n_after = n_each[..., 0] + stays.sum(-1)
-        longest, shortest, n_pairs = torch.stack([n_after.max(), n_after.min(), n_after.sum()]).tolist()
+        n_kept_then = n_each[..., 0] + stays.sum(-1)
+        longest, shortest, n_pairs = torch.stack([n_kept_then.max(), n_kept_then.min(), n_kept_then.sum()]).tolist()
         order = (~stays).to(torch.uint8).argsort(dim=-1, stable=True)  # those that stay first
         to = n_each + torch.arange(stop - start, device=order.device)  # the others land in empty slots, or go over
         at = (start + order).int().masked_fill(~stays.gather(2, order), -1)

@@ -68,8 +68,6 @@ class RaggedStore:
                 end += size
         rank = sorted(range(n_segments), key=order.__getitem__)
         self._order = None if order == list(range(n_segments)) else torch.tensor([order, rank], device=self._v.device)
-        spans = zip(self._ends_of_room, self._starts, self._n_first, strict=True)
-        self._room = min(end - start - n for end, start, n in spans)
         self._blocks = None if is_exact else self._cut_into_blocks()
         self._find_ends()
 
@@ -83,8 +81,10 @@ class RaggedStore:
         return segment.to(self.device), first.to(self.device)
 
     def _find_ends(self) -> None:
-        ends = [start + n + self._n_later for start, n in zip(self._starts, self._n_first, strict=True)]
-        self._ends = torch.tensor(ends, device=self._v.device)
+        """Note what follows from how many pairs each segment holds now."""
+        spans = zip(self._ends_of_room, self._starts, self._n_first, strict=True)
+        self._room = min(end - start - n for end, start, n in spans)
+        self._ends = torch.tensor([span.stop for span in self.spans()], device=self._v.device)
         self._longest = [max(self._n_first[i] for i in group.members) for group in self._groups]
         self._first = [  # what each segment of a group holds of the first pairs, where they differ
             None if min(counts) == max(counts) else torch.tensor(counts, device=self._v.device)[:, None]
@@ -157,9 +157,7 @@ class RaggedStore:
 
     def packed(self) -> dict[str, Tensor]:
         """What it takes to make the store again, by name: the segments one after the other, without room to grow."""
-        spans = zip(self._starts, self._n_first, strict=True)
-        slots = [slice(start, start + n + self._n_later) for start, n in spans]
-        keys, values = (torch.cat([flat[own] for own in slots]) for flat in (self._k, self._v))
+        keys, values = (torch.cat([flat[span] for span in self.spans()]) for flat in (self._k, self._v))
         counts = torch.tensor(self._n_first, device=self.device).view(self.n_rows, self.n_heads)
         return {"keys": keys, "values": values, "counts": counts}
 
@@ -202,14 +200,14 @@ class RaggedStore:
 
     def _move(self, room: int, is_exact: bool = False) -> None:
         """Move to buffers that nobody else has, with ``room`` for later tokens in each segment."""
-        starts = self._starts
+        before = self.spans()
         self._place(room, is_exact)
         total = max(self._ends_of_room)
         for name in ("_k", "_v"):
             old = getattr(self, name)
             new = old.new_zeros(total, old.shape[1])  # empty slots get no weight, and must not be NaN
-            for start, own_start, n in zip(starts, self._starts, self._n_first, strict=True):
-                new[own_start : own_start + n + self._n_later] = old[start : start + n + self._n_later]
+            for source, target in zip(before, self.spans(), strict=True):
+                new[target] = old[source]
             setattr(self, name, new)
         self.is_borrowed = False
 
@@ -236,8 +234,6 @@ class RaggedStore:
             flat[at] = flat[source]
         self._n_first = [n + more for n, more in zip(self._n_first, stays.sum(-1).tolist(), strict=True)]
         self._n_later = n_rest
-        spans = zip(self._ends_of_room, self._starts, self._n_first, strict=True)
-        self._room = min(end - start - n for end, start, n in spans)
         self._find_ends()
         used = sum(self._n_first) + n_rest * len(self._n_first)
         if len(self._v) > 2 * room_for(used):
@@ -260,8 +256,8 @@ class RaggedStore:
     def index_rows(self, rows: Tensor) -> None:
         """Hold the rows ``rows`` of what is held, int64 ``[B']``."""
         chosen = [row * self.n_heads + head for row in rows.tolist() for head in range(self.n_heads)]
-        spans = [slice(self._starts[i], self._starts[i] + self._n_first[i] + self._n_later) for i in chosen]
-        self._k, self._v = (torch.cat([flat[span] for span in spans]) for flat in (self._k, self._v))
+        spans = self.spans()
+        self._k, self._v = (torch.cat([flat[spans[i]] for i in chosen]) for flat in (self._k, self._v))
         self.n_rows, self._n_first = len(rows), [self._n_first[i] for i in chosen]
         self._place(self._n_later, is_exact=True)
         self.is_borrowed = False
@@ -301,27 +297,14 @@ class RaggedStore:
             span, n = slice(start, start + len(members) * size), longest + self._n_later
             key, value = (flat[span].unflatten(0, (-1, size))[:, :n] for flat in (self._k, self._v))
             own = queries[n_before : n_before + len(members)]
-            is_hidden = self._hidden(n, n_queries, n_first)
+            end = None if n_first is None else n_first[..., None] + self._n_later
+            is_hidden = _hidden(n, n_queries, end, self.device)
             outputs.append(_attend(own, key, value, is_hidden, scaling))
             n_before += len(members)
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         if self._order is not None:
             output = output.index_select(0, self._order[1])
         return output.reshape(n_batch, n_query_heads, n_queries, -1).transpose(1, 2).contiguous()
-
-    def _hidden(self, n: int, n_queries: int, n_first: Tensor | None) -> Tensor | None:
-        """Which of a group's first ``n`` slots its newest queries do not see: bool ``[1 or S, Q, n]``; None for none.
-
-        Args:
-            n_first: int64 ``[S, 1]``, how many of the first pairs each segment holds; None if all hold as many.
-        """
-        if n_queries == 1 and n_first is None:
-            return None
-        slots = torch.arange(n, device=self.device)[None, None]
-        end = n if n_first is None else n_first[..., None] + self._n_later  # [S, 1, 1]
-        if n_queries == 1:
-            return slots >= end
-        return slots > end - n_queries + torch.arange(n_queries, device=self.device)[:, None]
 
 
 def pad_segments(segments: Sequence[Tensor], n_first: Sequence[int], n_later: int) -> Tensor:
@@ -341,15 +324,21 @@ def attend_segments(query: Tensor, keys: Sequence[Tensor], values: Sequence[Tens
     queries = query.reshape(len(keys), -1, n_queries, dim)  # [B * Hkv, G, Q, D]
     outputs = []
     for own, key, value in zip(queries, keys, values, strict=True):
-        is_hidden = None if n_queries == 1 else _is_later(len(key), n_queries, key.device)
+        is_hidden = _hidden(len(key), n_queries, None, key.device)
         outputs.append(_attend(own[None], key[None], value[None], is_hidden, scaling))
     return torch.cat(outputs).reshape(n_batch, n_query_heads, n_queries, -1).transpose(1, 2).contiguous()
 
 
-def _is_later(n: int, n_queries: int, device: torch.device) -> Tensor:
-    """Which of ``n`` slots come after each of the newest ``n_queries`` tokens: bool ``[1, Q, n]``."""
-    slots = torch.arange(n, device=device)
-    return slots[None, None] > slots[n - n_queries :, None]
+def _hidden(n: int, n_queries: int, end: Tensor | None, device: torch.device) -> Tensor | None:
+    """Which of ``n`` slots the newest queries do not see: bool ``[1 or S, Q, n]``, or None if they see all.
+
+    Args:
+        end: int64 ``[S, 1, 1]``, how many of the slots each segment holds; None if all are held.
+    """
+    if n_queries == 1 and end is None:
+        return None
+    last = (n if end is None else end) - n_queries + torch.arange(n_queries, device=device)[:, None]
+    return torch.arange(n, device=device) > (last if end is not None else last[None])
 
 
 class _Group(NamedTuple):
