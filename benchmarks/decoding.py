@@ -49,13 +49,13 @@ def make_model(args: argparse.Namespace) -> PreTrainedModel:
     elif args.model == "pythia-70m":
         config: Any = GPTNeoXConfig(
             hidden_size=512, num_hidden_layers=args.layers or 6, num_attention_heads=8, intermediate_size=2048,
-            rotary_pct=0.25, vocab_size=50304, max_position_embeddings=16384,
+            rotary_pct=0.25, vocab_size=50304, max_position_embeddings=65536,
         )  # fmt: skip
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     else:
         config = LlamaConfig(
             hidden_size=576, num_hidden_layers=args.layers or 30, num_attention_heads=9, num_key_value_heads=3,
-            intermediate_size=1536, vocab_size=49152, max_position_embeddings=8192, rope_theta=100_000.0,
+            intermediate_size=1536, vocab_size=49152, max_position_embeddings=65536, rope_theta=100_000.0,
             tie_word_embeddings=True,
         )  # fmt: skip
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Time and peak memory of a long prefill, in one piece and in pieces with compression between them, in one run.
 
-    python benchmarks/prefill_chunked/prefill_chunked.py --model pythia-70m --output FILE.json
+    python -m benchmarks.prefill_chunked.prefill_chunked --model pythia-70m --output FILE.json
 
 Every sample is one prefill of the backbone (no logits) in a process of its own, so that no sample's memory is another
 one's: the model is made, warmed up on a few tokens, and then the prompt goes in, whole (``whole``: the press compresses
@@ -27,8 +27,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.decoding import MODELS, make_model, write
+
 METHODS = ("whole", "pieces", "no_press")
-MODELS = ("pythia-70m", "smollm2-135m")
 WARMUP_TOKENS = 64
 MIB = 1 << 20
 
@@ -48,14 +49,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--sample", help=argparse.SUPPRESS)  # in a process of its own
+    parser.set_defaults(dtype="float32")
     args = parser.parse_args()
     if args.sample:
         print(json.dumps(sample(args, json.loads(args.sample))))
         return 0
     record = measure(args)
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(as_json(record) + "\n", encoding="utf-8")
+    write(args, record)
     print(table(record))
     return 0
 
@@ -72,7 +72,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     order, samples = random.Random(args.seed), []
     for turn in range(args.rounds):
         for point in order.sample(points, len(points)):
-            command = [sys.executable, __file__, *sys.argv[1:], "--sample", json.dumps(point)]
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.prefill_chunked.prefill_chunked",
+                *sys.argv[1:],
+                "--sample",
+                json.dumps(point),
+            ]
             done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
             samples.append({"round": turn, **point, **json.loads(done.stdout.splitlines()[-1])})
             print(json.dumps(samples[-1]), file=sys.stderr, flush=True)
@@ -121,32 +128,6 @@ def sample(args: argparse.Namespace, point: dict[str, Any]) -> dict[str, Any]:
         "seconds": round(seconds, 4), "peak_bytes": reading.delta_bytes, "peak_kind": reading.kind,
         "kv_peak_bytes": most, "kv_bytes": cache.kv_bytes(), "kept": cache.stored_lengths(),
     }  # fmt: skip
-
-
-def make_model(args: argparse.Namespace) -> Any:
-    """Random weights, or those of a GGUF file, in float32."""
-    import torch
-    from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
-
-    torch.manual_seed(args.seed)
-    if args.gguf:
-        path = Path(args.gguf)
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-        if args.layers:
-            model.base_model.layers = model.base_model.layers[: args.layers]
-            model.config.num_hidden_layers = args.layers
-        return model.eval()
-    if args.model == "pythia-70m":
-        config: Any = GPTNeoXConfig(
-            hidden_size=512, num_hidden_layers=args.layers or 6, num_attention_heads=8, intermediate_size=2048,
-            rotary_pct=0.25, vocab_size=50304, max_position_embeddings=65536,
-        )  # fmt: skip
-    else:
-        config = LlamaConfig(
-            hidden_size=576, num_hidden_layers=args.layers or 30, num_attention_heads=9, num_key_value_heads=3,
-            intermediate_size=1536, vocab_size=49152, max_position_embeddings=65536, rope_theta=100_000.0,
-        )  # fmt: skip
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
 # -- what the record says -----------------------------------------------------------------------------------------
@@ -213,13 +194,6 @@ def _ratio(own: list[float], whole: list[float]) -> str:
     """Median, least and most of the rounds; "" where there is nothing to compare with."""
     ratios = [a / b for a, b in zip(own, whole, strict=False)]
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else ""
-
-
-def as_json(record: dict[str, Any]) -> str:
-    """Readable, with one sample per line."""
-    samples = ",\n".join("  " + json.dumps(s) for s in record["samples"])
-    head = json.dumps({k: v for k, v in record.items() if k != "samples"}, indent=1)
-    return head.removesuffix("\n}") + f',\n "samples": [\n{samples}\n ]\n}}'
 
 
 if __name__ == "__main__":

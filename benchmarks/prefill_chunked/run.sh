@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 read -ra tokens <<< "${TOKENS:-8192 16384 32768}"
 read -ra press <<< "${PRESS:-snapkv}"
-measure=("${PYTHON:-.venv/bin/python}" benchmarks/prefill_chunked/prefill_chunked.py --threads "${THREADS:-2}"
+measure=("${PYTHON:-.venv/bin/python}" -m benchmarks.prefill_chunked.prefill_chunked --threads "${THREADS:-2}"
   --rounds "${ROUNDS:-3}" --tokens "${tokens[@]}" --press "${press[@]}")
 results=${RESULTS:-results/prefill_chunked}
 "${measure[@]}" --model pythia-70m --output "$results/pythia-70m.json"
