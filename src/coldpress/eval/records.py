@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 import traceback
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from coldpress.eval.points import config_of
 from coldpress.eval.results import SCHEMA_VERSION, environment
 from coldpress.eval.settings import Job
-from coldpress.presses.base import BUDGETS, BasePress
+from coldpress.presses.base import BUDGETS
 
 if TYPE_CHECKING:
     from coldpress.eval.run import Run
@@ -60,7 +61,7 @@ def make_records(run: Run) -> list[dict[str, Any]]:
             **dict.fromkeys(METRICS),
             **common,
             "press": job.name,
-            "press_config": _config(job.press),
+            "press_config": config_of(job.press),
             "compression_ratio": job.ratio,
             "budget_tokens": job.budget_tokens,
             "budget_bytes": job.budget_bytes,
@@ -77,16 +78,6 @@ def make_records(run: Run) -> list[dict[str, Any]]:
             record["traceback"] = "".join(traceback.format_exception(error))
         records.append(record)
     return records
-
-
-def _config(press: BasePress | None) -> dict[str, Any] | None:
-    """The parameters of a press, without the budgets that it was not given, and without the model's tokenizer."""
-    if press is None:
-        return None
-    if hasattr(press, "tokenizer"):
-        press = replace(press, tokenizer=None)  # type: ignore[type-var]
-    unset = (*BUDGETS, "tokenizer")
-    return asdict(press, dict_factory=lambda items: {k: v for k, v in items if k not in unset or v is not None})  # type: ignore[call-overload]
 
 
 def _is_complete(run: Run, job: Job) -> bool:
