@@ -21,6 +21,7 @@ from coldpress.eval.models import LoadedModel, load_model, pick_device
 from coldpress.eval.perplexity import plain_perplexity
 from coldpress.eval.plan import Plan, make_plan
 from coldpress.eval.prefix import PrefixRun
+from coldpress.eval.presets import laid_out
 from coldpress.eval.progress import note, progress
 from coldpress.eval.records import make_records
 from coldpress.eval.report import show, size_of
@@ -70,7 +71,7 @@ def evaluate(settings: Settings, command: str) -> tuple[list[dict[str, Any]], bo
         sample_idx=settings.sample_idx,
         text_file=settings.text_file,
     )
-    run = make_run(settings, jobs, corpus, load(settings), command)
+    run = make_run(settings, jobs, laid_out(corpus, settings.ppl_preset), load(settings), command)
     for line in run.plan.notes:
         note(line)
     is_interrupted = False
@@ -232,6 +233,7 @@ class Run:
             if pressed:
                 note("this perplexity is the uncompressed model's; --ppl_apply_press measures it under the press.")
             sizes: dict[str, Any] = {"max_length": plan.max_length, "stride": plan.stride, "batch_size": s.batch_size}
+            sizes |= {"preset": plan.preset, "token_bytes": plan.token_bytes, "units": plan.units}
             self.plain = self._timed("perplexity", partial(plain_perplexity, model, plan.documents, **sizes))
 
     def measure_speed(self, on_done: Callable[[SpeedPoint], None]) -> None:
