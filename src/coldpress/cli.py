@@ -1,4 +1,4 @@
-"""The command ``coldpress``: ppl, speed, calibrate, compress, ask, report, presses.
+"""The command ``coldpress``: ppl, speed, sweep, calibrate, compress, ask, report, presses.
 
 Also what the scripts in evaluation/ run.
 
@@ -95,6 +95,9 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     speed = commands.add_parser("speed", help="the same as ppl --speed_only")
     _add_options(speed)
     speed.set_defaults(options=speed.options, run=_run_ppl, speed_only=True)
+    sweep = commands.add_parser("sweep", help="presses x ratios x texts x models; goes on where it was stopped")
+    _add_sweep_options(sweep)
+    sweep.set_defaults(options=sweep.options, run=_run_sweep)
     calibrate = commands.add_parser("calibrate", help="measure what a press needs of a model, on a text, and save it")
     _add_calibration_options(calibrate)
     calibrate.set_defaults(options=calibrate.options, run=_run_calibrate)
@@ -177,10 +180,9 @@ def _add_ask_options(parser: argparse.ArgumentParser) -> None:
     _add_machinery(parser.add_argument_group("how"))
 
 
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    what = parser.add_argument_group("what is measured")
-    _add_sources(what, "test")
-    add = what.add_argument
+def _add_presses(group: Any) -> None:
+    """The options that say which presses are measured, and at which sizes."""
+    add = group.add_argument
     several = partial(add, nargs="+", action=_Several)  # with blanks or commas between them
     several("--press", type=_listed(str), help="names of presses, no_press (the default), or all")
     several(
@@ -194,6 +196,76 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     several("--kv_bits", type=bits, metavar=shown, help="hold what is kept in so few bits, its newest pairs not")
     add("--kv_group_size", type=_positive, help="numbers that share a step then (default: 64)")
     add("--kv_residual_tokens", type=_not_negative, help="newest pairs that stay as they are then (default: 128)")
+
+
+def _add_windows(group: Any) -> None:
+    """The options of windows that are compressed and scored."""
+    add = group.add_argument
+    add("--context_tokens", type=_positive, help="tokens compressed in each window (default: 3/4 of the positions)")
+    add("--target_tokens", type=_positive, help="tokens scored after them (default: 1/4 of the positions)")
+    add("--limit_tokens", type=_positive, help="use only the first so many tokens of the text")
+    add("--max_documents", type=_positive, help="under presses or streaming: no more than the first so many texts")
+    add("--max_windows", type=_positive, help="under presses: no more than the first so many windows of each text")
+    add(
+        "--greedy_tokens",
+        type=_positive,
+        help="under presses: also generate so many tokens in each window, and count how many are the uncompressed ones",
+    )
+    add("--batch_size", type=_positive, help="windows that are run together (default: 1)")
+
+
+def _add_timing(group: Any) -> None:
+    """The options of what is timed, but for its context."""
+    add = group.add_argument
+    add("--max_new_tokens", type=_positive, help="tokens to generate (default: 200)")
+    add("--min_new_tokens", type=_positive, help="no end of text before so many (default: --max_new_tokens)")
+    add("--repetitions", type=partial(_positive, maximum=MOST_ROUNDS), help="timed rounds (default: 5)")
+    add("--warmup", type=partial(_not_negative, maximum=MOST_ROUNDS), help="untimed rounds before them (default: 1)")
+
+
+def _add_limits(group: Any) -> None:
+    add = group.add_argument
+    add(
+        "--allow_extrapolation",
+        action="store_true",
+        default=None,
+        help="go past the positions the model was trained on",
+    )
+    add("--seed", type=_not_negative, help="of random presses and of the order of timings (default: 0)")
+
+
+def _add_sweep_options(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what is measured")
+    add = what.add_argument
+    add("--config", help="YAML file (docs/sweeps.md); options given beside it take the place of what it says")
+    several = partial(add, nargs="+", action=_Several)
+    several("--model", type=_listed(str), help="hub ids, local folders, .gguf files, demo")
+    add("--revision", help="branch, tag or commit of the models on the hub")
+    several("--dataset", type=_listed(str), help="names as in ppl, with a subset as in wikitext:wikitext-103-v1")
+    several("--text_file", type=_listed(str), help="UTF-8 files, texts beside the datasets or instead")
+    add("--split", help="split of the datasets (default: test)")
+    add("--sample_idx", type=_not_negative, help="take this row of each dataset as the only text")
+    _add_presses(what)
+    add("--no_perplexity", action="store_true", help="leave perplexity under the presses out")
+    add("--no_speed", action="store_true", help="leave speed and memory out")
+    several("--ppl_preset", type=_listed(str), help="also the uncompressed model's perplexity, as others measure it")
+    windows = parser.add_argument_group("perplexity under the presses")
+    _add_windows(windows)
+    speed = parser.add_argument_group("speed and memory")
+    lengths = partial(speed.add_argument, nargs="+", action=_Several)
+    lengths("--context_limit", type=_listed(_positive), help="tokens of the timed contexts (default: 4096)")
+    _add_timing(speed)
+    how = parser.add_argument_group("how")
+    _add_machinery(how)
+    _add_limits(how)
+    how.add_argument("--output_dir", help="folder of the results (default: results/sweep)")
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what is measured")
+    _add_sources(what, "test")
+    add = what.add_argument
+    _add_presses(what)
     ppl = parser.add_argument_group("perplexity")
     add = ppl.add_argument
     add("--ppl_apply_press", action="store_true", default=None, help="score targets against the compressed context")
@@ -221,31 +293,18 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="tokens between windows (default: 512); with --ppl_apply_press at least the targets of a window, so that "
         "no token is scored twice (default: side by side)",
     )
-    add("--context_tokens", type=_positive, help="tokens compressed in each window (default: 3/4 of the positions)")
-    add("--target_tokens", type=_positive, help="tokens scored after them (default: 1/4 of the positions)")
-    add("--limit_tokens", type=_positive, help="use only the first so many tokens of the text")
-    add("--batch_size", type=_positive, help="windows that are run together (default: 1)")
+    _add_windows(ppl)
     speed = parser.add_argument_group("speed and memory")
     add = speed.add_argument
     add("--speed_only", action="store_true", default=None, help="do not measure perplexity")
     add("--speed_decode_only", action="store_true", default=None, help="leave prefill and compression out of the time")
     add("--compile", action="store_true", default=None, help="decode by a step that torch.compile has made")
     add("--context_limit", type=_positive, help="tokens of the timed context (default: 4096)")
-    add("--max_new_tokens", type=_positive, help="tokens to generate (default: 200)")
-    add("--min_new_tokens", type=_positive, help="no end of text before so many (default: --max_new_tokens)")
-    add("--repetitions", type=partial(_positive, maximum=MOST_ROUNDS), help="timed rounds (default: 5)")
-    add("--warmup", type=partial(_not_negative, maximum=MOST_ROUNDS), help="untimed rounds before them (default: 1)")
+    _add_timing(speed)
     how = parser.add_argument_group("how")
     _add_machinery(how)
-    add = how.add_argument
-    add(
-        "--allow_extrapolation",
-        action="store_true",
-        default=None,
-        help="go past the positions the model was trained on",
-    )
-    add("--seed", type=_not_negative, help="of random presses and of the order of timings (default: 0)")
-    add("--output_dir", help="folder of the results (default: results/perplexity)")
+    _add_limits(how)
+    how.add_argument("--output_dir", help="folder of the results (default: results/perplexity)")
 
 
 class _Several(argparse.Action):
@@ -334,6 +393,45 @@ def _run_ppl(args: argparse.Namespace, argv: list[str], prog: str | None) -> int
         sys.stderr.write(f"\ninterrupted; {len(records)} result(s) kept\n")
         return 130
     return 1 if any(record["status"] == "failed" for record in records) else 0
+
+
+def _run_sweep(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
+    from coldpress.eval.sweep import summary, sweep
+    from coldpress.eval.sweep_plan import SweepPlan, read_config
+
+    config = {} if args.config is None else read_config(args.config)
+    if args.press_args is not None:
+        names = [name for name in args.press or [] if name != "no_press"]
+        if len(names) != 1:
+            raise InputError("--press_args belongs to one press; name a single one with --press, or use --config.")
+        args.press = [{names[0]: args.press_args}]
+    own = ("config", "model", "dataset", "text_file", "split", "sample_idx", "revision", "press_args", "ppl_preset")
+    ignored = (*own, "no_perplexity", "no_speed", "options", "run", "context_limit")
+    config |= {name: value for name, value in vars(args).items() if name not in ignored and value is not None}
+    if args.model is not None:
+        config["models"] = [{"model": name} for name in args.model]
+    for name in ("revision",):
+        if getattr(args, name) is not None:
+            config["models"] = [{"model": name, **item, "revision": args.revision} for item in config.get("models", [])]
+    rows = {name: getattr(args, name) for name in ("split", "sample_idx") if getattr(args, name) is not None}
+    if args.dataset is not None or args.text_file is not None:
+        config["texts"] = [{"dataset": name, **rows} for name in args.dataset or []]
+        config["texts"] += [{"text_file": name} for name in args.text_file or []]
+    sections = {"perplexity": not args.no_perplexity, "speed": not args.no_speed}
+    if args.config is None or args.no_perplexity or args.no_speed:
+        config |= {name: {} if is_on else False for name, is_on in sections.items() if name not in config or not is_on}
+    if args.context_limit is not None and config.get("speed") is not False:
+        timed = config.get("speed")
+        config["speed"] = {**(timed if isinstance(timed, dict) else {}), "context_limit": args.context_limit}
+    if args.ppl_preset is not None:
+        config["baselines"] = args.ppl_preset
+    plan = SweepPlan.of(config)
+    outcome = sweep(plan, f"{prog or 'coldpress'} {shlex.join(argv)}")
+    print(summary(outcome, plan.output_dir))
+    if outcome.is_interrupted:
+        sys.stderr.write("\ninterrupted; the same command goes on from here\n")
+        return 130
+    return 1 if outcome.n_failed or outcome.problems else 0
 
 
 def _run_calibrate(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -572,3 +573,22 @@ def test_differences_by_distance_add_up_to_the_whole(model: PreTrainedModel, tex
         assert part["delta"] == pytest.approx(record["nll_by_distance"][name] - only(baseline)["nll_by_distance"][name])
         assert part["ci95"][0] < part["delta"] < part["ci95"][1]
     assert (16 * deltas["1-16"]["delta"] + 7 * deltas["17-23"]["delta"]) / 23 == pytest.approx(record["delta_nll"])
+
+
+def test_bits_per_byte_count_the_scored_tokens(model: PreTrainedModel, text: Tensor) -> None:
+    n_bytes = text % 5  # a token that shares a character with the one before stands for none
+    documents = [(text[:200], plan_prefix(200, CONTEXT, TARGET)), (text[200:], plan_prefix(300, CONTEXT, TARGET))]
+    run = PrefixRun(model, [KnormPress(0.5)], documents, 2, token_bytes=[n_bytes[:200], n_bytes[200:]])
+    run.run()
+    starts = [0, 84, 200, 284, 368]
+    expected = sum(int(n_bytes[start + CONTEXT + 1 : start + CONTEXT + TARGET].sum()) for start in starts)
+    for _, result in run.results():
+        record = only(result)
+        assert record["scored_bytes"] == expected
+        assert record["bits_per_byte"] == pytest.approx(sum(nlls(result)) / math.log(2) / expected)
+        low, high = record["ppl_ci95"]
+        assert low < record["ppl"] < high
+    unknown = PrefixRun(model, [], documents, token_bytes=[None, n_bytes[200:]])
+    unknown.run()
+    ((_, result),) = unknown.results()
+    assert only(result)["bits_per_byte"] is None

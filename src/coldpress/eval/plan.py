@@ -82,6 +82,7 @@ def make_plan(settings: Settings, corpus: Corpus, tokenizer: Any, max_positions:
     stream_limit = None
     if s.ppl_mode == "streaming":
         protocol = f"stream-K{s.stream_chunk}"
+        documents = scored = documents[: s.max_documents]
         stream_limit = _stream_limit(s, max(len(tokens.ids) for tokens in documents), limit)
     elif s.ppl_apply_press:
         scored, windows = _prefix_windows(s, documents, limit)
@@ -188,8 +189,9 @@ def _prefix_windows(s: Settings, documents: list[Tokens], limit: _Limit) -> tupl
     fitting = [tokens for tokens in documents if len(tokens.ids) >= width]
     if fitting and len(fitting) < len(documents):
         limit.notes.append(f"{len(documents) - len(fitting)} document(s) shorter than {width} tokens are left out.")
-    chosen = fitting or documents[:1]  # that is too short, which plan_prefix says
-    return chosen, tuple(plan_prefix(len(tokens.ids), context, target, s.stride) for tokens in chosen)
+    chosen = fitting[: s.max_documents] or documents[:1]  # that is too short, which plan_prefix says
+    sizes = context, target, s.stride
+    return chosen, tuple(plan_prefix(len(tokens.ids), *sizes, max_windows=s.max_windows) for tokens in chosen)
 
 
 def _stream_limit(s: Settings, longest: int, limit: _Limit) -> int | None:

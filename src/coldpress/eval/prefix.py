@@ -29,7 +29,7 @@ from coldpress.errors import SelfCheckError
 from coldpress.eval.checks import check_stored_pairs, release
 from coldpress.eval.engine import Engine, LocalEngine
 from coldpress.eval.ledger import Ledger, Measured
-from coldpress.eval.metrics import paired_difference, perplexity, quantiles
+from coldpress.eval.metrics import bits_per_byte, clustered_mean, paired_difference, perplexity, quantiles
 from coldpress.eval.perplexity import forward, token_losses
 from coldpress.eval.points import BASELINE, Point
 from coldpress.eval.progress import Sized
@@ -57,6 +57,8 @@ class PrefixRun:
         documents: token ids, int64 ``[N]`` each, with the plan of their windows; all plans have the same sizes.
         batch_size: windows that are run together.
         chunk_tokens: tokens of a piece of the context; None for a context in one piece.
+        token_bytes: UTF-8 bytes that each token of the documents stands for, int64 ``[N]`` each, for bits per byte;
+            None where that is not known.
         greedy_tokens: also generate so many tokens from each cache, and count how many are the baseline's.
         ledger: what was finished by an earlier run, and where this one notes what it has finished; None: nowhere.
 
@@ -73,6 +75,7 @@ class PrefixRun:
         chunk_tokens: int | None = None,
         kv_bits: Sequence[KVBits | None] | None = None,
         *,
+        token_bytes: Sequence[Tensor | None] | None = None,
         greedy_tokens: int = 0,
         ledger: Ledger | None = None,
     ):
@@ -83,6 +86,7 @@ class PrefixRun:
         self.work = WindowWork(self.plan.context, self.plan.scored_per_window, chunk_tokens, greedy_tokens)
         width = self.plan.context + self.plan.target
         windows = [ids[start : start + width] for ids, plan in documents for start in plan.starts]
+        self.window_bytes = _bytes_of_windows(documents, token_bytes)
         self.batches = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
         self.done: list[dict[str, Measured]] = [{} for _ in self.batches]  # by the key of the point
         self.errors: dict[str, Exception] = {}
@@ -134,6 +138,16 @@ class PrefixRun:
         if self.ledger is not None:
             self.ledger.save(batch.index, self.done[batch.index])
 
+    def _bytes_of(self, point: Point) -> int | None:
+        """UTF-8 bytes of what was scored of a point."""
+        if self.window_bytes is None:
+            return None
+        left, total = iter(self.window_bytes), 0
+        for windows, done in zip(self.batches, self.done, strict=True):
+            n_bytes = sum(itertools.islice(left, len(windows)))
+            total += n_bytes if point.key in done else 0
+        return total
+
     def _result(self, point: Point) -> dict[str, Any]:
         """The perplexity part of a result record, over the windows measured so far."""
         pairs = [(batch[point.key], batch[BASELINE.key]) for batch in self.done if point.key in batch]
@@ -156,11 +170,16 @@ class PrefixRun:
         counts = [self.plan.scored_per_window] * n_windows
         nll, base_nll = own.losses.double().sum(1).tolist(), base.losses.double().sum(1).tolist()
         loss, base_loss = math.fsum(nll) / n_tokens, math.fsum(base_nll) / n_tokens
+        mean = clustered_mean(counts, nll)
+        n_bytes = self._bytes_of(point)
         record: dict[str, Any] = {
             "scored_tokens": n_tokens,
             "windows": n_windows,
             "loss": loss,
             "ppl": perplexity(loss),
+            "ppl_ci95": None if mean.ci95 is None else [perplexity(end) for end in mean.ci95],
+            "bits_per_byte": None if n_bytes is None else bits_per_byte(loss * n_tokens, n_bytes),
+            "scored_bytes": n_bytes,
             "baseline_loss": base_loss,
             "baseline_ppl": perplexity(base_loss),
             "top1_acc": float(own.is_top1.double().mean()),
@@ -199,6 +218,20 @@ class PrefixRun:
                 "lengths": agreement,
             }
         return record
+
+
+def _bytes_of_windows(
+    documents: Sequence[tuple[Tensor, PrefixPlan]], token_bytes: Sequence[Tensor | None] | None
+) -> list[int] | None:
+    """UTF-8 bytes of the scored tokens of each window; None unless they are known of all."""
+    if token_bytes is None or any(n is None for n in token_bytes):
+        return None
+    found = []
+    for n_bytes, (_, plan) in zip(token_bytes, documents, strict=True):
+        assert n_bytes is not None
+        ends = (start + plan.context + plan.target for start in plan.starts)
+        found += [int(n_bytes[end - plan.scored_per_window : end].sum()) for end in ends]
+    return found
 
 
 def _buckets(losses: Tensor) -> Iterator[tuple[str, Tensor]]:

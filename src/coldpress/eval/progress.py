@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Generic, Protocol, TypeVar
 
 from tqdm import tqdm
 
-__all__ = ["Sized", "note", "progress"]
+__all__ = ["Countable", "Sized", "note", "progress"]
 
 LINE_EVERY_S = 10.0
 
@@ -17,7 +17,9 @@ _T = TypeVar("_T")
 _Co = TypeVar("_Co", covariant=True)
 
 
-class _Countable(Protocol[_Co]):
+class Countable(Protocol[_Co]):
+    """What can be gone through, and says how much it is."""
+
     def __iter__(self) -> Iterator[_Co]: ...
     def __len__(self) -> int: ...
 
@@ -40,10 +42,19 @@ def note(message: str, kind: str = "note") -> None:
     tqdm.write(f"{kind}: {message}", file=sys.stderr)
 
 
-def progress(items: _Countable[_T], name: str) -> Iterator[_T]:
-    """``items``, with a progress bar on a terminal; elsewhere, as in a log file, a line every 10 s and a last one."""
+def progress(items: Countable[_T], name: str, more: Callable[[], str] = str) -> Iterator[_T]:
+    """``items``, with a progress bar on a terminal; elsewhere, as in a log file, a line every 10 s and a last one.
+
+    Args:
+        items: what there is to do.
+        name: of the work.
+        more: what else to say at any time, such as the time left of something larger.
+    """
     if sys.stderr.isatty():
-        yield from tqdm(items, desc=name, file=sys.stderr, dynamic_ncols=True, smoothing=0.05)
+        bar = tqdm(items, desc=name, file=sys.stderr, dynamic_ncols=True, smoothing=0.05)
+        for item in bar:
+            yield item
+            bar.set_postfix_str(more(), refresh=False)
         return
     start = said = time.monotonic()
     for done, item in enumerate(items, start=1):
@@ -51,5 +62,6 @@ def progress(items: _Countable[_T], name: str) -> Iterator[_T]:
         now = time.monotonic()
         if done == len(items) or now - said >= LINE_EVERY_S:
             said = now
-            sys.stderr.write(f"{name}: {done}/{len(items)}, {now - start:.0f} s\n")
+            parts = [f"{name}: {done}/{len(items)}", f"{now - start:.0f} s", more()]
+            sys.stderr.write(f"{', '.join(part for part in parts if part)}\n")
             sys.stderr.flush()

@@ -15,14 +15,14 @@ from coldpress.presses.base import BUDGETS
 if TYPE_CHECKING:
     from coldpress.eval.run import Run
 
-__all__ = ["METRICS", "make_records"]
+__all__ = ["METRICS", "finished_records", "make_records"]
 
 # Null in a record until measured, and in that of a press that failed.
 METRICS = (
     *("scored_tokens", "windows", "loss", "ppl", "baseline_loss", "baseline_ppl", "delta_nll", "delta_nll_se"),
     *("delta_nll_ci95", "ppl_ratio_ci95", "top1_acc", "same_top1", "kld", "delta_p", "nll_by_distance", "per_window"),
     *("nll_by_position", "per_document", "kv_bytes_max"),
-    *("ppl_ci95", "bits_per_byte", "scored_bytes"),
+    *("ppl_ci95", "bits_per_byte", "scored_bytes", "delta_by_distance", "greedy_agreement"),
     *("context_tokens", "target_tokens", "kv_bytes", "kv_bytes_baseline", "kv_len_before", "kv_len_after", "kept_hash"),
     *("effective_compression_ratio", "generated_tokens", "repetitions", "generation_tokens_per_s"),
     *("speed_tokens_per_s", "decode_tokens_per_s", "prefill_tokens_per_s", "ttft_s", "tpot_ms", "decode_speedup"),
@@ -58,19 +58,8 @@ def make_records(run: Run) -> list[dict[str, Any]]:
         error = run.error or next((part for part in parts if isinstance(part, Exception)), None)
         if not parts and error is None:
             continue
-        record = {
-            **dict.fromkeys(METRICS),
-            **common,
-            "press": job.name,
-            "press_config": config_of(job.press),
-            "compression_ratio": job.ratio,
-            "budget_tokens": job.budget_tokens,
-            "budget_bytes": job.budget_bytes,
-            "kv_bits": None if job.kv_bits is None else job.kv_bits.bits,
-            "kv_bits_config": None if job.kv_bits is None else asdict(job.kv_bits),
-            "status": "failed" if error is not None else "ok" if _is_complete(run, job) else "interrupted",
-            "error": None,
-        }
+        record = _blank(common, job)
+        record["status"] = "failed" if error is not None else "ok" if _is_complete(run, job) else "interrupted"
         if error is None:
             for part in parts:
                 record |= part  # type: ignore[arg-type]
@@ -79,6 +68,28 @@ def make_records(run: Run) -> list[dict[str, Any]]:
             record["traceback"] = "".join(traceback.format_exception(error))
         records.append(record)
     return records
+
+
+def finished_records(run: Run) -> list[dict[str, Any]]:
+    """For each job of a run, in order, what its record will look like if it succeeds, with nothing measured."""
+    common = _common(run)
+    return [_blank(common, job) for job in run.jobs]
+
+
+def _blank(common: dict[str, Any], job: Job) -> dict[str, Any]:
+    return {
+        **dict.fromkeys(METRICS),
+        **common,
+        "press": job.name,
+        "press_config": config_of(job.press),
+        "compression_ratio": job.ratio,
+        "budget_tokens": job.budget_tokens,
+        "budget_bytes": job.budget_bytes,
+        "kv_bits": None if job.kv_bits is None else job.kv_bits.bits,
+        "kv_bits_config": None if job.kv_bits is None else asdict(job.kv_bits),
+        "status": "ok",
+        "error": None,
+    }
 
 
 def _is_complete(run: Run, job: Job) -> bool:

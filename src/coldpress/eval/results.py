@@ -29,6 +29,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "check_writable",
     "environment",
+    "read_result",
     "read_results",
     "result_path",
     "write_result",
@@ -175,18 +176,24 @@ def read_results(
     records = []
     for path in sorted(Path(output_dir).glob("*.json")):
         try:
-            record = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-            if not isinstance(record, dict):
-                raise ValueError("it holds no object, so no result")
-            version = record.get("schema_version")
-            if version != SCHEMA_VERSION:
-                raise ValueError(f"schema_version is {version!r}, this version reads {SCHEMA_VERSION}")
+            record = read_result(path)
             check(record)
         except (OSError, ValueError, RecursionError) as error:
             warnings.warn(f"skipped {path}: {' '.join(str(error).split())}", stacklevel=2)
         else:
             records.append(record)
     return records
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """The record in one file; raises OSError or ValueError where there is none of this schema."""
+    record = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    if not isinstance(record, dict):
+        raise ValueError("it holds no object, so no result")
+    version = record.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise ValueError(f"schema_version is {version!r}, this version reads {SCHEMA_VERSION}")
+    return record
 
 
 def _suffix(record: dict[str, Any]) -> str:

@@ -17,6 +17,8 @@ import torch
 
 from coldpress.errors import InputError, OutputError, SelfCheckError
 from coldpress.eval.datasets import Corpus, load_corpus
+from coldpress.eval.engine import Engine
+from coldpress.eval.ledger import Ledger
 from coldpress.eval.models import LoadedModel, load_model, pick_device
 from coldpress.eval.perplexity import plain_perplexity
 from coldpress.eval.plan import Plan, make_plan
@@ -27,7 +29,7 @@ from coldpress.eval.records import make_records
 from coldpress.eval.report import show, size_of
 from coldpress.eval.results import check_writable, result_path, write_result
 from coldpress.eval.settings import Job, Settings, left_out_of_batches, make_jobs
-from coldpress.eval.speed import SpeedPoint, SpeedRun
+from coldpress.eval.speed import RoundLog, SpeedPoint, SpeedRun
 from coldpress.eval.stream import StreamRun
 from coldpress.presses.base import BasePress
 from coldpress.presses.registry import press_names
@@ -74,13 +76,35 @@ def evaluate(settings: Settings, command: str) -> tuple[list[dict[str, Any]], bo
     run = make_run(settings, jobs, laid_out(corpus, settings.ppl_preset), load(settings), command)
     for line in run.plan.notes:
         note(line)
+    return carry_out(run, output_dir)
+
+
+def carry_out(
+    run: Run,
+    output_dir: Path,
+    *,
+    engine: Engine | None = None,
+    ledger: Ledger | None = None,
+    log: RoundLog | None = None,
+) -> tuple[list[dict[str, Any]], bool]:
+    """Measure all of a run, write its results, and print them.
+
+    Args:
+        run: see :func:`make_run`.
+        output_dir: where the results belong.
+        engine: where windows under presses are measured; None: here.
+        ledger, log: what an earlier run of the same has finished of its windows and of its timed rounds.
+
+    Returns:
+        As :func:`evaluate`.
+    """
     is_interrupted = False
     early = _Early(run, output_dir)
     try:
-        run.measure_perplexity()
+        run.measure_perplexity(engine, ledger)
         if run.seconds and run.plan.context_ids is not None:  # who kills the rest shall not lose this
             early.save_perplexity()
-        run.measure_speed(early.save_speed)
+        run.measure_speed(early.save_speed, log)
     except InputError:
         raise
     except Exception as error:  # the model itself fails, without a press: so does everything that is compared with it
@@ -96,7 +120,7 @@ def evaluate(settings: Settings, command: str) -> tuple[list[dict[str, Any]], bo
             note(f"{record['press']}{f' at {size}' if size else ''} failed: {record['error']}", kind="error")
     if records:
         print(f"\n{show(records)}\n")
-        print(f"{len(records)} result(s) in {output_dir}/")
+        print(f"{len(records)} result(s) in {output_dir}/", flush=True)
     return records, is_interrupted
 
 
@@ -188,6 +212,7 @@ class Run:
     speed: SpeedRun | None = None
     seconds: dict[str, float] = field(default_factory=dict)  # wall time of each part
     error: Exception | None = None  # what ended the run
+    show_progress: Callable[..., Any] = progress
     run_id: str = field(default_factory=lambda: secrets.token_hex(6))
     _scored: dict[Any, Any] | None = None
 
@@ -208,8 +233,13 @@ class Run:
         pairs = [(job.press, job.kv_bits) for job in self.jobs if job.press is not None or job.kv_bits is not None]
         return [press for press, _ in pairs], [bits for _, bits in pairs]
 
-    def measure_perplexity(self) -> None:
-        """If it was asked for."""
+    def measure_perplexity(self, engine: Engine | None = None, ledger: Ledger | None = None) -> None:
+        """If it was asked for.
+
+        Args:
+            engine: where windows under presses are measured; None: here.
+            ledger: what an earlier run has finished of them; None: nothing.
+        """
         s, plan, model = self.settings, self.plan, self.loaded.model
         torch.manual_seed(s.seed)
         pressed, kv_bits = self.compressed
@@ -227,8 +257,18 @@ class Run:
             self._timed("perplexity", self.stream.run)
         elif plan.windows is not None:
             documents = list(zip(plan.documents, plan.windows, strict=True))
-            self.prefix = PrefixRun(model, pressed, documents, s.batch_size, s.chunk_tokens, kv_bits)
-            self._timed("perplexity", self.prefix.run)
+            self.prefix = PrefixRun(
+                model,
+                pressed,
+                documents,
+                s.batch_size,
+                s.chunk_tokens,
+                kv_bits,
+                token_bytes=plan.token_bytes,
+                greedy_tokens=s.greedy_tokens,
+                ledger=ledger,
+            )
+            self._timed("perplexity", partial(self.prefix.run, engine=engine))
         elif plan.max_length is not None and plan.stride is not None:
             if pressed:
                 note("this perplexity is the uncompressed model's; --ppl_apply_press measures it under the press.")
@@ -236,7 +276,7 @@ class Run:
             sizes |= {"preset": plan.preset, "token_bytes": plan.token_bytes, "units": plan.units}
             self.plain = self._timed("perplexity", partial(plain_perplexity, model, plan.documents, **sizes))
 
-    def measure_speed(self, on_done: Callable[[SpeedPoint], None]) -> None:
+    def measure_speed(self, on_done: Callable[[SpeedPoint], None], log: RoundLog | None = None) -> None:
         """And memory, if they were asked for; ``on_done`` is told of each press of which all is measured."""
         s, plan, model = self.settings, self.plan, self.loaded.model
         pressed, kv_bits = self.compressed
@@ -257,11 +297,11 @@ class Run:
                 chunk_tokens=s.chunk_tokens,
                 compile=s.compile,
             )
-            self._timed("speed", partial(self.speed.run, on_done=on_done))
+            self._timed("speed", partial(self.speed.run, on_done=on_done, log=log))
 
     def _timed(self, name: str, work: Callable[..., Any]) -> Any:
         start = time.perf_counter()
         try:
-            return work(progress=partial(progress, name=name))
+            return work(progress=partial(self.show_progress, name=name))
         finally:
             self.seconds[name] = time.perf_counter() - start

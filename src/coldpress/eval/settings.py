@@ -70,6 +70,9 @@ class Settings:
     context_tokens: int | None = None
     target_tokens: int | None = None
     limit_tokens: int | None = None
+    max_documents: int | None = None
+    max_windows: int | None = None  # of each document
+    greedy_tokens: int = 0
     batch_size: int = 1
     context_limit: int = 4096
     max_new_tokens: int = 200
@@ -99,6 +102,9 @@ class Settings:
                 "--chunk_tokens cuts up the prompt that a press compresses; --ppl_only alone has none: add "
                 "--ppl_apply_press."
             )
+        for name in ("max_documents", "max_windows", "greedy_tokens"):
+            if getattr(self, name) and not self.ppl_apply_press and (name != "max_documents" or self.ppl_mode is None):
+                raise InputError(f"--{name} is for perplexity under presses; add --ppl_apply_press, or leave it out.")
         if self.ppl_only and self.speed_decode_only:
             raise InputError("--ppl_only measures no speed; leave it out, or --speed_decode_only.")
         if self.compile and self.ppl_only:

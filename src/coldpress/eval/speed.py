@@ -10,12 +10,15 @@ interleaved in a seeded random order, and every raw sample is kept.
 from __future__ import annotations
 
 import gc
+import json
+import os
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,11 +32,12 @@ from coldpress.errors import SelfCheckError
 from coldpress.eval.checks import check_stored_pairs, release
 from coldpress.eval.memory import MemoryMeter, MemoryReading
 from coldpress.eval.perplexity import forward
+from coldpress.eval.points import Point
 from coldpress.presses.base import BasePress
 from coldpress.pressing import prefilling
 from coldpress.quantised import KVBits
 
-__all__ = ["Sample", "SpeedPoint", "SpeedRun", "now_ns"]
+__all__ = ["RoundLog", "Sample", "SpeedPoint", "SpeedRun", "now_ns"]
 
 WARMUP_TOKENS = 8
 
@@ -80,6 +84,11 @@ class SpeedPoint:
     error: Exception | None = None
 
     @property
+    def key(self) -> str:
+        """The same for points that measure the same, in this process or another."""
+        return Point(self.press, self.kv_bits).key
+
+    @property
     def is_baseline(self) -> bool:
         """Whether there is neither a press nor few bits."""
         return self.press is None and self.kv_bits is None
@@ -93,6 +102,46 @@ class SpeedPoint:
     def tpot_ms(self) -> list[float]:
         """Time per output token after the first, of each repetition that generated more than one."""
         return [s.decode_ns / (s.n_tokens - 1) / 1e6 for s in self.samples if s.n_tokens > 1]
+
+
+class RoundLog:
+    """The timed rounds of a run on disk, each with all its presses, so that one that was killed goes on where it was.
+
+    Args:
+        path: of a JSON file.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def restore(self, points: Sequence[SpeedPoint]) -> int:
+        """Give ``points`` the samples that were saved of them; how many rounds these are, 0 if it was not of them."""
+        try:
+            saved = json.loads(self.path.read_text(encoding="utf-8"))
+            samples = {point["key"]: [Sample(**sample) for sample in point["samples"]] for point in saved}
+            failed = {point["key"]: point["error"] for point in saved if point["error"] is not None}
+        except (OSError, ValueError, TypeError, KeyError):  # not there, or damaged: they are timed again
+            return 0
+        lengths = {len(taken) for key, taken in samples.items() if key not in failed}
+        if set(samples) != {point.key for point in points} or len(lengths) > 1:
+            return 0
+        for point in points:
+            point.samples = samples[point.key]
+            if point.key in failed:
+                point.error = RuntimeError(failed[point.key])
+        return max(lengths, default=0)
+
+    def save(self, points: Sequence[SpeedPoint]) -> None:
+        """Write down the samples of all rounds until now."""
+        errors = {point.key: None if point.error is None else str(point.error) for point in points}
+        saved = [
+            {"key": point.key, "samples": [vars(sample) for sample in point.samples], "error": errors[point.key]}
+            for point in points
+        ]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(saved), encoding="utf-8")
+        os.replace(temporary, self.path)
 
 
 class SpeedRun:
@@ -150,18 +199,30 @@ class SpeedRun:
         return next(point for point in self.points if point.press is press and point.kv_bits == kv_bits)
 
     @torch.inference_mode()
-    def run(self, progress: Callable[[Any], Any] = iter, on_done: Callable[[SpeedPoint], None] | None = None) -> None:
+    def run(
+        self,
+        progress: Callable[[Any], Any] = iter,
+        on_done: Callable[[SpeedPoint], None] | None = None,
+        log: RoundLog | None = None,
+    ) -> None:
         """Warm up, time, then measure memory in a run of its own for each press.
 
         Args:
             progress: wraps the list of rounds, for a progress bar.
             on_done: told of each press when nothing of it is left to measure; nothing is timed any more then.
+            log: the rounds of an earlier run that was killed, which are not timed again, and where this run notes its
+                own; None: nowhere.
         """
-        rounds = [("warmup", point) for _ in range(self.warmup) for point in self.points]
+        n_done = 0 if log is None else min(log.restore(self.points), self.repetitions)
+        timed = []
         for _ in range(self.repetitions):
             shuffled = self.points.copy()
             self.order.shuffle(shuffled)
-            rounds += [("time", point) for point in shuffled]
+            timed.append([("time", point) for point in shuffled])
+        n_warmup = self.warmup if n_done < self.repetitions else 0
+        rounds = [("warmup", point) for _ in range(n_warmup) for point in self.points]
+        for whole in timed[n_done:]:
+            rounds += [*whole[:-1], ("last of a round", whole[-1][1])]
         rounds += [("memory", point) for point in self.points]
         gc.collect()
         gc.freeze()  # what is here now stays: the collections between the rounds need not look at it
@@ -170,6 +231,8 @@ class SpeedRun:
             with block:
                 for kind, point in progress(rounds):
                     self._measure(kind, point)
+                    if kind == "last of a round" and log is not None:
+                        log.save(self.points)
                     if kind == "memory" and on_done is not None:
                         on_done(point)
         finally:
@@ -184,7 +247,7 @@ class SpeedRun:
                 self._measure_memory(point)
             else:
                 sample = self._generate(point, WARMUP_TOKENS if kind == "warmup" else self.max_new_tokens)
-                if kind == "time":
+                if kind != "warmup":
                     point.samples.append(sample)
         except Exception as error:
             point.error = release(error)

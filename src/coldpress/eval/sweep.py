@@ -1,0 +1,272 @@
+"""A sweep: presses x ratios x texts x models, that may be killed at any moment and goes on where it was.
+
+One prefill of a window serves every press and ratio. What is finished is on disk: a result for each point, and until
+the results of a cell are written, a ledger of its windows and timed rounds in ``OUTPUT_DIR/.unfinished``. A point whose
+result is there is not measured again; one that failed is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from coldpress.errors import InputError, OutputError
+from coldpress.eval.datasets import Corpus, load_corpus
+from coldpress.eval.engine import Engine
+from coldpress.eval.ledger import Ledger
+from coldpress.eval.models import LoadedModel, pick_device
+from coldpress.eval.presets import laid_out
+from coldpress.eval.progress import Countable, note, progress
+from coldpress.eval.records import finished_records
+from coldpress.eval.results import IDENTIFYING_FIELDS, check_writable, read_result, result_path
+from coldpress.eval.run import Run, carry_out, load, make_run
+from coldpress.eval.speed import RoundLog
+from coldpress.eval.sweep_plan import Cell, SweepPlan
+from coldpress.presses.base import BUDGETS
+
+__all__ = ["Outcome", "sweep"]
+
+UNFINISHED = ".unfinished"
+_DECODE_COST = 30  # of a token that is fed alone, in tokens of a prefill; for the time that is left
+
+
+@dataclass
+class Outcome:
+    """What became of a sweep.
+
+    Attributes:
+        n_measured, n_found: points that were measured now, and those whose results were there already.
+        n_failed: of those measured now.
+        problems: what kept whole cells from being measured.
+        is_interrupted: whether the user stopped it.
+    """
+
+    n_measured: int = 0
+    n_found: int = 0
+    n_failed: int = 0
+    problems: list[str] = field(default_factory=list)
+    is_interrupted: bool = False
+
+
+def sweep(
+    plan: SweepPlan,
+    command: str,
+    make_engine: Callable[[LoadedModel, Cell], Engine | None] = lambda loaded, cell: None,
+) -> Outcome:
+    """Measure what is not measured yet, cell by cell, and write the results.
+
+    Args:
+        plan: the cells.
+        command: the command line, for the records.
+        make_engine: where the windows of a model are measured; called once for each model, and its ``close``, where it
+            has one, after the model's last cell.
+
+    Raises:
+        InputError: before any work, when a text or the folder cannot be used, or nothing at all could be measured.
+    """
+    if not plan.output_dir.strip():
+        raise OutputError("--output_dir is empty; name a folder.")
+    output_dir = Path(plan.output_dir)
+    check_writable(output_dir)
+    for device in {cell.settings.device for cell in plan.cells}:
+        pick_device(device)
+    corpora: dict[Any, Corpus] = {}
+    for cell in plan.cells:
+        _corpus(cell, corpora)
+    outcome, clock = Outcome(), _Clock(len(plan.cells))
+    for cells in _by_model(plan.cells):
+        try:
+            _sweep_model(cells, corpora, output_dir, command, make_engine, outcome, clock)
+        except InputError as error:
+            _tell(outcome, f"{cells[0].settings.model}: {error}")
+        except KeyboardInterrupt:
+            outcome.is_interrupted = True
+        if outcome.is_interrupted:
+            break
+    if outcome.problems and not outcome.n_measured and not outcome.n_found and not outcome.is_interrupted:
+        raise InputError(f"Nothing could be measured. {outcome.problems[0]}")
+    return outcome
+
+
+def _sweep_model(
+    cells: list[Cell],
+    corpora: dict[Any, Corpus],
+    output_dir: Path,
+    command: str,
+    make_engine: Callable[[LoadedModel, Cell], Engine | None],
+    outcome: Outcome,
+    clock: _Clock,
+) -> None:
+    loaded = load(cells[0].settings)
+    runs: list[tuple[Cell, Run, Ledger]] = []
+    for cell in cells:
+        try:
+            corpus = laid_out(_corpus(cell, corpora), cell.settings.ppl_preset)
+            run = make_run(replace(cell.settings, output_dir=str(output_dir)), list(cell.jobs), corpus, loaded, command)
+        except InputError as error:
+            _tell(outcome, f"{cell.name}: {error}")
+            clock.plan(cell, 0.0)
+            continue
+        records = finished_records(run)
+        run.jobs = [job for job, record in zip(run.jobs, records, strict=True) if not _is_finished(output_dir, record)]
+        outcome.n_found += len(records) - len(run.jobs)
+        ledger = Ledger(output_dir / UNFINISHED / _digest(records[0]))
+        if not run.jobs:
+            ledger.clear()
+            clock.plan(cell, 0.0)
+            continue
+        clock.plan(cell, _work(run))
+        runs.append((cell, run, ledger))
+        for line in run.plan.notes:
+            note(f"{cell.name}: {line}")
+    engine: Engine | None = None
+    has_engine = False
+    try:
+        for cell, run, ledger in runs:
+            if run.plan.windows is not None and not has_engine:
+                engine, has_engine = make_engine(loaded, cell), True
+            _measure(cell, run, ledger, output_dir, engine, outcome, clock)
+            if outcome.is_interrupted:
+                return
+    finally:
+        close = getattr(engine, "close", None)
+        if close is not None:
+            close()
+
+
+def _measure(
+    cell: Cell, run: Run, ledger: Ledger, output_dir: Path, engine: Engine | None, outcome: Outcome, clock: _Clock
+) -> None:
+    """One cell, from where an earlier run was."""
+    print(f"## {cell.name}\n", flush=True)
+    run.show_progress = partial(clock.progress, cell=cell)
+    records, outcome.is_interrupted = carry_out(
+        run, output_dir, engine=engine, ledger=ledger, log=RoundLog(ledger.folder / "rounds.json")
+    )
+    if not outcome.is_interrupted:
+        ledger.clear()
+    n_failed = sum(record["status"] == "failed" for record in records)
+    outcome.n_failed += n_failed
+    outcome.n_measured += sum(record["status"] != "interrupted" for record in records)
+
+
+def _tell(outcome: Outcome, problem: str) -> None:
+    outcome.problems.append(problem)
+    note(problem, kind="error")
+
+
+def _by_model(cells: tuple[Cell, ...]) -> Iterator[list[Cell]]:
+    """The cells that share a loaded model, in the order of the plan."""
+    found: dict[Any, list[Cell]] = {}
+    for cell in cells:
+        s = cell.settings
+        found.setdefault((s.model, s.revision, s.device, s.dtype, s.attn_implementation), []).append(cell)
+    yield from found.values()
+
+
+def _corpus(cell: Cell, corpora: dict[Any, Corpus]) -> Corpus:
+    """The text of a cell, loaded once."""
+    s = cell.settings
+    asked = {"subset": s.subset, "split": s.split, "sample_idx": s.sample_idx, "text_file": s.text_file}
+    key = (s.dataset, *asked.values())
+    if key not in corpora:
+        corpora[key] = load_corpus(s.dataset, **asked)  # type: ignore[arg-type]
+    return corpora[key]
+
+
+def _is_finished(output_dir: Path, record: dict[str, Any]) -> bool:
+    """Whether a point has a result: it would have the name of ``record``."""
+    try:
+        return bool(read_result(result_path(output_dir, record))["status"] == "ok")
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _digest(record: dict[str, Any]) -> str:
+    """The same for points whose windows and timed rounds are the same."""
+    of_a_point = ("press", "press_config", "compression_ratio", *BUDGETS, "kv_bits_config")
+    asked = {name: record.get(name) for name in IDENTIFYING_FIELDS if name not in of_a_point}
+    asked |= {"tokens": record["tokens_sha256"], "torch": record["env"]["torch"]}
+    return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+class _Clock:
+    """Shows how far a sweep is, and about how long it will take.
+
+    Work is counted in tokens that a model reads, a token that is decoded alone as several. Of cells whose model has not
+    been loaded it is taken to be what the others have on average.
+    """
+
+    def __init__(self, n_cells: int):
+        self.n_cells = n_cells
+        self.open: dict[int, float] = {}  # work of each cell that is planned and not done, by its id
+        self.works: list[float] = []  # of all that are planned
+        self.work_done = self.time_spent = 0.0
+
+    def plan(self, cell: Cell, work: float) -> None:
+        """A cell will take so much; none if there is nothing to do."""
+        self.works.append(work)
+        if work:
+            self.open[id(cell)] = work
+
+    def progress(self, items: Countable[Any], name: str, cell: Cell) -> Iterator[Any]:
+        """The items of a cell's work, with a bar or lines on stderr."""
+        n, work = len(items), self.open.pop(id(cell))
+        start, before = time.monotonic(), self.work_done
+        n_unknown = self.n_cells - len(self.works)
+
+        def left() -> str:
+            spent = self.time_spent + time.monotonic() - start
+            if not self.work_done:
+                return ""
+            rest = sum(self.open.values()) + before + work - self.work_done
+            rest += n_unknown * sum(self.works) / len(self.works)
+            return f"about {_duration(spent * rest / self.work_done)} left in all"
+
+        label = f"[{len(self.works) - len(self.open)}/{self.n_cells}] {cell.name}"
+        for i, item in enumerate(progress(items, label, left), start=1):
+            yield item
+            self.work_done = before + work * i / n
+        self.work_done = before + work
+        self.time_spent += time.monotonic() - start
+
+
+def _work(run: Run) -> float:
+    """Tokens that the model will read, as many as matter, times its size."""
+    plan, s, n_points = run.plan, run.settings, 1 + len(run.jobs)
+    size = float(sum(p.numel() for p in run.loaded.model.parameters()))
+    if plan.windows is not None:
+        first = plan.windows[0]
+        n_windows = sum(len(p.starts) for p in plan.windows)
+        n_prefills = 1 if s.chunk_tokens is None else n_points
+        per_point = first.target + _DECODE_COST * s.greedy_tokens
+        return size * n_windows * (first.context * n_prefills + per_point * n_points)
+    if plan.context_ids is not None:
+        tokens = plan.context_ids.shape[1] + _DECODE_COST * s.max_new_tokens
+        return size * n_points * tokens * (s.repetitions + 1.3)
+    return size * plan.total_tokens * (len(run.jobs) if s.ppl_mode == "streaming" else 4)
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min" if minutes else "a minute"
+
+
+def summary(outcome: Outcome, output_dir: str) -> str:
+    """The last line of a sweep."""
+    parts = [f"{outcome.n_measured} point(s) measured"]
+    if outcome.n_found:
+        parts.append(f"{outcome.n_found} already there")
+    if outcome.n_failed:
+        parts.append(f"{outcome.n_failed} failed")
+    if outcome.problems:
+        parts.append(f"{len(outcome.problems)} part(s) could not be measured")
+    sys.stdout.flush()
+    return f"{', '.join(parts)}; results in {output_dir}/"

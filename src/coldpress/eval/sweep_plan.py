@@ -1,0 +1,244 @@
+"""What a sweep consists of: models x texts x kinds of measurement, from one mapping (a YAML file, or options)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from coldpress.errors import DataError, InputError, nearest
+from coldpress.eval.settings import PPL_PRESETS, Job, Settings, make_jobs
+from coldpress.presses.registry import NO_PRESS
+
+__all__ = ["KINDS", "Cell", "SweepPlan", "read_config"]
+
+KINDS = ("perplexity", "speed", "streaming", "baselines")  # sections of a configuration, in the order they are measured
+
+_MODEL = ("model", "revision", "device", "dtype", "attn_implementation")
+_TEXT = ("dataset", "subset", "split", "sample_idx", "text_file", "limit_tokens", "max_documents", "max_windows")
+_PRESS = ("press", "compression_ratio", "budget_tokens", "budget_bytes", "kv_bits")
+_LISTS = (*_PRESS, "context_limit", "ppl_preset")
+_OWN: dict[str, dict[str, Any]] = {  # what a section sets by itself
+    "perplexity": {"ppl_apply_press": True, "ppl_only": True},
+    "speed": {"speed_only": True},
+    "streaming": {"ppl_mode": "streaming"},
+    "baselines": {"ppl_only": True},
+}
+_FIXED = ("ppl_apply_press", "ppl_mode", "ppl_only", "speed_only", "press_args", "output_dir", *_MODEL, *_TEXT)
+_FROM_0 = ("seed", "warmup", "sample_idx", "kv_residual_tokens", "greedy_tokens")
+_SORTS: dict[str, tuple[type, ...]] = {"str": (str,), "bool": (bool,), "int": (int,), "float": (int, float)}
+_TOP = ("models", "texts", *KINDS, "output_dir")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model, one text, one kind of measurement: what shares a prefill and a protocol.
+
+    Attributes:
+        kind: one of KINDS.
+        settings: of the evaluation.
+        jobs: its points.
+    """
+
+    kind: str
+    settings: Settings
+    jobs: tuple[Job, ...]
+
+    @property
+    def name(self) -> str:
+        """For the progress bar."""
+        s = self.settings
+        text = s.text_file or s.subset or s.dataset
+        more = {"speed": f" at {s.context_limit}", "baselines": f" {s.ppl_preset}"}.get(self.kind, "")
+        return f"{Path(s.model).name}, {Path(text).name}, {self.kind}{more}"
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """A sweep: its cells model by model, and where the results belong."""
+
+    cells: tuple[Cell, ...]
+    output_dir: str
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> SweepPlan:
+        """A plan from a configuration.
+
+        Args:
+            config: ``models`` and ``texts`` (lists of names, or of mappings of options), the presses and their sizes,
+                sections named as KINDS (a mapping of options each, a list of them, or false), ``output_dir``, and any
+                other option of ``coldpress ppl``, for all of them. Without a section, perplexity and speed are
+                measured.
+
+        Raises:
+            InputError: a name or value that means nothing, with what is allowed; options that contradict each other.
+        """
+        known = {field.name for field in fields(Settings)}
+        common = {name: value for name, value in config.items() if name not in _TOP}
+        for name in common:
+            if name not in known or name in _FIXED:
+                allowed = [*_TOP, *sorted(known - {*_FIXED, "output_dir"})]
+                raise InputError(f"A sweep has no {name!r}.{nearest(name, allowed)} Allowed: {', '.join(allowed)}.")
+        models = [_mapping(item, "model", _MODEL) for item in _listed(config.get("models", ["EleutherAI/pythia-70m"]))]
+        texts = [_text(item) for item in _listed(config.get("texts", ["wikitext"]))]
+        for name, found in (("models", models), ("texts", texts)):
+            if not found:
+                raise InputError(f"The sweep's list of {name} is empty; name at least one.")
+        sections = [(kind, config[kind]) for kind in KINDS if kind in config]
+        if not any(kind in ("perplexity", "speed", "streaming", "baselines") for kind, _ in sections):
+            sections = [("perplexity", {}), ("speed", {})]
+        cells = []
+        for model in models:
+            for place, text in enumerate(texts):
+                for kind, section in sections:
+                    if kind == "speed" and place:  # what is timed is the same on any text
+                        continue
+                    for options in _variants(kind, section):
+                        cells += list(_cells(kind, {**common, **options}, model, text))
+        if not cells:
+            raise InputError(f"Nothing is measured: every one of {', '.join(KINDS)} is left out or false.")
+        output_dir = config.get("output_dir", "results/sweep")
+        if not isinstance(output_dir, str):
+            raise InputError(f"output_dir must be a folder's name, got {output_dir!r}.")
+        return cls(tuple(cells), output_dir)
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        DataError: it cannot be read, or holds no mapping.
+    """
+    import yaml
+
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path!r} ({error}): give a YAML file") from error
+    except yaml.YAMLError as error:
+        raise DataError(f"{path!r} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
+        raise DataError(f"{path!r} holds no mapping of options; see docs/sweeps.md for what a sweep's file looks like")
+    return config
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
+
+
+def _mapping(item: Any, main: str, allowed: Sequence[str]) -> dict[str, Any]:
+    """A name alone, or a mapping of options with it."""
+    if isinstance(item, str):
+        return {main: item}
+    if not isinstance(item, dict):
+        raise InputError(f"A {main} is a name or a mapping of options, got {item!r}.")
+    for name in item:
+        if name not in allowed:
+            raise InputError(f"A {main} has no option {name!r}.{nearest(str(name), allowed)}")
+    if main == "model" and "model" not in item:
+        raise InputError(f"A model's mapping needs its name: model; got {item!r}.")
+    return dict(item)
+
+
+def _text(item: Any) -> dict[str, Any]:
+    """``wikitext:wikitext-103-v1`` is a dataset and its subset; so is a folder with one of its own."""
+    text = _mapping(item, "dataset", _TEXT)
+    name = text.get("dataset")
+    if isinstance(name, str) and ":" in name and "subset" not in text and not Path(name).exists():
+        text["dataset"], _, text["subset"] = name.rpartition(":")
+    return text
+
+
+def _variants(kind: str, section: Any) -> list[dict[str, Any]]:
+    """The sets of options that a section stands for."""
+    if section is False or section is None:
+        return []
+    if kind == "baselines" and not isinstance(section, dict) and section is not True:
+        presets = _listed(section)
+        if presets and all(isinstance(preset, str) for preset in presets):
+            return [{"ppl_preset": presets}]
+    variants = [{}] if section is True else _listed(section)
+    for options in variants:
+        if not isinstance(options, dict):
+            raise InputError(f"{kind} is a mapping of options, a list of them, true or false; got {options!r}.")
+        allowed = [field.name for field in fields(Settings) if field.name not in _FIXED]
+        allowed += [name for name in ("max_documents", "max_windows", "limit_tokens") if kind != "speed"]
+        for name in options:
+            if name not in allowed:
+                raise InputError(f"{kind} has no option {name!r}.{nearest(str(name), allowed)}")
+    return variants
+
+
+def _cells(kind: str, options: dict[str, Any], model: dict[str, Any], text: dict[str, Any]) -> Iterator[Cell]:
+    """The cells of one model, text and set of options: one for each timed context and each preset."""
+    options = {**options, **model, **text, **_OWN[kind]}
+    for name in _LISTS:
+        if name in options:
+            options[name] = _listed(options[name])
+    contexts = options.pop("context_limit", [Settings.context_limit])
+    presets = options.pop("ppl_preset", list(PPL_PRESETS))
+    if kind == "speed":
+        for name in ("max_documents", "max_windows", "greedy_tokens", "context_tokens", "target_tokens", "stride"):
+            options.pop(name, None)
+        for context in contexts:
+            yield _cell(kind, {**options, "context_limit": context})
+    elif kind == "baselines":
+        named = {name: value for name, value in options.items() if name not in _PRESS and name != "chunk_tokens"}
+        for name in ("max_documents", "max_windows", "greedy_tokens", "context_tokens", "target_tokens", "stride"):
+            named.pop(name, None)
+        for preset in presets:
+            yield _cell(kind, {**named, "ppl_preset": preset})
+    elif kind == "streaming":
+        for name in ("compression_ratio", "kv_bits", "chunk_tokens", "context_tokens", "target_tokens", "stride"):
+            options.pop(name, None)
+        for name in ("max_windows", "greedy_tokens", "batch_size"):
+            options.pop(name, None)
+        cell = _cell(kind, options)
+        yield from (replace(cell, jobs=(job,)) for job in cell.jobs)  # each a point that is finished by itself
+    else:
+        yield _cell(kind, options)
+
+
+def _cell(kind: str, options: dict[str, Any]) -> Cell:
+    """With a job for each press and size; a press may be a mapping of its name to its own parameters."""
+    _check_types(kind, options)
+    entries = options.pop("press", ["all"]) if kind != "baselines" else [NO_PRESS]
+    plain = [entry for entry in entries if isinstance(entry, str)]
+    with_parameters = [entry for entry in entries if not isinstance(entry, str)]
+    for name in _PRESS:
+        if name in options:
+            options[name] = tuple(options[name])
+    try:
+        settings = Settings(**options, press=tuple(dict.fromkeys([NO_PRESS, *plain])))
+        jobs = make_jobs(settings)
+        for entry in with_parameters:
+            if not (isinstance(entry, dict) and all(isinstance(value, dict) for value in entry.values())):
+                raise InputError(f"A press is a name, or a name with its parameters as a mapping; got {entry!r}.")
+            for name, parameters in entry.items():
+                jobs += make_jobs(replace(settings, press=(str(name),), press_args=tuple(parameters.items())))
+    except (TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{kind}: {error}") from error
+    return Cell(kind, settings, tuple(jobs))
+
+
+def _check_types(kind: str, options: dict[str, Any]) -> None:
+    """Values come from a file, where anything may stand for a number; raise :class:`InputError` with the option."""
+    sorts = {field.name: str(field.type) for field in fields(Settings)}
+    for name, value in options.items():
+        wanted = sorts[name].removesuffix(" | None").removeprefix("tuple[").removesuffix(", ...]")
+        if name == "press" or (value is None and sorts[name].endswith("| None")):
+            continue
+        if wanted not in _SORTS:
+            raise InputError(f"{kind}: {name} cannot be given for a sweep.")
+        is_list = sorts[name].startswith("tuple[")
+        for one in value if is_list else [value]:
+            is_sort = isinstance(one, _SORTS[wanted]) and (wanted == "bool" or not isinstance(one, bool))
+            least = 0 if name in _FROM_0 else 1
+            if not is_sort or (wanted == "int" and one < least):
+                what = {"str": "a text", "bool": "true or false", "float": "a number"}.get(
+                    wanted, f"an integer >= {least}"
+                )
+                raise InputError(f"{kind}: {name} must be {what}, got {one!r}.")
