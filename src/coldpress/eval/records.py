@@ -21,7 +21,6 @@ METRICS = (
     *("scored_tokens", "windows", "loss", "ppl", "baseline_loss", "baseline_ppl", "delta_nll", "delta_nll_se"),
     *("delta_nll_ci95", "ppl_ratio_ci95", "top1_acc", "same_top1", "kld", "delta_p", "nll_by_distance", "per_window"),
     *("nll_by_position", "per_document", "kv_bytes_max"),
-    *("ppl_ci95", "bits_per_byte", "scored_bytes"),
     *("context_tokens", "target_tokens", "kv_bytes", "kv_bytes_baseline", "kv_len_before", "kv_len_after", "kept_hash"),
     *("effective_compression_ratio", "generated_tokens", "repetitions", "generation_tokens_per_s"),
     *("speed_tokens_per_s", "decode_tokens_per_s", "prefill_tokens_per_s", "ttft_s", "tpot_ms", "decode_speedup"),
