@@ -346,7 +346,7 @@ def test_a_record_says_everything(run: Run) -> None:
     assert {"python", "torch", "transformers", "coldpress", "cpu", "threads"} <= record["env"].keys()
     assert set(METRICS) <= record.keys()
     unmeasured = {key for key in METRICS if record[key] is None}
-    of_a_stream = {"nll_by_position", "per_document", "kv_bytes_max"}
+    of_a_stream = {"nll_by_position", "per_document", "kv_bytes_max", "greedy_agreement"}
     assert unmeasured - of_a_stream <= {"peak_reserved_bytes", "peak_mem_delta_bytes"}
     for text in (
         "400 tokens",
@@ -357,6 +357,28 @@ def test_a_record_says_everything(run: Run) -> None:
         "24.00 KiB",
     ):
         assert text in done.out
+
+
+def test_a_preset_is_in_the_record(run: Run, data: Path) -> None:
+    done = run("--dataset", data / "wikitext", "--ppl_preset", "lm-eval", "--max_length", "100")
+    record = done.record
+    assert (done.code, record["protocol"], record["ppl_preset"]) == (0, "lm-eval-L100-v1", "lm-eval")
+    assert record["join"] == "articles, detokenised" and record["doc_ids"] == ["0 green"]
+    assert record["scored_tokens"] == record["total_tokens"] and record["add_bos"] is False
+    assert record["byte_perplexity"] == pytest.approx(2 ** record["bits_per_byte"])
+    done = run("--dataset", data / "wikitext", "--ppl_preset", "llamacpp", "--max_length", "64", folder="other")
+    assert done.record["protocol"] == "llamacpp-n64-v1" and done.record["ppl_se"] > 0
+    assert done.record["bits_per_byte"] > 0 and len(done.record["ppl_ci95"]) == 2
+
+
+def test_lists_take_commas(run: Run) -> None:
+    options = ("--limit_tokens", "200", "--ppl_mode", "prefix", "--ppl_only")
+    done = run("--press", "knorm,snapkv", "--compression_ratio", "0.25,0.5,", "0.75", *options)
+    assert [(r["press"], r["compression_ratio"]) for r in done.records] == [
+        (press, ratio) for press in ("knorm", "snapkv") for ratio in (0.25, 0.5, 0.75)
+    ]
+    done = run("--press", "knorm", "--budget_tokens", "8, 16", "--kv_bits", "8,4", *options, folder="other")
+    assert sorted((r["budget_tokens"], r["kv_bits"]) for r in done.records) == [(8, 4), (8, 8), (16, 4), (16, 8)]
 
 
 def test_without_ppl_apply_press_it_is_a_direct_computation(run: Run, data: Path, tiny: Path) -> None:
@@ -551,7 +573,7 @@ def odd_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("--press SnapKVPress", r"Unknown press 'SnapKVPress'. SnapKVPress is called 'snapkv' here. Known: no_press, "),
         ("--press AdaKV", r"AdaKVPress is called 'adakv_expected_attention_e2' or 'adakv_snapkv' here"),
         ("--press DMSPress", r"DMSPress has no name and is made in Python"),
-        ("--press snapkv,knorm", r"Unknown press 'snapkv,knorm'. Did you mean"),
+        ("--press snapkv,knor", r"Unknown press 'knor'. Did you mean"),
         ("--press xyz", rf"Unknown press 'xyz'. Known: no_press, {', '.join(press_names())}\.$"),
         *(
             (f"--press {p} --compression_ratio {r}", r"number in \[0, 1\)")
@@ -616,6 +638,12 @@ def odd_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("--press simlayerkv --chunk_tokens 16", "again and again.*SimLayerKVPress"),
         ("--press knorm --chunk_tokens 16 --ppl_only", "add --ppl_apply_press"),
         ("--press knorm --budget_bytes 1.5", "must be an integer"),
+        ("--press knorm --budget_tokens 8,0", "at least 1, got '0'"),
+        ("--press knorm --compression_ratio 0.5,half", "--compression_ratio: invalid float value: 'half'"),
+        ("--press knorm --compression_ratio ,", "--compression_ratio: invalid float value: ','"),
+        ("--press knorm --kv_bits 4,3", "invalid choice: 3 \\(choose from 8, 4, 2\\)"),
+        ("--press knorm --ppl_preset gptq", "--ppl_preset gptq is the uncompressed model's perplexity"),
+        ("--ppl_preset hf", "invalid choice: 'hf'"),
         ("--max_new_tokens many", "must be an integer of at least 1, got 'many'"),
         ("--max_new_tokens 1", "at least 2 to time decoding"),
         ("--max_new_tokens 200", "leaves no room for a context in 128 positions"),

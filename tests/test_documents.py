@@ -88,7 +88,7 @@ def test_the_command_lines_of_the_readmes_are_understood(name: str) -> None:
     for line in lines:
         words = shlex.split(line.replace("python evaluation/perplexity.py", "coldpress ppl"))
         args = _parser(None).parse_args(words[1:])  # exits if it does not understand
-        given = getattr(args, "press", [])
+        given = getattr(args, "press", None) or []
         named = given if isinstance(given, list) else [given]
         assert all(press in ("all", "no_press", *press_names()) for press in named)
 

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coldpress.eval.metrics import paired_difference, perplexity, quantiles, student_t_975
+from coldpress.eval.metrics import (
+    bootstrap_difference,
+    clustered_mean,
+    iid_se,
+    paired_difference,
+    perplexity,
+    quantiles,
+    student_t_975,
+)
 
 
 @pytest.mark.parametrize(
@@ -57,6 +67,60 @@ def test_one_window_has_no_error_bar() -> None:
 def test_columns_of_different_lengths_are_a_mistake() -> None:
     with pytest.raises(ValueError, match="zip"):
         paired_difference([4, 4], [8.0, 8.0], [6.0])
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.floats(0, 50)), min_size=2, max_size=12))
+def test_a_clustered_mean_has_the_error_of_a_ratio(windows: list[tuple[int, float]]) -> None:
+    """Sum of losses over sum of counts: its error by the residuals of each window around that ratio."""
+    counts, losses = (list(column) for column in zip(*windows, strict=True))
+    ratio, n = sum(losses) / sum(counts), len(counts)
+    residuals = [loss - ratio * count for count, loss in windows]
+    variance = n * statistics.variance(residuals, 0.0) / sum(counts) ** 2  # the residuals sum to zero
+    mean, se, ci = clustered_mean(counts, losses)
+    assert mean == pytest.approx(ratio, abs=1e-9)
+    assert se == pytest.approx(math.sqrt(variance), abs=1e-7)
+    assert ci is not None and ci[1] - ci[0] == pytest.approx(2 * student_t_975(n - 1) * math.sqrt(variance), abs=1e-6)
+    assert clustered_mean(counts[:1], losses[:1]) == (losses[0] / counts[0], None, None)
+
+
+def test_windows_of_one_token_have_the_error_of_a_plain_mean() -> None:
+    losses = [2.0, 3.5, 1.0, 4.0, 2.5]
+    assert clustered_mean([1] * 5, losses).se == pytest.approx(statistics.stdev(losses) / math.sqrt(5))
+
+
+def test_the_bootstrap_draws_from_all_that_can_be_drawn() -> None:
+    """Against the exact distribution: each of the 5**5 ordered draws once."""
+    counts, losses, baseline = [3, 5, 2, 4, 6], [9.0, 11.0, 7.5, 9.0, 20.0], [6.0, 10.0, 4.0, 8.5, 12.0]
+    drawn = [
+        sum(losses[i] - baseline[i] for i in draw) / sum(counts[i] for i in draw)
+        for draw in itertools.product(range(5), repeat=5)
+    ]
+    low, high = quantiles(drawn, (0.025, 0.975))
+    found = bootstrap_difference(counts, losses, baseline, resamples=40_000)
+    assert found == pytest.approx((low, high), abs=0.02)
+    many = [1.7**i for i in range(20)]
+    assert bootstrap_difference([1] * 20, many) == bootstrap_difference([1] * 20, many)
+    assert bootstrap_difference([1] * 20, many) != bootstrap_difference([1] * 20, many, seed=1)
+    assert bootstrap_difference(counts, losses) == bootstrap_difference(counts, losses, [0.0] * 5)
+    assert bootstrap_difference([3], [9.0], [6.0]) is None
+    with pytest.raises(ValueError, match="zip"):
+        bootstrap_difference(counts, losses, baseline[:4])
+
+
+@given(st.lists(st.tuples(st.floats(0, 20), st.floats(0, 20)), min_size=2, max_size=40))
+def test_the_error_of_independent_tokens_is_that_of_the_log_ratio(pairs: list[tuple[float, float]]) -> None:
+    """llama.cpp's: Var_Q + Var_base - 2 Cov of the single losses, each over n - 1."""
+    own, base = ([float(v) for v in column] for column in zip(*pairs, strict=True))
+    n = len(own)
+
+    def covariance(a: list[float], b: list[float]) -> float:
+        return (sum(x * y for x, y in zip(a, b, strict=True)) / n - sum(a) / n * sum(b) / n) / (n - 1)
+
+    assert iid_se(torch.tensor(own).double()) == pytest.approx(math.sqrt(max(0, covariance(own, own))), abs=1e-4)
+    ratio = covariance(own, own) + covariance(base, base) - 2 * covariance(own, base)
+    values = torch.tensor(own).double() - torch.tensor(base).double()
+    assert iid_se(values.reshape(1, -1)) == pytest.approx(math.sqrt(max(0.0, ratio)), abs=1e-4)
+    assert iid_se(values[:1]) is None
 
 
 def test_perplexity_does_not_overflow() -> None:

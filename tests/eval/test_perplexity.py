@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from coldpress.errors import SelfCheckError
 from coldpress.eval import perplexity as module
+from coldpress.eval.metrics import clustered_mean
 from coldpress.eval.perplexity import plain_perplexity, token_losses
 
 
@@ -66,6 +67,38 @@ def test_documents_do_not_mix(model: PreTrainedModel, text: Tensor) -> None:
     assert both["nll"] == pytest.approx(parts[0]["nll"] + parts[1]["nll"], rel=1e-6)
     assert both["scored_tokens"] == 89 + 209
     assert both["windows"] == parts[0]["windows"] + parts[1]["windows"]
+
+
+def test_error_bars_take_windows_for_independent(model: PreTrainedModel, text: Tensor) -> None:
+    result = plain_perplexity(model, [text], max_length=64, stride=64)
+    counts, sums, squares = [], [], 0.0
+    for begin in range(0, 500, 64):
+        with torch.no_grad():
+            logits = model(text[None, begin : begin + 64], use_cache=False).logits[0, :-1].double()
+        losses = -logits.log_softmax(-1)[range(len(logits)), text[begin + 1 : begin + 64]]
+        counts.append(len(losses))
+        sums.append(float(losses.sum()))
+        squares += float((losses**2).sum())
+    mean, _, ci = clustered_mean(counts, sums)
+    assert ci is not None
+    assert result["ppl_ci95"] == pytest.approx([math.exp(ci[0]), math.exp(ci[1])], rel=1e-4)
+    n = sum(counts)
+    assert result["ppl_se"] == pytest.approx(math.exp(mean) * math.sqrt((squares / n - mean**2) / (n - 1)), rel=1e-3)
+    low, high = result["ppl_bootstrap_ci95"]
+    assert result["ppl_ci95"][0] < low < result["ppl"] < high < result["ppl_ci95"][1]
+    assert "ppl_bootstrap_ci95" not in plain_perplexity(model, [text], max_length=16, stride=16)  # 32 windows
+    assert plain_perplexity(model, [text], max_length=500, stride=500)["ppl_ci95"] is None
+
+
+def test_bits_per_byte_are_of_the_scored_tokens(model: PreTrainedModel, text: Tensor) -> None:
+    documents, sizes = [text[:100], text[100:150]], [torch.arange(100), torch.arange(50) % 3]
+    result = plain_perplexity(model, documents, max_length=40, stride=40, token_bytes=sizes)
+    n_bytes = sum(range(100)) - 0 - 40 - 80 + int(sizes[1].sum()) - 0 - 40 % 3
+    assert result["scored_bytes"] == n_bytes
+    assert result["bits_per_byte"] == pytest.approx(result["nll"] / math.log(2) / n_bytes)
+    for unknown in ((), (sizes[0], None)):
+        result = plain_perplexity(model, documents, max_length=40, stride=40, token_bytes=unknown)
+        assert result["scored_bytes"] is result["bits_per_byte"] is None
 
 
 def test_losses_are_taken_in_float32_and_in_blocks() -> None:

@@ -14,17 +14,28 @@ from coldpress.eval.settings import Settings
 
 
 class Characters:
-    """A tokenizer whose tokens are the characters of a text."""
+    """A fast tokenizer whose tokens are the characters of a text; it may put one before each text."""
 
-    def __call__(self, text: str, add_special_tokens: bool, verbose: bool) -> dict[str, list[int]]:
-        assert not add_special_tokens
-        return {"input_ids": [ord(character) for character in text]}
+    is_fast = True
+    eos_token_id = 3
+
+    def __init__(self, bos_token_id: int | None = None):
+        self.bos_token_id = bos_token_id
+
+    def __call__(
+        self, text: str, add_special_tokens: bool, verbose: bool, return_offsets_mapping: bool = False
+    ) -> dict[str, list[Any]]:
+        first = [self.bos_token_id] if add_special_tokens and self.bos_token_id is not None else []
+        ids = [*first, *(ord(character) for character in text)]
+        offsets = [*((0, 0) for _ in first), *((i, i + 1) for i in range(len(text)))]
+        return {"input_ids": ids, "offset_mapping": offsets}
 
 
-def plan(*texts: str, positions: int | None = 64, **settings: Any) -> Plan:
+def plan(*texts: str, positions: int | None = 64, tokenizer: Any = None, **settings: Any) -> Plan:
     documents = tuple(Document(f"doc {i}", text) for i, text in enumerate(texts))
     corpus = Corpus("c", "c", None, "test", None, documents)
-    return make_plan(Settings(model="m", **{"max_new_tokens": 8, **settings}), corpus, Characters(), positions)
+    asked = Settings(model="m", **{"max_new_tokens": 8, **settings})
+    return make_plan(asked, corpus, tokenizer or Characters(), positions)
 
 
 TEXT = "abcdefghij" * 20
@@ -163,3 +174,32 @@ def test_what_cannot_work(text: str, settings: dict[str, Any], error: type[Excep
 def test_settings_that_contradict_each_other(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Settings(**settings)
+
+
+class Slow(Characters):
+    """Does not say where its tokens stand."""
+
+    is_fast = False
+
+
+def test_a_plan_knows_the_bytes_of_its_tokens() -> None:
+    made = plan("né", "x", TEXT, ppl_only=True)
+    assert [n_bytes.tolist() for n_bytes in made.token_bytes if n_bytes is not None] == [[1, 2], [1] * 200]
+    made = plan("né", TEXT, ppl_only=True, ppl_apply_press=True)
+    (n_bytes,) = made.token_bytes
+    assert n_bytes is not None and len(n_bytes) == len(made.documents[0]) == 200
+    assert [len(n) for n in plan(TEXT, ppl_only=True, limit_tokens=9).token_bytes if n is not None] == [9]
+
+
+def test_unknown_bytes_are_said() -> None:
+    made = plan(TEXT, ppl_only=True, tokenizer=Slow())
+    assert made.token_bytes == (None,)
+    assert made.notes == ("the tokenizer does not say where its tokens stand in the text: no bits per byte.",)
+    assert plan(TEXT, speed_only=True, tokenizer=Slow()).notes[-1].startswith("a timed context")
+
+
+def test_only_presets_take_the_tokenizers_first_token() -> None:
+    assert plan(TEXT, ppl_only=True, tokenizer=Characters(7)).documents[0][0] == ord("a")
+    made = plan(TEXT, ppl_preset="gptq", tokenizer=Characters(7))
+    assert made.documents[0][:2].tolist() == [7, ord("a")] and made.add_bos
+    assert not plan(TEXT, ppl_preset="gptq").add_bos

@@ -98,7 +98,8 @@ def make_plan(settings: Settings, corpus: Corpus, tokenizer: Any, max_positions:
         protocol += f"-chunk{s.chunk_tokens}"
     if not s.ppl_only:
         context_ids = _timed_context(s, documents, limit)
-    _note_bytes(scored, limit)
+    if not s.speed_only:
+        _note_bytes(scored, limit)
     return Plan(
         protocol=protocol,
         **_about(scored, documents),

@@ -218,7 +218,9 @@ def _adds_bos(tokenizer: Any) -> bool:
     bos = getattr(tokenizer, "bos_token_id", None)
     if bos is None:
         return False
-    alone, with_special = (tokenizer("a", add_special_tokens=special, verbose=False)["input_ids"] for special in (0, 1))
+    alone, with_special = (
+        tokenizer("a", add_special_tokens=special, verbose=False)["input_ids"] for special in (False, True)
+    )
     return len(with_special) > len(alone) and with_special[0] == bos
 
 

@@ -100,7 +100,7 @@ def _bytes(text: str, offsets: Sequence[tuple[int, int]]) -> Tensor | None:
     reached = before[ends].cummax(0).values
     counts = reached.diff(prepend=torch.zeros(1, dtype=torch.long))
     last = counts.nonzero()
-    if not len(last):
-        return None if text else counts
-    counts[last[-1]] += before[-1] - reached[-1]
+    if not len(last) and text.strip():
+        return None
+    counts[last[-1] if len(last) else -1] += before[-1] - reached[-1]  # of blanks alone, some say nothing
     return counts
