@@ -41,6 +41,7 @@ class _Survivors:
     name: str
     kept: Tensor  # bool [layers, heads, tokens]
     pairs: Tensor  # int64 [layers, heads], those of no token included
+    n_before: int  # pairs that there were to choose among; of a sliding window, those in its reach
     achieved_ratio: float
 
 
@@ -119,10 +120,9 @@ class Inspection:
 
     def summary(self) -> str:
         """A table for the terminal: each press with the pairs it keeps and the ratio it achieves; their overlap."""
-        before = sum(self.heads) * len(self.ids)
         lines = [("press", "kept pairs", "of", "achieved ratio")]
         for own in self.found:
-            lines.append((own.name, f"{int(own.pairs.sum()):,}", f"{before:,}", f"{own.achieved_ratio:.4f}"))
+            lines.append((own.name, f"{int(own.pairs.sum()):,}", f"{own.n_before:,}", f"{own.achieved_ratio:.4f}"))
         widths = [max(len(line[i]) for line in lines) for i in range(4)]
         rows = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
         if len(self.found) == 2:
@@ -177,6 +177,7 @@ class Inspection:
                     "call": repr(own.press),
                     "ratio": own.achieved_ratio,
                     "pairs": int(own.pairs.sum()),
+                    "before": own.n_before,
                     "of_no_token": int(own.pairs.sum() - own.kept.sum()),
                     # uint8 [layers, heads, ceil(tokens / 8)]
                     "kept": _base64(np.packbits(own.kept.numpy(), axis=-1, bitorder="little")),
@@ -217,7 +218,7 @@ def inspect(
         names: how the presses are called on the page; their classes' if left out.
 
     Raises:
-        PressError: no press, too many, or one that leaves a prompt as it is.
+        PressError: no press, too many, one that leaves a prompt as it is, or that lacks what it needs of the model.
         DataError: there is nothing to read.
         ModelError: the tokenizer does not say where its tokens are in the text, or is another model's.
     """
@@ -230,13 +231,22 @@ def inspect(
     if max(ids) >= known:
         raise ModelError(f"The tokenizer gives the id {max(ids)} and the model knows {known} tokens.")
     use_coldpress(model)
+    prepared = [press.prepared(model, tokenizer) for press in presses]
     prompt = torch.tensor([ids], device=next(model.parameters()).device)
-    found, heads, kinds = [], (), ()
-    for i, cache in enumerate(_pressed(model, prompt, presses, chunk_tokens)):
-        cache.get_seq_length()  # raises what the press raised
-        kept, pairs, heads, kinds = _kept_of(cache, len(ids))
-        name = names[i] if names else type(presses[i]).__name__
-        found.append(_Survivors(presses[i], name, kept, pairs, cache.achieved_ratio()))
+    caches = _prefilled(model, prompt, prepared, chunk_tokens)
+    pressed = caches[-len(presses) :]
+    n_layers = max(len(cache.layers) for cache in caches)
+    kinds = tuple(_kind([cache.layers[i] for cache in caches if i < len(cache.layers)]) for i in range(n_layers))
+    held = {i: [cache.positions(i)[0].cpu() for cache in pressed] for i, kind in enumerate(kinds) if not kind}
+    if not held:
+        raise ModelError("No layer of this model holds pairs that a press could choose among.")
+    heads = tuple(len(held[i][0]) if i in held else 0 for i in range(n_layers))
+    found = []
+    for i, (press, cache) in enumerate(zip(presses, pressed, strict=True)):
+        kept, pairs = _kept(n_layers, max(heads), len(ids), {layer: held[layer][i] for layer in held})
+        name = names[i] if names else type(press).__name__
+        n_before = sum(layer._pairs_before for layer in cache.pressed_layers())
+        found.append(_Survivors(press, name, kept, pairs, n_before, cache.achieved_ratio()))
     return Inspection(text[: ends[-1]], tuple(ids), tuple(ends), heads, kinds, tuple(found))
 
 
@@ -249,16 +259,16 @@ def check_presses(presses: Sequence[BasePress]) -> None:
             raise PressError(f"presses must be presses such as coldpress.SnapKVPress(0.5), got {press!r}.")
         if not press.at_prefill:
             raise PressError(
-                f"{type(press).__name__} compresses what is generated and nothing of a prompt, so after the prompt every "
-                "token is still there. Inspect the press inside it."
+                f"{type(press).__name__} compresses what is generated and nothing of a prompt, so every token is "
+                "still there after it. Inspect the press inside."
             )
 
 
 def _tokenize(tokenizer: Any, text: str, limit: int | None) -> tuple[list[int], list[int]]:
     """The tokens of ``text``, and where each one's part of it ends.
 
-    A part begins where the one before ends: what a tokenizer counts to none, such as the space before a word, belongs to
-    the token after it. Tokens that hold bytes of one character share its part.
+    A part begins where the one before ends: what a tokenizer counts to none, such as the space before a word, belongs
+    to the token after it. Tokens that hold bytes of one character share its part.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError("This tokenizer does not say where its tokens are in a text; a fast one is needed.")
@@ -269,7 +279,8 @@ def _tokenize(tokenizer: Any, text: str, limit: int | None) -> tuple[list[int], 
     except UnicodeEncodeError as error:
         raise DataError(f"The text is no Unicode: half a character stands at {error.start}.") from error
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids, ends = encoded["input_ids"][:limit], []
+    ids: list[int] = encoded["input_ids"][:limit]
+    ends: list[int] = []
     for _, end in encoded["offset_mapping"][:limit]:
         ends.append(max(end, ends[-1] if ends else 0))
     if not text.strip() or not ids or not ends[-1]:
@@ -278,47 +289,53 @@ def _tokenize(tokenizer: Any, text: str, limit: int | None) -> tuple[list[int], 
     return ids, [end or first for end in ends]
 
 
-def _pressed(
+def _prefilled(
     model: PreTrainedModel, prompt: Tensor, presses: Sequence[BasePress], chunk_tokens: int | None
 ) -> list[PressedCache]:
-    """The cache that each press leaves of ``prompt [1, T]``."""
+    """The cache that each press leaves of ``prompt [1, T]``; before them the whole one, if they come of one."""
     if chunk_tokens is not None:  # what the model makes of a piece depends on what was kept of those before
-        alone = [PressedCache(press, chunk_tokens=chunk_tokens) for press in presses]
-        for cache in alone:
+        caches = [PressedCache(press, chunk_tokens=chunk_tokens) for press in presses]
+        for cache in caches:
             with prefilling(model, cache):
                 prefill(model, prompt, cache)
-        return alone
-    full = PressedCache()
-    branches = full.branches(presses)
-    with prefilling(model, full, *branches):
-        prefill(model, prompt, full)
-    return branches
+    else:
+        full = PressedCache()
+        caches = [full, *full.branches(presses)]
+        with prefilling(model, *caches):
+            prefill(model, prompt, full)
+    for cache in caches:
+        cache.session.check_claimed()  # raises what the press raised
+    return caches
 
 
-def _kept_of(cache: PressedCache, n_tokens: int) -> tuple[Tensor, Tensor, tuple[int, ...], tuple[str, ...]]:
-    """Kept tokens ``[layers, heads, tokens]``, stored pairs ``[layers, heads]``, heads and kinds of the layers."""
-    kinds = [_kind(layer) for layer in cache.layers]
-    shown = {i: cache.positions(i)[0].cpu() for i, kind in enumerate(kinds) if not kind}  # [Hkv, T]
-    if not shown:
-        raise ModelError("No layer of this model holds pairs that a press could choose among.")
-    heads = tuple(len(shown[i]) if i in shown else 0 for i in range(len(kinds)))
-    kept = torch.zeros(len(kinds), max(heads), n_tokens + 1, dtype=torch.bool)
-    pairs = torch.zeros(len(kinds), max(heads), dtype=torch.long)
-    for i, positions in shown.items():
-        kept[i, : heads[i]].scatter_(1, positions.masked_fill(positions < 0, n_tokens), True)  # the empty slots go last
-        pairs[i, : heads[i]] = (positions >= 0).sum(-1)
-    return kept[..., :n_tokens].contiguous(), pairs, heads, tuple(kinds)
+def _kind(layers: list[Any]) -> str:
+    """What a layer that no press is shown holds instead; an empty text for the others.
 
-
-def _kind(layer: Any) -> str:
-    """What a layer that no press is shown holds instead; an empty text for the others."""
-    if not isinstance(layer, PressedLayer):
+    Args:
+        layers: that layer of each cache, the one that the model itself has filled first.
+    """
+    if not isinstance(layers[0], PressedLayer):
         return "holds a state and no pairs"
-    if not layer.is_initialized:
+    if not layers[0].is_initialized:
         return "holds no pairs of its own"
-    if not layer._pairs_before:
-        return "holds a sliding window, left alone"
+    if not any(layer._pairs_before for layer in layers):
+        return "holds a sliding window, which is left alone"
     return ""
+
+
+def _kept(n_layers: int, n_heads: int, n_tokens: int, held: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
+    """Kept tokens, bool ``[layers, heads, tokens]``, and stored pairs, int64 ``[layers, heads]``.
+
+    Args:
+        held: for each layer that the press was shown, positions ``[heads, T]``; -1 in empty slots.
+    """
+    kept = torch.zeros(n_layers, n_heads, n_tokens + 1, dtype=torch.bool)
+    pairs = torch.zeros(n_layers, n_heads, dtype=torch.long)
+    for layer, positions in held.items():
+        at = positions.masked_fill(positions < 0, n_tokens)  # the empty slots: one more token, cut off below
+        kept[layer, : len(at)].scatter_(1, at, True)
+        pairs[layer, : len(at)] = (positions >= 0).sum(-1)
+    return kept[..., :n_tokens].contiguous(), pairs
 
 
 def _base64(numbers: Any) -> str:

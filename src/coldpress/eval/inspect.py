@@ -61,7 +61,6 @@ def make_page(
     if len(corpus.documents) > 1:
         note(f"the first of {len(corpus.documents)} texts is read, {document.doc_id}; --sample_idx reads another.")
     loaded = load_model(**model_options)
-    presses = [own.prepared(loaded.model, loaded.tokenizer) for own in presses]
     limit = _limit(limit_tokens, loaded.max_positions, loaded.name)
     torch.manual_seed(0)  # of presses that draw numbers
     found = inspect(
@@ -74,10 +73,9 @@ def make_page(
         names=names,
     )
     if limit_tokens is None and document.text[len(found.text) :].strip():
-        note(f"the first {len(found.ids):,} tokens are shown; --limit_tokens says how many.")
-    title = (
-        document.doc_id if corpus.name in (document.doc_id, str(corpus.source)) else f"{corpus.name}: {document.doc_id}"
-    )
+        note(f"only the first {len(found.ids):,} tokens are shown; --limit_tokens says how many.")
+    where = Path(corpus.name).name
+    title = document.doc_id if where == document.doc_id else f"{where}: {document.doc_id}"
     found.save_html(path, title, [f"Model: {loaded.name}", *([f"Made by: {command}"] if command else [])])
     print(found.summary())
     print(f"{path}: {len(found.ids):,} tokens, {path.stat().st_size:,} bytes")
@@ -94,23 +92,25 @@ def _make_presses(
     for size in ("compression_ratio", *BUDGETS):
         if size in press_args:
             raise PressError(f"--press_args cannot hold {size}; use --{size}.")
-    option, sizes = ("--budget_tokens", list(budgets)) if budgets else ("--compression_ratio", list(ratios) or [0.5])
+    sizes: list[Any]
+    option, sizes = "--compression_ratio", list(ratios) or [0.5]
+    if budgets:
+        option, sizes = "--budget_tokens", list(budgets)
     n = max(len(press), len(sizes))
     if n > MOST_PRESSES:
         raise PressError(f"A page shows one press or two side by side; {n} were asked for, by --press or {option}.")
     if len(press) not in (1, n) or len(sizes) not in (1, n):
         raise PressError(f"Give one {option} for all presses, or one for each.")
-    given = list(zip(list(press) * (n if len(press) == 1 else 1), sizes * (n if len(sizes) == 1 else 1), strict=True))
     names, presses = [], []
-    for name, size in given:
+    for name, size in zip(list(press) * (n // len(press)), sizes * (n // len(sizes)), strict=True):
         check_types(name, press_args)
         if name == NO_PRESS:
             raise PressError("no_press keeps every token, so there is nothing to see; name a press.")
         has_ratio = name not in press_names(has_ratio=False)
-        if has_ratio and not budgets:
-            made, shown = make_press(name, size, **press_args), f"{name} {size:g}"
-        elif budgets:  # make_press says if it takes none
+        if budgets:  # make_press says if it takes none
             made, shown = make_press(name, 0.0, budget_tokens=size, **press_args), f"{name}, {size} tokens"
+        elif has_ratio:
+            made, shown = make_press(name, size, **press_args), f"{name} {size:g}"
         else:
             if ratios:
                 note(f"{name} has no compression ratio: its own parameters say how much is kept.")
