@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from tests.contract.architectures import VERSION, tiny, tokens
+from tests.presses.replays import Words
 from tests.test_pipeline import folder as folder  # a tiny model with a tokenizer
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from coldpress import (
     BasePress,
     DecodingPress,
     KnormPress,
-    KVgradPress,
+    KVzipPress,
     MergingPress,
     PressedCache,
     PyramidKVPress,
@@ -45,7 +46,7 @@ ODD = (
 )
 
 
-class Letters:
+class Letters(Words):
     """A fast tokenizer of one token for each character."""
 
     is_fast = True
@@ -96,7 +97,7 @@ def masks(data: dict[str, Any]) -> list[Tensor]:
         KnormPress(budget_tokens=7),
         MergingPress(press=SNAP),
         ThinKPress(0.5),
-        KVgradPress(0.5),
+        KVzipPress(0.5),
     ],
     ids=lambda press: type(press).__name__,
 )
@@ -104,7 +105,7 @@ def test_masks_are_the_positions_of_a_cache(press: BasePress) -> None:
     model = tiny("llama")
     found = look("llama", press)
     cache = PressedCache()
-    with press(model), torch.no_grad():
+    with press.prepared(model, Letters())(model), torch.no_grad():
         model(tokens(1, N), past_key_values=cache)
     kept = found.kept(press)
     assert kept.shape == (2, 2, N) and kept.dtype == torch.bool
@@ -170,6 +171,7 @@ def test_layers_without_pairs_to_choose_among_are_said_to_be_such(name: str, chu
     assert data["kinds"] == list(found.kinds) and data["presses"][0]["before"] == 4 * N
 
 
+@pytest.mark.usefixtures("given_weights")
 def test_restored_pairs_are_counted_and_are_no_tokens() -> None:
     found = look("llama", RestoreKVPress(0.5))
     data = in_page(found.to_html())["presses"][0]
@@ -252,7 +254,8 @@ def test_what_a_tokenizer_leaves_out_belongs_to_the_next_token() -> None:
     assert coldpress.inspect(tiny("llama"), Trimmed(), "a b\n\nc", KnormPress(0.2), limit_tokens=3).text == "a b"
 
 
-def test_what_cannot_be_inspected() -> None:
+def test_what_cannot_be_inspected(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
     text = "x" * N
     for presses, message in (
         ([], "got 0"),
@@ -274,7 +277,7 @@ def test_what_cannot_be_inspected() -> None:
     with pytest.raises(ModelError, match="fast one is needed"):
         coldpress.inspect(tiny("llama"), slow, text, SNAP)
     with pytest.raises(OutputError, match="cannot be written"):
-        look("llama", SNAP).save_html("no/such/folder/page.html")
+        look("llama", SNAP).save_html(tmp_path / "file" / "page.html")
 
 
 # -- the command ---------------------------------------------------------------------------------------------------
@@ -300,7 +303,7 @@ def run(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str], monkey
 
 def test_the_command_writes_a_page(run: Run, tmp_path: Path) -> None:
     code, out, err = run("--text-file text.txt --press snapkv streaming_llm --compression_ratio 0.25 --output a/p.html")
-    assert code == 0 and err == ""
+    assert (code, err) == (0, "")
     page = (tmp_path / "a/p.html").read_text(encoding="utf-8")
     data = in_page(page)
     n = len(numbers(data["ids"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import html
 import importlib.resources
 import itertools
@@ -110,7 +111,7 @@ class Inspection:
     def total_overlap(self) -> float:
         """:meth:`overlap` of all layers together."""
         both, either = self._common()
-        return float(both.sum() / either.sum())
+        return int(both.sum()) / int(either.sum())
 
     def _common(self) -> tuple[Tensor, Tensor]:
         if len(self.found) != 2:
@@ -148,10 +149,12 @@ class Inspection:
         path = Path(path).expanduser()
         draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             draft.write_text(self.to_html(title, facts), encoding="utf-8", newline="\n")
             os.replace(draft, path)
         except OSError as error:
-            draft.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                draft.unlink()
             raise OutputError(f"{path} cannot be written ({error.strerror}); name a file such as page.html.") from error
 
     def to_html(self, title: str = "", facts: Sequence[str] = ()) -> str:
