@@ -136,6 +136,8 @@ def test_two_presses_and_their_overlap() -> None:
     data = in_page(found.to_html())
     assert all(torch.equal(a, b) for a, b in zip(masks(data), alone, strict=True))
     assert [press["name"] for press in data["presses"]] == ["one", "two"]
+    names = look("llama", [KnormPress(0.25), KnormPress(budget_tokens=9)]).names
+    assert names == ("KnormPress 0.25", "KnormPress, 9 tokens")
     lines = found.summary().splitlines()
     assert lines[1].split() == ["one", "120", "240", "0.5000"]
     assert f"{found.total_overlap():.3f}" in lines[3]

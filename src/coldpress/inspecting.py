@@ -218,7 +218,7 @@ def inspect(
         presses: one or two.
         limit_tokens: read only so many tokens.
         chunk_tokens: as in :class:`coldpress.PressedCache`.
-        names: how the presses are called on the page; their classes' if left out.
+        names: how the presses are called on the page; their classes if left out.
 
     Raises:
         PressError: no press, too many, one that leaves a prompt as it is, or that lacks what it needs of the model.
@@ -247,10 +247,17 @@ def inspect(
     found = []
     for i, (press, cache) in enumerate(zip(presses, pressed, strict=True)):
         kept, pairs = _kept(n_layers, max(heads), len(ids), {layer: held[layer][i] for layer in held})
-        name = names[i] if names else type(press).__name__
+        name = names[i] if names else _name(press)
         n_before = sum(layer._pairs_before for layer in cache.pressed_layers())
         found.append(_Survivors(press, name, kept, pairs, n_before, cache.achieved_ratio()))
     return Inspection(text[: ends[-1]], tuple(ids), tuple(ends), heads, kinds, tuple(found))
+
+
+def _name(press: BasePress) -> str:
+    """The class, and how much is kept."""
+    name, ratio = type(press).__name__, getattr(press, "compression_ratio", 0.0)
+    budgets = [f", {size} {unit}" for unit in ("tokens", "bytes") if (size := getattr(press, f"budget_{unit}", None))]
+    return name + "".join(budgets) + (f" {ratio:g}" if ratio else "")
 
 
 def check_presses(presses: Sequence[BasePress]) -> None:
@@ -318,11 +325,11 @@ def _kind(layers: list[Any]) -> str:
         layers: that layer of each cache, the one that the model itself has filled first.
     """
     if not isinstance(layers[0], PressedLayer):
-        return "holds a state and no pairs"
+        return "a state, no pairs"
     if not layers[0].is_initialized:
-        return "holds no pairs of its own"
+        return "no pairs of its own"
     if not any(layer._pairs_before for layer in layers):
-        return "holds a sliding window, which is left alone"
+        return "sliding window, left alone"
     return ""
 
 
