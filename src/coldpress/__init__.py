@@ -11,6 +11,7 @@ from coldpress.cache import PressedCache
 from coldpress.chunks import prefill
 from coldpress.compiling import compiled
 from coldpress.errors import ColdpressError
+from coldpress.inspecting import Inspection, inspect
 from coldpress.pipeline import KVPressTextGenerationPipeline
 from coldpress.pipeline import register as _register_tasks
 from coldpress.presses.adakv import AdaKVPress
@@ -91,6 +92,7 @@ __all__ = [
     "ExpectedAttentionStatsPress",
     "FastKVzipPress",
     "FinchPress",
+    "Inspection",
     "KVBits",
     "KVComposePress",
     "KVPressTextGenerationPipeline",
@@ -125,6 +127,7 @@ __all__ = [
     "__version__",
     "catalogue",
     "compiled",
+    "inspect",
     "make_press",
     "prefill",
     "press_names",

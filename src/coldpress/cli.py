@@ -1,4 +1,4 @@
-"""The command ``coldpress``: ppl, speed, sweep, calibrate, compress, ask, report, presses.
+"""The command ``coldpress``: ppl, speed, sweep, calibrate, compress, ask, inspect, report, presses.
 
 Also what the scripts in evaluation/ run.
 
@@ -107,6 +107,9 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     ask = commands.add_parser("ask", help="ask questions about a text that coldpress compress has saved")
     _add_ask_options(ask)
     ask.set_defaults(options=ask.options, run=_run_ask)
+    look = commands.add_parser("inspect", help="a page that shows which tokens of a text a press keeps, and where")
+    _add_inspect_options(look)
+    look.set_defaults(options=look.options, run=_run_inspect)
     report = commands.add_parser("report", help="a table of the results in a folder")
     report.add_argument("folder", nargs="?", default="results/perplexity")
     report.set_defaults(options=report.options, run=_run_report)
@@ -177,6 +180,26 @@ def _add_ask_options(parser: argparse.ArgumentParser) -> None:
     _add_model(what)
     what.add_argument("--max_new_tokens", type=_positive, default=50, help="of each answer (default: 50)")
     what.add_argument("--any_model", action="store_true", help="take a model with other weights than the file's")
+    _add_machinery(parser.add_argument_group("how"))
+
+
+def _add_inspect_options(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what is shown")
+    _add_sources(what, "test")
+    add = what.add_argument
+    add("--output", required=True, help="page to write, such as page.html")
+    add("--press", nargs="+", default=["snapkv"], help="name of a press, or of two side by side (default: snapkv)")
+    add(
+        "--compression_ratio",
+        nargs="+",
+        type=float,
+        default=[],
+        help="fraction of the pairs to remove, in [0, 1), one for all or one for each (default: 0.5)",
+    )
+    add("--budget_tokens", nargs="+", type=_positive, default=[], help="instead of a ratio: pairs that a head keeps")
+    add("--press_args", type=_json_object, default={}, help="parameters of a single press as JSON")
+    add("--chunk_tokens", type=_positive, help="read the text in pieces of so many tokens, and compress after each")
+    add("--limit_tokens", type=_positive, help="read only the first so many tokens (default: 4096)")
     _add_machinery(parser.add_argument_group("how"))
 
 
@@ -458,6 +481,19 @@ def _run_ask(args: argparse.Namespace, argv: list[str], prog: str | None) -> int
     from coldpress.asking import ask
 
     ask(args.file, args.question, _model_options(args), args.any_model, max_new_tokens=args.max_new_tokens)
+    return 0
+
+
+def _run_inspect(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
+    _check_sources(args)
+    from coldpress.eval.inspect import make_page
+
+    names = ("output", "press", "press_args", "compression_ratio", "budget_tokens", "limit_tokens", "chunk_tokens")
+    source = {name: getattr(args, name) for name in ("subset", "sample_idx", "text_file")}
+    source |= {"dataset": args.dataset or "wikitext", "split": args.split or "test"}
+    command = f"{prog or 'coldpress'} {shlex.join(argv)}"
+    given = {name: getattr(args, name) for name in names}
+    make_page(**given, source=source, model_options=_model_options(args), command=command)
     return 0
 
 

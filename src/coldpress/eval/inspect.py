@@ -1,0 +1,132 @@
+"""``coldpress inspect``: a page that shows which tokens of a text one or two presses keep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coldpress.errors import InputError, OutputError, PressError
+from coldpress.eval.datasets import load_corpus
+from coldpress.eval.models import load_model, pick_device
+from coldpress.eval.progress import note
+from coldpress.eval.results import check_writable
+from coldpress.eval.settings import check_types
+from coldpress.inspecting import MOST_PRESSES, check_presses, inspect
+from coldpress.presses.base import BUDGETS, BasePress
+from coldpress.presses.registry import NO_PRESS, make_press, press_names
+
+__all__ = ["make_page"]
+
+LIMIT_TOKENS = 4096  # of a page, unless asked otherwise
+
+
+def make_page(
+    output: str,
+    press: Sequence[str],
+    press_args: dict[str, Any],
+    source: dict[str, Any],
+    model_options: dict[str, Any],
+    compression_ratio: Sequence[float] = (),
+    budget_tokens: Sequence[int] = (),
+    limit_tokens: int | None = None,
+    chunk_tokens: int | None = None,
+    command: str = "",
+) -> None:
+    """What the command does: read a text, write the page to ``output``, and print a summary.
+
+    Args:
+        press: one or two registered names.
+        press_args: parameters of a single press.
+        source: what :func:`load_corpus` is given.
+        model_options: of :func:`load_model`.
+        compression_ratio: one for all presses or one for each, 0.5 if neither it nor a budget is given. Two of them
+            show a single press twice.
+        budget_tokens: likewise, instead of a ratio.
+        command: the command line, for the page.
+
+    Raises:
+        InputError: something that was asked for cannot work; before any long work.
+    """
+    names, presses = _make_presses(press, press_args, compression_ratio, budget_tokens)
+    pick_device(model_options.get("device", "auto"))
+    path = Path(output).expanduser()
+    if not output.strip() or path.is_dir():
+        raise OutputError(f"--output {output!r} is no name of a file; give one such as page.html.")
+    check_writable(path.parent)
+    corpus = load_corpus(**source)
+    document = corpus.documents[0]
+    if len(corpus.documents) > 1:
+        note(f"the first of {len(corpus.documents)} texts is read, {document.doc_id}; --sample_idx reads another.")
+    loaded = load_model(**model_options)
+    limit = _limit(limit_tokens, loaded.max_positions, loaded.name)
+    torch.manual_seed(0)  # of presses that draw numbers
+    found = inspect(
+        loaded.model,
+        loaded.tokenizer,
+        document.text,
+        presses,
+        limit_tokens=limit,
+        chunk_tokens=chunk_tokens,
+        names=names,
+    )
+    if limit_tokens is None and document.text[len(found.text) :].strip():
+        note(f"only the first {len(found.ids):,} tokens are shown; --limit_tokens says how many.")
+    where = Path(corpus.name).name
+    title = document.doc_id if where == document.doc_id else f"{where}: {document.doc_id}"
+    found.save_html(path, title, [f"Model: {loaded.name}", *([f"Made by: {command}"] if command else [])])
+    print(found.summary())
+    print(f"{path}: {len(found.ids):,} tokens, {path.stat().st_size:,} bytes")
+
+
+def _make_presses(
+    press: Sequence[str], press_args: dict[str, Any], ratios: Sequence[float], budgets: Sequence[int]
+) -> tuple[list[str], list[BasePress]]:
+    """What to call each press, and the presses."""
+    if ratios and budgets:
+        raise InputError("--compression_ratio and --budget_tokens both say how much is kept; give one of them.")
+    if press_args and len(press) > 1:
+        raise PressError("--press_args belongs to one press; name a single one with --press.")
+    for size in ("compression_ratio", *BUDGETS):
+        if size in press_args:
+            raise PressError(f"--press_args cannot hold {size}; use --{size}.")
+    sizes: list[Any]
+    option, sizes = "--compression_ratio", list(ratios) or [0.5]
+    if budgets:
+        option, sizes = "--budget_tokens", list(budgets)
+    n = max(len(press), len(sizes))
+    if n > MOST_PRESSES:
+        raise PressError(f"A page shows one press or two side by side; {n} were asked for, by --press or {option}.")
+    if len(press) not in (1, n) or len(sizes) not in (1, n):
+        raise PressError(f"Give one {option} for all presses, or one for each.")
+    names, presses = [], []
+    for name, size in zip(list(press) * (n // len(press)), sizes * (n // len(sizes)), strict=True):
+        check_types(name, press_args)
+        if name == NO_PRESS:
+            raise PressError("no_press keeps every token, so there is nothing to see; name a press.")
+        has_ratio = name not in press_names(has_ratio=False)
+        if budgets:  # make_press says if it takes none
+            made, shown = make_press(name, 0.0, budget_tokens=size, **press_args), f"{name}, {size} tokens"
+        elif has_ratio:
+            made, shown = make_press(name, size, **press_args), f"{name} {size:g}"
+        else:
+            if ratios:
+                note(f"{name} has no compression ratio: its own parameters say how much is kept.")
+            made, shown = make_press(name, 0.0, **press_args), name
+        assert made is not None
+        names.append(shown)
+        presses.append(made)
+    check_presses(presses)
+    return names, presses
+
+
+def _limit(asked: int | None, positions: int | None, model: str) -> int:
+    """How many tokens are read at most: none past the positions that the model was trained on."""
+    wanted = LIMIT_TOKENS if asked is None else asked
+    if positions is None or wanted <= positions:
+        return wanted
+    if asked is not None:
+        note(f"--limit_tokens {asked} is past the {positions} positions {model} was trained on; cut to {positions}.")
+    return positions
