@@ -269,8 +269,8 @@ def _add_sweep_options(parser: argparse.ArgumentParser) -> None:
     add("--split", help="split of the datasets (default: test)")
     add("--sample_idx", type=_not_negative, help="take this row of each dataset as the only text")
     _add_presses(what)
-    add("--no_perplexity", action="store_true", help="leave perplexity under the presses out")
-    add("--no_speed", action="store_true", help="leave speed and memory out")
+    add("--no_perplexity", action="store_true", default=None, help="leave perplexity under the presses out")
+    add("--no_speed", action="store_true", default=None, help="leave speed and memory out")
     several("--ppl_preset", type=_listed(str), help="also the uncompressed model's perplexity, as others measure it")
     windows = parser.add_argument_group("perplexity under the presses")
     _add_windows(windows)
@@ -420,35 +420,12 @@ def _run_ppl(args: argparse.Namespace, argv: list[str], prog: str | None) -> int
 
 def _run_sweep(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
     from coldpress.eval.sweep import summary, sweep
-    from coldpress.eval.sweep_plan import SweepPlan, read_config
+    from coldpress.eval.sweep_plan import SweepPlan, read_config, with_options
 
     config = {} if args.config is None else read_config(args.config)
-    if args.press_args is not None:
-        names = [name for name in args.press or [] if name != "no_press"]
-        if len(names) != 1:
-            raise InputError("--press_args belongs to one press; name a single one with --press, or use --config.")
-        args.press = [{names[0]: args.press_args}]
-    own = ("config", "model", "dataset", "text_file", "split", "sample_idx", "revision", "press_args", "ppl_preset")
-    ignored = (*own, "no_perplexity", "no_speed", "options", "run", "context_limit")
-    config |= {name: value for name, value in vars(args).items() if name not in ignored and value is not None}
-    if args.model is not None:
-        config["models"] = [{"model": name} for name in args.model]
-    for name in ("revision",):
-        if getattr(args, name) is not None:
-            config["models"] = [{"model": name, **item, "revision": args.revision} for item in config.get("models", [])]
-    rows = {name: getattr(args, name) for name in ("split", "sample_idx") if getattr(args, name) is not None}
-    if args.dataset is not None or args.text_file is not None:
-        config["texts"] = [{"dataset": name, **rows} for name in args.dataset or []]
-        config["texts"] += [{"text_file": name} for name in args.text_file or []]
-    sections = {"perplexity": not args.no_perplexity, "speed": not args.no_speed}
-    if args.config is None or args.no_perplexity or args.no_speed:
-        config |= {name: {} if is_on else False for name, is_on in sections.items() if name not in config or not is_on}
-    if args.context_limit is not None and config.get("speed") is not False:
-        timed = config.get("speed")
-        config["speed"] = {**(timed if isinstance(timed, dict) else {}), "context_limit": args.context_limit}
-    if args.ppl_preset is not None:
-        config["baselines"] = args.ppl_preset
-    plan = SweepPlan.of(config)
+    ignored = ("config", "options", "run")
+    options = {name: value for name, value in vars(args).items() if name not in ignored and value is not None}
+    plan = SweepPlan.of(with_options(config, options))
     outcome = sweep(plan, f"{prog or 'coldpress'} {shlex.join(argv)}")
     print(summary(outcome, plan.output_dir))
     if outcome.is_interrupted:

@@ -73,7 +73,11 @@ def make_records(run: Run) -> list[dict[str, Any]]:
 def finished_records(run: Run) -> list[dict[str, Any]]:
     """For each job of a run, in order, what its record will look like if it succeeds, with nothing measured."""
     common = _common(run)
-    return [_blank(common, job) for job in run.jobs]
+    records = [_blank(common, job) for job in run.jobs]
+    for record, job in zip(records, run.jobs, strict=True):
+        if run.settings.ppl_mode == "streaming" and job.press is None:  # nothing is evicted, so no gaps are closed
+            record["position_mode"] = "original"
+    return records
 
 
 def _blank(common: dict[str, Any], job: Job) -> dict[str, Any]:

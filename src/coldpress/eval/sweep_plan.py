@@ -11,13 +11,15 @@ from coldpress.errors import DataError, InputError, nearest
 from coldpress.eval.settings import PPL_PRESETS, Job, Settings, make_jobs
 from coldpress.presses.registry import NO_PRESS
 
-__all__ = ["KINDS", "Cell", "SweepPlan", "read_config"]
+__all__ = ["KINDS", "Cell", "SweepPlan", "read_config", "with_options"]
 
 KINDS = ("perplexity", "speed", "streaming", "baselines")  # sections of a configuration, in the order they are measured
 
 _MODEL = ("model", "revision", "device", "dtype", "attn_implementation")
-_TEXT = ("dataset", "subset", "split", "sample_idx", "text_file", "limit_tokens", "max_documents", "max_windows")
+_AMOUNTS = ("limit_tokens", "max_documents", "max_windows")  # of a text; for all texts, for one, or for one section
+_TEXT = ("dataset", "subset", "split", "sample_idx", "text_file", *_AMOUNTS)
 _PRESS = ("press", "compression_ratio", "budget_tokens", "budget_bytes", "kv_bits")
+_DEFAULT_MODEL = Settings.model
 _LISTS = (*_PRESS, "context_limit", "ppl_preset")
 _OWN: dict[str, dict[str, Any]] = {  # what a section sets by itself
     "perplexity": {"ppl_apply_press": True, "ppl_only": True},
@@ -25,7 +27,17 @@ _OWN: dict[str, dict[str, Any]] = {  # what a section sets by itself
     "streaming": {"ppl_mode": "streaming"},
     "baselines": {"ppl_only": True},
 }
-_FIXED = ("ppl_apply_press", "ppl_mode", "ppl_only", "speed_only", "press_args", "output_dir", *_MODEL, *_TEXT)
+_FIXED = {
+    *("ppl_apply_press", "ppl_mode", "ppl_only", "speed_only", "press_args", "output_dir"),
+    *{*_MODEL, *_TEXT}.difference({*_AMOUNTS, "device", "dtype", "attn_implementation"}),
+}
+_WINDOWS = ("max_windows", "greedy_tokens", "context_tokens", "target_tokens", "stride")
+_MEANINGLESS = {  # what is meant for other sections when it stands above them all
+    "perplexity": (),
+    "speed": (*_WINDOWS, "max_documents"),
+    "streaming": (*_WINDOWS, "compression_ratio", "kv_bits", "chunk_tokens", "batch_size"),
+    "baselines": (*_WINDOWS, *_PRESS, "chunk_tokens", "max_documents"),
+}
 _FROM_0 = ("seed", "warmup", "sample_idx", "kv_residual_tokens", "greedy_tokens")
 _SORTS: dict[str, tuple[type, ...]] = {"str": (str,), "bool": (bool,), "int": (int,), "float": (int, float)}
 _TOP = ("models", "texts", *KINDS, "output_dir")
@@ -78,9 +90,9 @@ class SweepPlan:
         common = {name: value for name, value in config.items() if name not in _TOP}
         for name in common:
             if name not in known or name in _FIXED:
-                allowed = [*_TOP, *sorted(known - {*_FIXED, "output_dir"})]
+                allowed = [*_TOP, *sorted(known - _FIXED)]
                 raise InputError(f"A sweep has no {name!r}.{nearest(name, allowed)} Allowed: {', '.join(allowed)}.")
-        models = [_mapping(item, "model", _MODEL) for item in _listed(config.get("models", ["EleutherAI/pythia-70m"]))]
+        models = [_mapping(item, "model", _MODEL) for item in _listed(config.get("models", _DEFAULT_MODEL))]
         texts = [_text(item) for item in _listed(config.get("texts", ["wikitext"]))]
         for name, found in (("models", models), ("texts", texts)):
             if not found:
@@ -95,7 +107,7 @@ class SweepPlan:
                     if kind == "speed" and place:  # what is timed is the same on any text
                         continue
                     for options in _variants(kind, section):
-                        cells += list(_cells(kind, {**common, **options}, model, text))
+                        cells += list(_cells(kind, {**common, **model, **text, **options}))
         if not cells:
             raise InputError(f"Nothing is measured: every one of {', '.join(KINDS)} is left out or false.")
         output_dir = config.get("output_dir", "results/sweep")
@@ -121,6 +133,42 @@ def read_config(path: str) -> dict[str, Any]:
     if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
         raise DataError(f"{path!r} holds no mapping of options; see docs/sweeps.md for what a sweep's file looks like")
     return config
+
+
+def with_options(config: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration in which the options of the command line take the place of what it says.
+
+    Args:
+        config: see :meth:`SweepPlan.of`.
+        options: by their names, those that were given; ``model``, ``dataset``, ``text_file``, ``context_limit`` and
+            ``ppl_preset`` are lists.
+
+    Raises:
+        InputError: ``press_args`` without a single press.
+    """
+    merged, left = dict(config), dict(options)
+    of_models = {name: left.pop(name) for name in ("revision",) if name in left}
+    of_rows = {name: left.pop(name) for name in ("split", "sample_idx") if name in left}
+    models, datasets, files = (left.pop(name, None) for name in ("model", "dataset", "text_file"))
+    if models is not None or of_models:
+        named = [_mapping(item, "model", _MODEL) for item in _listed(models or merged.get("models", _DEFAULT_MODEL))]
+        merged["models"] = [{**model, **of_models} for model in named]
+    if datasets is not None or files is not None or of_rows:
+        named = [_text(item) for item in _listed(datasets or ([] if files else merged.get("texts", "wikitext")))]
+        merged["texts"] = [{**text, **of_rows} for text in named] + [{"text_file": name} for name in files or []]
+    if "press_args" in left:
+        names = [name for name in left.get("press", ()) if name != NO_PRESS]
+        if len(names) != 1:
+            raise InputError("--press_args belongs to one press; name a single one with --press, or use --config.")
+        left["press"] = [{names[0]: left.pop("press_args")}]
+    if not any(kind in merged for kind in KINDS):
+        merged |= {"perplexity": True, "speed": True}
+    for kind in ("perplexity", "speed"):
+        if left.pop(f"no_{kind}", False):
+            merged[kind] = False
+    if "ppl_preset" in left:
+        merged["baselines"] = left.pop("ppl_preset")
+    return merged | left
 
 
 def _listed(value: Any) -> list[Any]:
@@ -163,37 +211,29 @@ def _variants(kind: str, section: Any) -> list[dict[str, Any]]:
         if not isinstance(options, dict):
             raise InputError(f"{kind} is a mapping of options, a list of them, true or false; got {options!r}.")
         allowed = [field.name for field in fields(Settings) if field.name not in _FIXED]
-        allowed += [name for name in ("max_documents", "max_windows", "limit_tokens") if kind != "speed"]
         for name in options:
             if name not in allowed:
                 raise InputError(f"{kind} has no option {name!r}.{nearest(str(name), allowed)}")
     return variants
 
 
-def _cells(kind: str, options: dict[str, Any], model: dict[str, Any], text: dict[str, Any]) -> Iterator[Cell]:
+def _cells(kind: str, options: dict[str, Any]) -> Iterator[Cell]:
     """The cells of one model, text and set of options: one for each timed context and each preset."""
-    options = {**options, **model, **text, **_OWN[kind]}
+    options = {**options, **_OWN[kind]}
     for name in _LISTS:
         if name in options:
             options[name] = _listed(options[name])
     contexts = options.pop("context_limit", [Settings.context_limit])
     presets = options.pop("ppl_preset", list(PPL_PRESETS))
+    for name in _MEANINGLESS[kind]:
+        options.pop(name, None)
     if kind == "speed":
-        for name in ("max_documents", "max_windows", "greedy_tokens", "context_tokens", "target_tokens", "stride"):
-            options.pop(name, None)
         for context in contexts:
             yield _cell(kind, {**options, "context_limit": context})
     elif kind == "baselines":
-        named = {name: value for name, value in options.items() if name not in _PRESS and name != "chunk_tokens"}
-        for name in ("max_documents", "max_windows", "greedy_tokens", "context_tokens", "target_tokens", "stride"):
-            named.pop(name, None)
         for preset in presets:
-            yield _cell(kind, {**named, "ppl_preset": preset})
+            yield _cell(kind, {**options, "ppl_preset": preset})
     elif kind == "streaming":
-        for name in ("compression_ratio", "kv_bits", "chunk_tokens", "context_tokens", "target_tokens", "stride"):
-            options.pop(name, None)
-        for name in ("max_windows", "greedy_tokens", "batch_size"):
-            options.pop(name, None)
         cell = _cell(kind, options)
         yield from (replace(cell, jobs=(job,)) for job in cell.jobs)  # each a point that is finished by itself
     else:
@@ -203,7 +243,7 @@ def _cells(kind: str, options: dict[str, Any], model: dict[str, Any], text: dict
 def _cell(kind: str, options: dict[str, Any]) -> Cell:
     """With a job for each press and size; a press may be a mapping of its name to its own parameters."""
     _check_types(kind, options)
-    entries = options.pop("press", ["all"]) if kind != "baselines" else [NO_PRESS]
+    entries = options.pop("press", [NO_PRESS] if kind == "baselines" else ["all"])
     plain = [entry for entry in entries if isinstance(entry, str)]
     with_parameters = [entry for entry in entries if not isinstance(entry, str)]
     for name in _PRESS:

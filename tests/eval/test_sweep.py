@@ -1,0 +1,196 @@
+"""A sweep that is stopped, killed or given more to do goes on from what is finished."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from coldpress.errors import InputError, SelfCheckError
+from coldpress.eval import prefix, speed
+from coldpress.eval.results import read_results
+from coldpress.eval.sweep import UNFINISHED, Outcome, sweep
+from coldpress.eval.sweep_plan import SweepPlan
+from coldpress.presses.knorm import KnormPress
+
+CONFIG: dict[str, Any] = {
+    "models": ["demo"],
+    "texts": ["demo"],
+    "press": ["random", "knorm"],
+    "compression_ratio": [0.25, 0.5],
+    "perplexity": {"context_tokens": 48, "target_tokens": 16, "max_windows": 24},
+}
+VARYING = ("run_id", "timestamp", "seconds", "env", "command")
+
+
+def config(folder: Path, **more: Any) -> dict[str, Any]:
+    return {**CONFIG, "output_dir": str(folder), **more}
+
+
+def measured(folder: Path) -> dict[str, dict[str, Any]]:
+    """Every record by its file name, without what no two runs share."""
+    records = {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    return {name: {k: v for k, v in record.items() if k not in VARYING} for name, record in records.items()}
+
+
+@contextlib.contextmanager
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
+    """The index of every batch of windows that is measured inside, and how many points on it."""
+    seen: list[tuple[int, int]] = []
+    real = prefix.WindowWork.__call__
+
+    def spied(self: Any, model: Any, batch: Any) -> Any:
+        seen.append((batch.index, len(batch.points)))
+        return real(self, model, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prefix.WindowWork, "__call__", spied)
+        yield seen
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What the sweep gives that nobody disturbs."""
+    folder = tmp_path_factory.mktemp("whole")
+    outcome = sweep(SweepPlan.of(config(folder)), "the command")
+    assert (outcome.n_measured, outcome.n_found, outcome.n_failed, outcome.problems) == (5, 0, 0, [])
+    assert not (folder / UNFINISHED).exists()
+    records = measured(folder)
+    assert len(records) == 5 and all(record["status"] == "ok" for record in records.values())
+    return records
+
+
+def test_what_is_finished_is_not_measured_again(
+    tmp_path: Path, whole: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = SweepPlan.of(config(tmp_path, compression_ratio=[0.25]))
+    sweep(plan, "")
+    with counted(monkeypatch) as seen:
+        again = sweep(plan, "")
+        assert (again.n_measured, again.n_found, seen) == (0, 3, [])
+        more = sweep(SweepPlan.of(config(tmp_path)), "")
+    assert (more.n_measured, more.n_found) == (2, 3)
+    assert seen == [(index, 2) for index in range(24)]  # the new ratio of both presses, and nothing else
+    assert measured(tmp_path) == whole
+
+
+def test_a_killed_sweep_goes_on_where_it_was(
+    tmp_path: Path, whole: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, file = tmp_path / "results", tmp_path / "sweep.yaml"
+    file.write_text(yaml.safe_dump(config(folder)))
+    slow = "import time, coldpress.eval.prefix as p; f = p.WindowWork.__call__\n"
+    slow += "p.WindowWork.__call__ = lambda self, *a: (time.sleep(0.1), f(self, *a))[1]\n"
+    run = f"{slow}from coldpress.cli import main; main(['sweep', '--config', {str(file)!r}])"
+    process = subprocess.Popen([sys.executable, "-c", run], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 60
+        while len(list(folder.glob(f"{UNFINISHED}/*/batch-*"))) < 6:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait(timeout=30)
+    finally:
+        process.kill()
+        process.communicate()
+    assert list(folder.glob("*.json")) == []
+    n_done = len(list(folder.glob(f"{UNFINISHED}/*/batch-*")))
+    assert 6 <= n_done < 24
+    (folder / UNFINISHED / "left-over").mkdir()
+    with counted(monkeypatch) as seen:
+        outcome = sweep(SweepPlan.of(config(folder)), "")
+    assert [index for index, _ in seen] == list(range(n_done, 24))
+    assert outcome.n_measured == 5 and measured(folder) == whole
+    assert os.listdir(folder / UNFINISHED) == ["left-over"]
+
+
+def test_stopped_while_timing_it_keeps_the_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = {"context_limit": [32], "max_new_tokens": 4, "repetitions": 4, "warmup": 1, "press": ["knorm"]}
+    plan = SweepPlan.of(config(tmp_path, perplexity=False, speed=timed))
+    real, n = speed.SpeedRun._generate, 0
+
+    def interrupted(self: Any, point: Any, n_tokens: int) -> Any:
+        nonlocal n
+        n += n_tokens == 4
+        if n == 9:  # in the third round of three points, once the untimed one has counted
+            raise KeyboardInterrupt
+        return real(self, point, n_tokens)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(speed, "WARMUP_TOKENS", 2)
+        patch.setattr(speed.SpeedRun, "_generate", interrupted)
+        stopped = sweep(plan, "")
+    assert stopped.is_interrupted and n == 9
+    saved = json.loads(next(tmp_path.glob(f"{UNFINISHED}/*/rounds.json")).read_text())
+    assert [len(point["samples"]) for point in saved] == [2, 2, 2]
+    n = 100
+    with monkeypatch.context() as patch:
+        patch.setattr(speed, "WARMUP_TOKENS", 2)
+        patch.setattr(speed.SpeedRun, "_generate", interrupted)
+        assert sweep(plan, "").n_measured == 3
+    assert n == 100 + 2 * 3  # the other two rounds
+    records = measured(tmp_path)
+    assert len(records) == 3 and all(record["repetitions"] == 4 for record in records.values())
+    samples = {point["key"]: point["samples"] for point in saved}
+    assert sorted(map(str, samples.values())) == sorted(str(record["samples"][:2]) for record in records.values())
+    assert not (tmp_path / UNFINISHED).exists()
+
+
+def test_a_press_that_failed_is_tried_again_and_the_others_are_not(
+    tmp_path: Path, whole: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = SweepPlan.of(config(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(KnormPress, "score", lambda self, view: 1 / 0)
+        broken = sweep(plan, "")
+    assert (broken.n_measured, broken.n_failed) == (5, 2)
+    assert sum(name.endswith(".failed.json") for name in measured(tmp_path)) == 2
+    with counted(monkeypatch) as seen:
+        mended = sweep(plan, "")
+    assert (mended.n_measured, mended.n_found, mended.n_failed) == (2, 3, 0)
+    assert {n for _, n in seen} == {2}
+    assert measured(tmp_path) == whole
+
+
+def test_what_cannot_be_measured_stops_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models = ["no/such-folder/here", {"model": "demo"}]
+    text = tmp_path / "short.txt"
+    text.write_text("too short")
+    plan = SweepPlan.of(config(tmp_path / "results", models=models, texts=[{"text_file": str(text)}, "demo"]))
+    outcome = sweep(plan, "")
+    assert outcome.n_measured == 5 and len(outcome.problems) == 2
+    assert "no/such-folder/here" in outcome.problems[0] and "a window needs" in outcome.problems[1]
+    assert len([line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]) == 2
+
+
+def test_nothing_at_all_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"Nothing could be measured. no/such-folder/here"):
+        sweep(SweepPlan.of(config(tmp_path, models=["no/such-folder/here"])), "")
+
+
+def test_a_text_that_is_not_there_is_said_before_a_model_is_loaded(tmp_path: Path) -> None:
+    plan = SweepPlan.of(config(tmp_path / "results", models=["no/such-folder/here"], texts=["no/such.txt"]))
+    with pytest.raises(InputError, match=r"no/such\.txt"):
+        sweep(plan, "")
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_self_check_of_the_model_fails_its_cell_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*args: Any) -> None:
+        raise SelfCheckError("the baseline is wrong")
+
+    monkeypatch.setattr(prefix.WindowWork, "_check_baseline", wrong)
+    outcome = sweep(SweepPlan.of(config(tmp_path, baselines=["gptq"], limit_tokens=2000)), "")
+    assert isinstance(outcome, Outcome) and outcome.n_failed == 5 and outcome.n_measured == 6
+    statuses = {record["protocol"]: record["status"] for record in read_results(tmp_path)}
+    assert statuses == {"prefix-C48-T16-S64": "failed", "gptq-L1024-v1": "ok"}

@@ -1,0 +1,125 @@
+"""What a sweep consists of, from a file or from options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coldpress.errors import DataError, InputError
+from coldpress.eval.sweep_plan import SweepPlan, read_config, with_options
+
+
+def cells(**config: Any) -> list[tuple[str, str, str, int]]:
+    """Model, text, kind and number of points of each cell."""
+    found = SweepPlan.of(config).cells
+    return [(c.settings.model, c.settings.subset or c.settings.dataset, c.kind, len(c.jobs)) for c in found]
+
+
+def test_every_model_meets_every_text_and_one_text_is_timed() -> None:
+    sizes = {"press": ["knorm", "snapkv"], "compression_ratio": [0.25, 0.5]}
+    assert cells(models=["demo", "b"], texts=["demo", "wikitext:wikitext-103-v1"], **sizes) == [
+        ("demo", "demo", "perplexity", 5),
+        ("demo", "demo", "speed", 5),
+        ("demo", "wikitext-103-v1", "perplexity", 5),
+        ("b", "demo", "perplexity", 5),
+        ("b", "demo", "speed", 5),
+        ("b", "wikitext-103-v1", "perplexity", 5),
+    ]
+
+
+def test_sections_say_what_is_measured() -> None:
+    found = SweepPlan.of(
+        {
+            "models": [{"model": "demo", "dtype": "float16"}],
+            "texts": [{"dataset": "demo", "limit_tokens": 900}],
+            "press": ["knorm", {"snapkv": {"window_size": 16}}],
+            "perplexity": [{"context_tokens": 64}, {"context_tokens": 128, "limit_tokens": 500}],
+            "speed": {"context_limit": [256, 512], "press": "streaming_llm"},
+            "streaming": {"press": ["tova"], "budget_tokens": [32, 64]},
+            "baselines": ["gptq", "llamacpp"],
+            "max_windows": 3,
+        }
+    ).cells
+    assert [cell.kind for cell in found] == [
+        *["perplexity"] * 2,
+        *["speed"] * 2,
+        *["streaming"] * 3,
+        *["baselines"] * 2,
+    ]
+    assert all(cell.settings.dtype == "float16" for cell in found)
+    first, second = found[:2]
+    assert (first.settings.context_tokens, first.settings.limit_tokens, first.settings.max_windows) == (64, 900, 3)
+    assert (second.settings.context_tokens, second.settings.limit_tokens) == (128, 500)
+    assert [job.name for job in first.jobs] == ["no_press", "knorm", "snapkv"]
+    assert first.jobs[-1].press.window_size == 16  # type: ignore[union-attr]
+    assert [cell.settings.context_limit for cell in found[2:4]] == [256, 512]
+    assert [[job.name for job in cell.jobs] for cell in found[2:4]] == [["no_press", "streaming_llm"]] * 2
+    assert [cell.jobs[0].budget_tokens for cell in found[4:7]] == [None, 32, 64]  # each is finished by itself
+    assert [cell.settings.ppl_preset for cell in found[7:]] == ["gptq", "llamacpp"]
+    assert all(cell.settings.ppl_apply_press == (cell.kind == "perplexity") for cell in found)
+
+
+def test_options_take_the_place_of_what_a_file_says() -> None:
+    config = {"models": ["a"], "texts": ["wikitext"], "press": ["all"], "speed": {"repetitions": 3}}
+    merged = with_options(config, {"model": ["demo"], "revision": "main", "text_file": ["x.txt"], "press": ["knorm"]})
+    assert merged["models"] == [{"model": "demo", "revision": "main"}]
+    assert merged["texts"] == [{"text_file": "x.txt"}] and merged["press"] == ["knorm"]
+    assert merged["speed"] == {"repetitions": 3} and "perplexity" not in merged
+    merged = with_options({}, {"no_speed": True, "ppl_preset": ["gptq"], "sample_idx": 2, "dataset": ["pg19", "demo"]})
+    assert (merged["perplexity"], merged["speed"], merged["baselines"]) == (True, False, ["gptq"])
+    assert merged["texts"] == [{"dataset": "pg19", "sample_idx": 2}, {"dataset": "demo", "sample_idx": 2}]
+    merged = with_options({}, {"press": ["no_press", "snapkv"], "press_args": {"window_size": 8}})
+    assert merged["press"] == [{"snapkv": {"window_size": 8}}] and "press_args" not in merged
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"modles": ["demo"]}, "no 'modles'. Did you mean 'models'"),
+        ({"models": []}, "list of models is empty"),
+        ({"models": [3]}, "A model is a name or a mapping of options, got 3"),
+        ({"models": [{"name": "demo"}]}, "A model has no option 'name'"),
+        ({"models": [{"dtype": "float16"}]}, "needs its name"),
+        ({"texts": [{"dataset": "demo", "subst": "x"}]}, "Did you mean 'subset'"),
+        ({"perplexity": {"context_token": 5}}, "Did you mean 'context_tokens'"),
+        ({"perplexity": 5}, "perplexity is a mapping of options"),
+        ({"perplexity": {"context_tokens": "many"}}, "context_tokens must be an integer >= 1, got 'many'"),
+        ({"perplexity": {"context_tokens": True}}, "must be an integer"),
+        ({"speed": {"repetitions": 0}}, "repetitions must be an integer >= 1"),
+        ({"compression_ratio": [0.5, "a"]}, "compression_ratio must be a number"),
+        ({"compression_ratio": 1.5}, "fraction of pairs to remove"),
+        ({"press": ["snapvk"]}, "Did you mean 'snapkv'"),
+        ({"press": [{"snapkv": 16}]}, "A press is a name, or a name with its parameters"),
+        ({"press": [{"snapkv": {"window": 16}}]}, "no parameter 'window'"),
+        ({"baselines": ["hf"]}, "--ppl_preset must be one of"),
+        ({"streaming": {"press": ["knorm"]}}, "--budget_tokens"),
+        ({"perplexity": False, "speed": False}, "Nothing is measured"),
+        ({"output_dir": 3}, "output_dir must be a folder's name"),
+        ({"press_args": {"window_size": 3}}, "no 'press_args'"),
+    ],
+)
+def test_what_makes_no_sense_is_said_before_anything_is_loaded(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        SweepPlan.of({"models": ["demo"], "texts": ["demo"], **config})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot read"),
+        (b"", "holds no mapping"),
+        (b"- 1\n- 2\n", "holds no mapping"),
+        (b"1: 2\n", "holds no mapping"),
+        (b"a: [1\n", "is not YAML"),
+        (b"\xff\xfe\x00", "cannot read"),
+    ],
+)
+def test_a_file_that_is_no_configuration(tmp_path: Path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "sweep.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        read_config(str(path))
+    assert "\n" not in str(caught.value)
