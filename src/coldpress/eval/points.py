@@ -149,7 +149,9 @@ class Section:
             for rank, point in enumerate(ranked):
                 ranks[point.label].append((rank + 1) / len(ranked))
         most = max((len(own) for own in ranks.values()), default=0)
-        mean = {name: sum(own) / len(own) for name, own in ranks.items() if name in self.labels and len(own) * 2 >= most}
+        mean = {
+            name: sum(own) / len(own) for name, own in ranks.items() if name in self.labels and len(own) * 2 >= most
+        }
         return sorted(sorted(mean, key=lambda name: (mean[name], name))[:BEST])
 
 
