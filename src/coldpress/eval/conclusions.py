@@ -130,9 +130,10 @@ def _at(section: Section, size: str) -> list[str]:
     ranked = [p for p in compared if p.record["press"] != "random" or p.kv_bits is not None]
     said = []
     at = _at_words(size)
+    apart = "" if len(ranked) == len(compared) else " but random"  # of which the next sentence speaks
     if ranked:
         best = ranked[0]
-        said.append(f"{at[0].upper()}{at[1:]}, {clean(best.label)} {_effect(best)}{_standing(best, ranked[1:])}.")
+        said.append(f"{at[0].upper()}{at[1:]}, {clean(best.label)} {_effect(best)}{_standing(best, ranked[1:], apart)}.")
         said += [s for name in REFERENCES if name != best.label and (s := _against(compared, name, at))]
         said.append(_cheap_words(ranked, at))
     elif compared:
@@ -158,7 +159,7 @@ def _told_apart(best: Point, others: Sequence[Point]) -> tuple[list[Point], list
     return more, level, less
 
 
-def _standing(best: Point, others: Sequence[Point]) -> str:
+def _standing(best: Point, others: Sequence[Point], apart: str) -> str:
     if not others:
         return ""
     more, level, less = _told_apart(best, others)
@@ -173,7 +174,7 @@ def _standing(best: Point, others: Sequence[Point]) -> str:
     following = paired(more[0], best)
     assert following is not None and following.ci95 is not None
     low, high = following.ci95
-    everyone = f"{'all ' if len(more) == len(others) else f'{len(more)} of '}{len(others)} others but random"
+    everyone = f"{'all ' if len(more) == len(others) else f'{len(more)} of '}{len(others)} others{apart}"
     lead = clean(more[0].label) if len(others) == 1 else f"{everyone}; the next is {clean(more[0].label)}"
     return f", ahead of {lead} (by {number(following.delta)} [{number(low)}, {number(high)}] nats a token)"
 

@@ -140,7 +140,7 @@ class Section:
         return sorted({p.label for p in self.all if not p.is_baseline and not p.is_reference})
 
     def best(self) -> list[str]:
-        """The series to draw in colour: all of a few, else those with the best mean rank; in the order of their names."""
+        """The series to draw in colour: all of a few, else those of the best mean rank; by name."""
         if len(self.labels) <= BEST + 2:
             return self.labels
         ranks: dict[str, list[float]] = defaultdict(list)
