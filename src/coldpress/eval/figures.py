@@ -22,7 +22,7 @@ __all__ = ["COLOURS", "INK", "MARKERS", "Drawing", "Style", "drawing", "require_
 # Series colours that stay apart for colour-blind readers, each with a marker of its own.
 COLOURS = ("#0072b2", "#c84e00", "#00805c", "#a83f86", "#94690a", "#2b8fd0", "#5f4bb6", "#5c6b00")
 DARK = ("#56b4f0", "#ff8c42", "#2fd1a0", "#f090c8", "#f0c050", "#9fd6ff", "#b3a5ff", "#cfd94a")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
+MARKERS = ("o", "s", "^", "D", "v", ">", "<", "p")
 INK = {  # light, dark; where it is used
     "ink": ("#1b1f24", "#e6e8ea"),  # texts
     "axis": ("#6a737e", "#8b949e"),

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from coldpress.eval.figures import INK, Drawing, Style, drawing, styles
+from coldpress.eval.figures import INK, MARKERS, Drawing, Style, drawing, styles
 from coldpress.eval.points import Point, Section
 from coldpress.eval.report import short
 from coldpress.eval.wording import clean
@@ -63,7 +63,14 @@ def scale(axis: Any, values: Sequence[float]) -> str:
         return ""
     limit = float(f"{statistics.median(sizes):.0e}")
     axis.set_yscale("symlog", linthresh=limit)
+    plain_numbers(axis.yaxis)
     return f" The vertical axis is linear up to {limit:g} and logarithmic above."
+
+
+def plain_numbers(axis: Any) -> None:
+    """``0.01`` beside a logarithmic axis; the formulas that matplotlib writes there are not drawn."""
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_formatter(lambda value, _: "")
 
 
 def _bars(point: Point) -> list[list[float]] | None:
@@ -80,7 +87,7 @@ def curve(done: Drawing, axis: Any, style: Style, label: str, xs: list[Any], ys:
         (line,) = axis.plot(xs, ys, zorder=style.rank, markersize=3, **options)
         done.name(line, label)
         return line
-    options |= {"markeredgecolor": INK["paper"][0]} if style.marker in "osD^vPXh" else {}
+    options |= {"markeredgecolor": INK["paper"][0]} if style.marker in MARKERS else {}
     drawn = axis.errorbar(xs, ys, yerr=bars, zorder=style.rank, elinewidth=1.0, label=clean(label), **options)
     done.name(drawn.lines[0], label)
     return drawn
@@ -182,6 +189,7 @@ def _forest(
         if len(sizes) > 3 and max(sizes) > 15 * statistics.median(sizes):
             limit = float(f"{statistics.median(sizes):.0e}")
             axis.set_xscale("symlog", linthresh=limit)
+            plain_numbers(axis.xaxis)
             note = f" The axis is linear up to {limit:g} and logarithmic beyond."
         for y, point in enumerate(rows):
             style = look[point.label]
@@ -258,7 +266,7 @@ def _pareto(section: Section, look: dict[str, Style], prefix: str) -> Drawing | 
         sizes = [p.kv_bytes for p in points] + whole
         if max(sizes) > 8 * min(sizes):
             axis.set_xscale("log", base=2)
-            axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            plain_numbers(axis.xaxis)
         axis.margins(x=0.12)
         axis.set_xlabel("KV cache after compression (MiB)")
         axis.set_ylabel("Δ loss (nats a token)")
@@ -321,10 +329,10 @@ def _small(
 ) -> Drawing:  # fmt: skip
     """A panel for each size, on one vertical axis."""
     kind, across, prefix = names
-    columns = min(2, len(sizes))
-    rows = -(-len(sizes) // columns)
     buckets = list(dict.fromkeys(k for p in [*section.points] if p.size in sizes for k in values(p)))
     buckets = sorted(dict.fromkeys([*buckets, *base]), key=_first_number)
+    columns = 3 if len(sizes) == 3 and len(buckets) < 6 else min(2, len(sizes))
+    rows = -(-len(sizes) // columns)
     with drawing(kind, "", caption_tail(section), (8.4, 1.1 + 2.6 * rows), prefix) as (done, figure):
         axes = figure.subplots(rows, columns, sharey=True, squeeze=False)
         flat = [axis for row in axes for axis in row]
@@ -358,20 +366,20 @@ def _small(
         note = scale(flat[0], everything) if kind == "distance" else ""
         for row in axes:
             row[0].set_ylabel(f"{what} (nats a token)")
-        figure.supxlabel(clean(caption_tail(section)), fontsize=7, color=INK["axis"][0], x=0.01, ha="left")
         for axis in flat[max(0, len(sizes) - columns) : len(sizes)]:
             axis.set_xlabel(across)
-        _shared_legend(figure, flat[: len(sizes)])
+        shared_legend(figure, flat[: len(sizes)])
         done.caption = f"{caption}{note} ({caption_tail(section)})"
     return done
 
 
-def _shared_legend(figure: Any, axes: Sequence[Any]) -> None:
+def shared_legend(figure: Any, axes: Sequence[Any]) -> None:
+    """One legend for several panels, above them."""
     found: dict[str, Any] = {}
     for axis in axes:
         for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
             found.setdefault(name, handle)
-    figure.legend([*found.values()], [*found], loc="outside right upper", handlelength=2.6)
+    figure.legend([*found.values()], [*found], loc="outside upper left", ncols=5, handlelength=2.4)
 
 
 def _first_number(bucket: str) -> tuple[int, str]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from coldpress.eval.figures import INK, Drawing, Style, drawing
-from coldpress.eval.plots import REF, caption_tail, curve, panels, said_of_colours, title
+from coldpress.eval.figures import Drawing, Style, drawing
+from coldpress.eval.plots import REF, caption_tail, curve, panels, said_of_colours, shared_legend, title
 from coldpress.eval.points import Point, Section
 from coldpress.eval.wording import clean
 
@@ -19,7 +19,9 @@ def _rate(point: Point) -> float | None:
 
 
 def _peak(point: Point) -> float | None:
-    return None if point.peak_mem_bytes is None else point.peak_mem_bytes * MIB
+    """Above what the process held before, where that is known."""
+    peak = point.peak_mem_delta_bytes if point.peak_mem_delta_bytes is not None else point.peak_mem_bytes
+    return None if peak is None else peak * MIB
 
 
 def _rate_bars(point: Point) -> tuple[float, float] | None:
@@ -38,7 +40,7 @@ def _ttft_bars(point: Point) -> tuple[float, float] | None:
 _PANELS: tuple[tuple[str, Any, Any], ...] = (
     ("decoding (tokens a second)", _rate, _rate_bars),
     ("time to the first token (s)", lambda p: p.ttft_s, _ttft_bars),
-    ("peak memory (MiB)", _peak, lambda p: None),
+    ("peak memory above the start (MiB)", _peak, lambda p: None),
 )
 
 
@@ -52,14 +54,13 @@ def draw_speed(section: Section, look: dict[str, Style], prefix: str) -> list[Dr
     base = sorted((p for p in timed if p.is_baseline), key=lambda p: p.context)
     used = [panel for panel in _PANELS if any(panel[1](p) is not None for p in timed)]
     kinds = {p.peak_mem_kind for p in timed if p.peak_mem_kind}
-    measured = f" Peak memory is that of the process or device ({', '.join(map(clean, sorted(kinds)))})." if kinds else ""
+    measured = f" Peak memory is measured by {', '.join(map(clean, sorted(kinds)))}." if kinds else ""
     caption = (
         "Speed and memory against the length of the timed context, one row for each size; dashed: no_press. Bars span "
         f"the rounds, from the slowest to the fastest.{measured}{said_of_colours(section)} ({caption_tail(section)})"
     )
     with drawing("speed", caption, caption_tail(section), (9.2, 0.9 + 2.7 * len(sizes)), prefix) as (done, figure):
         axes = figure.subplots(len(sizes), len(used), sharex=True, sharey="col", squeeze=False)
-        found: dict[str, Any] = {}
         for row, size in zip(axes, sizes, strict=True):
             for axis, (name, value, spread) in zip(row, used, strict=True):
                 if axis in axes[0]:
@@ -74,13 +75,10 @@ def draw_speed(section: Section, look: dict[str, Style], prefix: str) -> list[Dr
                     axis.minorticks_off()
                 axis.set_xticks(contexts, [f"{c:,}" for c in contexts], rotation=30, fontsize=8)
                 axis.set_ylim(bottom=0)
-                for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-                    found.setdefault(label, handle)
             row[0].set_ylabel(title(size))
         for axis in axes[-1]:
             axis.set_xlabel("tokens of context")
-        figure.legend([*found.values()], [*found], loc="outside lower center", ncols=5, handlelength=2.4)
-        figure.supxlabel(clean(caption_tail(section)), fontsize=7, color=INK["axis"][0], x=0.01, ha="left")
+        shared_legend(figure, [axis for row in axes for axis in row])
     return [done]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from coldpress.eval.figures import INK, Drawing, Style, drawing
-from coldpress.eval.plots import REF, caption_tail, curve, panels, said_of_colours, title
+from coldpress.eval.plots import REF, caption_tail, curve, panels, said_of_colours, shared_legend, title
 from coldpress.eval.points import Point, Section
 from coldpress.eval.task_words import task_name
 from coldpress.eval.wording import clean
@@ -57,7 +57,6 @@ def _scores(section: Section, look: dict[str, Style], names: list[str], prefix: 
     )
     with drawing("tasks", caption, caption_tail(section), (8.4, 0.9 + 2.5 * rows), prefix) as (done, figure):
         axes = [axis for row in figure.subplots(rows, columns, squeeze=False) for axis in row]
-        handles: dict[str, Any] = {}
         for axis, name in zip(axes, names, strict=False):
             axis.set_title(clean(name))
             is_score = False
@@ -81,13 +80,11 @@ def _scores(section: Section, look: dict[str, Style], names: list[str], prefix: 
             axis.set_ylabel("score" if is_score else "Δ nats a token")
             if is_score:
                 axis.set_ylim(-0.04, 1.04)
-            for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-                handles.setdefault(label, handle)
         for axis in axes[len(names) :]:
             axis.set_visible(False)
         for axis in axes[max(0, len(names) - columns) : len(names)]:
             axis.set_xlabel("fraction of the cache removed")
-        figure.legend([*handles.values()], [*handles], loc="outside right upper", handlelength=2.6)
+        shared_legend(figure, axes[: len(names)])
     return done
 
 
