@@ -93,6 +93,14 @@ def _agreement(point: Point) -> Cell:
     return Cell(f"{number(agreement['mean'], 1)}{of}", agreement["mean"])
 
 
+def _delta(point: Point) -> Cell:
+    return _with_ci(point.delta_nll, point.delta_nll_ci95, 4)
+
+
+def _context(point: Point) -> Cell:
+    return EMPTY if point.context is None else Cell(f"{point.context:,}", point.context)
+
+
 def _plain_ppl(point: Point) -> Cell:
     return _with_ci(point.ppl, point.ppl_ci95, 3, "")
 
@@ -102,7 +110,7 @@ _PRESS: tuple[_Column, ...] = (
     ("ratio or budget", "what was asked for: the fraction to remove, or what may be kept", _size),
 )
 _QUALITY: tuple[_Column, ...] = (
-    ("ΔNLL [95 %]", "loss minus the uncompressed cache's, nats a token, paired", lambda p: _with_ci(p.delta_nll, p.delta_nll_ci95, 4)),
+    ("ΔNLL [95 %]", "loss minus the uncompressed cache's, nats a token, paired", _delta),
     ("PPL", "perplexity, with its own interval where recorded", _plain_ppl),
     ("PPL ratio [95 %]", "perplexity over the uncompressed cache's, paired", _ratio),
     ("bits/byte", "of the scored text", _plain("bits_per_byte", 4)),
@@ -127,9 +135,7 @@ _SPEED: tuple[_Column, ...] = (
     ("peak above start", "peak memory above what was held before", _count("peak_mem_delta_bytes")),
 )
 _STATUS: tuple[_Column, ...] = (("status", "empty where all went well", _status),)
-_CONTEXT: tuple[_Column, ...] = (
-    ("context", "tokens of the timed context", lambda p: EMPTY if p.context is None else Cell(f"{p.context:,}", p.context)),
-)  # fmt: skip
+_CONTEXT: tuple[_Column, ...] = (("context", "tokens of the timed context", _context),)
 _STREAM: tuple[_Column, ...] = (
     ("positions", "where kept keys stand", lambda p: Cell(clean(p.position_mode or ""))),
     ("tokens", "scored", lambda p: EMPTY if p.scored_tokens is None else Cell(f"{p.scored_tokens:,}", p.scored_tokens)),
@@ -170,7 +176,11 @@ def _task_table(section: Section) -> Table:
         if task.get("score") is None:
             more, ci = task.get("delta_answer_nll"), task.get("delta_answer_nll_ci95")
             if more is None:
-                return EMPTY if task.get("answer_nll") is None else Cell(f"{task['answer_nll']:.3f} nats", task["answer_nll"])
+                return (
+                    EMPTY
+                    if task.get("answer_nll") is None
+                    else Cell(f"{task['answer_nll']:.3f} nats", task["answer_nll"])
+                )
             shown = _with_ci(more, ci, 3)
             return Cell(f"{shown.text} nats", shown.value)
         ci, base = task.get("delta_score_ci95"), task.get("score_base")

@@ -33,16 +33,17 @@ def where(section: Section) -> str:
     return f"On {clean(text_name(section.first))} with {model_name(section.first)}"
 
 
-def headline(section: Section) -> str:
-    """The one sentence to quote from a section."""
-    lead = where(section)
+def headline(section: Section, is_alone: bool = True) -> str:
+    """The one sentence to quote from a section; with its protocol where another has the same text and model."""
+    lead = where(section) + ("" if is_alone else f" (protocol {clean(section.first['protocol'])})")
     if not section.points:
         return f"{lead}, nothing was finished under {clean(section.first['protocol'])}."
     if section.kind == "quality":
         return f"{lead}, {_quality_headline(section)}"
     if section.kind == "stream":
-        budgets = listed([p.size for p in _one_a_size(section)]) if section.sizes else "no budget"
-        return f"{lead}, texts were read as streams with {budgets}; see which press loses least below."
+        said = [sentence for p in _one_a_size(section)[-1:] for sentence in _stream_at(section, p.size)]
+        said = said or ["No press read a text to its end."]
+        return f"{lead}, read as a stream: {' '.join([said[0][0].lower() + said[0][1:], *said[1:]])}"
     if section.kind == "speed":
         return f"{lead}, {_speed_headline(section)}"
     if section.kind == "tasks":
@@ -133,7 +134,9 @@ def _at(section: Section, size: str) -> list[str]:
     apart = "" if len(ranked) == len(compared) else " but random"  # of which the next sentence speaks
     if ranked:
         best = ranked[0]
-        said.append(f"{at[0].upper()}{at[1:]}, {clean(best.label)} {_effect(best)}{_standing(best, ranked[1:], apart)}.")
+        said.append(
+            f"{at[0].upper()}{at[1:]}, {clean(best.label)} {_effect(best)}{_standing(best, ranked[1:], apart)}."
+        )
         said += [s for name in REFERENCES if name != best.label and (s := _against(compared, name, at))]
         said.append(_cheap_words(ranked, at))
     elif compared:
@@ -149,7 +152,9 @@ def _at(section: Section, size: str) -> list[str]:
 
 def _told_apart(best: Point, others: Sequence[Point]) -> tuple[list[Point], list[Point], list[Point]]:
     """Of ``others``: those that lose more, those within the error bars, those that lose less."""
-    more, level, less = [], [], []
+    more: list[Point] = []
+    level: list[Point] = []
+    less: list[Point] = []
     for other in others:
         difference = paired(other, best)
         if difference is None or difference.ci95 is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +26,8 @@ __all__ = ["Document", "Figure", "Part", "make_document", "write_report"]
 
 MOST_SKIPPED = 30  # files that are named; the rest are counted
 METHOD = (
-    "ΔNLL is the loss under a press minus the loss of the uncompressed cache on the same tokens, in nats a token; PPL is "
-    "exp(loss), so that ΔNLL 0.01 is about +1 % of PPL.",
+    "ΔNLL is the loss under a press minus the loss of the uncompressed cache on the same tokens, in nats a token; PPL "
+    "is exp(loss), so that ΔNLL 0.01 is about +1 % of PPL.",
     "Intervals in brackets are 95 % confidence intervals of paired differences, the window (or text) as the unit of "
     "sampling, Student's t. One press is called ahead of another only where the interval of their paired difference "
     "excludes 0. Intervals are of one comparison each: among many presses some are ahead by chance.",
@@ -84,8 +85,12 @@ def make_document(collection: Collection) -> Document:
     """
     require_matplotlib()
     records = collection.records
-    parts = tuple(_part(section, i) for i, section in enumerate(sections(records), start=1))
-    names = list(dict.fromkeys(where_name for part in parts for where_name in [part.title.partition(":")[0]]))
+    found = sections(records)
+    alike = Counter((where(section), section.kind) for section in found)
+    parts = tuple(
+        _part(section, i, alike[where(section), section.kind] == 1) for i, section in enumerate(found, start=1)
+    )
+    names = list(dict.fromkeys(where(section).removeprefix("On ") for section in found))
     title = f"KV-cache compression: {names[0]}" if len(names) == 1 else "KV-cache compression report"
     return Document(
         title=title,
@@ -98,13 +103,13 @@ def make_document(collection: Collection) -> Document:
     )
 
 
-def _part(section: Section, number: int) -> Part:
+def _part(section: Section, number: int, is_alone: bool) -> Part:
     first = next((p.record for p in section.points), section.first)
     caption = clean(describe(first))
     if first.get("ppl_preset"):
         caption += f"; preset {clean(first['ppl_preset'])}"
     drawn = draw(section, f"p{number}")
-    figures = []
+    figures: list[Figure] = []
     for one in drawn:
         same = sum(f.drawing.kind == one.kind for f in figures)
         figures.append(Figure(one, f"{number}-{one.kind}{f'-{same + 1}' if same else ''}.png"))
@@ -112,7 +117,7 @@ def _part(section: Section, number: int) -> Part:
         anchor=f"part-{number}",
         title=f"{where(section).removeprefix('On ')}: {_KINDS[section.kind]}, {clean(section.first['protocol'])}",
         caption=caption[0].upper() + caption[1:] + ".",
-        headline=headline(section),
+        headline=headline(section, is_alone),
         findings=tuple(findings(section)),
         tables=tuple(tables(section)),
         figures=tuple(figures),
@@ -128,7 +133,8 @@ def _counts(collection: Collection) -> str:
     said += f", {', '.join(parts)}" if parts else ", none of them failed"
     n = len(collection.skipped)
     if n:
-        said += f"; {n} other file{'' if n == 1 else 's'} could not be read as a record and {'was' if n == 1 else 'were'} left out"
+        files = "1 other file that is no record was" if n == 1 else f"{n} other files that are no records were"
+        said += f"; {files} left out"
     return f"{said}."
 
 

@@ -119,7 +119,9 @@ def require_matplotlib() -> None:
 
 
 @contextmanager
-def drawing(kind: str, caption: str, footer: str, size: tuple[float, float], prefix: str) -> Iterator[tuple[Drawing, Any]]:
+def drawing(
+    kind: str, caption: str, footer: str, size: tuple[float, float], prefix: str
+) -> Iterator[tuple[Drawing, Any]]:
     """A figure of ``size`` inches to draw on, which the :class:`Drawing` holds in the end."""
     require_matplotlib()
     import matplotlib
@@ -133,11 +135,13 @@ def drawing(kind: str, caption: str, footer: str, size: tuple[float, float], pre
         matplotlib.rcParams.update(_RC)
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
-        figure.supxlabel(clean(footer), fontsize=7, color=INK["axis"][0], x=0.01, ha="left")
+        below = figure.supxlabel(clean(footer), fontsize=7, color=INK["axis"][0], x=0.01, ha="left")
         yield done, figure
+        below.set_visible(False)  # a page has its caption beside the plot, a lone PNG has this line
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
         done.svg = _inline(buffer.getvalue().decode("utf-8"), prefix, done.titles, f"{kind}: {caption}")
+        below.set_visible(True)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=DPI, facecolor=INK["paper"][0], metadata={"Software": None})
         done.png = buffer.getvalue()
@@ -156,7 +160,9 @@ def _inline(svg: str, prefix: str, titles: dict[str, str], label: str) -> str:
     used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', svg))
 
     def own_id(match: re.Match[str]) -> str:
-        return f' id="{prefix}-{match[1]}"' if match[1] in used else f' data-t="{match[1]}"' if match[1] in titles else ""
+        return (
+            f' id="{prefix}-{match[1]}"' if match[1] in used else f' data-t="{match[1]}"' if match[1] in titles else ""
+        )
 
     svg = re.sub(r'\sid="([^"]+)"', own_id, svg)
     svg = re.sub(r'(href="#|url\(#)([^")]+)', rf"\g<1>{prefix}-\g<2>", svg)

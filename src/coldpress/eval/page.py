@@ -21,7 +21,9 @@ ASSETS = Path(__file__).resolve().parents[1] / "assets" / "report"
 def page(document: Document) -> str:
     """The whole page."""
     light, dark = ({k: Markup(v) for k, v in colours.items()} for colours in css_colours())
-    return _template().render(document=document, light=light, dark=dark, style=_text("page.css"), script=_text("page.js"))
+    return _template().render(
+        document=document, light=light, dark=dark, style=_text("page.css"), script=_text("page.js")
+    )
 
 
 def _text(name: str) -> Markup:

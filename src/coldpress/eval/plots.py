@@ -1,4 +1,4 @@
-"""The plots of losses: against ratio, bytes and distance, with the references and with what failed."""
+"""The plots of losses against ratio and bytes, with the references and with what failed; and which plots there are."""
 
 from __future__ import annotations
 
@@ -6,71 +6,41 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from coldpress.eval.figures import INK, MARKERS, Drawing, Style, drawing, styles
+from coldpress.eval.figures import INK, Drawing, Style, drawing
+from coldpress.eval.plots_places import draw_distance, draw_positions
+from coldpress.eval.plots_speed import draw_speed
+from coldpress.eval.plots_tasks import draw_tasks
+from coldpress.eval.plotting import (
+    REF,
+    caption_tail,
+    curve,
+    legend,
+    plain_numbers,
+    said_of_colours,
+    scale,
+    section_styles,
+)
 from coldpress.eval.points import Point, Section
-from coldpress.eval.report import short
 from coldpress.eval.wording import clean
 
-__all__ = ["caption_tail", "draw", "section_styles"]
+__all__ = ["draw", "front"]
 
-MOST_PANELS = 4
-REF, FADED, BAD = INK["ref"][0], INK["faint"][0], INK["bad"][0]
-
-
-def caption_tail(section: Section) -> str:
-    """Protocol, text and model: what every number of a section depends on."""
-    first = section.first
-    subset = f"/{first['subset']}" if first.get("subset") else ""
-    return (
-        f"protocol {clean(first['protocol'])}; text {clean(short(first['dataset']) + subset)}, sha256 "
-        f"{clean(first['text_sha256'][:12])}; model {clean(short(first['model']))}"
-    )
-
-
-def section_styles(section: Section) -> dict[str, Style]:
-    references = [p.label for p in section.all if p.is_reference]
-    return styles([p.label for p in section.all if not p.is_baseline], section.best(), references)
+FADED, BAD = INK["faint"][0], INK["bad"][0]
 
 
 def draw(section: Section, prefix: str) -> list[Drawing]:
     """All plots that the records of a section allow."""
-    from coldpress.eval.plots_speed import draw_speed
-    from coldpress.eval.plots_tasks import draw_tasks
-
     look = section_styles(section)
     if section.kind == "tasks":
         return draw_tasks(section, look, prefix)
     found: list[Drawing | None] = []
     if section.kind == "quality":
         found = [_quality(section, look, f"{prefix}q"), _pareto(section, look, f"{prefix}p")]
-        found.append(_distance(section, look, f"{prefix}d"))
+        found.append(draw_distance(section, look, f"{prefix}d"))
     elif section.kind == "stream":
-        found = [_positions(section, look, f"{prefix}n")]
+        found = [draw_positions(section, look, f"{prefix}n")]
     found += draw_speed(section, look, f"{prefix}s")
     return [one for one in found if one is not None]
-
-
-def said_of_colours(section: Section) -> str:
-    rest = len(section.labels) - len(section.best())
-    faint = f" The {len(section.best())} presses of the best mean rank are in colour, the {rest} others thin grey."
-    return faint if rest else ""
-
-
-def scale(axis: Any, values: Sequence[float]) -> str:
-    """A symmetric logarithmic axis where one press would flatten the rest; what to say of it in a caption."""
-    sizes = [abs(v) for v in values if v]
-    if len(sizes) < 4 or max(sizes) < 15 * statistics.median(sizes):
-        return ""
-    limit = float(f"{statistics.median(sizes):.0e}")
-    axis.set_yscale("symlog", linthresh=limit)
-    plain_numbers(axis.yaxis)
-    return f" The vertical axis is linear up to {limit:g} and logarithmic above."
-
-
-def plain_numbers(axis: Any) -> None:
-    """``0.01`` beside a logarithmic axis; the formulas that matplotlib writes there are not drawn."""
-    axis.set_major_formatter(lambda value, _: f"{value:g}")
-    axis.set_minor_formatter(lambda value, _: "")
 
 
 def _bars(point: Point) -> list[list[float]] | None:
@@ -78,19 +48,6 @@ def _bars(point: Point) -> list[list[float]] | None:
     if ci is None:
         return None
     return [[max(0.0, point.delta_nll - ci[0])], [max(0.0, ci[1] - point.delta_nll)]]
-
-
-def curve(done: Drawing, axis: Any, style: Style, label: str, xs: list[Any], ys: list[float], bars: Any) -> Any:
-    """A series with its error bars; those in grey have none, and say their name when pointed at."""
-    options = {"color": style.color, "marker": style.marker, "linestyle": style.line, "linewidth": style.width}
-    if not style.is_coloured:
-        (line,) = axis.plot(xs, ys, zorder=style.rank, markersize=3, **options)
-        done.name(line, label)
-        return line
-    options |= {"markeredgecolor": INK["paper"][0]} if style.marker in MARKERS else {}
-    drawn = axis.errorbar(xs, ys, yerr=bars, zorder=style.rank, elinewidth=1.0, label=clean(label), **options)
-    done.name(drawn.lines[0], label)
-    return drawn
 
 
 def _quality(section: Section, look: dict[str, Style], prefix: str) -> Drawing | None:
@@ -106,7 +63,9 @@ def _quality(section: Section, look: dict[str, Style], prefix: str) -> Drawing |
         f"{said_of_colours(section)}"
     )
     with drawing("quality", "", caption_tail(section), (8.4, 4.6 + 0.3 * bool(strip)), prefix) as (done, figure):
-        grid = figure.add_gridspec(2 if strip else 1, 1, height_ratios=[1, 0.13 + 0.05 * bool(strip)][: 2 if strip else 1])
+        grid = figure.add_gridspec(
+            2 if strip else 1, 1, height_ratios=[1, 0.13 + 0.05 * bool(strip)][: 2 if strip else 1]
+        )
         axis = figure.add_subplot(grid[0])
         axis.axhline(0, color=REF, linestyle="--", linewidth=1.2, label="no_press (uncompressed)", zorder=2)
         labels = sorted({p.label for p in compared}, key=lambda name: (look[name].rank, name))
@@ -121,7 +80,9 @@ def _quality(section: Section, look: dict[str, Style], prefix: str) -> Drawing |
         axis.set_ylabel("Δ loss (nats a token)")
         if not note and compared:
             _percent_axis(axis)
-        last = {name: max((p for p in compared if p.label == name), key=lambda p: p.at or 0).delta_nll for name in labels}
+        last = {
+            name: max((p for p in compared if p.label == name), key=lambda p: p.at or 0).delta_nll for name in labels
+        }
         legend(figure, axis, lambda name: -last.get(name, 0.0))
         if strip:
             note += _strip(figure.add_subplot(grid[1], sharex=axis), strip)
@@ -136,17 +97,11 @@ def _percent_axis(axis: Any) -> None:
     import numpy as np
 
     right = axis.secondary_yaxis(
-        "right", functions=(lambda d: 100 * np.expm1(np.minimum(d, 50)), lambda p: np.log1p(np.maximum(p, -99.99) / 100))
+        "right",
+        functions=(lambda d: 100 * np.expm1(np.minimum(d, 50)), lambda p: np.log1p(np.maximum(p, -99.99) / 100)),
     )
     right.set_ylabel("change of PPL (%)")
     right.spines["right"].set_visible(False)
-
-
-def legend(figure: Any, axis: Any, order: Any) -> None:
-    """To the right of a plot, in the order in which the lines end there."""
-    handles, names = axis.get_legend_handles_labels()
-    pairs = sorted(zip(handles, names, strict=True), key=lambda pair: (order(pair[1]), pair[1]))
-    figure.legend([h for h, _ in pairs], [n for _, n in pairs], loc="outside right upper", handlelength=2.6)
 
 
 def _strip(axis: Any, points: Sequence[Point]) -> str:
@@ -165,7 +120,11 @@ def _strip(axis: Any, points: Sequence[Point]) -> str:
         face = "none" if row else BAD
         axis.scatter([at], [row], marker=[*rows.values()][row], s=34, facecolors=face, edgecolors=BAD, linewidths=1.4)
         text = clean(names[0])[:24] if len(names) == 1 else f"{len(names)} presses"
-        axis.annotate(text, (at, row), xytext=(6, 0), textcoords="offset points", va="center", fontsize=7.5)
+        side = -1 if at > 0.6 else 1
+        axis.annotate(
+            text, (at, row), xytext=(6 * side, 0), textcoords="offset points", va="center", fontsize=7.5,
+            ha="right" if side < 0 else "left",
+        )  # fmt: skip
     return " Below: what failed, was interrupted, or equals the uncompressed cache in every window."
 
 
@@ -181,7 +140,10 @@ def _forest(
         "cache (no_press, dashed at 0) in nats a token, with paired 95 % intervals; further left is better. random and "
         "streaming_llm are references, in grey."
     )
-    with drawing("quality", "", caption_tail(section), (8.4, 1.5 + 0.27 * len(rows + undone)), prefix) as (done, figure):
+    with drawing("quality", "", caption_tail(section), (8.4, 1.5 + 0.27 * len(rows + undone)), prefix) as (
+        done,
+        figure,
+    ):
         axis = figure.add_subplot()
         axis.axvline(0, color=REF, linestyle="--", linewidth=1.2, zorder=2)
         note = ""
@@ -204,7 +166,9 @@ def _forest(
                 transform=axis.get_yaxis_transform(),
             )  # fmt: skip
         names = [f"{p.label}{' = baseline' if p.equals_baseline else ''}" for p in rows]
-        axis.set_yticks([*range(len(rows)), *(-1 - y for y in range(len(undone)))], [*names, *(p.label for p in undone)])
+        axis.set_yticks(
+            [*range(len(rows)), *(-1 - y for y in range(len(undone)))], [*names, *(p.label for p in undone)]
+        )
         axis.set_ylim(-0.7 - len(undone), len(rows) - 0.3)
         axis.set_xlabel("Δ loss (nats a token)")
         done.caption = f"{caption}{note} ({caption_tail(section)})"
@@ -224,11 +188,12 @@ def _pareto(section: Section, look: dict[str, Style], prefix: str) -> Drawing | 
     points = [p for p in section.points if p.delta_nll is not None and p.kv_bytes and not p.is_baseline]
     if len({p.kv_bytes for p in points}) < 2:
         return None
-    best = front(points)
+    best = front([p for p in points if not p.equals_baseline])
     caption = (
         "Loss against the bytes of the cache after compression. Coloured points, joined: no other press has both fewer "
         "bytes and less loss, by the measured means; with their 95 % intervals, which may overlap those of others. The "
-        "rest is grey; × is random, + streaming_llm, the dashed line no_press."
+        "rest is grey; × is random, + streaming_llm, the dashed line no_press, a red ring a press that has the loss of "
+        "the uncompressed cache in every window."
     )
     mib = 1 / (1 << 20)
     with drawing("pareto", "", caption_tail(section), (8.4, 4.4), prefix) as (done, figure):
@@ -244,7 +209,10 @@ def _pareto(section: Section, look: dict[str, Style], prefix: str) -> Drawing | 
             if point not in best:
                 marker = look[point.label].marker if point.is_reference else "o"
                 color = REF if point.is_reference else FADED
-                (dot,) = axis.plot([point.kv_bytes * mib], [point.delta_nll], marker=marker, color=color, markersize=5)
+                face = {"markerfacecolor": "none", "markeredgecolor": BAD} if point.equals_baseline else {}
+                (dot,) = axis.plot(
+                    [point.kv_bytes * mib], [point.delta_nll], marker=marker, color=color, markersize=5, **face
+                )
                 done.name(dot, f"{point.name}: {point.delta_nll:+.4f}")
         axis.plot(
             [p.kv_bytes * mib for p in best], [p.delta_nll for p in best], color=INK["axis"][0], linewidth=1, zorder=2
@@ -272,118 +240,3 @@ def _pareto(section: Section, look: dict[str, Style], prefix: str) -> Drawing | 
         axis.set_ylabel("Δ loss (nats a token)")
         done.caption = f"{caption}{note} ({caption_tail(section)})"
     return done
-
-
-def panels(section: Section, has: Any) -> list[str]:
-    """At most four sizes that have something to draw, the smallest and the largest among them."""
-    sizes = [size for size in section.sizes if any(has(p) for p in section.at(size))]
-    if len(sizes) <= MOST_PANELS:
-        return sizes
-    step = (len(sizes) - 1) / (MOST_PANELS - 1)
-    return [sizes[round(i * step)] for i in range(MOST_PANELS)]
-
-
-def title(size: str) -> str:
-    return f"ratio {size}" if size.replace(".", "", 1).isdigit() else size
-
-
-def _distance(section: Section, look: dict[str, Style], prefix: str) -> Drawing | None:
-    base = (section.baseline.nll_by_distance if section.baseline else None) or {}
-
-    def values(point: Point) -> dict[str, tuple[float, list[float] | None]]:
-        given = point.delta_by_distance
-        if given:
-            return {k: (v["delta"], v["ci95"]) for k, v in given.items()}
-        own = point.nll_by_distance or {}
-        return {k: (v - base[k], None) for k, v in own.items() if v is not None and base.get(k) is not None}
-
-    sizes = panels(section, values)
-    if not sizes:
-        return None
-    caption = (
-        "Loss against the distance from the compressed context: the difference to the uncompressed cache (dashed at 0) "
-        "for the tokens at these places after it, in nats a token; bars are 95 % intervals where they are recorded."
-        f"{said_of_colours(section)}"
-    )
-    return _small(section, look, sizes, values, {}, caption, ("distance", "tokens after the context", prefix), "Δ loss")
-
-
-def _positions(section: Section, look: dict[str, Style], prefix: str) -> Drawing | None:
-    def values(point: Point) -> dict[str, tuple[float, list[float] | None]]:
-        return {k: (v, None) for k, v in (point.nll_by_position or {}).items() if v is not None}
-
-    sizes = panels(section, values)
-    if not sizes:
-        return None
-    base = values(section.baseline) if section.baseline else {}
-    caption = (
-        "Loss of a stream against the position in the text, in nats a token; dashed: no_press, as far as it reads."
-        f"{said_of_colours(section)}"
-    )
-    return _small(section, look, sizes, values, base, caption, ("positions", "position in the text", prefix), "loss")
-
-
-def _small(
-    section: Section, look: dict[str, Style], sizes: list[str], values: Any, base: dict[str, Any], caption: str,
-    names: tuple[str, str, str], what: str,
-) -> Drawing:  # fmt: skip
-    """A panel for each size, on one vertical axis."""
-    kind, across, prefix = names
-    buckets = list(dict.fromkeys(k for p in [*section.points] if p.size in sizes for k in values(p)))
-    buckets = sorted(dict.fromkeys([*buckets, *base]), key=_first_number)
-    columns = 3 if len(sizes) == 3 and len(buckets) < 6 else min(2, len(sizes))
-    rows = -(-len(sizes) // columns)
-    with drawing(kind, "", caption_tail(section), (8.4, 1.1 + 2.6 * rows), prefix) as (done, figure):
-        axes = figure.subplots(rows, columns, sharey=True, squeeze=False)
-        flat = [axis for row in axes for axis in row]
-        everything = []
-        for axis, size in zip(flat, sizes, strict=False):
-            axis.set_title(title(size))
-            if base:
-                known = [i for i, b in enumerate(buckets) if b in base]
-                axis.plot(known, [base[buckets[i]][0] for i in known], "--", color=REF, label="no_press")
-            elif kind == "distance":
-                axis.axhline(0, color=REF, linestyle="--", linewidth=1.2, label="no_press (uncompressed)")
-            points = sorted(section.at(size), key=lambda p: (look[p.label].rank, p.label))
-            for n, point in enumerate(points):
-                own = values(point)
-                at = [i for i, b in enumerate(buckets) if b in own]
-                ys = [own[buckets[i]][0] for i in at]
-                everything += ys
-                cis = [own[buckets[i]][1] for i in at]
-                bars = None
-                if any(cis):
-                    low = [max(0.0, y - c[0]) if c else 0.0 for y, c in zip(ys, cis, strict=True)]
-                    high = [max(0.0, c[1] - y) if c else 0.0 for y, c in zip(ys, cis, strict=True)]
-                    bars = [low, high]
-                step = (n - len(points) / 2) * 0.03 if bars and look[point.label].is_coloured else 0
-                if at:
-                    curve(done, axis, look[point.label], point.label, [i + step for i in at], ys, bars)
-            axis.set_xticks(range(len(buckets)), buckets, rotation=30 if len(buckets) > 5 else 0, fontsize=8)
-            axis.set_xlim(-0.3, len(buckets) - 0.7)
-        for axis in flat[len(sizes) :]:
-            axis.set_visible(False)
-        note = scale(flat[0], everything) if kind == "distance" else ""
-        for row in axes:
-            row[0].set_ylabel(f"{what} (nats a token)")
-        for axis in flat[max(0, len(sizes) - columns) : len(sizes)]:
-            axis.set_xlabel(across)
-        shared_legend(figure, flat[: len(sizes)])
-        done.caption = f"{caption}{note} ({caption_tail(section)})"
-    return done
-
-
-def shared_legend(figure: Any, axes: Sequence[Any]) -> None:
-    """One legend for several panels, above them."""
-    found: dict[str, Any] = {}
-    for axis in axes:
-        for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
-            found.setdefault(name, handle)
-    figure.legend([*found.values()], [*found], loc="outside upper left", ncols=5, handlelength=2.4)
-
-
-def _first_number(bucket: str) -> tuple[int, str]:
-    digits = bucket.partition("-")[0]
-    return (int(digits) if digits.isdecimal() else 0), bucket
-
-

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from coldpress.eval.figures import Drawing, Style, drawing
-from coldpress.eval.plots import REF, caption_tail, curve, panels, said_of_colours, shared_legend, title
+from coldpress.eval.plotting import REF, caption_tail, curve, panels, said_of_colours, shared_legend, title
 from coldpress.eval.points import Point, Section
 from coldpress.eval.wording import clean
 
@@ -61,10 +61,10 @@ def draw_speed(section: Section, look: dict[str, Style], prefix: str) -> list[Dr
     )
     with drawing("speed", caption, caption_tail(section), (9.2, 0.9 + 2.7 * len(sizes)), prefix) as (done, figure):
         axes = figure.subplots(len(sizes), len(used), sharex=True, sharey="col", squeeze=False)
+        for axis, (name, _, _) in zip(axes[0], used, strict=True):
+            axis.set_title(name)
         for row, size in zip(axes, sizes, strict=True):
-            for axis, (name, value, spread) in zip(row, used, strict=True):
-                if axis in axes[0]:
-                    axis.set_title(name)
+            for axis, (_, value, spread) in zip(row, used, strict=True):
                 _line(done, axis, Style(REF, "", "--", 1.3, 2), "no_press", base, value, spread)
                 labels = sorted({p.label for p in section.at(size)}, key=lambda label: (look[label].rank, label))
                 for label in labels:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from coldpress.eval.figures import INK, Drawing, Style, drawing
-from coldpress.eval.plots import REF, caption_tail, curve, panels, said_of_colours, shared_legend, title
+from coldpress.eval.plotting import REF, caption_tail, curve, panels, said_of_colours, shared_legend, title
 from coldpress.eval.points import Point, Section
 from coldpress.eval.task_words import task_name
 from coldpress.eval.wording import clean
@@ -51,9 +51,10 @@ def _scores(section: Section, look: dict[str, Style], names: list[str], prefix: 
     columns = min(2, len(names))
     rows = -(-len(names) // columns)
     caption = (
-        "Scores against the fraction removed, with 95 % intervals of the difference to the uncompressed cache (no_press, "
-        "dashed). String matches lie between 0 and 1, more is better; where a task has none, nats a token of the "
-        f"answer more than without a press, less is better.{said_of_colours(section)}{left_out} ({caption_tail(section)})"
+        "Scores against the fraction removed, with 95 % intervals of the difference to the uncompressed cache "
+        "(no_press, dashed). String matches lie between 0 and 1, more is better; where a task has none, nats a token "
+        "of the answer more than without a press, less is better."
+        f"{said_of_colours(section)}{left_out} ({caption_tail(section)})"
     )
     with drawing("tasks", caption, caption_tail(section), (8.4, 0.9 + 2.5 * rows), prefix) as (done, figure):
         axes = [axis for row in figure.subplots(rows, columns, squeeze=False) for axis in row]
@@ -73,7 +74,9 @@ def _scores(section: Section, look: dict[str, Style], names: list[str], prefix: 
                 bases += [task["score_base"] for _, task in own if task.get("score_base") is not None]
                 low = [max(0.0, v - ci[0]) if ci else 0.0 for v, ci, _ in values]  # type: ignore[operator]
                 high = [max(0.0, ci[1] - v) if ci else 0.0 for v, ci, _ in values]  # type: ignore[operator]
-                curve(done, axis, look[label], label, [p.at or 0 for p, _ in own], [v for v, _, _ in values], [low, high])
+                curve(
+                    done, axis, look[label], label, [p.at or 0 for p, _ in own], [v for v, _, _ in values], [low, high]
+                )
             level = (bases[0] if bases else None) if is_score else 0.0
             if level is not None:
                 axis.axhline(level, color=REF, linestyle="--", linewidth=1.2, label="no_press (uncompressed)")
@@ -125,18 +128,18 @@ def _map(section: Section, look: dict[str, Style], name: str, prefix: str) -> Dr
         axes = figure.subplots(len(sizes), len(chosen), sharex=True, sharey=True, squeeze=False)
         top = max(max(everything), 1e-9)
         mesh = None
+        for axis, label in zip(axes[0], chosen, strict=True):
+            axis.set_title(clean(label)[:26], fontsize=8.5)
         for row, size in zip(axes, sizes, strict=True):
             for axis, label in zip(row, chosen, strict=True):
                 own = values.get((label, size), {})
                 grid = [[own.get((depth, length), float("nan")) for length in lengths] for depth in depths]
                 mesh = axis.pcolormesh(grid, cmap="viridis_r", vmin=min(0.0, min(everything)), vmax=top)
-                axis.invert_yaxis() if not axis.yaxis_inverted() else None
+                axis.set_ylim(len(depths), 0)  # the beginning of the text on top
                 axis.grid(False)
                 axis.set_xticks([i + 0.5 for i in range(len(lengths))], [f"{n:,.0f}" for n in lengths], rotation=45)
                 axis.set_yticks([i + 0.5 for i in range(len(depths))], [f"{d:g}" for d in depths])
                 axis.tick_params(labelsize=7.5)
-                if row is axes[0]:
-                    axis.set_title(clean(label)[:26], fontsize=8.5)
             row[0].set_ylabel(f"{title(size)}\ndepth")
         for axis in axes[-1]:
             axis.set_xlabel("tokens", fontsize=8)

@@ -52,8 +52,8 @@ class Point:
         return f"{self.label} at {self.size}" if self.size and not self.is_baseline else self.label
 
     @property
-    def context(self) -> int | None:
-        """Tokens of the timed context."""
+    def context(self) -> Any:
+        """Tokens of the timed context; None where none was."""
         return self.record.get("speed_context_tokens") or self.record.get("context_tokens")
 
     @property
@@ -71,8 +71,8 @@ class Point:
         return max(0.0, 1 - self.kept_bytes)
 
     @property
-    def at(self) -> float | None:
-        """Where it stands on an axis of ratios: as asked, or as achieved where that differs by more than 0.05."""
+    def at(self) -> Any:
+        """Where, if anywhere, it stands on an axis of ratios: as asked, or as achieved where that differs by more than 0.05."""
         wanted = self.record.get("compression_ratio")
         if wanted is None or (self.removed is not None and abs(self.removed - wanted) > 0.05):
             return self.removed
