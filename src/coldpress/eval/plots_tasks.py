@@ -30,7 +30,7 @@ def draw_tasks(section: Section, look: dict[str, Style], prefix: str) -> list[Dr
     return found
 
 
-def _value(task: dict[str, Any]) -> tuple[float | None, tuple[float, float] | None, bool]:
+def _value(task: dict[str, Any]) -> tuple[Any, Any, bool]:
     """What is drawn of a task: its score, or nats more than the baseline; its interval; whether it is a score."""
     score, base, ci = task.get("score"), task.get("score_base"), task.get("delta_score_ci95")
     if score is not None:
@@ -72,8 +72,8 @@ def _scores(section: Section, look: dict[str, Style], names: list[str], prefix: 
                     continue
                 is_score = values[0][2]
                 bases += [task["score_base"] for _, task in own if task.get("score_base") is not None]
-                low = [max(0.0, v - ci[0]) if ci else 0.0 for v, ci, _ in values]  # type: ignore[operator]
-                high = [max(0.0, ci[1] - v) if ci else 0.0 for v, ci, _ in values]  # type: ignore[operator]
+                low = [max(0.0, v - ci[0]) if ci else 0.0 for v, ci, _ in values]
+                high = [max(0.0, ci[1] - v) if ci else 0.0 for v, ci, _ in values]
                 curve(
                     done, axis, look[label], label, [p.at or 0 for p, _ in own], [v for v, _, _ in values], [low, high]
                 )
