@@ -188,12 +188,15 @@ def test_the_page_of_many_records_is_small() -> None:
     assert "the 28 others thin grey" in made.parts[0].figures[0].drawing.caption
 
 
-def test_colours_of_a_picture_are_the_pages() -> None:
-    svg = '<svg height="1pt" viewBox="0 0 9 9"><g id="t0"/><g id="t1">'
-    svg += '<path id="a" style="fill: #0072B2"/></g><use href="#a"/></svg>'
-    assert _inline(svg, "p", {"t1": "<x>"}, "q: w") == (
-        '<svg viewBox="0 0 9 9" role="img" aria-label="q: w"><g/><g><title>&lt;x&gt;</title>'
-        '<path id="p-a" style="fill: var(--s0)"/></g><use href="#p-a"/></svg>'
+def test_a_picture_takes_the_colours_of_its_page_and_keeps_its_texts() -> None:
+    drawn = (
+        '<svg height="1pt" viewBox="0 0 72 9"><g id="t0"/><g id="t1"><path id="a" style="fill: #0072B2" d="M1.23456"/>'
+    )
+    texts = '</g><use href="#a"/><text style="fill: #1b1f24">0.12345 #0072b2 url(#a)</text></svg>'
+    assert _inline(drawn + texts, "p", {"t1": "<x>"}, "q: w") == (
+        '<svg viewBox="0 0 72 9" style="--wide: 6.6rem" role="img" aria-label="q: w"><g/><g><title>&lt;x&gt;</title>'
+        '<path id="p-a" style="fill: var(--s0)" d="M1.23"/></g><use href="#p-a"/>'
+        '<text style="fill: currentColor">0.12345 #0072b2 url(#a)</text></svg>'
     )
 
 

@@ -152,7 +152,11 @@ def tables(section: Section) -> list[Table]:
     own = [*_STREAM, *_QUALITY] if section.kind == "stream" else [*_QUALITY]
     if section.kind == "plain":
         own = [("loss", "nats a token, of the uncompressed model", _plain("loss", 4)), *_QUALITY]
-    return _table("Press × ratio", [*_PRESS, *own, *_SIZES, *_SPEED, *_STATUS], section.all)
+    return _table(
+        "Press × budget" if section.kind == "stream" else "Press × ratio",
+        [*_PRESS, *own, *_SIZES, *_SPEED, *_STATUS],
+        section.all,
+    )
 
 
 def _table(title: str, columns: Sequence[_Column], points: Sequence[Point]) -> list[Table]:

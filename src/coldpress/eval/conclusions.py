@@ -179,7 +179,8 @@ def _standing(best: Point, others: Sequence[Point], apart: str) -> str:
     following = paired(more[0], best)
     assert following is not None and following.ci95 is not None
     low, high = following.ci95
-    everyone = f"{'all ' if len(more) == len(others) else f'{len(more)} of '}{len(others)} others{apart}"
+    n = len(others)
+    everyone = f"{('both' if n == 2 else f'all {n}') if len(more) == n else f'{len(more)} of {n}'} others{apart}"
     lead = clean(more[0].label) if len(others) == 1 else f"{everyone}; the next is {clean(more[0].label)}"
     return f", ahead of {lead} (by {number(following.delta)} [{number(low)}, {number(high)}] nats a token)"
 

@@ -157,23 +157,26 @@ def _inline(svg: str, prefix: str, titles: dict[str, str], label: str) -> str:
     svg = re.sub(r'\s(xmlns(:\w+)?|version)="[^"]*"', "", svg)
     svg = svg.replace("xlink:href=", "href=").replace('<style type="text/css">', "<style>")
     svg = re.sub(r"<style>.*?</style>", "", svg, flags=re.DOTALL)  # of all elements of the page
-    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', svg))
+    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', "".join(re.findall("<[^>]*>", svg))))
 
-    def own_id(match: re.Match[str]) -> str:
-        return (
-            f' id="{prefix}-{match[1]}"' if match[1] in used else f' data-t="{match[1]}"' if match[1] in titles else ""
-        )
+    def element(match: re.Match[str]) -> str:
+        """One tag; what stands between tags, numbers of the axes for instance, is left alone."""
+        tag = match[0]
+        key = re.search(r'\sid="([^"]+)"', tag)
+        title = ""
+        if key is not None:
+            tag = tag.replace(key[0], f' id="{prefix}-{key[1]}"' if key[1] in used else "")
+            title = f"<title>{escape(titles[key[1]])}</title>" if key[1] in titles and not tag.endswith("/>") else ""
+        tag = re.sub(r'(href="#|url\(#)([^")]+)', rf"\g<1>{prefix}-\g<2>", tag)
+        for light, variable in _VARIABLES.items():
+            colour = "currentColor" if variable == "--ink" else f"var({variable})"
+            tag = re.sub(re.escape(light), colour, tag, flags=re.IGNORECASE)
+        tag = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px var(--font)", tag)
+        return re.sub(r"(\d+\.\d{2})\d+", r"\1", tag) + title  # a hundredth of a point is enough
 
-    svg = re.sub(r'\sid="([^"]+)"', own_id, svg)
-    svg = re.sub(r'(href="#|url\(#)([^")]+)', rf"\g<1>{prefix}-\g<2>", svg)
-    svg = re.sub(
-        r'<g data-t="(t\d+)">', lambda m: f"<g><title>{escape(titles[m[1]])}</title>", svg
-    )  # what a series is, when pointed at
-    for light, variable in _VARIABLES.items():
-        svg = re.sub(re.escape(light), "currentColor" if variable == "--ink" else f"var({variable})", svg, flags=re.I)
-    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px var(--font)", svg)
-    svg = re.sub(r"(\d+\.\d{2})\d+", r"\1", svg)  # a hundredth of a point is enough
+    svg = re.sub("<[^>]*>", element, svg)
     svg = re.sub(r"\s*\n\s*", "\n", svg)
     width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups()  # type: ignore[union-attr]
-    head = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(clean(label))}">'
+    wide = f"--wide: {float(width) / 72 * 6.6:.1f}rem"  # texts are as large in a narrow plot as in a wide one
+    head = f'<svg viewBox="0 0 {width} {height}" style="{wide}" role="img" aria-label="{escape(clean(label))}">'
     return head + svg[svg.index(">") + 1 :].strip()

@@ -72,7 +72,7 @@ class Point:
 
     @property
     def at(self) -> Any:
-        """Where, if anywhere, it stands on an axis of ratios: as asked, or as achieved where that differs by more than 0.05."""
+        """Where it stands on an axis of ratios: as asked, or as achieved where that is more than 0.05 away; or None."""
         wanted = self.record.get("compression_ratio")
         if wanted is None or (self.removed is not None and abs(self.removed - wanted) > 0.05):
             return self.removed
