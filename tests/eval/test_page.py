@@ -154,6 +154,11 @@ def test_what_failed_is_drawn_and_told(made: Document) -> None:
     assert "2 failed, 1 interrupted" in made.counts and "1 other file that is no record was left out" in made.counts
 
 
+def test_a_caption_of_timings_names_all_contexts(made: Document) -> None:
+    (part,) = (part for part in made.parts if part.title.endswith("speed"))
+    assert "timed with 256 and 1,024 tokens of context" in part.caption
+
+
 def test_references_are_in_every_picture_of_losses(made: Document) -> None:
     for figure in made.parts[0].figures:
         for name in ("no_press", "random", "streaming_llm"):

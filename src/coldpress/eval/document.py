@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 from collections import Counter
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from coldpress.eval.plots import draw
 from coldpress.eval.points import Section, sections
 from coldpress.eval.report import describe
 from coldpress.eval.results import check_writable
-from coldpress.eval.wording import clean
+from coldpress.eval.wording import clean, listed
 
 __all__ = ["Document", "Figure", "Part", "make_document", "write_report"]
 
@@ -106,6 +107,10 @@ def make_document(collection: Collection) -> Document:
 def _part(section: Section, number: int, is_alone: bool) -> Part:
     first = next((p.record for p in section.points), section.first)
     caption = clean(describe(first))
+    contexts = sorted({p.context for p in section.points if p.context}) if section.kind == "speed" else []
+    if len(contexts) > 1:  # of which the first record knows its own
+        said = f"timed with {listed([f'{n:,}' for n in contexts])} tokens of context"
+        caption = re.sub(r"timed with [\d,]+ tokens of context", said, caption)
     if first.get("ppl_preset"):
         caption += f"; preset {clean(first['ppl_preset'])}"
     drawn = draw(section, f"p{number}")

@@ -88,6 +88,8 @@ def _small(
         for axis in flat[len(sizes) :]:
             axis.set_visible(False)
         note = scale(flat[0], everything) if kind == "distance" else ""
+        if note and min(everything) >= 0:
+            flat[0].set_ylim(bottom=-min(v for v in everything if v) / 2)
         for row in axes:
             row[0].set_ylabel(f"{what} (nats a token)")
         for axis in flat[max(0, len(sizes) - columns) : len(sizes)]:

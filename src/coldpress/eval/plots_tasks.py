@@ -134,7 +134,9 @@ def _map(section: Section, look: dict[str, Style], name: str, prefix: str) -> Dr
             for axis, label in zip(row, chosen, strict=True):
                 own = values.get((label, size), {})
                 grid = [[own.get((depth, length), float("nan")) for length in lengths] for depth in depths]
-                mesh = axis.pcolormesh(grid, cmap="viridis_r", vmin=min(0.0, min(everything)), vmax=top)
+                mesh = axis.pcolormesh(
+                    grid, cmap="viridis_r", vmin=min(0.0, min(everything)), vmax=top, edgecolors="face", linewidth=0.4
+                )
                 axis.set_ylim(len(depths), 0)  # the beginning of the text on top
                 axis.grid(False)
                 axis.set_xticks([i + 0.5 for i in range(len(lengths))], [f"{n:,.0f}" for n in lengths], rotation=45)
@@ -145,5 +147,5 @@ def _map(section: Section, look: dict[str, Style], name: str, prefix: str) -> Dr
             axis.set_xlabel("tokens", fontsize=8)
         bar = figure.colorbar(mesh, ax=axes, shrink=0.8, pad=0.01)
         bar.set_label("Δ nats a token of the answer", color=INK["ink"][0])
-        bar.solids.set_rasterized(False)
+        bar.solids.set_edgecolor("face")
     return done
