@@ -147,5 +147,6 @@ def _map(section: Section, look: dict[str, Style], name: str, prefix: str) -> Dr
             axis.set_xlabel("tokens", fontsize=8)
         bar = figure.colorbar(mesh, ax=axes, shrink=0.8, pad=0.01)
         bar.set_label("Δ nats a token of the answer", color=INK["ink"][0])
+        bar.solids.set_rasterized(False)  # a page takes no images
         bar.solids.set_edgecolor("face")
     return done
