@@ -141,7 +141,13 @@ def test_speed_is_a_gain_only_in_every_round() -> None:
     none = headline(one(timed("no_press", 0, 1024, 1.0), timed("snapkv", 0.5, 1024, 1.2, noise=0.3)))
     assert none.endswith("no press decodes faster than the uncompressed cache by more than the rounds differ.")
     unknown = timed("snapkv", 0.5, 1024, 1.2) | {"decode_speedup_spread": None}
-    assert headline(one(timed("no_press", 0, 1024, 1.0), unknown)).endswith("for certain: no spread is recorded.")
+    assert headline(one(timed("no_press", 0, 1024, 1.0), unknown)).endswith(
+        "for certain: no spread of several rounds is recorded."
+    )
+    once = timed("snapkv", 0.5, 1024, 1.2, noise=0.0)
+    assert headline(one(timed("no_press", 0, 1024, 1.0), once)).endswith("of several rounds is recorded.")
+    words = said(BASE, record("snapkv", 0.5, spread(0.1, 0.01), decode_speedup=1.2))
+    assert "was 1.20 times as fast in the one round that is recorded" in words
 
 
 def test_timings_at_several_contexts_share_a_section() -> None:

@@ -146,15 +146,15 @@ _STREAM: tuple[_Column, ...] = (
 def tables(section: Section) -> list[Table]:
     """One or two tables: of a prefix or a stream with its speed, of timings by context, of tasks."""
     if section.kind == "tasks":
-        return [_task_table(section), *_table("", [*_PRESS, *_SIZES, *_SPEED, *_STATUS], section.all)]
+        return [_task_table(section), *_table("", [*_PRESS, *_STATUS, *_SIZES, *_SPEED], section.all)]
     if section.kind == "speed":
-        return _table("Press × ratio × context", [*_PRESS, *_CONTEXT, *_SPEED, *_SIZES, *_STATUS], section.all)
+        return _table("Press × ratio × context", [*_PRESS, *_CONTEXT, *_STATUS, *_SPEED, *_SIZES], section.all)
     own = [*_STREAM, *_QUALITY] if section.kind == "stream" else [*_QUALITY]
     if section.kind == "plain":
         own = [("loss", "nats a token, of the uncompressed model", _plain("loss", 4)), *_QUALITY]
     return _table(
         "Press × budget" if section.kind == "stream" else "Press × ratio",
-        [*_PRESS, *own, *_SIZES, *_SPEED, *_STATUS],
+        [*_PRESS, *_STATUS, *own, *_SIZES, *_SPEED],
         section.all,
     )
 

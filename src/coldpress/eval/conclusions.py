@@ -14,6 +14,7 @@ from coldpress.eval.wording import (
     cache_words,
     clean,
     error_words,
+    has_rounds,
     listed,
     model_name,
     number,
@@ -270,7 +271,7 @@ def _fastest(section: Section, context: int) -> tuple[list[Point], list[Point]]:
     """What was timed at a context, the fastest first, and those of it that were faster in every round."""
     timed = [p for p in section.points if p.context == context and p.decode_speedup is not None and not p.is_baseline]
     timed.sort(key=lambda p: (-p.decode_speedup, p.label))
-    surely = [p for p in timed if p.decode_speedup_spread is not None and p.decode_speedup_spread["min"] > 1]
+    surely = [p for p in timed if has_rounds(p) and p.decode_speedup_spread["min"] > 1]
     return timed, surely
 
 
@@ -292,8 +293,8 @@ def _speed_words(section: Section, context: int) -> str:
     if not timed:
         return f"{at} no press was compared with the uncompressed cache."
     if not surely:
-        known = any(p.decode_speedup_spread is not None for p in timed)
-        because = "by more than the rounds differ" if known else "for certain: no spread is recorded"
+        known = any(map(has_rounds, timed))
+        because = "by more than the rounds differ" if known else "for certain: no spread of several rounds is recorded"
         return f"{at} no press decodes faster than the uncompressed cache {because}."
     best = surely[0]
     rest = [p.name for p in surely[1:]]

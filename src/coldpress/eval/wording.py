@@ -15,6 +15,7 @@ __all__ = [
     "cache_words",
     "clean",
     "error_words",
+    "has_rounds",
     "listed",
     "model_name",
     "number",
@@ -100,16 +101,22 @@ def cache_words(point: Point) -> str | None:
 
 def speed_words(point: Point) -> str | None:
     """``decodes 1.2 times as fast``, if all rounds agree that it is faster; None where it was not timed."""
-    times, spread = point.decode_speedup, point.decode_speedup_spread
+    times = point.decode_speedup
     if times is None:
         return None
     context = f" with {point.context:,} tokens of context" if point.context else ""
-    if spread is None:
-        return f"decodes {times:.2f} times as fast{context} (no spread is recorded)"
-    rounds = rounds_words(point)
+    if not has_rounds(point):
+        return f"was {times:.2f} times as fast in the one round that is recorded{context}"
+    rounds, spread = rounds_words(point), point.decode_speedup_spread
     if spread["min"] <= 1 <= spread["max"]:
         return f"decodes as fast as before{context}, to within the rounds ({times:.2f} times; {rounds})"
     return f"decodes {times:.2f} times as fast{context} ({rounds})"
+
+
+def has_rounds(point: Point) -> bool:
+    """Whether its decoding was timed more than once, against that of the baseline."""
+    spread = point.decode_speedup_spread
+    return spread is not None and spread["min"] < spread["max"]
 
 
 def rounds_words(point: Point) -> str:
