@@ -127,7 +127,7 @@ def test_what_failed_or_was_interrupted_is_named_with_its_error() -> None:
 
 def test_the_same_loss_everywhere_does_not_hide() -> None:
     words = said(BASE, record("keydiff", 0.5), *(record(n, 0.5, spread(0.1, 0.01)) for n in ("a", "b")))
-    assert "keydiff at 0.5 has the uncompressed model's loss in every window, though 50% was removed" in words
+    assert "keydiff at 0.5 has the uncompressed model's loss in every window, though 50 % was removed" in words
     assert "a and b have the same loss in every window at ratio 0.5." in words
     assert "Cheap" not in words
 

@@ -219,7 +219,7 @@ def _oddities(section: Section) -> list[str]:
     for point in section.points:
         if point.equals_baseline and point.removed:
             said.append(
-                f"{clean(point.name)} has the uncompressed model's loss in every window, though {point.removed:.0%} "
+                f"{clean(point.name)} has the uncompressed model's loss in every window, though {100 * point.removed:.0f} % "
                 "was removed: check that it was really applied."
             )
         elif point.equals_baseline:
