@@ -219,8 +219,8 @@ def _oddities(section: Section) -> list[str]:
     for point in section.points:
         if point.equals_baseline and point.removed:
             said.append(
-                f"{clean(point.name)} has the uncompressed model's loss in every window, though {100 * point.removed:.0f} % "
-                "was removed: check that it was really applied."
+                f"{clean(point.name)} has the uncompressed model's loss in every window, though "
+                f"{100 * point.removed:.0f} % was removed: check that it was really applied."
             )
         elif point.equals_baseline:
             said.append(f"{clean(point.name)} removed nothing, and changed nothing.")
