@@ -273,7 +273,7 @@ def test_budgets_stand_in_the_place_of_a_ratio(run: Run, capsys: pytest.CaptureF
         ("knorm", None, None, 24 * token + 5): [24, 24],
         ("knorm", 0.75, None, None): [24, 24],
     }
-    assert main(["report", str(done.folder)]) == 0
+    assert main(["report", str(done.folder), "--table"]) == 0
     out = capsys.readouterr().out
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if "|" in line]
     assert rows[0][:2] == ["press", "ratio or budget"]
@@ -295,7 +295,7 @@ def test_prompts_in_pieces(run: Run, capsys: pytest.CaptureFixture[str]) -> None
     in_pieces, whole = (found[key] for key in sorted(found, key=lambda key: key[0]))
     assert in_pieces["settings"]["chunk_tokens"] == 20 and whole["settings"]["chunk_tokens"] is None
     assert in_pieces["ppl"] != whole["ppl"] and in_pieces["baseline_ppl"] == pytest.approx(whole["baseline_ppl"])
-    assert main(["report", str(done.folder)]) == 0
+    assert main(["report", str(done.folder), "--table"]) == 0
     assert capsys.readouterr().out.count("press ") >= 2  # a table for each way of reading prompts
 
 
@@ -719,7 +719,7 @@ def test_a_hub_that_cannot_be_reached(
 def test_report_prints_what_a_folder_holds(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     done = run("--press", "knorm", *QUALITY)
     run("--press", "knorm", "--ppl_only", "--limit_tokens", "300")
-    assert main(["report", str(done.folder)]) == 0
+    assert main(["report", str(done.folder), "--table"]) == 0
     out = capsys.readouterr().out
     assert out.count("| knorm") == 2 and out.count("protocol ") == 2  # two protocols do not share a table
     assert main(["report", str(done.folder / "nothing")]) == 2
@@ -746,7 +746,7 @@ def test_report_leaves_out_what_is_no_result(run: Run, capsys: pytest.CaptureFix
     for name, text in bad.items():
         (done.folder / name).write_text(text)
     (done.folder / "j.json").mkdir()
-    assert main(["report", str(done.folder)]) == 0
+    assert main(["report", str(done.folder), "--table"]) == 0
     out, err = capsys.readouterr()
     lines = err.splitlines()
     assert out.count("| knorm") == 2 and len(lines) == len(bad) + 1
@@ -754,7 +754,7 @@ def test_report_leaves_out_what_is_no_result(run: Run, capsys: pytest.CaptureFix
         assert line.startswith(f"note: skipped {done.folder / name}: ") and len(line) < 400
     assert "loss must be a number, got 'abc'" in lines[0]
     path.unlink()
-    assert main(["report", str(done.folder)]) == 2
+    assert main(["report", str(done.folder), "--table"]) == 2
     assert "holds no results; run coldpress ppl first" in capsys.readouterr().err.splitlines()[-1]
     for name in ("", " "):
         assert main(["report", name]) == 2

@@ -13,7 +13,6 @@ import json
 import os
 import shlex
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from functools import partial
@@ -110,8 +109,8 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     look = commands.add_parser("inspect", help="a page that shows which tokens of a text a press keeps, and where")
     _add_inspect_options(look)
     look.set_defaults(options=look.options, run=_run_inspect)
-    report = commands.add_parser("report", help="a table of the results in a folder")
-    report.add_argument("folder", nargs="?", default="results/perplexity")
+    report = commands.add_parser("report", help="tables, a page and plots of the results in a folder")
+    _add_report_options(report)
     report.set_defaults(options=report.options, run=_run_report)
     presses = commands.add_parser("presses", help="the methods, what they need, and where they come from")
     presses.add_argument("name", nargs="?", help="a press, by its name or its class: all about it")
@@ -282,6 +281,13 @@ def _add_sweep_options(parser: argparse.ArgumentParser) -> None:
     _add_machinery(how)
     _add_limits(how)
     how.add_argument("--output_dir", help="folder of the results (default: results/sweep)")
+
+
+def _add_report_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("folders", nargs="*", metavar="FOLDER", help="results, those in subfolders too (default: results/perplexity)")
+    add("--output", metavar="DIR", help="where report.html, report.md and the plots go (default: FOLDER/report)")
+    add("--table", action="store_true", help="print the tables and write nothing; needs no matplotlib")
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -480,22 +486,26 @@ def _model_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run_report(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
-    from coldpress.errors import DataError
+    from coldpress.errors import DataError, OutputError
+    from coldpress.eval.collect import collect
     from coldpress.eval.progress import note
-    from coldpress.eval.report import check_record, groups, show
-    from coldpress.eval.results import read_results
+    from coldpress.eval.report import groups, show
 
-    if not args.folder.strip():
-        raise DataError("The folder's name is empty; give the folder that a run wrote its results to.")
-    with warnings.catch_warnings(record=True) as skipped:
-        warnings.simplefilter("always")
-        records = read_results(Path(args.folder), check_record)
-    for warning in skipped:
-        note(str(warning.message))
-    if not records:
-        raise DataError(f"{args.folder} holds no results; run coldpress ppl first, or name another folder.")
-    for group in groups(records):  # numbers that were not measured alike do not share a table
+    folders = args.folders or ["results/perplexity"]
+    if args.output is not None and not args.output.strip():
+        raise OutputError("--output is empty; give the folder that the report goes to.")
+    collection = collect(folders)
+    for line in collection.skipped:
+        note(line)
+    if not collection.records:
+        raise DataError(f"{' '.join(folders)} holds no results; run coldpress ppl first, or name another folder.")
+    for group in groups(collection.records):  # numbers that were not measured alike do not share a table
         print(f"{show(group)}\n")
+    if not args.table:
+        from coldpress.eval.document import write_report
+
+        paths = write_report(collection, Path(args.output or Path(folders[0]) / "report"))
+        print(f"report: {paths[-1]}, report.md and {len(paths) - 2} plots beside it")
     return 0
 
 

@@ -195,7 +195,7 @@ def test_from_the_command_line_to_the_report(tmp_path: Path, capsys: pytest.Capt
     assert pressed["protocol"] == "stream-K128" and pressed["kv_bytes_max"] < own["kv_bytes_max"]
     assert list(pressed["nll_by_position"]) == ["1-255", "256-511", "512-1023", "1024-2047"]
     assert modes["streaming_llm", "prefix"]["nll_by_position"] is None
-    assert main(["report", str(tmp_path)]) == 0
+    assert main(["report", str(tmp_path), "--table"]) == 0
     shown = capsys.readouterr().out
     assert shown.count("protocol prefix-") == shown.count("protocol stream-") == 1
     assert "| loss at 1024-2047 |" in shown and "1,023" in shown

@@ -11,7 +11,7 @@ from coldpress.eval.memory import format_bytes
 from coldpress.presses.base import BUDGETS
 from coldpress.presses.registry import NO_PRESS
 
-__all__ = ["check_record", "describe", "groups", "show", "size_of", "table"]
+__all__ = ["asked", "bits_of", "check_record", "describe", "groups", "is_number", "short", "show", "size_of", "table"]
 
 Record = dict[str, Any]
 
@@ -142,7 +142,7 @@ def _table(records: Sequence[Record], columns: Sequence[Column]) -> str:
     return "\n".join([line(header), rule, *map(line, body)])
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
     """The last part of a path; hub ids and short names as they are."""
     return Path(name).name if name.startswith((".", "/", "~")) or name.count("/") > 1 else name
 
@@ -152,9 +152,9 @@ def describe(record: Record) -> str:
     env = record["env"]
     subset = f"/{record['subset']}" if record.get("subset") else ""
     parts = [
-        f"model {_short(record['model'])} ({record['num_params'] / 1e6:.1f} M parameters, {record['dtype']}, "
+        f"model {short(record['model'])} ({record['num_params'] / 1e6:.1f} M parameters, {record['dtype']}, "
         f"{record['device']}, {record['attn_implementation']})",
-        f"text {_short(record['dataset'])}{subset}, sha256 {record['text_sha256'][:12]}, "
+        f"text {short(record['dataset'])}{subset}, sha256 {record['text_sha256'][:12]}, "
         f"{record['total_tokens']:,} tokens",
         f"protocol {record['protocol']}",
     ]
@@ -223,20 +223,20 @@ def check_record(record: Record) -> None:
         check(name, value, isinstance(value, str) or (value is None and name in _MAYBE_TEXTS), "a text")
     for name in (*_NUMBERS, *_MAYBE_NUMBERS):
         value = record.get(name)
-        check(name, value, _is_number(value) or (value is None and name in _MAYBE_NUMBERS), "a number")
+        check(name, value, is_number(value) or (value is None and name in _MAYBE_NUMBERS), "a number")
     ci: Any = record.get("delta_nll_ci95")
     env: Any = record.get("env")
     settings: Any = record.get("settings")
-    is_pair = isinstance(ci, list) and len(ci) == 2 and all(map(_is_number, ci))
+    is_pair = isinstance(ci, list) and len(ci) == 2 and all(map(is_number, ci))
     check("delta_nll_ci95", ci, ci is None or is_pair, "two numbers")
     check("env", env, isinstance(env, dict) and all(_is_simple(env.get(key, ())) for key in _ENV), "an environment")
     settings_fit = isinstance(settings, dict) and all(
-        value is None or isinstance(value, bool) or _is_number(value) for value in _of_speed(settings)
+        value is None or isinstance(value, bool) or is_number(value) for value in _of_speed(settings)
     )
     check("settings", settings, settings is None or settings_fit, "an object of settings")
     for name in ("kld", "nll_by_position"):
         value = record.get(name)
-        fits = isinstance(value, dict) and all(x is None or _is_number(x) for x in value.values())
+        fits = isinstance(value, dict) and all(x is None or is_number(x) for x in value.values())
         if name == "nll_by_position" and fits:
             fits = all(key.partition("-")[0].isdecimal() and len(key) < 40 for key in value)
         check(name, value, value is None or fits, "an object of numbers")
@@ -245,12 +245,12 @@ def check_record(record: Record) -> None:
             check(" or ".join(others), None, any(record.get(other) is not None for other in others), f"beside {name}")
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def _is_simple(value: Any) -> bool:
-    return value is None or isinstance(value, str | bool) or _is_number(value)
+    return value is None or isinstance(value, str | bool) or is_number(value)
 
 
 def groups(records: Iterable[Record]) -> list[list[Record]]:
@@ -265,7 +265,7 @@ def groups(records: Iterable[Record]) -> list[list[Record]]:
             outcome = ()
         elif record.get("ppl_mode") == "streaming":  # how far each press reads stands in its row
             outcome = ("stream",)
-        found.setdefault(_asked(record), {}).setdefault(outcome, []).append(record)
+        found.setdefault(asked(record), {}).setdefault(outcome, []).append(record)
     grouped = []
     for outcomes in found.values():
         failed = outcomes.pop((), [])
@@ -274,7 +274,7 @@ def groups(records: Iterable[Record]) -> list[list[Record]]:
     return grouped
 
 
-def _asked(record: Record) -> tuple[Any, ...]:
+def asked(record: Record) -> tuple[Any, ...]:
     """What a caption says that is known before anything is measured."""
     settings, env = record.get("settings") or {}, record["env"]
     return (

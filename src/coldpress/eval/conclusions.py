@@ -1,0 +1,309 @@
+"""What the records say, in words: no ranking but where a paired 95 % interval excludes 0.
+
+A press is called *cheap* where its whole interval lies below a change of perplexity by 1 %. Intervals are of one
+comparison each: they are not widened for the number of presses that were compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from coldpress.eval.sections import REFERENCES, Point, Section, paired, text_name
+from coldpress.eval.task_words import task_findings
+from coldpress.eval.wording import (
+    cache_words,
+    clean,
+    error_words,
+    has_rounds,
+    listed,
+    model_name,
+    number,
+    ppl_words,
+    rounds_words,
+    speed_words,
+)
+
+__all__ = ["CHEAP", "findings", "headline", "where"]
+
+CHEAP = 0.01  # of perplexity
+WITHIN = f"+{CHEAP * 100:g} % of PPL"
+
+
+def where(section: Section) -> str:
+    """``On WikiText-103 with pythia-70m``."""
+    return f"On {clean(text_name(section.first))} with {model_name(section.first)}"
+
+
+def headline(section: Section, is_alone: bool = True) -> str:
+    """The one sentence to quote from a section; with its protocol where another has the same text and model."""
+    lead = where(section) + ("" if is_alone else f" (protocol {clean(section.first['protocol'])})")
+    if not section.points:
+        return f"{lead}, nothing was finished under {clean(section.first['protocol'])}."
+    if section.kind == "quality":
+        return f"{lead}, {_quality_headline(section)}"
+    if section.kind == "stream":
+        said = [sentence for p in _one_a_size(section)[-1:] for sentence in _stream_at(section, p.size)]
+        said = said or ["No press read a text to its end."]
+        return f"{lead}, read as a stream: {' '.join([said[0][0].lower() + said[0][1:], *said[1:]])}"
+    if section.kind == "speed":
+        return f"{lead}, {_speed_headline(section)}"
+    if section.kind == "tasks":
+        return f"{lead}, {task_findings(section)[0]}"
+    plain = [p for p in section.points if p.ppl is not None]
+    if not plain:
+        return f"{lead}, no perplexity was measured."
+    return (
+        f"{lead}, the uncompressed model has PPL {plain[0].ppl:.3f} under {clean(section.first['protocol'])}; "
+        "no press touches this number."
+    )
+
+
+def findings(section: Section) -> list[str]:
+    """What can be said of each size, of speed, and of what went wrong."""
+    said: list[str] = []
+    if section.kind == "quality":
+        for size in section.sizes:
+            said += _at(section, size)
+        said += _oddities(section)
+        if not any(p.decode_speedup is not None for p in section.points):
+            said.append("Speed was not measured in these runs.")
+    elif section.kind == "stream":
+        said += [sentence for p in _one_a_size(section) for sentence in _stream_at(section, p.size)]
+    elif section.kind == "speed":
+        said += [_speed_at(section, context) for context in _contexts(section)]
+    elif section.kind == "tasks":
+        said += task_findings(section)[1:]
+    said += [f"{clean(p.name)} {error_words(p)}." for p in section.unfinished]
+    return said
+
+
+def _at_words(size: str) -> str:
+    return f"at ratio {size}" if size.replace(".", "", 1).isdigit() else f"with {size}" if size else "at no set size"
+
+
+def _effect(point: Point) -> str:
+    """What it does to the loss, the cache and the speed."""
+    parts = [part for part in (ppl_words(point), cache_words(point), speed_words(point)) if part]
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def _is_cheap(point: Point) -> bool:
+    ci = point.ppl_change_ci
+    return ci is not None and ci[1] <= CHEAP
+
+
+def _compared(points: Iterable[Point]) -> list[Point]:
+    """Those with a difference to the baseline, the smallest first."""
+    return sorted((p for p in points if p.delta_nll is not None), key=lambda p: (p.delta_nll, p.label))
+
+
+def _quality_headline(section: Section) -> str:
+    pressed = [p for p in _compared(section.points) if not p.is_baseline and p.record["press"] != "random"]
+    pressed = [p for p in pressed if p.kept_bytes is not None and p.kept_bytes < 0.95 and not p.equals_baseline]
+    if not pressed:
+        return "no press was compared with the uncompressed cache."
+    if all(p.ppl_change_ci is None for p in pressed):
+        least = pressed[0]
+        return (
+            f"{clean(least.name)} {_effect(least)}, the smallest change that was measured; a single window gives no "
+            "error bars, so nothing is said about what is better."
+        )
+    cheap = sorted((p for p in pressed if _is_cheap(p)), key=lambda p: (round(p.kept_bytes or 0, 2), p.delta_nll))
+    if cheap:
+        best = cheap[0]
+        others = [p.label for p in cheap[1:] if round(p.kept_bytes or 0, 2) == round(best.kept_bytes or 0, 2)]
+        also = (
+            f"; {listed(others)} {'stays' if len(others) == 1 else 'stay'} within it at this size too" if others else ""
+        )
+        return (
+            f"{clean(best.name)} {_effect(best)}: the smallest cache whose whole interval stays within {WITHIN}{also}."
+        )
+    least = pressed[0]
+    above = all(p.ppl_change_ci is not None and p.ppl_change_ci[0] > CHEAP for p in pressed)
+    words = "no press is cheap" if above else "no press is shown to be cheap"
+    return f"{words} (whole interval within {WITHIN}); the smallest change: {clean(least.name)} {_effect(least)}."
+
+
+def _at(section: Section, size: str) -> list[str]:
+    """Of one size: who loses least, who cannot be told from it, who is behind the references, whether one is cheap."""
+    points = section.at(size)
+    uneven = [p for p in points if p.keeps_more or p.equals_baseline]
+    compared = _compared(p for p in points if p not in uneven)
+    ranked = [p for p in compared if p.record["press"] != "random" or p.kv_bits is not None]
+    said = []
+    at = _at_words(size)
+    apart = "" if len(ranked) == len(compared) else " but random"  # of which the next sentence speaks
+    if ranked:
+        best = ranked[0]
+        said.append(
+            f"{at[0].upper()}{at[1:]}, {clean(best.label)} {_effect(best)}{_standing(best, ranked[1:], apart)}."
+        )
+        said += [s for name in REFERENCES if name != best.label and (s := _against(compared, name, at))]
+        said.append(_cheap_words(ranked, at))
+    elif compared:
+        said.append(
+            f"{at[0].upper()}{at[1:]}, only {clean(compared[0].label)} was measured: it {_effect(compared[0])}."
+        )
+    more = [p for p in uneven if p.keeps_more and not p.equals_baseline]
+    if more:
+        kept = listed([f"{p.label} ({p.removed:.2f})" for p in more])
+        said.append(f"{at[0].upper()}{at[1:]}, less than that was removed by {kept}; left out of the comparison.")
+    return said
+
+
+def _told_apart(best: Point, others: Sequence[Point]) -> tuple[list[Point], list[Point], list[Point]]:
+    """Of ``others``: those that lose more, those within the error bars, those that lose less."""
+    more: list[Point] = []
+    level: list[Point] = []
+    less: list[Point] = []
+    for other in others:
+        difference = paired(other, best)
+        if difference is None or difference.ci95 is None:
+            continue
+        low, high = difference.ci95
+        (more if low > 0 else less if high < 0 else level).append(other)
+    return more, level, less
+
+
+def _standing(best: Point, others: Sequence[Point], apart: str) -> str:
+    if not others:
+        return ""
+    more, level, less = _told_apart(best, others)
+    if not more and not level and not less:
+        return ", the smallest change measured here; without windows in common nothing is said about who is better"
+    level += less  # the next of a smaller mean can only be behind: here for completeness
+    if level:
+        behind = f"; {len(more)} {'is' if len(more) == 1 else 'are'} behind it" if more else ""
+        return f", the smallest change measured here, but {listed([p.label for p in level])} " + (
+            f"{'is' if len(level) == 1 else 'are'} within the error bars of it{behind}"
+        )
+    following = paired(more[0], best)
+    assert following is not None and following.ci95 is not None
+    low, high = following.ci95
+    n = len(others)
+    everyone = f"{('both' if n == 2 else f'all {n}') if len(more) == n else f'{len(more)} of {n}'} others{apart}"
+    lead = clean(more[0].label) if len(others) == 1 else f"{everyone}; the next is {clean(more[0].label)}"
+    return f", ahead of {lead} (by {number(following.delta)} [{number(low)}, {number(high)}] nats a token)"
+
+
+def _against(compared: Sequence[Point], name: str, at: str) -> str | None:
+    """How the presses stand to a reference."""
+    reference = next((p for p in compared if p.record["press"] == name and p.is_reference), None)
+    others = [p for p in compared if p is not reference and p.record["press"] not in REFERENCES]
+    if reference is None or not others:
+        return None
+    worse, level, better = _told_apart(reference, others)
+    parts = [f"ahead of it: {listed([p.label for p in better])}" if better else "no press is ahead of it"]
+    parts += [f"within the error bars: {listed([p.label for p in level])}"] if level else []
+    parts += [f"behind it: {listed([p.label for p in worse])}"] if worse else []
+    if not (worse or level or better):
+        parts = ["no windows in common, so nothing is said about who is better"]
+    return f"The reference {name} {at} {ppl_words(reference)}; {'; '.join(parts)}."
+
+
+def _cheap_words(ranked: Sequence[Point], at: str) -> str:
+    cheap = [p for p in ranked if _is_cheap(p)]
+    known = [ci for p in ranked if (ci := p.ppl_change_ci) is not None]
+    if cheap:
+        return f"Cheap {at} (whole interval within {WITHIN}): {listed([p.label for p in cheap])}."
+    if not known:
+        return f"There are no error bars {at}, so no press is called cheap."
+    if all(low > CHEAP for low, _ in known):
+        return f"No press {at} is cheap: every interval lies above {WITHIN}."
+    return f"No press {at} is shown to be cheap: some intervals reach below {WITHIN}, none stays there."
+
+
+def _oddities(section: Section) -> list[str]:
+    """Points that hide behind others: the same as the baseline, or as each other, to the last digit."""
+    said = []
+    for point in section.points:
+        if point.equals_baseline and point.removed:
+            said.append(
+                f"{clean(point.name)} has the uncompressed model's loss in every window, though "
+                f"{100 * point.removed:.0f} % was removed: check that it was really applied."
+            )
+        elif point.equals_baseline:
+            said.append(f"{clean(point.name)} removed nothing, and changed nothing.")
+    for size in section.sizes:
+        alike: dict[str, list[Point]] = {}
+        for point in section.at(size):
+            if point.per_window and not point.equals_baseline:
+                alike.setdefault(repr([w["nll"] for w in point.per_window]), []).append(point)
+        for same in alike.values():
+            if len(same) > 1:
+                said.append(f"{listed([p.label for p in same])} have the same loss in every window {_at_words(size)}.")
+    return said
+
+
+def _one_a_size(section: Section) -> list[Point]:
+    return [section.at(size)[0] for size in section.sizes if section.at(size)]
+
+
+def _stream_at(section: Section, size: str) -> list[str]:
+    """Of one budget: the losses, and who is ahead where there are several texts."""
+    points = sorted((p for p in section.at(size) if p.loss is not None), key=lambda p: (p.loss, p.label))
+    if not points:
+        return []
+    at = _at_words(size)
+    base = section.baseline
+    shown = [*points, *([base] if base is not None and base.scored_tokens == points[0].scored_tokens else [])]
+    values = listed([f"{p.label} {p.ppl:.2f}" for p in shown if p.ppl is not None], most=12)
+    said = [f"{at[0].upper()}{at[1:]}, PPL is {values}."]
+    best, others = points[0], points[1:]
+    if others:
+        more, level, less = _told_apart(best, others)
+        if more or level or less:
+            behind = f"behind {clean(best.label)}: {listed([p.label for p in more])}" if more else ""
+            within = f"within its error bars: {listed([p.label for p in [*level, *less]])}" if level or less else ""
+            said.append(f"Paired by text {at}, {'; '.join(part for part in (behind, within) if part)}.")
+        else:
+            said.append(
+                f"The texts {at} are too few for error bars, or not the same; nothing is said about who is better."
+            )
+    return said
+
+
+def _contexts(section: Section) -> list[int]:
+    return sorted({p.context for p in section.points if p.context})
+
+
+def _fastest(section: Section, context: int) -> tuple[list[Point], list[Point]]:
+    """What was timed at a context, the fastest first, and those of it that were faster in every round."""
+    timed = [p for p in section.points if p.context == context and p.decode_speedup is not None and not p.is_baseline]
+    timed.sort(key=lambda p: (-p.decode_speedup, p.label))
+    surely = [p for p in timed if has_rounds(p) and p.decode_speedup_spread["min"] > 1]
+    return timed, surely
+
+
+def _speed_headline(section: Section) -> str:
+    contexts = _contexts(section)
+    if not contexts:
+        return "nothing was timed."
+    return _speed_words(section, contexts[-1])
+
+
+def _speed_at(section: Section, context: int) -> str:
+    words = _speed_words(section, context)
+    return words[0].upper() + words[1:]
+
+
+def _speed_words(section: Section, context: int) -> str:
+    timed, surely = _fastest(section, context)
+    at = f"with {context:,} tokens of context"
+    if not timed:
+        return f"{at} no press was compared with the uncompressed cache."
+    if not surely:
+        known = any(map(has_rounds, timed))
+        because = "by more than the rounds differ" if known else "for certain: no spread of several rounds is recorded"
+        return f"{at} no press decodes faster than the uncompressed cache {because}."
+    best = surely[0]
+    rest = [p.name for p in surely[1:]]
+    also = f"; faster in every round, too: {listed(rest)}" if rest else ""
+    base = next((p for p in section.points if p.is_baseline and p.context == context), None)
+    first = ""
+    if base is not None and base.ttft_s and best.ttft_s:
+        first = f", first token after {best.ttft_s:.3f} s against {base.ttft_s:.3f} s"
+    return (
+        f"{at} {clean(best.name)} decodes {best.decode_speedup:.2f} times as fast as the uncompressed cache "
+        f"({rounds_words(best)}){first}{also}."
+    )

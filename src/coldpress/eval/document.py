@@ -1,0 +1,188 @@
+"""A report from records: its parts, put together once, for the page and for Markdown; and the writing of its files."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from coldpress.errors import OutputError
+from coldpress.eval.collect import Collection
+from coldpress.eval.columns import Table, tables
+from coldpress.eval.conclusions import WITHIN, findings, headline, where
+from coldpress.eval.figures import Drawing, require_matplotlib
+from coldpress.eval.plots import draw
+from coldpress.eval.report import describe
+from coldpress.eval.results import check_writable
+from coldpress.eval.sections import Section, sections
+from coldpress.eval.wording import clean, listed
+
+__all__ = ["Document", "Figure", "Part", "make_document", "write_report"]
+
+MOST_SKIPPED = 30  # files that are named; the rest are counted
+METHOD = (
+    "ΔNLL is the loss under a press minus the loss of the uncompressed cache on the same tokens, in nats a token; PPL "
+    "is exp(loss), so that ΔNLL 0.01 is about +1 % of PPL.",
+    "Intervals in brackets are 95 % confidence intervals of paired differences, the window (or text) as the unit of "
+    "sampling, Student's t. One press is called ahead of another only where the interval of their paired difference "
+    "excludes 0. Intervals are of one comparison each: among many presses some are ahead by chance.",
+    f"Cheap: the whole interval lies below {WITHIN}. Speed is called a gain only where every round agrees.",
+    "Numbers of different protocols, texts or models are in different sections and are not comparable.",
+)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawing and the name of its PNG."""
+
+    drawing: Drawing
+    file: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """A section, ready to be shown; plain texts, escaped by whoever shows them."""
+
+    anchor: str
+    title: str
+    caption: str
+    headline: str
+    findings: tuple[str, ...]
+    tables: tuple[Table, ...]
+    figures: tuple[Figure, ...]
+
+
+@dataclass(frozen=True)
+class Document:
+    title: str
+    counts: str
+    parts: tuple[Part, ...]
+    method: tuple[str, ...]
+    commands: tuple[str, ...]
+    environments: tuple[tuple[tuple[str, str], ...], ...]
+    skipped: tuple[str, ...]
+
+
+_KINDS = {
+    "quality": "compressed context",
+    "stream": "streams",
+    "tasks": "tasks and probes",
+    "speed": "speed and memory",
+    "plain": "the uncompressed model",
+}
+
+
+def make_document(collection: Collection) -> Document:
+    """Everything a report shows.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    require_matplotlib()
+    records = collection.records
+    found = sections(records)
+    alike = Counter((where(section), section.kind) for section in found)
+    parts = tuple(
+        _part(section, i, alike[where(section), section.kind] == 1) for i, section in enumerate(found, start=1)
+    )
+    names = list(dict.fromkeys(where(section).removeprefix("On ") for section in found))
+    title = f"KV-cache compression: {names[0]}" if len(names) == 1 else "KV-cache compression report"
+    return Document(
+        title=title,
+        counts=_counts(collection),
+        parts=parts,
+        method=METHOD,
+        commands=tuple(dict.fromkeys(clean(r["command"]) for r in records if r.get("command"))),
+        environments=_environments(records),
+        skipped=tuple(map(clean, collection.skipped[:MOST_SKIPPED])),
+    )
+
+
+def _part(section: Section, number: int, is_alone: bool) -> Part:
+    first = next((p.record for p in section.points), section.first)
+    caption = clean(describe(first))
+    contexts = sorted({p.context for p in section.points if p.context}) if section.kind == "speed" else []
+    if len(contexts) > 1:  # of which the first record knows its own
+        said = f"timed with {listed([f'{n:,}' for n in contexts])} tokens of context"
+        caption = re.sub(r"timed with [\d,]+ tokens of context", said, caption)
+    if first.get("ppl_preset"):
+        caption += f"; preset {clean(first['ppl_preset'])}"
+    drawn = draw(section, f"p{number}")
+    figures: list[Figure] = []
+    for one in drawn:
+        same = sum(f.drawing.kind == one.kind for f in figures)
+        figures.append(Figure(one, f"{number}-{one.kind}{f'-{same + 1}' if same else ''}.png"))
+    return Part(
+        anchor=f"part-{number}",
+        title=f"{where(section).removeprefix('On ')}: {_KINDS[section.kind]}, {clean(section.first['protocol'])}",
+        caption=caption[0].upper() + caption[1:] + ".",
+        headline=headline(section, is_alone),
+        findings=tuple(findings(section)),
+        tables=tuple(tables(section)),
+        figures=tuple(figures),
+    )
+
+
+def _counts(collection: Collection) -> str:
+    """How much there was, and what did not come to an end."""
+    records = collection.records
+    counts = {status: sum(r["status"] == status for r in records) for status in ("failed", "interrupted")}
+    said = f"{len(records)} record{'' if len(records) == 1 else 's'}"
+    parts = [f"{n} {status}" for status, n in counts.items() if n]
+    said += f", {', '.join(parts)}" if parts else ", none of them failed"
+    n = len(collection.skipped)
+    if n:
+        files = "1 other file that is no record was" if n == 1 else f"{n} other files that are no records were"
+        said += f"; {files} left out"
+    return f"{said}."
+
+
+def _environments(records: Sequence[dict[str, Any]]) -> tuple[tuple[tuple[str, str], ...], ...]:
+    """Each different machine and its versions, once; how busy it was changes all the time and is left out."""
+    found = {}
+    for record in records:
+        env = {k: v for k, v in record["env"].items() if v is not None and k != "loadavg"}
+        found[json.dumps(env, sort_keys=True, default=str)] = env
+    return tuple(
+        tuple((clean(k), clean(", ".join(map(str, v)) if isinstance(v, list) else v)) for k, v in env.items())
+        for env in found.values()
+    )
+
+
+def write_report(collection: Collection, folder: Path) -> list[Path]:
+    """Write ``report.html``, ``report.md`` and the plots into ``folder``; each whole or as it was before.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+        OutputError: the folder cannot be written to.
+    """
+    from coldpress.eval.page import page
+    from coldpress.eval.summary import summary
+
+    check_writable(folder)
+    document = make_document(collection)
+    files = {f.file: f.drawing.png for part in document.parts for f in part.figures}
+    files |= {"report.md": summary(document).encode(), "report.html": page(document).encode()}
+    return [_write(folder / name, content) for name, content in files.items()]
+
+
+def _write(path: Path, content: bytes) -> Path:
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OutputError(f"cannot write {str(path)!r} ({error.strerror}): choose another --output") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path

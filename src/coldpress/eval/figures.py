@@ -1,0 +1,182 @@
+"""Drawing surface of the plots: one look for PNG and page, colours that a page can change, the same bytes each time.
+
+Every colour is drawn as that of a light page; in the SVG of a page each becomes a CSS variable, so that the dark mode
+has its own. Texts from records are drawn as they are, never as formulas.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from coldpress.errors import MissingDependencyError
+from coldpress.eval.wording import clean
+
+__all__ = ["COLOURS", "INK", "MARKERS", "Drawing", "Style", "drawing", "require_matplotlib", "styles"]
+
+# Series colours that stay apart for colour-blind readers, each with a marker of its own.
+COLOURS = ("#0072b2", "#c84e00", "#00805c", "#a83f86", "#94690a", "#2b8fd0", "#5f4bb6", "#5c6b00")
+DARK = ("#56b4f0", "#ff8c42", "#2fd1a0", "#f090c8", "#f0c050", "#9fd6ff", "#b3a5ff", "#cfd94a")
+MARKERS = ("o", "s", "^", "D", "v", ">", "<", "p")
+INK = {  # light, dark; where it is used
+    "ink": ("#1b1f24", "#e6e8ea"),  # texts
+    "axis": ("#6a737e", "#8b949e"),
+    "grid": ("#dfe3e8", "#30363d"),
+    "faint": ("#b6bdc5", "#4d555e"),  # series that are not in colour
+    "ref": ("#57606b", "#a8b0b9"),  # reference lines
+    "paper": ("#fefefe", "#15191e"),
+    "bad": ("#b3261e", "#ff8a80"),
+}
+_VARIABLES = {
+    **{light: f"--{name}" for name, (light, _) in INK.items()},
+    **{light: f"--s{i}" for i, light in enumerate(COLOURS)},
+}
+_RC = {
+    **{"font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 9.0, "text.parse_math": False},
+    **{"svg.fonttype": "none", "svg.hashsalt": "coldpress", "path.simplify": False, "axes.unicode_minus": True},
+    **{"axes.edgecolor": INK["axis"][0], "axes.labelcolor": INK["ink"][0], "text.color": INK["ink"][0]},
+    **{"xtick.color": INK["axis"][0], "ytick.color": INK["axis"][0], "grid.color": INK["grid"][0]},
+    **{"xtick.labelcolor": INK["ink"][0], "ytick.labelcolor": INK["ink"][0], "axes.facecolor": "none"},
+    **{"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True},
+    **{"legend.frameon": False, "legend.fontsize": 8.5, "lines.linewidth": 1.6, "lines.markersize": 5.5},
+    **{"errorbar.capsize": 2.5, "figure.facecolor": "none", "axes.titlesize": 9.5, "axes.titlelocation": "left"},
+}
+DPI = 144
+
+
+def css_colours() -> tuple[dict[str, str], dict[str, str]]:
+    """The variables of a light page and of a dark one."""
+    pairs = {**{f"--{name}": pair for name, pair in INK.items()}}
+    pairs |= {f"--s{i}": pair for i, pair in enumerate(zip(COLOURS, DARK, strict=True))}
+    return {name: light for name, (light, _) in pairs.items()}, {name: dark for name, (_, dark) in pairs.items()}
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a series is drawn; ``rank`` orders what lies above what."""
+
+    color: str
+    marker: str
+    line: str = "-"
+    width: float = 1.6
+    rank: int = 3
+    is_coloured: bool = True
+
+
+FAINT = Style(INK["faint"][0], ".", "-", 0.8, 1, False)
+
+
+def styles(labels: Sequence[str], best: Sequence[str], references: Sequence[str]) -> dict[str, Style]:
+    """The style of each series of a section: the same in all its plots."""
+    found = dict.fromkeys(labels, FAINT)
+    for i, label in enumerate(best):
+        found[label] = Style(COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)])
+    lines = (("random", ":", "x"), ("streaming_llm", "-.", "+"))
+    for label in references:
+        line, marker = next(((line, marker) for name, line, marker in lines if label.startswith(name)), ("--", "1"))
+        found[label] = Style(INK["ref"][0], marker, line, 1.3, 2)
+    return found
+
+
+@dataclass
+class Drawing:
+    """A finished picture.
+
+    Attributes:
+        kind: what it shows, a word for its file name.
+        caption: what it shows in words, with protocol and text; not escaped.
+        svg: for a page, colours as CSS variables, ids begun with ``prefix`` when asked for.
+        png: its bytes on a light ground.
+    """
+
+    kind: str
+    caption: str
+    svg: str = ""
+    png: bytes = b""
+    titles: dict[str, str] = field(default_factory=dict)
+
+    def name(self, artist: Any, title: str) -> None:
+        """Say what an artist is, for those who point at it on a page."""
+        key = f"t{len(self.titles)}"
+        artist.set_gid(key)
+        self.titles[key] = clean(title)
+
+
+def require_matplotlib() -> None:
+    """Raises MissingDependencyError without matplotlib."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError(
+            'The report draws with matplotlib, which is not installed: pip install "coldpress[report]", or use --table '
+            "for the tables alone."
+        ) from error
+
+
+@contextmanager
+def drawing(
+    kind: str, caption: str, footer: str, size: tuple[float, float], prefix: str
+) -> Iterator[tuple[Drawing, Any]]:
+    """A figure of ``size`` inches to draw on, which the :class:`Drawing` holds in the end."""
+    require_matplotlib()
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    done = Drawing(kind, caption)
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # letters that the font does not have, axes without any value
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_RC)
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(figure)
+        below = figure.supxlabel(clean(footer), fontsize=7, color=INK["axis"][0], x=0.01, ha="left")
+        yield done, figure
+        below.set_visible(False)  # a page has its caption beside the plot, a lone PNG has this line
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        done.svg = _inline(buffer.getvalue().decode("utf-8"), prefix, done.titles, f"{kind}: {caption}")
+        below.set_visible(True)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=DPI, facecolor=INK["paper"][0], metadata={"Software": None})
+        done.png = buffer.getvalue()
+
+
+def _inline(svg: str, prefix: str, titles: dict[str, str], label: str) -> str:
+    """matplotlib's file as an element of a page: no prolog, no metadata, ids that no other picture has."""
+    from html import escape
+
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\s(xmlns(:\w+)?|version)="[^"]*"', "", svg)
+    svg = svg.replace("xlink:href=", "href=").replace('<style type="text/css">', "<style>")
+    svg = re.sub(r"<style>.*?</style>", "", svg, flags=re.DOTALL)  # of all elements of the page
+    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', "".join(re.findall("<[^>]*>", svg))))
+
+    def element(match: re.Match[str]) -> str:
+        """One tag; what stands between tags, numbers of the axes for instance, is left alone."""
+        tag = match[0]
+        key = re.search(r'\sid="([^"]+)"', tag)
+        title = ""
+        if key is not None:
+            tag = tag.replace(key[0], f' id="{prefix}-{key[1]}"' if key[1] in used else "")
+            title = f"<title>{escape(titles[key[1]])}</title>" if key[1] in titles and not tag.endswith("/>") else ""
+        tag = re.sub(r'(href="#|url\(#)([^")]+)', rf"\g<1>{prefix}-\g<2>", tag)
+        for light, variable in _VARIABLES.items():
+            colour = "currentColor" if variable == "--ink" else f"var({variable})"
+            tag = re.sub(re.escape(light), colour, tag, flags=re.IGNORECASE)
+        tag = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px var(--font)", tag)
+        return re.sub(r"(\d+\.\d{2})\d+", r"\1", tag) + title  # a hundredth of a point is enough
+
+    svg = re.sub("<[^>]*>", element, svg)
+    svg = re.sub(r"\s*\n\s*", "\n", svg)
+    width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups()  # type: ignore[union-attr]
+    wide = f"--wide: {float(width) / 72 * 6.6:.1f}rem"  # texts are as large in a narrow plot as in a wide one
+    head = f'<svg viewBox="0 0 {width} {height}" style="{wide}" role="img" aria-label="{escape(clean(label))}">'
+    return head + svg[svg.index(">") + 1 :].strip()

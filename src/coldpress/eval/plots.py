@@ -1,0 +1,242 @@
+"""The plots of losses against ratio and bytes, with the references and with what failed; and which plots there are."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from coldpress.eval.figures import INK, Drawing, Style, drawing
+from coldpress.eval.plots_places import draw_distance, draw_positions
+from coldpress.eval.plots_speed import draw_speed
+from coldpress.eval.plots_tasks import draw_tasks
+from coldpress.eval.plotting import (
+    REF,
+    caption_tail,
+    curve,
+    legend,
+    plain_numbers,
+    said_of_colours,
+    scale,
+    section_styles,
+)
+from coldpress.eval.sections import Point, Section
+from coldpress.eval.wording import clean
+
+__all__ = ["draw", "front"]
+
+FADED, BAD = INK["faint"][0], INK["bad"][0]
+
+
+def draw(section: Section, prefix: str) -> list[Drawing]:
+    """All plots that the records of a section allow."""
+    look = section_styles(section)
+    if section.kind == "tasks":
+        return draw_tasks(section, look, prefix)
+    found: list[Drawing | None] = []
+    if section.kind == "quality":
+        found = [_quality(section, look, f"{prefix}q"), _pareto(section, look, f"{prefix}p")]
+        found.append(draw_distance(section, look, f"{prefix}d"))
+    elif section.kind == "stream":
+        found = [draw_positions(section, look, f"{prefix}n")]
+    found += draw_speed(section, look, f"{prefix}s")
+    return [one for one in found if one is not None]
+
+
+def _bars(point: Point) -> list[list[float]] | None:
+    ci = point.delta_nll_ci95
+    if ci is None:
+        return None
+    return [[max(0.0, point.delta_nll - ci[0])], [max(0.0, ci[1] - point.delta_nll)]]
+
+
+def _quality(section: Section, look: dict[str, Style], prefix: str) -> Drawing | None:
+    compared = [p for p in section.points if p.delta_nll is not None and p.at is not None and not p.is_baseline]
+    strip = [p for p in section.unfinished if not p.is_baseline] + [p for p in compared if p.equals_baseline]
+    if not compared and not strip:
+        return None
+    if len({p.size for p in section.all if not p.is_baseline}) <= 1:
+        return _forest(section, look, compared, strip, prefix)
+    caption = (
+        "Loss against the fraction removed: the difference to the uncompressed cache (no_press, dashed at 0) in nats a "
+        "token, with paired 95 % intervals; lower is better. Small sideways steps only keep bars apart."
+        f"{said_of_colours(section)}"
+    )
+    with drawing("quality", "", caption_tail(section), (8.4, 4.6 + 0.3 * bool(strip)), prefix) as (done, figure):
+        grid = figure.add_gridspec(
+            2 if strip else 1, 1, height_ratios=[1, 0.13 + 0.05 * bool(strip)][: 2 if strip else 1]
+        )
+        axis = figure.add_subplot(grid[0])
+        axis.axhline(0, color=REF, linestyle="--", linewidth=1.2, label="no_press (uncompressed)", zorder=2)
+        labels = sorted({p.label for p in compared}, key=lambda name: (look[name].rank, name))
+        coloured = [name for name in labels if look[name].is_coloured]
+        for name in labels:
+            own = sorted((p for p in compared if p.label == name), key=lambda p: p.at or 0)
+            step = 0.0 if name not in coloured else (coloured.index(name) - (len(coloured) - 1) / 2) * 0.0035
+            bars = [_bars(p) or [[0.0], [0.0]] for p in own]
+            joined = [[b[0][0] for b in bars], [b[1][0] for b in bars]]
+            curve(done, axis, look[name], name, [p.at + step for p in own], [p.delta_nll for p in own], joined)
+        note = scale(axis, [p.delta_nll for p in compared])
+        axis.set_ylabel("Δ loss (nats a token)")
+        if not note and compared:
+            _percent_axis(axis)
+        last = {
+            name: max((p for p in compared if p.label == name), key=lambda p: p.at or 0).delta_nll for name in labels
+        }
+        legend(figure, axis, lambda name: -last.get(name, 0.0))
+        if strip:
+            note += _strip(figure.add_subplot(grid[1], sharex=axis), strip)
+            axis.tick_params(labelbottom=False)
+        figure.axes[-1 if strip else 0].set_xlabel("fraction of the cache removed")
+        done.caption = f"{caption}{note} ({caption_tail(section)})"
+    return done
+
+
+def _percent_axis(axis: Any) -> None:
+    """The same in per cent of perplexity, on the right."""
+    import numpy as np
+
+    right = axis.secondary_yaxis(
+        "right",
+        functions=(lambda d: 100 * np.expm1(np.minimum(d, 50)), lambda p: np.log1p(np.maximum(p, -99.99) / 100)),
+    )
+    right.set_ylabel("change of PPL (%)")
+    right.spines["right"].set_visible(False)
+
+
+def _strip(axis: Any, points: Sequence[Point]) -> str:
+    """Under a plot: what failed, was interrupted, or is the baseline to the last digit, at the ratio asked for."""
+    rows = {"failed": "x", "interrupted": "o", "= baseline": "D"}
+    axis.set_ylim(-0.6, 2.6)
+    axis.set_yticks(range(3), [*rows])
+    axis.grid(False, axis="y")
+    axis.spines["left"].set_visible(False)
+    places: dict[tuple[int, float], list[str]] = {}
+    for point in points:
+        row = 2 if point.is_ok else int(point.record["status"] != "failed")
+        at = point.record.get("compression_ratio")
+        places.setdefault((row, at if at is not None else point.at or 0.0), []).append(point.label)
+    for (row, at), names in places.items():
+        face = "none" if row else BAD
+        axis.scatter([at], [row], marker=[*rows.values()][row], s=34, facecolors=face, edgecolors=BAD, linewidths=1.4)
+        text = clean(names[0])[:24] if len(names) == 1 else f"{len(names)} presses"
+        side = -1 if at > 0.6 else 1
+        axis.annotate(
+            text, (at, row), xytext=(6 * side, 0), textcoords="offset points", va="center", fontsize=7.5,
+            ha="right" if side < 0 else "left",
+        )  # fmt: skip
+    return " Below: what failed, was interrupted, or equals the uncompressed cache in every window."
+
+
+def _forest(
+    section: Section, look: dict[str, Style], compared: list[Point], strip: list[Point], prefix: str
+) -> Drawing:
+    """One size only: each press a line, the best on top."""
+    rows = sorted(compared, key=lambda p: -p.delta_nll)
+    undone = [p for p in strip if not p.is_ok]
+    size = (compared or undone)[0].size
+    caption = (
+        f"Loss {'at ratio ' if size.replace('.', '').isdigit() else 'with '}{size}: the difference to the uncompressed "
+        "cache (no_press, dashed at 0) in nats a token, with paired 95 % intervals; further left is better. random and "
+        "streaming_llm are references, in grey."
+    )
+    with drawing("quality", "", caption_tail(section), (8.4, 1.5 + 0.27 * len(rows + undone)), prefix) as (
+        done,
+        figure,
+    ):
+        axis = figure.add_subplot()
+        axis.axvline(0, color=REF, linestyle="--", linewidth=1.2, zorder=2)
+        note = ""
+        sizes = [abs(p.delta_nll) for p in rows if p.delta_nll]
+        if len(sizes) > 3 and max(sizes) > 15 * statistics.median(sizes):
+            limit = float(f"{statistics.median(sizes):.0e}")
+            axis.set_xscale("symlog", linthresh=limit)
+            plain_numbers(axis.xaxis)
+            note = f" The axis is linear up to {limit:g} and logarithmic beyond."
+        for y, point in enumerate(rows):
+            style = look[point.label]
+            color = style.color if style.is_coloured else INK["axis"][0]
+            marker = "D" if point.equals_baseline else style.marker if style.is_coloured else "o"
+            face = {"markerfacecolor": "none"} if point.equals_baseline else {}
+            drawn = axis.errorbar([point.delta_nll], [y], xerr=_bars(point), color=color, marker=marker, **face)
+            done.name(drawn.lines[0], f"{point.label} {point.delta_nll:+.4f}")
+        for y, point in enumerate(undone):
+            axis.text(
+                0.01, -1 - y, f"× {clean(point.record['status'])}", color=BAD, fontsize=8.5, va="center",
+                transform=axis.get_yaxis_transform(),
+            )  # fmt: skip
+        names = [f"{p.label}{' = baseline' if p.equals_baseline else ''}" for p in rows]
+        axis.set_yticks(
+            [*range(len(rows)), *(-1 - y for y in range(len(undone)))], [*names, *(p.label for p in undone)]
+        )
+        axis.set_ylim(-0.7 - len(undone), len(rows) - 0.3)
+        axis.set_xlabel("Δ loss (nats a token)")
+        done.caption = f"{caption}{note} ({caption_tail(section)})"
+    return done
+
+
+def front(points: Sequence[Point]) -> list[Point]:
+    """Those that no other matches in both bytes and loss, the smallest cache first."""
+    found: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.kv_bytes, p.delta_nll, p.label)):
+        if not found or point.delta_nll < found[-1].delta_nll:
+            found.append(point)
+    return found
+
+
+def _pareto(section: Section, look: dict[str, Style], prefix: str) -> Drawing | None:
+    points = [p for p in section.points if p.delta_nll is not None and p.kv_bytes and not p.is_baseline]
+    if len({p.kv_bytes for p in points}) < 2:
+        return None
+    best = front([p for p in points if not p.equals_baseline])
+    caption = (
+        "Loss against the bytes of the cache after compression. Coloured points, joined: no other press has both fewer "
+        "bytes and less loss, by the measured means; with their 95 % intervals, which may overlap those of others. The "
+        "rest is grey; × is random, + streaming_llm, the dashed line no_press, a red ring a press that has the loss of "
+        "the uncompressed cache in every window."
+    )
+    mib = 1 / (1 << 20)
+    with drawing("pareto", "", caption_tail(section), (8.4, 4.4), prefix) as (done, figure):
+        axis = figure.add_subplot()
+        axis.axhline(0, color=REF, linestyle="--", linewidth=1.2, zorder=2)
+        whole = [b for p in section.points if (b := p.kv_bytes_baseline)]
+        if whole:
+            axis.plot([max(whole) * mib], [0], marker="o", color=REF, linestyle="none", zorder=4)
+            axis.annotate(
+                "no_press", (max(whole) * mib, 0), xytext=(-4, -12), textcoords="offset points", fontsize=8, ha="right"
+            )
+        for point in points:
+            if point not in best:
+                marker = look[point.label].marker if point.is_reference else "o"
+                color = REF if point.is_reference else FADED
+                face = {"markerfacecolor": "none", "markeredgecolor": BAD} if point.equals_baseline else {}
+                (dot,) = axis.plot(
+                    [point.kv_bytes * mib], [point.delta_nll], marker=marker, color=color, markersize=5, **face
+                )
+                done.name(dot, f"{point.name}: {point.delta_nll:+.4f}")
+        axis.plot(
+            [p.kv_bytes * mib for p in best], [p.delta_nll for p in best], color=INK["axis"][0], linewidth=1, zorder=2
+        )
+        for point in best:
+            style = look[point.label]
+            color = style.color if style.is_coloured else INK["axis"][0]
+            marker = style.marker if style.is_coloured else "o"
+            drawn = axis.errorbar(
+                [point.kv_bytes * mib], [point.delta_nll], yerr=_bars(point), color=color, marker=marker, markersize=7,
+                zorder=5,
+            )  # fmt: skip
+            done.name(drawn.lines[0], f"{point.name}: {point.delta_nll:+.4f}")
+            axis.annotate(
+                clean(point.name), (point.kv_bytes * mib, point.delta_nll), xytext=(8, 5), textcoords="offset points",
+                fontsize=8, zorder=6,
+            )  # fmt: skip
+        note = scale(axis, [p.delta_nll for p in points])
+        sizes = [p.kv_bytes for p in points] + whole
+        if max(sizes) > 8 * min(sizes):
+            axis.set_xscale("log", base=2)
+            plain_numbers(axis.xaxis)
+        axis.margins(x=0.12)
+        axis.set_xlabel("KV cache after compression (MiB)")
+        axis.set_ylabel("Δ loss (nats a token)")
+        done.caption = f"{caption}{note} ({caption_tail(section)})"
+    return done

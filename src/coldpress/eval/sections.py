@@ -1,0 +1,280 @@
+"""Records as points of comparison: what may share an axis, what each point is called, and who is ahead of whom."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from coldpress.eval.metrics import Paired, paired_difference
+from coldpress.eval.report import asked, bits_of, groups, short, size_of
+from coldpress.presses.base import BUDGETS
+from coldpress.presses.registry import NO_PRESS
+
+__all__ = ["REFERENCES", "Point", "Section", "paired", "sections", "text_name"]
+
+Record = dict[str, Any]
+REFERENCES = ("random", "streaming_llm")  # what any method should be ahead of; no_press is the baseline
+BEST = 6  # presses that are drawn in colour
+
+
+@dataclass(frozen=True)
+class Point:
+    """One record with a name: ``label`` tells series apart, ``size`` is the ratio or budget that was asked for."""
+
+    record: Record
+    label: str
+    size: str
+
+    def __getattr__(self, name: str) -> Any:  # delta_nll, ppl, ...: None where not measured
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self.record.get(name)
+
+    @property
+    def is_ok(self) -> bool:
+        return bool(self.record["status"] == "ok")
+
+    @property
+    def is_baseline(self) -> bool:
+        return bool(self.record["press"] == NO_PRESS) and not bits_of(self.record)
+
+    @property
+    def is_reference(self) -> bool:
+        return self.record["press"] in REFERENCES and not bits_of(self.record)
+
+    @property
+    def name(self) -> str:
+        """``snapkv at 0.5``."""
+        return f"{self.label} at {self.size}" if self.size and not self.is_baseline else self.label
+
+    @property
+    def context(self) -> Any:
+        """Tokens of the timed context; None where none was."""
+        return self.record.get("speed_context_tokens") or self.record.get("context_tokens")
+
+    @property
+    def kept_bytes(self) -> float | None:
+        """Bytes of the cache after compression over those before."""
+        before, after = self.record.get("kv_bytes_baseline"), self.record.get("kv_bytes")
+        return after / before if before and after is not None else None
+
+    @property
+    def removed(self) -> float | None:
+        """Fraction that is gone: of the pairs, or of the bytes where no pair went, as with fewer channels."""
+        ratio = self.record.get("effective_compression_ratio")
+        if ratio or bits_of(self.record) or self.kept_bytes is None:
+            return ratio
+        return max(0.0, 1 - self.kept_bytes)
+
+    @property
+    def at(self) -> Any:
+        """Where it stands on an axis of ratios: as asked, or as achieved where that is more than 0.05 away; or None."""
+        wanted = self.record.get("compression_ratio")
+        if wanted is None or (self.removed is not None and abs(self.removed - wanted) > 0.05):
+            return self.removed
+        return float(wanted)
+
+    @property
+    def keeps_more(self) -> bool:
+        """Whether less is gone than was asked for, so that others at its ratio cannot be compared with it."""
+        wanted = self.record.get("compression_ratio")
+        return wanted is not None and self.removed is not None and self.removed < wanted - 0.02
+
+    @property
+    def ppl_change(self) -> float | None:
+        """Relative change of perplexity."""
+        return None if self.record.get("delta_nll") is None else _expm1(self.record["delta_nll"])
+
+    @property
+    def ppl_change_ci(self) -> tuple[float, float] | None:
+        ci = self.record.get("delta_nll_ci95")
+        return None if ci is None else (_expm1(ci[0]), _expm1(ci[1]))
+
+    @property
+    def equals_baseline(self) -> bool:
+        """Whether each window has the baseline's loss to the last digit: nothing was compressed, or nothing noticed."""
+        windows = self.record.get("per_window") or []
+        same = bool(windows) and all(w["nll"] == w.get("nll_base") for w in windows)
+        return self.is_ok and not self.is_baseline and (same or (not windows and self.record.get("delta_nll") == 0))
+
+
+def _expm1(value: float) -> float:
+    return math.expm1(value) if value < 700 else math.inf
+
+
+@dataclass
+class Section:
+    """Points that share protocol, model and text. ``unfinished`` ones failed or were interrupted on the way."""
+
+    kind: str  # quality, stream, tasks, speed, plain
+    points: list[Point]
+    unfinished: list[Point] = field(default_factory=list)
+
+    @property
+    def all(self) -> list[Point]:
+        return [*self.points, *self.unfinished]
+
+    @property
+    def first(self) -> Record:
+        return self.all[0].record
+
+    @property
+    def baseline(self) -> Point | None:
+        return next((p for p in self.points if p.is_baseline), None)
+
+    @property
+    def sizes(self) -> list[str]:
+        """The sizes that presses were asked for, small ratios first."""
+        return list(dict.fromkeys(p.size for p in sorted(self.all, key=_size_key) if not p.is_baseline))
+
+    def at(self, size: str) -> list[Point]:
+        return [p for p in self.points if p.size == size and not p.is_baseline]
+
+    @property
+    def labels(self) -> list[str]:
+        """Series in the order of their names, without the baseline and the references."""
+        return sorted({p.label for p in self.all if not p.is_baseline and not p.is_reference})
+
+    def best(self) -> list[str]:
+        """The series to draw in colour: all of a few, else those of the best mean rank; by name."""
+        if len(self.labels) <= BEST + 2:
+            return self.labels
+        ranks: dict[str, list[float]] = defaultdict(list)
+        for size in self.sizes:
+            ranked = sorted((p for p in self.at(size) if _cost(p) is not None), key=lambda p: (_cost(p), p.label))
+            for rank, point in enumerate(ranked):
+                ranks[point.label].append((rank + 1) / len(ranked))
+        most = max((len(own) for own in ranks.values()), default=0)
+        mean = {
+            name: sum(own) / len(own) for name, own in ranks.items() if name in self.labels and len(own) * 2 >= most
+        }
+        return sorted(sorted(mean, key=lambda name: (mean[name], name))[:BEST])
+
+
+def _cost(point: Point) -> float | None:
+    """What a small one of is good."""
+    if point.record.get("tasks"):
+        losses = [t["answer_nll"] if t.get("score") is None else -t["score"] for t in point.record["tasks"]]
+        known = [x for x in losses if x is not None]
+        return sum(known) / len(known) if known else None
+    for name in ("delta_nll", "loss", "tpot_ms"):
+        if point.record.get(name) is not None:
+            return float(point.record[name])
+    return None
+
+
+def _size_key(point: Point) -> tuple[Any, ...]:
+    sizes = [point.record.get(name) for name in ("compression_ratio", *BUDGETS)]
+    return tuple((size is None, size or 0) for size in sizes)
+
+
+def sections(records: Iterable[Record]) -> list[Section]:
+    """The sections of a report. Only timed runs that differ in nothing but their context share one."""
+    together: dict[tuple[Any, ...], list[Record]] = {}
+    rest = []
+    for record in records:
+        if record["protocol"].startswith("speed"):
+            settings = {**(record.get("settings") or {}), "context_limit": None}
+            together.setdefault(asked({**record, "settings": settings}), []).append(record)
+        else:
+            rest.append(record)
+    found: list[Section] = []
+    by_key: dict[tuple[Any, ...], list[Section]] = {}
+    for group in groups(rest):
+        done, undone = _parted(_named(group))
+        section = Section(_kind(group), done, undone)
+        by_key.setdefault(asked(group[0]), []).append(section)
+    for own in by_key.values():  # the interrupted beside the finished, though they have fewer windows
+        whole = [section for section in own if section.points]
+        if not whole:
+            found += own
+            continue
+        for section in own:
+            if section not in whole:
+                whole[0].unfinished += section.unfinished
+        found += whole
+    timed = [_parted(_named(sorted(group, key=_timed_order))) for group in together.values()]
+    found += [Section("speed", done, undone) for done, undone in timed]
+    order = ["quality", "stream", "tasks", "speed", "plain"]
+    return sorted(found, key=lambda s: (text_name(s.first), s.first["model"], order.index(s.kind), s.first["protocol"]))
+
+
+def _parted(points: list[Point]) -> tuple[list[Point], list[Point]]:
+    return [p for p in points if p.is_ok], [p for p in points if not p.is_ok]
+
+
+def _timed_order(record: Record) -> tuple[Any, ...]:
+    return record.get("context_tokens") or 0, record["press"] != NO_PRESS, record["press"], size_of(record)
+
+
+def _kind(group: Sequence[Record]) -> str:
+    if any(r.get("tasks") for r in group) or group[0]["protocol"].startswith("tasks"):
+        return "tasks"
+    if any(r.get("nll_by_position") for r in group) or group[0].get("ppl_mode") == "streaming":
+        return "stream"
+    compares = group[0]["protocol"].startswith("prefix") or any(r.get("delta_nll") is not None for r in group)
+    return "quality" if compares else "plain"
+
+
+def _named(group: Sequence[Record]) -> list[Point]:
+    """Points whose label and size are found once in each context."""
+    modes = {r.get("position_mode") for r in group if r["press"] != NO_PRESS and r.get("ppl_mode") == "streaming"}
+    base = []
+    for record in group:
+        label = f"{record['press']}{f' {bits_of(record)}-bit' if bits_of(record) else ''}"
+        shows_mode = len(modes) > 1 and record["press"] != NO_PRESS
+        base.append(f"{label} ({record.get('position_mode')})" if shows_mode else label)
+    places: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    for i, record in enumerate(group):
+        places[base[i], size_of(record), record.get("context_tokens")].append(i)
+    doubled = {base[same[0]] for same in places.values() if len(same) > 1}
+    for name in doubled:
+        own = [i for i, label in enumerate(base) if label == name]
+        configs = [_parameters(group[i]) for i in own]
+        differing = sorted({k for c in configs for k in c if len({d.get(k) for d in configs}) > 1})
+        for i, config in zip(own, configs, strict=True):
+            said = ", ".join(f"{k}={config[k]}" for k in differing if k in config)
+            base[i] = f"{name} ({said[:60]})" if said else name
+    seen: dict[tuple[Any, ...], int] = defaultdict(int)
+    points = []
+    for i in sorted(range(len(group)), key=lambda i: (group[i].get("timestamp") or "", i)):
+        record = group[i]
+        key = base[i], size_of(record), record.get("context_tokens")
+        seen[key] += 1
+        points.append((i, Point(record, f"{base[i]} (run {seen[key]})" if seen[key] > 1 else base[i], key[1])))
+    return [point for _, point in sorted(points, key=lambda pair: pair[0])]
+
+
+def _parameters(record: Record) -> dict[str, str]:
+    """The parameters of a press but its size, as texts."""
+    config = record.get("press_config") or {}
+    sizes = ("compression_ratio", *BUDGETS)
+    return {str(k): json.dumps(v, sort_keys=True, default=str) for k, v in config.items() if k not in sizes}
+
+
+def _clusters(record: Record) -> dict[Any, tuple[int, float]]:
+    parts = record.get("per_window") or record.get("per_document") or []
+    return {part["id"]: (part["n"], part["nll"]) for part in parts}
+
+
+def paired(a: Point, b: Point) -> Paired | None:
+    """Loss of ``a`` minus that of ``b`` in nats a token, window by window; None where not the same were scored."""
+    own, other = _clusters(a.record), _clusters(b.record)
+    if not own or own.keys() != other.keys() or any(own[i][0] != other[i][0] for i in own):
+        return None
+    ids = list(own)
+    return paired_difference([own[i][0] for i in ids], [own[i][1] for i in ids], [other[i][1] for i in ids])
+
+
+def text_name(record: Record) -> str:
+    """A text as it is usually written."""
+    name, subset = short(record["dataset"]), record.get("subset") or ""
+    for known, written in (("wikitext-103", "WikiText-103"), ("wikitext-2", "WikiText-2")):
+        if subset.startswith(known) or (not subset and name == known):
+            return written
+    written = {"wikitext": "WikiText", "pg19": "PG-19"}.get(name, name)
+    return f"{written}/{subset}" if subset else written

@@ -1,0 +1,184 @@
+"""What a report says in words, sentence by sentence, and what it must not say."""
+
+from __future__ import annotations
+
+import pytest
+from tests.eval.report_records import MIB, Record, failed, record, spread, stream, tasked, timed
+
+from coldpress.eval.conclusions import findings, headline
+from coldpress.eval.sections import Section, paired, sections
+from coldpress.eval.wording import clean, listed
+
+BASE = record("no_press", 0.0)
+
+
+def one(*records: Record) -> Section:
+    (section,) = sections(records)
+    return section
+
+
+def said(*records: Record) -> str:
+    return "\n".join(findings(one(*records)))
+
+
+def test_the_headline_quotes_change_bytes_and_speed() -> None:
+    fast = {"decode_speedup": 1.2, "decode_speedup_spread": {"min": 1.15, "max": 1.3}, "repetitions": 5}
+    cheap = record("snapkv", 0.5, spread(0.004, 0.003), speed_context_tokens=4096, **fast)
+    low, high = (100 * (x - 1) for x in cheap["ppl_ratio_ci95"])
+    assert headline(one(BASE, cheap)) == (
+        f"On WikiText-103 with models/tiny, snapkv at 0.5 changes PPL by +0.4 % [{low:.1f}, {high:.1f}], halves the KV "
+        "cache (8.00 MiB to 4.00 MiB) and decodes 1.20 times as fast with 4,096 tokens of context (5 rounds from 1.15 "
+        "to 1.30): the smallest cache whose whole interval stays within +1 % of PPL."
+    )
+
+
+def test_the_smallest_cheap_cache_is_the_headline_and_others_of_its_size_are_named() -> None:
+    quarter = [record("snapkv", 0.75, spread(0.005, 0.001)), record("knorm", 0.75, spread(0.006, 0.001))]
+    more = [record("tova", 0.5, spread(0.001, 0.0005)), record("cur", 0.9, spread(0.02, 0.001))]
+    words = headline(one(BASE, *quarter, *more))
+    assert "snapkv at 0.75 changes PPL by +0.50 %" in words and "knorm stays within it at this size too" in words
+    assert "cuts the KV cache to a quarter" in words
+
+
+@pytest.mark.parametrize(
+    ("delta", "noise", "headline_words", "words"),
+    [
+        (0.05, 0.001, "no press is cheap", "No press at ratio 0.5 is cheap: every interval lies above +1 % of PPL."),
+        (0.012, 0.01, "no press is shown to be cheap", "No press at ratio 0.5 is shown to be cheap: some intervals"),
+        (0.002, 0.001, "stays within", "Cheap at ratio 0.5 (whole interval within +1 % of PPL): snapkv."),
+    ],
+)
+def test_cheap_is_said_of_whole_intervals(delta: float, noise: float, headline_words: str, words: str) -> None:
+    section = one(BASE, record("snapkv", 0.5, spread(delta, noise)))
+    assert headline_words in headline(section) and words in "\n".join(findings(section))
+
+
+def test_a_press_is_ahead_only_where_the_paired_interval_excludes_zero() -> None:
+    """The windows differ by much more than the presses do: unpaired, nothing could be said."""
+    a = [0.01 * i for i in range(8)]
+    ahead = said(BASE, record("snapkv", 0.5, a), record("knorm", 0.5, [x + 0.004 + 0.001 * (x > 0.03) for x in a]))
+    assert "ahead of knorm (by 0.0045 [0.0041, 0.0049] nats a token)" in ahead
+    level = said(
+        BASE, record("snapkv", 0.5, a), record("knorm", 0.5, [x + 0.001 + 0.02 * (-1) ** i for i, x in enumerate(a)])
+    )
+    assert "but knorm is within the error bars of it" in level and "ahead" not in level
+
+
+def test_what_is_within_the_error_bars_of_no_change_is_said_to_be() -> None:
+    words = said(BASE, record("snapkv", 0.5, spread(0.001, 0.01)))
+    assert "within the error bars of no change" in words
+    assert "within the error bars of no change" not in said(BASE, record("snapkv", 0.5, spread(0.1, 0.01)))
+
+
+def test_the_references_are_compared_press_by_press() -> None:
+    rows = [
+        record("random", 0.5, spread(0.05, 0.001)),
+        record("streaming_llm", 0.5, spread(0.02, 0.001)),
+        record("good", 0.5, spread(0.01, 0.001)),
+        record("alike", 0.5, spread(0.0205, 0.01)),
+        record("bad", 0.5, spread(0.5, 0.001)),
+    ]
+    lines = findings(one(BASE, *rows))
+    (random,) = (line for line in lines if line.startswith("The reference random"))
+    (streaming,) = (line for line in lines if line.startswith("The reference streaming_llm"))
+    assert random.endswith("ahead of it: good and alike; behind it: bad.")
+    assert streaming.endswith("ahead of it: good; within the error bars: alike; behind it: bad.")
+    assert "good changes PPL" in lines[0]
+    none = said(BASE, *rows[:2], rows[4])
+    assert "no press is ahead of it; behind it: bad." in none
+
+
+def test_random_is_never_the_winner() -> None:
+    lines = findings(one(BASE, record("random", 0.5, spread(0.01, 0.001)), record("knorm", 0.5, spread(0.03, 0.001))))
+    assert lines[0].startswith("At ratio 0.5, knorm") and "no press is ahead of it; behind it: knorm" in lines[1]
+
+
+def test_without_the_same_windows_nothing_is_ranked() -> None:
+    a, b = record("snapkv", 0.5, spread(0.01, 0.001)), record("knorm", 0.5, spread(0.5, 0.001))
+    b["per_window"] = [{**w, "id": f"other {w['id']}"} for w in b["per_window"]]
+    words = said(BASE, a, b)
+    assert "without windows in common nothing is said about who is better" in words and "ahead" not in words
+    first, second = (p for p in one(BASE, a, b).points if not p.is_baseline)
+    assert paired(first, second) is None
+    del b["per_window"]
+    assert "nothing is said about who is better" in said(BASE, a, b)
+
+
+def test_a_single_window_has_no_error_bars_and_no_ranks() -> None:
+    section = one(record("no_press", 0.0, [0.0]), record("snapkv", 0.5, [0.01]), record("knorm", 0.5, [0.3]))
+    words = headline(section) + "\n".join(findings(section))
+    assert "a single window gives no error bars, so nothing is said about what is better" in words
+    assert "no press is called cheap" in words and "ahead" not in words and "behind" not in words
+
+
+def test_less_than_was_asked_for_is_left_out_of_the_comparison() -> None:
+    lazy = record("lazy", 0.5, spread(0.001, 0.0005), effective_compression_ratio=0.2, kv_bytes=6 * MIB)
+    words = said(BASE, lazy, record("knorm", 0.5, spread(0.03, 0.001)))
+    assert "At ratio 0.5, knorm changes" in words
+    assert "At ratio 0.5, less than that was removed by lazy (0.20); left out of the comparison." in words
+
+
+def test_what_failed_or_was_interrupted_is_named_with_its_error() -> None:
+    words = said(BASE, failed("tova", 0.5, "ValueError: no\nroom"), record("cur", 0.5, [0.1] * 3, status="interrupted"))
+    assert "tova at 0.5 failed: ValueError: no room." in words
+    assert "cur at 0.5 was interrupted after 3 windows." in words
+    assert headline(one(failed("tova", 0.5))).endswith("nothing was finished under prefix-C768-T256-S1024.")
+
+
+def test_the_same_loss_everywhere_does_not_hide() -> None:
+    words = said(BASE, record("keydiff", 0.5), *(record(n, 0.5, spread(0.1, 0.01)) for n in ("a", "b")))
+    assert "keydiff at 0.5 has the uncompressed model's loss in every window, though 50 % was removed" in words
+    assert "a and b have the same loss in every window at ratio 0.5." in words
+    assert "Cheap" not in words
+
+
+def test_speed_is_a_gain_only_in_every_round() -> None:
+    assert said(BASE, record("snapkv", 0.5, spread(0.1, 0.01))).endswith("Speed was not measured in these runs.")
+    words = headline(
+        one(timed("no_press", 0, 1024, 1.0), timed("snapkv", 0.5, 1024, 1.2), timed("knorm", 0.5, 1024, 1.02))
+    )
+    assert "with 1,024 tokens of context snapkv at 0.5 decodes 1.20 times as fast" in words and "knorm" not in words
+    none = headline(one(timed("no_press", 0, 1024, 1.0), timed("snapkv", 0.5, 1024, 1.2, noise=0.3)))
+    assert none.endswith("no press decodes faster than the uncompressed cache by more than the rounds differ.")
+    unknown = timed("snapkv", 0.5, 1024, 1.2) | {"decode_speedup_spread": None}
+    assert headline(one(timed("no_press", 0, 1024, 1.0), unknown)).endswith(
+        "for certain: no spread of several rounds is recorded."
+    )
+    once = timed("snapkv", 0.5, 1024, 1.2, noise=0.0)
+    assert headline(one(timed("no_press", 0, 1024, 1.0), once)).endswith("of several rounds is recorded.")
+    words = said(BASE, record("snapkv", 0.5, spread(0.1, 0.01), decode_speedup=1.2))
+    assert "was 1.20 times as fast in the one round that is recorded" in words
+
+
+def test_timings_at_several_contexts_share_a_section() -> None:
+    records = [timed(p, r, n, s) for n in (256, 1024) for p, r, s in (("no_press", 0.0, 1.0), ("snapkv", 0.5, 1.2))]
+    lines = findings(one(*records))
+    assert [line[:15] for line in lines] == ["With 256 tokens", "With 1,024 toke"]
+
+
+def test_streams_are_ranked_by_text() -> None:
+    texts = [stream("no_press", None, [3.0, 3.1]), stream("snapkv", 128, [3.1, 3.2]), stream("knorm", 128, [3.5, 3.6])]
+    assert "PPL is snapkv 23.34, knorm 34.81 and no_press 21.12." in said(*texts)
+    assert "behind snapkv: knorm" in said(*texts)
+    single = [stream("snapkv", 128, [3.1]), stream("knorm", 128, [3.5])]
+    assert "nothing is said about who is better" in said(*single) and "behind" not in said(*single)
+
+
+def test_tasks_are_compared_with_the_uncompressed_cache() -> None:
+    section = one(tasked("no_press", 0.0, 0.0), tasked("snapkv", 0.5, 0.3), tasked("knorm", 0.5, 0.01))
+    words = "\n".join(findings(section))
+    assert (
+        "needle at 512 tokens, presses at 0.5: below the uncompressed cache: snapkv 0.70 against 1.00 [-0.35, -0.25]; "
+        in words
+    )
+    assert "within the error bars of it: knorm 0.99 against 1.00 [-0.06, +0.04]." in words
+    assert (
+        "span at 512 tokens, presses at 0.5: below the uncompressed cache: snapkv +0.300 nats [+0.20, +0.40]" in words
+    )
+    assert "of 8 scores (a press, a size and a task each), 4 are below" in headline(section)
+
+
+def test_names_are_listed_and_long_lists_are_cut() -> None:
+    assert [listed(["a"]), listed(["a", "b"]), listed([*"abc"])] == ["a", "a and b", "a, b and c"]
+    assert listed([*"abcdefghi"]) == "a, b, c, d, e, f and 3 more"
+    assert clean("a\nb\x00\u202e\ud800c") == "a b\ufffd\ufffd\ufffdc"

@@ -1,0 +1,231 @@
+"""The page and the summary: whole, escaped, self-contained, the same each time, and with the records' numbers."""
+
+from __future__ import annotations
+
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from tests.eval.report_records import NASTY, Record, everything, failed, many, record, spread, write
+
+from coldpress.cli import main
+from coldpress.errors import MissingDependencyError
+from coldpress.eval.collect import Collection
+from coldpress.eval.document import Document, make_document, write_report
+from coldpress.eval.figures import _inline
+from coldpress.eval.page import page
+from coldpress.eval.summary import escape, summary
+
+VOID = {"meta", "br", "hr", "img", "input", "link"}
+
+
+class Parsed(HTMLParser):
+    """Open elements, texts, attributes; an element that is closed out of turn is an error."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.errors: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[tuple[str, str]] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.open or self.open.pop() != tag:
+            self.errors.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append((self.open[-1] if self.open else "", data))
+
+
+def document(records: list[Record], skipped: tuple[str, ...] = ()) -> Document:
+    return make_document(Collection(("results",), tuple(records), skipped))
+
+
+@pytest.fixture(scope="module")
+def made() -> Document:
+    return document(everything(), ("skipped <b>x</b>.json: it holds no object",))
+
+
+@pytest.fixture(scope="module")
+def html(made: Document) -> str:
+    return page(made)
+
+
+def test_the_page_is_well_formed(html: str) -> None:
+    parsed = Parsed(html)
+    assert not parsed.errors and not parsed.open
+    names = [name for name, _ in parsed.tags]
+    assert html.startswith("<!DOCTYPE html>") and ("html", {"lang": "en"}) in parsed.tags
+    assert names.count("title") > 1 and "viewport" in [a.get("name") for n, a in parsed.tags if n == "meta"]
+    ids = [a["id"] for _, a in parsed.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    links = [a["href"] for _, a in parsed.tags if a.get("href")]
+    assert links and all(link is not None and link.startswith("#") and link[1:] in ids for link in links)
+    assert set(re.findall(r"url\(#([^)]+)\)", html)) <= set(ids)
+
+
+def test_nothing_is_fetched_from_anywhere(html: str) -> None:
+    for name, attrs in Parsed(html).tags:
+        assert name not in ("link", "iframe", "object", "img", "image") and "src" not in attrs
+    outside = re.sub(re.escape("https://evil.example"), "", html)  # a text of a record, as text
+    assert not re.search(r"https?:|@import|url\((?!#)", outside)
+    assert "default-src &#39;none&#39;" in html or "default-src 'none'" in html
+
+
+def test_texts_of_records_are_texts(html: str, made: Document) -> None:
+    parsed = Parsed(html)
+    assert [name for name, _ in parsed.tags].count("script") == 1
+    assert any("<script>alert(1)</script>" in text for _, text in parsed.texts)
+    assert not re.search("[\x00-\x08\u202e\ud800-\udfff]", html)
+    html.encode()
+    markdown = summary(made)
+    assert "<script>" not in re.sub(r"```.*?```|\\<script", "", markdown, flags=re.DOTALL)
+    assert "skipped <b>" not in html and "skipped &lt;b&gt;" in html and r"\<b\>" in markdown
+
+
+def test_markdown_is_escaped() -> None:
+    assert escape("a|b *c* `d` [e](f) <g> $h$") == r"a\|b \*c\* \`d\` \[e\](f) \<g\> \$h\$"
+    assert escape("streaming_llm _x_") == r"streaming_llm \_x\_"
+    assert escape("- x\n# y") == r"\- x \# y"
+    assert "https://" not in escape(NASTY)
+
+
+def test_no_cell_breaks_a_markdown_table(made: Document) -> None:
+    lines = summary(made).splitlines()
+    starts = [i for i, line in enumerate(lines) if line.startswith("| ---")]
+    assert len(starts) == sum(len(part.tables) for part in made.parts)
+    for start in starts:
+        n = len(re.findall(r"(?<!\\)\|", lines[start]))
+        end = next(i for i in range(start, len(lines)) if not lines[i].startswith("|"))
+        assert end - start > 1
+        assert all(len(re.findall(r"(?<!\\)\|", line)) == n for line in lines[start - 1 : end])
+
+
+def test_numbers_are_those_of_the_records(html: str, made: Document) -> None:
+    records = [r for r in everything() if r.get("delta_nll") is not None and r["status"] == "ok"]
+    for one in records:
+        assert f'data-v="{one["delta_nll"]!r}"' in html and f'data-v="{one["kv_bytes"]!r}"' in html
+    (row,) = (row for row in made.parts[0].tables[0].rows if row[0].text == "snapkv" and row[1].text == "0.25")
+    (one,) = (r for r in records[:12] if r["press"] == "snapkv" and r["compression_ratio"] == 0.25)
+    low, high = one["delta_nll_ci95"]
+    shown = dict(zip([head for head, _ in made.parts[0].tables[0].heads], [cell.text for cell in row], strict=True))
+    assert shown["ΔNLL [95 %]"] == f"{one['delta_nll']:+.4f} [{low:.4f}, {high:.4f}]"
+    assert shown["PPL"] == f"{one['ppl']:.3f}" and shown["KV after"] == "6.00 MiB" and shown["same top-1"] == "90.0 %"
+
+
+def test_each_picture_has_one_protocol_and_one_text(made: Document) -> None:
+    protocols = {r["protocol"] for r in everything()}
+    figures = [(part, figure) for part in made.parts for figure in part.figures]
+    assert {f.drawing.kind for _, f in figures} == {
+        "quality",
+        "pareto",
+        "distance",
+        "positions",
+        "speed",
+        "tasks",
+        "depth",
+    }
+    for part, figure in figures:
+        named = [p for p in protocols if f"protocol {p};" in figure.drawing.caption]
+        assert len(named) == 1 and part.title.endswith(named[0]) and "sha256 abababababab" in figure.drawing.caption
+        assert figure.drawing.png.startswith(b"\x89PNG")
+    assert len({f.file for _, f in figures}) == len(figures)
+
+
+def test_what_failed_is_drawn_and_told(made: Document) -> None:
+    part = made.parts[0]
+    (quality,) = (f.drawing for f in part.figures if f.drawing.kind == "quality")
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", quality.svg)
+    assert {"failed", "interrupted", "= baseline", "tova", "cur", "keydiff"} <= set(texts)
+    bad = [cell.text for row in part.tables[0].rows for cell in row if cell.is_bad]
+    assert any(text.startswith("failed: ValueError: <script>") for text in bad) and "same as baseline" in bad
+    assert "2 failed, 1 interrupted" in made.counts and "1 other file that is no record was left out" in made.counts
+
+
+def test_a_caption_of_timings_names_all_contexts(made: Document) -> None:
+    (part,) = (part for part in made.parts if part.title.endswith("speed"))
+    assert "timed with 256 and 1,024 tokens of context" in part.caption
+
+
+def test_references_are_in_every_picture_of_losses(made: Document) -> None:
+    for figure in made.parts[0].figures:
+        for name in ("no_press", "random", "streaming_llm"):
+            assert name in figure.drawing.svg, (figure.drawing.kind, name)
+
+
+def test_one_size_is_drawn_press_by_press_with_what_failed() -> None:
+    rows = [record("no_press"), record("snapkv", 0.5, spread(0.1, 0.01)), failed("tova", 0.5), record("keydiff", 0.5)]
+    (part,) = document(rows).parts
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", part.figures[0].drawing.svg)
+    assert {"snapkv", "tova", "× failed", "keydiff = baseline"} <= set(texts)
+
+
+def test_the_same_records_make_the_same_files(tmp_path: Path) -> None:
+    records = tuple(everything()[:16])
+    first, second = (tmp_path / name for name in "ab")
+    for folder in (first, second):
+        write_report(Collection(("x",), records, ()), folder)
+    names = sorted(path.name for path in first.iterdir())
+    assert {"report.html", "report.md", "1-quality.png"} <= set(names) and names == sorted(
+        p.name for p in second.iterdir()
+    )
+    for name in names:
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+    images = re.findall(r"!\[[^]]*\]\(([^)]*)\)", (first / "report.md").read_text())
+    assert sorted(images) == [name for name in names if name.endswith(".png")]
+
+
+def test_the_page_of_many_records_is_small() -> None:
+    made = document(many())
+    assert len(page(made).encode()) < 500_000
+    assert "the 28 others thin grey" in made.parts[0].figures[0].drawing.caption
+
+
+def test_a_picture_takes_the_colours_of_its_page_and_keeps_its_texts() -> None:
+    drawn = (
+        '<svg height="1pt" viewBox="0 0 72 9"><g id="t0"/><g id="t1"><path id="a" style="fill: #0072B2" d="M1.23456"/>'
+    )
+    texts = '</g><use href="#a"/><text style="fill: #1b1f24">0.12345 #0072b2 url(#a)</text></svg>'
+    assert _inline(drawn + texts, "p", {"t1": "<x>"}, "q: w") == (
+        '<svg viewBox="0 0 72 9" style="--wide: 6.6rem" role="img" aria-label="q: w"><g/><g><title>&lt;x&gt;</title>'
+        '<path id="p-a" style="fill: var(--s0)" d="M1.23"/></g><use href="#p-a"/>'
+        '<text style="fill: currentColor">0.12345 #0072b2 url(#a)</text></svg>'
+    )
+
+
+def test_the_command_prints_tables_and_writes_beside_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = write(tmp_path / "one", [record("no_press"), record("snapkv", 0.5, spread(0.1, 0.01))])
+    two = write(tmp_path / "two" / "deep", [record("knorm", 0.5, spread(0.2, 0.01))]).parent
+    assert main(["report", str(one), str(two), "--table"]) == 0
+    assert "| knorm" in capsys.readouterr().out and not (one / "report").exists()
+    assert main(["report", str(one), str(two)]) == 0
+    out = capsys.readouterr().out
+    assert "| snapkv" in out and f"report: {one / 'report' / 'report.html'}" in out.splitlines()[-1]
+    assert main(["report", str(one), "--output", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "report.md").is_file()
+    assert main(["report", str(one), "--output", str(one / "0000.json")]) == 2
+    out, err = capsys.readouterr()
+    assert "| snapkv" in out and len(err.splitlines()) == 1 and "is a file" in err
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["report", str(one)]) == 2
+    out, err = capsys.readouterr()
+    assert "| snapkv" in out and 'pip install "coldpress[report]"' in err and len(err.splitlines()) == 1
+    with pytest.raises(MissingDependencyError):
+        document([record("no_press")])
+    (tmp_path / "empty").mkdir()
+    assert main(["report", str(tmp_path / "empty")]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1

@@ -1,0 +1,111 @@
+"""Records of several folders, and what they are called beside each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.eval.report_records import MIB, everything, failed, many, record, spread, stream, tasked, timed, write
+
+from coldpress.errors import DataError
+from coldpress.eval.collect import check_fields, collect
+from coldpress.eval.plots import front
+from coldpress.eval.sections import Point, sections
+
+
+def test_records_of_subfolders_and_of_several_folders_are_read_once(tmp_path: Path) -> None:
+    write(tmp_path / "a", [record("no_press")])
+    write(tmp_path / "a" / "deep" / "er", [record("snapkv", 0.5)])
+    write(tmp_path / "b", [record("knorm", 0.5)])
+    write(tmp_path / "a" / ".hidden", [record("tova", 0.5)])
+    names = [str(tmp_path / name) for name in ("a", "b", "a/deep")]
+    assert [r["press"] for r in collect(names).records] == ["no_press", "snapkv", "knorm"]
+    with pytest.raises(DataError, match="no folder"):
+        collect([str(tmp_path / "c")])
+    with pytest.raises(DataError, match="name is empty"):
+        collect([" "])
+
+
+def test_what_is_no_record_is_counted(tmp_path: Path) -> None:
+    write(
+        tmp_path, [record("no_press"), record("snapkv", 0.5, per_window=[{"id": 0}]), record("knorm", 0.5, tasks=[{}])]
+    )
+    (tmp_path / "foreign.json").write_text("{")
+    found = collect([str(tmp_path)])
+    assert len(found.records) == 1 and len(found.skipped) == 3
+    assert "per_window must be a list of windows with id, n and nll" in found.skipped[0]
+
+
+ODD = (5, "abc", True, [], [[]], {}, {"a": [1]}, {"a": None}, [None], [1, "b"], 10**400, {"min": 1}, [{"task": 5}])
+
+
+@pytest.mark.parametrize("make", [record, timed, tasked, stream])
+def test_whatever_the_check_lets_pass_has_a_section_and_words(make: object) -> None:
+    from coldpress.eval.columns import tables
+    from coldpress.eval.conclusions import findings, headline
+
+    made = {
+        record: lambda: record(
+            "snapkv", 0.5, spread(0.1, 0.01), delta_by_distance={"1-16": {"delta": 1, "ci95": None}}
+        ),
+        timed: lambda: timed("snapkv", 0.5, 512, 1.2),
+        tasked: lambda: tasked("snapkv", 0.5, 0.1),
+        stream: lambda: stream("snapkv", 128, [3.0, 3.1]),
+    }[make]()  # type: ignore[index]
+    n_shown = 0
+    for field in made:
+        for value in ODD:
+            changed = {**made, field: value}
+            try:
+                check_fields(changed)
+            except ValueError:
+                continue
+            for section in sections([changed]):
+                n_shown += len(headline(section)) + len(findings(section)) + len(tables(section))
+    assert n_shown
+
+
+def test_two_protocols_are_two_sections() -> None:
+    found = sections(everything())
+    assert len({(s.first["protocol"], s.first["model"]) for s in found}) == len(found)
+    for section in found:
+        assert len({p.record["protocol"] for p in section.all}) == 1
+
+
+def test_the_interrupted_stand_beside_the_finished() -> None:
+    (section,) = sections(
+        [record("no_press"), record("cur", 0.5, [0.1] * 3, status="interrupted"), failed("tova", 0.5)]
+    )
+    assert [p.label for p in section.points] == ["no_press"]
+    assert sorted(p.label for p in section.unfinished) == ["cur", "tova"]
+
+
+def test_points_of_one_press_are_told_apart() -> None:
+    small, large = (record("snapkv", 0.5, press_config={"window_size": n, "compression_ratio": 0.5}) for n in (16, 64))
+    (section,) = sections([small, large, large, record("snapkv", 0.5, kv_bits=4)])
+    assert sorted(p.label for p in section.points) == [
+        *("snapkv (window_size=16)", "snapkv (window_size=64)", "snapkv (window_size=64) (run 2)", "snapkv 4-bit"),
+    ]
+
+
+def test_where_a_point_stands_is_what_was_asked_for_unless_it_differs() -> None:
+    def at(ratio: float | None, achieved: float | None, kept: float = 0.5) -> float | None:
+        more = {"effective_compression_ratio": achieved, "kv_bytes": round(8 * MIB * kept)}
+        return Point(record("x", ratio, **more), "x", "").at
+
+    assert at(0.5, 0.48) == 0.5 and at(0.5, 0.3) == 0.3 and at(None, 0.3) == 0.3
+    assert at(0.5, 0.0, 0.75) == 0.25  # fewer channels, the same pairs
+
+
+def test_the_front_is_what_nothing_matches_in_both() -> None:
+    rows = [("a", 4, 0.1), ("b", 4, 0.2), ("c", 2, 0.3), ("d", 2, 0.3), ("e", 6, 0.1), ("f", 7, 0.05)]
+    points = [Point(record(n, 0.5, kv_bytes=b, delta_nll=d), n, "0.5") for n, b, d in rows]
+    assert [p.label for p in front(points)] == ["c", "a", "f"]
+
+
+def test_of_many_presses_the_best_are_in_colour() -> None:
+    (section,) = sections(many())
+    best = section.best()
+    assert len(section.labels) == 34 and len(best) == 6
+    mean = {name: sum(p.delta_nll for p in section.points if p.label == name) for name in section.labels}
+    assert min(mean, key=lambda name: mean[name]) in best and max(mean, key=lambda name: mean[name]) not in best
