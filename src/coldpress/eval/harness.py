@@ -14,6 +14,7 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -51,6 +52,29 @@ PROOF_CONTEXTS = 16  # compressed contexts that may score as uncompressed ones d
 
 _Context = tuple[int, ...]
 _T = TypeVar("_T")
+
+
+@dataclass(frozen=True, eq=False)
+class _Prediction:
+    """What was predicted while some tokens were fed: log-probabilities in nats, float32.
+
+    Attributes:
+        fed: of each token but the first.
+        is_greedy: whether each of these was the most likely one.
+        last: ``[V]``, of what may follow.
+    """
+
+    fed: list[float]
+    is_greedy: bool
+    last: Tensor
+
+    def of(self, token: int) -> tuple[float, bool]:
+        """The answer for these tokens and another one after them."""
+        return math.fsum([*self.fed, float(self.last[token])]), self.is_greedy and int(self.last.argmax()) == token
+
+    def __eq__(self, other: object) -> bool:
+        """Bit for bit."""
+        return isinstance(other, _Prediction) and self.fed == other.fed and torch.equal(self.last, other.last)
 
 
 @register_model("coldpress")
@@ -117,9 +141,7 @@ class ColdpressLM(HFLM):
                 source = str(stack.enter_context(resources.as_file(shipped)))
             elif isinstance(pretrained, str) and pretrained.endswith(".gguf"):
                 source, gguf_file = str(Path(pretrained).expanduser().parent), Path(pretrained).name
-            super().__init__(
-                source, device=device, dtype=dtype, batch_size=batch_size, gguf_file=gguf_file, **options
-            )
+            super().__init__(source, device=device, dtype=dtype, batch_size=batch_size, gguf_file=gguf_file, **options)
         use_coldpress(self.model, attn_implementation)
         self.asked = {
             "press": repr(self.press),
@@ -213,14 +235,16 @@ class ColdpressLM(HFLM):
         for i, (_, before, wanted) in enumerate(requests):
             if not 0 < len(wanted) <= self.max_length:
                 raise InputError(
-                    f"A continuation has {len(wanted)} tokens; it must have at least 1 and at most the {self.max_length} "
-                    "of max_length."
+                    f"A continuation has {len(wanted)} tokens; it must have at least 1 and at most max_length="
+                    f"{self.max_length}."
                 )
             ids = (before + wanted)[-(self.max_length + 1) :]  # as many as the model is fed, and one more to predict
             n_cut += len(ids) < len(before) + len(wanted)
             jobs.setdefault(tuple(ids[: -len(wanted)]), []).append((i, tuple(wanted)))
         if n_cut:
-            LOG.warning("%d of %d contexts are cut on the left to fit into max_length.", n_cut, len(requests))
+            LOG.warning(
+                "The contexts of %d of %d requests are cut on the left to fit into max_length.", n_cut, len(requests)
+            )
         answers: dict[int, tuple[float, bool]] = {}
         bar = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Running loglikelihood requests")
         for contexts, is_pressed in self._batches(jobs):
@@ -239,15 +263,22 @@ class ColdpressLM(HFLM):
         for context in sorted(contexts, key=lambda context: (-len(context), context)):
             kinds.setdefault((self._is_pressed(len(context)), len(context) > 1), []).append(context)
         for (is_pressed, _), alike in kinds.items():
-            for batch in _pieces(alike, self._rows(is_pressed)):
-                yield batch, is_pressed
+            while alike:
+                n = self._rows(is_pressed)
+                yield alike[:n], is_pressed
+                alike = alike[n:]
 
     def _is_pressed(self, n_tokens: int) -> bool:
         """Whether a context of so many tokens is compressed; the last one is held back."""
         return (self.press is not None or self.kv_bits is not None) and n_tokens - 1 >= self.min_context_tokens
 
     def _rows(self, is_pressed: bool) -> int:
-        """How many contexts are prefilled together: some presses take one text at a time."""
+        """How many contexts are prefilled together: some presses take one text at a time.
+
+        Until compression has had an effect it is one too: bit for bit the same are only scores without padding.
+        """
+        if is_pressed and self._is_to_be_proved:
+            return 1
         if is_pressed and self.press is not None:
             try:
                 self.press.check_prefill(torch.empty(2, 1, dtype=torch.long), has_padding=True)
@@ -271,17 +302,12 @@ class ColdpressLM(HFLM):
             for keys in _pieces(list(fed), int(self.batch_size)):
                 rows = torch.tensor([row for row, _ in keys], device=self.device)
                 tokens = [tokens for _, tokens in keys]
-                logs = self._log_probs(cache, mask, rows, tokens)
-                if full is not None and any(
-                    not torch.equal(own, its)
-                    for own, its in zip(logs, self._log_probs(full, mask, rows, tokens), strict=True)
-                ):
+                found = self._predictions(cache, mask, rows, tokens)
+                if full is not None and found != self._predictions(full, mask, rows, tokens):
                     self._proof = None
-                for key, log_probs in zip(keys, logs, strict=True):  # [n, V] each
+                for key, prediction in zip(keys, found, strict=True):
                     for i, wanted in fed[key]:
-                        target = torch.tensor(wanted, device=log_probs.device)[:, None]
-                        total = math.fsum(log_probs.gather(-1, target)[:, 0].tolist())
-                        yield i, (total, bool((log_probs.argmax(-1) == target[:, 0]).all()))
+                        yield i, prediction.of(wanted[-1])
             if full is not None and self._proof is not None:
                 self._proof += len(contexts)
                 if self._proof >= PROOF_CONTEXTS:
@@ -290,9 +316,9 @@ class ColdpressLM(HFLM):
     def _prefilled(self, ids: Tensor, mask: Tensor | None, is_pressed: bool, stack: ExitStack) -> PressedCache:
         """The cache of ``ids [B, C]``; a press that goes on while decoding is shown the rest until ``stack`` closes."""
         press, kv_bits = (self.press, self.kv_bits) if is_pressed else (None, None)
-        cache = PressedCache(press, chunk_tokens=self.chunk_tokens, kv_bits=kv_bits)
         if not ids.shape[1]:
-            return cache
+            return PressedCache()
+        cache = PressedCache(press, chunk_tokens=self.chunk_tokens, kv_bits=kv_bits)
         with ExitStack() as block:
             block.enter_context(prefilling(self.model, cache))
             backbone = getattr(self.model, self.model.base_model_prefix, self.model)  # logits are not needed
@@ -304,30 +330,42 @@ class ColdpressLM(HFLM):
             check_stored_pairs(press, cache, ids.shape[1])
         return cache
 
-    def _log_probs(
+    def _predictions(
         self, cache: PressedCache, mask: Tensor | None, rows: Tensor, fed: Sequence[_Context]
-    ) -> list[Tensor]:
-        """What ``fed`` predicts behind rows of ``cache``, whose ``mask`` is ``[B, C]``: float32 ``[n, V]`` for each."""
+    ) -> list[_Prediction]:
+        """What is predicted where each of ``fed`` stands behind its row of ``cache``, whose ``mask`` is ``[B, C]``."""
         width = max(len(tokens) for tokens in fed)
         ids = torch.tensor([[*tokens, *[0] * (width - len(tokens))] for tokens in fed], device=self.device)
+        wanted = ids.roll(-1, 1)
         branch = cache.fork()
         branch.batch_select_indices(rows)
         # A press that goes on would evict after a call: what is written is fed as it is written, token by token.
         step = 1 if cache.press is not None and cache.press.goes_on else width
         takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
-        blocks = []
+        own, is_top = [], []
+        last: dict[int, Tensor] = {}
         for start in range(0, width, step):
             options: dict[str, Any] = {}
             if mask is not None:
-                own = mask[rows]
-                options["attention_mask"] = torch.cat([own, own.new_ones(len(rows), start + step)], 1)
+                seen = mask[rows]
+                options["attention_mask"] = torch.cat([seen, seen.new_ones(len(rows), start + step)], 1)
                 if takes_positions:
                     steps = torch.arange(start, start + step, device=self.device)
-                    options["position_ids"] = own.sum(-1, keepdim=True) + steps
+                    options["position_ids"] = seen.sum(-1, keepdim=True) + steps
             logits = self.model(ids[:, start : start + step], past_key_values=branch, use_cache=True, **options).logits
-            blocks += [part.float().log_softmax(-1) for part in logits.split(BLOCK_TOKENS, 1)]
-        found = torch.cat(blocks, 1)
-        return [found[i, : len(tokens)] for i, tokens in enumerate(fed)]
+            for i, part in enumerate(logits.split(BLOCK_TOKENS, 1)):
+                first = start + i * BLOCK_TOKENS
+                log_probs, target = part.float().log_softmax(-1), wanted[:, first : first + part.shape[1], None]
+                own.append(log_probs.gather(-1, target)[..., 0].cpu())
+                is_top.append((log_probs.argmax(-1) == target[..., 0]).cpu())
+                for row, tokens in enumerate(fed):
+                    if first < len(tokens) <= first + part.shape[1]:
+                        last[row] = log_probs[row, len(tokens) - 1 - first].cpu()
+        losses, tops = torch.cat(own, 1), torch.cat(is_top, 1)
+        return [
+            _Prediction(losses[row, : len(tokens) - 1].tolist(), bool(tops[row, : len(tokens) - 1].all()), last[row])
+            for row, tokens in enumerate(fed)
+        ]
 
     # -- texts ------------------------------------------------------------------------------------------------------
 
@@ -347,7 +385,9 @@ class ColdpressLM(HFLM):
             kinds.setdefault(self._is_pressed(length), []).append(row)
         written: dict[int, Tensor] = {}
         for is_pressed, alike in kinds.items():
-            for rows in _pieces(alike, self._rows(is_pressed)):
+            while alike:
+                n = self._rows(is_pressed)
+                rows, alike = alike[:n], alike[n:]
                 begin = int((mask[rows].sum(0) == 0).sum())  # columns that are padding in all of these rows
                 ids, own = context[rows, begin:], mask[rows, begin:]
                 texts = [tuple(row[seen.bool()].tolist()) for row, seen in zip(ids, own, strict=True)]
@@ -383,10 +423,10 @@ class ColdpressLM(HFLM):
         """Say how many contexts were left as they are; refuse if nothing was removed and something should have been."""
         if not self.compresses or not self.contexts:
             return
-        if self.left_whole:
+        if self.left_whole or (not self.removed_tokens and self.kv_bits is None):
             LOG.warning(
-                "%d of %d contexts were left uncompressed: the press would have got fewer than min_context_tokens=%d of "
-                "their tokens. Of all context tokens %.1f %% were removed.",
+                "%d of %d contexts were left uncompressed: the press would have got fewer than min_context_tokens=%d "
+                "of their tokens. Of the tokens of all contexts %.1f %% were removed.",
                 *(self.left_whole, self.contexts, self.min_context_tokens),
                 100 * self.removed_tokens / self.context_tokens if self.context_tokens else 0.0,
             )
@@ -409,7 +449,9 @@ def _press(
     given = [*([] if ratio is None else ["compression_ratio"]), *sizes, *(["press_args"] if parameters else [])]
     if isinstance(press, BasePress) or press in (None, NO_PRESS):
         if given and not (press in (None, NO_PRESS) and given == ["compression_ratio"] and not ratio):
-            raise PressError(f"{' and '.join(given)} belong to a press that is named; give press=NAME, or leave them out.")
+            raise PressError(
+                f"{' and '.join(given)} belong to a press that is named; give press=NAME, or leave them out."
+            )
         return press if isinstance(press, BasePress) else None
     if not isinstance(press, str):
         raise PressError(f"press must be the name of a press or a press such as SnapKVPress(0.5), got {press!r}.")
