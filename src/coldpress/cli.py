@@ -14,7 +14,7 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from coldpress.errors import InputError, SelfCheckError, nearest
 __all__ = ["main"]
 
 BITS = (8, 4, 2)  # those of coldpress.quantised, which takes torch along
+PPL_PRESETS = ("hf-strided", "gptq", "llamacpp", "lm-eval")  # those of coldpress.eval.settings, likewise
 
 
 class _Parser(argparse.ArgumentParser):
@@ -180,13 +181,17 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what is measured")
     _add_sources(what, "test")
     add = what.add_argument
-    add("--press", nargs="+", help="names of presses, no_press (the default), or all")
-    add("--compression_ratio", nargs="+", type=float, help="fraction of the pairs to remove, in [0, 1) (default: 0.5)")
-    add("--budget_tokens", nargs="+", type=_positive, help="instead of a ratio: pairs that a head keeps, on average")
-    add("--budget_bytes", nargs="+", type=_positive, help="instead of a ratio: bytes of the kept pairs of one text")
+    several = partial(add, nargs="+", action=_Several)  # with blanks or commas between them
+    several("--press", type=_listed(str), help="names of presses, no_press (the default), or all")
+    several(
+        "--compression_ratio", type=_listed(float), help="fraction of the pairs to remove, in [0, 1) (default: 0.5)"
+    )
+    several("--budget_tokens", type=_listed(_positive), help="instead of a ratio: pairs that a head keeps, on average")
+    several("--budget_bytes", type=_listed(_positive), help="instead of a ratio: bytes of the kept pairs of one text")
     add("--press_args", type=_json_object, help="parameters of a single press as JSON, such as '{\"window_size\": 32}'")
     add("--chunk_tokens", type=_positive, help="read prompts in pieces of so many tokens, and compress after each")
-    add("--kv_bits", nargs="+", type=int, choices=BITS, help="hold what is kept in so few bits, its newest pairs not")
+    bits, shown = _listed(int, BITS), f"{{{','.join(map(str, BITS))}}}"
+    several("--kv_bits", type=bits, metavar=shown, help="hold what is kept in so few bits, its newest pairs not")
     add("--kv_group_size", type=_positive, help="numbers that share a step then (default: 64)")
     add("--kv_residual_tokens", type=_not_negative, help="newest pairs that stay as they are then (default: 128)")
     ppl = parser.add_argument_group("perplexity")
@@ -196,6 +201,11 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--ppl_mode",
         choices=("prefix", "streaming"),
         help="prefix: as --ppl_apply_press; streaming: read each text to its end, the cache cut back on the way",
+    )
+    add(
+        "--ppl_preset",
+        choices=PPL_PRESETS,
+        help="the uncompressed model's perplexity as others measure it (docs/measuring.md)",
     )
     add("--stream_chunk", type=_positive, help="streaming: tokens between two cuts (default: 64)")
     add(
@@ -236,6 +246,35 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--seed", type=_not_negative, help="of random presses and of the order of timings (default: 0)")
     add("--output_dir", help="folder of the results (default: results/perplexity)")
+
+
+class _Several(argparse.Action):
+    """An option that takes lists of values, and joins them: ``0.25,0.5 0.9`` is three."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        setattr(namespace, self.dest, [value for part in values for value in part])
+
+
+def _listed(one: Callable[[str], Any], choices: Sequence[Any] = ()) -> Callable[[str], list[Any]]:
+    """What reads values of the type ``one`` with commas between them; what ends in a comma is as without it."""
+
+    def read(text: str) -> list[Any]:
+        parts = [part.strip() for part in text.split(",")]
+        values = []
+        for part in [part for part in parts if part] or [text]:
+            try:
+                values.append(one(part))
+            except ValueError as error:
+                raise argparse.ArgumentTypeError(f"invalid {one.__name__} value: {part!r}") from error
+            if choices and values[-1] not in choices:
+                raise argparse.ArgumentTypeError(
+                    f"invalid choice: {values[-1]} (choose from {', '.join(map(str, choices))})"
+                )
+        return values
+
+    return read
 
 
 def _integer(text: str, minimum: int, maximum: int = 2**63 - 1) -> int:

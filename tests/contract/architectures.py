@@ -210,3 +210,9 @@ class Look(BasePress):
 def tokens(*shape: int, seed: int = 0) -> Tensor:
     """Random token ids without the special ones."""
     return torch.randint(3, N_VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def distinct_tokens(rows: int, n: int, seed: int = 0) -> Tensor:
+    """Random token ids, none twice in a row: keys of one token tie up to rounding wherever positions do not count."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randperm(N_VOCAB - 3, generator=generator)[:n] + 3 for _ in range(rows)])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -29,6 +31,7 @@ from coldpress import (
     ThinKPress,
 )
 from coldpress.errors import PressError, SelfCheckError
+from coldpress.eval.ledger import Ledger
 from coldpress.eval.prefix import PrefixRun
 from coldpress.eval.windows import plan_prefix
 from coldpress.presses.registry import make_press
@@ -211,7 +214,8 @@ def test_bits_that_nothing_is_held_in_are_no_error_and_change_nothing(model: Pre
     run.run()
     baseline, same = (only(result) for _, result in run.results())
     assert nlls(same) == nlls(baseline) and same["kv_bytes"] == baseline["kv_bytes"]
-    run.points[0].kv_bytes = 1
+    for done in run.done:
+        done[run.points[0].key] = dataclasses.replace(done[run.points[0].key], kv_bytes=1)
     _, (_, wrong) = run.results()
     assert isinstance(wrong, SelfCheckError) and "None in 4 bits: all" in str(wrong)
 
@@ -387,8 +391,8 @@ def test_an_interruption_between_windows_leaves_whole_windows(model: PreTrainedM
     plan = plan_prefix(500, CONTEXT, TARGET)
     run = PrefixRun(model, [KnormPress(0.5)], [(text, plan)])
 
-    def interrupted(batches: list[Tensor]) -> Iterator[Tensor]:
-        yield from batches[:2]
+    def interrupted(batches: Iterator[Any]) -> Iterator[Any]:
+        yield from itertools.islice(batches, 2)
         raise KeyboardInterrupt
 
     assert list(run.results()) == []
@@ -454,7 +458,7 @@ def test_in_pieces_every_press_has_a_prefill_of_its_own(model: PreTrainedModel, 
 
 
 def test_in_pieces_batches_change_nothing(model: PreTrainedModel, text: Tensor) -> None:
-    presses: list[BasePress] = [KnormPress(0.5)]
+    presses: list[BasePress] = [SnapKVPress(0.5, window_size=4)]  # norms of a token that comes twice tie
     (_, one), (_, four) = (measure(model, presses, [text], size, 8) for size in (1, 4))
     assert nlls(one[1]) == pytest.approx(nlls(four[1]), abs=1e-4)
 
@@ -470,3 +474,101 @@ def test_in_pieces_a_press_that_fails_stops_no_other(model: PreTrainedModel, tex
     _, results = measure(model, [FailsLate(0.5), KnormPress(0.5)], [text], 1, 8)
     assert isinstance(results[1], RuntimeError) and "not the last one" in str(results[1])
     assert only(results[2])["kv_len_after"] == [30, 30]
+
+
+# A run that was killed
+
+
+def counting(model: PreTrainedModel) -> list[int]:
+    """Tokens of every forward pass from now on."""
+    lengths: list[int] = []
+    model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append((args[0] if args else kwargs["input_ids"]).shape[1]),
+        with_kwargs=True,
+    )
+    return lengths
+
+
+def test_a_run_goes_on_from_its_ledger(model: PreTrainedModel, text: Tensor, tmp_path: Path) -> None:
+    presses: list[BasePress] = [KnormPress(0.5), SnapKVPress(0.5, window_size=8)]
+    documents = [(text, plan_prefix(len(text), CONTEXT, TARGET))]
+    _, whole = measure(model, presses, [text])
+    ledger = Ledger(tmp_path / "ledger")
+    first = PrefixRun(model, presses, documents, ledger=ledger)
+
+    def killed(batches: Iterator[Any]) -> Iterator[Any]:
+        yield from itertools.islice(batches, 3)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        first.run(killed)
+    lengths = counting(model)
+    again = PrefixRun(model, presses, documents, ledger=ledger)
+    again.run()
+    assert lengths.count(CONTEXT) == 2 and again.is_complete  # of five windows
+    assert [result for _, result in again.results()] == whole
+    lengths.clear()
+    more = PrefixRun(model, [*presses, KnormPress(0.25)], documents, ledger=ledger)
+    more.run()
+    assert lengths.count(TARGET - 1) == 5 * 2 + 1  # the baseline and the new one, and that at ratio 0
+    assert [result for _, result in more.results()][:3] == whole
+    ledger.clear()
+    assert not (tmp_path / "ledger").exists()
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x08\0\0\0\0\0\0\0{}      ", None])
+def test_a_damaged_ledger_is_measured_again(
+    model: PreTrainedModel, text: Tensor, tmp_path: Path, damage: bytes | None
+) -> None:
+    documents = [(text[:200], plan_prefix(200, CONTEXT, TARGET))]
+    run = PrefixRun(model, [KnormPress(0.5)], documents, ledger=Ledger(tmp_path))
+    run.run()
+    file = sorted(tmp_path.iterdir())[1]
+    file.write_bytes(file.read_bytes()[:-9] if damage is None else damage)
+    lengths = counting(model)
+    again = PrefixRun(model, [KnormPress(0.5)], documents, ledger=Ledger(tmp_path))
+    again.run()
+    assert lengths.count(CONTEXT) == 1
+    assert list(map(str, again.results())) == list(map(str, run.results()))
+
+
+# Beside the losses
+
+
+def test_greedy_agreement_counts_the_tokens_before_the_first_that_differs(
+    model: PreTrainedModel, plain: PreTrainedModel, text: Tensor
+) -> None:
+    press, n_tokens = KnormPress(0.05), 12
+    run = PrefixRun(model, [press], [(text, plan_prefix(500, CONTEXT, TARGET))], greedy_tokens=n_tokens)
+    run.run()
+    (_, baseline), (_, result) = run.results()
+    assert "greedy_agreement" not in only(baseline)
+    expected = []
+    for start in range(0, 500 - CONTEXT - TARGET + 1, CONTEXT + TARGET):
+        ids = text[None, start : start + CONTEXT + 1]  # the first target is given
+        whole, past, token, n_same = ids, PressedCache(press), ids[:, -1:], 0
+        with torch.no_grad():
+            model(ids[:, :-1], past_key_values=past)
+            for _ in range(n_tokens):
+                token = model(token, past_key_values=past).logits[:, -1:].argmax(-1)
+                whole = torch.cat([whole, plain(whole).logits[:, -1:].argmax(-1)], dim=1)
+                if token != whole[:, -1:]:
+                    break
+                n_same += 1
+        expected.append(n_same)
+    agreement = only(result)["greedy_agreement"]
+    assert agreement["lengths"] == expected and len(set(expected)) > 1
+    assert agreement["mean"] == pytest.approx(sum(expected) / 5) and agreement["windows"] == 5
+    _, without = measure(model, [press], [text])
+    assert nlls(without[1]) == nlls(result)
+
+
+def test_differences_by_distance_add_up_to_the_whole(model: PreTrainedModel, text: Tensor) -> None:
+    _, (baseline, result) = measure(model, [KnormPress(0.5)], [text])
+    record = only(result)
+    deltas = record["delta_by_distance"]
+    assert list(deltas) == list(record["nll_by_distance"]) == ["1-16", "17-23"]
+    for name, part in deltas.items():
+        assert part["delta"] == pytest.approx(record["nll_by_distance"][name] - only(baseline)["nll_by_distance"][name])
+        assert part["ci95"][0] < part["delta"] < part["ci95"][1]
+    assert (16 * deltas["1-16"]["delta"] + 7 * deltas["17-23"]["delta"]) / 23 == pytest.approx(record["delta_nll"])

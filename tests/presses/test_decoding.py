@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from tests.contract.architectures import N_VOCAB, Look, tiny, tokens
+from tests.contract.architectures import Look, distinct_tokens, tiny, tokens
 from tests.presses.views import rotated, unrotated
 from torch import Tensor
 
@@ -375,9 +375,7 @@ def test_cam_by_hand(model: str) -> None:
             return kept
 
     press = Asks(KnormPress(), 6, 12, merge_budget=3)
-    ids = 3 + torch.randperm(N_VOCAB - 3, generator=torch.Generator().manual_seed(0))[None, : 16 + 18]
-    assert len(ids.unique()) == 34  # keys of one token have one norm up to rounding, which the kernels decide
-    decoded(press, 16 + 18, model=model, ids=ids)
+    decoded(press, 16 + 18, model=model, ids=distinct_tokens(1, 16 + 18))
     before, after = [pair for pair in shown if pair[0].layer_idx == 0][-2:]
     view, kept = after
     n_merged = 0
@@ -429,7 +427,7 @@ def test_cam_repeats_with_the_seed() -> None:
     ],
 )
 def test_a_padded_row_decodes_as_it_does_alone(press: BasePress) -> None:
-    model, ids = tiny("gpt_neox"), tokens(3, 50)
+    model, ids = tiny("gpt_neox"), distinct_tokens(3, 50)
     pads = [0, 3, 9]
     mask = torch.ones(3, 50, dtype=torch.long)
     for row, n in enumerate(pads):
@@ -470,7 +468,7 @@ def test_a_padded_row_decodes_as_it_does_alone(press: BasePress) -> None:
 )
 def test_a_row_whose_newest_tokens_are_padding_waits(press: BasePress) -> None:
     """Its turn is shorter than the others': it keeps what it holds, and is cut back with them the next time."""
-    model, ids, mask = tiny("llama"), tokens(2, 52), torch.ones(2, 52, dtype=torch.long)
+    model, ids, mask = tiny("llama"), distinct_tokens(2, 52), torch.ones(2, 52, dtype=torch.long)
     mask[1, 32:40] = 0
     places, past = mask.cumsum(-1) - 1, PressedCache(press)
     runs = {}

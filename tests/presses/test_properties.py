@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.contract.architectures import tiny, tokens
+from tests.contract.architectures import distinct_tokens, tiny, tokens
 from tests.presses.others import IN_BLOCK, OTHERS, WITH_RATIO, other_press
 from tests.presses.others import press_of as small_press_of
 from tests.presses.replays import Words
@@ -174,7 +174,7 @@ def test_permuting_rows_permutes_results(name: str, view: LayerView, ratio: floa
 @every_press
 @pytest.mark.parametrize("model", ["gpt_neox", "llama"])
 def test_a_padded_row_keeps_what_it_keeps_alone(name: str, model: str) -> None:
-    row, others = tokens(1, 33), tokens(2, 41, seed=7)
+    row, others = distinct_tokens(1, 33), tokens(2, 41, seed=7)
     batch = torch.cat([others[:1], torch.cat([torch.zeros(1, 8, dtype=torch.long), row], 1), others[1:]])
     mask = torch.ones_like(batch)
     mask[1, :8] = 0

@@ -17,10 +17,11 @@ from coldpress.calibration import calibrate
 from coldpress.errors import DataError, OutputError, PressError
 from coldpress.eval.datasets import WHOLE, load_corpus
 from coldpress.eval.models import load_model, pick_device
-from coldpress.eval.plan import UNKNOWN_POSITIONS, tokenize
+from coldpress.eval.plan import UNKNOWN_POSITIONS
 from coldpress.eval.progress import note, progress
 from coldpress.eval.results import check_writable
 from coldpress.eval.settings import check_types
+from coldpress.eval.tokens import tokenize
 from coldpress.presses.calibrated import Calibrated
 from coldpress.presses.registry import catalogue, make_press, press_names
 
@@ -74,7 +75,7 @@ def make_artefact(settings: CalibrationSettings) -> Path:
     shape = Shape.of_config(loaded.model.config)
     path = artefact_path(press.artefact, shape.name, press.variant()) if s.output is None else Path(s.output)
     check_writable(path.expanduser().parent)
-    documents = [ids for _, ids in tokenize(corpus, loaded.tokenizer, s.limit_tokens)]
+    documents = [tokens.ids for tokens in tokenize(corpus, loaded.tokenizer, s.limit_tokens)]
     loaded.check_ids(documents)
     longest, length = loaded.max_positions or UNKNOWN_POSITIONS, s.sample_tokens
     if length > longest:

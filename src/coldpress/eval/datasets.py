@@ -19,7 +19,7 @@ import hashlib
 import importlib.resources
 import re
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,14 @@ FILE_BUILDERS = {".parquet": "parquet", ".jsonl": "json"}
 
 @dataclass(frozen=True)
 class Document:
-    """One text that is evaluated by itself: no context crosses into the next one."""
+    """One text that is evaluated by itself: no context crosses into the next one.
+
+    original: the text as it was before it was rewritten for a tokenizer; None if it was not.
+    """
 
     doc_id: str
     text: str
+    original: str | None = None
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Corpus:
     """What was loaded, with all that a result must say about it.
 
     name: as asked for. source: hub id, or the path as it was given. join: how rows became one text, None when they
-    did not.
+    did not. rows: these rows, so that they can be joined in other ways; None likewise.
     """
 
     name: str
@@ -58,6 +62,7 @@ class Corpus:
     split: str
     join: str | None
     documents: tuple[Document, ...]
+    rows: tuple[str, ...] | None = field(default=None, repr=False)
 
     @property
     def text_sha256(self) -> str:
@@ -135,7 +140,8 @@ def load_corpus(
         )
     what = dataset if source == dataset or path.exists() else f"{dataset} ({source})"
     documents, join = _documents(rows, what, joined, sample_idx)
-    return Corpus(dataset, source, subset, split, join, documents)
+    lines = None if join is None else tuple(text or "" for text in rows["text"][:])
+    return Corpus(dataset, source, subset, split, join, documents, lines)
 
 
 def _short() -> str:

@@ -10,8 +10,26 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-__all__ = ["Paired", "paired_difference", "perplexity", "quantiles", "student_t_975"]
+import torch
+from torch import Tensor
+
+__all__ = [
+    "FEW_WINDOWS",
+    "ClusteredMean",
+    "Paired",
+    "bits_per_byte",
+    "bootstrap_difference",
+    "clustered_mean",
+    "iid_se",
+    "paired_difference",
+    "perplexity",
+    "quantiles",
+    "student_t_975",
+]
+
+FEW_WINDOWS = 30  # with fewer, the bootstrap stands beside Student's t
 
 
 @dataclass(frozen=True)
@@ -54,6 +72,86 @@ def paired_difference(counts: Sequence[int], losses: Sequence[float], baseline: 
     se = math.sqrt(n_windows / (n_windows - 1) * squares) / total
     half = student_t_975(n_windows - 1) * se
     return Paired(delta, se, (delta - half, delta + half))
+
+
+class ClusteredMean(NamedTuple):
+    """Mean loss in nats a token, its standard error clustered by window, and its 95 % confidence interval.
+
+    The last two are None with a single window. exp of the interval's ends is that of the perplexity.
+    """
+
+    mean: float
+    se: float | None
+    ci95: tuple[float, float] | None
+
+
+def clustered_mean(counts: Sequence[int], losses: Sequence[float]) -> ClusteredMean:
+    """Mean of the losses themselves: :func:`paired_difference` to a baseline of 0.
+
+    Args:
+        counts: scored tokens of each window.
+        losses: sums of their losses, in nats.
+    """
+    found = paired_difference(counts, losses, [0.0] * len(counts))
+    return ClusteredMean(found.delta, found.se, found.ci95)
+
+
+def bootstrap_difference(
+    counts: Sequence[int],
+    losses: Sequence[float],
+    baseline: Sequence[float] | None = None,
+    *,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> tuple[float, float] | None:
+    """95 % interval of the mean difference from windows drawn anew, as many as there are, with replacement.
+
+    The ends are the 2.5 % and 97.5 % points of sum d_w / sum n_w over the draws: no normal distribution is assumed, as
+    by Student's t. With very few windows it is too narrow, because it never sees a window that was not drawn.
+
+    Args:
+        counts, losses, baseline: as those of :func:`paired_difference`; no baseline is one of 0.
+        resamples, seed: how often is drawn, and the seed of the drawing: the same every time.
+
+    Returns:
+        None with a single window.
+    """
+    n_windows = len(counts)
+    differences = [a - b for a, b in zip(losses, baseline or [0.0] * n_windows, strict=True)]
+    if n_windows < 2:
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(n_windows, (resamples, n_windows), generator=generator)
+    d, n = (torch.tensor(column, dtype=torch.float64)[drawn].sum(1) for column in (differences, counts))
+    low, high = torch.quantile(d / n, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def iid_se(values: Tensor) -> float | None:
+    """The standard error that llama.cpp's perplexity tool prints, which takes tokens for independent.
+
+    sqrt((mean(v**2) - mean(v)**2) / (n - 1)). Tokens of one text are not independent, so it is too small; it is for
+    comparison with what that tool says. Of its log-ratio of perplexities, ``values`` are the differences of the losses,
+    which is its Var_Q + Var_base - 2 Cov.
+
+    Args:
+        values: losses, or their differences to the baseline's, of single tokens, any shape.
+
+    Returns:
+        None for fewer than two.
+    """
+    v = values.double().flatten()
+    return None if len(v) < 2 else float((v.var(correction=0) / (len(v) - 1)).sqrt())
+
+
+def bits_per_byte(nll: float, n_bytes: int) -> float | None:
+    """Bits for each byte of text, ``nll / (n_bytes * ln 2)``: comparable between tokenizers, as perplexity is not.
+
+    Args:
+        nll: sum of the losses of the scored tokens, in nats.
+        n_bytes: bytes of the text these tokens stand for; None comes back if there are none.
+    """
+    return nll / (n_bytes * math.log(2)) if n_bytes else None
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Perplexity of an uncompressed model, with a strided sliding window. Under a press, see ``prefix.py``."""
+"""Perplexity of an uncompressed model: a strided sliding window, or a preset. Under a press, see ``prefix.py``."""
 
 from __future__ import annotations
 
@@ -14,14 +14,22 @@ from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.cache import PressedCache
 from coldpress.errors import SelfCheckError
-from coldpress.eval.metrics import perplexity
+from coldpress.eval.metrics import (
+    FEW_WINDOWS,
+    bits_per_byte,
+    bootstrap_difference,
+    clustered_mean,
+    iid_se,
+    perplexity,
+)
+from coldpress.eval.presets import PRESETS
 from coldpress.eval.windows import Window, plan_strided, strided_scored_tokens
 
 __all__ = ["BLOCK_TOKENS", "forward", "plain_perplexity", "token_losses"]
 
 BLOCK_TOKENS = 128  # rows of the vocabulary-sized arithmetic that are held at once
 
-_Job = tuple[Tensor, Window]  # a document's ids and one of its windows
+_Job = tuple[int, Window]  # number of a document, and one of its windows
 
 
 def forward(model: PreTrainedModel, input_ids: Tensor, cache: PressedCache | None, keep: int = 0) -> Tensor:
@@ -48,41 +56,102 @@ def plain_perplexity(
     *,
     max_length: int,
     stride: int,
+    preset: str | None = None,
+    token_bytes: Sequence[Tensor | None] = (),
+    units: Sequence[tuple[int, int]] | None = None,
     batch_size: int = 1,
     progress: Callable[[Any], Any] = iter,
 ) -> dict[str, Any]:
-    """Perplexity of the uncompressed model with a strided sliding window; every token is scored exactly once.
+    """Perplexity of the uncompressed model: with a strided sliding window, or as a preset cuts the documents.
 
     Args:
         model: a causal language model.
         documents: token ids, int64 ``[N]`` each; windows never cross from one to the next.
         max_length, stride: see :func:`coldpress.eval.windows.plan_strided`.
+        preset: one of :data:`coldpress.eval.presets.PRESETS`; None for a strided window, where every token but the
+            first is scored once.
+        token_bytes: what each token of each document stands for, int64 ``[N]``, for bits per byte; None or nothing
+            where that is unknown.
+        units: words and bytes of each document, by which lm-eval divides.
         batch_size: windows that are run together; those of another length than their neighbours run alone.
         progress: wraps the list of batches, for a progress bar.
 
     Returns:
-        ``scored_tokens``, ``windows``, ``loss`` (nats a token), ``ppl``, ``nll`` (the sum) as a dictionary.
+        ``scored_tokens``, ``windows``, ``loss`` (nats a token), ``ppl``, ``nll`` (the sum), ``ppl_ci95`` (clustered by
+        window, by document for lm-eval; None with one), ``ppl_se`` (as llama.cpp prints it, for independent tokens),
+        ``scored_bytes`` and ``bits_per_byte`` (None where unknown). With few windows also
+        ``ppl_bootstrap_ci95``; with ``units`` also ``scored_words``, ``word_perplexity`` and ``byte_perplexity``.
 
     Raises:
         SelfCheckError: a loss is not finite, or the number of scored tokens is not what the formula says.
     """
     device = next(model.parameters()).device
-    jobs = [(ids, window) for ids in documents for window in plan_strided(len(ids), max_length, stride)]
-    total, scored = 0.0, 0
+    cut = plan_strided if preset is None else PRESETS[preset].windows
+    jobs = [(i, window) for i, ids in enumerate(documents) for window in cut(len(ids), max_length, stride)]
+    rows: list[Tensor] = []  # losses of each window, in the order of the jobs
     for batch in progress(list(_batches(jobs, batch_size))):
-        ids = torch.stack([ids[window.begin : window.end] for ids, window in batch]).to(device)
+        ids = torch.stack([documents[i][window.begin : window.end] for i, window in batch]).to(device)
         n = batch[0][1].n_scored
-        logits = forward(model, ids, None, keep=n + 1)[:, :-1]
-        losses = token_losses(logits, ids[:, -n:])
-        total += float(losses.cpu().double().sum())
-        scored += losses.numel()
-    expected = sum(strided_scored_tokens(len(ids), max_length, stride) for ids in documents)
+        losses = token_losses(forward(model, ids[:, :-1], None, keep=n), ids[:, -n:])
+        rows += losses.cpu()
+    scored = sum(len(row) for row in rows)
+    expected = sum(_scored_tokens(len(ids), max_length, stride, preset) for ids in documents)
     if scored != expected:
         raise SelfCheckError(f"{scored} tokens were scored, the windows' formula says {expected}.")
+    sums = [float(row.double().sum()) for row in rows]
+    total = math.fsum(sums)
     if not math.isfinite(total):
         raise SelfCheckError(f"The loss is {total}: the model's logits are not finite in {model.dtype}.")
     loss = total / scored
-    return {"scored_tokens": scored, "windows": len(jobs), "nll": total, "loss": loss, "ppl": perplexity(loss)}
+    result: dict[str, Any] = {"scored_tokens": scored, "windows": len(jobs), "nll": total, "loss": loss}
+    result["ppl"] = perplexity(loss)
+    result |= _error_bars(jobs, rows, sums, by_document=units is not None)
+    n_bytes = _scored_bytes(jobs, token_bytes)
+    if units is not None:
+        n_words, n_bytes = (sum(column) for column in zip(*units, strict=True))
+        result |= {"scored_words": n_words, "word_perplexity": perplexity(total / n_words)}
+        result["byte_perplexity"] = perplexity(total / n_bytes)
+    return result | {"scored_bytes": n_bytes, "bits_per_byte": bits_per_byte(total, n_bytes or 0)}
+
+
+def _scored_tokens(n_tokens: int, length: int, stride: int, preset: str | None) -> int:
+    """How many tokens of a document must be scored, by a formula of its own."""
+    return (
+        strided_scored_tokens(n_tokens, length, stride) if preset is None else PRESETS[preset].scored(n_tokens, length)
+    )
+
+
+def _error_bars(
+    jobs: Sequence[_Job], rows: Sequence[Tensor], sums: Sequence[float], by_document: bool
+) -> dict[str, Any]:
+    """Intervals of perplexity: clustered by window or document, and as if tokens were independent."""
+    clusters: dict[Any, list[int]] = {}
+    for number, (document, window) in enumerate(jobs):
+        clusters.setdefault(document if by_document else (document, window.begin), []).append(number)
+    counts = [sum(len(rows[i]) for i in members) for members in clusters.values()]
+    nll = [math.fsum(sums[i] for i in members) for members in clusters.values()]
+    mean, _, ci = clustered_mean(counts, nll)
+    se = iid_se(torch.cat(list(rows)))
+    found: dict[str, Any] = {
+        "ppl_ci95": None if ci is None else [perplexity(ci[0]), perplexity(ci[1])],
+        "ppl_se": None if se is None else se * perplexity(mean),
+    }
+    if 1 < len(counts) < FEW_WINDOWS:
+        drawn = bootstrap_difference(counts, nll)
+        assert drawn is not None
+        found["ppl_bootstrap_ci95"] = [perplexity(drawn[0]), perplexity(drawn[1])]
+    return found
+
+
+def _scored_bytes(jobs: Sequence[_Job], token_bytes: Sequence[Tensor | None]) -> int | None:
+    """Bytes that the scored tokens stand for; None where a document's are unknown."""
+    total = 0
+    for document, window in jobs:
+        n_bytes = token_bytes[document] if token_bytes else None
+        if n_bytes is None:
+            return None
+        total += int(n_bytes[window.first_scored : window.end].sum())
+    return total
 
 
 def _batches(jobs: Sequence[_Job], size: int) -> Iterator[list[_Job]]:

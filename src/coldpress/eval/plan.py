@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from coldpress.errors import DataError, InputError
 from coldpress.eval.datasets import Corpus
+from coldpress.eval.presets import plan_preset
 from coldpress.eval.settings import Settings
+from coldpress.eval.tokens import Tokens, tokenize
 from coldpress.eval.windows import PrefixPlan, plan_prefix, plan_strided
 
-__all__ = ["UNKNOWN_POSITIONS", "Plan", "make_plan", "tokenize"]
+__all__ = ["UNKNOWN_POSITIONS", "Plan", "make_plan"]
 
 UNKNOWN_POSITIONS = 2048  # assumed where a model's configuration does not say
-
-_Documents = list[tuple[str, Tensor]]  # id and token ids, int64 [N]
 
 
 @dataclass(frozen=True)
@@ -38,6 +36,11 @@ class Plan:
         context_ids: what is prefilled when speed is measured, int64 ``[1, C]``; None when it is not.
         notes: what the user should know about the meaning of the numbers.
         stream_limit: of a stream, how much of each document is read at original positions; None for all.
+        token_bytes: UTF-8 bytes that each token of ``documents`` stands for, int64 ``[N]`` each, or None where the
+            tokenizer does not say (:func:`coldpress.eval.tokens.token_bytes`).
+        preset: the name of the preset (:mod:`coldpress.eval.presets`) that cuts the documents; None without one.
+        add_bos: whether the tokenizer's own first token stands before them.
+        units: words and bytes of each document, as lm-eval counts them; None but for that preset.
     """
 
     protocol: str
@@ -51,10 +54,19 @@ class Plan:
     context_ids: Tensor | None
     notes: tuple[str, ...]
     stream_limit: int | None = None
+    token_bytes: tuple[Tensor | None, ...] = ()
+    preset: str | None = None
+    add_bos: bool = False
+    units: tuple[tuple[int, int], ...] | None = None
 
 
 def make_plan(settings: Settings, corpus: Corpus, tokenizer: Any, max_positions: int | None) -> Plan:
     """Decide everything that can be decided before the model runs.
+
+    Args:
+        settings: what was asked for.
+        corpus: the text; for a preset, as :func:`coldpress.eval.presets.laid_out` has it.
+        tokenizer, max_positions: the model's.
 
     Raises:
         DataError: the text has too few tokens.
@@ -62,13 +74,15 @@ def make_plan(settings: Settings, corpus: Corpus, tokenizer: Any, max_positions:
     """
     s = settings
     limit = _Limit(s, max_positions)
+    if s.ppl_preset is not None:
+        return _preset(s, corpus, tokenizer, limit)
     documents = scored = tokenize(corpus, tokenizer, s.limit_tokens)
     max_length = stride = windows = context_ids = None
     protocol = "speed"
     stream_limit = None
     if s.ppl_mode == "streaming":
         protocol = f"stream-K{s.stream_chunk}"
-        stream_limit = _stream_limit(s, max(len(ids) for _, ids in documents), limit)
+        stream_limit = _stream_limit(s, max(len(tokens.ids) for tokens in documents), limit)
     elif s.ppl_apply_press:
         scored, windows = _prefix_windows(s, documents, limit)
         first = windows[0]
@@ -77,18 +91,17 @@ def make_plan(settings: Settings, corpus: Corpus, tokenizer: Any, max_positions:
         max_length = limit.within(s.max_length or limit.positions, "--max_length")
         stride = s.stride or min(512, max_length)
         protocol = f"strided-L{max_length}-S{stride}"
-        for _, ids in documents:
-            plan_strided(len(ids), max_length, stride)  # raises what the run would raise
+        for tokens in documents:
+            plan_strided(len(tokens.ids), max_length, stride)  # raises what the run would raise
     if s.chunk_tokens is not None:
         protocol += f"-chunk{s.chunk_tokens}"
     if not s.ppl_only:
         context_ids = _timed_context(s, documents, limit)
+    _note_bytes(scored, limit)
     return Plan(
         protocol=protocol,
-        doc_ids=tuple(doc_id for doc_id, _ in scored),
-        documents=tuple(ids for _, ids in scored),
-        total_tokens=sum(len(ids) for _, ids in documents),
-        tokens_sha256=hashlib.sha256(b"".join(ids.numpy().astype("<i8").tobytes() for _, ids in documents)).hexdigest(),
+        **_about(scored, documents),
+        total_tokens=sum(len(tokens.ids) for tokens in documents),
         max_length=max_length,
         stride=stride,
         windows=windows,
@@ -96,6 +109,42 @@ def make_plan(settings: Settings, corpus: Corpus, tokenizer: Any, max_positions:
         notes=tuple(limit.notes),
         stream_limit=stream_limit,
     )
+
+
+def _preset(s: Settings, corpus: Corpus, tokenizer: Any, limit: _Limit) -> Plan:
+    """The plan of ``--ppl_preset``."""
+    made = plan_preset(s, corpus, tokenizer, limit)
+    if made.units is None:
+        _note_bytes(made.documents, limit)
+    return Plan(
+        protocol=made.protocol,
+        **_about(made.documents, made.documents),
+        total_tokens=made.total_tokens,
+        max_length=made.max_length,
+        stride=made.stride,
+        windows=None,
+        context_ids=None,
+        notes=tuple(limit.notes),
+        preset=s.ppl_preset,
+        add_bos=made.add_bos,
+        units=made.units,
+    )
+
+
+def _about(scored: list[Tokens], every: list[Tokens]) -> dict[str, Any]:
+    """The fields of a plan that say which tokens there are."""
+    fed = b"".join(tokens.ids.numpy().astype("<i8").tobytes() for tokens in every)
+    return {
+        "doc_ids": tuple(tokens.doc_id for tokens in scored),
+        "documents": tuple(tokens.ids for tokens in scored),
+        "token_bytes": tuple(tokens.n_bytes for tokens in scored),
+        "tokens_sha256": hashlib.sha256(fed).hexdigest(),
+    }
+
+
+def _note_bytes(documents: list[Tokens], limit: _Limit) -> None:
+    if any(tokens.n_bytes is None for tokens in documents):
+        limit.notes.append("the tokenizer does not say where its tokens stand in the text: no bits per byte.")
 
 
 class _Limit:
@@ -120,34 +169,10 @@ class _Limit:
         return self.positions
 
 
-def tokenize(corpus: Corpus, tokenizer: Any, limit_tokens: int | None) -> _Documents:
-    """Token ids of each document, without special tokens, until ``--limit_tokens`` is reached.
-
-    Raises:
-        DataError: no document has two tokens.
-    """
-    left = limit_tokens if limit_tokens is not None else sys.maxsize
-    documents = []
-    for document in corpus.documents:
-        encoded = tokenizer(document.text, add_special_tokens=False, verbose=False)
-        ids = torch.tensor(encoded["input_ids"][:left], dtype=torch.long)
-        left -= len(ids)
-        if len(ids) >= 2:  # a token is scored from the one before it
-            documents.append((document.doc_id, ids))
-        if left < 2:
-            break
-    if not documents:
-        raise DataError(
-            "The text has fewer than 2 tokens; a token is scored from the one before it. Use a longer text"
-            f"{' or a larger --limit_tokens' if limit_tokens is not None else ''}."
-        )
-    return documents
-
-
-def _prefix_windows(s: Settings, documents: _Documents, limit: _Limit) -> tuple[_Documents, tuple[PrefixPlan, ...]]:
+def _prefix_windows(s: Settings, documents: list[Tokens], limit: _Limit) -> tuple[list[Tokens], tuple[PrefixPlan, ...]]:
     """The documents that are long enough, and their windows of a context and the targets after it."""
     base = limit.within(s.max_length, "--max_length") if s.max_length else limit.positions
-    longest = max(len(ids) for _, ids in documents)
+    longest = max(len(tokens.ids) for tokens in documents)
     if longest < base and s.context_tokens is None and s.target_tokens is None:
         if longest < 4:
             raise DataError(f"The text has {longest} tokens; at least 4 are needed for a context and two targets.")
@@ -160,11 +185,11 @@ def _prefix_windows(s: Settings, documents: _Documents, limit: _Limit) -> tuple[
     if width - target < 1:
         raise InputError(f"--target_tokens {target} leaves no room for a context in {width} positions.")
     context = width - target
-    fitting = [(doc_id, ids) for doc_id, ids in documents if len(ids) >= width]
+    fitting = [tokens for tokens in documents if len(tokens.ids) >= width]
     if fitting and len(fitting) < len(documents):
         limit.notes.append(f"{len(documents) - len(fitting)} document(s) shorter than {width} tokens are left out.")
     chosen = fitting or documents[:1]  # that is too short, which plan_prefix says
-    return chosen, tuple(plan_prefix(len(ids), context, target, s.stride) for _, ids in chosen)
+    return chosen, tuple(plan_prefix(len(tokens.ids), context, target, s.stride) for tokens in chosen)
 
 
 def _stream_limit(s: Settings, longest: int, limit: _Limit) -> int | None:
@@ -189,12 +214,12 @@ def _stream_limit(s: Settings, longest: int, limit: _Limit) -> int | None:
     return limit.positions
 
 
-def _timed_context(s: Settings, documents: _Documents, limit: _Limit) -> Tensor:
+def _timed_context(s: Settings, documents: list[Tokens], limit: _Limit) -> Tensor:
     """The first tokens of the first document that has ``--context_limit`` of them, or else of the longest one."""
-    long_enough = (ids for _, ids in documents if len(ids) >= s.context_limit)
+    long_enough = (tokens.ids for tokens in documents if len(tokens.ids) >= s.context_limit)
     ids = next(long_enough, None)
     if ids is None:
-        ids = max((ids for _, ids in documents), key=len)
+        ids = max((tokens.ids for tokens in documents), key=len)
     wanted = min(s.context_limit, len(ids))
     context = limit.within(wanted + s.max_new_tokens, "a timed context with --max_new_tokens of") - s.max_new_tokens
     if context < 1:

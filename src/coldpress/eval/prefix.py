@@ -16,7 +16,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,33 +27,24 @@ from coldpress.cache import PressedCache
 from coldpress.chunks import prefill
 from coldpress.errors import SelfCheckError
 from coldpress.eval.checks import check_stored_pairs, release
+from coldpress.eval.engine import Engine, LocalEngine
+from coldpress.eval.ledger import Ledger, Measured
 from coldpress.eval.metrics import paired_difference, perplexity, quantiles
-from coldpress.eval.perplexity import BLOCK_TOKENS, forward, token_losses
+from coldpress.eval.perplexity import forward, token_losses
+from coldpress.eval.points import BASELINE, Point
+from coldpress.eval.progress import Sized
+from coldpress.eval.scores import Scores
 from coldpress.eval.windows import PrefixPlan
 from coldpress.presses.base import BasePress, BudgetPress
 from coldpress.pressing import prefilling
 from coldpress.quantised import KVBits
 
-__all__ = ["Point", "PrefixRun"]
+__all__ = ["Batch", "PrefixRun", "WindowWork"]
 
 DISTANCES = (16, 64, 256)  # upper ends of the buckets of distance to the compressed context, in tokens
 ZERO_TOLERANCE = 1e-5  # nats by which a loss may change when nothing is removed
 
-
-@dataclass
-class Point:
-    """One press at one ratio, in so many bits, and what its cache looked like in the first window.
-
-    Without a press and bits it is the uncompressed baseline.
-    """
-
-    press: BasePress | None
-    kv_bits: KVBits | None = None
-    kv_bytes: int | None = None  # right after the prefill
-    kv_lengths: list[int] = field(default_factory=list)  # stored tokens of each layer, likewise
-    achieved_ratio: float = 0.0
-    kept_hash: str | None = None
-    error: Exception | None = None
+Found = dict[str, Measured | Exception]  # of each point, by its key
 
 
 class PrefixRun:
@@ -66,6 +57,8 @@ class PrefixRun:
         documents: token ids, int64 ``[N]`` each, with the plan of their windows; all plans have the same sizes.
         batch_size: windows that are run together.
         chunk_tokens: tokens of a piece of the context; None for a context in one piece.
+        greedy_tokens: also generate so many tokens from each cache, and count how many are the baseline's.
+        ledger: what was finished by an earlier run, and where this one notes what it has finished; None: nowhere.
 
     Raises:
         SelfCheckError: from :meth:`run`, when the baseline contradicts a direct forward pass or is not finite.
@@ -79,149 +72,82 @@ class PrefixRun:
         batch_size: int = 1,
         chunk_tokens: int | None = None,
         kv_bits: Sequence[KVBits | None] | None = None,
+        *,
+        greedy_tokens: int = 0,
+        ledger: Ledger | None = None,
     ):
-        self.model, self.chunk_tokens = model, chunk_tokens
-        self.baseline = Point(None)
+        self.model, self.ledger = model, ledger
         kv_bits = [None] * len(presses) if kv_bits is None else kv_bits
         self.points = [Point(press, bits) for press, bits in zip(presses, kv_bits, strict=True)]
         self.plan = documents[0][1]
+        self.work = WindowWork(self.plan.context, self.plan.scored_per_window, chunk_tokens, greedy_tokens)
         width = self.plan.context + self.plan.target
         windows = [ids[start : start + width] for ids, plan in documents for start in plan.starts]
         self.batches = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
-        self.done: list[dict[int, Scores]] = []  # of each batch that was measured, by the id of the point
+        self.done: list[dict[str, Measured]] = [{} for _ in self.batches]  # by the key of the point
+        self.errors: dict[str, Exception] = {}
 
     @property
     def is_complete(self) -> bool:
-        return len(self.done) == len(self.batches)
+        return not any(self._missing(index) for index in range(len(self.batches)))
 
-    @torch.inference_mode()
-    def run(self, progress: Callable[[Any], Any] = iter) -> None:
-        """Measure all windows. Of an interrupted run, the windows that were finished for every press stay."""
-        device = next(self.model.parameters()).device
-        for batch in progress(self.batches):
-            self.done.append(self._measure(torch.stack(batch).to(device), is_first=not self.done))
-            for point in self.points:
-                release(point.error)  # of the frame of _measure
+    def run(self, progress: Callable[[Any], Any] = iter, engine: Engine | None = None) -> None:
+        """Measure all windows. Of an interrupted run, the windows that were finished stay."""
+        if self.ledger is not None:
+            for index in range(len(self.batches)):
+                self.done[index] = self.ledger.load(index)
+        n_open = sum(bool(self._missing(index)) for index in range(len(self.batches)))
+        engine = LocalEngine(self.model) if engine is None else engine
+        for batch, found in progress(Sized(engine.map(self.work, self._open()), n_open)):
+            self._keep(batch, found)
 
     def results(self) -> Iterator[tuple[Point, dict[str, Any] | Exception]]:
         """Each point of which there is something to say, the baseline first, with its record or what went wrong."""
-        for point in (self.baseline, *self.points):
-            if point.error is not None:
-                yield point, point.error
-            elif self.done:
+        for point in (BASELINE, *self.points):
+            if point.key in self.errors:
+                yield point, self.errors[point.key]
+            elif any(point.key in batch for batch in self.done):
                 try:
                     yield point, self._result(point)
                 except SelfCheckError as error:
                     yield point, error
 
-    # -- one batch of windows -----------------------------------------------------------------------------------
+    def _missing(self, index: int) -> list[Point]:
+        """The points that have not been measured in a batch, and have not failed."""
+        done = self.done[index]
+        return [p for p in (BASELINE, *self.points) if p.key not in done and p.key not in self.errors]
 
-    def _measure(self, ids: Tensor, is_first: bool) -> dict[int, Scores]:
-        context = self.plan.context
-        inputs, wanted = ids[:, context:-1], ids[:, context + 1 :]
-        alive = [point for point in self.points if point.error is None]
-        scorers = [p.press for p in alive if isinstance(p.press, BudgetPress) and p.press.exact_at_0]
-        zeros = list(dict.fromkeys(press.with_ratio(0.0) for press in scorers)) if is_first else []
-        bits = [*(point.kv_bits for point in alive), *(None for _ in zeros)]
-        full, branches = self._prefill(ids[:, :context], [*(point.press for point in alive), *zeros], bits)
-        if is_first:
-            self._describe(self.baseline, full)
-        base, reference = Scores.of(forward(self.model, inputs, full), wanted)
-        if is_first:
-            self._check_baseline(ids, base.losses)
-        scores = {id(self.baseline): base}
-        for point in alive:
-            branch = next(branches)  # its memory is free again before the next one grows
-            try:
-                branch.get_seq_length()  # raises what the press raised
-                if is_first:
-                    self._describe(point, branch)
-                check_stored_pairs(point.press, branch, context, full)
-                scores[id(point)], _ = Scores.of(forward(self.model, inputs, branch), wanted, reference)
-            except Exception as error:
-                point.error = release(error)
-        measured: dict[Any, Tensor] = {}  # presses that keep everything share one cache, and its losses
-        for zero in zeros:
-            branch = next(branches)
-            try:
-                branch.get_seq_length()
-                states = (state for layer in branch.pressed_layers() for state in (layer.keys, layer.values))
-                held = tuple((state.data_ptr(), state.shape) for state in states if state is not None)
-                if held not in measured or self.chunk_tokens is not None:  # in pieces none are shared
-                    measured[held] = token_losses(forward(self.model, inputs, branch), wanted).cpu()
-                self._check_zero(zero, measured[held], base.losses)
-            except Exception as error:
-                for point in alive:
-                    if isinstance(point.press, BudgetPress) and point.press.with_ratio(0.0) == zero:
-                        point.error = point.error or release(error)
-        return scores
+    def _open(self) -> Iterator[Batch]:
+        """The batches in which something is left to measure; of what has failed meanwhile nothing is."""
+        for index, windows in enumerate(self.batches):
+            missing = self._missing(index)
+            if missing:
+                points = tuple(point for point in missing if point != BASELINE)
+                yield Batch(index, torch.stack(windows), points, is_checked=index == 0)
 
-    def _prefill(
-        self, context: Tensor, presses: Sequence[BasePress | None], kv_bits: Sequence[KVBits | None]
-    ) -> tuple[PressedCache, Iterator[PressedCache]]:
-        """The uncompressed cache of ``context [B, C]``, and that of each press.
-
-        A press that fails leaves a cache that raises the error when it is used.
-        """
-        full = PressedCache(chunk_tokens=self.chunk_tokens)
-        if self.chunk_tokens is not None:
-            prefill(self.model, context, full)
-            return full, (self._prefill_alone(context, *pair) for pair in zip(presses, kv_bits, strict=True))
-        branches = full.branches(presses, kv_bits)
-        with prefilling(self.model, full, *branches):
-            forward(self.model, context, full, keep=1)  # the one prefill
-        branches.reverse()
-        return full, (branches.pop() for _ in presses)
-
-    def _prefill_alone(self, context: Tensor, press: BasePress | None, kv_bits: KVBits | None) -> PressedCache:
-        cache = PressedCache(press, chunk_tokens=self.chunk_tokens, kv_bits=kv_bits)
-        try:
-            with prefilling(self.model, cache):
-                prefill(self.model, context, cache)
-        except Exception as error:
-            cache.session.error = release(error)
-        return cache
-
-    def _describe(self, point: Point, cache: PressedCache) -> None:
-        """Sizes of one window's cache, and a fingerprint of which pairs it keeps."""
-        layers = [layer for layer in cache.pressed_layers() if layer.is_initialized]
-        positions = [layer.positions() for layer in layers]
-        point.kv_lengths = cache.stored_lengths()
-        point.kv_bytes = cache.kv_bytes() // positions[0].shape[0]
-        point.achieved_ratio = cache.achieved_ratio()
-        if point is not self.baseline:
-            digest = hashlib.sha256(b"".join(p[0].cpu().numpy().tobytes() for p in positions))
-            point.kept_hash = digest.hexdigest()[:16]
-
-    def _check_baseline(self, ids: Tensor, losses: Tensor) -> None:
-        """The cached baseline against one direct forward pass without a cache."""
-        n = self.plan.scored_per_window
-        direct = token_losses(forward(self.model, ids[:, :-1], None, keep=n), ids[:, -n:]).cpu()
-        worst = float((losses - direct).abs().max())
-        if not worst <= (1e-3 if self.model.dtype == torch.float32 else 0.25):
-            raise SelfCheckError(
-                f"The uncompressed cache and a forward pass without a cache differ by {worst:.2g} nats on one token."
-            )
-
-    @staticmethod
-    def _check_zero(press: BasePress, losses: Tensor, base: Tensor) -> None:
-        worst = float((losses - base).abs().max())
-        if not worst <= ZERO_TOLERANCE:
-            raise SelfCheckError(f"{press} removes nothing and yet changes a loss by {worst:.2g} nats.")
-
-    # -- all windows --------------------------------------------------------------------------------------------
+    def _keep(self, batch: Batch, found: Found) -> None:
+        for key, value in found.items():
+            if isinstance(value, Exception):
+                self.errors.setdefault(key, value)
+            elif key not in self.done[batch.index]:  # the baseline is measured along with what comes later
+                self.done[batch.index][key] = value
+        if self.ledger is not None:
+            self.ledger.save(batch.index, self.done[batch.index])
 
     def _result(self, point: Point) -> dict[str, Any]:
         """The perplexity part of a result record, over the windows measured so far."""
-        own = Scores.join(batch[id(point)] for batch in self.done)
-        base = Scores.join(batch[id(self.baseline)] for batch in self.done)
+        pairs = [(batch[point.key], batch[BASELINE.key]) for batch in self.done if point.key in batch]
+        first, first_base = pairs[0]
+        own = Scores.join(mine.scores for mine, _ in pairs)
+        base = Scores.join(its.scores for _, its in pairs)
         n_windows, n_tokens = own.losses.shape[0], own.losses.numel()
-        expected = sum(len(batch) for batch in self.batches[: len(self.done)]) * self.plan.scored_per_window
+        measured = (len(ids) for ids, done in zip(self.batches, self.done, strict=True) if point.key in done)
+        expected = sum(measured) * self.plan.scored_per_window
         if n_tokens != expected:
             raise SelfCheckError(f"{n_tokens} tokens were scored, the windows' formula says {expected}.")
         asked = getattr(point.press, "compression_ratio", 0.0)
-        is_smaller = point.kv_bits is not None and (point.kv_bytes or 0) < (self.baseline.kv_bytes or 0)
-        if (asked > 0 or point.achieved_ratio > 0 or is_smaller) and torch.equal(own.losses, base.losses):
+        is_smaller = point.kv_bits is not None and first.kv_bytes < first_base.kv_bytes
+        if (asked > 0 or first.achieved_ratio > 0 or is_smaller) and torch.equal(own.losses, base.losses):
             bits = "" if point.kv_bits is None else f" in {point.kv_bits.bits} bits"
             raise SelfCheckError(
                 f"{point.press}{bits}: all {n_tokens} losses are bit for bit those of the uncompressed cache: "
@@ -238,83 +164,214 @@ class PrefixRun:
             "baseline_loss": base_loss,
             "baseline_ppl": perplexity(base_loss),
             "top1_acc": float(own.is_top1.double().mean()),
-            "nll_by_distance": _by_distance(own.losses.double().mean(0)),
+            "nll_by_distance": {name: float(part.mean()) for name, part in _buckets(own.losses.double())},
             "per_window": [{"id": i, "n": counts[i], "nll": nll[i], "nll_base": base_nll[i]} for i in range(n_windows)],
-            "kv_bytes": point.kv_bytes,
-            "kv_bytes_baseline": self.baseline.kv_bytes,
+            "kv_bytes": first.kv_bytes,
+            "kv_bytes_baseline": first_base.kv_bytes,
             "kv_len_before": self.plan.context,
-            "kv_len_after": point.kv_lengths,
-            "effective_compression_ratio": point.achieved_ratio,
-            "kept_hash": point.kept_hash,
+            "kv_len_after": first.kv_lengths,
+            "effective_compression_ratio": first.achieved_ratio,
+            "kept_hash": first.kept_hash,
         }
-        if point is not self.baseline:
-            paired = paired_difference(counts, nll, base_nll)
-            ci = paired.ci95
-            kld, delta_p = own.kld.double(), own.delta_p.double()
-            p50, p90, p99 = quantiles(kld.flatten().tolist(), (0.5, 0.9, 0.99))
-            record |= {
-                "delta_nll": paired.delta,
-                "delta_nll_se": paired.se,
-                "delta_nll_ci95": ci,
-                "ppl_ratio_ci95": None if ci is None else [perplexity(ci[0]), perplexity(ci[1])],
-                "same_top1": float(own.is_same_top1.double().mean()),
-                "kld": {"mean": float(kld.mean()), "median": p50, "p90": p90, "p99": p99, "max": float(kld.max())},
-                "delta_p": {"mean": float(delta_p.mean()), "rms": math.sqrt(float(delta_p.square().mean()))},
+        if point == BASELINE:
+            return record
+        paired = paired_difference(counts, nll, base_nll)
+        ci = paired.ci95
+        kld, delta_p = own.kld.double(), own.delta_p.double()
+        p50, p90, p99 = quantiles(kld.flatten().tolist(), (0.5, 0.9, 0.99))
+        record |= {
+            "delta_nll": paired.delta,
+            "delta_nll_se": paired.se,
+            "delta_nll_ci95": ci,
+            "ppl_ratio_ci95": None if ci is None else [perplexity(ci[0]), perplexity(ci[1])],
+            "same_top1": float(own.is_same_top1.double().mean()),
+            "kld": {"mean": float(kld.mean()), "median": p50, "p90": p90, "p99": p99, "max": float(kld.max())},
+            "delta_p": {"mean": float(delta_p.mean()), "rms": math.sqrt(float(delta_p.square().mean()))},
+            "delta_by_distance": _deltas_by_distance(own.losses.double(), base.losses.double()),
+        }
+        agreement = [n for mine, _ in pairs for n in mine.agreement or ()]
+        if agreement:
+            record["greedy_agreement"] = {
+                "mean": math.fsum(agreement) / len(agreement),
+                "median": quantiles(agreement, (0.5,))[0],
+                "n_tokens": self.work.greedy_tokens,
+                "windows": len(agreement),
+                "lengths": agreement,
             }
         return record
 
 
+def _buckets(losses: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Columns of ``losses [W, target - 1]`` in buckets of distance to the context, with their names."""
+    n = losses.shape[1]
+    edges = [0, *(d for d in DISTANCES if d < n), n]
+    for a, b in itertools.pairwise(edges):
+        yield f"{a + 1}-{b}", losses[:, a:b]
+
+
+def _deltas_by_distance(own: Tensor, base: Tensor) -> dict[str, dict[str, Any]]:
+    """The paired difference of losses ``[W, target - 1]`` in each bucket of distance to the context."""
+    deltas = {}
+    for (name, mine), (_, its) in zip(_buckets(own), _buckets(base), strict=True):
+        paired = paired_difference([mine.shape[1]] * len(mine), mine.sum(1).tolist(), its.sum(1).tolist())
+        deltas[name] = {"delta": paired.delta, "ci95": paired.ci95}
+    return deltas
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Windows that are run together, and the points to measure on them beside the baseline.
+
+    Attributes:
+        index: of the batch in the run.
+        ids: int64 ``[W, context + target]``.
+        is_checked: whether the checks are made that need forward passes of their own.
+    """
+
+    index: int
+    ids: Tensor
+    points: tuple[Point, ...]
+    is_checked: bool
+
+
 @dataclass(frozen=True)
-class Scores:
-    """What one cache made of the targets of some windows: float32 on the CPU, ``[W, target - 1]`` each."""
+class WindowWork:
+    """Measures one batch of windows: work for an engine.
 
-    losses: Tensor  # nats
-    kld: Tensor  # KL(baseline || press), nats
-    delta_p: Tensor  # p(target) - baseline p(target)
-    is_top1: Tensor  # 1 where the most likely token is the target
-    is_same_top1: Tensor  # 1 where it is that of the baseline
+    Attributes:
+        context: tokens that are prefilled.
+        n_scored: tokens scored in each window, its last ones.
+        chunk_tokens: tokens of a piece of the context; None for a context in one piece.
+        greedy_tokens: tokens to generate from each cache.
+    """
 
-    @classmethod
-    def of(
-        cls, logits: Tensor, wanted: Tensor, reference: Sequence[Tensor] | None = None
-    ) -> tuple[Scores, list[Tensor]]:
-        """Scores of ``wanted [W, n]`` under ``logits [W, n, V]``.
+    context: int
+    n_scored: int
+    chunk_tokens: int | None = None
+    greedy_tokens: int = 0
 
-        Args:
-            logits, wanted: predictions, and the tokens that came.
-            reference: the baseline's log-probabilities in blocks of tokens; None for the baseline itself.
-
-        Returns:
-            The scores and, without a reference, these log-probabilities, to be the reference of others.
+    @torch.inference_mode()
+    def __call__(self, model: PreTrainedModel, batch: Batch) -> Found:
+        """What each point, and the baseline, made of the batch, or what went wrong with it.
 
         Raises:
-            SelfCheckError: a loss is not finite.
+            SelfCheckError: the baseline contradicts a direct forward pass, or is not finite.
         """
-        parts, kept = [], []
-        for i, rows in enumerate(logits.split(BLOCK_TOKENS, dim=1)):
-            log_probs = rows.float().log_softmax(-1)
-            base = log_probs if reference is None else reference[i]
-            target = wanted[:, i * BLOCK_TOKENS : i * BLOCK_TOKENS + rows.shape[1], None]
-            own, its = log_probs.gather(-1, target)[..., 0], base.gather(-1, target)[..., 0]
-            top = log_probs.argmax(-1)
-            kld = torch.zeros_like(own) if reference is None else (base.exp() * (base - log_probs)).sum(-1)
-            is_top1, is_same_top1 = top == target[..., 0], top == base.argmax(-1)
-            parts.append(torch.stack([-own, kld, own.exp() - its.exp(), is_top1.float(), is_same_top1.float()]))
-            if reference is None:
-                kept.append(log_probs)
-        scores = cls(*torch.cat(parts, dim=-1).cpu())
-        if not torch.isfinite(scores.losses).all():
-            raise SelfCheckError("A loss is not finite: the model's logits overflow in this dtype.")
-        return scores, kept
+        context, points = self.context, batch.points
+        ids = batch.ids.to(next(model.parameters()).device)
+        inputs, wanted = ids[:, context:-1], ids[:, context + 1 :]
+        scorers = [p.press for p in points if isinstance(p.press, BudgetPress) and p.press.exact_at_0]
+        zeros = list(dict.fromkeys(press.with_ratio(0.0) for press in scorers)) if batch.is_checked else []
+        presses = [*(point.press for point in points), *zeros]
+        bits = [*(point.kv_bits for point in points), *(None for _ in zeros)]
+        full, branches = self._prefill(model, ids[:, :context], presses, bits)
+        greedy = self._generate(model, full, inputs)
+        sizes = _sizes(full)
+        base, reference = Scores.of(forward(model, inputs, full), wanted)
+        if batch.is_checked:
+            self._check_baseline(model, ids, base.losses)
+        found: Found = {BASELINE.key: Measured(base, **sizes)}
+        for point in points:
+            branch = next(branches)  # its memory is free again before the next one grows
+            try:
+                branch.get_seq_length()  # raises what the press raised
+                sizes = _sizes(branch, with_hash=True)
+                check_stored_pairs(point.press, branch, context, full)
+                agreement = _agreement(greedy, self._generate(model, branch, inputs))
+                scores, _ = Scores.of(forward(model, inputs, branch), wanted, reference)
+                found[point.key] = Measured(scores, **sizes, agreement=agreement)
+            except Exception as error:
+                found[point.key] = release(error)
+        measured: dict[Any, Tensor] = {}  # presses that keep everything share one cache, and its losses
+        for zero in zeros:
+            branch = next(branches)
+            try:
+                branch.get_seq_length()
+                states = (state for layer in branch.pressed_layers() for state in (layer.keys, layer.values))
+                held = tuple((state.data_ptr(), state.shape) for state in states if state is not None)
+                if held not in measured or self.chunk_tokens is not None:  # in pieces none are shared
+                    measured[held] = token_losses(forward(model, inputs, branch), wanted).cpu()
+                _check_zero(zero, measured[held], base.losses)
+            except Exception as error:
+                alike = (p for p in points if isinstance(p.press, BudgetPress) and p.press.with_ratio(0.0) == zero)
+                for point in alike:
+                    if not isinstance(found[point.key], Exception):
+                        found[point.key] = release(error)
+        return found
 
-    @classmethod
-    def join(cls, batches: Iterator[Scores]) -> Scores:
-        """The scores of several batches of windows, one after the other."""
-        columns = zip(*((s.losses, s.kld, s.delta_p, s.is_top1, s.is_same_top1) for s in batches), strict=True)
-        return cls(*(torch.cat(column) for column in columns))
+    def _prefill(
+        self,
+        model: PreTrainedModel,
+        context: Tensor,
+        presses: Sequence[BasePress | None],
+        kv_bits: Sequence[KVBits | None],
+    ) -> tuple[PressedCache, Iterator[PressedCache]]:
+        """The uncompressed cache of ``context [B, C]``, and that of each press.
+
+        A press that fails leaves a cache that raises the error when it is used.
+        """
+        full = PressedCache(chunk_tokens=self.chunk_tokens)
+        if self.chunk_tokens is not None:
+            prefill(model, context, full)
+            return full, (self._prefill_alone(model, context, *pair) for pair in zip(presses, kv_bits, strict=True))
+        branches = full.branches(presses, kv_bits)
+        with prefilling(model, full, *branches):
+            forward(model, context, full, keep=1)  # the one prefill
+        branches.reverse()
+        return full, (branches.pop() for _ in presses)
+
+    def _prefill_alone(
+        self, model: PreTrainedModel, context: Tensor, press: BasePress | None, kv_bits: KVBits | None
+    ) -> PressedCache:
+        cache = PressedCache(press, chunk_tokens=self.chunk_tokens, kv_bits=kv_bits)
+        try:
+            with prefilling(model, cache):
+                prefill(model, context, cache)
+        except Exception as error:
+            cache.session.error = release(error)
+        return cache
+
+    def _generate(self, model: PreTrainedModel, cache: PressedCache, inputs: Tensor) -> Tensor | None:
+        """Greedy tokens ``[W, greedy_tokens]`` after the first of ``inputs``, from a copy of ``cache``."""
+        if not self.greedy_tokens:
+            return None
+        cache, token, tokens = cache.fork(), inputs[:, :1], []
+        for _ in range(self.greedy_tokens):
+            token = forward(model, token, cache, keep=1).argmax(-1)
+            tokens.append(token)
+        return torch.cat(tokens, dim=1).cpu()
+
+    def _check_baseline(self, model: PreTrainedModel, ids: Tensor, losses: Tensor) -> None:
+        """The cached baseline against one direct forward pass without a cache."""
+        n = self.n_scored
+        direct = token_losses(forward(model, ids[:, :-1], None, keep=n), ids[:, -n:]).cpu()
+        worst = float((losses - direct).abs().max())
+        if not worst <= (1e-3 if model.dtype == torch.float32 else 0.25):
+            raise SelfCheckError(
+                f"The uncompressed cache and a forward pass without a cache differ by {worst:.2g} nats on one token."
+            )
 
 
-def _by_distance(mean: Tensor) -> dict[str, float]:
-    """Mean losses of ``mean [target - 1]`` in buckets of distance to the context."""
-    edges = [0, *(d for d in DISTANCES if d < len(mean)), len(mean)]
-    return {f"{a + 1}-{b}": float(mean[a:b].mean()) for a, b in itertools.pairwise(edges)}
+def _sizes(cache: PressedCache, with_hash: bool = False) -> dict[str, Any]:
+    """Sizes of the first window's cache, and a fingerprint of which pairs it keeps."""
+    positions = [layer.positions() for layer in cache.pressed_layers() if layer.is_initialized]
+    digest = hashlib.sha256(b"".join(p[0].cpu().numpy().tobytes() for p in positions)) if with_hash else None
+    return {
+        "kv_bytes": cache.kv_bytes() // positions[0].shape[0],
+        "kv_lengths": cache.stored_lengths(),
+        "achieved_ratio": cache.achieved_ratio(),
+        "kept_hash": None if digest is None else digest.hexdigest()[:16],
+    }
+
+
+def _agreement(base: Tensor | None, own: Tensor | None) -> list[int] | None:
+    """How many tokens of each row are the baseline's before the first that is not."""
+    if base is None or own is None:
+        return None
+    return [int(n) for n in (own == base).long().cumprod(dim=1).sum(dim=1)]
+
+
+def _check_zero(press: BasePress, losses: Tensor, base: Tensor) -> None:
+    worst = float((losses - base).abs().max())
+    if not worst <= ZERO_TOLERANCE:
+        raise SelfCheckError(f"{press} removes nothing and yet changes a loss by {worst:.2g} nats.")

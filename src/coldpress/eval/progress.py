@@ -4,16 +4,35 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Iterator
+from typing import Generic, Protocol, TypeVar
 
 from tqdm import tqdm
 
-__all__ = ["note", "progress"]
+__all__ = ["Sized", "note", "progress"]
 
 LINE_EVERY_S = 10.0
 
 _T = TypeVar("_T")
+_Co = TypeVar("_Co", covariant=True)
+
+
+class _Countable(Protocol[_Co]):
+    def __iter__(self) -> Iterator[_Co]: ...
+    def __len__(self) -> int: ...
+
+
+class Sized(Generic[_T]):
+    """An iterator of which it is known how much it gives."""
+
+    def __init__(self, items: Iterator[_T], n: int):
+        self.items, self.n = items, n
+
+    def __iter__(self) -> Iterator[_T]:
+        return self.items
+
+    def __len__(self) -> int:
+        return self.n
 
 
 def note(message: str, kind: str = "note") -> None:
@@ -21,7 +40,7 @@ def note(message: str, kind: str = "note") -> None:
     tqdm.write(f"{kind}: {message}", file=sys.stderr)
 
 
-def progress(items: Sequence[_T], name: str) -> Iterator[_T]:
+def progress(items: _Countable[_T], name: str) -> Iterator[_T]:
     """``items``, with a progress bar on a terminal; elsewhere, as in a log file, a line every 10 s and a last one."""
     if sys.stderr.isatty():
         yield from tqdm(items, desc=name, file=sys.stderr, dynamic_ncols=True, smoothing=0.05)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 import traceback
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from coldpress.eval.points import config_of
 from coldpress.eval.results import SCHEMA_VERSION, environment
 from coldpress.eval.settings import Job
-from coldpress.presses.base import BUDGETS, BasePress
+from coldpress.presses.base import BUDGETS
 
 if TYPE_CHECKING:
     from coldpress.eval.run import Run
@@ -21,6 +22,7 @@ METRICS = (
     *("scored_tokens", "windows", "loss", "ppl", "baseline_loss", "baseline_ppl", "delta_nll", "delta_nll_se"),
     *("delta_nll_ci95", "ppl_ratio_ci95", "top1_acc", "same_top1", "kld", "delta_p", "nll_by_distance", "per_window"),
     *("nll_by_position", "per_document", "kv_bytes_max"),
+    *("ppl_ci95", "bits_per_byte", "scored_bytes"),
     *("context_tokens", "target_tokens", "kv_bytes", "kv_bytes_baseline", "kv_len_before", "kv_len_after", "kept_hash"),
     *("effective_compression_ratio", "generated_tokens", "repetitions", "generation_tokens_per_s"),
     *("speed_tokens_per_s", "decode_tokens_per_s", "prefill_tokens_per_s", "ttft_s", "tpot_ms", "decode_speedup"),
@@ -60,7 +62,7 @@ def make_records(run: Run) -> list[dict[str, Any]]:
             **dict.fromkeys(METRICS),
             **common,
             "press": job.name,
-            "press_config": _config(job.press),
+            "press_config": config_of(job.press),
             "compression_ratio": job.ratio,
             "budget_tokens": job.budget_tokens,
             "budget_bytes": job.budget_bytes,
@@ -77,16 +79,6 @@ def make_records(run: Run) -> list[dict[str, Any]]:
             record["traceback"] = "".join(traceback.format_exception(error))
         records.append(record)
     return records
-
-
-def _config(press: BasePress | None) -> dict[str, Any] | None:
-    """The parameters of a press, without the budgets that it was not given, and without the model's tokenizer."""
-    if press is None:
-        return None
-    if hasattr(press, "tokenizer"):
-        press = replace(press, tokenizer=None)  # type: ignore[type-var]
-    unset = (*BUDGETS, "tokenizer")
-    return asdict(press, dict_factory=lambda items: {k: v for k, v in items if k not in unset or v is not None})  # type: ignore[call-overload]
 
 
 def _is_complete(run: Run, job: Job) -> bool:
@@ -129,6 +121,7 @@ def _common(run: Run) -> dict[str, Any]:
         "command": run.command,
         "protocol": plan.protocol,
         "ppl_mode": s.ppl_mode,
+        "ppl_preset": s.ppl_preset,
         "settings": {key: value for key, value in asdict(s).items() if key not in _NOT_SETTINGS},
         "seed": s.seed,
         **run.loaded.facts(),
@@ -139,7 +132,7 @@ def _common(run: Run) -> dict[str, Any]:
         "sample_idx": s.sample_idx,
         "doc_ids": plan.doc_ids,
         "join": corpus.join,
-        "add_bos": False,
+        "add_bos": plan.add_bos,
         "text_sha256": corpus.text_sha256,
         "text_bytes": corpus.text_bytes,
         "tokens_sha256": plan.tokens_sha256,

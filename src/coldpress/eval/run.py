@@ -21,6 +21,7 @@ from coldpress.eval.models import LoadedModel, load_model, pick_device
 from coldpress.eval.perplexity import plain_perplexity
 from coldpress.eval.plan import Plan, make_plan
 from coldpress.eval.prefix import PrefixRun
+from coldpress.eval.presets import laid_out
 from coldpress.eval.progress import note, progress
 from coldpress.eval.records import make_records
 from coldpress.eval.report import show, size_of
@@ -70,27 +71,14 @@ def evaluate(settings: Settings, command: str) -> tuple[list[dict[str, Any]], bo
         sample_idx=settings.sample_idx,
         text_file=settings.text_file,
     )
-    loaded = load_model(
-        settings.model,
-        device=settings.device,
-        dtype=settings.dtype,
-        attn_implementation=settings.attn_implementation,
-        revision=settings.revision,
-    )
-    jobs = [
-        job if job.press is None else replace(job, press=job.press.prepared(loaded.model, loaded.tokenizer))
-        for job in jobs
-    ]
-    plan = make_plan(settings, corpus, loaded.tokenizer, loaded.max_positions)
-    loaded.check_ids(plan.documents)
-    run = Run(settings, jobs, corpus, loaded, plan, command)
+    run = make_run(settings, jobs, laid_out(corpus, settings.ppl_preset), load(settings), command)
     for line in run.plan.notes:
         note(line)
     is_interrupted = False
     early = _Early(run, output_dir)
     try:
         run.measure_perplexity()
-        if run.seconds and plan.context_ids is not None:  # who kills the rest shall not lose this
+        if run.seconds and run.plan.context_ids is not None:  # who kills the rest shall not lose this
             early.save_perplexity()
         run.measure_speed(early.save_speed)
     except InputError:
@@ -110,6 +98,32 @@ def evaluate(settings: Settings, command: str) -> tuple[list[dict[str, Any]], bo
         print(f"\n{show(records)}\n")
         print(f"{len(records)} result(s) in {output_dir}/")
     return records, is_interrupted
+
+
+def load(settings: Settings) -> LoadedModel:
+    """The model that the settings name, as they say."""
+    return load_model(
+        settings.model,
+        device=settings.device,
+        dtype=settings.dtype,
+        attn_implementation=settings.attn_implementation,
+        revision=settings.revision,
+    )
+
+
+def make_run(settings: Settings, jobs: list[Job], corpus: Corpus, loaded: LoadedModel, command: str) -> Run:
+    """A run of which everything is decided and nothing measured.
+
+    Raises:
+        InputError: the text or the sizes do not fit the model, or a press lacks what it needs of it.
+    """
+    jobs = [
+        job if job.press is None else replace(job, press=job.press.prepared(loaded.model, loaded.tokenizer))
+        for job in jobs
+    ]
+    plan = make_plan(settings, corpus, loaded.tokenizer, loaded.max_positions)
+    loaded.check_ids(plan.documents)
+    return Run(settings, jobs, corpus, loaded, plan, command)
 
 
 class _Early:
@@ -219,6 +233,7 @@ class Run:
             if pressed:
                 note("this perplexity is the uncompressed model's; --ppl_apply_press measures it under the press.")
             sizes: dict[str, Any] = {"max_length": plan.max_length, "stride": plan.stride, "batch_size": s.batch_size}
+            sizes |= {"preset": plan.preset, "token_bytes": plan.token_bytes, "units": plan.units}
             self.plain = self._timed("perplexity", partial(plain_perplexity, model, plan.documents, **sizes))
 
     def measure_speed(self, on_done: Callable[[SpeedPoint], None]) -> None:

@@ -16,10 +16,20 @@ from coldpress.presses.registry import NO_PRESS, make_press, parameters_of, pres
 from coldpress.quantised import KVBits, check_quantisable
 
 PPL_MODES = ("prefix", "streaming")
+PPL_PRESETS = ("hf-strided", "gptq", "llamacpp", "lm-eval")
 POSITIONS = ("original", "rerotate")
 STREAM_CHUNK = 64
 
-__all__ = ["POSITIONS", "PPL_MODES", "Job", "Settings", "check_types", "left_out_of_batches", "make_jobs"]
+__all__ = [
+    "POSITIONS",
+    "PPL_MODES",
+    "PPL_PRESETS",
+    "Job",
+    "Settings",
+    "check_types",
+    "left_out_of_batches",
+    "make_jobs",
+]
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,7 @@ class Settings:
     kv_residual_tokens: int = KVBits.residual_tokens
     ppl_apply_press: bool = False
     ppl_mode: str | None = None  # prefix or streaming
+    ppl_preset: str | None = None  # how others measure the uncompressed model
     stream_chunk: int | None = None
     positions: str | None = None  # original or rerotate; rerotate if a stream is read
     speed_only: bool = False
@@ -78,6 +89,8 @@ class Settings:
             raise InputError(f"{' and '.join(sizes)} both say how much is kept; give one of them.")
         if not sizes:
             object.__setattr__(self, "compression_ratio", (0.5,))
+        if self.ppl_preset is not None:
+            self._check_preset()
         self._check_mode()
         if self.speed_only and (self.ppl_apply_press or self.ppl_only):
             raise InputError("--speed_only measures no perplexity; leave it out, or --ppl_apply_press and --ppl_only.")
@@ -98,6 +111,25 @@ class Settings:
             raise InputError(
                 f"--min_new_tokens {self.min_new_tokens} is more than --max_new_tokens {self.max_new_tokens}."
             )
+
+    def _check_preset(self) -> None:
+        """Fill in what follows from ``--ppl_preset``; raise :class:`InputError` if it contradicts other options."""
+        if self.ppl_preset not in PPL_PRESETS:
+            raise InputError(f"--ppl_preset must be one of {', '.join(PPL_PRESETS)}, got {self.ppl_preset!r}.")
+        asked = [name for name in ("ppl_apply_press", "ppl_mode", "kv_bits") if getattr(self, name)]
+        if tuple(self.press) != (NO_PRESS,) or asked:
+            what = f"--{asked[0]}" if asked else f"--press {' '.join(self.press)}"
+            raise InputError(
+                f"--ppl_preset {self.ppl_preset} is the uncompressed model's perplexity, as others measure it; leave "
+                f"{what} out, or measure presses with --ppl_apply_press and without a preset."
+            )
+        for name in ("stride", "context_tokens", "target_tokens"):
+            if getattr(self, name) is not None:
+                raise InputError(f"--ppl_preset {self.ppl_preset} says how windows lie; leave --{name} out.")
+        for name in ("speed_only", "speed_decode_only", "compile"):
+            if getattr(self, name):
+                raise InputError(f"--ppl_preset {self.ppl_preset} measures no speed; leave --{name} out.")
+        object.__setattr__(self, "ppl_only", True)
 
     def _check_mode(self) -> None:
         """Fill in what follows from ``--ppl_mode``; raise :class:`InputError` if it contradicts other options."""

@@ -6,12 +6,21 @@ from dataclasses import dataclass
 
 from coldpress.errors import DataError, InputError
 
-__all__ = ["PrefixPlan", "Window", "plan_prefix", "plan_strided", "strided_scored_tokens"]
+__all__ = [
+    "PrefixPlan",
+    "Window",
+    "plan_disjoint",
+    "plan_prefix",
+    "plan_rolling",
+    "plan_second_half",
+    "plan_strided",
+    "strided_scored_tokens",
+]
 
 
 @dataclass(frozen=True)
 class Window:
-    """Tokens ``begin .. end - 1`` are fed in; of them, ``first_scored .. end - 1`` are scored.
+    """Of the tokens ``begin .. end - 1``, ``first_scored .. end - 1`` are scored and all but the last are fed in.
 
     A token is scored from the logits of the token before it, so ``first_scored > begin``.
     """
@@ -57,6 +66,50 @@ def plan_strided(n_tokens: int, length: int, stride: int) -> list[Window]:
 def strided_scored_tokens(n_tokens: int, length: int, stride: int) -> int:
     """How many tokens :func:`plan_strided` must score, by a formula of its own."""
     return n_tokens - 1 if stride < length or n_tokens <= length else n_tokens - -(-n_tokens // length)
+
+
+def plan_disjoint(n_tokens: int, length: int) -> list[Window]:
+    """Chunks of exactly ``length`` tokens side by side, all but the first of each scored; a shorter rest is out.
+
+    Raises:
+        InputError: a length below 2.
+    """
+    if length < 2:
+        raise InputError(f"--max_length must be at least 2, so that a chunk has a token to score; got {length}.")
+    return [Window(i, i + length, i + 1) for i in range(0, n_tokens - length + 1, length)]
+
+
+def plan_second_half(n_tokens: int, length: int) -> list[Window]:
+    """Chunks as those of :func:`plan_disjoint`, of which the tokens after number ``length // 2 + 1`` are scored.
+
+    So a scored token has at least ``length // 2 + 1`` tokens of context. A text of less than two chunks has none.
+
+    Raises:
+        InputError: a length below 4.
+    """
+    if length < 4:
+        raise InputError(f"--max_length must be at least 4, so that half a chunk has a token to score; got {length}.")
+    if n_tokens < 2 * length:
+        return []
+    return [Window(i, i + length, i + length // 2 + 1) for i in range(0, n_tokens - length + 1, length)]
+
+
+def plan_rolling(n_tokens: int, length: int) -> list[Window]:
+    """Windows that feed in up to ``length`` tokens and score each token but the first once.
+
+    Full windows lie side by side: the token before is all the context of a window's first scored token. The last one,
+    if fewer are left to score, reaches back until it is full, too.
+
+    Raises:
+        InputError: a length below 1.
+    """
+    if length < 1:
+        raise InputError(f"--max_length must be at least 1; got {length}.")
+    windows = [Window(i, i + length + 1, i + 1) for i in range(0, n_tokens - length, length)]
+    scored_to = windows[-1].end if windows else 1
+    if scored_to < n_tokens:
+        windows.append(Window(max(0, n_tokens - length - 1), n_tokens, scored_to))
+    return windows
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,101 @@
+"""What a run has finished, on disk, so that one that was killed goes on where it was.
+
+A ledger is a folder with one file for each batch of windows. A file is there whole or not at all, and tells of each
+point what it made of the batch; points that come later are added to it. When all results are written the ledger has
+done its work and is removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from coldpress.errors import OutputError
+from coldpress.eval.scores import Scores
+
+__all__ = ["Ledger", "Measured"]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one point made of one batch of windows.
+
+    Attributes:
+        scores: of the targets of each window.
+        kv_bytes: of the first window's cache, right after the prefill.
+        kv_lengths: stored tokens of each of its layers.
+        achieved_ratio: fraction of its pairs that were removed.
+        kept_hash: a fingerprint of which pairs it keeps; None for the baseline.
+        agreement: of each window, greedy tokens that are the baseline's before the first that is not; None where
+            nothing was generated.
+    """
+
+    scores: Scores
+    kv_bytes: int
+    kv_lengths: list[int]
+    achieved_ratio: float
+    kept_hash: str | None = None
+    agreement: list[int] | None = None
+
+
+class Ledger:
+    """The finished batches of one run.
+
+    Args:
+        folder: of this ledger alone; made when the first batch is saved.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def load(self, index: int) -> dict[str, Measured]:
+        """What each point made of a batch, by the point's key; empty where nothing was saved or can be read."""
+        found = {}
+        try:
+            with safe_open(self._path(index), framework="pt") as file:
+                for key, text in (file.metadata() or {}).items():
+                    found[key] = Measured(Scores.of_rows(file.get_tensor(key)), **json.loads(text))
+        except (OSError, SafetensorError, ValueError, TypeError):  # not there, or damaged: it is measured again
+            return {}
+        return found
+
+    def save(self, index: int, found: dict[str, Measured]) -> None:
+        """Replace what is known of a batch.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        path = self._path(index)
+        temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+        tensors = {key: measured.scores.rows().contiguous() for key, measured in found.items()}
+        about = {key: json.dumps(_without_scores(measured)) for key, measured in found.items()}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, temporary, metadata=about)
+            os.replace(temporary, path)
+        except (OSError, SafetensorError) as error:
+            raise OutputError(f"cannot write {str(path)!r} ({error}): make room, or choose another folder") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Remove it from the disk."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # the last one takes the folder of all of them along
+            self.folder.parent.rmdir()
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"batch-{index:06d}.safetensors"
+
+
+def _without_scores(measured: Measured) -> dict[str, Any]:
+    return {key: value for key, value in vars(measured).items() if key != "scores"}

@@ -1,0 +1,43 @@
+"""What an evaluation compares: presses of one size, with their pairs held as they are or in few bits."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from coldpress.presses.base import BUDGETS, BasePress
+from coldpress.quantised import KVBits
+
+__all__ = ["BASELINE", "Point", "config_of"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One press of one size, in so many bits; without a press and bits, the uncompressed baseline."""
+
+    press: BasePress | None
+    kv_bits: KVBits | None = None
+
+    @functools.cached_property
+    def key(self) -> str:
+        """The same for points that measure the same, in this process or another: 16 hex digits."""
+        name = None if self.press is None else type(self.press).__name__
+        bits = None if self.kv_bits is None else asdict(self.kv_bits)
+        text = json.dumps([name, config_of(self.press), bits], sort_keys=True, default=repr)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+BASELINE = Point(None)
+
+
+def config_of(press: BasePress | None) -> dict[str, Any] | None:
+    """The parameters of a press, without the budgets that it was not given, and without the model's tokenizer."""
+    if press is None:
+        return None
+    if hasattr(press, "tokenizer"):
+        press = replace(press, tokenizer=None)  # type: ignore[type-var]
+    unset = (*BUDGETS, "tokenizer")
+    return asdict(press, dict_factory=lambda items: {k: v for k, v in items if k not in unset or v is not None})  # type: ignore[call-overload]
