@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -445,3 +447,16 @@ def test_errors_of_the_command_line_are_one_line(capsys: pytest.CaptureFixture[s
         assert capsys.readouterr().err.count("\n") == 1
     monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: None)
     assert main() == 0
+
+
+def test_the_page_names_arguments_that_there_are() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "lm-eval.md").read_text(encoding="utf-8")
+    table = page.split("| argument | |\n|---|---|\n")[1].split("\n\n")[0]
+    named = [name for line in table.splitlines() for name in re.findall(r"`(\w+)`", line.split("|")[1])]
+    own, its = (inspect.signature(cls.__init__).parameters for cls in (ColdpressLM, HFLM))
+    assert len(named) > 12 and set(named) <= {*own, *its}
+    assert {*own} - {"self", "attn_implementation", "device", "gguf_file", "options"} <= set(named)
+    (model_args,) = re.findall(r"--model_args '(\{.*?\}\})'", page)
+    assert make(
+        **{k: v for k, v in json.loads(model_args).items() if k != "pretrained"}
+    ).press == coldpress.SnapKVPress(0.5, window_size=32)

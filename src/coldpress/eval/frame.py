@@ -85,7 +85,7 @@ def _flat(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def _parts(record: dict[str, Any], row: dict[str, Any], field: str) -> Iterator[dict[str, Any]]:
-    table = record.get(field)
+    table: Any = record.get(field)
     rest = {name: value for name, value in row.items() if name != field}
     if _is_table(table):
         for part in table:

@@ -321,7 +321,8 @@ class ColdpressLM(HFLM):
         cache = PressedCache(press, chunk_tokens=self.chunk_tokens, kv_bits=kv_bits)
         with ExitStack() as block:
             block.enter_context(prefilling(self.model, cache))
-            backbone = getattr(self.model, self.model.base_model_prefix, self.model)  # logits are not needed
+            model: Any = self.model
+            backbone = getattr(model, model.base_model_prefix, model)  # logits are not needed
             prefill(backbone, ids, cache, mask)
             cache.get_seq_length()  # raises what the press raised
             if press is not None and press.goes_on:
