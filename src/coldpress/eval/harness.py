@@ -426,8 +426,8 @@ class ColdpressLM(HFLM):
             return
         if self.left_whole or (not self.removed_tokens and self.kv_bits is None):
             LOG.warning(
-                "%d of %d contexts were left uncompressed (fewer than min_context_tokens=%d tokens for the press). Of the "
-                "tokens of all contexts %.1f %% were removed.",
+                "%d of %d contexts were left uncompressed (fewer than min_context_tokens=%d tokens for the press). Of "
+                "the tokens of all contexts %.1f %% were removed.",
                 *(self.left_whole, self.contexts, self.min_context_tokens),
                 100 * self.removed_tokens / self.context_tokens if self.context_tokens else 0.0,
             )
