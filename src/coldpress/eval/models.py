@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
@@ -77,13 +78,14 @@ class LoadedModel:
             "dtype": str(parameters[0].dtype).removeprefix("torch."),
             "device": str(self.device),
             "attn_implementation": self.attn_implementation,
-            "weights_fingerprint": self._fingerprint(),
+            "weights_fingerprint": self.weights_fingerprint,
             "num_params": sum(p.numel() for p in parameters),
             "weights_bytes": sum(p.numel() * p.element_size() for p in parameters),
             "max_position_embeddings": self.max_positions,
         }
 
-    def _fingerprint(self) -> str:
+    @functools.cached_property
+    def weights_fingerprint(self) -> str:
         """A hash over names, shapes and some numbers of the weights: two models in folders of one name differ in it."""
         digest = hashlib.sha256()
         for name, weights in self.model.named_parameters():
