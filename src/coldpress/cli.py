@@ -138,6 +138,14 @@ def _add_machinery(group: Any) -> None:
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="default: float32 on the CPU")
 
 
+def _add_engine(group: Any) -> None:
+    """The options that say where windows under presses are measured."""
+    add = group.add_argument
+    add("--engine", help="local, or ray: windows under presses on the workers of a Ray cluster (default: local)")
+    add("--ray_address", help="host:port, auto or ray://host:port of a cluster (default: one started for the run)")
+    add("--workers", type=_positive, help="of the Ray engine (default: what there is room for; 2 on this machine)")
+
+
 def _add_calibration_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("press", help="a press that coldpress presses calls calibrated")
     what = parser.add_argument_group("what is measured")
@@ -227,6 +235,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--warmup", type=partial(_not_negative, maximum=MOST_ROUNDS), help="untimed rounds before them (default: 1)")
     how = parser.add_argument_group("how")
     _add_machinery(how)
+    _add_engine(how)
     add = how.add_argument
     add(
         "--allow_extrapolation",
