@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from coldpress.errors import InputError, OutputError, SelfCheckError
+from coldpress.eval.cluster import check_engine, make_engine
 from coldpress.eval.datasets import Corpus, load_corpus
 from coldpress.eval.models import LoadedModel, load_model, pick_device
 from coldpress.eval.perplexity import plain_perplexity
@@ -59,6 +60,7 @@ def evaluate(settings: Settings, command: str) -> tuple[list[dict[str, Any]], bo
             f"all leaves out what takes one text at a time, not --batch_size {settings.batch_size}: {', '.join(alone)}."
         )
     pick_device(settings.device)
+    check_engine(settings.engine, settings.ray_address, settings.workers)
     if not settings.output_dir.strip():
         raise OutputError("--output_dir is empty; name a folder.")
     output_dir = Path(settings.output_dir)
@@ -214,7 +216,8 @@ class Run:
         elif plan.windows is not None:
             documents = list(zip(plan.documents, plan.windows, strict=True))
             self.prefix = PrefixRun(model, pressed, documents, s.batch_size, s.chunk_tokens, kv_bits)
-            self._timed("perplexity", self.prefix.run)
+            with make_engine(s.engine, self.loaded, ray_address=s.ray_address, workers=s.workers) as engine:
+                self._timed("perplexity", partial(self.prefix.run, engine=engine))
         elif plan.max_length is not None and plan.stride is not None:
             if pressed:
                 note("this perplexity is the uncompressed model's; --ppl_apply_press measures it under the press.")

@@ -69,6 +69,9 @@ class Settings:
     attn_implementation: str = "sdpa"
     device: str = "auto"
     dtype: str = "auto"
+    engine: str = "local"
+    ray_address: str | None = None
+    workers: int | None = None
     seed: int = 0
     output_dir: str = "results/perplexity"
 
