@@ -15,7 +15,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -138,6 +138,13 @@ def _add_machinery(group: Any) -> None:
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="default: float32 on the CPU")
 
 
+def _add_placement(group: Any) -> None:
+    """The options that share one model out among devices."""
+    add = group.add_argument
+    add("--device_map", help="auto: share the layers out among this machine's devices, its memory and its disk")
+    add("--tp_plan", help="auto: share every layer out among the processes that torchrun has started")
+
+
 def _add_engine(group: Any) -> None:
     """The options that say where windows under presses are measured."""
     add = group.add_argument
@@ -235,6 +242,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--warmup", type=partial(_not_negative, maximum=MOST_ROUNDS), help="untimed rounds before them (default: 1)")
     how = parser.add_argument_group("how")
     _add_machinery(how)
+    _add_placement(how)
     _add_engine(how)
     add = how.add_argument
     add(
@@ -291,6 +299,7 @@ def _run_ppl(args: argparse.Namespace, argv: list[str], prog: str | None) -> int
     _check_sources(args)
     from coldpress.eval.run import Settings, evaluate
     from coldpress.presses.base import BUDGETS
+    from coldpress.sharded import followers_silent
 
     given = {f.name: getattr(args, f.name) for f in fields(Settings) if getattr(args, f.name, None) is not None}
     for name in ("press", "compression_ratio", *BUDGETS, "kv_bits"):
@@ -299,7 +308,13 @@ def _run_ppl(args: argparse.Namespace, argv: list[str], prog: str | None) -> int
     if "press_args" in given:
         given["press_args"] = tuple(given["press_args"].items())
     command = f"{prog or 'coldpress'} {shlex.join(argv[1:] if prog else argv)}"
-    records, is_interrupted = evaluate(Settings(**given), command)
+    settings = Settings(**given)
+    if settings.tp_plan is None:
+        records, is_interrupted = evaluate(settings, command)
+    else:  # every process takes part, and the first one speaks
+        with followers_silent() as folder:
+            settings = settings if folder is None else replace(settings, output_dir=folder)
+            records, is_interrupted = evaluate(settings, command)
     if is_interrupted:
         sys.stderr.write(f"\ninterrupted; {len(records)} result(s) kept\n")
         return 130

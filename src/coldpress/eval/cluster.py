@@ -412,6 +412,8 @@ class _Spec:
 
     @classmethod
     def of(cls, loaded: LoadedModel) -> _Spec:
+        if len(getattr(loaded.model, "hf_device_map", None) or ()) > 1 or getattr(loaded.model, "_tp_size", None):
+            raise ClusterError("--engine ray gives every worker a whole model; leave --device_map and --tp_plan out.")
         path = Path(loaded.name).expanduser()
         is_here = loaded.name == "demo" or path.exists()
         return cls(

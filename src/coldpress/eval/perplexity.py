@@ -15,6 +15,7 @@ from transformers.modeling_utils import PreTrainedModel
 from coldpress.cache import PressedCache
 from coldpress.errors import SelfCheckError
 from coldpress.eval.metrics import perplexity
+from coldpress.eval.models import input_device
 from coldpress.eval.windows import Window, plan_strided, strided_scored_tokens
 
 __all__ = ["BLOCK_TOKENS", "forward", "plain_perplexity", "token_losses"]
@@ -66,7 +67,7 @@ def plain_perplexity(
     Raises:
         SelfCheckError: a loss is not finite, or the number of scored tokens is not what the formula says.
     """
-    device = next(model.parameters()).device
+    device = input_device(model)
     jobs = [(ids, window) for ids in documents for window in plan_strided(len(ids), max_length, stride)]
     total, scored = 0.0, 0
     for batch in progress(list(_batches(jobs, batch_size))):

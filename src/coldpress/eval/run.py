@@ -78,6 +78,8 @@ def evaluate(settings: Settings, command: str) -> tuple[list[dict[str, Any]], bo
         dtype=settings.dtype,
         attn_implementation=settings.attn_implementation,
         revision=settings.revision,
+        device_map=settings.device_map,
+        tp_plan=settings.tp_plan,
     )
     jobs = [
         job if job.press is None else replace(job, press=job.press.prepared(loaded.model, loaded.tokenizer))

@@ -69,6 +69,8 @@ class Settings:
     attn_implementation: str = "sdpa"
     device: str = "auto"
     dtype: str = "auto"
+    device_map: str | None = None
+    tp_plan: str | None = None
     engine: str = "local"
     ray_address: str | None = None
     workers: int | None = None
