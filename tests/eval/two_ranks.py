@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.distributed import DistributedConfig
 
-from coldpress import BasePress, KnormPress, PressedCache, make_press, press_names
+from coldpress import BasePress, KnormPress, PressedCache, SnapKVPress, ThinKPress, make_press, press_names
 from coldpress.errors import PressError
 from coldpress.eval.perplexity import forward
 from coldpress.presses.base import parts
@@ -66,6 +66,7 @@ def presses() -> dict[str, BasePress]:
             part.needs_model or part.needs_hidden_states or part.kind != "training-free" for part in parts(press)
         ):
             found[name] = press
+    found["think"] = ThinKPress(0.5, 8, press=SnapKVPress(0.3, window_size=8))
     press = make_press("simlayerkv", 0.0, n_recent=12, n_initial=3)
     assert press is not None
     return {**found, "simlayerkv": press}

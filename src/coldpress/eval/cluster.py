@@ -13,6 +13,7 @@ import logging
 import os
 import pickle
 import platform
+import re
 import socket
 import subprocess
 import sys
@@ -246,7 +247,7 @@ class RayEngine:
                 try:
                     self._greet(hand)
                 except self.ray.exceptions.RayError as error:
-                    raise ClusterError(f"A worker did not start ({_first_line(error)}).") from error
+                    raise ClusterError(f"A worker did not start ({_gist(error)}).") from error
                 if not hand.has_begun and time.monotonic() > hand.deadline:
                     self._dismiss(hand)
                     late.append(hand)
@@ -347,13 +348,13 @@ class RayEngine:
             if tasks[0].tries >= MOST_TRIES:
                 raise LostWorkersError(
                     f"{MOST_TRIES} workers were lost one after the other at the same piece of work, the last one on "
-                    f"{hand.host} ({_first_line(error)}); if memory ran out, give a smaller --batch_size. What was "
+                    f"{hand.host} ({_gist(error)}); if memory ran out, give a smaller --batch_size. What was "
                     "finished is kept."
                 ) from error
         if self._restarts < self.max_restarts:
             self._restarts += 1
             self._crew.append(self._hire())
-        note(f"a worker on {hand.host or 'the cluster'} was lost ({_first_line(error)}); its work is done again.")
+        note(f"a worker on {hand.host or 'the cluster'} was lost ({_gist(error)}); its work is done again.")
         self._check_crew(f"{self._restarts} were started in the place of others")
         return tasks
 
@@ -575,7 +576,7 @@ def _check_address(address: str) -> None:
 
     Asked from outside, because Ray's own client tries for more than a minute, and then ends the process it is in.
     """
-    help_ = "start one there with 'ray start --head', or leave --ray_address out to run on this machine alone."
+    help_ = "leave --ray_address out to run on this machine alone."
     if address == "local":
         raise ClusterError("--ray_address local: leave it out to start a cluster on this machine.")
     host, colon, port = address.removeprefix("ray://").rpartition(":")
@@ -591,16 +592,25 @@ def _check_address(address: str) -> None:
         left = max(3.0, PROBE_S - (time.monotonic() - started))
     else:
         left = PROBE_S
+    problem = _ask(address, left)
+    if problem is not None:
+        where = "on this machine" if address == "auto" else f"at {address}"
+        raise UnreachableError(f"no Ray cluster can be reached {where} ({problem}); {help_}")
+
+
+def _ask(address: str, seconds: float) -> str | None:
+    """Why the cluster at ``address`` does not say that it is well, or None."""
     where = [] if address == "auto" else ["--address", address]
     command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", *where]
     try:
-        asked = subprocess.run(command, capture_output=True, timeout=left, stdin=subprocess.DEVNULL)
-        problem = None if asked.returncode == 0 else "it does not say that it is well"
+        asked = subprocess.run(command, capture_output=True, timeout=seconds, stdin=subprocess.DEVNULL)
     except subprocess.TimeoutExpired:
-        problem = f"no answer within {left:.0f} s"
-    if problem is not None:
-        where_ = "on this machine" if address == "auto" else f"at {address}"
-        raise UnreachableError(f"no Ray cluster can be reached {where_} ({problem}); {help_}")
+        return f"no answer within {seconds:.0f} s"
+    if b"Unauthenticated" in asked.stderr:
+        if address == "auto" and "RAY_AUTH_MODE" not in os.environ:
+            return None  # Ray takes the token of this machine by itself then
+        return "it asks for a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the cluster's token"
+    return None if asked.returncode == 0 else "nobody there says that it is a Ray cluster and well"
 
 
 def _knock(host: str, port: int) -> str | None:
@@ -613,9 +623,13 @@ def _knock(host: str, port: int) -> str | None:
     return within(PROBE_S / 2 + 1, ask)[0]
 
 
-def _first_line(error: BaseException) -> str:
-    """The gist of what Ray says of a lost worker."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+def _gist(error: BaseException) -> str:
+    """What Ray's many lines on a lost worker come to."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    missing = re.search(r"No module named '([^']+)'", text)
+    if missing is not None:
+        return f"it has no Python package {missing[1]}; install coldpress[ray] on every machine of the cluster"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[0][:160].rstrip(".:") if lines else type(error).__name__
 
 
