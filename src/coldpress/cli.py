@@ -14,7 +14,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -142,6 +142,21 @@ def _add_machinery(group: Any) -> None:
     add("--attn_implementation", choices=("sdpa", "eager", "flash_attention_2"), help="arithmetic (default: sdpa)")
     add("--device", help="auto, cpu, cuda, cuda:N (default: auto)")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="default: float32 on the CPU")
+
+
+def _add_placement(group: Any) -> None:
+    """The options that share one model out among devices."""
+    add = group.add_argument
+    add("--device_map", help="auto: share the layers out among this machine's devices, its memory and its disk")
+    add("--tp_plan", help="auto: share every layer out among the processes that torchrun has started")
+
+
+def _add_engine(group: Any) -> None:
+    """The options that say where windows under presses are measured."""
+    add = group.add_argument
+    add("--engine", help="local, or ray: windows under presses on the workers of a Ray cluster (default: local)")
+    add("--ray_address", help="host:port, auto or ray://host:port of a cluster (default: one started for the run)")
+    add("--workers", type=_positive, help="of the Ray engine (default: what there is room for; 2 on this machine)")
 
 
 def _add_calibration_options(parser: argparse.ArgumentParser) -> None:
@@ -279,6 +294,8 @@ def _add_sweep_options(parser: argparse.ArgumentParser) -> None:
     _add_timing(speed)
     how = parser.add_argument_group("how")
     _add_machinery(how)
+    _add_placement(how)
+    _add_engine(how)
     _add_limits(how)
     how.add_argument("--output_dir", help="folder of the results (default: results/sweep)")
 
@@ -332,6 +349,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     _add_timing(speed)
     how = parser.add_argument_group("how")
     _add_machinery(how)
+    _add_placement(how)
+    _add_engine(how)
     _add_limits(how)
     how.add_argument("--output_dir", help="folder of the results (default: results/perplexity)")
 
@@ -409,6 +428,7 @@ def _run_ppl(args: argparse.Namespace, argv: list[str], prog: str | None) -> int
     _check_sources(args)
     from coldpress.eval.run import Settings, evaluate
     from coldpress.presses.base import BUDGETS
+    from coldpress.sharded import followers_silent
 
     given = {f.name: getattr(args, f.name) for f in fields(Settings) if getattr(args, f.name, None) is not None}
     for name in ("press", "compression_ratio", *BUDGETS, "kv_bits"):
@@ -417,7 +437,13 @@ def _run_ppl(args: argparse.Namespace, argv: list[str], prog: str | None) -> int
     if "press_args" in given:
         given["press_args"] = tuple(given["press_args"].items())
     command = f"{prog or 'coldpress'} {shlex.join(argv[1:] if prog else argv)}"
-    records, is_interrupted = evaluate(Settings(**given), command)
+    settings = Settings(**given)
+    if settings.tp_plan is None:
+        records, is_interrupted = evaluate(settings, command)
+    else:  # every process takes part, and the first one speaks
+        with followers_silent() as folder:
+            settings = settings if folder is None else replace(settings, output_dir=folder)
+            records, is_interrupted = evaluate(settings, command)
     if is_interrupted:
         sys.stderr.write(f"\ninterrupted; {len(records)} result(s) kept\n")
         return 130

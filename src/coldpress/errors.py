@@ -9,7 +9,9 @@
     │   ├── UnreachableError        the hub could not be reached               (also an OSError)
     │   ├── DeviceError             the device is not there                    (also a ValueError)
     │   ├── OutputError             the result cannot be written               (also an OSError)
+    │   ├── ClusterError            an engine that cannot do this work         (also a ValueError)
     │   └── MissingDependencyError  an optional package is not installed       (also an ImportError)
+    ├── LostWorkersError            a cluster has no worker left; commands exit with code 1
     └── SelfCheckError              a measurement contradicts itself; commands exit with code 1
 
 Each message is one line: what was given, what is allowed, what to do.
@@ -22,10 +24,12 @@ from collections.abc import Iterable
 
 __all__ = [
     "CacheError",
+    "ClusterError",
     "ColdpressError",
     "DataError",
     "DeviceError",
     "InputError",
+    "LostWorkersError",
     "MissingDependencyError",
     "ModelError",
     "OutputError",
@@ -72,8 +76,16 @@ class OutputError(InputError, OSError):
     """A result cannot be written where it was asked for."""
 
 
+class ClusterError(InputError, ValueError):
+    """No such engine, or its workers cannot do this work: no room, other weights, another coldpress."""
+
+
 class MissingDependencyError(InputError, ImportError):
     """An optional package is needed; the message says which, and how to install it."""
+
+
+class LostWorkersError(ColdpressError):
+    """The workers of a cluster are gone in the middle of a run; what they had finished is kept."""
 
 
 class SelfCheckError(ColdpressError):

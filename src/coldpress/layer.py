@@ -24,6 +24,7 @@ from coldpress.ragged import RaggedStore
 from coldpress.rope import Rope
 from coldpress.rows import RowGroup, n_after, view_of_newest
 from coldpress.session import THREAD, Session
+from coldpress.sharded import check_heads
 from coldpress.store import DenseStore
 from coldpress.thin import ThinKeys, ThinStore
 from coldpress.verdicts import Verdicts
@@ -459,6 +460,8 @@ class PressedLayer(CacheLayerMixin):
         press = self.session.press
         if press is None or call.is_local or self.session.error is not None:
             return
+        if press.goes_on:
+            check_heads(press, call.module, call.query.shape[1])
         if press.n_waiting and (press.judges_prompt or not is_prefill):
             self._judge(press, call, padding)
         if press.n_recent_queries:
@@ -590,6 +593,7 @@ class PressedLayer(CacheLayerMixin):
         if press is None or press.judges_prompt:
             return False
         try:
+            check_heads(press, groups[0].view.module, groups[0].view.queries.shape[1])
             kept = [press.compress(group.view) for group in groups]
         except Exception as error:
             self.session.error = error

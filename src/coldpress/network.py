@@ -10,7 +10,7 @@ from typing import Any
 
 from coldpress.errors import UnreachableError
 
-__all__ = ["fetch_hub_file", "fetch_url", "hub_problem", "network_problem", "one_line"]
+__all__ = ["fetch_hub_file", "fetch_url", "hub_problem", "network_problem", "one_line", "within"]
 
 PROBE_TIMEOUT_S = 6.0
 _PACKAGES = {"httpx", "httpx2", "requests", "urllib3", "huggingface_hub"}
@@ -31,7 +31,7 @@ def hub_problem(path: str) -> str | None:
         failed = answer.status_code >= 500  # "not found" is an answer
         return f"{constants.ENDPOINT}: status {answer.status_code}" if failed else None
 
-    problem, answer = _within(PROBE_TIMEOUT_S + 1, ask)
+    problem, answer = within(PROBE_TIMEOUT_S + 1, ask)
     return f"{constants.ENDPOINT}: {problem}" if problem else answer
 
 
@@ -82,7 +82,7 @@ def fetch_url(url: str, copy: Path) -> Path | None:
         return copy
     if constants.HF_HUB_OFFLINE:
         raise UnreachableError(f"{url} was not fetched: offline mode, HF_HUB_OFFLINE is set")
-    problem, answer = _within(10 * PROBE_TIMEOUT_S, lambda: get_session().get(url, timeout=PROBE_TIMEOUT_S))
+    problem, answer = within(10 * PROBE_TIMEOUT_S, lambda: get_session().get(url, timeout=PROBE_TIMEOUT_S))
     if problem is None and answer.status_code not in (200, 404):
         problem = f"status {answer.status_code}"
     if problem:
@@ -96,8 +96,8 @@ def fetch_url(url: str, copy: Path) -> Path | None:
     return copy
 
 
-def _within(seconds: float, ask: Any) -> tuple[str | None, Any]:
-    """What went wrong in ``ask()``, and what it returned."""
+def within(seconds: float, ask: Any) -> tuple[str | None, Any]:
+    """What went wrong in ``ask()``, and what it returned; an answer after ``seconds`` at the latest."""
     answers: list[tuple[str | None, Any]] = []
 
     def run() -> None:

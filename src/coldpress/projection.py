@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from coldpress.errors import ModelError
+from coldpress.offloaded import held
 
 __all__ = ["output_weight"]
 
@@ -34,6 +35,8 @@ def output_weight(module: nn.Module, width: int, dtype: torch.dtype, device: tor
         if not isinstance(projection, nn.Module):
             continue
         weight = getattr(projection, "weight", None)
+        if isinstance(weight, Tensor) and weight.is_meta:
+            weight = held(projection, "weight").to(device)
         if (
             isinstance(projection, (nn.Linear, Conv1D))
             and isinstance(weight, Tensor)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import importlib.util
+import inspect
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,12 +20,15 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from coldpress.attention import use_coldpress
-from coldpress.errors import DeviceError, InputError, MissingDependencyError, ModelError, UnreachableError
+from coldpress.errors import DeviceError, InputError, MissingDependencyError, ModelError, UnreachableError, nearest
 from coldpress.network import hub_problem, one_line
+from coldpress.offloaded import held
+from coldpress.sharded import check_launched
 
-__all__ = ["LoadedModel", "load_model", "pick_device", "pick_dtype"]
+__all__ = ["LoadedModel", "input_device", "load_model", "pick_device", "pick_dtype"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
 
 
@@ -48,7 +54,8 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        """Where token ids go."""
+        return input_device(self.model)
 
     @property
     def max_positions(self) -> int | None:
@@ -77,19 +84,33 @@ class LoadedModel:
             "dtype": str(parameters[0].dtype).removeprefix("torch."),
             "device": str(self.device),
             "attn_implementation": self.attn_implementation,
-            "weights_fingerprint": self._fingerprint(),
+            "weights_fingerprint": self.weights_fingerprint,
             "num_params": sum(p.numel() for p in parameters),
             "weights_bytes": sum(p.numel() * p.element_size() for p in parameters),
             "max_position_embeddings": self.max_positions,
         }
 
-    def _fingerprint(self) -> str:
+    @functools.cached_property
+    def weights_fingerprint(self) -> str:
         """A hash over names, shapes and some numbers of the weights: two models in folders of one name differ in it."""
         digest = hashlib.sha256()
         for name, weights in self.model.named_parameters():
+            if weights.is_meta:  # held elsewhere until its layer runs
+                path, _, leaf = name.rpartition(".")
+                weights = held(self.model.get_submodule(path), leaf)
+            elif hasattr(weights, "full_tensor"):  # one process's part
+                weights = weights.full_tensor()
             some = weights.detach().flatten()[:64].cpu().double()
             digest.update(f"{name} {tuple(weights.shape)}".encode() + some.numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where ``model`` expects token ids."""
+    embedding = model.get_input_embeddings()
+    hook = getattr(embedding, "_hf_hook", None)  # accelerate's, which brings what is offloaded
+    device = getattr(hook, "execution_device", None)
+    return next(model.parameters()).device if device is None else torch.device(device)
 
 
 def pick_device(name: str) -> torch.device:
@@ -130,6 +151,9 @@ def load_model(
     dtype: str = "auto",
     attn_implementation: str = "sdpa",
     revision: str | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    max_memory: dict[int | str, int | str] | None = None,
+    tp_plan: str | None = None,
 ) -> LoadedModel:
     """Load ``name`` and put it on coldpress's attention backend.
 
@@ -139,6 +163,10 @@ def load_model(
         dtype: auto, float32, bfloat16 or float16.
         attn_implementation: the arithmetic underneath: sdpa, eager or flash_attention_2.
         revision: branch, tag or commit on the hub.
+        device_map: how accelerate shares the layers out among the devices of this machine, its memory and its disk:
+            auto, balanced, balanced_low_0, sequential, or a dictionary; None: all on ``device``.
+        max_memory: of each device that ``device_map`` may use, as accelerate takes it.
+        tp_plan: auto: every process that torchrun has started holds a part of every layer.
 
     Raises:
         ModelError: not a decoder that coldpress can run, or broken files.
@@ -147,6 +175,7 @@ def load_model(
         MissingDependencyError: a package that this model or arithmetic needs is not installed.
     """
     on = pick_device(device)
+    placement = _placement(device, device_map, max_memory, tp_plan)
     if revision and (name == "demo" or os.path.exists(Path(name).expanduser())):
         raise ModelError(f"--revision {revision} does not apply to {name}, which is on this machine; leave it out.")
     with contextlib.ExitStack() as stack:
@@ -166,7 +195,7 @@ def load_model(
                 )
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             model, report = AutoModelForCausalLM.from_pretrained(
-                source, dtype=pick_dtype(dtype, on), output_loading_info=True, **options
+                source, dtype=pick_dtype(dtype, on), output_loading_info=True, **placement, **options
             )
             missing = sorted(report["missing_keys"])
             if missing:  # transformers would fill them with random numbers
@@ -176,7 +205,9 @@ def load_model(
                 )
             if len(tokenizer) <= len(tokenizer.all_special_ids):
                 raise ModelError(f"{name} has no tokenizer; put the model's tokenizer files into its folder.")
-            model.to(on).eval().requires_grad_(False)
+            if not placement:
+                model.to(on)
+            model.eval().requires_grad_(False)
         except (InputError, KeyboardInterrupt, MemoryError):
             raise
         except ImportError as error:
@@ -186,6 +217,46 @@ def load_model(
         use_coldpress(model, attn_implementation)
         commit = getattr(model.config, "_commit_hash", None) or options.get("revision")
     return LoadedModel(model, tokenizer, name, "demo" if name == "demo" else name, commit, attn_implementation)
+
+
+def _placement(
+    device: str,
+    device_map: str | dict[str, Any] | None,
+    max_memory: dict[int | str, int | str] | None,
+    tp_plan: str | None,
+) -> dict[str, Any]:
+    """Options of ``from_pretrained`` for a model on several devices; none for one on a single device.
+
+    Raises:
+        ModelError: options that contradict each other or mean nothing.
+        MissingDependencyError: accelerate is not installed.
+    """
+    if device_map is None and tp_plan is None:
+        return {}
+    if device_map is not None and tp_plan is not None:
+        raise ModelError("--device_map and --tp_plan both share out the model; give one of them.")
+    if device != "auto":
+        option = "--tp_plan" if device_map is None else "--device_map"
+        raise ModelError(f"{option} chooses the devices itself; leave --device {device} out.")
+    if device_map is not None:
+        if isinstance(device_map, str) and device_map not in DEVICE_MAPS:
+            raise ModelError(
+                f"--device_map {device_map!r}: allowed are {', '.join(DEVICE_MAPS)}.{nearest(device_map, DEVICE_MAPS)}"
+            )
+        if importlib.util.find_spec("accelerate") is None:
+            raise MissingDependencyError('--device_map needs accelerate: pip install "coldpress[eval]".')
+        return {"device_map": device_map} | ({} if max_memory is None else {"max_memory": max_memory})
+    if tp_plan != "auto":
+        raise ModelError(f"--tp_plan {tp_plan!r}: allowed is auto.")
+    check_launched()
+    try:
+        from transformers.distributed import DistributedConfig
+
+        if "tp_plan" in inspect.signature(DistributedConfig).parameters:
+            return {"distributed_config": DistributedConfig(tp_plan="auto", tp_size=int(os.environ["WORLD_SIZE"]))}
+    except ImportError:
+        pass
+    return {"tp_plan": "auto"}  # transformers 4
 
 
 def _locate(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:

@@ -22,6 +22,7 @@ from coldpress.eval.metrics import (
     iid_se,
     perplexity,
 )
+from coldpress.eval.models import input_device
 from coldpress.eval.presets import PRESETS
 from coldpress.eval.windows import Window, plan_strided, strided_scored_tokens
 
@@ -85,7 +86,7 @@ def plain_perplexity(
     Raises:
         SelfCheckError: a loss is not finite, or the number of scored tokens is not what the formula says.
     """
-    device = next(model.parameters()).device
+    device = input_device(model)
     cut = plan_strided if preset is None else PRESETS[preset].windows
     jobs = [(i, window) for i, ids in enumerate(documents) for window in cut(len(ids), max_length, stride)]
     rows: list[Tensor] = []  # losses of each window, in the order of the jobs

@@ -30,6 +30,7 @@ from coldpress.eval.checks import check_stored_pairs, release
 from coldpress.eval.engine import Engine, LocalEngine
 from coldpress.eval.ledger import Ledger, Measured
 from coldpress.eval.metrics import bits_per_byte, clustered_mean, paired_difference, perplexity, quantiles
+from coldpress.eval.models import input_device
 from coldpress.eval.perplexity import forward, token_losses
 from coldpress.eval.points import BASELINE, Point
 from coldpress.eval.progress import Sized
@@ -60,6 +61,7 @@ class PrefixRun:
         token_bytes: UTF-8 bytes that each token of the documents stands for, int64 ``[N]`` each, for bits per byte;
             None where that is not known.
         greedy_tokens: also generate so many tokens from each cache, and count how many are the baseline's.
+        seed: of what presses draw at random from torch's own generator.
         ledger: what was finished by an earlier run, and where this one notes what it has finished; None: nowhere.
 
     Raises:
@@ -78,12 +80,13 @@ class PrefixRun:
         token_bytes: Sequence[Tensor | None] | None = None,
         greedy_tokens: int = 0,
         ledger: Ledger | None = None,
+        seed: int = 0,
     ):
         self.model, self.ledger = model, ledger
         kv_bits = [None] * len(presses) if kv_bits is None else kv_bits
         self.points = [Point(press, bits) for press, bits in zip(presses, kv_bits, strict=True)]
         self.plan = documents[0][1]
-        self.work = WindowWork(self.plan.context, self.plan.scored_per_window, chunk_tokens, greedy_tokens)
+        self.work = WindowWork(self.plan.context, self.plan.scored_per_window, chunk_tokens, greedy_tokens, seed)
         width = self.plan.context + self.plan.target
         windows = [ids[start : start + width] for ids, plan in documents for start in plan.starts]
         self.window_bytes = _bytes_of_windows(documents, token_bytes)
@@ -276,12 +279,14 @@ class WindowWork:
         n_scored: tokens scored in each window, its last ones.
         chunk_tokens: tokens of a piece of the context; None for a context in one piece.
         greedy_tokens: tokens to generate from each cache.
+        seed: with the batch's index, of torch's generator: what is drawn depends on no other batch.
     """
 
     context: int
     n_scored: int
     chunk_tokens: int | None = None
     greedy_tokens: int = 0
+    seed: int = 0
 
     @torch.inference_mode()
     def __call__(self, model: PreTrainedModel, batch: Batch) -> Found:
@@ -290,8 +295,9 @@ class WindowWork:
         Raises:
             SelfCheckError: the baseline contradicts a direct forward pass, or is not finite.
         """
+        torch.manual_seed(self.seed + batch.index)
         context, points = self.context, batch.points
-        ids = batch.ids.to(next(model.parameters()).device)
+        ids = batch.ids.to(input_device(model))
         inputs, wanted = ids[:, context:-1], ids[:, context + 1 :]
         scorers = [p.press for p in points if isinstance(p.press, BudgetPress) and p.press.exact_at_0]
         zeros = list(dict.fromkeys(press.with_ratio(0.0) for press in scorers)) if batch.is_checked else []

@@ -40,6 +40,7 @@ _NOT_SETTINGS = (
     *BUDGETS,
     "press_args",
     *("kv_bits", "kv_group_size", "kv_residual_tokens"),
+    *("engine", "ray_address", "workers"),
 )  # elsewhere in the record, or beside it
 
 
@@ -154,6 +155,7 @@ def _common(run: Run) -> dict[str, Any]:
         "total_tokens": plan.total_tokens,
         "batch_size": s.batch_size,
         "position_mode": "original",
+        "engine": {"name": s.engine, **run.engine},
         "seconds": run.seconds,
         "env": environment(),
     }

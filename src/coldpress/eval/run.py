@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from coldpress.errors import InputError, OutputError, SelfCheckError
+from coldpress.eval.cluster import check_engine, make_engine
 from coldpress.eval.datasets import Corpus, load_corpus
 from coldpress.eval.engine import Engine
 from coldpress.eval.ledger import Ledger
@@ -62,6 +63,7 @@ def evaluate(settings: Settings, command: str) -> tuple[list[dict[str, Any]], bo
             f"all leaves out what takes one text at a time, not --batch_size {settings.batch_size}: {', '.join(alone)}."
         )
     pick_device(settings.device)
+    check_engine(settings.engine, settings.ray_address, settings.workers)
     if not settings.output_dir.strip():
         raise OutputError("--output_dir is empty; name a folder.")
     output_dir = Path(settings.output_dir)
@@ -132,6 +134,8 @@ def load(settings: Settings) -> LoadedModel:
         dtype=settings.dtype,
         attn_implementation=settings.attn_implementation,
         revision=settings.revision,
+        device_map=settings.device_map,
+        tp_plan=settings.tp_plan,
     )
 
 
@@ -212,6 +216,7 @@ class Run:
     speed: SpeedRun | None = None
     seconds: dict[str, float] = field(default_factory=dict)  # wall time of each part
     error: Exception | None = None  # what ended the run
+    engine: dict[str, Any] = field(default_factory=dict)  # where windows under presses were measured; empty: here
     show_progress: Callable[..., Any] = progress
     run_id: str = field(default_factory=lambda: secrets.token_hex(6))
     _scored: dict[Any, Any] | None = None
@@ -267,8 +272,16 @@ class Run:
                 token_bytes=plan.token_bytes,
                 greedy_tokens=s.greedy_tokens,
                 ledger=ledger,
+                seed=s.seed,
             )
-            self._timed("perplexity", partial(self.prefix.run, engine=engine))
+            given = (
+                contextlib.nullcontext(engine)
+                if engine is not None
+                else make_engine(s.engine, self.loaded, **s.cluster)
+            )
+            with given as where:
+                self._timed("perplexity", partial(self.prefix.run, engine=where))
+                self.engine = getattr(where, "facts", dict)()
         elif plan.max_length is not None and plan.stride is not None:
             if pressed:
                 note("this perplexity is the uncompressed model's; --ppl_apply_press measures it under the press.")

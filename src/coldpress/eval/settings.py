@@ -83,6 +83,11 @@ class Settings:
     attn_implementation: str = "sdpa"
     device: str = "auto"
     dtype: str = "auto"
+    device_map: str | None = None
+    tp_plan: str | None = None
+    engine: str = "local"
+    ray_address: str | None = None
+    workers: int | None = None
     seed: int = 0
     output_dir: str = "results/perplexity"
 
@@ -105,6 +110,11 @@ class Settings:
         for name in ("max_documents", "max_windows", "greedy_tokens"):
             if getattr(self, name) and not self.ppl_apply_press and (name != "max_documents" or self.ppl_mode is None):
                 raise InputError(f"--{name} is for perplexity under presses; add --ppl_apply_press, or leave it out.")
+        if self.engine != "local" and not self.ppl_apply_press:
+            raise InputError(
+                f"--engine {self.engine} measures windows under presses, and none are asked for; add "
+                "--ppl_apply_press, or leave --engine out."
+            )
         if self.ppl_only and self.speed_decode_only:
             raise InputError("--ppl_only measures no speed; leave it out, or --speed_decode_only.")
         if self.compile and self.ppl_only:
@@ -117,6 +127,11 @@ class Settings:
             raise InputError(
                 f"--min_new_tokens {self.min_new_tokens} is more than --max_new_tokens {self.max_new_tokens}."
             )
+
+    @property
+    def cluster(self) -> dict[str, Any]:
+        """The options of the engine."""
+        return {"ray_address": self.ray_address, "workers": self.workers}
 
     def _check_preset(self) -> None:
         """Fill in what follows from ``--ppl_preset``; raise :class:`InputError` if it contradicts other options."""

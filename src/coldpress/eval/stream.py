@@ -21,6 +21,7 @@ from coldpress.cache import PressedCache
 from coldpress.errors import SelfCheckError
 from coldpress.eval.checks import release
 from coldpress.eval.metrics import perplexity
+from coldpress.eval.models import input_device
 from coldpress.eval.perplexity import forward, token_losses
 from coldpress.presses.base import BasePress
 
@@ -125,7 +126,7 @@ class StreamRun:
     @torch.inference_mode()
     def run(self, progress: Callable[[Any], Any] = iter) -> None:
         """Read everything. Of an interrupted run, what was read until then stays."""
-        device = next(self.model.parameters()).device
+        device = input_device(self.model)
         steps = [
             (reader, ids, begin)
             for i in range(len(self.whole))

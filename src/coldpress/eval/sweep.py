@@ -7,21 +7,23 @@ result is there is not measured again; one that failed is.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from coldpress.errors import InputError, OutputError
+from coldpress.eval.cluster import check_engine, make_engine
 from coldpress.eval.datasets import Corpus, load_corpus
 from coldpress.eval.engine import Engine
 from coldpress.eval.ledger import Ledger
-from coldpress.eval.models import LoadedModel, pick_device
+from coldpress.eval.models import pick_device
 from coldpress.eval.presets import laid_out
 from coldpress.eval.progress import Countable, note, progress
 from coldpress.eval.records import finished_records
@@ -55,18 +57,12 @@ class Outcome:
     is_interrupted: bool = False
 
 
-def sweep(
-    plan: SweepPlan,
-    command: str,
-    make_engine: Callable[[LoadedModel, Cell], Engine | None] = lambda loaded, cell: None,
-) -> Outcome:
+def sweep(plan: SweepPlan, command: str) -> Outcome:
     """Measure what is not measured yet, cell by cell, and write the results.
 
     Args:
         plan: the cells.
         command: the command line, for the records.
-        make_engine: where the windows of a model are measured; called once for each model, and its ``close``, where it
-            has one, after the model's last cell.
 
     Raises:
         InputError: before any work, when a text or the folder cannot be used, or nothing at all could be measured.
@@ -75,6 +71,8 @@ def sweep(
         raise OutputError("--output_dir is empty; name a folder.")
     output_dir = Path(plan.output_dir)
     check_writable(output_dir)
+    for engine in dict.fromkeys((c.settings.engine, *c.settings.cluster.values()) for c in plan.cells):
+        check_engine(*engine)
     for device in {cell.settings.device for cell in plan.cells}:
         pick_device(device)
     corpora: dict[Any, Corpus] = {}
@@ -83,7 +81,7 @@ def sweep(
     outcome, clock = Outcome(), _Clock(len(plan.cells))
     for cells in _by_model(plan.cells):
         try:
-            _sweep_model(cells, corpora, output_dir, command, make_engine, outcome, clock)
+            _sweep_model(cells, corpora, output_dir, command, outcome, clock)
         except InputError as error:
             _tell(outcome, f"{cells[0].settings.model}: {error}")
         except KeyboardInterrupt:
@@ -100,7 +98,6 @@ def _sweep_model(
     corpora: dict[Any, Corpus],
     output_dir: Path,
     command: str,
-    make_engine: Callable[[LoadedModel, Cell], Engine | None],
     outcome: Outcome,
     clock: _Clock,
 ) -> None:
@@ -126,19 +123,14 @@ def _sweep_model(
         runs.append((cell, run, ledger))
         for line in run.plan.notes:
             note(f"{cell.name}: {line}")
-    engine: Engine | None = None
-    has_engine = False
-    try:
+    with contextlib.ExitStack() as stack:
+        engine: Engine | None = None
         for cell, run, ledger in runs:
-            if run.plan.windows is not None and not has_engine:
-                engine, has_engine = make_engine(loaded, cell), True
+            if run.plan.windows is not None and engine is None:  # one for all texts of the model
+                engine = stack.enter_context(make_engine(cell.settings.engine, loaded, **cell.settings.cluster))
             _measure(cell, run, ledger, output_dir, engine, outcome, clock)
             if outcome.is_interrupted:
                 return
-    finally:
-        close = getattr(engine, "close", None)
-        if close is not None:
-            close()
 
 
 def _measure(

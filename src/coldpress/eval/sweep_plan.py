@@ -15,7 +15,7 @@ __all__ = ["KINDS", "Cell", "SweepPlan", "read_config", "with_options"]
 
 KINDS = ("perplexity", "speed", "streaming", "baselines")  # sections of a configuration, in the order they are measured
 
-_MODEL = ("model", "revision", "device", "dtype", "attn_implementation")
+_MODEL = ("model", "revision", "device", "dtype", "attn_implementation", "device_map")
 _AMOUNTS = ("limit_tokens", "max_documents", "max_windows")  # of a text; for all texts, for one, or for one section
 _TEXT = ("dataset", "subset", "split", "sample_idx", "text_file", *_AMOUNTS)
 _PRESS = ("press", "compression_ratio", "budget_tokens", "budget_bytes", "kv_bits")
@@ -28,15 +28,16 @@ _OWN: dict[str, dict[str, Any]] = {  # what a section sets by itself
     "baselines": {"ppl_only": True},
 }
 _FIXED = {
-    *("ppl_apply_press", "ppl_mode", "ppl_only", "speed_only", "press_args", "output_dir"),
-    *{*_MODEL, *_TEXT}.difference({*_AMOUNTS, "device", "dtype", "attn_implementation"}),
+    *("ppl_apply_press", "ppl_mode", "ppl_only", "speed_only", "press_args", "output_dir", "tp_plan"),
+    *{*_MODEL, *_TEXT}.difference({*_AMOUNTS, "device", "dtype", "attn_implementation", "device_map"}),
 }
 _WINDOWS = ("max_windows", "greedy_tokens", "context_tokens", "target_tokens", "stride")
+_ENGINE = ("engine", "ray_address", "workers")
 _MEANINGLESS = {  # what is meant for other sections when it stands above them all
     "perplexity": (),
-    "speed": (*_WINDOWS, "max_documents"),
-    "streaming": (*_WINDOWS, "compression_ratio", "kv_bits", "chunk_tokens", "batch_size"),
-    "baselines": (*_WINDOWS, *_PRESS, "chunk_tokens", "max_documents"),
+    "speed": (*_WINDOWS, *_ENGINE, "max_documents"),
+    "streaming": (*_WINDOWS, *_ENGINE, "compression_ratio", "kv_bits", "chunk_tokens", "batch_size"),
+    "baselines": (*_WINDOWS, *_ENGINE, *_PRESS, "chunk_tokens", "max_documents"),
 }
 _FROM_0 = ("seed", "warmup", "sample_idx", "kv_residual_tokens", "greedy_tokens")
 _SORTS: dict[str, tuple[type, ...]] = {"str": (str,), "bool": (bool,), "int": (int,), "float": (int, float)}

@@ -59,6 +59,8 @@ class BasePress:
         needs_hidden_states: looks at ``view.hidden_states``: the prefill has to run inside ``with press(model):``. A
             wrapper need not say it for the press inside it.
         needs_model: runs the model by itself after the prefill (:meth:`finish`), inside ``with press(model):`` too.
+        heads_alone: chooses for each KV head by what that head holds and is asked, so that heads may be apart.
+            Not inherited; every class says so for itself.
         chooses_together: chooses among the pairs of all layers when the prefill is over (:meth:`choose_together`),
             inside ``with press(model):`` too.
     """
@@ -71,6 +73,7 @@ class BasePress:
     has_ratio: ClassVar[bool] = False
     needs_hidden_states: ClassVar[bool] = False
     needs_model: ClassVar[bool] = False
+    heads_alone: ClassVar[bool] = False
     chooses_together: ClassVar[bool] = False
 
     def compress(self, view: LayerView) -> Kept | None:

@@ -36,6 +36,8 @@ class BlockPress(WrapperPress):
         block_size: tokens of a block, at least 1.
     """
 
+    heads_alone = True
+
     decodes = False
 
     block_size: int = 128

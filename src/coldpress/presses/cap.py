@@ -39,6 +39,8 @@ class CapPress(ScorerPress):
         epsilon: added to the weights in A, at least 0.
     """
 
+    heads_alone = True
+
     tau: float = 5.0
     n_future_positions: int = 512
     n_sink: int = 4

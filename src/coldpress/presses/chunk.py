@@ -35,6 +35,8 @@ class ChunkPress(WrapperPress):
         chunk_length: tokens of a chunk, at least 1.
     """
 
+    heads_alone = True
+
     decodes = False
 
     chunk_length: int = 1024

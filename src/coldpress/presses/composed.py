@@ -36,6 +36,8 @@ class ComposedPress(ScorerPress):
         presses: at least one scorer, each with its ratio. ``compression_ratio`` is 1 - product of (1 - ratio).
     """
 
+    heads_alone = True
+
     decodes = False
 
     compression_ratio: float = field(init=False, repr=False, compare=False)

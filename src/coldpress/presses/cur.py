@@ -42,6 +42,8 @@ class CURPress(ScorerPress):
         seed: random projections are a function of it and the layer.
     """
 
+    heads_alone = True
+
     num_sinks: int = 4
     leverage_type: _Leverage = "kv_product"
     use_random_leverage: bool = False

@@ -48,6 +48,8 @@ class DecodingPress(BasePress):
         hidden_states_buffer_size: how many of the newest tokens' queries the base press sees; at least one is kept.
     """
 
+    heads_alone = True
+
     at_prefill = False
     decodes = True
 
@@ -130,6 +132,8 @@ class PrefillDecodingPress(BasePress):
         prefilling_press: any press that compresses after the prefill; None keeps the prompt whole.
         decoding_press: a press that goes on while decoding, such as DecodingPress; None keeps all that is generated.
     """
+
+    heads_alone = True
 
     decodes = True
 

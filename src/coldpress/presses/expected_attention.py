@@ -40,6 +40,8 @@ class ExpectedAttentionPress(ScorerPress):
         epsilon: added to p before weighting.
     """
 
+    heads_alone = True
+
     estimates_attention = True
 
     n_future_positions: int = 512

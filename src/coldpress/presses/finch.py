@@ -47,6 +47,8 @@ class FinchPress(ScorerPress):
             no letter next to it can change how it is tokenised.
     """
 
+    heads_alone = True
+
     decodes = False
 
     chunk_length: int | None = None

@@ -35,6 +35,8 @@ class KeyRerotationPress(WrapperPress):
         press: any press that chooses which pairs are kept, or MergingPress, with the compression ratio.
     """
 
+    heads_alone = True
+
     decodes = False
 
     @property

@@ -23,6 +23,8 @@ class KnormPress(ScorerPress):
     Needs: keys. Cost: O(T * D) per layer.
     """
 
+    heads_alone = True
+
     scores_alone = True
 
     def score(self, view: LayerView) -> Tensor:

@@ -38,6 +38,8 @@ class LagKVPress(ScorerPress):
         cross_scoring: let the partitions of a head compete with each other.
     """
 
+    heads_alone = True
+
     n_sink: int = 4
     lag_size: int = 128
     cross_scoring: bool = False

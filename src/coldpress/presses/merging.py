@@ -41,6 +41,8 @@ class MergingPress(WrapperPress):
         merge_fraction: share of the evicted pairs that may be merged, in [0, 1].
     """
 
+    heads_alone = True
+
     decodes = False
 
     similarity_threshold: float = 0.0

@@ -35,6 +35,8 @@ class NonCausalAttnPress(ScorerPress):
         chunk_size: tokens of a chunk, at least 1.
     """
 
+    heads_alone = True
+
     needs_all_queries = True
     decodes = False
 

@@ -26,6 +26,8 @@ class ObservedAttentionPress(ScorerPress):
     Needs: keys and all queries. Cost: O(T * T * D) per query head and layer.
     """
 
+    heads_alone = True
+
     estimates_attention = True
     decodes = False
 

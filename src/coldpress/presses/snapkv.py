@@ -36,6 +36,8 @@ class SnapKVPress(ScorerPress):
         kernel_size: width of the pooling in tokens, odd.
     """
 
+    heads_alone = True
+
     estimates_attention = True
 
     window_size: int = 64

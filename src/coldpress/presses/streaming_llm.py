@@ -30,6 +30,8 @@ class StreamingLLMPress(ScorerPress):
         n_sink: first tokens that are always kept.
     """
 
+    heads_alone = True
+
     n_sink: int = 4
 
     def __post_init__(self) -> None:

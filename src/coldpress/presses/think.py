@@ -45,6 +45,8 @@ class ThinKPress(WrapperPress):
             that keeps all.
     """
 
+    heads_alone = True
+
     decodes = False
     exact_at_0 = False
 
