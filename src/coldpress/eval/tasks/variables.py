@@ -35,7 +35,7 @@ def vt(rng: random.Random, depth: float, material: Material) -> Draft:
             (place, f" VAR {name} = {source}.") for place, name, source in zip(places, names, sources, strict=False)
         ),
         question=f"\nFind all variables that are assigned the value {value} in the text above.",
-        lead=f"By the chain of assignments in the text, {len(names)} variables have the value {value}, they are:",
-        answer=f" {', '.join(names)}",
+        lead=f"By the chain of assignments in the text, {len(names)} variables have the value {value}, they are: VAR",
+        answer=f" {', VAR '.join(names)}",
         references=tuple(names),
     )
