@@ -1,4 +1,4 @@
-"""The command ``coldpress``: ppl, speed, calibrate, compress, ask, report, presses.
+"""The command ``coldpress``: ppl, speed, tasks, calibrate, compress, ask, report, presses.
 
 Also what the scripts in evaluation/ run.
 
@@ -94,6 +94,11 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     speed = commands.add_parser("speed", help="the same as ppl --speed_only")
     _add_options(speed)
     speed.set_defaults(options=speed.options, run=_run_ppl, speed_only=True)
+    tasks = commands.add_parser(
+        "tasks", help="questions about compressed contexts: needles, tracking, counting, probes"
+    )
+    _add_task_options(tasks)
+    tasks.set_defaults(options=tasks.options, run=_run_tasks)
     calibrate = commands.add_parser("calibrate", help="measure what a press needs of a model, on a text, and save it")
     _add_calibration_options(calibrate)
     calibrate.set_defaults(options=calibrate.options, run=_run_calibrate)
@@ -176,10 +181,9 @@ def _add_ask_options(parser: argparse.ArgumentParser) -> None:
     _add_machinery(parser.add_argument_group("how"))
 
 
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    what = parser.add_argument_group("what is measured")
-    _add_sources(what, "test")
-    add = what.add_argument
+def _add_presses(group: Any) -> None:
+    """The options that say what compresses, and how much is kept."""
+    add = group.add_argument
     add("--press", nargs="+", help="names of presses, no_press (the default), or all")
     add("--compression_ratio", nargs="+", type=float, help="fraction of the pairs to remove, in [0, 1) (default: 0.5)")
     add("--budget_tokens", nargs="+", type=_positive, help="instead of a ratio: pairs that a head keeps, on average")
@@ -189,6 +193,12 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--kv_bits", nargs="+", type=int, choices=BITS, help="hold what is kept in so few bits, its newest pairs not")
     add("--kv_group_size", type=_positive, help="numbers that share a step then (default: 64)")
     add("--kv_residual_tokens", type=_not_negative, help="newest pairs that stay as they are then (default: 128)")
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what is measured")
+    _add_sources(what, "test")
+    _add_presses(what)
     ppl = parser.add_argument_group("perplexity")
     add = ppl.add_argument
     add("--ppl_apply_press", action="store_true", default=None, help="score targets against the compressed context")
@@ -236,6 +246,27 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--seed", type=_not_negative, help="of random presses and of the order of timings (default: 0)")
     add("--output_dir", help="folder of the results (default: results/perplexity)")
+
+
+def _add_task_options(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what is asked")
+    add = what.add_argument
+    add(
+        "--task", nargs="+", help="niah_single, niah_multikey, vt, cwe; passkey, repeat, repeat_text, which ask nothing"
+    )
+    add("--task_tokens", nargs="+", type=_positive, help="tokens of the contexts (default: 512 1024)")
+    add("--task_examples", type=_positive, help="of each task and length, spread over the depths (default: 20)")
+    add("--depths", nargs="+", type=float, help="where the answer is hidden, 0 to 1 (default: 0 0.25 0.5 0.75 1)")
+    add("--template", choices=("none", "chat"), help="chat: questions in the model's chat template (default: none)")
+    add("--max_new_tokens", type=_positive, help="of an answer (default: what the task says)")
+    _add_sources(parser.add_argument_group("of what model, in what text (default: sentences of our own)"), "test")
+    how = parser.add_argument_group("what is compressed, and how")
+    _add_presses(how)
+    _add_machinery(how)
+    add = how.add_argument
+    add("--allow_extrapolation", action="store_true", default=None, help="go past the model's positions")
+    add("--seed", type=_not_negative, help="of the examples and of random presses (default: 0)")
+    add("--output_dir", help="folder of the results (default: results/tasks)")
 
 
 def _integer(text: str, minimum: int, maximum: int = 2**63 - 1) -> int:
@@ -293,6 +324,21 @@ def _run_ppl(args: argparse.Namespace, argv: list[str], prog: str | None) -> int
     records, is_interrupted = evaluate(Settings(**given), command)
     if is_interrupted:
         sys.stderr.write(f"\ninterrupted; {len(records)} result(s) kept\n")
+        return 130
+    return 1 if any(record["status"] == "failed" for record in records) else 0
+
+
+def _run_tasks(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
+    _check_sources(args)
+    from coldpress.eval.task_command import TaskSettings, measure_tasks
+
+    given = {f.name: getattr(args, f.name) for f in fields(TaskSettings) if getattr(args, f.name) is not None}
+    given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+    if "press_args" in given:
+        given["press_args"] = tuple(given["press_args"].items())
+    records, is_interrupted = measure_tasks(TaskSettings(**given), f"{prog or 'coldpress'} {shlex.join(argv)}")
+    if is_interrupted:
+        sys.stderr.write(f"\ninterrupted; {len(records)} result(s) kept; the same command goes on from here\n")
         return 130
     return 1 if any(record["status"] == "failed" for record in records) else 0
 

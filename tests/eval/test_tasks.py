@@ -67,8 +67,12 @@ def test_a_hidden_part_is_between_the_two_sentences_nearest_to_its_depth(materia
     hidden = text_of(material, example.context_ids[start:stop])
     assert re.fullmatch(r" One of the special magic numbers for [a-z]+-[a-z]+ is: \d{7}\.", hidden)
     assert example.references[0] in hidden
-    head = len(material.begin("Special magic numbers are hidden in the following text. Memorise them; you will be asked "
-                              "about one of them.\n"))
+    head = len(
+        material.begin(
+            "Special magic numbers are hidden in the following text. Memorise them; you will be asked "
+            "about one of them.\n"
+        )
+    )
     filler = 600 - head - (stop - start)
     longest = max(len(material.ids(f" {sentence}")) for sentence in SENTENCES)
     assert abs(start - head - depth * filler) <= longest / 2

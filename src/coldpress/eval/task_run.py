@@ -295,9 +295,7 @@ class ExampleWork:
             raise SelfCheckError("A loss is not finite: the model's logits overflow in this dtype.")
         return Answered(losses, greedy, **sizes)
 
-    def _generate(
-        self, model: PreTrainedModel, cache: PressedCache, example: Example, logits: Tensor
-    ) -> list[int]:
+    def _generate(self, model: PreTrainedModel, cache: PressedCache, example: Example, logits: Tensor) -> list[int]:
         """Greedy tokens after ``logits [1, 1, V]``.
 
         They end with the text, or with the first line that says something; a list, which more than one reference asks

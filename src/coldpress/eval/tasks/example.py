@@ -186,9 +186,7 @@ def _filled(pieces: Iterator[Ids], room: int) -> list[Ids]:
     return taken
 
 
-def _hide(
-    head: Ids, filler: list[Ids], hidden: list[tuple[float, Ids]]
-) -> tuple[Ids, tuple[tuple[int, int], ...]]:
+def _hide(head: Ids, filler: list[Ids], hidden: list[tuple[float, Ids]]) -> tuple[Ids, tuple[tuple[int, int], ...]]:
     """``filler`` after ``head``, with each hidden part between the two pieces that are nearest to its depth."""
     ends = [0]
     for piece in filler:

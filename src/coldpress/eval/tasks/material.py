@@ -97,7 +97,9 @@ def _sentences(text: str) -> list[str]:
         found += [words[i : i + LONGEST].strip() for i in range(0, len(words), LONGEST)]
     found = [sentence for sentence in found if sentence]
     if len(found) < 2:
-        raise DataError("The text has fewer than two sentences, so nothing can be hidden among them; take a longer one.")
+        raise DataError(
+            "The text has fewer than two sentences, so nothing can be hidden among them; take a longer one."
+        )
     return found
 
 

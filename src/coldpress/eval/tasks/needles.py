@@ -11,7 +11,9 @@ from coldpress.eval.tasks.words import ADJECTIVES, NOUNS
 __all__ = ["niah_multikey", "niah_single"]
 
 N_KEYS = 4
-_OPENING = "Special magic numbers are hidden in the following text. Memorise them; you will be asked about one of them.\n"
+_OPENING = (
+    "Special magic numbers are hidden in the following text. Memorise them; you will be asked about one of them.\n"
+)
 
 
 @register("niah_single", has_depth=True, answer_tokens=16)

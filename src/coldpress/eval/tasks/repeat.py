@@ -37,9 +37,7 @@ def repeat_text(rng: random.Random, depth: float, material: Material) -> Draft:
     return _draft(tuple(span[:SPAN_TOKENS]), depth, rng, material, sentences)
 
 
-def _draft(
-    span: Ids, depth: float, rng: random.Random, material: Material, without: Sequence[str] = ()
-) -> Draft:
+def _draft(span: Ids, depth: float, rng: random.Random, material: Material, without: Sequence[str] = ()) -> Draft:
     return Draft(
         opening="",
         filler=material.pieces(rng, without),
