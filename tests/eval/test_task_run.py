@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from coldpress import (
     BasePress,
-    KeyDiffPress,
     Kept,
+    KeyDiffPress,
     KnormPress,
     KVBits,
     LayerView,
@@ -116,7 +116,9 @@ def test_a_record_sums_up_its_examples(demo: LoadedModel, examples: list[Example
     for found in result["tasks"]:
         rows = [r for r in result["per_example"] if (r["task"], r["length"]) == (found["task"], found["length"])]
         counts = [row["n_tokens"] for row in rows]
-        own, base = ([row[key] * n for row, n in zip(rows, counts)] for key in ("answer_nll", "answer_nll_base"))
+        own, base = (
+            [row[key] * n for row, n in zip(rows, counts, strict=True)] for key in ("answer_nll", "answer_nll_base")
+        )
         assert found["answer_nll"] == pytest.approx(sum(own) / sum(counts))
         assert found["answer_nll_base"] == pytest.approx(sum(base) / sum(counts))
         paired = paired_difference(counts, own, base)

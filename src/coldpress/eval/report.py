@@ -197,7 +197,7 @@ def describe(record: Record) -> str:
 def show(records: Sequence[Record]) -> str:
     """The records of one run as text: what they were measured on, their tables, and who removed nothing."""
     parts = [describe(next((r for r in records if r["status"] == "ok"), records[0])), table(records)]
-    parts += _baseline(records)
+    parts += _baseline(records) + _unanswered(records)
     late = dict.fromkeys(r["press"] for r in records if _goes_on(r))
     if late:
         parts.append(
@@ -268,7 +268,7 @@ def check_record(record: Record) -> None:
 def _is_task(entry: Any) -> bool:
     if not isinstance(entry, dict) or not isinstance(entry.get("task"), str) or not _is_number(entry.get("length")):
         return False
-    return all(entry.get(key) is None or _is_number(entry[key]) for key in ("score", "answer_nll"))
+    return all(entry.get(key) is None or _is_number(entry[key]) for key in ("score", "score_base", "answer_nll"))
 
 
 def _is_number(value: Any) -> bool:
@@ -337,6 +337,14 @@ def _baseline(records: Sequence[Record]) -> list[str]:
         return []
     loss, ppl = compared[0]["baseline_loss"], compared[0]["baseline_ppl"]
     return [f"ΔNLL is the difference to the uncompressed cache on the same tokens: loss {loss:.4f}, PPL {ppl:.3f}."]
+
+
+def _unanswered(records: Sequence[Record]) -> list[str]:
+    """The tasks that the uncompressed model itself cannot do, of which no press can lose anything."""
+    entries = [entry for r in records for entry in r.get("tasks") or () if entry.get("score_base") == 0]
+    names = dict.fromkeys(f"{entry['task']} at {entry['length']:,}" for entry in entries)
+    said = "The uncompressed model scores 0, so these scores say nothing about a press"
+    return [f"{said}: {', '.join(names)}."] if names else []
 
 
 def _goes_on(record: Record) -> bool:

@@ -64,7 +64,7 @@ class Example:
     Attributes:
         task: its name.
         index: of the example, among those of its task and length.
-        length: tokens of the context, all of them counted: what a chat template or a tokenizer puts before the text too.
+        length: tokens of the context, all counted, also what a chat template or a tokenizer puts before the text.
         depth: fraction of the filler that stands before what is asked for; None where it is in many places.
         hidden_at: first token of each hidden part, and of what follows it.
         context_ids: read and compressed.
