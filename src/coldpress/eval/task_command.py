@@ -107,7 +107,7 @@ def check_task_positions(examples: Sequence[Example], max_positions: int | None,
     if max(needed) > limit and not may_pass:
         longest = examples[needed.index(max(needed))]
         raise InputError(
-            f"Task {longest.task} of {longest.length} tokens needs {max(needed)} positions with question and answer, and "
+            f"Task {longest.task} of {longest.length} tokens needs {max(needed)} positions with question and answer; "
             f"the model was trained on {limit}: give less --task_tokens, or --allow_extrapolation."
         )
 
