@@ -1,4 +1,4 @@
-"""The command ``coldpress``: ppl, speed, sweep, calibrate, compress, ask, inspect, report, presses.
+"""The command ``coldpress``: ppl, speed, sweep, tasks, calibrate, compress, ask, inspect, report, presses.
 
 Also what the scripts in evaluation/ run.
 
@@ -97,6 +97,11 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     sweep = commands.add_parser("sweep", help="presses x ratios x texts x models; goes on where it was stopped")
     _add_sweep_options(sweep)
     sweep.set_defaults(options=sweep.options, run=_run_sweep)
+    tasks = commands.add_parser(
+        "tasks", help="questions about compressed contexts: needles, tracking, counting, probes"
+    )
+    _add_task_options(tasks)
+    tasks.set_defaults(options=tasks.options, run=_run_tasks)
     calibrate = commands.add_parser("calibrate", help="measure what a press needs of a model, on a text, and save it")
     _add_calibration_options(calibrate)
     calibrate.set_defaults(options=calibrate.options, run=_run_calibrate)
@@ -384,6 +389,27 @@ def _listed(one: Callable[[str], Any], choices: Sequence[Any] = ()) -> Callable[
     return read
 
 
+def _add_task_options(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what is asked")
+    add = what.add_argument
+    add(
+        "--task", nargs="+", help="niah_single, niah_multikey, vt, cwe; passkey, repeat, repeat_text, which ask nothing"
+    )
+    add("--task_tokens", nargs="+", type=_positive, help="tokens of the contexts (default: 512 1024)")
+    add("--task_examples", type=_positive, help="of each task and length, spread over the depths (default: 20)")
+    add("--depths", nargs="+", type=float, help="where the answer is hidden, 0 to 1 (default: 0 0.25 0.5 0.75 1)")
+    add("--template", choices=("none", "chat"), help="chat: questions in the model's chat template (default: none)")
+    add("--max_new_tokens", type=_positive, help="of an answer (default: what the task says)")
+    _add_sources(parser.add_argument_group("of what model, in what text (default: sentences of our own)"), "test")
+    how = parser.add_argument_group("what is compressed, and how")
+    _add_presses(how)
+    _add_machinery(how)
+    add = how.add_argument
+    add("--allow_extrapolation", action="store_true", default=None, help="go past the model's positions")
+    add("--seed", type=_not_negative, help="of the examples and of random presses (default: 0)")
+    add("--output_dir", help="folder of the results (default: results/tasks)")
+
+
 def _integer(text: str, minimum: int, maximum: int = 2**63 - 1) -> int:
     digits = text.strip().removeprefix("+").replace("_", "")
     try:
@@ -464,6 +490,21 @@ def _run_sweep(args: argparse.Namespace, argv: list[str], prog: str | None) -> i
         sys.stderr.write("\ninterrupted; the same command goes on from here\n")
         return 130
     return 1 if outcome.n_failed or outcome.problems else 0
+
+
+def _run_tasks(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
+    _check_sources(args)
+    from coldpress.eval.task_command import TaskSettings, measure_tasks
+
+    given = {f.name: getattr(args, f.name) for f in fields(TaskSettings) if getattr(args, f.name) is not None}
+    given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+    if "press_args" in given:
+        given["press_args"] = tuple(given["press_args"].items())
+    records, is_interrupted = measure_tasks(TaskSettings(**given), f"{prog or 'coldpress'} {shlex.join(argv)}")
+    if is_interrupted:
+        sys.stderr.write(f"\ninterrupted; {len(records)} result(s) kept; the same command goes on from here\n")
+        return 130
+    return 1 if any(record["status"] == "failed" for record in records) else 0
 
 
 def _run_calibrate(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:

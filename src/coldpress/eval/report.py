@@ -97,7 +97,7 @@ def table(records: Sequence[Record]) -> str:
     if any(r.get("nll_by_position") for r in records):
         own = ("loss", "PPL", "status")
         quality = (*STREAM, *(column for column in QUALITY if column[0] in own))
-    parts = _table(flat, quality), _table(flat, _buckets(records)), _table(flat, SPEED)
+    parts = _table(flat, quality), _table(flat, _buckets(records)), *_task_tables(records), _table(flat, SPEED)
     return "\n\n".join(text for text in parts if text)
 
 
@@ -114,6 +114,24 @@ def _buckets(records: Sequence[Record]) -> tuple[Column, ...]:
         return f"loss at {name}", cell
 
     return tuple(column(name) for name in names)
+
+
+def _task_tables(records: Sequence[Record]) -> list[str]:
+    """What tasks found: scores of string match, then nats a token of the answers; a column for a task and length."""
+    found = (entry for r in records for entry in r.get("tasks") or ())
+    kinds = list(dict.fromkeys((entry["task"], entry["length"]) for entry in found))
+
+    def column(kind: tuple[str, int], key: str, form: str) -> Column:
+        def cell(record: Record) -> str | None:
+            mine = (e for e in record.get("tasks") or () if (e["task"], e["length"]) == kind)
+            value = next((e.get(key) for e in mine), None)
+            return None if value is None else form.format(value)
+
+        return f"{kind[0]} {kind[1]:,}{'' if key == 'score' else ' nats'}", cell
+
+    scores = [column(kind, "score", "{:.1%}") for kind in kinds]
+    nats = [column(kind, "answer_nll", "{:.3f}") for kind in kinds]
+    return [_table(records, scores), _table(records, nats)]
 
 
 def _table(records: Sequence[Record], columns: Sequence[Column]) -> str:
@@ -179,7 +197,7 @@ def describe(record: Record) -> str:
 def show(records: Sequence[Record]) -> str:
     """The records of one run as text: what they were measured on, their tables, and who removed nothing."""
     parts = [describe(next((r for r in records if r["status"] == "ok"), records[0])), table(records)]
-    parts += _baseline(records)
+    parts += _baseline(records) + _unanswered(records)
     late = dict.fromkeys(r["press"] for r in records if _goes_on(r))
     if late:
         parts.append(
@@ -240,9 +258,17 @@ def check_record(record: Record) -> None:
         if name == "nll_by_position" and fits:
             fits = all(key.partition("-")[0].isdecimal() and len(key) < 40 for key in value)
         check(name, value, value is None or fits, "an object of numbers")
+    tasks: Any = record.get("tasks")
+    check("tasks", tasks, tasks is None or (isinstance(tasks, list) and all(map(_is_task, tasks))), "a list of tasks")
     for name, others in _TOGETHER.items():
         if record.get(name):
             check(" or ".join(others), None, any(record.get(other) is not None for other in others), f"beside {name}")
+
+
+def _is_task(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not isinstance(entry.get("task"), str) or not is_number(entry.get("length")):
+        return False
+    return all(entry.get(key) is None or is_number(entry[key]) for key in ("score", "score_base", "answer_nll"))
 
 
 def is_number(value: Any) -> bool:
@@ -311,6 +337,14 @@ def _baseline(records: Sequence[Record]) -> list[str]:
         return []
     loss, ppl = compared[0]["baseline_loss"], compared[0]["baseline_ppl"]
     return [f"ΔNLL is the difference to the uncompressed cache on the same tokens: loss {loss:.4f}, PPL {ppl:.3f}."]
+
+
+def _unanswered(records: Sequence[Record]) -> list[str]:
+    """The tasks that the uncompressed model itself cannot do, of which no press can lose anything."""
+    entries = [entry for r in records for entry in r.get("tasks") or () if entry.get("score_base") == 0]
+    names = dict.fromkeys(f"{entry['task']} at {entry['length']:,}" for entry in entries)
+    said = "The uncompressed model scores 0, so these scores say nothing about a press"
+    return [f"{said}: {', '.join(names)}."] if names else []
 
 
 def _goes_on(record: Record) -> bool:

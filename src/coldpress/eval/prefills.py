@@ -1,0 +1,46 @@
+"""One prefill for many presses, or with a prompt in pieces one for each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+from transformers.modeling_utils import PreTrainedModel
+
+from coldpress.cache import PressedCache
+from coldpress.chunks import prefill
+from coldpress.eval.checks import release
+from coldpress.eval.perplexity import forward
+from coldpress.eval.points import Point
+from coldpress.pressing import prefilling
+
+__all__ = ["prefilled"]
+
+
+def prefilled(
+    model: PreTrainedModel, context: Tensor, points: Sequence[Point], chunk_tokens: int | None = None
+) -> tuple[PressedCache, Iterator[PressedCache]]:
+    """The uncompressed cache of ``context [B, C]``, and that of each point.
+
+    A press that fails leaves a cache that raises the error when it is used. The caches are handed out one by one, so
+    that the memory of one is free before the next one grows.
+    """
+    full = PressedCache(chunk_tokens=chunk_tokens)
+    if chunk_tokens is not None:  # what is computed of the second piece depends on what was kept of the first
+        prefill(model, context, full)
+        return full, (_alone(model, context, point, chunk_tokens) for point in points)
+    branches = full.branches([point.press for point in points], [point.kv_bits for point in points])
+    with prefilling(model, full, *branches):
+        forward(model, context, full, keep=1)
+    branches.reverse()
+    return full, (branches.pop() for _ in points)
+
+
+def _alone(model: PreTrainedModel, context: Tensor, point: Point, chunk_tokens: int) -> PressedCache:
+    cache = PressedCache(point.press, chunk_tokens=chunk_tokens, kv_bits=point.kv_bits)
+    try:
+        with prefilling(model, cache):
+            prefill(model, context, cache)
+    except Exception as error:
+        cache.session.error = release(error)
+    return cache

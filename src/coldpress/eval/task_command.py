@@ -1,0 +1,268 @@
+"""``coldpress tasks``: questions about compressed contexts, one result record per press and size."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coldpress.errors import InputError, OutputError
+from coldpress.eval.datasets import Corpus, load_corpus
+from coldpress.eval.models import LoadedModel, load_model, pick_device
+from coldpress.eval.plan import UNKNOWN_POSITIONS
+from coldpress.eval.points import BASELINE, Point, config_of
+from coldpress.eval.progress import note, progress
+from coldpress.eval.records import METRICS
+from coldpress.eval.report import show, size_of
+from coldpress.eval.results import SCHEMA_VERSION, check_writable, environment, write_result
+from coldpress.eval.settings import Job, Settings, make_jobs
+from coldpress.eval.task_ledger import TaskLedger
+from coldpress.eval.task_run import TaskRun
+from coldpress.eval.tasks import Example, Material, find_task, make_examples
+from coldpress.eval.tasks.words import SENTENCES
+from coldpress.presses.base import BUDGETS
+from coldpress.presses.registry import NO_PRESS
+from coldpress.quantised import KVBits
+
+__all__ = ["TASKS", "TEMPLATES", "TaskSettings", "check_task_positions", "measure_tasks", "task_protocol"]
+
+TASKS = ("niah_single", "niah_multikey", "vt", "cwe", "passkey", "repeat_text")  # asked where none is named
+TEMPLATES = ("none", "chat")
+FILLER = "filler"  # the haystack of our own sentences, where no text is given
+_OF_JOBS = ("press", "compression_ratio", *BUDGETS, "press_args", "kv_bits", "kv_group_size", "kv_residual_tokens")
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """Everything a run over tasks was asked for; the command line's options have these names.
+
+    Raises:
+        InputError: options that can never work.
+    """
+
+    model: str = "EleutherAI/pythia-70m"
+    revision: str | None = None
+    dataset: str | None = None  # the haystack; None for sentences of our own
+    subset: str | None = None
+    split: str = "test"
+    sample_idx: int | None = None
+    text_file: str | None = None
+    press: tuple[str, ...] = (NO_PRESS,)
+    compression_ratio: tuple[float, ...] = ()  # (0.5,) if no budget is given
+    budget_tokens: tuple[int, ...] = ()
+    budget_bytes: tuple[int, ...] = ()
+    press_args: tuple[tuple[str, Any], ...] = ()
+    chunk_tokens: int | None = None
+    kv_bits: tuple[int, ...] = ()
+    kv_group_size: int = KVBits.group_size
+    kv_residual_tokens: int = KVBits.residual_tokens
+    task: tuple[str, ...] = TASKS
+    task_tokens: tuple[int, ...] = (512, 1024)
+    task_examples: int = 20
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    template: str = "none"
+    max_new_tokens: int | None = None  # what each task says
+    allow_extrapolation: bool = False
+    attn_implementation: str = "sdpa"
+    device: str = "auto"
+    dtype: str = "auto"
+    seed: int = 0
+    output_dir: str = "results/tasks"
+
+    def __post_init__(self) -> None:
+        for name in self.task:
+            find_task(name)
+        if self.template not in TEMPLATES:
+            raise InputError(f"--template must be {' or '.join(TEMPLATES)}, got {self.template!r}.")
+        if not self.depths or not all(0 <= depth <= 1 for depth in self.depths):
+            raise InputError(f"--depths must be numbers from 0 (beginning) to 1 (end), got {list(self.depths)}.")
+
+    def jobs(self) -> list[Job]:
+        """The presses to measure; see :func:`coldpress.eval.settings.make_jobs`."""
+        chosen = {name: getattr(self, name) for name in (*_OF_JOBS, "chunk_tokens", "seed")}
+        return make_jobs(Settings(**chosen, ppl_apply_press=True, ppl_only=True))
+
+
+def task_protocol(
+    lengths: Sequence[int], n_examples: int, template: str = "none", chunk_tokens: int | None = None
+) -> str:
+    """The name of the way tasks are measured; numbers of different names are not compared."""
+    protocol = f"tasks-v1-C{'+'.join(map(str, lengths))}-n{n_examples}"
+    protocol += "" if template == "none" else f"-{template}"
+    return protocol if chunk_tokens is None else f"{protocol}-chunk{chunk_tokens}"
+
+
+def check_task_positions(examples: Sequence[Example], max_positions: int | None, may_pass: bool = False) -> None:
+    """Raise :class:`InputError` if an example with its answer is longer than what the model was trained on."""
+    limit = max_positions or UNKNOWN_POSITIONS
+    needed = [len(e.question_ids) + max(len(e.answer_ids), e.answer_tokens or 0) + e.length for e in examples]
+    if max(needed) > limit and not may_pass:
+        longest = examples[needed.index(max(needed))]
+        raise InputError(
+            f"Task {longest.task} of {longest.length} tokens needs {max(needed)} positions with question and answer; "
+            f"the model was trained on {limit}: give less --task_tokens, or --allow_extrapolation."
+        )
+
+
+def measure_tasks(settings: TaskSettings, command: str) -> tuple[list[dict[str, Any]], bool]:
+    """Run tasks under presses, write the results, and print them.
+
+    A run that was killed goes on where it was when it is started again with the same settings.
+
+    Args:
+        settings: what to measure.
+        command: the command line, for the record.
+
+    Returns:
+        The records, in the order of the table, and whether the user interrupted the run.
+
+    Raises:
+        InputError: before any long work, when something that was asked for cannot work.
+    """
+    jobs = settings.jobs()
+    pick_device(settings.device)
+    if not settings.output_dir.strip():
+        raise OutputError("--output_dir is empty; name a folder.")
+    output_dir = Path(settings.output_dir)
+    check_writable(output_dir)
+    corpus = _corpus(settings)
+    loaded = load_model(
+        settings.model,
+        device=settings.device,
+        dtype=settings.dtype,
+        attn_implementation=settings.attn_implementation,
+        revision=settings.revision,
+    )
+    jobs = [
+        job if job.press is None else replace(job, press=job.press.prepared(loaded.model, loaded.tokenizer))
+        for job in jobs
+    ]
+    text = None if corpus is None else "\n\n".join(document.text for document in corpus.documents)
+    material = Material(loaded.tokenizer, text, is_chat=settings.template == "chat")
+    sizes = settings.task, settings.task_tokens, settings.depths, settings.task_examples
+    examples = make_examples(material, *sizes, seed=settings.seed)
+    check_task_positions(examples, loaded.max_positions, settings.allow_extrapolation)
+    loaded.check_ids([torch.tensor(example.context_ids) for example in examples])
+    common = _common(settings, command, loaded, corpus, examples)
+    run = TaskRun(
+        loaded.model,
+        loaded.tokenizer,
+        [Point(job.press, job.kv_bits) for job in jobs],
+        examples,
+        chunk_tokens=settings.chunk_tokens,
+        max_new_tokens=settings.max_new_tokens,
+        ledger=TaskLedger(output_dir / ".ledger" / _identity(common)),
+    )
+    torch.manual_seed(settings.seed)
+    is_interrupted, failure, start = False, None, time.perf_counter()
+    try:
+        run.run(partial(progress, name="tasks"))
+    except InputError:
+        raise
+    except Exception as error:  # the model itself fails, without a press: so does everything that is compared with it
+        failure = error
+    except KeyboardInterrupt:
+        is_interrupted = True
+    common["seconds"] = {"tasks": time.perf_counter() - start}
+    records = _records(run, jobs, common, failure)
+    for record in records:
+        write_result(output_dir, record)
+        if record["status"] == "failed":
+            size = size_of(record)
+            note(f"{record['press']}{f' at {size}' if size else ''} failed: {record['error']}", kind="error")
+    if run.is_complete and run.ledger is not None:
+        run.ledger.clear()
+    if records:
+        print(f"\n{show(records)}\n")
+        print(f"{len(records)} result(s) in {output_dir}/")
+    return records, is_interrupted
+
+
+def _corpus(settings: TaskSettings) -> Corpus | None:
+    if settings.dataset is None and settings.text_file is None:
+        return None
+    return load_corpus(
+        settings.dataset or "",
+        subset=settings.subset,
+        split=settings.split,
+        sample_idx=settings.sample_idx,
+        text_file=settings.text_file,
+    )
+
+
+def _records(
+    run: TaskRun, jobs: Sequence[Job], common: dict[str, Any], failure: Exception | None
+) -> list[dict[str, Any]]:
+    """One record per job of which there is something to say."""
+    results = {point.key: result for point, result in run.results()}
+    records = []
+    for job in jobs:
+        point = Point(job.press, job.kv_bits)
+        result = failure or results.get(BASELINE.key if point == BASELINE else point.key)
+        if result is None:
+            continue
+        has_failed = isinstance(result, Exception)
+        record: dict[str, Any] = {
+            **dict.fromkeys(METRICS),
+            **common,
+            "press": job.name,
+            "press_config": config_of(job.press),
+            "compression_ratio": job.ratio,
+            "budget_tokens": job.budget_tokens,
+            "budget_bytes": job.budget_bytes,
+            "kv_bits": None if job.kv_bits is None else job.kv_bits.bits,
+            "kv_bits_config": None if job.kv_bits is None else asdict(job.kv_bits),
+            "status": "failed" if has_failed else "ok" if run.is_complete else "interrupted",
+            "error": None,
+        }
+        if isinstance(result, Exception):
+            record["error"] = f"{type(result).__name__}: {' '.join(str(result).split())}"
+            record["traceback"] = "".join(traceback.format_exception(result))
+        else:
+            record |= result
+        records.append(record)
+    return records
+
+
+def _identity(common: dict[str, Any]) -> str:
+    """Of a run whose examples may be shared with this one: a ledger's name."""
+    names = ("weights_fingerprint", "dtype", "device", "attn_implementation", "protocol", "tokens_sha256")
+    return "tasks-" + hashlib.sha256(repr([common[name] for name in names]).encode()).hexdigest()[:10]
+
+
+def _common(
+    s: TaskSettings, command: str, loaded: LoadedModel, corpus: Corpus | None, examples: Sequence[Example]
+) -> dict[str, Any]:
+    """What the records of one run have in common."""
+    own = hashlib.sha256("\n".join(SENTENCES).encode()).hexdigest()
+    tokens = hashlib.sha256("".join(example.fingerprint for example in examples).encode()).hexdigest()
+    settings = {k: v for k, v in asdict(s).items() if k not in (*_OF_JOBS, "output_dir")}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "run_id": secrets.token_hex(6),
+        "timestamp": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": command,
+        "protocol": task_protocol(s.task_tokens, s.task_examples, s.template, s.chunk_tokens),
+        "settings": settings,
+        "seed": s.seed,
+        **loaded.facts(),
+        "dataset": FILLER if corpus is None else s.text_file or s.dataset,
+        "dataset_source": FILLER if corpus is None else corpus.source,
+        "subset": None if corpus is None else corpus.subset,
+        "split": None if corpus is None else corpus.split,
+        "text_sha256": own if corpus is None else corpus.text_sha256,
+        "tokens_sha256": tokens,
+        "total_tokens": sum(example.length for example in examples),
+        "context_tokens": s.task_tokens[0] if len(s.task_tokens) == 1 else None,
+        "batch_size": 1,
+        "position_mode": "original",
+        "env": environment(),
+    }

@@ -1,0 +1,106 @@
+"""What a run over tasks has finished, on disk, so that one that was killed goes on where it was.
+
+A ledger is a folder with one file for each example. A file is there whole or not at all, and tells of each point what
+it made of the example; one that is damaged, or of another example, is as good as none. When all results are written
+the ledger has done its work and is removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import secrets
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from coldpress.errors import OutputError
+
+__all__ = ["Answered", "TaskLedger"]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What one point made of one example.
+
+    Attributes:
+        losses: nats of each token of the answer, as float32 has them.
+        answer_ids: greedy tokens, up to the end of the answer; None where nothing was generated.
+        kv_bytes: of the cache, right after the prefill.
+        kv_lengths: stored tokens of each of its layers.
+        achieved_ratio: fraction of its pairs that were removed.
+        kept_hash: a fingerprint of which pairs it keeps; None for the baseline.
+    """
+
+    losses: list[float]
+    answer_ids: list[int] | None
+    kv_bytes: int
+    kv_lengths: list[int]
+    achieved_ratio: float
+    kept_hash: str | None = None
+
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> Answered:
+        """What was saved, or ValueError or TypeError where it cannot be."""
+        answered = cls(**saved)
+        numbers = [*answered.losses, answered.kv_bytes, answered.achieved_ratio]
+        numbers += [*(answered.answer_ids or ()), *answered.kv_lengths]
+        if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+            raise ValueError("not a number")
+        return answered
+
+
+class TaskLedger:
+    """The finished examples of one run.
+
+    Args:
+        folder: of this ledger alone; made when the first example is saved.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def load(self, index: int, fingerprint: str) -> dict[str, Answered]:
+        """What each point made of an example, by the point's key; empty where nothing was saved or can be read.
+
+        Args:
+            index: of the example in the run.
+            fingerprint: of the example, and of how it is measured.
+        """
+        try:
+            saved = json.loads(self._path(index).read_text(encoding="utf-8"))
+            if saved["fingerprint"] != fingerprint:
+                return {}
+            return {str(key): Answered.of(each) for key, each in saved["found"].items()}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):  # it is measured again
+            return {}
+
+    def save(self, index: int, fingerprint: str, found: dict[str, Answered]) -> None:
+        """Replace what is known of an example.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        path = self._path(index)
+        temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+        whole = {"fingerprint": fingerprint, "found": {key: asdict(answered) for key, answered in found.items()}}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(whole), encoding="utf-8")
+            os.replace(temporary, path)
+        except OSError as error:
+            raise OutputError(f"cannot write {str(path)!r} ({error}): make room, or choose another folder") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Remove it from the disk."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # the last one takes the folder of all of them along
+            self.folder.parent.rmdir()
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"example-{index:06d}.json"

@@ -1,0 +1,352 @@
+"""Tasks under compressed contexts: what is left of a context is asked a question that it was compressed without.
+
+``TaskRun`` prefills each example's context once for all presses, then feeds the question, at the positions that follow
+the context's, to what each of them has kept. The answer's tokens are scored from what stands before them; where an
+answer is looked for, it is generated greedily too, and compared with the references. The uncompressed cache answers
+the same questions, and a number that contradicts a check is an error instead of a result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_utils import PreTrainedModel
+
+from coldpress.cache import PressedCache
+from coldpress.errors import SelfCheckError
+from coldpress.eval.checks import check_stored_pairs, release
+from coldpress.eval.engine import Engine, LocalEngine
+from coldpress.eval.metrics import paired_difference
+from coldpress.eval.perplexity import forward, token_losses
+from coldpress.eval.points import BASELINE, Point
+from coldpress.eval.prefills import prefilled
+from coldpress.eval.progress import Sized
+from coldpress.eval.task_ledger import Answered, TaskLedger
+from coldpress.eval.tasks import Example
+
+__all__ = ["ExampleWork", "TaskItem", "TaskRun", "match"]
+
+SHOWN = 80  # characters of an answer that a record holds
+
+Found = dict[str, Answered | Exception]  # of each point, by its key
+
+
+def match(answer: str, references: Sequence[str]) -> float:
+    """The fraction of the references that an answer holds, in 0..1; capitals do not matter (RULER's string match)."""
+    return sum(reference.lower() in answer.lower() for reference in references) / len(references)
+
+
+@dataclass(frozen=True)
+class TaskItem:
+    """One example, and the points to measure on it beside the baseline.
+
+    Attributes:
+        index: of the example in the run.
+        is_checked: whether the check is made that needs a forward pass of its own.
+    """
+
+    index: int
+    example: Example
+    points: tuple[Point, ...]
+    is_checked: bool
+
+
+class TaskRun:
+    """Answer questions about compressed contexts, one by one; :meth:`results` can be asked for at any time.
+
+    Args:
+        model: a causal language model on coldpress's backend.
+        tokenizer: of the model.
+        points: to measure; the uncompressed baseline is always measured too.
+        examples: see :func:`coldpress.eval.tasks.make_examples`.
+        chunk_tokens: tokens of a piece of the context; None for a context in one piece.
+        max_new_tokens: of an answer at most, instead of what its task says.
+        ledger: what was finished by an earlier run, and where this one notes what it has finished; None: nowhere.
+
+    Raises:
+        SelfCheckError: from :meth:`run`, when the baseline contradicts a direct forward pass or is not finite.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        points: Sequence[Point],
+        examples: Sequence[Example],
+        *,
+        chunk_tokens: int | None = None,
+        max_new_tokens: int | None = None,
+        ledger: TaskLedger | None = None,
+    ):
+        self.model, self.tokenizer, self.examples, self.ledger = model, tokenizer, list(examples), ledger
+        self.points = [point for point in points if point != BASELINE]
+        is_asked = any(example.references for example in self.examples)
+        self.work = ExampleWork(
+            chunk_tokens,
+            max_new_tokens,
+            _newlines(tokenizer) if is_asked else frozenset(),
+            _ends(model, tokenizer),
+        )
+        self.done: list[dict[str, Answered]] = [{} for _ in self.examples]  # by the key of the point
+        self.errors: dict[str, Exception] = {}
+
+    @property
+    def is_complete(self) -> bool:
+        return not any(self._missing(index) for index in range(len(self.examples)))
+
+    def run(self, progress: Callable[[Any], Any] = iter, engine: Engine | None = None) -> None:
+        """Measure all examples. Of an interrupted run, those that were finished stay."""
+        if self.ledger is not None:
+            for index in range(len(self.examples)):
+                self.done[index] |= self.ledger.load(index, self._fingerprint(index))
+        n_open = sum(bool(self._missing(index)) for index in range(len(self.examples)))
+        engine = LocalEngine(self.model) if engine is None else engine
+        for item, found in progress(Sized(engine.map(self.work, self._open()), n_open)):
+            self._keep(item, found)
+
+    def results(self) -> Iterator[tuple[Point, dict[str, Any] | Exception]]:
+        """Each point of which there is something to say, the baseline first, with its record or what went wrong."""
+        for point in (BASELINE, *self.points):
+            if point.key in self.errors:
+                yield point, self.errors[point.key]
+            elif any(point.key in done for done in self.done):
+                try:
+                    yield point, self._result(point)
+                except SelfCheckError as error:
+                    yield point, error
+
+    def _fingerprint(self, index: int) -> str:
+        parts = (self.examples[index].fingerprint, self.work.chunk_tokens, self.work.max_new_tokens)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+    def _missing(self, index: int) -> list[Point]:
+        """The points that have not been measured on an example, and have not failed."""
+        done = self.done[index]
+        return [p for p in (BASELINE, *self.points) if p.key not in done and p.key not in self.errors]
+
+    def _open(self) -> Iterator[TaskItem]:
+        """The examples on which something is left to measure; of what has failed meanwhile nothing is."""
+        for index, example in enumerate(self.examples):
+            missing = self._missing(index)
+            if missing:
+                points = tuple(point for point in missing if point != BASELINE)
+                yield TaskItem(index, example, points, is_checked=index == 0)
+
+    def _keep(self, item: TaskItem, found: Found) -> None:
+        done = self.done[item.index]
+        for key, value in found.items():
+            if isinstance(value, Exception):
+                self.errors.setdefault(key, value)
+            elif key not in done:  # the baseline is measured along with what comes later
+                done[key] = value
+        if self.ledger is not None:
+            self.ledger.save(item.index, self._fingerprint(item.index), done)
+
+    def _result(self, point: Point) -> dict[str, Any]:
+        """The part of a result record that is about tasks, over the examples measured so far."""
+        measured = [i for i, done in enumerate(self.done) if point.key in done]
+        rows = [self._row(i, self.done[i][point.key], self.done[i][BASELINE.key]) for i in measured]
+        first, first_base = (self.done[measured[0]][key] for key in (point.key, BASELINE.key))
+        pairs = ((self.done[i][point.key].losses, self.done[i][BASELINE.key].losses) for i in measured)
+        asked = getattr(point.press, "compression_ratio", 0.0)
+        is_smaller = point.kv_bits is not None and first.kv_bytes < first_base.kv_bytes
+        if (asked > 0 or first.achieved_ratio > 0 or is_smaller) and all(own == base for own, base in pairs):
+            bits = "" if point.kv_bits is None else f" in {point.kv_bits.bits} bits"
+            raise SelfCheckError(
+                f"{point.press}{bits}: the losses of all {len(rows)} answers are bit for bit those of the uncompressed "
+                "cache: nothing was compressed."
+            )
+        kinds = itertools.groupby(
+            sorted(rows, key=lambda row: (row["task"], row["length"])), key=lambda row: (row["task"], row["length"])
+        )
+        return {
+            "tasks": [_task(task, length, list(own), point == BASELINE) for (task, length), own in kinds],
+            "per_example": rows,
+            "kv_bytes": first.kv_bytes,
+            "kv_bytes_baseline": first_base.kv_bytes,
+            "kv_len_before": self.examples[measured[0]].length,
+            "kv_len_after": first.kv_lengths,
+            "effective_compression_ratio": first.achieved_ratio,
+            "kept_hash": first.kept_hash,
+        }
+
+    def _row(self, index: int, own: Answered, base: Answered) -> dict[str, Any]:
+        """What a record says of one example; losses in nats a token."""
+        example = self.examples[index]
+        n, answer = len(example.answer_ids), self._text(own, example)
+        if len(own.losses) != n or len(base.losses) != n:
+            raise SelfCheckError(f"{len(own.losses)} tokens of an answer were scored; it has {n}.")
+        is_asked = bool(example.references)
+        return {
+            "task": example.task,
+            "length": example.length,
+            "depth": example.depth,
+            "answer_nll": math.fsum(own.losses) / n,
+            "answer_nll_base": math.fsum(base.losses) / n,
+            "n_tokens": n,
+            "score": match(answer, example.references) if is_asked else None,
+            "score_base": match(self._text(base, example), example.references) if is_asked else None,
+            "answer": answer[:SHOWN] if is_asked else None,
+        }
+
+    def _text(self, answered: Answered, example: Example) -> str:
+        """What was answered; its first line that is not empty, unless it may be a list."""
+        if answered.answer_ids is None:
+            return ""
+        text = str(self.tokenizer.decode(answered.answer_ids, skip_special_tokens=True)).strip()
+        return text if len(example.references) > 1 else next(iter(text.splitlines()), "")
+
+
+def _task(task: str, length: int, rows: list[dict[str, Any]], is_baseline: bool) -> dict[str, Any]:
+    """One task at one length, with paired intervals over its examples."""
+    found = {"task": task, "length": length} | _means(rows)
+    counts = [row["n_tokens"] for row in rows]
+    nll = [row["answer_nll"] * row["n_tokens"] for row in rows]
+    nll_base = [row["answer_nll_base"] * row["n_tokens"] for row in rows]
+    loss = paired_difference(counts, nll, nll_base)
+    is_asked = not is_baseline and rows[0]["score"] is not None
+    scores = [row["score"] for row in rows], [row["score_base"] for row in rows]
+    found["delta_score_ci95"] = paired_difference([1] * len(rows), *scores).ci95 if is_asked else None
+    found["delta_answer_nll"] = None if is_baseline else loss.delta
+    found["delta_answer_nll_ci95"] = None if is_baseline else loss.ci95
+    depths = dict.fromkeys(sorted(row["depth"] for row in rows if row["depth"] is not None))
+    found["by_depth"] = [{"depth": d} | _means([row for row in rows if row["depth"] == d]) for d in depths]
+    return found
+
+
+def _means(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Scores over examples, losses over tokens."""
+    n, n_tokens = len(rows), sum(row["n_tokens"] for row in rows)
+    found: dict[str, Any] = {"n": n}
+    for name in ("score", "score_base"):
+        found[name] = None if rows[0][name] is None else math.fsum(row[name] for row in rows) / n
+    for name in ("answer_nll", "answer_nll_base"):
+        found[name] = math.fsum(row[name] * row["n_tokens"] for row in rows) / n_tokens
+    return found
+
+
+@dataclass(frozen=True)
+class ExampleWork:
+    """Measures one example: work for an engine.
+
+    Attributes:
+        chunk_tokens: tokens of a piece of the context; None for a context in one piece.
+        max_new_tokens: of an answer at most; None for what the example says.
+        newlines: tokens with which a line ends.
+        ends: tokens with which a text ends.
+    """
+
+    chunk_tokens: int | None
+    max_new_tokens: int | None
+    newlines: frozenset[int]
+    ends: frozenset[int]
+
+    @torch.inference_mode()
+    def __call__(self, model: PreTrainedModel, item: TaskItem) -> Found:
+        """What each point, and the baseline, made of the example, or what went wrong with it.
+
+        Raises:
+            SelfCheckError: the baseline contradicts a direct forward pass, or is not finite.
+        """
+        example, device = item.example, next(model.parameters()).device
+        context, question, answer = (
+            torch.tensor([ids], device=device)
+            for ids in (example.context_ids, example.question_ids, example.answer_ids)
+        )
+        full, branches = prefilled(model, context, item.points, self.chunk_tokens)
+        base = self._answer(model, full, example, question, answer)
+        if item.is_checked:
+            _check_baseline(model, torch.cat([context, question, answer], dim=1), base.losses)
+        found: Found = {BASELINE.key: base}
+        for point in item.points:
+            branch = next(branches)
+            try:
+                branch.get_seq_length()  # raises what the press raised
+                # the cache of the baseline has grown since, which the check does not look at
+                check_stored_pairs(point.press, branch, example.length, full)
+                found[point.key] = self._answer(model, branch, example, question, answer, with_hash=True)
+            except Exception as error:
+                found[point.key] = release(error)
+        return found
+
+    def _answer(
+        self,
+        model: PreTrainedModel,
+        cache: PressedCache,
+        example: Example,
+        question: Tensor,
+        answer: Tensor,
+        with_hash: bool = False,
+    ) -> Answered:
+        """What ``cache``, right after its prefill, makes of ``question [1, Q]`` and ``answer [1, A]``."""
+        sizes = _sizes(cache, with_hash)
+        last = forward(model, question, cache, keep=1)
+        greedy = self._generate(model, cache.fork(), example, last) if example.references else None
+        logits = last if answer.shape[1] == 1 else torch.cat([last, forward(model, answer[:, :-1], cache)], dim=1)
+        losses = token_losses(logits, answer)[0].tolist()
+        if not all(map(math.isfinite, losses)):
+            raise SelfCheckError("A loss is not finite: the model's logits overflow in this dtype.")
+        return Answered(losses, greedy, **sizes)
+
+    def _generate(self, model: PreTrainedModel, cache: PressedCache, example: Example, logits: Tensor) -> list[int]:
+        """Greedy tokens after ``logits [1, 1, V]``.
+
+        They end with the text, or with the first line that says something; a list, which more than one reference asks
+        for, may have a line for each.
+        """
+        limit = self.max_new_tokens or example.answer_tokens or 1
+        newlines = self.newlines if len(example.references) == 1 else frozenset()
+        tokens: list[int] = []
+        while True:
+            token = logits.argmax(-1)
+            tokens.append(int(token))
+            is_line = tokens[-1] in newlines and not newlines.issuperset(tokens)
+            if len(tokens) == limit or is_line or tokens[-1] in self.ends:
+                return tokens
+            logits = forward(model, token, cache, keep=1)
+
+
+def _check_baseline(model: PreTrainedModel, ids: Tensor, losses: list[float]) -> None:
+    """The cached baseline against one direct forward pass without a cache."""
+    n = len(losses)
+    direct = token_losses(forward(model, ids[:, :-1], None, keep=n), ids[:, -n:]).cpu()
+    worst = float((torch.tensor([losses]) - direct).abs().max())
+    if not worst <= (1e-3 if model.dtype == torch.float32 else 0.25):
+        raise SelfCheckError(
+            f"The uncompressed cache and a forward pass without a cache differ by {worst:.2g} nats on one token."
+        )
+
+
+def _sizes(cache: PressedCache, with_hash: bool) -> dict[str, Any]:
+    """Sizes of the cache, and a fingerprint of which pairs it keeps."""
+    positions = [layer.positions() for layer in cache.pressed_layers() if layer.is_initialized]
+    digest = hashlib.sha256(b"".join(p[0].cpu().numpy().tobytes() for p in positions)) if with_hash else None
+    return {
+        "kv_bytes": cache.kv_bytes(),
+        "kv_lengths": cache.stored_lengths(),
+        "achieved_ratio": cache.achieved_ratio(),
+        "kept_hash": None if digest is None else digest.hexdigest()[:16],
+    }
+
+
+def _newlines(tokenizer: Any) -> frozenset[int]:
+    """Tokens that have the end of a line in them."""
+    texts: Iterable[str] = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    return frozenset(i for i, text in enumerate(texts) if "\n" in text)
+
+
+def _ends(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
+    """Tokens with which a text ends, as the tokenizer and the model's configurations say."""
+    sources = (tokenizer, model.config, getattr(model, "generation_config", None))
+    found: set[int] = set()
+    for source in sources:
+        eos = getattr(source, "eos_token_id", None)
+        found |= set(eos) if isinstance(eos, list | tuple) else {eos} if eos is not None else set()
+    return frozenset(found)
