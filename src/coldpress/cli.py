@@ -392,18 +392,19 @@ def _listed(one: Callable[[str], Any], choices: Sequence[Any] = ()) -> Callable[
 def _add_task_options(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what is asked")
     add = what.add_argument
-    add(
-        "--task", nargs="+", help="niah_single, niah_multikey, vt, cwe; passkey, repeat, repeat_text, which ask nothing"
-    )
-    add("--task_tokens", nargs="+", type=_positive, help="tokens of the contexts (default: 512 1024)")
+    several = partial(add, nargs="+", action=_Several)
+    names = "niah_single, niah_multikey, vt, cwe; passkey, repeat, repeat_text, which ask nothing"
+    several("--task", type=_listed(str), help=names)
+    several("--task_tokens", type=_listed(_positive), help="tokens of the contexts (default: 512 1024)")
     add("--task_examples", type=_positive, help="of each task and length, spread over the depths (default: 20)")
-    add("--depths", nargs="+", type=float, help="where the answer is hidden, 0 to 1 (default: 0 0.25 0.5 0.75 1)")
+    several("--depths", type=_listed(float), help="where the answer is hidden, 0 to 1 (default: 0 0.25 0.5 0.75 1)")
     add("--template", choices=("none", "chat"), help="chat: questions in the model's chat template (default: none)")
     add("--max_new_tokens", type=_positive, help="of an answer (default: what the task says)")
     _add_sources(parser.add_argument_group("of what model, in what text (default: sentences of our own)"), "test")
     how = parser.add_argument_group("what is compressed, and how")
     _add_presses(how)
     _add_machinery(how)
+    _add_engine(how)
     add = how.add_argument
     add("--allow_extrapolation", action="store_true", default=None, help="go past the model's positions")
     add("--seed", type=_not_negative, help="of the examples and of random presses (default: 0)")

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from coldpress.errors import InputError, SelfCheckError
-from coldpress.eval import prefix, speed
+from coldpress.eval import prefix, speed, task_run
 from coldpress.eval.results import read_results
 from coldpress.eval.sweep import UNFINISHED, Outcome, sweep
 from coldpress.eval.sweep_plan import SweepPlan
@@ -194,3 +194,27 @@ def test_a_self_check_of_the_model_fails_its_cell_alone(tmp_path: Path, monkeypa
     assert isinstance(outcome, Outcome) and outcome.n_failed == 5 and outcome.n_measured == 6
     statuses = {record["protocol"]: record["status"] for record in read_results(tmp_path)}
     assert statuses == {"prefix-C48-T16-S64": "failed", "gptq-L1024-v1": "ok"}
+
+
+def test_tasks_are_part_of_a_sweep_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = {"task": ["passkey", "repeat_text"], "task_tokens": [64], "task_examples": 3, "press": ["knorm"]}
+    plan = SweepPlan.of(config(tmp_path, perplexity=False, tasks=tasks))
+    real, n = task_run.ExampleWork.__call__, 0
+
+    def interrupted(self: Any, model: Any, item: Any) -> Any:
+        nonlocal n
+        n += 1
+        if n == 5:
+            raise KeyboardInterrupt
+        return real(self, model, item)
+
+    monkeypatch.setattr(task_run.ExampleWork, "__call__", interrupted)
+    stopped = sweep(plan, "")
+    assert stopped.is_interrupted and len(list(tmp_path.glob(f"{UNFINISHED}/*/example-*"))) == 4
+    outcome = sweep(plan, "")
+    assert (n, outcome.n_measured, outcome.n_failed) == (5 + 2, 3, 0)
+    assert not (tmp_path / UNFINISHED).exists()
+    again = sweep(plan, "")
+    assert (again.n_measured, again.n_found, n) == (0, 3, 7)
+    records = measured(tmp_path).values()
+    assert [[entry["n"] for entry in record["tasks"]] for record in records] == [[3, 3]] * 3

@@ -39,26 +39,34 @@ def test_sections_say_what_is_measured() -> None:
             "speed": {"context_limit": [256, 512], "press": "streaming_llm"},
             "streaming": {"press": ["tova"], "budget_tokens": [32, 64]},
             "baselines": ["gptq", "llamacpp"],
+            "tasks": {"task": "passkey", "task_tokens": 64, "task_examples": 2},
             "max_windows": 3,
         }
     ).cells
-    assert [cell.kind for cell in found] == [
-        *["perplexity"] * 2,
-        *["speed"] * 2,
-        *["streaming"] * 3,
-        *["baselines"] * 2,
-    ]
+    counts = {"perplexity": 2, "tasks": 1, "streaming": 3, "baselines": 2, "speed": 2}
+    assert [cell.kind for cell in found] == [kind for kind, n in counts.items() for _ in range(n)]
     assert all(cell.settings.dtype == "float16" for cell in found)
     first, second = found[:2]
     assert (first.settings.context_tokens, first.settings.limit_tokens, first.settings.max_windows) == (64, 900, 3)
     assert (second.settings.context_tokens, second.settings.limit_tokens) == (128, 500)
     assert [job.name for job in first.jobs] == ["no_press", "knorm", "snapkv"]
     assert first.jobs[-1].press.window_size == 16  # type: ignore[union-attr]
-    assert [cell.settings.context_limit for cell in found[2:4]] == [256, 512]
-    assert [[job.name for job in cell.jobs] for cell in found[2:4]] == [["no_press", "streaming_llm"]] * 2
-    assert [cell.jobs[0].budget_tokens for cell in found[4:7]] == [None, 32, 64]  # each is finished by itself
-    assert [cell.settings.ppl_preset for cell in found[7:]] == ["gptq", "llamacpp"]
-    assert all(cell.settings.ppl_apply_press == (cell.kind == "perplexity") for cell in found)
+    tasks, streaming, baselines, timed = found[2], found[3:6], found[6:8], found[8:]
+    assert tasks.settings.task == ("passkey",) and tasks.settings.task_tokens == (64,)  # type: ignore[union-attr]
+    assert [job.name for job in tasks.jobs] == ["no_press", "knorm", "snapkv"]
+    assert [cell.jobs[0].budget_tokens for cell in streaming] == [None, 32, 64]  # each is finished by itself
+    assert [cell.settings.ppl_preset for cell in baselines] == ["gptq", "llamacpp"]
+    assert [cell.settings.context_limit for cell in timed] == [256, 512]
+    assert [[job.name for job in cell.jobs] for cell in timed] == [["no_press", "streaming_llm"]] * 2
+    with_windows = [getattr(cell.settings, "ppl_apply_press", False) for cell in found]
+    assert with_windows == [cell.kind == "perplexity" for cell in found]
+
+
+def test_a_model_may_have_options_of_its_own() -> None:
+    models = ["a", {"model": "demo", "max_windows": 5, "compression_ratio": [0.9], "repetitions": 2}]
+    found = SweepPlan.of({"models": models, "texts": ["demo"], "press": "knorm", "max_windows": 40}).cells
+    assert [cell.settings.max_windows for cell in found if cell.kind == "perplexity"] == [40, 5]  # type: ignore[union-attr]
+    assert [job.ratio for job in found[-1].jobs] == [0.0, 0.9] and found[-1].settings.repetitions == 2  # type: ignore[union-attr]
 
 
 def test_options_take_the_place_of_what_a_file_says() -> None:
@@ -93,6 +101,9 @@ def test_options_take_the_place_of_what_a_file_says() -> None:
         ({"press": ["snapvk"]}, "Did you mean 'snapkv'"),
         ({"press": [{"snapkv": 16}]}, "A press is a name, or a name with its parameters"),
         ({"press": [{"snapkv": {"window": 16}}]}, "no parameter 'window'"),
+        ({"tasks": {"task": ["passkeys"]}}, "passkey"),
+        ({"tasks": {"task_examples": 0}}, "task_examples must be an integer >= 1"),
+        ({"tasks": {"max_windows": 2}}, "tasks has no option 'max_windows'"),
         ({"baselines": ["hf"]}, "--ppl_preset must be one of"),
         ({"streaming": {"press": ["knorm"]}}, "--budget_tokens"),
         ({"perplexity": False, "speed": False}, "Nothing is measured"),

@@ -57,7 +57,7 @@ def test_each_press_and_size_gets_a_record(tmp_path: Path, capsys: pytest.Captur
     assert "| niah_single 96 nats | repeat_text 96 nats |" in printed
     assert "The uncompressed model scores 0, so these scores say nothing about a press: niah_single at 96." in printed
     assert {path.suffix for path in tmp_path.iterdir()} == {".json"}  # nothing is left over
-    assert main(["report", str(tmp_path)]) == 0
+    assert main(["report", str(tmp_path), "--table"]) == 0
     assert capsys.readouterr().out.strip() in printed
 
 
@@ -83,12 +83,12 @@ def test_a_killed_run_goes_on_and_a_failed_press_is_told(
     monkeypatch.setattr(task_run.ExampleWork, "__call__", stopped)
     assert run(tmp_path, *options) == 130
     assert {r["status"] for r in read_results(tmp_path)} == {"interrupted"}
-    assert list((tmp_path / ".ledger").iterdir())
+    assert list((tmp_path / ".unfinished").iterdir())
     done.clear()
     assert run(tmp_path, *options) == 0
     assert done == [3]
     resumed = {r["press"]: (r["tasks"], r["per_example"]) for r in read_results(tmp_path)}
-    assert not (tmp_path / ".ledger").exists()
+    assert not (tmp_path / ".unfinished").exists()
     shutil.rmtree(tmp_path)
     monkeypatch.setattr(task_run.ExampleWork, "__call__", whole)
     assert run(tmp_path, *options) == 0

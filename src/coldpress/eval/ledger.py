@@ -22,7 +22,9 @@ from safetensors.torch import save_file
 from coldpress.errors import OutputError
 from coldpress.eval.scores import Scores
 
-__all__ = ["Ledger", "Measured"]
+__all__ = ["UNFINISHED", "Ledger", "Measured"]
+
+UNFINISHED = ".unfinished"  # folder of all ledgers, in that of the results
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from coldpress.presses.base import BUDGETS
 if TYPE_CHECKING:
     from coldpress.eval.run import Run
 
-__all__ = ["METRICS", "finished_records", "make_records"]
+__all__ = ["METRICS", "blank_record", "finished_records", "make_records"]
 
 # Null in a record until measured, and in that of a press that failed.
 METRICS = (
@@ -59,7 +59,7 @@ def make_records(run: Run) -> list[dict[str, Any]]:
         error = run.error or next((part for part in parts if isinstance(part, Exception)), None)
         if not parts and error is None:
             continue
-        record = _blank(common, job)
+        record = blank_record(common, job)
         record["status"] = "failed" if error is not None else "ok" if _is_complete(run, job) else "interrupted"
         if error is None:
             for part in parts:
@@ -74,14 +74,15 @@ def make_records(run: Run) -> list[dict[str, Any]]:
 def finished_records(run: Run) -> list[dict[str, Any]]:
     """For each job of a run, in order, what its record will look like if it succeeds, with nothing measured."""
     common = _common(run)
-    records = [_blank(common, job) for job in run.jobs]
+    records = [blank_record(common, job) for job in run.jobs]
     for record, job in zip(records, run.jobs, strict=True):
         if run.settings.ppl_mode == "streaming" and job.press is None:  # nothing is evicted, so no gaps are closed
             record["position_mode"] = "original"
     return records
 
 
-def _blank(common: dict[str, Any], job: Job) -> dict[str, Any]:
+def blank_record(common: dict[str, Any], job: Job) -> dict[str, Any]:
+    """A record that says what was asked for, and nothing that was measured."""
     return {
         **dict.fromkeys(METRICS),
         **common,

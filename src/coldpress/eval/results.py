@@ -12,8 +12,10 @@ import os
 import platform
 import re
 import secrets
+import signal
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,6 +34,7 @@ __all__ = [
     "read_result",
     "read_results",
     "result_path",
+    "uninterrupted",
     "write_result",
 ]
 
@@ -194,6 +197,19 @@ def read_result(path: Path) -> dict[str, Any]:
     if version != SCHEMA_VERSION:
         raise ValueError(f"schema_version is {version!r}, this version reads {SCHEMA_VERSION}")
     return record
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C does nothing inside; outside the main thread, which alone hears of it, there is nothing to do."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
 
 
 def _suffix(record: dict[str, Any]) -> str:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +26,7 @@ from coldpress.eval.presets import laid_out
 from coldpress.eval.progress import note, progress
 from coldpress.eval.records import make_records
 from coldpress.eval.report import show, size_of
-from coldpress.eval.results import check_writable, result_path, write_result
+from coldpress.eval.results import check_writable, result_path, uninterrupted, write_result
 from coldpress.eval.settings import Job, Settings, left_out_of_batches, make_jobs
 from coldpress.eval.speed import RoundLog, SpeedPoint, SpeedRun
 from coldpress.eval.stream import StreamRun
@@ -113,7 +111,7 @@ def carry_out(
         run.error = error
     except KeyboardInterrupt:
         is_interrupted = True
-    with _uninterrupted():  # a second Ctrl-C shall not cost the results
+    with uninterrupted():  # a second Ctrl-C shall not cost the results
         records = make_records(run)
         early.replace(records)
     for record in records:
@@ -185,19 +183,6 @@ class _Early:
         last = {write_result(self.output_dir, record) for record in records}
         for path in self.written - last:
             path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C does nothing inside; outside the main thread, which alone hears of it, there is nothing to do."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
 
 
 @dataclass

@@ -22,20 +22,21 @@ from coldpress.errors import InputError, OutputError
 from coldpress.eval.cluster import check_engine, make_engine
 from coldpress.eval.datasets import Corpus, load_corpus
 from coldpress.eval.engine import Engine
-from coldpress.eval.ledger import Ledger
-from coldpress.eval.models import pick_device
+from coldpress.eval.ledger import UNFINISHED, Ledger
+from coldpress.eval.models import LoadedModel, load_model, pick_device
 from coldpress.eval.presets import laid_out
 from coldpress.eval.progress import Countable, note, progress
 from coldpress.eval.records import finished_records
 from coldpress.eval.results import IDENTIFYING_FIELDS, check_writable, read_result, result_path
-from coldpress.eval.run import Run, carry_out, load, make_run
+from coldpress.eval.run import Run, carry_out, make_run
 from coldpress.eval.speed import RoundLog
 from coldpress.eval.sweep_plan import Cell, SweepPlan
+from coldpress.eval.task_command import Questions, TaskSettings, make_questions
+from coldpress.eval.task_ledger import TaskLedger
 from coldpress.presses.base import BUDGETS
 
 __all__ = ["Outcome", "sweep"]
 
-UNFINISHED = ".unfinished"
 _DECODE_COST = 30  # of a token that is fed alone, in tokens of a prefill; for the time that is left
 
 
@@ -101,51 +102,91 @@ def _sweep_model(
     outcome: Outcome,
     clock: _Clock,
 ) -> None:
-    loaded = load(cells[0].settings)
-    runs: list[tuple[Cell, Run, Ledger]] = []
+    s = cells[0].settings
+    loaded = load_model(
+        s.model,
+        device=s.device,
+        dtype=s.dtype,
+        attn_implementation=s.attn_implementation,
+        revision=s.revision,
+        device_map=getattr(s, "device_map", None),
+    )
+    parts: list[_Part] = []
     for cell in cells:
         try:
-            corpus = laid_out(_corpus(cell, corpora), cell.settings.ppl_preset)
-            run = make_run(replace(cell.settings, output_dir=str(output_dir)), list(cell.jobs), corpus, loaded, command)
+            part = _part(cell, _corpus(cell, corpora), loaded, output_dir, command)
         except InputError as error:
             _tell(outcome, f"{cell.name}: {error}")
             clock.plan(cell, 0.0)
             continue
-        records = finished_records(run)
-        run.jobs = [job for job, record in zip(run.jobs, records, strict=True) if not _is_finished(output_dir, record)]
-        outcome.n_found += len(records) - len(run.jobs)
-        ledger = Ledger(output_dir / UNFINISHED / _digest(records[0]))
-        if not run.jobs:
-            ledger.clear()
+        n_jobs = len(part.run.jobs)
+        pairs = zip(part.run.jobs, part.records, strict=True)
+        part.run.jobs = [job for job, record in pairs if not _is_finished(output_dir, record)]
+        outcome.n_found += n_jobs - len(part.run.jobs)
+        if not part.run.jobs:
+            part.ledger.clear()
             clock.plan(cell, 0.0)
             continue
-        clock.plan(cell, _work(run))
-        runs.append((cell, run, ledger))
-        for line in run.plan.notes:
+        clock.plan(cell, _work(part.run))
+        parts.append(part)
+        for line in part.notes:
             note(f"{cell.name}: {line}")
     with contextlib.ExitStack() as stack:
         engine: Engine | None = None
-        for cell, run, ledger in runs:
-            if run.plan.windows is not None and engine is None:  # one for all texts of the model
-                engine = stack.enter_context(make_engine(cell.settings.engine, loaded, **cell.settings.cluster))
-            _measure(cell, run, ledger, output_dir, engine, outcome, clock)
+        for part in parts:
+            s = part.cell.settings
+            if part.cell.kind in ("perplexity", "tasks") and engine is None:  # one for all texts of the model
+                engine = stack.enter_context(make_engine(s.engine, loaded, **s.cluster))
+            _measure(part, output_dir, engine, outcome, clock)
             if outcome.is_interrupted:
                 return
 
 
-def _measure(
-    cell: Cell, run: Run, ledger: Ledger, output_dir: Path, engine: Engine | None, outcome: Outcome, clock: _Clock
-) -> None:
+@dataclass
+class _Part:
+    """One cell of which everything is decided.
+
+    Attributes:
+        run: what measures it.
+        records: of each of its jobs what it will look like.
+        ledger: what an earlier run has finished of it.
+        notes: what the user should know of it.
+    """
+
+    cell: Cell
+    run: Run | Questions
+    records: list[dict[str, Any]]
+    ledger: Ledger | TaskLedger
+    notes: tuple[str, ...] = ()
+
+
+def _part(cell: Cell, corpus: Corpus | None, loaded: LoadedModel, output_dir: Path, command: str) -> _Part:
+    settings, jobs = replace(cell.settings, output_dir=str(output_dir)), list(cell.jobs)
+    if isinstance(settings, TaskSettings):
+        questions = make_questions(settings, jobs, corpus, loaded, command)
+        ledger = TaskLedger(output_dir / UNFINISHED / questions.digest)
+        return _Part(cell, questions, questions.finished_records(), ledger)
+    assert corpus is not None
+    run = make_run(settings, jobs, laid_out(corpus, settings.ppl_preset), loaded, command)
+    records = finished_records(run)
+    return _Part(cell, run, records, Ledger(output_dir / UNFINISHED / _digest(records[0])), run.plan.notes)
+
+
+def _measure(part: _Part, output_dir: Path, engine: Engine | None, outcome: Outcome, clock: _Clock) -> None:
     """One cell, from where an earlier run was."""
-    print(f"## {cell.name}\n", flush=True)
-    run.show_progress = partial(clock.progress, cell=cell)
-    records, outcome.is_interrupted = carry_out(
-        run, output_dir, engine=engine, ledger=ledger, log=RoundLog(ledger.folder / "rounds.json")
-    )
+    print(f"## {part.cell.name}\n", flush=True)
+    run, ledger = part.run, part.ledger
+    run.show_progress = partial(clock.progress, cell=part.cell)
+    if isinstance(run, Questions):
+        assert isinstance(ledger, TaskLedger)
+        records, outcome.is_interrupted = run.carry_out(output_dir, ledger, engine)
+    else:
+        assert isinstance(ledger, Ledger)
+        rounds = RoundLog(ledger.folder / "rounds.json")
+        records, outcome.is_interrupted = carry_out(run, output_dir, engine=engine, ledger=ledger, log=rounds)
     if not outcome.is_interrupted:
         ledger.clear()
-    n_failed = sum(record["status"] == "failed" for record in records)
-    outcome.n_failed += n_failed
+    outcome.n_failed += sum(record["status"] == "failed" for record in records)
     outcome.n_measured += sum(record["status"] != "interrupted" for record in records)
 
 
@@ -163,13 +204,15 @@ def _by_model(cells: tuple[Cell, ...]) -> Iterator[list[Cell]]:
     yield from found.values()
 
 
-def _corpus(cell: Cell, corpora: dict[Any, Corpus]) -> Corpus:
-    """The text of a cell, loaded once."""
+def _corpus(cell: Cell, corpora: dict[Any, Corpus]) -> Corpus | None:
+    """The text of a cell, loaded once; None for tasks in sentences of our own."""
     s = cell.settings
-    asked = {"subset": s.subset, "split": s.split, "sample_idx": s.sample_idx, "text_file": s.text_file}
-    key = (s.dataset, *asked.values())
+    if s.dataset is None and s.text_file is None:
+        return None
+    asked: dict[str, Any] = {"subset": s.subset, "split": s.split, "sample_idx": s.sample_idx}
+    key = (s.dataset, s.text_file, *asked.values())
     if key not in corpora:
-        corpora[key] = load_corpus(s.dataset, **asked)  # type: ignore[arg-type]
+        corpora[key] = load_corpus(s.dataset or "", **asked, text_file=s.text_file)
     return corpora[key]
 
 
@@ -230,8 +273,12 @@ class _Clock:
         self.time_spent += time.monotonic() - start
 
 
-def _work(run: Run) -> float:
+def _work(run: Run | Questions) -> float:
     """Tokens that the model will read, as many as matter, times its size."""
+    if isinstance(run, Questions):
+        n_parameters = sum(p.numel() for p in run.loaded.model.parameters())
+        n_new = sum(len(e.question_ids) + _DECODE_COST * (e.answer_tokens or 1) for e in run.examples)
+        return float(n_parameters) * (sum(e.length for e in run.examples) + n_new * (1 + len(run.jobs)))
     plan, s, n_points = run.plan, run.settings, 1 + len(run.jobs)
     size = float(sum(p.numel() for p in run.loaded.model.parameters()))
     if plan.windows is not None:

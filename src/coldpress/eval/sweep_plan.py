@@ -9,20 +9,28 @@ from typing import Any
 
 from coldpress.errors import DataError, InputError, nearest
 from coldpress.eval.settings import PPL_PRESETS, Job, Settings, make_jobs
+from coldpress.eval.task_command import TaskSettings
 from coldpress.presses.registry import NO_PRESS
 
 __all__ = ["KINDS", "Cell", "SweepPlan", "read_config", "with_options"]
 
-KINDS = ("perplexity", "speed", "streaming", "baselines")  # sections of a configuration, in the order they are measured
+KINDS = (
+    "perplexity",
+    "tasks",
+    "streaming",
+    "baselines",
+    "speed",
+)  # sections of a configuration, in the order they are measured
 
 _MODEL = ("model", "revision", "device", "dtype", "attn_implementation", "device_map")
 _AMOUNTS = ("limit_tokens", "max_documents", "max_windows")  # of a text; for all texts, for one, or for one section
 _TEXT = ("dataset", "subset", "split", "sample_idx", "text_file", *_AMOUNTS)
 _PRESS = ("press", "compression_ratio", "budget_tokens", "budget_bytes", "kv_bits")
 _DEFAULT_MODEL = Settings.model
-_LISTS = (*_PRESS, "context_limit", "ppl_preset")
+_TASK_LISTS = ("task", "task_tokens", "depths")
 _OWN: dict[str, dict[str, Any]] = {  # what a section sets by itself
     "perplexity": {"ppl_apply_press": True, "ppl_only": True},
+    "tasks": {},
     "speed": {"speed_only": True},
     "streaming": {"ppl_mode": "streaming"},
     "baselines": {"ppl_only": True},
@@ -32,9 +40,12 @@ _FIXED = {
     *{*_MODEL, *_TEXT}.difference({*_AMOUNTS, "device", "dtype", "attn_implementation", "device_map"}),
 }
 _WINDOWS = ("max_windows", "greedy_tokens", "context_tokens", "target_tokens", "stride")
+_TIMES = ("min_new_tokens", "repetitions", "warmup", "speed_decode_only", "compile")
+_STREAM = ("stream_chunk", "positions")
 _ENGINE = ("engine", "ray_address", "workers")
 _MEANINGLESS = {  # what is meant for other sections when it stands above them all
     "perplexity": (),
+    "tasks": (*_WINDOWS, *_AMOUNTS, *_TEXT, *_STREAM, *_TIMES, "batch_size", "max_length"),
     "speed": (*_WINDOWS, *_ENGINE, "max_documents"),
     "streaming": (*_WINDOWS, *_ENGINE, "compression_ratio", "kv_bits", "chunk_tokens", "batch_size"),
     "baselines": (*_WINDOWS, *_ENGINE, *_PRESS, "chunk_tokens", "max_documents"),
@@ -55,13 +66,15 @@ class Cell:
     """
 
     kind: str
-    settings: Settings
+    settings: Settings | TaskSettings
     jobs: tuple[Job, ...]
 
     @property
     def name(self) -> str:
         """For the progress bar."""
         s = self.settings
+        if isinstance(s, TaskSettings):
+            return f"{Path(s.model).name}, tasks"
         text = s.text_file or s.subset or s.dataset
         more = {"speed": f" at {s.context_limit}", "baselines": f" {s.ppl_preset}"}.get(self.kind, "")
         return f"{Path(s.model).name}, {Path(text).name}, {self.kind}{more}"
@@ -93,22 +106,23 @@ class SweepPlan:
             if name not in known or name in _FIXED:
                 allowed = [*_TOP, *sorted(known - _FIXED)]
                 raise InputError(f"A sweep has no {name!r}.{nearest(name, allowed)} Allowed: {', '.join(allowed)}.")
-        models = [_mapping(item, "model", _MODEL) for item in _listed(config.get("models", _DEFAULT_MODEL))]
+        of_models = ("model", "revision", *sorted(known - _FIXED))
+        models = [_mapping(item, "model", of_models) for item in _listed(config.get("models", _DEFAULT_MODEL))]
         texts = [_text(item) for item in _listed(config.get("texts", ["wikitext"]))]
         for name, found in (("models", models), ("texts", texts)):
             if not found:
                 raise InputError(f"The sweep's list of {name} is empty; name at least one.")
         sections = [(kind, config[kind]) for kind in KINDS if kind in config]
-        if not any(kind in ("perplexity", "speed", "streaming", "baselines") for kind, _ in sections):
+        if not sections:
             sections = [("perplexity", {}), ("speed", {})]
         cells = []
         for model in models:
             for place, text in enumerate(texts):
                 for kind, section in sections:
-                    if kind == "speed" and place:  # what is timed is the same on any text
+                    if kind in ("speed", "tasks") and place:  # times and questions are the same beside any text
                         continue
                     for options in _variants(kind, section):
-                        cells += list(_cells(kind, {**common, **model, **text, **options}))
+                        cells += list(_cells(kind, {**common, **text, **options, **model}))
         if not cells:
             raise InputError(f"Nothing is measured: every one of {', '.join(KINDS)} is left out or false.")
         output_dir = config.get("output_dir", "results/sweep")
@@ -152,7 +166,10 @@ def with_options(config: Mapping[str, Any], options: Mapping[str, Any]) -> dict[
     of_rows = {name: left.pop(name) for name in ("split", "sample_idx") if name in left}
     models, datasets, files = (left.pop(name, None) for name in ("model", "dataset", "text_file"))
     if models is not None or of_models:
-        named = [_mapping(item, "model", _MODEL) for item in _listed(models or merged.get("models", _DEFAULT_MODEL))]
+        of_a_model = ("model", *(field.name for field in fields(Settings)))
+        named = [
+            _mapping(item, "model", of_a_model) for item in _listed(models or merged.get("models", _DEFAULT_MODEL))
+        ]
         merged["models"] = [{**model, **of_models} for model in named]
     if datasets is not None or files is not None or of_rows:
         named = [_text(item) for item in _listed(datasets or ([] if files else merged.get("texts", "wikitext")))]
@@ -212,6 +229,8 @@ def _variants(kind: str, section: Any) -> list[dict[str, Any]]:
         if not isinstance(options, dict):
             raise InputError(f"{kind} is a mapping of options, a list of them, true or false; got {options!r}.")
         allowed = [field.name for field in fields(Settings) if field.name not in _FIXED]
+        if kind == "tasks":
+            allowed = [field.name for field in fields(TaskSettings) if field.name not in _FIXED - {*_TEXT}]
         for name in options:
             if name not in allowed:
                 raise InputError(f"{kind} has no option {name!r}.{nearest(str(name), allowed)}")
@@ -220,8 +239,14 @@ def _variants(kind: str, section: Any) -> list[dict[str, Any]]:
 
 def _cells(kind: str, options: dict[str, Any]) -> Iterator[Cell]:
     """The cells of one model, text and set of options: one for each timed context and each preset."""
+    for name in (*_PRESS, *_TASK_LISTS):
+        if name in options:
+            options[name] = _listed(options[name])
+    if kind == "tasks":
+        yield _cell(kind, {name: value for name, value in options.items() if name not in _MEANINGLESS[kind]})
+        return
     options = {**options, **_OWN[kind]}
-    for name in _LISTS:
+    for name in ("context_limit", "ppl_preset"):
         if name in options:
             options[name] = _listed(options[name])
     contexts = options.pop("context_limit", [Settings.context_limit])
@@ -247,17 +272,18 @@ def _cell(kind: str, options: dict[str, Any]) -> Cell:
     entries = options.pop("press", [NO_PRESS] if kind == "baselines" else ["all"])
     plain = [entry for entry in entries if isinstance(entry, str)]
     with_parameters = [entry for entry in entries if not isinstance(entry, str)]
-    for name in _PRESS:
+    for name in (*_PRESS, *_TASK_LISTS):
         if name in options:
             options[name] = tuple(options[name])
+    names = tuple(dict.fromkeys([NO_PRESS, *plain]))
     try:
-        settings = Settings(**options, press=tuple(dict.fromkeys([NO_PRESS, *plain])))
-        jobs = make_jobs(settings)
+        settings, of_jobs = _settings(kind, options, names)
+        jobs = make_jobs(of_jobs)
         for entry in with_parameters:
             if not (isinstance(entry, dict) and all(isinstance(value, dict) for value in entry.values())):
                 raise InputError(f"A press is a name, or a name with its parameters as a mapping; got {entry!r}.")
             for name, parameters in entry.items():
-                jobs += make_jobs(replace(settings, press=(str(name),), press_args=tuple(parameters.items())))
+                jobs += make_jobs(replace(of_jobs, press=(str(name),), press_args=tuple(parameters.items())))
     except (TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
@@ -265,9 +291,20 @@ def _cell(kind: str, options: dict[str, Any]) -> Cell:
     return Cell(kind, settings, tuple(jobs))
 
 
+def _settings(kind: str, options: dict[str, Any], names: tuple[str, ...]) -> tuple[Settings | TaskSettings, Settings]:
+    """The settings of a cell, and those that say which presses are measured."""
+    if kind != "tasks":
+        settings = Settings(**options, press=names)
+        return settings, settings
+    known = {field.name for field in fields(TaskSettings)}
+    tasks = TaskSettings(**{name: value for name, value in options.items() if name in known}, press=names)
+    return tasks, tasks.of_jobs()
+
+
 def _check_types(kind: str, options: dict[str, Any]) -> None:
     """Values come from a file, where anything may stand for a number; raise :class:`InputError` with the option."""
-    sorts = {field.name: str(field.type) for field in fields(Settings)}
+    sorts = {field.name: str(field.type) for field in fields(TaskSettings if kind == "tasks" else Settings)}
+    sorts |= {field.name: str(field.type) for field in fields(Settings) if field.name not in sorts}
     for name, value in options.items():
         wanted = sorts[name].removesuffix(" | None").removeprefix("tuple[").removesuffix(", ...]")
         if name == "press" or (value is None and sorts[name].endswith("| None")):

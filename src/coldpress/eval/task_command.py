@@ -6,7 +6,7 @@ import hashlib
 import secrets
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,14 +15,17 @@ from typing import Any
 import torch
 
 from coldpress.errors import InputError, OutputError
+from coldpress.eval.cluster import check_engine, make_engine
 from coldpress.eval.datasets import Corpus, load_corpus
+from coldpress.eval.engine import Engine
+from coldpress.eval.ledger import UNFINISHED
 from coldpress.eval.models import LoadedModel, load_model, pick_device
 from coldpress.eval.plan import UNKNOWN_POSITIONS
-from coldpress.eval.points import BASELINE, Point, config_of
+from coldpress.eval.points import BASELINE, Point
 from coldpress.eval.progress import note, progress
-from coldpress.eval.records import METRICS
+from coldpress.eval.records import blank_record
 from coldpress.eval.report import show, size_of
-from coldpress.eval.results import SCHEMA_VERSION, check_writable, environment, write_result
+from coldpress.eval.results import SCHEMA_VERSION, check_writable, environment, uninterrupted, write_result
 from coldpress.eval.settings import Job, Settings, make_jobs
 from coldpress.eval.task_ledger import TaskLedger
 from coldpress.eval.task_run import TaskRun
@@ -32,11 +35,21 @@ from coldpress.presses.base import BUDGETS
 from coldpress.presses.registry import NO_PRESS
 from coldpress.quantised import KVBits
 
-__all__ = ["TASKS", "TEMPLATES", "TaskSettings", "check_task_positions", "measure_tasks", "task_protocol"]
+__all__ = [
+    "TASKS",
+    "TEMPLATES",
+    "Questions",
+    "TaskSettings",
+    "check_task_positions",
+    "make_questions",
+    "measure_tasks",
+    "task_protocol",
+]
 
 TASKS = ("niah_single", "niah_multikey", "vt", "cwe", "passkey", "repeat_text")  # asked where none is named
 TEMPLATES = ("none", "chat")
 FILLER = "filler"  # the haystack of our own sentences, where no text is given
+_ELSEWHERE = ("output_dir", "engine", "ray_address", "workers")  # what changes no result
 _OF_JOBS = ("press", "compression_ratio", *BUDGETS, "press_args", "kv_bits", "kv_group_size", "kv_residual_tokens")
 
 
@@ -75,6 +88,9 @@ class TaskSettings:
     device: str = "auto"
     dtype: str = "auto"
     seed: int = 0
+    engine: str = "local"
+    ray_address: str | None = None
+    workers: int | None = None
     output_dir: str = "results/tasks"
 
     def __post_init__(self) -> None:
@@ -85,10 +101,19 @@ class TaskSettings:
         if not self.depths or not all(0 <= depth <= 1 for depth in self.depths):
             raise InputError(f"--depths must be numbers from 0 (beginning) to 1 (end), got {list(self.depths)}.")
 
+    @property
+    def cluster(self) -> dict[str, Any]:
+        """The options of the engine."""
+        return {"ray_address": self.ray_address, "workers": self.workers}
+
+    def of_jobs(self) -> Settings:
+        """What says which presses are measured: of an evaluation with the same ones."""
+        chosen = {name: getattr(self, name) for name in (*_OF_JOBS, "chunk_tokens", "seed")}
+        return Settings(**chosen, ppl_apply_press=True, ppl_only=True)
+
     def jobs(self) -> list[Job]:
         """The presses to measure; see :func:`coldpress.eval.settings.make_jobs`."""
-        chosen = {name: getattr(self, name) for name in (*_OF_JOBS, "chunk_tokens", "seed")}
-        return make_jobs(Settings(**chosen, ppl_apply_press=True, ppl_only=True))
+        return make_jobs(self.of_jobs())
 
 
 def task_protocol(
@@ -127,13 +152,14 @@ def measure_tasks(settings: TaskSettings, command: str) -> tuple[list[dict[str, 
     Raises:
         InputError: before any long work, when something that was asked for cannot work.
     """
+    check_engine(settings.engine, **settings.cluster)
     jobs = settings.jobs()
     pick_device(settings.device)
     if not settings.output_dir.strip():
         raise OutputError("--output_dir is empty; name a folder.")
     output_dir = Path(settings.output_dir)
     check_writable(output_dir)
-    corpus = _corpus(settings)
+    corpus = load_haystack(settings)
     loaded = load_model(
         settings.model,
         device=settings.device,
@@ -141,7 +167,81 @@ def measure_tasks(settings: TaskSettings, command: str) -> tuple[list[dict[str, 
         attn_implementation=settings.attn_implementation,
         revision=settings.revision,
     )
-    jobs = [
+    questions = make_questions(settings, jobs, corpus, loaded, command)
+    with make_engine(settings.engine, loaded, **settings.cluster) as engine:
+        return questions.carry_out(output_dir, TaskLedger(output_dir / UNFINISHED / questions.digest), engine)
+
+
+@dataclass
+class Questions:
+    """A run over tasks of which everything is decided: what is asked, of which model, under which presses."""
+
+    settings: TaskSettings
+    jobs: list[Job]
+    loaded: LoadedModel
+    examples: list[Example]
+    common: dict[str, Any]  # what its records have in common
+    show_progress: Callable[..., Any] = progress
+
+    @property
+    def digest(self) -> str:
+        """The same for runs whose examples may be shared."""
+        names = ("weights_fingerprint", "dtype", "device", "attn_implementation", "protocol", "tokens_sha256")
+        return "tasks-" + hashlib.sha256(repr([self.common[name] for name in names]).encode()).hexdigest()[:10]
+
+    def finished_records(self) -> list[dict[str, Any]]:
+        """For each job, in order, what its record will look like if it succeeds, with nothing measured."""
+        return [blank_record(self.common, job) for job in self.jobs]
+
+    def carry_out(
+        self, output_dir: Path, ledger: TaskLedger, engine: Engine | None = None
+    ) -> tuple[list[dict[str, Any]], bool]:
+        """Ask everything, write the results, and print them; see :func:`measure_tasks`."""
+        run = TaskRun(
+            self.loaded.model,
+            self.loaded.tokenizer,
+            [Point(job.press, job.kv_bits) for job in self.jobs],
+            self.examples,
+            chunk_tokens=self.settings.chunk_tokens,
+            max_new_tokens=self.settings.max_new_tokens,
+            ledger=ledger,
+        )
+        torch.manual_seed(self.settings.seed)
+        is_interrupted, failure, start = False, None, time.perf_counter()
+        try:
+            run.run(partial(self.show_progress, name="tasks"), engine)
+        except InputError:
+            raise
+        except Exception as error:  # the model itself fails: so does everything that is compared with it
+            failure = error
+        except KeyboardInterrupt:
+            is_interrupted = True
+        with uninterrupted():  # a second Ctrl-C shall not cost the results
+            self.common["seconds"] = {"tasks": time.perf_counter() - start}
+            records = _records(run, self.jobs, self.common, failure)
+            for record in records:
+                write_result(output_dir, record)
+        for record in records:
+            if record["status"] == "failed":
+                size = size_of(record)
+                note(f"{record['press']}{f' at {size}' if size else ''} failed: {record['error']}", kind="error")
+        if run.is_complete:
+            ledger.clear()
+        if records:
+            print(f"\n{show(records)}\n")
+            print(f"{len(records)} result(s) in {output_dir}/", flush=True)
+        return records, is_interrupted
+
+
+def make_questions(
+    settings: TaskSettings, jobs: Sequence[Job], corpus: Corpus | None, loaded: LoadedModel, command: str
+) -> Questions:
+    """Decide everything that can be decided before the model runs.
+
+    Raises:
+        InputError: sizes that do not fit the model, or a press lacks what it needs of it.
+    """
+    prepared = [
         job if job.press is None else replace(job, press=job.press.prepared(loaded.model, loaded.tokenizer))
         for job in jobs
     ]
@@ -151,42 +251,11 @@ def measure_tasks(settings: TaskSettings, command: str) -> tuple[list[dict[str, 
     examples = make_examples(material, *sizes, seed=settings.seed)
     check_task_positions(examples, loaded.max_positions, settings.allow_extrapolation)
     loaded.check_ids([torch.tensor(example.context_ids) for example in examples])
-    common = _common(settings, command, loaded, corpus, examples)
-    run = TaskRun(
-        loaded.model,
-        loaded.tokenizer,
-        [Point(job.press, job.kv_bits) for job in jobs],
-        examples,
-        chunk_tokens=settings.chunk_tokens,
-        max_new_tokens=settings.max_new_tokens,
-        ledger=TaskLedger(output_dir / ".ledger" / _identity(common)),
-    )
-    torch.manual_seed(settings.seed)
-    is_interrupted, failure, start = False, None, time.perf_counter()
-    try:
-        run.run(partial(progress, name="tasks"))
-    except InputError:
-        raise
-    except Exception as error:  # the model itself fails, without a press: so does everything that is compared with it
-        failure = error
-    except KeyboardInterrupt:
-        is_interrupted = True
-    common["seconds"] = {"tasks": time.perf_counter() - start}
-    records = _records(run, jobs, common, failure)
-    for record in records:
-        write_result(output_dir, record)
-        if record["status"] == "failed":
-            size = size_of(record)
-            note(f"{record['press']}{f' at {size}' if size else ''} failed: {record['error']}", kind="error")
-    if run.is_complete and run.ledger is not None:
-        run.ledger.clear()
-    if records:
-        print(f"\n{show(records)}\n")
-        print(f"{len(records)} result(s) in {output_dir}/")
-    return records, is_interrupted
+    return Questions(settings, prepared, loaded, examples, _common(settings, command, loaded, corpus, examples))
 
 
-def _corpus(settings: TaskSettings) -> Corpus | None:
+def load_haystack(settings: TaskSettings) -> Corpus | None:
+    """The text that answers are hidden in; None for sentences of our own."""
     if settings.dataset is None and settings.text_file is None:
         return None
     return load_corpus(
@@ -210,19 +279,8 @@ def _records(
         if result is None:
             continue
         has_failed = isinstance(result, Exception)
-        record: dict[str, Any] = {
-            **dict.fromkeys(METRICS),
-            **common,
-            "press": job.name,
-            "press_config": config_of(job.press),
-            "compression_ratio": job.ratio,
-            "budget_tokens": job.budget_tokens,
-            "budget_bytes": job.budget_bytes,
-            "kv_bits": None if job.kv_bits is None else job.kv_bits.bits,
-            "kv_bits_config": None if job.kv_bits is None else asdict(job.kv_bits),
-            "status": "failed" if has_failed else "ok" if run.is_complete else "interrupted",
-            "error": None,
-        }
+        record = blank_record(common, job)
+        record["status"] = "failed" if has_failed else "ok" if run.is_complete else "interrupted"
         if isinstance(result, Exception):
             record["error"] = f"{type(result).__name__}: {' '.join(str(result).split())}"
             record["traceback"] = "".join(traceback.format_exception(result))
@@ -232,19 +290,13 @@ def _records(
     return records
 
 
-def _identity(common: dict[str, Any]) -> str:
-    """Of a run whose examples may be shared with this one: a ledger's name."""
-    names = ("weights_fingerprint", "dtype", "device", "attn_implementation", "protocol", "tokens_sha256")
-    return "tasks-" + hashlib.sha256(repr([common[name] for name in names]).encode()).hexdigest()[:10]
-
-
 def _common(
     s: TaskSettings, command: str, loaded: LoadedModel, corpus: Corpus | None, examples: Sequence[Example]
 ) -> dict[str, Any]:
     """What the records of one run have in common."""
     own = hashlib.sha256("\n".join(SENTENCES).encode()).hexdigest()
     tokens = hashlib.sha256("".join(example.fingerprint for example in examples).encode()).hexdigest()
-    settings = {k: v for k, v in asdict(s).items() if k not in (*_OF_JOBS, "output_dir")}
+    settings = {k: v for k, v in asdict(s).items() if k not in (*_OF_JOBS, *_ELSEWHERE)}
     return {
         "schema_version": SCHEMA_VERSION,
         "run_id": secrets.token_hex(6),
