@@ -21,11 +21,11 @@ def test_every_model_meets_every_text_and_one_text_is_timed() -> None:
     sizes = {"press": ["knorm", "snapkv"], "compression_ratio": [0.25, 0.5]}
     assert cells(models=["demo", "b"], texts=["demo", "wikitext:wikitext-103-v1"], **sizes) == [
         ("demo", "demo", "perplexity", 5),
-        ("demo", "demo", "speed", 5),
         ("demo", "wikitext-103-v1", "perplexity", 5),
+        ("demo", "demo", "speed", 5),
         ("b", "demo", "perplexity", 5),
-        ("b", "demo", "speed", 5),
         ("b", "wikitext-103-v1", "perplexity", 5),
+        ("b", "demo", "speed", 5),
     ]
 
 
@@ -69,6 +69,12 @@ def test_a_model_may_have_options_of_its_own() -> None:
     assert [job.ratio for job in found[-1].jobs] == [0.0, 0.9] and found[-1].settings.repetitions == 2  # type: ignore[union-attr]
 
 
+def test_a_model_may_have_sections_of_its_own() -> None:
+    models = ["a", {"model": "demo", "speed": False, "perplexity": {"context_tokens": 64}}]
+    found = SweepPlan.of({"models": models, "texts": ["demo"], "press": "knorm", "speed": True}).cells
+    assert [(cell.settings.model, cell.kind) for cell in found] == [("a", "speed"), ("demo", "perplexity")]
+
+
 def test_options_take_the_place_of_what_a_file_says() -> None:
     config = {"models": ["a"], "texts": ["wikitext"], "press": ["all"], "speed": {"repetitions": 3}}
     merged = with_options(config, {"model": ["demo"], "revision": "main", "text_file": ["x.txt"], "press": ["knorm"]})
@@ -78,6 +84,10 @@ def test_options_take_the_place_of_what_a_file_says() -> None:
     merged = with_options({}, {"no_speed": True, "ppl_preset": ["gptq"], "sample_idx": 2, "dataset": ["pg19", "demo"]})
     assert (merged["perplexity"], merged["speed"], merged["baselines"]) == (True, False, ["gptq"])
     assert merged["texts"] == [{"dataset": "pg19", "sample_idx": 2}, {"dataset": "demo", "sample_idx": 2}]
+    deep = {"models": [{"model": "demo", "max_windows": 9, "speed": {"warmup": 3}}], "perplexity": [{"max_windows": 8}]}
+    merged = with_options({**deep, "texts": ["demo"]}, {"max_windows": 2, "warmup": 0})
+    assert merged["models"] == [{"model": "demo", "speed": {}}] and merged["perplexity"] == [{}]
+    assert (merged["max_windows"], merged["warmup"]) == (2, 0)
     merged = with_options({}, {"press": ["no_press", "snapkv"], "press_args": {"window_size": 8}})
     assert merged["press"] == [{"snapkv": {"window_size": 8}}] and "press_args" not in merged
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,17 @@ _STREAM = ("stream_chunk", "positions")
 _ENGINE = ("engine", "ray_address", "workers")
 _MEANINGLESS = {  # what is meant for other sections when it stands above them all
     "perplexity": (),
-    "tasks": (*_WINDOWS, *_AMOUNTS, *_TEXT, *_STREAM, *_TIMES, "batch_size", "max_length"),
+    "tasks": (
+        "context_limit",
+        "ppl_preset",
+        *_WINDOWS,
+        *_AMOUNTS,
+        *_TEXT,
+        *_STREAM,
+        *_TIMES,
+        "batch_size",
+        "max_length",
+    ),
     "speed": (*_WINDOWS, *_ENGINE, "max_documents"),
     "streaming": (*_WINDOWS, *_ENGINE, "compression_ratio", "kv_bits", "chunk_tokens", "batch_size"),
     "baselines": (*_WINDOWS, *_ENGINE, *_PRESS, "chunk_tokens", "max_documents"),
@@ -94,8 +104,9 @@ class SweepPlan:
         Args:
             config: ``models`` and ``texts`` (lists of names, or of mappings of options), the presses and their sizes,
                 sections named as KINDS (a mapping of options each, a list of them, or false), ``output_dir``, and any
-                other option of ``coldpress ppl``, for all of them. Without a section, perplexity and speed are
-                measured.
+                other option of ``coldpress ppl``, for all of them. What a section says takes the place of what stands
+                above it or beside a text, and what stands beside a model that of all else, sections too. Without a
+                section, perplexity and speed are measured.
 
         Raises:
             InputError: a name or value that means nothing, with what is allowed; options that contradict each other.
@@ -106,7 +117,7 @@ class SweepPlan:
             if name not in known or name in _FIXED:
                 allowed = [*_TOP, *sorted(known - _FIXED)]
                 raise InputError(f"A sweep has no {name!r}.{nearest(name, allowed)} Allowed: {', '.join(allowed)}.")
-        of_models = ("model", "revision", *sorted(known - _FIXED))
+        of_models = ("model", "revision", *KINDS, *sorted(known - _FIXED))
         models = [_mapping(item, "model", of_models) for item in _listed(config.get("models", _DEFAULT_MODEL))]
         texts = [_text(item) for item in _listed(config.get("texts", ["wikitext"]))]
         for name, found in (("models", models), ("texts", texts)):
@@ -117,10 +128,10 @@ class SweepPlan:
             sections = [("perplexity", {}), ("speed", {})]
         cells = []
         for model in models:
-            for place, text in enumerate(texts):
-                for kind, section in sections:
-                    if kind in ("speed", "tasks") and place:  # times and questions are the same beside any text
-                        continue
+            own = {kind: model.pop(kind) for kind in KINDS if kind in model}
+            for kind, section in (dict(sections) | own).items():
+                # times and questions are the same beside any text
+                for text in texts[:1] if kind in ("speed", "tasks") else texts:
                     for options in _variants(kind, section):
                         cells += list(_cells(kind, {**common, **text, **options, **model}))
         if not cells:
@@ -186,7 +197,17 @@ def with_options(config: Mapping[str, Any], options: Mapping[str, Any]) -> dict[
             merged[kind] = False
     if "ppl_preset" in left:
         merged["baselines"] = left.pop("ppl_preset")
-    return merged | left
+    deep = {name: _without(value, left) for name, value in merged.items() if name in ("models", "texts", *KINDS)}
+    return merged | deep | left
+
+
+def _without(value: Any, names: Iterable[str]) -> Any:
+    """What a configuration says somewhere, without some of its options."""
+    if isinstance(value, list):
+        return [_without(one, names) for one in value]
+    if isinstance(value, dict):
+        return {name: _without(one, names) for name, one in value.items() if name not in names}
+    return value
 
 
 def _listed(value: Any) -> list[Any]:
