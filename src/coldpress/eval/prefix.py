@@ -24,7 +24,6 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.cache import PressedCache
-from coldpress.chunks import prefill
 from coldpress.errors import SelfCheckError
 from coldpress.eval.checks import check_stored_pairs, release
 from coldpress.eval.engine import Engine, LocalEngine
@@ -33,11 +32,11 @@ from coldpress.eval.metrics import bits_per_byte, clustered_mean, paired_differe
 from coldpress.eval.models import input_device
 from coldpress.eval.perplexity import forward, token_losses
 from coldpress.eval.points import BASELINE, Point
+from coldpress.eval.prefills import prefilled
 from coldpress.eval.progress import Sized
 from coldpress.eval.scores import Scores
 from coldpress.eval.windows import PrefixPlan
 from coldpress.presses.base import BasePress, BudgetPress
-from coldpress.pressing import prefilling
 from coldpress.quantised import KVBits
 
 __all__ = ["Batch", "PrefixRun", "WindowWork"]
@@ -301,9 +300,7 @@ class WindowWork:
         inputs, wanted = ids[:, context:-1], ids[:, context + 1 :]
         scorers = [p.press for p in points if isinstance(p.press, BudgetPress) and p.press.exact_at_0]
         zeros = list(dict.fromkeys(press.with_ratio(0.0) for press in scorers)) if batch.is_checked else []
-        presses = [*(point.press for point in points), *zeros]
-        bits = [*(point.kv_bits for point in points), *(None for _ in zeros)]
-        full, branches = self._prefill(model, ids[:, :context], presses, bits)
+        full, branches = prefilled(model, ids[:, :context], [*points, *map(Point, zeros)], self.chunk_tokens)
         greedy = self._generate(model, full, inputs)
         sizes = _sizes(full)
         base, reference = Scores.of(forward(model, inputs, full), wanted)
@@ -337,38 +334,6 @@ class WindowWork:
                     if not isinstance(found[point.key], Exception):
                         found[point.key] = release(error)
         return found
-
-    def _prefill(
-        self,
-        model: PreTrainedModel,
-        context: Tensor,
-        presses: Sequence[BasePress | None],
-        kv_bits: Sequence[KVBits | None],
-    ) -> tuple[PressedCache, Iterator[PressedCache]]:
-        """The uncompressed cache of ``context [B, C]``, and that of each press.
-
-        A press that fails leaves a cache that raises the error when it is used.
-        """
-        full = PressedCache(chunk_tokens=self.chunk_tokens)
-        if self.chunk_tokens is not None:
-            prefill(model, context, full)
-            return full, (self._prefill_alone(model, context, *pair) for pair in zip(presses, kv_bits, strict=True))
-        branches = full.branches(presses, kv_bits)
-        with prefilling(model, full, *branches):
-            forward(model, context, full, keep=1)  # the one prefill
-        branches.reverse()
-        return full, (branches.pop() for _ in presses)
-
-    def _prefill_alone(
-        self, model: PreTrainedModel, context: Tensor, press: BasePress | None, kv_bits: KVBits | None
-    ) -> PressedCache:
-        cache = PressedCache(press, chunk_tokens=self.chunk_tokens, kv_bits=kv_bits)
-        try:
-            with prefilling(model, cache):
-                prefill(model, context, cache)
-        except Exception as error:
-            cache.session.error = release(error)
-        return cache
 
     def _generate(self, model: PreTrainedModel, cache: PressedCache, inputs: Tensor) -> Tensor | None:
         """Greedy tokens ``[W, greedy_tokens]`` after the first of ``inputs``, from a copy of ``cache``."""
