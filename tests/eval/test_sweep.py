@@ -162,6 +162,25 @@ def test_a_press_that_failed_is_tried_again_and_the_others_are_not(
     assert measured(tmp_path) == whole
 
 
+def test_what_was_finished_before_the_model_failed_is_kept(
+    tmp_path: Path, whole: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, real = SweepPlan.of(config(tmp_path)), prefix.WindowWork.__call__
+
+    def fails(self: Any, model: Any, batch: Any) -> Any:
+        if batch.index == 5:
+            raise RuntimeError("all workers are lost")
+        return real(self, model, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prefix.WindowWork, "__call__", fails)
+        assert sweep(plan, "").n_failed == 5
+    with counted(monkeypatch) as seen:
+        sweep(plan, "")
+    assert [index for index, _ in seen] == list(range(5, 24))
+    assert measured(tmp_path) == whole
+
+
 def test_what_cannot_be_measured_stops_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     models = ["no/such-folder/here", {"model": "demo"}]
     text = tmp_path / "short.txt"

@@ -137,6 +137,9 @@ def _sweep_model(
             s = part.cell.settings
             if part.cell.kind in ("perplexity", "tasks") and engine is None:  # one for all texts of the model
                 engine = stack.enter_context(make_engine(s.engine, loaded, **s.cluster))
+            if part.cell.kind == "speed":  # no workers beside what is timed
+                stack.close()
+                engine = None
             _measure(part, output_dir, engine, outcome, clock)
             if outcome.is_interrupted:
                 return
@@ -184,8 +187,8 @@ def _measure(part: _Part, output_dir: Path, engine: Engine | None, outcome: Outc
         assert isinstance(ledger, Ledger)
         rounds = RoundLog(ledger.folder / "rounds.json")
         records, outcome.is_interrupted = carry_out(run, output_dir, engine=engine, ledger=ledger, log=rounds)
-    if not outcome.is_interrupted:
-        ledger.clear()
+    if not outcome.is_interrupted and (isinstance(run, Questions) or run.error is None):
+        ledger.clear()  # if the model or its workers failed, what was finished stays for another try
     outcome.n_failed += sum(record["status"] == "failed" for record in records)
     outcome.n_measured += sum(record["status"] != "interrupted" for record in records)
 
