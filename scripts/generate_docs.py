@@ -9,10 +9,11 @@ A generated part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->`
 - ``presses DOCUMENT``: the table of presses, whose classes lead to their sections in that document;
 - ``press sections``: those sections;
 - ``results FOLDER``: the table of the JSON files in benchmarks/FOLDER;
+- ``quality RATIO``: what each press costs at that ratio on every model and text of benchmarks/quality;
 - ``parity``: the comparison with kvpress; ``faults``: the tests of kvpress's faults;
 - ``goals``: what the benchmarks of savings were to show, and what they do;
-- ``overhead``, ``chunked``, ``quantised``, ``decode``, ``compiled``, ``headwise``, ``batch``, ``stream``, ``far`` or
-  ``drift`` with a FILE: the table of FILE.json in the results of that benchmark.
+- ``sweepcost``, ``overhead``, ``chunked``, ``quantised``, ``decode``, ``compiled``, ``headwise``, ``batch``,
+  ``stream``, ``far`` or ``drift`` with a FILE: the table of FILE.json in the results of that benchmark.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import math
 import re
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 from coldpress.errors import ColdpressError
 from coldpress.eval.report import describe, table
@@ -37,6 +40,8 @@ DOCUMENTS = (
     "README.zh-CN.md",
     "docs/presses.md",
     "docs/parity.md",
+    "benchmarks/quality/README.md",
+    "benchmarks/sweep_cost/README.md",
     "benchmarks/press_overhead/README.md",
     "benchmarks/prefill_chunked/README.md",
     "benchmarks/long_stream/README.md",
@@ -128,6 +133,45 @@ def results(folder: str) -> str:
     return f"{table(records)}\n\n{describe(records[0])}."
 
 
+def quality(ratio: str) -> str:
+    """Change of perplexity with its interval, a row for each press and a column for each model and text."""
+    folder = ROOT / "benchmarks" / "quality" / "results"
+    records = [r for r in read_results(folder) if r["protocol"].startswith("prefix")] if folder.is_dir() else []
+
+    def column(r: dict[str, Any]) -> tuple[str, str]:
+        return Path(r["model"]).name.split(".")[0], r["subset"] or Path(r["dataset"]).name
+
+    asked = [r for r in records if r["compression_ratio"] == float(ratio) and r["delta_nll"] is not None]
+    if not asked:
+        return "Not measured yet."
+    columns = sorted({column(r) for r in asked}, key=lambda c: ("SmolLM2" not in c[0], c))
+    by_press: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
+    for r in asked:
+        by_press.setdefault(r["press"], {})[column(r)] = r
+
+    def mean(press: str) -> float:
+        return sum(r["delta_nll"] for r in by_press[press].values()) / len(by_press[press])
+
+    def change(r: dict[str, Any] | None) -> str:
+        if r is None:
+            return "failed"
+        low, high = (100 * (end - 1) for end in r["ppl_ratio_ci95"])
+        return f"{100 * math.expm1(r['delta_nll']):+.1f} % [{low:.1f}, {high:.1f}]"
+
+    base = [next(r for r in asked if column(r) == c) for c in columns]
+    rows = [
+        [f"press at {ratio}", *(f"{model}, {text}" for model, text in columns)],
+        ["---", *("---:" for _ in columns)],
+        *([f"`{press}`", *(change(by_press[press].get(c)) for c in columns)] for press in sorted(by_press, key=mean)),
+        ["PPL of `no_press`", *(f"{r['baseline_ppl']:.2f}" for r in base)],
+        ["windows, scored tokens", *(f"{r['windows']}, {r['scored_tokens']:,}" for r in base)],
+    ]
+    about = dict.fromkeys(f"{column(r)[0]}: `{r['protocol']}`, {r['dtype']}" for r in base)
+    env = base[0]["env"]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([*lines, "", f"{'; '.join(about)}; torch {env['torch']}, transformers {env['transformers']}."])
+
+
 def parity() -> str:
     """The tables of the committed comparison with kvpress."""
     sys.path.insert(0, str(ROOT))
@@ -170,6 +214,7 @@ GOALS = (
     ("decode_speed", "decode_speed.py", "smollm2-135m-float16"),
     *(("prefill_chunked", "prefill_chunked.py", name) for name in ("pythia-70m", "smollm2-135m")),
     ("head_wise_memory", "head_wise_memory.py", "smollm2-135m"),
+    ("sweep_cost", "sweep_cost.py", "pythia-70m"),
 )
 
 
@@ -191,6 +236,8 @@ def generated(name: str) -> str:
         "presses": lambda: presses(argument),
         "press": press_sections,
         "results": lambda: results(argument),
+        "quality": lambda: quality(argument),
+        "sweepcost": lambda: measured("sweep_cost", "sweep_cost.py", argument),
         "parity": parity,
         "goals": goals,
         "faults": faults,
