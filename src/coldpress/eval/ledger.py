@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from safetensors.torch import save_file
 from coldpress.errors import OutputError
 from coldpress.eval.scores import Scores
 
-__all__ = ["UNFINISHED", "Ledger", "Measured"]
+__all__ = ["UNFINISHED", "Ledger", "LedgerFolder", "Measured"]
 
 UNFINISHED = ".unfinished"  # folder of all ledgers, in that of the results
 
@@ -49,15 +50,42 @@ class Measured:
     agreement: list[int] | None = None
 
 
-class Ledger:
-    """The finished batches of one run.
+class LedgerFolder:
+    """A folder of what one run has finished.
 
     Args:
-        folder: of this ledger alone; made when the first batch is saved.
+        folder: of this ledger alone; made when something is saved first.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
+
+    def clear(self) -> None:
+        """Remove it from the disk."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # the last one takes the folder of all of them along
+            self.folder.parent.rmdir()
+
+    def _replace(self, path: Path, write: Callable[[Path], object]) -> None:
+        """Have ``write`` make a file, and let it take the place of ``path``, whole or not at all.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write(temporary)
+            os.replace(temporary, path)
+        except (OSError, SafetensorError) as error:
+            raise OutputError(f"cannot write {str(path)!r} ({error}): make room, or choose another folder") from error
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+class Ledger(LedgerFolder):
+    """The finished batches of windows of one run."""
 
     def load(self, index: int) -> dict[str, Measured]:
         """What each point made of a batch, by the point's key; empty where nothing was saved or can be read."""
@@ -76,24 +104,9 @@ class Ledger:
         Raises:
             OutputError: the file cannot be written.
         """
-        path = self._path(index)
-        temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
         tensors = {key: measured.scores.rows().contiguous() for key, measured in found.items()}
         about = {key: json.dumps(_without_scores(measured)) for key, measured in found.items()}
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, temporary, metadata=about)
-            os.replace(temporary, path)
-        except (OSError, SafetensorError) as error:
-            raise OutputError(f"cannot write {str(path)!r} ({error}): make room, or choose another folder") from error
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    def clear(self) -> None:
-        """Remove it from the disk."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        with contextlib.suppress(OSError):  # the last one takes the folder of all of them along
-            self.folder.parent.rmdir()
+        self._replace(self._path(index), lambda path: save_file(tensors, path, metadata=about))
 
     def _path(self, index: int) -> Path:
         return self.folder / f"batch-{index:06d}.safetensors"

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,14 +26,13 @@ from transformers.modeling_utils import PreTrainedModel
 from coldpress.cache import PressedCache
 from coldpress.errors import SelfCheckError
 from coldpress.eval.checks import check_stored_pairs, release
-from coldpress.eval.engine import Engine, LocalEngine
 from coldpress.eval.ledger import Ledger, Measured
 from coldpress.eval.metrics import bits_per_byte, clustered_mean, paired_difference, perplexity, quantiles
 from coldpress.eval.models import input_device
 from coldpress.eval.perplexity import forward, token_losses
+from coldpress.eval.point_run import PointRun
 from coldpress.eval.points import BASELINE, Point
 from coldpress.eval.prefills import prefilled
-from coldpress.eval.progress import Sized
 from coldpress.eval.scores import Scores
 from coldpress.eval.windows import PrefixPlan
 from coldpress.presses.base import BasePress, BudgetPress
@@ -47,7 +46,7 @@ ZERO_TOLERANCE = 1e-5  # nats by which a loss may change when nothing is removed
 Found = dict[str, Measured | Exception]  # of each point, by its key
 
 
-class PrefixRun:
+class PrefixRun(PointRun[Measured]):
     """Score targets against compressed contexts, window by window; :meth:`results` can be asked for at any time.
 
     Args:
@@ -81,64 +80,25 @@ class PrefixRun:
         ledger: Ledger | None = None,
         seed: int = 0,
     ):
-        self.model, self.ledger = model, ledger
-        kv_bits = [None] * len(presses) if kv_bits is None else kv_bits
-        self.points = [Point(press, bits) for press, bits in zip(presses, kv_bits, strict=True)]
-        self.plan = documents[0][1]
+        self.ledger, self.plan = ledger, documents[0][1]
         self.work = WindowWork(self.plan.context, self.plan.scored_per_window, chunk_tokens, greedy_tokens, seed)
         width = self.plan.context + self.plan.target
         windows = [ids[start : start + width] for ids, plan in documents for start in plan.starts]
         self.window_bytes = _bytes_of_windows(documents, token_bytes)
         self.batches = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
-        self.done: list[dict[str, Measured]] = [{} for _ in self.batches]  # by the key of the point
-        self.errors: dict[str, Exception] = {}
+        kv_bits = [None] * len(presses) if kv_bits is None else kv_bits
+        points = [Point(press, bits) for press, bits in zip(presses, kv_bits, strict=True)]
+        super().__init__(model, points, len(self.batches), self.work)
 
-    @property
-    def is_complete(self) -> bool:
-        return not any(self._missing(index) for index in range(len(self.batches)))
+    def _item(self, index: int, points: tuple[Point, ...]) -> Batch:
+        return Batch(index, torch.stack(self.batches[index]), points, is_checked=index == 0)
 
-    def run(self, progress: Callable[[Any], Any] = iter, engine: Engine | None = None) -> None:
-        """Measure all windows. Of an interrupted run, the windows that were finished stay."""
+    def _load(self, index: int) -> dict[str, Measured]:
+        return {} if self.ledger is None else self.ledger.load(index)
+
+    def _save(self, index: int) -> None:
         if self.ledger is not None:
-            for index in range(len(self.batches)):
-                self.done[index] = self.ledger.load(index)
-        n_open = sum(bool(self._missing(index)) for index in range(len(self.batches)))
-        engine = LocalEngine(self.model) if engine is None else engine
-        for batch, found in progress(Sized(engine.map(self.work, self._open()), n_open)):
-            self._keep(batch, found)
-
-    def results(self) -> Iterator[tuple[Point, dict[str, Any] | Exception]]:
-        """Each point of which there is something to say, the baseline first, with its record or what went wrong."""
-        for point in (BASELINE, *self.points):
-            if point.key in self.errors:
-                yield point, self.errors[point.key]
-            elif any(point.key in batch for batch in self.done):
-                try:
-                    yield point, self._result(point)
-                except SelfCheckError as error:
-                    yield point, error
-
-    def _missing(self, index: int) -> list[Point]:
-        """The points that have not been measured in a batch, and have not failed."""
-        done = self.done[index]
-        return [p for p in (BASELINE, *self.points) if p.key not in done and p.key not in self.errors]
-
-    def _open(self) -> Iterator[Batch]:
-        """The batches in which something is left to measure; of what has failed meanwhile nothing is."""
-        for index, windows in enumerate(self.batches):
-            missing = self._missing(index)
-            if missing:
-                points = tuple(point for point in missing if point != BASELINE)
-                yield Batch(index, torch.stack(windows), points, is_checked=index == 0)
-
-    def _keep(self, batch: Batch, found: Found) -> None:
-        for key, value in found.items():
-            if isinstance(value, Exception):
-                self.errors.setdefault(key, value)
-            elif key not in self.done[batch.index]:  # the baseline is measured along with what comes later
-                self.done[batch.index][key] = value
-        if self.ledger is not None:
-            self.ledger.save(batch.index, self.done[batch.index])
+            self.ledger.save(index, self.done[index])
 
     def _bytes_of(self, point: Point) -> int | None:
         """UTF-8 bytes of what was scored of a point."""

@@ -7,17 +7,13 @@ the ledger has done its work and is removed.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
-import secrets
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from coldpress.errors import OutputError
+from coldpress.eval.ledger import LedgerFolder
 
 __all__ = ["Answered", "TaskLedger"]
 
@@ -53,15 +49,8 @@ class Answered:
         return answered
 
 
-class TaskLedger:
-    """The finished examples of one run.
-
-    Args:
-        folder: of this ledger alone; made when the first example is saved.
-    """
-
-    def __init__(self, folder: Path):
-        self.folder = folder
+class TaskLedger(LedgerFolder):
+    """The finished examples of one run."""
 
     def load(self, index: int, fingerprint: str) -> dict[str, Answered]:
         """What each point made of an example, by the point's key; empty where nothing was saved or can be read.
@@ -84,23 +73,8 @@ class TaskLedger:
         Raises:
             OutputError: the file cannot be written.
         """
-        path = self._path(index)
-        temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
         whole = {"fingerprint": fingerprint, "found": {key: asdict(answered) for key, answered in found.items()}}
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(whole), encoding="utf-8")
-            os.replace(temporary, path)
-        except OSError as error:
-            raise OutputError(f"cannot write {str(path)!r} ({error}): make room, or choose another folder") from error
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    def clear(self) -> None:
-        """Remove it from the disk."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        with contextlib.suppress(OSError):  # the last one takes the folder of all of them along
-            self.folder.parent.rmdir()
+        self._replace(self._path(index), lambda path: path.write_text(json.dumps(whole), encoding="utf-8"))
 
     def _path(self, index: int) -> Path:
         return self.folder / f"example-{index:06d}.json"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +22,11 @@ from transformers.modeling_utils import PreTrainedModel
 from coldpress.cache import PressedCache
 from coldpress.errors import SelfCheckError
 from coldpress.eval.checks import check_stored_pairs, release
-from coldpress.eval.engine import Engine, LocalEngine
 from coldpress.eval.metrics import paired_difference
 from coldpress.eval.perplexity import forward, token_losses
+from coldpress.eval.point_run import PointRun
 from coldpress.eval.points import BASELINE, Point
 from coldpress.eval.prefills import prefilled
-from coldpress.eval.progress import Sized
 from coldpress.eval.task_ledger import Answered, TaskLedger
 from coldpress.eval.tasks import Example
 
@@ -58,7 +57,7 @@ class TaskItem:
     is_checked: bool
 
 
-class TaskRun:
+class TaskRun(PointRun[Answered]):
     """Answer questions about compressed contexts, one by one; :meth:`results` can be asked for at any time.
 
     Args:
@@ -85,8 +84,7 @@ class TaskRun:
         max_new_tokens: int | None = None,
         ledger: TaskLedger | None = None,
     ):
-        self.model, self.tokenizer, self.examples, self.ledger = model, tokenizer, list(examples), ledger
-        self.points = [point for point in points if point != BASELINE]
+        self.tokenizer, self.examples, self.ledger = tokenizer, list(examples), ledger
         is_asked = any(example.references for example in self.examples)
         self.work = ExampleWork(
             chunk_tokens,
@@ -94,60 +92,22 @@ class TaskRun:
             _newlines(tokenizer) if is_asked else frozenset(),
             _ends(model, tokenizer),
         )
-        self.done: list[dict[str, Answered]] = [{} for _ in self.examples]  # by the key of the point
-        self.errors: dict[str, Exception] = {}
+        others = [point for point in points if point != BASELINE]
+        super().__init__(model, others, len(self.examples), self.work)
 
-    @property
-    def is_complete(self) -> bool:
-        return not any(self._missing(index) for index in range(len(self.examples)))
+    def _item(self, index: int, points: tuple[Point, ...]) -> TaskItem:
+        return TaskItem(index, self.examples[index], points, is_checked=index == 0)
 
-    def run(self, progress: Callable[[Any], Any] = iter, engine: Engine | None = None) -> None:
-        """Measure all examples. Of an interrupted run, those that were finished stay."""
+    def _load(self, index: int) -> dict[str, Answered]:
+        return {} if self.ledger is None else self.ledger.load(index, self._fingerprint(index))
+
+    def _save(self, index: int) -> None:
         if self.ledger is not None:
-            for index in range(len(self.examples)):
-                self.done[index] |= self.ledger.load(index, self._fingerprint(index))
-        n_open = sum(bool(self._missing(index)) for index in range(len(self.examples)))
-        engine = LocalEngine(self.model) if engine is None else engine
-        for item, found in progress(Sized(engine.map(self.work, self._open()), n_open)):
-            self._keep(item, found)
-
-    def results(self) -> Iterator[tuple[Point, dict[str, Any] | Exception]]:
-        """Each point of which there is something to say, the baseline first, with its record or what went wrong."""
-        for point in (BASELINE, *self.points):
-            if point.key in self.errors:
-                yield point, self.errors[point.key]
-            elif any(point.key in done for done in self.done):
-                try:
-                    yield point, self._result(point)
-                except SelfCheckError as error:
-                    yield point, error
+            self.ledger.save(index, self._fingerprint(index), self.done[index])
 
     def _fingerprint(self, index: int) -> str:
         parts = (self.examples[index].fingerprint, self.work.chunk_tokens, self.work.max_new_tokens)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-
-    def _missing(self, index: int) -> list[Point]:
-        """The points that have not been measured on an example, and have not failed."""
-        done = self.done[index]
-        return [p for p in (BASELINE, *self.points) if p.key not in done and p.key not in self.errors]
-
-    def _open(self) -> Iterator[TaskItem]:
-        """The examples on which something is left to measure; of what has failed meanwhile nothing is."""
-        for index, example in enumerate(self.examples):
-            missing = self._missing(index)
-            if missing:
-                points = tuple(point for point in missing if point != BASELINE)
-                yield TaskItem(index, example, points, is_checked=index == 0)
-
-    def _keep(self, item: TaskItem, found: Found) -> None:
-        done = self.done[item.index]
-        for key, value in found.items():
-            if isinstance(value, Exception):
-                self.errors.setdefault(key, value)
-            elif key not in done:  # the baseline is measured along with what comes later
-                done[key] = value
-        if self.ledger is not None:
-            self.ledger.save(item.index, self._fingerprint(item.index), done)
 
     def _result(self, point: Point) -> dict[str, Any]:
         """The part of a result record that is about tasks, over the examples measured so far."""

@@ -1,0 +1,115 @@
+"""What runs over windows and over examples have in common: points, items, what is finished of them, and what failed."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, Protocol, TypeVar
+
+from transformers.modeling_utils import PreTrainedModel
+
+from coldpress.errors import SelfCheckError
+from coldpress.eval.engine import Engine, LocalEngine
+from coldpress.eval.points import BASELINE, Point
+from coldpress.eval.progress import Sized
+
+__all__ = ["Item", "PointRun"]
+
+_Measured = TypeVar("_Measured")
+
+
+class Item(Protocol):
+    """What work is done on: it says which one of the run's it is."""
+
+    @property
+    def index(self) -> int: ...
+
+
+class PointRun(ABC, Generic[_Measured]):
+    """Measure points, and the uncompressed baseline beside them, item by item, on any engine.
+
+    :meth:`results` can be asked for at any time. A point that fails on an item is not measured on the next ones.
+
+    Args:
+        model: a causal language model on coldpress's backend.
+        points: to measure, without the baseline, which always is.
+        n_items: windows in batches, or examples.
+        work: of an engine: gives for an item what each point made of it, by its key, or what went wrong.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        points: Sequence[Point],
+        n_items: int,
+        work: Callable[[PreTrainedModel, Any], dict[str, _Measured | Exception]],
+    ):
+        self.model, self.points, self._do = model, list(points), work
+        self.done: list[dict[str, _Measured]] = [{} for _ in range(n_items)]  # by the key of the point
+        self.errors: dict[str, Exception] = {}
+
+    @abstractmethod
+    def _item(self, index: int, points: tuple[Point, ...]) -> Item:
+        """The item at ``index``, on which ``points`` are to be measured."""
+
+    @abstractmethod
+    def _load(self, index: int) -> dict[str, _Measured]:
+        """What an earlier run has finished of an item."""
+
+    @abstractmethod
+    def _save(self, index: int) -> None:
+        """Note what is finished of an item, for a later run."""
+
+    @abstractmethod
+    def _result(self, point: Point) -> dict[str, Any]:
+        """The part of a result record, over the items measured so far; SelfCheckError if it contradicts itself."""
+
+    @property
+    def is_complete(self) -> bool:
+        return not any(self._missing(index) for index in range(len(self.done)))
+
+    def run(self, progress: Callable[[Any], Any] = iter, engine: Engine | None = None) -> None:
+        """Measure everything that is not finished. Of an interrupted run, the items that were finished stay.
+
+        Args:
+            progress: wraps the finished items, for a progress bar.
+            engine: where the work is done; None: here.
+        """
+        for index in range(len(self.done)):
+            self.done[index] |= self._load(index)
+        n_open = sum(bool(self._missing(index)) for index in range(len(self.done)))
+        engine = LocalEngine(self.model) if engine is None else engine
+        for item, found in progress(Sized(engine.map(self._do, self._open()), n_open)):
+            self._keep(item.index, found)
+
+    def results(self) -> Iterator[tuple[Point, dict[str, Any] | Exception]]:
+        """Each point of which there is something to say, the baseline first, with its record or what went wrong."""
+        for point in (BASELINE, *self.points):
+            if point.key in self.errors:
+                yield point, self.errors[point.key]
+            elif any(point.key in done for done in self.done):
+                try:
+                    yield point, self._result(point)
+                except SelfCheckError as error:
+                    yield point, error
+
+    def _missing(self, index: int) -> list[Point]:
+        """The points that have not been measured on an item, and have not failed."""
+        done = self.done[index]
+        return [p for p in (BASELINE, *self.points) if p.key not in done and p.key not in self.errors]
+
+    def _open(self) -> Iterator[Item]:
+        """The items on which something is left to measure; of what has failed meanwhile nothing is."""
+        for index in range(len(self.done)):
+            missing = self._missing(index)
+            if missing:
+                yield self._item(index, tuple(point for point in missing if point != BASELINE))
+
+    def _keep(self, index: int, found: dict[str, _Measured | Exception]) -> None:
+        done = self.done[index]
+        for key, value in found.items():
+            if isinstance(value, Exception):
+                self.errors.setdefault(key, value)
+            elif key not in done:  # the baseline is measured along with what comes later
+                done[key] = value
+        self._save(index)
