@@ -32,6 +32,20 @@ def test_the_headline_quotes_change_bytes_and_speed() -> None:
     )
 
 
+def test_a_run_of_its_own_tells_the_speed() -> None:
+    """As in a sweep; the longest context counts, and another ratio or press is another point."""
+    runs = [timed("no_press", 0, 1024, 1.0), timed("snapkv", 0.5, 1024, 1.3), timed("snapkv", 0.5, 256, 0.9)]
+    runs += [timed("snapkv", 0.75, 1024, 1.7), timed("knorm", 0.5, 1024, 1.9)]
+    cheap = record("snapkv", 0.5, spread(0.004, 0.003))
+    (quality,) = [section for section in sections([BASE, cheap, *runs]) if section.kind == "quality"]
+    assert "and decodes 1.30 times as fast with 1,024 tokens of context (5 rounds from 1.25 to 1.35)" in headline(
+        quality
+    )
+    assert "Speed was not measured" not in "\n".join(findings(quality))
+    (quality,) = [section for section in sections([BASE, cheap, runs[0], *runs[3:]]) if section.kind == "quality"]
+    assert "times as fast" not in headline(quality) and "Speed was not measured in these runs." in findings(quality)
+
+
 def test_the_smallest_cheap_cache_is_the_headline_and_others_of_its_size_are_named() -> None:
     quarter = [record("snapkv", 0.75, spread(0.005, 0.001)), record("knorm", 0.75, spread(0.006, 0.001))]
     more = [record("tova", 0.5, spread(0.001, 0.0005)), record("cur", 0.9, spread(0.02, 0.001))]

@@ -65,7 +65,7 @@ def findings(section: Section) -> list[str]:
         for size in section.sizes:
             said += _at(section, size)
         said += _oddities(section)
-        if not any(p.decode_speedup is not None for p in section.points):
+        if not any(p.decode_speedup is not None or p.timed is not None for p in section.points):
             said.append("Speed was not measured in these runs.")
     elif section.kind == "stream":
         said += [sentence for p in _one_a_size(section) for sentence in _stream_at(section, p.size)]

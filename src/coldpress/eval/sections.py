@@ -6,7 +6,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from coldpress.eval.metrics import Paired, paired_difference
@@ -28,6 +28,7 @@ class Point:
     record: Record
     label: str
     size: str
+    timed: Point | None = None  # where a run of its own has timed it: the one behind the longest context
 
     def __getattr__(self, name: str) -> Any:  # delta_nll, ppl, ...: None where not measured
         if name.startswith("__"):
@@ -198,9 +199,31 @@ def sections(records: Iterable[Record]) -> list[Section]:
                 whole[0].unfinished += section.unfinished
         found += whole
     timed = [_parted(_named(sorted(group, key=_timed_order))) for group in together.values()]
+    _tell_speed(found, [point for done, _ in timed for point in done])
     found += [Section("speed", done, undone) for done, undone in timed]
     order = ["quality", "stream", "tasks", "speed", "plain"]
     return sorted(found, key=lambda s: (text_name(s.first), s.first["model"], order.index(s.kind), s.first["protocol"]))
+
+
+def _tell_speed(found: Iterable[Section], timed: Iterable[Point]) -> None:
+    """Give points whose loss was measured in one run what another run of the same has timed, as in a sweep."""
+
+    def same(record: Record) -> str:
+        names = ("model", "weights_fingerprint", "num_params", "dtype", "device", "attn_implementation", "press")
+        size = ("press_config", "kv_bits_config", "compression_ratio", *BUDGETS)
+        return json.dumps([record.get(name) for name in (*names, *size)], sort_keys=True, default=str)
+
+    longest: dict[str, Point] = {}
+    for point in timed:
+        key = same(point.record)
+        if point.decode_speedup is not None and (point.context or 0) >= (longest.get(key, point).context or 0):
+            longest[key] = point
+    for section in found:
+        if section.kind == "quality":
+            section.points = [
+                p if p.decode_speedup is not None else replace(p, timed=longest.get(same(p.record)))
+                for p in section.points
+            ]
 
 
 def _parted(points: list[Point]) -> tuple[list[Point], list[Point]]:

@@ -103,7 +103,7 @@ def speed_words(point: Point) -> str | None:
     """``decodes 1.2 times as fast``, if all rounds agree that it is faster; None where it was not timed."""
     times = point.decode_speedup
     if times is None:
-        return None
+        return None if point.timed is None else speed_words(point.timed)
     context = f" with {point.context:,} tokens of context" if point.context else ""
     if not has_rounds(point):
         return f"was {times:.2f} times as fast in the one round that is recorded{context}"
