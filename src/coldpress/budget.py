@@ -38,7 +38,7 @@ __all__ = [
 
 def check_ratio(ratio: object, name: str = "compression_ratio") -> None:
     """Raise :class:`PressError` unless ``ratio`` is a number in [0, 1)."""
-    if isinstance(ratio, bool) or not isinstance(ratio, Real) or not 0 <= float(ratio) < 1:
+    if isinstance(ratio, bool) or not isinstance(ratio, Real) or not 0 <= ratio < 1:
         raise PressError(f"{name} is the fraction of pairs to remove: a number in [0, 1), such as 0.5; got {ratio!r}.")
 
 

@@ -154,16 +154,15 @@ def check_writable(output_dir: Path) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             probe.touch(exist_ok=False)
         finally:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):
                 probe.unlink(missing_ok=True)
                 for parent in missing:
                     parent.rmdir()
     except FileExistsError as error:
         raise OutputError(f"output folder {str(output_dir)!r} is a file: give a folder") from error
-    except OSError as error:
-        raise OutputError(
-            f"cannot write into folder {str(output_dir)!r} ({error.strerror}): give one you may write to"
-        ) from error
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL, or that is no text
+        why = getattr(error, "strerror", None) or error
+        raise OutputError(f"cannot write into folder {str(output_dir)!r} ({why}): give one you may write to") from error
 
 
 def read_results(

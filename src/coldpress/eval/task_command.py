@@ -247,6 +247,12 @@ def make_questions(
     ]
     text = None if corpus is None else "\n\n".join(document.text for document in corpus.documents)
     material = Material(loaded.tokenizer, text, is_chat=settings.template == "chat")
+    longest, limit = max(settings.task_tokens, default=0), loaded.max_positions or UNKNOWN_POSITIONS
+    if longest > limit and not settings.allow_extrapolation:  # before so long a text is put together
+        raise InputError(
+            f"--task_tokens {longest} is past the {limit} positions the model was trained on: give less, or "
+            "--allow_extrapolation."
+        )
     sizes = settings.task, settings.task_tokens, settings.depths, settings.task_examples
     examples = make_examples(material, *sizes, seed=settings.seed)
     check_task_positions(examples, loaded.max_positions, settings.allow_extrapolation)
