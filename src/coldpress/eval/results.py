@@ -173,7 +173,7 @@ def read_results(
     A file that is not a record of this schema, or at which `check` raises ValueError, is skipped with a warning. Raises
     DataError without a folder.
     """
-    if not Path(output_dir).is_dir():
+    if not os.path.isdir(output_dir):  # Path.is_dir raises for a name that is too long
         raise DataError(f"no folder {str(output_dir)!r}: give the folder that a run wrote its results to")
     records = []
     for path in sorted(Path(output_dir).glob("*.json")):
