@@ -142,6 +142,6 @@ def test_importing_the_package_needs_no_pandas(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("name", ["a\0b", "x" * 5000])
 def test_a_folder_that_no_disk_can_name(name: str) -> None:
     with pytest.raises(DataError, match="no folder"):
-        load_results(name)
+        coldpress.eval.load_results(name)
     with pytest.raises(DataError, match="no folder"):
         collect([name])

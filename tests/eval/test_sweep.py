@@ -14,11 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from coldpress.errors import DataError, InputError, OutputError, SelfCheckError
 from coldpress.eval import prefix, speed, task_run
+from coldpress.eval.ledger import Ledger, Measured
 from coldpress.eval.results import read_results
+from coldpress.eval.scores import Scores
 from coldpress.eval.sweep import UNFINISHED, Outcome, sweep
 from coldpress.eval.sweep_plan import SweepPlan
 from coldpress.presses.knorm import KnormPress
@@ -215,6 +219,38 @@ def test_more_than_the_positions_is_refused_before_any_work(tmp_path: Path, sect
     plan = SweepPlan.of({"models": "demo", "texts": "demo", "output_dir": str(tmp_path), **section})
     with pytest.raises(InputError, match="past the 1024 positions"):
         sweep(plan, "")
+
+
+@pytest.mark.parametrize("damage", ["scores", "facts", "depth"])
+def test_a_damaged_ledger_is_as_good_as_none(tmp_path: Path, damage: str) -> None:
+    scores = Scores(*torch.rand(5, 2, 7))
+    ledger = Ledger(tmp_path)
+    ledger.save(0, {"a": Measured(scores, 10, [4, 4], 0.5, "ab", [1, 2])})
+    path = tmp_path / "batch-000000.safetensors"
+    assert torch.equal(ledger.load(0)["a"].scores.rows(), scores.rows())
+    if damage == "scores":
+        content = bytearray(path.read_bytes())
+        content[-3] ^= 255
+        path.write_bytes(bytes(content))
+    elif damage == "facts":
+        content = bytearray(path.read_bytes())
+        path.write_bytes(bytes(content).replace(b"0.5", b"0.7"))
+    else:
+        save_file({"a": scores.rows()}, path, metadata={"a": "[" * 90_000})
+    assert ledger.load(0) == {}
+
+
+@pytest.mark.parametrize("text", ["[" * 90_000, '{"prefill_ns": "x", "decode_ns": 1, "n_tokens": 2}'])
+def test_damaged_rounds_are_timed_again(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "rounds.json"
+    point = speed.SpeedPoint(None)
+    whole = f'[{{"key": {json.dumps(point.key)}, "samples": [{text}], "error": null}}]'
+    path.write_text(text if text.startswith("[") else whole)
+    assert speed.RoundLog(path).restore([point]) == 0
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(OutputError, match="cannot write"):
+        speed.RoundLog(path).save([point])
 
 
 def test_a_text_that_is_not_there_is_said_before_a_model_is_loaded(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ done its work and is removed.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import secrets
@@ -18,6 +19,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from coldpress.errors import OutputError
 from coldpress.eval.scores import Scores
@@ -65,8 +67,17 @@ class Ledger:
         try:
             with safe_open(self._path(index), framework="pt") as file:
                 for key, text in (file.metadata() or {}).items():
-                    found[key] = Measured(Scores.of_rows(file.get_tensor(key)), **json.loads(text))
-        except (OSError, SafetensorError, ValueError, TypeError):  # not there, or damaged: it is measured again
+                    rows, (checksum, about) = file.get_tensor(key), json.loads(text)
+                    if checksum != _checksum(rows, about):
+                        return {}
+                    found[key] = Measured(Scores.of_rows(rows), **about)
+        except (
+            OSError,
+            SafetensorError,
+            ValueError,
+            TypeError,
+            RecursionError,
+        ):  # damaged, or not there
             return {}
         return found
 
@@ -79,7 +90,8 @@ class Ledger:
         path = self._path(index)
         temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
         tensors = {key: measured.scores.rows().contiguous() for key, measured in found.items()}
-        about = {key: json.dumps(_without_scores(measured)) for key, measured in found.items()}
+        facts = {key: _without_scores(measured) for key, measured in found.items()}
+        about = {key: json.dumps([_checksum(tensors[key], fact), fact]) for key, fact in facts.items()}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_file(tensors, temporary, metadata=about)
@@ -97,6 +109,12 @@ class Ledger:
 
     def _path(self, index: int) -> Path:
         return self.folder / f"batch-{index:06d}.safetensors"
+
+
+def _checksum(rows: Tensor, about: dict[str, Any]) -> str:
+    """Of what is saved of one point; a disk that changes a byte shall not change a result."""
+    whole = json.dumps([about, str(rows.dtype), list(rows.shape)], sort_keys=True).encode() + rows.numpy().tobytes()
+    return hashlib.sha256(whole).hexdigest()[:16]
 
 
 def _without_scores(measured: Measured) -> dict[str, Any]:
