@@ -131,7 +131,8 @@ class SweepPlan:
             own = {kind: model.pop(kind) for kind in KINDS if kind in model}
             for kind, section in (dict(sections) | own).items():
                 # times and questions are the same beside any text
-                for text in {"speed": texts[:1], "tasks": [{}]}.get(kind, texts):  # tasks name their haystack
+                beside = [{}] if kind == "tasks" else texts[:1] if kind == "speed" else texts  # tasks name their own
+                for text in beside:
                     for options in _variants(kind, section):
                         cells += list(_cells(kind, {**common, **text, **options, **model}))
         if not cells:
