@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html.parser
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -345,6 +346,8 @@ def test_sizes_and_parameters(run: Run, tmp_path: Path, arguments: str, names: l
         ("--text_file nothing.txt --output p.html", "No such file"),
         ("--text_file text.txt --dataset demo --output p.html", "give one of them"),
         ("--text_file text.txt --output .", "'.' is no name of a file"),
+        ("--text_file text.txt --output pipe", "'pipe' is no name of a file"),
+        ("--text_file text.txt --output a\0b", "is no name of a file"),
         ("--text_file text.txt --output text.txt/p.html", "is a file: give a folder"),
         ("--text_file text.txt --output p.html --press snapvk", "Unknown press 'snapvk'. Did you mean 'snapkv'"),
         ("--text_file text.txt --output p.html --press no_press", "nothing to see"),
@@ -360,8 +363,10 @@ def test_sizes_and_parameters(run: Run, tmp_path: Path, arguments: str, names: l
     ],
 )
 def test_bad_input_is_one_line(run: Run, tmp_path: Path, arguments: str, message: str) -> None:
+    os.mkfifo(tmp_path / "pipe")  # stands for a device, which a page must not take the place of
     code, out, err = run(arguments)
     assert code == 2 and out == ""
+    assert (tmp_path / "pipe").is_fifo()
     assert re.search(message, err) and err.startswith("error: ") and err.count("\n") == 1
     assert not (tmp_path / "p.html").exists()
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,8 @@ __all__ = [
 
 def check_ratio(ratio: object, name: str = "compression_ratio") -> None:
     """Raise :class:`PressError` unless ``ratio`` is a number in [0, 1)."""
-    if isinstance(ratio, bool) or not isinstance(ratio, Real) or not 0 <= float(ratio) < 1:
+    number: Any = ratio  # compared as it is: an int may be too large for a float
+    if isinstance(ratio, bool) or not isinstance(ratio, Real) or not 0 <= number < 1:
         raise PressError(f"{name} is the fraction of pairs to remove: a number in [0, 1), such as 0.5; got {ratio!r}.")
 
 

@@ -12,6 +12,7 @@ import pytest
 
 import coldpress.eval
 from coldpress.errors import DataError, MissingDependencyError
+from coldpress.eval.collect import collect
 from coldpress.eval.results import SCHEMA_VERSION, write_result
 
 pandas = pytest.importorskip("pandas")
@@ -136,3 +137,11 @@ def test_importing_the_package_needs_no_pandas(monkeypatch: pytest.MonkeyPatch) 
     assert "coldpress.eval.frame" not in sys.modules
     with pytest.raises(AttributeError, match="no attribute 'load_result'"):
         _ = coldpress.eval.load_result
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 5000])
+def test_a_folder_that_no_disk_can_name(name: str) -> None:
+    with pytest.raises(DataError, match="no folder"):
+        coldpress.eval.load_results(name)
+    with pytest.raises(DataError, match="no folder"):
+        collect([name])

@@ -14,11 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
-from coldpress.errors import InputError, SelfCheckError
+from coldpress.errors import DataError, InputError, OutputError, SelfCheckError
 from coldpress.eval import prefix, speed, task_run
+from coldpress.eval.ledger import Ledger, Measured
 from coldpress.eval.results import read_results
+from coldpress.eval.scores import Scores
 from coldpress.eval.sweep import UNFINISHED, Outcome, sweep
 from coldpress.eval.sweep_plan import SweepPlan
 from coldpress.presses.knorm import KnormPress
@@ -195,6 +199,77 @@ def test_what_cannot_be_measured_stops_nothing_else(tmp_path: Path, capsys: pyte
 def test_nothing_at_all_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"Nothing could be measured. no/such-folder/here"):
         sweep(SweepPlan.of(config(tmp_path, models=["no/such-folder/here"])), "")
+
+
+def test_nothing_at_all_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(InputError, match="no/such-folder/here") as caught:
+        sweep(SweepPlan.of(config(tmp_path, models=["no/such-folder/here"])), "")
+    assert capsys.readouterr().err == "" and str(caught.value).count("no such folder") == 1
+
+
+def test_what_is_given_twice_is_measured_once(tmp_path: Path) -> None:
+    twice = {"models": ["demo", "demo"], "texts": ["demo", "demo"], "perplexity": [CONFIG["perplexity"]] * 2}
+    outcome = sweep(SweepPlan.of(config(tmp_path, **twice)), "")
+    assert (outcome.n_measured, outcome.n_found) == (5, 0)
+    again = sweep(SweepPlan.of(config(tmp_path, **twice)), "")
+    assert (again.n_measured, again.n_found) == (0, 5)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800"])
+def test_a_folder_that_no_disk_can_name(name: str) -> None:
+    with pytest.raises(OutputError, match="cannot write into folder"):
+        sweep(SweepPlan.of(config(Path(name))), "")
+
+
+@pytest.mark.parametrize("text", [{"dataset": "a\0b"}, {"text_file": "a\0b"}])
+def test_a_text_that_no_disk_can_name(tmp_path: Path, text: dict[str, str]) -> None:
+    with pytest.raises(DataError, match="read"):
+        sweep(SweepPlan.of(config(tmp_path, texts=[text])), "")
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"perplexity": {"greedy_tokens": 1000, "context_tokens": 48, "target_tokens": 16}},
+        {"tasks": {"task": "passkey", "task_tokens": 10**12}},
+    ],
+)
+def test_more_than_the_positions_is_refused_before_any_work(tmp_path: Path, section: dict[str, Any]) -> None:
+    plan = SweepPlan.of({"models": "demo", "texts": "demo", "output_dir": str(tmp_path), **section})
+    with pytest.raises(InputError, match="past the 1024 positions"):
+        sweep(plan, "")
+
+
+@pytest.mark.parametrize("damage", ["scores", "facts", "depth"])
+def test_a_damaged_ledger_is_as_good_as_none(tmp_path: Path, damage: str) -> None:
+    scores = Scores(*torch.rand(5, 2, 7))
+    ledger = Ledger(tmp_path)
+    ledger.save(0, {"a": Measured(scores, 10, [4, 4], 0.5, "ab", [1, 2])})
+    path = tmp_path / "batch-000000.safetensors"
+    assert torch.equal(ledger.load(0)["a"].scores.rows(), scores.rows())
+    if damage == "scores":
+        content = bytearray(path.read_bytes())
+        content[-3] ^= 255
+        path.write_bytes(bytes(content))
+    elif damage == "facts":
+        content = bytearray(path.read_bytes())
+        path.write_bytes(bytes(content).replace(b"0.5", b"0.7"))
+    else:
+        save_file({"a": scores.rows()}, path, metadata={"a": "[" * 90_000})
+    assert ledger.load(0) == {}
+
+
+@pytest.mark.parametrize("text", ["[" * 90_000, '{"prefill_ns": "x", "decode_ns": 1, "n_tokens": 2}'])
+def test_damaged_rounds_are_timed_again(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "rounds.json"
+    point = speed.SpeedPoint(None)
+    whole = f'[{{"key": {json.dumps(point.key)}, "samples": [{text}], "error": null}}]'
+    path.write_text(text if text.startswith("[") else whole)
+    assert speed.RoundLog(path).restore([point]) == 0
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(OutputError, match="cannot write"):
+        speed.RoundLog(path).save([point])
 
 
 def test_a_text_that_is_not_there_is_said_before_a_model_is_loaded(tmp_path: Path) -> None:

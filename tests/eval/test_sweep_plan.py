@@ -119,6 +119,11 @@ def test_options_take_the_place_of_what_a_file_says() -> None:
         ({"perplexity": False, "speed": False}, "Nothing is measured"),
         ({"output_dir": 3}, "output_dir must be a folder's name"),
         ({"press_args": {"window_size": 3}}, "no 'press_args'"),
+        ({"seed": 2**63}, "seed must be an integer <= 9223372036854775807"),
+        ({"speed": {"repetitions": 10**9}}, "repetitions must be an integer <= 1000000"),
+        ({"compression_ratio": 10**400}, "fraction of pairs to remove"),
+        ({"texts": [{"dataset": "demo", "text_file": "a.txt"}]}, "a dataset or a text_file, not both"),
+        ({"tasks": {"dataset": 5}}, "dataset must be a text"),
     ],
 )
 def test_what_makes_no_sense_is_said_before_anything_is_loaded(config: dict[str, Any], message: str) -> None:
@@ -135,6 +140,10 @@ def test_what_makes_no_sense_is_said_before_anything_is_loaded(config: dict[str,
         (b"1: 2\n", "holds no mapping"),
         (b"a: [1\n", "is not YAML"),
         (b"\xff\xfe\x00", "cannot read"),
+        (b"models: " + b"[" * 3000 + b"]" * 3000, "nested too deeply"),
+        (b"press: knorm\nseed: 1\npress: tova\n", "says press twice, at line 3"),
+        (b"models:\n- {model: demo, dtype: auto, dtype: float32}\n", "says dtype twice"),
+        (b"seed: 2001-99-99\n", "cannot read"),
     ],
 )
 def test_a_file_that_is_no_configuration(tmp_path: Path, content: bytes | None, message: str) -> None:
@@ -144,3 +153,23 @@ def test_a_file_that_is_no_configuration(tmp_path: Path, content: bytes | None, 
     with pytest.raises(DataError, match=message) as caught:
         read_config(str(path))
     assert "\n" not in str(caught.value)
+
+
+def test_aliases_may_stand_in_a_circle(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text("press: &p [knorm, *p]\n")
+    with pytest.raises(InputError, match="A press is a name"):
+        SweepPlan.of({"models": "demo", "texts": "demo", **read_config(str(path))})
+
+
+def test_a_name_with_a_nul_is_no_configuration() -> None:
+    with pytest.raises(DataError, match="cannot read"):
+        read_config("a\0b")
+
+
+def test_tasks_are_hidden_in_the_text_of_their_own_section() -> None:
+    tasks = {"task": "passkey", "dataset": "demo"}
+    (cell,) = SweepPlan.of({"models": "demo", "texts": ["wikitext"], "tasks": tasks}).cells
+    assert cell.settings.dataset == "demo"
+    (cell,) = SweepPlan.of({"models": "demo", "texts": ["wikitext"], "tasks": {"task": "passkey"}}).cells
+    assert cell.settings.dataset is None

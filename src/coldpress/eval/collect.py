@@ -40,6 +40,8 @@ def collect(folders: Iterable[str]) -> Collection:
     for folder in folders:
         if not folder.strip():
             raise DataError("The folder's name is empty; give the folder that a run wrote its results to.")
+        if not os.path.isdir(folder):
+            raise DataError(f"no folder {folder!r}: give the folder that a run wrote its results to")
         for place in [Path(folder), *_below(Path(folder))]:
             real = place.resolve()
             if real in seen:

@@ -106,8 +106,9 @@ def load_corpus(
         path.stat()
     except FileNotFoundError:
         pass
-    except OSError as error:  # a name that is too long, a folder that may not be read
-        raise DataError(f"{dataset[:80]!r} cannot be read ({error.strerror})") from error
+    except (OSError, ValueError) as error:  # a name that is too long, or has a NUL; a folder that may not be read
+        why = getattr(error, "strerror", None) or error
+        raise DataError(f"{dataset[:80]!r} cannot be read ({why})") from error
     if dataset in HUB_IDS:
         subset = WIKITEXT_SUBSET if dataset == "wikitext" and subset is None else subset
         source, rows = load_hub(HUB_IDS[dataset], subset, split, revision)
@@ -171,8 +172,9 @@ def _one_text(name: str, path: Path, sample_idx: int | None) -> Corpus:
         text = path.read_bytes().decode("utf-8-sig")  # line ends stay as they are
     except UnicodeDecodeError as error:
         raise DataError(f"{name!r} is not UTF-8 text (byte offset {error.start}): convert it first") from error
-    except OSError as error:
-        raise DataError(f"cannot read {name!r} ({error.strerror}): give an existing UTF-8 text file") from error
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL
+        why = getattr(error, "strerror", None) or error
+        raise DataError(f"cannot read {name!r} ({why}): give an existing UTF-8 text file") from error
     if not text.strip():
         raise DataError(f"{name!r} holds no text: give a file with some")
     return Corpus(name, str(path), None, WHOLE, None, (Document(path.name, text),))

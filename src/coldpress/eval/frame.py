@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,7 +63,7 @@ def load_results(folder: str | Path, explode: str | None = None) -> pandas.DataF
 
 
 def _records(folder: Path) -> Iterator[dict[str, Any]]:
-    below = [path for path in folder.rglob("*") if path.is_dir()] if folder.is_dir() else []
+    below = [path for path in folder.rglob("*") if path.is_dir()] if os.path.isdir(folder) else []
     for place in sorted([folder, *below]):
         inside = place.relative_to(folder)
         if not any(part.startswith(".") for part in inside.parts):

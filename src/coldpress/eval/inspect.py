@@ -53,7 +53,7 @@ def make_page(
     names, presses = _make_presses(press, press_args, compression_ratio, budget_tokens)
     pick_device(model_options.get("device", "auto"))
     path = Path(output).expanduser()
-    if not output.strip() or path.is_dir():
+    if not output.strip() or "\0" in output or (path.exists() and not path.is_file()):  # a device is not replaced
         raise OutputError(f"--output {output!r} is no name of a file; give one such as page.html.")
     check_writable(path.parent)
     corpus = load_corpus(**source)

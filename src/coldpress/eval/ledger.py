@@ -8,6 +8,7 @@ done its work and is removed.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import secrets
@@ -19,6 +20,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from coldpress.errors import OutputError
 from coldpress.eval.scores import Scores
@@ -93,8 +95,17 @@ class Ledger(LedgerFolder):
         try:
             with safe_open(self._path(index), framework="pt") as file:
                 for key, text in (file.metadata() or {}).items():
-                    found[key] = Measured(Scores.of_rows(file.get_tensor(key)), **json.loads(text))
-        except (OSError, SafetensorError, ValueError, TypeError):  # not there, or damaged: it is measured again
+                    rows, (checksum, about) = file.get_tensor(key), json.loads(text)
+                    if checksum != _checksum(rows, about):
+                        return {}
+                    found[key] = Measured(Scores.of_rows(rows), **about)
+        except (
+            OSError,
+            SafetensorError,
+            ValueError,
+            TypeError,
+            RecursionError,
+        ):  # damaged, or not there
             return {}
         return found
 
@@ -105,11 +116,18 @@ class Ledger(LedgerFolder):
             OutputError: the file cannot be written.
         """
         tensors = {key: measured.scores.rows().contiguous() for key, measured in found.items()}
-        about = {key: json.dumps(_without_scores(measured)) for key, measured in found.items()}
+        facts = {key: _without_scores(measured) for key, measured in found.items()}
+        about = {key: json.dumps([_checksum(tensors[key], fact), fact]) for key, fact in facts.items()}
         self._replace(self._path(index), lambda path: save_file(tensors, path, metadata=about))
 
     def _path(self, index: int) -> Path:
         return self.folder / f"batch-{index:06d}.safetensors"
+
+
+def _checksum(rows: Tensor, about: dict[str, Any]) -> str:
+    """Of what is saved of one point; a disk that changes a byte shall not change a result."""
+    whole = json.dumps([about, str(rows.dtype), list(rows.shape)], sort_keys=True).encode() + rows.numpy().tobytes()
+    return hashlib.sha256(whole).hexdigest()[:16]
 
 
 def _without_scores(measured: Measured) -> dict[str, Any]:

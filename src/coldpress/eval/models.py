@@ -141,6 +141,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype | str:
     """A torch dtype; ``auto`` is float32 on the CPU and the checkpoint's own elsewhere."""
     if name == "auto":
         return torch.float32 if device.type == "cpu" else "auto"
+    if name not in DTYPES:
+        raise ModelError(f"--dtype {name!r}: allowed are auto, {', '.join(DTYPES)}.{nearest(name, DTYPES)}")
     return DTYPES[name]
 
 

@@ -187,6 +187,11 @@ def _prefix_windows(s: Settings, documents: list[Tokens], limit: _Limit) -> tupl
     if width - target < 1:
         raise InputError(f"--target_tokens {target} leaves no room for a context in {width} positions.")
     context = width - target
+    if context + s.greedy_tokens > limit.positions and not s.allow_extrapolation:
+        raise InputError(
+            f"--greedy_tokens {s.greedy_tokens} after a context of {context} go past the {limit.positions} positions "
+            f"{s.model} was trained on; give less of either, or --allow_extrapolation."
+        )
     fitting = [tokens for tokens in documents if len(tokens.ids) >= width]
     if fitting and len(fitting) < len(documents):
         limit.notes.append(f"{len(documents) - len(fitting)} document(s) shorter than {width} tokens are left out.")

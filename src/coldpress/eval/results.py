@@ -154,16 +154,15 @@ def check_writable(output_dir: Path) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             probe.touch(exist_ok=False)
         finally:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):
                 probe.unlink(missing_ok=True)
                 for parent in missing:
                     parent.rmdir()
     except FileExistsError as error:
         raise OutputError(f"output folder {str(output_dir)!r} is a file: give a folder") from error
-    except OSError as error:
-        raise OutputError(
-            f"cannot write into folder {str(output_dir)!r} ({error.strerror}): give one you may write to"
-        ) from error
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL, or that is no text
+        why = getattr(error, "strerror", None) or error
+        raise OutputError(f"cannot write into folder {str(output_dir)!r} ({why}): give one you may write to") from error
 
 
 def read_results(
@@ -174,7 +173,7 @@ def read_results(
     A file that is not a record of this schema, or at which `check` raises ValueError, is skipped with a warning. Raises
     DataError without a folder.
     """
-    if not Path(output_dir).is_dir():
+    if not os.path.isdir(output_dir):  # Path.is_dir raises for a name that is too long
         raise DataError(f"no folder {str(output_dir)!r}: give the folder that a run wrote its results to")
     records = []
     for path in sorted(Path(output_dir).glob("*.json")):

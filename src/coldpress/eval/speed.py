@@ -28,7 +28,7 @@ from transformers.modeling_utils import PreTrainedModel
 from coldpress.cache import PressedCache
 from coldpress.chunks import prefill
 from coldpress.compiling import compiled
-from coldpress.errors import SelfCheckError
+from coldpress.errors import OutputError, SelfCheckError
 from coldpress.eval.checks import check_stored_pairs, release
 from coldpress.eval.memory import MemoryMeter, MemoryReading
 from coldpress.eval.perplexity import forward
@@ -120,7 +120,15 @@ class RoundLog:
             saved = json.loads(self.path.read_text(encoding="utf-8"))
             samples = {point["key"]: [Sample(**sample) for sample in point["samples"]] for point in saved}
             failed = {point["key"]: point["error"] for point in saved if point["error"] is not None}
-        except (OSError, ValueError, TypeError, KeyError):  # not there, or damaged: they are timed again
+            if not all(_is_timed(sample) for taken in samples.values() for sample in taken):
+                return 0
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            KeyError,
+            RecursionError,
+        ):  # not there, or damaged: they are timed again
             return 0
         lengths = {len(taken) for key, taken in samples.items() if key not in failed}
         if set(samples) != {point.key for point in points} or len(lengths) > 1:
@@ -138,10 +146,19 @@ class RoundLog:
             {"key": point.key, "samples": [vars(sample) for sample in point.samples], "error": errors[point.key]}
             for point in points
         ]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(saved), encoding="utf-8")
-        os.replace(temporary, self.path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(saved), encoding="utf-8")
+            os.replace(temporary, self.path)
+        except OSError as error:
+            raise OutputError(f"cannot write {str(self.path)!r} ({error}): make room, or another folder") from error
+
+
+def _is_timed(sample: Sample) -> bool:
+    """Whether a sample that was read from the disk may be one that was measured."""
+    times = [sample.decode_ns, sample.n_tokens, *([] if sample.prefill_ns is None else [sample.prefill_ns])]
+    return all(isinstance(n, int) and not isinstance(n, bool) and 0 < n < 2**63 for n in times)
 
 
 class SpeedRun:

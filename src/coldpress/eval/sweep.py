@@ -49,6 +49,7 @@ class Outcome:
         n_failed: of those measured now.
         problems: what kept whole cells from being measured.
         is_interrupted: whether the user stopped it.
+        n_told: of the problems, that the user has been told of.
     """
 
     n_measured: int = 0
@@ -56,6 +57,7 @@ class Outcome:
     n_failed: int = 0
     problems: list[str] = field(default_factory=list)
     is_interrupted: bool = False
+    n_told: int = 0  # of the problems
 
 
 def sweep(plan: SweepPlan, command: str) -> Outcome:
@@ -84,13 +86,15 @@ def sweep(plan: SweepPlan, command: str) -> Outcome:
         try:
             _sweep_model(cells, corpora, output_dir, command, outcome, clock)
         except InputError as error:
-            _tell(outcome, f"{cells[0].settings.model}: {error}")
+            outcome.problems.append(f"{cells[0].settings.model}: {error}")
         except KeyboardInterrupt:
             outcome.is_interrupted = True
         if outcome.is_interrupted:
             break
-    if outcome.problems and not outcome.n_measured and not outcome.n_found and not outcome.is_interrupted:
-        raise InputError(f"Nothing could be measured. {outcome.problems[0]}")
+    is_nothing = not outcome.n_measured and not outcome.n_found and not outcome.is_interrupted
+    if is_nothing and outcome.problems:
+        raise InputError(f"Nothing could be measured. {' '.join(dict.fromkeys(outcome.problems))}")
+    _tell_all(outcome)
     return outcome
 
 
@@ -112,25 +116,31 @@ def _sweep_model(
         device_map=getattr(s, "device_map", None),
     )
     parts: list[_Part] = []
+    done: list[Ledger | TaskLedger] = []
+    planned: set[Path] = set()  # a model, a text or a section that is given twice is measured once
     for cell in cells:
         try:
             part = _part(cell, _corpus(cell, corpora), loaded, output_dir, command)
         except InputError as error:
-            _tell(outcome, f"{cell.name}: {error}")
+            outcome.problems.append(f"{cell.name}: {error}")
             clock.plan(cell, 0.0)
             continue
-        n_jobs = len(part.run.jobs)
-        pairs = zip(part.run.jobs, part.records, strict=True)
-        part.run.jobs = [job for job, record in pairs if not _is_finished(output_dir, record)]
-        outcome.n_found += n_jobs - len(part.run.jobs)
+        paths = {result_path(output_dir, record): job for job, record in zip(part.run.jobs, part.records, strict=True)}
+        new = {path: job for path, job in paths.items() if path not in planned}
+        planned |= set(new)
+        part.run.jobs = [job for path, job in new.items() if not _is_finished(path)]
+        outcome.n_found += len(new) - len(part.run.jobs)
         if not part.run.jobs:
-            part.ledger.clear()
+            done.append(part.ledger)
             clock.plan(cell, 0.0)
             continue
         clock.plan(cell, _work(part.run))
         parts.append(part)
         for line in part.notes:
             note(f"{cell.name}: {line}")
+    for ledger in done:
+        if ledger.folder not in {part.ledger.folder for part in parts}:  # which goes on from it
+            ledger.clear()
     with contextlib.ExitStack() as stack:
         engine: Engine | None = None
         for part in parts:
@@ -177,6 +187,7 @@ def _part(cell: Cell, corpus: Corpus | None, loaded: LoadedModel, output_dir: Pa
 
 def _measure(part: _Part, output_dir: Path, engine: Engine | None, outcome: Outcome, clock: _Clock) -> None:
     """One cell, from where an earlier run was."""
+    _tell_all(outcome)
     print(f"## {part.cell.name}\n", flush=True)
     run, ledger = part.run, part.ledger
     run.show_progress = partial(clock.progress, cell=part.cell)
@@ -193,9 +204,11 @@ def _measure(part: _Part, output_dir: Path, engine: Engine | None, outcome: Outc
     outcome.n_measured += sum(record["status"] != "interrupted" for record in records)
 
 
-def _tell(outcome: Outcome, problem: str) -> None:
-    outcome.problems.append(problem)
-    note(problem, kind="error")
+def _tell_all(outcome: Outcome) -> None:
+    """Say which problems there are that were not said; where nothing can be measured, the sweep's error says them."""
+    for problem in outcome.problems[outcome.n_told :]:
+        note(problem, kind="error")
+    outcome.n_told = len(outcome.problems)
 
 
 def _by_model(cells: tuple[Cell, ...]) -> Iterator[list[Cell]]:
@@ -219,11 +232,11 @@ def _corpus(cell: Cell, corpora: dict[Any, Corpus]) -> Corpus | None:
     return corpora[key]
 
 
-def _is_finished(output_dir: Path, record: dict[str, Any]) -> bool:
-    """Whether a point has a result: it would have the name of ``record``."""
+def _is_finished(path: Path) -> bool:
+    """Whether a point has its result there."""
     try:
-        return bool(read_result(result_path(output_dir, record))["status"] == "ok")
-    except (OSError, ValueError, KeyError):
+        return bool(read_result(path)["status"] == "ok")
+    except (OSError, ValueError, KeyError, RecursionError):
         return False
 
 

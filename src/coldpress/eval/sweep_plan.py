@@ -50,7 +50,6 @@ _MEANINGLESS = {  # what is meant for other sections when it stands above them a
         "ppl_preset",
         *_WINDOWS,
         *_AMOUNTS,
-        *_TEXT,
         *_STREAM,
         *_TIMES,
         "batch_size",
@@ -61,6 +60,7 @@ _MEANINGLESS = {  # what is meant for other sections when it stands above them a
     "baselines": (*_WINDOWS, *_ENGINE, *_PRESS, "chunk_tokens", "max_documents"),
 }
 _FROM_0 = ("seed", "warmup", "sample_idx", "kv_residual_tokens", "greedy_tokens")
+_MOST = {"repetitions": 1_000_000, "warmup": 1_000_000}  # they are listed before the first is timed
 _SORTS: dict[str, tuple[type, ...]] = {"str": (str,), "bool": (bool,), "int": (int,), "float": (int, float)}
 _TOP = ("models", "texts", *KINDS, "output_dir")
 
@@ -131,7 +131,8 @@ class SweepPlan:
             own = {kind: model.pop(kind) for kind in KINDS if kind in model}
             for kind, section in (dict(sections) | own).items():
                 # times and questions are the same beside any text
-                for text in texts[:1] if kind in ("speed", "tasks") else texts:
+                beside = [{}] if kind == "tasks" else texts[:1] if kind == "speed" else texts  # tasks name their own
+                for text in beside:
                     for options in _variants(kind, section):
                         cells += list(_cells(kind, {**common, **text, **options, **model}))
         if not cells:
@@ -151,14 +152,39 @@ def read_config(path: str) -> dict[str, Any]:
     import yaml
 
     try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        text = Path(path).read_text(encoding="utf-8")
+        twice = _named_twice(yaml.compose(text, Loader=yaml.SafeLoader))
+        config = yaml.safe_load(text)
+    except RecursionError as error:
+        raise DataError(f"{path!r} is nested too deeply for a sweep's file") from error
+    except (OSError, ValueError) as error:  # ValueError: bytes that are no text, a name with a NUL, no such date
         raise DataError(f"cannot read {path!r} ({error}): give a YAML file") from error
     except yaml.YAMLError as error:
         raise DataError(f"{path!r} is not YAML: {' '.join(str(error).split())}") from error
+    if twice is not None:
+        raise DataError(f"{path!r} says {twice.value} twice, at line {twice.start_mark.line + 1} again: leave one out")
     if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
         raise DataError(f"{path!r} holds no mapping of options; see docs/sweeps.md for what a sweep's file looks like")
     return config
+
+
+def _named_twice(root: Any) -> Any:
+    """A key that its mapping in a composed YAML document has already, of which YAML would take the last; or None."""
+    waiting, seen = [root], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or isinstance(node.value, str) or id(node) in seen:
+            continue
+        seen.add(id(node))  # aliases may go round in a circle
+        keys: set[str] = set()
+        for part in node.value:
+            key, value = part if isinstance(part, tuple) else (None, part)
+            if key is not None and isinstance(key.value, str):
+                if key.value in keys:
+                    return key
+                keys.add(key.value)
+            waiting.append(value)
+    return None
 
 
 def with_options(config: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -231,6 +257,8 @@ def _mapping(item: Any, main: str, allowed: Sequence[str]) -> dict[str, Any]:
 def _text(item: Any) -> dict[str, Any]:
     """``wikitext:wikitext-103-v1`` is a dataset and its subset; so is a folder with one of its own."""
     text = _mapping(item, "dataset", _TEXT)
+    if text.get("dataset") is not None and text.get("text_file") is not None:
+        raise InputError(f"A text is a dataset or a text_file, not both; got {item!r}.")
     name = text.get("dataset")
     if isinstance(name, str) and ":" in name and "subset" not in text and not Path(name).exists():
         text["dataset"], _, text["subset"] = name.rpartition(":")
@@ -301,7 +329,7 @@ def _cell(kind: str, options: dict[str, Any]) -> Cell:
         settings, of_jobs = _settings(kind, options, names)
         jobs = make_jobs(of_jobs)
         for entry in with_parameters:
-            if not (isinstance(entry, dict) and all(isinstance(value, dict) for value in entry.values())):
+            if not (isinstance(entry, dict) and all(_is_named(value) for value in entry.values())):
                 raise InputError(f"A press is a name, or a name with its parameters as a mapping; got {entry!r}.")
             for name, parameters in entry.items():
                 jobs += make_jobs(replace(of_jobs, press=(str(name),), press_args=tuple(parameters.items())))
@@ -310,6 +338,10 @@ def _cell(kind: str, options: dict[str, Any]) -> Cell:
             raise
         raise InputError(f"{kind}: {error}") from error
     return Cell(kind, settings, tuple(jobs))
+
+
+def _is_named(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(name, str) for name in value)
 
 
 def _settings(kind: str, options: dict[str, Any], names: tuple[str, ...]) -> tuple[Settings | TaskSettings, Settings]:
@@ -336,8 +368,11 @@ def _check_types(kind: str, options: dict[str, Any]) -> None:
         for one in value if is_list else [value]:
             is_sort = isinstance(one, _SORTS[wanted]) and (wanted == "bool" or not isinstance(one, bool))
             least = 0 if name in _FROM_0 else 1
+            most = _MOST.get(name, 2**63 - 1)
             if not is_sort or (wanted == "int" and one < least):
                 what = {"str": "a text", "bool": "true or false", "float": "a number"}.get(
                     wanted, f"an integer >= {least}"
                 )
                 raise InputError(f"{kind}: {name} must be {what}, got {one!r}.")
+            if wanted == "int" and one > most:
+                raise InputError(f"{kind}: {name} must be an integer <= {most}.")

@@ -48,6 +48,7 @@ __all__ = [
 
 TASKS = ("niah_single", "niah_multikey", "vt", "cwe", "passkey", "repeat_text")  # asked where none is named
 TEMPLATES = ("none", "chat")
+MOST_EXAMPLES = 10_000  # of a task; all are made before the first is asked
 FILLER = "filler"  # the haystack of our own sentences, where no text is given
 _ELSEWHERE = ("output_dir", "engine", "ray_address", "workers")  # what changes no result
 _OF_JOBS = ("press", "compression_ratio", *BUDGETS, "press_args", "kv_bits", "kv_group_size", "kv_residual_tokens")
@@ -96,6 +97,8 @@ class TaskSettings:
     def __post_init__(self) -> None:
         for name in self.task:
             find_task(name)
+        if self.task_examples > MOST_EXAMPLES:
+            raise InputError(f"--task_examples must be at most {MOST_EXAMPLES:,}, got {self.task_examples:,}.")
         if self.template not in TEMPLATES:
             raise InputError(f"--template must be {' or '.join(TEMPLATES)}, got {self.template!r}.")
         if not self.depths or not all(0 <= depth <= 1 for depth in self.depths):
@@ -247,6 +250,12 @@ def make_questions(
     ]
     text = None if corpus is None else "\n\n".join(document.text for document in corpus.documents)
     material = Material(loaded.tokenizer, text, is_chat=settings.template == "chat")
+    longest, limit = max(settings.task_tokens, default=0), loaded.max_positions or UNKNOWN_POSITIONS
+    if longest > limit and not settings.allow_extrapolation:  # before so long a text is put together
+        raise InputError(
+            f"--task_tokens {longest} is past the {limit} positions the model was trained on: give less, or "
+            "--allow_extrapolation."
+        )
     sizes = settings.task, settings.task_tokens, settings.depths, settings.task_examples
     examples = make_examples(material, *sizes, seed=settings.seed)
     check_task_positions(examples, loaded.max_positions, settings.allow_extrapolation)
