@@ -190,7 +190,8 @@ def describe(record: Record) -> str:
         parts.append(f"{timed}, compiled" if settings.get("compile") else timed)
     if record.get("peak_mem_kind"):
         parts.append(f"peak memory by {record['peak_mem_kind']}")
-    parts.append(f"transformers {env['transformers']}, torch {env['torch']}, {env['cpu']}, {env['threads']} threads")
+    threads = f"{env['threads']} thread{'' if env['threads'] == 1 else 's'}"
+    parts.append(f"transformers {env['transformers']}, torch {env['torch']}, {env['cpu']}, {threads}")
     return "; ".join(parts)
 
 
