@@ -4,14 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from coldpress.errors import SelfCheckError
-from coldpress.eval.perplexity import BLOCK_TOKENS
 
 __all__ = ["Scores"]
+
+
+CACHED = 1 << 19  # numbers of a block of rows, few enough to stay in a processor's cache while they are looked at
+
+
+class Reference(NamedTuple):
+    """The baseline's distributions of some tokens: ``[W, n, V]`` and ``[W, n]``, float32."""
+
+    logits: Tensor
+    total: Tensor  # log of the sum of their exponentials
+    probs: Tensor
+    top: Tensor  # the most likely token, int64
+    own: Tensor  # log-probability of the token that came
 
 
 @dataclass(frozen=True)
@@ -26,32 +39,36 @@ class Scores:
 
     @classmethod
     def of(
-        cls, logits: Tensor, wanted: Tensor, reference: Sequence[Tensor] | None = None
-    ) -> tuple[Scores, list[Tensor]]:
+        cls, logits: Tensor, wanted: Tensor, reference: Sequence[Reference] | None = None
+    ) -> tuple[Scores, list[Reference]]:
         """Scores of ``wanted [W, n]`` under ``logits [W, n, V]``.
 
         Args:
             logits, wanted: predictions, and the tokens that came.
-            reference: the baseline's log-probabilities in blocks of tokens; None for the baseline itself.
+            reference: the baseline's distributions in blocks of tokens; None for the baseline itself.
 
         Returns:
-            The scores and, without a reference, these log-probabilities, to be the reference of others.
+            The scores and, without a reference, the distributions, to be the reference of others.
 
         Raises:
             SelfCheckError: a loss is not finite.
         """
         parts, kept = [], []
-        for i, rows in enumerate(logits.split(BLOCK_TOKENS, dim=1)):
-            log_probs = rows.float().log_softmax(-1)
-            base = log_probs if reference is None else reference[i]
-            target = wanted[:, i * BLOCK_TOKENS : i * BLOCK_TOKENS + rows.shape[1], None]
-            own, its = log_probs.gather(-1, target)[..., 0], base.gather(-1, target)[..., 0]
-            top = log_probs.argmax(-1)
-            kld = torch.zeros_like(own) if reference is None else (base.exp() * (base - log_probs)).sum(-1)
-            is_top1, is_same_top1 = top == target[..., 0], top == base.argmax(-1)
-            parts.append(torch.stack([-own, kld, own.exp() - its.exp(), is_top1.float(), is_same_top1.float()]))
+        n_tokens = max(1, CACHED // logits.shape[-1])
+        for i, rows in enumerate(logits.split(n_tokens, dim=1)):
+            rows = rows.float()
+            target = wanted[:, i * n_tokens : i * n_tokens + rows.shape[1], None]
+            total, top = rows.logsumexp(-1), rows.argmax(-1)
+            own = rows.gather(-1, target)[..., 0] - total  # log-probability
             if reference is None:
-                kept.append(log_probs)
+                base = Reference(rows, total, (rows - total[..., None]).exp(), top, own)
+                kld = torch.zeros_like(own)
+                kept.append(base)
+            else:
+                base = reference[i]
+                kld = (base.probs * (base.logits - rows)).sum(-1) + (total - base.total)
+            is_top1, is_same_top1 = top == target[..., 0], top == base.top
+            parts.append(torch.stack([-own, kld, own.exp() - base.own.exp(), is_top1.float(), is_same_top1.float()]))
         scores = cls(*torch.cat(parts, dim=-1).cpu())
         if not torch.isfinite(scores.losses).all():
             raise SelfCheckError("A loss is not finite: the model's logits overflow in this dtype.")
