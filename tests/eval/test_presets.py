@@ -342,9 +342,9 @@ def test_lm_eval_begins_with_bos_or_eos() -> None:
 
 
 def test_the_names_are_those_of_the_settings() -> None:
-    from coldpress import cli
+    from coldpress import options
 
-    assert tuple(PRESETS) == PPL_PRESETS == cli.PPL_PRESETS
+    assert tuple(PRESETS) == PPL_PRESETS == options.PPL_PRESETS
 
 
 def test_models_of_few_positions_are_said_to_be() -> None:

@@ -113,7 +113,7 @@ def test_a_chain_of_variables_leads_to_the_value(material: Material) -> None:
         assert len(set(value.values())) == 1
         assert f"value {next(iter(value.values()))} " in question
         assert example.depth is None
-        assert text_of(material, example.answer_ids) == " " + ", ".join(value)
+        assert text_of(material, example.answer_ids) == " " + ", VAR ".join(value)
 
 
 @pytest.mark.parametrize("length", [150, 700])

@@ -34,17 +34,15 @@ class PointRun(ABC, Generic[_Measured]):
         model: a causal language model on coldpress's backend.
         points: to measure, without the baseline, which always is.
         n_items: windows in batches, or examples.
+
+    Attributes:
         work: of an engine: gives for an item what each point made of it, by its key, or what went wrong.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        points: Sequence[Point],
-        n_items: int,
-        work: Callable[[PreTrainedModel, Any], dict[str, _Measured | Exception]],
-    ):
-        self.model, self.points, self._do = model, list(points), work
+    work: Any
+
+    def __init__(self, model: PreTrainedModel, points: Sequence[Point], n_items: int):
+        self.model, self.points = model, list(points)
         self.done: list[dict[str, _Measured]] = [{} for _ in range(n_items)]  # by the key of the point
         self.errors: dict[str, Exception] = {}
 
@@ -79,7 +77,7 @@ class PointRun(ABC, Generic[_Measured]):
             self.done[index] |= self._load(index)
         n_open = sum(bool(self._missing(index)) for index in range(len(self.done)))
         engine = LocalEngine(self.model) if engine is None else engine
-        for item, found in progress(Sized(engine.map(self._do, self._open()), n_open)):
+        for item, found in progress(Sized(engine.map(self.work, self._open()), n_open)):
             self._keep(item.index, found)
 
     def results(self) -> Iterator[tuple[Point, dict[str, Any] | Exception]]:

@@ -88,7 +88,7 @@ class PrefixRun(PointRun[Measured]):
         self.batches = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
         kv_bits = [None] * len(presses) if kv_bits is None else kv_bits
         points = [Point(press, bits) for press, bits in zip(presses, kv_bits, strict=True)]
-        super().__init__(model, points, len(self.batches), self.work)
+        super().__init__(model, points, len(self.batches))
 
     def _item(self, index: int, points: tuple[Point, ...]) -> Batch:
         return Batch(index, torch.stack(self.batches[index]), points, is_checked=index == 0)

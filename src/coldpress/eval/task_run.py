@@ -93,7 +93,7 @@ class TaskRun(PointRun[Answered]):
             _ends(model, tokenizer),
         )
         others = [point for point in points if point != BASELINE]
-        super().__init__(model, others, len(self.examples), self.work)
+        super().__init__(model, others, len(self.examples))
 
     def _item(self, index: int, points: tuple[Point, ...]) -> TaskItem:
         return TaskItem(index, self.examples[index], points, is_checked=index == 0)
