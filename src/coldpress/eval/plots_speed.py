@@ -74,8 +74,9 @@ def draw_speed(section: Section, look: dict[str, Style], prefix: str) -> list[Dr
                     axis.set_xscale("log", base=2)
                     axis.minorticks_off()
                 axis.set_xticks(contexts, [f"{c:,}" for c in contexts], rotation=30, fontsize=8)
-                axis.set_ylim(bottom=0)
             row[0].set_ylabel(title(size))
+        for axis in axes.flat:  # once all rows are drawn: they share an axis, which stands still from then on
+            axis.set_ylim(bottom=0)
         for axis in axes[-1]:
             axis.set_xlabel("tokens of context")
         shared_legend(figure, [axis for row in axes for axis in row])
