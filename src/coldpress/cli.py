@@ -182,7 +182,7 @@ def _run_tasks(args: argparse.Namespace, argv: list[str], prog: str | None) -> i
     _check_sources(args)
     from coldpress.eval.task_command import TaskSettings, measure_tasks
 
-    given = {f.name: getattr(args, f.name) for f in fields(TaskSettings) if getattr(args, f.name) is not None}
+    given = {f.name: getattr(args, f.name) for f in fields(TaskSettings) if getattr(args, f.name, None) is not None}
     given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
     if "press_args" in given:
         given["press_args"] = tuple(given["press_args"].items())

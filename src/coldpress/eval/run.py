@@ -73,7 +73,9 @@ def evaluate(settings: Settings, command: str) -> tuple[list[dict[str, Any]], bo
         sample_idx=settings.sample_idx,
         text_file=settings.text_file,
     )
-    run = make_run(settings, jobs, laid_out(corpus, settings.ppl_preset), load(settings), command)
+    run = make_run(
+        settings, jobs, laid_out(corpus, settings.ppl_preset), load_model(settings.model, **settings.loading), command
+    )
     for line in run.plan.notes:
         note(line)
     return carry_out(run, output_dir)
@@ -122,19 +124,6 @@ def carry_out(
         print(f"\n{show(records)}\n")
         print(f"{len(records)} result(s) in {output_dir}/", flush=True)
     return records, is_interrupted
-
-
-def load(settings: Settings) -> LoadedModel:
-    """The model that the settings name, as they say."""
-    return load_model(
-        settings.model,
-        device=settings.device,
-        dtype=settings.dtype,
-        attn_implementation=settings.attn_implementation,
-        revision=settings.revision,
-        device_map=settings.device_map,
-        tp_plan=settings.tp_plan,
-    )
 
 
 def make_run(settings: Settings, jobs: list[Job], corpus: Corpus, loaded: LoadedModel, command: str) -> Run:

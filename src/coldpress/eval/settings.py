@@ -129,6 +129,12 @@ class Settings:
             )
 
     @property
+    def loading(self) -> dict[str, Any]:
+        """The options of load_model beside the name."""
+        names = ("device", "dtype", "attn_implementation", "revision", "device_map", "tp_plan")
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def cluster(self) -> dict[str, Any]:
         """The options of the engine."""
         return {"ray_address": self.ray_address, "workers": self.workers}

@@ -107,14 +107,7 @@ def _sweep_model(
     clock: _Clock,
 ) -> None:
     s = cells[0].settings
-    loaded = load_model(
-        s.model,
-        device=s.device,
-        dtype=s.dtype,
-        attn_implementation=s.attn_implementation,
-        revision=s.revision,
-        device_map=getattr(s, "device_map", None),
-    )
+    loaded = load_model(s.model, **s.loading)
     parts: list[_Part] = []
     done: list[Ledger | TaskLedger] = []
     planned: set[Path] = set()  # a model, a text or a section that is given twice is measured once
@@ -216,7 +209,8 @@ def _by_model(cells: tuple[Cell, ...]) -> Iterator[list[Cell]]:
     found: dict[Any, list[Cell]] = {}
     for cell in cells:
         s = cell.settings
-        found.setdefault((s.model, s.revision, s.device, s.dtype, s.attn_implementation), []).append(cell)
+        key = (s.model, s.revision, s.device, s.dtype, s.attn_implementation, s.device_map)
+        found.setdefault(key, []).append(cell)
     yield from found.values()
 
 

@@ -50,7 +50,7 @@ TASKS = ("niah_single", "niah_multikey", "vt", "cwe", "passkey", "repeat_text") 
 TEMPLATES = ("none", "chat")
 MOST_EXAMPLES = 10_000  # of a task; all are made before the first is asked
 FILLER = "filler"  # the haystack of our own sentences, where no text is given
-_ELSEWHERE = ("output_dir", "engine", "ray_address", "workers")  # what changes no result
+_ELSEWHERE = ("output_dir", "device_map", "engine", "ray_address", "workers")  # what changes no result
 _OF_JOBS = ("press", "compression_ratio", *BUDGETS, "press_args", "kv_bits", "kv_group_size", "kv_residual_tokens")
 
 
@@ -88,6 +88,7 @@ class TaskSettings:
     attn_implementation: str = "sdpa"
     device: str = "auto"
     dtype: str = "auto"
+    device_map: str | None = None
     seed: int = 0
     engine: str = "local"
     ray_address: str | None = None
@@ -103,6 +104,12 @@ class TaskSettings:
             raise InputError(f"--template must be {' or '.join(TEMPLATES)}, got {self.template!r}.")
         if not self.depths or not all(0 <= depth <= 1 for depth in self.depths):
             raise InputError(f"--depths must be numbers from 0 (beginning) to 1 (end), got {list(self.depths)}.")
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """The options of load_model beside the name."""
+        names = ("device", "dtype", "attn_implementation", "revision", "device_map")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def cluster(self) -> dict[str, Any]:
@@ -163,13 +170,7 @@ def measure_tasks(settings: TaskSettings, command: str) -> tuple[list[dict[str, 
     output_dir = Path(settings.output_dir)
     check_writable(output_dir)
     corpus = load_haystack(settings)
-    loaded = load_model(
-        settings.model,
-        device=settings.device,
-        dtype=settings.dtype,
-        attn_implementation=settings.attn_implementation,
-        revision=settings.revision,
-    )
+    loaded = load_model(settings.model, **settings.loading)
     questions = make_questions(settings, jobs, corpus, loaded, command)
     with make_engine(settings.engine, loaded, **settings.cluster) as engine:
         return questions.carry_out(output_dir, TaskLedger(output_dir / UNFINISHED / questions.digest), engine)
