@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, GPTNeoXConfig, LlamaConfig, PreTrainedModel
 
 from coldpress import PressedCache
+from coldpress.cache_argument import cache_argument
 
 MODELS = ("pythia-70m", "smollm2-135m")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -107,7 +108,7 @@ class Decoder:
                 if i == UNTIMED:
                     start, cpu_start = time.perf_counter(), time.process_time()
                 before = time.perf_counter()
-                self.model(token, attention_mask=mask, past_key_values=self.cache, position_ids=at + i)
+                self.model(token, attention_mask=mask, **cache_argument(self.cache), position_ids=at + i)
                 times.append(1e3 * (time.perf_counter() - before))
             cpu, wall = time.process_time() - cpu_start, time.perf_counter() - start
             self.cache.crop(-(UNTIMED + n))

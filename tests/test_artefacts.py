@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from coldpress import ExpectedAttentionStatsPress, PressedCache, QFilterPress, make_press
 from coldpress.artefacts import Artefact, artefact_path, artefacts_folder, read_artefact
+from coldpress.cache_argument import cache_argument
 from coldpress.errors import OutputError, PressError, UnreachableError
 from coldpress.network import fetch_hub_file, fetch_url
 
@@ -32,7 +33,7 @@ def filters(seed: int = 0) -> dict[str, torch.Tensor]:
 
 def kept(press: QFilterPress, model: PreTrainedModel | None = None) -> list[list[int]]:
     past = PressedCache(press)
-    (model or tiny("llama"))(tokens(1, 30), past_key_values=past)
+    (model or tiny("llama"))(tokens(1, 30), **cache_argument(past))
     return past.positions(0)[0].tolist()
 
 
@@ -267,10 +268,10 @@ def test_published_statistics_in_a_folder(folder: Path) -> None:
     save_file({"query_mean": mean, "query_cov": half @ half.mT}, folder / "model.safetensors")
     press = ExpectedAttentionStatsPress(0.5, stats_folder=str(folder))
     past = PressedCache(press)
-    tiny("llama")(tokens(1, 30), past_key_values=past)
+    tiny("llama")(tokens(1, 30), **cache_argument(past))
     assert past.stored_lengths() == [15, 15]
     with pytest.raises(PressError, match=r"another model: its mean are 2x4x8, and this model needs 2x4x16"):
-        tiny("gpt_neox")(tokens(1, 30), past_key_values=PressedCache(press))
+        tiny("gpt_neox")(tokens(1, 30), **cache_argument(PressedCache(press)))
 
 
 def test_a_hub_that_fails(hub: Hub) -> None:

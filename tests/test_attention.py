@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 from coldpress import PressedCache, SnapKVPress, use_coldpress
 from coldpress.attention import BACKENDS, underlying
+from coldpress.cache_argument import cache_argument
 from coldpress.errors import MissingDependencyError, ModelError
 
 N = 45
@@ -52,7 +53,7 @@ def in_turns(name: str, backend: str, past: Any, mask: Tensor | None = None) -> 
         start, end = end, end + n
         rows = 1 if mask is None else mask.shape[0]
         options = {} if mask is None else {"attention_mask": mask[:, :end]}
-        logits.append(model(IDS[:, start:end].expand(rows, -1), past_key_values=past, **options).logits)
+        logits.append(model(IDS[:, start:end].expand(rows, -1), **cache_argument(past), **options).logits)
     return torch.cat(logits, dim=1)
 
 
@@ -118,18 +119,18 @@ def test_missing_flash_attention() -> None:
         use_coldpress(model, "flash_attention_2")
     assert model.config._attn_implementation == "sdpa"
     with pytest.raises(ImportError, match="pip install flash-attn"):
-        tiny("llama", "coldpress_fa2")(IDS, past_key_values=PressedCache())
+        tiny("llama", "coldpress_fa2")(IDS, **cache_argument(PressedCache()))
 
 
 @pytest.mark.parametrize("press", [None, PRESS])
 def test_eager_attention_returns_its_weights(press: SnapKVPress | None) -> None:
     model, past = tiny("llama", "coldpress_eager"), PressedCache(press)
-    prompt = model(IDS[:, :N], past_key_values=past, output_attentions=True)
+    prompt = model(IDS[:, :N], **cache_argument(past), output_attentions=True)
     expected = tiny("llama", "eager")(IDS[:, :N], output_attentions=True)
     for found, wanted in zip(prompt.attentions, expected.attentions, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
     stored = past.stored_lengths()[0]
-    question = model(IDS[:, N : N + 3], past_key_values=past, output_attentions=True)
+    question = model(IDS[:, N : N + 3], **cache_argument(past), output_attentions=True)
     assert [w.shape for w in question.attentions] == [(1, 4, 3, stored + 3)] * 2
     for weights in question.attentions:
         torch.testing.assert_close(weights.sum(-1), torch.ones(1, 4, 3))
@@ -137,7 +138,7 @@ def test_eager_attention_returns_its_weights(press: SnapKVPress | None) -> None:
 
 
 def test_sdpa_returns_no_weights() -> None:
-    out = tiny("llama")(IDS, past_key_values=PressedCache(PRESS), output_attentions=True)
+    out = tiny("llama")(IDS, **cache_argument(PressedCache(PRESS)), output_attentions=True)
     assert all(weights is None for weights in out.attentions or ())
 
 
@@ -163,7 +164,7 @@ def test_each_kind_of_mask() -> None:
     """What a layer tells attention about its slots: nothing where causal order or full view says it all."""
     past = PressedCache(PRESS)
     model = tiny("llama")
-    model(IDS[:, :N], past_key_values=past)
+    model(IDS[:, :N], **cache_argument(past))
     layer = past.layer(0)
     assert layer.visibility(1, None, None) is None
     question = layer.visibility(3, None, None)  # the last three slots as if they were new
@@ -203,7 +204,7 @@ def test_a_custom_mask_is_refused() -> None:
     model, past = BY_NAME["llama"].build(), PressedCache()
     embeddings = torch.zeros(1, 5, 32)
     name = "inputs_embeds" if "inputs_embeds" in create_causal_mask.__code__.co_varnames else "input_embeds"
-    options: dict[str, Any] = {name: embeddings, "attention_mask": None, "past_key_values": past}
+    options: dict[str, Any] = {name: embeddings, "attention_mask": None, **cache_argument(past)}
     if "cache_position" in create_causal_mask.__code__.co_varnames:
         options["cache_position"] = torch.arange(5)
     options["position_ids"] = None

@@ -30,6 +30,7 @@ from coldpress import (
     prefill,
     press_names,
 )
+from coldpress.cache_argument import cache_argument
 from coldpress.errors import CacheError, ModelError, PressError
 
 N = 53  # tokens of the prompt
@@ -40,12 +41,12 @@ FURTHER = tokens(1, 90, seed=1)
 
 def prefilled(press: BasePress | None = None, name: str = "llama", ids: Tensor = IDS) -> PressedCache:
     past = PressedCache(press)
-    tiny(name)(ids, past_key_values=past)
+    tiny(name)(ids, **cache_argument(past))
     return past
 
 
 def add(past: PressedCache, ids: Tensor, name: str = "llama") -> Tensor:
-    return tiny(name)(ids, past_key_values=past).logits
+    return tiny(name)(ids, **cache_argument(past)).logits
 
 
 # -- growth and bytes -------------------------------------------------------------------------------------------------
@@ -63,10 +64,10 @@ def test_new_tokens_go_into_the_buffer_in_place(press: BasePress | None) -> None
 
 def test_holds_what_a_dynamic_cache_holds() -> None:
     past, own = prefilled(), DynamicCache()
-    tiny("llama")(IDS, past_key_values=own)
+    tiny("llama")(IDS, **cache_argument(own))
     for t in range(FURTHER.shape[1]):
         add(past, FURTHER[:, t : t + 1])
-        tiny("llama")(FURTHER[:, t : t + 1], past_key_values=own)
+        tiny("llama")(FURTHER[:, t : t + 1], **cache_argument(own))
     for ours, theirs in zip(past.pressed_layers(), own.layers, strict=True):
         torch.testing.assert_close(ours.keys, theirs.keys, atol=1e-5, rtol=0)
         torch.testing.assert_close(ours.values, theirs.values, atol=1e-5, rtol=0)
@@ -106,7 +107,7 @@ def test_nothing_keeps_the_evicted_pairs_alive(name: str, press: str) -> None:
     past, made = PressedCache(), small_press(press, name).prepared(tiny(name), Words())
     others = {id(x) for x in gc.get_objects() if type(x) is Tensor}  # of other tests
     with torch.no_grad(), made(tiny(name)):
-        tiny(name)(IDS, past_key_values=past)
+        tiny(name)(IDS, **cache_argument(past))
     assert past.achieved_ratio() > 0.1
     gc.collect()
     held = {tensor.untyped_storage().data_ptr() for layer in past.pressed_layers() for tensor in layer.tensors()}
@@ -130,7 +131,7 @@ def test_gradients_are_those_of_a_dynamic_cache() -> None:
     gradients = []
     for past in (DynamicCache(), PressedCache(), PressedCache(KnormPress(0.0))):
         model = BY_NAME["llama"].build().requires_grad_(True)
-        logits = [model(ids, past_key_values=past).logits for ids in (IDS, FURTHER[:, :3], FURTHER[:, 3:4])]
+        logits = [model(ids, **cache_argument(past)).logits for ids in (IDS, FURTHER[:, :3], FURTHER[:, 3:4])]
         torch.cat(logits, dim=1).logsumexp(-1).sum().backward()
         gradients.append(model.model.layers[0].self_attn.k_proj.weight.grad)
     for ours in gradients[1:]:
@@ -240,7 +241,7 @@ def test_a_cache_of_every_press_can_be_copied_and_pickled(name: str) -> None:
     past, question = PressedCache(press), tokens(1, 3, seed=5)
     with torch.no_grad():
         with block(tiny("llama"), press):
-            tiny("llama")(IDS, past_key_values=past)
+            tiny("llama")(IDS, **cache_argument(past))
         for split in (copy.deepcopy, through_a_file):
             other = split(past)
             assert other.press == past.press and other.achieved_ratio() == past.achieved_ratio() > 0
@@ -261,12 +262,12 @@ def test_copies_in_the_middle_of_things(split: Any) -> None:
     assert other.stored_lengths() == past.stored_lengths() == [20, 20]
     full = PressedCache()
     (branch,) = full.branches([ExpectedAttentionPress(0.5)])
-    tiny("llama")(IDS, past_key_values=full)
+    tiny("llama")(IDS, **cache_argument(full))
     assert torch.equal(add(split(full), FURTHER), add(full.fork(), FURTHER))
     assert torch.equal(add(split(branch), FURTHER), add(branch.fork(), FURTHER))
     theirs = DynamicCache()
     with ExpectedAttentionPress(0.5)(tiny("llama")):
-        tiny("llama")(IDS, past_key_values=theirs)
+        tiny("llama")(IDS, **cache_argument(theirs))
     ours = split(theirs)
     assert ours.get_seq_length() == N and ours.layers[0].stored_length == N // 2
     assert torch.equal(add(ours, FURTHER), add(theirs, FURTHER))
@@ -303,7 +304,7 @@ def test_reset_and_reuse() -> None:
     assert past.seen_tokens == 0 and past.stored_lengths() == [] and past.kv_bytes() == 0
     assert past.achieved_ratio() == 0
     other = tokens(2, 31, seed=5)  # of another shape
-    tiny("llama")(other, past_key_values=past)
+    tiny("llama")(other, **cache_argument(past))
     assert past.stored_lengths() == [15, 15]
     new = prefilled(PRESS, ids=other)
     assert torch.equal(add(past, other[:, :4]), add(new, other[:, :4]))
@@ -341,26 +342,26 @@ def test_branches_are_separate_prefills(name: str, is_padded: bool) -> None:
         mask[1, :20] = 0
     source = PressedCache()
     branches = source.branches(presses)
-    tiny(name)(ids, attention_mask=mask, past_key_values=source)
+    tiny(name)(ids, attention_mask=mask, **cache_argument(source))
     more = torch.cat([mask, torch.ones(2, 4, dtype=torch.long)], dim=1)
-    tiny(name)(tokens(2, 4, seed=3), attention_mask=more, past_key_values=source)  # no longer concerns the branches
+    tiny(name)(tokens(2, 4, seed=3), attention_mask=more, **cache_argument(source))  # no longer concerns the branches
     for press, branch in zip(presses, branches, strict=True):
         alone = PressedCache(press)
-        tiny(name)(ids, attention_mask=mask, past_key_values=alone)
+        tiny(name)(ids, attention_mask=mask, **cache_argument(alone))
         assert branch.press == press
         assert branch.stored_lengths() == alone.stored_lengths()
         assert branch.achieved_ratio() == alone.achieved_ratio()
         for ours, theirs in zip(branch.pressed_layers(), alone.pressed_layers(), strict=True):
             assert torch.equal(ours.positions(), theirs.positions())
         question, model = tokens(2, 4, seed=8), tiny(name)
-        answers = [model(question, attention_mask=more, past_key_values=past).logits for past in (branch, alone)]
+        answers = [model(question, attention_mask=more, **cache_argument(past)).logits for past in (branch, alone)]
         assert torch.equal(*answers)
 
 
 def test_branches_share_until_written_to() -> None:
     source = PressedCache()
     whole, compressed = source.branches([None, PRESS])
-    tiny("gpt_neox")(IDS, past_key_values=source)
+    tiny("gpt_neox")(IDS, **cache_argument(source))
     assert whole.kv_bytes() == source.kv_bytes() > compressed.kv_bytes()
     assert whole.layer(1).keys.data_ptr() == source.layer(1).keys.data_ptr()
     add(source, FURTHER[:, :1], "gpt_neox")
@@ -370,7 +371,7 @@ def test_branches_share_until_written_to() -> None:
 def test_a_branch_that_nobody_wants_is_not_kept() -> None:
     source = PressedCache()
     branches = source.branches([KnormPress(0.2), PRESS])
-    tiny("llama")(tokens(1, 67), past_key_values=source)
+    tiny("llama")(tokens(1, 67), **cache_argument(source))
     assert branches.pop(0).stored_lengths() == [53, 53]
     gc.collect()
     assert [x for x in gc.get_objects() if type(x) is Tensor and x.dim() == 4 and x.shape[2] == 53] == []
@@ -379,7 +380,7 @@ def test_a_branch_that_nobody_wants_is_not_kept() -> None:
 def test_branches_are_filled_by_one_prefill_only() -> None:
     source = PressedCache()
     (branch,) = source.branches([PRESS])
-    tiny("llama")(IDS, past_key_values=source)
+    tiny("llama")(IDS, **cache_argument(source))
     kept = branch.positions()
     add(source, FURTHER[:, :2])
     source.reset()
@@ -399,7 +400,7 @@ class Broken(BasePress):
 def test_a_press_that_fails_breaks_its_own_branch_only() -> None:
     source = PressedCache()
     broken, sound = source.branches([Broken(), PRESS])
-    tiny("llama")(IDS, past_key_values=source)
+    tiny("llama")(IDS, **cache_argument(source))
     assert sound.stored_lengths() == [26, 26] and source.stored_lengths() == [N, N]
     with pytest.raises(ZeroDivisionError, match="on purpose"):
         add(broken, FURTHER[:, :1])
@@ -425,20 +426,20 @@ def test_another_number_of_rows() -> None:
 def test_an_attention_mask_of_the_wrong_width(width: int) -> None:
     past = prefilled(PRESS)
     with pytest.raises(CacheError, match=rf"{width} columns; .* seen {N + 3} tokens"):
-        tiny("llama")(FURTHER[:, :3], attention_mask=torch.ones(1, width), past_key_values=past)
+        tiny("llama")(FURTHER[:, :3], attention_mask=torch.ones(1, width), **cache_argument(past))
 
 
 def test_a_4d_attention_mask() -> None:
     mask = torch.zeros(1, 1, N, N)
     with pytest.raises(CacheError, match="2-D attention masks"):
-        tiny("llama")(IDS, attention_mask=mask, past_key_values=PressedCache())
+        tiny("llama")(IDS, attention_mask=mask, **cache_argument(PressedCache()))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_another_backend(attention: str) -> None:
     past = PressedCache(PRESS)
     with pytest.raises(ModelError, match="attn_implementation='coldpress'"):
-        tiny("llama", attention)(IDS, past_key_values=past)
+        tiny("llama", attention)(IDS, **cache_argument(past))
     with pytest.raises(ModelError, match="attn_implementation='coldpress'"):
         add(past, IDS)
     past.reset()
@@ -459,7 +460,7 @@ def test_a_call_that_failed_half_way() -> None:
     model, past = BY_NAME["llama"].build(), prefilled()
     hook = model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        model(FURTHER[:, :2], past_key_values=past)
+        model(FURTHER[:, :2], **cache_argument(past))
     hook.remove()
     with pytest.raises(CacheError, match="half-way"):
         add(past, FURTHER[:, :3])
@@ -486,10 +487,10 @@ def test_layers_that_keep_everything_count_too(is_branch: bool) -> None:
     source = PressedCache() if is_branch else past
     if is_branch:
         (past,) = source.branches([press])
-    tiny("llama")(tokens(2, N), past_key_values=source)
+    tiny("llama")(tokens(2, N), **cache_argument(source))
     assert past.achieved_ratio() == pytest.approx((N - N // 2) / (2 * N))
     assert past.fork().achieved_ratio() == past.achieved_ratio()
     assert [layer.was_compressed for layer in past.pressed_layers()] == [True, False]
     before = past.achieved_ratio()
-    tiny("llama")(tokens(2, 3, seed=4), past_key_values=past)
+    tiny("llama")(tokens(2, 3, seed=4), **cache_argument(past))
     assert past.achieved_ratio() == before

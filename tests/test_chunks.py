@@ -41,6 +41,7 @@ from coldpress import (
     press_names,
 )
 from coldpress.budget import keep_count
+from coldpress.cache_argument import cache_argument
 from coldpress.chunks import can_choose_again, pieces
 from coldpress.errors import CacheError, InputError, PressError
 from coldpress.layer import PressedLayer
@@ -67,7 +68,7 @@ def held(past: PressedCache, row: int = 0) -> list[list[list[int]]]:
 
 @torch.no_grad()
 def answer(model: str, past: PressedCache, **options: Any) -> Tensor:
-    logits: Tensor = tiny(model)(tokens(1, 5, seed=9), past_key_values=past, **options).logits
+    logits: Tensor = tiny(model)(tokens(1, 5, seed=9), **cache_argument(past), **options).logits
     return logits
 
 
@@ -126,7 +127,7 @@ def by_hand(model: str, score: Callable[..., list[float]], ids: Tensor, size: di
     past.session.look = look
     start, stop = 0, n % CHUNK or CHUNK
     while start < n:
-        own(ids[:, start:stop], past_key_values=past)
+        own(ids[:, start:stop], **cache_argument(past))
         length = stop if stop == n else max(stop, CHUNK)
         if window:
             length = min(length, window - 1)
@@ -182,7 +183,7 @@ def test_a_prompt_in_one_piece_is_what_it_is_without_pieces(name: str, chunk: in
     past, whole = prefilled("llama", press, tokens(1, N), chunk), PressedCache(press)
     torch.manual_seed(3)
     with torch.no_grad():
-        tiny("llama")(tokens(1, N), past_key_values=whole)
+        tiny("llama")(tokens(1, N), **cache_argument(whole))
     for own, other in zip(past.pressed_layers(), whole.pressed_layers(), strict=True):
         assert torch.equal(own.positions(), other.positions())
         assert torch.equal(own.keys, other.keys) and torch.equal(own.values, other.values)  # type: ignore[arg-type]
@@ -195,8 +196,8 @@ def test_a_prompt_in_one_piece_is_what_it_is_without_pieces(name: str, chunk: in
 def test_without_compression_pieces_change_nothing(press: BasePress | None, model: str) -> None:
     past, plain = prefilled(model, press, tokens(1, N)), DynamicCache()
     with torch.no_grad():
-        tiny(model, "sdpa")(tokens(1, N), past_key_values=plain)
-        expected = tiny(model, "sdpa")(tokens(1, 5, seed=9), past_key_values=plain).logits
+        tiny(model, "sdpa")(tokens(1, N), **cache_argument(plain))
+        expected = tiny(model, "sdpa")(tokens(1, 5, seed=9), **cache_argument(plain)).logits
     torch.testing.assert_close(answer(model, past), expected, atol=1e-5, rtol=0)
     assert past.seen_tokens == N + 5 and past.achieved_ratio() == 0
 
@@ -296,7 +297,7 @@ def test_a_row_of_a_batch_is_the_row_alone(press: BasePress, model: str) -> None
     question, pads = batch.question, 60 - batch.mask.sum(-1)
     positions = batch.add(question)
     with torch.no_grad():
-        logits = tiny(model)(question, attention_mask=batch.mask, position_ids=positions, past_key_values=past).logits
+        logits = tiny(model)(question, attention_mask=batch.mask, position_ids=positions, **cache_argument(past)).logits
     assert 0 < after[1] < 1
     for i, row in enumerate(batch.rows):
         alone = prefilled(model, press, row[None])
@@ -304,7 +305,7 @@ def test_a_row_of_a_batch_is_the_row_alone(press: BasePress, model: str) -> None
         own = [[[p for p in head if p < 60] for head in layer] for layer in held(past, i)]
         assert own == expected
         with torch.no_grad():
-            its = tiny(model)(question[i : i + 1], past_key_values=alone).logits
+            its = tiny(model)(question[i : i + 1], **cache_argument(alone)).logits
         torch.testing.assert_close(logits[i : i + 1], its, atol=1e-4, rtol=0)
 
 
@@ -325,17 +326,17 @@ def test_generate_cuts_it_up_from_its_start() -> None:
     for n in (40, 48):
         past, ids = PressedCache(SnapKVPress(0.5, window_size=4), chunk_tokens=16), tokens(1, n)
         output = tiny("llama").generate(
-            ids, past_key_values=past, prefill_chunk_size=16, max_new_tokens=6, do_sample=False
+            ids, **cache_argument(past), prefill_chunk_size=16, max_new_tokens=6, do_sample=False
         )
         expected = PressedCache(SnapKVPress(0.5, window_size=4), chunk_tokens=16)
         prompt = ids if VERSION >= (5, 0) else ids[:, :-1]
         for piece in prompt.split(16, dim=1):
-            logits = tiny("llama")(piece, past_key_values=expected).logits
+            logits = tiny("llama")(piece, **cache_argument(expected)).logits
         assert expected.stored_lengths() == [prompt.shape[1] // 2] * 2
         if VERSION >= (5, 0):
             assert output[0, n] == logits[0, -1].argmax()
         for piece in output[:, prompt.shape[1] : -1].split(1, dim=1):
-            tiny("llama")(piece, past_key_values=expected)
+            tiny("llama")(piece, **cache_argument(expected))
         assert past.stored_lengths() == [prompt.shape[1] // 2 + n + 5 - prompt.shape[1]] * 2
         assert held(past) == held(expected)
 
@@ -343,7 +344,7 @@ def test_generate_cuts_it_up_from_its_start() -> None:
 def test_a_prompt_longer_than_a_piece_says_what_to_do() -> None:
     past = PressedCache(KnormPress(0.5), chunk_tokens=CHUNK)
     with torch.no_grad(), pytest.raises(CacheError, match=r"in one call.*coldpress.prefill.*prefill_chunk_size=12"):
-        tiny("llama")(tokens(1, 13), past_key_values=past)
+        tiny("llama")(tokens(1, 13), **cache_argument(past))
     assert past.seen_tokens == 0
     prefill(tiny("llama"), tokens(1, 24), past)
     assert past.stored_lengths() == [12, 12]
@@ -354,7 +355,7 @@ def test_later_turns_are_stored_whole() -> None:
     for piece in (1, CHUNK, 3, 2 * CHUNK):
         before = past.stored_lengths()
         with torch.no_grad():
-            tiny("llama")(tokens(1, piece, seed=piece), past_key_values=past)
+            tiny("llama")(tokens(1, piece, seed=piece), **cache_argument(past))
         assert past.stored_lengths() == [n + piece for n in before]
     assert past.chunk_tokens == CHUNK and f"chunk_tokens={CHUNK}" in repr(past)
 
@@ -381,7 +382,7 @@ def test_a_schedule_takes_over_after_the_last_piece() -> None:
     assert past.stored_lengths() == [25, 25]
     for i in range(4):
         with torch.no_grad():
-            tiny("llama")(tokens(1, 1, seed=i), past_key_values=past)
+            tiny("llama")(tokens(1, 1, seed=i), **cache_argument(past))
     assert held(past) == [[[0, 1, *range(40, 54)]] * 2] * 2
 
 
@@ -403,7 +404,7 @@ def test_keys_move_up_after_each_piece(model: str) -> None:
     twin = PressedCache(DecodingPress(KeyDiffPress(), 16, 20), positions="rerotate")
     with torch.no_grad():
         for piece in ids.split(16, dim=1):
-            torch.testing.assert_close(*(tiny(model)(piece, past_key_values=past).logits for past in (own, twin)))
+            torch.testing.assert_close(*(tiny(model)(piece, **cache_argument(past)).logits for past in (own, twin)))
     assert own.stored_lengths() == [20] * len(own.layers)
 
 

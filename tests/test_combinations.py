@@ -43,6 +43,7 @@ from coldpress import (
     one_token,
     prefill,
 )
+from coldpress.cache_argument import cache_argument
 from coldpress.chunks import pieces
 from coldpress.errors import CacheError, ColdpressError
 from coldpress.layer import PressedLayer
@@ -269,7 +270,7 @@ class Program:
             ids,
             attention_mask=mask,
             position_ids=places(mask, ids.shape[1]),
-            past_key_values=self.past if past is None else past,
+            **cache_argument(self.past if past is None else past),
         ).logits
         return logits
 
@@ -369,10 +370,10 @@ class Program:
         before, n = content(self.past), len(self.mask)
         with pytest.raises(CacheError, match=r"holds .* rows|attention_mask has"):
             if self.r.random() < 0.5:
-                self.model(tokens(n + 1, 2), past_key_values=self.past)
+                self.model(tokens(n + 1, 2), **cache_argument(self.past))
             else:
                 ones = torch.ones(n, self.past.seen_tokens + 3)
-                self.model(tokens(n, 2), attention_mask=ones, past_key_values=self.past)
+                self.model(tokens(n, 2), attention_mask=ones, **cache_argument(self.past))
         check_same(content(self.past), before)
         self.turn(self.r.choice([1, 4]))
 
@@ -454,10 +455,10 @@ def test_rows_with_padding_are_what_they_are_alone(seed: int, at_once: pytest.Mo
         if n > 1 and not options["kv_bits"] and (press is None or not press.goes_on):  # these count padding too
             new[1, : r.randrange(n)] = 0
         mask = torch.cat([mask, new], 1)
-        logits = model(ids, attention_mask=mask, position_ids=places(mask, n), past_key_values=past).logits
+        logits = model(ids, attention_mask=mask, position_ids=places(mask, n), **cache_argument(past)).logits
         for row, own in enumerate(alone):
             is_real = new[row].bool()
-            expected = model(ids[row : row + 1, is_real], past_key_values=own).logits[0]
+            expected = model(ids[row : row + 1, is_real], **cache_argument(own)).logits[0]
             assert (logits[row, is_real] - expected).abs().max() < limit
             for layer in past.pressed_layers():
                 i, ones = layer.index, torch.ones(1, own.seen_tokens, dtype=torch.long)
@@ -504,18 +505,18 @@ def test_answers(seed: int, at_once: pytest.MonkeyPatch) -> None:
         for each in (past, fork) if is_prefilled and how in ("beams", "several") else ():
             each.batch_repeat_interleave(2)
         torch.manual_seed(seed)
-        said = model.generate(ids, past_key_values=past, **options)
+        said = model.generate(ids, **cache_argument(past), **options)
         torch.manual_seed(seed)
-        assert torch.equal(model.generate(ids, past_key_values=fork, **options), said)
+        assert torch.equal(model.generate(ids, **cache_argument(fork), **options), said)
         assert said.shape == (n_rows * options["num_return_sequences"], n + options["max_new_tokens"])
         if how == "greedy" and dtype == torch.float32:
             starts = [n - 1] if is_prefilled else range(0, n, chunk or n)
             for start, stop in zip(starts, [*starts[1:], n], strict=True):
                 given = {"attention_mask": mask[:, :stop], "position_ids": places(mask, n)[:, start:stop]}
-                logits = model(ids[:, start:stop], past_key_values=again, **given).logits[:, -1]
+                logits = model(ids[:, start:stop], **cache_argument(again), **given).logits[:, -1]
             for _ in range(options["max_new_tokens"]):
                 ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
                 mask = torch.nn.functional.pad(mask, (0, 1), value=1)
                 given = {"attention_mask": mask, "position_ids": places(mask, 1)}
-                logits = model(ids[:, -1:], past_key_values=again, **given).logits[:, -1]
+                logits = model(ids[:, -1:], **cache_argument(again), **given).logits[:, -1]
             assert torch.equal(ids, said)

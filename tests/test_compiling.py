@@ -25,6 +25,7 @@ from coldpress import (
     compiling,
     use_coldpress,
 )
+from coldpress.cache_argument import cache_argument
 from coldpress.errors import CacheError, ModelError
 from coldpress.layer import PressedLayer
 
@@ -42,14 +43,14 @@ def filled(model: PreTrainedModel, press: BasePress | None = None, n: int = 40, 
     use_coldpress(model)
     cache = PressedCache(press, **options)
     with torch.no_grad():
-        model(tokens(1, n), past_key_values=cache)
+        model(tokens(1, n), **cache_argument(cache))
     return cache
 
 
 def decoded(model: PreTrainedModel, cache: PressedCache, n: int = 5) -> Tensor:
     """Logits of n tokens, one at a time."""
     with torch.no_grad():
-        logits = [model(token, past_key_values=cache).logits for token in tokens(1, n, seed=1).split(1, -1)]
+        logits = [model(token, **cache_argument(cache)).logits for token in tokens(1, n, seed=1).split(1, -1)]
     return torch.cat(logits, dim=1)
 
 
@@ -67,8 +68,8 @@ def test_as_outside(name: str) -> None:
         fork = cache.fork()
         assert_close(decoded(model, cache, 3), decoded(model, twin, 3))
         with torch.no_grad():  # several tokens at once run as ever
-            expected = model(pieces, past_key_values=fork.fork()).logits
-            assert_close(model(pieces, past_key_values=fork).logits, expected)
+            expected = model(pieces, **cache_argument(fork.fork())).logits
+            assert_close(model(pieces, **cache_argument(fork)).logits, expected)
     assert_close(decoded(model, cache), decoded(model, twin))
     assert cache.seen_tokens == twin.seen_tokens and torch.equal(cache.positions(), twin.positions())
 
@@ -101,9 +102,9 @@ def test_rows_and_generate() -> None:
     prompt = tokens(2, 30)
     options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
     use_coldpress(model)
-    expected = model.generate(prompt, past_key_values=PressedCache(KnormPress(0.5)), **options)
+    expected = model.generate(prompt, **cache_argument(PressedCache(KnormPress(0.5))), **options)
     with compiled(model), counted() as steps:
-        actual = model.generate(prompt, past_key_values=PressedCache(KnormPress(0.5)), **options)
+        actual = model.generate(prompt, **cache_argument(PressedCache(KnormPress(0.5))), **options)
     assert torch.equal(actual, expected) and len(steps) == 5
 
 
@@ -165,17 +166,17 @@ def test_calls_it_refuses() -> None:
     padding[:, 0] = 0
     pressed = filled(model, KnormPress(0.5))
     with torch.no_grad(), compiled(model):
-        model(tokens(1, 5), past_key_values=own)
+        model(tokens(1, 5), **cache_argument(own))
         with pytest.raises(CacheError, match="not from a DynamicCache"):
-            model(one, past_key_values=own)
+            model(one, **cache_argument(own))
         with pytest.raises(CacheError, match="without padding"):
-            model(one, past_key_values=cache, attention_mask=padding)
+            model(one, **cache_argument(cache), attention_mask=padding)
         with pytest.raises(ModelError, match="output_attentions=True"):
-            model(one, past_key_values=cache, output_attentions=True)
+            model(one, **cache_argument(cache), output_attentions=True)
         with pytest.raises(CacheError, match="Inside 'with press"), KnormPress(0.5)(model):
-            model(one, past_key_values=pressed)
+            model(one, **cache_argument(pressed))
         with pytest.raises(CacheError, match="holds 1 rows"):
-            model(tokens(2, 1), past_key_values=cache)
+            model(tokens(2, 1), **cache_argument(cache))
         with pytest.raises(ModelError, match="replaced already"), compiled(model):
             pass
     with pytest.raises(CacheError, match="new_tokens"), compiled(model, new_tokens=0):

@@ -39,6 +39,7 @@ from coldpress import (
     SnapKVPress,
     StreamingLLMPress,
 )
+from coldpress.cache_argument import cache_argument, cache_of
 from coldpress.errors import CacheError
 
 N, NEW = 40, 12
@@ -58,7 +59,7 @@ def press_for(press: BasePress | str, model: str) -> BasePress:
 def generate(
     name: str, past: PressedCache | None, ids: Tensor = IDS, attention: str = "coldpress", **options: Any
 ) -> Any:
-    cache = {} if past is None else {"past_key_values": past}
+    cache = {} if past is None else cache_argument(past)
     settings = {"max_new_tokens": NEW, "do_sample": False, "attention_mask": torch.ones_like(ids), **options}
     return tiny(name, attention).generate(ids, **cache, **settings)
 
@@ -82,7 +83,7 @@ def test_sampling_draws_what_the_model_draws_by_itself(name: str, press: BasePre
 def test_compression_leaves_the_random_numbers_alone(press: BasePress, n_draws: int) -> None:
     """But for RandomPress without a seed, which draws one for the whole cache."""
     torch.manual_seed(7)
-    tiny("llama")(IDS, past_key_values=PressedCache(press))
+    tiny("llama")(IDS, **cache_argument(PressedCache(press)))
     after = torch.rand(1)
     torch.manual_seed(7)
     for _ in range(n_draws):
@@ -94,7 +95,7 @@ def test_random_press_without_a_seed_follows_torch() -> None:
     def kept(seed: int) -> Tensor:
         torch.manual_seed(seed)
         past = PressedCache(RandomPress(0.5))
-        tiny("llama")(IDS, past_key_values=past)
+        tiny("llama")(IDS, **cache_argument(past))
         return past.positions()
 
     assert torch.equal(kept(1), kept(1)) and not torch.equal(kept(1), kept(2))
@@ -114,8 +115,8 @@ def test_beam_search_under_a_press_equals_scoring_its_result(name: str) -> None:
     first, second = (generate(name, PressedCache(PRESS), **options) for _ in range(2))
     assert torch.equal(first.sequences, second.sequences)
     past, answer = PressedCache(PRESS), first.sequences[:, N:]
-    logits = [tiny(name)(IDS, past_key_values=past).logits[:, -1]]
-    logits += [tiny(name)(answer[:, t : t + 1], past_key_values=past).logits[:, -1] for t in range(NEW - 1)]
+    logits = [tiny(name)(IDS, **cache_argument(past)).logits[:, -1]]
+    logits += [tiny(name)(answer[:, t : t + 1], **cache_argument(past)).logits[:, -1] for t in range(NEW - 1)]
     score = torch.stack(logits, 1).log_softmax(-1).gather(2, answer[..., None]).sum()
     torch.testing.assert_close(first.sequences_scores[0], score, atol=1e-3, rtol=0)
 
@@ -159,8 +160,8 @@ def test_generate_goes_on_where_a_cache_ends() -> None:
         second = generate("llama", past, torch.cat([first, tokens(1, 5, seed=3)], dim=1))
         assert past.seen_tokens == second.shape[1] - 1
         other = PressedCache(press)
-        tiny("llama")(IDS, past_key_values=other)
-        logits = tiny("llama")(second[:, N:], past_key_values=other).logits
+        tiny("llama")(IDS, **cache_argument(other))
+        logits = tiny("llama")(second[:, N:], **cache_argument(other)).logits
         assert torch.equal(logits[0, NEW + 4 : -1].argmax(-1), second[0, N + NEW + 5 :])
 
 
@@ -193,7 +194,7 @@ def test_assisted_generation_under_a_press(name: str, guess: str) -> None:
         generate(name, PressedCache(PRESS), **LONGER, **guessing(name, guess))
     if VERSION < (5, 0):  # later versions feed the whole prompt again, also with caches of their own
         past = PressedCache(PRESS)
-        tiny(name)(REPETITIVE[:, :-1], past_key_values=past)
+        tiny(name)(REPETITIVE[:, :-1], **cache_argument(past))
         expected = generate(name, past.fork(), **LONGER)
         answer = generate(name, past, **LONGER, **guessing(name, guess))
         assert torch.equal(answer[:, : expected.shape[1]], expected)
@@ -205,7 +206,7 @@ def test_prefill_in_chunks_compresses_the_first_one_only() -> None:
     answer = generate("llama", past, prefill_chunk_size=16)
     assert past.stored_lengths() == [8 + N + NEW - 1 - 16] * 2
     for chunk in IDS.split(16, dim=1):
-        logits = tiny("llama")(chunk, past_key_values=by_hand).logits
+        logits = tiny("llama")(chunk, **cache_argument(by_hand)).logits
     assert answer[0, N] == logits[0, -1].argmax()
 
 
@@ -265,7 +266,7 @@ def test_one_layer_at_a_time_is_whole(press: BasePress, monkeypatch: pytest.Monk
         return compress(self, view)
 
     monkeypatch.setattr(type(press), "compress", spy)
-    model(tokens(1, 400), past_key_values=past)
+    model(tokens(1, 400), **cache_argument(past))
     whole = 2 * 2 * 400 * 8 * 4  # keys and values, heads, tokens, dimensions, float32
     assert len(held) == 6
     for i, n_bytes in enumerate(held):
@@ -300,7 +301,7 @@ def test_a_question_of_several_tokens_where_layers_differ(name: str, press: Base
     model, question = tiny(name, backend), tokens(1, 5, seed=4)
     look = Look()
     full, past = PressedCache(look), PressedCache()
-    model(IDS, past_key_values=full)
+    model(IDS, **cache_argument(full))
     if press == "simlayerkv":  # with a threshold that one layer reaches
         shares = [
             float(view.window_attention(1)[..., [0, 1, 2, *range(N - 12, N)]].sum(-1).mean()) for view in look.views
@@ -308,11 +309,11 @@ def test_a_question_of_several_tokens_where_layers_differ(name: str, press: Base
         press = SimLayerKVPress(sum(shares) / 2, n_recent=12, n_initial=3)
     press = press_for(press, name)
     with torch.no_grad(), press.prepared(model, Words())(model):
-        model(IDS, past_key_values=past)
+        model(IDS, **cache_argument(past))
     kept = [[[p for p in head if p >= 0] for head in layer.positions()[0].tolist()] for layer in past.pressed_layers()]
     assert len({len(head) for layer in kept for head in layer}) > 1
     expected = oracle_logits(name, question[0], full, kept)
-    torch.testing.assert_close(model(question, past_key_values=past).logits[0], expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(model(question, **cache_argument(past)).logits[0], expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.usefixtures("given_weights")
@@ -350,7 +351,7 @@ def test_a_call_without_positions_goes_on_where_the_text_ends(name: str, press: 
             places = {"position_ids": torch.arange(start, end)[None]} if has_positions else {}
             assert past.get_seq_length() == start
             with block(model, press):
-                logits.append(model(tokens(1, 47)[:, start:end], past_key_values=past, **places).logits)
+                logits.append(model(tokens(1, 47)[:, start:end], **cache_argument(past), **places).logits)
         runs.append(torch.cat(logits, dim=1))
     assert torch.equal(*runs)
     assert past.achieved_ratio() > 0.1  # so that it would show
@@ -380,7 +381,7 @@ def test_keys_are_moved_by_the_frequencies_of_their_prefill(
     with monkeypatch.context() as patch:
         patch.setattr(source, "apply_rotary_pos_emb", spy)
         with press(model) if is_in_block else nullcontext():
-            model(IDS, past_key_values=past)
+            model(IDS, **cache_argument(past))
     for layer, (keys, cos, sin) in zip(past.pressed_layers(), seen, strict=True):
         kept, width = layer.positions()[0, 0], cos.shape[-1]
         assert len(kept) == N // 2
@@ -447,10 +448,10 @@ def test_decoding_waits_for_nothing(name: str, press: BasePress | str | None, ha
     past = PressedCache(None if press is None else press_for(press, name))
     mask = torch.ones(1, N + 3, dtype=torch.long)
     masks = [{"attention_mask": mask[:, :n]} if has_mask else {} for n in (N, N + 1, N + 2, N + 3)]
-    model(IDS, past_key_values=past, **masks[0])
-    model(IDS[:, :1], past_key_values=past, **masks[1])
+    model(IDS, **cache_argument(past), **masks[0])
+    model(IDS[:, :1], **cache_argument(past), **masks[1])
     with waits, to_host:
-        model(IDS[:, :1], past_key_values=past, **masks[2])
+        model(IDS[:, :1], **cache_argument(past), **masks[2])
     assert waits.found == to_host.found == []
     with waits, to_host:  # it is seen when it happens
         bool(torch.ones(1).any())
@@ -462,9 +463,9 @@ def test_decoding_a_batch_waits_once_at_most() -> None:
     """I: for several rows the padding mask is looked at once a call, not once a layer."""
     model = BY_NAME["llama"].build(num_hidden_layers=6)
     past, waits, mask = PressedCache(AdaKVPress(KnormPress(0.5))), Waits(), torch.ones(2, N + 1, dtype=torch.long)
-    model(tokens(2, N), attention_mask=mask[:, :N], past_key_values=past)
+    model(tokens(2, N), attention_mask=mask[:, :N], **cache_argument(past))
     with waits:
-        model(tokens(2, 1), attention_mask=mask, past_key_values=past)
+        model(tokens(2, 1), attention_mask=mask, **cache_argument(past))
     assert len(waits.found) <= 1
 
 
@@ -477,7 +478,7 @@ def test_no_cache_at_all() -> None:
 def test_logits_and_hidden_states_on_request(press: BasePress | None) -> None:
     options = {"return_dict_in_generate": True, "output_logits": True, "output_hidden_states": True}
     out = generate("llama", PressedCache(press), **options)
-    assert isinstance(out.past_key_values, PressedCache) and len(out.logits) == len(out.hidden_states) == NEW
+    assert isinstance(cache_of(out), PressedCache) and len(out.logits) == len(out.hidden_states) == NEW
     if press is None:
         torch.testing.assert_close(torch.stack(out.logits), torch.stack(own("llama", **options).logits))
 

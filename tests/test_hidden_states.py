@@ -28,6 +28,7 @@ from coldpress import (
     PressedCache,
     ScorerPress,
 )
+from coldpress.cache_argument import cache_argument
 from coldpress.errors import PressError
 from coldpress.presses.base import require_block
 from coldpress.pressing import prefilling
@@ -79,7 +80,7 @@ def projected(model: PreTrainedModel) -> Iterator[dict[nn.Module, list[Tensor]]]
 def test_they_are_what_the_query_projection_is_given(architecture: Architecture) -> None:
     model, look, ids = tiny(architecture.name), LookDeeper(), tokens(2, 40)
     with projected(model) as seen, look(model):
-        model(ids, past_key_values=PressedCache())
+        model(ids, **cache_argument(PressedCache()))
     assert [view.layer_idx for view in look.views] == list(range(look.views[0].n_layers))
     for view in look.views:
         (given,) = seen[view.module]
@@ -96,11 +97,12 @@ def test_a_padded_row_is_shown_what_it_is_shown_alone(architecture: Architecture
     for i, (left, right) in enumerate(pads):
         ids[i, left : 33 - right], mask[i, left : 33 - right] = rows[i, : 33 - left - right], 1
     with look(model):
-        model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), past_key_values=PressedCache())
+        position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+        model(ids, attention_mask=mask, position_ids=position_ids, **cache_argument(PressedCache()))
     for i, (left, right) in enumerate(pads):
         alone = LookDeeper()
         with alone(model):
-            model(rows[i : i + 1, : 33 - left - right], past_key_values=PressedCache())
+            model(rows[i : i + 1, : 33 - left - right], **cache_argument(PressedCache()))
         for view in alone.views:
             group = [v for v in look.views if v.layer_idx == view.layer_idx and v.n_tokens == view.n_tokens]
             assert any(close(row, view.hidden_states[0]) for v in group for row in v.hidden_states)  # type: ignore[index, union-attr]
@@ -115,7 +117,7 @@ def test_a_shared_prefill_shows_them_to_every_branch() -> None:
     looks: list[Look] = [LookDeeper(), Look(), LookDeeper()]
     branches = full.branches(looks)
     with prefilling(model, *branches):
-        model(tokens(1, 20), past_key_values=full)
+        model(tokens(1, 20), **cache_argument(full))
     states = [view.hidden_states for look in looks for view in look.views]
     assert len(states) == 6 and all(isinstance(state, Tensor) for state in states)
 
@@ -123,14 +125,14 @@ def test_a_shared_prefill_shows_them_to_every_branch() -> None:
 def test_nothing_is_shown_to_those_who_do_not_ask() -> None:
     model, look = tiny("llama"), Look()
     with look(model):
-        model(tokens(1, 20), past_key_values=PressedCache())
+        model(tokens(1, 20), **cache_argument(PressedCache()))
     assert [view.hidden_states for view in look.views] == [None, None]
 
 
 def test_outside_the_block_it_says_so() -> None:
     press = MeanPress(0.5)
     with pytest.raises(PressError, match=r"MeanPress .* inside 'with press\(model\):'"):
-        tiny("llama")(tokens(1, 20), past_key_values=PressedCache(press))
+        tiny("llama")(tokens(1, 20), **cache_argument(PressedCache(press)))
     assert MeanPress() == MeanPress(0.0)
 
 
@@ -147,14 +149,14 @@ def test_outside_the_block_it_says_so() -> None:
 def test_a_wrapper_asks_for_the_press_inside(press: BasePress) -> None:
     model, cache = tiny("llama"), PressedCache(press)
     with prefilling(model, cache):
-        model(tokens(1, 20), past_key_values=cache)
+        model(tokens(1, 20), **cache_argument(cache))
     assert cache.achieved_ratio() >= 0.5
 
 
 def test_parts_of_a_view_have_their_share() -> None:
     model, look = tiny("llama"), LookDeeper()
     with look(model):
-        model(tokens(2, 20), past_key_values=PressedCache())
+        model(tokens(2, 20), **cache_argument(PressedCache()))
     view = look.views[0]
     assert view.hidden_states is not None
     assert torch.equal(view.part(5, 12).hidden_states, view.hidden_states[:, 5:12])  # type: ignore[arg-type]
@@ -171,7 +173,7 @@ def test_threads_see_their_own() -> None:
     expected: list[Look] = [LookDeeper(), LookDeeper(), Look()]
     for look, ids in zip(expected, inputs, strict=True):
         with look(model):
-            model(ids, past_key_values=PressedCache())
+            model(ids, **cache_argument(PressedCache()))
     start, errors = threading.Barrier(3), []
 
     def run(i: int) -> None:
@@ -179,7 +181,7 @@ def test_threads_see_their_own() -> None:
             with torch.no_grad(), looks[i](model):
                 start.wait(timeout=30)
                 for _ in range(5):
-                    model(inputs[i], past_key_values=PressedCache())
+                    model(inputs[i], **cache_argument(PressedCache()))
         except Exception as error:
             errors.append(error)
 
@@ -210,7 +212,7 @@ def test_nothing_is_left_on_the_model(name: str, press: Look) -> None:
     before = traces(model)
     try:
         with press(model):
-            model(tokens(1, 20), past_key_values=PressedCache())
+            model(tokens(1, 20), **cache_argument(PressedCache()))
     except RuntimeError as error:
         assert str(error) == "broken"
     assert traces(model) == before
@@ -229,7 +231,7 @@ def traces(model: nn.Module) -> list[Any]:
 def test_they_are_freed_with_the_views() -> None:
     model, look = tiny("llama"), LookDeeper()
     with look(model):
-        model(tokens(1, 20), past_key_values=PressedCache())
+        model(tokens(1, 20), **cache_argument(PressedCache()))
         states = [weakref.ref(view.hidden_states) for view in look.views if view.hidden_states is not None]
         assert len(states) == 2
         look.views.clear()

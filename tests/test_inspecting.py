@@ -34,6 +34,7 @@ from coldpress import (
     StreamingLLMPress,
     ThinKPress,
 )
+from coldpress.cache_argument import cache_argument
 from coldpress.cli import main
 from coldpress.errors import DataError, ModelError, OutputError, PressError
 from coldpress.eval.models import LoadedModel, load_model
@@ -107,7 +108,7 @@ def test_masks_are_the_positions_of_a_cache(press: BasePress) -> None:
     found = look("llama", press)
     cache = PressedCache()
     with press.prepared(model, Letters())(model), torch.no_grad():
-        model(tokens(1, N), past_key_values=cache)
+        model(tokens(1, N), **cache_argument(cache))
     kept = found.kept(press)
     assert kept.shape == (2, 2, N) and kept.dtype == torch.bool
     for layer in range(2):

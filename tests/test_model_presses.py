@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from coldpress import BasePress, Kept, KnormPress, KVComposePress, LayerView, PressedCache
+from coldpress.cache_argument import cache_argument, cache_of
 from coldpress.errors import PressError
 from coldpress.layer import PressedLayer
 from coldpress.pressing import prefilling
@@ -57,7 +58,7 @@ class Evens(BasePress):
         fork.session.press = None
         calls: list[tuple[int, int, int]] = []
         fork.session.look = lambda layer, call: calls.append((layer.index, layer.stored_length, call.query.shape[2]))
-        hidden = model(input_ids=token_ids, past_key_values=fork).last_hidden_state
+        hidden = model(input_ids=token_ids, **cache_argument(fork)).last_hidden_state
         self.log.append((token_ids, calls, hidden))
         if self.fails:
             raise ZeroDivisionError("on purpose")
@@ -92,14 +93,14 @@ def test_views_are_told_the_token_ids(name: str) -> None:
     model, press = BY_NAME[name].build("sdpa"), Told()
     ids = tokens(2, N)
     with press(model):
-        past = model(ids).past_key_values
-        model(tokens(2, 3), past_key_values=past)  # no prefill
-        model.base_model(input_ids=ids, past_key_values=DynamicCache(config=model.config))
+        past = cache_of(model(ids))
+        model(tokens(2, 3), **cache_argument(past))  # no prefill
+        model.base_model(input_ids=ids, **cache_argument(DynamicCache(config=model.config)))
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2)
     assert len(press.ids) >= 6 and all(torch.equal(seen, ids) for seen in press.ids if seen is not None)
     assert None not in press.ids
     press.ids.clear()
-    model(ids, past_key_values=PressedCache(press))
+    model(ids, **cache_argument(PressedCache(press)))
     assert press.ids and set(press.ids) == {None}
 
 
@@ -117,7 +118,7 @@ def test_branches_of_a_shared_prefill_are_told(model: PreTrainedModel) -> None:
     branches = full.branches([*presses, KnormPress(0.5)])
     with prefilling(model, full, *branches):
         model.set_attn_implementation("coldpress")
-        model(IDS, past_key_values=full)
+        model(IDS, **cache_argument(full))
     for press in presses:
         assert len(press.ids) == 2 and all(torch.equal(seen, IDS) for seen in press.ids)
     assert all(past.session.token_ids is None for past in (full, *branches))
@@ -127,7 +128,7 @@ def test_a_forward_that_fails_leaves_no_ids_behind(model: PreTrainedModel) -> No
     press, past = Told(), PressedCache(Told())
     handle = model.model.layers[0].register_forward_pre_hook(lambda *_: 1 / 0)
     with press(model), pytest.raises(ZeroDivisionError):
-        model(IDS, past_key_values=past)
+        model(IDS, **cache_argument(past))
     handle.remove()
     assert past.session.token_ids is None
 
@@ -139,9 +140,9 @@ def test_a_forward_that_fails_leaves_no_ids_behind(model: PreTrainedModel) -> No
 def test_a_press_finishes_after_the_prefill(model: PreTrainedModel, kind: type) -> None:
     press, past, plain = Evens(), kind(), BY_NAME["llama"].build("sdpa")
     with press(model):
-        model(IDS, past_key_values=past)
+        model(IDS, **cache_argument(past))
         assert stored(past) == [N // 2] * 2 and past.get_seq_length() == N
-        model(tokens(1, 3), past_key_values=past)  # is no prefill
+        model(tokens(1, 3), **cache_argument(past))  # is no prefill
     ((ids, calls, hidden),) = press.log
     assert torch.equal(ids, IDS)
     assert calls == [(0, 2 * N, N), (1, 2 * N, N)]  # both layers, the text and the text again
@@ -155,7 +156,7 @@ def test_a_press_finishes_after_the_prefill(model: PreTrainedModel, kind: type) 
 def test_heads_may_keep_different_numbers(model: PreTrainedModel) -> None:
     model.set_attn_implementation("coldpress")
     past, question = PressedCache(), tokens(1, 4, seed=3)
-    model(IDS, past_key_values=past)
+    model(IDS, **cache_argument(past))
     other = past.fork()
     past.layer(0).keep(torch.tensor([[[0, 5, 6, 19], [3, -1, -1, -1]]]))
     assert past.positions(0).tolist() == [[[0, 5, 6, 19], [3, -1, -1, -1]]]
@@ -165,8 +166,8 @@ def test_heads_may_keep_different_numbers(model: PreTrainedModel) -> None:
     layer = other.layer(0)
     layer._kept = torch.where(mask, torch.arange(N), -1).int()
     layer._has_gaps, layer._tail_start = True, N
-    expected = model(question, past_key_values=other).logits
-    torch.testing.assert_close(model(question, past_key_values=past).logits, expected, atol=1e-5, rtol=0)
+    expected = model(question, **cache_argument(other)).logits
+    torch.testing.assert_close(model(question, **cache_argument(past)).logits, expected, atol=1e-5, rtol=0)
 
 
 def test_a_press_is_prepared_when_the_block_begins(model: PreTrainedModel) -> None:
@@ -175,18 +176,18 @@ def test_a_press_is_prepared_when_the_block_begins(model: PreTrainedModel) -> No
         model(IDS)
     past = PressedCache(press)
     with press(model):
-        model(IDS, past_key_values=past)  # an equal press, which is not prepared
+        model(IDS, **cache_argument(past))  # an equal press, which is not prepared
     full = PressedCache()
     (branch,) = full.branches([press])
     with prefilling(model, full, branch):
-        model(IDS, past_key_values=full)
+        model(IDS, **cache_argument(full))
     assert press.log == ["LlamaForCausalLM"] * 3
     with pytest.raises(PressError, match="nothing to prepare with"), Later(fails=True)(model):
         raise AssertionError("the block should not begin")
     full = PressedCache()
     broken, whole = full.branches([Later(fails=True), None])
     with prefilling(model, full, broken, whole):
-        model(IDS, past_key_values=full)
+        model(IDS, **cache_argument(full))
     with pytest.raises(PressError, match="nothing to prepare with"):
         broken.get_seq_length()
     assert whole.get_seq_length() == N
@@ -197,15 +198,15 @@ def test_a_failure_in_finishing(model: PreTrainedModel) -> None:
     past = PressedCache()
     with Evens(fails=True)(model):
         with pytest.raises(ZeroDivisionError, match="on purpose"):
-            model(IDS, past_key_values=past)
+            model(IDS, **cache_argument(past))
         with pytest.raises(ZeroDivisionError, match="on purpose"):
-            model(IDS, past_key_values=past)  # the cache is broken
+            model(IDS, **cache_argument(past))  # the cache is broken
         past.reset()
         with pytest.raises(ZeroDivisionError, match="on purpose"):
             model(IDS)  # and the block goes on
     assert traces(model) == before
     with Evens()(model):
-        model(IDS, past_key_values=past)
+        model(IDS, **cache_argument(past))
     assert stored(past) == [N // 2] * 2
 
 
@@ -214,16 +215,16 @@ def test_a_failure_breaks_one_branch_only(model: PreTrainedModel) -> None:
     full, presses = PressedCache(), [Evens(), Evens(fails=True), KnormPress(0.5), Evens()]
     branches = full.branches(presses)
     with prefilling(model, full, *branches):
-        model(IDS, past_key_values=full)
+        model(IDS, **cache_argument(full))
     with pytest.raises(ZeroDivisionError, match="on purpose"):
         branches[1].get_seq_length()
     assert [stored(branches[i]) for i in (0, 2, 3)] == [[N // 2] * 2] * 3
     assert stored(full) == [N, N]
     alone, question = PressedCache(), tokens(1, 4, seed=3)
     with Evens()(model):
-        model(IDS, past_key_values=alone)
-    expected = model(question, past_key_values=alone).logits
-    assert torch.equal(model(question, past_key_values=branches[3]).logits, expected)
+        model(IDS, **cache_argument(alone))
+    expected = model(question, **cache_argument(alone)).logits
+    assert torch.equal(model(question, **cache_argument(branches[3])).logits, expected)
 
 
 def test_nothing_is_left_on_the_model(model: PreTrainedModel) -> None:
@@ -240,7 +241,7 @@ def test_nothing_is_left_on_the_model(model: PreTrainedModel) -> None:
 def test_a_block_holds_on_to_no_cache(model: PreTrainedModel) -> None:
     with KVComposePress(0.5)(model):
         past = PressedCache()
-        model(IDS, past_key_values=past)
+        model(IDS, **cache_argument(past))
         layer = weakref.ref(past.layer(0))
         del past
         model(IDS)
@@ -255,7 +256,7 @@ def test_threads_replay_beside_each_other(model: PreTrainedModel) -> None:
     def run(i: int) -> list[Tensor]:
         past = DynamicCache()
         with torch.no_grad(), presses[i](model):
-            model(texts[i], past_key_values=past)
+            model(texts[i], **cache_argument(past))
         return [layer.positions() for layer in past.layers]
 
     alone, found, errors = [run(0), run(1)], [[], []], []
@@ -285,10 +286,10 @@ def test_generate_inside_the_block(model: PreTrainedModel) -> None:
     with press(model):
         out = model.generate(IDS, return_dict_in_generate=True, **options)
         past = PressedCache()
-        logits = model(IDS, past_key_values=past).logits[:, -1:]
+        logits = model(IDS, **cache_argument(past)).logits[:, -1:]
         answer = []
         for _ in range(6):
             answer.append(int(logits.argmax()))
-            logits = model(torch.tensor([answer[-1:]]), past_key_values=past).logits
+            logits = model(torch.tensor([answer[-1:]]), **cache_argument(past)).logits
     assert out.sequences[0, N:].tolist() == answer
-    assert sum(stored(out.past_key_values)) == N + 2 * 5
+    assert sum(stored(cache_of(out))) == N + 2 * 5

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from coldpress import AdaKVPress, BasePress, KnormPress, PressedCache, one_token
+from coldpress.cache_argument import cache_argument
 from coldpress.one_token import attend_blocks, attend_once, can_attend_once
 
 
@@ -100,7 +101,7 @@ def test_models_answer_as_with_fused_attention(name: str, press: BasePress | Non
         for fewest in (10_000, 1):
             patch.setattr(one_token, "_FEWEST", fewest)
             past, logits = PressedCache(press), []
-            model(ids, attention_mask=mask[:, :90], past_key_values=past)
+            model(ids, attention_mask=mask[:, :90], **cache_argument(past))
             for i in range(8):
                 position = mask[:, : 91 + i].sum(-1)[:, None] - 1
                 logits.append(
@@ -108,7 +109,7 @@ def test_models_answer_as_with_fused_attention(name: str, press: BasePress | Non
                         later[:, i : i + 1],
                         attention_mask=mask[:, : 91 + i],
                         position_ids=position,
-                        past_key_values=past,
+                        **cache_argument(past),
                     ).logits
                 )
             answers.append(torch.cat(logits, dim=1))

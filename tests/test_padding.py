@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from coldpress import BasePress, DMSPress, KnormPress, PressedCache, SnapKVPress, make_press
+from coldpress.cache_argument import cache_argument
 
 QUESTION = 4
 MODELS = ["gpt_neox", "llama", "mistral"]
@@ -61,19 +62,19 @@ def is_local(model: PreTrainedModel, layer: int) -> bool:
 def check(model: PreTrainedModel, batch: Batch, press: BasePress | None, n_decoded: int = 3) -> PressedCache:
     """Prefill, a question of several tokens and some single ones: the batch against each row alone."""
     past, mask = PressedCache(press), batch.mask.bool()
-    prefill = model(batch.ids, attention_mask=batch.mask, position_ids=batch.positions(), past_key_values=past).logits
+    prefill = model(batch.ids, attention_mask=batch.mask, position_ids=batch.positions(), **cache_argument(past)).logits
     after_prefill = [layer.positions() for layer in past.pressed_layers()]
     pieces = [batch.question, *tokens(n_decoded, len(batch.rows), 1, seed=7)]
     answers = []
     for piece in pieces:
         positions = batch.add(piece)
-        out = model(piece, attention_mask=batch.mask, position_ids=positions, past_key_values=past)
+        out = model(piece, attention_mask=batch.mask, position_ids=positions, **cache_argument(past))
         answers.append(out.logits)
     assert torch.isfinite(torch.cat(answers, dim=1)).all()
     for i, row in enumerate(batch.rows):
         alone = PressedCache(press)
         torch.testing.assert_close(
-            prefill[i, mask[i]], model(row[None], past_key_values=alone).logits[0], atol=1e-4, rtol=0
+            prefill[i, mask[i]], model(row[None], **cache_argument(alone)).logits[0], atol=1e-4, rtol=0
         )
         real = mask[i].cumsum(-1) - 1  # [T] slot in the batch -> position in the row
         for j, (layer, positions) in enumerate(zip(alone.pressed_layers(), after_prefill, strict=True)):
@@ -81,7 +82,7 @@ def check(model: PreTrainedModel, batch: Batch, press: BasePress | None, n_decod
                 kept, expected = kept[kept >= 0], expected[expected >= 0]  # heads of a layer may keep different numbers
                 assert is_local(model, j) or press is None or torch.equal(real[kept], expected)
         for piece, answer in zip(pieces, answers, strict=True):
-            expected = model(piece[i : i + 1], past_key_values=alone).logits[0]
+            expected = model(piece[i : i + 1], **cache_argument(alone)).logits[0]
             torch.testing.assert_close(answer[i], expected, atol=1e-4, rtol=0)
     return past
 
@@ -133,7 +134,7 @@ def test_generate(name: str, press: str | None) -> None:
 
     def generate(ids: Tensor, mask: Tensor) -> Tensor:
         past = PressedCache(None if press is None else press_of(press, 0.5))
-        return model.generate(ids, attention_mask=mask, past_key_values=past, **options)[:, ids.shape[1] :]
+        return model.generate(ids, attention_mask=mask, **cache_argument(past), **options)[:, ids.shape[1] :]
 
     together = generate(batch.ids, batch.mask)
     for i, row in enumerate(batch.rows):
@@ -154,13 +155,13 @@ def test_a_row_of_padding_only_is_harmless() -> None:
     ids, mask = tokens(2, 12), torch.ones(2, 12, dtype=torch.long)
     mask[1] = 0
     past, alone = PressedCache(press_of("knorm", 0.5)), PressedCache(press_of("knorm", 0.5))
-    model(ids, attention_mask=mask, past_key_values=past)
-    model(ids[:1], past_key_values=alone)
+    model(ids, attention_mask=mask, **cache_argument(past))
+    model(ids[:1], **cache_argument(alone))
     assert torch.equal(past.positions()[:1], alone.positions()) and (past.positions()[1] == -1).all()
     mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=1)
-    logits = model(ids[:, :1], attention_mask=mask, past_key_values=past).logits
+    logits = model(ids[:, :1], attention_mask=mask, **cache_argument(past)).logits
     assert torch.isfinite(logits).all()
-    torch.testing.assert_close(logits[:1], model(ids[:1, :1], past_key_values=alone).logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits[:1], model(ids[:1, :1], **cache_argument(alone)).logits, atol=1e-5, rtol=0)
 
 
 def test_padding_of_a_later_turn() -> None:
@@ -173,12 +174,12 @@ def test_padding_of_a_later_turn() -> None:
     for turn in turns:
         start, end = end, end + turn.shape[1]
         at = positions[:, start:end]
-        out = model(turn, attention_mask=mask[:, :end], position_ids=at, past_key_values=past)
+        out = model(turn, attention_mask=mask[:, :end], position_ids=at, **cache_argument(past))
         logits.append(out.logits)
     for i in range(2):
         alone = PressedCache(press)
         for turn, answer, real in zip(turns, logits, mask[i].bool().split([20, 6, 3]), strict=True):
-            expected = model(turn[i : i + 1, real], past_key_values=alone).logits[0]
+            expected = model(turn[i : i + 1, real], **cache_argument(alone)).logits[0]
             torch.testing.assert_close(answer[i, real], expected, atol=1e-4, rtol=0)
 
 
@@ -191,11 +192,11 @@ def test_a_fork_of_a_padded_row_goes_on_without_its_padding(press: BasePress | N
     at, past = (mask.cumsum(-1) - 1).clamp(min=0), PressedCache(press)
     source = PressedCache() if press is None else past
     branch = source.branches([None])[0] if press is None else None
-    model(ids[:, :40], attention_mask=mask[:, :40], position_ids=at[:, :40], past_key_values=source)
+    model(ids[:, :40], attention_mask=mask[:, :40], position_ids=at[:, :40], **cache_argument(source))
     others = [source.fork(), *([branch] if branch is not None else [])]
     given = {"attention_mask": mask, "position_ids": at[:, 40:]}
-    expected = model(ids[:, 40:], past_key_values=source, **given).logits
+    expected = model(ids[:, 40:], **cache_argument(source), **given).logits
     for other in others:
         torch.testing.assert_close(
-            model(ids[:, 40:], past_key_values=other, **given).logits, expected, atol=1e-5, rtol=0
+            model(ids[:, 40:], **cache_argument(other), **given).logits, expected, atol=1e-5, rtol=0
         )

@@ -54,6 +54,7 @@ from coldpress import (
     make_press,
     press_names,
 )
+from coldpress.cache_argument import cache_argument
 from coldpress.chunks import can_choose_again
 from coldpress.errors import CacheError, InputError, PressError
 from coldpress.layer import PressedLayer
@@ -162,7 +163,7 @@ def test_presses_that_speak_to_the_model_get_the_pipelines_tokenizer(
     pipe = pipeline(TASKS[0], model=model, tokenizer=tokenizer, device="cpu", max_new_tokens=8)
     expected, found = PressedCache(), [PressedCache(), PressedCache(KVzipPress(0.5))]
     with torch.no_grad(), KVzipPress(0.5, tokenizer=tokenizer)(model):
-        model(encode(tokenizer, "<|endoftext|>" + CONTEXT), past_key_values=expected)
+        model(encode(tokenizer, "<|endoftext|>" + CONTEXT), **cache_argument(expected))
     answers = [pipe(CONTEXT, question=QUESTIONS[0], press=KVzipPress(0.5), cache=found[0])]
     answers.append(pipe(CONTEXT, question=QUESTIONS[0], cache=found[1]))
     assert answers[0] == answers[1]

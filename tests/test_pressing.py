@@ -50,6 +50,7 @@ from coldpress import (
     press_names,
     use_coldpress,
 )
+from coldpress.cache_argument import cache_argument, cache_of
 from coldpress.errors import CacheError, ModelError, PressError
 from coldpress.layer import PressedLayer
 from coldpress.session import THREAD
@@ -65,14 +66,14 @@ def model() -> PreTrainedModel:
 
 
 def answer(model: PreTrainedModel, past: Any) -> Tensor:
-    return model(QUESTION, past_key_values=past).logits
+    return model(QUESTION, **cache_argument(past)).logits
 
 
 @pytest.fixture
 def expected(model: PreTrainedModel) -> Tensor:
     """The logits of a question after the compressed context, by an explicit PressedCache."""
     past, twin = PressedCache(PRESS), BY_NAME["llama"].build()
-    twin(IDS, past_key_values=past)
+    twin(IDS, **cache_argument(past))
     return answer(twin, past)
 
 
@@ -88,14 +89,14 @@ def test_compresses_a_cache_that_is_given(
     past = kind()
     with PRESS(model) as same:
         assert same is model
-        model(IDS, past_key_values=past)
+        model(IDS, **cache_argument(past))
         assert lengths(past) == [20, 20] and past.get_seq_length() == N
         if is_inside:
             assert torch.equal(answer(model, past), expected)
     if not is_inside:
         assert torch.equal(answer(model, past), expected)
     assert lengths(past) == [24, 24] and past.get_seq_length() == N + 4
-    model(tokens(1, 3), past_key_values=past)  # and goes on
+    model(tokens(1, 3), **cache_argument(past))  # and goes on
     past.crop(-3)
     assert lengths(past) == [24, 24]
 
@@ -104,18 +105,18 @@ def test_makes_a_cache_where_none_is_given(model: PreTrainedModel, expected: Ten
     mask = torch.ones_like(IDS)
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
         ((IDS,), {}),
-        ((IDS, mask), {"past_key_values": None}),
+        ((IDS, mask), cache_argument(None)),
         ((IDS, mask, None, None), {"use_cache": True}),
         ((), {"input_ids": IDS, "use_cache": True}),
     ]
     with PRESS(model):
         for args, kwargs in calls:
-            past = model(*args, **kwargs).past_key_values
+            past = cache_of(model(*args, **kwargs))
             assert isinstance(past, PressedCache) and lengths(past) == [20, 20]
             assert torch.equal(answer(model, past), expected)
-        assert lengths(model.model(IDS).past_key_values) == [20, 20]
-        assert lengths(model(IDS, None, None, PressedCache()).past_key_values) == [20, 20]
-        assert model(IDS, use_cache=False).past_key_values is None
+        assert lengths(cache_of(model.model(IDS))) == [20, 20]
+        assert lengths(cache_of(model(IDS, None, None, PressedCache()))) == [20, 20]
+        assert cache_of(model(IDS, use_cache=False)) is None
 
 
 @pytest.mark.parametrize("name", [name for name in ("gpt_neox", "llama", "gemma3", "lfm2") if name in BY_NAME])
@@ -125,10 +126,10 @@ def test_generate(name: str) -> None:
     own = model.generate(IDS, **options)
     with PRESS(model):
         out = model.generate(IDS, return_dict_in_generate=True, **options)
-    assert isinstance(out.past_key_values, DynamicCache)
-    full = [i for i, n in enumerate(lengths(out.past_key_values)) if n == 20 + 7]
+    assert isinstance(cache_of(out), DynamicCache)
+    full = [i for i, n in enumerate(lengths(cache_of(out))) if n == 20 + 7]
     assert len(full) == 2
-    assert torch.equal(model.generate(IDS, past_key_values=PressedCache(PRESS), **options), out.sequences)
+    assert torch.equal(model.generate(IDS, **cache_argument(PressedCache(PRESS)), **options), out.sequences)
     assert torch.equal(model.generate(IDS, **options), own)  # the block is over
 
 
@@ -190,13 +191,13 @@ def test_leaves_nothing_behind(model: PreTrainedModel, press: BasePress) -> None
     past = PressedCache()
     if isinstance(press, Fails):
         with pytest.raises(ArithmeticError), press(model):
-            model(IDS, past_key_values=past)
+            model(IDS, **cache_argument(past))
     else:
         with press(model):
-            model(IDS, past_key_values=past)
+            model(IDS, **cache_argument(past))
     assert traces(model) == before
     with pytest.raises(ZeroDivisionError), PRESS(model):
-        other = model(IDS).past_key_values
+        other = cache_of(model(IDS))
         raise ZeroDivisionError
     assert traces(model) == before
     assert past.press is None and other.press is None
@@ -218,9 +219,9 @@ def test_what_goes_wrong_is_what_is_raised(model: PreTrainedModel, press: BasePr
     with pytest.raises(ZeroDivisionError), press(model):  # the user's own
         raise ZeroDivisionError
     with pytest.raises(ArithmeticError, match=message), press(model):
-        model(IDS, past_key_values=broken)
+        model(IDS, **cache_argument(broken))
     with pytest.raises(Exception, match=rf"{message}|failed half-way"):  # it does not go on as if nothing had happened
-        model(QUESTION, past_key_values=broken)
+        model(QUESTION, **cache_argument(broken))
     assert traces(model) == before and (model.forward, model.model.forward) == forwards
     assert model.config._attn_implementation == "coldpress"
     assert torch.isfinite(model(IDS).logits).all()
@@ -252,21 +253,21 @@ def test_a_replay_that_fails_leaves_the_model_as_it_was(
         past = PressedCache()
         with press(model):
             with pytest.raises(ArithmeticError, match="in the replay") as raised:
-                model(IDS, past_key_values=past)
+                model(IDS, **cache_argument(past))
             assert raised.value.__cause__ is None and raised.value.__context__ is None
             patch.undo()
             if handle is not None:
                 handle.remove()
-            assert model(IDS).past_key_values.achieved_ratio() == 0.5  # the block goes on
+            assert cache_of(model(IDS)).achieved_ratio() == 0.5  # the block goes on
     with pytest.raises(ArithmeticError, match="in the replay"):  # what is half done is not used
-        model(QUESTION, past_key_values=past)
+        model(QUESTION, **cache_argument(past))
     assert traces(model) == before and (model.forward, model.model.forward) == forwards
     assert model.config._attn_implementation == "coldpress"
     assert THREAD.hidden_states is None and past.session.token_ids is None
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert torch.equal(model(IDS).logits, logits)
     with press(model):
-        assert model(IDS).past_key_values.achieved_ratio() == 0.5
+        assert cache_of(model(IDS)).achieved_ratio() == 0.5
 
 
 def test_presses_share_nothing_that_changes(caplog: pytest.LogCaptureFixture) -> None:
@@ -289,7 +290,7 @@ def test_presses_share_nothing_that_changes(caplog: pytest.LogCaptureFixture) ->
         for model in (first, second, first, third):
             past = PressedCache()
             with press(model):
-                model(IDS, past_key_values=past)
+                model(IDS, **cache_argument(past))
             kept.append(past.positions(1))
     assert torch.equal(kept[0], kept[2]) and not torch.equal(kept[0], kept[1]) and torch.equal(kept[1], kept[3])
     assert told == [] and caplog.records == []
@@ -302,7 +303,7 @@ def test_presses_change_no_weight(model: PreTrainedModel) -> None:
     presses = [small_press(name, "llama").prepared(model, Words()) for name in press_names(at_prefill=True)]
     for press in (*presses, *REPLAYING.values()):
         with press(model):
-            assert model(IDS).past_key_values.achieved_ratio() > 0
+            assert cache_of(model(IDS)).achieved_ratio() > 0
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
@@ -322,7 +323,7 @@ def test_attention_that_was_registered_later(model: PreTrainedModel, monkeypatch
     past, whole = PressedCache(press), PressedCache()
     twin = BY_NAME["llama"].build()
     for cache in (past, whole):
-        twin(IDS, past_key_values=cache)
+        twin(IDS, **cache_argument(cache))
     expected, uncompressed = answer(twin, past), answer(twin, whole)
     assert not torch.allclose(expected, uncompressed, atol=1e-2)
     monkeypatch.setitem(AttentionInterface._global_mapping, "mine", mine)
@@ -331,10 +332,10 @@ def test_attention_that_was_registered_later(model: PreTrainedModel, monkeypatch
     assert len(calls) == 2
     with pytest.raises(ModelError, match="another attention backend"):  # said, instead of doing nothing
         past = PressedCache(press)
-        model(IDS, past_key_values=past)
+        model(IDS, **cache_argument(past))
         answer(model, past)
     with press(model):
-        past = model(IDS).past_key_values
+        past = cache_of(model(IDS))
     torch.testing.assert_close(answer(model, past), expected, atol=1e-5, rtol=0)
     # and a function that takes the place of sdpa serves the models that ask for sdpa
     monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", mine)
@@ -350,15 +351,15 @@ def test_another_press_inside_the_block(model: PreTrainedModel) -> None:
         with pytest.raises(PressError, match="one press at a time"), inner(model):
             pass
         with inner(other):  # another model is another matter
-            assert lengths(other(IDS).past_key_values) == [8, 8]
-        assert lengths(model(IDS).past_key_values) == [20, 20]
+            assert lengths(cache_of(other(IDS))) == [8, 8]
+        assert lengths(cache_of(model(IDS))) == [20, 20]
 
 
 def test_a_cache_with_a_press_of_its_own(model: PreTrainedModel) -> None:
     with PRESS(model):
-        model(IDS, past_key_values=PressedCache(PRESS))  # the same one
+        model(IDS, **cache_argument(PressedCache(PRESS)))  # the same one
         with pytest.raises(CacheError, match="press of its own"):
-            model(IDS, past_key_values=PressedCache(KnormPress(0.5)))
+            model(IDS, **cache_argument(PressedCache(KnormPress(0.5))))
 
 
 @pytest.fixture
@@ -404,7 +405,7 @@ def test_threads_do_not_disturb_each_other(is_one_model: bool, switching: None) 
             for _ in range(20):
                 with presses[i](models[i]):
                     past = DynamicCache()
-                    models[i](IDS, past_key_values=past)
+                    models[i](IDS, **cache_argument(past))
                     results[i].append((lengths(past), answer(models[i], past)))
         except Exception as error:
             errors.append(error)
@@ -417,7 +418,7 @@ def test_threads_do_not_disturb_each_other(is_one_model: bool, switching: None) 
     assert errors == []
     for press, found in zip(presses, results, strict=True):
         past = PressedCache(press)
-        models[0](IDS, past_key_values=past)
+        models[0](IDS, **cache_argument(past))
         expected = (past.stored_lengths(), answer(models[0], past))
         assert len(found) == 20
         assert all(stored == expected[0] and torch.equal(logits, expected[1]) for stored, logits in found)
@@ -435,14 +436,14 @@ def test_other_caches(model: PreTrainedModel) -> None:
     quantized = QuantizedCache.__new__(QuantizedCache)  # without the packages it needs
     for past in (StaticCache(config=model.config, max_cache_len=64), quantized, Mine(), offloaded):
         with PRESS(model), pytest.raises(CacheError, match=rf"not {type(past).__name__}.*coldpress.PressedCache"):
-            model(IDS, past_key_values=past)
+            model(IDS, **cache_argument(past))
 
 
 def test_a_dynamic_cache_that_holds_tokens(model: PreTrainedModel) -> None:
     past = DynamicCache()
-    model(IDS, past_key_values=past)
+    model(IDS, **cache_argument(past))
     with PRESS(model), pytest.raises(CacheError, match="Start empty"):
-        model(QUESTION, past_key_values=past)
+        model(QUESTION, **cache_argument(past))
 
 
 _SMALL = {"vocab_size": 97, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
@@ -497,7 +498,7 @@ if VERSION >= (5, 0):  # before, these models have cache classes of their own, w
         model = AutoModelForCausalLM.from_config(config)
         past = kind() if kind is PressedCache else kind(config=config)
         with PRESS(model), pytest.raises(CacheError, match="keep a state beside their"):
-            model(IDS, past_key_values=past)
+            model(IDS, **cache_argument(past))
 
 
 # -- everything else --------------------------------------------------------------------------------------------------
@@ -541,11 +542,12 @@ vision.set_attn_implementation("coldpress")  # as in a model of pictures and tex
 torch.testing.assert_close(vision(image).last_hidden_state, seen)
 
 import importlib
+from coldpress.cache_argument import cache_argument, cache_of
 
 def pressed():
     with coldpress.SnapKVPress(0.5, window_size=4)(model):
-        past = model(ids).past_key_values
-    return past.stored_lengths(), model(ids[:, :3], past_key_values=past).logits
+        past = cache_of(model(ids))
+    return past.stored_lengths(), model(ids[:, :3], **cache_argument(past)).logits
 
 model.set_attn_implementation("coldpress")
 first = pressed()
@@ -565,6 +567,6 @@ def test_importing_changes_nothing_for_other_models() -> None:
 
 def test_a_filled_cache_that_was_never_compressed_is_refused() -> None:
     twin, past = BY_NAME["llama"].build(), PressedCache()
-    twin(IDS, past_key_values=past)
+    twin(IDS, **cache_argument(past))
     with KnormPress(0.5)(twin), pytest.raises(CacheError, match="holds tokens already"):
-        twin(QUESTION, past_key_values=past)
+        twin(QUESTION, **cache_argument(past))

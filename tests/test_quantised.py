@@ -33,6 +33,7 @@ from coldpress import (
     StreamingLLMPress,
     ThinKPress,
 )
+from coldpress.cache_argument import cache_argument
 from coldpress.errors import CacheError
 from coldpress.pipeline import _check_options
 from coldpress.quantised import Codes, QuantizedRaggedStore, QuantizedStore
@@ -51,7 +52,7 @@ def how(bits: int, group_size: int = G, residual_tokens: int = R) -> KVBits:
 def filled(press: BasePress | None, kv_bits: KVBits | None, ids: Tensor = IDS, name: str = "llama") -> PressedCache:
     past, model = PressedCache(press, kv_bits=kv_bits), tiny(name)
     with block(model, press) if press is not None else torch.no_grad():
-        model(ids, past_key_values=past)
+        model(ids, **cache_argument(past))
     return past
 
 
@@ -154,7 +155,7 @@ def test_the_newest_pairs_are_exact_whenever_one_looks(name: str) -> None:
     start = 0
     for n in (3, 1, 1, 20, 1, 1, 1, 25, 1, 1):
         for each in (plain, past):
-            tiny("llama")(FURTHER[:, start : start + n], past_key_values=each)
+            tiny("llama")(FURTHER[:, start : start + n], **cache_argument(each))
         start += n
         own, layer = past.layer(0), plain.layer(0)
         newest = R if start >= R or name != "adakv" else start
@@ -172,7 +173,7 @@ def test_a_group_is_quantised_once(name: str) -> None:
         store = past.layer(1)._store
         assert isinstance(store, (QuantizedStore, QuantizedRaggedStore)) and store._codes is not None
         before, blocks = store._codes[0].packed.clone(), list(store._n_blocks)
-        tiny("llama")(FURTHER[:, t : t + 1], past_key_values=past)
+        tiny("llama")(FURTHER[:, t : t + 1], **cache_argument(past))
         at, at_now = 0, 0
         for n, n_now in zip(blocks, store._n_blocks, strict=True):
             assert n_now >= n
@@ -207,7 +208,7 @@ def test_room_for_new_tokens_is_no_more_than_a_group() -> None:
     for press in (None, RAGGED):
         past = filled(press, how(4))
         for t in range(40):
-            tiny("llama")(FURTHER[:, t : t + 1], past_key_values=past)
+            tiny("llama")(FURTHER[:, t : t + 1], **cache_argument(past))
             tails = [layer._store._tail for layer in past.pressed_layers()]  # type: ignore[union-attr]
             held = sum(tensor.numel() for tail in tails for tensor in tail.tensors())
             assert held <= 2 * 2 * 2 * 2 * 8 * (R + G) + 2 * 2 * 2 * 2 * 8 * (R + G) * (press is not None)
@@ -227,7 +228,7 @@ def test_logits_are_those_of_the_numbers_that_are_held(name: str, attention: str
         assert type(layer._store).__name__ in ("DenseStore", "RaggedStore")
     for n in (3, 1, 30):
         piece = FURTHER[:, :n]
-        found, expected = (model(piece, past_key_values=each.fork()).logits for each in (past, plain))
+        found, expected = (model(piece, **cache_argument(each.fork())).logits for each in (past, plain))
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
@@ -238,16 +239,16 @@ def test_rows_with_padding_are_what_they_are_alone(name: str) -> None:
     mask = torch.ones(2, N, dtype=torch.long)
     mask[1, : N - lengths[1]] = 0
     places = (mask.cumsum(-1) - 1).clamp(min=0)
-    model(IDS, attention_mask=mask, position_ids=places, past_key_values=past)
+    model(IDS, attention_mask=mask, position_ids=places, **cache_argument(past))
     alone = [PressedCache(press, kv_bits=how(4)) for _ in lengths]
     for row, (own, n) in enumerate(zip(alone, lengths, strict=True)):
-        model(IDS[row : row + 1, N - n :], past_key_values=own)
+        model(IDS[row : row + 1, N - n :], **cache_argument(own))
     for t in range(30):
         mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=1)
         step = FURTHER[:, t : t + 1]
-        found = model(step, attention_mask=mask, position_ids=mask.sum(-1, keepdim=True) - 1, past_key_values=past)
+        found = model(step, attention_mask=mask, position_ids=mask.sum(-1, keepdim=True) - 1, **cache_argument(past))
         for row, own in enumerate(alone):
-            expected = model(step[row : row + 1], past_key_values=own).logits[0]
+            expected = model(step[row : row + 1], **cache_argument(own)).logits[0]
             torch.testing.assert_close(found.logits[row], expected, atol=2e-3, rtol=0)
     assert past.kv_bytes() < 2 * 2 * 2 * 120 * 2 * 8 * 4
 
@@ -258,37 +259,37 @@ def test_forks_beams_and_copies(name: str) -> None:
     before = [layer.keys.clone() for layer in past.pressed_layers()]
     fork, again = past.fork(), pickle.loads(pickle.dumps(past))
     deep = copy.deepcopy(past)
-    expected = model(FURTHER[:, :30], past_key_values=fork).logits
+    expected = model(FURTHER[:, :30], **cache_argument(fork)).logits
     for layer, keys in zip(past.pressed_layers(), before, strict=True):
         assert torch.equal(layer.keys, keys)
     assert fork.kv_bits == past.kv_bits == how(4)
     for other in (past, again, deep):
-        assert torch.equal(model(FURTHER[:, :30], past_key_values=other).logits, expected)
+        assert torch.equal(model(FURTHER[:, :30], **cache_argument(other)).logits, expected)
     rows = torch.tensor([1, 0, 1])
     past.reorder_cache(rows)
     for own, layer in zip(past.pressed_layers(), fork.pressed_layers(), strict=True):
         assert torch.equal(own.keys, layer.keys[rows]) and torch.equal(own.values, layer.values[rows])
     fork.batch_repeat_interleave(2)
-    reference = model(FURTHER[:, 30:45], past_key_values=again).logits
+    reference = model(FURTHER[:, 30:45], **cache_argument(again)).logits
     for each, chosen in ((past, rows), (fork, torch.tensor([0, 0, 1, 1]))):
-        found = model(FURTHER[chosen, 30:45], past_key_values=each).logits
+        found = model(FURTHER[chosen, 30:45], **cache_argument(each)).logits
         torch.testing.assert_close(found, reference[chosen], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", PRESSES)
 def test_the_newest_tokens_can_be_cropped_and_no_others(name: str) -> None:
     past, model = filled(PRESSES[name], how(4)), tiny("llama")
-    model(FURTHER[:, :40], past_key_values=past)
+    model(FURTHER[:, :40], **cache_argument(past))
     other = past.fork()
     keys = past.layer(0).keys
-    model(FURTHER[:, 40:43], past_key_values=past)
+    model(FURTHER[:, 40:43], **cache_argument(past))
     past.crop(N + 40 - 5)
     assert past.seen_tokens == N + 35
     assert torch.equal(past.layer(0).positions(), other.layer(0).positions()[..., :-5])
     torch.testing.assert_close(past.layer(0).keys[:, :, -R + 8 :], keys[:, :, -R + 3 : -5], atol=0, rtol=0)
     other.crop(N + 35)
     for each in (past, other):
-        model(FURTHER[:, 50:52], past_key_values=each)
+        model(FURTHER[:, 50:52], **cache_argument(each))
     newest = [each.layer(0).keys[:, :, -2:] for each in (past, other)]
     torch.testing.assert_close(*newest, atol=0, rtol=0)
     with pytest.raises(CacheError, match="held in few bits, in groups"):
@@ -301,12 +302,12 @@ def test_generate_and_reset() -> None:
     for press in (None, DENSE, RAGGED):
         past = PressedCache(press, kv_bits=how(8))
         for _ in range(2):
-            ids = model.generate(IDS, past_key_values=past, max_new_tokens=40, do_sample=False)
+            ids = model.generate(IDS, **cache_argument(past), max_new_tokens=40, do_sample=False)
             assert ids.shape[1] == N + 40 and past.seen_tokens == N + 39
             assert isinstance(past.layer(0)._store, (QuantizedStore, QuantizedRaggedStore))
             past.reset()
         beams = model.generate(
-            IDS, past_key_values=PressedCache(press, kv_bits=how(8)), max_new_tokens=12, num_beams=2, do_sample=False
+            IDS, **cache_argument(PressedCache(press, kv_bits=how(8))), max_new_tokens=12, num_beams=2, do_sample=False
         )
         assert beams.shape == (2, N + 12)
 
@@ -325,7 +326,7 @@ def test_every_press_keeps_what_it_keeps_and_holds_it_in_few_bits(name: str) -> 
     for each in (plain, past):
         torch.manual_seed(0)
         with press(model):
-            model(ids, past_key_values=each)
+            model(ids, **cache_argument(each))
     assert [layer.positions().tolist() for layer in past.pressed_layers()] == [
         layer.positions().tolist() for layer in plain.pressed_layers()
     ]  # scored as it was
@@ -342,7 +343,7 @@ def test_layers_with_a_sliding_window(name: str) -> None:
     """They forget whole groups; the newest tokens that they can see are there."""
     plain, past = both(None, how(8), name)
     for t in range(60):
-        found, expected = (tiny(name)(FURTHER[:, t : t + 1], past_key_values=each).logits for each in (past, plain))
+        found, expected = (tiny(name)(FURTHER[:, t : t + 1], **cache_argument(each)).logits for each in (past, plain))
         torch.testing.assert_close(found, expected, atol=0.25, rtol=0)
     for own, layer in zip(past.pressed_layers(), plain.pressed_layers(), strict=True):
         assert own.stored_length <= layer.stored_length + 40
@@ -352,7 +353,7 @@ def test_layers_with_a_sliding_window(name: str) -> None:
 def test_branches_of_one_prefill_each_in_its_bits() -> None:
     full = PressedCache()
     branches = full.branches([None, DENSE, DENSE, RAGGED], [how(4), how(4), None, how(2)])
-    tiny("llama")(IDS, past_key_values=full)
+    tiny("llama")(IDS, **cache_argument(full))
     assert full.layer(0).keys.equal(filled(None, None).layer(0).keys)
     for branch, press, bits in zip(branches, (None, DENSE, DENSE, RAGGED), (4, 4, None, 2), strict=True):
         expected = filled(press, None if bits is None else how(bits))
@@ -365,8 +366,8 @@ def test_branches_of_one_prefill_each_in_its_bits() -> None:
 def test_gradients_of_the_prefill_do_not_stand_in_the_way() -> None:
     past = PressedCache(kv_bits=how(4))
     with torch.enable_grad():
-        tiny("llama")(IDS, past_key_values=past)
-        tiny("llama")(FURTHER, past_key_values=past)
+        tiny("llama")(IDS, **cache_argument(past))
+        tiny("llama")(FURTHER, **cache_argument(past))
     assert past.kv_bytes() > 0
 
 
@@ -400,7 +401,7 @@ def test_presses_that_go_on_while_decoding_are_refused(press: BasePress) -> None
     with pytest.raises(CacheError, match="while decoding"):
         PressedCache(press, kv_bits=4)
     with press(tiny("llama")), pytest.raises(CacheError, match="while decoding"):
-        tiny("llama")(IDS, past_key_values=PressedCache(kv_bits=4))
+        tiny("llama")(IDS, **cache_argument(PressedCache(kv_bits=4)))
 
 
 def test_fewer_channels_are_refused() -> None:
@@ -414,7 +415,7 @@ def test_presses_that_choose_when_the_prefill_is_over_see_full_precision() -> No
     caches = PressedCache(), PressedCache(kv_bits=how(2))
     for past in caches:
         with press(model):
-            model(tokens(1, N), past_key_values=past)
+            model(tokens(1, N), **cache_argument(past))
     for own, layer in zip(caches[1].pressed_layers(), caches[0].pressed_layers(), strict=True):
         assert torch.equal(own.positions(), layer.positions())
     assert caches[1].kv_bytes() < 0.6 * caches[0].kv_bytes()
@@ -439,7 +440,7 @@ def test_a_prompt_in_pieces_is_quantised_at_its_end(inner: Any) -> None:
     with torch.no_grad():
         for past in (own, plain):
             coldpress.prefill(tiny("llama"), tokens(1, 100), past)
-        answers = [tiny("llama")(tokens(1, 3, seed=4), past_key_values=past).logits for past in (own, plain)]
+        answers = [tiny("llama")(tokens(1, 3, seed=4), **cache_argument(past)).logits for past in (own, plain)]
     if inner is not None:
         for a, b in zip(own.pressed_layers(), plain.pressed_layers(), strict=True):
             assert torch.equal(a.positions(), b.positions())

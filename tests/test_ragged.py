@@ -25,6 +25,7 @@ from coldpress import (
     PressedCache,
     SnapKVPress,
 )
+from coldpress.cache_argument import cache_argument
 from coldpress.ragged import RaggedStore
 
 N = 200
@@ -47,9 +48,9 @@ def test_bytes_are_those_of_the_pairs(name: str) -> None:
     """Evicted pairs take no memory in any head: what is left of the bytes is what is left of the pairs."""
     model, press = tiny("gpt_neox"), HEAD_WISE[name].prepared(tiny("gpt_neox"), Words())
     full, past = PressedCache(), PressedCache()
-    model(tokens(1, N), past_key_values=full)
+    model(tokens(1, N), **cache_argument(full))
     with press(model):
-        model(tokens(1, N), past_key_values=past)
+        model(tokens(1, N), **cache_argument(past))
     assert any(layer.is_ragged for layer in past.pressed_layers())
     assert 0.2 < past.achieved_ratio() < 0.95
     assert past.kv_bytes() * pairs_of(full) == full.kv_bytes() * pairs_of(past)
@@ -60,25 +61,25 @@ def test_rows_of_different_lengths_take_what_they_need() -> None:
     mask = torch.ones(2, N, dtype=torch.long)
     mask[1, :150] = 0
     past = PressedCache(KnormPress(0.5))
-    tiny("llama")(tokens(2, N), attention_mask=mask, past_key_values=past)
+    tiny("llama")(tokens(2, N), attention_mask=mask, **cache_argument(past))
     assert (past.positions(0) >= 0).sum(-1).tolist() == [[100, 100], [25, 25]]
     assert past.kv_bytes() == 2 * 2 * (100 + 25) * 2 * 8 * 4  # layers, heads, pairs, keys and values, float32
 
 
 def test_heads_of_one_length_stay_in_one_tensor() -> None:
     past = PressedCache(SnapKVPress(0.6, window_size=8))
-    tiny("gpt_neox")(tokens(2, N), past_key_values=past)
+    tiny("gpt_neox")(tokens(2, N), **cache_argument(past))
     assert not any(layer.is_ragged for layer in past.pressed_layers())
 
 
 def test_new_tokens_do_not_move_the_others() -> None:
     """A segment has room for later tokens, an eighth of what it holds at least; then all move at once."""
     model, past = tiny("gpt_neox"), PressedCache(HEAD_WISE["adakv"])
-    model(tokens(1, N), past_key_values=past)
+    model(tokens(1, N), **cache_argument(past))
     exact = past.kv_bytes()
     places = []
     for i in range(200):
-        model(tokens(1, 1, seed=i), past_key_values=past)
+        model(tokens(1, 1, seed=i), **cache_argument(past))
         places.append(past.layer(0).tensors()[0].data_ptr())
     moves = sum(a != b for a, b in itertools.pairwise(places))
     assert 1 <= moves <= 3
@@ -95,7 +96,7 @@ def test_logits_are_those_of_a_masked_cache(name: str, attention: str) -> None:
     model, ids = tiny(name, attention), tokens(2, 60)
     past, full = PressedCache(AdaKVPress(KnormPress(0.6), 0.0)), PressedCache()
     for each in (past, full):
-        model(ids, past_key_values=each)
+        model(ids, **cache_argument(each))
     assert any(layer.is_ragged for layer in past.pressed_layers())
     for own, layer in zip(past.pressed_layers(), full.pressed_layers(), strict=True):
         if own.was_compressed:
@@ -107,7 +108,7 @@ def test_logits_are_those_of_a_masked_cache(name: str, attention: str) -> None:
             layer._kept, layer._has_gaps, layer._tail_start = kept, True, 60
     for i, n in enumerate((3, 1, 1, 70, 1, 2)):
         piece = tokens(2, n, seed=i)
-        actual, expected = (model(piece, past_key_values=each).logits for each in (past, full))
+        actual, expected = (model(piece, **cache_argument(each)).logits for each in (past, full))
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
 
 
@@ -116,17 +117,16 @@ def test_question_with_padding() -> None:
     model, press = tiny("llama"), AdaKVPress(KnormPress(0.6), 0.0)
     ids, question = tokens(2, 60), tokens(2, 5, seed=1)
     past = PressedCache(press)
-    model(ids, past_key_values=past)
+    model(ids, **cache_argument(past))
     mask = torch.ones(2, 66, dtype=torch.long)
     mask[1, 60:63] = 0
-    model(
-        question, attention_mask=mask[:, :65], past_key_values=past, position_ids=(mask[:, :65].cumsum(-1) - 1)[:, 60:]
-    )
-    answer = model(question[:, :1], attention_mask=mask, past_key_values=past, position_ids=mask.sum(-1)[:, None] - 1)
+    at = (mask[:, :65].cumsum(-1) - 1)[:, 60:]
+    model(question, attention_mask=mask[:, :65], **cache_argument(past), position_ids=at)
+    answer = model(question[:, :1], attention_mask=mask, **cache_argument(past), position_ids=mask.sum(-1)[:, None] - 1)
     alone = PressedCache(press)
-    model(ids[1:], past_key_values=alone)
-    model(question[1:, 3:], past_key_values=alone)
-    expected = model(question[1:, :1], past_key_values=alone).logits
+    model(ids[1:], **cache_argument(alone))
+    model(question[1:, 3:], **cache_argument(alone))
+    expected = model(question[1:, :1], **cache_argument(alone)).logits
     torch.testing.assert_close(answer.logits[1:], expected, atol=1e-5, rtol=0)
 
 
@@ -134,19 +134,19 @@ def test_beams_and_forks() -> None:
     model, ids = tiny("llama"), tokens(1, 60)
     press = AdaKVPress(KnormPress(0.6), 0.0)
     past = PressedCache(press)
-    model(ids, past_key_values=past)
+    model(ids, **cache_argument(past))
     other, rest = past.fork(), tokens(3, 6, seed=5)
     expected = []
     for row in rest:  # each continuation alone
         own = past.fork()
-        expected.append(model(row[None], past_key_values=own).logits)
+        expected.append(model(row[None], **cache_argument(own)).logits)
         assert own.layer(0).is_ragged
     past.batch_repeat_interleave(3)
-    logits = [model(rest[:, :2], past_key_values=past).logits]
+    logits = [model(rest[:, :2], **cache_argument(past)).logits]
     past.reorder_cache(torch.tensor([2, 0, 1]))
-    logits.append(model(rest[[2, 0, 1], 2:], past_key_values=past).logits[[1, 2, 0]])
+    logits.append(model(rest[[2, 0, 1], 2:], **cache_argument(past)).logits[[1, 2, 0]])
     torch.testing.assert_close(torch.cat(logits, dim=1), torch.cat(expected), atol=1e-5, rtol=0)
-    torch.testing.assert_close(model(rest[:1], past_key_values=other).logits, expected[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(model(rest[:1], **cache_argument(other)).logits, expected[0], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("attention", ["coldpress", "coldpress_eager"])
@@ -154,19 +154,19 @@ def test_the_longest_row_may_go(attention: str) -> None:
     """What is left is no longer than its own longest head, with and without a mask."""
     model, ids, question = tiny("llama", attention), tokens(2, 60), tokens(1, 3, seed=5)
     past = PressedCache(AdaKVPress(SnapKVPress(0.7, window_size=2), 0.0))
-    model(ids, past_key_values=past)
+    model(ids, **cache_argument(past))
     lengths = (past.positions(0) >= 0).sum(-1).amax(-1)
     assert lengths[0] != lengths[1]
     for row in range(2):
         own, alone = past.fork(), PressedCache(past.press)
         own.batch_select_indices(torch.tensor([row]))
-        model(ids[row : row + 1], past_key_values=alone)
+        model(ids[row : row + 1], **cache_argument(alone))
         assert own.positions(0).shape == own.layer(0).keys.shape[:3] == alone.layer(0).keys.shape[:3]
         mask = torch.ones(1, 63, dtype=torch.long)
         mask[0, 60] = 0
         for mask_and_positions in ({}, {"attention_mask": mask, "position_ids": torch.tensor([[59, 60, 61]])}):
             actual, expected = (
-                model(question, past_key_values=c.fork(), **mask_and_positions).logits for c in (own, alone)
+                model(question, **cache_argument(c.fork()), **mask_and_positions).logits for c in (own, alone)
             )
             torch.testing.assert_close(actual[:, 1:], expected[:, 1:], atol=1e-5, rtol=0)
 
@@ -177,7 +177,7 @@ def test_beams_under_a_schedule(attention: str) -> None:
     press = DecodingPress(AdaKVPress(SnapKVPress(window_size=4)), compression_interval=5, target_size=20)
     ids = tokens(1, 40)
     found = tiny("llama", attention).generate(
-        ids, attention_mask=torch.ones_like(ids), num_beams=3, max_new_tokens=20, past_key_values=PressedCache(press)
+        ids, attention_mask=torch.ones_like(ids), num_beams=3, max_new_tokens=20, **cache_argument(PressedCache(press))
     )
     assert found.shape == (1, 60)
 
@@ -198,16 +198,16 @@ def test_with_gradients(press: BasePress, attention: str) -> None:
         past = PressedCache(press)
         with torch.set_grad_enabled(with_gradients):
             pieces = (tokens(1, n, seed=i) for i, n in enumerate((40, 1, 1, 1, 3)))
-            logits.append(torch.cat([model(piece, past_key_values=past).logits for piece in pieces], dim=1))
+            logits.append(torch.cat([model(piece, **cache_argument(past)).logits for piece in pieces], dim=1))
     torch.testing.assert_close(logits[1].detach(), logits[0], atol=1e-5, rtol=0)
 
 
 def test_compressing_again_while_decoding() -> None:
     past = PressedCache(DecodingPress(AdaKVPress(KnormPress(), 0.0), compression_interval=8, target_size=20))
     model = tiny("gpt_neox")
-    model(tokens(1, 40), past_key_values=past)
+    model(tokens(1, 40), **cache_argument(past))
     for i in range(40):
-        assert model(tokens(1, 1, seed=i), past_key_values=past).logits.isfinite().all()
+        assert model(tokens(1, 1, seed=i), **cache_argument(past)).logits.isfinite().all()
     assert pairs_of(past) <= 2 * 4 * (20 + 8) and any(layer.is_ragged for layer in past.pressed_layers())
 
 

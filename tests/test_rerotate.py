@@ -32,6 +32,7 @@ from coldpress import (
     TOVAPress,
     prefill,
 )
+from coldpress.cache_argument import cache_argument
 from coldpress.errors import ModelError, PressError
 from coldpress.layer import PressedLayer
 from coldpress.view import Kept, LayerCall, LayerView
@@ -67,7 +68,7 @@ class Twin:
             placed = turned(self.name, keys.gather(2, at), torch.arange(n))
             cache.update(placed.to(values.dtype), values.gather(2, at), i)
         with torch.no_grad():
-            logits: Tensor = self.model(ids, past_key_values=cache).logits
+            logits: Tensor = self.model(ids, **cache_argument(cache)).logits
         new = []
         for i, layer in enumerate(cache.layers):
             keys = turned(self.name, layer.keys[:, :, n:], -torch.arange(n, n + ids.shape[1]))
@@ -79,7 +80,7 @@ class Twin:
 
 def read(model: str | PreTrainedModel, past: PressedCache, ids: Tensor) -> Tensor:
     with torch.no_grad():
-        logits: Tensor = (tiny(model) if isinstance(model, str) else model)(ids, past_key_values=past).logits
+        logits: Tensor = (tiny(model) if isinstance(model, str) else model)(ids, **cache_argument(past)).logits
     return logits
 
 
@@ -178,9 +179,9 @@ def test_a_padded_row_reads_what_it_reads_alone(inner: BasePress, before: BasePr
                 ids[:, start:stop],
                 attention_mask=mask[:, :stop],
                 position_ids=ranks[:, start:stop],
-                past_key_values=both,
+                **cache_argument(both),
             ).logits[1]
-            own = tiny("gpt_neox")(ids[1:, start:stop], past_key_values=alone).logits[0]
+            own = tiny("gpt_neox")(ids[1:, start:stop], **cache_argument(alone)).logits[0]
             torch.testing.assert_close(logits[-len(own) :], own, atol=2e-4, rtol=0)
 
 
@@ -262,10 +263,10 @@ def test_keys_of_two_bytes_do_not_drift() -> None:
     ids, model = tokens(1, 1_040), BY_NAME["llama"].build(dtype=torch.bfloat16, num_hidden_layers=1)
     past = PressedCache(DecodingPress(StreamingLLMPress(), 1, TARGET, 0), positions="rerotate")
     with torch.no_grad():
-        model(ids[:, :16], past_key_values=past)
+        model(ids[:, :16], **cache_argument(past))
         start = past.layer(0).keys[:, :, :4].clone()
         for i in range(16, 1_040):
-            model(ids[:, i : i + 1], past_key_values=past)
+            model(ids[:, i : i + 1], **cache_argument(past))
     expected = turned("llama", start, torch.tensor([1_020] * 4))  # from 0 .. 3 to 1020 .. 1023
     error = (past.layer(0).keys[:, :, :4].double() - expected).norm(dim=-1) / expected.norm(dim=-1)
     rounding = torch.finfo(torch.bfloat16).eps
@@ -280,13 +281,13 @@ def test_forks_rows_and_copies_go_on_alike() -> None:
 
     def go_on(cache: PressedCache, rows: list[int]) -> Tensor:
         with torch.no_grad():
-            parts = [model(ids[rows, i : i + 1], past_key_values=cache).logits for i in range(50, 60)]
+            parts = [model(ids[rows, i : i + 1], **cache_argument(cache)).logits for i in range(50, 60)]
         return torch.cat(parts, dim=1)
 
     with torch.no_grad():
-        model(ids[:, :30], past_key_values=past)
+        model(ids[:, :30], **cache_argument(past))
         for i in range(30, 50):
-            model(ids[:, i : i + 1], past_key_values=past)
+            model(ids[:, i : i + 1], **cache_argument(past))
     fork, loaded, swapped = past.fork(), pickle.loads(pickle.dumps(past)), past.fork()
     swapped.reorder_cache(torch.tensor([1, 0]))
     expected = go_on(past, [0, 1])
@@ -300,8 +301,8 @@ def test_inside_a_block_and_in_generate() -> None:
     inside, own = PressedCache(positions="rerotate"), PressedCache(press, positions="rerotate")
     model = BY_NAME["gpt_neox"].build()
     with press(model):
-        a = model.generate(ids, past_key_values=inside, max_new_tokens=40, do_sample=False)
-    b = model.generate(ids, past_key_values=own, max_new_tokens=40, do_sample=False)
+        a = model.generate(ids, **cache_argument(inside), max_new_tokens=40, do_sample=False)
+    b = model.generate(ids, **cache_argument(own), max_new_tokens=40, do_sample=False)
     assert torch.equal(a, b)
     assert torch.equal(inside.positions(0), own.positions(0))
 
@@ -324,7 +325,7 @@ def test_presses_that_cannot_are_refused_with_a_reason(make: Callable[[], BasePr
     if press.needs_model:  # which asks for more before anything else
         return
     with pytest.raises(PressError, match="moves keys up"), press(BY_NAME["llama"].build()) as model:
-        model(tokens(1, 8), past_key_values=PressedCache(positions="rerotate"))
+        model(tokens(1, 8), **cache_argument(PressedCache(positions="rerotate")))
 
 
 def test_an_unknown_word_is_refused() -> None:

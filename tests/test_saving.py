@@ -46,6 +46,7 @@ from coldpress import (
     ThinKPress,
     press_names,
 )
+from coldpress.cache_argument import cache_argument
 from coldpress.errors import CacheError, OutputError, PressError
 from coldpress.presses.as_data import as_data, from_data
 from coldpress.saving import FORMAT
@@ -61,10 +62,10 @@ def prefilled(press: BasePress | None = None, model: PreTrainedModel | None = No
     model, past = model or tiny("llama"), PressedCache(press)
     with torch.no_grad():
         if press is None:
-            model(ids, past_key_values=past)
+            model(ids, **cache_argument(past))
         else:
             with block(model, press):
-                model(ids, past_key_values=past)
+                model(ids, **cache_argument(past))
     return past
 
 
@@ -78,7 +79,7 @@ def go_on(past: PressedCache, model: PreTrainedModel | None = None) -> Tensor:
     """Logits of a turn of 5 tokens and of 20 that come one by one."""
     model = model or tiny("llama")
     with torch.no_grad():
-        steps = [model(part, past_key_values=past).logits for part in FURTHER[:, :25].split([5] + [1] * 20, dim=1)]
+        steps = [model(part, **cache_argument(past)).logits for part in FURTHER[:, :25].split([5] + [1] * 20, dim=1)]
     return torch.cat(steps, dim=1)
 
 
@@ -142,7 +143,7 @@ def test_a_press_that_goes_on_while_decoding_goes_on(name: str, tmp_path: Path) 
     past = prefilled(SCHEDULES[name])
     with torch.no_grad():
         for part in tokens(1, 13, seed=2).split([6] + [1] * 7, dim=1):
-            tiny("llama")(part, past_key_values=past)
+            tiny("llama")(part, **cache_argument(past))
     before = past.achieved_ratio(), past.stored_lengths()
     loaded = through_a_file(past, tmp_path / "a.safetensors")
     check_same(loaded, past)
@@ -158,11 +159,11 @@ def test_a_prompt_in_pieces_goes_on(n_pieces: int, tmp_path: Path) -> None:
     past = PressedCache(SnapKVPress(0.5, window_size=4), chunk_tokens=16)
     with torch.no_grad():
         for piece in ids.split(16, dim=1)[:n_pieces]:
-            model(piece, past_key_values=past)
+            model(piece, **cache_argument(past))
         loaded = through_a_file(past, tmp_path / "a.safetensors")
         check_same(loaded, past)
         for piece in ids.split(16, dim=1)[n_pieces:]:
-            assert torch.equal(*(model(piece, past_key_values=each).logits for each in (loaded, past)))
+            assert torch.equal(*(model(piece, **cache_argument(each)).logits for each in (loaded, past)))
     check_same(loaded, past)
     assert torch.equal(go_on(loaded), go_on(past))
 
@@ -171,7 +172,7 @@ def test_a_prompt_in_pieces_goes_on(n_pieces: int, tmp_path: Path) -> None:
 def test_pairs_in_few_bits_go_on(press: BasePress | None, tmp_path: Path) -> None:
     past = PressedCache(press, kv_bits=KVBits(2, 4, 6))
     with torch.no_grad():
-        tiny("llama")(IDS, past_key_values=past)
+        tiny("llama")(IDS, **cache_argument(past))
     path = tmp_path / "a.safetensors"
     loaded = through_a_file(past, path)
     check_same(loaded, past)
@@ -186,7 +187,7 @@ def test_keys_that_move_up_go_on(dtype: torch.dtype, tmp_path: Path) -> None:
     past = PressedCache(DecodingPress(SnapKVPress(window_size=4), 7, 20), positions="rerotate")
     with torch.no_grad():
         for piece in tokens(1, 50).split(5, dim=1):
-            model(piece, past_key_values=past)
+            model(piece, **cache_argument(past))
     loaded = through_a_file(past, tmp_path / "a.safetensors", model)
     check_same(loaded, past)
     assert (past.layer(0)._fine is None) == (dtype == torch.float32)
@@ -198,12 +199,12 @@ def test_a_press_inside_a_block_goes_on(tmp_path: Path) -> None:
     model, press = tiny("llama"), DecodingPress(KnormPress(), 5, 20)
     past = PressedCache()
     with press(model):
-        model(IDS, past_key_values=past)
+        model(IDS, **cache_argument(past))
     assert past.press is None  # the block is over, and the press with it
     loaded = through_a_file(past, tmp_path / "a.safetensors")
     with press(model), torch.no_grad():
         expected = PressedCache(press)
-        model(IDS, past_key_values=expected)
+        model(IDS, **cache_argument(expected))
         assert torch.equal(go_on(through_a_file(expected, tmp_path / "a.safetensors")), go_on(expected))
     assert loaded.press is None
 
@@ -250,7 +251,7 @@ def test_crop_fork_and_beams_of_a_loaded_cache(press: BasePress | str, tmp_path:
     for each in (past, loaded):
         beams = each.fork()
         beams.batch_repeat_interleave(3)
-        answers.append(model.generate(ids, past_key_values=beams, num_beams=3, max_new_tokens=6, do_sample=False))
+        answers.append(model.generate(ids, **cache_argument(beams), num_beams=3, max_new_tokens=6, do_sample=False))
     assert torch.equal(*answers)
 
 
@@ -259,7 +260,7 @@ def test_a_batch_with_padding(tmp_path: Path) -> None:
     ids, mask = tokens(3, 30), torch.ones(3, 30, dtype=torch.long)
     mask[0, :9], mask[2, 22:] = 0, 0
     past = PressedCache(press)
-    model(ids, attention_mask=mask, past_key_values=past)
+    model(ids, attention_mask=mask, **cache_argument(past))
     with pytest.raises(CacheError, match=r"has padding.* give attention_mask=.* of all 30 tokens"):
         past.save(path, model)
     with pytest.raises(CacheError, match=r"must be of all tokens .*\(3, 30\), got \(3, 29\)"):
@@ -270,7 +271,8 @@ def test_a_batch_with_padding(tmp_path: Path) -> None:
     assert loaded.attention_mask.dtype == torch.bool and torch.equal(loaded.attention_mask.long(), mask)
     assert torch.equal(loaded.fork().attention_mask, loaded.attention_mask)
     more = torch.cat([loaded.attention_mask.long(), torch.ones(3, 4, dtype=torch.long)], dim=1)
-    answers = [model(tokens(3, 4, seed=2), attention_mask=more, past_key_values=each).logits for each in (past, loaded)]
+    last = tokens(3, 4, seed=2)
+    answers = [model(last, attention_mask=more, **cache_argument(each)).logits for each in (past, loaded)]
     assert torch.equal(*answers)
     loaded.crop(-2)
     assert torch.equal(loaded.attention_mask, mask.bool())  # of no token that came later
@@ -292,11 +294,11 @@ def test_a_single_padded_row_is_asked_one_token(tmp_path: Path) -> None:
     model, path, mask = tiny("llama"), tmp_path / "a.safetensors", torch.ones(1, 20, dtype=torch.long)
     mask[:, :6] = 0
     past = PressedCache()
-    model(tokens(1, 20), attention_mask=mask, past_key_values=past)
+    model(tokens(1, 20), attention_mask=mask, **cache_argument(past))
     past.save(path, model, attention_mask=mask)
     loaded = PressedCache.load(path, model)
     mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-    answers = [model(tokens(1, 1), attention_mask=mask, past_key_values=each).logits for each in (past, loaded)]
+    answers = [model(tokens(1, 1), attention_mask=mask, **cache_argument(each)).logits for each in (past, loaded)]
     assert torch.equal(*answers)
 
 
@@ -308,7 +310,7 @@ def test_a_cache_filled_in_inference_mode_with_gradients_or_shared(tmp_path: Pat
     assert torch.equal(go_on(PressedCache.load(path, tiny("llama"))), go_on(past))
     model = BY_NAME["llama"].build().requires_grad_(True)
     past = PressedCache(KnormPress(0.5))
-    model(IDS, past_key_values=past)
+    model(IDS, **cache_argument(past))
     loaded = through_a_file(past, path, model)
     assert not loaded.layer(0).keys.requires_grad
     parent = prefilled(KnormPress(0.5))
@@ -352,18 +354,20 @@ import torch
 torch.set_num_threads(1)
 from tests.contract.architectures import tiny, tokens
 from coldpress import AdaKVPress, KnormPress, PressedCache
+from coldpress.cache_argument import cache_argument
 past, model = PressedCache(AdaKVPress(KnormPress(0.5))), tiny("llama")
-model(tokens(1, 53), past_key_values=past)
+model(tokens(1, 53), **cache_argument(past))
 past.save({path!r}, model)
-torch.save(model(tokens(1, 5, seed=7), past_key_values=past).logits, {path!r} + ".logits")
+torch.save(model(tokens(1, 5, seed=7), **cache_argument(past)).logits, {path!r} + ".logits")
 """
 KILLED = """
 import sys, os
 sys.path[:0] = [{src!r}, {root!r}]
 from tests.contract.architectures import tiny, tokens
 from coldpress import PressedCache
+from coldpress.cache_argument import cache_argument
 past, model = PressedCache(), tiny("llama")
-model(tokens(60, 500), past_key_values=past)
+model(tokens(60, 500), **cache_argument(past))
 print("ready", flush=True)
 while True:
     past.save({path!r}, model)
@@ -379,7 +383,7 @@ def test_a_file_of_another_process(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", script(WRITER, path)], check=True, timeout=120)
     expected = torch.load(f"{path}.logits", weights_only=True)
     loaded = PressedCache.load(path, tiny("llama"))
-    assert torch.equal(tiny("llama")(tokens(1, 5, seed=7), past_key_values=loaded).logits, expected)
+    assert torch.equal(tiny("llama")(tokens(1, 5, seed=7), **cache_argument(loaded)).logits, expected)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no signals of that kind")

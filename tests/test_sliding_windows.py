@@ -8,6 +8,7 @@ from tests.contract.architectures import BY_NAME, WINDOW, Look, tiny, tokens
 from torch import Tensor
 
 from coldpress import ExpectedAttentionPress, KnormPress, PressedCache, StreamingLLMPress
+from coldpress.cache_argument import cache_argument
 from coldpress.errors import CacheError
 
 FURTHER = tokens(1, 90, seed=1)
@@ -15,7 +16,7 @@ SLACK = 64  # more tokens than the window reaches stay, so that as many can be c
 
 
 def add(past: PressedCache, ids: Tensor, name: str) -> Tensor:
-    return tiny(name)(ids, past_key_values=past).logits
+    return tiny(name)(ids, **cache_argument(past)).logits
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3", "cohere2", "gpt_oss"])
@@ -39,12 +40,12 @@ def test_sliding_layers_forget_and_compute_the_same(name: str, chunk: int) -> No
 def test_compressed_pairs_are_freed_when_the_window_has_passed_them(ratio: float) -> None:
     ids, past = tokens(1, 300, seed=2), PressedCache(KnormPress(ratio))
     model = tiny("mistral")
-    model(ids[:, :60], past_key_values=past)
+    model(ids[:, :60], **cache_argument(past))
     for t in range(60, 299):
-        model(ids[:, t : t + 1], past_key_values=past)
+        model(ids[:, t : t + 1], **cache_argument(past))
         assert max(past.stored_lengths()) < WINDOW + SLACK + 64
     expected = tiny("mistral", "sdpa")(ids, use_cache=False).logits[:, -1:]
-    answer = model(ids[:, -1:], past_key_values=past).logits
+    answer = model(ids[:, -1:], **cache_argument(past)).logits
     if ratio == 0:
         torch.testing.assert_close(answer, expected, atol=1e-4, rtol=0)
     assert torch.isfinite(answer).all() and past.achieved_ratio() == pytest.approx(ratio, abs=0.03)

@@ -31,6 +31,7 @@ from benchmarks.decoding import (
 )
 
 from coldpress import AdaKVPress, PressedCache, SnapKVPress, use_coldpress
+from coldpress.cache_argument import cache_argument
 from coldpress.layer import PressedLayer
 from coldpress.store import DenseStore
 
@@ -74,7 +75,7 @@ def measure(args: argparse.Namespace, model: Any, n_rows: int, held: dict[str, i
         position = (mask.cumsum(-1) - 1).clamp(min=0)
         model.base_model(
             text(n_rows, args.tokens, args.seed), attention_mask=mask.long(), position_ids=position,
-            past_key_values=full,
+            **cache_argument(full),
         )  # fmt: skip
     caches: dict[str, Any] = {
         "coldpress, full": full, "coldpress, 0.5": half, "coldpress, heads 0.5": heads,

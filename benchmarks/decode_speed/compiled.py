@@ -38,6 +38,7 @@ from benchmarks.decoding import (
 from torch.nn.functional import linear
 
 from coldpress import PressedCache, SnapKVPress, compiled, use_coldpress
+from coldpress.cache_argument import cache_argument
 from coldpress.compiling import OneRow, by_columns
 
 TITLES = {
@@ -106,7 +107,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     full = PressedCache()
     (half,) = full.branches([SnapKVPress(0.5)])
     with torch.inference_mode():
-        model.base_model(text(1, args.tokens, args.seed), past_key_values=full)
+        model.base_model(text(1, args.tokens, args.seed), **cache_argument(full))
     own = {"transformers, full": with_dynamic_cache(full), "transformers, 0.5": with_dynamic_cache(half)}
     decoders = {name: Decoder(copy.deepcopy(model), half.fork(), "coldpress", args.tokens) for name in COLDPRESS}
     decoders |= {name: Decoder(copy.deepcopy(model), cache, "sdpa", args.tokens) for name, cache in own.items()}
@@ -134,7 +135,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def largest_difference(one: Decoder, other: Decoder) -> float:
     """Between the logits of a token after the same cache."""
     with torch.inference_mode():
-        logits = [d.model(torch.full((1, 1), 5), past_key_values=d.cache).logits for d in (one, other)]
+        logits = [d.model(torch.full((1, 1), 5), **cache_argument(d.cache)).logits for d in (one, other)]
     for decoder in (one, other):
         decoder.cache.crop(-1)
     return float((logits[0] - logits[1]).abs().max())

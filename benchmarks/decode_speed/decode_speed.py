@@ -38,6 +38,7 @@ from benchmarks.decoding import (
 )
 
 from coldpress import AdaKVPress, PressedCache, SnapKVPress, use_coldpress
+from coldpress.cache_argument import cache_argument
 
 TITLES = {
     "transformers, full": "DynamicCache, no press",
@@ -95,7 +96,7 @@ def make_decoders(args: argparse.Namespace, model: Any) -> dict[str, Any]:
     presses = [SnapKVPress(0.5), SnapKVPress(0.9), AdaKVPress(SnapKVPress(0.5))]
     half, tenth, heads = full.branches(presses)
     with torch.inference_mode():
-        model.base_model(text(1, args.tokens, args.seed), past_key_values=full)
+        model.base_model(text(1, args.tokens, args.seed), **cache_argument(full))
     uneven = full.fork()
     share_unevenly(uneven, 0.5, args.seed)
     caches = {
@@ -112,7 +113,7 @@ def make_decoders(args: argparse.Namespace, model: Any) -> dict[str, Any]:
         model.set_attn_implementation(implementation)
         empty = PressedCache() if implementation == "coldpress" else with_dynamic_cache(PressedCache())
         with torch.inference_mode():
-            model(text(1, 1, args.seed), past_key_values=empty)
+            model(text(1, 1, args.seed), **cache_argument(empty))
         decoders[name] = Decoder(model, empty, implementation, 1)
     return decoders
 

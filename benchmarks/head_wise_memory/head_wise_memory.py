@@ -41,6 +41,8 @@ from benchmarks.decoding import (
     write,
 )
 
+from coldpress.cache_argument import cache_argument
+
 PRESSES = ("adakv", "critical_adakv", "kvzip", "duo_attention", "dms")
 SPEEDS = {
     "transformers, full": "DynamicCache, no press",
@@ -125,14 +127,14 @@ def with_coldpress(model: Any, ids: torch.Tensor, name: str, ratio: float) -> It
     use_coldpress(model)
     with torch.inference_mode():
         cache = PressedCache()
-        model.base_model(ids, past_key_values=cache)
+        model.base_model(ids, **cache_argument(cache))
         press = press_of(cache, model, name, ratio)
         yield cache, 0.0
         del cache
         yield None, 0.0
         cache = PressedCache()
         with press(model):
-            model(ids, past_key_values=cache, logits_to_keep=1)
+            model(ids, **cache_argument(cache), logits_to_keep=1)
         yield cache, cache.achieved_ratio()
 
 
@@ -183,13 +185,13 @@ def with_kvpress(model: Any, ids: torch.Tensor, name: str, ratio: float) -> Iter
     press = kvpress.AdaKVPress(inner) if name == "adakv" else kvpress.CriticalAdaKVPress(inner)
     with torch.inference_mode():
         cache = DynamicCache()
-        model.base_model(ids, past_key_values=cache)
+        model.base_model(ids, **cache_argument(cache))
         yield cache, 0.0
         del cache
         yield None, 0.0
         cache = DynamicCache()
         with press(model):
-            model.base_model(ids, past_key_values=cache)
+            model.base_model(ids, **cache_argument(cache))
         yield cache, ratio
 
 
@@ -224,7 +226,7 @@ def decoding(args: argparse.Namespace, model: Any) -> list[dict[str, Any]]:
     full = PressedCache()
     (heads,) = full.branches([AdaKVPress(SnapKVPress(0.5))])
     with torch.inference_mode():
-        model.base_model(text(1, args.decode_tokens, args.seed), past_key_values=full)
+        model.base_model(text(1, args.decode_tokens, args.seed), **cache_argument(full))
     uneven = full.fork()
     share_unevenly(uneven, 0.5, args.seed)
     caches = {

@@ -16,6 +16,8 @@ from benchmarks.parity.case import Case
 from benchmarks.parity.models import N_SCORED, Setting
 from torch import Tensor
 
+from coldpress.cache_argument import cache_argument
+
 
 @dataclass
 class Measurement:
@@ -111,10 +113,10 @@ def measure(
     start = setting.n_context + case.decode
     written = Written(cache)
     with press(model) if press is not None else nullcontext():
-        model.model(input_ids=ids[:, : setting.n_context], past_key_values=cache)
+        model.model(input_ids=ids[:, : setting.n_context], **cache_argument(cache))
         for at in range(setting.n_context, start):
             positions = torch.full((case.rows, 1), at)
-            model.model(input_ids=ids[:, at : at + 1], past_key_values=cache, position_ids=positions)
+            model.model(input_ids=ids[:, at : at + 1], **cache_argument(cache), position_ids=positions)
     kept, extra = [], 0
     for index, layer in enumerate(model.model.layers):
         # what is after the text, a press has left there that ran the model again
@@ -142,6 +144,6 @@ def _losses(setting: Setting, case: Case, cache: Any, start: int, first: int) ->
     for offset in range(0, N_SCORED, size):
         at = slice(start + offset, start + offset + size)
         positions = torch.arange(first + offset, first + offset + size).expand(case.rows, -1)
-        logits.append(setting.model(ids[:, at], past_key_values=cache, position_ids=positions).logits)
+        logits.append(setting.model(ids[:, at], **cache_argument(cache), position_ids=positions).logits)
     targets = ids[:, start + 1 : start + 1 + N_SCORED]
     return torch.nn.functional.cross_entropy(torch.cat(logits, 1).transpose(1, 2).float(), targets, reduction="none")

@@ -33,6 +33,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from coldpress.cache_argument import cache_argument
+
 LIBRARIES = ("coldpress", "kvpress")
 NO_PRESS = "no_press"
 MODELS = {"pythia-70m": ("coldpress",), "smollm2-135m": LIBRARIES}  # kvpress does not know GPT-NeoX
@@ -249,7 +251,7 @@ def with_coldpress(args: argparse.Namespace) -> Setup:
         cache = coldpress.PressedCache()
         start = time.perf_counter()
         with press(model) if press is not None else nullcontext():
-            model.base_model(ids, past_key_values=cache)
+            model.base_model(ids, **cache_argument(cache))
         return time.perf_counter() - start
 
     return press_of, prefill, clock
@@ -283,7 +285,7 @@ def with_kvpress(args: argparse.Namespace) -> Setup:
         cache = DynamicCache()
         start = time.perf_counter()
         with press(model) if press is not None else nullcontext():
-            model.base_model(ids, past_key_values=cache)
+            model.base_model(ids, **cache_argument(cache))
         seconds = time.perf_counter() - start
         for layer in model.base_model.layers:
             layer.self_attn.masked_key_indices = None  # AdaKV's mark would change the next prefill

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from coldpress import KVBits, PressedCache
+from coldpress.cache_argument import cache_argument
 from coldpress.eval.datasets import load_corpus
 from coldpress.eval.metrics import paired_difference
 from coldpress.eval.models import load_model
@@ -102,7 +103,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
     def logits(cache: Any, window: Tensor) -> Tensor:
         # coldpress's backend hands caches of other classes on to transformers' own attention
-        return model(window[:, context:-1], past_key_values=cache, use_cache=True).logits[0].float()
+        return model(window[:, context:-1], **cache_argument(cache), use_cache=True).logits[0].float()
 
     sums: list[dict[str, Any]] = [
         {"cache": name, "bits": n, "nll": [], "kl": [], "square": [], "bytes": 0} for name, n, _ in makers
@@ -112,7 +113,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     for window in windows:
         full, ours = PressedCache(), [how for _, _, how in makers if isinstance(how, KVBits)]
         branches = full.branches([None] * len(ours), ours)
-        model.base_model(input_ids=window[:, :context], past_key_values=full, use_cache=True)  # the one prefill
+        model.base_model(input_ids=window[:, :context], **cache_argument(full), use_cache=True)  # the one prefill
         own_caches = iter(branches)
         caches = [next(own_caches) if isinstance(how, KVBits) else fill(how(), full) for _, _, how in makers]
         plain = full.kv_bytes()

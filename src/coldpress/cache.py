@@ -32,11 +32,12 @@ __all__ = ["PressedCache"]
 class PressedCache(Cache):
     """A key-value cache that a press compresses: right after the prefill, and while decoding if that is its schedule.
 
-    Pass it as ``past_key_values`` to a model that runs on coldpress's attention::
+    Pass it as ``cache`` to a model that runs on coldpress's attention (before transformers 5.24 the argument is called
+    ``past_key_values``)::
 
         model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="coldpress")
         cache = PressedCache(SnapKVPress(compression_ratio=0.5))
-        model.generate(**inputs, past_key_values=cache, max_new_tokens=50)
+        model.generate(**inputs, cache=cache, max_new_tokens=50)
 
     The first forward (the prefill) sees every pair; then each layer keeps what the press selects and frees the rest.
     Later tokens, of an answer or of further turns, are stored whole, at the positions they have in the text, unless the
@@ -48,7 +49,7 @@ class PressedCache(Cache):
     that it never holds more than the budget and a piece, and under a budget the time is linear in the length::
 
         cache = PressedCache(SnapKVPress(budget_tokens=2048), chunk_tokens=512)
-        model.generate(**inputs, past_key_values=cache, prefill_chunk_size=512)
+        model.generate(**inputs, cache=cache, prefill_chunk_size=512)
 
     :func:`coldpress.prefill` does the same for whoever calls the model. Without ``chunk_tokens`` all pieces but the
     first are stored whole, whoever cuts the prompt up.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from coldpress.cache_argument import cache_argument
 from coldpress.view import Kept, LayerView
 
 if TYPE_CHECKING:
@@ -72,5 +73,5 @@ def calibrate(
     device = next(model.parameters()).device
     with torch.no_grad():
         for ids in progress(samples):
-            backbone(input_ids=ids[None].to(device), past_key_values=PressedCache(Probe()), use_cache=True)
+            backbone(input_ids=ids[None].to(device), **cache_argument(PressedCache(Probe()), backbone), use_cache=True)
     return calibration.tensors()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from coldpress.cache_argument import cache_argument
 from coldpress.errors import CacheError, InputError, PressError
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def prefill(
 
         cache = PressedCache(KeyDiffPress(budget_tokens=2048), chunk_tokens=512)
         coldpress.prefill(model, ids[:, :-1], cache)
-        model.generate(ids, past_key_values=cache, max_new_tokens=50)
+        model.generate(ids, cache=cache, max_new_tokens=50)
 
     After the last piece the cache is within the budget of the whole prompt. A cache without ``chunk_tokens`` gets the
     prompt in one call. Gradients are not kept. Rows that are padded on the left keep what they would keep alone;
@@ -89,7 +90,9 @@ def prefill(
             if position_ids is not None:
                 options["position_ids"] = position_ids[:, start:stop]
             output = None  # its logits are not needed while the next ones are made
-            output = model(input_ids=input_ids[:, start:stop], past_key_values=cache, use_cache=True, **options)
+            output = model(
+                input_ids=input_ids[:, start:stop], **cache_argument(cache, model), use_cache=True, **options
+            )
     finally:
         session.prefill_end = None
     session.check_claimed()

@@ -29,6 +29,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.attention import use_coldpress
 from coldpress.cache import PressedCache
+from coldpress.cache_argument import NAMES, argument_name, cache_argument, given_cache
 from coldpress.errors import CacheError, ModelError
 from coldpress.layer import PressedLayer
 from coldpress.pressing import is_inside
@@ -40,14 +41,14 @@ _CAPACITY_TOKENS = 64  # buffers are whole multiples of this, so that texts of s
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SUFFICES = {"use_cache": (None, True), "return_dict": (None, True), "output_attentions": (None, False),
              "output_hidden_states": (None, False), "logits_to_keep": (0, 1)}  # fmt: skip
-_TAKEN = {"input_ids", "attention_mask", "position_ids", "past_key_values", "cache_position", *_SUFFICES}
+_TAKEN = {"input_ids", "attention_mask", "position_ids", "cache_position", *NAMES, *_SUFFICES}
 
 
 @contextmanager
 def compiled(model: PreTrainedModel, new_tokens: int = 256) -> Iterator[None]:
     """Inside the block, calls of ``model`` with one new token a row and a filled PressedCache are compiled.
 
-    That is what ``generate(..., past_key_values=cache)`` does for each token after the first; the prompt and questions
+    That is what ``generate(..., cache=cache)`` does for each token after the first; the prompt and questions
     of several tokens run as they do outside. The first such token waits for torch.compile (many seconds, and a C++
     compiler on the CPU); another block, and caches of other lengths, use what is there. On CUDA the step is a graph.
     Calls from other threads are left alone.
@@ -114,7 +115,7 @@ class _Decoder:
         self.forward = forward
 
     def _is_step(self, given: dict[str, Any]) -> bool:
-        ids, cache = given.get("input_ids"), given.get("past_key_values")
+        ids, cache = given.get("input_ids"), given_cache(given)
         if not isinstance(ids, Tensor) or ids.shape[1] != 1 or not isinstance(cache, Cache):
             return False
         if not isinstance(cache, PressedCache):
@@ -127,7 +128,7 @@ class _Decoder:
         )  # a press that watches sees eager calls
 
     def _decode(self, given: dict[str, Any]) -> CausalLMOutputWithPast:
-        ids, cache, mask = given["input_ids"], given["past_key_values"], given.get("attention_mask")
+        ids, cache, mask = given["input_ids"], given_cache(given), given.get("attention_mask")
         for name, value in given.items():
             if name not in _TAKEN and value is not None:
                 raise ModelError(f"A compiled step does not take {name}; leave it out, or leave the compiled() block.")
@@ -149,9 +150,10 @@ class _Decoder:
             position = torch.full_like(ids, seen)
         at = torch.tensor([layer._store.n for layer in layers], device=ids.device)  # type: ignore[union-attr]
         keys, values = zip(*(layer._store.tensors() for layer in layers), strict=True)  # type: ignore[union-attr]
+        name = argument_name(self.eager)
         n_parts = torch.get_num_threads() if ids.device.type == "cpu" else 0
         try:
-            logits = self.step(self.model, self.eager, ids, position, at, list(keys), list(values), n_parts)
+            logits = self.step(self.model, self.eager, ids, position, at, list(keys), list(values), n_parts, name)
         except Exception as error:
             if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise
@@ -161,7 +163,7 @@ class _Decoder:
             ) from error
         for layer in layers:  # nothing has been counted before, so a step that fails has not been
             layer.has_written(1)
-        return CausalLMOutputWithPast(logits=logits.clone(), past_key_values=cache)
+        return CausalLMOutputWithPast(logits=logits.clone(), **cache_argument(cache))
 
     def _static_layers(self, cache: PressedCache, n_rows: int) -> list[PressedLayer]:
         """The layers, each with room for one token at least in buffers that are its own."""
@@ -207,6 +209,7 @@ def _step(
     keys: list[Tensor],
     values: list[Tensor],
     n_parts: int,
+    cache_name: str,
 ) -> Tensor:
     """Logits ``[B, 1, V]`` of one token a row; its pairs are in slot ``at[layer]`` of every layer's buffers afterwards.
 
@@ -220,8 +223,8 @@ def _step(
             input_ids=ids,
             attention_mask=hidden[:, None, None].to(torch.uint8),
             position_ids=position,
-            past_key_values=cache,
             use_cache=True,
+            **{cache_name: cache},
         )
     logits: Tensor = output.logits
     return logits

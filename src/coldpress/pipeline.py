@@ -21,6 +21,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from coldpress.attention import use_coldpress
 from coldpress.cache import PressedCache
+from coldpress.cache_argument import cache_argument
 from coldpress.chunks import prefill
 from coldpress.errors import CacheError, InputError, PressError, nearest
 from coldpress.presses.base import BasePress
@@ -241,7 +242,7 @@ class KVPressTextGenerationPipeline(Pipeline):
         """Run the backbone only: the vocabulary-sized logits of a long context need more memory than its cache."""
         backbone: Any = getattr(self.model, self.model.base_model_prefix, self.model)
         if cache.seen_tokens:
-            backbone(input_ids=context_ids, past_key_values=cache, use_cache=True)
+            backbone(input_ids=context_ids, **cache_argument(cache, backbone), use_cache=True)
         else:
             prefill(backbone, context_ids, cache)
 
@@ -262,7 +263,7 @@ class KVPressTextGenerationPipeline(Pipeline):
         branch = cache.fork()  # the answer grows on a branch, and the context stays as it is for the next question
         branch.batch_repeat_interleave(config.num_beams or 1)
         output = self.model.generate(
-            ids, attention_mask=torch.ones_like(ids), past_key_values=branch, generation_config=config, **options
+            ids, attention_mask=torch.ones_like(ids), **cache_argument(branch), generation_config=config, **options
         )
         output = getattr(output, "sequences", output)
         tokenizer: Any = self.tokenizer

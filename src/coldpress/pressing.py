@@ -17,6 +17,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.attention import use_coldpress
 from coldpress.cache import PressedCache
+from coldpress.cache_argument import argument_name, given_cache
 from coldpress.chunks import check_chunks
 from coldpress.errors import CacheError, PressError
 from coldpress.layer import PressedLayer
@@ -64,7 +65,7 @@ def pressed(model: PreTrainedModel, press: BasePress) -> Iterator[None]:
         for parameter in signature.parameters.values():
             if parameter.kind is parameter.VAR_KEYWORD:
                 given |= given.pop(parameter.name, {})
-        cache, use_cache = given.get("past_key_values"), given.get("use_cache")
+        cache, use_cache = given_cache(given), given.get("use_cache")
         prefill.caches = []  # those of this call alone, so that the block holds on to no other
         if cache is not None:
             prefill.caches = [_bind(cache, press, bound)]
@@ -74,9 +75,10 @@ def pressed(model: PreTrainedModel, press: BasePress) -> Iterator[None]:
         cache = PressedCache(press)
         bound.append(cache.session)
         prefill.caches = [cache]
-        if "past_key_values" not in signature.parameters:
-            return args, {**kwargs, "past_key_values": cache}
-        call.arguments["past_key_values"] = cache
+        name = argument_name(module.forward)
+        if name not in signature.parameters:
+            return args, {**kwargs, name: cache}
+        call.arguments[name] = cache
         return call.args, call.kwargs
 
     modules = {id(m): m for m in (model, getattr(model, "base_model", None)) if isinstance(m, nn.Module)}
@@ -252,7 +254,7 @@ def _adopt(cache: Any) -> Session:
     if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
         raise CacheError(
             f"A press compresses a PressedCache or a plain DynamicCache, not {type(cache).__name__}. "
-            "Pass past_key_values=coldpress.PressedCache(); for one that is quantised, PressedCache(kv_bits=4)."
+            "Pass a coldpress.PressedCache(); for one that is quantised, PressedCache(kv_bits=4)."
         )
     if isinstance(cache, Cache) and cache.get_seq_length() > 0:
         raise CacheError("This DynamicCache holds tokens already; a press compresses during the prefill. Start empty.")

@@ -24,6 +24,7 @@ from tests.contract.architectures import BY_NAME, tokens
 from transformers import AutoTokenizer, DynamicCache
 
 import coldpress
+from coldpress.cache_argument import cache_argument
 
 # The presses that kvpress 0.5.5 exports, without its three base classes.
 KVPRESS = """
@@ -134,7 +135,7 @@ def test_pairs_beside_those_of_the_text_are_counted() -> None:
     @contextmanager
     def reads_twice(model: Any) -> Iterator[None]:
         yield
-        model.model(input_ids=setting.ids[:, :8], past_key_values=cache)
+        model.model(input_ids=setting.ids[:, :8], **cache_argument(cache))
 
     cache = DynamicCache()
     found = measure(setting, PLAIN, reads_twice, cache, False, no_scores)

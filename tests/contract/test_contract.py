@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from coldpress import BasePress, PressedCache, make_press, press_names
 from coldpress.budget import keep_count
+from coldpress.cache_argument import cache_argument
 from coldpress.errors import PressError
 from coldpress.presses.registry import parameters_of
 
@@ -66,7 +67,7 @@ def in_pieces(model: PreTrainedModel, ids: Tensor, past: object) -> Tensor:
     cuts = (CONTEXT, CONTEXT + QUESTION, *range(CONTEXT + QUESTION + 1, ids.shape[1] + 1))
     starts = (0, *cuts)
     return torch.cat(
-        [model(ids[:, a:b], past_key_values=past).logits for a, b in zip(starts, cuts, strict=False)], dim=1
+        [model(ids[:, a:b], **cache_argument(past)).logits for a, b in zip(starts, cuts, strict=False)], dim=1
     )
 
 
@@ -115,7 +116,7 @@ def test_generate_gives_the_models_own_tokens(architecture: Architecture) -> Non
     options = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(ids)}
     expected = own.generate(ids, **options)
     for press in (None, press_of("snapkv", 0.0)):
-        assert torch.equal(model.generate(ids, past_key_values=PressedCache(press), **options), expected)
+        assert torch.equal(model.generate(ids, **cache_argument(PressedCache(press)), **options), expected)
 
 
 def expected_lengths(architecture: Architecture, model: PreTrainedModel, name: str) -> list[int]:
@@ -164,7 +165,7 @@ def test_schedules_compress_what_is_generated(architecture: Architecture, name: 
     types = [kind for kind in types if kind not in ("conv", "linear_attention")]
     for end in range(CONTEXT, ids.shape[1] + 1, QUESTION):
         start = 0 if end == CONTEXT else end - QUESTION
-        assert torch.isfinite(model(ids[:, start:end], past_key_values=past).logits).all()
+        assert torch.isfinite(model(ids[:, start:end], **cache_argument(past)).logits).all()
     for kind, layer in zip(types, past.pressed_layers(), strict=True):
         if kind == "full_attention" and architecture.name != "mistral":
             assert layer.stored_length == keep_count(ids.shape[1], 0.5)
@@ -209,13 +210,13 @@ def check_compressed(
     def run() -> tuple[PressedCache, list[Tensor], Tensor]:
         past = PressedCache(press)
         with block(model, press):
-            model(ids[:, :CONTEXT], past_key_values=past)
+            model(ids[:, :CONTEXT], **cache_argument(past))
         lengths = past.stored_lengths()
         counts = [(past.positions(layer.index) >= 0).sum(-1) for layer in past.pressed_layers()]  # [B, Hkv]
         check_positions(architecture, name, past)
-        logits = [model(ids[:, CONTEXT : CONTEXT + QUESTION], past_key_values=past).logits]
+        logits = [model(ids[:, CONTEXT : CONTEXT + QUESTION], **cache_argument(past)).logits]
         for i in range(ANSWER):
-            logits.append(model(ids[:, CONTEXT + QUESTION + i][:, None], past_key_values=past).logits)
+            logits.append(model(ids[:, CONTEXT + QUESTION + i][:, None], **cache_argument(past)).logits)
             assert past.stored_lengths() == [n + QUESTION + i + 1 for n in lengths]
         assert past.seen_tokens == past.get_seq_length() == ids.shape[1]
         return past, counts, torch.cat(logits, dim=1)

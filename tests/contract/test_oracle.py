@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from coldpress import BasePress, ExpectedAttentionPress, KnormPress, PressedCache, PyramidKVPress, SnapKVPress
+from coldpress.cache_argument import cache_argument
 
 CONTEXT, QUESTION = 40, 6
 BASE = 10_000.0  # of the rotary frequencies
@@ -116,11 +117,11 @@ def test_logits_after_a_compressed_context(name: str, press: BasePress | None) -
     model, ids = BY_NAME[name].build(), tokens(1, CONTEXT + QUESTION)
     full, pressed = PressedCache(), PressedCache(press)
     for past in (full, pressed):
-        model(ids[:, :CONTEXT], past_key_values=past)
+        model(ids[:, :CONTEXT], **cache_argument(past))
     kept = [layer.positions()[0].tolist() for layer in pressed.pressed_layers()]
     assert press is None or all(len(head) < CONTEXT for layer in kept for head in layer)
     expected = oracle_logits(name, ids[0, CONTEXT:], full, kept)
-    together = model(ids[:, CONTEXT:], past_key_values=pressed.fork()).logits[0]
-    one_by_one = [model(token[None, None], past_key_values=pressed).logits[0, 0] for token in ids[0, CONTEXT:]]
+    together = model(ids[:, CONTEXT:], **cache_argument(pressed.fork())).logits[0]
+    one_by_one = [model(token[None, None], **cache_argument(pressed)).logits[0, 0] for token in ids[0, CONTEXT:]]
     torch.testing.assert_close(together, expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(torch.stack(one_by_one), expected, atol=1e-4, rtol=0)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from coldpress import ColdpressError, Kept, LayerView, PressedCache
+from coldpress.cache_argument import cache_argument
 from coldpress.rope import Rope
 
 LENGTH = 45
@@ -48,7 +49,7 @@ def test_unrotated_queries(architecture: Architecture, monkeypatch: pytest.Monke
     model, look = architecture.build(), Look()
     with monkeypatch.context() as patch:
         spy = Spy(model, patch)
-        model(tokens(1, LENGTH), past_key_values=PressedCache(look))
+        model(tokens(1, LENGTH), **cache_argument(PressedCache(look)))
     assert look.views and bool(spy.before) == (architecture.name not in WITHOUT)
     for view in look.views:
         expected = view.queries.float()
@@ -74,7 +75,7 @@ def test_layers_without_rotation_are_told_apart(monkeypatch: pytest.MonkeyPatch)
 def test_dynamic_frequencies_do_not_leak_from_layer_to_layer() -> None:
     """Looking at future positions lengthens the input of a dynamic embedding; the next layer must not notice."""
     model, look = BY_NAME["llama_dynamic"].build(), Look()
-    model(tokens(1, LENGTH), past_key_values=PressedCache(look))
+    model(tokens(1, LENGTH), **cache_argument(PressedCache(look)))
     first, second = look.views
     before = first.unrotated_queries()
     first.mean_future_rotation(before, 512)
@@ -98,7 +99,7 @@ def test_dynamic_frequencies_are_those_that_the_model_has(earlier: int, monkeypa
     with monkeypatch.context() as patch:
         spy = Spy(model, patch)
         with look(model):
-            model(tokens(1, LENGTH), past_key_values=past)
+            model(tokens(1, LENGTH), **cache_argument(past))
     seen = dict(spy.before)
     model(tokens(1, 400, seed=1))  # swaps them again
     for view in look.views:

@@ -23,6 +23,7 @@ from coldpress import (
     SnapKVPress,
     prefill,
 )
+from coldpress.cache_argument import cache_argument
 from coldpress.errors import ModelError
 
 CONTEXT, PADDING = 45, 17  # of the second row; more than a piece
@@ -68,7 +69,7 @@ def read(model: PreTrainedModel, past: PressedCache, ids: Tensor, mask: Tensor |
                 "attention_mask": mask[:, :stop],
                 "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, start:stop],
             }
-        logits.append(model(ids[:, start:stop], past_key_values=past, **given).logits)
+        logits.append(model(ids[:, start:stop], **cache_argument(past), **given).logits)
     return torch.cat(logits, 1)
 
 
@@ -77,7 +78,7 @@ def made(architecture: Architecture, variant: str, ratio: float) -> tuple[PreTra
     model: PreTrainedModel = tiny(architecture.name)
     if "positions" in options and architecture.name in LEARNED:
         with pytest.raises(ModelError, match="has no rotary embedding"):
-            model(tokens(1, 5), past_key_values=PressedCache(make(ratio), **options))
+            model(tokens(1, 5), **cache_argument(PressedCache(make(ratio), **options)))
         pytest.skip("refused")
     return model, make(ratio), options
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import coldpress
+from coldpress.cache_argument import cache_argument
 from coldpress.errors import InputError, PressError, SelfCheckError
 from coldpress.presses.base import BasePress
 from coldpress.quantised import KVBits
@@ -115,14 +116,14 @@ def slow_score(lm: ColdpressLM, press: BasePress | None, request: Request) -> fl
     context, wanted = token_ids(lm, request)
     cache = coldpress.PressedCache(press)
     if press is None:
-        lm.model(torch.tensor([context[:-1]]), past_key_values=cache)
+        lm.model(torch.tensor([context[:-1]]), **cache_argument(cache))
     else:
         with press(lm.model):
-            lm.model(torch.tensor([context[:-1]]), past_key_values=cache)
+            lm.model(torch.tensor([context[:-1]]), **cache_argument(cache))
     total, token = 0.0, context[-1]
     for i, following in enumerate(wanted):
         position = torch.tensor([[len(context) - 1 + i]])
-        logits = lm.model(torch.tensor([[token]]), past_key_values=cache, position_ids=position).logits[0, -1]
+        logits = lm.model(torch.tensor([[token]]), **cache_argument(cache), position_ids=position).logits[0, -1]
         total += float(logits.double().log_softmax(-1)[following])
         token = following
     return total
@@ -267,8 +268,8 @@ def test_rolling_scores_each_block_against_the_compressed_one_before() -> None:
             cache, block = coldpress.PressedCache(coldpress.KnormPress(0.5)), ids[start : start + 50]
             before = ids[start - 50 : start] if start else [lm.prefix_token_id]
             if len(before) > 1:
-                lm.model(torch.tensor([before[:-1]]), past_key_values=cache)
-            logits = lm.model(torch.tensor([before[-1:] + block[:-1]]), past_key_values=cache).logits[0]
+                lm.model(torch.tensor([before[:-1]]), **cache_argument(cache))
+            logits = lm.model(torch.tensor([before[-1:] + block[:-1]]), **cache_argument(cache)).logits[0]
             wanted += float(logits.log_softmax(-1).gather(-1, torch.tensor(block)[:, None]).sum())
         assert total == pytest.approx(wanted, abs=1e-3)
     whole = make(press="knorm", compression_ratio=0.0, max_length=100).loglikelihood_rolling(TEXTS, disable_tqdm=True)
@@ -289,9 +290,9 @@ def test_what_is_written_is_what_a_slow_loop_writes() -> None:
     for request, text in zip(PROMPTS, found, strict=True):
         ids = lm.tok_encode(request.args[0])
         cache, written = coldpress.PressedCache(coldpress.KnormPress(0.75)), [ids[-1]]
-        lm.model(torch.tensor([ids[:-1]]), past_key_values=cache)
+        lm.model(torch.tensor([ids[:-1]]), **cache_argument(cache))
         for _ in range(12):
-            written.append(int(lm.model(torch.tensor([written[-1:]]), past_key_values=cache).logits[0, -1].argmax()))
+            written.append(int(lm.model(torch.tensor([written[-1:]]), **cache_argument(cache)).logits[0, -1].argmax()))
         assert text == lm.tok_decode(written[1:])
 
 
@@ -304,9 +305,9 @@ def test_a_press_that_goes_on_compresses_what_is_fed() -> None:
         context, continuation = token_ids(lm, request)
         cache, total, token = coldpress.PressedCache(press), 0.0, context[-1]
         with torch.inference_mode():
-            lm.model(torch.tensor([context[:-1]]), past_key_values=cache)
+            lm.model(torch.tensor([context[:-1]]), **cache_argument(cache))
             for following in continuation:
-                logits = lm.model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1]
+                logits = lm.model(torch.tensor([[token]]), **cache_argument(cache)).logits[0, -1]
                 total += float(logits.log_softmax(-1)[following])
                 token = following
         wanted.append(total)

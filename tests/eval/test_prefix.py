@@ -31,6 +31,7 @@ from coldpress import (
     SnapKVPress,
     ThinKPress,
 )
+from coldpress.cache_argument import cache_argument
 from coldpress.errors import PressError, SelfCheckError
 from coldpress.eval.ledger import Ledger
 from coldpress.eval.prefix import PrefixRun
@@ -104,11 +105,11 @@ def test_a_press_is_scored_like_a_prefill_and_a_forward_of_its_own(
         cache, whole = PressedCache(press), PressedCache()
         with torch.no_grad():
             with press(model):
-                model(window[:, :CONTEXT], past_key_values=cache)
-            model(window[:, :CONTEXT], past_key_values=whole)
+                model(window[:, :CONTEXT], **cache_argument(cache))
+            model(window[:, :CONTEXT], **cache_argument(whole))
             kept.append([layer.positions() for layer in cache.pressed_layers()])
-            logits = model(window[:, CONTEXT:-1], past_key_values=cache).logits[0]
-            base = model(window[:, CONTEXT:-1], past_key_values=whole).logits[0]
+            logits = model(window[:, CONTEXT:-1], **cache_argument(cache)).logits[0]
+            base = model(window[:, CONTEXT:-1], **cache_argument(whole)).logits[0]
         expected.append(token_nll(logits, window[0, CONTEXT + 1 :]))
         same += (logits.argmax(-1) == base.argmax(-1)).tolist()
         right += (logits.argmax(-1) == window[0, CONTEXT + 1 :]).tolist()
@@ -137,8 +138,8 @@ def test_comparisons_with_the_baseline(model: PreTrainedModel, text: Tensor) -> 
     for press in (None, KnormPress(0.7)):
         cache = PressedCache(press)
         with torch.no_grad():
-            model(window[:, :CONTEXT], past_key_values=cache)
-            log_probs.append(model(window[:, CONTEXT:-1], past_key_values=cache).logits[0].double().log_softmax(-1))
+            model(window[:, :CONTEXT], **cache_argument(cache))
+            log_probs.append(model(window[:, CONTEXT:-1], **cache_argument(cache)).logits[0].double().log_softmax(-1))
     base, pressed = log_probs
     kld = (base.exp() * (base - pressed)).sum(-1)
     target = window[0, CONTEXT + 1 :, None]
@@ -423,9 +424,9 @@ def in_pieces(model: PreTrainedModel, press: BasePress | None, window: Tensor, c
     cache = PressedCache(press, chunk_tokens=chunk)
     cache.session.prefill_end = CONTEXT
     for stop in range(CONTEXT % chunk or chunk, CONTEXT + 1, chunk):
-        model(window[None, max(0, stop - chunk) : stop], past_key_values=cache)
+        model(window[None, max(0, stop - chunk) : stop], **cache_argument(cache))
     cache.session.prefill_end = None
-    logits = model(window[None, CONTEXT:-1], past_key_values=cache).logits[0]
+    logits = model(window[None, CONTEXT:-1], **cache_argument(cache)).logits[0]
     return token_nll(logits, window[CONTEXT + 1 :])
 
 
@@ -549,9 +550,9 @@ def test_greedy_agreement_counts_the_tokens_before_the_first_that_differs(
         ids = text[None, start : start + CONTEXT + 1]  # the first target is given
         whole, past, token, n_same = ids, PressedCache(press), ids[:, -1:], 0
         with torch.no_grad():
-            model(ids[:, :-1], past_key_values=past)
+            model(ids[:, :-1], **cache_argument(past))
             for _ in range(n_tokens):
-                token = model(token, past_key_values=past).logits[:, -1:].argmax(-1)
+                token = model(token, **cache_argument(past)).logits[:, -1:].argmax(-1)
                 whole = torch.cat([whole, plain(whole).logits[:, -1:].argmax(-1)], dim=1)
                 if token != whole[:, -1:]:
                     break

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, DynamicCache, GPTNeoXConfig, GPTNeoXForC
 from transformers import PreTrainedTokenizerFast as Fast
 
 import coldpress
+from coldpress.cache_argument import cache_argument
 from coldpress.errors import DataError, InputError
 from coldpress.eval import presets as module
 from coldpress.eval.datasets import Corpus, Document, load_corpus
@@ -176,7 +177,7 @@ def of_llamacpp(model: PreTrainedModel, tokens: list[int], n_ctx: int, bos: int 
             chunk[0] = bos
         cache = DynamicCache()
         for j, token in enumerate(chunk[:-1]):
-            logits = model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1].double()
+            logits = model(torch.tensor([[token]]), **cache_argument(cache)).logits[0, -1].double()
             if j >= first:
                 found.append(float(logits.logsumexp(0) - logits[chunk[j + 1]]))
     return found, n_chunks

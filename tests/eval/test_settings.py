@@ -27,6 +27,7 @@ from coldpress import (
     make_press,
     press_names,
 )
+from coldpress.cache_argument import cache_argument
 from coldpress.errors import CacheError, InputError, PressError, SelfCheckError
 from coldpress.eval.checks import check_stored_pairs
 from coldpress.eval.settings import Settings, make_jobs
@@ -148,7 +149,7 @@ def test_parameters_may_be_none_by_default_or_belong_to_the_press_inside() -> No
 )
 def test_stored_pairs_are_those_that_were_asked_for(press: ScorerPress) -> None:
     cache = PressedCache(press)
-    tiny("gpt_neox")(tokens(1, 37), past_key_values=cache)
+    tiny("gpt_neox")(tokens(1, 37), **cache_argument(cache))
     check_stored_pairs(press, cache, 37)
     with pytest.raises(SelfCheckError, match="pairs should have been stored"):
         check_stored_pairs(press.with_ratio(0.1), cache, 37)

@@ -23,6 +23,7 @@ from coldpress import (
     SnapKVPress,
     StreamingLLMPress,
 )
+from coldpress.cache_argument import cache_argument
 from coldpress.cli import main
 from coldpress.errors import InputError, PressError, SelfCheckError
 from coldpress.eval import stream as stream_module
@@ -57,7 +58,7 @@ def by_hand(ids: Tensor) -> list[float]:
     seen &= torch.ones(n, n, dtype=torch.bool).tril()
     model = BY_NAME["gpt_neox"].build("sdpa")
     with torch.no_grad():
-        logits = model(ids[None, :-1], attention_mask=seen[None, None], past_key_values=DynamicCache()).logits[0]
+        logits = model(ids[None, :-1], attention_mask=seen[None, None], **cache_argument(DynamicCache())).logits[0]
     return torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none").tolist()
 
 

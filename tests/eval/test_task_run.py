@@ -26,6 +26,7 @@ from coldpress import (
     RandomPress,
     StreamingLLMPress,
 )
+from coldpress.cache_argument import cache_argument
 from coldpress.errors import SelfCheckError
 from coldpress.eval.metrics import paired_difference
 from coldpress.eval.models import LoadedModel, load_model
@@ -64,11 +65,11 @@ def slowly(demo: LoadedModel, press: BasePress | None, example: Example) -> tupl
         cache = PressedCache(press)
         with torch.no_grad():
             if press is None:
-                model(torch.tensor([example.context_ids]), past_key_values=cache)
+                model(torch.tensor([example.context_ids]), **cache_argument(cache))
             else:
                 with press(model):
-                    model(torch.tensor([example.context_ids]), past_key_values=cache)
-            logits = model(torch.tensor([question]), past_key_values=cache).logits[0, -1]
+                    model(torch.tensor([example.context_ids]), **cache_argument(cache))
+            logits = model(torch.tensor([question]), **cache_argument(cache)).logits[0, -1]
             losses, said = [], []
             for i in range(len(answer) if forced else example.answer_tokens or 0):
                 token = forced[i] if forced else int(logits.argmax())
@@ -78,7 +79,7 @@ def slowly(demo: LoadedModel, press: BasePress | None, example: Example) -> tupl
                     break
                 if token == 0:
                     break
-                logits = model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1]
+                logits = model(torch.tensor([[token]]), **cache_argument(cache)).logits[0, -1]
         answers.append((sum(losses) / max(len(losses), 1), demo.tokenizer.decode(said, skip_special_tokens=True)))
     return answers[0][0], answers[1][1].strip()
 
@@ -164,7 +165,7 @@ def test_generation_ends_with_the_line_the_text_or_the_limit(demo: LoadedModel, 
         feed = iter([*tokens, *[tokens[-1]] * 100])
 
         class Fake(torch.nn.Module):
-            def forward(self, ids: Tensor, past_key_values: Any = None, logits_to_keep: int = 0) -> Any:
+            def forward(self, ids: Tensor, cache: Any = None, logits_to_keep: int = 0) -> Any:
                 hot = torch.zeros(1, 1, 4096)
                 hot[0, 0, next(feed)] = 1
                 return type("Output", (), {"logits": hot})

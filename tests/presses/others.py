@@ -24,6 +24,7 @@ from coldpress import (
     make_press,
     press_names,
 )
+from coldpress.cache_argument import cache_argument
 from coldpress.presses.base import parts
 from coldpress.presses.registry import parameters_of
 
@@ -90,5 +91,5 @@ def block(model: PreTrainedModel, press: BasePress) -> AbstractContextManager[An
 def other_press(name: str, model: str) -> BasePress:
     """The press called ``name`` for the tiny model ``model``."""
     look = Look()
-    tiny(model)(tokens(1, 5), past_key_values=PressedCache(look))
+    tiny(model)(tokens(1, 5), **cache_argument(PressedCache(look)))
     return OTHERS[name](look.views[0].n_layers, look.views[0].keys.shape[1])

@@ -16,6 +16,7 @@ from tests.presses.views import MODELS, views_of
 from coldpress import ExpectedAttentionPress, KnormPress, LayerView, LUKVPress, PressedCache
 from coldpress.artefacts import Artefact, artefact_path
 from coldpress.budget_curves import concave_slopes, future_importance, removed_shares
+from coldpress.cache_argument import cache_argument
 from coldpress.calibration import calibrate
 from coldpress.errors import PressError
 
@@ -112,7 +113,7 @@ def named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> object:
 def positions(press: LUKVPress, model: object) -> list[torch.Tensor]:
     past = PressedCache(press)
     with press(model):
-        model(tokens(1, 30), past_key_values=past)
+        model(tokens(1, 30), **cache_argument(past))
     return [past.positions(i) for i in range(2)]
 
 

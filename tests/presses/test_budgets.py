@@ -18,6 +18,7 @@ from coldpress import (
     make_press,
     press_names,
 )
+from coldpress.cache_argument import cache_argument
 from coldpress.errors import PressError
 
 with_a_ratio = [
@@ -27,7 +28,7 @@ with_a_ratio = [
 
 def prefilled(press: ScorerPress, n_tokens: int = 60, rows: int = 1) -> PressedCache:
     past = PressedCache(press)
-    tiny("gpt_neox")(tokens(rows, n_tokens), past_key_values=past)
+    tiny("gpt_neox")(tokens(rows, n_tokens), **cache_argument(past))
     return past
 
 

@@ -20,6 +20,7 @@ from coldpress import (
     ScorerPress,
 )
 from coldpress.artefacts import Artefact
+from coldpress.cache_argument import cache_argument
 from coldpress.calibration import calibrate
 from coldpress.errors import PressError
 
@@ -148,7 +149,7 @@ def test_published_rows_belong_to_the_models_own_layers(tmp_path: Path) -> None:
     for each in (filters, filters[[1, 3]]):
         path = saved("qfilter", {"filters": each}, tmp_path)
         past = PressedCache(QFilterPress(0.5, filters=path))
-        tiny("gemma3")(tokens(1, 30), past_key_values=past)
+        tiny("gemma3")(tokens(1, 30), **cache_argument(past))
         kept.append([past.positions(layer) for layer in (1, 3)])
     assert all(torch.equal(a, b) for a, b in zip(*kept, strict=True))
 
@@ -156,9 +157,9 @@ def test_published_rows_belong_to_the_models_own_layers(tmp_path: Path) -> None:
 def test_while_decoding(tmp_path: Path) -> None:
     model, past = tiny("llama"), PressedCache(DecodingPress(QFilterPress(), 4, 12))
     ids = tokens(1, 40)
-    model(ids[:, :20], past_key_values=past)
+    model(ids[:, :20], **cache_argument(past))
     for i in range(20, 40):
-        model(ids[:, i : i + 1], past_key_values=past)
+        model(ids[:, i : i + 1], **cache_argument(past))
     assert past.stored_lengths() == [12, 12]
 
 

@@ -50,6 +50,7 @@ from coldpress import (
     SnapKVPress,
     ThinKPress,
 )
+from coldpress.cache_argument import cache_argument
 from coldpress.errors import PressError
 from coldpress.presses.base import BudgetPress
 
@@ -177,7 +178,7 @@ def test_one_text_at_a_time(press: BasePress) -> None:
         pytest.raises(PressError, match=r"this prefill is a batch of 2: run texts one by one"),
         press.prepared(tiny("llama"), Words())(tiny("llama")),
     ):
-        tiny("llama")(tokens(2, 20), past_key_values=PressedCache())
+        tiny("llama")(tokens(2, 20), **cache_argument(PressedCache()))
 
 
 @pytest.mark.usefixtures("no_made_up_artefacts")

@@ -41,6 +41,7 @@ from coldpress import (
     TOVAPress,
 )
 from coldpress.budget import keep_count
+from coldpress.cache_argument import cache_argument
 from coldpress.errors import PressError
 from coldpress.presses.base import parts
 
@@ -54,10 +55,10 @@ def decode(
     past, ids = PressedCache(press), tokens(1, n_tokens) if ids is None else ids
     own = tiny(model)
     with torch.no_grad():
-        own(ids[:, :prompt], past_key_values=past)
+        own(ids[:, :prompt], **cache_argument(past))
         yield past, None
         for i in range(prompt, n_tokens):
-            yield past, own(ids[:, i : i + 1], past_key_values=past).logits
+            yield past, own(ids[:, i : i + 1], **cache_argument(past)).logits
 
 
 def decoded(
@@ -140,7 +141,7 @@ def test_against_a_slow_simulation(base: ScorerPress) -> None:
     """Keys of layer 0 depend on their token only, so what is held there can be followed by hand."""
     model, ids = tiny("gpt_neox"), torch.randperm(90, generator=torch.Generator().manual_seed(0))[None, :60] + 3
     full = PressedCache()
-    model(ids, past_key_values=full)
+    model(ids, **cache_argument(full))
     keys = full.layer(0).keys[0].double()  # [H, T, D]
     kept = [list(range(16)) for _ in range(4)]
     for past, _ in decode(DecodingPress(base, INTERVAL, TARGET), 60, ids=ids):
@@ -202,7 +203,7 @@ class Text:
     def __init__(self, model: str, ids: Tensor):
         full = PressedCache()
         with torch.no_grad():
-            tiny(model)(ids, past_key_values=full)
+            tiny(model)(ids, **cache_argument(full))
         self.model, self.values = model, full.layer(0).values[0]
         self.raw_queries, raw_keys = (states[0] for states in unrotated(model, ids, 0))
         n, self.dim = ids.shape[1], raw_keys.shape[2]
@@ -277,7 +278,7 @@ def test_queries_are_those_of_the_newest_tokens_at_their_positions(model: str) -
     decoded(DecodingPress(Spy(window_size=4), INTERVAL, TARGET, 8), 61, model=model)
     look = Look()
     with torch.no_grad():
-        tiny(model)(tokens(1, 61), past_key_values=PressedCache(look))
+        tiny(model)(tokens(1, 61), **cache_argument(PressedCache(look)))
     dense, view = look.views[0], Spy.seen[-1]
     assert view.end == 61 and view.n_queries == 8
     torch.testing.assert_close(view.queries, dense.queries[:, :, 53:61], atol=1e-5, rtol=1e-5)
@@ -443,7 +444,7 @@ def test_a_padded_row_decodes_as_it_does_alone(press: BasePress) -> None:
                 ids[rows, a:b],
                 attention_mask=mask[rows, start:b],
                 position_ids=positions[rows, a:b],
-                past_key_values=past,
+                **cache_argument(past),
             )
             logits.append(out.logits[:, -1])
         return past, torch.stack(logits, 1)
@@ -474,7 +475,7 @@ def test_a_row_whose_newest_tokens_are_padding_waits(press: BasePress) -> None:
     runs = {}
     with torch.no_grad():
         for a, b in [(0, 20), (20, 30), (30, 40), (40, 52)]:
-            out = model(ids[:, a:b], attention_mask=mask[:, :b], position_ids=places[:, a:b], past_key_values=past)
+            out = model(ids[:, a:b], attention_mask=mask[:, :b], position_ids=places[:, a:b], **cache_argument(past))
             assert torch.isfinite(out.logits).all()
             runs[b] = past.positions(1)
     held, before, after = runs[40][1], runs[30][1], runs[52][1]
@@ -494,7 +495,7 @@ def test_rows_of_one_length_draw_what_they_draw_alone(press: BasePress) -> None:
     torch.manual_seed(1)
     with torch.no_grad():
         for a, b in [(0, 30), *((i, i + 1) for i in range(30, 60))]:
-            tiny("gpt_neox")(ids[:, a:b], past_key_values=past)
+            tiny("gpt_neox")(ids[:, a:b], **cache_argument(past))
     for layer in past.pressed_layers():
         assert torch.equal(layer.positions()[0], layer.positions()[2])
         torch.testing.assert_close(layer.values[0], layer.values[2])
@@ -502,10 +503,10 @@ def test_rows_of_one_length_draw_what_they_draw_alone(press: BasePress) -> None:
 
 def test_a_question_counts_its_tokens() -> None:
     model, ids, past = tiny("llama"), tokens(1, 60), PressedCache(DecodingPress(KnormPress(), 10, 20))
-    model(ids[:, :30], past_key_values=past)
-    model(ids[:, 30:39], past_key_values=past)
+    model(ids[:, :30], **cache_argument(past))
+    model(ids[:, 30:39], **cache_argument(past))
     assert past.stored_lengths() == [39, 39]
-    model(ids[:, 39:45], past_key_values=past)
+    model(ids[:, 39:45], **cache_argument(past))
     assert past.stored_lengths() == [20, 20]
     assert past.seen_tokens == 45
 
@@ -514,13 +515,18 @@ def test_generate_keeps_to_the_budget() -> None:
     model, past = tiny("llama"), PressedCache(DecodingPress(SnapKVPress(window_size=4), 6, 20, 8))
     ids = tokens(1, 30)
     out = model.generate(
-        ids, past_key_values=past, max_new_tokens=40, do_sample=False, attention_mask=torch.ones_like(ids)
+        ids, **cache_argument(past), max_new_tokens=40, do_sample=False, attention_mask=torch.ones_like(ids)
     )
     assert out.shape == (1, 70)
     assert max(past.stored_lengths()) < 26
     beams = PressedCache(DecodingPress(SnapKVPress(window_size=4), 6, 20, 8))
     model.generate(
-        ids, past_key_values=beams, max_new_tokens=20, num_beams=3, do_sample=False, attention_mask=torch.ones_like(ids)
+        ids,
+        **cache_argument(beams),
+        max_new_tokens=20,
+        num_beams=3,
+        do_sample=False,
+        attention_mask=torch.ones_like(ids),
     )
     assert max(beams.stored_lengths()) < 26
 
@@ -530,10 +536,10 @@ def test_forks_go_their_own_ways() -> None:
     past = decoded(DecodingPress(SnapKVPress(window_size=4), INTERVAL, TARGET, 8), 40)
     fork, before = past.fork(), past.layer(0).keys.clone()
     for i in range(40, 60):
-        model(ids[:, i : i + 1], past_key_values=fork)
+        model(ids[:, i : i + 1], **cache_argument(fork))
     assert torch.equal(past.layer(0).keys, before) and past.seen_tokens == 40
     for i in range(40, 60):
-        model(ids[:, i : i + 1], past_key_values=past)
+        model(ids[:, i : i + 1], **cache_argument(past))
     assert held(past) == held(fork) and held(past, 1) == held(fork, 1)
 
 
@@ -542,14 +548,14 @@ def test_cropped_tokens_are_forgotten_by_the_schedule_too() -> None:
     press = DecodingPress(SnapKVPress(window_size=4), 10, TARGET, 8)
     straight, detour = PressedCache(press), PressedCache(press)
     for past in (straight, detour):
-        model(ids[:, :20], past_key_values=past)
+        model(ids[:, :20], **cache_argument(past))
         for i in range(20, 46):
-            model(ids[:, i : i + 1], past_key_values=past)
-    model(tokens(1, 3, seed=9), past_key_values=detour)
+            model(ids[:, i : i + 1], **cache_argument(past))
+    model(tokens(1, 3, seed=9), **cache_argument(detour))
     detour.crop(46)
     for i in range(46, 60):
         for past in (straight, detour):
-            model(ids[:, i : i + 1], past_key_values=past)
+            model(ids[:, i : i + 1], **cache_argument(past))
     assert held(straight) == held(detour) and held(straight, 1) == held(detour, 1)
 
 

@@ -37,6 +37,7 @@ from coldpress import (
     TOVAPress,
 )
 from coldpress.budget import keep_count, shrink_protected
+from coldpress.cache_argument import cache_argument
 
 ENDS: dict[ScorerPress, tuple[int, int]] = {  # base presses, and how many sinks and newest tokens they protect
     KnormPress(): (0, 0),
@@ -143,7 +144,7 @@ class Turns:
                 self.ids[:, start : self.end],
                 attention_mask=self.mask[:, : self.end],
                 position_ids=self.places[:, start : self.end],
-                past_key_values=self.past,
+                **cache_argument(self.past),
             )
         assert torch.isfinite(out.logits).all()
         return out.logits

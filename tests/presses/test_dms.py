@@ -29,6 +29,7 @@ from coldpress import (
     SnapKVPress,
     StreamingLLMPress,
 )
+from coldpress.cache_argument import cache_argument
 from coldpress.errors import CacheError, PressError
 from coldpress.layer import PressedLayer
 from coldpress.store import DenseStore
@@ -78,7 +79,7 @@ def test_what_is_evicted_is_freed_and_unseen() -> None:
     threshold = float(KnormPress().score(view_of("llama", 200)).quantile(0.7))
     past, full = PressedCache(DMSPress(KnormPress(), threshold, 16)), PressedCache()
     for each in (past, full):
-        model(ids[:, :200], past_key_values=each)
+        model(ids[:, :200], **cache_argument(each))
     assert past.kv_bytes() < 0.7 * full.kv_bytes()
     for i, layer in enumerate(full.pressed_layers()):
         kept = torch.full((2, 2, 200), -1, dtype=torch.int32)  # every slot stays, evicted ones are empty
@@ -88,7 +89,7 @@ def test_what_is_evicted_is_freed_and_unseen() -> None:
         layer._kept, layer._has_gaps, layer._tail_start = kept, True, 200
     n_kept = sum(int((past.positions(i) >= 0).sum()) for i in range(2))
     assert past.achieved_ratio() == pytest.approx(1 - n_kept / (2 * 2 * 2 * 200))
-    actual, expected = (model(ids[:, 200:], past_key_values=each).logits for each in (past, full))
+    actual, expected = (model(ids[:, 200:], **cache_argument(each)).logits for each in (past, full))
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
 
 
@@ -210,7 +211,7 @@ def test_each_pair_goes_when_it_leaves_the_window(
     with torch.no_grad():
         for n in (prompt, *pieces):
             start = past.seen_tokens
-            assert torch.isfinite(model(ids[:, start : start + n], past_key_values=past).logits).all()
+            assert torch.isfinite(model(ids[:, start : start + n], **cache_argument(past)).logits).all()
             twin.check()
     all_pairs = 2 * rows * past.layer(0).positions().shape[1] * past.seen_tokens
     assert past.achieved_ratio() == pytest.approx(1 - n_pairs(past) / all_pairs)
@@ -222,9 +223,9 @@ def test_a_thousand_steps() -> None:
     threshold = float(KnormPress().score(view_of("llama", 200)).quantile(0.9))
     past, ids = PressedCache(DMSPress(NormPress(), threshold, window, decoding=True)), tokens(1, 1030)
     with torch.no_grad():
-        model(ids[:, :30], past_key_values=past)
+        model(ids[:, :30], **cache_argument(past))
         for i in range(30, 1030):
-            assert torch.isfinite(model(ids[:, i : i + 1], past_key_values=past).logits).all()
+            assert torch.isfinite(model(ids[:, i : i + 1], **cache_argument(past)).logits).all()
             if i % 100 == 0:
                 for head in (*held(past, 0), *held(past, 1)):
                     assert head[:2] == [0, 1] and head[-window:] == list(range(i + 1 - window, i + 1))
@@ -241,7 +242,7 @@ def test_evicted_while_decoding_means_unseen() -> None:
     past = PressedCache(press)
     with torch.no_grad():
         for a, b in [(0, 20), *((i, i + 1) for i in range(20, 66))]:
-            model(ids[:, a:b], past_key_values=past)
+            model(ids[:, a:b], **cache_argument(past))
         fork, masked = past.fork(), PressedCache()
         for layer in past.pressed_layers():  # the same pairs, each in the slot of its position; the others are empty
             assert layer.keys is not None and layer.values is not None
@@ -255,7 +256,7 @@ def test_evicted_while_decoding_means_unseen() -> None:
                 values[b, h, own] = layer.values[b, h, is_held[b, h]]
             full._store, full._has_gaps = DenseStore(keys, values), True
             full._seen = full._tail_start = 66
-        actual, expected = (model(ids[:, 66:], past_key_values=each).logits for each in (fork, masked))
+        actual, expected = (model(ids[:, 66:], **cache_argument(each)).logits for each in (fork, masked))
     assert 0.2 < past.achieved_ratio() < 0.8
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
 
@@ -276,7 +277,7 @@ def test_a_padded_row_decodes_as_it_does_alone(name: str) -> None:
                 ids[rows, a:b],
                 attention_mask=mask[rows, start:b],
                 position_ids=places[rows, a:b],
-                past_key_values=past,
+                **cache_argument(past),
             )
             logits.append(out.logits[:, -1])
         return past, torch.stack(logits, 1)
@@ -303,7 +304,7 @@ def test_a_row_that_ends_in_padding_keeps_its_newest_tokens() -> None:
     expected = {20: range(14, 20), 30: range(14, 20), 33: [17, 18, 19, 30, 31, 32], 40: range(34, 40)}
     with torch.no_grad():
         for a, b in [(0, 20), (20, 30), (30, 33), (33, 40)]:
-            out = model(ids[:, a:b], attention_mask=mask[:, :b], position_ids=places[:, a:b], past_key_values=past)
+            out = model(ids[:, a:b], attention_mask=mask[:, :b], position_ids=places[:, a:b], **cache_argument(past))
             assert torch.isfinite(out.logits).all()
             for head in held(past, 1, 1):
                 assert [p for p in head if mask[1, p]] == [*expected[b]]
@@ -316,13 +317,13 @@ def test_cropping_within_the_window() -> None:
     past, twin = PressedCache(press), PressedCache(press)
     with torch.no_grad():
         for each in (past, twin):
-            model(ids[:, :30], past_key_values=each)
-        model(other, past_key_values=past)
+            model(ids[:, :30], **cache_argument(each))
+        model(other, **cache_argument(past))
         past.crop(32)
-        model(other[:, :2], past_key_values=twin)
+        model(other[:, :2], **cache_argument(twin))
         for i in range(32, 50):
             for each in (past, twin):
-                model(ids[:, i : i + 1], past_key_values=each)
+                model(ids[:, i : i + 1], **cache_argument(each))
     assert held(past, 0) == held(twin, 0)  # in layer 1 the keys themselves depend on what was there
     with pytest.raises(CacheError, match="Crop to 42 or more"):
         past.crop(41)
@@ -333,12 +334,12 @@ def test_tokens_that_come_outside_the_block_stay() -> None:
     press = DMSPress(KnormPress(), 1e9, 8, decoding=True)
     with torch.no_grad():
         with press(model):
-            model(ids[:, :30], past_key_values=past)
+            model(ids[:, :30], **cache_argument(past))
         past.crop(28)
-        model(ids[:, 28:33], past_key_values=past)
+        model(ids[:, 28:33], **cache_argument(past))
         with press(model):
             for i in range(33, 50):
-                model(ids[:, i : i + 1], past_key_values=past)
+                model(ids[:, i : i + 1], **cache_argument(past))
     assert held(past, 1) == [[*range(28, 33), *range(42, 50)]] * 4
 
 
@@ -347,17 +348,22 @@ def test_rows_are_reordered_and_repeated() -> None:
     press = DMSPress(KnormPress(), median_norm("llama"), 8, decoding=True)
     past, twin = PressedCache(press), PressedCache(press)
     with torch.no_grad():
-        model(ids[:, :30], past_key_values=past)
-        model(ids[[1, 1, 0]][:, :30], past_key_values=twin)
+        model(ids[:, :30], **cache_argument(past))
+        model(ids[[1, 1, 0]][:, :30], **cache_argument(twin))
         past.batch_repeat_interleave(2)
         past.reorder_cache(torch.tensor([2, 3, 0]))
         for i in range(30, 60):
-            logits = [model(ids[[1, 1, 0], i : i + 1], past_key_values=each).logits for each in (past, twin)]
+            logits = [model(ids[[1, 1, 0], i : i + 1], **cache_argument(each)).logits for each in (past, twin)]
             torch.testing.assert_close(*logits, atol=1e-5, rtol=0)
     assert all(held(past, i, row) == held(twin, i, row) for i in (0, 1) for row in range(3))
     beams = PressedCache(press)
     model.generate(
-        ids, past_key_values=beams, max_new_tokens=20, num_beams=3, do_sample=False, attention_mask=torch.ones_like(ids)
+        ids,
+        **cache_argument(beams),
+        max_new_tokens=20,
+        num_beams=3,
+        do_sample=False,
+        attention_mask=torch.ones_like(ids),
     )
     assert beams.achieved_ratio() > 0.2
 
@@ -367,17 +373,17 @@ def test_forks_and_branches_go_their_own_ways() -> None:
     press, full = DMSPress(KnormPress(), median_norm("gpt_neox"), 8, decoding=True), PressedCache()
     past, (branch, failing) = PressedCache(press), full.branches([press, DMSPress(Fails(), 0.0, 4, decoding=True)])
     with torch.no_grad():
-        model(ids[:, :30], past_key_values=past)
-        model(ids[:, :30], past_key_values=full)
+        model(ids[:, :30], **cache_argument(past))
+        model(ids[:, :30], **cache_argument(full))
         assert full.stored_lengths() == [30, 30] and held(branch, 1) == held(past, 1)
         with pytest.raises(RuntimeError, match="out of order"):
             failing.get_seq_length()
         fork, before = past.fork(), past.layer(0).keys.clone()  # type: ignore[union-attr]
         for i in range(30, 60):
-            model(ids[:, i : i + 1], past_key_values=fork)
+            model(ids[:, i : i + 1], **cache_argument(fork))
         assert torch.equal(past.layer(0).keys, before) and past.seen_tokens == 30
         for i in range(30, 60):
-            a, b = (model(ids[:, i : i + 1], past_key_values=each).logits for each in (past, branch))
+            a, b = (model(ids[:, i : i + 1], **cache_argument(each)).logits for each in (past, branch))
             assert torch.equal(a, b)
     assert held(past, 0) == held(fork, 0) == held(branch, 0) and held(past, 1) == held(fork, 1) == held(branch, 1)
 
@@ -392,9 +398,9 @@ def test_in_bfloat16_and_with_gradients() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         past, model = PressedCache(press), tiny("llama", "coldpress", dtype)
         with torch.inference_mode():
-            model(ids[:, :20], past_key_values=past)
+            model(ids[:, :20], **cache_argument(past))
         for i in range(20, 40):
-            model(ids[:, i : i + 1], past_key_values=past)
+            model(ids[:, i : i + 1], **cache_argument(past))
         assert past.achieved_ratio() > 0.2 and past.layer(0).keys.dtype == dtype  # type: ignore[union-attr]
 
 
@@ -406,7 +412,7 @@ def test_after_another_press() -> None:
         past = PressedCache(PrefillDecodingPress(before, dms))
         with torch.no_grad():
             for a, b in [(0, 30), (30, 34), *((i, i + 1) for i in range(34, 60))]:
-                model(ids[:, a:b], past_key_values=past)
+                model(ids[:, a:b], **cache_argument(past))
                 assert held(past, 1) == [[*kept, *range(max(30, b - 8), b)]] * 4
     with pytest.raises(PressError, match="DMSPress goes on while decoding by itself"):
         PrefillDecodingPress(dms)
@@ -415,8 +421,8 @@ def test_after_another_press() -> None:
 def test_without_decoding_what_is_generated_stays() -> None:
     model, ids = tiny("gpt_neox"), tokens(1, 60)
     past = PressedCache(DMSPress(KnormPress(), 1e9, 8))
-    model(ids[:, :30], past_key_values=past)
-    model(ids[:, 30:], past_key_values=past)
+    model(ids[:, :30], **cache_argument(past))
+    model(ids[:, 30:], **cache_argument(past))
     assert held(past, 0) == [list(range(22, 60))] * 4
 
 
@@ -433,7 +439,7 @@ def test_kvzap_judges_by_hidden_states(kind: str, tmp_path: Path) -> None:
     ]
     with torch.no_grad(), press(model):
         for a, b in [(0, 20), (20, 25), *((i, i + 1) for i in range(25, 60))]:
-            model(ids[:, a:b], past_key_values=past)
+            model(ids[:, a:b], **cache_argument(past))
     for handle in handles:
         handle.remove()
     for i in (0, 1):
@@ -447,7 +453,7 @@ def test_kvzap_judges_by_hidden_states(kind: str, tmp_path: Path) -> None:
             assert held(past, i, row)[head] == expected
     assert 0.1 < past.achieved_ratio() < 0.9
     with pytest.raises(PressError, match=r"looks at hidden states.*inside 'with press\(model\):'"):
-        model(ids[:, :1], past_key_values=PressedCache(press))
+        model(ids[:, :1], **cache_argument(PressedCache(press)))
 
 
 def test_verdicts() -> None:

@@ -12,6 +12,7 @@ from tests.presses.views import MODELS, rotated, unrotated, view_of
 
 from coldpress import DuoAttentionPress, LUKVPress, PressedCache, make_press
 from coldpress.artefacts import Artefact, artefact_path
+from coldpress.cache_argument import cache_argument
 from coldpress.calibration import calibrate
 from coldpress.errors import PressError
 
@@ -56,7 +57,7 @@ def test_the_ratio_of_the_pairs_is_an_outcome_and_memory_is_freed() -> None:
     for n_tokens, ratio in ((240, 0.5 * (1 - 80 / 240)), (60, 0.0)):
         past, full = PressedCache(press), PressedCache()
         for each in (past, full):
-            tiny("llama")(tokens(1, n_tokens), past_key_values=each)
+            tiny("llama")(tokens(1, n_tokens), **cache_argument(each))
         assert past.achieved_ratio() == pytest.approx(ratio)
         sizes[n_tokens] = past.kv_bytes() / full.kv_bytes()
     assert sizes == {240: (80 + 240) / 480, 60: 1.0}
@@ -84,7 +85,7 @@ def test_published_patterns(tmp_path: Path) -> None:
 def test_without_a_pattern_it_says_how_to_make_one() -> None:
     for press in (DuoAttentionPress(0.5), DuoAttentionPress(0.5, on_the_fly_scoring=True)):
         with pytest.raises(PressError, match=r"coldpress calibrate duo_attention --model MODEL --dataset wikitext"):
-            tiny("llama")(tokens(1, 9), past_key_values=PressedCache(press))
+            tiny("llama")(tokens(1, 9), **cache_argument(PressedCache(press)))
     assert DuoAttentionPress().compress(view_of("llama")) is None  # nothing to remove, nothing needed
 
 
@@ -128,7 +129,7 @@ def test_a_measured_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ):
         past = PressedCache(press)
         with press(model):
-            model(tokens(1, 30), past_key_values=past)
+            model(tokens(1, 30), **cache_argument(past))
         kept.append([past.positions(i) for i in range(2)])
     assert all(torch.equal(a, b) for each in kept[1:] for a, b in zip(kept[0], each, strict=True))
     with pytest.raises(PressError, match="is for duo_attention, not for lukv"):
@@ -153,7 +154,7 @@ def test_the_published_pattern_is_fetched(tmp_path: Path, monkeypatch: pytest.Mo
     model = BY_NAME["llama"].build()
     model.config._name_or_path = NAME
     past = PressedCache(DuoAttentionPress(0.25))
-    model(tokens(1, 30), past_key_values=past)
+    model(tokens(1, 30), **cache_argument(past))
     assert [(past.positions(i) >= 0).sum(-1).tolist() for i in range(2)] == [[[30, 10]], [[30, 30]]]
     base = "https://raw.githubusercontent.com/mit-han-lab/duo-attention/refs/heads/main/attn_patterns"
     folder = "Meta-Llama-3.1-8B-Instruct/lr=0.02-reg=0.05-ctx=1000_128000-multi_passkey10"
@@ -164,7 +165,7 @@ def test_the_published_pattern_is_fetched(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(
         PressError, match=r"and none are published for this model\. Make them with coldpress calibrate duo"
     ):
-        model(tokens(1, 30), past_key_values=PressedCache(DuoAttentionPress(0.25)))
+        model(tokens(1, 30), **cache_argument(PressedCache(DuoAttentionPress(0.25))))
 
 
 def test_presses_with_the_same_pattern_are_equal() -> None:

@@ -26,6 +26,7 @@ from coldpress import (
     catalogue,
     make_press,
 )
+from coldpress.cache_argument import cache_argument
 from coldpress.errors import PressError
 from coldpress.pressing import prefilling
 
@@ -83,7 +84,7 @@ def run(name: str, press: Any, ids: Tensor = IDS, mask: Tensor | None = None) ->
     past = PressedCache()
     positions = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
     with press(tiny(name)):
-        tiny(name)(ids, attention_mask=mask, position_ids=positions, past_key_values=past)
+        tiny(name)(ids, attention_mask=mask, position_ids=positions, **cache_argument(past))
     return past
 
 
@@ -107,7 +108,7 @@ def test_scores_and_what_is_kept(architecture: Architecture, tmp_path: Path) -> 
         assert layer.stored_length == max(map(len, heads))
         assert layer.keys.shape[2] == layer.stored_length  # type: ignore[union-attr]
     assert past.achieved_ratio() == pytest.approx(1 - 11 / N)
-    logits = tiny(architecture.name)(tokens(1, 3, seed=5), past_key_values=past).logits
+    logits = tiny(architecture.name)(tokens(1, 3, seed=5), **cache_argument(past)).logits
     assert torch.isfinite(logits).all() and past.seen_tokens == N + 3
 
 
@@ -123,7 +124,7 @@ def test_what_follows_is_attention_over_what_is_kept(tmp_path: Path) -> None:
     """The kept keys and values are the model's own, in their places."""
     folder, *_ = gates_for("llama", tmp_path)
     past, full = run("llama", FastKVzipPress(0.5, weights=folder)), PressedCache()
-    tiny("llama")(IDS, past_key_values=full)
+    tiny("llama")(IDS, **cache_argument(full))
     for own, layer in zip(past.pressed_layers(), full.pressed_layers(), strict=True):
         for h, head in enumerate(own.positions()[0]):
             at = head[head >= 0]
@@ -151,7 +152,7 @@ def test_a_shared_prefill(tmp_path: Path) -> None:
     full = PressedCache()
     branches = full.branches([*presses, KnormPress(0.5)])
     with prefilling(tiny("llama"), full, *branches):
-        tiny("llama")(IDS, past_key_values=full)
+        tiny("llama")(IDS, **cache_argument(full))
     assert branches[0].achieved_ratio() == full.achieved_ratio() == 0
     for press, branch in zip(presses[1:], branches[1:], strict=False):
         assert kept(branch) == kept(run("llama", press))
@@ -179,7 +180,7 @@ def test_inputs_may_be_embeddings(tmp_path: Path) -> None:
     folder, *_ = gates_for("llama", tmp_path)
     press, past, model = FastKVzipPress(0.5, weights=folder), PressedCache(), tiny("llama")
     with press(model):
-        model(inputs_embeds=model.get_input_embeddings()(IDS), past_key_values=past)
+        model(inputs_embeds=model.get_input_embeddings()(IDS), **cache_argument(past))
     assert kept(past) == kept(run("llama", press))
 
 
@@ -189,9 +190,9 @@ def test_a_schedule_goes_on_after_it(tmp_path: Path) -> None:
     both = PrefillDecodingPress(press, DecodingPress(KnormPress(), compression_interval=4, target_size=8))
     past, expected = PressedCache(), kept(run("llama", press))
     with both(tiny("llama")):
-        tiny("llama")(IDS, past_key_values=past)
+        tiny("llama")(IDS, **cache_argument(past))
         assert kept(past) == expected
-        tiny("llama")(tokens(1, 4), past_key_values=past)
+        tiny("llama")(tokens(1, 4), **cache_argument(past))
     assert all(int((layer.positions() >= 0).sum()) <= 2 * 8 for layer in past.pressed_layers())
 
 
@@ -215,7 +216,7 @@ def test_what_it_says_of_itself() -> None:
 
 def test_outside_the_block(tmp_path: Path) -> None:
     with pytest.raises(PressError, match=r"FastKVzipPress looks at hidden states.*inside 'with press\(model\):'"):
-        tiny("llama")(IDS, past_key_values=PressedCache(FastKVzipPress(0.5)))
+        tiny("llama")(IDS, **cache_argument(PressedCache(FastKVzipPress(0.5))))
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,7 @@ from coldpress import (
     press_names,
 )
 from coldpress.budget import keep_count
+from coldpress.cache_argument import cache_argument, cache_of
 from coldpress.errors import CacheError
 from coldpress.presses.registry import catalogue
 
@@ -94,7 +95,7 @@ def test_a_head_wise_budget_frees_memory(name: str) -> None:
     for ratio in (0.0, 0.8):
         past, press = PressedCache(), HEAD_WISE[name](ratio).prepared(model, Words())
         with torch.no_grad(), press(model):
-            model(ids, past_key_values=past)
+            model(ids, **cache_argument(past))
         sizes[ratio] = past.kv_bytes()
         n_held = sum(int((layer.positions() >= 0).sum()) for layer in past.pressed_layers())
         assert sizes[ratio] == pytest.approx(n_held * 2 * 16 * 4, rel=0.01)  # keys and values, float32
@@ -122,14 +123,14 @@ def test_newest_tokens_are_there_between_compressions() -> None:
     """B1: of a quantised cache only the quantised part was read, and up to 128 of the newest tokens were lost."""
     model, press, quantized = tiny("llama"), DecodingPress(KnormPress(), 64, 80), QuantizedCache.__new__(QuantizedCache)
     Cache.__init__(quantized, layers=[Unchanged(residual_length=16) for _ in range(2)])
-    assert model(tokens(1, 9), past_key_values=quantized).logits.isfinite().all()  # it works without a press
+    assert model(tokens(1, 9), **cache_argument(quantized)).logits.isfinite().all()  # it works without a press
     with press(model):
         with pytest.raises(CacheError, match=r"not QuantizedCache.*PressedCache"):
-            model(tokens(1, 9), past_key_values=quantized)
+            model(tokens(1, 9), **cache_argument(quantized))
         past = PressedCache()
-        model(tokens(1, 128), past_key_values=past)
+        model(tokens(1, 128), **cache_argument(past))
         for i in range(20):
-            model(tokens(1, 1, seed=i), past_key_values=past)
+            model(tokens(1, 1, seed=i), **cache_argument(past))
     for layer in past.pressed_layers():
         assert (layer.positions() == torch.arange(148)).all() and layer.keys.shape[2] == 148
 
@@ -144,14 +145,14 @@ def test_head_wise_caches_do_not_meet(name: str) -> None:
     def run(ids: torch.Tensor) -> PressedCache:
         past = PressedCache()
         with torch.no_grad(), press(model):
-            model(ids, past_key_values=past)
+            model(ids, **cache_argument(past))
         return past
 
     question = tokens(1, 5, seed=3)
-    expected = model(question, past_key_values=run(first)).logits
+    expected = model(question, **cache_argument(run(first))).logits
     past = run(first)
-    model(question, past_key_values=run(second))
-    assert torch.equal(model(question, past_key_values=past).logits, expected)
+    model(question, **cache_argument(run(second)))
+    assert torch.equal(model(question, **cache_argument(past)).logits, expected)
 
 
 @pytest.mark.parametrize("press", [ChunkKVPress(SnapKVPress(0.5, 4), 5), CriticalAdaKVPress(SnapKVPress(0.5, 4))])
@@ -176,20 +177,20 @@ def test_padding_is_neither_scored_nor_kept(name: str, press: ScorerPress) -> No
 
     def run(press: BasePress) -> tuple[torch.Tensor, torch.Tensor]:
         past = PressedCache(press)
-        model(ids, attention_mask=mask[:, :41], position_ids=places[:, :41], past_key_values=past)
+        model(ids, attention_mask=mask[:, :41], position_ids=places[:, :41], **cache_argument(past))
         kept = past.positions(1)
-        answer = model(question, attention_mask=mask, position_ids=places[:, 41:], past_key_values=past)
+        answer = model(question, attention_mask=mask, position_ids=places[:, 41:], **cache_argument(past))
         return kept, answer.logits
 
     look, alone = Look(), PressedCache(press)
     run(look)
     assert sorted(view.n_tokens for view in look.views) == [33, 33, 41, 41]
-    model(row, past_key_values=alone)
+    model(row, **cache_argument(alone))
     kept, answer = run(press)
     expected = alone.positions(1)[0]
     for mine, head in zip(kept[0], expected, strict=True):
         assert torch.equal(mine[mine >= 0] - 8, head[head >= 0])
-    logits = model(question[:1], past_key_values=alone).logits
+    logits = model(question[:1], **cache_argument(alone)).logits
     torch.testing.assert_close(answer[:1], logits, atol=1e-4, rtol=0)
 
 
@@ -242,7 +243,7 @@ def test_replays_and_thresholds_keep_no_more_than_there_is(name: str) -> None:
         for n_tokens in (1, 2, 3, 11, 12, 13, 40):
             past = PressedCache(press)
             with torch.no_grad(), block(model, press):
-                model(tokens(1, n_tokens), past_key_values=past)
+                model(tokens(1, n_tokens), **cache_argument(past))
             assert 0 <= past.achieved_ratio() < 1
             for layer in past.pressed_layers():
                 assert 1 <= layer.stored_length <= n_tokens
@@ -304,7 +305,7 @@ def test_random_chunks_do_not_repeat_one_pattern() -> None:
 def test_random_layers_differ_and_draws_do_not_tie() -> None:
     """K: a seed kept the same positions in every layer; draws in bfloat16 had 698 values for 4,096 tokens."""
     past = PressedCache(RandomPress(0.5, seed=3))
-    tiny("gpt_neox")(tokens(1, 60), past_key_values=past)
+    tiny("gpt_neox")(tokens(1, 60), **cache_argument(past))
     assert not torch.equal(past.positions(0), past.positions(1))
     view = view_of("gpt_neox")
     states = torch.zeros(1, 4, 4096, 16, dtype=torch.bfloat16)
@@ -374,7 +375,7 @@ def test_nothing_keeps_more_than_there_is() -> None:
 def test_critical_presses_find_every_output_projection(wrapper: type[ScorerPress], name: str) -> None:
     """Table: CriticalKV read o_proj and config.head_dim, and crashed on Qwen2, which has no head_dim."""
     past = PressedCache(wrapper(SnapKVPress(0.5, window_size=4)))
-    tiny(name)(tokens(1, 40), past_key_values=past)
+    tiny(name)(tokens(1, 40), **cache_argument(past))
     assert past.achieved_ratio() == 0.5
 
 
@@ -389,8 +390,8 @@ def test_short_prompts_on_any_backend(name: str, attention: str) -> None:
     press = press.prepared(model, Words())
     for n_tokens in (1, 2, 3, 5, 17):
         with press(model):
-            past = model(tokens(1, n_tokens)).past_key_values
-        assert model(tokens(1, 3), past_key_values=past).logits.isfinite().all()
+            past = cache_of(model(tokens(1, n_tokens)))
+        assert model(tokens(1, 3), **cache_argument(past)).logits.isfinite().all()
         assert min(past.stored_lengths()) >= 4  # something of the prompt, and the three that followed
 
 

@@ -24,6 +24,7 @@ from coldpress import (
     make_press,
 )
 from coldpress.budget import keep_count
+from coldpress.cache_argument import cache_argument
 from coldpress.errors import PressError
 
 N, WINDOW = 30, 5
@@ -71,7 +72,7 @@ def test_next_tokens_follow_the_kept_ones_without_a_gap(model: str) -> None:
     net, ids, more = tiny(model), tokens(1, N), tokens(1, 4, seed=2)
     past, side_by_side = PressedCache(FinchPress(0.6, window_size=WINDOW)), DynamicCache()
     with torch.no_grad():
-        net(ids, past_key_values=past)
+        net(ids, **cache_argument(past))
     for i, layer in enumerate(past.pressed_layers()):
         _, keys = unrotated(model, ids, i)
         kept = layer.positions()[0]
@@ -81,11 +82,11 @@ def test_next_tokens_follow_the_kept_ones_without_a_gap(model: str) -> None:
         ]
         side_by_side.update(torch.stack(placed)[None], layer.values, i)
     with torch.no_grad():
-        expected = net(more, past_key_values=side_by_side).logits
-        torch.testing.assert_close(net(more, past_key_values=past).logits, expected, atol=1e-4, rtol=0)
+        expected = net(more, **cache_argument(side_by_side)).logits
+        torch.testing.assert_close(net(more, **cache_argument(past)).logits, expected, atol=1e-4, rtol=0)
         past = PressedCache(FinchPress(0.6, window_size=WINDOW, rerotate_keys=False))
-        net(ids, past_key_values=past)
-        assert (net(more, past_key_values=past).logits - expected).abs().max() > 1e-2
+        net(ids, **cache_argument(past))
+        assert (net(more, **cache_argument(past)).logits - expected).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize(("ratio", "chunk"), [(0.5, 8), (0.3, 11), (0.9, 7), (0.5, 100), (0.99, 4)])
@@ -119,7 +120,7 @@ def test_chunks_keep_their_shares(ratio: float, chunk: int) -> None:
 def compressed(press: FinchPress, ids: Tensor, name: str = "llama") -> PressedCache:
     past, model = PressedCache(), tiny(name)
     with torch.no_grad(), press(model):
-        model(ids, past_key_values=past)
+        model(ids, **cache_argument(past))
     return past
 
 
@@ -153,7 +154,7 @@ def test_what_is_wrong_with_a_delimiter() -> None:
     with pytest.raises(PressError, match=r"questions of this batch have \[7, 9\] tokens"):
         compressed(press, ids)
     with pytest.raises(PressError, match=r"inside 'with press\(model\):'"):
-        tiny("llama")(ids, past_key_values=PressedCache(press))
+        tiny("llama")(ids, **cache_argument(PressedCache(press)))
 
 
 def test_padded_rows_have_questions_of_their_own() -> None:
@@ -163,8 +164,8 @@ def test_padded_rows_have_questions_of_their_own() -> None:
     past, alone = PressedCache(), PressedCache()
     press = FinchPress(0.5, delimiter_token_id=2)
     with torch.no_grad(), press(model):
-        model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), past_key_values=past)
-        model(ids[1:, 6:], past_key_values=alone)
+        model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), **cache_argument(past))
+        model(ids[1:, 6:], **cache_argument(alone))
     kept = past.positions()[1]
     assert torch.equal(kept[kept >= 0], alone.positions()[0].flatten() + 6)
 

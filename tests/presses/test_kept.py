@@ -34,6 +34,7 @@ from coldpress import (
     TOVAPress,
     make_press,
 )
+from coldpress.cache_argument import cache_argument
 from coldpress.presses.registry import parameters_of
 
 N, RATIO, KEEP = slow.N, 0.4, 12  # 21 tokens, of which ceil(8.4) go
@@ -285,7 +286,7 @@ OTHERS: list[tuple[BasePress, Callable[[Projected], Held]]] = [
 def held_after(model: str, press: BasePress | None) -> PressedCache:
     past = PressedCache(press)
     with torch.no_grad():
-        tiny(model)(IDS, past_key_values=past)
+        tiny(model)(IDS, **cache_argument(past))
     return past
 
 

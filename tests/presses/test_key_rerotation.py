@@ -19,6 +19,7 @@ from coldpress import (
     SnapKVPress,
     StreamingLLMPress,
 )
+from coldpress.cache_argument import cache_argument
 
 CONTEXT, MORE = 40, 6
 every_model = pytest.mark.parametrize("model", MODELS)
@@ -27,7 +28,7 @@ every_model = pytest.mark.parametrize("model", MODELS)
 def compressed(model: str, press: ScorerPress, ids: Tensor) -> PressedCache:
     past = PressedCache(press)
     with torch.no_grad():
-        tiny(model)(ids, past_key_values=past)
+        tiny(model)(ids, **cache_argument(past))
     return past
 
 
@@ -52,10 +53,10 @@ def test_next_tokens_follow_the_kept_ones_without_a_gap(model: str, inner: Score
         side_by_side.update(placed, layer.values, i)
     assert side_by_side.get_seq_length() == past.stored_lengths()[0] < CONTEXT
     with torch.no_grad():
-        expected = tiny(model)(ids[:, CONTEXT:], past_key_values=side_by_side).logits
-        actual = tiny(model)(ids[:, CONTEXT:], past_key_values=past).logits
+        expected = tiny(model)(ids[:, CONTEXT:], **cache_argument(side_by_side)).logits
+        actual = tiny(model)(ids[:, CONTEXT:], **cache_argument(past)).logits
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
-    plain = tiny(model)(ids[:, CONTEXT:], past_key_values=compressed(model, inner, ids[:, :CONTEXT])).logits
+    plain = tiny(model)(ids[:, CONTEXT:], **cache_argument(compressed(model, inner, ids[:, :CONTEXT]))).logits
     assert (plain - expected).abs().max() > 1e-2  # without it they are something else
     assert past.seen_tokens == CONTEXT + MORE  # positions are still those of the text
 
@@ -121,15 +122,15 @@ def test_generate_and_a_padded_row() -> None:
     model, press = tiny("llama"), KeyRerotationPress(StreamingLLMPress(0.5))
     row = tokens(1, 30)
     options = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    alone = model.generate(row, attention_mask=torch.ones_like(row), past_key_values=PressedCache(press), **options)
+    alone = model.generate(row, attention_mask=torch.ones_like(row), **cache_argument(PressedCache(press)), **options)
     padded = torch.cat([torch.zeros(1, 9, dtype=torch.long), row], dim=1)
     both = torch.cat([padded, tokens(1, 39, seed=5)])
     mask = torch.cat([(torch.arange(39) >= 9)[None], torch.ones(1, 39, dtype=torch.bool)]).long()
-    batch = model.generate(both, attention_mask=mask, past_key_values=PressedCache(press), **options)
+    batch = model.generate(both, attention_mask=mask, **cache_argument(PressedCache(press)), **options)
     for a, b in zip(alone.logits, batch.logits, strict=True):
         torch.testing.assert_close(b[:1], a, atol=1e-4, rtol=0)
     past = PressedCache(press)
-    model(row, past_key_values=past)
-    steps = [model(token[None, None], past_key_values=past).logits[:, -1] for token in alone.sequences[0, 30:-1]]
+    model(row, **cache_argument(past))
+    steps = [model(token[None, None], **cache_argument(past)).logits[:, -1] for token in alone.sequences[0, 30:-1]]
     for a, b in zip(alone.logits[1:], steps, strict=True):
         torch.testing.assert_close(b, a, atol=1e-4, rtol=0)

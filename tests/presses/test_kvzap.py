@@ -29,6 +29,7 @@ from coldpress import (
     make_press,
 )
 from coldpress.budget import select_counts
+from coldpress.cache_argument import cache_argument
 from coldpress.errors import PressError, UnreachableError
 from coldpress.pressing import prefilling
 
@@ -43,7 +44,7 @@ def views() -> list[LayerView]:
 def views_of(name: str, ids: Tensor, **options: Any) -> list[LayerView]:
     look = LookDeeper()
     with torch.no_grad(), look(tiny(name)):
-        tiny(name)(ids, past_key_values=PressedCache(), **options)
+        tiny(name)(ids, **cache_argument(PressedCache()), **options)
     return look.views
 
 
@@ -88,7 +89,7 @@ def test_keeps_the_best_of_every_head(name: str, tmp_path: Path) -> None:
     folder, weights = of(views[0], tmp_path)
     press, past = KVzapPress(0.6, weights=folder), PressedCache()
     with press(tiny(name)):
-        tiny(name)(tokens(2, 19), past_key_values=past)
+        tiny(name)(tokens(2, 19), **cache_argument(past))
     layers = [layer for layer in past.pressed_layers() if layer.was_compressed]
     for layer, view in zip(layers, views, strict=True):
         best = expected(view, weights, "mlp").topk(7).indices.sort().values
@@ -101,8 +102,8 @@ def test_a_padded_row_keeps_what_it_keeps_alone(views: list[LayerView], tmp_path
     mask[0, :6] = 0
     past, alone = PressedCache(), PressedCache()
     with press(tiny("llama")):
-        tiny("llama")(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), past_key_values=past)
-        tiny("llama")(ids[:1, 6:], past_key_values=alone)
+        tiny("llama")(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), **cache_argument(past))
+        tiny("llama")(ids[:1, 6:], **cache_argument(alone))
     kept = past.positions()[0]
     assert torch.equal(kept[kept >= 0].view(2, -1), alone.positions()[0] + 6)
 
@@ -136,7 +137,7 @@ def test_inside_wrappers(views: list[LayerView], tmp_path: Path) -> None:
     for outer in (AdaKVPress(press), ChunkPress(press, chunk_length=7)):
         past = PressedCache()
         with outer(tiny("llama")):
-            tiny("llama")(tokens(1, 20), past_key_values=past)
+            tiny("llama")(tokens(1, 20), **cache_argument(past))
         assert past.achieved_ratio() == 0.5
     with pytest.raises(PressError, match="needs those of all"):
         BlockPress(press)
@@ -165,7 +166,7 @@ def test_what_it_says_of_itself() -> None:
 
 def test_outside_the_block() -> None:
     with pytest.raises(PressError, match=r"KVzapPress looks at hidden states.*inside 'with press\(model\):'"):
-        tiny("llama")(tokens(1, 9), past_key_values=PressedCache(KVzapPress(0.5)))
+        tiny("llama")(tokens(1, 9), **cache_argument(PressedCache(KVzapPress(0.5))))
 
 
 # -- weights that cannot be used ---------------------------------------------------------------------------------------
@@ -300,7 +301,7 @@ def test_a_press_around_it_can_go_on_while_decoding(name: str, tmp_path: Path) -
     press, past = Threshold(KVzapPress(weights=folder)), PressedCache()
     with projected(model) as seen, press(model):
         for i, n in enumerate((19, 1, 1, 1, 5, 2, 1)):
-            model(tokens(2, n, seed=i), past_key_values=past)
+            model(tokens(2, n, seed=i), **cache_argument(past))
     hidden = [torch.cat(states, dim=1) for states in seen.values()]
     assert past.seen_tokens == 30
     for layer in (
@@ -324,9 +325,9 @@ def test_decoding_outside_the_block_says_so(tmp_path: Path) -> None:
     view = views_of("llama", tokens(1, 5))[0]
     past = PressedCache(Threshold(KVzapPress(weights=of(view, tmp_path)[0])))
     with prefilling(tiny("llama"), past):
-        tiny("llama")(tokens(1, 19), past_key_values=past)
+        tiny("llama")(tokens(1, 19), **cache_argument(past))
     with pytest.raises(PressError, match=r"looks at hidden states.*inside 'with press\(model\):'"):
-        tiny("llama")(tokens(1, 3), past_key_values=past)
+        tiny("llama")(tokens(1, 3), **cache_argument(past))
 
 
 @pytest.mark.parametrize("dropped", [1, 2])
@@ -336,11 +337,11 @@ def test_cropped_tokens_are_forgotten(tmp_path: Path, dropped: int) -> None:
     for first in (tokens(1, 2, seed=3)[:, : 2 - dropped], tokens(1, 2, seed=3)):
         press, past = Threshold(KVzapPress(weights=of(view, tmp_path)[0])), PressedCache()
         with press(model):
-            model(tokens(1, 19), past_key_values=past)
+            model(tokens(1, 19), **cache_argument(past))
             if first.shape[1]:
-                model(first, past_key_values=past)
+                model(first, **cache_argument(past))
             past.crop(19 + 2 - dropped)
-            model(tokens(1, 4, seed=4), past_key_values=past)
+            model(tokens(1, 4, seed=4), **cache_argument(past))
         logs.append([entry[3] for entry in press.log])
     assert len(logs[0]) == 4
     for own, other in zip(*logs, strict=True):

@@ -26,6 +26,7 @@ from coldpress import (
     make_press,
 )
 from coldpress.budget import apportion, keep_count
+from coldpress.cache_argument import cache_argument
 from coldpress.errors import PressError
 from coldpress.eval.checks import check_stored_pairs
 
@@ -82,17 +83,17 @@ def test_lukv(model: str, layer: int, ratio: float, inner: ScorerPress) -> None:
 def test_the_whole_cache_keeps_what_was_asked_for_and_frees_the_rest() -> None:
     model, ids, curves = tiny("llama"), tokens(2, 203), curves_of(2, 2, seed=5)
     full = PressedCache()
-    model(ids, past_key_values=full)
+    model(ids, **cache_argument(full))
     for ratio in (0.1, 0.505, 0.777, 0.99, 0.999):
         press = LUKVPress(KnormPress(ratio), curves=curves)
         past = PressedCache(press)
-        model(ids, past_key_values=past)
+        model(ids, **cache_argument(past))
         check_stored_pairs(press, past, 203)
         kept = sum(int((past.positions(i) >= 0).sum()) for i in range(2))
         assert kept == 2 * 2 * 2 * keep_count(203, ratio)
         assert 1 <= past.kv_bytes() / (kept * full.kv_bytes() // (2 * 2 * 2 * 203)) <= 1.01
     past = PressedCache(LUKVPress(KnormPress(budget_tokens=50), curves=curves))
-    model(ids, past_key_values=past)
+    model(ids, **cache_argument(past))
     assert sum(int((past.positions(i) >= 0).sum()) for i in range(2)) == 2 * 2 * 2 * 50
 
 
@@ -137,7 +138,7 @@ def test_curves_from_a_file(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("no_made_up_artefacts")
 def test_without_curves_it_says_how_to_make_them() -> None:
     with pytest.raises(PressError, match=r"coldpress calibrate lukv --model MODEL --dataset wikitext"):
-        tiny("llama")(tokens(1, 9), past_key_values=PressedCache(LUKVPress(compression_ratio=0.5)))
+        tiny("llama")(tokens(1, 9), **cache_argument(PressedCache(LUKVPress(compression_ratio=0.5))))
     assert LUKVPress().compress(view_of("llama")) is None  # nothing to remove, nothing needed
 
 

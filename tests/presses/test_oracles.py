@@ -91,6 +91,7 @@ from coldpress import (
     make_press,
 )
 from coldpress.budget import keep_count, pyramid_counts
+from coldpress.cache_argument import cache_argument
 from coldpress.presses.base import parts
 from coldpress.presses.wrapper import WrapperPress
 
@@ -100,7 +101,7 @@ MODELS = {"gpt_neox": 4, "gpt_neox_full_rotary": 8, "llama": 8}  # name -> rotar
 
 def views_of(name: str) -> list[LayerView]:
     look = Look()
-    tiny(name)(tokens(2, N), past_key_values=PressedCache(look))
+    tiny(name)(tokens(2, N), **cache_argument(PressedCache(look)))
     return look.views
 
 
@@ -370,7 +371,7 @@ def test_attention_is_that_of_the_model(name: str) -> None:
     """With soft caps, sinks and scaling: against the weights that the model's own eager attention returns."""
     look, model, ids = Look(), tiny(name, "coldpress_eager"), tokens(2, N)
     own = tiny(name, "eager")(ids, output_attentions=True).attentions
-    model(ids, past_key_values=PressedCache(look))
+    model(ids, **cache_argument(PressedCache(look)))
     modules = [m for m in model.modules() if type(m).__name__.endswith("Attention")]
     for view in look.views:
         weights = own[modules.index(view.module)]  # [B, Hq, N, N]

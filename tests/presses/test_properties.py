@@ -45,6 +45,7 @@ from coldpress import (
     make_press,
 )
 from coldpress.budget import keep_count, protect
+from coldpress.cache_argument import cache_argument
 from coldpress.presses.registry import parameters_of
 
 SMALL = {
@@ -204,17 +205,17 @@ def test_a_padded_row_equals_the_row_alone(name: str, model: str, pads: list[tup
     places, past = (mask.cumsum(-1) - 1).clamp(min=0), PressedCache(press)
     ids = ids * mask[:, :length]
     with torch.no_grad():
-        own(ids, attention_mask=mask[:, :length], position_ids=places[:, :length], past_key_values=past)
+        own(ids, attention_mask=mask[:, :length], position_ids=places[:, :length], **cache_argument(past))
         kept = [past.positions(i) for i in (0, 1)]
         turn = question.expand(len(pads), -1)
-        logits = own(turn, attention_mask=mask, position_ids=places[:, length:], past_key_values=past).logits
+        logits = own(turn, attention_mask=mask, position_ids=places[:, length:], **cache_argument(past)).logits
         for i, (before, after) in enumerate(pads):
             alone = PressedCache(press)
-            own(ids[i : i + 1, before : length - after], past_key_values=alone)
+            own(ids[i : i + 1, before : length - after], **cache_argument(alone))
             for mine, expected in zip(kept, [alone.positions(j)[0] for j in (0, 1)], strict=True):
                 for head, wanted in zip(mine[i], expected, strict=True):
                     assert torch.equal(head[head >= 0] - before, wanted[wanted >= 0])
-            expected = own(question, past_key_values=alone).logits[0]
+            expected = own(question, **cache_argument(alone)).logits[0]
             torch.testing.assert_close(logits[i], expected, atol=2e-4, rtol=0)
 
 
@@ -295,7 +296,7 @@ def prefilled(
     own, past = tiny(model, "coldpress", dtype), PressedCache()
     places = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad(), press(own):
-        own(ids, attention_mask=mask, position_ids=places, past_key_values=past)
+        own(ids, attention_mask=mask, position_ids=places, **cache_argument(past))
     return past
 
 
@@ -390,10 +391,10 @@ def test_rows_are_what_they_are_alone_in_any_order(
     places = (mask.cumsum(-1) - 1)[order, length:]
     with torch.no_grad():
         turn = question.expand(len(pads), -1)
-        logits = own(turn, attention_mask=mask[order], position_ids=places, past_key_values=past).logits
+        logits = own(turn, attention_mask=mask[order], position_ids=places, **cache_argument(past)).logits
         for i, row in enumerate(order):
             before, after = pads[row]
             alone = prefilled(press, model, ids[row : row + 1, before : length - after])
             found = [[[t - before for t in head] for head in layer] for layer in kept[i]]
             assert found == held(alone)
-            torch.testing.assert_close(logits[i], own(question, past_key_values=alone).logits[0], atol=2e-4, rtol=0)
+            torch.testing.assert_close(logits[i], own(question, **cache_argument(alone)).logits[0], atol=2e-4, rtol=0)

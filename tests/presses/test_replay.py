@@ -28,6 +28,7 @@ from coldpress import (
     PrefillDecodingPress,
     PressedCache,
 )
+from coldpress.cache_argument import cache_argument, cache_of
 from coldpress.errors import PressError
 from coldpress.presses.replay import ReplayPress
 
@@ -56,7 +57,7 @@ def compressed(name: str, press: ReplayPress, ids: Tensor = IDS, **options: Any)
     spied.__dict__.update(vars(press))
     past = PressedCache()
     with torch.no_grad(), spied(tiny(name)):
-        tiny(name)(ids, past_key_values=past, **options)
+        tiny(name)(ids, **cache_argument(past), **options)
     return past, seen
 
 
@@ -91,11 +92,11 @@ def test_what_is_evicted_is_gone_and_nothing_else_changes(name: str) -> None:
     for press in (KVZIP, KVComposePress(0.7), KVComposePress(0.6, structured=False)):
         past, _ = compressed(name, press)
         full = PressedCache()
-        tiny(name)(IDS, past_key_values=full)
+        tiny(name)(IDS, **cache_argument(full))
         n_kept, n_all = (sum(int((c.positions(i) >= 0).sum()) for i in range(2)) for c in (past, full))
         assert past.kv_bytes() == full.kv_bytes() * n_kept // n_all
         expected = oracle_logits(name, question[0], full, kept(past))
-        logits = tiny(name)(question, past_key_values=past).logits[0]
+        logits = tiny(name)(question, **cache_argument(past)).logits[0]
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
 
@@ -136,8 +137,8 @@ def test_inference_mode_changes_nothing() -> None:
         for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
             past = PressedCache()
             with mode(), press(model):
-                model(IDS, past_key_values=past)
-                logits = model(tokens(1, 3), past_key_values=past).logits
+                model(IDS, **cache_argument(past))
+                logits = model(tokens(1, 3), **cache_argument(past)).logits
             found.append((kept(past), logits.detach().clone()))
         assert found[0][0] == found[1][0] == found[2][0]
         torch.testing.assert_close(found[0][1], found[1][1])
@@ -290,24 +291,24 @@ def test_batches_and_padding_are_refused_before_anything_is_computed(press: Repl
     mask[0, :3] = 0
     with press(model):
         with pytest.raises(PressError, match=r"one text.*a batch of 2.*batch_size 1"):
-            model(tokens(2, N), past_key_values=past)
+            model(tokens(2, N), **cache_argument(past))
         with pytest.raises(PressError, match="a padded text"):
-            model(IDS, attention_mask=mask, past_key_values=past)
+            model(IDS, attention_mask=mask, **cache_argument(past))
         assert not ran and past.seen_tokens == 0
-        model(IDS, past_key_values=past)  # the cache was not touched
+        model(IDS, **cache_argument(past))  # the cache was not touched
     assert past.achieved_ratio() > 0.5
     with press.with_ratio(0.0)(model):
-        assert model(tokens(2, N)).past_key_values.seen_tokens == N
+        assert cache_of(model(tokens(2, N))).seen_tokens == N
 
 
 @pytest.mark.parametrize("press", ALL, ids=lambda press: type(press).__name__)
 def test_outside_the_block(press: ReplayPress) -> None:
     with pytest.raises(PressError, match=r"inside 'with press\(model\):', with input_ids"):
-        tiny("llama")(IDS, past_key_values=PressedCache(press))
+        tiny("llama")(IDS, **cache_argument(PressedCache(press)))
     with press(tiny("llama")), pytest.raises(PressError, match="with input_ids"):
-        tiny("llama")(inputs_embeds=tiny("llama").get_input_embeddings()(IDS), past_key_values=PressedCache())
+        tiny("llama")(inputs_embeds=tiny("llama").get_input_embeddings()(IDS), **cache_argument(PressedCache()))
     past = PressedCache(press.with_ratio(0.0))
-    tiny("llama")(IDS, past_key_values=past)
+    tiny("llama")(IDS, **cache_argument(past))
     assert past.stored_lengths() == [N, N]
 
 
@@ -371,9 +372,9 @@ def test_a_schedule_goes_on_after_a_replay() -> None:
     with press(model):
         with pytest.raises(PressError, match="a batch of 2"):
             model(tokens(2, N))
-        model(IDS, past_key_values=past)
+        model(IDS, **cache_argument(past))
         assert kept(past) == kept(alone)
-        model(tokens(1, 4), past_key_values=past)
+        model(tokens(1, 4), **cache_argument(past))
     assert past.stored_lengths() == [8, 8]
 
 

@@ -30,6 +30,7 @@ from coldpress import (
     catalogue,
     make_press,
 )
+from coldpress.cache_argument import cache_argument
 from coldpress.errors import PressError, UnreachableError
 from coldpress.lora import Lora
 from coldpress.presses.restorekv import _moved_back
@@ -45,7 +46,7 @@ FILES = ("restore_embeddings.safetensors", "adapter_config.json", "adapter_model
 def run(model: PreTrainedModel, press: Any, ids: Tensor = IDS) -> PressedCache:
     past = PressedCache()
     with torch.no_grad(), press(model):
-        model(ids, past_key_values=past)
+        model(ids, **cache_argument(past))
     return past
 
 
@@ -127,7 +128,7 @@ def test_what_is_stored(name: str, kind: str, tmp_path: Path) -> None:
     assert past.kv_bytes() == full.kv_bytes() * n_held // n_all
 
     # the question comes after the restored tokens
-    logits = model(QUESTION, past_key_values=past).logits[0]
+    logits = model(QUESTION, **cache_argument(past)).logits[0]
     after = twin.logits_after(name, QUESTION[0], slots, N + N_NEW)
     torch.testing.assert_close(logits, after, atol=2e-4, rtol=0)
     assert (twin.logits_after(name, QUESTION[0], slots, N) - after).abs().max() > 1e-2
@@ -137,11 +138,11 @@ def test_what_is_stored(name: str, kind: str, tmp_path: Path) -> None:
 def test_keys_move_back_by_the_models_own_rotation(name: str) -> None:
     """Keys of the first layer depend on nothing but the token and its position."""
     model, here, later = BY_NAME[name].build(), PressedCache(), PressedCache()
-    model(IDS, past_key_values=here)
+    model(IDS, **cache_argument(here))
     keys = here.layer(0).keys
     assert keys is not None
     if name != "gpt2":  # which does not rotate
-        model(IDS, past_key_values=later, position_ids=torch.arange(N_NEW, N_NEW + N)[None])
+        model(IDS, **cache_argument(later), position_ids=torch.arange(N_NEW, N_NEW + N)[None])
         moved = later.layer(0).keys
         assert moved is not None and not torch.allclose(moved, keys, atol=1e-2)
     else:
@@ -156,15 +157,15 @@ def test_generate_goes_on_after_the_text(tmp_path: Path) -> None:
     write_restorekv(tmp_path, model, N_NEW)
     press = RestoreKVPress(0.5, weights=str(tmp_path), **SMALL)
     answers = []
-    for options in ({"past_key_values": run(model, press)}, {"past_key_values": run(model, press).fork()}):
+    for options in (cache_argument(run(model, press)), cache_argument(run(model, press).fork())):
         mask = torch.ones_like(ids)
         answers.append(model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, **options))
     past, found = run(model, press), ids
-    logits = model(QUESTION, past_key_values=past).logits
+    logits = model(QUESTION, **cache_argument(past)).logits
     for _ in range(6):
         token = logits[:, -1:].argmax(-1)
         found = torch.cat([found, token], dim=1)
-        logits = model(token, past_key_values=past).logits
+        logits = model(token, **cache_argument(past)).logits
     assert torch.equal(answers[0], found) and torch.equal(answers[1], found)
 
 
@@ -177,9 +178,9 @@ def test_without_a_difference_the_adapter_changes_nothing(tmp_path: Path) -> Non
     held = load_file(tmp_path / FILES[2])
     save_file({k: v * ("lora_A" in k) for k, v in held.items()}, tmp_path / FILES[2])
     plain, full = run(model, press), PressedCache()
-    model(IDS, past_key_values=full)
+    model(IDS, **cache_argument(full))
     with torch.no_grad():
-        model.model(inputs_embeds=embeddings[None], past_key_values=full)
+        model.model(inputs_embeds=embeddings[None], **cache_argument(full))
     for own, other, layer in zip(
         plain.pressed_layers(), with_adapter.pressed_layers(), full.pressed_layers(), strict=True
     ):
@@ -216,7 +217,7 @@ def test_text_beside_sliding_windows(tmp_path: Path) -> None:
         [False] * 2,
         [True] * 2,
     ] * 2
-    logits = model(QUESTION, past_key_values=past).logits
+    logits = model(QUESTION, **cache_argument(past)).logits
     assert torch.isfinite(logits).all()
 
 
@@ -226,7 +227,7 @@ def test_a_shared_prefill(tmp_path: Path) -> None:
     presses = [RestoreKVPress(ratio, weights=str(tmp_path), **SMALL) for ratio in (0.0, 0.3, 0.6)]
     branches = full.branches([*presses, KnormPress(0.5)])
     with torch.no_grad(), prefilling(model, full, *branches):
-        model(IDS, past_key_values=full)
+        model(IDS, **cache_argument(full))
     assert branches[0].achieved_ratio() == full.achieved_ratio() == 0
     for press, branch in zip(presses[1:], branches[1:], strict=False):
         alone = run(model, press)
@@ -242,9 +243,9 @@ def test_a_schedule_goes_on_after_it(tmp_path: Path) -> None:
     both = PrefillDecodingPress(press, DecodingPress(KnormPress(), compression_interval=4, target_size=8))
     past, expected = PressedCache(), kept(run(model, press))
     with both(model):
-        model(IDS, past_key_values=past)
+        model(IDS, **cache_argument(past))
         assert kept(past) == expected
-        model(tokens(1, 4), past_key_values=past)
+        model(tokens(1, 4), **cache_argument(past))
     assert past.stored_lengths() == [8, 8]
 
 
@@ -300,8 +301,8 @@ def test_inference_mode_and_other_dtypes(tmp_path: Path) -> None:
     for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
         past.append(DynamicCache())
         with mode(), press(model):
-            model(IDS, past_key_values=past[-1])
-            model(QUESTION, past_key_values=past[-1])
+            model(IDS, **cache_argument(past[-1]))
+            model(QUESTION, **cache_argument(past[-1]))
     for layers in zip(*(cache.layers for cache in past), strict=True):
         assert all(layer.keys.dtype == torch.bfloat16 for layer in layers)
         assert all(torch.equal(layer.keys, layers[0].keys) for layer in layers)
@@ -318,12 +319,12 @@ def test_batches_and_padding_are_refused_before_anything_is_computed(tmp_path: P
     mask[0, :3] = 0
     with press(model):
         with pytest.raises(PressError, match=r"RestoreKVPress shows the model one text.*a batch of 2"):
-            model(tokens(2, N), past_key_values=past)
+            model(tokens(2, N), **cache_argument(past))
         with pytest.raises(PressError, match="a padded text"):
-            model(IDS, attention_mask=mask, past_key_values=past)
+            model(IDS, attention_mask=mask, **cache_argument(past))
     assert past.seen_tokens == 0
     with pytest.raises(PressError, match=r"inside 'with press\(model\):', with input_ids"):
-        model(IDS, past_key_values=PressedCache(press))
+        model(IDS, **cache_argument(PressedCache(press)))
 
 
 def test_what_it_says_of_itself() -> None:

@@ -10,6 +10,7 @@ from tests.contract.architectures import tiny, tokens
 from tests.presses.views import MODELS, view_of
 
 from coldpress import LayerView, PressedCache, SimLayerKVPress, make_press
+from coldpress.cache_argument import cache_argument
 from coldpress.errors import PressError
 
 N_TOKENS = 37
@@ -52,7 +53,7 @@ def test_lazy_layers_keep_both_ends(model: str, layer: int, n_last: int, n_recen
 def test_a_window_as_long_as_what_is_looked_at_keeps_no_token_too_many() -> None:
     """K: a lazy layer kept n_recent - n_last recent tokens, and all 128 and one more where that was 0."""
     past = PressedCache(SimLayerKVPress(0.0, n_last=1, n_recent=1, n_initial=1))
-    tiny("gpt_neox")(tokens(1, 128), past_key_values=past)
+    tiny("gpt_neox")(tokens(1, 128), **cache_argument(past))
     assert past.stored_lengths() == [2, 2]
     assert past.achieved_ratio() == 1 - 2 / 128
 
@@ -65,7 +66,7 @@ def test_layers_are_judged_one_by_one_and_freed() -> None:
         shares.append(float(view.window_attention(1)[..., -20:].sum(-1).mean()))
     for threshold in (1.0, sum(shares) / 2):
         past = PressedCache(SimLayerKVPress(threshold, n_recent=20, n_initial=0))
-        model(ids, past_key_values=past)
+        model(ids, **cache_argument(past))
         sizes[threshold] = past.kv_bytes()
     assert sorted(past.stored_lengths()) == [20, 300]
     assert past.achieved_ratio() == pytest.approx(280 / 600)  # both layers count
@@ -75,7 +76,7 @@ def test_layers_are_judged_one_by_one_and_freed() -> None:
 @pytest.mark.parametrize("n_tokens", [1, 3, 13])
 def test_a_text_no_longer_than_both_ends_stays(n_tokens: int) -> None:
     past = PressedCache(SimLayerKVPress(0.0, n_recent=9, n_initial=4))
-    tiny("gpt_neox")(tokens(1, n_tokens), past_key_values=past)
+    tiny("gpt_neox")(tokens(1, n_tokens), **cache_argument(past))
     assert past.stored_lengths() == [n_tokens] * 2
 
 

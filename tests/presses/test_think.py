@@ -23,6 +23,7 @@ from coldpress import (
     ThinKPress,
     make_press,
 )
+from coldpress.cache_argument import cache_argument
 from coldpress.errors import PressError
 from coldpress.store import DenseStore
 from coldpress.thin import ThinKeys
@@ -59,7 +60,7 @@ def test_attention_is_that_of_zeroed_channels(model: str, inner: ScorerPress, ra
     ids = torch.cat([tokens(2, N), tokens(2, 6, seed=1)], dim=1)
     thin, zeroed = PressedCache(ThinKPress(ratio, window, press=inner)), PressedCache(inner)
     for past in (thin, zeroed):
-        tiny(model)(ids[:, :N], past_key_values=past)
+        tiny(model)(ids[:, :N], **cache_argument(past))
     for i, layer in enumerate(zeroed.pressed_layers()):
         view = view_of(model, N, layer=i)
         dim = view.keys.shape[3]
@@ -75,22 +76,22 @@ def test_attention_is_that_of_zeroed_channels(model: str, inner: ScorerPress, ra
         layer._store = DenseStore(keys, layer.values)
         assert torch.equal(thin.positions(i), zeroed.positions(i))
     for piece in (ids[:, N : N + 4], ids[:, N + 4 : N + 5], ids[:, N + 5 :]):
-        actual, expected = (tiny(model)(piece, past_key_values=past).logits for past in (thin, zeroed))
+        actual, expected = (tiny(model)(piece, **cache_argument(past)).logits for past in (thin, zeroed))
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
 
 
 def test_channels_are_freed() -> None:
     model, ids = tiny("gpt_neox"), tokens(2, 200)  # 2 layers, 4 heads of 16 channels
     past = PressedCache(ThinKPress(0.75, 32, press=KnormPress(0.5)))
-    model(ids, past_key_values=past)
+    model(ids, **cache_argument(past))
     narrow, wide, index = 100 * 4, 32 * 12, 32 * 4 + 16 * 2  # numbers of a head, then bytes
     assert past.kv_bytes() == 2 * 2 * 4 * ((narrow + wide + 100 * 16) * 4 + index)
     full, plain = PressedCache(), PressedCache(ThinKPress(press=KnormPress(0.5)))
     for each in (full, plain):
-        model(ids, past_key_values=each)
+        model(ids, **cache_argument(each))
     assert past.kv_bytes() < 0.4 * full.kv_bytes() and plain.kv_bytes() == full.kv_bytes() // 2
     assert past.achieved_ratio() == 0.5  # pairs: channels are not counted
-    model(tokens(2, 1), past_key_values=past)
+    model(tokens(2, 1), **cache_argument(past))
     assert all(layer.tensors()[0].shape[2] < 100 for layer in past.pressed_layers())  # room for new keys only
 
 
@@ -98,15 +99,15 @@ def test_a_fork_a_crop_and_other_rows() -> None:
     model, ids = tiny("llama"), tokens(2, N)
     question, again = tokens(2, 4, seed=1), tokens(2, 4, seed=2)
     past = PressedCache(ThinKPress(0.5, 8, press=KnormPress(0.3)))
-    model(ids, past_key_values=past)
-    expected = model(question, past_key_values=past.fork()).logits
+    model(ids, **cache_argument(past))
+    expected = model(question, **cache_argument(past.fork())).logits
     other = past.fork()
-    model(again, past_key_values=other)
+    model(again, **cache_argument(other))
     other.crop(N)
-    torch.testing.assert_close(model(question, past_key_values=other).logits, expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(model(question, **cache_argument(other)).logits, expected, atol=1e-6, rtol=0)
     rows = torch.tensor([1, 0, 1])
     past.batch_select_indices(rows)
-    torch.testing.assert_close(model(question[rows], past_key_values=past).logits, expected[rows], atol=1e-6, rtol=0)
+    torch.testing.assert_close(model(question[rows], **cache_argument(past)).logits, expected[rows], atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("n_wide", [0, 1, 3, 9])

@@ -42,6 +42,7 @@ from coldpress import (
     make_press,
 )
 from coldpress.budget import keep_count, spread
+from coldpress.cache_argument import cache_argument
 from coldpress.errors import ModelError, PressError
 from coldpress.projection import output_weight
 from coldpress.view import Place
@@ -148,23 +149,23 @@ def test_heads_that_keep_different_numbers_are_stored_and_attended_to_as_such() 
     model, ids = tiny("llama"), tokens(2, 45)
     press = AdaKVPress(SnapKVPress(0.6, window_size=4), alpha_safeguard=0.0)
     past = PressedCache(press)
-    model(ids[:, :40], past_key_values=past)
+    model(ids[:, :40], **cache_argument(past))
     counts = [(past.positions(i) >= 0).sum(-1) for i in range(2)]
     assert any(n.unique().numel() > 1 for n in counts)  # else this tests nothing
     assert [int(n.sum()) for n in counts] == [2 * 2 * keep_count(40, 0.6)] * 2
     assert past.stored_lengths() == [int(n.max()) for n in counts]
     assert abs(past.achieved_ratio() - (1 - keep_count(40, 0.6) / 40)) < 1e-9
-    actual = model(ids[:, 40:], past_key_values=past).logits
+    actual = model(ids[:, 40:], **cache_argument(past)).logits
 
     full = PressedCache()
-    model(ids[:, :40], past_key_values=full)
+    model(ids[:, :40], **cache_argument(full))
     for i, layer in enumerate(full.pressed_layers()):
         kept = torch.full((2, 2, 40), -1, dtype=torch.int32)  # every slot stays, evicted ones are empty
         for b, row in enumerate(heads_of(past.positions(i)[..., : past.stored_lengths()[i] - 5])):
             for h, head in enumerate(row):
                 kept[b, h, head] = torch.tensor(head, dtype=torch.int32)
         layer._kept, layer._has_gaps, layer._tail_start = kept, True, 40
-    torch.testing.assert_close(actual, model(ids[:, 40:], past_key_values=full).logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(actual, model(ids[:, 40:], **cache_argument(full)).logits, atol=1e-5, rtol=0)
 
 
 # -- chunks and blocks --------------------------------------------------------------------------------------------
@@ -338,19 +339,19 @@ def test_per_layer_compression(model: str) -> None:
     press = PerLayerCompressionPress(KnormPress(0.9), [0.25, 0.5])
     assert press.compression_ratio == 0.375
     past = PressedCache(press)
-    own(ids, past_key_values=past)
+    own(ids, **cache_argument(past))
     assert past.stored_lengths() == [30, 20] == [press.keep_of(40, Place(i, 2, 0)) for i in (0, 1)]
     for layer, view, n in zip(past.pressed_layers(), views_of(model, ids), (30, 20), strict=True):
         for keys, found in zip(view.keys[0], layer.positions()[0].tolist(), strict=True):
             assert found == sorted(sorted(range(40), key=lambda t, keys=keys: float(keys[t].norm()))[:n])
-    logits = own(tokens(1, 7), past_key_values=past).logits  # a question of several tokens
+    logits = own(tokens(1, 7), **cache_argument(past)).logits  # a question of several tokens
     assert torch.isfinite(logits).all()
     assert press.with_ratio(0.6).compression_ratios == (0.4, 0.8)
     assert press.with_ratio(0.0).with_ratio(0.3).compression_ratios == (0.3, 0.3)
     with pytest.raises(PressError, match=r"number in \[0, 1\)"):
         press.with_ratio(0.9)
     with pytest.raises(PressError, match="3 ratios and the model compresses 2"):
-        own(ids, past_key_values=PressedCache(PerLayerCompressionPress(KnormPress(), [0.1, 0.2, 0.3])))
+        own(ids, **cache_argument(PressedCache(PerLayerCompressionPress(KnormPress(), [0.1, 0.2, 0.3]))))
 
 
 def test_budgets_of_layers_survive_wrapping() -> None:

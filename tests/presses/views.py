@@ -9,6 +9,7 @@ from tests.contract.architectures import tiny, tokens
 from torch import Tensor
 
 from coldpress import BasePress, Kept, LayerView, PressedCache
+from coldpress.cache_argument import cache_argument
 
 MODELS = ("gpt_neox", "gpt_neox_full_rotary", "llama")  # rotary_pct 0.25 and 1.0; grouped queries
 
@@ -35,7 +36,7 @@ def views_of(
     positions = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad():
         tiny(name, "coldpress", dtype)(
-            ids, attention_mask=mask, position_ids=positions, past_key_values=PressedCache(probe)
+            ids, attention_mask=mask, position_ids=positions, **cache_argument(PressedCache(probe))
         )
     return probe.views
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from coldpress.attention import use_coldpress
 from coldpress.cache import PressedCache
+from coldpress.cache_argument import cache_argument
 from coldpress.chunks import check_chunks, prefill
 from coldpress.errors import InputError, MissingDependencyError, PressError, SelfCheckError
 from coldpress.eval.checks import check_stored_pairs
@@ -353,7 +354,9 @@ class ColdpressLM(HFLM):
                 if takes_positions:
                     steps = torch.arange(start, start + step, device=self.device)
                     options["position_ids"] = seen.sum(-1, keepdim=True) + steps
-            logits = self.model(ids[:, start : start + step], past_key_values=branch, use_cache=True, **options).logits
+            logits = self.model(
+                ids[:, start : start + step], **cache_argument(branch, self.model), use_cache=True, **options
+            ).logits
             for i, part in enumerate(logits.split(BLOCK_TOKENS, 1)):
                 first = start + i * BLOCK_TOKENS
                 log_probs, target = part.float().log_softmax(-1), wanted[:, first : first + part.shape[1], None]
@@ -398,7 +401,7 @@ class ColdpressLM(HFLM):
                     self._count(texts, cache, is_pressed)
                     cache.batch_repeat_interleave(options.get("num_beams") or 1)
                     output = super()._model_generate(
-                        ids, max_length - begin, stop, attention_mask=own, past_key_values=cache, **options
+                        ids, max_length - begin, stop, attention_mask=own, **cache_argument(cache), **options
                     )
                 written |= dict(zip(rows, output[:, ids.shape[1] :], strict=True))
         width = max(len(tokens) for tokens in written.values())

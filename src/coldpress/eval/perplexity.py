@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.cache import PressedCache
+from coldpress.cache_argument import cache_argument
 from coldpress.errors import SelfCheckError
 from coldpress.eval.metrics import (
     FEW_WINDOWS,
@@ -35,7 +36,7 @@ _Job = tuple[int, Window]  # number of a document, and one of its windows
 
 def forward(model: PreTrainedModel, input_ids: Tensor, cache: PressedCache | None, keep: int = 0) -> Tensor:
     """Logits ``[B, keep, V]`` of the last ``keep`` tokens (0: of all) of ``input_ids`` after what ``cache`` holds."""
-    options: dict[str, Any] = {"use_cache": False} if cache is None else {"past_key_values": cache}
+    options: dict[str, Any] = {"use_cache": False} if cache is None else cache_argument(cache, model)
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         options["logits_to_keep"] = keep
     logits: Tensor = model(input_ids, **options).logits

@@ -45,7 +45,7 @@ class BasePress:
     Use one in a cache, ``PressedCache(press)``, or around calls of a model, as in kvpress::
 
         with press(model):
-            model(input_ids, past_key_values=cache)
+            model(input_ids, cache=cache)
 
     The class says what kind of method it is; the catalogue (``coldpress presses``) shows it:
 
@@ -111,7 +111,7 @@ class BasePress:
 
         Args:
             cache: what to compress, by :meth:`coldpress.layer.PressedLayer.keep` of each of its layers.
-            model: the model without its head; ``model(input_ids=..., past_key_values=cache.fork())`` runs it, and
+            model: the model without its head; ``model(input_ids=..., cache=cache.fork())`` runs it, and
                 ``session.look`` of the fork's session is shown each of its attention calls.
             token_ids: int64 ``[B, T]``, what the prefill was given.
         """

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from coldpress.attention import place_of
 from coldpress.budget import counts_together, protect, select_counts, shrink_protected
+from coldpress.cache_argument import cache_argument
 from coldpress.errors import ModelError, PressError
 from coldpress.presses.base import BUDGETS, BudgetPress, require_block
 from coldpress.projection import output_weight
@@ -132,7 +133,7 @@ class ReplayPress(BudgetPress):
             )
         fork = cache.fork()
         fork.session.press, fork.session.kv_bits, fork.session.look = None, None, look
-        return model(past_key_values=fork, use_cache=True, **inputs)
+        return model(**cache_argument(fork, model), use_cache=True, **inputs)
 
 
 def chunk_view(layer: PressedLayer, call: LayerCall, slots: Tensor) -> LayerView:
