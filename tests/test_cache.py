@@ -494,3 +494,30 @@ def test_layers_that_keep_everything_count_too(is_branch: bool) -> None:
     before = past.achieved_ratio()
     tiny("llama")(tokens(2, 3, seed=4), **cache_argument(past))
     assert past.achieved_ratio() == before
+
+
+def test_the_tokens_that_are_known_follow_the_rows() -> None:
+    model, ids, more = tiny("llama"), tokens(2, 12), tokens(2, 3, seed=1)
+    past = PressedCache(KnormPress(0.5))
+    assert past.token_ids is None
+    prefill(model, ids, past)
+    assert torch.equal(past.token_ids, ids)
+    fork = past.fork()
+    with KnormPress(0.5)(model):
+        model(more, **cache_argument(past))
+    assert torch.equal(past.token_ids, torch.cat([ids, more], dim=1))
+    assert torch.equal(fork.token_ids, ids)
+    model(more, **cache_argument(fork))  # nobody says what these are
+    assert fork.token_ids is None
+    fork.crop(-3)
+    assert torch.equal(fork.token_ids, ids)
+    past.crop(-2)
+    assert torch.equal(past.token_ids, torch.cat([ids, more[:, :1]], dim=1))
+    past.reorder_cache(torch.tensor([1, 1]))
+    assert torch.equal(past.token_ids[0], past.token_ids[1]) and past.token_ids[0, 0] == ids[1, 0]
+    past.batch_repeat_interleave(2)
+    assert past.token_ids.shape == (4, 13)
+    past.batch_select_indices(torch.tensor([0]))
+    assert past.token_ids.shape == (1, 13)
+    past.reset()
+    assert past.token_ids is None

@@ -25,7 +25,7 @@ from coldpress import (
     compiling,
     use_coldpress,
 )
-from coldpress.cache_argument import cache_argument
+from coldpress.cache_argument import cache_argument, cache_of
 from coldpress.errors import CacheError, ModelError
 from coldpress.layer import PressedLayer
 
@@ -133,11 +133,44 @@ def test_other_threads_are_left_alone() -> None:
     model = tiny("gpt_neox")
     cache = filled(model, AdaKVPress(SnapKVPress(0.5, window_size=8)))  # which a compiled step refuses
     expected, got = decoded(model, cache.fork()), []
+    begins = threading.Event()
+
+    def work() -> None:
+        begins.wait(60)
+        got.append(decoded(model, cache))
+
+    thread = threading.Thread(target=work)
+    thread.start()
     with compiled(model):
+        begins.set()
+        thread.join()
+    assert_close(got[0], expected)
+
+
+def test_a_thread_that_is_started_inside_is_compiled() -> None:
+    model, got = tiny("gpt_neox"), []
+    cache = filled(model)
+    expected = decoded(model, cache.fork())
+    with compiled(model):
+        step = model.forward.__closure__  # type: ignore[attr-defined]
+        decoder = next(cell.cell_contents for cell in step if isinstance(cell.cell_contents, compiling._Decoder))
         thread = threading.Thread(target=lambda: got.append(decoded(model, cache)))
         thread.start()
         thread.join()
+        assert (decoder.n_steps, decoder.n_eager) == (5, 0)
     assert_close(got[0], expected)
+
+
+def test_a_block_that_compiles_nothing_says_so() -> None:
+    model = tiny("gpt_neox")
+    with compiled(model):
+        pass  # nothing ran
+    with pytest.warns(UserWarning, match="nothing was compiled"), compiled(model):
+        model(tokens(1, 5))
+    with compiled(model):  # what is refused has been said
+        past = cache_of(model(tokens(1, 5), **cache_argument(DynamicCache())))
+        with pytest.raises(CacheError, match="not from a DynamicCache"):
+            model(tokens(1, 1), **cache_argument(past))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.contract.architectures import VERSION
 from tests.presses.others import IN_BLOCK, OTHERS, WITH_RATIO, small_press
 from torch import Tensor
 from transformers import (
@@ -23,6 +24,7 @@ from transformers import (
     GPTNeoXForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
+    Phi3Config,
     PreTrainedModel,
     QuantizedCache,
     pipeline,
@@ -52,6 +54,7 @@ from coldpress import (
     StreamingLLMPress,
     ThinKPress,
     make_press,
+    prefill,
     press_names,
 )
 from coldpress.cache_argument import cache_argument
@@ -557,6 +560,88 @@ def test_options_do_what_they_do_without_a_press(
     torch.manual_seed(0)
     assert pipe(CONTEXT, question="Who?", **options)["answer"] == expected
     assert pipe(CONTEXT, question="Who?", press=KnormPress(0.5), **options)["answer"]
+
+
+class Counts(LogitsProcessor):
+    """Forbids each token that the text has had an odd number of times."""
+
+    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        is_odd = torch.nn.functional.one_hot(ids, logits.shape[1]).sum(1) % 2 == 1
+        return logits.masked_fill(is_odd, -torch.inf)
+
+
+READING: list[dict[str, Any]] = [
+    {"repetition_penalty": 1.3},
+    {"no_repeat_ngram_size": 1},
+    {"encoder_no_repeat_ngram_size": 1},
+    {"encoder_repetition_penalty": 1.5},
+    {"sequence_bias": [[[7, 9], -5.0]]},
+    {"logits_processor": LogitsProcessorList([Counts()])},
+]
+
+
+@pytest.mark.parametrize("options", READING, ids=lambda options: next(iter(options)))
+def test_options_that_read_the_text_see_the_cached_context(tokenizer: Any, options: dict[str, Any]) -> None:
+    """Its place was taken by token 0, which is the end of text of Pythia."""
+    model = AutoModelForCausalLM.from_pretrained(DEMO).eval()  # trained: it repeats what it reads
+    pipe = pipeline(TASKS[0], model=model, tokenizer=tokenizer, device="cpu", max_new_tokens=8)
+    expected = own_answer(model, tokenizer, "<|endoftext|>" + CONTEXT, "Who?\n", **options)
+    assert expected != own_answer(model, tokenizer, "<|endoftext|>" + CONTEXT, "Who?\n") or "bias" in str(options)
+    told, bare = PressedCache(), PressedCache()
+    pipe(CONTEXT, questions=[], cache=told)
+    by_prefill = PressedCache(chunk_tokens=50)
+    prefill(model, encode(tokenizer, "<|endoftext|>" + CONTEXT), by_prefill)
+    in_block = PressedCache()
+    with SnapKVPress(0.0)(model):
+        model(encode(tokenizer, "<|endoftext|>" + CONTEXT), **cache_argument(in_block))
+    model(encode(tokenizer, "<|endoftext|>" + CONTEXT), **cache_argument(bare))
+    for cache in (told, by_prefill, in_block):
+        assert pipe(question="Who?", cache=cache, **options) == {"answer": expected}
+    fed = Fed(model)
+    with pytest.raises(InputError, match=f"{next(iter(options))} reads the tokens of the context"):
+        pipe(question="Who?", cache=bare, **options)
+    assert fed.ids == []
+    assert pipe(question="Who?", cache=bare, max_new_tokens=8)  # what reads nothing is answered
+
+
+def test_what_a_generation_config_holds_is_refused_too(
+    pipe: KVPressTextGenerationPipeline, model: PreTrainedModel
+) -> None:
+    fed = Fed(model)
+    for name, value in {"prompt_lookup_num_tokens": 3, "num_return_sequences": 2, "min_length": 300}.items():
+        config = GenerationConfig(max_new_tokens=4, num_beams=2, **{name: value})
+        with pytest.raises(InputError, match=f"does not take {name}={value} in generation_config"):
+            pipe(CONTEXT, question="Who?", generation_config=config)
+    model.generation_config.prompt_lookup_num_tokens = 3
+    with pytest.raises(InputError, match="does not take prompt_lookup_num_tokens=3 in the model's generation_config"):
+        pipe(CONTEXT, question="Who?")
+    assert fed.ids == []
+
+
+def test_an_answer_that_may_cross_a_change_of_frequencies(tokenizer: Any) -> None:
+    scaling = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    name = "rope_parameters" if VERSION >= (5, 0) else "rope_scaling"
+    if VERSION < (5, 0):
+        scaling = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    else:
+        scaling |= {"original_max_position_embeddings": 64}
+    config = Phi3Config(
+        **sizes, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, pad_token_id=0,
+        original_max_position_embeddings=64, bos_token_id=0, eos_token_id=None, **{name: scaling},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    pipe = pipeline(TASKS[0], model=model, tokenizer=tokenizer, device="cpu")
+    text = "olives " * 15
+    n = encode(tokenizer, "<|endoftext|>" + text).shape[1]
+    assert n < 64
+    fed = Fed(model)
+    with pytest.raises(InputError, match="changes its rotary frequencies after 64 tokens"):
+        pipe(text, question="Who?", press=KnormPress(0.5), max_new_tokens=60)
+    assert fed.ids == []
+    assert "answer" in pipe(text, question="Who?", press=KnormPress(0.5), max_new_tokens=2)
+    assert "answer" in pipe(text * 4, question="Who?", press=KnormPress(0.5), max_new_tokens=60)
 
 
 # Chat templates

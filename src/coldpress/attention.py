@@ -30,12 +30,15 @@ from coldpress.errors import CacheError, MissingDependencyError, ModelError
 from coldpress.one_token import attend_once, can_attend_once
 from coldpress.session import THREAD
 from coldpress.view import LayerCall
+from coldpress.wrapped import transformers_model
 
-__all__ = ["BACKENDS", "place_of", "register", "underlying", "use_coldpress"]
+__all__ = ["BACKENDS", "WATCHERS", "place_of", "register", "underlying", "use_coldpress"]
 
 _UNKNOWN = ("position_bias", "head_mask", "indices", "block_indices", "sinks")  # arguments that only some models pass
 BACKENDS = {"coldpress": "sdpa", "coldpress_eager": "eager", "coldpress_fa2": "flash_attention_2"}
 _FROM_NATIVE = {native: ours for ours, native in BACKENDS.items()} | {"flex_attention": "coldpress"}
+
+WATCHERS: list[Callable[[nn.Module], None]] = []  # told of each module that attends without a PressedCache
 
 _PLAIN = ("sdpa", "flash_attention_2")  # arithmetic that is a softmax and nothing else
 
@@ -66,6 +69,7 @@ def use_coldpress(model: PreTrainedModel, arithmetic: str | None = None) -> None
             layers that share a cache.
         MissingDependencyError: ``flash_attention_2`` without the package flash-attn.
     """
+    model = transformers_model(model)
     name = type(model).__name__
     config = model.config
     text = config.get_text_config(decoder=True)
@@ -155,6 +159,8 @@ def _attention(
     if native != "eager" and (softcap is not None or sinks is not None):
         native = "special"
     if layer is None or not layer.is_offered(key, value):
+        for watch in WATCHERS:
+            watch(module)
         return _unpressed(native, module, query, key, value, attention_mask, scaling, dropout, **kwargs)
     if attention_mask is not None and attention_mask.dim() != 2:
         raise CacheError(

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -100,6 +101,7 @@ class PressedCache(Cache):
             require_rerotatable(press)
         self.session = Session(press, positions == "rerotate", KVBits.of(kv_bits))
         self.session.chunk_tokens = chunk_tokens
+        self._tokens: list[Tensor] = []  # [B, n] each, as far as somebody told them
         check_quantisable(press, self.kv_bits)
         super().__init__(layer_class_to_replicate=self.session.new_layer)
 
@@ -116,10 +118,34 @@ class PressedCache(Cache):
         said += "" if self.kv_bits is None else f"kv_bits={self.kv_bits!r}, "
         return f"PressedCache(press={self.press!r}, {said}seen={self.seen_tokens}, stored={self.stored_lengths()})"
 
+    def __bool__(self) -> bool:
+        """Whether it holds tokens; a model that drops the cache of too short a text asks this first."""
+        for layer in self.pressed_layers():
+            layer.refuse_dropping()
+        return self.seen_tokens > 0
+
     @property
     def press(self) -> BasePress | None:
         """The press that compresses this cache."""
         return self.session.press
+
+    @property
+    def token_ids(self) -> Tensor | None:
+        """The tokens seen, int64 ``[B, seen]``; None if not all of them are known.
+
+        :func:`coldpress.prefill`, ``with press(model):`` and the pipeline tell them; a bare call of a model does not.
+        """
+        if not self._tokens or sum(part.shape[1] for part in self._tokens) != self.seen_tokens:
+            return None
+        self._tokens = [torch.cat(self._tokens, dim=1)]
+        return self._tokens[0]
+
+    def remember(self, token_ids: Tensor) -> None:
+        """Note that the newest tokens seen are ``token_ids``, int64 ``[B, n]``; in vain if earlier ones are unknown."""
+        known = sum(part.shape[1] for part in self._tokens)
+        earlier = self.seen_tokens - token_ids.shape[1]
+        if known <= earlier:
+            self._tokens = [*self._tokens, token_ids] if known == earlier else []
 
     @property
     def _places(self) -> Literal["original", "rerotate"]:
@@ -236,7 +262,7 @@ class PressedCache(Cache):
         self.session.check_claimed()
         other = PressedCache(self.press, chunk_tokens=self.chunk_tokens, positions=self._places, kv_bits=self.kv_bits)
         other.session.follow(self.session)
-        other.attention_mask = self.attention_mask
+        other.attention_mask, other._tokens = self.attention_mask, list(self._tokens)
         for layer in self.layers:
             if isinstance(layer, PressedLayer):
                 other.layers.append(other.session.new_layer())
@@ -279,7 +305,7 @@ class PressedCache(Cache):
         """Forget all tokens; the next call is a prefill again."""
         super().reset()
         self.session.reset()
-        self.attention_mask = None
+        self.attention_mask, self._tokens = None, []
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -296,6 +322,8 @@ class PressedCache(Cache):
         for layer in self.pressed_layers():
             layer.cropped_length(max_length)
         super().crop(max_length)
+        if self._tokens:
+            self._tokens = [torch.cat(self._tokens, dim=1)[:, : self.seen_tokens]]
         if not self.seen_tokens:
             self.attention_mask, self.session.has_padding = None, False
         elif self.attention_mask is not None:
@@ -316,21 +344,23 @@ class PressedCache(Cache):
         super().batch_repeat_interleave(repeats)
         if self.attention_mask is not None:
             self.attention_mask = self.attention_mask.repeat_interleave(repeats, dim=0)
+        self._tokens = [part.repeat_interleave(repeats, dim=0) for part in self._tokens]
 
     def _index_mask(self, rows: Tensor) -> None:
+        self._tokens = [part.index_select(0, rows.to(part.device)) for part in self._tokens]
         if self.attention_mask is not None:
             self.attention_mask = self.attention_mask.index_select(0, rows.to(self.attention_mask.device))
 
     def activate_past_recording(self) -> None:
-        """What assisted generation asks for before its first forward, which feeds its guesses with the prompt.
+        """What assisted generation asks for before its first forward, in the versions of transformers 5 that have it.
 
         Raises:
-            CacheError: the press would compress the guesses along with the prompt.
+            CacheError: the cache holds tokens, which these versions then feed again.
         """
-        if self.press is not None and not self.seen_tokens:
+        if self.seen_tokens:
             raise CacheError(
-                "Assisted generation feeds guesses together with the prompt, and the press would compress both. Use a "
-                "PressedCache without a press, or generate without guesses."
+                "This transformers feeds a prompt again to a filled cache when it decodes with guesses (an assistant "
+                "model, prompt lookup). Start with an empty cache, or generate without guesses."
             )
         for layer in self.layers:
             if hasattr(layer, "activate_past_recording"):

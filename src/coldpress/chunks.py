@@ -96,6 +96,7 @@ def prefill(
     finally:
         session.prefill_end = None
     session.check_claimed()
+    cache.remember(input_ids)
     return output
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -33,7 +33,9 @@ from coldpress.cache_argument import NAMES, argument_name, cache_argument, given
 from coldpress.errors import CacheError, ModelError
 from coldpress.layer import PressedLayer
 from coldpress.pressing import is_inside
+from coldpress.scope import Scope
 from coldpress.store import DenseStore
+from coldpress.wrapped import transformers_model
 
 __all__ = ["OneRow", "by_columns", "compiled"]
 
@@ -45,16 +47,17 @@ _TAKEN = {"input_ids", "attention_mask", "position_ids", "cache_position", *NAME
 
 
 @contextmanager
-def compiled(model: PreTrainedModel, new_tokens: int = 256) -> Iterator[None]:
+def compiled(model: nn.Module, new_tokens: int = 256) -> Iterator[None]:
     """Inside the block, calls of ``model`` with one new token a row and a filled PressedCache are compiled.
 
     That is what ``generate(..., cache=cache)`` does for each token after the first; the prompt and questions
     of several tokens run as they do outside. The first such token waits for torch.compile (many seconds, and a C++
     compiler on the CPU); another block, and caches of other lengths, use what is there. On CUDA the step is a graph.
-    Calls from other threads are left alone.
+    The block holds for the thread that opens it and for threads that are started while it is open; calls from others
+    are left alone. A block in which the model runs and nothing is compiled warns when it ends.
 
     Args:
-        model: a causal language model; it is put on coldpress's backend.
+        model: a causal language model, or a wrapper that runs one; it is put on coldpress's backend.
         new_tokens: room in each buffer for so many tokens after those that are stored; when it is used up, the buffers
             move to larger ones, and the step may have to be compiled again.
 
@@ -66,19 +69,26 @@ def compiled(model: PreTrainedModel, new_tokens: int = 256) -> Iterator[None]:
     """
     if isinstance(new_tokens, bool) or not isinstance(new_tokens, int) or new_tokens < 1:
         raise CacheError(f"new_tokens must be a whole number from 1 on, got {new_tokens!r}.")
-    use_coldpress(model)
-    _check_model(model)
-    if "forward" in vars(model):
+    inner = transformers_model(model)
+    use_coldpress(inner)
+    _check_model(inner)
+    if "forward" in vars(inner):
         raise ModelError(
             "This model's forward has been replaced already, by another compiled() block perhaps; leave that first."
         )
-    decoder = _Decoder(model, new_tokens)
+    decoder = _Decoder(inner, new_tokens)
     with ExitStack() as stack:
-        if model.device.type == "cpu":
-            stack.enter_context(by_columns(model))
-        model.forward = decoder.forward
-        stack.callback(delattr, model, "forward")
+        if inner.device.type == "cpu":
+            stack.enter_context(by_columns(inner))
+        inner.forward = decoder.forward
+        stack.callback(delattr, inner, "forward")
         yield
+        if decoder.n_eager and not decoder.n_steps:
+            warnings.warn(
+                f"{type(inner).__name__} ran inside this compiled() block, and nothing was compiled: only calls with "
+                "input_ids of one new token a row and a filled PressedCache are.",
+                stacklevel=3,
+            )
 
 
 def _check_model(model: PreTrainedModel) -> None:
@@ -95,11 +105,12 @@ def _check_model(model: PreTrainedModel) -> None:
 
 
 class _Decoder:
-    """Takes the place of the forward of one model, for one thread."""
+    """Takes the place of the forward of one model, for the threads of one block."""
 
     def __init__(self, model: PreTrainedModel, new_tokens: int):
-        self.model, self.new_tokens, self.owner = model, new_tokens, threading.get_ident()
+        self.model, self.new_tokens, self.scope = model, new_tokens, Scope()
         self.eager = model.forward
+        self.n_steps = self.n_eager = 0  # calls inside the block, for the step (it may refuse them) and others
         self.buffers: WeakKeyDictionary[DenseStore, int] = WeakKeyDictionary()  # that are prepared, by their addresses
         mode = "reduce-overhead" if model.device.type == "cuda" else None
         self.step = torch.compile(_step, fullgraph=True, mode=mode)
@@ -108,9 +119,13 @@ class _Decoder:
         def forward(*args: Any, **kwargs: Any) -> Any:
             call = inspect.signature(self.eager).bind_partial(*args, **kwargs).arguments
             given = {**{k: v for k, v in call.items() if k != "kwargs"}, **call.get("kwargs", {})}
-            if threading.get_ident() != self.owner or not self._is_step(given):
+            if not self.scope.holds():
                 return self.eager(*args, **kwargs)
-            return self._decode(given)
+            if self._is_step(given):
+                self.n_steps += 1
+                return self._decode(given)
+            self.n_eager += 1
+            return self.eager(*args, **kwargs)
 
         self.forward = forward
 
@@ -119,9 +134,7 @@ class _Decoder:
         if not isinstance(ids, Tensor) or ids.shape[1] != 1 or not isinstance(cache, Cache):
             return False
         if not isinstance(cache, PressedCache):
-            if cache.get_seq_length():
-                raise CacheError(f"compiled() decodes from a PressedCache, not from a {type(cache).__name__}.")
-            return False
+            return bool(cache.get_seq_length())  # and is refused
         is_whole = cache.chunk_tokens is None or all(layer._is_prefilled for layer in cache.pressed_layers())
         return (
             cache.seen_tokens > 0 and is_whole and cache.session.look is None
@@ -129,6 +142,8 @@ class _Decoder:
 
     def _decode(self, given: dict[str, Any]) -> CausalLMOutputWithPast:
         ids, cache, mask = given["input_ids"], given_cache(given), given.get("attention_mask")
+        if not isinstance(cache, PressedCache):
+            raise CacheError(f"compiled() decodes from a PressedCache, not from a {type(cache).__name__}.")
         for name, value in given.items():
             if name not in _TAKEN and value is not None:
                 raise ModelError(f"A compiled step does not take {name}; leave it out, or leave the compiled() block.")

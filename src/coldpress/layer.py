@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 from transformers.cache_utils import CacheLayerMixin
 
 from coldpress.errors import CacheError
+from coldpress.generating import refuse_dropping, refuse_guesses, switching_point, switching_refusal
 from coldpress.quantised import QuantizedRaggedStore, QuantizedStore
 from coldpress.ragged import RaggedStore
 from coldpress.rope import Rope
@@ -112,13 +113,21 @@ class PressedLayer(CacheLayerMixin):
     def get_seq_length(self, *args: Any) -> int:
         self.session.check_claimed()
         self.session.seen = None
+        self.refuse_dropping()
         return self._seen
+
+    def refuse_dropping(self) -> None:
+        """Raise if ``generate`` is about to throw this cache away."""
+        if self.session.switch_at is not None and 0 < self._seen <= self.session.switch_at:
+            refuse_dropping(self._seen, self.session.switch_at)
 
     def get_mask_sizes(self, query: int | Tensor) -> tuple[int, int]:
         self.session.check_claimed()
         THREAD.masks_for, self.session.seen = self.session, self._seen
         if self._seen > 0:
             self.session.branches = []  # the prefill is over
+        elif self.session.press is not None:
+            refuse_guesses()
         return self._seen + (query if isinstance(query, int) else query.shape[0]), 0
 
     def get_max_length(self) -> int:
@@ -143,6 +152,9 @@ class PressedLayer(CacheLayerMixin):
             )
         if self.session.seen not in (None, self._seen):
             raise CacheError("An earlier call failed half-way, so layers differ in length; reset() this cache.")
+        switch_at, n_new = self.session.switch_at, key_states.shape[2]
+        if switch_at is not None and 0 < self._seen <= switch_at < self._seen + n_new:
+            raise switching_refusal(switch_at)
         if self._store is None:
             self._store = DenseStore(key_states, value_states, is_borrowed=True)
         else:
@@ -351,6 +363,9 @@ class PressedLayer(CacheLayerMixin):
             session.look(self, call)
         is_first = self._seen == call.query.shape[2]
         is_prefill, is_last = self._is_prefill(call.query.shape[2])
+        if is_first:
+            session.switch_at = switching_point(call.module.config)
+        session.was_asked = session.was_asked or (session.press is not None and not call.is_local)
         if is_first and session.rerotates and not call.is_local:
             Rope.to_move(call.module, session.rope(call.module, call.query.device))
         self._window = call.sliding_window

@@ -24,6 +24,7 @@ from coldpress.cache import PressedCache
 from coldpress.cache_argument import cache_argument
 from coldpress.chunks import prefill
 from coldpress.errors import CacheError, InputError, PressError, nearest
+from coldpress.generating import switching_point
 from coldpress.presses.base import BasePress
 from coldpress.pressing import prefilling
 from coldpress.quantised import BITS, KVBits
@@ -43,6 +44,21 @@ _OWN = (
     "kv_bits",
 )
 _PASSED_ON = ("streamer", "generation_config", "stopping_criteria", "logits_processor", "prefix_allowed_tokens_fn")
+# options that read the tokens before an answer, and what switches each of them off beside None and 0
+_READING = {
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "guidance_scale": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "bad_words_ids": [],
+    "sequence_bias": [],
+    "watermarking_config": None,
+    "logits_processor": [],
+    "stopping_criteria": [],
+    "prefix_allowed_tokens_fn": None,
+}
+_GUESSING = ("prompt_lookup_num_tokens", "assistant_early_exit")
 _REFUSED = {
     "use_cache": "the context is in a cache",
     "cache_implementation": "the cache is a PressedCache; give your own with cache=, or kv_bits= for a quantised one",
@@ -197,6 +213,7 @@ class KVPressTextGenerationPipeline(Pipeline):
         if limit < (1 if context else 0):
             what = "a context" if context else f"a question and its answer after the {n_earlier} tokens of the cache"
             raise InputError(f"There is no room for {what}: the maximum length of a context would be {limit} tokens.")
+        self._check_switch(n_earlier + min(limit, context_ids.shape[1]), question_ids, max_new_tokens)
         if context_ids.shape[1] > limit:
             message = f"The context is cut from {context_ids.shape[1]} to {limit} tokens (max_context_length)."
             warnings.warn(message, UserWarning, stacklevel=2)
@@ -212,6 +229,7 @@ class KVPressTextGenerationPipeline(Pipeline):
         options: dict[str, Any],
     ) -> list[str]:
         use_coldpress(self.model)
+        _check_config(options.get("generation_config"), self.model.generation_config)
         context_ids = inputs["context_ids"].to(self.model.device)
         cache = PressedCache(press, kv_bits=kv_bits) if cache is None else cache
         earlier = cache.seen_tokens
@@ -227,8 +245,6 @@ class KVPressTextGenerationPipeline(Pipeline):
             block = press(self.model)
         else:
             press, block = cache.press, nullcontext() if is_done else prefilling(self.model, cache)
-        # The tokens of an earlier context are in the cache; generate only needs to know that they are there.
-        before = torch.cat([context_ids.new_zeros(1, earlier), context_ids], 1)
         questions = [ids.to(context_ids.device) for ids in inputs["question_ids"]]
         with ExitStack() as stack:
             stack.enter_context(block)
@@ -236,17 +252,18 @@ class KVPressTextGenerationPipeline(Pipeline):
                 self._prefill(context_ids, cache)
             if press is None or not press.goes_on:  # else it is shown what is generated too
                 stack.close()
-            return [self._answer(torch.cat([before, ids], 1), cache, options) for ids in questions]
+            return [self._answer(ids, cache, options) for ids in questions]
 
     def _prefill(self, context_ids: Tensor, cache: PressedCache) -> None:
         """Run the backbone only: the vocabulary-sized logits of a long context need more memory than its cache."""
         backbone: Any = getattr(self.model, self.model.base_model_prefix, self.model)
         if cache.seen_tokens:
             backbone(input_ids=context_ids, **cache_argument(cache, backbone), use_cache=True)
+            cache.remember(context_ids)
         else:
             prefill(backbone, context_ids, cache)
 
-    def _answer(self, ids: Tensor, cache: PressedCache, options: dict[str, Any]) -> str:
+    def _answer(self, question: Tensor, cache: PressedCache, options: dict[str, Any]) -> str:
         config = copy.deepcopy(options.get("generation_config") or self.model.generation_config)
         if "generation_config" not in options:
             options = {"do_sample": False, **options}
@@ -260,6 +277,18 @@ class KVPressTextGenerationPipeline(Pipeline):
             )
         if config.stop_strings is not None:
             options["tokenizer"] = self.tokenizer
+        context = cache.token_ids
+        if context is None:  # generate only needs to know that they are there
+            for name, off in _READING.items():
+                value = {**vars(config), **options}.get(name)
+                if value and value != off:
+                    raise InputError(
+                        f"{name} reads the tokens of the context, which this cache does not know: a bare call of the "
+                        "model has filled it, or an older version saved it. Fill it by coldpress.prefill() or this "
+                        f"pipeline, or leave {name} out."
+                    )
+            context = question.new_zeros(1, cache.seen_tokens)
+        ids = torch.cat([context, question], 1)
         branch = cache.fork()  # the answer grows on a branch, and the context stays as it is for the next question
         branch.batch_repeat_interleave(config.num_beams or 1)
         output = self.model.generate(
@@ -272,10 +301,37 @@ class KVPressTextGenerationPipeline(Pipeline):
     def postprocess(self, answers: list[str], is_single: bool) -> dict[str, Any]:
         return {"answer": answers[0]} if is_single else {"answers": answers}
 
+    def _check_switch(self, n_context: int, question_ids: list[Tensor], max_new_tokens: int) -> None:
+        """Refuse an answer that may cross the point where the model drops its cache, before the context is read."""
+        switch_at = switching_point(self.model.config.get_text_config(decoder=True))
+        n_most = n_context + max((ids.shape[1] for ids in question_ids), default=0) + max_new_tokens
+        if switch_at is not None and n_context <= switch_at < n_most:
+            raise InputError(
+                f"The model changes its rotary frequencies after {switch_at} tokens. A context of {n_context}, a "
+                f"question and {max_new_tokens} new tokens go past that, and what is cached cannot; give a longer "
+                "context, or a smaller max_new_tokens."
+            )
+
     def _max_positions(self) -> int:
         text = self.model.config.get_text_config(decoder=True)
         positions = getattr(text, "max_position_embeddings", None) or 2**31
         return int(min(getattr(self.tokenizer, "model_max_length", positions), positions))
+
+
+def _check_config(config: Any, own: Any) -> None:
+    """Refuse in a GenerationConfig what is refused as an option, and in the model's own what changes answers.
+
+    Args:
+        config: given by the caller, or None.
+        own: the model's; what it says otherwise does not count.
+    """
+    default, own_value = GenerationConfig(), lambda name: getattr(own, name, None)
+    for name, reason in _REFUSED.items():
+        value = own_value(name) if config is None else getattr(config, name, None)
+        usual = [None, getattr(default, name, None), *([] if name in _GUESSING else [own_value(name)])]
+        if value not in usual:
+            where = "the model's generation_config" if config is None else "generation_config"
+            raise InputError(f"kv-press-text-generation does not take {name}={value!r} in {where}: {reason}.")
 
 
 def _check_options(options: dict[str, Any]) -> None:

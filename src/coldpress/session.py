@@ -39,6 +39,9 @@ class Session:
 
     def __init__(self, press: BasePress | None = None, rerotates: bool = False, kv_bits: KVBits | None = None):
         self.press = press
+        self.earlier_press: BasePress | None = None  # of a block that has ended
+        self.switch_at: int | None = None  # tokens after which the model changes its rotary frequencies
+        self.was_asked = False  # the press has been shown pairs
         self.chunk_tokens: int | None = None  # that the prompt comes in at most at once
         self.prefill_end: int | None = None  # length of the prompt, while prefill() feeds it
         self.rerotates = rerotates  # keys that stay move up, so that no gaps are left between positions
@@ -84,13 +87,14 @@ class Session:
     def reset(self) -> None:
         self.branches = []
         self.unclaimed = self.error = self.seen = self.prefill_end = self._seed = None
-        self.has_padding = False
-        self.token_ids = None
+        self.has_padding = self.was_asked = False
+        self.token_ids = self.earlier_press = None
         self._ropes = {}  # of the next text's frequencies, should they depend on the text
 
     def follow(self, other: Session) -> None:
         """Take over what is known of the pairs of ``other``'s cache, which this session's cache holds too."""
         self.rerotates, self.has_padding, self._seed = other.rerotates, other.has_padding, other._seed
+        self.earlier_press, self.was_asked, self.switch_at = other.earlier_press, other.was_asked, other.switch_at
         self.find_model, self._ropes = other.find_model, dict(other._ropes)
 
     def rope(self, module: nn.Module, device: torch.device) -> Rope | None:

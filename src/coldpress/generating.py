@@ -1,0 +1,64 @@
+"""What ``generate`` does to a cache that would go wrong without a word: both are refused.
+
+Decoding with guesses (an assistant model, prompt lookup) brings guesses together with the prompt. And where a text gets
+longer than the point at which a model with "longrope" scaling changes its frequencies, some models throw their cache
+away and read the text anew into another one.
+
+A cache is not told who calls it. The frames of its callers are the only sign that all versions of transformers give.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+from torch import Tensor
+
+from coldpress.errors import CacheError
+
+__all__ = ["refuse_dropping", "refuse_guesses", "switching_point", "switching_refusal"]
+
+
+def _callers() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def refuse_guesses() -> None:
+    """Raise if ``generate`` decodes with guesses now: a press would compress the first ones along with the prompt."""
+    if any(frame.f_code.co_name == "_assisted_decoding" for frame in _callers()):
+        raise CacheError(
+            "Decoding with guesses (an assistant model, prompt lookup) feeds guesses together with the prompt, and the "
+            "press would compress both. Use a PressedCache without a press, or generate without guesses."
+        )
+
+
+def switching_point(config: Any) -> int | None:
+    """The number of tokens up to which a model with "longrope" scaling has its short frequencies; None for others."""
+    scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if "longrope" not in (scaling.get("rope_type"), scaling.get("type")):
+        return None
+    own = getattr(config, "original_max_position_embeddings", None)
+    return own or scaling.get("original_max_position_embeddings")
+
+
+def switching_refusal(switch_at: int) -> CacheError:
+    """What is said where a text that is cached crosses the point."""
+    return CacheError(
+        f"This model changes its rotary frequencies after {switch_at} tokens, and the keys in the cache have those "
+        "of a shorter text. Prefill more tokens than that in one call with an empty cache, or stay within them."
+    )
+
+
+def refuse_dropping(seen: int, switch_at: int) -> None:
+    """Raise if ``generate`` is about to go past ``switch_at`` tokens with a cache that has seen no more than these."""
+    for frame in _callers():
+        if frame.f_code.co_name == "prepare_inputs_for_generation":
+            ids = frame.f_locals.get("input_ids")
+            if isinstance(ids, Tensor) and seen <= switch_at < ids.shape[1]:
+                raise switching_refusal(switch_at)
+            return

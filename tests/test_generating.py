@@ -1,0 +1,99 @@
+"""What generate does to a cache that would go wrong: guesses along with the prompt, caches that are thrown away."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tests.contract.architectures import BY_NAME, VERSION, tokens
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+
+from coldpress import KnormPress, PressedCache, SnapKVPress, prefill
+from coldpress.cache_argument import cache_argument
+from coldpress.errors import CacheError
+from coldpress.generating import switching_point
+
+IDS = tokens(1, 20).repeat(1, 3)
+PRESS = SnapKVPress(0.5, window_size=8)
+OPTIONS: dict[str, Any] = {
+    "max_new_tokens": 8,
+    "do_sample": False,
+    "eos_token_id": 2,
+    "return_dict_in_generate": True,
+    "attention_mask": torch.ones_like(IDS),
+}
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    return BY_NAME["llama"].build()
+
+
+def guesses(how: str, model: PreTrainedModel) -> dict[str, Any]:
+    if how == "config":
+        return {"generation_config": GenerationConfig(prompt_lookup_num_tokens=3, max_new_tokens=8)}
+    return {"prompt_lookup_num_tokens": 3} if how == "lookup" else {"assistant_model": BY_NAME["llama"].build()}
+
+
+@pytest.mark.parametrize("how", ["lookup", "assistant", "config"])
+@pytest.mark.parametrize("given", ["press", "block", "own cache"])
+def test_guesses_are_not_compressed_along_with_the_prompt(model: PreTrainedModel, how: str, given: str) -> None:
+    options = {k: v for k, v in OPTIONS.items() if k != "max_new_tokens"} if how == "config" else OPTIONS
+    with pytest.raises(CacheError, match="guesses together with the prompt"):
+        if given == "press":
+            model.generate(IDS, **cache_argument(PressedCache(PRESS)), **options, **guesses(how, model))
+        else:
+            own = {} if given == "block" else cache_argument(DynamicCache())
+            with PRESS(model):
+                model.generate(IDS, **own, **options, **guesses(how, model))
+    whole = model.generate(IDS, **cache_argument(PressedCache()), **options, **guesses(how, model))
+    assert whole.sequences.shape[1] > IDS.shape[1]
+
+
+@pytest.mark.parametrize("how", ["lookup", "assistant"])
+def test_guesses_after_a_filled_cache(model: PreTrainedModel, how: str) -> None:
+    """transformers 5.23 feeds the prompt again, also to a cache of its own."""
+    past = PressedCache()
+    model(IDS[:, :-1], **cache_argument(past))
+    try:
+        found = model.generate(IDS, **cache_argument(past), **OPTIONS, **guesses(how, model)).sequences
+    except CacheError as error:
+        assert "feeds a prompt again" in str(error) and VERSION > (5, 2)
+    else:
+        n = IDS.shape[1] + OPTIONS["max_new_tokens"]
+        assert torch.equal(found[:, :n], model.generate(IDS, **OPTIONS).sequences)
+
+
+# -- frequencies that change with the length of a text ----------------------------------------------------------------
+
+
+def phi() -> PreTrainedModel:
+    """Its frequencies change after 16 tokens."""
+    return BY_NAME["phi3_longrope"].build()
+
+
+def test_where_frequencies_change() -> None:
+    assert switching_point(phi().config) == 16
+    assert switching_point(BY_NAME["llama"].build().config) is None
+    assert switching_point(BY_NAME["llama_dynamic"].build().config) is None
+
+
+@pytest.mark.parametrize("press", [None, KnormPress(0.5)])
+def test_a_text_does_not_cross_the_point_with_a_cache(press: Any) -> None:
+    model, ids = phi(), tokens(1, 14)
+    mask = torch.ones_like(ids)
+    with pytest.raises(CacheError, match="changes its rotary frequencies after 16 tokens"):
+        model.generate(ids, attention_mask=mask, max_new_tokens=6, **cache_argument(PressedCache(press)))
+    past = PressedCache(press)  # up to the point, and no further
+    model.generate(ids, attention_mask=mask, max_new_tokens=3, min_new_tokens=3, **cache_argument(past))
+    assert past.seen_tokens == 16
+    for cache in (past, past.fork()):
+        with pytest.raises(CacheError, match="changes its rotary frequencies after 16 tokens"):
+            model(ids[:, :1], **cache_argument(cache))
+    past.reset()
+    longer = tokens(1, 17)
+    model.generate(longer, attention_mask=torch.ones_like(longer), max_new_tokens=4, **cache_argument(past))
+    assert past.seen_tokens == 20
+    with pytest.raises(CacheError, match="changes its rotary frequencies after 16 tokens"):
+        prefill(model, longer, PressedCache(press and KnormPress(budget_tokens=8), chunk_tokens=10))
