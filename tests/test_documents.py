@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.snippets import for_installed
 
 import coldpress
 from coldpress.cli import _parser
@@ -71,9 +72,9 @@ def test_the_code_of_the_readmes_runs(
     demo = str(ROOT / "src" / "coldpress" / "assets" / "demo" / "model")
     names: dict[str, object] = {}
     for block in blocks:  # one goes on from the other
-        exec(block.replace("EleutherAI/pythia-70m", demo).replace(', device_map="auto"', ""), names)
-    out = capsys.readouterr().out
-    assert "olives" in out
+        exec(for_installed(block).replace("EleutherAI/pythia-70m", demo).replace(', device_map="auto"', ""), names)
+    out, said = capsys.readouterr()
+    assert "olives" in out and "deprecated" not in said
     (tokens, n_bytes), (_, most) = re.findall(r"^(\[.+\]) (\d+)$", out, re.MULTILINE)  # budgets in tokens, in bytes
     assert tokens == str([128] * 6)
     assert int(most) <= 1 << 20 < int(most) + int(n_bytes) // 128

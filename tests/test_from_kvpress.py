@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.snippets import for_installed
 
 import coldpress
 from coldpress.errors import ColdpressError
@@ -34,7 +35,7 @@ def names() -> dict[str, Any]:
     assert len(blocks) == 7
     found: dict[str, Any] = {}
     for block in blocks:
-        exec(block.replace("EleutherAI/pythia-70m", DEMO).replace(', device_map="auto"', ""), found)
+        exec(for_installed(block).replace("EleutherAI/pythia-70m", DEMO).replace(', device_map="auto"', ""), found)
     return found
 
 
