@@ -13,7 +13,8 @@ from benchmarks.parity.artefacts import (
     query_statistics,
 )
 from benchmarks.parity.case import Case, Library
-from benchmarks.parity.models import TINY
+from benchmarks.parity.defaults import DEFAULTS
+from benchmarks.parity.models import MODELS, TINY
 from transformers import PreTrainedModel
 
 
@@ -43,7 +44,7 @@ _SAFEGUARD = (
 _ADAPTER = "needs an adapter that was trained for the model"
 
 CASES = [
-    Case("no_press", lambda p, r, m: None, ratios=(0.0,)),
+    Case("no_press", lambda p, r, m: None, ratios=(0.0,), models=MODELS),
     # -- scorers
     Case(
         "random",
@@ -411,4 +412,6 @@ CASES = [
         "pairs are the same",
         letter="table",
     ),
+    # -- with kvpress's own parameters
+    *DEFAULTS,
 ]

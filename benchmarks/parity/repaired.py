@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -94,6 +94,13 @@ class ExpectedAttentionPress(_WholeSoftmax, kvpress.ExpectedAttentionPress):
 @dataclass
 class ExpectedAttentionStatsPress(_WholeSoftmax, kvpress.ExpectedAttentionStatsPress):
     pass
+
+
+@dataclass
+class LUKVPress(local.LUKVPress):
+    """The press inside, where none is given."""
+
+    press: Any = field(default_factory=lambda: ExpectedAttentionPress(epsilon=2e-2))
 
 
 @dataclass

@@ -25,6 +25,7 @@ from coldpress.cache_argument import cache_argument
 from coldpress.chunks import prefill
 from coldpress.errors import CacheError, InputError, PressError, nearest
 from coldpress.presses.base import BasePress
+from coldpress.presses.definition import as_given
 from coldpress.pressing import prefilling
 from coldpress.quantised import BITS, KVBits
 
@@ -296,7 +297,7 @@ def _check_options(options: dict[str, Any]) -> None:
     ):
         raise InputError(f"questions must be a list of texts, got {questions!r}; for a single one use question=.")
     if press is not None and not isinstance(press, BasePress):
-        raise PressError(f"press must be a press such as coldpress.SnapKVPress(0.5), got {press!r}.")
+        raise PressError(f"press must be a press such as coldpress.SnapKVPress(0.5), got {as_given(press)}.")
     cache, kv_bits = options.get("cache"), KVBits.of(options.get("kv_bits"))
     if not isinstance(cache, (PressedCache, type(None))):
         raise CacheError(f"cache must be a coldpress.PressedCache, not {type(cache).__name__}.{_instead_of(cache)}")
