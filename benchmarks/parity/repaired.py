@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import kvpress
@@ -56,6 +57,23 @@ class SnapKVPress(kvpress.SnapKVPress):
         inside = attention.mean(2).unflatten(1, (keys.shape[1], -1)).mean(2)
         scores[..., -window : -(n_keep // 2)] = inside[..., : -(n_keep // 2)]
         return scores
+
+
+@dataclass
+class PyramidKVPress(kvpress.PyramidKVPress):
+    """The line of whole pairs on average, rounded so that its total is what the ratio asks for."""
+
+    def get_layer_budget(self, module: Any, q_len: int) -> int:
+        n_layers, n_keep = module.config.num_hidden_layers, compute_n_kept(q_len, self.compression_ratio)
+        ends = (SimpleNamespace(config=module.config, layer_idx=i) for i in (0, n_layers - 1))
+        if len({super(PyramidKVPress, self).get_layer_budget(end, q_len) for end in ends}) == 1:
+            return n_keep  # no pyramid
+        low = max(self.window_size, n_keep / self.beta, 2 * n_keep - (q_len - self.window_size))
+        line = torch.linspace(2 * n_keep - low, low, n_layers, dtype=torch.float64)
+        n_more = n_layers * n_keep - int(line.floor().sum())
+        is_rounded_up = torch.zeros(n_layers, dtype=torch.bool)
+        is_rounded_up[(line - line.floor()).sort(descending=True, stable=True).indices[:n_more]] = True
+        return int(line[module.layer_idx].floor()) + int(is_rounded_up[module.layer_idx])
 
 
 @dataclass
@@ -143,7 +161,14 @@ class NonCausalAttnPress(kvpress.NonCausalAttnPress):
 
 @dataclass
 class LeverageScorePress(kvpress.LeverageScorePress):
-    """K: a sketch that repeats, and a z-score of each head."""
+    """K: a sketch that repeats, a z-score of each head, and float64 in between, where float32 loses three digits."""
+
+    @staticmethod
+    def compute_leverage_scores(keys: Tensor, sketch_dimension: int) -> Tensor:
+        sketch = torch.randn(*keys.shape[:2], keys.shape[3], sketch_dimension) / math.sqrt(sketch_dimension)
+        rows = ((keys - keys.mean(-2, keepdim=True)) @ sketch).double()
+        gram = rows.transpose(-1, -2) @ rows + 0.01 * torch.eye(sketch_dimension, dtype=rows.dtype)
+        return (rows @ torch.linalg.inv(gram) * rows).sum(-1).float()
 
     def score(self, module: Any, *given: Any, **named: Any) -> Tensor:
         with torch.random.fork_rng(devices=[]):
@@ -164,9 +189,14 @@ def _shares(press: Any, n_tokens: int, n_window: int) -> Iterator[tuple[int, int
     """Start and end of every chunk, and how many pairs it keeps: its share by tokens outside the window."""
     n_free = n_tokens - n_window
     n_keep = compute_n_kept(n_tokens, press.compression_ratio) - n_window
-    for start, stop in pairwise([*range(0, n_tokens, press.chunk_length), n_tokens]):
-        end = min(stop, n_free)
-        yield start, stop, n_keep * end // n_free - n_keep * start // n_free + stop - end
+    chunks = list(pairwise([*range(0, n_tokens, press.chunk_length), n_tokens]))
+    free = [max(0, min(stop, n_free) - start) for start, stop in chunks]
+    counts = [n_keep * own // n_free for own in free]
+    by_remainder = sorted(range(len(free)), key=lambda i: -(n_keep * free[i] % n_free))  # the largest are rounded up
+    for i in by_remainder[: n_keep - sum(counts)]:
+        counts[i] += 1
+    for (start, stop), own, count in zip(chunks, free, counts, strict=True):
+        yield start, stop, count + stop - start - own
 
 
 @dataclass
