@@ -161,7 +161,7 @@ def test_assigning_to_a_press_says_how_to_get_another_one() -> None:
     think = coldpress.ThinKPress(0.5)
     with pytest.raises(PressError, match=r"dataclasses\.replace\(press, key_channel_compression_ratio=0\.25\)"):
         think.key_channel_compression_ratio = 0.25  # type: ignore[misc]
-    with pytest.raises(PressError, match="DecodingPress has no parameter 'compression_ratio'.*takes base_press"):
+    with pytest.raises(PressError, match=r"DecodingPress has no parameter 'compression_ratio'.*takes base_press"):
         DecodingPress(coldpress.KnormPress()).compression_ratio = 0.25  # type: ignore[misc]
 
 

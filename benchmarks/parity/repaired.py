@@ -218,14 +218,20 @@ class ChunkPress(kvpress.ChunkPress):
 
 @dataclass
 class ChunkKVPress(kvpress.ChunkKVPress):
-    """E: every row of a batch by itself."""
+    """E: every row of a batch by itself; and as many pairs as the ratio asks for, the window beside the chunks."""
 
     def compress(
         self, module: Any, hidden: Tensor, keys: Tensor, values: Tensor, attention: Any, kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        rows = zip(hidden.split(1), keys.split(1), values.split(1), strict=True)
-        kept = [super(ChunkKVPress, self).compress(module, h, k, v, attention, kwargs) for h, k, v in rows]
-        return torch.cat([k for k, _ in kept]), torch.cat([v for _, v in kept])
+        scores = self.press.score(module, hidden, keys, values, attention, kwargs).sum(1)  # [B, T]
+        n_tokens, window = keys.shape[2], getattr(self.press, "window_size", 0)
+        chunks = scores[:, : n_tokens - window].split(self.chunk_length, dim=1)
+        means = torch.cat([chunk.mean(1, keepdim=True).expand_as(chunk) for chunk in chunks], dim=1)
+        scores = torch.cat([means, torch.full((len(means), window), torch.inf)], dim=1)
+        order = scores.sort(dim=1, descending=True, stable=True).indices
+        chosen = order[:, : compute_n_kept(n_tokens, self.compression_ratio)].sort(1).values
+        chosen = chosen[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
+        return keys.gather(2, chosen), values.gather(2, chosen)
 
 
 @dataclass

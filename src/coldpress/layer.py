@@ -440,7 +440,9 @@ class PressedLayer(CacheLayerMixin):
         try:
             for view in (group.view for group in groups):
                 view.n_new = view.n_queries
-                kept.append(checked_kept(press, press.compress(view)) if view.n_queries else None)  # none: nothing of this row came
+                kept.append(
+                    checked_kept(press, press.compress(view)) if view.n_queries else None
+                )  # none: nothing of this row came
         except Exception as error:
             self.session.error = error
             raise

@@ -459,7 +459,9 @@ def _press(
             )
         return press if isinstance(press, BasePress) else None
     if not isinstance(press, str):
-        raise PressError(f"press must be the name of a press or a press such as SnapKVPress(0.5), got {as_given(press)}.")
+        raise PressError(
+            f"press must be the name of a press or a press such as SnapKVPress(0.5), got {as_given(press)}."
+        )
     for size in ("compression_ratio", *BUDGETS):
         if size in parameters:
             raise PressError(f"press_args cannot hold {size}; give {size}= beside press=.")
