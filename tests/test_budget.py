@@ -14,6 +14,7 @@ from coldpress.budget import (
     adaptive_counts,
     best,
     check_ratio,
+    exact_keep,
     keep_count,
     pyramid_counts,
     select,
@@ -60,10 +61,11 @@ def test_ratios_that_are_allowed(ratio: object) -> None:
 @given(st.integers(1, 20_000), ratios, st.integers(1, 80), st.integers(1, 128), st.integers(1, 50))
 @example(1024, 0.5, 12, 64, 20)
 @example(45, 0.5, 2, 8, 20)
+@example(767, 0.5, 30, 64, 20)
 def test_pyramid(n_tokens: int, ratio: float, n_layers: int, window: int, beta: int) -> None:
-    keep = keep_count(n_tokens, ratio)
-    counts = pyramid_counts(n_tokens, keep, n_layers, window=window, beta=beta)
-    assert len(counts) == n_layers and sum(counts) == n_layers * keep
+    mean = exact_keep(n_tokens, ratio)
+    counts = pyramid_counts(n_tokens, mean, n_layers, window=window, beta=beta)
+    assert len(counts) == n_layers and sum(counts) == n_layers * keep_count(n_tokens, ratio)
     assert all(1 <= count <= n_tokens for count in counts)
     assert counts == sorted(counts, reverse=True)
     if len(set(counts)) > 1:  # a straight line, up to rounding, that leaves room for the window
@@ -78,6 +80,14 @@ def test_pyramid_by_hand() -> None:
     assert pyramid_counts(1000, 100, 3, window=64, beta=20) == [100] * 3  # the last layer would lose its window
     assert pyramid_counts(1000, 500, 1, window=8, beta=20) == [500]
     assert pyramid_counts(1000, 500, 4, window=8, beta=1) == [500] * 4
+
+
+def test_a_pyramid_of_half_of_an_odd_text_is_one_too() -> None:
+    """Whole pairs on average, 383 of 767 at 0.5, would leave the last layer 63 of 64, and so make all layers equal."""
+    even = pyramid_counts(766, exact_keep(766, 0.5), 30, window=64, beta=20)
+    odd = pyramid_counts(767, exact_keep(767, 0.5), 30, window=64, beta=20)
+    assert even == odd and odd[0] == 702 and odd[-1] == 64 and sum(odd) == 30 * 383
+    assert pyramid_counts(767, 383, 30, window=64, beta=20) == [383] * 30  # 383 were asked for, as budget_tokens
 
 
 @given(st.integers(1, 300), st.integers(0, 100), st.integers(0, 100))

@@ -18,7 +18,7 @@ import torch
 from benchmarks.parity.case import RATIOS, Case
 from benchmarks.parity.cases import CASES
 from benchmarks.parity.compare import Row, compare, problems
-from benchmarks.parity.models import MODELS, N_SCORED
+from benchmarks.parity.models import MODELS, N_SCORED, N_SCORED_LONG
 from benchmarks.parity.report import RESULTS, read, spelled, write
 
 import coldpress
@@ -76,12 +76,13 @@ def document(rows: list[Row], versions: dict[str, str]) -> dict[str, Any]:
                 "why": case.why,
                 "breaks": list(case.breaks),
                 "breaks_why": case.breaks_why,
+                "is_default": case.is_default,
                 "absent": "" if mine else absent(case) or "it was not run",
                 "rows": [row.as_record() for row in mine],
             }
         )
     models = [model for model in MODELS if any(row.model == model for row in rows)]
-    facts = {"models": models, "ratios": list(RATIOS), "scored": N_SCORED}
+    facts = {"models": models, "ratios": list(RATIOS), "scored": N_SCORED, "scored_long": N_SCORED_LONG}
     return versions | facts | {"cases": cases}
 
 

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from benchmarks.parity.models import SHORT
 from transformers import PreTrainedModel
 
 RATIOS = (0.25, 0.5, 0.75)
+Maker = Callable[["Library", float, PreTrainedModel], Any]
 
 
 class Library:
@@ -51,16 +53,17 @@ class Case:
         rerotated: kvpress counts positions from the compressed length on.
         kvpress_attention: the implementation that kvpress needs.
         breaks: models on which kvpress raises an error, and the letter and description of that fault.
+        is_default: the press has kvpress's own parameters; such cases have tables of their own.
         not_compared: why the case cannot be run at all.
     """
 
     name: str
-    make: Callable[[Library, float, PreTrainedModel], Any]
+    make: Maker
     why: str = ""
     letter: str = ""
     repaired: bool = False
     ratios: tuple[float, ...] = RATIOS
-    models: tuple[str, ...] = ()
+    models: tuple[str, ...] = SHORT
     rows: int = 1
     chat: bool = False
     decode: int = 0
@@ -70,7 +73,8 @@ class Case:
     kvpress_attention: str = "sdpa"
     breaks: tuple[str, ...] = ()
     breaks_why: str = ""
+    is_default: bool = False
     not_compared: str = ""
 
     def runs_on(self, model: str) -> bool:
-        return not self.not_compared and (not self.models or model in self.models)
+        return not self.not_compared and model in self.models

@@ -13,7 +13,26 @@ from benchmarks.parity.artefacts import (
     query_statistics,
 )
 from benchmarks.parity.case import Case, Library
-from benchmarks.parity.models import TINY
+from benchmarks.parity.defaults import DEFAULTS
+from benchmarks.parity.models import MODELS, TINY
+from benchmarks.parity.reasons import (
+    DRAWS,
+    FIRST_LAYER,
+    IN_ORDER_OF_SCORES,
+    MEDIANS,
+    NO_HEAD_DIM,
+    OF_THE_LAST_CHUNK,
+    ONE_LESS,
+    PADDING,
+    PRUNED_WINDOW,
+    SAFEGUARD,
+    SEED,
+    SINKS,
+    SKETCH,
+    SUMS,
+    WHOLE_CHUNKS,
+    Z_SCORES,
+)
 from transformers import PreTrainedModel
 
 
@@ -31,24 +50,15 @@ def _falling(ratio: float, model: PreTrainedModel) -> list[float]:
     return [round(ratio * (1.25 - 0.5 * i / (n - 1)), 4) for i in range(n)]
 
 
-_SINKS = (
-    "the paper's attention is a softmax over all keys (section 3); kvpress leaves the sinks out of its denominator, "
-    "which shifts the weights of the heads of a group against each other"
-)
-_NO_HEAD_DIM = "kvpress reads config.head_dim, which this model's configuration does not have (table, section 1)"
-_SAFEGUARD = (
-    "algorithm 1 of CriticalKV chooses all pairs of a head in two stages, whatever its budget; kvpress keeps the pairs "
-    "of AdaKV's safeguard before them"
-)
 _ADAPTER = "needs an adapter that was trained for the model"
 
 CASES = [
-    Case("no_press", lambda p, r, m: None, ratios=(0.0,)),
+    Case("no_press", lambda p, r, m: None, ratios=(0.0,), models=MODELS),
     # -- scorers
     Case(
         "random",
         lambda p, r, m: p.RandomPress(r, seed=3),
-        why="with a seed kvpress draws the same numbers in every layer",
+        why=SEED,
         letter="K",
         repaired=True,
     ),
@@ -68,7 +78,7 @@ CASES = [
     Case("pyramidkv", lambda p, r, m: p.PyramidKVPress(r, window_size=16, beta=2), one_by_one=True),
     Case("tova", lambda p, r, m: p.TOVAPress(r)),
     Case("observed_attention", lambda p, r, m: p.ObservedAttentionPress(r), kvpress_attention="eager"),
-    Case("expected_attention", lambda p, r, m: _expected(p, r), why=_SINKS, letter="paper", repaired=True),
+    Case("expected_attention", lambda p, r, m: _expected(p, r), why=SINKS, letter="paper", repaired=True),
     Case("expected_attention, no sinks", lambda p, r, m: _expected(p, r, n_sink=0), models=TINY),
     Case("cap", lambda p, r, m: p.CapPress(r)),
     Case("lagkv", lambda p, r, m: p.LagKVPress(r, lag_size=16)),
@@ -86,7 +96,7 @@ CASES = [
     Case(
         "cur, short last window",
         lambda p, r, m: p.CURPress(r, local_window_size=36),
-        why="norms are divided by the window's sum instead of its mean, so that a shorter last window gets too much",
+        why=SUMS,
         letter="K",
         repaired=True,
         models=TINY,
@@ -95,7 +105,7 @@ CASES = [
     Case(
         "non_causal_attention, short last chunk",
         lambda p, r, m: p.NonCausalAttnPress(r, chunk_size=100),
-        why="padding is masked with -1e-9 instead of -inf, and padded queries add uniform attention",
+        why=PADDING,
         letter="K",
         repaired=True,
         models=TINY,
@@ -103,14 +113,14 @@ CASES = [
     Case(
         "leverage",
         lambda p, r, m: p.LeverageScorePress(r, sketch_dimension=12),
-        why="kvpress's sketch is drawn anew at every call",
+        why=SKETCH,
         letter="K",
         repaired=True,
     ),
     Case(
         "compactor",
         lambda p, r, m: p.CompactorPress(r, chunk_size=37, sketch_dimension=12),
-        why="one z-score over all heads and rows instead of one for each head; the sketch and the padding as above",
+        why=Z_SCORES,
         letter="K",
         repaired=True,
     ),
@@ -121,7 +131,7 @@ CASES = [
         lambda p, r, m: p.AdaKVPress(_expected(p, r, epsilon=1e-2)),
         scope="layer",
         one_by_one=True,
-        why=_SINKS,
+        why=SINKS,
         letter="paper",
         repaired=True,
     ),
@@ -129,7 +139,7 @@ CASES = [
         "critical_snapkv",
         lambda p, r, m: p.CriticalKVPress(_snapkv(p, r)),
         breaks=("qwen2", "phi3"),
-        breaks_why=_NO_HEAD_DIM,
+        breaks_why=NO_HEAD_DIM,
         repaired=True,
     ),
     Case(
@@ -138,9 +148,9 @@ CASES = [
         scope="layer",
         one_by_one=True,
         breaks=("qwen2", "phi3"),
-        breaks_why=_NO_HEAD_DIM,
+        breaks_why=NO_HEAD_DIM,
         repaired=True,
-        why=_SAFEGUARD,
+        why=SAFEGUARD,
         letter="paper",
     ),
     Case(
@@ -149,8 +159,8 @@ CASES = [
         scope="layer",
         one_by_one=True,
         breaks=("qwen2", "phi3"),
-        breaks_why=_NO_HEAD_DIM,
-        why=_SAFEGUARD,
+        breaks_why=NO_HEAD_DIM,
+        why=SAFEGUARD,
         letter="paper",
         repaired=True,
         models=TINY,
@@ -159,8 +169,7 @@ CASES = [
     Case(
         "chunk_snapkv",
         lambda p, r, m: p.ChunkPress(_snapkv(p, r, window=4), chunk_length=32),
-        why="every chunk is scored at the positions of the last one; and coldpress gives each chunk a share of its "
-        "unprotected tokens",
+        why=OF_THE_LAST_CHUNK,
         letter="K",
         repaired=True,
     ),
@@ -171,9 +180,9 @@ CASES = [
         lambda p, r, m: p.ChunkKVPress(_snapkv(p, r), chunk_length=14),
         one_by_one=True,
         models=TINY,
-        why="kvpress keeps whole chunks, other numbers than the ratio asks for; coldpress keeps the first tokens of "
-        "one more chunk, and protected tokens do not count in the mean of their chunk",
+        why=WHOLE_CHUNKS,
         letter="decision",
+        repaired=True,
     ),
     Case(
         "chunkkv_knorm, two rows",
@@ -195,8 +204,7 @@ CASES = [
     Case(
         "composed, keydiff and snapkv",
         lambda p, r, m: p.ComposedPress([p.KeyDiffPress(r / 2), _snapkv(p, r / 2)]),
-        why="pairs are gathered in the order of scores, so that the second press protects a window of other tokens; "
-        "and coldpress lets every press score the whole text",
+        why=IN_ORDER_OF_SCORES,
         letter="B4",
         repaired=True,
     ),
@@ -205,7 +213,7 @@ CASES = [
     Case(
         "expected_attention_stats",
         lambda p, r, m: p.ExpectedAttentionStatsPress(r, stats_folder=query_statistics(m)),
-        why=_SINKS,
+        why=SINKS,
         letter="paper",
         repaired=True,
     ),
@@ -281,8 +289,7 @@ CASES = [
         "kvcompose",
         lambda p, r, m: p.KVComposePress(compression_ratio=r),
         one_by_one=True,
-        why="kvpress makes the first layer the largest, by the best scores of any layer, because its length makes the "
-        "mask of all",
+        why=FIRST_LAYER,
         letter="C",
         repaired=True,
     ),
@@ -306,7 +313,7 @@ CASES = [
     Case(
         "think",
         lambda p, r, m: p.ThinKPress(r),
-        why="section 3.2 of ThinK leaves the keys of the observation window whole; kvpress prunes them too",
+        why=PRUNED_WINDOW,
         letter="paper",
         repaired=True,
     ),
@@ -314,7 +321,7 @@ CASES = [
         "finch",
         lambda p, r, m: p.FinchPress(r, window_size=16),
         rerotated=True,
-        why="kvpress weighs a query by the number of tokens before it, one less than it sees",
+        why=ONE_LESS,
         letter="K",
         repaired=True,
     ),
@@ -343,7 +350,7 @@ CASES = [
     Case(
         "entropy_gated_chunkkv_snapkv",
         lambda p, r, m: p.EntropyGatedChunkKVPress(_snapkv(p, r, window=20)),
-        why="protected tokens make the medians that chunks are held against; in coldpress they do not count",
+        why=MEDIANS,
         letter="decision",
         repaired=True,
     ),
@@ -407,8 +414,9 @@ CASES = [
         lambda p, r, m: p.CAMPress(p.StreamingLLMPress(), compression_interval=8, target_size=100),
         ratios=(0.5,),
         decode=24,
-        why="whether a pair is merged is drawn from the global generator, in coldpress from the cache's seed; the kept "
-        "pairs are the same",
+        why=DRAWS,
         letter="table",
     ),
+    # -- with kvpress's own parameters
+    *DEFAULTS,
 ]

@@ -64,6 +64,8 @@ class Row:
 def only_ties(ours: Tensor, theirs: Tensor, scores: Tensor, scope: str) -> bool:
     """Whether two selections differ only in pairs whose scores are equal up to rounding.
 
+    What one keeps and the other does not is then matched, score by score, by what only the other keeps.
+
     Args:
         ours, theirs: bool ``[B, L, Hkv, T]``.
         scores: float32 of the same shape; larger = keep.
@@ -74,8 +76,7 @@ def only_ties(ours: Tensor, theirs: Tensor, scores: Tensor, scope: str) -> bool:
     for a, b, s in zip(*flat, strict=True):
         if int(a.sum()) != int(b.sum()):
             return False
-        exchanged = s[a ^ b]
-        if exchanged.numel() and exchanged.max() - exchanged.min() > TIE * exchanged.abs().max():
+        if not s[a & ~b].sort().values.isclose(s[b & ~a].sort().values, rtol=TIE, atol=0).all():
             return False
     return True
 

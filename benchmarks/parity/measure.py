@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from benchmarks.parity.case import Case
-from benchmarks.parity.models import N_SCORED, Setting
+from benchmarks.parity.models import Setting
 from torch import Tensor
 
 from coldpress.cache_argument import cache_argument
@@ -25,7 +25,7 @@ class Measurement:
 
     Attributes:
         kept: bool ``[B, L, Hkv, T]``, over all tokens before the scored ones.
-        losses: float32 ``[B, N_SCORED]``, nats.
+        losses: float32 ``[B, n_scored]``, nats.
         scores: float32 ``[B, L, Hkv, T]`` by which the pairs were chosen, to recognise ties, or None.
         extra: stored pairs that are none of those of the text.
         error: what the library raised instead.
@@ -137,13 +137,14 @@ def measure(
 
 
 def _losses(setting: Setting, case: Case, cache: Any, start: int, first: int) -> Tensor:
-    """Nats of each of the ``N_SCORED`` tokens after the one at ``start``, whose position is ``first``."""
+    """Nats of each of the ``n_scored`` tokens after the one at ``start``, whose position is ``first``."""
     ids = setting.ids[: case.rows]
-    size = 1 if case.one_by_one else N_SCORED
+    n_scored = setting.n_scored
+    size = 1 if case.one_by_one else n_scored
     logits = []
-    for offset in range(0, N_SCORED, size):
+    for offset in range(0, n_scored, size):
         at = slice(start + offset, start + offset + size)
         positions = torch.arange(first + offset, first + offset + size).expand(case.rows, -1)
         logits.append(setting.model(ids[:, at], **cache_argument(cache), position_ids=positions).logits)
-    targets = ids[:, start + 1 : start + 1 + N_SCORED]
+    targets = ids[:, start + 1 : start + 1 + n_scored]
     return torch.nn.functional.cross_entropy(torch.cat(logits, 1).transpose(1, 2).float(), targets, reduction="none")

@@ -16,14 +16,18 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 DEMO = Path(__file__).resolve().parents[2] / "src" / "coldpress" / "assets" / "demo"
-N_SCORED = 32  # tokens whose loss is taken against the compressed cache
+N_SCORED, N_SCORED_LONG = 32, 64  # tokens whose loss is taken against the compressed cache
 TINY = ("llama", "qwen2", "qwen3", "mistral", "phi3")
 SMOLLM2 = "SmolLM2-135M"
-MODELS = (*TINY, SMOLLM2)
+SHORT = (*TINY, SMOLLM2)
+LONG = ("SmolLM2-135M, 767 tokens", "SmolLM2-135M, 1536 tokens")  # an odd number, and one with room for any default
+LONGEST = LONG[-1:]
+MODELS = (*TINY, SMOLLM2, *LONG)
 
 _CHAT = "A reader asks, and a scholar answers.\n\nReader: {{ messages[0].content }}\n\nScholar:"
 _TINY_TOKENS = 160
 _SMOLLM2_TOKENS = 320
+_LONG_TOKENS = (767, 1536)
 _TINY_CONFIG = {
     "vocab_size": 4096,  # that of the embedded tokenizer, which KVzip asks for
     "hidden_size": 64,
@@ -45,14 +49,16 @@ class Setting:
     Attributes:
         name: how the tables call the model.
         model: float32, on the CPU, on sdpa.
-        ids: int64 ``[2, n_context + more]``: two texts of equal length.
+        ids: int64 ``[2, n_context + more]``: two texts of equal length; one where the context is long.
         n_context: how many of the tokens are prefilled.
+        n_scored: how many of those after them have their loss taken.
     """
 
     name: str
     model: PreTrainedModel
     ids: Tensor
     n_context: int
+    n_scored: int = N_SCORED
 
 
 @contextmanager
@@ -92,6 +98,8 @@ def settings(smollm2: Path | None) -> Iterator[Setting]:
             tokenizer.save_pretrained(folder)
             model.config.name_or_path = model.name_or_path = folder
             yield Setting(SMOLLM2, _ready(model), ids, _SMOLLM2_TOKENS)
+            for name, n_tokens in zip(LONG, _LONG_TOKENS, strict=True):
+                yield Setting(name, model, tokens[None], n_tokens, N_SCORED_LONG)
 
 
 def _tiny(name: str) -> PreTrainedModel:

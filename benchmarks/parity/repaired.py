@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import kvpress
@@ -59,6 +60,23 @@ class SnapKVPress(kvpress.SnapKVPress):
 
 
 @dataclass
+class PyramidKVPress(kvpress.PyramidKVPress):
+    """The line of whole pairs on average, rounded so that its total is what the ratio asks for."""
+
+    def get_layer_budget(self, module: Any, q_len: int) -> int:
+        n_layers, n_keep = module.config.num_hidden_layers, compute_n_kept(q_len, self.compression_ratio)
+        ends = (SimpleNamespace(config=module.config, layer_idx=i) for i in (0, n_layers - 1))
+        if len({super(PyramidKVPress, self).get_layer_budget(end, q_len) for end in ends}) == 1:
+            return n_keep  # no pyramid
+        low = max(self.window_size, n_keep / self.beta, 2 * n_keep - (q_len - self.window_size))
+        line = torch.linspace(2 * n_keep - low, low, n_layers, dtype=torch.float64)
+        n_more = n_layers * n_keep - int(line.floor().sum())
+        is_rounded_up = torch.zeros(n_layers, dtype=torch.bool)
+        is_rounded_up[(line - line.floor()).sort(descending=True, stable=True).indices[:n_more]] = True
+        return int(line[module.layer_idx].floor()) + int(is_rounded_up[module.layer_idx])
+
+
+@dataclass
 class StreamingLLMPress(kvpress.StreamingLLMPress):
     """B4: pairs are gathered in the order of the text, so that the next round finds sinks and recent ones."""
 
@@ -94,6 +112,13 @@ class ExpectedAttentionPress(_WholeSoftmax, kvpress.ExpectedAttentionPress):
 @dataclass
 class ExpectedAttentionStatsPress(_WholeSoftmax, kvpress.ExpectedAttentionStatsPress):
     pass
+
+
+@dataclass
+class LUKVPress(local.LUKVPress):
+    """The press inside, where none is given."""
+
+    press: Any = field(default_factory=lambda: ExpectedAttentionPress(epsilon=2e-2))
 
 
 @dataclass
@@ -136,7 +161,14 @@ class NonCausalAttnPress(kvpress.NonCausalAttnPress):
 
 @dataclass
 class LeverageScorePress(kvpress.LeverageScorePress):
-    """K: a sketch that repeats, and a z-score of each head."""
+    """K: a sketch that repeats, a z-score of each head, and float64 in between, where float32 loses three digits."""
+
+    @staticmethod
+    def compute_leverage_scores(keys: Tensor, sketch_dimension: int) -> Tensor:
+        sketch = torch.randn(*keys.shape[:2], keys.shape[3], sketch_dimension) / math.sqrt(sketch_dimension)
+        rows = ((keys - keys.mean(-2, keepdim=True)) @ sketch).double()
+        gram = rows.transpose(-1, -2) @ rows + 0.01 * torch.eye(sketch_dimension, dtype=rows.dtype)
+        return (rows @ torch.linalg.inv(gram) * rows).sum(-1).float()
 
     def score(self, module: Any, *given: Any, **named: Any) -> Tensor:
         with torch.random.fork_rng(devices=[]):
@@ -157,9 +189,14 @@ def _shares(press: Any, n_tokens: int, n_window: int) -> Iterator[tuple[int, int
     """Start and end of every chunk, and how many pairs it keeps: its share by tokens outside the window."""
     n_free = n_tokens - n_window
     n_keep = compute_n_kept(n_tokens, press.compression_ratio) - n_window
-    for start, stop in pairwise([*range(0, n_tokens, press.chunk_length), n_tokens]):
-        end = min(stop, n_free)
-        yield start, stop, n_keep * end // n_free - n_keep * start // n_free + stop - end
+    chunks = list(pairwise([*range(0, n_tokens, press.chunk_length), n_tokens]))
+    free = [max(0, min(stop, n_free) - start) for start, stop in chunks]
+    counts = [n_keep * own // n_free for own in free]
+    by_remainder = sorted(range(len(free)), key=lambda i: -(n_keep * free[i] % n_free))  # the largest are rounded up
+    for i in by_remainder[: n_keep - sum(counts)]:
+        counts[i] += 1
+    for (start, stop), own, count in zip(chunks, free, counts, strict=True):
+        yield start, stop, count + stop - start - own
 
 
 @dataclass
@@ -181,14 +218,20 @@ class ChunkPress(kvpress.ChunkPress):
 
 @dataclass
 class ChunkKVPress(kvpress.ChunkKVPress):
-    """E: every row of a batch by itself."""
+    """E: every row of a batch by itself; and as many pairs as the ratio asks for, the window beside the chunks."""
 
     def compress(
         self, module: Any, hidden: Tensor, keys: Tensor, values: Tensor, attention: Any, kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        rows = zip(hidden.split(1), keys.split(1), values.split(1), strict=True)
-        kept = [super(ChunkKVPress, self).compress(module, h, k, v, attention, kwargs) for h, k, v in rows]
-        return torch.cat([k for k, _ in kept]), torch.cat([v for _, v in kept])
+        scores = self.press.score(module, hidden, keys, values, attention, kwargs).sum(1)  # [B, T]
+        n_tokens, window = keys.shape[2], getattr(self.press, "window_size", 0)
+        chunks = scores[:, : n_tokens - window].split(self.chunk_length, dim=1)
+        means = torch.cat([chunk.mean(1, keepdim=True).expand_as(chunk) for chunk in chunks], dim=1)
+        scores = torch.cat([means, torch.full((len(means), window), torch.inf)], dim=1)
+        order = scores.sort(dim=1, descending=True, stable=True).indices
+        chosen = order[:, : compute_n_kept(n_tokens, self.compression_ratio)].sort(1).values
+        chosen = chosen[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
+        return keys.gather(2, chosen), values.gather(2, chosen)
 
 
 @dataclass

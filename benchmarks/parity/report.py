@@ -103,20 +103,20 @@ def tables(document: Record) -> str:
     """The three tables: what agrees, what differs and why, what is not compared."""
     cases = document["cases"]
     run = [case for case in cases if case["rows"]]
-    same = [case for case in run if not case["why"]]
-    other = [case for case in run if case["why"]]
     parts = [
         f"coldpress {document['coldpress']} against kvpress {document['kvpress']}, torch {document['torch']}, "
-        f"transformers {document['transformers']}; models: {', '.join(document['models'])}. "
-        f"Losses of {document['scored']} tokens; ratios {', '.join(map(str, document['ratios']))} where a row does not "
-        "say otherwise.",
+        f"transformers {document['transformers']}; models: {'; '.join(document['models'])}. "
+        f"Losses of {document['scored']} tokens, {document['scored_long']} after the two long texts; ratios "
+        f"{', '.join(map(str, document['ratios']))} where a row does not say otherwise.",
         "### How to read the tables",
         _table(["column", "meaning"], (SAME | DIFFERENT).items()),
-        "### Same pairs, same losses",
-        _table(list(SAME), (_same(case) for case in same)),
-        "### Different, and why",
-        _table(list(DIFFERENT), (_different(case) for case in other)),
     ]
+    for is_default, where in ((False, ""), (True, ", with kvpress's parameters")):
+        mine = [case for case in run if case["is_default"] == is_default]
+        if same := [case for case in mine if not case["why"]]:
+            parts += [f"### Same pairs, same losses{where}", _table(list(SAME), map(_same, same))]
+        if other := [case for case in mine if case["why"]]:
+            parts += [f"### Different, and why{where}", _table(list(DIFFERENT), map(_different, other))]
     absent = [(case["name"], case["absent"]) for case in cases if not case["rows"]]
     if absent:
         parts += ["### Not compared", _table(["case", "because"], absent)]

@@ -25,6 +25,7 @@ __all__ = [
     "checked",
     "counts_together",
     "ends",
+    "exact_keep",
     "keep_count",
     "pack",
     "protect",
@@ -44,29 +45,38 @@ def check_ratio(ratio: object, name: str = "compression_ratio") -> None:
         raise PressError(f"{name} is the fraction of pairs to remove: a number in [0, 1), such as 0.5; got {ratio!r}.")
 
 
+def exact_keep(n_tokens: int, ratio: float) -> Fraction:
+    """``n_tokens * (1 - ratio)`` as it is, no whole number."""
+    return n_tokens * (1 - Fraction(repr(float(ratio))))
+
+
 def keep_count(n_tokens: int, ratio: float) -> int:
     """Tokens kept of ``n_tokens``: ``floor(n_tokens * (1 - ratio))`` without rounding error, at least 1."""
-    removed = math.ceil(Fraction(repr(float(ratio))) * n_tokens)
-    return max(1, n_tokens - removed) if n_tokens else 0
+    return max(1, math.floor(exact_keep(n_tokens, ratio))) if n_tokens else 0
 
 
-def pyramid_counts(n_tokens: int, keep: int, n_layers: int, *, window: int, beta: int) -> list[int]:
+def pyramid_counts(n_tokens: int, mean: int | Fraction, n_layers: int, *, window: int, beta: int) -> list[int]:
     """Tokens kept by each layer when the first layer keeps most and the last one least.
 
-    A straight line from ``max`` (layer 0) to ``min = keep / beta`` (last layer) with mean ``keep``, of ``n_tokens``. If
-    ``max`` does not fit beside the window, the line is flattened until it does; if the last layer would fall below the
-    window, every layer keeps ``keep``. Rounded so that the total is exactly ``n_layers * keep``.
+    A straight line from ``max`` (layer 0) to ``min = mean / beta`` (last layer), of ``n_tokens``. If ``max`` does not
+    fit beside the window, the line is flattened until it does; if the last layer would fall below the window, every
+    layer keeps as many. The total is exactly ``n_layers * floor(mean)``; which of the three it is, ``mean`` itself
+    says, so that half of an odd number of tokens is not another shape than half of an even one.
 
     Source: Cai et al. 2024, arXiv:2406.02069, equations 2 and 3.
     """
-    uniform = [keep] * n_layers
-    low = keep / beta
+
+    def line_of(mean: int | Fraction) -> tuple[Fraction, Fraction]:
+        low = Fraction(mean) / beta
+        high = min(2 * mean - low, Fraction(n_tokens - window))
+        return 2 * mean - high, high
+
+    keep = max(1, math.floor(mean))
+    low, high = line_of(mean)
+    if n_layers < 2 or not high >= low >= window:
+        return [keep] * n_layers
+    low = max(Fraction(window), line_of(keep)[0])
     high = 2 * keep - low
-    if high >= n_tokens - window:
-        high = n_tokens - window
-        low = 2 * keep - high
-    if n_layers < 2 or not (n_tokens >= high >= low >= window):
-        return uniform
     line = [high - i * (high - low) / (n_layers - 1) for i in range(n_layers)]
     counts = [math.floor(x) for x in line]
     by_remainder = sorted(range(n_layers), key=lambda i: (counts[i] - line[i], i))
@@ -254,15 +264,15 @@ def spread(n_keep: int, n_forced: Sequence[int], sizes: Sequence[int]) -> list[i
         sizes: tokens of each part.
 
     Returns:
-        One count for each part; they add up to ``n_keep`` exactly.
+        One count for each part; they add up to ``n_keep`` exactly. The largest remainders are rounded up, the earlier
+        one among equals, so that parts of one size differ by one token at most.
     """
     free, total = n_keep - sum(n_forced), sum(sizes) - sum(n_forced)
-    counts, before, given = [], 0, 0
-    for forced, size in zip(n_forced, sizes, strict=True):
-        before += size - forced
-        upto = free * before // total if total else 0  # rounded as a running sum, so that nothing is lost
-        counts.append(forced + upto - given)
-        given = upto
+    shares = [divmod(free * (size - forced), max(1, total)) for forced, size in zip(n_forced, sizes, strict=True)]
+    counts = [forced + whole for forced, (whole, _) in zip(n_forced, shares, strict=True)]
+    by_remainder = sorted(range(len(counts)), key=lambda i: (-shares[i][1], i))
+    for i in by_remainder[: n_keep - sum(counts)]:
+        counts[i] += 1
     return counts
 
 

@@ -91,9 +91,10 @@ class PressedCache(Cache):
         kv_bits: int | KVBits | None = None,
     ):
         from coldpress.presses.base import BasePress, require_rerotatable
+        from coldpress.presses.definition import as_given
 
         if press is not None and not isinstance(press, BasePress):
-            raise PressError(f"press must be a press such as coldpress.SnapKVPress(0.5), got {press!r}.")
+            raise PressError(f"press must be a press such as coldpress.SnapKVPress(0.5), got {as_given(press)}.")
         check_chunks(press, chunk_tokens)
         if positions not in ("original", "rerotate"):
             raise PressError(f"positions must be 'original' or 'rerotate', got {positions!r}.")

@@ -3,6 +3,7 @@
     ColdpressError
     ├── InputError                  what the user gave cannot work; commands exit with code 2
     │   ├── PressError              unknown press, impossible parameter        (also a ValueError)
+    │   │   └── FrozenPressError    a press was to be changed                  (also a FrozenInstanceError)
     │   ├── ModelError              the model cannot run under coldpress       (also a ValueError)
     │   ├── CacheError              the cache cannot do what was asked         (also a ValueError)
     │   ├── DataError               no usable text: file, column, split, index (also a ValueError)
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from dataclasses import FrozenInstanceError
 
 __all__ = [
     "CacheError",
@@ -28,6 +30,7 @@ __all__ = [
     "ColdpressError",
     "DataError",
     "DeviceError",
+    "FrozenPressError",
     "InputError",
     "LostWorkersError",
     "MissingDependencyError",
@@ -50,6 +53,10 @@ class InputError(ColdpressError):
 
 class PressError(InputError, ValueError):
     """An unknown press, or a parameter outside what the press allows."""
+
+
+class FrozenPressError(PressError, FrozenInstanceError):
+    """A parameter of a press was assigned to; presses do not change, and the message says how to get another one."""
 
 
 class ModelError(InputError, ValueError):

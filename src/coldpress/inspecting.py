@@ -27,6 +27,7 @@ from coldpress.chunks import prefill
 from coldpress.errors import DataError, InputError, ModelError, OutputError, PressError
 from coldpress.layer import PressedLayer
 from coldpress.presses.base import BasePress
+from coldpress.presses.definition import as_given
 from coldpress.pressing import prefilling
 
 __all__ = ["MOST_PRESSES", "Inspection", "check_presses", "inspect"]
@@ -266,7 +267,7 @@ def check_presses(presses: Sequence[BasePress]) -> None:
         raise PressError(f"One press or two are inspected; got {len(presses)}.")
     for press in presses:
         if not isinstance(press, BasePress):
-            raise PressError(f"presses must be presses such as coldpress.SnapKVPress(0.5), got {press!r}.")
+            raise PressError(f"presses must be presses such as coldpress.SnapKVPress(0.5), got {as_given(press)}.")
         if not press.at_prefill:
             raise PressError(
                 f"{type(press).__name__} compresses what is generated and nothing of a prompt, so every token is "

@@ -29,7 +29,7 @@ from coldpress.sharded import check_heads
 from coldpress.store import DenseStore
 from coldpress.thin import ThinKeys, ThinStore
 from coldpress.verdicts import Verdicts
-from coldpress.view import Kept, LayerCall
+from coldpress.view import Kept, LayerCall, checked_kept
 
 if TYPE_CHECKING:
     from coldpress.presses.base import BasePress
@@ -455,7 +455,9 @@ class PressedLayer(CacheLayerMixin):
         try:
             for view in (group.view for group in groups):
                 view.n_new = view.n_queries
-                kept.append(press.compress(view) if view.n_queries else None)  # none: nothing of this row came
+                kept.append(
+                    checked_kept(press, press.compress(view)) if view.n_queries else None
+                )  # none: nothing of this row came
         except Exception as error:
             self.session.error = error
             raise
@@ -567,7 +569,8 @@ class PressedLayer(CacheLayerMixin):
             if unseen is not None and unseen.shape[1] != self.n_new:  # some came outside 'with press(model):'
                 unseen = None
             groups = RowGroup.of_text_so_far(self, call, padding, recent, unseen)
-            kept = [press.compress_again(group.view) if group.view.n_queries else None for group in groups]
+            views = [group.view for group in groups]
+            kept = [checked_kept(press, press.compress_again(view)) if view.n_queries else None for view in views]
             if any(part is not None for part in kept):
                 before = self.positions()
                 self._hold(self, groups, kept)
@@ -609,7 +612,7 @@ class PressedLayer(CacheLayerMixin):
             return False
         try:
             check_heads(press, groups[0].view.module, groups[0].view.queries.shape[1])
-            kept = [press.compress(group.view) for group in groups]
+            kept = [checked_kept(press, press.compress(group.view)) for group in groups]
         except Exception as error:
             self.session.error = error
             if self is source:

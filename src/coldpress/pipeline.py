@@ -26,6 +26,7 @@ from coldpress.chunks import prefill
 from coldpress.errors import CacheError, InputError, PressError, nearest
 from coldpress.generating import switching_point
 from coldpress.presses.base import BasePress
+from coldpress.presses.definition import as_given
 from coldpress.pressing import prefilling
 from coldpress.quantised import BITS, KVBits
 
@@ -352,7 +353,7 @@ def _check_options(options: dict[str, Any]) -> None:
     ):
         raise InputError(f"questions must be a list of texts, got {questions!r}; for a single one use question=.")
     if press is not None and not isinstance(press, BasePress):
-        raise PressError(f"press must be a press such as coldpress.SnapKVPress(0.5), got {press!r}.")
+        raise PressError(f"press must be a press such as coldpress.SnapKVPress(0.5), got {as_given(press)}.")
     cache, kv_bits = options.get("cache"), KVBits.of(options.get("kv_bits"))
     if not isinstance(cache, (PressedCache, type(None))):
         raise CacheError(f"cache must be a coldpress.PressedCache, not {type(cache).__name__}.{_instead_of(cache)}")

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from coldpress.budget import protect
+from coldpress.errors import PressError
 from coldpress.projection import output_weight
 from coldpress.rope import Rope
 
-__all__ = ["Kept", "LayerCall", "LayerView", "Place", "at_once", "pick"]
+__all__ = ["Kept", "LayerCall", "LayerView", "Place", "at_once", "checked_kept", "pick"]
 
 _T = TypeVar("_T")
 _CPU_ELEMENTS = 1 << 18  # numbers worked on at once on a CPU: 1 MiB in float32, which stays in its cache
@@ -51,6 +52,16 @@ class Kept(NamedTuple):
     channels: Tensor | None = None
     n_wide: int = 0
     fine: Tensor | None = None
+
+
+def checked_kept(press: object, kept: object) -> Kept | None:
+    """What ``compress`` returned; raise :class:`PressError` if that does not say which pairs are kept."""
+    if kept is None or isinstance(kept, Kept):
+        return kept
+    raise PressError(
+        f"{type(press).__name__}.compress returned a {type(kept).__name__}, and has to return view.take(positions), or "
+        "None to keep everything."
+    )
 
 
 class Place(NamedTuple):

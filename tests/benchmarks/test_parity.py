@@ -78,6 +78,9 @@ def test_ties_are_equal_scores_of_pairs_that_compete() -> None:
     assert only_ties(mask(0, 3, 1), mask(0, 3, 2), scores, "head")
     assert not only_ties(mask(0, 3, 1), mask(0, 3, 4), scores, "head")
     assert not only_ties(mask(0, 3, 1), mask(0, 3, 1, 2), scores, "head")  # one keeps more
+    chunks = torch.tensor([[[[5.0, 5.0, 5.0, 3.0, 3.0, 1.0]]]])  # each with a threshold of its own
+    assert only_ties(mask(0, 1, 3), mask(0, 2, 4), chunks, "head")
+    assert not only_ties(mask(0, 1, 3), mask(0, 2, 5), chunks, "head")
     two = torch.ones(1, 1, 2, 3)
     ours = torch.tensor([[[[True, True, False], [True, False, False]]]])
     theirs = torch.tensor([[[[True, False, False], [True, True, False]]]])
@@ -198,15 +201,36 @@ def test_the_tables_show_what_was_written(tmp_path: Path) -> None:
         Row("cur", "llama", 0.5, "kvpress", moved=0.125, loss_difference=0.25),
         Row("cur", "llama", 0.5, "repaired", loss_difference=1e-6),
     ]
-    case = {"name": "cur", "press": "CURPress(0.5)", "letter": "K", "why": "a sum", "breaks": [], "absent": ""}
-    other = {"name": "kvzap", "press": "", "letter": "", "why": "", "breaks": [], "absent": "a hub", "rows": []}
+    case = {
+        "name": "cur",
+        "press": "CURPress(0.5)",
+        "letter": "K",
+        "why": "a sum",
+        "breaks": [],
+        "absent": "",
+        "is_default": False,
+    }
+    other = {
+        "name": "kvzap",
+        "press": "",
+        "letter": "",
+        "why": "",
+        "breaks": [],
+        "absent": "a hub",
+        "is_default": False,
+        "rows": [],
+    }
     facts = {"coldpress": "0.1", "kvpress": "0.5.5", "torch": "2", "transformers": "5"}
     cases = [case | {"rows": [row.as_record() for row in rows]}, other]
-    write(tmp_path / "results.json", facts | {"models": ["llama"], "ratios": [0.5], "scored": 32, "cases": cases})
+    cases.append(cases[0] | {"name": "cur, defaults", "is_default": True})
+    facts |= {"models": ["llama"], "ratios": [0.5], "scored": 32, "scored_long": 64}
+    write(tmp_path / "results.json", facts | {"cases": cases})
     text = tables(read(tmp_path / "results.json"))
     assert "| cur | `CURPress(0.5)` | 1 of 1 | 12 % | up to 0.25 |" in text
     assert "1 of 1 agree; losses within 1e-06 | K | a sum |" in text
     assert "| kvzap | a hub |" in text
+    assert "cur, defaults" not in text.partition("### Different, and why, with kvpress's parameters")[0]
+    assert text.count("| cur, defaults | `CURPress(0.5)` | 1 of 1 |") == 1
     header = next(line for line in text.splitlines() if line.startswith("| case | press") and "source" in line)
     legend = text.partition("### How to read the tables")[2].partition("###")[0]
     for column in header.strip("| ").split(" | "):

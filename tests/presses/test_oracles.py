@@ -90,7 +90,7 @@ from coldpress import (
     catalogue,
     make_press,
 )
-from coldpress.budget import keep_count, pyramid_counts
+from coldpress.budget import exact_keep, keep_count, pyramid_counts
 from coldpress.cache_argument import cache_argument
 from coldpress.presses.base import parts
 from coldpress.presses.wrapper import WrapperPress
@@ -337,7 +337,7 @@ def test_keeps_the_best_scores_and_what_is_protected(press: ScorerPress) -> None
         assert kept is not None
         n_keep = keep_count(N, 0.5)
         if isinstance(press, PyramidKVPress):
-            n_keep = pyramid_counts(N, keep_count(N, 0.5), 2, window=4, beta=20)[view.layer_idx]
+            n_keep = pyramid_counts(N, exact_keep(N, 0.5), 2, window=4, beta=20)[view.layer_idx]
         assert kept.positions.shape == (*view.keys.shape[:2], n_keep)
         scores = press.score(view)
         n_sink, n_window = press.protected(view)

@@ -199,8 +199,10 @@ def test_chunk_press_scores_each_chunk_as_a_text_of_its_own(model: str, ratio: f
     n_keep, expected = keep_count(N_TOKENS, ratio), []
     starts = list(range(0, N_TOKENS, length))
     sizes = [min(length, N_TOKENS - a) for a in starts]
-    upto = [n_keep * min(a + length, N_TOKENS) // N_TOKENS for a in starts]
-    counts = [b - a for a, b in zip([0, *upto], upto, strict=False)]
+    counts = [n_keep * size // N_TOKENS for size in sizes]
+    while sum(counts) < n_keep:  # one more for the chunk that rounding down has cost most
+        lost = [round(n_keep * size / N_TOKENS - count, 9) for size, count in zip(sizes, counts, strict=True)]
+        counts[lost.index(max(lost))] += 1
     for b in range(view.keys.shape[0]):
         row = []
         for h in range(view.keys.shape[1]):
@@ -242,9 +244,11 @@ def test_chunk_press_keeps_what_the_inner_press_protects(ratio: float) -> None:
 
 
 def test_spread_gives_exactly_what_there_is() -> None:
-    assert spread(10, [0, 0, 0], [10, 10, 10]) == [3, 3, 4]
+    assert spread(10, [0, 0, 0], [10, 10, 10]) == [4, 3, 3]
+    assert spread(383, [0, 0, 0], [256, 256, 255]) == [128, 128, 127]  # half of each, as far as there are halves
     assert spread(10, [4, 0, 2], [10, 10, 5]) == [5, 2, 3]
     assert spread(3, [0, 3], [10, 3]) == [0, 3]
+    assert spread(3, [3], [3]) == [3] and spread(13, [0, 3], [10, 3]) == [10, 3]
 
 
 @every_model

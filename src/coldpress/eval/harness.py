@@ -32,6 +32,7 @@ from coldpress.eval.perplexity import BLOCK_TOKENS
 from coldpress.eval.settings import check_types
 from coldpress.network import one_line
 from coldpress.presses.base import BUDGETS, BasePress
+from coldpress.presses.definition import as_given
 from coldpress.presses.registry import NO_PRESS, make_press, parameters_of, press_names
 from coldpress.pressing import prefilling
 from coldpress.quantised import KVBits, check_quantisable
@@ -458,7 +459,9 @@ def _press(
             )
         return press if isinstance(press, BasePress) else None
     if not isinstance(press, str):
-        raise PressError(f"press must be the name of a press or a press such as SnapKVPress(0.5), got {press!r}.")
+        raise PressError(
+            f"press must be the name of a press or a press such as SnapKVPress(0.5), got {as_given(press)}."
+        )
     for size in ("compression_ratio", *BUDGETS):
         if size in parameters:
             raise PressError(f"press_args cannot hold {size}; give {size}= beside press=.")

@@ -14,6 +14,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.budget import check_ratio, keep_count, select, shrink_protected
 from coldpress.errors import PressError
+from coldpress.presses.definition import PressType, as_given, not_called
 from coldpress.view import Kept, LayerView, Place
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ _B = TypeVar("_B", bound="BasePress")
 _S = TypeVar("_S", bound="BudgetPress")
 
 
-class BasePress:
+class BasePress(metaclass=PressType):
     """A way to compress the pairs of one layer. Presses are immutable; what a run accumulates lives in the cache.
 
     Use one in a cache, ``PressedCache(press)``, or around calls of a model, as in kvpress::
@@ -169,6 +170,12 @@ class BasePress:
         """Whether it compresses what comes after the prefill too."""
         return bool(self.n_recent_queries or self.n_waiting)
 
+    if not TYPE_CHECKING:  # else any name at all would be an attribute to a type checker
+
+        def __getattr__(self, name: str) -> Any:
+            own = type(self).__name__
+            raise AttributeError(not_called(own, name) or f"{own!r} object has no attribute {name!r}")
+
     @contextmanager
     def __call__(self, model: PreTrainedModel) -> Iterator[PreTrainedModel]:
         """Compress every cache that ``model`` prefills inside the block. See :func:`coldpress.pressing.pressed`."""
@@ -281,13 +288,23 @@ class ScorerPress(BudgetPress):
 
     def scores(self, view: LayerView) -> Tensor:
         """What :meth:`choose` goes by: :meth:`score`, computed once per view for all ratios."""
-        return view.once(self.with_ratio(0.0), lambda: self.score(view) if view.counts is None else self._by_head(view))
+        score = self._checked_score if view.counts is None else self._by_head
+        return view.once(self.with_ratio(0.0), lambda: score(view))
+
+    def _checked_score(self, view: LayerView) -> Tensor:
+        scores = self.score(view)
+        if scores.shape != view.keys.shape[:3]:
+            raise PressError(
+                f"{type(self).__name__}.score returned {list(scores.shape)}, and has to return a number for each KV "
+                f"head and token: {list(view.keys.shape[:3])}."
+            )
+        return scores
 
     def _by_head(self, view: LayerView) -> Tensor:
         """Scores of a view whose heads hold different numbers of pairs; minus infinity in empty slots."""
         scores = torch.full(view.keys.shape[:3], -torch.inf, device=view.keys.device)
         for row, head in itertools.product(*(range(n) for n in scores.shape[:2])):
-            own = self.score(view.of_head(row, head))[0, 0]
+            own = self._checked_score(view.of_head(row, head))[0, 0]
             scores[row, head, : len(own)] = own
         return scores
 
@@ -362,10 +379,8 @@ def require_rerotatable(press: BasePress) -> None:
 
 def no_scorer(press: object) -> str:
     """What was given where a press with scores and a budget is needed, and what to do with it instead."""
-    if isinstance(press, type):
-        return f"the class {press.__name__}; call it"
     if not isinstance(press, BasePress):
-        return repr(press)
+        return as_given(press)
     name = type(press).__name__
     if press.goes_on:
         return f"{name}, which says when pairs are evicted and not which; put it outside"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from coldpress.budget import check_ratio, keep_count
 from coldpress.errors import PressError
 from coldpress.presses.base import BUDGETS, BasePress, ScorerPress, check_at_least, no_scorer, require_one_layer
+from coldpress.presses.definition import as_given
 from coldpress.presses.keydiff import KeyDiffPress
 from coldpress.presses.knorm import KnormPress
 from coldpress.presses.registry import register
@@ -144,7 +145,7 @@ class PrefillDecodingPress(BasePress):
         for name in ("prefilling_press", "decoding_press"):
             press = getattr(self, name)
             if not isinstance(press, (BasePress, type(None))):
-                raise PressError(f"PrefillDecodingPress: {name} must be a press or None, got {press!r}.")
+                raise PressError(f"PrefillDecodingPress: {name} must be a press or None, got {as_given(press)}.")
         if self.prefilling_press is None and self.decoding_press is None:
             raise PressError("PrefillDecodingPress needs a prefilling_press, a decoding_press or both.")
         if self.decoding_press is not None and not self.decoding_press.goes_on:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 
-from coldpress.budget import pyramid_counts
+from coldpress.budget import exact_keep, pyramid_counts
 from coldpress.presses.base import check_at_least
 from coldpress.presses.registry import register
 from coldpress.presses.snapkv import SnapKVPress
@@ -43,5 +44,7 @@ class PyramidKVPress(SnapKVPress):
         check_at_least(self, 1, "beta")
 
     def keep_of(self, n_tokens: int, place: Place) -> int:
-        mean = self.mean_keep(n_tokens, place)
+        mean: int | Fraction = self.mean_keep(n_tokens, place)
+        if self.budget_tokens is None and self.budget_bytes is None:
+            mean = exact_keep(n_tokens, self.compression_ratio)
         return pyramid_counts(n_tokens, mean, place.n_layers, window=self.window_size, beta=self.beta)[place.layer_idx]
