@@ -15,14 +15,15 @@ from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load
+from safetensors.torch import load, save_file
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 import coldpress
-from coldpress.artefacts import digest_of, write_whole
+from coldpress.artefacts import digest_of
 from coldpress.cache import PressedCache
 from coldpress.errors import CacheError, OutputError, PressError
+from coldpress.files import replace_file
 from coldpress.identity import model_facts
 from coldpress.layer import PressedLayer
 from coldpress.presses.as_data import as_data, from_data
@@ -98,7 +99,7 @@ def save_cache(cache: PressedCache, path: str | Path, model: PreTrainedModel, at
     )
     metadata = {"format": f"coldpress cache {FORMAT}", "cache": said, "sha256": _digest(said)}
     try:
-        write_whole(path, tensors, metadata)
+        replace_file(path, lambda part: save_file(tensors, part, metadata=metadata))
     except (OSError, SafetensorError) as error:
         raise OutputError(f"{path} cannot be written ({error}); name another file.") from error
 

@@ -9,6 +9,8 @@ from typing import Generic, Protocol, TypeVar
 
 from tqdm import tqdm
 
+from coldpress.terminal import printable
+
 __all__ = ["Countable", "Sized", "note", "progress"]
 
 LINE_EVERY_S = 10.0
@@ -39,7 +41,7 @@ class Sized(Generic[_T]):
 
 def note(message: str, kind: str = "note") -> None:
     """One line on stderr, above a progress bar if there is one."""
-    tqdm.write(f"{kind}: {message}", file=sys.stderr)
+    tqdm.write(printable(f"{kind}: {message}"), file=sys.stderr)
 
 
 def progress(items: Countable[_T], name: str, more: Callable[[], str] = str) -> Iterator[_T]:

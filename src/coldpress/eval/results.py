@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from coldpress.errors import DataError, OutputError, SelfCheckError
+from coldpress.files import read_text, replace_file
 from coldpress.presses.base import BUDGETS
 
 __all__ = [
@@ -103,7 +104,7 @@ def result_path(output_dir: Path, record: dict[str, Any]) -> Path:
     ratio = record.get("compression_ratio")
     if ratio is not None:
         identity["compression_ratio"] = ratio = float(ratio)  # 0 and 0.0 are one setting
-    digest = hashlib.sha256(_dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
+    digest = hashlib.sha256(_dumps(identity, sort_keys=True).encode("utf-8", "backslashreplace")).hexdigest()[:10]
     protocol = record.get("protocol") or record.get("mode") or "run"
     parts = [protocol, record.get("model"), record.get("dataset"), record.get("press") or "no_press"]
     shown = [] if ratio is None else [f"r{ratio:.2f}" if round(ratio, 2) == ratio else f"r{ratio:g}"]
@@ -123,21 +124,13 @@ def write_result(output_dir: Path, record: dict[str, Any]) -> Path:
     text = _dumps(record, indent=2) + "\n"
     path = result_path(output_dir, record)
     check_writable(path.parent)
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "x", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        replace_file(path, lambda part: part.write_bytes(text.encode("utf-8", "backslashreplace")))
         if _suffix(record) == ".json":
             for status in ("failed", "interrupted"):
                 result_path(output_dir, {**record, "status": status}).unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(f"cannot write {str(path)!r} ({error.strerror}): choose another folder") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 
@@ -189,7 +182,7 @@ def read_results(
 
 def read_result(path: Path) -> dict[str, Any]:
     """The record in one file; raises OSError or ValueError where there is none of this schema."""
-    record = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    record = json.loads(read_text(path), parse_constant=_refuse_constant)
     if not isinstance(record, dict):
         raise ValueError("it holds no object, so no result")
     version = record.get("schema_version")
