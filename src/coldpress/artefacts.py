@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from coldpress.errors import OutputError, PressError
-from coldpress.files import replace_file
+from coldpress.files import path_of, replace_file
 
 __all__ = [
     "Artefact",
@@ -138,21 +138,21 @@ def read_artefact(path: Path, press: str, names: Mapping[str, str]) -> Artefact:
 def artefacts_folder() -> Path:
     """Where artefacts of this machine lie."""
     given = os.environ.get("COLDPRESS_ARTEFACTS", "").strip()
-    return Path(given).expanduser() if given else Path.home() / ".cache" / "coldpress" / "artefacts"
+    return path_of(given) if given else Path.home() / ".cache" / "coldpress" / "artefacts"
 
 
 def artefact_path(press: str, model: str, variant: str = "") -> Path:
     """The file of ``press`` for ``model``, a hub id or a folder; ``variant`` where a press has several of a model."""
     name = model.replace("/", "--")
     if not is_hub_id(model):
-        folder = Path(model).expanduser().resolve()
+        folder = path_of(model).resolve()
         name = f"{folder.name}-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}"
     return artefacts_folder() / press / f"{name}{'.' if variant else ''}{variant}.safetensors"
 
 
 def is_hub_id(model: str) -> bool:
     """Whether ``model`` names a repository of the hub, and no folder that is here."""
-    return re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", model) is not None and not Path(model).exists()
+    return re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", model) is not None and not os.path.exists(model)
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:

@@ -8,11 +8,25 @@ import secrets
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["MAX_BYTES", "MAX_TEXT_BYTES", "read_bytes", "read_text", "replace_file"]
+__all__ = ["MAX_BYTES", "MAX_TEXT_BYTES", "is_utf8", "path_of", "read_bytes", "read_text", "replace_file"]
 
 MAX_BYTES = 1 << 28  # of a file of settings, results or weights' sizes: 256 MiB
 MAX_TEXT_BYTES = 1 << 30  # of a text to read: 1 GiB
 _TRIES = 5
+
+
+def path_of(given: str | Path) -> Path:
+    """The path that a user gave; ``~`` is the home, and ``~name`` stays where there is nobody of that name."""
+    return Path(os.path.expanduser(given))
+
+
+def is_utf8(text: str) -> bool:
+    """Whether ``text`` can be written as UTF-8; names of files and arguments may hold other bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_bytes(path: str | Path, limit: int = MAX_BYTES) -> bytes:

@@ -22,7 +22,7 @@ from coldpress.attention import use_coldpress
 from coldpress.cache import PressedCache
 from coldpress.chunks import prefill
 from coldpress.errors import DataError, InputError, ModelError, OutputError, PressError
-from coldpress.files import replace_file
+from coldpress.files import path_of, replace_file
 from coldpress.layer import PressedLayer
 from coldpress.presses.base import BasePress
 from coldpress.pressing import prefilling
@@ -144,8 +144,8 @@ class Inspection:
         Raises:
             OutputError: it cannot be written.
         """
-        path = Path(path).expanduser()
-        page = self.to_html(title, facts).encode()
+        path = path_of(path)
+        page = self.to_html(title, facts).encode("utf-8", "backslashreplace")
         try:
             replace_file(path, lambda part: part.write_bytes(page))
         except OSError as error:

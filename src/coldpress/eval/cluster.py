@@ -43,6 +43,7 @@ from coldpress.eval.checks import release
 from coldpress.eval.engine import Engine, LocalEngine
 from coldpress.eval.models import LoadedModel, load_model
 from coldpress.eval.progress import note
+from coldpress.files import path_of
 from coldpress.network import one_line
 
 __all__ = ["ENGINES", "RayEngine", "check_engine", "make_engine"]
@@ -415,7 +416,7 @@ class _Spec:
     def of(cls, loaded: LoadedModel) -> _Spec:
         if len(getattr(loaded.model, "hf_device_map", None) or ()) > 1 or getattr(loaded.model, "_tp_size", None):
             raise ClusterError("--engine ray gives every worker a whole model; leave --device_map and --tp_plan out.")
-        path = Path(loaded.name).expanduser()
+        path = path_of(loaded.name)
         is_here = loaded.name == "demo" or path.exists()
         return cls(
             name=str(path.resolve()) if is_here and loaded.name != "demo" else loaded.name,

@@ -13,6 +13,7 @@ import platform
 import re
 import secrets
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -24,12 +25,13 @@ from typing import Any
 import torch
 
 from coldpress.errors import DataError, OutputError, SelfCheckError
-from coldpress.files import read_text, replace_file
+from coldpress.files import path_of, read_text, replace_file
 from coldpress.presses.base import BUDGETS
 
 __all__ = [
     "IDENTIFYING_FIELDS",
     "SCHEMA_VERSION",
+    "check_output",
     "check_writable",
     "environment",
     "read_result",
@@ -59,6 +61,7 @@ IDENTIFYING_FIELDS = (
     *("batch_size", "position_mode", "press", "press_config", "compression_ratio", *BUDGETS, "kv_bits_config"),
     *("max_new_tokens", "warmup", "repetitions", "threads", "seed"),
 )
+_LONGEST_NAME = 230  # of a result's file: a path that is too long for it is said before anything is measured
 PACKAGE_DIR = Path(__file__).resolve().parents[1]
 
 
@@ -134,6 +137,28 @@ def write_result(output_dir: Path, record: dict[str, Any]) -> Path:
     return path
 
 
+def check_output(output: str, example: str) -> Path:
+    """Prove that one file can be written, as :func:`check_writable` does; the path, of which ``~`` is the home.
+
+    Raises OutputError when it names no file, such as a folder or a device, or cannot be written; ``example`` is one.
+    """
+    path = path_of(output)
+    try:
+        state = path.stat() if output.strip() else None
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL, or that is no text
+        why = getattr(error, "strerror", None) or error
+        raise OutputError(
+            f"--output {output[:80]!r} is no name of a file ({why}); give one such as {example}."
+        ) from error
+    else:
+        if state is None or not stat.S_ISREG(state.st_mode):
+            raise OutputError(f"--output {output!r} is no name of a file; give one such as {example}.")
+    check_writable(path.parent)
+    return path
+
+
 def check_writable(output_dir: Path) -> None:
     """Prove that results can be written to `output_dir`, and leave nothing behind; call it before any long work.
 
@@ -141,7 +166,7 @@ def check_writable(output_dir: Path) -> None:
     """
     folder = Path(output_dir)
     missing = [parent for parent in (folder, *folder.parents) if not os.path.lexists(parent)]
-    probe = folder / f".{secrets.token_hex(8)}.tmp"
+    probe = folder / f".{secrets.token_hex(8)}.tmp".ljust(_LONGEST_NAME, "_")
     try:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -155,7 +180,9 @@ def check_writable(output_dir: Path) -> None:
         raise OutputError(f"output folder {str(output_dir)!r} is a file: give a folder") from error
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL, or that is no text
         why = getattr(error, "strerror", None) or error
-        raise OutputError(f"cannot write into folder {str(output_dir)!r} ({why}): give one you may write to") from error
+        raise OutputError(
+            f"cannot write into folder {str(output_dir)[:200]!r} ({why}): give one you may write to"
+        ) from error
 
 
 def read_results(
