@@ -6,12 +6,10 @@ them to ``$COLDPRESS_ARTEFACTS``, or else to ``~/.cache/coldpress/artefacts``, a
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import re
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from coldpress.errors import OutputError, PressError
+from coldpress.files import path_of, replace_file
 
 __all__ = [
     "Artefact",
@@ -32,7 +31,6 @@ __all__ = [
     "digest_of",
     "is_hub_id",
     "read_artefact",
-    "write_whole",
 ]
 
 _KEY = "coldpress"  # of our part of a file's metadata
@@ -98,7 +96,7 @@ class Artefact:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
         said = {"press": self.press, "facts": dict(self.facts), "sha256": digest_of(tensors)}
         try:
-            write_whole(path, tensors, {_KEY: json.dumps(said)})
+            replace_file(path, lambda part: save_file(tensors, part, metadata={_KEY: json.dumps(said)}))
         except (OSError, SafetensorError) as error:
             raise OutputError(f"{path} cannot be written ({error}); name another file with --output.") from error
 
@@ -140,45 +138,21 @@ def read_artefact(path: Path, press: str, names: Mapping[str, str]) -> Artefact:
 def artefacts_folder() -> Path:
     """Where artefacts of this machine lie."""
     given = os.environ.get("COLDPRESS_ARTEFACTS", "").strip()
-    return Path(given).expanduser() if given else Path.home() / ".cache" / "coldpress" / "artefacts"
+    return path_of(given) if given else Path.home() / ".cache" / "coldpress" / "artefacts"
 
 
 def artefact_path(press: str, model: str, variant: str = "") -> Path:
     """The file of ``press`` for ``model``, a hub id or a folder; ``variant`` where a press has several of a model."""
     name = model.replace("/", "--")
     if not is_hub_id(model):
-        folder = Path(model).expanduser().resolve()
+        folder = path_of(model).resolve()
         name = f"{folder.name}-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}"
     return artefacts_folder() / press / f"{name}{'.' if variant else ''}{variant}.safetensors"
 
 
 def is_hub_id(model: str) -> bool:
     """Whether ``model`` names a repository of the hub, and no folder that is here."""
-    return re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", model) is not None and not Path(model).exists()
-
-
-def write_whole(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a file of safetensors that is there whole or not at all, whenever the process ends.
-
-    Args:
-        path: the file; its folder is made if need be. What was there before stays until the new file is on disk.
-        tensors: contiguous, on the CPU.
-        metadata: goes into the header.
-
-    Raises:
-        OSError, SafetensorError: it cannot be written.
-    """
-    part = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(dict(tensors), part, metadata=metadata)
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise
+    return re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", model) is not None and not os.path.exists(model)
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
 from typing import Any
 
 from coldpress.cache import PressedCache
-from coldpress.errors import InputError, OutputError
+from coldpress.errors import InputError
 from coldpress.eval.datasets import load_corpus
 from coldpress.eval.models import LoadedModel, load_model
 from coldpress.eval.progress import note
-from coldpress.eval.results import check_writable
+from coldpress.eval.results import check_output
 from coldpress.eval.settings import check_types
 from coldpress.pipeline import KVPressTextGenerationPipeline
 from coldpress.presses.base import BUDGETS
 from coldpress.presses.registry import make_press, press_names
 from coldpress.saving import require_file
+from coldpress.terminal import printable
 
 __all__ = ["ask", "compress"]
 
@@ -53,10 +53,7 @@ def compress(
         compression_ratio = 0.5 if press in press_names(has_ratio=True) and not budget else 0.0
     check_types(press, press_args)
     cache = PressedCache(make_press(press, compression_ratio, **budget, **press_args))
-    path = Path(output).expanduser()
-    if not output.strip() or path.is_dir():
-        raise OutputError(f"--output {output!r} is no name of a file; give one such as context.safetensors.")
-    check_writable(path.parent)
+    path = check_output(output, "context.safetensors")
     (document,) = load_corpus("demo", text_file=text_file).documents
     loaded = load_model(**model_options)
     with warnings.catch_warnings(record=True) as said:
@@ -65,7 +62,8 @@ def compress(
     for warning in said:
         note(str(warning.message))
     cache.save(path, loaded.model)
-    print(f"{path}: {cache.seen_tokens:,} tokens, {cache.achieved_ratio():.1%} removed, {path.stat().st_size:,} bytes")
+    sizes = f"{cache.seen_tokens:,} tokens, {cache.achieved_ratio():.1%} removed, {path.stat().st_size:,} bytes"
+    print(f"{printable(str(path))}: {sizes}")
 
 
 def ask(
@@ -83,7 +81,8 @@ def ask(
     cache = PressedCache.load(file, loaded.model, check_model=not any_model)
     answers = _pipeline(loaded)(questions=questions, cache=cache, **options)["answers"]
     for question, answer in zip(questions, answers, strict=True):
-        print(answer.strip() if len(questions) == 1 else f"{question}\n{answer.strip()}\n")
+        answer = printable(answer.strip(), keep="\n\t")
+        print(answer if len(questions) == 1 else f"{question}\n{answer}\n")
 
 
 def _pipeline(loaded: LoadedModel) -> KVPressTextGenerationPipeline:

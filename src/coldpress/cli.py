@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from coldpress.errors import InputError, SelfCheckError, nearest
+from coldpress.files import is_utf8
 from coldpress.options import (
     ask_options,
     calibration_options,
@@ -29,8 +30,12 @@ from coldpress.options import (
     sweep_options,
     task_options,
 )
+from coldpress.terminal import printable
 
 __all__ = ["main"]
+
+# What may hold any bytes: names of files, which are checked where they are looked for.
+_FILES = ("config", "dataset", "file", "folders", "model", "output", "output_dir", "text_file")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -55,6 +60,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         argv: the command and its options; None takes them from the command line.
         prog: how the user called it, for the record and the help.
     """
+    _open_streams()
     argv = list(sys.argv[1:] if argv is None else argv)
     with contextlib.suppress(AttributeError, ValueError):  # a terminal that has no Δ still gets its table
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
@@ -63,7 +69,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}.{nearest(unknown[0], args.options)}")
     try:
+        _check_utf8(args)
         code: int = args.run(args, argv, prog)
+        sys.stdout.flush()
         return code
     except InputError as error:
         sys.stderr.write(f"error: {_line(str(error))}\n")
@@ -74,13 +82,44 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     except BrokenPipeError:  # whoever reads our output has gone; what was measured is on disk
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError:
+        problem = _output_problem()
+        if problem is None:
+            raise
+        sys.stderr.write(f"error: standard output cannot be written ({problem}); results that are files are whole\n")
+        return 1
     except KeyboardInterrupt:
         sys.stderr.write("\ninterrupted\n")
         return 130
 
 
+def _check_utf8(args: argparse.Namespace) -> None:
+    """Raise :class:`InputError` if what is no file's name holds bytes that are no text."""
+    for name, value in vars(args).items():
+        if name not in _FILES and not is_utf8(json.dumps(value, ensure_ascii=False, default=str)):
+            raise InputError(f"{name} holds bytes that are not UTF-8, {ascii(value)[:80]}; write it in UTF-8.")
+
+
+def _open_streams() -> None:
+    """Where standard output or error is closed, what is written goes nowhere, and into no file that is opened later."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 -- until the process ends
+
+
+def _output_problem() -> str | None:
+    """Why standard output takes nothing any more, such as a full disk; from then on what is written goes nowhere."""
+    try:
+        sys.stdout.write("\n")  # what failed is not tried again by a flush alone
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return error.strerror
+    return None
+
+
 def _line(message: str) -> str:
-    return " ".join(message.split())
+    return printable(" ".join(message.split()))
 
 
 def _underscored(argument: str) -> str:

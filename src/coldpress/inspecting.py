@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import html
 import importlib.resources
 import itertools
 import json
-import os
 import re
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +22,7 @@ from coldpress.attention import use_coldpress
 from coldpress.cache import PressedCache
 from coldpress.chunks import prefill
 from coldpress.errors import DataError, InputError, ModelError, OutputError, PressError
+from coldpress.files import path_of, replace_file
 from coldpress.layer import PressedLayer
 from coldpress.presses.base import BasePress
 from coldpress.presses.definition import as_given
@@ -147,15 +145,11 @@ class Inspection:
         Raises:
             OutputError: it cannot be written.
         """
-        path = Path(path).expanduser()
-        draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        path = path_of(path)
+        page = self.to_html(title, facts).encode("utf-8", "backslashreplace")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            draft.write_text(self.to_html(title, facts), encoding="utf-8", newline="\n")
-            os.replace(draft, path)
+            replace_file(path, lambda part: part.write_bytes(page))
         except OSError as error:
-            with contextlib.suppress(OSError):
-                draft.unlink()
             raise OutputError(f"{path} cannot be written ({error.strerror}); name a file such as page.html.") from error
 
     def to_html(self, title: str = "", facts: Sequence[str] = ()) -> str:

@@ -20,6 +20,7 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from coldpress.errors import PressError
+from coldpress.files import read_text
 from coldpress.presses.base import BasePress
 from coldpress.presses.published import damaged
 
@@ -57,7 +58,7 @@ class Lora:
             PressError: a file is damaged, or the adapter is more than plain LoRA.
         """
         try:
-            config = json.loads(described.read_text(encoding="utf-8"))
+            config = json.loads(read_text(described))
             kind, alpha, is_stabilised = config["peft_type"], float(config["lora_alpha"]), config.get("use_rslora")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise damaged(press, described, repr(error)) from error

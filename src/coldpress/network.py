@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 import threading
 from pathlib import Path
 from typing import Any
 
 from coldpress.errors import UnreachableError
+from coldpress.files import replace_file
 
 __all__ = ["fetch_hub_file", "fetch_url", "hub_problem", "network_problem", "one_line", "within"]
 
@@ -89,10 +89,7 @@ def fetch_url(url: str, copy: Path) -> Path | None:
         raise UnreachableError(f"{url} could not be fetched ({problem})")
     if answer.status_code == 404:
         return None
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    part = copy.with_name(f"{copy.name}.{os.getpid()}")
-    part.write_bytes(answer.content)
-    part.replace(copy)
+    replace_file(copy, lambda part: part.write_bytes(answer.content))
     return copy
 
 

@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load
+from safetensors.torch import load, save_file
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 import coldpress
-from coldpress.artefacts import digest_of, write_whole
+from coldpress.artefacts import digest_of
 from coldpress.cache import PressedCache
 from coldpress.errors import CacheError, OutputError, PressError
+from coldpress.files import path_of, replace_file
 from coldpress.identity import model_facts
 from coldpress.layer import PressedLayer
 from coldpress.presses.as_data import as_data, from_data
@@ -50,7 +52,7 @@ _AGAIN = "compress the context again and save it"
 
 def save_cache(cache: PressedCache, path: str | Path, model: PreTrainedModel, attention_mask: Tensor | None) -> None:
     """See :meth:`coldpress.PressedCache.save`."""
-    path, session = Path(path).expanduser(), cache.session
+    path, session = path_of(path), cache.session
     session.check_claimed()
     layers = cache.pressed_layers()
     if len(layers) < len(cache.layers):
@@ -98,14 +100,14 @@ def save_cache(cache: PressedCache, path: str | Path, model: PreTrainedModel, at
     )
     metadata = {"format": f"coldpress cache {FORMAT}", "cache": said, "sha256": _digest(said)}
     try:
-        write_whole(path, tensors, metadata)
+        replace_file(path, lambda part: save_file(tensors, part, metadata=metadata))
     except (OSError, SafetensorError) as error:
         raise OutputError(f"{path} cannot be written ({error}); name another file.") from error
 
 
 def load_cache(path: str | Path, model: PreTrainedModel, check_model: bool) -> PressedCache:
     """See :meth:`coldpress.PressedCache.load`."""
-    path = Path(path).expanduser()
+    path = path_of(path)
     require_file(path)
     own = model_facts(model)
     try:
@@ -138,10 +140,11 @@ def load_cache(path: str | Path, model: PreTrainedModel, check_model: bool) -> P
 
 def require_file(path: str | Path) -> None:
     """Raise :class:`CacheError` if there is no file at ``path``."""
-    if Path(path).expanduser().is_dir():
-        raise CacheError(f"{path} is a folder; name the file in it that coldpress compress wrote.")
-    if not Path(path).expanduser().exists():
-        raise CacheError(f"There is no file {path}; name one that PressedCache.save or coldpress compress wrote.")
+    given, path = path, path_of(path)
+    if os.path.isdir(path):
+        raise CacheError(f"{given} is a folder; name the file in it that coldpress compress wrote.")
+    if not os.path.isfile(path):
+        raise CacheError(f"There is no file {given}; name one that PressedCache.save or coldpress compress wrote.")
 
 
 def _metadata(file: BinaryIO) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -69,6 +70,22 @@ def assert_same(ours: PrefixRun, theirs: PrefixRun) -> None:
         for key in own:
             assert torch.equal(own[key].scores.rows(), its[key].scores.rows())
     assert list(ours.results()) == list(theirs.results())
+
+
+def test_a_cluster_of_our_own_cannot_be_reached_from_outside(engine: RayEngine) -> None:
+    """Ray's servers run what they are sent, so no socket may listen on another interface than the loopback."""
+    psutil = pytest.importorskip("psutil")
+    here = psutil.Process()
+    found = set()
+    for process in (here, *here.children(recursive=True)):
+        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+            found |= {
+                (process.name(), each.laddr.ip.removeprefix("::ffff:"))
+                for each in process.net_connections("inet")
+                if each.status == psutil.CONN_LISTEN
+            }
+    assert {"gcs_server", "raylet"} <= {name for name, _ in found}
+    assert {ip for _, ip in found} == {"127.0.0.1"}, found
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from coldpress.errors import DataError, InputError, OutputError, SelfCheckError
 from coldpress.eval import prefix, speed, task_run
-from coldpress.eval.ledger import Ledger, Measured
+from coldpress.eval.ledger import Ledger, Measured, checksum_of
 from coldpress.eval.results import read_results
 from coldpress.eval.scores import Scores
 from coldpress.eval.sweep import UNFINISHED, Outcome, sweep
@@ -135,7 +135,7 @@ def test_stopped_while_timing_it_keeps_the_rounds(tmp_path: Path, monkeypatch: p
         patch.setattr(speed.SpeedRun, "_generate", interrupted)
         stopped = sweep(plan, "")
     assert stopped.is_interrupted and n == 9
-    saved = json.loads(next(tmp_path.glob(f"{UNFINISHED}/*/rounds.json")).read_text())
+    saved = json.loads(next(tmp_path.glob(f"{UNFINISHED}/*/rounds.json")).read_text())["points"]
     assert [len(point["samples"]) for point in saved] == [2, 2, 2]
     n = 100
     with monkeypatch.context() as patch:
@@ -264,7 +264,10 @@ def test_damaged_rounds_are_timed_again(tmp_path: Path, text: str) -> None:
     path = tmp_path / "rounds.json"
     point = speed.SpeedPoint(None)
     whole = f'[{{"key": {json.dumps(point.key)}, "samples": [{text}], "error": null}}]'
-    path.write_text(text if text.startswith("[") else whole)
+    if not text.startswith("["):
+        checksum = json.dumps(checksum_of(tmp_path, json.loads(whole)))
+        text = f'{{"checksum": {checksum}, "points": {whole}}}'
+    path.write_text(text)
     assert speed.RoundLog(path).restore([point]) == 0
     path.unlink()
     path.mkdir()

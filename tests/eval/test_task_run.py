@@ -297,7 +297,7 @@ class Counting:
 
 
 def test_an_interrupted_run_goes_on_where_it_was(demo: LoadedModel, examples: list[Example], tmp_path: Path) -> None:
-    points, ledger = [Point(KnormPress(0.5)), Point(RandomPress(0.5, seed=3))], TaskLedger(tmp_path / "all" / "one")
+    points, ledger = [Point(KnormPress(0.5)), Point(RandomPress(0.5))], TaskLedger(tmp_path / "all" / "one")
     expected = measured(demo, points, examples[:4])
     first = TaskRun(demo.model, demo.tokenizer, points[:1], examples[:4], ledger=ledger)
     with pytest.raises(Killed):

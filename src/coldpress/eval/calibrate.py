@@ -14,12 +14,12 @@ from torch import Tensor
 import coldpress
 from coldpress.artefacts import Artefact, Shape, artefact_path
 from coldpress.calibration import calibrate
-from coldpress.errors import DataError, OutputError, PressError
+from coldpress.errors import DataError, PressError
 from coldpress.eval.datasets import WHOLE, load_corpus
 from coldpress.eval.models import load_model, pick_device
 from coldpress.eval.plan import UNKNOWN_POSITIONS
 from coldpress.eval.progress import note, progress
-from coldpress.eval.results import check_writable
+from coldpress.eval.results import check_output, check_writable
 from coldpress.eval.settings import check_types
 from coldpress.eval.tokens import tokenize
 from coldpress.presses.calibrated import Calibrated
@@ -62,8 +62,7 @@ def make_artefact(settings: CalibrationSettings) -> Path:
     s = settings
     press = _press(s)
     pick_device(s.device)
-    if s.output is not None and (not s.output.strip() or Path(s.output).is_dir()):
-        raise OutputError(f"--output {s.output!r} is no name of a file; give one such as filters.safetensors.")
+    given = None if s.output is None else check_output(s.output, "filters.safetensors")
     corpus = load_corpus(
         s.dataset, subset=s.subset, split=s.split or "train", sample_idx=s.sample_idx, text_file=s.text_file
     )
@@ -73,8 +72,8 @@ def make_artefact(settings: CalibrationSettings) -> Path:
         s.model, device=s.device, dtype=s.dtype, attn_implementation=s.attn_implementation, revision=s.revision
     )
     shape = Shape.of_config(loaded.model.config)
-    path = artefact_path(press.artefact, shape.name, press.variant()) if s.output is None else Path(s.output)
-    check_writable(path.expanduser().parent)
+    path = artefact_path(press.artefact, shape.name, press.variant()) if given is None else given
+    check_writable(path.parent)
     documents = [tokens.ids for tokens in tokenize(corpus, loaded.tokenizer, s.limit_tokens)]
     loaded.check_ids(documents)
     longest, length = loaded.max_positions or UNKNOWN_POSITIONS, s.sample_tokens
@@ -101,7 +100,7 @@ def make_artefact(settings: CalibrationSettings) -> Path:
         "n_tokens": sum(len(ids) for ids in samples),
         "coldpress_version": coldpress.__version__,
     }
-    Artefact(press.artefact, tensors, facts).save(path.expanduser())
+    Artefact(press.artefact, tensors, facts).save(path)
     print(f"{press.artefact} of {s.model}, {len(samples)} sample(s), {facts['n_tokens']:,} tokens: {path}")
     return path
 

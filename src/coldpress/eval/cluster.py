@@ -21,7 +21,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,11 +43,13 @@ from coldpress.eval.checks import release
 from coldpress.eval.engine import Engine, LocalEngine
 from coldpress.eval.models import LoadedModel, load_model
 from coldpress.eval.progress import note
+from coldpress.files import path_of
 from coldpress.network import one_line
 
 __all__ = ["ENGINES", "RayEngine", "check_engine", "make_engine"]
 
 ENGINES = ("local", "ray")
+LOOPBACK = "127.0.0.1"  # what a cluster that is started here listens on
 IN_HAND = 2  # items a worker has at most: one that it does, and one so that it need not wait
 PROBE_S = 10.0  # for a cluster to answer
 PATIENCE_S = 60.0  # for a cluster to find room for a worker
@@ -118,7 +120,7 @@ class RayEngine:
         loaded: the model here; that of the workers must have the same weights.
         address: of a cluster: ``host:port``, ``auto`` for the one on this machine, or ``ray://host:port``. None takes
             the environment's ``RAY_ADDRESS``, or what this process is connected to, or else starts a cluster on this
-            machine that ends with the engine.
+            machine that ends with the engine and listens on 127.0.0.1 alone.
         workers: how many. None: on a cluster as many as it has room for; on this machine one for each CUDA device, or
             two.
         threads: of each worker, and the cores it asks the cluster for. None: those of this machine shared out, on a
@@ -180,15 +182,22 @@ class RayEngine:
         logging.getLogger("ray").setLevel(logging.ERROR)
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if address is None:
-            options |= {"num_cpus": cores, "include_dashboard": False}
+            options |= {"num_cpus": cores, "include_dashboard": False, "_node_ip_address": LOOPBACK}
         try:
-            self.ray.init(address=address or "local", **options)
+            with _on_loopback() if address is None else nullcontext():
+                self.ray.init(address=address or "local", **options)
         except (Exception, SystemExit) as error:  # it ends the process where a connection breaks
             where = f"the Ray cluster at {address}" if address else "a Ray cluster on this machine"
             raise UnreachableError(
                 f"{where} could not be {'reached' if address else 'started'} ({type(error).__name__}: "
                 f"{one_line(error)}); leave --ray_address out to run on this machine alone."
             ) from error
+        if address is None and self.ray.util.get_node_ip_address() != LOOPBACK:
+            self.ray.shutdown()
+            raise ClusterError(
+                f"Ray {self.ray.__version__} does not keep the cluster that it starts on {LOOPBACK}; install a version "
+                'that is tested, pip install "coldpress[ray]", or start a cluster yourself and give --ray_address.'
+            )
         return True
 
     def _room(self) -> int:
@@ -415,7 +424,7 @@ class _Spec:
     def of(cls, loaded: LoadedModel) -> _Spec:
         if len(getattr(loaded.model, "hf_device_map", None) or ()) > 1 or getattr(loaded.model, "_tp_size", None):
             raise ClusterError("--engine ray gives every worker a whole model; leave --device_map and --tp_plan out.")
-        path = Path(loaded.name).expanduser()
+        path = path_of(loaded.name)
         is_here = loaded.name == "demo" or path.exists()
         return cls(
             name=str(path.resolve()) if is_here and loaded.name != "demo" else loaded.name,
@@ -569,6 +578,23 @@ def _ray() -> Any:
             '--engine ray needs Ray (Python 3.10 to 3.13): pip install "coldpress[ray]".'
         ) from error
     return ray
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A cluster that is started in the block listens on the loopback interface alone.
+
+    Ray takes an address of this machine that others can reach in the place of 127.0.0.1, unless it is told that a
+    cluster has one machine only, as it is by default on Windows and macOS.
+    """
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _check_address(address: str) -> None:

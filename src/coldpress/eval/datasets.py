@@ -25,6 +25,7 @@ from typing import Any
 
 from coldpress.errors import DataError, nearest
 from coldpress.eval.hub import load_hub, load_local
+from coldpress.files import MAX_TEXT_BYTES, is_utf8, path_of, read_bytes
 
 __all__ = ["Corpus", "Document", "load_corpus"]
 
@@ -94,6 +95,10 @@ def load_corpus(
     Raises DataError for input that has no usable text, UnreachableError when the hub is needed and neither it
     nor a cached copy is there, MissingDependencyError when `datasets` is needed and not installed.
     """
+    given = {"dataset": "" if text_file is not None or dataset.endswith(".txt") else dataset}
+    for name, value in (given | {"subset": subset, "split": split, "revision": revision}).items():
+        if value is not None and not is_utf8(value):
+            raise DataError(f"{name} {value!r} is not UTF-8; give it another name")
     if text_file is not None:
         _refuse(text_file, subset=subset, revision=revision)
         return _one_text(text_file, Path(text_file), sample_idx)
@@ -101,7 +106,7 @@ def load_corpus(
         _refuse(dataset, subset=subset, revision=revision)
         demo = _demo_file()
         return replace(_one_text(dataset, demo, sample_idx), source=f"{DEMO_FOLDER}/{demo.name}")
-    path = Path(dataset).expanduser()
+    path = path_of(dataset)
     try:
         path.stat()
     except FileNotFoundError:
@@ -165,16 +170,16 @@ def _demo_file() -> Path:
 
 
 def _one_text(name: str, path: Path, sample_idx: int | None) -> Corpus:
-    path = path.expanduser()
+    path = path_of(path)
     if sample_idx not in (None, 0):
         raise DataError(f"sample_idx {sample_idx} is out of range for {name!r}: it is one document, 0 is allowed")
     try:
-        text = path.read_bytes().decode("utf-8-sig")  # line ends stay as they are
+        text = read_bytes(path, MAX_TEXT_BYTES).decode("utf-8-sig")  # line ends stay as they are
     except UnicodeDecodeError as error:
         raise DataError(f"{name!r} is not UTF-8 text (byte offset {error.start}): convert it first") from error
-    except (OSError, ValueError) as error:  # ValueError: a name with a NUL
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL, or too much of it
         why = getattr(error, "strerror", None) or error
-        raise DataError(f"cannot read {name!r} ({why}): give an existing UTF-8 text file") from error
+        raise DataError(f"cannot read {name[:200]!r} ({why}): give an existing UTF-8 text file") from error
     if not text.strip():
         raise DataError(f"{name!r} holds no text: give a file with some")
     return Corpus(name, str(path), None, WHOLE, None, (Document(path.name, text),))
@@ -185,7 +190,7 @@ def _is_wikitext(path: Path, subset: str | None) -> bool:
     names = [path.resolve().name, path.resolve().parent.name] if path.is_file() else [path.resolve().name]
     readme = path / "README.md"
     if path.is_dir() and readme.is_file():
-        names.append(readme.read_text(encoding="utf-8", errors="replace"))
+        names.append(read_bytes(readme).decode(errors="replace"))
     return (subset or "").startswith("wikitext") or any("wikitext" in name.lower() for name in names)
 
 

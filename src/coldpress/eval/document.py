@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import secrets
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from coldpress.eval.report import describe
 from coldpress.eval.results import check_writable
 from coldpress.eval.sections import Section, sections
 from coldpress.eval.wording import clean, listed
+from coldpress.files import replace_file
 
 __all__ = ["Document", "Figure", "Part", "make_document", "write_report"]
 
@@ -173,16 +172,8 @@ def write_report(collection: Collection, folder: Path) -> list[Path]:
 
 
 def _write(path: Path, content: bytes) -> Path:
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        replace_file(path, lambda part: part.write_bytes(content))
     except OSError as error:
         raise OutputError(f"cannot write {str(path)!r} ({error.strerror}): choose another --output") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return path

@@ -30,6 +30,7 @@ from coldpress.errors import InputError, MissingDependencyError, PressError, Sel
 from coldpress.eval.checks import check_stored_pairs
 from coldpress.eval.perplexity import BLOCK_TOKENS
 from coldpress.eval.settings import check_types
+from coldpress.files import path_of
 from coldpress.network import one_line
 from coldpress.presses.base import BUDGETS, BasePress
 from coldpress.presses.definition import as_given
@@ -142,7 +143,7 @@ class ColdpressLM(HFLM):
                 shipped = resources.files("coldpress") / "assets" / "demo" / "model"
                 source = str(stack.enter_context(resources.as_file(shipped)))
             elif isinstance(pretrained, str) and pretrained.endswith(".gguf"):
-                source, gguf_file = str(Path(pretrained).expanduser().parent), Path(pretrained).name
+                source, gguf_file = str(path_of(pretrained).parent), Path(pretrained).name
             super().__init__(source, device=device, dtype=dtype, batch_size=batch_size, gguf_file=gguf_file, **options)
         use_coldpress(self.model, attn_implementation)
         self.asked = {

@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 
-from coldpress.errors import InputError, OutputError, PressError
+from coldpress.errors import InputError, PressError
 from coldpress.eval.datasets import load_corpus
 from coldpress.eval.models import load_model, pick_device
 from coldpress.eval.progress import note
-from coldpress.eval.results import check_writable
+from coldpress.eval.results import check_output
 from coldpress.eval.settings import check_types
 from coldpress.inspecting import MOST_PRESSES, check_presses, inspect
 from coldpress.presses.base import BUDGETS, BasePress
 from coldpress.presses.registry import NO_PRESS, make_press, press_names
+from coldpress.terminal import printable
 
 __all__ = ["make_page"]
 
@@ -52,10 +53,7 @@ def make_page(
     """
     names, presses = _make_presses(press, press_args, compression_ratio, budget_tokens)
     pick_device(model_options.get("device", "auto"))
-    path = Path(output).expanduser()
-    if not output.strip() or "\0" in output or (path.exists() and not path.is_file()):  # a device is not replaced
-        raise OutputError(f"--output {output!r} is no name of a file; give one such as page.html.")
-    check_writable(path.parent)
+    path = check_output(output, "page.html")
     corpus = load_corpus(**source)
     document = corpus.documents[0]
     if len(corpus.documents) > 1:
@@ -78,7 +76,7 @@ def make_page(
     title = document.doc_id if where == document.doc_id else f"{where}: {document.doc_id}"
     found.save_html(path, title, [f"Model: {loaded.name}", *([f"Made by: {command}"] if command else [])])
     print(found.summary())
-    print(f"{path}: {len(found.ids):,} tokens, {path.stat().st_size:,} bytes")
+    print(f"{printable(str(path))}: {len(found.ids):,} tokens, {path.stat().st_size:,} bytes")
 
 
 def _make_presses(

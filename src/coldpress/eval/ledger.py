@@ -1,8 +1,9 @@
 """What a run has finished, on disk, so that one that was killed goes on where it was.
 
 A ledger is a folder with one file for each batch of windows. A file is there whole or not at all, and tells of each
-point what it made of the batch; points that come later are added to it. When all results are written the ledger has
-done its work and is removed.
+point what it made of the batch; points that come later are added to it. A checksum says for which place a file was
+written and what stands in it: one that is damaged, or lies in another's place, is as good as none. When all results are
+written the ledger has done its work and is removed.
 """
 
 from __future__ import annotations
@@ -10,10 +11,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,9 @@ from torch import Tensor
 
 from coldpress.errors import OutputError
 from coldpress.eval.scores import Scores
+from coldpress.files import replace_file
 
-__all__ = ["UNFINISHED", "Ledger", "LedgerFolder", "Measured"]
+__all__ = ["UNFINISHED", "Ledger", "LedgerFolder", "Measured", "checksum_of", "replace_in_ledger", "versions"]
 
 UNFINISHED = ".unfinished"  # folder of all ledgers, in that of the results
 
@@ -68,23 +68,6 @@ class LedgerFolder:
         with contextlib.suppress(OSError):  # the last one takes the folder of all of them along
             self.folder.parent.rmdir()
 
-    def _replace(self, path: Path, write: Callable[[Path], object]) -> None:
-        """Have ``write`` make a file, and let it take the place of ``path``, whole or not at all.
-
-        Raises:
-            OutputError: the file cannot be written.
-        """
-        temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write(temporary)
-            os.replace(temporary, path)
-        except (OSError, SafetensorError) as error:
-            raise OutputError(f"cannot write {str(path)!r} ({error}): make room, or choose another folder") from error
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-
 
 class Ledger(LedgerFolder):
     """The finished batches of windows of one run."""
@@ -96,7 +79,7 @@ class Ledger(LedgerFolder):
             with safe_open(self._path(index), framework="pt") as file:
                 for key, text in (file.metadata() or {}).items():
                     rows, (checksum, about) = file.get_tensor(key), json.loads(text)
-                    if checksum != _checksum(rows, about):
+                    if checksum != self._checksum(index, key, rows, about):
                         return {}
                     found[key] = Measured(Scores.of_rows(rows), **about)
         except (
@@ -117,17 +100,44 @@ class Ledger(LedgerFolder):
         """
         tensors = {key: measured.scores.rows().contiguous() for key, measured in found.items()}
         facts = {key: _without_scores(measured) for key, measured in found.items()}
-        about = {key: json.dumps([_checksum(tensors[key], fact), fact]) for key, fact in facts.items()}
-        self._replace(self._path(index), lambda path: save_file(tensors, path, metadata=about))
+        about = {key: json.dumps([self._checksum(index, key, tensors[key], fact), fact]) for key, fact in facts.items()}
+        replace_in_ledger(self._path(index), lambda path: save_file(tensors, path, metadata=about))
 
     def _path(self, index: int) -> Path:
         return self.folder / f"batch-{index:06d}.safetensors"
 
+    def _checksum(self, index: int, key: str, rows: Tensor, about: dict[str, Any]) -> str:
+        """Of what is saved of one point."""
+        said = [index, key, about, str(rows.dtype), list(rows.shape)]
+        return checksum_of(self.folder, said, rows.numpy().tobytes())
 
-def _checksum(rows: Tensor, about: dict[str, Any]) -> str:
-    """Of what is saved of one point; a disk that changes a byte shall not change a result."""
-    whole = json.dumps([about, str(rows.dtype), list(rows.shape)], sort_keys=True).encode() + rows.numpy().tobytes()
-    return hashlib.sha256(whole).hexdigest()[:16]
+
+def checksum_of(folder: Path, said: Any, numbers: bytes = b"") -> str:
+    """Of one entry of a ledger: a disk that changes a byte shall not change a result, nor a file in a wrong place.
+
+    Args:
+        folder: of the ledger; its name tells runs apart.
+        said: what is saved, with its place in the ledger; as JSON holds it.
+        numbers: what is saved beside it.
+    """
+    return hashlib.sha256(json.dumps([folder.name, said], sort_keys=True).encode() + numbers).hexdigest()[:16]
+
+
+def versions(record: Mapping[str, Any]) -> list[Any]:
+    """What may compute other numbers of the same: a ledger of other versions is not gone on with."""
+    return [record["env"][package] for package in ("torch", "transformers", "coldpress")]
+
+
+def replace_in_ledger(path: Path, write: Callable[[Path], object]) -> None:
+    """As :func:`coldpress.files.replace_file`.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    try:
+        replace_file(path, write)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"cannot write {str(path)!r} ({error}): make room, or choose another folder") from error
 
 
 def _without_scores(measured: Measured) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from coldpress.attention import use_coldpress
 from coldpress.errors import DeviceError, InputError, MissingDependencyError, ModelError, UnreachableError, nearest
+from coldpress.files import is_utf8, path_of
 from coldpress.network import hub_problem, one_line
 from coldpress.offloaded import held
 from coldpress.sharded import check_launched
@@ -176,9 +176,12 @@ def load_model(
         DeviceError: the device is not there.
         MissingDependencyError: a package that this model or arithmetic needs is not installed.
     """
+    for given in (name, revision or ""):
+        if not is_utf8(given):
+            raise ModelError(f"--model or --revision {given!r} is not UTF-8; give the model's folder another name.")
     on = pick_device(device)
     placement = _placement(device, device_map, max_memory, tp_plan)
-    if revision and (name == "demo" or os.path.exists(Path(name).expanduser())):
+    if revision and (name == "demo" or os.path.exists(path_of(name))):
         raise ModelError(f"--revision {revision} does not apply to {name}, which is on this machine; leave it out.")
     with contextlib.ExitStack() as stack:
         options: dict[str, Any] = {}
@@ -263,11 +266,12 @@ def _placement(
 
 def _locate(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
     """Where to load ``name`` from, and the options that ``from_pretrained`` needs for it."""
-    path = Path(name).expanduser()
+    path = path_of(name)
     try:
         path.is_dir() and list(path.iterdir())
-    except OSError as error:
-        raise ModelError(f"--model {name[:80]} cannot be read ({error.strerror}).") from error
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL
+        why = getattr(error, "strerror", None) or error
+        raise ModelError(f"--model {name[:80]!r} cannot be read ({why}).") from error
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(f"--model {name} is a file; give the model's folder, or a .gguf file.")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Generic, Protocol, TypeVar
 
 from tqdm import tqdm
+
+from coldpress.terminal import printable
 
 __all__ = ["Countable", "Sized", "note", "progress"]
 
@@ -38,8 +41,9 @@ class Sized(Generic[_T]):
 
 
 def note(message: str, kind: str = "note") -> None:
-    """One line on stderr, above a progress bar if there is one."""
-    tqdm.write(f"{kind}: {message}", file=sys.stderr)
+    """One line on stderr, above a progress bar if there is one; where stderr is full or gone, none."""
+    with contextlib.suppress(OSError):  # nobody reads it: no reason to stop
+        tqdm.write(printable(f"{kind}: {message}"), file=sys.stderr)
 
 
 def progress(items: Countable[_T], name: str, more: Callable[[], str] = str) -> Iterator[_T]:
@@ -63,5 +67,6 @@ def progress(items: Countable[_T], name: str, more: Callable[[], str] = str) -> 
         if done == len(items) or now - said >= LINE_EVERY_S:
             said = now
             parts = [f"{name}: {done}/{len(items)}", f"{now - start:.0f} s", more()]
-            sys.stderr.write(f"{', '.join(part for part in parts if part)}\n")
-            sys.stderr.flush()
+            with contextlib.suppress(OSError):
+                sys.stderr.write(printable(", ".join(part for part in parts if part)) + "\n")
+                sys.stderr.flush()

@@ -10,6 +10,7 @@ from typing import Any
 from coldpress.eval.memory import format_bytes
 from coldpress.presses.base import BUDGETS
 from coldpress.presses.registry import NO_PRESS
+from coldpress.terminal import printable
 
 __all__ = ["asked", "bits_of", "check_record", "describe", "groups", "is_number", "short", "show", "size_of", "table"]
 
@@ -136,15 +137,15 @@ def _task_tables(records: Sequence[Record]) -> list[str]:
 
 def _table(records: Sequence[Record], columns: Sequence[Column]) -> str:
     """The columns that a record fills, for the records that fill one; an empty text when none does."""
-    cells = [[cell(r) or "" for _, cell in columns] for r in records]
+    cells = [[printable(cell(r) or "") for _, cell in columns] for r in records]
     used = [i for i in range(len(columns)) if any(row[i] for row in cells)]
     if not used:
         return ""
     size = _size_name(records)
     has_bits = any(map(bits_of, records))
-    header = ["press", size, *(["bits"] if has_bits else []), *(columns[i][0] for i in used)]
+    header = ["press", size, *(["bits"] if has_bits else []), *(printable(columns[i][0]) for i in used)]
     body = [
-        [record["press"], "" if size == "budget" and record["press"] == NO_PRESS else size_of(record)]
+        [printable(record["press"]), "" if size == "budget" and record["press"] == NO_PRESS else size_of(record)]
         + ([bits_of(record)] if has_bits else [])
         + [row[i] for i in used]
         for record, row in zip(records, cells, strict=True)
@@ -192,7 +193,7 @@ def describe(record: Record) -> str:
         parts.append(f"peak memory by {record['peak_mem_kind']}")
     threads = f"{env['threads']} thread{'' if env['threads'] == 1 else 's'}"
     parts.append(f"transformers {env['transformers']}, torch {env['torch']}, {env['cpu']}, {threads}")
-    return "; ".join(parts)
+    return printable("; ".join(parts))
 
 
 def show(records: Sequence[Record]) -> str:
@@ -203,11 +204,11 @@ def show(records: Sequence[Record]) -> str:
     if late:
         parts.append(
             "Achieved ratio and KV are those right after the prefill; of what goes on while decoding "
-            f"({', '.join(late)}) those at the end of generation, KV before likewise."
+            f"({printable(', '.join(late))}) those at the end of generation, KV before likewise."
         )
     whole = dict.fromkeys(r["press"] for r in records if _is_whole(r))
     if whole:
-        parts.append(f"Nothing to remove, as their parameters or budgets say: {', '.join(whole)}.")
+        parts.append(f"Nothing to remove, as their parameters or budgets say: {printable(', '.join(whole))}.")
     return "\n\n".join(parts)
 
 
@@ -345,7 +346,7 @@ def _unanswered(records: Sequence[Record]) -> list[str]:
     entries = [entry for r in records for entry in r.get("tasks") or () if entry.get("score_base") == 0]
     names = dict.fromkeys(f"{entry['task']} at {entry['length']:,}" for entry in entries)
     said = "The uncompressed model scores 0, so these scores say nothing about a press"
-    return [f"{said}: {', '.join(names)}."] if names else []
+    return [printable(f"{said}: {', '.join(names)}.")] if names else []
 
 
 def _goes_on(record: Record) -> bool:

@@ -13,6 +13,7 @@ import platform
 import re
 import secrets
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -24,11 +25,13 @@ from typing import Any
 import torch
 
 from coldpress.errors import DataError, OutputError, SelfCheckError
+from coldpress.files import path_of, read_text, replace_file
 from coldpress.presses.base import BUDGETS
 
 __all__ = [
     "IDENTIFYING_FIELDS",
     "SCHEMA_VERSION",
+    "check_output",
     "check_writable",
     "environment",
     "read_result",
@@ -58,6 +61,7 @@ IDENTIFYING_FIELDS = (
     *("batch_size", "position_mode", "press", "press_config", "compression_ratio", *BUDGETS, "kv_bits_config"),
     *("max_new_tokens", "warmup", "repetitions", "threads", "seed"),
 )
+_LONGEST_NAME = 230  # of a result's file: a path that is too long for it is said before anything is measured
 PACKAGE_DIR = Path(__file__).resolve().parents[1]
 
 
@@ -103,7 +107,7 @@ def result_path(output_dir: Path, record: dict[str, Any]) -> Path:
     ratio = record.get("compression_ratio")
     if ratio is not None:
         identity["compression_ratio"] = ratio = float(ratio)  # 0 and 0.0 are one setting
-    digest = hashlib.sha256(_dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
+    digest = hashlib.sha256(_dumps(identity, sort_keys=True).encode("utf-8", "backslashreplace")).hexdigest()[:10]
     protocol = record.get("protocol") or record.get("mode") or "run"
     parts = [protocol, record.get("model"), record.get("dataset"), record.get("press") or "no_press"]
     shown = [] if ratio is None else [f"r{ratio:.2f}" if round(ratio, 2) == ratio else f"r{ratio:g}"]
@@ -123,21 +127,35 @@ def write_result(output_dir: Path, record: dict[str, Any]) -> Path:
     text = _dumps(record, indent=2) + "\n"
     path = result_path(output_dir, record)
     check_writable(path.parent)
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "x", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        replace_file(path, lambda part: part.write_bytes(text.encode("utf-8", "backslashreplace")))
         if _suffix(record) == ".json":
             for status in ("failed", "interrupted"):
                 result_path(output_dir, {**record, "status": status}).unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(f"cannot write {str(path)!r} ({error.strerror}): choose another folder") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    return path
+
+
+def check_output(output: str, example: str) -> Path:
+    """Prove that one file can be written, as :func:`check_writable` does; the path, of which ``~`` is the home.
+
+    Raises OutputError when it names no file, such as a folder or a device, or cannot be written; ``example`` is one.
+    """
+    path = path_of(output)
+    try:
+        state = path.stat() if output.strip() else None
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL, or that is no text
+        why = getattr(error, "strerror", None) or error
+        raise OutputError(
+            f"--output {output[:80]!r} is no name of a file ({why}); give one such as {example}."
+        ) from error
+    else:
+        if state is None or not stat.S_ISREG(state.st_mode):
+            raise OutputError(f"--output {output!r} is no name of a file; give one such as {example}.")
+    check_writable(path.parent)
     return path
 
 
@@ -148,7 +166,7 @@ def check_writable(output_dir: Path) -> None:
     """
     folder = Path(output_dir)
     missing = [parent for parent in (folder, *folder.parents) if not os.path.lexists(parent)]
-    probe = folder / f".{secrets.token_hex(8)}.tmp"
+    probe = folder / f".{secrets.token_hex(8)}.tmp".ljust(_LONGEST_NAME, "_")
     try:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -162,7 +180,9 @@ def check_writable(output_dir: Path) -> None:
         raise OutputError(f"output folder {str(output_dir)!r} is a file: give a folder") from error
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL, or that is no text
         why = getattr(error, "strerror", None) or error
-        raise OutputError(f"cannot write into folder {str(output_dir)!r} ({why}): give one you may write to") from error
+        raise OutputError(
+            f"cannot write into folder {str(output_dir)[:200]!r} ({why}): give one you may write to"
+        ) from error
 
 
 def read_results(
@@ -189,7 +209,7 @@ def read_results(
 
 def read_result(path: Path) -> dict[str, Any]:
     """The record in one file; raises OSError or ValueError where there is none of this schema."""
-    record = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    record = json.loads(read_text(path), parse_constant=_refuse_constant)
     if not isinstance(record, dict):
         raise ValueError("it holds no object, so no result")
     version = record.get("schema_version")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import random
 import statistics
 import time
@@ -28,11 +27,13 @@ from transformers.modeling_utils import PreTrainedModel
 from coldpress.cache import PressedCache
 from coldpress.chunks import prefill
 from coldpress.compiling import compiled
-from coldpress.errors import OutputError, SelfCheckError
+from coldpress.errors import SelfCheckError
 from coldpress.eval.checks import check_stored_pairs, release
+from coldpress.eval.ledger import checksum_of, replace_in_ledger
 from coldpress.eval.memory import MemoryMeter, MemoryReading
 from coldpress.eval.perplexity import forward
 from coldpress.eval.points import Point
+from coldpress.files import read_text
 from coldpress.presses.base import BasePress
 from coldpress.pressing import prefilling
 from coldpress.quantised import KVBits
@@ -108,7 +109,7 @@ class RoundLog:
     """The timed rounds of a run on disk, each with all its presses, so that one that was killed goes on where it was.
 
     Args:
-        path: of a JSON file.
+        path: of a JSON file in the folder of the run's ledger.
     """
 
     def __init__(self, path: Path):
@@ -117,7 +118,10 @@ class RoundLog:
     def restore(self, points: Sequence[SpeedPoint]) -> int:
         """Give ``points`` the samples that were saved of them; how many rounds these are, 0 if it was not of them."""
         try:
-            saved = json.loads(self.path.read_text(encoding="utf-8"))
+            whole = json.loads(read_text(self.path))
+            saved = whole["points"]
+            if whole["checksum"] != checksum_of(self.path.parent, saved):
+                return 0
             samples = {point["key"]: [Sample(**sample) for sample in point["samples"]] for point in saved}
             failed = {point["key"]: point["error"] for point in saved if point["error"] is not None}
             if not all(_is_timed(sample) for taken in samples.values() for sample in taken):
@@ -146,13 +150,8 @@ class RoundLog:
             {"key": point.key, "samples": [vars(sample) for sample in point.samples], "error": errors[point.key]}
             for point in points
         ]
-        temporary = self.path.with_suffix(".tmp")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(saved), encoding="utf-8")
-            os.replace(temporary, self.path)
-        except OSError as error:
-            raise OutputError(f"cannot write {str(self.path)!r} ({error}): make room, or another folder") from error
+        whole = {"checksum": checksum_of(self.path.parent, saved), "points": saved}
+        replace_in_ledger(self.path, lambda path: path.write_text(json.dumps(whole), encoding="utf-8"))
 
 
 def _is_timed(sample: Sample) -> bool:

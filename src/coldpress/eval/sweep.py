@@ -18,11 +18,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from coldpress.errors import InputError, OutputError
+from coldpress.errors import InputError, OutputError, SelfCheckError
 from coldpress.eval.cluster import check_engine, make_engine
 from coldpress.eval.datasets import Corpus, load_corpus
 from coldpress.eval.engine import Engine
-from coldpress.eval.ledger import UNFINISHED, Ledger
+from coldpress.eval.ledger import UNFINISHED, Ledger, versions
 from coldpress.eval.models import LoadedModel, load_model, pick_device
 from coldpress.eval.presets import laid_out
 from coldpress.eval.progress import Countable, note, progress
@@ -34,6 +34,7 @@ from coldpress.eval.sweep_plan import Cell, SweepPlan
 from coldpress.eval.task_command import Questions, TaskSettings, make_questions
 from coldpress.eval.task_ledger import TaskLedger
 from coldpress.presses.base import BUDGETS
+from coldpress.terminal import printable
 
 __all__ = ["Outcome", "sweep"]
 
@@ -181,7 +182,7 @@ def _part(cell: Cell, corpus: Corpus | None, loaded: LoadedModel, output_dir: Pa
 def _measure(part: _Part, output_dir: Path, engine: Engine | None, outcome: Outcome, clock: _Clock) -> None:
     """One cell, from where an earlier run was."""
     _tell_all(outcome)
-    print(f"## {part.cell.name}\n", flush=True)
+    print(f"## {printable(part.cell.name)}\n", flush=True)
     run, ledger = part.run, part.ledger
     run.show_progress = partial(clock.progress, cell=part.cell)
     if isinstance(run, Questions):
@@ -227,10 +228,11 @@ def _corpus(cell: Cell, corpora: dict[Any, Corpus]) -> Corpus | None:
 
 
 def _is_finished(path: Path) -> bool:
-    """Whether a point has its result there."""
+    """Whether a point has its result there, and not another's under its name."""
     try:
-        return bool(read_result(path)["status"] == "ok")
-    except (OSError, ValueError, KeyError, RecursionError):
+        record = read_result(path)
+        return bool(record["status"] == "ok") and result_path(path.parent, record) == path
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, SelfCheckError):
         return False
 
 
@@ -238,7 +240,7 @@ def _digest(record: dict[str, Any]) -> str:
     """The same for points whose windows and timed rounds are the same."""
     of_a_point = ("press", "press_config", "compression_ratio", *BUDGETS, "kv_bits_config")
     asked = {name: record.get(name) for name in IDENTIFYING_FIELDS if name not in of_a_point}
-    asked |= {"tokens": record["tokens_sha256"], "torch": record["env"]["torch"]}
+    asked |= {"tokens": record["tokens_sha256"], "versions": versions(record)}
     return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from coldpress.errors import DataError, InputError, nearest
 from coldpress.eval.settings import PPL_PRESETS, Job, Settings, make_jobs
 from coldpress.eval.task_command import TaskSettings
+from coldpress.files import read_text
 from coldpress.presses.registry import NO_PRESS
 
 __all__ = ["KINDS", "Cell", "SweepPlan", "read_config", "with_options"]
@@ -152,7 +153,7 @@ def read_config(path: str) -> dict[str, Any]:
     import yaml
 
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_text(path)
         twice = _named_twice(yaml.compose(text, Loader=yaml.SafeLoader))
         config = yaml.safe_load(text)
     except RecursionError as error:

@@ -18,7 +18,7 @@ from coldpress.errors import InputError, OutputError
 from coldpress.eval.cluster import check_engine, make_engine
 from coldpress.eval.datasets import Corpus, load_corpus
 from coldpress.eval.engine import Engine
-from coldpress.eval.ledger import UNFINISHED
+from coldpress.eval.ledger import UNFINISHED, versions
 from coldpress.eval.models import LoadedModel, load_model, pick_device
 from coldpress.eval.plan import UNKNOWN_POSITIONS
 from coldpress.eval.points import BASELINE, Point
@@ -190,8 +190,9 @@ class Questions:
     @property
     def digest(self) -> str:
         """The same for runs whose examples may be shared."""
-        names = ("weights_fingerprint", "dtype", "device", "attn_implementation", "protocol", "tokens_sha256")
-        return "tasks-" + hashlib.sha256(repr([self.common[name] for name in names]).encode()).hexdigest()[:10]
+        names = ("weights_fingerprint", "dtype", "device", "attn_implementation", "protocol", "tokens_sha256", "seed")
+        parts = [self.common.get(name) for name in names], versions(self.common)
+        return "tasks-" + hashlib.sha256(repr(parts).encode()).hexdigest()[:10]
 
     def finished_records(self) -> list[dict[str, Any]]:
         """For each job, in order, what its record will look like if it succeeds, with nothing measured."""
@@ -208,9 +209,9 @@ class Questions:
             self.examples,
             chunk_tokens=self.settings.chunk_tokens,
             max_new_tokens=self.settings.max_new_tokens,
+            seed=self.settings.seed,
             ledger=ledger,
         )
-        torch.manual_seed(self.settings.seed)
         is_interrupted, failure, start = False, None, time.perf_counter()
         try:
             run.run(partial(self.show_progress, name="tasks"), engine)

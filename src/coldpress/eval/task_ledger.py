@@ -1,8 +1,8 @@
 """What a run over tasks has finished, on disk, so that one that was killed goes on where it was.
 
 A ledger is a folder with one file for each example. A file is there whole or not at all, and tells of each point what
-it made of the example; one that is damaged, or of another example, is as good as none. When all results are written
-the ledger has done its work and is removed.
+it made of the example; one that is damaged, or lies in another's place, is as good as none. When all results are
+written the ledger has done its work and is removed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from coldpress.eval.ledger import LedgerFolder
+from coldpress.eval.ledger import LedgerFolder, checksum_of, replace_in_ledger
+from coldpress.files import read_text
 
 __all__ = ["Answered", "TaskLedger"]
 
@@ -60,8 +61,8 @@ class TaskLedger(LedgerFolder):
             fingerprint: of the example, and of how it is measured.
         """
         try:
-            saved = json.loads(self._path(index).read_text(encoding="utf-8"))
-            if saved["fingerprint"] != fingerprint:
+            saved = json.loads(read_text(self._path(index)))
+            if saved["checksum"] != checksum_of(self.folder, [index, fingerprint, saved["found"]]):
                 return {}
             return {str(key): Answered.of(each) for key, each in saved["found"].items()}
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):  # it is measured again
@@ -73,8 +74,9 @@ class TaskLedger(LedgerFolder):
         Raises:
             OutputError: the file cannot be written.
         """
-        whole = {"fingerprint": fingerprint, "found": {key: asdict(answered) for key, answered in found.items()}}
-        self._replace(self._path(index), lambda path: path.write_text(json.dumps(whole), encoding="utf-8"))
+        saved = {key: asdict(answered) for key, answered in found.items()}
+        whole = {"checksum": checksum_of(self.folder, [index, fingerprint, saved]), "found": saved}
+        replace_in_ledger(self._path(index), lambda path: path.write_text(json.dumps(whole), encoding="utf-8"))
 
     def _path(self, index: int) -> Path:
         return self.folder / f"example-{index:06d}.json"

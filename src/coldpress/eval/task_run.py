@@ -67,6 +67,7 @@ class TaskRun(PointRun[Answered]):
         examples: see :func:`coldpress.eval.tasks.make_examples`.
         chunk_tokens: tokens of a piece of the context; None for a context in one piece.
         max_new_tokens: of an answer at most, instead of what its task says.
+        seed: of what presses draw at random from torch's own generator.
         ledger: what was finished by an earlier run, and where this one notes what it has finished; None: nowhere.
 
     Raises:
@@ -82,6 +83,7 @@ class TaskRun(PointRun[Answered]):
         *,
         chunk_tokens: int | None = None,
         max_new_tokens: int | None = None,
+        seed: int = 0,
         ledger: TaskLedger | None = None,
     ):
         self.tokenizer, self.examples, self.ledger = tokenizer, list(examples), ledger
@@ -91,6 +93,7 @@ class TaskRun(PointRun[Answered]):
             max_new_tokens,
             _newlines(tokenizer) if is_asked else frozenset(),
             _ends(model, tokenizer),
+            seed,
         )
         others = [point for point in points if point != BASELINE]
         super().__init__(model, others, len(self.examples))
@@ -106,7 +109,7 @@ class TaskRun(PointRun[Answered]):
             self.ledger.save(index, self._fingerprint(index), self.done[index])
 
     def _fingerprint(self, index: int) -> str:
-        parts = (self.examples[index].fingerprint, self.work.chunk_tokens, self.work.max_new_tokens)
+        parts = (self.examples[index].fingerprint, self.work.chunk_tokens, self.work.max_new_tokens, self.work.seed)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def _result(self, point: Point) -> dict[str, Any]:
@@ -201,12 +204,14 @@ class ExampleWork:
         max_new_tokens: of an answer at most; None for what the example says.
         newlines: tokens with which a line ends.
         ends: tokens with which a text ends.
+        seed: with the example's index, of torch's generator: what is drawn depends on no other example.
     """
 
     chunk_tokens: int | None
     max_new_tokens: int | None
     newlines: frozenset[int]
     ends: frozenset[int]
+    seed: int = 0
 
     @torch.inference_mode()
     def __call__(self, model: PreTrainedModel, item: TaskItem) -> Found:
@@ -215,6 +220,7 @@ class ExampleWork:
         Raises:
             SelfCheckError: the baseline contradicts a direct forward pass, or is not finite.
         """
+        torch.manual_seed(self.seed + item.index)
         example, device = item.example, next(model.parameters()).device
         context, question, answer = (
             torch.tensor([ids], device=device)

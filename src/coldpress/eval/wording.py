@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from coldpress.eval.memory import format_bytes
 from coldpress.eval.report import short
 from coldpress.eval.sections import Point
+from coldpress.terminal import UNSAFE
 
 __all__ = [
     "cache_words",
@@ -30,10 +30,7 @@ def clean(text: Any) -> str:
 
     The line of a page is no place for direction marks either, which could turn the words around them.
     """
-    one_line = " ".join(str(text).split())
-    return re.sub(
-        "[\x00-\x1f\x7f-\x9f\ud800-\udfff\u200e\u200f\u202a-\u202e\u2066-\u2069\ufffe\uffff]", "\ufffd", one_line
-    )
+    return UNSAFE.sub("\ufffd", " ".join(str(text).split()))
 
 
 def model_name(record: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import abstractmethod
 from collections.abc import Hashable, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.artefacts import Artefact, Shape, artefact_path, is_hub_id, read_artefact
 from coldpress.errors import PressError, UnreachableError
+from coldpress.files import path_of
 from coldpress.network import fetch_hub_file
 from coldpress.presses.base import BasePress
 from coldpress.view import LayerView
@@ -162,10 +164,10 @@ class Calibrated(BasePress):
                 )
 
     def _from_user(self, given: str) -> Artefact:
-        path = Path(given).expanduser()
-        if path.is_dir():
+        path = path_of(given)
+        if os.path.isdir(path):
             path = path / "model.safetensors"
-        if path.is_file():
+        if os.path.isfile(path):
             return self.from_file(path)
         if self.published_names and is_hub_id(given) and "/" in given:
             try:
@@ -175,7 +177,7 @@ class Calibrated(BasePress):
             if published is not None:
                 return published
         here = "is no file or folder that is here"
-        if Path(given).expanduser().is_dir():
+        if os.path.isdir(path_of(given)):
             here = "is a folder with no file model.safetensors in it; name the file itself"
         raise PressError(
             f"{type(self).__name__}: {self.parameter}={given!r} {here}"

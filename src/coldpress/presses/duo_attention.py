@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -16,6 +17,7 @@ from torch import Tensor
 from coldpress.artefacts import Artefact, Shape, artefacts_folder
 from coldpress.budget import check_ratio, ends, pack
 from coldpress.errors import PressError
+from coldpress.files import path_of, read_text
 from coldpress.network import fetch_url
 from coldpress.presses.base import check_at_least, numbers_of
 from coldpress.presses.calibrated import Calibrated, Calibration
@@ -23,6 +25,7 @@ from coldpress.presses.registry import register
 from coldpress.view import Kept, LayerView
 
 _HEADS, _SIZES = "full_attention_heads.tsv", "config.json"  # names of the published files
+_SIZE_NAMES = ("sink_size", "recent_size")
 _SINK_SIZE, _RECENT_SIZE = 128, 256  # of most published patterns
 _BASE_URL = "https://raw.githubusercontent.com/mit-han-lab/duo-attention/refs/heads/main/attn_patterns"
 _TRAINED_TO = {  # models that patterns are published of -> the longest texts that they were trained on
@@ -115,7 +118,7 @@ class DuoAttentionPress(Calibrated):
     def _given(self) -> Pattern:
         """The pattern that the user gave."""
         if isinstance(self.pattern, (str, Path)):
-            path = Path(self.pattern).expanduser()
+            path = path_of(self.pattern)
             return _pattern(self.from_file(path)) if path.suffix == ".safetensors" else _read(self, path)
         return Pattern(self.pattern)  # type: ignore[arg-type]
 
@@ -203,12 +206,16 @@ def streaming_heads(gates: Sequence[Sequence[float]], ratio: float) -> list[list
 
 def _read(press: DuoAttentionPress, path: Path) -> Pattern:
     """A pattern as the authors publish it."""
-    heads = path / _HEADS if path.is_dir() else path
+    heads = path / _HEADS if os.path.isdir(path) else path
     sizes = heads.parent / _SIZES
     try:
-        rows = [[float(x) for x in line.split()] for line in heads.read_text(encoding="utf-8").splitlines() if line]
-        said = json.loads(sizes.read_text(encoding="utf-8")) if sizes.is_file() else {}
-    except (OSError, ValueError) as error:
+        rows = [[float(x) for x in line.split()] for line in read_text(heads).splitlines() if line]
+        said = json.loads(read_text(sizes)) if sizes.is_file() else {}
+        if not isinstance(said, dict) or not all(
+            said.get(name) is None or (type(said[name]) is int and 0 <= said[name] < 2**31) for name in _SIZE_NAMES
+        ):
+            raise ValueError(f"{sizes.name} holds no sizes")
+    except (OSError, ValueError, RecursionError) as error:
         raise PressError(
             f"DuoAttentionPress cannot read the pattern {path}: {error}. It takes a folder with {_HEADS} (a line for "
             f"each layer, a number for each KV head) and {_SIZES}, or such a file."

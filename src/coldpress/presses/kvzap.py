@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from coldpress.errors import PressError
+from coldpress.files import read_text
 from coldpress.presses.base import ScorerPress, require_block
 from coldpress.presses.published import damaged, model_name, published_file
 from coldpress.presses.registry import register
@@ -88,7 +89,7 @@ class KVzapPress(ScorerPress):
             published_file(self, repo, name, self.weights) for name in ("config.json", "model.safetensors")
         )
         try:
-            sizes = json.loads(described.read_text(encoding="utf-8"))
+            sizes = json.loads(read_text(described))
             n_in, n_out, n_hidden, n_layers = (sizes[k] for k in ("input_dim", "output_dim", "hidden_dim", "n_modules"))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise damaged(self, described, repr(error)) from error

@@ -17,6 +17,7 @@ from coldpress.artefacts import Artefact, Shape, artefacts_folder
 from coldpress.budget import apportion, protect, select_counts, shrink_protected
 from coldpress.budget_curves import BudgetCurves
 from coldpress.errors import PressError
+from coldpress.files import path_of
 from coldpress.network import fetch_url
 from coldpress.presses.base import ScorerPress, check_at_least, numbers_of
 from coldpress.presses.calibrated import Calibrated, Calibration
@@ -105,7 +106,7 @@ class LUKVPress(Calibrated, WrapperPress):
         """The curves that the user gave."""
         curves = self.curves
         if isinstance(curves, (str, Path)):
-            path = Path(curves).expanduser()
+            path = path_of(curves)
             curves = _curves(self.from_file(path)) if path.suffix == ".safetensors" else _read(self, path)
         assert isinstance(curves, tuple)
         shares = [share for percent in curves for layer in percent for share in layer]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from coldpress.errors import PressError, UnreachableError
@@ -41,7 +42,7 @@ def published_file(press: BasePress, repo: str, name: str, weights: str | None) 
     who = type(press).__name__
     if weights is not None:
         for path in (Path(weights, name), Path(weights, Path(name).name)):
-            if path.is_file():
+            if os.path.isfile(path):
                 return path
         raise PressError(f"{who}: weights={weights!r} has no file {name}; give the folder with the files of {repo}.")
     try:

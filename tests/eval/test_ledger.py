@@ -1,0 +1,204 @@
+"""What a ledger gives back is what was measured, or nothing: whatever became of its files meanwhile."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from coldpress import KnormPress, RandomPress
+from coldpress.eval import results
+from coldpress.eval.ledger import Ledger, Measured, versions
+from coldpress.eval.prefix import PrefixRun
+from coldpress.eval.scores import Scores
+from coldpress.eval.speed import RoundLog, Sample, SpeedPoint
+from coldpress.eval.sweep import _digest, _is_finished
+from coldpress.eval.task_ledger import Answered, TaskLedger
+from coldpress.eval.windows import plan_prefix
+from coldpress.files import replace_file
+
+PLACES = 3  # batches, or examples
+
+
+@dataclass
+class Kept:
+    """A folder with a ledger, and what is in each of its places."""
+
+    folder: Path
+    load: Callable[[Path, int], Any]
+    whole: list[Any]
+
+    def found(self) -> list[Any]:
+        return [self.load(self.folder, place) for place in range(len(self.whole))]
+
+
+def windows(folder: Path, place: int) -> Any:
+    found = Ledger(folder).load(place)
+    return {key: (m.scores.rows().tolist(), {**vars(m), "scores": None}) for key, m in found.items()}
+
+
+def tasks(folder: Path, place: int) -> Any:
+    return TaskLedger(folder).load(place, f"example {place}")
+
+
+def rounds(folder: Path, place: int) -> Any:
+    points = [SpeedPoint(None), SpeedPoint(KnormPress(0.5))]
+    n = RoundLog(folder / "rounds.json").restore(points)
+    return [vars(sample) for point in points for sample in point.samples] if n else []
+
+
+def fill(folder: Path, seed: int = 0) -> dict[str, Callable[[Path, int], Any]]:
+    torch.manual_seed(seed)
+    for place in range(PLACES):
+        sizes: dict[str, Any] = {"kv_bytes": 4096 + place, "kv_lengths": [24, 24], "achieved_ratio": 0.5}
+        found = {key: Measured(Scores(*torch.rand(5, 2, 7)), **sizes, kept_hash=key) for key in ("a" * 16, "b" * 16)}
+        Ledger(folder / "windows").save(place, found)
+        answered = {key: Answered(torch.rand(3).tolist(), [5, 6, place], **sizes) for key in ("a" * 16, "b" * 16)}
+        TaskLedger(folder / "tasks").save(place, f"example {place}", answered)
+    samples = [[Sample(int(ns), 2 * int(ns), 4) for ns in torch.randint(1000, 9000, (2,))] for _ in range(2)]
+    points = [SpeedPoint(None, samples=samples[0]), SpeedPoint(KnormPress(0.5), samples=samples[1])]
+    RoundLog(folder / "rounds" / "rounds.json").save(points)
+    return {"windows": windows, "tasks": tasks, "rounds": rounds}
+
+
+@pytest.fixture(params=["windows", "tasks", "rounds"])
+def kept(request: pytest.FixtureRequest, tmp_path: Path) -> Kept:
+    load, folder = fill(tmp_path)[request.param], tmp_path / request.param
+    whole = [load(folder, place) for place in range(1 if request.param == "rounds" else PLACES)]
+    assert all(whole)
+    return Kept(folder, load, whole)
+
+
+def test_a_changed_bit_changes_no_result(kept: Kept) -> None:
+    """Each of 120 bits in turn: every place gives what was measured, or has to be measured again."""
+    draw, n_lost = random.Random(0), 0
+    files = sorted(kept.folder.iterdir())
+    for _ in range(120):
+        file = draw.choice(files)
+        content = file.read_bytes()
+        changed = bytearray(content)
+        changed[draw.randrange(len(changed))] ^= 1 << draw.randrange(8)
+        file.write_bytes(changed)
+        for found, whole in zip(kept.found(), kept.whole, strict=True):
+            assert not found or found == whole
+            n_lost += not found
+        file.write_bytes(content)
+    assert n_lost > 60  # a bit in the margin of a file may change nothing
+    assert kept.found() == kept.whole
+
+
+def test_a_file_in_another_s_place_is_none(kept: Kept, tmp_path: Path) -> None:
+    for file in kept.folder.iterdir():  # of another run
+        other = tmp_path / "other" / file.name
+        other.parent.mkdir(exist_ok=True)
+        shutil.copy(file, other)
+    assert not any(kept.load(tmp_path / "other", place) for place in range(len(kept.whole)))
+    files = sorted(kept.folder.iterdir())
+    if len(files) > 1:  # of another place of the same run
+        shutil.copy(files[0], files[1])
+        first, second, third = kept.found()
+        assert (first, second, third) == (kept.whole[0], type(first)(), kept.whole[2])
+
+
+def test_what_one_point_made_is_not_taken_for_another_s(tmp_path: Path) -> None:
+    fill(tmp_path)
+    for path in (tmp_path / "windows" / "batch-000000.safetensors", tmp_path / "tasks" / "example-000000.json"):
+        content = path.read_bytes()
+        swapped = content.replace(b"a" * 16, b"c" * 16).replace(b"b" * 16, b"a" * 16).replace(b"c" * 16, b"b" * 16)
+        assert swapped != content
+        path.write_bytes(swapped)
+    assert windows(tmp_path / "windows", 0) == {} and tasks(tmp_path / "tasks", 0) == {}
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_damage_to_the_same_result(model: PreTrainedModel, text: Tensor, tmp_path: Path) -> None:
+    def measured() -> list[Any]:
+        presses = [KnormPress(0.5), RandomPress(0.5)]
+        run = PrefixRun(model, presses, [(text, plan_prefix(len(text), 48, 32))], ledger=Ledger(tmp_path / "one"))
+        run.run()
+        return [result for _, result in run.results()]
+
+    whole, draw = measured(), random.Random(1)
+    for _ in range(100):
+        file = draw.choice(sorted((tmp_path / "one").iterdir()))
+        changed = bytearray(file.read_bytes())
+        changed[draw.randrange(len(changed))] ^= 1 << draw.randrange(8)
+        file.write_bytes(changed)
+        assert measured() == whole
+
+
+def test_versions_tell_ledgers_apart() -> None:
+    env = {"torch": "2.13.0", "transformers": "5.24.0", "coldpress": "1.0.0", "threads": 2}
+    record = {"env": env, "tokens_sha256": "0" * 64, "model": "demo"}
+    assert versions(record) == ["2.13.0", "5.24.0", "1.0.0"]
+    digests = {_digest({**record, "env": {**env, package: "9"}}) for package in env}
+    assert len(digests) == 4 and _digest(record) in digests  # the number of threads is a setting, and no version
+
+
+def test_another_s_result_under_the_name_of_this_one_is_no_result(tmp_path: Path) -> None:
+    record = {"status": "ok", "protocol": "p", "model": "m", "dataset": "d", "press": "knorm", "compression_ratio": 0.5}
+    one = results.write_result(tmp_path, record)
+    other = results.write_result(tmp_path, {**record, "press": "random"})
+    assert _is_finished(one) and _is_finished(other)
+    shutil.copy(other, one)
+    assert not _is_finished(one)
+    one.write_text(json.dumps({**record, "schema_version": 1, "compression_ratio": "x"}))
+    assert not _is_finished(one)
+
+
+# The writer of all files
+
+
+def test_nobody_s_link_is_followed_and_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, path = tmp_path / "target", tmp_path / "folder" / "file"
+    target.write_text("mine")
+    path.parent.mkdir()
+    names = iter(["guessed", "free"])
+    monkeypatch.setattr("coldpress.files.secrets.token_hex", lambda n: next(names))
+    (path.parent / ".guessed.tmp").symlink_to(target)
+    with pytest.raises(FileExistsError):
+        replace_file(path, lambda part: part.write_text("theirs"))
+    assert target.read_text() == "mine"
+    replace_file(path, lambda part: part.write_text("theirs"))
+    assert path.read_text() == "theirs" and target.read_text() == "mine"
+    assert [file.name for file in path.parent.iterdir()] == ["file"]
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
+    """As two sweeps in one folder: the second writes, and clears the ledger, while the first one writes."""
+    log, points = RoundLog(tmp_path / "run" / "rounds.json"), [SpeedPoint(None, samples=[Sample(1, 2, 3)])]
+    n = 0
+
+    def write(part: Path) -> None:
+        nonlocal n
+        n += 1
+        part.write_text("first")
+        log.save(points)
+        if n == 1:
+            Ledger(tmp_path / "run").clear()
+
+    replace_file(log.path, write)
+    assert n == 2 and log.path.read_text() == "first"
+    assert [file.name for file in log.path.parent.iterdir()] == ["rounds.json"]
+
+
+def test_what_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fails(part: Path) -> None:
+        part.write_text("half")
+        raise RuntimeError("no more room")
+
+    with pytest.raises(RuntimeError, match="no more room"):
+        replace_file(path, fails)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
