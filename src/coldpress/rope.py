@@ -46,13 +46,18 @@ class Rope:
         self._build, self._apply, self._embed = build, apply, build()
         takes_type = "layer_type" in inspect.signature(self._embed.forward).parameters
         self._type_arg = (layer_type,) if takes_type else ()
-        frequencies = getattr(self._embed, f"{layer_type}_inv_freq" if takes_type else "inv_freq")
+        table = getattr(self._embed, "embed_positions", None)  # GPT-J and CodeGen: [n, Drot], sines first
+        self._is_table, self._n_positions = table is not None, None if table is None else len(table)
+        if table is not None:
+            self.width = table.shape[1]
+        else:
+            frequencies = getattr(self._embed, f"{layer_type}_inv_freq" if takes_type else "inv_freq")
+            self.width = 2 * frequencies.shape[-1]  # Drot, the rotated dimensions of each head
         kinds = getattr(self._embed, "rope_type", "default")
         kind = kinds.get(layer_type) if isinstance(kinds, dict) else kinds
         self._remembers = "dynamic" in str(kind)  # its frequencies depend on the longest input so far
         self._length_name = f"{layer_type}_max_seq_len_cached" if takes_type else "max_seq_len_cached"
         self.switches = self._remembers or "longrope" in str(kind)  # frequencies change with the length of a text
-        self.width = 2 * frequencies.shape[-1]  # Drot, the rotated dimensions of each head
 
     @staticmethod
     def kind(module: nn.Module) -> tuple[Any, ...]:
@@ -113,7 +118,7 @@ class Rope:
         x = torch.empty(0, dtype=torch.float32, device=positions.device)
         if not self._remembers:
             cos, sin = self._embed(x, positions[None], *self._type_arg)
-            return cos, sin
+            return (sin, cos) if self._is_table else (cos, sin)
         embed: Any = self._build()
         longest = int(getattr(embed, self._length_name, embed.max_seq_len_cached))
         positions = torch.nn.functional.pad(positions, (0, 1), value=longest - 1)  # a part of a text is no shorter text
@@ -122,7 +127,11 @@ class Rope:
 
     def rotate(self, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotate float32 ``[B, H, T, D]`` by what :meth:`cos_sin` gives for ``T`` positions, or for one."""
-        rotated, _ = self._apply(states[..., : self.width], states[:, :0, :, : self.width], cos, sin)
+        part = states[..., : self.width]
+        if self._is_table:  # its function takes one tensor, [B, T, H, D]
+            rotated = self._apply(part.transpose(1, 2), sin, cos).transpose(1, 2)
+        else:
+            rotated, _ = self._apply(part, part[:, :0], cos, sin)
         return rotated if self.width == states.shape[-1] else torch.cat([rotated, states[..., self.width :]], -1)
 
     def unrotate(self, states: Tensor, positions: Tensor) -> Tensor:
@@ -151,8 +160,12 @@ class Rope:
     def mean_rotation(self, start: int, n_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """What rotates by the mean over positions ``start .. start + n_positions - 1``: ``cos, sin`` of one position.
 
-        Rotation is linear in (cos, sin), so rotating by their means is the mean of the rotations.
+        Rotation is linear in (cos, sin), so rotating by their means is the mean of the rotations. Where the model has
+        no more positions, it is the mean over those that it has.
         """
+        if self._n_positions is not None:
+            start = min(start, self._n_positions - 1)
+            n_positions = min(n_positions, self._n_positions - start)
         cos, sin = self.cos_sin(torch.arange(start, start + n_positions, device=device))
         return cos.mean(1, keepdim=True), sin.mean(1, keepdim=True)
 

@@ -137,6 +137,8 @@ _ALL = [
     Architecture("cohere2", "cohere2", _HYBRID | {"logit_scale": 1.0}),
     Architecture("starcoder2", "starcoder2", _GROUPED),
     Architecture("gpt_bigcode", "gpt_bigcode", _GPT2),
+    Architecture("gptj", "gptj", _GPT2 | {"rotary_dim": 4}, (5, 24), _OLD_ATTENTION),
+    Architecture("codegen", "codegen", _GPT2 | {"rotary_dim": 4}, (5, 24), _OLD_ATTENTION),
     Architecture("persimmon", "persimmon", _BASE | {"hidden_size": 64}, (5, 0), _OLD_MASK),
     Architecture("exaone4", "exaone4", _HYBRID | {"sliding_window_pattern": 2}),
     Architecture(

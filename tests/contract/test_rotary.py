@@ -40,6 +40,9 @@ class Spy:
     def __call__(self, q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> Any:
         assert self.running is not None
         rotated = self.original(q, k, *args, **kwargs)
+        if isinstance(rotated, Tensor):  # GPT-J and CodeGen rotate keys, then queries, [B, T, H, D]
+            self.before[self.running], self.after[self.running] = (x.transpose(1, 2).clone() for x in (q, rotated))
+            return rotated
         self.before[self.running], self.after[self.running] = q.clone(), rotated[0]
         return rotated
 
