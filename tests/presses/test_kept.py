@@ -183,9 +183,9 @@ def critical(score: Callable[[Projected], Scores], n_sink: int, n_window: int, i
 
 
 def chunks_of_their_own(layer: Projected) -> Held:
-    """SnapKV with a window of 2 in three chunks of 7; 10 free places of 19 tokens: 3, 4 and 3 + the 2 newest."""
+    """SnapKV with a window of 2 in three chunks of 7; 10 free places of 19 tokens: 4, 4 and 2 + the 2 newest."""
     held: Held = [[] for _ in HEADS]
-    for start, n in ((0, 3), (7, 4), (14, 5)):
+    for start, n in ((0, 4), (7, 4), (14, 4)):
         for h in HEADS:
             keys, queries = layer.keys[0, h, start : start + 7], layer.queries[0, h, start : start + 7]
             rows = [slow.attention(queries[q], keys, q) for q in (5, 6)]
