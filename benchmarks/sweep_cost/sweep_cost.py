@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 
 from coldpress import BasePress, PressedCache
 from coldpress.attention import use_coldpress
-from coldpress.eval.perplexity import forward, token_losses
+from coldpress.eval.losses import token_losses
+from coldpress.eval.perplexity import forward
 from coldpress.eval.prefix import PrefixRun
 from coldpress.eval.windows import plan_prefix
 from coldpress.presses.registry import make_press

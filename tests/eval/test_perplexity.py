@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from coldpress.errors import SelfCheckError
 from coldpress.eval import perplexity as module
+from coldpress.eval.losses import token_losses
 from coldpress.eval.metrics import clustered_mean
-from coldpress.eval.perplexity import plain_perplexity, token_losses
+from coldpress.eval.perplexity import plain_perplexity
 
 
 def direct(model: PreTrainedModel, ids: Tensor, length: int, stride: int) -> tuple[float, int]:

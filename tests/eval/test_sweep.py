@@ -286,7 +286,7 @@ def test_a_self_check_of_the_model_fails_its_cell_alone(tmp_path: Path, monkeypa
     def wrong(*args: Any) -> None:
         raise SelfCheckError("the baseline is wrong")
 
-    monkeypatch.setattr(prefix.WindowWork, "_check_baseline", wrong)
+    monkeypatch.setattr(prefix, "check_baseline", wrong)
     outcome = sweep(SweepPlan.of(config(tmp_path, baselines=["gptq"], limit_tokens=2000)), "")
     assert isinstance(outcome, Outcome) and outcome.n_failed == 5 and outcome.n_measured == 6
     statuses = {record["protocol"]: record["status"] for record in read_results(tmp_path)}

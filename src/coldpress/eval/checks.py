@@ -5,12 +5,18 @@ from __future__ import annotations
 import traceback
 from typing import TypeVar
 
+import torch
+from torch import Tensor
+from transformers.modeling_utils import PreTrainedModel
+
 from coldpress.cache import PressedCache
 from coldpress.errors import SelfCheckError
+from coldpress.eval.losses import loss_error, token_losses
+from coldpress.eval.perplexity import forward
 from coldpress.presses.base import BasePress, BudgetPress
 from coldpress.view import Place
 
-__all__ = ["check_stored_pairs", "release"]
+__all__ = ["check_baseline", "check_stored_pairs", "check_unchanged", "release"]
 
 _E = TypeVar("_E", bound=BaseException | None)
 
@@ -47,6 +53,47 @@ def check_stored_pairs(
         wanted += press.keep_of(n_tokens, place) * positions[i].shape[:2].numel()
     if stored > wanted or (stored < wanted and cache.chunk_tokens is None):
         raise SelfCheckError(f"{press}: {wanted} pairs should have been stored, {stored} were.")
+
+
+def check_baseline(model: PreTrainedModel, ids: Tensor, losses: Tensor) -> None:
+    """The uncompressed cache gives the losses of one forward pass without a cache.
+
+    Attention over stored keys is another order of the same arithmetic, so bits differ, in 16 bits by some steps of a
+    logit. What this finds is larger: a token that is fed twice, a position or a mask that is off.
+
+    Args:
+        model: a causal language model.
+        ids: all tokens, int64 ``[B, N]``.
+        losses: of the last of them, as the cache made them: float32 ``[B, n]`` on the CPU.
+
+    Raises:
+        SelfCheckError: one of them differs by more than 0.001 nats, in 16 bits 0.25.
+    """
+    n = losses.shape[1]
+    direct = token_losses(forward(model, ids[:, :-1], None, keep=n), ids[:, -n:]).cpu()
+    worst = float((losses - direct).abs().max())
+    if not worst <= (1e-3 if model.dtype == torch.float32 else 0.25):
+        raise SelfCheckError(
+            f"The uncompressed cache and a forward pass without a cache differ by {worst:.2g} nats on one token."
+        )
+
+
+def check_unchanged(press: BasePress, losses: Tensor, base: Tensor) -> None:
+    """A press that removes nothing changes no loss.
+
+    Its logits are the baseline's bit for bit, made by the same operations from the same numbers. So what is allowed is
+    the error of two losses (:func:`coldpress.eval.losses.loss_error`).
+
+    Args:
+        press: at a ratio of 0.
+        losses, base: of the same tokens after its cache and after the uncompressed one: float32 ``[B, n]``.
+
+    Raises:
+        SelfCheckError: a loss has changed.
+    """
+    change = (losses - base).abs()
+    if not (change <= 2 * loss_error(base)).all():
+        raise SelfCheckError(f"{press} removes nothing and yet changes a loss by {float(change.max()):.2g} nats.")
 
 
 def release(error: _E) -> _E:

@@ -28,7 +28,7 @@ from coldpress.cache_argument import cache_argument
 from coldpress.chunks import check_chunks, prefill
 from coldpress.errors import InputError, MissingDependencyError, PressError, SelfCheckError
 from coldpress.eval.checks import check_stored_pairs
-from coldpress.eval.perplexity import BLOCK_TOKENS
+from coldpress.eval.losses import Rows, blocks
 from coldpress.eval.settings import check_types
 from coldpress.files import path_of
 from coldpress.network import one_line
@@ -359,14 +359,17 @@ class ColdpressLM(HFLM):
             logits = self.model(
                 ids[:, start : start + step], **cache_argument(branch, self.model), use_cache=True, **options
             ).logits
-            for i, part in enumerate(logits.split(BLOCK_TOKENS, 1)):
-                first = start + i * BLOCK_TOKENS
-                log_probs, target = part.float().log_softmax(-1), wanted[:, first : first + part.shape[1], None]
-                own.append(log_probs.gather(-1, target)[..., 0].cpu())
-                is_top.append((log_probs.argmax(-1) == target[..., 0]).cpu())
-                for row, tokens in enumerate(fed):
-                    if first < len(tokens) <= first + part.shape[1]:
-                        last[row] = log_probs[row, len(tokens) - 1 - first].cpu()
+            first = start
+            for block, targets in blocks(logits, wanted[:, start : start + step]):
+                part = Rows.of(block)
+                own.append((-part.losses(targets)).cpu())
+                is_top.append((block.argmax(-1) == targets).cpu())
+                n = targets.shape[1]
+                ends = [row for row, tokens in enumerate(fed) if first < len(tokens) <= first + n]
+                log_probs = part.log_probs() if ends else block
+                for row in ends:
+                    last[row] = log_probs[row, len(fed[row]) - 1 - first].cpu()
+                first += n
         losses, tops = torch.cat(own, 1), torch.cat(is_top, 1)
         return [
             _Prediction(losses[row, : len(tokens) - 1].tolist(), bool(tops[row, : len(tokens) - 1].all()), last[row])

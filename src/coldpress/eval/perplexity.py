@@ -15,6 +15,7 @@ from transformers.modeling_utils import PreTrainedModel
 from coldpress.cache import PressedCache
 from coldpress.cache_argument import cache_argument
 from coldpress.errors import SelfCheckError
+from coldpress.eval.losses import token_losses
 from coldpress.eval.metrics import (
     FEW_WINDOWS,
     bits_per_byte,
@@ -27,9 +28,7 @@ from coldpress.eval.models import input_device
 from coldpress.eval.presets import PRESETS
 from coldpress.eval.windows import Window, plan_strided, strided_scored_tokens
 
-__all__ = ["BLOCK_TOKENS", "forward", "plain_perplexity", "token_losses"]
-
-BLOCK_TOKENS = 128  # rows of the vocabulary-sized arithmetic that are held at once
+__all__ = ["forward", "plain_perplexity"]
 
 _Job = tuple[int, Window]  # number of a document, and one of its windows
 
@@ -41,14 +40,6 @@ def forward(model: PreTrainedModel, input_ids: Tensor, cache: PressedCache | Non
         options["logits_to_keep"] = keep
     logits: Tensor = model(input_ids, **options).logits
     return logits[:, -keep:] if keep else logits
-
-
-def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihoods in nats, float32 ``[B, n]``, of ``targets [B, n]`` under ``logits [B, n, V]``."""
-    blocks = []
-    for rows, wanted in zip(logits.split(BLOCK_TOKENS, 1), targets.split(BLOCK_TOKENS, 1), strict=True):
-        blocks.append(-rows.float().log_softmax(-1).gather(-1, wanted[..., None])[..., 0])
-    return torch.cat(blocks, dim=1)
 
 
 @torch.inference_mode()

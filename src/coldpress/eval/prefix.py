@@ -25,11 +25,12 @@ from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.cache import PressedCache
 from coldpress.errors import SelfCheckError
-from coldpress.eval.checks import check_stored_pairs, release
+from coldpress.eval.checks import check_baseline, check_stored_pairs, check_unchanged, release
 from coldpress.eval.ledger import Ledger, Measured
+from coldpress.eval.losses import token_losses
 from coldpress.eval.metrics import bits_per_byte, clustered_mean, paired_difference, perplexity, quantiles
 from coldpress.eval.models import input_device
-from coldpress.eval.perplexity import forward, token_losses
+from coldpress.eval.perplexity import forward
 from coldpress.eval.point_run import PointRun
 from coldpress.eval.points import BASELINE, Point
 from coldpress.eval.prefills import prefilled
@@ -41,7 +42,6 @@ from coldpress.quantised import KVBits
 __all__ = ["Batch", "PrefixRun", "WindowWork"]
 
 DISTANCES = (16, 64, 256)  # upper ends of the buckets of distance to the compressed context, in tokens
-ZERO_TOLERANCE = 1e-5  # nats by which a loss may change when nothing is removed
 
 Found = dict[str, Measured | Exception]  # of each point, by its key
 
@@ -265,7 +265,7 @@ class WindowWork:
         sizes = _sizes(full)
         base, reference = Scores.of(forward(model, inputs, full), wanted)
         if batch.is_checked:
-            self._check_baseline(model, ids, base.losses)
+            check_baseline(model, ids, base.losses)
         found: Found = {BASELINE.key: Measured(base, **sizes)}
         for point in points:
             branch = next(branches)  # its memory is free again before the next one grows
@@ -287,7 +287,7 @@ class WindowWork:
                 held = tuple((state.data_ptr(), state.shape) for state in states if state is not None)
                 if held not in measured or self.chunk_tokens is not None:  # in pieces none are shared
                     measured[held] = token_losses(forward(model, inputs, branch), wanted).cpu()
-                _check_zero(zero, measured[held], base.losses)
+                check_unchanged(zero, measured[held], base.losses)
             except Exception as error:
                 alike = (p for p in points if isinstance(p.press, BudgetPress) and p.press.with_ratio(0.0) == zero)
                 for point in alike:
@@ -304,16 +304,6 @@ class WindowWork:
             token = forward(model, token, cache, keep=1).argmax(-1)
             tokens.append(token)
         return torch.cat(tokens, dim=1).cpu()
-
-    def _check_baseline(self, model: PreTrainedModel, ids: Tensor, losses: Tensor) -> None:
-        """The cached baseline against one direct forward pass without a cache."""
-        n = self.n_scored
-        direct = token_losses(forward(model, ids[:, :-1], None, keep=n), ids[:, -n:]).cpu()
-        worst = float((losses - direct).abs().max())
-        if not worst <= (1e-3 if model.dtype == torch.float32 else 0.25):
-            raise SelfCheckError(
-                f"The uncompressed cache and a forward pass without a cache differ by {worst:.2g} nats on one token."
-            )
 
 
 def _sizes(cache: PressedCache, with_hash: bool = False) -> dict[str, Any]:
@@ -333,9 +323,3 @@ def _agreement(base: Tensor | None, own: Tensor | None) -> list[int] | None:
     if base is None or own is None:
         return None
     return [int(n) for n in (own == base).long().cumprod(dim=1).sum(dim=1)]
-
-
-def _check_zero(press: BasePress, losses: Tensor, base: Tensor) -> None:
-    worst = float((losses - base).abs().max())
-    if not worst <= ZERO_TOLERANCE:
-        raise SelfCheckError(f"{press} removes nothing and yet changes a loss by {worst:.2g} nats.")

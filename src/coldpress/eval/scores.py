@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 
 from coldpress.errors import SelfCheckError
+from coldpress.eval.losses import Rows, blocks
 
 __all__ = ["Scores"]
-
-
-CACHED = 1 << 19  # numbers of a block of rows, few enough to stay in a processor's cache while they are looked at
 
 
 class Reference(NamedTuple):
@@ -24,7 +22,7 @@ class Reference(NamedTuple):
     total: Tensor  # log of the sum of their exponentials
     probs: Tensor
     top: Tensor  # the most likely token, int64
-    own: Tensor  # log-probability of the token that came
+    losses: Tensor  # of the tokens that came
 
 
 @dataclass(frozen=True)
@@ -54,21 +52,21 @@ class Scores:
             SelfCheckError: a loss is not finite.
         """
         parts, kept = [], []
-        n_tokens = max(1, CACHED // logits.shape[-1])
-        for i, rows in enumerate(logits.split(n_tokens, dim=1)):
-            rows = rows.float()
-            target = wanted[:, i * n_tokens : i * n_tokens + rows.shape[1], None]
-            total, top = rows.logsumexp(-1), rows.argmax(-1)
-            own = rows.gather(-1, target)[..., 0] - total  # log-probability
+        for i, (block, targets) in enumerate(blocks(logits, wanted)):
+            peak, top = block.max(-1, keepdim=True)  # much faster than argmax
+            rows, top = Rows.of(block, peak), top[..., 0]
+            losses = rows.losses(targets)
+            total = (rows.peak + rows.sums.log())[..., 0]
             if reference is None:
-                base = Reference(rows, total, (rows - total[..., None]).exp(), top, own)
-                kld = torch.zeros_like(own)
+                base = Reference(rows.logits, total, rows.weights.div_(rows.sums), top, losses)
+                kld = torch.zeros_like(losses)
                 kept.append(base)
             else:
                 base = reference[i]
-                kld = (base.probs * (base.logits - rows)).sum(-1) + (total - base.total)
-            is_top1, is_same_top1 = top == target[..., 0], top == base.top
-            parts.append(torch.stack([-own, kld, own.exp() - base.own.exp(), is_top1.float(), is_same_top1.float()]))
+                kld = (base.probs * (base.logits - rows.logits)).sum(-1) + (total - base.total)
+            delta_p = (-losses).exp() - (-base.losses).exp()
+            is_top1, is_same_top1 = top == targets, top == base.top
+            parts.append(torch.stack([losses, kld, delta_p, is_top1.float(), is_same_top1.float()]))
         scores = cls(*torch.cat(parts, dim=-1).cpu())
         if not torch.isfinite(scores.losses).all():
             raise SelfCheckError("A loss is not finite: the model's logits overflow in this dtype.")

@@ -21,9 +21,10 @@ from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.cache import PressedCache
 from coldpress.errors import SelfCheckError
-from coldpress.eval.checks import check_stored_pairs, release
+from coldpress.eval.checks import check_baseline, check_stored_pairs, release
+from coldpress.eval.losses import token_losses
 from coldpress.eval.metrics import paired_difference
-from coldpress.eval.perplexity import forward, token_losses
+from coldpress.eval.perplexity import forward
 from coldpress.eval.point_run import PointRun
 from coldpress.eval.points import BASELINE, Point
 from coldpress.eval.prefills import prefilled
@@ -229,7 +230,8 @@ class ExampleWork:
         full, branches = prefilled(model, context, item.points, self.chunk_tokens)
         base = self._answer(model, full, example, question, answer)
         if item.is_checked:
-            _check_baseline(model, torch.cat([context, question, answer], dim=1), base.losses)
+            whole = torch.cat([context, question, answer], dim=1)
+            check_baseline(model, whole, torch.tensor([base.losses]))
         found: Found = {BASELINE.key: base}
         for point in item.points:
             branch = next(branches)
@@ -277,17 +279,6 @@ class ExampleWork:
             if len(tokens) == limit or is_line or tokens[-1] in self.ends:
                 return tokens
             logits = forward(model, token, cache, keep=1)
-
-
-def _check_baseline(model: PreTrainedModel, ids: Tensor, losses: list[float]) -> None:
-    """The cached baseline against one direct forward pass without a cache."""
-    n = len(losses)
-    direct = token_losses(forward(model, ids[:, :-1], None, keep=n), ids[:, -n:]).cpu()
-    worst = float((torch.tensor([losses]) - direct).abs().max())
-    if not worst <= (1e-3 if model.dtype == torch.float32 else 0.25):
-        raise SelfCheckError(
-            f"The uncompressed cache and a forward pass without a cache differ by {worst:.2g} nats on one token."
-        )
 
 
 def _sizes(cache: PressedCache, with_hash: bool) -> dict[str, Any]:
