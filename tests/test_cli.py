@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import huggingface_hub
 import pytest
@@ -30,8 +30,9 @@ from transformers import (
 )
 
 import coldpress
-from coldpress import KnormPress, LayerView
+from coldpress import BasePress, KnormPress, LayerView, SnapKVPress
 from coldpress.cli import main
+from coldpress.errors import OutputError, SelfCheckError
 from coldpress.eval import run as run_module
 from coldpress.eval.records import METRICS
 from coldpress.eval.report import check_record, groups, show
@@ -543,6 +544,77 @@ def test_a_model_that_is_not_finite_fails_every_press(run: Run, tiny: Path, tmp_
         assert done.code == 1
         assert [record["status"] for record in done.records] == ["failed", "failed"]
         assert all("not finite" in record["error"] and record["ppl"] is None for record in done.records)
+
+
+@dataclass(frozen=True)
+class BreaksLater(KnormPress):
+    """Fails at the second window of a model with two layers."""
+
+    calls: ClassVar[list[int]] = []
+
+    def score(self, view: LayerView) -> Tensor:
+        self.calls.append(1)
+        if len(self.calls) > 2:
+            raise RuntimeError("out of order")
+        return super().score(view)
+
+
+def test_what_was_measured_before_a_failure_is_in_the_record(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry._BY_NAME, "breaks", registry._Entry(BreaksLater))
+    BreaksLater.calls.clear()
+    done = run("--press", "breaks", "snapkv", "--ppl_apply_press", "--ppl_only", *SMALL)
+    failed, fine = sorted(done.records, key=lambda record: record["press"])
+    assert done.code == 1 and failed["status"] == "failed" and failed["ppl"] is None
+    assert failed["before_failure"]["windows"] == 1 and failed["before_failure"]["ppl"] > 0
+    assert fine["status"] == "ok" and fine["windows"] == 3 and "before_failure" not in fine
+
+
+def test_what_fails_its_self_check_is_not_timed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(press: BasePress, *losses: Tensor) -> None:
+        if isinstance(press, KnormPress):
+            raise SelfCheckError("removes nothing and yet changes a loss")
+
+    timed = []
+    generate = SpeedRun._generate
+
+    def noted(self: SpeedRun, point: SpeedPoint, n_tokens: int) -> Sample:
+        timed.append(point.press)
+        return generate(self, point, n_tokens)
+
+    monkeypatch.setattr("coldpress.eval.prefix.check_unchanged", check)
+    monkeypatch.setattr(SpeedRun, "_generate", noted)
+    done = run("--press", "knorm", "snapkv", "--ppl_apply_press", *SMALL)
+    assert done.code == 1
+    assert {r["press"]: r["status"] for r in done.records} == {"knorm": "failed", "snapkv": "ok"}
+    assert {type(press) for press in timed} == {type(None), SnapKVPress}
+    timed.clear()
+    done = run("--press", "knorm", "--ppl_apply_press", *SMALL, folder="alone")
+    assert done.code == 1 and not timed and done.record["status"] == "failed"
+
+
+def test_what_fails_while_timed_keeps_its_perplexity_and_its_rounds(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: SpeedRun, point: SpeedPoint) -> None:
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(SpeedRun, "_measure_memory", broken)
+    done = run("--press", "knorm", "--ppl_apply_press", *SMALL)
+    kept = done.record["before_failure"]
+    assert done.code == 1 and done.record["error"] == "RuntimeError: no room" and done.record["ppl"] is None
+    assert kept["windows"] == 3 and kept["ppl"] > 0 and kept["tpot_ms"] > 0
+    assert len(kept["samples"]) == done.record["settings"]["repetitions"]
+
+
+def test_what_stops_a_run_leaves_what_was_measured(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: SpeedRun, *args: object, **options: object) -> None:
+        raise OutputError("the disk is full")
+
+    monkeypatch.setattr(SpeedRun, "run", full)
+    done = run("--press", "knorm", "snapkv", "--ppl_apply_press", *SMALL)
+    assert done.code == 2 and done.err.splitlines()[-1] == "error: the disk is full"
+    assert [record["status"] for record in done.records] == ["failed", "failed"]
+    assert all(record["before_failure"]["windows"] == 3 for record in done.records)
+    done = run("--press", "knorm", "--speed_only", *SMALL, folder="nothing")
+    assert done.code == 2 and done.records == []
 
 
 # Bad input: one line, exit code 2, nothing written

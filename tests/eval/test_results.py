@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import subprocess
 from pathlib import Path
@@ -18,9 +19,11 @@ from coldpress.eval.results import (
     SCHEMA_VERSION,
     check_writable,
     environment,
+    read_result,
     read_results,
     result_path,
     write_result,
+    write_results,
 )
 
 RECORD: dict[str, Any] = {
@@ -305,3 +308,11 @@ def test_environment_without_git_or_nvidia_smi(monkeypatch: pytest.MonkeyPatch) 
 def test_identifying_fields_are_named_once() -> None:
     repeated = [field for field, group in itertools.groupby(sorted(IDENTIFYING_FIELDS)) if len(list(group)) > 1]
     assert repeated == []
+
+
+def test_a_record_that_cannot_be_written_keeps_no_other_from_it(tmp_path: Path) -> None:
+    records = [{"press": "a", "ppl": math.nan}, {"press": "b", "ppl": 2.0}]
+    with pytest.raises(SelfCheckError, match="ppl"):
+        write_results(tmp_path, records)
+    (path,) = tmp_path.iterdir()
+    assert read_result(path)["press"] == "b"

@@ -221,12 +221,24 @@ class Lazy(KnormPress):
 
 @dataclass(frozen=True)
 class Failing(BasePress):
-    fails_from: int = 0
     calls: ClassVar[list[int]] = []
 
     def compress(self, view: LayerView) -> Kept | None:
         self.calls.append(1)
         raise RuntimeError("it broke")
+
+
+@dataclass(frozen=True)
+class FailingLater(KnormPress):
+    """Fails after as many calls as ``calls`` had."""
+
+    calls: ClassVar[list[int]] = []
+
+    def score(self, view: LayerView) -> Tensor:
+        if not self.calls:
+            raise RuntimeError("it broke")
+        self.calls.pop()
+        return super().score(view)
 
 
 def test_a_press_that_does_nothing_is_an_error(demo: LoadedModel, examples: list[Example]) -> None:
@@ -257,6 +269,18 @@ def test_a_press_that_fails_leaves_the_others_alone(demo: LoadedModel, examples:
     assert str(failed) == "it broke"
     assert [baseline, fine] == alone
     assert len(Failing.calls) == 1  # and not asked again
+
+
+def test_what_was_measured_before_a_failure_can_be_asked_for(demo: LoadedModel, examples: list[Example]) -> None:
+    n_layers = demo.model.config.num_hidden_layers
+    FailingLater.calls[:] = [1] * (2 * n_layers)
+    run = TaskRun(demo.model, demo.tokenizer, [Point(FailingLater(0.5)), Point(KnormPress(0.5))], examples[:3])
+    run.run()
+    (baseline, _), (failed, error), (fine, _) = run.results()
+    assert str(error) == "it broke"
+    found = run.before_failure(failed)
+    assert found is not None and len(found["per_example"]) == 2
+    assert run.before_failure(baseline) is run.before_failure(fine) is None
 
 
 def test_a_wrong_baseline_is_an_error(

@@ -91,6 +91,15 @@ class PointRun(ABC, Generic[_Measured]):
                 except SelfCheckError as error:
                     yield point, error
 
+    def before_failure(self, point: Point) -> dict[str, Any] | None:
+        """The part of a result record over the items measured before a point failed; None if there is nothing."""
+        if point.key not in self.errors or not any(point.key in done for done in self.done):
+            return None
+        try:
+            return self._result(point)
+        except SelfCheckError:
+            return None
+
     def _missing(self, index: int) -> list[Point]:
         """The points that have not been measured on an item, and have not failed."""
         done = self.done[index]

@@ -47,24 +47,29 @@ _NOT_SETTINGS = (
 def make_records(run: Run) -> list[dict[str, Any]]:
     """One record per press and size, a ratio or a budget; of an interrupted run, those that have something in them.
 
-    ``status`` is ``ok`` when everything that was asked for is there, ``failed`` when the press or the run failed (then
-    the metrics are null), ``interrupted`` otherwise.
+    ``status`` is ``ok`` when everything that was asked for is there, ``failed`` when the press or the run failed,
+    ``interrupted`` otherwise. The metrics of a record that failed are null; what was measured until then is in
+    ``before_failure``, under the same names.
     """
     common, scored = _common(run), run.scored
     is_by_press = run.prefix is not None or run.stream is not None
     records = []
     for job in run.jobs:
-        perplexity = scored.get((id(job.press), job.kv_bits)) if is_by_press else run.plain
-        parts = [part for part in (perplexity, _speed(run, job)) if part is not None]
+        parts = list(scored.get((id(job.press), job.kv_bits), ()))
+        parts += [] if is_by_press or run.plain is None else [run.plain]
+        parts += _speed(run, job)
         error = run.error or next((part for part in parts if isinstance(part, Exception)), None)
         if not parts and error is None:
             continue
         record = blank_record(common, job)
         record["status"] = "failed" if error is not None else "ok" if _is_complete(run, job) else "interrupted"
+        measured: dict[str, Any] = {}
+        for part in parts:
+            measured |= part if isinstance(part, dict) else {}
         if error is None:
-            for part in parts:
-                record |= part  # type: ignore[arg-type]
+            record |= measured
         else:
+            record |= {"before_failure": measured} if measured else {}
             record["error"] = f"{type(error).__name__}: {' '.join(str(error).split())}"
             record["traceback"] = "".join(traceback.format_exception(error))
         records.append(record)
@@ -107,25 +112,24 @@ def _is_complete(run: Run, job: Job) -> bool:
     if plan.windows is not None:
         is_scored = run.prefix is not None and run.prefix.is_complete
     is_timed = plan.context_ids is None
-    if run.speed is not None:
+    if run.speed is not None and not run.has_failed(job):
         point = run.speed.point(job.press, job.kv_bits)
         is_timed = len(point.samples) == run.settings.repetitions and point.memory is not None
     return is_scored and is_timed
 
 
-def _speed(run: Run, job: Job) -> dict[str, Any] | Exception | None:
-    """The speed part of a record, what went wrong, or None when nothing was timed."""
-    if run.speed is None:
-        return None
+def _speed(run: Run, job: Job) -> list[dict[str, Any] | Exception]:
+    """The speed part of a record, if any of it was timed, and what went wrong."""
+    if run.speed is None or run.has_failed(job):
+        return []
     point = run.speed.point(job.press, job.kv_bits)
-    if point.error is not None:
-        return point.error
+    parts: list[dict[str, Any] | Exception] = [] if point.error is None else [point.error]
     if not point.samples:
-        return None
+        return parts
     part = run.speed.result(point)
-    if run.prefix is None:
-        return part
-    return {f"speed_{key}" if key in SIZES else key: value for key, value in part.items()}
+    if run.prefix is not None:
+        part = {f"speed_{key}" if key in SIZES else key: value for key, value in part.items()}
+    return [part, *parts]
 
 
 def _common(run: Run) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ __all__ = [
     "result_path",
     "uninterrupted",
     "write_result",
+    "write_results",
 ]
 
 SCHEMA_VERSION = 1
@@ -157,6 +158,22 @@ def check_output(output: str, example: str) -> Path:
             raise OutputError(f"--output {output!r} is no name of a file; give one such as {example}.")
     check_writable(path.parent)
     return path
+
+
+def write_results(output_dir: Path, records: Iterable[dict[str, Any]]) -> set[Path]:
+    """Write all records and return their paths; one that cannot be written keeps no other from being written.
+
+    Raises SelfCheckError or OutputError afterwards, the first that :func:`write_result` has raised.
+    """
+    paths, errors = set(), []
+    for record in records:
+        try:
+            paths.add(write_result(output_dir, record))
+        except (SelfCheckError, OutputError) as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+    return paths
 
 
 def check_writable(output_dir: Path) -> None:

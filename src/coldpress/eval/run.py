@@ -26,7 +26,7 @@ from coldpress.eval.presets import laid_out
 from coldpress.eval.progress import note, progress
 from coldpress.eval.records import make_records
 from coldpress.eval.report import show, size_of
-from coldpress.eval.results import check_writable, result_path, uninterrupted, write_result
+from coldpress.eval.results import check_writable, result_path, uninterrupted, write_result, write_results
 from coldpress.eval.settings import Job, Settings, left_out_of_batches, make_jobs
 from coldpress.eval.speed import RoundLog, SpeedPoint, SpeedRun
 from coldpress.eval.stream import StreamRun
@@ -100,22 +100,27 @@ def carry_out(
     Returns:
         As :func:`evaluate`.
     """
-    is_interrupted = False
+    is_interrupted, stopped = False, None
     early = _Early(run, output_dir)
     try:
         run.measure_perplexity(engine, ledger)
         if run.seconds and run.plan.context_ids is not None:  # who kills the rest shall not lose this
             early.save_perplexity()
         run.measure_speed(early.save_speed, log)
-    except InputError:
-        raise
     except Exception as error:  # the model itself fails, without a press: so does everything that is compared with it
         run.error = error
+        stopped = error if isinstance(error, InputError) else None
     except KeyboardInterrupt:
         is_interrupted = True
     with uninterrupted():  # a second Ctrl-C shall not cost the results
         records = make_records(run)
-        early.replace(records)
+        if stopped is not None:  # what was asked for cannot be done: no result but of what was measured before
+            records = [record for record in records if record.get("before_failure")]
+        try:
+            early.replace(records)
+        finally:
+            if stopped is not None:
+                raise stopped
     for record in records:
         if record["status"] == "failed":
             size = size_of(record)
@@ -169,7 +174,7 @@ class _Early:
 
     def replace(self, records: list[dict[str, Any]]) -> None:
         """Write the run's last word, and take back what it had said under other names."""
-        last = {write_result(self.output_dir, record) for record in records}
+        last = write_results(self.output_dir, records)
         for path in self.written - last:
             path.unlink(missing_ok=True)
 
@@ -193,18 +198,29 @@ class Run:
     engine: dict[str, Any] = field(default_factory=dict)  # where windows under presses were measured; empty: here
     show_progress: Callable[..., Any] = progress
     run_id: str = field(default_factory=lambda: secrets.token_hex(6))
-    _scored: dict[Any, Any] | None = None
+    _scored: dict[Any, list[Any]] | None = None
 
     @property
-    def scored(self) -> dict[Any, Any]:
-        """What perplexity under presses has to say of each press and its bits; taken once when all is measured."""
-        by_press = self.prefix or self.stream
+    def scored(self) -> dict[Any, list[Any]]:
+        """Parts of the record of each press and its bits: its perplexity under the press, and what failed of it.
+
+        Taken once when all is measured.
+        """
+        by_press: Any = self.prefix or self.stream
         if by_press is None or self._scored is not None:
             return self._scored or {}
-        found = {(id(point.press), getattr(point, "kv_bits", None)): result for point, result in by_press.results()}
+        found: dict[Any, list[Any]] = {}
+        for point, result in by_press.results():
+            measured = by_press.before_failure(point) if isinstance(result, Exception) else None
+            parts = [part for part in (measured, result) if part is not None]
+            found[id(point.press), getattr(point, "kv_bits", None)] = parts
         if by_press.is_complete:
             self._scored = found
         return found
+
+    def has_failed(self, job: Job) -> bool:
+        """Whether its perplexity could not be measured; then it is not timed."""
+        return any(isinstance(part, Exception) for part in self.scored.get((id(job.press), job.kv_bits), ()))
 
     @property
     def compressed(self) -> tuple[list[BasePress | None], list[KVBits | None]]:
@@ -266,14 +282,15 @@ class Run:
     def measure_speed(self, on_done: Callable[[SpeedPoint], None], log: RoundLog | None = None) -> None:
         """And memory, if they were asked for; ``on_done`` is told of each press of which all is measured."""
         s, plan, model = self.settings, self.plan, self.loaded.model
-        pressed, kv_bits = self.compressed
-        if plan.context_ids is not None:
+        jobs = [job for job in self.jobs if not self.has_failed(job)]
+        points = [(job.press, job.kv_bits) for job in jobs if job.press is not None or job.kv_bits is not None]
+        if plan.context_ids is not None and jobs:
             eos = getattr(model.generation_config, "eos_token_id", None)
             self.speed = SpeedRun(
                 model,
                 plan.context_ids.to(self.loaded.device),
-                [None, *pressed],  # the baseline is always timed beside the presses
-                kv_bits=[None, *kv_bits],
+                [None, *(press for press, _ in points)],  # the baseline is always timed beside the presses
+                kv_bits=[None, *(bits for _, bits in points)],
                 max_new_tokens=s.max_new_tokens,
                 min_new_tokens=s.min_new_tokens,
                 eos_ids=[] if eos is None else eos if isinstance(eos, list) else [eos],

@@ -166,11 +166,16 @@ class StreamRun:
                 except SelfCheckError as error:
                     yield reader, error
 
+    def before_failure(self, reader: Reader) -> dict[str, Any] | None:
+        """The part of a result record over what was read before it failed; None if there is nothing."""
+        is_begun = reader.error is not None and any(len(losses) for losses in reader.losses)
+        return self._result(reader) if is_begun else None
+
     def _result(self, reader: Reader) -> dict[str, Any]:
         nll = [float(losses.double().sum()) for losses in reader.losses]
         counts = [len(losses) for losses in reader.losses]
         expected = sum(len(ids) - 1 for ids in self.documents(reader))
-        if self.is_complete and sum(counts) != expected:
+        if self.is_complete and reader.error is None and sum(counts) != expected:
             raise SelfCheckError(f"{sum(counts)} tokens were scored, of documents that have {expected} to score.")
         loss = math.fsum(nll) / sum(counts)
         return {

@@ -25,7 +25,7 @@ from coldpress.eval.points import BASELINE, Point
 from coldpress.eval.progress import note, progress
 from coldpress.eval.records import blank_record
 from coldpress.eval.report import show, size_of
-from coldpress.eval.results import SCHEMA_VERSION, check_writable, environment, uninterrupted, write_result
+from coldpress.eval.results import SCHEMA_VERSION, check_writable, environment, uninterrupted, write_results
 from coldpress.eval.settings import Job, Settings, make_jobs
 from coldpress.eval.task_ledger import TaskLedger
 from coldpress.eval.task_run import TaskRun
@@ -212,20 +212,24 @@ class Questions:
             seed=self.settings.seed,
             ledger=ledger,
         )
-        is_interrupted, failure, start = False, None, time.perf_counter()
+        is_interrupted, failure, stopped, start = False, None, None, time.perf_counter()
         try:
             run.run(partial(self.show_progress, name="tasks"), engine)
-        except InputError:
-            raise
         except Exception as error:  # the model itself fails: so does everything that is compared with it
             failure = error
+            stopped = error if isinstance(error, InputError) else None
         except KeyboardInterrupt:
             is_interrupted = True
         with uninterrupted():  # a second Ctrl-C shall not cost the results
             self.common["seconds"] = {"tasks": time.perf_counter() - start}
             records = _records(run, self.jobs, self.common, failure)
-            for record in records:
-                write_result(output_dir, record)
+            if stopped is not None:  # what was asked for cannot be done: no result but of what was measured before
+                records = [record for record in records if record.get("before_failure")]
+            try:
+                write_results(output_dir, records)
+            finally:
+                if stopped is not None:
+                    raise stopped
         for record in records:
             if record["status"] == "failed":
                 size = size_of(record)
@@ -282,21 +286,23 @@ def _records(
     run: TaskRun, jobs: Sequence[Job], common: dict[str, Any], failure: Exception | None
 ) -> list[dict[str, Any]]:
     """One record per job of which there is something to say."""
-    results = {point.key: result for point, result in run.results()}
+    results = {point.key: (point, result) for point, result in run.results()}
     records = []
     for job in jobs:
-        point = Point(job.press, job.kv_bits)
-        result = failure or results.get(BASELINE.key if point == BASELINE else point.key)
-        if result is None:
+        own = Point(job.press, job.kv_bits)
+        point, result = results.get(BASELINE.key if own == BASELINE else own.key, (own, None))
+        error = failure or (result if isinstance(result, Exception) else None)
+        if result is None and error is None:
             continue
-        has_failed = isinstance(result, Exception)
         record = blank_record(common, job)
-        record["status"] = "failed" if has_failed else "ok" if run.is_complete else "interrupted"
-        if isinstance(result, Exception):
-            record["error"] = f"{type(result).__name__}: {' '.join(str(result).split())}"
-            record["traceback"] = "".join(traceback.format_exception(result))
+        record["status"] = "failed" if error is not None else "ok" if run.is_complete else "interrupted"
+        if error is None:
+            record |= result  # type: ignore[arg-type]
         else:
-            record |= result
+            measured = result if isinstance(result, dict) else run.before_failure(point)
+            record |= {"before_failure": measured} if measured else {}
+            record["error"] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            record["traceback"] = "".join(traceback.format_exception(error))
         records.append(record)
     return records
 
