@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
+
+from coldpress.errors import ModelError
+from coldpress.offloaded import held
 
 __all__ = ["model_facts"]
 
+_OURS = ("accelerate", "coldpress", "torch", "transformers")  # whose hooks change no numbers
 _ELSEWHERE = ("type", "original_max_position_embeddings")  # said by another name, or beside the rotary parameters
 
 
@@ -20,7 +25,9 @@ def model_facts(model: PreTrainedModel) -> dict[str, Any]:
         ``name``: hub id or folder, or an empty text. ``dtype``. ``sizes``: what the shape of a cache depends on.
         ``kind``: what else its numbers depend on, by the configuration. ``weights``: a hash over
         shapes and first 64 numbers of all weights, whatever device, dtype and order they are in and whatever their
-        names are, which change with transformers. It tells a model from its own fine-tuned or merged versions.
+        names are, which change with transformers. It tells a model from its own fine-tuned or merged versions. Of
+        PEFT's adapters those count that are switched on, with their scale; without any, the model is as it was before
+        they were added. Hooks that others have put on its modules count by their names.
     """
     config = model.config.get_text_config(decoder=True)
     n_heads, hidden_size = config.num_attention_heads, config.hidden_size
@@ -45,12 +52,62 @@ def model_facts(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _weights(model: nn.Module) -> str:
-    """Weights that are not in memory, because something loads them when they are needed, count by their shape only."""
-    parts = []
-    for weights in model.parameters():
-        numbers = b"" if weights.is_meta else weights.detach().flatten()[:64].cpu().double().numpy().tobytes()
-        parts.append(hashlib.sha256(f"{tuple(weights.shape)}".encode() + numbers).digest())
+    """Weights that are nowhere, because somebody took them away, count by their shape only."""
+    idle, parts = set(), []
+    for module in model.modules():
+        if hasattr(module, "disable_adapters") and hasattr(module, "adapter_layer_names"):
+            unused, scales = _adapters(module)
+            idle |= unused
+            parts += scales
+        parts += [hashlib.sha256(name.encode()).digest() for name in _hooks(module)]
+    for name, weights in model.named_parameters():
+        if id(weights) not in idle:
+            parts.append(_digest(model, name, weights))
     return hashlib.sha256(b"".join(sorted(parts))).hexdigest()[:16]
+
+
+def _digest(model: nn.Module, name: str, weights: Tensor) -> bytes:
+    path, _, leaf = name.rpartition(".")
+    if weights.is_meta:  # held elsewhere until its layer runs
+        with contextlib.suppress(ModelError):
+            weights = held(model.get_submodule(path), leaf)
+    numbers = b"" if weights.is_meta else weights.detach().flatten()[:64].cpu().double().numpy().tobytes()
+    return hashlib.sha256(f"{tuple(weights.shape)}".encode() + numbers).digest()
+
+
+def _adapters(module: Any) -> tuple[set[int], list[bytes]]:
+    """Of a module of PEFT the ids of the weights that its forward leaves out, and digests of its adapters' scales.
+
+    What is merged is in the module's own weights, unless the next forward takes it out again, which it does where
+    adapters are off.
+    """
+    merged = set(getattr(module, "merged_adapters", ()))
+    active = set() if module.disable_adapters else set(module.active_adapters) - merged
+    unused, scales = set(), []
+    for kind in module.adapter_layer_names:
+        for name, part in dict(getattr(module, kind, {})).items():
+            held_in = part.parameters() if isinstance(part, nn.Module) else [part]
+            if name not in active:
+                unused |= {id(weights) for weights in held_in if isinstance(weights, Tensor)}
+            elif kind == "modules_to_save":  # in the place of the original
+                unused |= {id(weights) for weights in module.original_module.parameters()}
+    for name in active:
+        scale = getattr(module, "scaling", {}).get(name)
+        scales += [] if scale is None else [hashlib.sha256(f"scale {float(scale)}".encode()).digest()]
+    if module.disable_adapters and merged:
+        scales.append(hashlib.sha256(b"merged and off").digest())
+    return unused, scales
+
+
+def _hooks(module: nn.Module) -> list[str]:
+    """Names of functions that others have put around a module's forward, which may change what it computes."""
+    found = []
+    for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+        function = getattr(hook, "func", hook)  # of a partial
+        where = str(getattr(function, "__module__", ""))
+        if where.partition(".")[0] not in _OURS:
+            found.append(f"{where}.{getattr(function, '__qualname__', type(function).__qualname__)}")
+    return found
 
 
 def _rope(config: Any) -> Any:

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from coldpress.errors import ModelError
 
-__all__ = ["held"]
+__all__ = ["device_of", "held"]
+
+
+def device_of(module: nn.Module) -> torch.device | None:
+    """Where ``module`` computes, wherever its weights are held; None where neither a hook nor a weight says it."""
+    for part in module.modules():
+        hook: Any = getattr(part, "_hf_hook", None)
+        for own in (hook, *getattr(hook, "hooks", ())):
+            device = getattr(own, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return next((weight.device for weight in module.parameters() if not weight.is_meta), None)
 
 
 def held(module: nn.Module, name: str) -> Tensor:

@@ -23,10 +23,12 @@ from transformers.modeling_utils import PreTrainedModel
 import coldpress
 from coldpress.artefacts import digest_of
 from coldpress.cache import PressedCache
+from coldpress.cache_schema import MASK, Malformed, check_said, check_tensors, sizes_of
 from coldpress.errors import CacheError, OutputError, PressError
 from coldpress.files import path_of, replace_file
 from coldpress.identity import model_facts
 from coldpress.layer import PressedLayer
+from coldpress.offloaded import device_of
 from coldpress.presses.as_data import as_data, from_data
 from coldpress.presses.base import BasePress
 from coldpress.quantised import KVBits, QuantizedRaggedStore, QuantizedStore
@@ -45,8 +47,8 @@ _STORES: dict[str, type[DenseStore | RaggedStore | QuantizedStore | QuantizedRag
     "quantised": QuantizedStore,
     "quantised ragged": QuantizedRaggedStore,
 }
-_MASK = "attention_mask"
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+_ROOM = 1 << 13  # tokens that memory is taken for before they come, or as many as were seen; more when they do
 _AGAIN = "compress the context again and save it"
 
 
@@ -77,7 +79,7 @@ def save_cache(cache: PressedCache, path: str | Path, model: PreTrainedModel, at
                 f"attention_mask must be of all tokens that the cache has seen, {(n_rows, *seen)}, got "
                 f"{tuple(attention_mask.shape)}."
             )
-        tensors[_MASK] = attention_mask.bool()
+        tensors[MASK] = attention_mask.bool()
     elif session.has_padding:
         raise CacheError(
             "The text has padding, which a cache does not know the place of; give attention_mask=, the mask "
@@ -113,28 +115,34 @@ def load_cache(path: str | Path, model: PreTrainedModel, check_model: bool) -> P
     try:
         with path.open("rb") as file:  # once, for it may be replaced at any time
             said = _said(path, _metadata(file))
+            check_said(said, own)
             _check_model(path, said["model"], own, check_model)
             file.seek(0)
             tensors = load(file.read())
+        if digest_of(tensors) != said["sha256"]:
+            raise CacheError(f"{path} is damaged: its numbers are not those that were saved; {_AGAIN}.")
+        press = _press(path, said["press"], model)
+        n_recent = 0 if press is None else press.n_recent_queries
+        check_tensors(said, tensors, sizes_of(model.config.get_text_config(decoder=True)), n_recent)
     except CacheError:
         raise
-    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+    except Malformed as error:
+        reason = f"it cannot say or hold {error}"
+        raise CacheError(f"{path} is damaged or was altered ({reason}); {_AGAIN}.") from error
+    except (OSError, SafetensorError, ValueError, KeyError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CacheError(f"{path} is damaged or no file of a saved cache ({reason}); {_AGAIN}.") from error
-    if digest_of(tensors) != said["sha256"]:
-        raise CacheError(f"{path} is damaged: its numbers are not those that were saved; {_AGAIN}.")
-    press = _press(path, said["press"], model)
     kv_bits = None if said["kv_bits"] is None else KVBits(**said["kv_bits"])
     cache = PressedCache(press, chunk_tokens=said["chunk_tokens"], positions=said["positions"], kv_bits=kv_bits)
     session = cache.session
     session._seed, session.has_padding = said["seed"], said["has_padding"]
-    devices = _devices(model)
+    devices, device = _devices(model), device_of(model) or model.device
     for index, about in enumerate(said["layers"]):
         layer = cache.layer(index)
         if about is not None:
-            _unpack(layer, about, tensors, devices.get(index, model.device))
-    if _MASK in tensors:
-        cache.attention_mask = tensors[_MASK].to(model.device)
+            _unpack(layer, about, tensors, devices.get(index, device))
+    if MASK in tensors:
+        cache.attention_mask = tensors[MASK].to(device)
     return cache
 
 
@@ -207,7 +215,7 @@ def _check_model(path: Path, saved: dict[str, Any], own: dict[str, Any], check_m
     if check_model and saved["weights"] != own["weights"]:
         raise CacheError(
             f"{path} is of a model with the same sizes and other weights{name}: load it with the model and revision "
-            f"that made it, {anyway}."
+            f"that made it, its adapters and hooks as they were, {anyway}."
         )
 
 
@@ -241,6 +249,8 @@ def _press(path: Path, said: dict[str, Any] | None, model: PreTrainedModel) -> B
         if said["goes_on"]:
             raise CacheError(f"{path} goes on being compressed by {said['repr']}: {error}") from error
         return None
+    if press.goes_on != said["goes_on"]:
+        raise Malformed("press.goes_on")
     return press.prepared(model) if press.goes_on else press
 
 
@@ -285,7 +295,7 @@ def _unpack(layer: PressedLayer, said: dict[str, Any], tensors: dict[str, Tensor
     names = [name for name in tensors if name.startswith(prefix)]
     parts = {name.removeprefix(prefix): tensors.pop(name).to(device) for name in names}
     store = {name.removeprefix("store."): part for name, part in parts.items() if name.startswith("store.")}
-    layer._store = _STORES[said["store"]].unpacked(store, said["room"])
+    layer._store = _STORES[said["store"]].unpacked(store, min(said["room"], max(_ROOM, said["seen"])))
     layer._seen, layer._tail_start, layer._window = said["seen"], said["tail_start"], said["window"]
     layer._is_prefilled = said["is_prefilled"]
     layer._kept, layer._carry, layer._fine = parts.get("kept"), parts.get("carry"), parts.get("fine")
@@ -298,10 +308,11 @@ def _unpack(layer: PressedLayer, said: dict[str, Any], tensors: dict[str, Tensor
 
 
 def _devices(model: PreTrainedModel) -> dict[int, torch.device]:
-    """Where the attention layers of ``model`` are, by their index."""
+    """Where the attention layers of ``model`` compute, by their index."""
     found = {}
     for module in model.modules():
-        index, weight = getattr(module, "layer_idx", None), next(module.parameters(), None)
-        if isinstance(index, int) and weight is not None and not weight.is_meta:
-            found[index] = weight.device
+        index = getattr(module, "layer_idx", None)
+        device = device_of(module) if isinstance(index, int) else None
+        if isinstance(index, int) and device is not None:
+            found[index] = device
     return found

@@ -35,13 +35,17 @@ def from_data(data: dict[str, Any]) -> BasePress:
     Raises:
         PressError: there is no such class, or it does not take these parameters.
     """
-    name = data["class"]
+    name, parameters = data.get("class"), data.get("parameters")
+    if not isinstance(name, str) or not isinstance(parameters, dict):
+        raise PressError("A press is described by its class and its parameters, and one of them is missing.")
     cls = next((cls for cls in _subclasses(BasePress) if _name(cls) == name), None)
     if cls is None:
         raise PressError(f"There is no press {name} here; import the module {name.partition(':')[0]} first.")
     try:
-        return cls(**{key: _back(value) for key, value in data["parameters"].items()})
-    except TypeError as error:
+        return cls(**{key: _back(value) for key, value in parameters.items()})
+    except PressError:
+        raise
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:  # of a type that it does not expect
         raise PressError(f"{name} does not take the parameters that are given: {error}.") from error
 
 

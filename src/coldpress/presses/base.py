@@ -398,18 +398,20 @@ def check_budget(press: BudgetPress) -> None:
 
 
 def check_at_least(press: BasePress, minimum: int, *names: str) -> None:
-    """Raise :class:`PressError` unless the named fields are integers of at least ``minimum``."""
+    """Raise :class:`PressError` unless the named fields are integers of at least ``minimum``, and below 2**62."""
     for name in names:
         value = getattr(press, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise PressError(f"{type(press).__name__}: {name} must be an integer >= {minimum}, got {value!r}.")
+        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value < 2**62:
+            below = "" if isinstance(value, float) or not isinstance(value, int) or value < minimum else " and < 2**62"
+            raise PressError(f"{type(press).__name__}: {name} must be an integer >= {minimum}{below}, got {value!r}.")
 
 
 def check_between(press: BasePress, low: float, high: float, *names: str) -> None:
     """Raise :class:`PressError` unless the named fields are numbers from ``low`` to ``high``, both included."""
     for name in names:
         value = getattr(press, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        fits = isinstance(value, float) or (type(value) is int and abs(value) < 2**62)  # torch holds no longer ones
+        if not fits or not low <= value <= high:
             allowed = f">= {low}" if high == float("inf") else f"in [{low}, {high}]"
             raise PressError(f"{type(press).__name__}: {name} must be a number {allowed}, got {value!r}.")
 
