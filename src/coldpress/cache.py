@@ -297,7 +297,7 @@ class PressedCache(Cache):
             layer.cropped_length(max_length)
         super().crop(max_length)
         if not self.seen_tokens:
-            self.attention_mask, self.session.has_padding = None, False
+            self.attention_mask = None
         elif self.attention_mask is not None:
             self.attention_mask = self.attention_mask[:, : self.seen_tokens]
 
