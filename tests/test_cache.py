@@ -200,7 +200,7 @@ def test_a_cache_cropped_to_nothing_is_as_good_as_new(press: BasePress | None, c
     prefill(tiny("llama"), IDS, past)
     new = PressedCache(past.press, chunk_tokens=chunk)
     prefill(tiny("llama"), IDS, new)
-    assert past.stored_lengths() == new.stored_lengths() and not past.session.has_padding
+    assert past.stored_lengths() == new.stored_lengths() and not past.layer(0).has_padding
     assert torch.equal(add(past, FURTHER[:, :3]), add(new, FURTHER[:, :3]))
 
 

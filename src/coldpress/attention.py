@@ -105,7 +105,10 @@ def use_coldpress(model: PreTrainedModel, arithmetic: str | None = None) -> None
 
 
 def _mask(native: str, *args: Any, **kwargs: Any) -> Any:
-    """The 2-D padding mask for a PressedCache (None without padding); transformers' own mask for everything else."""
+    """The 2-D mask for a PressedCache (None if it hides nothing); transformers' own mask for everything else.
+
+    Looking whether it hides anything waits for the device, as transformers' own mask function for sdpa does.
+    """
     session, THREAD.masks_for = THREAD.masks_for, None
     if session is None:
         return ALL_MASK_ATTENTION_FUNCTIONS["eager" if native == "eager" else "sdpa"](*args, **kwargs)
@@ -114,20 +117,22 @@ def _mask(native: str, *args: Any, **kwargs: Any) -> Any:
         raise ModelError("This call needs a custom attention mask, which a PressedCache does not support.")
     padding: Tensor | None = kwargs.get("attention_mask")
     if padding is None:
-        return None
+        return session.note_mask(None, 0)
     seen = kwargs["kv_length"]
     n_queries = kwargs["q_length"] if "q_length" in kwargs else kwargs["cache_position"].shape[0]
+    n_rows = kwargs["batch_size"]
+    if padding.dim() != 2:
+        raise CacheError(
+            f"A PressedCache takes 2-D attention masks ([rows, tokens]) only, got the shape {tuple(padding.shape)}."
+        )
     if padding.shape[1] != seen:
         raise CacheError(
             f"attention_mask has {padding.shape[1]} columns; with this call the cache has seen {seen} tokens "
             f"({seen - n_queries} before, {n_queries} now). Pass a mask for all {seen}, or none."
         )
-    if padding.shape[0] == 1 and n_queries == 1:
-        return padding if seen > 1 and session.has_padding else None  # no device synchronisation while decoding
-    has_padding = not bool(padding.all())
-    for own in (session, *(branch.session for branch in session.live_branches())):
-        own.has_padding = has_padding
-    return padding if has_padding else None
+    if padding.shape[0] != n_rows:
+        raise CacheError(f"attention_mask has {padding.shape[0]} rows and the call {n_rows}; pass a row for each.")
+    return session.note_mask(padding, n_queries)
 
 
 def _refuse(config: Any, name: str) -> None:
@@ -152,7 +157,7 @@ def _attention(
     **kwargs: Any,
 ) -> Attended:
     """What a model calls for one layer: ``query [B, Hq, Q, D]``, ``key`` and ``value [B, Hkv, T, D]``, both final."""
-    if attention_mask is not None and attention_mask.dtype == torch.uint8 and attention_mask.dim() == 4:
+    if torch.compiler.is_compiling() and attention_mask is not None and attention_mask.dtype == torch.uint8:
         return _in_step(native, module, query, key, value, attention_mask, scaling, dropout, **kwargs)
     layer, THREAD.updated = THREAD.updated, None
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
@@ -162,7 +167,7 @@ def _attention(
         for watch in WATCHERS:
             watch(module)
         return _unpressed(native, module, query, key, value, attention_mask, scaling, dropout, **kwargs)
-    if attention_mask is not None and attention_mask.dim() != 2:
+    if attention_mask is not None and (attention_mask.dim() != 2 or attention_mask.dtype != torch.bool):
         raise CacheError(
             f"A PressedCache takes 2-D attention masks ([rows, tokens]) only; {type(module).__name__} was given a 4-D "
             "one, or its model made one."
@@ -194,7 +199,7 @@ def _attention(
         is_local=is_local and window is not None,
         hidden_states=_hidden_states(module),
     )
-    layer.after_attention(call, attention_mask)
+    layer.after_attention(call)
     return result
 
 

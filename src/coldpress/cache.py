@@ -326,7 +326,7 @@ class PressedCache(Cache):
         if self._tokens:
             self._tokens = [torch.cat(self._tokens, dim=1)[:, : self.seen_tokens]]
         if not self.seen_tokens:
-            self.attention_mask, self.session.has_padding = None, False
+            self.attention_mask = None
         elif self.attention_mask is not None:
             self.attention_mask = self.attention_mask[:, : self.seen_tokens]
 

@@ -58,6 +58,7 @@ class PressedLayer(CacheLayerMixin):
         self.index = index  # in cache.layers
         self._window: int | None = None  # sliding window of a layer that forgets what is out of its reach
         self._is_prefilled = False  # the last piece of a prompt in pieces has come
+        self._shown: Tensor | None = None  # as the session's, after the last call
         self._clear()
 
     def _clear(self) -> None:
@@ -124,6 +125,7 @@ class PressedLayer(CacheLayerMixin):
     def get_mask_sizes(self, query: int | Tensor) -> tuple[int, int]:
         self.session.check_claimed()
         THREAD.masks_for, self.session.seen = self.session, self._seen
+        self.session.shown = self._shown
         if self._seen > 0:
             self.session.branches = []  # the prefill is over
         elif self.session.press is not None:
@@ -179,7 +181,7 @@ class PressedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything; the session's press stays."""
-        self._is_prefilled = False
+        self._is_prefilled, self._shown = False, None
         self._clear()
 
     def crop(self, max_length: int) -> None:
@@ -256,6 +258,11 @@ class PressedLayer(CacheLayerMixin):
         return self._pairs_after < self._pairs_before
 
     @property
+    def has_padding(self) -> bool:
+        """Whether there are tokens that no call was shown, by its attention mask."""
+        return self._shown is not None and not bool(self._shown[:, : self._seen].all())
+
+    @property
     def stored_length(self) -> int:
         """Slots in use, T: the length of the stored tensors (of the longest head, where heads differ)."""
         return 0 if self._store is None else self._store.n
@@ -283,14 +290,14 @@ class PressedLayer(CacheLayerMixin):
             return None
         return pad(self._fine, (0, 0, 0, self.stored_length - self._fine.shape[2]))
 
-    def visibility(self, n_queries: int, padding: Tensor | None, sliding_window: int | None) -> Tensor | None:
+    def visibility(self, n_queries: int, mask: Tensor | None, sliding_window: int | None) -> Tensor | None:
         """Which stored slots each of the last ``n_queries`` tokens sees: bool ``[B or 1, Hkv or 1, Q or 1, T]``.
 
         None where every query sees every slot, or where plain causal order says it all (nothing stored before).
 
         Args:
             n_queries: Q, the tokens of this call; they are the last slots.
-            padding: bool ``[B, seen]``, False where a token is padding; None if there is none.
+            mask: bool ``[B, seen]``, False where a token is hidden; None if none is.
             sliding_window: how many tokens back a query sees (itself included), or None.
         """
         assert self._store is not None
@@ -298,7 +305,7 @@ class PressedLayer(CacheLayerMixin):
         before = n_stored - n_queries
         if sliding_window is not None and self._seen <= sliding_window:
             sliding_window = None
-        plain = padding is None and not self._has_gaps and sliding_window is None
+        plain = mask is None and not self._has_gaps and sliding_window is None
         if plain and (n_queries == 1 or before == 0):
             return None
         slot = torch.arange(n_stored, device=device)
@@ -308,19 +315,40 @@ class PressedLayer(CacheLayerMixin):
         if self._has_gaps and self._kept is not None:
             filled = pad(self._kept >= 0, (0, n_stored - n_kept), value=True)
             visible = visible & filled[:, :, None]
-        if padding is not None:
-            real = pad(padding[:, self._tail_start :], (n_kept, 0), value=True)
-            visible = visible & real[:, None, None]
+        if mask is not None:
+            visible = visible & self._unhidden(mask)[:, :, None]
         if sliding_window is not None:
-            position, query_at = self._ranks(padding)
+            position, query_at = self._ranks(self._padding())
             query_at = query_at[..., -n_queries:, None]
             visible = visible & (position[:, :, None] > query_at - sliding_window)
-        return visible | (slot == query_slot)  # a padding query sees itself, so that no row of the softmax is empty
+        if mask is not None and self.session.hides_new:  # no row of the softmax is empty: who sees nothing sees itself
+            visible = visible | ((slot == query_slot) & ~visible.any(-1, keepdim=True))
+        return visible
+
+    def _unhidden(self, mask: Tensor) -> Tensor:
+        """Which stored slots ``mask`` (bool ``[B, seen]``) does not hide: bool ``[B, Hkv or 1, T]``."""
+        tail = mask[:, None, self._tail_start :]
+        if self._kept is None:
+            return tail
+        n_heads, n_kept = self._kept.shape[1:]
+        if not self.session.hides_shown:
+            return pad(tail, (n_kept, 0), value=True)
+        shown = self._padding()
+        assert shown is not None
+        hidden = (shown & ~mask)[:, None].expand(-1, n_heads, -1)
+        kept = ~hidden.gather(2, self._kept.clamp(min=0).long())
+        return torch.cat([kept, tail.expand(-1, n_heads, -1)], dim=-1)
+
+    def _padding(self) -> Tensor | None:
+        """Which of the tokens seen some call was shown, bool ``[B, seen]``; None if all were."""
+        shown = self.session.shown
+        return None if shown is None or self._store is None else shown.to(self._store.device)
 
     def _ranks(self, padding: Tensor | None) -> tuple[Tensor, Tensor]:
         """Positions of the stored slots ``[B or 1, Hkv or 1, T]`` and of all tokens seen ``[B or 1, 1, seen]``.
 
-        Sliding windows count real tokens, as they would in each row alone: padding takes no position.
+        Sliding windows count real tokens, as they would in each row alone: padding takes no position. A token that only
+        some calls hide keeps its own.
         """
         assert self._store is not None
         if padding is None:
@@ -335,7 +363,7 @@ class PressedLayer(CacheLayerMixin):
         return torch.cat([kept, tail.expand(n_batch, n_heads, -1)], dim=-1), rank
 
     def attend(
-        self, query: Tensor, padding: Tensor | None, sliding_window: int | None, scaling: float | None
+        self, query: Tensor, mask: Tensor | None, sliding_window: int | None, scaling: float | None
     ) -> Tensor | None:
         """Attention head by head, ``[B, Q, Hq, Dv]``, where heads are held one after the other.
 
@@ -346,18 +374,20 @@ class PressedLayer(CacheLayerMixin):
             return None
         if sliding_window is not None and self._seen > sliding_window:
             return None
-        if padding is not None and not bool(padding[:, self._tail_start :].all()):
+        if mask is not None and (self.session.hides_shown or not bool(mask[:, self._tail_start :].all())):
             return None
         return self._store.attend(query, scaling)
 
-    def after_attention(self, call: LayerCall, padding: Tensor | None) -> None:
+    def after_attention(self, call: LayerCall) -> None:
         """Compress after the prefill, or each piece of it, or when the press says so; free what no token will see.
+
+        To a press, padding is what no call was shown. A token that only this call hides is none, and may stay.
 
         Args:
             call: what the attention function knows of this layer.
-            padding: bool ``[B, seen]`` or None, as in :meth:`visibility`.
         """
         session = self.session
+        padding = self._padding()
         session.unclaimed = self._offered = None
         if session.look is not None:
             session.look(self, call)
@@ -392,6 +422,7 @@ class PressedLayer(CacheLayerMixin):
             branch.share(self)
             branch._pairs_before = branch._pairs_after = n_pairs
         for layer in (self, *branches):
+            layer._shown = padding
             try:
                 layer._go_on(call, padding, is_prefill, before)
             except Exception as error:
@@ -760,6 +791,8 @@ class PressedLayer(CacheLayerMixin):
         self._carry = self._fine = None
 
     def _index_rows(self, rows: Tensor) -> None:
+        if self._shown is not None:
+            self._shown = self._shown.index_select(0, rows.to(self._shown.device))
         if self._store is None:
             return
         rows = rows.to(self._store.device)

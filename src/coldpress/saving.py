@@ -80,7 +80,7 @@ def save_cache(cache: PressedCache, path: str | Path, model: PreTrainedModel, at
                 f"{tuple(attention_mask.shape)}."
             )
         tensors[MASK] = attention_mask.bool()
-    elif session.has_padding:
+    elif any(layer.has_padding for layer in layers):
         raise CacheError(
             "The text has padding, which a cache does not know the place of; give attention_mask=, the mask "
             f"[rows, tokens] of all {max(seen)} tokens."
@@ -95,7 +95,7 @@ def save_cache(cache: PressedCache, path: str | Path, model: PreTrainedModel, at
             "positions": cache._places,
             "kv_bits": None if cache.kv_bits is None else asdict(cache.kv_bits),
             "seed": session._seed,
-            "has_padding": session.has_padding,
+            "has_padding": any(layer.has_padding for layer in layers),
             "layers": about,
             "sha256": digest_of(tensors),
         }
@@ -135,7 +135,7 @@ def load_cache(path: str | Path, model: PreTrainedModel, check_model: bool) -> P
     kv_bits = None if said["kv_bits"] is None else KVBits(**said["kv_bits"])
     cache = PressedCache(press, chunk_tokens=said["chunk_tokens"], positions=said["positions"], kv_bits=kv_bits)
     session = cache.session
-    session._seed, session.has_padding = said["seed"], said["has_padding"]
+    session._seed = said["seed"]
     devices, device = _devices(model), device_of(model) or model.device
     for index, about in enumerate(said["layers"]):
         layer = cache.layer(index)
@@ -143,6 +143,8 @@ def load_cache(path: str | Path, model: PreTrainedModel, check_model: bool) -> P
             _unpack(layer, about, tensors, devices.get(index, device))
     if MASK in tensors:
         cache.attention_mask = tensors[MASK].to(device)
+        for layer in cache.pressed_layers():
+            layer._shown = cache.attention_mask
     return cache
 
 

@@ -50,7 +50,10 @@ class Session:
         self.unclaimed: PressedLayer | None = None
         self.error: Exception | None = None  # what the press of a branch raised during the shared prefill
         self.seen: int | None = None  # logical length before the call that is under way
-        self.has_padding = False  # of the prompt, by its attention mask
+        # bool [B, seen], False for tokens that no call so far was shown (padding); None: all were shown
+        self.shown: Tensor | None = None
+        self.hides_shown = False  # whether the mask of the call under way hides tokens that an earlier call was shown
+        self.hides_new = False  # whether it hides tokens of its own
         self.token_ids: Tensor | None = None  # int64 [B, T] of the prefill, where somebody told them
         self.find_model: Callable[[], nn.Module | None] = lambda: None  # what runs, inside 'with press(model):'
         self.look: Callable[[PressedLayer, LayerCall], None] | None = None  # shown every call, before anything goes
@@ -87,15 +90,39 @@ class Session:
     def reset(self) -> None:
         self.branches = []
         self.unclaimed = self.error = self.seen = self.prefill_end = self._seed = None
-        self.has_padding = self.was_asked = False
-        self.token_ids = self.earlier_press = None
+        self.shown, self.hides_shown, self.hides_new = None, False, False
+        self.was_asked, self.token_ids, self.earlier_press = False, None, None
         self._ropes = {}  # of the next text's frequencies, should they depend on the text
 
     def follow(self, other: Session) -> None:
         """Take over what is known of the pairs of ``other``'s cache, which this session's cache holds too."""
-        self.rerotates, self.has_padding, self._seed = other.rerotates, other.has_padding, other._seed
+        self.rerotates, self._seed = other.rerotates, other._seed
         self.earlier_press, self.was_asked, self.switch_at = other.earlier_press, other.was_asked, other.switch_at
         self.find_model, self._ropes = other.find_model, dict(other._ropes)
+
+    def note_mask(self, mask: Tensor | None, n_new: int) -> Tensor | None:
+        """Take note of the mask of a call that begins, and return it, or None if it hides nothing.
+
+        Kept pairs are of tokens that were shown. So as long as masks hide what was never shown, no layer has to look up
+        which of its kept pairs a mask hides.
+
+        Args:
+            mask: bool ``[B, seen]``, the ``n_new`` tokens of the call last; False where a token is hidden.
+        """
+        shown, self.shown, self.hides_shown, self.hides_new = self.shown, None, False, False
+        if mask is None or bool(mask.all()):
+            return None
+        n = mask.shape[1] - n_new
+        self.hides_new = not bool(mask[:, n:].all())
+        if shown is not None and torch.equal(shown[:, :n], mask[:, :n]):
+            self.shown = torch.cat([shown[:, :n], mask[:, n:]], dim=1)  # the mask itself may change later
+            return mask
+        before = mask.new_ones(mask.shape[0], n)
+        if shown is not None:
+            before[:, : shown.shape[1]] = shown[:, :n]
+        self.hides_shown = bool((before & ~mask[:, :n]).any())
+        self.shown = torch.cat([before | mask[:, :n], mask[:, n:]], dim=1)
+        return mask
 
     def rope(self, module: nn.Module, device: torch.device) -> Rope | None:
         """The rotary embedding of ``module``; built once for each kind of layer."""
