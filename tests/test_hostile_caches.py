@@ -25,6 +25,7 @@ from coldpress import (
     PressedCache,
     SnapKVPress,
     ThinKPress,
+    prefill,
 )
 from coldpress.artefacts import digest_of
 from coldpress.cache_argument import cache_argument
@@ -54,7 +55,14 @@ def in_pieces() -> PressedCache:
     return past
 
 
+def told() -> PressedCache:
+    past = PressedCache(KnormPress(0.5))
+    prefill(tiny("llama"), IDS, past)
+    return past
+
+
 CACHES: dict[str, Callable[[], PressedCache]] = {
+    "told": told,
     "whole": lambda: prefilled(ids=IDS),
     "dense": lambda: decoded(prefilled(SnapKVPress(0.5, window_size=8), ids=IDS)),
     "ragged": lambda: decoded(prefilled(AdaKVPress(KnormPress(0.8)), ids=IDS)),

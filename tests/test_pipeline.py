@@ -581,7 +581,9 @@ READING: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("options", READING, ids=lambda options: next(iter(options)))
-def test_options_that_read_the_text_see_the_cached_context(tokenizer: Any, options: dict[str, Any]) -> None:
+def test_options_that_read_the_text_see_the_cached_context(
+    tokenizer: Any, options: dict[str, Any], tmp_path: Path
+) -> None:
     """Its place was taken by token 0, which is the end of text of Pythia."""
     model = AutoModelForCausalLM.from_pretrained(DEMO).eval()  # trained: it repeats what it reads
     pipe = pipeline(TASKS[0], model=model, tokenizer=tokenizer, device="cpu", max_new_tokens=8)
@@ -595,7 +597,9 @@ def test_options_that_read_the_text_see_the_cached_context(tokenizer: Any, optio
     with SnapKVPress(0.0)(model):
         model(encode(tokenizer, "<|endoftext|>" + CONTEXT), **cache_argument(in_block))
     model(encode(tokenizer, "<|endoftext|>" + CONTEXT), **cache_argument(bare))
-    for cache in (told, by_prefill, in_block):
+    told.save(tmp_path / "told.safetensors", model)
+    loaded = PressedCache.load(tmp_path / "told.safetensors", model)
+    for cache in (told, by_prefill, in_block, loaded):
         assert pipe(question="Who?", cache=cache, **options) == {"answer": expected}
     fed = Fed(model)
     with pytest.raises(InputError, match=f"{next(iter(options))} reads the tokens of the context"):

@@ -217,7 +217,8 @@ class PressedCache(Cache):
         """Write all that is needed to go on from here to a file; :meth:`load` reads it.
 
         The file is as large as what the cache holds, without room to grow. It is there whole or not at all. Beside the
-        tensors it says which model and press made them; neither the text nor its tokens are in it.
+        tensors it says which model and press made them. The tokens are in it where the cache knows them
+        (:attr:`token_ids`), so whoever has the file can read the text.
 
         Args:
             path: the file; one that is there is replaced.

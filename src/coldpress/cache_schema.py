@@ -14,9 +14,10 @@ from torch import Tensor
 
 from coldpress.quantised import KVBits
 
-__all__ = ["MASK", "Malformed", "check_said", "check_tensors", "sizes_of"]
+__all__ = ["MASK", "TOKENS", "Malformed", "check_said", "check_tensors", "sizes_of"]
 
 MASK = "attention_mask"
+TOKENS = "token_ids"
 STORES = ("dense", "ragged", "thin", "quantised", "quantised ragged")
 _MOST = 2**40  # of a number of tokens: no text is longer, and sums of such numbers are exact
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -126,6 +127,7 @@ def sizes_of(config: Any) -> dict[str, set[int]]:
         "heads": {heads},
         "head_dim": {head_dim or config.hidden_size // heads},
         "hidden_size": {config.hidden_size},
+        "vocab_size": {config.vocab_size},
     }
     names = {"kv_heads": ("key_value_heads", "kv_heads"), "heads": ("attention_heads",), "head_dim": ("head_dim",)}
     for size, parts in names.items():
@@ -140,7 +142,7 @@ def check_tensors(said: dict[str, Any], tensors: Parts, sizes: dict[str, set[int
 
     Args:
         said: as :func:`check_said` has checked it.
-        tensors: ``layers.I.NAME``, and the mask.
+        tensors: ``layers.I.NAME``, the mask, and the tokens.
         sizes: of the model, from :func:`sizes_of`.
         n_recent: queries that the press remembers, 0 for none.
 
@@ -161,7 +163,12 @@ def check_tensors(said: dict[str, Any], tensors: Parts, sizes: dict[str, set[int
     seen = next(layer["seen"] for layer in said["layers"] if layer is not None)
     mask = _Layer(tensors).maybe(MASK, torch.bool, *rows, seen)
     _need(mask is not None or not said["has_padding"], f"{MASK}, which is not there")
-    left = next((name for name in tensors if name != MASK and not _is_of_a_layer(name, said["layers"])), None)
+    tokens = _Layer(tensors).maybe(TOKENS, torch.int64, *rows, seen)
+    if tokens is not None:
+        _need(bool(((tokens >= 0) & (tokens < max(sizes["vocab_size"]))).all()), f"{TOKENS} beyond the vocabulary")
+    left = next(
+        (name for name in tensors if name not in (MASK, TOKENS) and not _is_of_a_layer(name, said["layers"])), None
+    )
     _need(left is None, f"{left}, which belongs to nothing")
 
 

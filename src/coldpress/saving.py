@@ -23,7 +23,7 @@ from transformers.modeling_utils import PreTrainedModel
 import coldpress
 from coldpress.artefacts import digest_of
 from coldpress.cache import PressedCache
-from coldpress.cache_schema import MASK, Malformed, check_said, check_tensors, sizes_of
+from coldpress.cache_schema import MASK, TOKENS, Malformed, check_said, check_tensors, sizes_of
 from coldpress.errors import CacheError, OutputError, PressError
 from coldpress.files import path_of, replace_file
 from coldpress.identity import model_facts
@@ -85,6 +85,8 @@ def save_cache(cache: PressedCache, path: str | Path, model: PreTrainedModel, at
             "The text has padding, which a cache does not know the place of; give attention_mask=, the mask "
             f"[rows, tokens] of all {max(seen)} tokens."
         )
+    if cache.token_ids is not None:
+        tensors[TOKENS] = cache.token_ids.long()
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     said = json.dumps(
         {
@@ -145,6 +147,8 @@ def load_cache(path: str | Path, model: PreTrainedModel, check_model: bool) -> P
         cache.attention_mask = tensors[MASK].to(device)
         for layer in cache.pressed_layers():
             layer._shown = cache.attention_mask
+    if TOKENS in tensors:
+        cache.remember(tensors[TOKENS].to(device))
     return cache
 
 
