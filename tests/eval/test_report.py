@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from coldpress.eval.report import describe, groups, show, table
+import pytest
+
+from coldpress.eval.report import check_record, describe, groups, show, table
 
 ENV = {"transformers": "5.0", "torch": "2.0", "cpu": "a CPU", "threads": 2}
 RECORD: dict[str, Any] = {

@@ -40,6 +40,7 @@ _NOT_SETTINGS = (
     "compression_ratio",
     *BUDGETS,
     "press_args",
+    "add_bos",
     *("kv_bits", "kv_group_size", "kv_residual_tokens"),
     *("engine", "ray_address", "workers"),
 )  # elsewhere in the record, or beside it
