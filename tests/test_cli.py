@@ -472,6 +472,19 @@ def test_names_of_files_do_not_collide(run: Run, tiny: Path, data: Path, tmp_pat
     assert len(os.listdir(tmp_path / "results")) == len(files) + 2
 
 
+def test_windows_with_and_without_a_bos_token_are_two_results(run: Run) -> None:
+    for how in (["--add_bos"], ["--add_bos", "no"], [], ["--add_bos", "yes"]):
+        done = run("--press", "knorm", *QUALITY, *how)
+        assert done.code == 0, done.err
+    with_bos, without = sorted(done.records, key=lambda record: not record["add_bos"])
+    assert with_bos["protocol"] == f"{without['protocol']}-bos" and with_bos["loss"] != without["loss"]
+    assert with_bos["scored_tokens"] == without["scored_tokens"]
+    assert with_bos["scored_bytes"] == without["scored_bytes"]
+    assert "add_bos" not in with_bos["settings"]
+    done = run("--add_bos", "perhaps", *QUALITY)
+    assert done.code == 2 and "must be yes or no, got 'perhaps'" in done.err
+
+
 def test_progress_and_notes_are_lines_where_there_is_no_terminal(run: Run) -> None:
     done = run("--press", "knorm", "--ppl_apply_press", *SMALL, "--context_limit", "4096")
     assert "\r" not in done.err

@@ -35,6 +35,12 @@ class _Several(argparse.Action):
         setattr(namespace, self.dest, [value for part in values for value in part])
 
 
+def _yes_or_no(text: str) -> bool:
+    if text not in ("yes", "no"):
+        raise argparse.ArgumentTypeError(f"must be yes or no, got {text!r}")
+    return text == "yes"
+
+
 def _listed(one: Callable[[str], Any], choices: Sequence[Any] = ()) -> Callable[[str], list[Any]]:
     """What reads values of the type ``one`` with commas between them; what ends in a comma is as without it."""
 
@@ -155,6 +161,14 @@ def _add_windows(group: Any) -> None:
     add = group.add_argument
     add("--context_tokens", type=_positive, help="tokens compressed in each window (default: 3/4 of the positions)")
     add("--target_tokens", type=_positive, help="tokens scored after them (default: 1/4 of the positions)")
+    add(
+        "--add_bos",
+        nargs="?",
+        const=True,
+        type=_yes_or_no,
+        metavar="yes|no",
+        help="begin each window or text with the BOS token (default: as the tokenizer begins a text)",
+    )
     add("--limit_tokens", type=_positive, help="use only the first so many tokens of the text")
     add("--max_documents", type=_positive, help="under presses or streaming: no more than the first so many texts")
     add("--max_windows", type=_positive, help="under presses: no more than the first so many windows of each text")

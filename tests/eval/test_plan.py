@@ -198,8 +198,63 @@ def test_unknown_bytes_are_said() -> None:
     assert plan(TEXT, speed_only=True, tokenizer=Slow()).notes[-1].startswith("a timed context")
 
 
-def test_only_presets_take_the_tokenizers_first_token() -> None:
-    assert plan(TEXT, ppl_only=True, tokenizer=Characters(7)).documents[0][0] == ord("a")
+class Silent(Characters):
+    """Has a BOS token, and begins no text with it."""
+
+    def __call__(self, text: str, add_special_tokens: bool, verbose: bool, **options: Any) -> dict[str, list[Any]]:
+        return super().__call__(text, False, verbose, **options)
+
+
+SHORT = TEXT[:60]
+SCORED = [
+    {"ppl_apply_press": True, "ppl_only": True},
+    {"ppl_only": True},
+    {"ppl_mode": "streaming", "stream_chunk": 16},
+]
+
+
+@pytest.mark.parametrize("settings", SCORED)
+def test_what_is_scored_begins_as_the_tokenizer_begins_a_text(settings: dict[str, Any]) -> None:
+    plain, made = plan(SHORT, **settings), plan(SHORT, tokenizer=Characters(7), **settings)
+    assert made.protocol == f"{plain.protocol}-bos" and made.add_bos and not plain.add_bos
+    assert made.notes[0].startswith("the tokenizer begins texts with its BOS token") and plain.notes == made.notes[1:]
+    assert made.total_tokens == plain.total_tokens == len(SHORT)
+    for same in (
+        plan(SHORT, tokenizer=Silent(7), **settings),
+        plan(SHORT, tokenizer=Characters(7), add_bos=False, **settings),
+    ):
+        assert (same.protocol, same.add_bos, same.notes) == (plain.protocol, False, plain.notes)
+    asked = plan(SHORT, tokenizer=Silent(7), add_bos=True, **settings)
+    assert (asked.protocol, asked.add_bos, asked.notes) == (made.protocol, True, plain.notes)
+    with pytest.raises(InputError, match=r"--add_bos needs a BOS token, and the tokenizer of m has none; leave"):
+        plan(SHORT, add_bos=True, **settings)
+
+
+def test_the_bos_token_takes_the_place_of_each_windows_first_token() -> None:
+    sizes = {"ppl_apply_press": True, "ppl_only": True, "context_tokens": 20, "target_tokens": 8, "stride": 9}
+    plain, made = plan(TEXT, **sizes), plan(TEXT, tokenizer=Characters(7), **sizes)
+    assert plain.windows is not None and made.windows is not None
+    without, with_bos = (
+        [window.tolist() for window in one.windows[0].windows(one.documents[0])]  # type: ignore[index]
+        for one in (plain, made)
+    )
+    assert len(without) == 20
+    assert with_bos == [[7, *window[1:]] for window in without]  # windows share context, and no BOS token
+    assert made.documents[0].tolist() == plain.documents[0].tolist()
+
+
+@pytest.mark.parametrize("settings", SCORED[1:])
+def test_a_text_that_is_read_from_its_beginning_has_the_bos_token_before_it(settings: dict[str, Any]) -> None:
+    made = plan(SHORT, tokenizer=Characters(7), **settings)
+    assert made.documents[0].tolist() == [7, *map(ord, SHORT)]
+    assert made.token_bytes[0] is not None and made.token_bytes[0][:2].tolist() == [0, 1]
+
+
+def test_presets_say_how_texts_begin() -> None:
     made = plan(TEXT, ppl_preset="gptq", tokenizer=Characters(7))
     assert made.documents[0][:2].tolist() == [7, ord("a")] and made.add_bos
     assert not plan(TEXT, ppl_preset="gptq").add_bos
+    with pytest.raises(InputError, match="--ppl_preset gptq says how texts begin; leave --add_bos out"):
+        plan(TEXT, ppl_preset="gptq", add_bos=True)
+    with pytest.raises(InputError, match="--speed_only measures none"):
+        plan(TEXT, speed_only=True, add_bos=True)

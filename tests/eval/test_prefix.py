@@ -415,6 +415,17 @@ def test_an_interruption_within_a_window_leaves_the_windows_before_it(model: Pre
     assert [only(result)["windows"] for _, result in run.results()] == [2, 2, 2, 2]
 
 
+def test_windows_with_a_bos_token_are_measured_with_it(model: PreTrainedModel, text: Tensor) -> None:
+    width, bos = CONTEXT + TARGET, 5
+    replaced = text.clone()
+    replaced[::width] = bos
+    expected = measure(model, [KnormPress(0.5)], [replaced])[1]
+    run = PrefixRun(model, [KnormPress(0.5)], [(text, plan_prefix(len(text), CONTEXT, TARGET, bos=bos))])
+    run.run()
+    assert [result for _, result in run.results()] == expected
+    assert expected != measure(model, [KnormPress(0.5)], [text])[1]
+
+
 # A context in pieces
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from coldpress.eval.report import describe, groups, show, table
+import pytest
+
+from coldpress.eval.report import check_record, describe, groups, show, table
 
 ENV = {"transformers": "5.0", "torch": "2.0", "cpu": "a CPU", "threads": 2}
 RECORD: dict[str, Any] = {
@@ -74,6 +76,18 @@ def test_who_removed_nothing_is_named_under_the_table() -> None:
     think = {**whole, "press": "think", "kv_bytes": 1500}  # fewer channels, the same pairs
     zero = {**whole, "press": "knorm", "compression_ratio": 0.0}
     assert "Nothing" not in show([RECORD, PRESSED, think, zero])
+
+
+def test_a_speed_up_stands_beside_what_it_follows_from_and_its_spread() -> None:
+    spreads = {"tpot_ms_spread": {"min": 2, "max": 3.5}, "decode_speedup_spread": {"min": 0.8, "max": 1.5}}
+    row = {**PRESSED, **TIMED, "decode_speedup": 1.2, "tpot_ms_baseline": 3.0, **spreads}
+    header, _, line = cells(table([row]).split("\n\n")[1])
+    shown = dict(zip(header, line, strict=True))
+    assert (shown["TPOT ms"], shown["TPOT uncompressed"]) == ("2.50 (2.00 to 3.50)", "3.00")
+    assert shown["decode speed-up"] == "1.20x (0.80x to 1.50x)"
+    check_record(row)
+    with pytest.raises(ValueError, match="decode_speedup_spread must be an object with min and max"):
+        check_record({**row, "decode_speedup_spread": {"min": 1}})
 
 
 def test_speed_has_a_table_of_its_own_without_what_was_not_timed() -> None:

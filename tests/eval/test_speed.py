@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -180,13 +182,16 @@ def test_the_clock_is_read_before_the_prefill_after_the_first_id_and_at_the_end(
         {"prefill_ns": 2 * 10**9, "decode_ns": 11 * 10**9, "n_tokens": NEW},
         {"prefill_ns": 3 * 10**9, "decode_ns": 22 * 10**9, "n_tokens": NEW},
     ]
-    assert record["ttft_s"] == 2.5
+    assert record["timed_round"] == 1 and record["ttft_s"] == 2 and record["total_s"] == 13
     assert record["ttft_s_spread"] == {"min": 2.0, "max": 3.0, "sd": pytest.approx(0.5**0.5)}
-    assert record["tpot_ms"] == pytest.approx(1500)  # (total - TTFT) / (n - 1): 1 s and 2 s a token
-    assert record["decode_tokens_per_s"] == pytest.approx(0.75)
+    assert record["tpot_ms"] == pytest.approx(
+        1000
+    )  # (total - TTFT) / (n - 1): 1 s a token in the first round, 2 s in the other
+    assert record["tpot_ms_spread"] == {"min": 1000, "max": 2000, "sd": pytest.approx(1000 * 0.5**0.5)}
+    assert record["decode_tokens_per_s"] == pytest.approx(1)
     assert record["speed_tokens_per_s"] == record["decode_tokens_per_s"]
-    assert record["prefill_tokens_per_s"] == pytest.approx((CONTEXT / 2 + CONTEXT / 3) / 2)
-    assert record["generation_tokens_per_s"] == pytest.approx((12 / 13 + 12 / 25) / 2)
+    assert record["prefill_tokens_per_s"] == pytest.approx(CONTEXT / 2)
+    assert record["generation_tokens_per_s"] == pytest.approx(12 / 13)
     assert record["context_tokens"] == CONTEXT
     assert record["generated_tokens"] == NEW
     assert record["kv_bytes"] == record["kv_bytes_baseline"] == KV_BYTES
@@ -210,8 +215,51 @@ def test_the_speed_up_is_that_of_a_token_in_the_same_round(model: PreTrainedMode
     base, press = measured.points
     base.samples = [Sample(1, 100, 11), Sample(1, 300, 11)]
     press.samples = [Sample(1, 40, 5), Sample(1, 100, 11)]  # an early end of text is not a speed-up
-    assert measured.result(press)["decode_speedup"] == pytest.approx((1.0 + 3.0) / 2)
+    found = measured.result(press)
+    assert found["decode_speedup"] == pytest.approx(1.0) and found["timed_round"] == 1  # of two the smaller
+    assert found["decode_speedup_spread"] == {"min": 1.0, "max": pytest.approx(3.0), "sd": pytest.approx(2**0.5)}
+    base.samples.append(Sample(1, 200, 11))
+    press.samples.append(Sample(1, 100, 11))
+    found = measured.result(press)
+    assert found["decode_speedup"] == pytest.approx(2.0) and found["timed_round"] == 3
     assert "decode_speedup" not in measured.result(base)
+
+
+def test_rounds_are_paired_though_one_ended_at_its_first_token(model: PreTrainedModel, text: Tensor) -> None:
+    measured = SpeedRun(model, text[None, :CONTEXT], [None, KnormPress(0.5)], max_new_tokens=NEW)
+    base, press = measured.points
+    base.samples = [Sample(1, 100, 1), Sample(1, 300, 11)]
+    press.samples = [Sample(1, 100, 11), Sample(1, 100, 11)]
+    assert measured.result(press)["decode_speedup"] == pytest.approx(3.0)
+    base.samples = base.samples[:1]
+    alone = measured.result(press)
+    assert alone["decode_speedup"] is alone["tpot_ms_baseline"] is None and alone["tpot_ms"] is not None
+
+
+NS = st.integers(1, 10**12)
+ROUND = st.tuples(NS, NS, NS, NS, st.integers(2, 300))
+
+
+@given(rounds=st.lists(ROUND, min_size=1, max_size=9), decode_only=st.booleans())
+def test_the_numbers_of_a_row_agree(rounds: list[tuple[int, int, int, int, int]], decode_only: bool) -> None:
+    """What a row shows of TTFT, TPOT, total, throughput and speed-up follows from one another by arithmetic."""
+    measured = SpeedRun(None, torch.zeros(1, CONTEXT), [None, KnormPress(0.5)], max_new_tokens=NEW)  # type: ignore[arg-type]
+    base, press = measured.points
+    base.samples = [Sample(None if decode_only else a, b, n) for a, b, _, _, n in rounds]
+    press.samples = [Sample(None if decode_only else c, d, n) for _, _, c, d, n in rounds]
+    for point in (base, press):
+        row = measured.result(point)
+        n, ttft_s = row["generated_tokens"], row["ttft_s"] or 0.0
+        assert row["total_s"] == pytest.approx(ttft_s + row["tpot_ms"] * (n - 1) / 1e3)
+        n_timed = n - 1 if decode_only else n
+        assert row["generation_tokens_per_s"] == pytest.approx(n_timed / row["total_s"])
+        assert row["decode_tokens_per_s"] == pytest.approx(1e3 / row["tpot_ms"])
+        assert row["tpot_ms_spread"]["min"] <= row["tpot_ms"] <= row["tpot_ms_spread"]["max"]
+    assert row["decode_speedup"] == pytest.approx(row["tpot_ms_baseline"] / row["tpot_ms"])
+    ratios = sorted(b.decode_ns / own.decode_ns for b, own in zip(base.samples, press.samples, strict=True))
+    assert row["decode_speedup"] == pytest.approx(ratios[(len(ratios) - 1) // 2])
+    spread = row["decode_speedup_spread"]
+    assert (spread["min"], spread["max"]) == pytest.approx((ratios[0], ratios[-1]))
 
 
 def test_the_cache_of_one_press_is_gone_when_the_next_one_runs(

@@ -109,7 +109,8 @@ _TASK = {
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("ppl_ratio_ci95", "ppl_ci95"), (_is_pair, "two numbers")),
     **dict.fromkeys(
-        ("bits_per_byte", "top1_acc", "decode_tokens_per_s", "peak_mem_baseline_bytes"), (is_number, "a number")
+        ("bits_per_byte", "top1_acc", "decode_tokens_per_s", "peak_mem_baseline_bytes", "total_s", "timed_round"),
+        (is_number, "a number"),
     ),
     **dict.fromkeys(("error", "command", "timestamp", "kept_hash", "ppl_preset"), (_is_text, "a text")),
     **dict.fromkeys(("nll_by_distance", "delta_p"), (_numbers, "an object of numbers")),

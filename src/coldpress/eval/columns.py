@@ -44,6 +44,20 @@ def _plain(key: str, digits: int, factor: float = 1.0, unit: str = "") -> Callab
     return cell
 
 
+def _spread(key: str, digits: int, unit: str = "") -> Callable[[Point], Cell]:
+    """A number with the smallest and the largest of its rounds, where these are recorded."""
+
+    def cell(point: Point) -> Cell:
+        value, spread = point.record.get(key), point.record.get(f"{key}_spread")
+        if value is None or spread is None or spread["min"] == spread["max"]:
+            return _plain(key, digits, 1, unit)(point)
+        return Cell(
+            f"{number(value, digits)}{unit} [{number(spread['min'], digits)}, {number(spread['max'], digits)}]", value
+        )
+
+    return cell
+
+
 def _inside(key: str, inner: str, digits: int) -> Callable[[Point], Cell]:
     def cell(point: Point) -> Cell:
         value = (point.record.get(key) or {}).get(inner)
@@ -127,8 +141,13 @@ _SIZES: tuple[_Column, ...] = (
 )
 _SPEED: tuple[_Column, ...] = (
     ("decode tok/s", "tokens a second after the first", _plain("decode_tokens_per_s", 1)),
-    ("speed-up", "of decoding against the uncompressed cache", _plain("decode_speedup", 2, 1, "×")),
-    ("TPOT ms", "time per output token after the first", _plain("tpot_ms", 2)),
+    (
+        "speed-up [rounds]",
+        "of decoding against the uncompressed cache in the same round",
+        _spread("decode_speedup", 2, "×"),
+    ),
+    ("TPOT ms [rounds]", "time per output token after the first", _spread("tpot_ms", 2)),
+    ("TPOT uncompressed", "that of the uncompressed cache in the same round, ms", _plain("tpot_ms_baseline", 2)),
     ("TTFT s", "time to the first token, compression included", _plain("ttft_s", 3)),
     ("prefill tok/s", "tokens of the context a second", _plain("prefill_tokens_per_s", 0)),
     ("peak", "peak memory", _count("peak_mem_bytes")),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from coldpress.errors import DataError, InputError
 from coldpress.eval.datasets import Corpus
-from coldpress.eval.presets import plan_preset
+from coldpress.eval.presets import adds_bos, plan_preset, prefixed
 from coldpress.eval.settings import Settings
 from coldpress.eval.tokens import Tokens, tokenize
 from coldpress.eval.windows import PrefixPlan, plan_prefix, plan_strided
@@ -26,7 +26,7 @@ class Plan:
 
     Attributes:
         protocol: the name of the way perplexity is measured, its sizes included; ``speed`` when it is not; ends in
-            ``-chunkN`` where prompts come in pieces.
+            ``-bos`` where windows or texts begin with the BOS token, then ``-chunkN`` where prompts come in pieces.
         doc_ids: the documents that are scored, or timed when nothing is scored.
         documents: their token ids, int64 ``[N]`` each.
         total_tokens: of the whole text, after ``--limit_tokens``.
@@ -39,7 +39,7 @@ class Plan:
         token_bytes: UTF-8 bytes that each token of ``documents`` stands for, int64 ``[N]`` each, or None where the
             tokenizer does not say (:func:`coldpress.eval.tokens.token_bytes`).
         preset: the name of the preset (:mod:`coldpress.eval.presets`) that cuts the documents; None without one.
-        add_bos: whether the tokenizer's own first token stands before them.
+        add_bos: whether the tokenizer's BOS token begins them, or each of the windows.
         units: words and bytes of each document, as lm-eval counts them; None but for that preset.
     """
 
@@ -77,23 +77,27 @@ def make_plan(settings: Settings, corpus: Corpus, tokenizer: Any, max_positions:
     if s.ppl_preset is not None:
         return _preset(s, corpus, tokenizer, limit)
     documents = scored = tokenize(corpus, tokenizer, s.limit_tokens)
+    bos = _bos(s, tokenizer, limit)
     max_length = stride = windows = context_ids = None
     protocol = "speed"
     stream_limit = None
     if s.ppl_mode == "streaming":
         protocol = f"stream-K{s.stream_chunk}"
-        documents = scored = documents[: s.max_documents]
-        stream_limit = _stream_limit(s, max(len(tokens.ids) for tokens in documents), limit)
+        documents = documents[: s.max_documents]
+        scored = [_begun(tokens, bos) for tokens in documents]
+        stream_limit = _stream_limit(s, max(len(tokens.ids) for tokens in scored), limit)
     elif s.ppl_apply_press:
-        scored, windows = _prefix_windows(s, documents, limit)
+        scored, windows = _prefix_windows(s, documents, limit, bos)
         first = windows[0]
         protocol = f"prefix-C{first.context}-T{first.target}-S{first.stride}"
     elif not s.speed_only:
         max_length = limit.within(s.max_length or limit.positions, "--max_length")
         stride = s.stride or min(512, max_length)
         protocol = f"strided-L{max_length}-S{stride}"
-        for tokens in documents:
+        scored = [_begun(tokens, bos) for tokens in documents]
+        for tokens in scored:
             plan_strided(len(tokens.ids), max_length, stride)  # raises what the run would raise
+    protocol += "-bos" if bos is not None else ""
     if s.chunk_tokens is not None:
         protocol += f"-chunk{s.chunk_tokens}"
     if not s.ppl_only:
@@ -110,7 +114,29 @@ def make_plan(settings: Settings, corpus: Corpus, tokenizer: Any, max_positions:
         context_ids=context_ids,
         notes=tuple(limit.notes),
         stream_limit=stream_limit,
+        add_bos=bos is not None,
     )
+
+
+def _bos(s: Settings, tokenizer: Any, limit: _Limit) -> int | None:
+    """The token that windows and texts begin with: if nothing else is asked for, the one the tokenizer begins with."""
+    bos: int | None = getattr(tokenizer, "bos_token_id", None)
+    if s.speed_only or s.add_bos is False:
+        return None
+    if s.add_bos is None:
+        if not adds_bos(tokenizer):
+            return None
+        limit.notes.append(
+            "the tokenizer begins texts with its BOS token, and so does each window or text that is scored "
+            "(--add_bos no leaves it out)."
+        )
+    elif bos is None:
+        raise InputError(f"--add_bos needs a BOS token, and the tokenizer of {s.model} has none; leave --add_bos out.")
+    return bos
+
+
+def _begun(tokens: Tokens, bos: int | None) -> Tokens:
+    return tokens if bos is None else prefixed(tokens, bos)
 
 
 def _preset(s: Settings, corpus: Corpus, tokenizer: Any, limit: _Limit) -> Plan:
@@ -171,7 +197,9 @@ class _Limit:
         return self.positions
 
 
-def _prefix_windows(s: Settings, documents: list[Tokens], limit: _Limit) -> tuple[list[Tokens], tuple[PrefixPlan, ...]]:
+def _prefix_windows(
+    s: Settings, documents: list[Tokens], limit: _Limit, bos: int | None
+) -> tuple[list[Tokens], tuple[PrefixPlan, ...]]:
     """The documents that are long enough, and their windows of a context and the targets after it."""
     base = limit.within(s.max_length, "--max_length") if s.max_length else limit.positions
     longest = max(len(tokens.ids) for tokens in documents)
@@ -197,7 +225,8 @@ def _prefix_windows(s: Settings, documents: list[Tokens], limit: _Limit) -> tupl
         limit.notes.append(f"{len(documents) - len(fitting)} document(s) shorter than {width} tokens are left out.")
     chosen = fitting[: s.max_documents] or documents[:1]  # that is too short, which plan_prefix says
     sizes = context, target, s.stride
-    return chosen, tuple(plan_prefix(len(tokens.ids), *sizes, max_windows=s.max_windows) for tokens in chosen)
+    plans = (plan_prefix(len(tokens.ids), *sizes, max_windows=s.max_windows, bos=bos) for tokens in chosen)
+    return chosen, tuple(plans)
 
 
 def _stream_limit(s: Settings, longest: int, limit: _Limit) -> int | None:

@@ -82,8 +82,7 @@ class PrefixRun(PointRun[Measured]):
     ):
         self.ledger, self.plan = ledger, documents[0][1]
         self.work = WindowWork(self.plan.context, self.plan.scored_per_window, chunk_tokens, greedy_tokens, seed)
-        width = self.plan.context + self.plan.target
-        windows = [ids[start : start + width] for ids, plan in documents for start in plan.starts]
+        windows = [window for ids, plan in documents for window in plan.windows(ids)]
         self.window_bytes = _bytes_of_windows(documents, token_bytes)
         self.batches = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
         kv_bits = [None] * len(presses) if kv_bits is None else kv_bits

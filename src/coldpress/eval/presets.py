@@ -27,7 +27,18 @@ from coldpress.eval.settings import PPL_PRESETS, Settings
 from coldpress.eval.tokens import Tokens, tokenize
 from coldpress.eval.windows import Window, plan_disjoint, plan_rolling, plan_second_half, plan_strided
 
-__all__ = ["PRESETS", "Preset", "PresetPlan", "detokenised", "laid_out", "pages", "plan_preset", "wiki_raw"]
+__all__ = [
+    "PRESETS",
+    "Preset",
+    "PresetPlan",
+    "adds_bos",
+    "detokenised",
+    "laid_out",
+    "pages",
+    "plan_preset",
+    "prefixed",
+    "wiki_raw",
+]
 
 
 class Preset(NamedTuple):
@@ -170,7 +181,7 @@ def plan_preset(s: Settings, corpus: Corpus, tokenizer: Any, limit: Any) -> Pres
             f"the text did not come as rows of WikiText; {name} takes it as it is, each document by itself"
             f"{', and does not detokenise it' if name == 'lm-eval' else ''}."
         )
-    units, add_bos = None, _adds_bos(tokenizer)
+    units, add_bos = None, adds_bos(tokenizer)
     if name == "lm-eval":
         documents, units = _after_a_prefix(s, corpus, tokenizer)
     elif name == "llamacpp":
@@ -213,7 +224,7 @@ def _stride(length: int) -> int:
     return STRIDE if length > STRIDE else max(1, length // 4)
 
 
-def _adds_bos(tokenizer: Any) -> bool:
+def adds_bos(tokenizer: Any) -> bool:
     """Whether the tokenizer puts the token for the beginning of a text before each text."""
     bos = getattr(tokenizer, "bos_token_id", None)
     if bos is None:
@@ -226,13 +237,15 @@ def _adds_bos(tokenizer: Any) -> bool:
 
 def _with_bos(tokens: Tokens, bos: int, length: int) -> Tokens:
     """``bos`` before the text and, afterwards, in the place of the first token of each window, which is not scored."""
-    tokens = _prefixed(tokens, bos)
+    tokens = prefixed(tokens, bos)
     ids = tokens.ids.clone()
     ids[::length] = bos
     return tokens._replace(ids=ids)
 
 
-def _prefixed(tokens: Tokens, token: int) -> Tokens:
+def prefixed(tokens: Tokens, token: int) -> Tokens:
+    """The same text after a token that stands for no bytes."""
+
     def before(column: Tensor, value: int) -> Tensor:
         return torch.cat([torch.tensor([value]), column])
 
@@ -252,7 +265,7 @@ def _after_a_prefix(s: Settings, corpus: Corpus, tokenizer: Any) -> tuple[list[T
         if left is not None and len(tokens.ids) > left:
             break
         left = None if left is None else left - len(tokens.ids)
-        kept.append(_prefixed(tokens, first))
+        kept.append(prefixed(tokens, first))
     if not kept:
         raise DataError(
             f"--ppl_preset lm-eval scores whole documents, and the first has {len(every[0].ids)} tokens; give a larger "

@@ -26,6 +26,7 @@ METRICS = (
     *("context_tokens", "target_tokens", "kv_bytes", "kv_bytes_baseline", "kv_len_before", "kv_len_after", "kept_hash"),
     *("effective_compression_ratio", "generated_tokens", "repetitions", "generation_tokens_per_s"),
     *("speed_tokens_per_s", "decode_tokens_per_s", "prefill_tokens_per_s", "ttft_s", "tpot_ms", "decode_speedup"),
+    *("timed_round", "total_s", "tpot_ms_baseline"),
     *("peak_mem_bytes", "peak_mem_kind", "peak_mem_baseline_bytes", "peak_mem_delta_bytes", "peak_reserved_bytes"),
 )
 # Sizes of the cache: when perplexity has its own context, those of the timed one are named speed_...
@@ -39,6 +40,7 @@ _NOT_SETTINGS = (
     "compression_ratio",
     *BUDGETS,
     "press_args",
+    "add_bos",
     *("kv_bits", "kv_group_size", "kv_residual_tokens"),
     *("engine", "ray_address", "workers"),
 )  # elsewhere in the record, or beside it

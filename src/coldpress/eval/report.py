@@ -28,6 +28,18 @@ def _number(key: str, form: str) -> Callable[[Record], str | None]:
     return lambda record: None if record.get(key) is None else form.format(record[key])
 
 
+def _spread(key: str, form: str) -> Callable[[Record], str | None]:
+    """A number with the smallest and the largest of its rounds, where these are recorded."""
+
+    def cell(record: Record) -> str | None:
+        value, spread = record.get(key), record.get(f"{key}_spread")
+        if value is None or spread is None or spread["min"] == spread["max"]:
+            return None if value is None else form.format(value)
+        return f"{form.format(value)} ({form.format(spread['min'])} to {form.format(spread['max'])})"
+
+    return cell
+
+
 def _bytes(key: str) -> Callable[[Record], str | None]:
     return lambda record: None if record.get(key) is None else format_bytes(record[key])
 
@@ -83,9 +95,10 @@ STREAM: tuple[Column, ...] = (
 SPEED: tuple[Column, ...] = (
     ("prefill tok/s", _number("prefill_tokens_per_s", "{:.0f}")),
     ("TTFT s", _number("ttft_s", "{:.3f}")),
-    ("TPOT ms", _number("tpot_ms", "{:.2f}")),
+    ("TPOT ms", _spread("tpot_ms", "{:.2f}")),
+    ("TPOT uncompressed", _number("tpot_ms_baseline", "{:.2f}")),
+    ("decode speed-up", _spread("decode_speedup", "{:.2f}x")),
     ("generation tok/s", _number("generation_tokens_per_s", "{:.1f}")),
-    ("decode speed-up", _number("decode_speedup", "{:.2f}x")),
     ("peak memory", _bytes("peak_mem_bytes")),
     ("above start", _bytes("peak_mem_delta_bytes")),
 )
@@ -220,8 +233,9 @@ _MAYBE_NUMBERS = (
     *("baseline_ppl", "delta_nll", "same_top1", "effective_compression_ratio", "context_tokens"),
     *("speed_context_tokens", "generated_tokens", "kv_bytes", "kv_bytes_baseline", "kv_bytes_max", "kv_len_before"),
     *("prefill_tokens_per_s", "ttft_s", "tpot_ms", "generation_tokens_per_s", "decode_speedup", "peak_mem_bytes"),
-    "peak_mem_delta_bytes",
+    *("peak_mem_delta_bytes", "tpot_ms_baseline"),
 )
+_SPREADS = ("tpot_ms_spread", "decode_speedup_spread")
 _TOGETHER = {  # where the first is there, so is one of the others
     "windows": ("scored_tokens",),
     "nll_by_position": ("scored_tokens",),
@@ -254,6 +268,10 @@ def check_record(record: Record) -> None:
         value is None or isinstance(value, bool) or is_number(value) for value in _of_speed(settings)
     )
     check("settings", settings, settings is None or settings_fit, "an object of settings")
+    for name in _SPREADS:
+        value = record.get(name)
+        fits = isinstance(value, dict) and all(is_number(value.get(end)) for end in ("min", "max"))
+        check(name, value, value is None or fits, "an object with min and max")
     for name in ("kld", "nll_by_position"):
         value = record.get(name)
         fits = isinstance(value, dict) and all(x is None or is_number(x) for x in value.values())

@@ -142,7 +142,8 @@ def make_run(settings: Settings, jobs: list[Job], corpus: Corpus, loaded: Loaded
         for job in jobs
     ]
     plan = make_plan(settings, corpus, loaded.tokenizer, loaded.max_positions)
-    loaded.check_ids(plan.documents)
+    firsts = [window.bos for window in plan.windows or () if window.bos is not None]
+    loaded.check_ids([*plan.documents, *(torch.tensor([bos]) for bos in firsts)])
     return Run(settings, jobs, corpus, loaded, plan, command)
 
 

@@ -59,6 +59,7 @@ class Settings:
     ppl_apply_press: bool = False
     ppl_mode: str | None = None  # prefix or streaming
     ppl_preset: str | None = None  # how others measure the uncompressed model
+    add_bos: bool | None = None  # before windows and texts; None: as the tokenizer begins a text
     stream_chunk: int | None = None
     positions: str | None = None  # original or rerotate; rerotate if a stream is read
     speed_only: bool = False
@@ -102,6 +103,8 @@ class Settings:
         self._check_mode()
         if self.speed_only and (self.ppl_apply_press or self.ppl_only):
             raise InputError("--speed_only measures no perplexity; leave it out, or --ppl_apply_press and --ppl_only.")
+        if self.speed_only and self.add_bos is not None:
+            raise InputError("--add_bos is for perplexity, and --speed_only measures none; leave one of them out.")
         if self.chunk_tokens is not None and not self.ppl_apply_press and self.ppl_only:
             raise InputError(
                 "--chunk_tokens cuts up the prompt that a press compresses; --ppl_only alone has none: add "
@@ -153,6 +156,8 @@ class Settings:
         for name in ("stride", "context_tokens", "target_tokens"):
             if getattr(self, name) is not None:
                 raise InputError(f"--ppl_preset {self.ppl_preset} says how windows lie; leave --{name} out.")
+        if self.add_bos is not None:
+            raise InputError(f"--ppl_preset {self.ppl_preset} says how texts begin; leave --add_bos out.")
         for name in ("speed_only", "speed_decode_only", "compile"):
             if getattr(self, name):
                 raise InputError(f"--ppl_preset {self.ppl_preset} measures no speed; leave --{name} out.")

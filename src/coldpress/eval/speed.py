@@ -5,6 +5,9 @@ then feeds one token at a time. TTFT (time to first token) runs from the start t
 included; TPOT (time per output token) is ``(total - TTFT) / (n - 1)``. Tokenisation and detokenisation are outside. The
 same ids go in for every press, a configuration is warmed up before it counts, repetitions of different presses are
 interleaved in a seeded random order, and every raw sample is kept.
+
+All numbers of a result come from one round, so that they agree: the one whose speed-up over the baseline in the same
+round is the median. How far the rounds lie apart stands beside them.
 """
 
 from __future__ import annotations
@@ -66,8 +69,18 @@ class Sample:
         return self.n_tokens if self.prefill_ns is not None else self.n_tokens - 1
 
     @property
+    def total_ns(self) -> int:
+        """What was timed of it."""
+        return (self.prefill_ns or 0) + self.decode_ns
+
+    @property
     def tokens_per_s(self) -> float:
-        return self.timed_tokens * 1e9 / ((self.prefill_ns or 0) + self.decode_ns)
+        return self.timed_tokens * 1e9 / self.total_ns
+
+    @property
+    def tpot_ms(self) -> float | None:
+        """Time per output token after the first; None if no more than one was generated."""
+        return self.decode_ns / (self.n_tokens - 1) / 1e6 if self.n_tokens > 1 else None
 
 
 @dataclass
@@ -102,7 +115,12 @@ class SpeedPoint:
     @property
     def tpot_ms(self) -> list[float]:
         """Time per output token after the first, of each repetition that generated more than one."""
-        return [s.decode_ns / (s.n_tokens - 1) / 1e6 for s in self.samples if s.n_tokens > 1]
+        return [s.tpot_ms for s in self.samples if s.tpot_ms is not None]
+
+    def speedups(self, baseline: SpeedPoint) -> dict[int, float]:
+        """By round: the baseline's time per output token over this one's, where both generated more than one."""
+        pairs = enumerate(zip(self.samples, baseline.samples, strict=False))
+        return {i: b.tpot_ms / own.tpot_ms for i, (own, b) in pairs if own.tpot_ms and b.tpot_ms}
 
 
 class RoundLog:
@@ -269,25 +287,35 @@ class SpeedRun:
             point.error = release(error)
 
     def result(self, point: SpeedPoint) -> dict[str, Any]:
-        """The speed part of a result record: medians over repetitions, their spread, and the raw samples."""
+        """The speed part of a result record: one round, the spread of all of them, and the raw samples.
+
+        It is the round whose speed-up over the baseline is the median, for the baseline itself the one whose time per
+        output token is; of two in the middle the smaller. ``timed_round`` is its number from 1.
+        """
         baseline = next((p for p in self.points if p.is_baseline), None)
         context_tokens = self.context_ids.shape[1]
-        tpot = point.tpot_ms
+        is_compared = baseline is not None and baseline is not point and baseline.error is None
+        speedups = point.speedups(baseline) if is_compared and baseline is not None else {}
+        number = _middle(speedups or {i: s.tpot_ms or s.total_ns for i, s in enumerate(point.samples)})
+        shown = None if number is None else point.samples[number]
         kv_tokens = context_tokens + (self.max_new_tokens - 1 if point.goes_on else 0)
         kv_baseline = None if baseline is None else baseline.kv_bytes_at_end if point.goes_on else baseline.kv_bytes
-        ttft = [s.prefill_ns / 1e9 for s in point.samples if s.prefill_ns is not None]  # s
+        ttft_s = None if shown is None or shown.prefill_ns is None else shown.prefill_ns / 1e9
+        tpot_ms = None if shown is None else shown.tpot_ms
         record: dict[str, Any] = {
             "context_tokens": context_tokens,
-            "generated_tokens": point.samples[0].n_tokens if point.samples else None,
             "repetitions": len(point.samples),
-            "tpot_ms": _median(tpot),
-            "tpot_ms_spread": _spread(tpot),
-            "decode_tokens_per_s": _median([1e3 / t for t in tpot]),
-            "speed_tokens_per_s": _median([1e3 / t for t in tpot]),  # the name other tools look for
-            "ttft_s": _median(ttft),
-            "ttft_s_spread": _spread(ttft),
-            "prefill_tokens_per_s": _median([context_tokens / t for t in ttft]),
-            "generation_tokens_per_s": _median([s.tokens_per_s for s in point.samples if s.timed_tokens]),
+            "timed_round": None if number is None else number + 1,
+            "generated_tokens": None if shown is None else shown.n_tokens,
+            "total_s": None if shown is None else shown.total_ns / 1e9,
+            "tpot_ms": tpot_ms,
+            "tpot_ms_spread": _spread(point.tpot_ms),
+            "decode_tokens_per_s": 1e3 / tpot_ms if tpot_ms else None,
+            "speed_tokens_per_s": 1e3 / tpot_ms if tpot_ms else None,  # the name other tools look for
+            "ttft_s": ttft_s,
+            "ttft_s_spread": _spread([s.prefill_ns / 1e9 for s in point.samples if s.prefill_ns is not None]),
+            "prefill_tokens_per_s": context_tokens / ttft_s if ttft_s else None,
+            "generation_tokens_per_s": None if shown is None or not shown.timed_tokens else shown.tokens_per_s,
             "samples": [vars(s) for s in point.samples],
             "kv_bytes": point.kv_bytes,
             "kv_bytes_baseline": kv_baseline,
@@ -303,9 +331,13 @@ class SpeedRun:
                 "peak_mem_delta_bytes": point.memory.delta_bytes,
                 "peak_reserved_bytes": point.memory.peak_reserved_bytes,
             }
-        if baseline is not None and baseline is not point and baseline.error is None:
-            speedup = [b / own for b, own in zip(baseline.tpot_ms, tpot, strict=False) if own]  # of the same rounds
-            record |= {"decode_speedup": _median(speedup), "decode_speedup_spread": _spread(speedup)}
+        if is_compared and baseline is not None:
+            has_pair = number in speedups
+            record |= {
+                "decode_speedup": speedups[number] if number is not None and has_pair else None,
+                "decode_speedup_spread": _spread(list(speedups.values())),
+                "tpot_ms_baseline": baseline.samples[number].tpot_ms if number is not None and has_pair else None,
+            }
         return record
 
     def _generate(self, point: SpeedPoint, n_tokens: int) -> Sample:
@@ -367,8 +399,9 @@ class SpeedRun:
             point.kv_bytes_at_end = cache.kv_bytes()
 
 
-def _median(values: Sequence[float]) -> float | None:
-    return statistics.median(values) if values else None
+def _middle(values: dict[int, float]) -> int | None:
+    """The key of the median, of two in the middle that of the smaller; None if there are none."""
+    return sorted(values, key=values.__getitem__)[(len(values) - 1) // 2] if values else None
 
 
 def _spread(values: Sequence[float]) -> dict[str, float] | None:

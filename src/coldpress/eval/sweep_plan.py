@@ -44,6 +44,7 @@ _WINDOWS = ("max_windows", "greedy_tokens", "context_tokens", "target_tokens", "
 _TIMES = ("min_new_tokens", "repetitions", "warmup", "speed_decode_only", "compile")
 _STREAM = ("stream_chunk", "positions")
 _ENGINE = ("engine", "ray_address", "workers")
+_BOS = ("add_bos",)
 _MEANINGLESS = {  # what is meant for other sections when it stands above them all
     "perplexity": (),
     "tasks": (
@@ -53,12 +54,13 @@ _MEANINGLESS = {  # what is meant for other sections when it stands above them a
         *_AMOUNTS,
         *_STREAM,
         *_TIMES,
+        *_BOS,
         "batch_size",
         "max_length",
     ),
-    "speed": (*_WINDOWS, *_ENGINE, "max_documents"),
+    "speed": (*_WINDOWS, *_ENGINE, *_BOS, "max_documents"),
     "streaming": (*_WINDOWS, *_ENGINE, "compression_ratio", "kv_bits", "chunk_tokens", "batch_size"),
-    "baselines": (*_WINDOWS, *_ENGINE, *_PRESS, "chunk_tokens", "max_documents"),
+    "baselines": (*_WINDOWS, *_ENGINE, *_BOS, *_PRESS, "chunk_tokens", "max_documents"),
 }
 _FROM_0 = ("seed", "warmup", "sample_idx", "kv_residual_tokens", "greedy_tokens")
 _MOST = {"repetitions": 1_000_000, "warmup": 1_000_000}  # they are listed before the first is timed

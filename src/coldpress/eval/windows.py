@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from coldpress.errors import DataError, InputError
 
@@ -124,6 +127,16 @@ class PrefixPlan:
     context: int
     target: int
     stride: int
+    bos: int | None = None  # the token that takes the place of each window's first one
+
+    def windows(self, ids: Tensor) -> Iterator[Tensor]:
+        """The tokens of each window, int64 ``[context + target]``, of the text ``ids [N]``."""
+        for start in self.starts:
+            window = ids[start : start + self.context + self.target]
+            if self.bos is not None:
+                window = window.clone()
+                window[0] = self.bos
+            yield window
 
     @property
     def scored_per_window(self) -> int:
@@ -131,7 +144,13 @@ class PrefixPlan:
 
 
 def plan_prefix(
-    n_tokens: int, context: int, target: int, stride: int | None = None, *, max_windows: int | None = None
+    n_tokens: int,
+    context: int,
+    target: int,
+    stride: int | None = None,
+    *,
+    max_windows: int | None = None,
+    bos: int | None = None,
 ) -> PrefixPlan:
     """Cut a text into windows of exactly ``context + target`` tokens; a shorter rest is left out.
 
@@ -142,6 +161,8 @@ def plan_prefix(
             target, or they would not be the independent samples that error bars take them for. None lays them side by
             side.
         max_windows: stop after so many.
+        bos: the token that takes the place of each window's first one, so that a window with it scores the same
+            targets; None leaves windows as they are.
 
     Raises:
         DataError: the text is shorter than one window.
@@ -165,4 +186,4 @@ def plan_prefix(
             "--context_tokens and --target_tokens."
         )
     starts = tuple(range(0, n_tokens - (context + target) + 1, stride))
-    return PrefixPlan(starts[:max_windows], context, target, stride)
+    return PrefixPlan(starts[:max_windows], context, target, stride, bos)
