@@ -341,6 +341,61 @@ def test_generate_cuts_it_up_from_its_start() -> None:
         assert held(past) == held(expected)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("press", [TOVAPress(budget_tokens=5), KnormPress(0.5)], ids=repr)
+@pytest.mark.parametrize("n", [2, 7, 8, 9, 16, 17, 20, 24, 25])
+def test_budgets_after_pieces_from_generate(press: BasePress, n: int) -> None:
+    """Of the prompt, but for a single token that is left over: it is stored as a generated one is."""
+    past = PressedCache(press, chunk_tokens=8)
+    given = n if VERSION >= (5, 0) else n - 1
+    if given == 1:
+        with pytest.raises(CacheError, match="a single token first"):
+            tiny("llama").generate(tokens(1, n), **cache_argument(past), prefill_chunk_size=8, max_new_tokens=4)
+        return
+    tiny("llama").generate(
+        tokens(1, n), **cache_argument(past), prefill_chunk_size=8, max_new_tokens=4, do_sample=False
+    )
+    in_pieces = given - 1 if given % 8 == 1 else given
+    budget = min(in_pieces, 5) if press.budget_tokens else keep_count(in_pieces, 0.5)
+    assert past.stored_lengths() == [budget + n + 3 - in_pieces] * 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", [1, 8])
+def test_a_prompt_that_begins_with_a_single_token_has_no_end(chunk: int) -> None:
+    past, ids = PressedCache(TOVAPress(budget_tokens=5), chunk_tokens=chunk), tokens(1, 20)
+    with pytest.raises(CacheError, match=r"chunk_tokens=\d and was given a single token first.*coldpress.prefill"):
+        tiny("llama").generate(ids, **cache_argument(past), prefill_chunk_size=1, max_new_tokens=4, do_sample=False)
+    assert past.seen_tokens == 0
+    prefill(tiny("llama"), ids, past)
+    assert past.stored_lengths() == [5, 5]
+    tiny("llama")(ids[:, :1], **cache_argument(past))
+    assert past.stored_lengths() == [6, 6]
+    unpressed = PressedCache(chunk_tokens=chunk)  # all is kept, so it does not matter
+    tiny("llama")(ids[:, :1], **cache_argument(unpressed))
+    one = PressedCache(TOVAPress(budget_tokens=5), chunk_tokens=chunk)
+    prefill(tiny("llama"), ids[:, :1], one)
+    tiny("llama")(ids[:, :1], **cache_argument(one))
+    assert one.stored_lengths() == [2, 2]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cuts", [[4, 4, 4, 2], [8, 3, 3], [8, 8, 5, 8], [5, 8]])
+def test_pieces_of_other_sizes_are_refused(cuts: list[int]) -> None:
+    past = PressedCache(KnormPress(0.5), chunk_tokens=8)
+    with pytest.raises(CacheError, match=r"fewer tokens for the last piece.*\d more came right after"):
+        for n in cuts:
+            tiny("llama")(tokens(1, n), **cache_argument(past))
+    seen = past.seen_tokens
+    tiny("llama")(tokens(1, 1), **cache_argument(past))  # an answer has begun, so a turn may follow
+    tiny("llama")(tokens(1, 4), **cache_argument(past))
+    assert past.seen_tokens == seen + 5
+    past.reset()
+    prefill(tiny("llama"), tokens(1, 5), past)
+    tiny("llama")(tokens(1, 4), **cache_argument(past))
+    assert past.stored_lengths() == [2 + 4] * 2
+
+
 def test_a_prompt_longer_than_a_piece_says_what_to_do() -> None:
     past = PressedCache(KnormPress(0.5), chunk_tokens=CHUNK)
     with torch.no_grad(), pytest.raises(CacheError, match=r"in one call.*coldpress.prefill.*prefill_chunk_size=12"):

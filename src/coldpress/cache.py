@@ -52,8 +52,9 @@ class PressedCache(Cache):
         cache = PressedCache(SnapKVPress(budget_tokens=2048), chunk_tokens=512)
         model.generate(**inputs, cache=cache, prefill_chunk_size=512)
 
-    :func:`coldpress.prefill` does the same for whoever calls the model. Without ``chunk_tokens`` all pieces but the
-    first are stored whole, whoever cuts the prompt up.
+    :func:`coldpress.prefill` does the same for whoever calls the model, and alone says where the prompt ends. From
+    ``generate`` a piece with fewer tokens is the last one, and a single token that is left over is stored as a
+    generated one is. Without ``chunk_tokens`` all pieces but the first are stored whole, whoever cuts the prompt up.
 
     With ``kv_bits`` what is left is held in few bits: the press scores pairs as they are, its survivors are quantised
     once, and attention sees them in their own type again, one layer at a time. Each head's newest pairs stay as they
@@ -76,7 +77,8 @@ class PressedCache(Cache):
         PressError: ``press`` is not a press, cannot choose among what is left of a text that goes on, or cannot go
             with ``positions="rerotate"``.
         CacheError: ``chunk_tokens`` or ``kv_bits`` is not such a number, or the press keeps what cannot be held so; or,
-            at the call, a prompt is longer than a piece.
+            at the call, a prompt is longer than a piece, or nobody can tell where it ends: it begins with a single
+            token, or several tokens come right after its last piece, and :func:`coldpress.prefill` does not feed it.
         ModelError: at the next call, when the model runs another attention backend, or its keys cannot be moved.
     """
 

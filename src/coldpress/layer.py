@@ -58,6 +58,7 @@ class PressedLayer(CacheLayerMixin):
         self.index = index  # in cache.layers
         self._window: int | None = None  # sliding window of a layer that forgets what is out of its reach
         self._is_prefilled = False  # the last piece of a prompt in pieces has come
+        self._ended_short = False  # with the last call, and only because it had fewer tokens than a piece
         self._shown: Tensor | None = None  # as the session's, after the last call
         self._clear()
 
@@ -146,12 +147,8 @@ class PressedLayer(CacheLayerMixin):
         self.session.check_claimed()
         THREAD.masks_for = None
         chunk = self.session.chunk_tokens
-        if chunk is not None and not self._is_prefilled and key_states.shape[2] > chunk:
-            raise CacheError(
-                f"This PressedCache has chunk_tokens={chunk} and was given {key_states.shape[2]} tokens in one call, "
-                "which cannot be cut up from inside the model. Run the prompt by coldpress.prefill(model, input_ids, "
-                f"cache), or by generate(..., prefill_chunk_size={chunk})."
-            )
+        if chunk is not None:
+            self._check_piece(chunk, key_states.shape[2])
         if self.session.seen not in (None, self._seen):
             raise CacheError("An earlier call failed half-way, so layers differ in length; reset() this cache.")
         switch_at, n_new = self.session.switch_at, key_states.shape[2]
@@ -173,6 +170,29 @@ class PressedLayer(CacheLayerMixin):
         THREAD.updated = self.session.unclaimed = self
         return self._offered
 
+    def _check_piece(self, chunk: int, n_new: int) -> None:
+        """Raise :class:`CacheError` if a call of ``n_new`` tokens is no piece of a prompt, or nobody can tell."""
+        if not self._is_prefilled and n_new > chunk:
+            raise CacheError(
+                f"This PressedCache has chunk_tokens={chunk} and was given {n_new} tokens in one call, "
+                "which cannot be cut up from inside the model. Run the prompt by coldpress.prefill(model, input_ids, "
+                f"cache), or by generate(..., prefill_chunk_size={chunk})."
+            )
+        if self.session.press is None or self.session.prefill_end is not None:
+            return
+        if self._store is None and n_new == 1:
+            raise CacheError(
+                f"This PressedCache has chunk_tokens={chunk} and was given a single token first, so it cannot tell "
+                "where the prompt ends. Run the prompt by coldpress.prefill(model, input_ids, cache), or by "
+                f"generate(..., prefill_chunk_size={max(2, chunk)}) with as many chunk_tokens."
+            )
+        if self._ended_short and n_new > 1:
+            raise CacheError(
+                f"This PressedCache has chunk_tokens={chunk} and took a call with fewer tokens for the last piece of "
+                f"its prompt, and {n_new} more came right after it. Bring pieces of {chunk} tokens, or run the prompt "
+                "by coldpress.prefill(model, input_ids, cache), after which a question may follow."
+            )
+
     def has_written(self, n: int) -> None:
         """Somebody has put the pairs of ``n`` new tokens into the slots after those in use (``compiling.py``)."""
         assert type(self._store) is DenseStore
@@ -181,7 +201,7 @@ class PressedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything; the session's press stays."""
-        self._is_prefilled, self._shown = False, None
+        self._is_prefilled, self._ended_short, self._shown = False, False, None
         self._clear()
 
     def crop(self, max_length: int) -> None:
@@ -454,7 +474,8 @@ class PressedLayer(CacheLayerMixin):
 
         A prompt comes in one call, unless the cache has ``chunk_tokens``. Then :func:`coldpress.prefill` says where it
         ends; where somebody else feeds it (``generate(prefill_chunk_size=...)``), it goes on while calls bring
-        ``chunk_tokens`` tokens, a call with fewer is its last piece, and a single token is generated.
+        ``chunk_tokens`` tokens, a call with fewer is its last piece, and a single token is generated, or stored as one.
+        What this cannot be right for is refused (:meth:`_check_piece`).
         """
         chunk, end, is_first = self.session.chunk_tokens, self.session.prefill_end, self._seen == n_new
         if chunk is None:
@@ -462,6 +483,7 @@ class PressedLayer(CacheLayerMixin):
         is_prefill = not self._is_prefilled and (is_first or end is not None or n_new > 1)
         is_last = n_new < chunk if end is None else self._seen >= end
         self._is_prefilled = not is_prefill or is_last
+        self._ended_short = is_prefill and is_last and end is None
         return is_prefill, is_last
 
     def _count_for_budgets(self, groups: list[RowGroup], is_last: bool) -> None:
