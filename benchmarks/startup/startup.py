@@ -27,10 +27,12 @@ CASES = {
     **{f"coldpress {name} --help": ["-m", "coldpress_command", name, "--help"] for name in COMMANDS},
     "import coldpress": ["-c", "import coldpress"],
     "from coldpress import SnapKVPress": ["-c", "from coldpress import SnapKVPress"],
-    "import coldpress; from transformers import pipeline": ["-c", "import coldpress; from transformers import pipeline"],
+    "import coldpress; from transformers import pipeline": [
+        "-c",
+        "import coldpress; from transformers import pipeline",
+    ],
     "import torch, transformers.modeling_utils": ["-c", "import torch, transformers.modeling_utils"],
 }
-GOAL_S = 1.0
 
 
 def cpu_s(arguments: list[str], src: Path) -> tuple[float, int]:
@@ -70,13 +72,6 @@ def table(record: dict[str, Any]) -> str:
         cells = ["" if s is None else f"{s:.2f}" for s in (before, after)]
         lines.append(f"| `{case}` | {' | '.join(cells)} | {ratio} |")
     return "\n".join(lines)
-
-
-def goals(record: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """What was wanted, and the dearest of what was measured."""
-    asked = [case for case in CASES if case.startswith("coldpress")]
-    dearest = max(after for case in asked if (after := _least(record, case, "after")) is not None)
-    return [("`coldpress` without a command, `--version`, and the help of all", f"below {GOAL_S} CPU s", f"{dearest:.2f}")]
 
 
 def main() -> None:
