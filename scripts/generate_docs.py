@@ -13,7 +13,7 @@ A generated part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->`
 - ``parity``: the comparison with kvpress; ``faults``: the tests of kvpress's faults;
 - ``goals``: what the benchmarks of savings were to show, and what they do;
 - ``sweepcost``, ``overhead``, ``chunked``, ``quantised``, ``decode``, ``compiled``, ``headwise``, ``batch``,
-  ``stream``, ``far`` or ``drift`` with a FILE: the table of FILE.json in the results of that benchmark.
+  ``stream``, ``far``, ``drift`` or ``startup`` with a FILE: the table of FILE.json in the results of that benchmark.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ DOCUMENTS = (
     "benchmarks/decode_speed/README.md",
     "benchmarks/head_wise_memory/README.md",
     "benchmarks/batch/README.md",
+    "benchmarks/startup/README.md",
 )
 PART = re.compile(r"(<!-- generated: (?P<name>[^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -249,6 +250,7 @@ def generated(name: str) -> str:
         "batch": lambda: measured("batch", "batch.py", argument),
         "stream": lambda: measured("long_stream", "long_stream.py", argument),
         "far": lambda: measured("long_stream", "precision.py", argument, "far"),
+        "startup": lambda: measured("startup", "startup.py", argument),
         "drift": lambda: measured("long_stream", "precision.py", argument, "drift"),
     }
     if kind not in makers:

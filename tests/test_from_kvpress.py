@@ -244,13 +244,13 @@ def test_names_and_presses_exist(names: dict[str, Any]) -> None:
             assert set(called) <= set(press_names()), theirs
         else:
             for own in re.findall(r"`([^`]+)`", ours):
-                made = own in press_names() or eval(own, {**vars(coldpress), **names})
+                made = own in press_names() or eval(own, {**vars(coldpress.public), **names})
                 assert made is True or isinstance(made, BasePress)
         assert not seen & set(called)
         seen |= set(called)
     for code in re.findall(r"`(\w+Press\([^`]*\))`", PAGE):
         if code.strip("`") not in {cell[0].strip("`") for cell in rows("each cell")}:
-            assert isinstance(eval(code, {**vars(coldpress), **names}), BasePress), code
+            assert isinstance(eval(code, {**vars(coldpress.public), **names}), BasePress), code
     assert NO_PRESS not in seen
 
 
@@ -265,7 +265,7 @@ def test_every_class_parameter_and_default_of_kvpress_is_valid() -> None:
             if default == "<factory>":
                 assert own[parameter].default is not inspect.Parameter.empty
             elif default is not None and not is_needed:
-                assert eval(default, vars(coldpress)) == own[parameter].default, f"{name}: {parameter}"
+                assert eval(default, vars(coldpress.public)) == own[parameter].default, f"{name}: {parameter}"
 
 
 def test_the_notes_on_the_command_line_name_options_that_exist() -> None:

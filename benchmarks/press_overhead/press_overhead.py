@@ -245,7 +245,7 @@ def with_coldpress(args: argparse.Namespace) -> Setup:
     clock = Clock(PressedLayer, "after_attention")
 
     def press_of(call: str) -> Any:
-        return eval(call, {**vars(coldpress), "compression_ratio": args.compression_ratio})
+        return eval(call, {**vars(coldpress.public), "compression_ratio": args.compression_ratio})
 
     def prefill(ids: Any, press: Any, name: str) -> float:
         cache = coldpress.PressedCache()

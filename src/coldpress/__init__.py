@@ -1,73 +1,29 @@
-"""coldpress: training-free compression of the key-value cache for Hugging Face decoder models."""
+"""coldpress: training-free compression of the key-value cache for Hugging Face decoder models.
+
+``import coldpress`` takes no time, and from then on transformers knows the attention backend and the pipeline's task.
+torch and transformers, which take seconds, come with the first name that is asked for.
+"""
+
+# ruff: noqa: F405
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
-from coldpress import presses
-from coldpress.attention import register as _register_backends
-from coldpress.attention import use_coldpress
-from coldpress.cache import PressedCache
-from coldpress.chunks import prefill
-from coldpress.compiling import compiled
-from coldpress.errors import ColdpressError
-from coldpress.inspecting import Inspection, inspect
-from coldpress.pipeline import KVPressTextGenerationPipeline
-from coldpress.pipeline import register as _register_tasks
-from coldpress.presses.adakv import AdaKVPress
-from coldpress.presses.base import BasePress, ScorerPress
-from coldpress.presses.block import BlockPress
-from coldpress.presses.cam import CAMPress
-from coldpress.presses.cap import CapPress
-from coldpress.presses.chunk import ChunkPress
-from coldpress.presses.chunkkv import ChunkKVPress
-from coldpress.presses.compactor import CompactorPress
-from coldpress.presses.composed import ComposedPress
-from coldpress.presses.criticalkv import CriticalAdaKVPress, CriticalKVPress
-from coldpress.presses.cur import CURPress
-from coldpress.presses.decoding import CompressionRatioDecodingPress, DecodingPress, PrefillDecodingPress
-from coldpress.presses.dms import DMSPress
-from coldpress.presses.duo_attention import DuoAttentionPress
-from coldpress.presses.entropy_gated_chunkkv import EntropyGatedChunkKVPress
-from coldpress.presses.expected_attention import ExpectedAttentionPress
-from coldpress.presses.expected_attention_with_stats import ExpectedAttentionStatsPress
-from coldpress.presses.fastkvzip import FastKVzipPress
-from coldpress.presses.finch import FinchPress
-from coldpress.presses.key_rerotation import KeyRerotationPress
-from coldpress.presses.keydiff import KeyDiffPress
-from coldpress.presses.knorm import KnormPress
-from coldpress.presses.kvcompose import KVComposePress
-from coldpress.presses.kvgrad import KVgradPress
-from coldpress.presses.kvzap import KVzapPress
-from coldpress.presses.kvzip import KVzipPress
-from coldpress.presses.lagkv import LagKVPress
-from coldpress.presses.leverage import LeverageScorePress
-from coldpress.presses.lukv import LUKVPress
-from coldpress.presses.merging import MergingPress
-from coldpress.presses.non_causal_attention import NonCausalAttnPress
-from coldpress.presses.observed_attention import ObservedAttentionPress
-from coldpress.presses.per_layer_compression import PerLayerCompressionPress
-from coldpress.presses.pyramidkv import PyramidKVPress
-from coldpress.presses.qfilter import QFilterPress
-from coldpress.presses.random import RandomPress
-from coldpress.presses.registry import catalogue, make_press, press_names
-from coldpress.presses.restorekv import RestoreKVPress
-from coldpress.presses.simlayerkv import SimLayerKVPress
-from coldpress.presses.snapkv import SnapKVPress
-from coldpress.presses.streaming_llm import StreamingLLMPress
-from coldpress.presses.think import ThinKPress
-from coldpress.presses.tova import TOVAPress
-from coldpress.presses.wrapper import WrapperPress
-from coldpress.quantised import KVBits
-from coldpress.view import Kept, LayerView
+from coldpress.registration import register as _register
+
+if TYPE_CHECKING:
+    from coldpress.public import *  # noqa: F403
 
 try:
     __version__ = version("coldpress")
 except PackageNotFoundError:  # imported from a source tree that was not installed
     __version__ = "0+unknown"
 
-_register_backends()
-_register_tasks()
+_register()
 
 __all__ = [
     "AdaKVPress",
@@ -134,3 +90,20 @@ __all__ = [
     "presses",
     "use_coldpress",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+if not TYPE_CHECKING:  # or else any name would do
+
+    def __getattr__(name: str) -> Any:
+        """A public name, or a module of the package."""
+        if name in __all__:
+            public = vars(import_module("coldpress.public"))
+            globals().update({name: public[name] for name in __all__ if name in public})
+            return public[name]
+        if not name.startswith("_") and find_spec(f"coldpress.{name}") is not None:
+            return import_module(f"coldpress.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,6 @@
 """The attention backend: one forward of one layer, then the press.
 
-``register()`` makes three names known to transformers, for ``attn_implementation=`` and ``set_attn_implementation``:
+transformers knows it by three names, for ``attn_implementation=`` and ``set_attn_implementation``:
 
     "coldpress"        torch's scaled_dot_product_attention underneath
     "coldpress_eager"  the model's own eager attention
@@ -28,6 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from coldpress.errors import CacheError, MissingDependencyError, ModelError
 from coldpress.one_token import attend_once, can_attend_once
+from coldpress.registration import BACKENDS
 from coldpress.session import THREAD
 from coldpress.view import LayerCall
 from coldpress.wrapped import transformers_model
@@ -35,7 +36,6 @@ from coldpress.wrapped import transformers_model
 __all__ = ["BACKENDS", "WATCHERS", "place_of", "register", "underlying", "use_coldpress"]
 
 _UNKNOWN = ("position_bias", "head_mask", "indices", "block_indices", "sinks")  # arguments that only some models pass
-BACKENDS = {"coldpress": "sdpa", "coldpress_eager": "eager", "coldpress_fa2": "flash_attention_2"}
 _FROM_NATIVE = {native: ours for ours, native in BACKENDS.items()} | {"flex_attention": "coldpress"}
 
 WATCHERS: list[Callable[[nn.Module], None]] = []  # told of each module that attends without a PressedCache
@@ -46,7 +46,10 @@ Attended = tuple[Tensor, Tensor | None]  # output [B, Q, Hq, Dv], weights [B, Hq
 
 
 def register() -> None:
-    """Make the backends known to transformers. Changes nothing for models that do not ask for them."""
+    """Make the backends known to transformers, in the place of what ``registration.py`` says before there is need.
+
+    Changes nothing for models that do not ask for them.
+    """
     for ours, native in BACKENDS.items():
         AttentionInterface.register(ours, partial(_attention, native))
         AttentionMaskInterface.register(ours, partial(_mask, native))
@@ -369,3 +372,6 @@ def _own_eager(module: nn.Module) -> Callable[..., Attended]:
         raise ModelError(f"{type(module).__name__} has no eager attention; use attn_implementation sdpa.")
     eager: Callable[..., Attended] = function
     return eager
+
+
+register()

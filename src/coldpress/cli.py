@@ -1,8 +1,10 @@
 """The command ``coldpress``: ppl, speed, sweep, tasks, calibrate, compress, ask, inspect, report, presses.
 
-Also what the scripts in evaluation/ run.
+Also what the scripts in evaluation/ run. Help and versions are printed without torch and transformers, whose import
+takes seconds.
 
-Exit codes: 0 all measured; 1 a press failed or a self-check did; 2 the input cannot work; 130 interrupted.
+Exit codes: 0 all measured; 1 a press failed or a self-check did; 2 the input cannot work, or there is no command, which
+prints the help; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -12,10 +14,14 @@ import contextlib
 import json
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, replace
+from importlib import import_module, metadata
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 from coldpress.errors import InputError, SelfCheckError, nearest
@@ -53,6 +59,18 @@ class _Parser(argparse.ArgumentParser):
         return [option for action in self._actions for option in action.option_strings]
 
 
+class _Version(argparse.Action):
+    """Print the versions that a report of a fault needs, as pip knows them."""
+
+    def __call__(self, *_: Any) -> NoReturn:
+        for package in ("coldpress", "torch", "transformers"):
+            try:
+                print(package, metadata.version(package))
+            except metadata.PackageNotFoundError:
+                print(package, "is not installed")
+        raise SystemExit(0)
+
+
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run one command and return its exit code.
 
@@ -68,8 +86,13 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     args, unknown = parser.parse_known_args([_underscored(a) for a in argv])
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}.{nearest(unknown[0], args.options)}")
+    if args.run is None:
+        parser.print_help()
+        return 2
     try:
         _check_utf8(args)
+        with _interrupted_at_once():
+            import_module("coldpress.public")  # all that takes seconds
         code: int = args.run(args, argv, prog)
         sys.stdout.flush()
         return code
@@ -118,6 +141,25 @@ def _output_problem() -> str | None:
     return None
 
 
+@contextlib.contextmanager
+def _interrupted_at_once() -> Iterator[None]:
+    """Ctrl-C ends the process: nothing has begun, and libraries swallow exceptions while they are imported."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield  # Ctrl-C is ignored, or somebody else's
+        return
+    signal.signal(signal.SIGINT, _leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    os.write(2, b"\ninterrupted\n")
+    os._exit(130)
+
+
 def _line(message: str) -> str:
     return printable(" ".join(message.split()))
 
@@ -132,7 +174,11 @@ def _underscored(argument: str) -> str:
 
 def _parser(prog: str | None) -> argparse.ArgumentParser:
     parser = _Parser(prog=prog or "coldpress", description="Training-free compression of the key-value cache.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    parser.add_argument(
+        "--version", action=_Version, nargs=0, help="print the versions of coldpress, torch and transformers"
+    )
+    parser.set_defaults(options=parser.options, run=None)
+    commands = parser.add_subparsers(metavar="COMMAND", parser_class=_Parser)
     ppl = commands.add_parser("ppl", help="perplexity and speed of a model, with and without presses", prog=prog)
     ppl_options(ppl)
     ppl.set_defaults(options=ppl.options, run=_run_ppl)

@@ -15,6 +15,8 @@
     ├── LostWorkersError            a cluster has no worker left; commands exit with code 1
     └── SelfCheckError              a measurement contradicts itself; commands exit with code 1
 
+    UntestedVersionWarning          a UserWarning: transformers is newer than what coldpress is tested with
+
 Each message is one line: what was given, what is allowed, what to do.
 """
 
@@ -39,6 +41,7 @@ __all__ = [
     "PressError",
     "SelfCheckError",
     "UnreachableError",
+    "UntestedVersionWarning",
     "nearest",
 ]
 
@@ -97,6 +100,13 @@ class LostWorkersError(ColdpressError):
 
 class SelfCheckError(ColdpressError):
     """A measurement contradicts itself, so its numbers must not be used."""
+
+
+class UntestedVersionWarning(UserWarning):
+    """transformers is newer than the newest version that coldpress is tested with; said once in a process.
+
+    ``warnings.filterwarnings("ignore", category=UntestedVersionWarning)`` silences it.
+    """
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

@@ -1,7 +1,7 @@
 """The pipeline "kv-press-text-generation": compress a context once, then ask it any number of questions.
 
-``register()`` adds the task to transformers when coldpress is imported, under kvpress's name and, since two packages
-with one task name overwrite each other, under ``coldpress-text-generation`` too.
+The task is known to transformers under kvpress's name and, since two packages with one task name overwrite each other,
+under ``coldpress-text-generation`` too.
 """
 
 from __future__ import annotations
@@ -391,3 +391,6 @@ def _generation_options() -> tuple[str, ...]:
         *names,
         *(n for n in inspect.signature(GenerationConfig.__init__).parameters if n not in ("self", "kwargs")),
     )
+
+
+register()

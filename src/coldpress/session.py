@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from coldpress.errors import ModelError
 from coldpress.rope import Rope
+from coldpress.versions import check_versions
 
 if TYPE_CHECKING:
     from coldpress.cache import PressedCache
@@ -38,6 +39,7 @@ class Session:
     """What the layers of one cache share: the press, and what the run has accumulated."""
 
     def __init__(self, press: BasePress | None = None, rerotates: bool = False, kv_bits: KVBits | None = None):
+        check_versions()
         self.press = press
         self.earlier_press: BasePress | None = None  # of a block that has ended
         self.switch_at: int | None = None  # tokens after which the model changes its rotary frequencies

@@ -47,7 +47,7 @@ def test_a_docstring_has_parts() -> None:
 @pytest.mark.parametrize("info", catalogue(), ids=lambda info: info.name)
 def test_the_call_makes_the_press_of_the_name(info: coldpress.presses.registry.PressInfo) -> None:
     ratio = 0.5 if info.has_ratio else 0.0
-    made = eval(info.call, {**vars(coldpress), "compression_ratio": ratio})
+    made = eval(info.call, {**vars(coldpress.public), "compression_ratio": ratio})
     assert made == make_press(info.name, ratio)
 
 

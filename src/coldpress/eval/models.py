@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import inspect
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import resources
@@ -19,11 +20,21 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from coldpress.attention import use_coldpress
-from coldpress.errors import DeviceError, InputError, MissingDependencyError, ModelError, UnreachableError, nearest
+from coldpress.errors import (
+    DeviceError,
+    InputError,
+    MissingDependencyError,
+    ModelError,
+    UnreachableError,
+    UntestedVersionWarning,
+    nearest,
+)
+from coldpress.eval.progress import note
 from coldpress.files import is_utf8, path_of
 from coldpress.network import hub_problem, one_line
 from coldpress.offloaded import held
 from coldpress.sharded import check_launched
+from coldpress.versions import check_versions
 
 __all__ = ["LoadedModel", "input_device", "load_model", "pick_device", "pick_dtype"]
 
@@ -176,6 +187,7 @@ def load_model(
         DeviceError: the device is not there.
         MissingDependencyError: a package that this model or arithmetic needs is not installed.
     """
+    _note_versions()
     for given in (name, revision or ""):
         if not is_utf8(given):
             raise ModelError(f"--model or --revision {given!r} is not UTF-8; give the model's folder another name.")
@@ -300,6 +312,15 @@ def _locate(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
             "(--model demo --dataset demo)"
         ) from error
     return name, options
+
+
+def _note_versions() -> None:
+    """A transformers that is newer than what is tested, in the one line of the commands."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", UntestedVersionWarning)
+        check_versions()
+    for warning in said:
+        note(str(warning.message))
 
 
 @contextlib.contextmanager

@@ -1,0 +1,63 @@
+"""The public names of coldpress. ``import coldpress`` takes them from here when the first of them is asked for.
+
+Whatever stands here stands in ``__all__`` of the package too.
+"""
+
+# ruff: noqa: F401
+
+from __future__ import annotations
+
+import coldpress.presses as presses
+from coldpress.attention import use_coldpress
+from coldpress.cache import PressedCache
+from coldpress.chunks import prefill
+from coldpress.compiling import compiled
+from coldpress.errors import ColdpressError
+from coldpress.inspecting import Inspection, inspect
+from coldpress.pipeline import KVPressTextGenerationPipeline
+from coldpress.presses.adakv import AdaKVPress
+from coldpress.presses.base import BasePress, ScorerPress
+from coldpress.presses.block import BlockPress
+from coldpress.presses.cam import CAMPress
+from coldpress.presses.cap import CapPress
+from coldpress.presses.chunk import ChunkPress
+from coldpress.presses.chunkkv import ChunkKVPress
+from coldpress.presses.compactor import CompactorPress
+from coldpress.presses.composed import ComposedPress
+from coldpress.presses.criticalkv import CriticalAdaKVPress, CriticalKVPress
+from coldpress.presses.cur import CURPress
+from coldpress.presses.decoding import CompressionRatioDecodingPress, DecodingPress, PrefillDecodingPress
+from coldpress.presses.dms import DMSPress
+from coldpress.presses.duo_attention import DuoAttentionPress
+from coldpress.presses.entropy_gated_chunkkv import EntropyGatedChunkKVPress
+from coldpress.presses.expected_attention import ExpectedAttentionPress
+from coldpress.presses.expected_attention_with_stats import ExpectedAttentionStatsPress
+from coldpress.presses.fastkvzip import FastKVzipPress
+from coldpress.presses.finch import FinchPress
+from coldpress.presses.key_rerotation import KeyRerotationPress
+from coldpress.presses.keydiff import KeyDiffPress
+from coldpress.presses.knorm import KnormPress
+from coldpress.presses.kvcompose import KVComposePress
+from coldpress.presses.kvgrad import KVgradPress
+from coldpress.presses.kvzap import KVzapPress
+from coldpress.presses.kvzip import KVzipPress
+from coldpress.presses.lagkv import LagKVPress
+from coldpress.presses.leverage import LeverageScorePress
+from coldpress.presses.lukv import LUKVPress
+from coldpress.presses.merging import MergingPress
+from coldpress.presses.non_causal_attention import NonCausalAttnPress
+from coldpress.presses.observed_attention import ObservedAttentionPress
+from coldpress.presses.per_layer_compression import PerLayerCompressionPress
+from coldpress.presses.pyramidkv import PyramidKVPress
+from coldpress.presses.qfilter import QFilterPress
+from coldpress.presses.random import RandomPress
+from coldpress.presses.registry import catalogue, make_press, press_names
+from coldpress.presses.restorekv import RestoreKVPress
+from coldpress.presses.simlayerkv import SimLayerKVPress
+from coldpress.presses.snapkv import SnapKVPress
+from coldpress.presses.streaming_llm import StreamingLLMPress
+from coldpress.presses.think import ThinKPress
+from coldpress.presses.tova import TOVAPress
+from coldpress.presses.wrapper import WrapperPress
+from coldpress.quantised import KVBits
+from coldpress.view import Kept, LayerView

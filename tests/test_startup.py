@@ -1,0 +1,204 @@
+"""What is imported when: help and versions without torch, and a package that defers what it can."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import coldpress
+from coldpress import public, registration
+from coldpress.cli import main
+
+SRC = Path(__file__).parents[1] / "src"
+HEAVY = {"torch", "transformers", "numpy", "safetensors", "datasets", "pandas", "pyarrow", "matplotlib", "ray", "tqdm"}
+COMMANDS = ["ppl", "speed", "sweep", "tasks", "calibrate", "compress", "ask", "inspect", "report", "presses"]
+
+
+def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run ``code`` in a process of its own."""
+    env = {**os.environ, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=env)
+
+
+def imported(code: str, *arguments: str) -> set[str]:
+    """The modules that are there after ``code``."""
+    code += "\nimport json, sys; sys.stderr.write(json.dumps([name for name in sys.modules]))"
+    done = python(code, *arguments)
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stderr))
+
+
+RUN = """
+import sys
+from coldpress_command import main
+for arguments in {commands!r}:
+    try:
+        main(arguments)
+    except SystemExit as stop:
+        assert stop.code == 0
+"""
+
+
+def test_help_and_versions_need_neither_torch_nor_transformers() -> None:
+    asked = [[], ["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)]
+    assert not imported(RUN.format(commands=asked)) & HEAVY
+
+
+def test_the_help_of_every_command_was_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    out = capsys.readouterr().out
+    listed = [line.split()[0] for line in out.splitlines() if line.startswith("    ") and line[4] != " "]
+    assert listed == COMMANDS
+
+
+def test_a_bare_command_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    shown = capsys.readouterr()
+    assert stop.value.code == 0 and shown.out.startswith("usage: coldpress") and shown.err == ""
+    assert main([]) == 2
+    assert capsys.readouterr() == shown
+
+
+def test_versions(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"coldpress": "1.2", "torch": "3.4+cpu"}
+
+    def version(package: str) -> str:
+        if package not in installed:
+            raise metadata.PackageNotFoundError(package)
+        return installed[package]
+
+    monkeypatch.setattr(metadata, "version", version)
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == "coldpress 1.2\ntorch 3.4+cpu\ntransformers is not installed\n"
+
+
+def test_an_option_without_a_command_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--verson"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith(
+        "error: unrecognized arguments: --verson. Did you mean '--version'? (see coldpress --help)"
+    )
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    found = imported("import coldpress; dir(coldpress); coldpress.__version__; hasattr(coldpress, 'no_such_name')")
+    assert not found & HEAVY
+    assert {name for name in found if name.startswith("coldpress")} == {"coldpress", "coldpress.registration"}
+
+
+AFTERWARDS = """
+import coldpress, json, sys
+assert "torch" not in sys.modules
+import torch
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, pipeline
+config = GPTNeoXConfig(vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48)
+model = AutoModelForCausalLM.from_config(config, attn_implementation="coldpress").eval()
+ids, mask = torch.arange(12)[None], torch.tensor([[0] * 3 + [1] * 9])
+ours = model(ids, attention_mask=mask).logits
+model.set_attn_implementation("sdpa")
+assert torch.allclose(ours, model(ids, attention_mask=mask).logits, atol=1e-5)
+from transformers.pipelines import PIPELINE_REGISTRY
+tasks = [PIPELINE_REGISTRY.check_task(name)[1] for name in ("kv-press-text-generation", "coldpress-text-generation")]
+assert all(task["impl"] is coldpress.KVPressTextGenerationPipeline for task in tasks)
+import transformers.modeling_utils, transformers.pipelines
+for module in (transformers.modeling_utils, transformers.pipelines):
+    assert type(module.__loader__) is type(module.__spec__.loader) is type(torch.__loader__)
+"""
+
+
+def test_transformers_knows_the_backend_and_the_task_after_a_mere_import() -> None:
+    done = python(AFTERWARDS)
+    assert done.returncode == 0, done.stderr
+
+
+# Public names
+
+
+def test_every_public_name_is_where_the_package_takes_it_from() -> None:
+    tree = ast.parse(Path(public.__file__).read_text())
+    names = [alias.asname or alias.name for node in tree.body if hasattr(node, "names") for alias in node.names]
+    assert sorted({*names, "__version__"} - {"annotations"}) == sorted(coldpress.__all__)
+    for name in coldpress.__all__:
+        assert name in dir(coldpress) and getattr(coldpress, name) is not None
+
+
+def test_names_come_in_every_way() -> None:
+    everything: dict[str, object] = {}
+    exec("from coldpress import *", everything)
+    assert everything.keys() >= set(coldpress.__all__)
+    press = coldpress.SnapKVPress(0.25)
+    assert pickle.loads(pickle.dumps(press)) == press
+    assert coldpress.layer is importlib.import_module("coldpress.layer")
+    with pytest.raises(AttributeError, match=r"^module 'coldpress' has no attribute 'SnapKVPres'$"):
+        coldpress.SnapKVPres  # noqa: B018
+    with pytest.raises(ImportError, match="cannot import name 'SnapKVPres'"):
+        exec("from coldpress import SnapKVPres")
+
+
+# What is done after somebody else's import
+
+
+@pytest.fixture
+def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was done, with a package ``made_up`` in the place of transformers."""
+    (tmp_path / "made_up").mkdir()
+    (tmp_path / "made_up" / "__init__.py").write_text("")
+    (tmp_path / "made_up" / "part.py").write_text("import made_up.other\nDONE = True\n")
+    (tmp_path / "made_up" / "other.py").write_text("")
+    (tmp_path / "made_up" / "broken.py").write_text("raise ValueError('broken')\n")
+    said: list[str] = []
+
+    def tell(name: str) -> Callable[[], None]:
+        return lambda: said.append(f"{name} {getattr(sys.modules[name], 'DONE', None)}")
+
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(registration, "_PARTS", {n: tell(n) for n in ("made_up.part", "made_up.broken", "made_up.not")})
+    yield said
+    for name in [name for name in sys.modules if name.partition(".")[0] == "made_up"]:
+        del sys.modules[name]
+
+
+def test_it_is_done_when_the_module_has_run(told: list[str]) -> None:
+    registration.register()
+    importlib.import_module("made_up.other")
+    assert told == []
+    assert importlib.util.find_spec("made_up.part") is not None  # whoever only looks has imported nothing
+    assert importlib.util.find_spec("made_up.not") is None
+    assert told == []
+    module = importlib.import_module("made_up.part")
+    assert told == ["made_up.part True"]
+    assert module.__spec__ is not None and module.__loader__ is module.__spec__.loader
+    assert type(module.__loader__) is type(importlib.import_module("made_up.other").__loader__)
+    importlib.reload(module)
+    assert len(told) == 2
+
+
+def test_it_is_done_at_once_where_the_module_is_there(told: list[str]) -> None:
+    importlib.import_module("made_up.part")
+    told.clear()
+    registration.register()
+    assert told == ["made_up.part True"]
+    assert sum(isinstance(finder, registration._Finder) for finder in sys.meta_path) == 1
+
+
+def test_a_module_that_fails_fails_as_before(told: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"^broken$"):
+        importlib.import_module("made_up.broken")
+    with pytest.raises(ModuleNotFoundError, match=r"made_up\.not"):
+        importlib.import_module("made_up.not")
+    assert told == []
