@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from tests.eval.report_records import record, write
 
 from coldpress.cli import main
 from coldpress.errors import DataError, OutputError
@@ -17,7 +18,7 @@ from coldpress.eval import datasets
 from coldpress.eval.datasets import load_corpus
 from coldpress.eval.results import check_output, check_writable, read_results
 from coldpress.files import read_bytes, read_text
-from coldpress.terminal import printable
+from coldpress.terminal import UNSAFE, printable
 
 DEMO = ["--model", "demo"]
 LONG = "a" * 300
@@ -200,3 +201,18 @@ def test_a_full_output_is_one_line(tmp_path: Path) -> None:
     done = outside(tmp_path, ">/dev/full", "presses")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert done.stderr.startswith("error: standard output cannot be written (No space left on device)")
+
+
+def test_texts_of_a_record_do_not_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever sends results shall not move the cursor, change colours, or make up a line of a table."""
+    evil = "\x1b]0;title\x07\x1b[2Jx\r\nfake | row\u202e"
+    sent = record("knorm", 0.5) | dict.fromkeys(("model", "dataset", "protocol", "device", "status", "press"), evil)
+    sent |= {"tasks": [{"task": evil, "length": 64, "n": 1, "score": 0.5, "score_base": 0.0}], "subset": evil}
+    sent["env"] = {**sent["env"], "cpu": evil, "torch": evil}
+    write(tmp_path, [record("snapkv", 0.5), sent])
+    (tmp_path / "\x1b[31m.json").write_text("{}")
+    assert main(["report", str(tmp_path), "--table"]) == 0
+    said = capsys.readouterr()
+    for text in (said.out.replace("\n", ""), said.err.replace("\n", "")):
+        assert UNSAFE.search(text) is None
+    assert r"\x1b[2Jx\r\nfake | row\u202e" in said.out and r"\x1b[31m.json" in said.err

@@ -117,19 +117,24 @@ def read_artefact(path: Path, press: str, names: Mapping[str, str]) -> Artefact:
         with safe_open(path, framework="pt") as file:
             said = json.loads((file.metadata() or {}).get(_KEY, "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- no iterator
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RecursionError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise PressError(f"{path} is damaged or no safetensors file ({reason}); {make}.") from error
+    kinds = {"press": str, "sha256": str, "facts": dict}
     if said is None:  # by others
         missing = sorted(set(names) - set(tensors))
         if missing:
             raise PressError(f"{path} is not for {press}: it has no {missing[0]!r}, only {sorted(tensors)[:8]}.")
         said = {"press": press, "facts": {}}
         tensors = {ours: tensors[theirs] for theirs, ours in names.items()}
+    elif type(said) is not dict or any(type(said.get(name)) is not kind for name, kind in kinds.items()):
+        raise PressError(f"{path} is damaged: it does not say what it is for, on what it was measured, or how; {make}.")
     elif said["press"] != press:
         raise PressError(f"{path} is for {said['press']}, not for {press}; {make}.")
     elif said["sha256"] != digest_of(tensors):
         raise PressError(f"{path} is damaged: its numbers are not those that were written; {make}.")
+    if not all(tensor.is_floating_point() and tensor.dim() and tensor.numel() for tensor in tensors.values()):
+        raise PressError(f"{path} is damaged: it holds what is no table of numbers, one for each layer; {make}.")
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise PressError(f"{path} is damaged: it holds numbers that are not finite; {make}.")
     return Artefact(press, {name: tensor.float() for name, tensor in tensors.items()}, said["facts"], str(path))

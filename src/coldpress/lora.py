@@ -60,7 +60,9 @@ class Lora:
         try:
             config = json.loads(read_text(described))
             kind, alpha, is_stabilised = config["peft_type"], float(config["lora_alpha"]), config.get("use_rslora")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            if not math.isfinite(alpha):
+                raise ValueError("lora_alpha is not finite")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise damaged(press, described, repr(error)) from error
         refused = {k: v for k, v in config.items() if v and k not in _HARMLESS}
         if refused.get("bias") == "none":
@@ -146,7 +148,10 @@ def read_tensors(press: BasePress, path: Path) -> dict[str, Tensor]:
 @lru_cache(maxsize=4)  # adapter and embeddings of two models
 def _read(path: Path, version: tuple[int, int]) -> dict[str, Tensor]:
     with torch.inference_mode(False):  # they outlive the mode that they are read in
-        return dict(load_file(path))
+        found = dict(load_file(path))
+    if not all(part.is_floating_point() and part.isfinite().all() for part in found.values()):
+        raise ValueError("its weights are not finite numbers")
+    return found
 
 
 def _sizes(module: nn.Module) -> tuple[int, int] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from abc import abstractmethod
 from collections.abc import Hashable, Mapping
@@ -45,6 +46,7 @@ class Calibrated(BasePress):
         holds: what an artefact holds, in a word.
         parameter: the press's parameter that names one.
         published_names: what published files call their tensors, and what we call them.
+        between: the least and the largest number that an artefact may hold.
     """
 
     kind = "calibrated"
@@ -53,6 +55,7 @@ class Calibrated(BasePress):
     holds: ClassVar[str]
     parameter: ClassVar[str]
     published_names: ClassVar[Mapping[str, str]] = {}
+    between: ClassVar[tuple[float, float]] = (-math.inf, math.inf)
 
     @abstractmethod
     def layer_shapes(self, shape: Shape) -> dict[str, tuple[int | None, ...]]:
@@ -204,5 +207,29 @@ class Calibrated(BasePress):
             ) from error
         key = self.artefact, path, state.st_mtime_ns, state.st_size
         if key not in _LOADED:
-            _LOADED[key] = read_artefact(path, self.artefact, self.published_names)
+            found = read_artefact(path, self.artefact, self.published_names)
+            low, high = self.between
+            if any(tensor.min() < low or tensor.max() > high for tensor in found.tensors.values()):
+                raise PressError(
+                    f"{path} is damaged: it holds numbers that are not between {low:g} and {high:g}. Make it with "
+                    f"coldpress calibrate {self.artefact}."
+                )
+            _LOADED[key] = found
         return _LOADED[key]
+
+    def form_checked(self, found: Artefact) -> Artefact:
+        """``found``, if it may be an artefact of some model.
+
+        Raises:
+            PressError: its tensors have other names or numbers of dimensions.
+        """
+        for name, sizes in self.layer_shapes(Shape("", 0, 0, None, None, None)).items():
+            shape = tuple(found.tensors[name].shape) if name in found.tensors else ()
+            if len(shape) != 1 + len(sizes) or any(b not in (None, a) for a, b in zip(shape[1:], sizes, strict=True)):
+                there = "x".join(map(str, shape)) or "nothing"
+                raise PressError(
+                    f"{found.source} is not for {self.artefact}: its {name} are {there}, "
+                    f"not {'x'.join(str(size or '?') for size in (None, *sizes))}. Make it with coldpress calibrate "
+                    f"{self.artefact}."
+                )
+        return found

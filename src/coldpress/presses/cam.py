@@ -90,7 +90,8 @@ class CAMPress(DecodingPress):
             Slots int64 ``[s]`` and what comes to their values, float32 ``[s, Dv]``.
         """
         first = torch.searchsorted(kept, evicted, right=True)
-        place = first[:, None] + torch.arange(self.merge_budget, device=kept.device)  # [m, merge_budget]
+        n_most = min(self.merge_budget, len(kept))
+        place = first[:, None] + torch.arange(n_most, device=kept.device)  # [m, n_most]
         is_there = place < len(kept)
         heirs = kept[place.clamp(max=len(kept) - 1)]
         n_heirs = is_there.sum(-1)
@@ -99,4 +100,4 @@ class CAMPress(DecodingPress):
         draw = torch.rand(len(evicted), generator=generator).to(probability.device)
         is_merged = ((draw < probability) & (n_heirs > 0))[:, None] & is_there
         share = values[evicted].float() / n_heirs.clamp(min=1)[:, None]  # [m, Dv]
-        return heirs[is_merged], share[:, None].expand(-1, self.merge_budget, -1)[is_merged]
+        return heirs[is_merged], share[:, None].expand(-1, n_most, -1)[is_merged]

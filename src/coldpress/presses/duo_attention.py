@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -119,7 +119,11 @@ class DuoAttentionPress(Calibrated):
         """The pattern that the user gave."""
         if isinstance(self.pattern, (str, Path)):
             path = path_of(self.pattern)
-            return _pattern(self.from_file(path)) if path.suffix == ".safetensors" else _read(self, path)
+            return (
+                _pattern(self.form_checked(self.from_file(path)))
+                if path.suffix == ".safetensors"
+                else _read(self, path)
+            )
         return Pattern(self.pattern)  # type: ignore[arg-type]
 
     def compress(self, view: LayerView) -> Kept | None:
@@ -190,8 +194,16 @@ class _Reach:
         return {"gates": torch.stack([self.totals[i] / self.n_samples[i] for i in sorted(self.totals)])}
 
 
+def _are_sizes(said: Mapping[str, Any]) -> bool:
+    """Whether what a pattern says of sinks and recent tokens, if anything, are numbers of tokens."""
+    values = (said.get(name) for name in _SIZE_NAMES)
+    return all(value is None or (type(value) is int and 0 <= value < 2**31) for value in values)
+
+
 def _pattern(artefact: Artefact) -> Pattern:
     """What an artefact says."""
+    if not _are_sizes(artefact.facts):
+        raise PressError(f"{artefact.source} is damaged: its sink_size or recent_size is no number of tokens.")
     gates = tuple(map(tuple, artefact.tensors["gates"].tolist()))
     return Pattern(gates, artefact.facts.get("sink_size"), artefact.facts.get("recent_size"))
 
@@ -211,9 +223,7 @@ def _read(press: DuoAttentionPress, path: Path) -> Pattern:
     try:
         rows = [[float(x) for x in line.split()] for line in read_text(heads).splitlines() if line]
         said = json.loads(read_text(sizes)) if sizes.is_file() else {}
-        if not isinstance(said, dict) or not all(
-            said.get(name) is None or (type(said[name]) is int and 0 <= said[name] < 2**31) for name in _SIZE_NAMES
-        ):
+        if not isinstance(said, dict) or not _are_sizes(said):
             raise ValueError(f"{sizes.name} holds no sizes")
     except (OSError, ValueError, RecursionError) as error:
         raise PressError(

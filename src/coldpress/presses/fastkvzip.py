@@ -169,6 +169,12 @@ def _normed(states: Tensor, weight: Tensor) -> Tensor:
 def _read(path: Path, changed: int, index: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     """One gate of those in ``path``; ``changed`` tells versions of the file apart."""
     gate = _read_all(path, changed)[index]
+    if (
+        gate["q_norm.weight"].dim() != 1
+        or gate["k_base"].dim() != 4
+        or not all(gate[n].isfinite().all() for n in _PARTS)
+    ):
+        raise ValueError("its tensors are no gate, or not finite")
     with torch.inference_mode(False):  # they outlive the mode that they are read in
         return {n: gate[n].to(device, dtype if "proj" in n else torch.float32) for n in _PARTS}
 

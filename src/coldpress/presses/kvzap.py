@@ -91,7 +91,9 @@ class KVzapPress(ScorerPress):
         try:
             sizes = json.loads(read_text(described))
             n_in, n_out, n_hidden, n_layers = (sizes[k] for k in ("input_dim", "output_dim", "hidden_dim", "n_modules"))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            if not all(type(n) is int and 0 < n < 2**31 for n in (n_in, n_out, n_layers, n_hidden or 1)):
+                raise ValueError("its sizes are no positive integers")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise damaged(self, described, repr(error)) from error
         found = "linear" if n_hidden is None else "mlp"
         if found != self.model_type:
@@ -124,4 +126,6 @@ def _read(path: Path, changed: int, index: int, n_maps: int, dtype: torch.dtype,
     names = [f"layers.{index}"] if n_maps == 1 else [f"layers.{index}.0", f"layers.{index}.2"]  # 1 is the GELU
     with torch.inference_mode(False), safe_open(path, "pt") as file:  # they outlive the mode that they are read in
         maps = [(file.get_tensor(f"{name}.weight"), file.get_tensor(f"{name}.bias")) for name in names]
+        if not all(part.is_floating_point() and part.isfinite().all() for each in maps for part in each):
+            raise ValueError("its weights are not finite numbers")
         return tuple((weight.to(device, dtype), bias.to(device, dtype)) for weight, bias in maps)

@@ -67,6 +67,7 @@ class LUKVPress(Calibrated, WrapperPress):
     artefact: ClassVar[str] = "lukv"
     holds: ClassVar[str] = "budget curves"
     parameter: ClassVar[str] = "curves"
+    between = (0.0, 1.0)
 
     decodes = False
     per_head = True
@@ -107,7 +108,9 @@ class LUKVPress(Calibrated, WrapperPress):
         curves = self.curves
         if isinstance(curves, (str, Path)):
             path = path_of(curves)
-            curves = _curves(self.from_file(path)) if path.suffix == ".safetensors" else _read(self, path)
+            curves = (
+                _curves(self.form_checked(self.from_file(path))) if path.suffix == ".safetensors" else _read(self, path)
+            )
         assert isinstance(curves, tuple)
         shares = [share for percent in curves for layer in percent for share in layer]
         if len(curves) != 99 or min(shares) < 0 or max(shares) > 1:
@@ -187,8 +190,8 @@ class LUKVPress(Calibrated, WrapperPress):
 def _read(press: LUKVPress, path: Path) -> Curves:
     """Curves as the authors publish them."""
     try:
-        read = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
+        read = np.load(path, mmap_mode="r", allow_pickle=False).astype(np.float64)  # no more than the file holds
+    except (OSError, ValueError, EOFError) as error:
         raise PressError(
             f"LUKVPress cannot read the curves {path}: {error} It takes an .npy file or a calibrated one."
         ) from error
