@@ -23,8 +23,8 @@ from benchmarks.parity.reasons import (
     FIRST_LAYER,
     IN_ORDER_OF_SCORES,
     MEDIANS,
+    OF_ALL_HEADS,
     OF_THE_LAST_CHUNK,
-    ONE_LESS,
     PADDING,
     PRUNED_WINDOW,
     SAFEGUARD,
@@ -123,7 +123,14 @@ DEFAULTS = [
         lambda p, r, m: p.DMSPress(p.KVzapPress(weights=predictors(m, "mlp")), threshold=r - 1),
         one_by_one=True,
     ),
-    _case("fastkvzip", lambda p, r, m: p.FastKVzipPress(r, weights=gates(m)), scope="model", one_by_one=True),
+    _case(
+        "fastkvzip",
+        lambda p, r, m: p.FastKVzipPress(r, weights=gates(m)),
+        scope="model",
+        one_by_one=True,
+        why=OF_ALL_HEADS,
+        letter="decision",
+    ),
     _case(
         "lukv",
         lambda p, r, m: p.LUKVPress(compression_ratio=r, curves=budget_curves(m, 1 / 256)),
@@ -134,15 +141,23 @@ DEFAULTS = [
     ),
     _case("duo_attention", lambda p, r, m: p.DuoAttentionPress(r, pattern=head_pattern(m, 128, 256)), one_by_one=True),
     # -- presses that run the model again
-    _case("kvzip", lambda p, r, m: p.KVzipPress(r), scope="model", one_by_one=True),
-    _case("kvgrad", lambda p, r, m: p.KVgradPress(r), scope="model", one_by_one=True),
     _case(
-        "kvcompose", lambda p, r, m: p.KVComposePress(compression_ratio=r), one_by_one=True, why=FIRST_LAYER, letter="C"
+        "kvzip", lambda p, r, m: p.KVzipPress(r), scope="model", one_by_one=True, why=OF_ALL_HEADS, letter="decision"
+    ),
+    _case(
+        "kvgrad", lambda p, r, m: p.KVgradPress(r), scope="model", one_by_one=True, why=OF_ALL_HEADS, letter="decision"
+    ),
+    _case(
+        "kvcompose",
+        lambda p, r, m: p.KVComposePress(compression_ratio=r),
+        one_by_one=True,
+        why=f"{FIRST_LAYER}; and the number of pairs as above",
+        letter="C",
     ),
     # -- others
     _case("simlayerkv", lambda p, r, m: p.SimLayerKVPress(), one_by_one=True),
     _case("think", lambda p, r, m: p.ThinKPress(r), why=PRUNED_WINDOW, letter="paper"),
-    _case("finch", lambda p, r, m: p.FinchPress(r, window_size=16), rerotated=True, why=ONE_LESS, letter="K"),
+    _case("finch", lambda p, r, m: p.FinchPress(r, window_size=16), rerotated=True),
     _case("merging_knorm", lambda p, r, m: p.MergingPress(p.KnormPress(r))),
     _case("merging_snapkv", lambda p, r, m: p.MergingPress(p.SnapKVPress(r))),
     _case(

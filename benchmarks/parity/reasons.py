@@ -45,3 +45,6 @@ WHOLE_PAIRS = (
     "in coldpress layers keep a whole number of pairs on average, and are rounded so that this is met; kvpress rounds "
     "each layer by itself, and its mean not at all"
 )
+OF_ALL_HEADS = (
+    "in coldpress heads keep a whole number of pairs on average; kvpress rounds the number of all pairs of the model"
+)

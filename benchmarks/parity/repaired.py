@@ -12,10 +12,12 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import kvpress
 import torch
 from benchmarks.parity import local
+from kvpress.presses import entropy_gated_chunkkv_press
 from kvpress.presses.base_press import is_prefilling
 from kvpress.utils import compute_n_kept, get_prerope_query_states
 from torch import Tensor
@@ -246,7 +248,7 @@ class _Given(kvpress.ScorerPress):
 
 @dataclass
 class EntropyGatedChunkKVPress(kvpress.EntropyGatedChunkKVPress):
-    """E: every row by itself; and protected tokens, here whole chunks, are in no median."""
+    """E: every row by itself; protected tokens, here whole chunks, are in no median; and no constant in the entropy."""
 
     def compress(
         self, module: Any, hidden: Tensor, keys: Tensor, values: Tensor, attention: Any, kwargs: Any
@@ -258,7 +260,8 @@ class EntropyGatedChunkKVPress(kvpress.EntropyGatedChunkKVPress):
         for own, k, v in zip(scores.split(1), keys.split(1), values.split(1), strict=True):
             given = _Given(1 - (n_keep + 0.5) / n_free, scores=own[..., :n_free])
             gated = kvpress.EntropyGatedChunkKVPress(given, self.chunk_length, self.low_entropy_chunk_length)
-            pair = gated.compress(module, hidden, k[:, :, :n_free], v[:, :, :n_free], attention, kwargs)
+            with mock.patch.object(entropy_gated_chunkkv_press, "EPSILON", 1e-30):
+                pair = gated.compress(module, hidden, k[:, :, :n_free], v[:, :, :n_free], attention, kwargs)
             kept.append([torch.cat([x, y[:, :, n_free:]], dim=2) for x, y in zip(pair, (k, v), strict=True)])
         return torch.cat([k for k, _ in kept]), torch.cat([v for _, v in kept])
 
@@ -365,9 +368,19 @@ class FinchPress(local.FinchPress):
         return moved, values.gather(2, chosen[..., None].expand(-1, -1, -1, values.shape[3]))
 
 
+class _WholePairs:
+    """A whole number of pairs for each head on average, instead of a number for all heads of the model."""
+
+    def compress_post(self: Any, model: Any) -> None:
+        n_tokens, asked = self.score_val[0].shape[-1], self.compression_ratio
+        self.compression_ratio = 1 - (compute_n_kept(n_tokens, asked) - 1e-6) / n_tokens
+        super().compress_post(model)  # type: ignore[misc]
+        self.compression_ratio = asked
+
+
 @dataclass
-class KVzipPress(kvpress.KVzipPress):
-    """What a chat template puts before the text is kept."""
+class KVzipPress(_WholePairs, kvpress.KVzipPress):
+    """The same; and what a chat template puts before the text is kept."""
 
     def compress_post(self, model: Any) -> None:
         n_sink, self.n_sink = self.n_sink, max(self.n_sink, self.prefix_length)
@@ -376,11 +389,23 @@ class KVzipPress(kvpress.KVzipPress):
 
 
 @dataclass
+class KVgradPress(_WholePairs, kvpress.KVgradPress):
+    pass
+
+
+@dataclass
+class FastKVzipPress(_WholePairs, local.FastKVzipPress):
+    pass
+
+
+@dataclass
 class KVComposePress(kvpress.KVComposePress):
-    """C: the first layer has its own scores. A: what the second pass wrote is removed from the cache."""
+    """C: the first layer has its own scores. A: what the second pass wrote is removed from the cache. Whole pairs."""
 
     def compute_composite_scores(self) -> None:
         super().compute_composite_scores()
+        n_keep = compute_n_kept(self.context_len, self.compression_ratio)
+        self.compression_ratio = 1 - (n_keep + 1e-6) / self.context_len
         by_head = self.composite_scores_per_head[0]
         self.composite_scores_per_layer[0] = by_head.mean(0) if self.agg_head == "mean" else by_head.amax(0)
 
