@@ -15,7 +15,7 @@ import coldpress
 from coldpress.artefacts import Artefact, Shape, artefact_path
 from coldpress.calibration import calibrate
 from coldpress.errors import DataError, OutputError, PressError
-from coldpress.eval.datasets import WHOLE, load_corpus
+from coldpress.eval.datasets import load_corpus
 from coldpress.eval.models import load_model, pick_device
 from coldpress.eval.plan import UNKNOWN_POSITIONS
 from coldpress.eval.progress import note, progress
@@ -65,10 +65,13 @@ def make_artefact(settings: CalibrationSettings) -> Path:
     if s.output is not None and (not s.output.strip() or Path(s.output).is_dir()):
         raise OutputError(f"--output {s.output!r} is no name of a file; give one such as filters.safetensors.")
     corpus = load_corpus(
-        s.dataset, subset=s.subset, split=s.split or "train", sample_idx=s.sample_idx, text_file=s.text_file
+        s.dataset,
+        subset=s.subset,
+        split=s.split or "train",
+        sample_idx=s.sample_idx,
+        text_file=s.text_file,
+        default_split="train",
     )
-    if corpus.split == WHOLE and s.split not in (None, WHOLE):
-        raise DataError(f"{s.text_file or s.dataset} is one text without splits; leave --split {s.split} out.")
     loaded = load_model(
         s.model, device=s.device, dtype=s.dtype, attn_implementation=s.attn_implementation, revision=s.revision
     )
