@@ -686,6 +686,12 @@ def odd_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "--dataset {data}/wikitext --split valid",
             r"unknown split 'valid' of .*: allowed are \['test'\]. Name one: --s",
         ),
+        ("--split nonsense", r"unknown split 'nonsense' of 'demo', which is a single text: .* leave --split out"),
+        ("--split tests", "Did you mean 'test'"),
+        ("--context_tokens 16", "--context_tokens is for perplexity under presses; add --ppl_apply_press"),
+        ("--speed_only --stride 16", "--stride is for perplexity, and --speed_only measures none"),
+        ("--kv_group_size 32", "add --kv_bits, or leave it out"),
+        ("--ppl_only --ppl_preset gptq --add_bos", "--ppl_preset gptq says how texts begin; leave --add_bos out"),
         ("--model {odd}/t5", "encoder-decoder"),
         ("--model {odd}/bloom", "attention interface"),
         ("--model {odd}/empty", "no config.json"),
@@ -838,6 +844,8 @@ def test_report_leaves_out_what_is_no_result(run: Run, capsys: pytest.CaptureFix
     for line, name in zip(lines, [*bad, "j.json"], strict=True):
         assert line.startswith(f"note: skipped {done.folder / name}: ") and len(line) < 400
     assert "loss must be a number, got 'abc'" in lines[0]
+    assert main(["report", str(done.folder), "--table", "--output", "elsewhere"]) == 2
+    assert "--table writes no report to --output elsewhere; give one of them" in capsys.readouterr().err
     path.unlink()
     assert main(["report", str(done.folder), "--table"]) == 2
     assert "holds no results; run coldpress ppl first" in capsys.readouterr().err.splitlines()[-1]

@@ -332,6 +332,8 @@ def _run_report(args: argparse.Namespace, argv: list[str], prog: str | None) -> 
     folders = args.folders or ["results/perplexity"]
     if args.output is not None and not args.output.strip():
         raise OutputError("--output is empty; give the folder that the report goes to.")
+    if args.table and args.output is not None:
+        raise InputError(f"--table writes no report to --output {args.output}; give one of them.")
     collection = collect(folders)
     for line in collection.skipped:
         note(line)

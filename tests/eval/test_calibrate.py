@@ -152,7 +152,7 @@ def test_all_is_what_needs_no_artefact(run: Run, tmp_path: Path) -> None:
         ("calibrate qfilter --datset demo", "unrecognized arguments: --datset"),
         ("calibrate qfilter --dataset nowhere", "unknown dataset 'nowhere'"),
         ("calibrate qfilter --dataset demo --text_file file", "--dataset and --text_file both say which text is read"),
-        ("calibrate qfilter --split validation", "demo is one text without splits; leave --split validation out."),
+        ("calibrate qfilter --split validation", "unknown split 'validation' of 'demo', which is a single text"),
         ("calibrate qfilter --text_file . --model demo", "cannot read '.' (Is a directory)"),
         ("calibrate qfilter --model ./nowhere", "--model './nowhere': no such folder"),
         ("calibrate qfilter --output .", "--output '.' is no name of a file"),

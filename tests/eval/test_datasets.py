@@ -236,6 +236,63 @@ def test_corrupt_files_are_one_line_and_leave_stderr_clean(tmp_path: Path, capfd
     assert not datasets.are_progress_bars_disabled()
 
 
+def folder_of(folder: Path, **files: str | bytes) -> str:
+    folder.mkdir()
+    for name, content in files.items():
+        path = folder / name.replace("_", ".")
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return str(folder)
+
+
+GOOD = '{"text": "a"}\n'
+
+
+@pytest.mark.parametrize(
+    ("files", "parts"),
+    [
+        ({"test1_jsonl": GOOD, "test2_jsonl": '{"body": "b"}\n'}, ["test2.jsonl has no column 'text', only ['body']"]),
+        (
+            {"test1_jsonl": GOOD, "test2_jsonl": '{"text": "b", "more": "c"}\n'},
+            ["test1.jsonl has the columns ['text'] and ", "test2.jsonl has ['text', 'more']"],
+        ),
+        ({"test_jsonl": ""}, ["test.jsonl is empty"]),
+        ({"test_parquet": b""}, ["test.parquet is empty"]),
+        ({"test_txt": ""}, ["test.txt is empty"]),
+        ({"test_jsonl": "\n\n"}, ["test.jsonl holds no rows"]),
+        ({"test1_jsonl": GOOD, "test2_jsonl": '{"text": "a"\n'}, ["test2.jsonl cannot be read (JSON parse error"]),
+        ({"test_parquet": b"PAR1" + b"garbage" * 50}, ["test.parquet cannot be read (Parquet magic bytes"]),
+        ({"test_txt": b"\xe9"}, ["test.txt cannot be read ('utf-8' codec"]),
+    ],
+)
+def test_a_damaged_folder_names_the_file_and_what_is_expected(
+    tmp_path: Path, files: dict[str, str | bytes], parts: list[str]
+) -> None:
+    message = fails(DataError, *parts, dataset=folder_of(tmp_path / "rows", **files))
+    assert message.endswith("with equal columns, among them 'text' with a string in each row.")
+    assert "Error:" not in message
+
+
+def test_columns_that_are_not_text_are_refused(tmp_path: Path) -> None:
+    latin = folder_of(tmp_path / "latin", test_jsonl='{"text": "é"}'.encode("latin-1"))
+    fails(DataError, "column 'text'", "is not UTF-8 text", dataset=latin)
+    fails(DataError, "is not UTF-8 text", dataset=f"{latin}/test.jsonl")
+    mixed = folder_of(tmp_path / "mixed", test_jsonl=GOOD + '{"text": 3}\n')
+    fails(DataError, "column 'text'", "not strings", dataset=mixed)
+
+
+def test_a_single_text_has_no_splits(tmp_path: Path) -> None:
+    (tmp_path / "good.txt").write_text("text")
+    (tmp_path / "good.jsonl").write_text(GOOD)
+    for single in ({"dataset": "demo"}, *({"dataset": str(tmp_path / f"good.{kind}")} for kind in ("txt", "jsonl"))):
+        fails(DataError, "unknown split 'nonsense'", "leave --split out", **single, split="nonsense")
+        fails(DataError, "Did you mean 'test'?", **single, split="tests")
+        fails(DataError, "unknown split 'train'", **single, split="train")
+        for split in ("test", "all"):
+            assert load_corpus(**single, split=split).split == "all"
+        assert load_corpus(**single, split="train", default_split="train").split == "all"
+    fails(DataError, "unknown split", dataset="wikitext", text_file=str(tmp_path / "good.txt"), split="nonsense")
+
+
 def test_wrong_text_files(tmp_path: Path) -> None:
     (tmp_path / "latin1.txt").write_bytes("é".encode("latin-1"))
     (tmp_path / "blank.txt").write_text(" \n")

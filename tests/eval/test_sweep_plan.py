@@ -173,3 +173,23 @@ def test_tasks_are_hidden_in_the_text_of_their_own_section() -> None:
     assert cell.settings.dataset == "demo"
     (cell,) = SweepPlan.of({"models": "demo", "texts": ["wikitext"], "tasks": {"task": "passkey"}}).cells
     assert cell.settings.dataset is None
+
+
+def test_what_stands_above_all_sections_goes_to_those_that_use_it() -> None:
+    config: dict[str, Any] = {
+        "models": ["demo"], "texts": ["demo"], "press": ["knorm"], "add_bos": False,
+        "max_length": 64, "batch_size": 2, "kv_bits": [4], "kv_group_size": 32, "kv_residual_tokens": 8,
+        "perplexity": True, "speed": True, "baselines": ["gptq"], "tasks": {"task_tokens": [64]},
+        "streaming": {"budget_tokens": [32]},
+    }  # fmt: skip
+    of_kind = {cell.kind: cell.settings for cell in SweepPlan.of(config).cells}
+    assert of_kind["perplexity"].add_bos is False and of_kind["streaming"].add_bos is False
+    assert of_kind["speed"].add_bos is None and of_kind["baselines"].add_bos is None
+    assert of_kind["speed"].max_length is None and of_kind["perplexity"].max_length == 64
+    with pytest.raises(InputError, match="perplexity: add_bos must be true or false, got 'yes'"):
+        SweepPlan.of({"models": ["demo"], "texts": ["demo"], "add_bos": "yes"})
+
+
+def test_a_split_of_text_files_alone_is_refused() -> None:
+    with pytest.raises(InputError, match="--split is for datasets, and only text files are named"):
+        with_options({}, {"text_file": ["x.txt"], "split": "nonsense"})

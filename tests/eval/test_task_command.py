@@ -144,3 +144,19 @@ def test_a_damaged_record_is_refused_and_tables_do_not_mix(tmp_path: Path) -> No
     other = record | {"protocol": "tasks-v1-C96-n3"}
     assert len(groups([record, other])) == 2
     assert "±" not in show([record])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--split", "nonsense"), "--split belongs to a text; name one with --dataset, or leave it out."),
+        (("--sample_idx", "1"), "--sample_idx belongs to a text"),
+        (("--dataset", "demo", "--split", "nonsense"), "unknown split 'nonsense' of 'demo'"),
+    ],
+)
+def test_options_of_a_text_without_one_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], message: str
+) -> None:
+    assert run(tmp_path, *options) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -15,7 +15,7 @@ import coldpress
 from coldpress.artefacts import Artefact, Shape, artefact_path
 from coldpress.calibration import calibrate
 from coldpress.errors import DataError, PressError
-from coldpress.eval.datasets import WHOLE, load_corpus
+from coldpress.eval.datasets import load_corpus
 from coldpress.eval.models import load_model, pick_device
 from coldpress.eval.plan import UNKNOWN_POSITIONS
 from coldpress.eval.progress import note, progress
@@ -64,10 +64,13 @@ def make_artefact(settings: CalibrationSettings) -> Path:
     pick_device(s.device)
     given = None if s.output is None else check_output(s.output, "filters.safetensors")
     corpus = load_corpus(
-        s.dataset, subset=s.subset, split=s.split or "train", sample_idx=s.sample_idx, text_file=s.text_file
+        s.dataset,
+        subset=s.subset,
+        split=s.split or "train",
+        sample_idx=s.sample_idx,
+        text_file=s.text_file,
+        default_split="train",
     )
-    if corpus.split == WHOLE and s.split not in (None, WHOLE):
-        raise DataError(f"{s.text_file or s.dataset} is one text without splits; leave --split {s.split} out.")
     loaded = load_model(
         s.model, device=s.device, dtype=s.dtype, attn_implementation=s.attn_implementation, revision=s.revision
     )

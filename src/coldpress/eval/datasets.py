@@ -84,13 +84,14 @@ def load_corpus(
     sample_idx: int | None = None,
     text_file: str | None = None,
     revision: str | None = None,
+    default_split: str = "test",
 ) -> Corpus:
     """Load the text to evaluate; the table at the top of this module says what each `dataset` gives.
 
     subset: the dataset's configuration; wikitext defaults to wikitext-2-raw-v1. sample_idx: take only that
     row of the split as the one document. text_file: a UTF-8 file that replaces the dataset. revision: commit,
-    tag or branch of a hub dataset. Single files have no subsets or splits: `split` is not looked at there and
-    recorded as "all".
+    tag or branch of a hub dataset. Single texts and files have no subsets or splits: `split` is "all" there, or what
+    the caller asks for if the user says nothing (default_split), and recorded as "all".
 
     Raises DataError for input that has no usable text, UnreachableError when the hub is needed and neither it
     nor a cached copy is there, MissingDependencyError when `datasets` is needed and not installed.
@@ -101,9 +102,11 @@ def load_corpus(
             raise DataError(f"{name} {value!r} is not UTF-8; give it another name")
     if text_file is not None:
         _refuse(text_file, subset=subset, revision=revision)
+        _check_single(text_file, split, default_split)
         return _one_text(text_file, Path(text_file), sample_idx)
     if dataset == "demo":
         _refuse(dataset, subset=subset, revision=revision)
+        _check_single(dataset, split, default_split)
         demo = _demo_file()
         return replace(_one_text(dataset, demo, sample_idx), source=f"{DEMO_FOLDER}/{demo.name}")
     path = path_of(dataset)
@@ -127,9 +130,11 @@ def load_corpus(
             rows = load_local(str(path.resolve()), dataset, subset, split)
         elif path.suffix == ".txt":
             _refuse(dataset, subset=subset)
+            _check_single(dataset, split, default_split)
             return _one_text(dataset, path, sample_idx)
         elif path.suffix in FILE_BUILDERS:
             _refuse(dataset, subset=subset)
+            _check_single(dataset, split, default_split)
             rows = load_local(FILE_BUILDERS[path.suffix], dataset, None, "train", data_files=str(path.resolve()))
             split = WHOLE
         else:
@@ -146,7 +151,7 @@ def load_corpus(
         )
     what = dataset if source == dataset or path.exists() else f"{dataset} ({source})"
     documents, join = _documents(rows, what, joined, sample_idx)
-    lines = None if join is None else tuple(text or "" for text in rows["text"][:])
+    lines = None if join is None else tuple(text or "" for text in _column(rows, "text", what))
     return Corpus(dataset, source, subset, split, join, documents, lines)
 
 
@@ -159,6 +164,15 @@ def _refuse(name: str, **given: str | None) -> None:
     for option, value in given.items():
         if value is not None:
             raise DataError(f"{option}={value!r} does not apply to {name!r}: leave {option} out")
+
+
+def _check_single(name: str, split: str, default: str) -> None:
+    """A single text has no splits."""
+    if split not in (WHOLE, default):
+        raise DataError(
+            f"unknown split {split!r} of {name!r}, which is a single text: allowed is {WHOLE!r}, or leave --split out."
+            f"{nearest(split, (WHOLE, default))}"
+        )
 
 
 def _demo_file() -> Path:
@@ -194,13 +208,21 @@ def _is_wikitext(path: Path, subset: str | None) -> bool:
     return (subset or "").startswith("wikitext") or any("wikitext" in name.lower() for name in names)
 
 
+def _column(rows: Any, name: str, what: str) -> list[Any]:
+    """All values of a column, which a file may hold without their being text."""
+    try:
+        return list(rows[name][:])
+    except UnicodeDecodeError as error:
+        raise DataError(f"column {name!r} of {what} is not UTF-8 text: convert its files first") from error
+
+
 def _documents(rows: Any, what: str, joined: bool, sample_idx: int | None) -> tuple[tuple[Document, ...], str | None]:
     """Turn the rows of one split into documents; the second value says how they were joined."""
     if "text" not in rows.column_names:
         raise DataError(f"{what} has no column 'text', only {rows.column_names}: rename the column that holds the text")
     if getattr(rows.features["text"], "dtype", None) not in ("string", "large_string"):
         raise DataError(f"column 'text' of {what} holds {rows.features['text']}, not strings")
-    texts = [text or "" for text in rows["text"][:]]
+    texts = [text or "" for text in _column(rows, "text", what)]
     filled = [row for row, text in enumerate(texts) if text.strip()]
     if sample_idx is not None and not 0 <= sample_idx < len(texts):
         raise DataError(f"sample_idx {sample_idx} is out of range for {what}: allowed are 0 to {len(texts) - 1}")
@@ -212,7 +234,8 @@ def _documents(rows: Any, what: str, joined: bool, sample_idx: int | None) -> tu
     if joined and sample_idx is None:
         return (Document(f"rows 0-{len(texts) - 1}", "\n\n".join(texts)),), '"\\n\\n".join(all rows)'
     titled = not joined and "short_book_title" in rows.column_names
-    titles = [str(title or "").strip() for title in rows["short_book_title"][:]] if titled else [""] * len(texts)
+    titles = [str(title or "").strip() for title in _column(rows, "short_book_title", what)] if titled else []
+    titles = titles or [""] * len(texts)
     count = Counter(titles)
     ids = [f"{t}#{row}" if count[t] > 1 and t else t or str(row) for row, t in enumerate(titles)]
     chosen = filled if sample_idx is None else [sample_idx]

@@ -10,12 +10,16 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from coldpress.errors import DataError, MissingDependencyError, UnreachableError, nearest
 from coldpress.network import hub_problem, network_problem, one_line
 
 __all__ = ["load_hub", "load_local"]
+
+BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text"}
+EXPECTED = "Expected are .parquet or .jsonl files with equal columns, among them 'text' with a string in each row."
 
 
 def _datasets() -> Any:
@@ -62,13 +66,53 @@ def load_local(path: str, what: str, subset: str | None, split: str, **options: 
                 rows = datasets.load_dataset(path, subset, split=split, sample_by="document", **options)
             return rows
         except Exception as error:
-            raise _explained(error, what, subset, split) from error
+            said = _explained(error, what, subset, split)
+            if said is None:
+                place = Path(options.get("data_files", path))
+                said = DataError(f"{_damage(datasets, place, what) or _unread(what, error)}. {EXPECTED}")
+            raise said from error
 
 
-def _explained(error: BaseException, what: str, subset: str | None, split: str) -> DataError:
-    """`datasets` raises plain ValueErrors that list what there is; tell it in our words, in one line."""
+def _damage(datasets: Any, place: Path, what: str) -> str | None:
+    """Which file of a folder, or that file itself, cannot be read, and why; None if each can be read alone."""
+    files = [place] if place.is_file() else sorted(file for file in place.rglob("*") if file.is_file())
+    columns: dict[str, list[str]] = {}
+    for file in files:
+        builder, name = BUILDERS.get(file.suffix), what if file == place else f"{what}/{file.relative_to(place)}"
+        if builder is None:
+            continue
+        if not file.stat().st_size:
+            return f"{name} is empty"
+        try:
+            rows = datasets.load_dataset(builder, data_files=str(file.resolve()), split="train")
+        except Exception as error:
+            return f"{name} holds no rows" if "corresponds to no data" in str(error) else _unread(name, error)
+        columns[name] = rows.column_names
+        if "text" not in rows.column_names:
+            return f"{name} has no column 'text', only {rows.column_names}"
+    kinds = list({tuple(names): name for name, names in columns.items()}.items())
+    if len(kinds) > 1:
+        (first, one), (second, other) = kinds[:2]
+        return f"{one} has the columns {list(first)} and {other} has {list(second)}"
+    return None
+
+
+def _unread(name: str, error: BaseException) -> str:
+    return f"{name} cannot be read ({' '.join(str(_root(error)).split())[:300]})"
+
+
+def _root(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
+    return error
+
+
+def _explained(error: BaseException, what: str, subset: str | None, split: str) -> DataError | None:
+    """`datasets` raises plain ValueErrors that list what there is; tell it in our words, in one line.
+
+    None where it is about something else: files that are damaged, or are not there.
+    """
+    error = _root(error)
     message = " ".join(str(error).split())
     listed = re.search(r"\[.*?\]", message)
     names = re.findall(r"'([^']*)'", listed[0]) if listed else []
@@ -82,7 +126,11 @@ def _explained(error: BaseException, what: str, subset: str | None, split: str) 
         )
     if "Unrecognized instruction" in message or "Split name" in message:
         return DataError(f"split {split!r} cannot be read: write a name like 'test', or a slice like 'test[:10]'")
-    return DataError(f"{what} cannot be read as a dataset ({type(error).__name__}: {message[:300]})")
+    return None
+
+
+def _of_hub(error: BaseException, what: str, subset: str | None, split: str) -> DataError:
+    return _explained(error, what, subset, split) or DataError(f"{_unread(what, error)}. {EXPECTED}")
 
 
 def load_hub(repos: tuple[str, ...], subset: str | None, split: str, revision: str | None) -> tuple[str, Any]:
@@ -101,7 +149,7 @@ def load_hub(repos: tuple[str, ...], subset: str | None, split: str, revision: s
                 except Exception as error:
                     problem = network_problem(error)
                     if problem is None:
-                        raise _explained(error, repo, subset, split) from error
+                        raise _of_hub(error, repo, subset, split) from error
             rows = _load_cached(datasets, repo, subset, split, revision)
             if rows is not None:
                 return repo, rows
@@ -143,6 +191,6 @@ def _load_cached(datasets: Any, repo: str, subset: str | None, split: str, revis
     except Exception as error:
         if isinstance(error, ConnectionError) or "Couldn't find cache" in str(error):
             return None
-        raise _explained(error, repo, subset, split) from error
+        raise _of_hub(error, repo, subset, split) from error
     finally:
         datasets.config.HF_HUB_OFFLINE = offline

@@ -110,9 +110,17 @@ class Settings:
                 "--chunk_tokens cuts up the prompt that a press compresses; --ppl_only alone has none: add "
                 "--ppl_apply_press."
             )
-        for name in ("max_documents", "max_windows", "greedy_tokens"):
+        for name in ("max_documents", "max_windows", "greedy_tokens", "context_tokens", "target_tokens"):
             if getattr(self, name) and not self.ppl_apply_press and (name != "max_documents" or self.ppl_mode is None):
                 raise InputError(f"--{name} is for perplexity under presses; add --ppl_apply_press, or leave it out.")
+        for name in ("max_length", "stride"):
+            if getattr(self, name) is not None and self.speed_only:
+                raise InputError(f"--{name} is for perplexity, and --speed_only measures none; leave one of them out.")
+        if self.speed_only and self.batch_size != 1:
+            raise InputError("--batch_size is for perplexity, and --speed_only measures none; leave one of them out.")
+        for name in ("kv_group_size", "kv_residual_tokens"):
+            if getattr(self, name) != getattr(Settings, name) and not self.kv_bits:
+                raise InputError(f"--{name} says how pairs are held in few bits; add --kv_bits, or leave it out.")
         if self.engine != "local" and not self.ppl_apply_press:
             raise InputError(
                 f"--engine {self.engine} measures windows under presses, and none are asked for; add "

@@ -45,6 +45,7 @@ _TIMES = ("min_new_tokens", "repetitions", "warmup", "speed_decode_only", "compi
 _STREAM = ("stream_chunk", "positions")
 _ENGINE = ("engine", "ray_address", "workers")
 _BOS = ("add_bos",)
+_BITS = ("kv_bits", "kv_group_size", "kv_residual_tokens")
 _MEANINGLESS = {  # what is meant for other sections when it stands above them all
     "perplexity": (),
     "tasks": (
@@ -58,9 +59,9 @@ _MEANINGLESS = {  # what is meant for other sections when it stands above them a
         "batch_size",
         "max_length",
     ),
-    "speed": (*_WINDOWS, *_ENGINE, *_BOS, "max_documents"),
-    "streaming": (*_WINDOWS, *_ENGINE, "compression_ratio", "kv_bits", "chunk_tokens", "batch_size"),
-    "baselines": (*_WINDOWS, *_ENGINE, *_BOS, *_PRESS, "chunk_tokens", "max_documents"),
+    "speed": (*_WINDOWS, *_ENGINE, *_BOS, "max_documents", "max_length", "batch_size"),
+    "streaming": (*_WINDOWS, *_ENGINE, *_BITS, "compression_ratio", "chunk_tokens", "batch_size"),
+    "baselines": (*_WINDOWS, *_ENGINE, *_BOS, *_PRESS, *_BITS, "chunk_tokens", "max_documents"),
 }
 _FROM_0 = ("seed", "warmup", "sample_idx", "kv_residual_tokens", "greedy_tokens")
 _MOST = {"repetitions": 1_000_000, "warmup": 1_000_000}  # they are listed before the first is timed
@@ -213,6 +214,8 @@ def with_options(config: Mapping[str, Any], options: Mapping[str, Any]) -> dict[
         merged["models"] = [{**model, **of_models} for model in named]
     if datasets is not None or files is not None or of_rows:
         named = [_text(item) for item in _listed(datasets or ([] if files else merged.get("texts", "wikitext")))]
+        if of_rows and not named:
+            raise InputError(f"--{next(iter(of_rows))} is for datasets, and only text files are named; leave it out.")
         merged["texts"] = [{**text, **of_rows} for text in named] + [{"text_file": name} for name in files or []]
     if "press_args" in left:
         names = [name for name in left.get("press", ()) if name != NO_PRESS]

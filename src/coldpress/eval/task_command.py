@@ -98,6 +98,14 @@ class TaskSettings:
     def __post_init__(self) -> None:
         for name in self.task:
             find_task(name)
+        if self.dataset is not None and self.text_file is not None:
+            raise InputError(
+                f"--text_file {self.text_file} and --dataset {self.dataset} are both the text; give one of them."
+            )
+        for name in ("subset", "split", "sample_idx"):
+            is_given = getattr(self, name) != getattr(TaskSettings, name)
+            if is_given and self.dataset is None and self.text_file is None:
+                raise InputError(f"--{name} belongs to a text; name one with --dataset, or leave it out.")
         if self.task_examples > MOST_EXAMPLES:
             raise InputError(f"--task_examples must be at most {MOST_EXAMPLES:,}, got {self.task_examples:,}.")
         if self.template not in TEMPLATES:
