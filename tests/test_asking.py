@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.test_pipeline import CONTEXT, QUESTIONS
 from tests.test_pipeline import folder as folder  # a tiny model with a tokenizer
 from transformers import pipeline
 
-from coldpress import AdaKVPress, PressedCache, SnapKVPress
+from coldpress import AdaKVPress, PressedCache, SnapKVPress, asking
 from coldpress.cli import main
+from coldpress.eval.models import LoadedModel, load_model
 from coldpress.pipeline import TASKS
 
 Run = Callable[..., tuple[int, str, str]]
@@ -24,8 +28,9 @@ def run(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str], monkey
     (tmp_path / "text.txt").write_text(CONTEXT)
 
     def call(*arguments: str) -> tuple[int, str, str]:
+        given = [] if "--model" in arguments or arguments[0] == "ask" else ["--model", str(folder)]
         try:
-            code = main([*arguments, "--model", str(folder), "--device", "cpu"])
+            code = main([*arguments, *given, "--device", "cpu"])
         except SystemExit as stop:
             code = int(stop.code or 0)
         return code, *capsys.readouterr()
@@ -38,7 +43,7 @@ def test_what_is_compressed_is_asked(run: Run, folder: Path, tmp_path: Path) -> 
     code, out, err = run("compress", *given, "--compression_ratio", "0.6")
     size = (tmp_path / "a.safetensors").stat().st_size
     assert code == 0 and err == ""
-    assert re.fullmatch(rf"a.safetensors: \d+ tokens, (59|60|61)\.\d% removed, {size:,} bytes\n", out)
+    assert re.fullmatch(rf"a.safetensors: \d+ tokens, (59|60|61)\.\d% removed, {size:,} bytes, of {folder}\n", out)
     pipe = pipeline(TASKS[0], model=str(folder), device="cpu", max_new_tokens=8)
     expected = pipe(CONTEXT, questions=QUESTIONS, press=AdaKVPress(SnapKVPress(0.6)))["answers"]
     code, out, _ = run("ask", "a.safetensors", QUESTIONS[0], "--max_new_tokens", "8")
@@ -87,3 +92,80 @@ def test_bad_input_is_one_line_and_exit_code_2(run: Run, tmp_path: Path, argumen
     code, out, err = run(*arguments.split(" "))
     assert code == 2 and out == "" and len(err.splitlines()) == 1 and re.search(message, err), err
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+@pytest.fixture
+def compressed(run: Run) -> Callable[..., None]:
+    """Make a.safetensors with the model of that name."""
+
+    def compress(model: str, *more: str) -> None:
+        code, out, err = run(
+            "compress", "--text_file", "text.txt", "--output", "a.safetensors", "--model", model, *more
+        )
+        assert code == 0 and out.endswith(f", of {model}\n"), err
+
+    return compress
+
+
+def test_the_file_knows_its_model(
+    run: Run, compressed: Callable[..., None], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def watched(**options: Any) -> Any:
+        asked.append(options)
+        return load_model(**options)
+
+    monkeypatch.setattr(asking, "load_model", watched)
+    shutil.copytree(folder, tmp_path / "tiny")
+    (tmp_path / "elsewhere").mkdir()
+    for model, name in (("tiny", str(tmp_path / "tiny")), ("demo", "demo")):
+        monkeypatch.chdir(tmp_path)
+        compressed(model, "--dtype", "bfloat16")
+        monkeypatch.chdir("elsewhere")
+        code, out, err = run("ask", str(tmp_path / "a.safetensors"), "Who?", "--max_new_tokens", "2")
+        assert code == 0 and err == "" and out.strip()
+        assert asked[-1] == {"name": name, "dtype": "bfloat16", "device": "cpu"}
+        code, out, _ = run("ask", str(tmp_path / "a.safetensors"), "Who?", "--model", str(folder))
+        assert asked[-1] == {"name": str(folder), "dtype": "bfloat16", "device": "cpu"}
+        assert code == (0 if model == "tiny" else 2)  # another model is refused as before
+        run("ask", str(tmp_path / "a.safetensors"), "Who?", "--dtype", "float32")
+        assert asked[-1] == {"name": name, "dtype": "float32", "device": "cpu"}
+
+
+def test_a_commit_of_the_hub_is_asked_for_again(
+    run: Run, compressed: Callable[..., None], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load_model(str(folder), device="cpu")
+    asked: list[dict[str, Any]] = []
+
+    def from_the_hub(**options: Any) -> LoadedModel:
+        asked.append(options)
+        loaded.model.config._commit_hash = "c0ffee"
+        return replace(loaded, name=options["name"])
+
+    monkeypatch.setattr(asking, "load_model", from_the_hub)
+    compressed("somebody/model", "--revision", "v1")
+    assert run("ask", "a.safetensors", "Who?")[0] == 0
+    assert asked[-1] == {"name": "somebody/model", "revision": "c0ffee", "dtype": "float32", "device": "cpu"}
+    assert run("ask", "a.safetensors", "Who?", "--revision", "v2")[0] == 0
+    assert asked[-1]["revision"] == "v2"
+
+
+def test_a_model_that_is_not_here_is_named(
+    run: Run, compressed: Callable[..., None], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(folder, tmp_path / "tiny")
+    compressed("tiny")
+    shutil.rmtree(tmp_path / "tiny")
+    code, out, err = run("ask", "a.safetensors", "Who?")
+    assert (code, out) == (2, "") and len(err.splitlines()) == 1
+    assert err.startswith(f"error: a.safetensors needs the model that made it, '{tmp_path / 'tiny'}', which cannot be")
+    assert "say where it is with --model" in err
+    loaded = load_model(str(folder), device="cpu")
+    loaded.model.config._name_or_path = ""
+    cache = PressedCache.load("a.safetensors", loaded.model)
+    cache.save("a.safetensors", loaded.model)
+    code, out, err = run("ask", "a.safetensors", "Who?")
+    assert (code, out) == (2, "")
+    assert err == "error: a.safetensors does not name the model that made it; say which one with --model.\n"

@@ -6,16 +6,16 @@ import warnings
 from typing import Any
 
 from coldpress.cache import PressedCache
-from coldpress.errors import InputError
+from coldpress.errors import CacheError, InputError, ModelError, UnreachableError
 from coldpress.eval.datasets import load_corpus
-from coldpress.eval.models import LoadedModel, load_model
+from coldpress.eval.models import DTYPES, LoadedModel, load_model
 from coldpress.eval.progress import note
 from coldpress.eval.results import check_output
 from coldpress.eval.settings import check_types
 from coldpress.pipeline import KVPressTextGenerationPipeline
 from coldpress.presses.base import BUDGETS
 from coldpress.presses.registry import make_press, press_names
-from coldpress.saving import require_file
+from coldpress.saving import model_options, save_cache
 from coldpress.terminal import printable
 
 __all__ = ["ask", "compress"]
@@ -61,9 +61,9 @@ def compress(
         _pipeline(loaded)(document.text, questions=[], cache=cache)
     for warning in said:
         note(str(warning.message))
-    cache.save(path, loaded.model)
+    save_cache(cache, path, loaded.model, None, _lasting(loaded.name))
     sizes = f"{cache.seen_tokens:,} tokens, {cache.achieved_ratio():.1%} removed, {path.stat().st_size:,} bytes"
-    print(f"{printable(str(path))}: {sizes}")
+    print(printable(f"{path}: {sizes}, of {loaded.name}"))
 
 
 def ask(
@@ -72,17 +72,44 @@ def ask(
     """Print the answer to each question about the context that is saved in ``file``.
 
     Args:
-        model_options: of :func:`load_model`.
+        model_options: of :func:`load_model`. The model that the file names is taken where they name none, and its dtype
+            where they say none.
         any_model: take a model with other weights than the one that made the file.
         options: of the pipeline.
+
+    Raises:
+        InputError: there is no such file, its model is not here, or another one was given.
     """
-    require_file(file)
-    loaded = load_model(**model_options)
+    loaded = _model_of(file, model_options)
     cache = PressedCache.load(file, loaded.model, check_model=not any_model)
     answers = _pipeline(loaded)(questions=questions, cache=cache, **options)["answers"]
     for question, answer in zip(questions, answers, strict=True):
         answer = printable(answer.strip(), keep="\n\t")
         print(answer if len(questions) == 1 else f"{question}\n{answer}\n")
+
+
+def _lasting(name: str) -> str:
+    """What :func:`load_model` is given for this model from another folder."""
+    place = Path(name).expanduser()
+    return str(place.resolve()) if name != "demo" and place.exists() else name
+
+
+def _model_of(file: str, given: dict[str, Any]) -> LoadedModel:
+    """The model that ``file`` needs, or the one that was given."""
+    saved = model_options(file)
+    if saved.get("dtype") not in DTYPES:
+        saved.pop("dtype", None)
+    if "name" in given:
+        return load_model(**{"dtype": saved.get("dtype", "auto")} | given)
+    if "name" not in saved:
+        raise CacheError(f"{file} does not name the model that made it; say which one with --model.")
+    try:
+        return load_model(**{**saved, **given})
+    except (ModelError, UnreachableError) as error:
+        raise ModelError(
+            f"{file} needs the model that made it, {saved['name']!r}, which cannot be had under this name; say where "
+            f"it is with --model. ({error})"
+        ) from error
 
 
 def _pipeline(loaded: LoadedModel) -> KVPressTextGenerationPipeline:

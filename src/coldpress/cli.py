@@ -301,7 +301,7 @@ def _run_compress(args: argparse.Namespace, argv: list[str], prog: str | None) -
 def _run_ask(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
     from coldpress.asking import ask
 
-    ask(args.file, args.question, _model_options(args), args.any_model, max_new_tokens=args.max_new_tokens)
+    ask(args.file, args.question, _model_options(args, None), args.any_model, max_new_tokens=args.max_new_tokens)
     return 0
 
 
@@ -318,9 +318,9 @@ def _run_inspect(args: argparse.Namespace, argv: list[str], prog: str | None) ->
     return 0
 
 
-def _model_options(args: argparse.Namespace) -> dict[str, Any]:
+def _model_options(args: argparse.Namespace, default: str | None = "EleutherAI/pythia-70m") -> dict[str, Any]:
     given = {name: getattr(args, name) for name in ("device", "dtype", "attn_implementation", "revision")}
-    return {"name": args.model or "EleutherAI/pythia-70m"} | {k: v for k, v in given.items() if v is not None}
+    return {k: v for k, v in ({"name": args.model or default} | given).items() if v is not None}
 
 
 def _run_report(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:

@@ -22,17 +22,19 @@ def model_facts(model: PreTrainedModel) -> dict[str, Any]:
     """What tells ``model`` from others, as JSON can hold it and in the words of no one version of transformers.
 
     Returns:
-        ``name``: hub id or folder, or an empty text. ``dtype``. ``sizes``: what the shape of a cache depends on.
-        ``kind``: what else its numbers depend on, by the configuration. ``weights``: a hash over
-        shapes and first 64 numbers of all weights, whatever device, dtype and order they are in and whatever their
-        names are, which change with transformers. It tells a model from its own fine-tuned or merged versions. Of
-        PEFT's adapters those count that are switched on, with their scale; without any, the model is as it was before
-        they were added. Hooks that others have put on its modules count by their names.
+        ``name``: hub id or folder, or an empty text. ``revision``: the commit on the hub, or None. ``dtype``.
+        ``sizes``: what the shape of a cache depends on. ``kind``: what else its numbers depend on, by the
+        configuration. ``weights``: a hash over shapes and first 64 numbers of all weights, whatever device, dtype and
+        order they are in and whatever their names are, which change with transformers. It tells a model from its own
+        fine-tuned or merged versions. Of PEFT's adapters those count that are switched on, with their scale; without
+        any, the model is as it was before they were added. Hooks that others have put on its modules count by their
+        names.
     """
     config = model.config.get_text_config(decoder=True)
     n_heads, hidden_size = config.num_attention_heads, config.hidden_size
     return {
         "name": getattr(model.config, "_name_or_path", "") or "",
+        "revision": getattr(model.config, "_commit_hash", None),
         "dtype": str(model.dtype).removeprefix("torch."),
         "sizes": {
             "num_hidden_layers": config.num_hidden_layers,

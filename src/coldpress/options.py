@@ -98,9 +98,9 @@ def _json_object(text: str) -> dict[str, Any]:
 # Options that commands share
 
 
-def _add_model(group: Any) -> None:
+def _add_model(group: Any, default: str = "EleutherAI/pythia-70m") -> None:
     add = group.add_argument
-    add("--model", help="hub id, local folder, .gguf file, or demo (default: EleutherAI/pythia-70m)")
+    add("--model", help=f"hub id, local folder, .gguf file, or demo (default: {default})")
     add("--revision", help="branch, tag or commit of the model on the hub")
 
 
@@ -235,7 +235,7 @@ def ask_options(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what is asked")
     what.add_argument("file", help="what coldpress compress or PressedCache.save has written")
     what.add_argument("question", nargs="+", help="a question; several are answered one by one")
-    _add_model(what)
+    _add_model(what, "the one that the file names")
     what.add_argument("--max_new_tokens", type=_positive, default=50, help="of each answer (default: 50)")
     what.add_argument("--any_model", action="store_true", help="take a model with other weights than the file's")
     _add_machinery(parser.add_argument_group("how"))

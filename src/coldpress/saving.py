@@ -7,9 +7,11 @@ of its own stands beside it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -37,7 +39,7 @@ from coldpress.store import DenseStore
 from coldpress.thin import ThinStore
 from coldpress.verdicts import Verdicts
 
-__all__ = ["FORMAT", "load_cache", "require_file", "save_cache"]
+__all__ = ["FORMAT", "load_cache", "model_options", "require_file", "save_cache"]
 
 FORMAT = 1  # goes up when an older coldpress would misread a newer file
 _STORES: dict[str, type[DenseStore | RaggedStore | QuantizedStore | QuantizedRaggedStore]] = {
@@ -52,8 +54,18 @@ _ROOM = 1 << 13  # tokens that memory is taken for before they come, or as many 
 _AGAIN = "compress the context again and save it"
 
 
-def save_cache(cache: PressedCache, path: str | Path, model: PreTrainedModel, attention_mask: Tensor | None) -> None:
-    """See :meth:`coldpress.PressedCache.save`."""
+def save_cache(
+    cache: PressedCache,
+    path: str | Path,
+    model: PreTrainedModel,
+    attention_mask: Tensor | None,
+    name: str | None = None,
+) -> None:
+    """See :meth:`coldpress.PressedCache.save`.
+
+    Args:
+        name: of the model, where its configuration does not know by which it can be loaded again.
+    """
     path, session = path_of(path), cache.session
     session.check_claimed()
     layers = cache.pressed_layers()
@@ -65,6 +77,7 @@ def save_cache(cache: PressedCache, path: str | Path, model: PreTrainedModel, at
     if len(seen) > 1:
         raise CacheError("An earlier call failed half-way, so layers differ in length; reset() this cache.")
     facts = model_facts(model)
+    facts["name"] = name or facts["name"]
     if len(layers) > facts["sizes"]["num_hidden_layers"]:
         raise CacheError(
             f"This cache has {len(layers)} layers and the model {facts['sizes']['num_hidden_layers']}; save it with "
@@ -114,26 +127,17 @@ def load_cache(path: str | Path, model: PreTrainedModel, check_model: bool) -> P
     path = path_of(path)
     require_file(path)
     own = model_facts(model)
-    try:
-        with path.open("rb") as file:  # once, for it may be replaced at any time
-            said = _said(path, _metadata(file))
-            check_said(said, own)
-            _check_model(path, said["model"], own, check_model)
-            file.seek(0)
-            tensors = load(file.read())
+    with _reading(path), path.open("rb") as file:  # once, for it may be replaced at any time
+        said = _said(path, _metadata(file))
+        check_said(said, own)
+        _check_model(path, said["model"], own, check_model)
+        file.seek(0)
+        tensors = load(file.read())
         if digest_of(tensors) != said["sha256"]:
             raise CacheError(f"{path} is damaged: its numbers are not those that were saved; {_AGAIN}.")
         press = _press(path, said["press"], model)
         n_recent = 0 if press is None else press.n_recent_queries
         check_tensors(said, tensors, sizes_of(model.config.get_text_config(decoder=True)), n_recent)
-    except CacheError:
-        raise
-    except Malformed as error:
-        reason = f"it cannot say or hold {error}"
-        raise CacheError(f"{path} is damaged or was altered ({reason}); {_AGAIN}.") from error
-    except (OSError, SafetensorError, ValueError, KeyError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CacheError(f"{path} is damaged or no file of a saved cache ({reason}); {_AGAIN}.") from error
     kv_bits = None if said["kv_bits"] is None else KVBits(**said["kv_bits"])
     cache = PressedCache(press, chunk_tokens=said["chunk_tokens"], positions=said["positions"], kv_bits=kv_bits)
     session = cache.session
@@ -150,6 +154,37 @@ def load_cache(path: str | Path, model: PreTrainedModel, check_model: bool) -> P
     if TOKENS in tensors:
         cache.remember(tensors[TOKENS].to(device))
     return cache
+
+
+def model_options(path: str | Path) -> dict[str, str]:
+    """What a saved cache says of its model, as :func:`load_model` takes it: ``name``, ``revision`` and ``dtype``.
+
+    What the file does not say is left out. No tensor is read.
+
+    Raises:
+        CacheError: as when it is loaded.
+    """
+    path = path_of(path)
+    require_file(path)
+    with _reading(path), path.open("rb") as file:
+        saved = _said(path, _metadata(file)).get("model")
+    parts = {name: saved.get(name) for name in ("name", "revision", "dtype")} if isinstance(saved, dict) else {}
+    return {name: part for name, part in parts.items() if part and isinstance(part, str)}
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Whatever a damaged file raises is a :class:`CacheError`."""
+    try:
+        yield
+    except CacheError:
+        raise
+    except Malformed as error:
+        reason = f"it cannot say or hold {error}"
+        raise CacheError(f"{path} is damaged or was altered ({reason}); {_AGAIN}.") from error
+    except (OSError, SafetensorError, ValueError, KeyError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CacheError(f"{path} is damaged or no file of a saved cache ({reason}); {_AGAIN}.") from error
 
 
 def require_file(path: str | Path) -> None:
