@@ -12,6 +12,7 @@ from coldpress.eval.models import DTYPES, LoadedModel, load_model
 from coldpress.eval.progress import note
 from coldpress.eval.results import check_output
 from coldpress.eval.settings import check_types
+from coldpress.files import path_of
 from coldpress.pipeline import KVPressTextGenerationPipeline
 from coldpress.presses.base import BUDGETS
 from coldpress.presses.registry import make_press, press_names
@@ -90,7 +91,7 @@ def ask(
 
 def _lasting(name: str) -> str:
     """What :func:`load_model` is given for this model from another folder."""
-    place = Path(name).expanduser()
+    place = path_of(name)
     return str(place.resolve()) if name != "demo" and place.exists() else name
 
 
