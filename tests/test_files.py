@@ -196,6 +196,7 @@ def test_an_output_that_takes_nothing_loses_no_result(tmp_path: Path, redirected
     assert record["status"] == "ok"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="has no such device")
 def test_a_full_output_is_one_line(tmp_path: Path) -> None:
     done = outside(tmp_path, ">/dev/full", "presses")
