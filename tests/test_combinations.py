@@ -229,7 +229,7 @@ def content(past: PressedCache) -> list[Any]:
     found: list[Any] = []
     n = 0 if past.press is None else past.press.n_recent_queries
     for layer in past.pressed_layers():
-        queries = torch.cat(layer._recent, 2)[:, :, -n:] if n and layer._recent else torch.empty(0)
+        queries = layer._recent.newest(n, layer._shown).states if n and layer._recent else torch.empty(0)
         for tensor in (layer.positions(), layer.keys, layer.values, queries):
             assert tensor is not None
             found.append(tensor.clone())

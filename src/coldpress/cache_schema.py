@@ -238,15 +238,28 @@ def _check_layer(
     if recent is not None:
         fits = recent.shape[1] in sizes["heads"] and recent.shape[3] == dim
         _need(fits and recent.shape[2] <= min(n_recent, about["seen"]), "recent")
+        _check_columns(layer, "recent_at", recent.shape[2], n_rows, about["seen"])
     unseen = layer.maybe("unseen", None, n_rows, None, None)
     if unseen is not None:
         fits = unseen.is_floating_point() and unseen.shape[2] in sizes["hidden_size"]
         _need(fits and unseen.shape[1] <= about["seen"], "unseen")
+        _check_columns(layer, "unseen_at", unseen.shape[1], n_rows, about["seen"])
+    n_new = layer.maybe("n_new", torch.int64, n_rows)
+    _need(n_new is None or (int(n_new.min()) >= 0 and int(n_new.max()) == about["n_new"]), "n_new")
     stays = layer.maybe("stays", torch.bool, n_rows, n_heads, None)
     _need((stays is None) == (about["verdicts_end"] is None), "verdicts_end")
     _need(stays is None or stays.shape[2] <= about["verdicts_end"], "stays")
     _need(not layer.left, f"{next(iter(layer.left), '')}, which belongs to nothing")
     return n_rows
+
+
+def _check_columns(layer: _Layer, name: str, n: int, n_rows: int, seen: int) -> None:
+    """int64 ``[B, n]``, if it is there: -1 for no token, then ascending columns in 0 .. seen - 1."""
+    at = layer.maybe(name, torch.int64, n_rows, n)
+    if at is not None:
+        _need(bool(((at >= -1) & (at < seen)).all()), f"{name}, with a column that is not in 0 .. {seen - 1}")
+        now, later = at[:, :-1], at[:, 1:]
+        _need(bool(((later > now) | (now == -1)).all()), f"{name}, whose columns do not ascend")
 
 
 def _check_positions(kept: Tensor, end: int) -> None:

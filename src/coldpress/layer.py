@@ -20,6 +20,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from coldpress.errors import CacheError
 from coldpress.generating import refuse_dropping, refuse_guesses, switching_point, switching_refusal
+from coldpress.newest import Newest, newest_from
 from coldpress.quantised import QuantizedRaggedStore, QuantizedStore
 from coldpress.ragged import RaggedStore
 from coldpress.rope import Rope
@@ -71,10 +72,9 @@ class PressedLayer(CacheLayerMixin):
         # what was handed to the model, to recognise the call in which it comes back
         self._offered: tuple[Tensor, Tensor] | None = None
         self._pairs_before = self._pairs_after = 0  # (row, head, token) triples before and after compression
-        # of the newest tokens, [B, Hq, n, D] each, for a press that goes on while decoding
-        self._recent: tuple[Tensor, ...] = ()
-        self._unseen: tuple[Tensor, ...] = ()  # hidden states since then, [B, n, hidden] each, where it needs them
-        self.n_new = 0  # tokens since such a press was asked last
+        self._recent: Newest | None = None  # queries, [B, Hq, n, D], for a press that goes on while decoding
+        self._unseen: Newest | None = None  # hidden states of the tokens below, [B, 1, n, hidden], where it needs them
+        self.n_new: list[int] = []  # tokens of each row since such a press was asked last
         self._carry: Tensor | None = None  # [B, Hkv, n] float32, what the press gave its kept pairs to carry
         self._fine: Tensor | None = None  # [B, Hkv, m, Drot], what the first m keys lack that were moved up
         self._verdicts: Verdicts | None = None  # of the tokens after the kept ones, where the press judges them
@@ -214,18 +214,19 @@ class PressedLayer(CacheLayerMixin):
         if not length:
             return self.reset()  # the next call is a prefill, of as many rows as it brings
         dropped = self._seen - length
-        if dropped and self._store is not None:
+        if not dropped:
+            return
+        if self._store is not None:
             self._store.crop(self._store.n - dropped)
+        if self.n_new:
+            real = [dropped] * len(self.n_new) if self._shown is None else self._shown[:, length:].sum(-1).tolist()
+            self.n_new = [max(0, n - gone) for n, gone in zip(self.n_new, real, strict=True)]
         self._seen = length
-        if dropped and self._recent:
-            queries = torch.cat(self._recent, dim=2)
-            self._recent = (queries[:, :, : max(0, queries.shape[2] - dropped)],)
-        if dropped and self._unseen:
-            unseen = torch.cat(self._unseen, dim=1)
-            self._unseen = (unseen[:, : max(0, unseen.shape[1] - dropped)],)
-        if self._verdicts is not None:
-            self._verdicts = self._verdicts.until(length)
-        self.n_new = max(0, self.n_new - dropped)
+        self._shown = None if self._shown is None else self._shown[:, :length]
+        self._recent, self._unseen = (
+            None if newest is None else newest.until(length) for newest in (self._recent, self._unseen)
+        )
+        self._verdicts = None if self._verdicts is None else self._verdicts.until(length)
 
     def cropped_length(self, max_length: int) -> int:
         """The logical length after ``crop(max_length)``; like transformers 5, ``crop(0)`` changes nothing.
@@ -280,7 +281,7 @@ class PressedLayer(CacheLayerMixin):
     @property
     def has_padding(self) -> bool:
         """Whether there are tokens that no call was shown, by its attention mask."""
-        return self._shown is not None and not bool(self._shown[:, : self._seen].all())
+        return self._shown is not None and not bool(self._shown.all())
 
     @property
     def stored_length(self) -> int:
@@ -325,7 +326,8 @@ class PressedLayer(CacheLayerMixin):
         before = n_stored - n_queries
         if sliding_window is not None and self._seen <= sliding_window:
             sliding_window = None
-        plain = mask is None and not self._has_gaps and sliding_window is None
+        leaving = self._leaving(n_queries)
+        plain = mask is None and not self._has_gaps and sliding_window is None and leaving is None
         if plain and (n_queries == 1 or before == 0):
             return None
         slot = torch.arange(n_stored, device=device)
@@ -335,6 +337,8 @@ class PressedLayer(CacheLayerMixin):
         if self._has_gaps and self._kept is not None:
             filled = pad(self._kept >= 0, (0, n_stored - n_kept), value=True)
             visible = visible & filled[:, :, None]
+        if leaving is not None:
+            visible = visible & ~pad(leaving, (n_kept, n_stored - n_kept - leaving.shape[2]))[:, :, None]
         if mask is not None:
             visible = visible & self._unhidden(mask)[:, :, None]
         if sliding_window is not None:
@@ -358,6 +362,21 @@ class PressedLayer(CacheLayerMixin):
         hidden = (shown & ~mask)[:, None].expand(-1, n_heads, -1)
         kept = ~hidden.gather(2, self._kept.clamp(min=0).long())
         return torch.cat([kept, tail.expand(-1, n_heads, -1)], dim=-1)
+
+    def _leaving(self, n_new: int) -> Tensor | None:
+        """Which tokens after the kept ones have left their row's window and are held for other rows only.
+
+        A row alone would have freed them: bool ``[B, Hkv, m]`` of the first m tokens after the kept ones, or None.
+        """
+        press, shown = self.session.press, self._shown
+        if self._verdicts is None or shown is None or press is None or not press.n_waiting:
+            return None
+        stops = newest_from(shown[:, : self._seen - n_new], press.n_waiting).to(self._verdicts.stays.device)
+        m = int(stops.max()) - self._tail_start
+        if m <= 0:
+            return None
+        column = torch.arange(self._tail_start, self._tail_start + m, device=stops.device)
+        return ~self._verdicts.of(self._tail_start, self._tail_start + m) & (column < stops[:, None])[:, None]
 
     def _padding(self) -> Tensor | None:
         """Which of the tokens seen some call was shown, bool ``[B, seen]``; None if all were."""
@@ -395,6 +414,8 @@ class PressedLayer(CacheLayerMixin):
         if sliding_window is not None and self._seen > sliding_window:
             return None
         if mask is not None and (self.session.hides_shown or not bool(mask[:, self._tail_start :].all())):
+            return None
+        if self._leaving(query.shape[2]) is not None:
             return None
         return self._store.attend(query, scaling)
 
@@ -502,15 +523,15 @@ class PressedLayer(CacheLayerMixin):
 
     def _compress_piece(self, press: BasePress, call: LayerCall, padding: Tensor | None, is_last: bool) -> None:
         """Cut back to the budget after a later piece of the prompt: what was kept and the piece are chosen from."""
-        groups = RowGroup.of_text_so_far(self, call, padding, call.query, call.hidden_states)
+        n, hidden = call.query.shape[2], call.hidden_states
+        queries = Newest((call.query,), self._seen).newest(n, padding)
+        states = None if hidden is None else Newest((hidden[:, None],), self._seen).newest(n, padding)
+        groups = RowGroup.of_text_so_far(self, call, padding, queries, queries.counts(), states)
         self._count_for_budgets(groups, is_last)
         kept: list[Kept | None] = []
         try:
             for view in (group.view for group in groups):
-                view.n_new = view.n_queries
-                kept.append(
-                    checked_kept(press, press.compress(view)) if view.n_queries else None
-                )  # none: nothing of this row came
+                kept.append(checked_kept(press, press.compress(view)) if view.n_queries else None)  # none: no new token
         except Exception as error:
             self.session.error = error
             raise
@@ -544,10 +565,7 @@ class PressedLayer(CacheLayerMixin):
         self._verdicts = before.and_then(stays, self._seen)
         stop = self._seen - press.n_waiting
         if padding is not None:  # a row with padding among its newest tokens reaches further back
-            later = padding.sum(-1, keepdim=True) - padding.cumsum(-1)  # [B, seen] real tokens after each one
-            is_new = (later < press.n_waiting) & padding
-            oldest = is_new.int().argmax(-1).masked_fill(~is_new.any(-1), self._seen)
-            stop = min(stop, int(oldest.min()))
+            stop = min(stop, int(newest_from(padding, press.n_waiting).min()))
         if stop > self._tail_start:
             self._settle(stop, padding)
             self._verdicts = self._verdicts.since(stop)
@@ -601,54 +619,67 @@ class PressedLayer(CacheLayerMixin):
     def _compress_when_due(
         self, press: BasePress, call: LayerCall, padding: Tensor | None, is_prefill: bool, before: Tensor | None
     ) -> None:
-        """Remember the queries of this call, and compress again when enough tokens have come."""
+        """Remember the queries of this call, and compress the rows again of which enough tokens have come."""
         n, query = press.n_recent_queries, call.query
-        if query.shape[2] > n:
-            self._recent = (query[:, :, -n:].clone(),)
-        else:
-            self._recent = (*self._recent, query)
-            while sum(part.shape[2] for part in self._recent[1:]) >= n:
-                self._recent = self._recent[1:]
+        self._recent = (self._recent or Newest.nothing(query, self._seen)).and_then(query, self._seen, n, padding)
+        if is_prefill or len(self.n_new) != query.shape[0]:
+            self.n_new = [0] * query.shape[0]
         if is_prefill:
             if before is not None:
-                self._recent = (self._moved_up(torch.cat(self._recent, dim=2), call, padding, before),)
+                self._recent = self._moved_up(self._recent.newest(n, padding), call, padding, before)
             return
-        self.n_new += query.shape[2]
+        self.n_new = [since + more for since, more in zip(self.n_new, self._count_new(query.shape[2]), strict=True)]
         if call.hidden_states is not None:
-            self._unseen = (*self._unseen, call.hidden_states)
-        if press.is_due(self.n_new):
-            recent = torch.cat(self._recent, dim=2)[:, :, -n:]
-            unseen = torch.cat(self._unseen, dim=1) if self._unseen else None
-            if unseen is not None and unseen.shape[1] != self.n_new:  # some came outside 'with press(model):'
-                unseen = None
-            groups = RowGroup.of_text_so_far(self, call, padding, recent, unseen)
-            views = [group.view for group in groups]
-            kept = [checked_kept(press, press.compress_again(view)) if view.n_queries else None for view in views]
-            if any(part is not None for part in kept):
-                before = self.positions()
-                self._hold(self, groups, kept)
-                self._recent = (self._moved_up(recent, call, padding, before),)
-            self.n_new, self._unseen = 0, ()
+            hidden = call.hidden_states[:, None]
+            unseen = self._unseen or Newest.nothing(hidden, self._seen)
+            self._unseen = unseen.and_then(hidden, self._seen, max(self.n_new), padding)
+        if not any(press.is_due(since) for since in self.n_new):
+            return
+        recent, kept_back, n_new = self._recent.newest(n, padding), self._unseen, self.n_new
+        is_known = kept_back is not None and kept_back.end == self._seen
+        states = kept_back.newest(max(n_new), padding) if kept_back is not None and is_known else None
+        groups = RowGroup.of_text_so_far(self, call, padding, recent, n_new, states)
+        views = [group.view for group in groups]
+        is_due = [view.n_queries and press.is_due(view.n_new or 0) for view in views]
+        kept = [
+            checked_kept(press, press.compress_again(view)) if due else None
+            for view, due in zip(views, is_due, strict=True)
+        ]
+        if any(part is not None for part in kept):
+            before = self.positions()
+            self._hold(self, groups, kept)
+            self._recent = self._moved_up(recent, call, padding, before)
+        self.n_new = [0 if press.is_due(since) else since for since in n_new]
+        self._unseen = kept_back if any(self.n_new) else None
 
-    def _moved_up(self, queries: Tensor, call: LayerCall, padding: Tensor | None, before: Tensor) -> Tensor:
-        """The newest queries ``[B, Hq, Q, D]`` after the gaps behind them were closed, as they are for the keys.
+    def _count_new(self, n_new: int) -> list[int]:
+        """How many of the ``n_new`` tokens of this call are real, in each row."""
+        padding = self._padding()
+        if padding is None:
+            assert self._store is not None
+            return [n_new] * self._store.n_rows
+        return self.session.count_new(n_new)
+
+    def _moved_up(self, newest: Newest, call: LayerCall, padding: Tensor | None, before: Tensor) -> Newest:
+        """The newest queries after the gaps behind them were closed, as they are for the keys.
 
         Args:
             before: int64 ``[B, Hkv, T]``, positions of what was held before that.
         """
+        queries = newest.states
         rope = self.session.rope(call.module, queries.device) if self.session.rerotates else None
         if rope is None:
-            return queries
+            return newest
         after = self.positions()
         if padding is not None:
             is_real = padding[:, None].expand(-1, before.shape[1], -1)
             before, after = (held.masked_fill(~is_real.gather(2, held.clamp(min=0)), -1) for held in (before, after))
-        at = torch.arange(self._seen - queries.shape[2], self._seen, device=queries.device)
+        at = newest.columns()
         moves = n_after(before, at) - n_after(after, at)  # [B, Hkv, Q]
         if not bool(moves.any()):
-            return queries
+            return newest
         by_head = moves.repeat_interleave(queries.shape[1] // moves.shape[1], dim=1)
-        return rope.turn(queries.float(), by_head).to(queries.dtype)
+        return Newest((rope.turn(queries.float(), by_head).to(queries.dtype),), newest.end, newest.at)
 
     def compress_from(self, source: PressedLayer, groups: list[RowGroup]) -> bool:
         """Hold what this cache's press keeps of ``source``'s pairs (``source`` may be this layer); False if all.
@@ -820,8 +851,11 @@ class PressedLayer(CacheLayerMixin):
         rows = rows.to(self._store.device)
         self._store.index_rows(rows)
         self._recent, self._unseen = (
-            tuple(part.index_select(0, rows) for part in parts) for parts in (self._recent, self._unseen)
+            None if newest is None else newest.index_rows(rows) for newest in (self._recent, self._unseen)
         )
+        self._verdicts = None if self._verdicts is None else self._verdicts.index_rows(rows)
+        if self.n_new:
+            self.n_new = [self.n_new[row] for row in rows.tolist()]
         n_kept = None  # all that there are, or those of the longest head that is left
         if isinstance(self._store, (RaggedStore, QuantizedRaggedStore)):
             n_kept = self._store.n_first
@@ -832,8 +866,6 @@ class PressedLayer(CacheLayerMixin):
             self._carry = self._carry.index_select(0, rows)[..., :n_kept]
         if self._fine is not None:
             self._fine = self._fine.index_select(0, rows)
-        if self._verdicts is not None:
-            self._verdicts = self._verdicts.index_rows(rows)
 
 
 def _is_new(tensor: Tensor, source: Tensor) -> bool:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from coldpress.newest import Newest
 from coldpress.view import Kept, LayerCall, LayerView, pick
 
 if TYPE_CHECKING:
@@ -69,59 +70,60 @@ class RowGroup:
 
     @classmethod
     def of_text_so_far(
-        cls, layer: PressedLayer, call: LayerCall, padding: Tensor | None, queries: Tensor, unseen: Tensor | None = None
+        cls,
+        layer: PressedLayer,
+        call: LayerCall,
+        padding: Tensor | None,
+        queries: Newest,
+        n_new: list[int],
+        unseen: Newest | None = None,
     ) -> list[RowGroup]:
         """Take what ``layer`` holds while decoding apart into groups of rows with as many pairs in every head.
 
-        Rows whose newest tokens are all padding, and rows with a head that holds nothing, have no queries in their
-        view: there is nothing to choose by, or from.
+        Rows with a head that holds nothing have no queries in their view: there is nothing to choose from.
 
         Args:
             layer: holds what was kept of the tokens seen.
             call: the last attention call.
             padding: bool ``[B, seen]``, False where a token is padding; None if there is none.
-            queries: ``[B, Hq, Q, D]`` of the last Q tokens, padding included.
-            unseen: ``[B, n, hidden]``, hidden states of the last n, padding included.
+            queries: ``[B, Hq, Q, D]`` of each row's newest tokens, in one part without padding.
+            n_new: how many tokens of each row have come since the press was asked last.
+            unseen: ``[B, 1, n, hidden]``, hidden states of these, likewise; None if they are not known.
         """
         keys, values = layer.keys, layer.values
         assert keys is not None and values is not None
         (n_batch, n_heads, *_), device = keys.shape, keys.device
         at = layer.positions()  # [B, Hkv, T] in the input, -1 for an empty slot
         is_held, position = at >= 0, at
-        seen, n_queries, carried, fine = layer.get_seq_length(), queries.shape[2], layer.carried(), layer.fine()
-        n_unseen = 0 if unseen is None else unseen.shape[1]
-        lengths, query_counts, unseen_counts = ([n] * n_batch for n in (seen, n_queries, n_unseen))
+        seen, carried, fine = layer.get_seq_length(), layer.carried(), layer.fine()
+        lengths = [seen] * n_batch
+        unseen_counts = [0] * n_batch if unseen is None else unseen.counts()
         if padding is not None:
             rank = (padding.cumsum(-1) - 1)[:, None].expand(n_batch, n_heads, -1)
             position = rank.gather(2, at.clamp(min=0))
             is_held = is_held & padding[:, None].expand(n_batch, n_heads, -1).gather(2, at.clamp(min=0))
-            lengths, query_counts, unseen_counts = (
-                padding[:, seen - n :].sum(-1).tolist() for n in (seen, n_queries, n_unseen)
-            )
+            lengths = padding.sum(-1).tolist()
         reach = seen
         if call.sliding_window is not None:
             reach = max(1, call.sliding_window - 1)
             oldest = torch.tensor(lengths, device=device)[:, None, None] - reach
             is_held = is_held & (position >= oldest)
         counts = is_held.sum(-1)  # [B, Hkv]
-        keyed: dict[tuple[int, int, int, tuple[int, ...]], list[int]] = {}
-        for row, (length, n, new, heads) in enumerate(
-            zip(lengths, query_counts, unseen_counts, counts.tolist(), strict=True)
+        keyed: dict[tuple[int, int, int, bool, tuple[int, ...]], list[int]] = {}
+        for row, (length, n, new, known, heads) in enumerate(
+            zip(lengths, queries.counts(), n_new, unseen_counts, counts.tolist(), strict=True)
         ):
             if max(heads) > 0:
-                keyed.setdefault((length, n if min(heads) > 0 else 0, new, tuple(heads)), []).append(row)
+                key = length, n if min(heads) > 0 else 0, new, known >= new, tuple(heads)
+                keyed.setdefault(key, []).append(row)
         groups = []
-        for (length, n, _, heads), members in keyed.items():
+        for (length, n, new, is_known, heads), members in keyed.items():
             longest = max(heads)
             rows = slice(None) if len(members) == n_batch else torch.tensor(members, device=device)
             order = (~is_held[rows]).to(torch.uint8).argsort(dim=-1, stable=True)[..., :longest]  # the held ones first
             is_ragged = min(heads) < longest
             k, v = pick(keys[rows], order), pick(values[rows], order)
-            if padding is None:
-                q = queries[rows]
-            else:
-                last = torch.stack([padding[row, seen - n_queries :].nonzero()[:n, 0] for row in members])
-                q = _take(queries, rows, last)
+            q = queries.states[rows, :, queries.n - n :]
             view = _view(layer, call, k, v, q, length - longest)
             view.positions = position[rows].gather(2, order)
             if is_ragged:
@@ -133,12 +135,9 @@ class RowGroup:
             if layer.session.rerotates:
                 _find_places(view)
                 view.fine = None if fine is None else pick(fine[rows], order)
-            view.n_new = layer.n_new
-            if unseen is not None:
-                view.hidden_states = unseen[rows]
-                if padding is not None:
-                    last = torch.stack([padding[row, seen - n_unseen :].nonzero()[:, 0] for row in members])
-                    view.hidden_states = _take(unseen[:, None], rows, last)[:, 0]
+            view.n_new = new
+            if unseen is not None and is_known:
+                view.hidden_states = unseen.states[rows, 0, unseen.n - new :]
             n_pairs = len(members) * n_heads * min(length, reach)
             groups.append(cls(rows, at[rows].gather(2, order), view, n_pairs))
         return groups
@@ -207,7 +206,12 @@ def _find_places(view: LayerView) -> None:
 
 
 def n_after(held: Tensor, at: Tensor) -> Tensor:
-    """How many of ``held`` ``[B, Hkv, T]``, -1 for none, are larger than each of ``at`` ``[Q]``: ``[B, Hkv, Q]``."""
+    """How many of ``held`` ``[B, Hkv, T]``, -1 for none, are larger than each of ``at`` ``[B, Q]`` or ``[Q]``.
+
+    Returns:
+        int64 ``[B, Hkv, Q]``.
+    """
+    at = at[:, None] if at.dim() == 2 else at
     ordered = held.masked_fill(held < 0, torch.iinfo(held.dtype).max).sort(-1).values
     up_to = torch.searchsorted(ordered, at.expand(*held.shape[:2], -1).contiguous(), right=True)
     return (held >= 0).sum(-1, keepdim=True) - up_to

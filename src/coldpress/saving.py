@@ -30,6 +30,7 @@ from coldpress.errors import CacheError, OutputError, PressError
 from coldpress.files import path_of, replace_file
 from coldpress.identity import model_facts
 from coldpress.layer import PressedLayer
+from coldpress.newest import Newest
 from coldpress.offloaded import device_of
 from coldpress.presses.as_data import as_data, from_data
 from coldpress.presses.base import BasePress
@@ -310,10 +311,14 @@ def _pack(layer: PressedLayer, tensors: dict[str, Tensor]) -> dict[str, Any] | N
         parts["carry"] = layer._carry
     if layer._fine is not None:
         parts["fine"] = layer._fine
-    if layer._recent and layer.session.press is not None:
-        parts["recent"] = torch.cat(layer._recent, dim=2)[:, :, -layer.session.press.n_recent_queries :]
-    if layer._unseen:
-        parts["unseen"] = torch.cat(layer._unseen, dim=1)
+    n_recent = 0 if layer.session.press is None else layer.session.press.n_recent_queries
+    if n_recent and layer._recent is not None:
+        _pack_newest("recent", layer._recent.newest(n_recent, layer._shown), layer, parts)
+    if layer._unseen is not None:
+        _pack_newest("unseen", layer._unseen.newest(max(layer.n_new), layer._shown), layer, parts)
+        parts["unseen"] = parts["unseen"][:, 0]  # [B, n, hidden]
+    if len(set(layer.n_new)) > 1:
+        parts["n_new"] = torch.tensor(layer.n_new)  # rows that have padding after the prompt
     if layer._verdicts is not None:
         parts["stays"] = layer._verdicts.stays
     tensors |= {f"layers.{layer.index}.{name}": tensor for name, tensor in parts.items()}
@@ -324,10 +329,22 @@ def _pack(layer: PressedLayer, tensors: dict[str, Tensor]) -> dict[str, Any] | N
         "tail_start": layer._tail_start,
         "window": layer._window,
         "is_prefilled": layer._is_prefilled,
-        "n_new": layer.n_new,
+        "n_new": max(layer.n_new, default=0),
         "pairs": [layer._pairs_before, layer._pairs_after],
         "verdicts_end": None if layer._verdicts is None else layer._verdicts.end,
     }
+
+
+def _pack_newest(name: str, newest: Newest, layer: PressedLayer, parts: dict[str, Tensor]) -> None:
+    """Add what a layer remembers of the newest tokens, ``[B, H, n, D]`` in one part, and their columns if need be."""
+    is_known = newest.end == layer._seen  # else later tokens have come of which nothing is remembered
+    parts[name] = newest.states if is_known else newest.states[:, :, :0]
+    if is_known and newest.at is not None:
+        parts[f"{name}_at"] = newest.at  # int64 [B, n]
+
+
+def _unpack_newest(name: str, parts: dict[str, Tensor], seen: int) -> Newest | None:
+    return Newest((parts[name],), seen, parts.get(f"{name}_at")) if name in parts else None
 
 
 def _unpack(layer: PressedLayer, said: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> None:
@@ -342,8 +359,10 @@ def _unpack(layer: PressedLayer, said: dict[str, Any], tensors: dict[str, Tensor
     layer._kept, layer._carry, layer._fine = parts.get("kept"), parts.get("carry"), parts.get("fine")
     layer._has_gaps = layer._kept is not None and bool((layer._kept < 0).any())
     layer._pairs_before, layer._pairs_after = said["pairs"]
-    layer.n_new = said["n_new"]
-    layer._recent, layer._unseen = ((parts[name],) if name in parts else () for name in ("recent", "unseen"))
+    layer.n_new = parts["n_new"].tolist() if "n_new" in parts else [said["n_new"]] * layer._store.n_rows
+    if "unseen" in parts:
+        parts["unseen"] = parts["unseen"][:, None]
+    layer._recent, layer._unseen = (_unpack_newest(name, parts, layer._seen) for name in ("recent", "unseen"))
     if "stays" in parts:
         layer._verdicts = Verdicts(parts["stays"], said["verdicts_end"])
 

@@ -56,6 +56,7 @@ class Session:
         self.shown: Tensor | None = None
         self.hides_shown = False  # whether the mask of the call under way hides tokens that an earlier call was shown
         self.hides_new = False  # whether it hides tokens of its own
+        self._new: list[int] | None = None  # how many real tokens it brings, in each row
         self.token_ids: Tensor | None = None  # int64 [B, T] of the prefill, where somebody told them
         self.find_model: Callable[[], nn.Module | None] = lambda: None  # what runs, inside 'with press(model):'
         self.look: Callable[[PressedLayer, LayerCall], None] | None = None  # shown every call, before anything goes
@@ -111,7 +112,7 @@ class Session:
         Args:
             mask: bool ``[B, seen]``, the ``n_new`` tokens of the call last; False where a token is hidden.
         """
-        shown, self.shown, self.hides_shown, self.hides_new = self.shown, None, False, False
+        shown, self.shown, self.hides_shown, self.hides_new, self._new = self.shown, None, False, False, None
         if mask is None or bool(mask.all()):
             return None
         n = mask.shape[1] - n_new
@@ -125,6 +126,13 @@ class Session:
         self.hides_shown = bool((before & ~mask[:, :n]).any())
         self.shown = torch.cat([before | mask[:, :n], mask[:, n:]], dim=1)
         return mask
+
+    def count_new(self, n_new: int) -> list[int]:
+        """How many of the ``n_new`` tokens of the call under way are real, in each row; looked up once a call."""
+        assert self.shown is not None
+        if self._new is None:
+            self._new = self.shown[:, self.shown.shape[1] - n_new :].sum(-1).tolist()
+        return self._new
 
     def rope(self, module: nn.Module, device: torch.device) -> Rope | None:
         """The rotary embedding of ``module``; built once for each kind of layer."""

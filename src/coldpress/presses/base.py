@@ -139,7 +139,7 @@ class BasePress(metaclass=PressType):
         return 0
 
     def is_due(self, n_new: int) -> bool:
-        """Whether a layer that has got ``n_new`` tokens since it was last compressed is compressed now."""
+        """Whether a row that has got ``n_new`` tokens since it was last compressed is compressed now."""
         return False
 
     def compress_again(self, view: LayerView) -> Kept | None:
