@@ -13,10 +13,13 @@ SMOLLM2 ?=
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PARITY := .venv-parity
+# versions of transformers that are tested beside the newest, each in an environment of its own
+OLD := 4.56 5.2 5.23
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo parity test test-slow test-gpu check lint format clean
+FAST := not slow and not gpu and not network
+.PHONY: help setup demo parity test test-old test-slow test-gpu check lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,7 +51,24 @@ $(PARITY)/.installed: pyproject.toml constraints.txt benchmarks/parity/requireme
 	@touch $@
 
 test: $(STAMP) ## the fast tests (more pytest arguments: ARGS=)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --maxprocesses 8 -m "not slow and not gpu and not network" $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --maxprocesses 8 -m "$(FAST)" $(ARGS)
+
+test-old: $(OLD:%=.venv-old-%/.installed) ## the fast tests under the older versions of transformers
+	@failed=; for version in $(OLD); do \
+		echo "transformers $$version"; \
+		OMP_NUM_THREADS=1 .venv-old-$$version/bin/python -m pytest -n $(JOBS) --maxprocesses 8 -m "$(FAST)" $(ARGS) \
+			|| failed="$$failed $$version"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "failed under transformers$$failed" >&2; exit 1; fi
+
+# sees the packages of .venv, torch among them, and holds only what the older version needs otherwise
+.venv-old-%/.installed: $(STAMP)
+	@echo "setup: installing transformers $* into $(@D)"
+	@$(PY) -m venv --clear $(@D)
+	@site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+		echo "import site; site.addsitedir('$$($(PY) -c "$$site")')" > "$$($(@D)/bin/python -c "$$site")/zz_base.pth"
+	@$(@D)/bin/python -m pip install -qq -e ".[dev]" "transformers==$*.*"
+	@touch $@
 
 test-slow: $(STAMP) ## the slow tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --maxprocesses 8 -m "slow and not gpu and not network" $(ARGS)
@@ -67,6 +87,6 @@ format: $(STAMP) ## let ruff format and repair what it can
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
-clean: ## remove .venv, .venv-parity, caches and builds; results/ stays
-	rm -rf $(VENV) $(PARITY) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ## remove .venv, the other environments, caches and builds; results/ stays
+	rm -rf $(VENV) $(PARITY) .venv-old-* build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

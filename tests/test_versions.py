@@ -41,6 +41,8 @@ def test_tested_versions_are_said_in_the_same_way_everywhere() -> None:
         re.findall(r'^    "(\w+)[><=].+", # tested: (.+)$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     )
     torch = re.search(r"^torch==([\d.]+)$", constraints, re.MULTILINE)
+    old = re.search(r"^OLD := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert old is not None and tuple(old[1].split()) == TESTED[:-1]
     assert torch is not None and said == {"torch": "{}.{}".format(*parts(torch[1])), "transformers": ", ".join(TESTED)}
 
 
