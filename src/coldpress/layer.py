@@ -142,7 +142,11 @@ class PressedLayer(CacheLayerMixin):
                 f"cache), or by generate(..., prefill_chunk_size={chunk})."
             )
         if self.session.seen not in (None, self._seen):
-            raise CacheError("An earlier call failed half-way, so layers differ in length; reset() this cache.")
+            raise CacheError(
+                "The layers of this cache have seen different numbers of tokens: an earlier call failed half-way (reset() "
+                "the cache), or the model runs some layers not at all or more than once in a call, which coldpress does "
+                "not support."
+            )
         if self._store is None:
             self._store = DenseStore(key_states, value_states, is_borrowed=True)
         else:
@@ -167,6 +171,7 @@ class PressedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything; the session's press stays."""
+        self.session.forget_steps()
         self._is_prefilled = False
         self._clear()
 
@@ -347,9 +352,12 @@ class PressedLayer(CacheLayerMixin):
         """
         session = self.session
         session.unclaimed = self._offered = None
+        is_first = self._seen == call.query.shape[2]
+        for own in (session, *(branch.session for branch in session.live_branches())):
+            if own.goes_on or own.look is not None or (is_first and own.press is not None):
+                own.note_steps(call.module, call.query.shape[2], self._seen, padding)
         if session.look is not None:
             session.look(self, call)
-        is_first = self._seen == call.query.shape[2]
         is_prefill, is_last = self._is_prefill(call.query.shape[2])
         if is_first and session.rerotates and not call.is_local:
             Rope.to_move(call.module, session.rope(call.module, call.query.device))
@@ -388,6 +396,18 @@ class PressedLayer(CacheLayerMixin):
             is_chosen = is_last and not (press is not None and (press.needs_model or press.chooses_together))
             if is_chosen or press is None or not is_prefill:
                 layer.quantise()  # else when they have
+
+    def rope(self, call: LayerCall) -> Rope | None:
+        """The rotary embedding of this layer, for what undoes its rotation or moves its keys; None without one.
+
+        Raises:
+            ModelError: it cannot be undone, or tokens of the text are not at consecutive positions.
+        """
+        rope = self.session.rope(call.module, call.query.device)
+        if rope is not None:
+            rope.n_seen = self._seen
+            self.session.steps(call.module).check(type(call.module).__name__, rope.step())
+        return rope
 
     def quantise(self) -> None:
         """Hold all but the newest pairs in few bits, if the cache is to; what is held so already is left alone."""
@@ -565,7 +585,7 @@ class PressedLayer(CacheLayerMixin):
         Args:
             before: int64 ``[B, Hkv, T]``, positions of what was held before that.
         """
-        rope = self.session.rope(call.module, queries.device) if self.session.rerotates else None
+        rope = self.rope(call) if self.session.rerotates else None
         if rope is None:
             return queries
         after = self.positions()

@@ -5,13 +5,15 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from coldpress.errors import ModelError
-from coldpress.rope import Rope
+from coldpress.rope import Rope, layer_type
+from coldpress.rotation import Steps, given_rotation
 
 if TYPE_CHECKING:
     from coldpress.cache import PressedCache
@@ -54,6 +56,7 @@ class Session:
         self._n_layers = 0
         self._seed: int | None = None
         self._ropes: dict[Any, Rope | None] = {}
+        self._steps: dict[str, Steps] = {}  # from token to token, by kind of layer
 
     @property
     def seed(self) -> int:
@@ -86,12 +89,14 @@ class Session:
         self.unclaimed = self.error = self.seen = self.prefill_end = self._seed = None
         self.has_padding = False
         self.token_ids = None
+        self.forget_steps()
         self._ropes = {}  # of the next text's frequencies, should they depend on the text
 
     def follow(self, other: Session) -> None:
         """Take over what is known of the pairs of ``other``'s cache, which this session's cache holds too."""
         self.rerotates, self.has_padding, self._seed = other.rerotates, other.has_padding, other._seed
         self.find_model, self._ropes = other.find_model, dict(other._ropes)
+        self._steps = {kind: replace(steps) for kind, steps in other._steps.items()}
 
     def rope(self, module: nn.Module, device: torch.device) -> Rope | None:
         """The rotary embedding of ``module``; built once for each kind of layer."""
@@ -99,6 +104,29 @@ class Session:
         if kind not in self._ropes:
             self._ropes[kind] = Rope.of(module, device, self.find_model())
         return self._ropes[kind]
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether pairs of several calls may be unrotated or moved together."""
+        press = self.press
+        return self.rerotates or self.chunk_tokens is not None or (press is not None and press.goes_on)
+
+    def steps(self, module: nn.Module) -> Steps:
+        """How tokens follow each other in the layers of ``module``'s kind, as far as somebody has noted it."""
+        return self._steps.setdefault(layer_type(module), Steps())
+
+    def note_steps(self, module: nn.Module, n_new: int, seen: int, padding: Tensor | None) -> None:
+        """Note how ``module``, whose forward is under way, was told to rotate; once for each call and kind of layer.
+
+        The other arguments are those of :meth:`Steps.note`.
+        """
+        steps = self.steps(module)
+        if steps.seen != seen:
+            steps.note(given_rotation(module), n_new, seen, padding)
+
+    def forget_steps(self) -> None:
+        """Another text comes."""
+        self._steps = {}
 
     def check_claimed(self) -> None:
         if self.error is not None:
