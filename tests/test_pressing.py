@@ -19,6 +19,7 @@ from tests.presses.others import small_press
 from tests.presses.replays import Words
 from torch import Tensor
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -488,17 +489,52 @@ def test_layers_that_share_a_cache(model: PreTrainedModel) -> None:
         use_coldpress(model)
 
 
-if VERSION >= (5, 0):  # before, these models have cache classes of their own, which test_other_caches is about
+_SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
+_SIZES |= {"num_key_value_heads": 2, "vocab_size": 97}
+_STATES = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_ssm": 64, "mamba_d_state": 8}
+_MORE = {
+    "falcon_h1": (_STATES, "keep a state beside their" if VERSION >= (5, 0) else "cache of its own"),
+    "inkling_text": ({"moe_intermediate_size": 16, "n_routed_experts": 4}, "keep a state beside their"),
+    "deepseek_v4": (
+        {"moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "q_lora_rank": 16},
+        "something else than these",
+    ),
+    "mamba": ({"hidden_size": 32}, "nothing to compress" if VERSION >= (5, 0) else "cache of its own"),
+    "xlstm": ({"num_heads": 2}, "cache of its own"),
+}
 
-    @pytest.mark.parametrize("kind", [DynamicCache, PressedCache])
-    def test_layers_that_keep_a_state_beside_their_pairs(kind: type) -> None:
-        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-        states = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_ssm": 64, "mamba_d_state": 8, "head_dim": 8}
-        config = AutoConfig.for_model("falcon_h1", vocab_size=97, num_key_value_heads=2, **sizes, **states)
-        model = AutoModelForCausalLM.from_config(config)
-        past = kind() if kind is PressedCache else kind(config=config)
-        with PRESS(model), pytest.raises(CacheError, match="keep a state beside their"):
-            model(IDS, **cache_argument(past))
+
+@pytest.mark.parametrize("model_type", [name for name in _MORE if name in CONFIG_MAPPING])
+@pytest.mark.parametrize("kind", [DynamicCache, PressedCache])
+def test_models_that_keep_something_else(model_type: str, kind: type) -> None:
+    more, message = _MORE[model_type]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(_SIZES | more)))
+    with pytest.raises(ModelError, match=message), PRESS(model):
+        model(IDS, **cache_argument(kind()))
+
+
+@pytest.mark.parametrize("model_type", [name for name in ("inkling_text", "deepseek_v4") if name in CONFIG_MAPPING])
+def test_they_are_refused_outside_of_a_block_too(model_type: str) -> None:
+    config = AutoConfig.for_model(model_type, **(_SIZES | _MORE[model_type][0]))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="coldpress")
+    with pytest.raises(ModelError, match="something else than these"):
+        model(IDS, **cache_argument(PressedCache(PRESS)))
+
+
+@pytest.mark.parametrize("is_decoder", [True, False])
+def test_encoders(is_decoder: bool) -> None:
+    """BERT is a decoder if its configuration says so."""
+    if is_decoder and VERSION < (5, 0):
+        pytest.skip("is not on the attention interface")
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("bert", is_decoder=is_decoder, **_SIZES)).eval()
+    if is_decoder:
+        own = model(IDS).logits
+        with PRESS.with_ratio(0.0)(model):
+            torch.testing.assert_close(model(IDS, **cache_argument(past := PressedCache())).logits, own)
+        assert past.seen_tokens == IDS.shape[1]
+        return
+    with pytest.raises(ModelError, match="no decoder|attention interface"), PRESS(model):
+        model(IDS, **cache_argument(PressedCache()))
 
 
 # -- everything else --------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ one under every name.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -23,12 +24,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface, PreTrainedModel
 
+from coldpress.cache_argument import NAMES
 from coldpress.errors import CacheError, MissingDependencyError, ModelError
 from coldpress.one_token import attend_once, can_attend_once
 from coldpress.registration import BACKENDS
+from coldpress.rotation import watched
 from coldpress.session import THREAD
 from coldpress.view import LayerCall
 from coldpress.wrapped import transformers_model
@@ -40,6 +44,8 @@ _FROM_NATIVE = {native: ours for ours, native in BACKENDS.items()} | {"flex_atte
 
 WATCHERS: list[Callable[[nn.Module], None]] = []  # told of each module that attends without a PressedCache
 
+# of transformers' own layers of a cache, those that hold keys and values, a state, or nothing
+_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer", "LinearAttentionLayer", "DummyLayer")
 _PLAIN = ("sdpa", "flash_attention_2")  # arithmetic that is a softmax and nothing else
 
 Attended = tuple[Tensor, Tensor | None]  # output [B, Q, Hq, Dv], weights [B, Hq, Q, T] or None
@@ -68,8 +74,8 @@ def use_coldpress(model: PreTrainedModel, arithmetic: str | None = None) -> None
         arithmetic: ``"sdpa"``, ``"eager"`` or ``"flash_attention_2"``; None keeps what the model uses now.
 
     Raises:
-        ModelError: an encoder-decoder, a model without the attention interface, one with chunked attention or with
-            layers that share a cache.
+        ModelError: an encoder-decoder, a model without the attention interface, one with chunked attention, with
+            layers that share a cache or that keep more in it than keys and values, or without any that keep these.
         MissingDependencyError: ``flash_attention_2`` without the package flash-attn.
     """
     model = transformers_model(model)
@@ -78,6 +84,9 @@ def use_coldpress(model: PreTrainedModel, arithmetic: str | None = None) -> None
     text = config.get_text_config(decoder=True)
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{name} is an encoder-decoder; coldpress compresses decoder-only models (causal LMs).")
+    takes_cache = getattr(model, "_supports_default_dynamic_cache", lambda: True)()
+    if not (takes_cache and _takes_cache(model)):
+        raise ModelError(f"{name} keeps what it has seen in a cache of its own, which coldpress cannot compress.")
     _refuse(text, name)
     current = text._attn_implementation or "sdpa"
     if arithmetic is None:
@@ -115,14 +124,15 @@ def _mask(native: str, *args: Any, **kwargs: Any) -> Any:
     session, THREAD.masks_for = THREAD.masks_for, None
     if session is None:
         return ALL_MASK_ATTENTION_FUNCTIONS["eager" if native == "eager" else "sdpa"](*args, **kwargs)
-    _refuse(kwargs.get("config"), "This model")
+    seen = kwargs["kv_length"]
+    n_queries = kwargs["q_length"] if "q_length" in kwargs else kwargs["cache_position"].shape[0]
+    if seen == n_queries:
+        _refuse(kwargs["config"], "This model")
     if kwargs.get("use_vmap") or not kwargs.get("allow_is_causal_skip", True):
         raise ModelError("This call needs a custom attention mask, which a PressedCache does not support.")
     padding: Tensor | None = kwargs.get("attention_mask")
     if padding is None:
         return session.note_mask(None, 0)
-    seen = kwargs["kv_length"]
-    n_queries = kwargs["q_length"] if "q_length" in kwargs else kwargs["cache_position"].shape[0]
     n_rows = kwargs["batch_size"]
     if padding.dim() != 2:
         raise CacheError(
@@ -138,11 +148,25 @@ def _mask(native: str, *args: Any, **kwargs: Any) -> Any:
     return session.note_mask(padding, n_queries)
 
 
+def _takes_cache(model: PreTrainedModel) -> bool:
+    parameters = inspect.signature(model.forward).parameters.values()
+    return any(p.name in NAMES or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
 def _refuse(config: Any, name: str) -> None:
     if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
         raise ModelError(f"{name} attends within fixed chunks, which coldpress does not support yet.")
     if getattr(config, "num_kv_shared_layers", None) or getattr(config, "kv_sharing_modes", None):
         raise ModelError(f"{name} has layers that read another layer's cache, which coldpress does not support yet.")
+    layers = {type(layer) for layer in DynamicCache(config=config).layers}  # what transformers would hold
+    others = sorted(layer.__name__ for layer in layers if layer.__name__ not in _LAYERS)
+    if others:
+        raise ModelError(
+            f"{name} has layers that keep a state beside their keys and values, or something else than these "
+            f"({', '.join(others)}), which coldpress does not support yet."
+        )
+    if layers and not any(issubclass(layer, DynamicLayer) for layer in layers):
+        raise ModelError(f"{name} has no layers that keep keys and values, so there is nothing to compress.")
 
 
 # -- attention ----------------------------------------------------------------------------------------------------
@@ -162,6 +186,7 @@ def _attention(
     """What a model calls for one layer: ``query [B, Hq, Q, D]``, ``key`` and ``value [B, Hkv, T, D]``, both final."""
     if torch.compiler.is_compiling() and attention_mask is not None and attention_mask.dtype == torch.uint8:
         return _in_step(native, module, query, key, value, attention_mask, scaling, dropout, **kwargs)
+    watched(query, key)
     layer, THREAD.updated = THREAD.updated, None
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
     if native != "eager" and (softcap is not None or sinks is not None):
@@ -178,6 +203,11 @@ def _attention(
     for name in _UNKNOWN:
         if kwargs.get(name) is not None:
             raise ModelError(f"{type(module).__name__} attends with {name!r}, which coldpress does not support.")
+    is_causal = kwargs.get("is_causal")
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        raise ModelError(
+            f"{type(module).__name__} lets tokens see later ones, so it is no decoder; coldpress needs one."
+        )
     window = kwargs.pop("sliding_window", None)
     dropout = dropout if module.training else 0.0
     output = layer.attend(query, attention_mask, window, scaling) if native in _PLAIN and not dropout else None

@@ -150,7 +150,11 @@ class PressedLayer(CacheLayerMixin):
         if chunk is not None:
             self._check_piece(chunk, key_states.shape[2])
         if self.session.seen not in (None, self._seen):
-            raise CacheError("An earlier call failed half-way, so layers differ in length; reset() this cache.")
+            raise CacheError(
+                "The layers of this cache have seen different numbers of tokens: an earlier call failed half-way (reset() "
+                "the cache), or the model runs some layers not at all or more than once in a call, which coldpress does "
+                "not support."
+            )
         switch_at, n_new = self.session.switch_at, key_states.shape[2]
         if switch_at is not None and 0 < self._seen <= switch_at < self._seen + n_new:
             raise switching_refusal(switch_at)
@@ -202,6 +206,7 @@ class PressedLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything; the session's press stays."""
         self._is_prefilled, self._ended_short, self._shown = False, False, None
+        self.session.forget_steps()
         self._clear()
 
     def crop(self, max_length: int) -> None:
@@ -430,9 +435,12 @@ class PressedLayer(CacheLayerMixin):
         session = self.session
         padding = self._padding()
         session.unclaimed = self._offered = None
+        is_first = self._seen == call.query.shape[2]
+        for own in (session, *(branch.session for branch in session.live_branches())):
+            if own.goes_on or own.look is not None or (is_first and own.press is not None):
+                own.note_steps(call.module, call.query.shape[2], self._seen, padding)
         if session.look is not None:
             session.look(self, call)
-        is_first = self._seen == call.query.shape[2]
         is_prefill, is_last = self._is_prefill(call.query.shape[2])
         if is_first:
             session.switch_at = switching_point(call.module.config)
@@ -475,6 +483,18 @@ class PressedLayer(CacheLayerMixin):
             is_chosen = is_last and not (press is not None and (press.needs_model or press.chooses_together))
             if is_chosen or press is None or not is_prefill:
                 layer.quantise()  # else when they have
+
+    def rope(self, call: LayerCall) -> Rope | None:
+        """The rotary embedding of this layer, for what undoes its rotation or moves its keys; None without one.
+
+        Raises:
+            ModelError: it cannot be undone, or tokens of the text are not at consecutive positions.
+        """
+        rope = self.session.rope(call.module, call.query.device)
+        if rope is not None:
+            rope.n_seen = self._seen
+            self.session.steps(call.module).check(type(call.module).__name__, rope.step())
+        return rope
 
     def quantise(self) -> None:
         """Hold all but the newest pairs in few bits, if the cache is to; what is held so already is left alone."""
@@ -667,7 +687,7 @@ class PressedLayer(CacheLayerMixin):
             before: int64 ``[B, Hkv, T]``, positions of what was held before that.
         """
         queries = newest.states
-        rope = self.session.rope(call.module, queries.device) if self.session.rerotates else None
+        rope = self.rope(call) if self.session.rerotates else None
         if rope is None:
             return newest
         after = self.positions()

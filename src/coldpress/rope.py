@@ -26,11 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from coldpress.errors import ModelError
+from coldpress.rotation import INSTEAD, check_last
 
-__all__ = ["Rope"]
+__all__ = ["Rope", "layer_type"]
 
 _APPLY = "apply_rotary_pos_emb"
-_INSTEAD = "Use a press that does not need queries before rotation, such as SnapKVPress."
 
 
 class Rope:
@@ -40,7 +40,12 @@ class Rope:
         build: makes the model's rotary embedding; ``embed(x, position_ids)`` gives ``cos, sin`` of ``[1, T, ...]``.
         apply: the model's own ``apply_rotary_pos_emb(q, k, cos, sin)``.
         layer_type: what ``embed`` wants to be told where it serves several kinds of layers, else None.
+
+    Attributes:
+        n_seen: length of the text so far, for frequencies that depend on it.
     """
+
+    n_seen = 0
 
     def __init__(self, build: Callable[[], nn.Module], apply: Callable[..., Any], layer_type: str):
         self._build, self._apply, self._embed = build, apply, build()
@@ -62,7 +67,7 @@ class Rope:
     @staticmethod
     def kind(module: nn.Module) -> tuple[Any, ...]:
         """Two modules of one model with the same kind have the same rotary embedding."""
-        return type(module), _layer_type(module), _rotates(module)
+        return type(module), layer_type(module), _rotates(module)
 
     @classmethod
     def of(cls, module: nn.Module, device: torch.device, model: nn.Module | None = None) -> Rope | None:
@@ -77,17 +82,23 @@ class Rope:
         """
         apply = getattr(sys.modules[type(module).__module__], _APPLY, None)
         classes = _rotary_classes(module)
-        if not classes or not _rotates(module):
+        if not classes:
+            check_last(module, device, None, lambda states, positions: states.float())
             return None
+        rotates = _rotates(module)
         if apply is None or hasattr(module, "qk_rope_head_dim"):
-            raise ModelError(f"{type(module).__name__} rotates in a way that coldpress cannot undo. {_INSTEAD}")
+            raise ModelError(f"{type(module).__name__} rotates in a way that coldpress cannot undo. {INSTEAD}")
         try:
-            rope = cls(lambda: _build(classes[0], module).to(device), apply, _layer_type(module))
+            rope = cls(lambda: _build(classes[0], module).to(device), apply, layer_type(module))
         except (TypeError, AttributeError, KeyError) as error:
             raise ModelError(
                 f"The rotary embedding of {type(module).__name__} could not be built from its configuration ({error}). "
-                f"{_INSTEAD}"
+                f"{INSTEAD}"
             ) from error
+        unrotate = rope.unrotate if rotates else lambda states, positions: states.float()
+        check_last(module, device, rope._as_given, unrotate)
+        if not rotates:
+            return None
         own = [part for part in model.modules() if type(part) is classes[0]] if model is not None else []
         if rope._remembers and len(own) == 1:
             rope._build = _as_it_is(own[0], rope._build, device)
@@ -116,14 +127,30 @@ class Rope:
     def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines, float32 ``[1, T, Drot or Drot / 2]``, of integer positions ``[T]``."""
         x = torch.empty(0, dtype=torch.float32, device=positions.device)
-        if not self._remembers:
+        if not self.switches:
             cos, sin = self._embed(x, positions[None], *self._type_arg)
             return (sin, cos) if self._is_table else (cos, sin)
-        embed: Any = self._build()
-        longest = int(getattr(embed, self._length_name, embed.max_seq_len_cached))
-        positions = torch.nn.functional.pad(positions, (0, 1), value=longest - 1)  # a part of a text is no shorter text
+        embed: Any = self._build() if self._remembers else self._embed
+        longest = self.n_seen
+        if self._remembers:
+            longest = max(longest, int(getattr(embed, self._length_name, embed.max_seq_len_cached)))
+        positions = torch.nn.functional.pad(
+            positions, (0, 1), value=max(0, longest - 1)
+        )  # a part of a text is no shorter text
         cos, sin = embed(x, positions[None], *self._type_arg)
         return cos[:, :-1], sin[:, :-1]
+
+    def _as_given(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """What the model hands to its attention layers for integer positions ``[T]``."""
+        cos, sin = self.cos_sin(positions)
+        return (sin, cos) if self._is_table else (cos, sin)
+
+    def step(self) -> Tensor:
+        """The rotation from the last token of the text to the next: ``[2, Drot or Drot / 2]``, in the model's own order."""
+        device = next(self._embed.buffers()).device
+        end = max(2, self.n_seen)
+        a, b = self._as_given(torch.arange(end - 2, end, device=device))
+        return torch.stack([a[0, 1] * a[0, 0] + b[0, 1] * b[0, 0], b[0, 1] * a[0, 0] - a[0, 1] * b[0, 0]])
 
     def rotate(self, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotate float32 ``[B, H, T, D]`` by what :meth:`cos_sin` gives for ``T`` positions, or for one."""
@@ -199,7 +226,8 @@ def _rotary_classes(module: nn.Module) -> list[type[nn.Module]]:
     ]
 
 
-def _layer_type(module: nn.Module) -> str:
+def layer_type(module: nn.Module) -> str:
+    """The kind of layer that an attention module is, in the words of its model's configuration."""
     types = getattr(module.config, "layer_types", None)
     index = getattr(module, "layer_idx", None)
     return types[index] if types and index is not None and index < len(types) else "full_attention"
@@ -211,13 +239,13 @@ def _rotates(module: nn.Module) -> bool:
     Raises:
         ModelError: that depends on more than the module's own attributes.
     """
-    names: dict[str, Any] = {"self": module}
+    names: dict[str, Any] = {"self": module, "position_embeddings": True}
     if hasattr(module.config, "position_embedding_type"):  # then the model passes position_embeddings, or None
         names["position_embeddings"] = module.config.position_embedding_type == "rope" or None
     try:
         return all(eval(condition, {"__builtins__": {}}, names) for condition in _conditions(type(module).forward))
     except (NameError, AttributeError) as error:
-        raise ModelError(f"Whether {type(module).__name__} rotates cannot be told ({error}). {_INSTEAD}") from error
+        raise ModelError(f"Whether {type(module).__name__} rotates cannot be told ({error}). {INSTEAD}") from error
 
 
 @functools.cache
@@ -240,7 +268,7 @@ def _build(rotary: type[nn.Module], module: nn.Module) -> nn.Module:
     """A fresh rotary embedding of the model's own class; the model's is not reachable from an attention module."""
     config: Any = module.config
     local_base = getattr(config, "rope_local_base_freq", None)
-    if local_base is not None and _layer_type(module) == "sliding_attention":  # gemma3 before transformers 5
+    if local_base is not None and layer_type(module) == "sliding_attention":  # gemma3 before transformers 5
         config = copy.deepcopy(config)
         config.rope_theta, config.rope_scaling = local_base, {"rope_type": "default"}
     return rotary(config=config)

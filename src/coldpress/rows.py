@@ -173,7 +173,7 @@ def view_of_newest(layer: PressedLayer, call: LayerCall, padding: Tensor | None)
 
 
 def _view(layer: PressedLayer, call: LayerCall, keys: Tensor, values: Tensor, queries: Tensor, first: int) -> LayerView:
-    session, device = layer.session, keys.device
+    session = layer.session
     return LayerView(
         keys,
         values,
@@ -186,7 +186,7 @@ def _view(layer: PressedLayer, call: LayerCall, keys: Tensor, values: Tensor, qu
         sliding_window=call.sliding_window,
         softcap=call.softcap,
         sinks=call.sinks,
-        find_rope=lambda: session.rope(call.module, device),
+        find_rope=lambda: layer.rope(call),
         find_seed=lambda: session.seed,
     )
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from coldpress.errors import ModelError
-from coldpress.rope import Rope
+from coldpress.rope import Rope, layer_type
+from coldpress.rotation import Steps, given_rotation
 from coldpress.versions import check_versions
 
 if TYPE_CHECKING:
@@ -63,6 +65,7 @@ class Session:
         self._n_layers = 0
         self._seed: int | None = None
         self._ropes: dict[Any, Rope | None] = {}
+        self._steps: dict[str, Steps] = {}  # from token to token, by kind of layer
 
     @property
     def seed(self) -> int:
@@ -95,6 +98,7 @@ class Session:
         self.unclaimed = self.error = self.seen = self.prefill_end = self._seed = None
         self.shown, self.hides_shown, self.hides_new = None, False, False
         self.was_asked, self.token_ids, self.earlier_press = False, None, None
+        self.forget_steps()
         self._ropes = {}  # of the next text's frequencies, should they depend on the text
 
     def follow(self, other: Session) -> None:
@@ -102,6 +106,7 @@ class Session:
         self.rerotates, self._seed = other.rerotates, other._seed
         self.earlier_press, self.was_asked, self.switch_at = other.earlier_press, other.was_asked, other.switch_at
         self.find_model, self._ropes = other.find_model, dict(other._ropes)
+        self._steps = {kind: replace(steps) for kind, steps in other._steps.items()}
 
     def note_mask(self, mask: Tensor | None, n_new: int) -> Tensor | None:
         """Take note of the mask of a call that begins, and return it, or None if it hides nothing.
@@ -140,6 +145,29 @@ class Session:
         if kind not in self._ropes:
             self._ropes[kind] = Rope.of(module, device, self.find_model())
         return self._ropes[kind]
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether pairs of several calls may be unrotated or moved together."""
+        press = self.press
+        return self.rerotates or self.chunk_tokens is not None or (press is not None and press.goes_on)
+
+    def steps(self, module: nn.Module) -> Steps:
+        """How tokens follow each other in the layers of ``module``'s kind, as far as somebody has noted it."""
+        return self._steps.setdefault(layer_type(module), Steps())
+
+    def note_steps(self, module: nn.Module, n_new: int, seen: int, padding: Tensor | None) -> None:
+        """Note how ``module``, whose forward is under way, was told to rotate; once for each call and kind of layer.
+
+        The other arguments are those of :meth:`Steps.note`.
+        """
+        steps = self.steps(module)
+        if steps.seen != seen:
+            steps.note(given_rotation(module), n_new, seen, padding)
+
+    def forget_steps(self) -> None:
+        """Another text comes."""
+        self._steps = {}
 
     def check_claimed(self) -> None:
         if self.error is not None:

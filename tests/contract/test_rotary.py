@@ -38,12 +38,16 @@ class Spy:
         self.running = module
 
     def __call__(self, q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> Any:
-        assert self.running is not None
         rotated = self.original(q, k, *args, **kwargs)
-        if isinstance(rotated, Tensor):  # GPT-J and CodeGen rotate keys, then queries, [B, T, H, D]
-            self.before[self.running], self.after[self.running] = (x.transpose(1, 2).clone() for x in (q, rotated))
+        module = self.running
+        if module is None:  # coldpress, which looks at one token
             return rotated
-        self.before[self.running], self.after[self.running] = q.clone(), rotated[0]
+        if isinstance(rotated, Tensor):  # GPT-J and CodeGen rotate keys, then queries, [B, T, H, D]
+            self.running = None if module in self.before else module
+            self.before[module], self.after[module] = (x.transpose(1, 2).clone() for x in (q, rotated))
+            return rotated
+        self.running = None
+        self.before[module], self.after[module] = q.clone(), rotated[0]
         return rotated
 
 

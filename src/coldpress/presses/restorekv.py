@@ -108,7 +108,7 @@ class RestoreKVPress(KVzipPress):
         def look(layer: PressedLayer, call: LayerCall) -> None:
             if layer.index in wanted:
                 assert layer.keys is not None and layer.values is not None
-                rope = cache.session.rope(call.module, call.query.device)
+                rope = layer.rope(call)
                 made[layer.index] = layer.keys[:, :, -n:].clone(), layer.values[:, :, -n:].clone(), rope
 
         with lora.added(self, model):

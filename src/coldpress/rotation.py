@@ -1,0 +1,189 @@
+"""What a model does to its queries and keys by position: seen, and not believed.
+
+What undoes a rotation or moves keys (``rope.py``) goes by three things: that the rotation is the last that happens to
+queries and keys, that coldpress knows it, and that tokens stand at consecutive positions. The first two are found out once per
+module, by running it on one token that is repeated (:func:`check_last`): without their rotation its queries must all be the same, and its keys.
+The third is read off the cosines and sines that the layer was given (:class:`Steps`). Positions alone would not do: they
+do not reach every layer, and multimodal models hand on others than those that they rotate by.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from coldpress.errors import ModelError
+
+__all__ = ["INSTEAD", "Steps", "check_last", "given_rotation", "watched"]
+
+INSTEAD = "Use a press that neither undoes a rotation nor moves keys, such as SnapKVPress, and leave positions='rerotate' out."
+_POSITIONS = (0, 1, 2, 3, 5, 8, 13, 21)  # at which the one token is looked at
+_NOTHING = (
+    "attention_mask", "past_key_values", "past_key_value", "layer_past", "cache", "output_attentions", "head_mask"
+)  # fmt: skip
+
+
+class _Watch(threading.local):
+    calls: list[tuple[Tensor, Tensor]] | None = None  # queries and keys of attention calls, while somebody asks
+
+
+_WATCH = _Watch()
+_CHECKED: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # what is wrong with it, or nothing
+
+
+def watched(query: Tensor, key: Tensor) -> None:
+    """The attention function tells what it was given, for whoever is looking."""
+    if _WATCH.calls is not None:
+        _WATCH.calls.append((query, key))
+
+
+def check_last(
+    module: nn.Module,
+    device: torch.device,
+    embed: Callable[[Tensor], tuple[Tensor, Tensor]] | None,
+    unrotate: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    """Raise ModelError unless ``unrotate`` undoes what ``module``, an attention layer, does to a token by its position.
+
+    Args:
+        embed: gives the position embeddings of int64 positions ``[T]`` as the module takes them; None where it has none.
+        unrotate: takes queries or keys ``[1, H, T, D]`` and their positions ``[T]``.
+    """
+    if module not in _CHECKED:
+        _CHECKED[module] = _fault(module, device, embed, unrotate)
+    if _CHECKED[module]:
+        raise ModelError(f"{type(module).__name__} {_CHECKED[module]}. {INSTEAD}")
+
+
+@torch.no_grad()
+def _fault(module: nn.Module, device: torch.device, embed: Any, unrotate: Callable[[Tensor, Tensor], Tensor]) -> str:
+    weight = next((p for p in module.parameters() if p.is_floating_point()), None)
+    dtype = torch.float32 if weight is None else weight.dtype
+    positions = torch.tensor(_POSITIONS, device=device)
+    config: Any = module.config
+    token = torch.randn(config.hidden_size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    given: dict[str, Any] = dict.fromkeys(_NOTHING)
+    given |= {"hidden_states": token.expand(1, len(positions), -1), "position_ids": positions[None]}
+    given |= {"cache_position": positions, "use_cache": False}
+    if embed is not None:
+        given["position_embeddings"] = tuple(part.to(dtype) for part in embed(positions))
+    parameters = inspect.signature(type(module).forward).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    given = {
+        name: value for name, value in given.items() if name in parameters or (takes_all and name == "position_ids")
+    }
+    before, _WATCH.calls = _WATCH.calls, []
+    try:
+        module.forward(**given)
+        calls = _WATCH.calls
+    except (TypeError, AttributeError, KeyError, RuntimeError) as error:
+        return f"cannot be run on one token, which would show how it rotates ({error})"
+    finally:
+        _WATCH.calls = before
+    if len(calls) != 1:
+        return "does not hand its queries and keys to coldpress, so how it rotates cannot be seen"
+    tolerance = 1e-3 if dtype == torch.float32 else 0.03
+    for states in calls[0]:
+        alone = unrotate(states, positions)
+        off = (alone - alone[:, :, :1]).norm(dim=-1).max()
+        if not bool(off <= tolerance * alone[:, :, :1].norm(dim=-1).max()):
+            return (
+                "changes queries or keys by position in another way than by a rotation at the end (normalising them "
+                "after it, for instance), which coldpress cannot undo"
+            )
+    return ""
+
+
+def given_rotation(module: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """The cosines and sines that the forward of ``module``, under way in this thread, was given; None if it has none.
+
+    They are looked up among the arguments of that call, further down the stack: transformers hands them to an attention layer, but
+    neither to the attention function nor to the cache.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "forward" and frame.f_locals.get("self") is module:
+            given = frame.f_locals.get("position_embeddings")
+            if isinstance(given, tuple) and all(isinstance(x, Tensor) and x.dim() == 3 for x in given):
+                return given[0], given[1]
+            return None
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+@dataclass
+class Steps:
+    """The rotation from each token of a text to the next, in all rows, as far as it has been seen.
+
+    Attributes:
+        seen: tokens of the text so far, padding included.
+        low, high: least and largest cosine and sine of a step, float32 ``[2, Drot or Drot / 2]``; None before the second token.
+        last: cosine and sine of each row's last token, ``[B or 1, 2, Drot or Drot / 2]``, NaN if there is none.
+        error: largest error of an angle, in radians, that the type of the cosines explains.
+        is_blind: some call did not say how it rotates.
+    """
+
+    seen: int = 0
+    low: Tensor | None = None
+    high: Tensor | None = None
+    last: Tensor | None = None
+    error: float = 0.0
+    is_blind: bool = False
+
+    def note(self, rotation: tuple[Tensor, Tensor] | None, n_new: int, seen: int, padding: Tensor | None) -> None:
+        """A call brought ``n_new`` tokens, which makes ``seen``.
+
+        Args:
+            rotation: cosines and sines of the call, ``[B or 1, n_new, Drot or Drot / 2]``, if they are known.
+            padding: bool ``[B, seen]``, False where a token is padding; None if there is none.
+        """
+        is_next, self.seen = self.seen == seen - n_new, seen
+        if n_new == seen:  # another text
+            self.low = self.high = self.last = None
+            self.is_blind = False
+        if rotation is None:
+            self.is_blind = True
+            return
+        self.error = max(self.error, 4 * torch.finfo(rotation[0].dtype).eps + seen * 2.0**-23)
+        turns = torch.stack([part.float() for part in rotation], 2)  # [B or 1, n, 2, Drot]
+        last = self.last if is_next else None  # after a crop nobody knows where the last one stands
+        if padding is not None:
+            turns = turns.expand(len(padding), -1, -1, -1)
+            turns = turns.masked_fill(~padding[:, seen - n_new :, None, None], torch.nan)
+        if last is not None and len(last) in (1, len(turns)):
+            turns = torch.cat([last.expand(len(turns), -1, -1)[:, None], turns], 1)
+        elif last is not None and len(turns) == 1:
+            turns = torch.cat([last[:, None], turns.expand(len(last), -1, -1, -1)], 1)
+        at = torch.arange(turns.shape[1], device=turns.device)
+        at = at.where(turns[:, :, 0, 0].isfinite(), 0).cummax(1).values  # [B or 1, n], the last real token up to each
+        turns = turns.gather(1, at[:, :, None, None].expand_as(turns))
+        self.last = turns[:, -1].clone()
+        (c0, s0), (c1, s1) = turns[:, :-1].unbind(2), turns[:, 1:].unbind(2)
+        steps = torch.stack([c1 * c0 + s1 * s0, s1 * c0 - c1 * s0], 2)
+        is_step = (at[:, 1:] > at[:, :-1])[..., None, None] & steps.isfinite()
+        low = steps.where(is_step, torch.inf).flatten(0, 1).amin(0) if steps.shape[1] else None
+        if low is not None:
+            high = steps.where(is_step, -torch.inf).flatten(0, 1).amax(0)
+            self.low = low if self.low is None else torch.minimum(low, self.low)
+            self.high = high if self.high is None else torch.maximum(high, self.high)
+
+    def check(self, name: str, step: Tensor) -> None:
+        """Raise ModelError unless every step was ``step``, ``[2, Drot or Drot / 2]``: of one position."""
+        if self.is_blind:
+            raise ModelError(f"How {name} was rotated in each call cannot be seen from outside it. {INSTEAD}")
+        if self.low is None or self.high is None:
+            return
+        tolerance = self.error * max(1.0, float(step.abs().max()))
+        if bool((self.low < step - tolerance).any() | (self.high > step + tolerance).any()):
+            raise ModelError(
+                f"{name} was given tokens that are not at consecutive positions (position_ids with gaps, images, or "
+                f"frequencies that have changed within the text). {INSTEAD}"
+            )
