@@ -126,6 +126,16 @@ def test_transformers_knows_the_backend_and_the_task_after_a_mere_import() -> No
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "before", ["transformers.pipelines", "coldpress; import transformers.masking_utils", "coldpress.pipeline"]
+)
+def test_it_knows_them_whatever_was_imported_first(before: str) -> None:
+    code = AFTERWARDS.replace('assert "torch" not in sys.modules', "")
+    done = python(f"import {before}\n{code}")
+    assert done.returncode == 0, done.stderr
+
+
 # Public names
 
 

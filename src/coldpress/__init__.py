@@ -23,8 +23,6 @@ try:
 except PackageNotFoundError:  # imported from a source tree that was not installed
     __version__ = "0+unknown"
 
-_register()
-
 __all__ = [
     "AdaKVPress",
     "BasePress",
@@ -107,3 +105,6 @@ if not TYPE_CHECKING:  # or else any name would do
         if not name.startswith("_") and find_spec(f"coldpress.{name}") is not None:
             return import_module(f"coldpress.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+_register()
