@@ -156,8 +156,10 @@ def test_all_leaves_out_what_takes_one_text_at_a_time_where_there_are_batches(ru
     assert done.err == (
         "error: kvzip takes one text at a time, and --batch_size is 2: leave --batch_size out, or kvzip.\n"
     )
-    done = run("--press", "kvzip", "--batch_size", "2", "--speed_only", *SMALL, folder="timed")  # of one text
-    assert done.code == 0, done.err
+    done = run("--press", "kvzip", "--batch_size", "2", "--ppl_only", "--limit_tokens", "400", folder="plain")
+    assert done.code == 0, done.err  # the uncompressed model's perplexity
+    done = run("--press", "kvzip", "--batch_size", "2", "--speed_only", *SMALL, folder="timed")
+    assert done.code == 2 and "--batch_size is for perplexity, and --speed_only measures none" in done.err
 
 
 def test_a_press_with_a_tokenizer_is_recorded_without_it(run: Run) -> None:

@@ -26,8 +26,8 @@ def load_results(folder: str | Path, explode: str | None = None) -> pandas.DataF
     A column is named as the field is; of an object, each field is a column (``kld_mean``, ``env_torch``,
     ``press_config_window_size``), and of an interval its two ends (``delta_nll_lo`` and ``delta_nll_hi`` of
     ``delta_nll_ci95``). Lists stay lists in one cell: ``kv_len_after``, ``per_window``, ``samples_ns``, ``tasks``.
-    A record that failed has ``status`` "failed", the ``error``, and no numbers. ``folder`` is where the record lies, as
-    seen from the folder that was asked for.
+    A record that failed has ``status`` "failed", the ``error``, and no numbers but those that were measured before, as
+    ``before_failure_ppl``. ``folder`` is where the record lies, as seen from the folder that was asked for.
 
     Args:
         folder: what ``--output_dir`` was, or a folder above it.

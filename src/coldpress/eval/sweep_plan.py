@@ -60,7 +60,7 @@ _MEANINGLESS = {  # what is meant for other sections when it stands above them a
         "max_length",
     ),
     "speed": (*_WINDOWS, *_ENGINE, *_BOS, "max_documents", "max_length", "batch_size"),
-    "streaming": (*_WINDOWS, *_ENGINE, *_BITS, "compression_ratio", "chunk_tokens", "batch_size"),
+    "streaming": (*_WINDOWS, *_ENGINE, *_BITS, "compression_ratio", "chunk_tokens", "batch_size", "max_length"),
     "baselines": (*_WINDOWS, *_ENGINE, *_BOS, *_PRESS, *_BITS, "chunk_tokens", "max_documents"),
 }
 _FROM_0 = ("seed", "warmup", "sample_idx", "kv_residual_tokens", "greedy_tokens")
