@@ -112,6 +112,7 @@ def use_coldpress(model: PreTrainedModel, arithmetic: str | None = None) -> None
 def _mask(native: str, *args: Any, **kwargs: Any) -> Any:
     """The 2-D padding mask for a PressedCache (None without padding); transformers' own mask for everything else."""
     session, THREAD.masks_for = THREAD.masks_for, None
+    THREAD.leaves_masks_out = session is not None
     if session is None:
         return ALL_MASK_ATTENTION_FUNCTIONS["eager" if native == "eager" else "sdpa"](*args, **kwargs)
     seen = kwargs["kv_length"]
@@ -189,9 +190,10 @@ def _attention(
     for name in _UNKNOWN:
         if kwargs.get(name) is not None:
             raise ModelError(f"{type(module).__name__} attends with {name!r}, which coldpress does not support.")
-    is_causal = kwargs.get("is_causal")
-    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        raise ModelError(f"{type(module).__name__} lets tokens see later ones, so it is no decoder; coldpress needs one.")
+    if not getattr(module, "is_causal", True):
+        raise ModelError(
+            f"{type(module).__name__} lets tokens see later ones, so it is no decoder; coldpress needs one."
+        )
     window = kwargs.pop("sliding_window", None)
     dropout = dropout if module.training else 0.0
     output = layer.attend(query, attention_mask, window, scaling) if native in _PLAIN and not dropout else None
@@ -265,6 +267,10 @@ def _unpressed(
     """Attention without a PressedCache, with the mask that transformers made for sdpa or eager."""
     is_causal = kwargs.get("is_causal")
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if THREAD.leaves_masks_out and is_causal and 1 < query.shape[2] < key.shape[2]:
+        raise ModelError(
+            f"{type(module).__name__} attends to keys that its cache did not give it, which coldpress does not support."
+        )
     if native == "special" and (is_causal or mask is not None):
         return _eager(module, query, key, value, mask, scaling, dropout, **kwargs)
     if native in ("special", "eager"):

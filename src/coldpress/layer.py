@@ -143,9 +143,9 @@ class PressedLayer(CacheLayerMixin):
             )
         if self.session.seen not in (None, self._seen):
             raise CacheError(
-                "The layers of this cache have seen different numbers of tokens: an earlier call failed half-way (reset() "
-                "the cache), or the model runs some layers not at all or more than once in a call, which coldpress does "
-                "not support."
+                "The layers of this cache have seen different numbers of tokens: an earlier call failed half-way, then "
+                "reset() this cache; or the model runs a layer more than once in a call, or without its cache, which "
+                "coldpress does not support."
             )
         if self._store is None:
             self._store = DenseStore(key_states, value_states, is_borrowed=True)
