@@ -122,6 +122,7 @@ def _mask(native: str, *args: Any, **kwargs: Any) -> Any:
     Looking whether it hides anything waits for the device, as transformers' own mask function for sdpa does.
     """
     session, THREAD.masks_for = THREAD.masks_for, None
+    THREAD.leaves_masks_out = session is not None
     if session is None:
         return ALL_MASK_ATTENTION_FUNCTIONS["eager" if native == "eager" else "sdpa"](*args, **kwargs)
     seen = kwargs["kv_length"]
@@ -281,6 +282,10 @@ def _unpressed(
     """Attention without a PressedCache, with the mask that transformers made for sdpa or eager."""
     is_causal = kwargs.get("is_causal")
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if THREAD.leaves_masks_out and is_causal and 1 < query.shape[2] < key.shape[2]:
+        raise ModelError(
+            f"{type(module).__name__} attends to keys that its cache did not give it, which coldpress does not support."
+        )
     if native == "special" and (is_causal or mask is not None):
         return _eager(module, query, key, value, mask, scaling, dropout, **kwargs)
     if native in ("special", "eager"):

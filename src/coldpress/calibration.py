@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from coldpress.cache_argument import cache_argument
+from coldpress.rope import stand_at
 from coldpress.view import Kept, LayerView
 
 if TYPE_CHECKING:
@@ -73,5 +74,6 @@ def calibrate(
     device = next(model.parameters()).device
     with torch.no_grad():
         for ids in progress(samples):
+            stand_at(backbone, 0)
             backbone(input_ids=ids[None].to(device), **cache_argument(PressedCache(Probe()), backbone), use_cache=True)
     return calibration.tensors()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from coldpress.cache_argument import cache_argument
 from coldpress.errors import CacheError, InputError, PressError
+from coldpress.rope import stand_at
 
 if TYPE_CHECKING:
     from coldpress.cache import PressedCache
@@ -81,6 +82,7 @@ def prefill(
     position_ids = options.pop("position_ids", None)
     if position_ids is None and attention_mask is not None and "position_ids" in takes and not attention_mask.all():
         position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)  # as generate has them
+    stand_at(model, 0)
     session, output = cache.session, None
     session.prefill_end = input_ids.shape[1]
     try:

@@ -151,9 +151,9 @@ class PressedLayer(CacheLayerMixin):
             self._check_piece(chunk, key_states.shape[2])
         if self.session.seen not in (None, self._seen):
             raise CacheError(
-                "The layers of this cache have seen different numbers of tokens: an earlier call failed half-way (reset() "
-                "the cache), or the model runs some layers not at all or more than once in a call, which coldpress does "
-                "not support."
+                "The layers of this cache have seen different numbers of tokens: an earlier call failed half-way, then "
+                "reset() this cache; or the model runs a layer more than once in a call, or without its cache, which "
+                "coldpress does not support."
             )
         switch_at, n_new = self.session.switch_at, key_states.shape[2]
         if switch_at is not None and 0 < self._seen <= switch_at < self._seen + n_new:

@@ -29,6 +29,7 @@ from coldpress.presses.base import BasePress
 from coldpress.presses.definition import as_given
 from coldpress.pressing import prefilling
 from coldpress.quantised import BITS, KVBits
+from coldpress.rope import stand_at
 
 __all__ = ["TASKS", "KVPressTextGenerationPipeline", "register"]
 
@@ -259,6 +260,7 @@ class KVPressTextGenerationPipeline(Pipeline):
         """Run the backbone only: the vocabulary-sized logits of a long context need more memory than its cache."""
         backbone: Any = getattr(self.model, self.model.base_model_prefix, self.model)
         if cache.seen_tokens:
+            stand_at(backbone, cache.seen_tokens)
             backbone(input_ids=context_ids, **cache_argument(cache, backbone), use_cache=True)
             cache.remember(context_ids)
         else:
@@ -292,6 +294,7 @@ class KVPressTextGenerationPipeline(Pipeline):
         ids = torch.cat([context, question], 1)
         branch = cache.fork()  # the answer grows on a branch, and the context stays as it is for the next question
         branch.batch_repeat_interleave(config.num_beams or 1)
+        stand_at(self.model, cache.seen_tokens)  # an answer does not depend on questions before it
         output = self.model.generate(
             ids, attention_mask=torch.ones_like(ids), **cache_argument(branch), generation_config=config, **options
         )

@@ -6,8 +6,9 @@ running the model's own function with ``-sin``; and whether a layer rotates at a
 forward calls that function.
 
 With "dynamic" scaling a model that has read a longer text goes on with that text's frequencies until it reads one
-within its trained length. Inside ``with press(model):`` that state is taken from the model; a cache by itself does not
-know its model, and what is rebuilt then is one that reads its first text.
+within its trained length. :func:`stand_at` puts it where a text leaves it, whatever it has read since. Inside
+``with press(model):`` that state is taken from the model; a cache by itself does not know its model, and what is
+rebuilt then is one that reads its first text.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import textwrap
 from collections.abc import Callable
 from types import CodeType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +30,7 @@ from torch import Tensor, nn
 from coldpress.errors import ModelError
 from coldpress.rotation import INSTEAD, check_last
 
-__all__ = ["Rope", "layer_type"]
+__all__ = ["Rope", "layer_type", "stand_at"]
 
 _APPLY = "apply_rotary_pos_emb"
 
@@ -146,7 +148,7 @@ class Rope:
         return (sin, cos) if self._is_table else (cos, sin)
 
     def step(self) -> Tensor:
-        """The rotation from the last token of the text to the next: ``[2, Drot or Drot / 2]``, in the model's own order."""
+        """The rotation from one position to the next: ``[2, Drot or Drot / 2]``, in the model's own order."""
         device = next(self._embed.buffers()).device
         end = max(2, self.n_seen)
         a, b = self._as_given(torch.arange(end - 2, end, device=device))
@@ -195,6 +197,34 @@ class Rope:
             n_positions = min(n_positions, self._n_positions - start)
         cos, sin = self.cos_sin(torch.arange(start, start + n_positions, device=device))
         return cos.mean(1, keepdim=True), sin.mean(1, keepdim=True)
+
+
+_CHANGING: WeakKeyDictionary[nn.Module, list[nn.Module]] = WeakKeyDictionary()  # of a model, found once
+
+
+def stand_at(model: nn.Module, n_tokens: int) -> None:
+    """Give ``model`` the rotary frequencies that it has after a text of ``n_tokens``, 0 for none, and no other.
+
+    They are the same for all texts but with "dynamic" scaling, where the longest text so far decides: without this an
+    answer depends on what was asked before it, and a text on the one before.
+    """
+    if model not in _CHANGING:
+        _CHANGING[model] = [part for part in model.modules() if "dynamic" in str(getattr(part, "rope_type", ""))]
+    embed: Any
+    for embed in _CHANGING[model]:
+        kinds = embed.rope_type if isinstance(embed.rope_type, dict) else {None: embed.rope_type}
+        for kind, prefix in [(k, f"{k}_" if k else "") for k, name in kinds.items() if "dynamic" in name]:
+            longest = int(getattr(embed, f"{prefix}max_seq_len_cached", embed.max_seq_len_cached))
+            if longest == max(n_tokens, embed.original_max_seq_len):
+                continue
+            now = getattr(embed, f"{prefix}inv_freq")
+            embed.register_buffer(
+                f"{prefix}inv_freq", getattr(embed, f"{prefix}original_inv_freq").to(now.device), persistent=False
+            )
+            setattr(embed, f"{prefix}max_seq_len_cached", embed.original_max_seq_len)
+            if n_tokens > embed.original_max_seq_len:
+                end = torch.tensor([[n_tokens - 1]], device=now.device)
+                embed(torch.empty(0, device=now.device), end, *((kind,) if kind else ()))
 
 
 def _as_it_is(own: nn.Module, build: Callable[[], nn.Module], device: torch.device) -> Callable[[], nn.Module]:

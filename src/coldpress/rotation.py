@@ -1,10 +1,11 @@
 """What a model does to its queries and keys by position: seen, and not believed.
 
-What undoes a rotation or moves keys (``rope.py``) goes by three things: that the rotation is the last that happens to
-queries and keys, that coldpress knows it, and that tokens stand at consecutive positions. The first two are found out once per
-module, by running it on one token that is repeated (:func:`check_last`): without their rotation its queries must all be the same, and its keys.
-The third is read off the cosines and sines that the layer was given (:class:`Steps`). Positions alone would not do: they
-do not reach every layer, and multimodal models hand on others than those that they rotate by.
+What undoes a rotation or moves keys (``rope.py``) goes by three things: the rotation is the last that happens to queries
+and keys, it is the one that coldpress knows, and tokens stand at consecutive positions. The first two are found out once
+for each module, by running it on one token that is repeated (:func:`check_last`): without the rotation its queries must
+all be the same, and so must its keys. The third is read off the cosines and sines that the layer was given
+(:class:`Steps`). ``position_ids`` would not do: they do not reach every layer, and multimodal models hand on others than
+those that they rotate by.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def check_last(
     """Raise ModelError unless ``unrotate`` undoes what ``module``, an attention layer, does to a token by its position.
 
     Args:
-        embed: gives the position embeddings of int64 positions ``[T]`` as the module takes them; None where it has none.
+        embed: gives the position embeddings of int64 positions ``[T]``, as the module takes them; None without any.
         unrotate: takes queries or keys ``[1, H, T, D]`` and their positions ``[T]``.
     """
     if module not in _CHECKED:
@@ -103,10 +104,10 @@ def _fault(module: nn.Module, device: torch.device, embed: Any, unrotate: Callab
 
 
 def given_rotation(module: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """The cosines and sines that the forward of ``module``, under way in this thread, was given; None if it has none.
+    """The cosines and sines that the forward of ``module``, under way in this thread, was given; None if it was not.
 
-    They are looked up among the arguments of that call, further down the stack: transformers hands them to an attention layer, but
-    neither to the attention function nor to the cache.
+    They are looked up among the arguments of that call, further down the stack: transformers hands them to an attention
+    layer, but neither to the attention function nor to the cache.
     """
     frame = sys._getframe(1)
     while frame is not None:
@@ -125,7 +126,7 @@ class Steps:
 
     Attributes:
         seen: tokens of the text so far, padding included.
-        low, high: least and largest cosine and sine of a step, float32 ``[2, Drot or Drot / 2]``; None before the second token.
+        low, high: least and largest cosine and sine of a step, float32 ``[2, Drot or Drot / 2]``; None before any.
         last: cosine and sine of each row's last token, ``[B or 1, 2, Drot or Drot / 2]``, NaN if there is none.
         error: largest error of an angle, in radians, that the type of the cosines explains.
         is_blind: some call did not say how it rotates.

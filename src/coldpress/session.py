@@ -31,6 +31,7 @@ class _Thread(threading.local):
 
     updated: PressedLayer | None = None  # updated last, not yet claimed by an attention call
     masks_for: Session | None = None  # its cache was asked for mask sizes just now
+    leaves_masks_out: bool = False  # the mask function served a PressedCache last, so layers make their masks
     hidden_states: tuple[nn.Module, Tensor] | None = None  # what an attention module was given, where a press asks
 
 

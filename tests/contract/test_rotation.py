@@ -1,4 +1,4 @@
-"""What undoes a rotation or moves keys is refused where that would be wrong: seen by what the model does, not by its name."""
+"""What undoes a rotation or moves keys is refused where that would be wrong, by what the model does and not its name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from tests.contract.architectures import BY_NAME, N_VOCAB, Architecture, Look, tiny, tokens
 from torch import Tensor
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, DynamicCache
 
 from coldpress import (
     BasePress,
@@ -51,10 +51,18 @@ _SIZES: dict[str, Any] = {
     "pad_token_id": 0,
     "eos_token_id": None,
 }
+_DORY = _SIZES | {
+    "num_hidden_layers": 6,
+    "layer_types": ["full_attention", "mlp"] * 3,
+    "n_input_layers": 2,
+    "n_recurrent_layers": 2,
+    "n_output_layers": 2,
+    "num_experts": 2,
+}
 NORMS_LAST = [
     Architecture("hunyuan_dense", "hunyuan_v1_dense", _SIZES),
     Architecture("hunyuan_moe", "hunyuan_v1_moe", _SIZES | {"num_experts": 2, "moe_topk": 1}),
-    Architecture("dory", "dory", _SIZES | {"layer_types": ["full_attention"] * 2, "num_experts": 2}),
+    Architecture("dory", "dory", _DORY | {"n_recurrent_loops": 1}),
 ]
 MROPE = Architecture(
     "qwen3_vl_text",
@@ -82,7 +90,24 @@ def test_a_rotation_that_is_not_the_last(architecture: Architecture) -> None:
             fill(model, PressedCache(), press)
     with pytest.raises(ModelError, match="rotation at the end"):
         fill(model, PressedCache(SNAPKV, positions="rerotate"))
-    assert fill(model, PressedCache(SNAPKV)).stored_lengths() == [LENGTH // 2] * 2
+    assert fill(model, PressedCache(SNAPKV)).achieved_ratio() == 0.5
+
+
+@pytest.mark.skipif("dory" not in CONFIG_MAPPING, reason="does not exist")
+@pytest.mark.parametrize("mode", ["per_loop", "last_loop"])
+def test_layers_that_run_in_loops(mode: str) -> None:
+    """With caches of their own they are layers as others are; what reads another loop's cache is refused."""
+    architecture = Architecture("dory", "dory", _DORY | {"n_recurrent_loops": 2, "recurrent_kv_cache_mode": mode})
+    model, ids = architecture.build(), tokens(1, LENGTH)
+    own, ours = DynamicCache(config=model.config), PressedCache()
+    model(ids[:, :-8], **cache_argument(own))
+    model(ids[:, :-8], **cache_argument(ours))
+    expected = model(ids[:, -8:], **cache_argument(own)).logits
+    if mode == "per_loop":
+        torch.testing.assert_close(model(ids[:, -8:], **cache_argument(ours)).logits, expected, atol=1e-4, rtol=0)
+        return
+    with pytest.raises(ModelError, match="keys that its cache did not give it"):
+        model(ids[:, -8:], **cache_argument(ours))
 
 
 def test_one_token_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,7 @@ from coldpress.presses.definition import as_given
 from coldpress.presses.registry import NO_PRESS, make_press, parameters_of, press_names
 from coldpress.pressing import prefilling
 from coldpress.quantised import KVBits, check_quantisable
+from coldpress.rope import stand_at
 
 try:
     from lm_eval.api.registry import register_model
@@ -343,6 +344,7 @@ class ColdpressLM(HFLM):
         wanted = ids.roll(-1, 1)
         branch = cache.fork()
         branch.batch_select_indices(rows)
+        stand_at(self.model, branch.seen_tokens)
         # A press that goes on would evict after a call: what is written is fed as it is written, token by token.
         step = 1 if cache.press is not None and cache.press.goes_on else width
         takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters

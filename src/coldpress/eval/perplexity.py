@@ -27,6 +27,7 @@ from coldpress.eval.metrics import (
 from coldpress.eval.models import input_device
 from coldpress.eval.presets import PRESETS
 from coldpress.eval.windows import Window, plan_strided, strided_scored_tokens
+from coldpress.rope import stand_at
 
 __all__ = ["forward", "plain_perplexity"]
 
@@ -35,6 +36,7 @@ _Job = tuple[int, Window]  # number of a document, and one of its windows
 
 def forward(model: PreTrainedModel, input_ids: Tensor, cache: PressedCache | None, keep: int = 0) -> Tensor:
     """Logits ``[B, keep, V]`` of the last ``keep`` tokens (0: of all) of ``input_ids`` after what ``cache`` holds."""
+    stand_at(model, 0 if cache is None else cache.seen_tokens)
     options: dict[str, Any] = {"use_cache": False} if cache is None else cache_argument(cache, model)
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         options["logits_to_keep"] = keep

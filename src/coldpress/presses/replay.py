@@ -15,6 +15,7 @@ from coldpress.cache_argument import cache_argument
 from coldpress.errors import ModelError, PressError
 from coldpress.presses.base import BUDGETS, BudgetPress, require_block
 from coldpress.projection import output_weight
+from coldpress.rope import stand_at
 from coldpress.view import Kept, LayerCall, LayerView, Place
 
 if TYPE_CHECKING:
@@ -133,7 +134,9 @@ class ReplayPress(BudgetPress):
             )
         fork = cache.fork()
         fork.session.press, fork.session.kv_bits, fork.session.look = None, None, look
-        return model(**cache_argument(fork, model), use_cache=True, **inputs)
+        output = model(**cache_argument(fork, model), use_cache=True, **inputs)
+        stand_at(model, cache.seen_tokens)  # as if it had not been run
+        return output
 
 
 def chunk_view(layer: PressedLayer, call: LayerCall, slots: Tensor) -> LayerView:
