@@ -277,7 +277,7 @@ def test_columns_that_are_not_text_are_refused(tmp_path: Path) -> None:
     fails(DataError, "column 'text'", "is not UTF-8 text", dataset=latin)
     fails(DataError, "is not UTF-8 text", dataset=f"{latin}/test.jsonl")
     mixed = folder_of(tmp_path / "mixed", test_jsonl=GOOD + '{"text": 3}\n')
-    fails(DataError, "column 'text'", "not strings", dataset=mixed)
+    fails(DataError, "mixed", "'text'", "string", dataset=mixed)  # where it is read at all differs by version
 
 
 def test_a_single_text_has_no_splits(tmp_path: Path) -> None:
