@@ -380,16 +380,16 @@ def test_a_prompt_that_begins_with_a_single_token_has_no_end(chunk: int) -> None
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("cuts", [[4, 4, 4, 2], [8, 3, 3], [8, 8, 5, 8], [5, 8]])
-def test_pieces_of_other_sizes_are_refused(cuts: list[int]) -> None:
+@pytest.mark.parametrize("cuts", [[4, 4], [5, 8], [7, 2]])
+def test_pieces_that_are_too_small_are_refused(cuts: list[int]) -> None:
     past = PressedCache(KnormPress(0.5), chunk_tokens=8)
-    with pytest.raises(CacheError, match=r"fewer tokens for the last piece.*\d more came right after"):
-        for n in cuts:
-            tiny("llama")(tokens(1, n), **cache_argument(past))
-    seen = past.seen_tokens
+    tiny("llama")(tokens(1, cuts[0]), **cache_argument(past))
+    with pytest.raises(CacheError, match=rf"first call of {cuts[0]} tokens.*and {cuts[1]} more came right after"):
+        tiny("llama")(tokens(1, cuts[1]), **cache_argument(past))
+    assert past.seen_tokens == cuts[0]
     tiny("llama")(tokens(1, 1), **cache_argument(past))  # an answer has begun, so a turn may follow
     tiny("llama")(tokens(1, 4), **cache_argument(past))
-    assert past.seen_tokens == seen + 5
+    assert past.seen_tokens == cuts[0] + 5
     past.reset()
     prefill(tiny("llama"), tokens(1, 5), past)
     tiny("llama")(tokens(1, 4), **cache_argument(past))

@@ -179,6 +179,10 @@ class Twin:
         for i, layer in enumerate(past.pressed_layers()):
             at = layer.positions()
             is_held = at >= 0
+            leaving = layer._leaving(0)  # held for other rows' sake, and hidden
+            if leaving is not None:
+                first = 0 if layer._kept is None else layer._kept.shape[2]
+                is_held[..., first : first + leaving.shape[2]] &= ~leaving
             n = self.keys[i].shape[2]
             held = torch.zeros(*at.shape[:2], n + 1, dtype=torch.bool).scatter_(2, at.where(is_held, n), True)[..., :n]
             assert not (held & ~self.held[i]).any()  # nothing comes back
@@ -498,6 +502,10 @@ def test_answers(seed: int, at_once: pytest.MonkeyPatch) -> None:
     elif chunk is not None and not is_prefilled:
         options["prefill_chunk_size"] = chunk
     past, again = PressedCache(press, **cache), PressedCache(press, **cache)
+    if press is not None and chunk is not None and not is_prefilled and min(n, chunk) == 1:
+        with pytest.raises(CacheError, match="a single token first"):
+            model.generate(ids, **cache_argument(past), **options)
+        return
     with r.choice([torch.no_grad, torch.inference_mode, torch.enable_grad])():
         for each in (past, again) if is_prefilled else ():
             prefill(model, ids[:, :-1], each, attention_mask=mask[:, :-1])

@@ -78,7 +78,8 @@ class PressedCache(Cache):
             with ``positions="rerotate"``.
         CacheError: ``chunk_tokens`` or ``kv_bits`` is not such a number, or the press keeps what cannot be held so; or,
             at the call, a prompt is longer than a piece, or nobody can tell where it ends: it begins with a single
-            token, or several tokens come right after its last piece, and :func:`coldpress.prefill` does not feed it.
+            token, or several come right after a first call that was shorter than a piece, and it is not
+            :func:`coldpress.prefill` that feeds them.
         ModelError: at the next call, when the model runs another attention backend, or its keys cannot be moved.
     """
 

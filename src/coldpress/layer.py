@@ -59,7 +59,7 @@ class PressedLayer(CacheLayerMixin):
         self.index = index  # in cache.layers
         self._window: int | None = None  # sliding window of a layer that forgets what is out of its reach
         self._is_prefilled = False  # the last piece of a prompt in pieces has come
-        self._ended_short = False  # with the last call, and only because it had fewer tokens than a piece
+        self._ended_short = False  # with the last call, which was the first and had fewer tokens than a piece
         self._shown: Tensor | None = None  # as the session's, after the last call
         self._clear()
 
@@ -192,9 +192,10 @@ class PressedLayer(CacheLayerMixin):
             )
         if self._ended_short and n_new > 1:
             raise CacheError(
-                f"This PressedCache has chunk_tokens={chunk} and took a call with fewer tokens for the last piece of "
-                f"its prompt, and {n_new} more came right after it. Bring pieces of {chunk} tokens, or run the prompt "
-                "by coldpress.prefill(model, input_ids, cache), after which a question may follow."
+                f"This PressedCache has chunk_tokens={chunk} and took a first call of {self._seen} tokens for the "
+                f"whole prompt, and {n_new} more came right after it, so it cannot tell where the prompt ends. Bring "
+                f"pieces of {chunk} tokens, or run the prompt by coldpress.prefill(model, input_ids, cache); then a "
+                "question may follow."
             )
 
     def has_written(self, n: int) -> None:
@@ -524,7 +525,7 @@ class PressedLayer(CacheLayerMixin):
         is_prefill = not self._is_prefilled and (is_first or end is not None or n_new > 1)
         is_last = n_new < chunk if end is None else self._seen >= end
         self._is_prefilled = not is_prefill or is_last
-        self._ended_short = is_prefill and is_last and end is None
+        self._ended_short = is_first and is_last and end is None
         return is_prefill, is_last
 
     def _count_for_budgets(self, groups: list[RowGroup], is_last: bool) -> None:

@@ -359,10 +359,11 @@ def _unpack(layer: PressedLayer, said: dict[str, Any], tensors: dict[str, Tensor
     layer._kept, layer._carry, layer._fine = parts.get("kept"), parts.get("carry"), parts.get("fine")
     layer._has_gaps = layer._kept is not None and bool((layer._kept < 0).any())
     layer._pairs_before, layer._pairs_after = said["pairs"]
-    layer.n_new = parts["n_new"].tolist() if "n_new" in parts else [said["n_new"]] * layer._store.n_rows
     if "unseen" in parts:
         parts["unseen"] = parts["unseen"][:, None]
     layer._recent, layer._unseen = (_unpack_newest(name, parts, layer._seen) for name in ("recent", "unseen"))
+    if layer._recent is not None:
+        layer.n_new = parts["n_new"].tolist() if "n_new" in parts else [said["n_new"]] * layer._store.n_rows
     if "stays" in parts:
         layer._verdicts = Verdicts(parts["stays"], said["verdicts_end"])
 
