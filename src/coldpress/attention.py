@@ -192,7 +192,7 @@ def _attention(
             raise ModelError(f"{type(module).__name__} attends with {name!r}, which coldpress does not support.")
     if not getattr(module, "is_causal", True):
         raise ModelError(
-            f"{type(module).__name__} lets tokens see later ones, so it is no decoder; coldpress needs one."
+            f"{type(module).__name__} lets tokens see later ones, as encoders do; coldpress needs a causal decoder."
         )
     window = kwargs.pop("sliding_window", None)
     dropout = dropout if module.training else 0.0
