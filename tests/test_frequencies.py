@@ -1,4 +1,4 @@
-"""Rotary frequencies that follow the longest text a model has read ("dynamic"): no result depends on what came before."""
+"""Rotary frequencies that follow the longest text read ("dynamic"): no result depends on what came before."""
 
 from __future__ import annotations
 

@@ -207,7 +207,7 @@ def _attention(
     is_causal = kwargs.get("is_causal")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise ModelError(
-            f"{type(module).__name__} lets tokens see later ones, so it is no decoder; coldpress needs one."
+            f"{type(module).__name__} lets tokens see later ones, as encoders do; coldpress needs a causal decoder."
         )
     window = kwargs.pop("sliding_window", None)
     dropout = dropout if module.training else 0.0

@@ -22,7 +22,7 @@ from coldpress.cache_argument import argument_name, given_cache
 from coldpress.chunks import check_chunks
 from coldpress.errors import CacheError, PressError
 from coldpress.layer import PressedLayer
-from coldpress.presses.base import parts, require_block, require_rerotatable
+from coldpress.presses.base import parts, require_block, require_rerotatable, require_text
 from coldpress.quantised import check_quantisable
 from coldpress.scope import Scope
 from coldpress.session import THREAD, Session
@@ -262,6 +262,7 @@ class _Prefill:
                 continue
             try:
                 require_block(cache.press, ids)
+                require_text(cache.press, given | given.pop("kwargs", {}))
                 assert ids is not None
                 has_padding = isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.all())
                 cache.press.check_prefill(ids, has_padding)

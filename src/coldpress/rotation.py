@@ -1,11 +1,11 @@
 """What a model does to its queries and keys by position: seen, and not believed.
 
-What undoes a rotation or moves keys (``rope.py``) goes by three things: the rotation is the last that happens to queries
-and keys, it is the one that coldpress knows, and tokens stand at consecutive positions. The first two are found out once
-for each module, by running it on one token that is repeated (:func:`check_last`): without the rotation its queries must
-all be the same, and so must its keys. The third is read off the cosines and sines that the layer was given
-(:class:`Steps`). ``position_ids`` would not do: they do not reach every layer, and multimodal models hand on others than
-those that they rotate by.
+What undoes a rotation or moves keys (``rope.py``) goes by three things: the rotation is the last that happens to
+queries and keys, it is the one that coldpress knows, and tokens stand at consecutive positions. The first two are found
+out once for each module, by running it on one token that is repeated (:func:`check_last`): without the rotation its
+queries must all be the same, and so must its keys. The third is read off the cosines and sines that the layer was given
+(:class:`Steps`). ``position_ids`` would not do: they do not reach every layer, and multimodal models hand on others
+than those that they rotate by.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from coldpress.errors import ModelError
 
 __all__ = ["INSTEAD", "Steps", "check_last", "given_rotation", "watched"]
 
-INSTEAD = "Use a press that neither undoes a rotation nor moves keys, such as SnapKVPress, and leave positions='rerotate' out."
+INSTEAD = "Use a press that neither undoes rotations nor moves keys, such as SnapKVPress, without positions='rerotate'."
 _POSITIONS = (0, 1, 2, 3, 5, 8, 13, 21)  # at which the one token is looked at
 _NOTHING = (
     "attention_mask", "past_key_values", "past_key_value", "layer_past", "cache", "output_attentions", "head_mask"

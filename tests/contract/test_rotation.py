@@ -1,4 +1,4 @@
-"""What undoes a rotation or moves keys is refused where that would be wrong, by what the model does and not its name."""
+"""What undoes a rotation or moves keys is refused where it would be wrong, by what the model does and not its name."""
 
 from __future__ import annotations
 

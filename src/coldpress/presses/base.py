@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
@@ -33,6 +33,7 @@ __all__ = [
     "require_block",
     "require_one_layer",
     "require_rerotatable",
+    "require_text",
 ]
 
 BUDGETS = ("budget_tokens", "budget_bytes")  # what may say how much is kept, instead of a ratio
@@ -339,6 +340,25 @@ def require_block(press: BasePress, needed: object) -> None:
         if press.needs_model:
             what, how = "runs the model again on the tokens of the prefill", ", with input_ids"
         raise PressError(f"{type(press).__name__} {what}: run the prefill inside 'with press(model):'{how}.")
+
+
+def require_text(press: BasePress, given: Mapping[str, Any]) -> None:
+    """Raise :class:`PressError` unless a call brings a text and nothing else: all that a second run of it is shown.
+
+    Args:
+        given: the call's arguments by name.
+    """
+    for name, value in given.items():
+        if isinstance(value, Tensor):
+            at = torch.arange(value.shape[-1], device=value.device) if name == "position_ids" else value
+            is_more = bool((value != at).any()) or (name != "attention_mask" and value.is_floating_point())
+        else:  # images that were encoded already
+            is_more = isinstance(value, Mapping) and any(part is not None for part in value.values())
+        if is_more:
+            raise PressError(
+                f"{type(press).__name__} runs the model on the text again and was given {name} that are more than its "
+                "tokens in order, such as an image; use a press that does not, such as SnapKVPress."
+            )
 
 
 def parts(press: BasePress) -> Iterator[BasePress]:
