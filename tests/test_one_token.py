@@ -70,11 +70,12 @@ def test_segments_of_whole_blocks(dtype: torch.dtype, group: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("n", [16 * 20, 16 * 1000])
-def test_sums_stay_in_range(dtype: torch.dtype, n: int) -> None:
+@pytest.mark.parametrize("spread", [0.0, 0.3, 12.0])
+def test_sums_stay_in_range(dtype: torch.dtype, spread: float) -> None:
     """E: values of 1,072 came to more than 65,504 in a block, which is infinite in float16. Far apart logits too."""
     torch.manual_seed(0)
-    query, key = torch.randn(1, 2, 16).to(dtype) * 4, torch.randn(1, n, 16).to(dtype) * 3
+    n = 16 * 300
+    query, key = torch.randn(1, 2, 16).to(dtype) * spread, torch.randn(1, n, 16).to(dtype)
     value = torch.full((1, n, 16), 1072.0).to(dtype) * torch.linspace(1, 60, 16).round().to(dtype)
     expected = formula(query, key, value, None)
     segment, n_held = torch.zeros(n // 16, dtype=torch.long), torch.full((n // 16,), 16)
