@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tests.contract.architectures import tiny, tokens
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from coldpress import AdaKVPress, BasePress, KnormPress, PressedCache, one_token
+from coldpress import AdaKVPress, BasePress, KnormPress, KVBits, PressedCache, one_token
 from coldpress.cache_argument import cache_argument
 from coldpress.one_token import attend_blocks, attend_once, can_attend_once
+
+BACKEND = ALL_ATTENTION_FUNCTIONS["coldpress"]
 
 
 @pytest.mark.parametrize(("segments", "group"), [(1, 1), (8, 1), (1, 3), (6, 3)])
@@ -62,6 +67,54 @@ def test_segments_of_whole_blocks(dtype: torch.dtype, group: int) -> None:
         start += 16 * sizes[i]
     actual = attend_blocks(query, key, value, segment, torch.tensor(n_held), 16, 0.25)
     torch.testing.assert_close(actual.double(), expected, atol=1e-5 if dtype == torch.float32 else 0.03, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("spread", [0.0, 0.3, 12.0])
+def test_sums_stay_in_range(dtype: torch.dtype, spread: float) -> None:
+    """E: values of 1,072 came to more than 65,504 in a block, which is infinite in float16. Far apart logits too."""
+    torch.manual_seed(0)
+    n = 16 * 300
+    query, key = torch.randn(1, 2, 16).to(dtype) * spread, torch.randn(1, n, 16).to(dtype)
+    value = torch.full((1, n, 16), 1072.0).to(dtype) * torch.linspace(1, 60, 16).round().to(dtype)
+    expected = formula(query, key, value, None)
+    segment, n_held = torch.zeros(n // 16, dtype=torch.long), torch.full((n // 16,), 16)
+    blocks = attend_blocks(query, key[0], value[0], segment, n_held, 16, 0.25)
+    for actual in (blocks, attend_once(query, key, value, None, 0.25)):
+        tolerance = 1e-4 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+        torch.testing.assert_close(actual.double(), expected, atol=0, rtol=tolerance)
+
+
+@pytest.mark.parametrize("options", [{}, {"kv_bits": KVBits(8, 4, 8)}], ids=str)
+@pytest.mark.parametrize("press", [None, KnormPress(0.5), AdaKVPress(KnormPress(0.5), 0.0)], ids=repr)
+@pytest.mark.parametrize("n_new", [1, 2])
+def test_large_values_in_half_precision(
+    press: BasePress | None, options: dict[str, Any], n_new: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every store, with attention of one token and of several: as in float32, over the same pairs."""
+    monkeypatch.setattr(one_token, "_FEWEST", 1)
+    model, past = tiny("llama"), PressedCache(press, **options)
+    model(tokens(1, 90), **cache_argument(past))
+    layer, module = past.layer(0), model.model.layers[0].self_attn
+    query, new = torch.randn(1, 4, n_new, 8), torch.randn(1, 2, n_new, 8)
+    answers = []
+    for dtype in (torch.float16, torch.float32):
+        own = PressedCache(**options)
+        at = torch.arange(90).expand(1, 2, -1) if press is None else layer.positions()
+        keys, values = (
+            torch.randn(1, 2, 90, 8, generator=torch.Generator().manual_seed(1)),
+            torch.full((1, 2, 90, 8), 6e4),
+        )
+        store = own.layer(0)
+        store.update(keys.to(dtype), values.to(dtype))
+        own.session.unclaimed = None
+        store.keep(at)
+        store.quantise()
+        pair = store.update(new.to(dtype), torch.full_like(new, 6e4).to(dtype))
+        out, _ = BACKEND(module, query.to(dtype), *pair, None, scaling=0.3)
+        answers.append(out.float())
+    assert torch.isfinite(answers[0]).all()
+    torch.testing.assert_close(*answers, atol=0, rtol=4e-3)
 
 
 def formula(query: Tensor, key: Tensor, value: Tensor, is_hidden: Tensor | None) -> Tensor:

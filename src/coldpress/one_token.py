@@ -84,7 +84,11 @@ def attend_blocks(
     largest = logits.new_full((n_segments, group), -torch.inf)
     largest.scatter_reduce_(0, segment[:, None].expand(-1, group), logits.amax(2), "amax")
     weights = logits.sub_(largest.index_select(0, segment)[..., None]).exp_()
-    total = largest.zero_().index_add_(0, segment, weights.sum(2))
+    mass = weights.sum(2)  # [N, G]
+    total = largest.zero_().index_add_(0, segment, mass)
+    is_narrow = value.dtype == torch.float16  # embedding_bag's sums are in it too, and have to stay in its range
+    if is_narrow:
+        weights.div_(mass.clamp_min(torch.finfo(mass.dtype).tiny)[..., None])
     rows, starts = _block_rows(group, n_slots, 1 << (n_blocks - 1).bit_length())
     sums = embedding_bag(
         rows[: n_blocks * group * n_slots],
@@ -93,6 +97,8 @@ def attend_blocks(
         mode="sum",
         per_sample_weights=weights.to(value.dtype).flatten(),
     ).float()
+    if is_narrow:
+        sums.mul_(mass.view(-1, 1))
     output = sums.new_zeros(n_segments, group, value.shape[1]).index_add_(0, segment, sums.view(n_blocks, group, -1))
     return (output / total[..., None]).to(value.dtype)
 
