@@ -9,6 +9,7 @@ import pytest
 import torch
 from tests.contract.architectures import VERSION, tokens
 from tests.presses.replays import Words
+from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, DynamicCache
 
 from coldpress import ExpectedAttentionPress, KeyRerotationPress, KVzipPress, PressedCache, SnapKVPress, use_coldpress

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -85,7 +86,7 @@ class ReplayPress(BudgetPress):
     def finish(self, cache: PressedCache, model: nn.Module, token_ids: Tensor) -> None:
         n_tokens, layers, n_keep = token_ids.shape[1], [], token_ids.shape[1]
         for layer in cache.pressed_layers():
-            rank, n_layers, is_local = place_of(model.config.get_text_config(decoder=True), layer.index)
+            rank, n_layers, is_local = place_of(_config(model), layer.index)
             if not is_local and layer.keys is not None and layer.values is not None:
                 dims = layer.keys.shape[-1] + layer.values.shape[-1]
                 place = Place(rank, n_layers, layer.keys.shape[1] * dims * layer.keys.element_size())
@@ -118,7 +119,7 @@ class ReplayPress(BudgetPress):
         windows = [
             layer._window
             for layer in cache.pressed_layers()
-            if layer._window is not None and not place_of(model.config.get_text_config(decoder=True), layer.index)[2]
+            if layer._window is not None and not place_of(_config(model), layer.index)[2]
         ]
         if windows and min(windows) < end:
             raise PressError(
@@ -126,7 +127,7 @@ class ReplayPress(BudgetPress):
                 f"{min(windows)} tokens back, of {end} then."
             )
         embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-        positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        positions = getattr(_config(model), "max_position_embeddings", None)
         if len(embeddings) > 1 and positions is not None and end > positions:  # learned: there is nothing beyond them
             raise PressError(
                 f"{type(self).__name__} shows the model the text a second time, up to position {end}, and the model "
@@ -134,9 +135,18 @@ class ReplayPress(BudgetPress):
             )
         fork = cache.fork()
         fork.session.press, fork.session.kv_bits, fork.session.look = None, None, look
+        if "position_ids" in inspect.signature(model.forward).parameters:  # some models that see images count otherwise
+            at = torch.arange(cache.seen_tokens, end, device=next(iter(inputs.values())).device)
+            inputs["position_ids"] = at[None]
         output = model(**cache_argument(fork, model), use_cache=True, **inputs)
         stand_at(model, cache.seen_tokens)  # as if it had not been run
         return output
+
+
+def _config(model: nn.Module) -> Any:
+    """That of the decoder, where a model sees images too."""
+    config: Any = model.config
+    return config.get_text_config(decoder=True)
 
 
 def chunk_view(layer: PressedLayer, call: LayerCall, slots: Tensor) -> LayerView:
