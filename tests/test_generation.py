@@ -378,8 +378,8 @@ def test_keys_are_moved_by_the_frequencies_of_their_prefill(
     past = PressedCache(press)
     with monkeypatch.context() as patch:
         patch.setattr(source, "apply_rotary_pos_emb", spy)
-        if (name, earlier, is_in_block) == ("llama_dynamic", 200, False):
-            # the model keeps the frequencies of its longest text, and a cache by itself does not know them
+        if (name, earlier, is_in_block) == ("llama_dynamic", 200, False) and VERSION != (5, 2):
+            # but for 5.2 the model keeps the frequencies of its longest text, and a cache by itself does not know them
             with pytest.raises(ModelError, match="frequencies that have changed"):
                 model(IDS, **cache_argument(past))
             return

@@ -493,13 +493,13 @@ _SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "n
 _SIZES |= {"num_key_value_heads": 2, "vocab_size": 97}
 _STATES = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_ssm": 64, "mamba_d_state": 8}
 _MORE = {
-    "falcon_h1": (_STATES, "keep a state beside their" if VERSION >= (5, 0) else "cache of its own"),
+    "falcon_h1": (_STATES, r"keep a state beside their|cache of its own"),
     "inkling_text": ({"moe_intermediate_size": 16, "n_routed_experts": 4}, "keep a state beside their"),
     "deepseek_v4": (
         {"moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "q_lora_rank": 16},
         "something else than these",
     ),
-    "mamba": ({"hidden_size": 32}, "nothing to compress" if VERSION >= (5, 0) else "cache of its own"),
+    "mamba": ({"hidden_size": 32}, r"nothing to compress|cache of its own"),
     "xlstm": ({"num_heads": 2}, "cache of its own"),
 }
 

@@ -215,7 +215,7 @@ def stand_at(model: nn.Module, n_tokens: int) -> None:
         kinds = embed.rope_type if isinstance(embed.rope_type, dict) else {None: embed.rope_type}
         for kind, prefix in [(k, f"{k}_" if k else "") for k, name in kinds.items() if "dynamic" in name]:
             longest = int(getattr(embed, f"{prefix}max_seq_len_cached", embed.max_seq_len_cached))
-            if longest == max(n_tokens, embed.original_max_seq_len):
+            if longest == n_tokens > embed.original_max_seq_len:
                 continue
             now = getattr(embed, f"{prefix}inv_freq")
             embed.register_buffer(

@@ -139,13 +139,14 @@ _ALL = [
     Architecture("gpt_bigcode", "gpt_bigcode", _GPT2),
     Architecture("gptj", "gptj", _GPT2 | {"rotary_dim": 4}, (5, 24), _OLD_ATTENTION),
     Architecture("codegen", "codegen", _GPT2 | {"rotary_dim": 4}, (5, 24), _OLD_ATTENTION),
+    Architecture("apertus1p5", "apertus1p5_text", _GROUPED, (5, 24), "does not exist"),
     Architecture("persimmon", "persimmon", _BASE | {"hidden_size": 64}, (5, 0), _OLD_MASK),
     Architecture("exaone4", "exaone4", _HYBRID | {"sliding_window_pattern": 2}),
     Architecture(
         "lfm2",
         "lfm2",
         _GROUPED | {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2},
-        (5, 0),
+        (5, 23),  # or some version after 5.2
         "has a cache class of its own",
     ),
     Architecture(
@@ -156,8 +157,8 @@ _ALL = [
         | {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
         | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "intermediate_size": 16}
         | {"shared_expert_intermediate_size": 16},
-        (5, 0),
-        "does not exist",
+        (5, 23),  # or some version after 5.2
+        "has a cache class of its own",
     ),
     Architecture("ernie4_5", "ernie4_5", _GROUPED),
     Architecture("smollm3", "smollm3", _GROUPED | {"no_rope_layers": [1, 0]}),
