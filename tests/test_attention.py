@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.contract.architectures import BY_NAME, WINDOW, tiny, tokens
+from tests.contract.architectures import BY_NAME, VERSION, WINDOW, tiny, tokens
 from torch import Tensor
 from transformers import DynamicCache
 
-from coldpress import PressedCache, SnapKVPress, use_coldpress
+from coldpress import AdaKVPress, BasePress, KnormPress, PressedCache, SnapKVPress, use_coldpress
 from coldpress.attention import BACKENDS, underlying
 from coldpress.cache_argument import cache_argument
 from coldpress.errors import MissingDependencyError, ModelError
@@ -213,3 +213,36 @@ def test_a_custom_mask_is_refused() -> None:
     assert create_causal_mask(config=model.config, **options) is None
     with pytest.raises(ModelError, match="custom attention mask"):
         create_causal_mask(config=model.config, or_mask_function=lambda b, h, q, k: q >= k, **options)
+
+
+@pytest.mark.parametrize("press", [None, PRESS, AdaKVPress(KnormPress(0.5), 0.0)], ids=repr)
+def test_torch_compile(press: BasePress | None) -> None:
+    """Of the whole model: graphs break where the cache is filled and read, and the rest is compiled."""
+    torch._dynamo.reset()
+    model, ids, mask = BY_NAME["llama"].build(), tokens(2, 44), torch.ones(2, 44, dtype=torch.long)
+    mask[0, :7] = 0
+    compiled = torch.compile(model, backend="eager")
+    past, expected = PressedCache(press), PressedCache(press)
+    with torch.no_grad():
+        for start, stop in ((0, 40), (40, 41), (41, 44)):
+            given = {"attention_mask": mask[:, :stop]}
+            own = compiled(ids[:, start:stop], **given, **cache_argument(past)).logits
+            logits = model(ids[:, start:stop], **given, **cache_argument(expected)).logits
+            torch.testing.assert_close(own, logits, atol=1e-5, rtol=0)
+        assert past.stored_lengths() == expected.stored_lengths()
+        assert torch._dynamo.utils.counters["frames"]["ok"] > 0
+
+
+def test_torch_compile_in_one_graph() -> None:
+    """A PressedCache cannot be part of a graph, and torch says why; without one nothing is in the way."""
+    torch._dynamo.reset()
+    model = BY_NAME["llama"].build()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        if VERSION >= (5, 0):  # transformers' own mask could not be compiled before
+            own = compiled(IDS, use_cache=False).logits
+            torch.testing.assert_close(own, model(IDS, use_cache=False).logits)
+        with pytest.raises(
+            torch._dynamo.exc.Unsupported, match=r"outside of graphs; compile without fullgraph=True, or"
+        ):
+            compiled(IDS, **cache_argument(PressedCache(PRESS)))

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from coldpress import (
+    AdaKVPress,
     BasePress,
     DecodingPress,
     ExpectedAttentionPress,
@@ -26,6 +27,7 @@ from coldpress import (
     PressedCache,
     RandomPress,
     SnapKVPress,
+    ThinKPress,
     make_press,
     prefill,
     press_names,
@@ -420,6 +422,35 @@ def test_another_number_of_rows() -> None:
     with pytest.raises(CacheError, match=r"holds 1 rows and the call has 2.*batch_repeat_interleave"):
         add(past, tokens(2, 3))
     assert torch.isfinite(add(past, FURTHER[:, :3])).all()  # and goes on working
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("options", [{}, {"kv_bits": 8}], ids=str)
+@pytest.mark.parametrize(
+    "press", [None, PRESS, AdaKVPress(KnormPress(0.5), 0.0), make_press("snap_think", 0.5)], ids=repr
+)
+def test_another_dtype_or_autocast(press: BasePress | None, options: dict[str, Any], n: int) -> None:
+    """A cache that was filled in one dtype is not gone on with in another, and stays as it is."""
+    if isinstance(press, ThinKPress) and options:
+        pytest.skip("they do not go together")
+    model = BY_NAME["llama"].build()
+    past = PressedCache(press, **options)
+    model(IDS, **cache_argument(past))
+    stored = past.stored_lengths()
+    with pytest.raises(CacheError, match="in float32 on cpu and the call brings them in bfloat16 on cpu: the model's"):
+        BY_NAME["llama"].build(dtype=torch.bfloat16)(FURTHER[:, :n], **cache_argument(past))
+    with torch.autocast("cpu"), pytest.raises(CacheError, match="or autocast, is not what it was"):
+        model(FURTHER[:, :n], **cache_argument(past))
+    with torch.device("meta"):
+        away = torch.empty(1, 2, n, 8)
+    with pytest.raises(CacheError, match="float32 on cpu and the call brings them in float32 on meta"):
+        past.layer(0).update(away, away)
+    assert past.stored_lengths() == stored
+    assert torch.isfinite(model(FURTHER[:, :n], **cache_argument(past)).logits).all()
+    with torch.autocast("cpu"):
+        same = PressedCache(press, **options)
+        for ids in (IDS, FURTHER[:, :n]):
+            assert torch.isfinite(model(ids, **cache_argument(same)).logits).all()
 
 
 @pytest.mark.parametrize("width", [3, N, N + 2])

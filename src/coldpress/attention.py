@@ -33,7 +33,7 @@ from coldpress.errors import CacheError, MissingDependencyError, ModelError
 from coldpress.one_token import attend_once, can_attend_once
 from coldpress.registration import BACKENDS
 from coldpress.rotation import watched
-from coldpress.session import THREAD
+from coldpress.session import THREAD, uncompiled
 from coldpress.view import LayerCall
 from coldpress.wrapped import transformers_model
 
@@ -117,6 +117,13 @@ def use_coldpress(model: PreTrainedModel, arithmetic: str | None = None) -> None
 
 
 def _mask(native: str, *args: Any, **kwargs: Any) -> Any:
+    """What a model calls for a mask."""
+    if torch.compiler.is_compiling() and THREAD.masks_for is not None:
+        return _masked_outside(native, *args, **kwargs)
+    return _masked(native, *args, **kwargs)
+
+
+def _masked(native: str, *args: Any, **kwargs: Any) -> Any:
     """The 2-D mask for a PressedCache (None if it hides nothing); transformers' own mask for everything else.
 
     Looking whether it hides anything waits for the device, as transformers' own mask function for sdpa does.
@@ -154,6 +161,9 @@ def _takes_cache(model: PreTrainedModel) -> bool:
     return any(p.name in NAMES or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
+_masked_outside = uncompiled(_masked)
+
+
 def _refuse(config: Any, name: str) -> None:
     if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
         raise ModelError(f"{name} attends within fixed chunks, which coldpress does not support yet.")
@@ -187,6 +197,22 @@ def _attention(
     """What a model calls for one layer: ``query [B, Hq, Q, D]``, ``key`` and ``value [B, Hkv, T, D]``, both final."""
     if torch.compiler.is_compiling() and attention_mask is not None and attention_mask.dtype == torch.uint8:
         return _in_step(native, module, query, key, value, attention_mask, scaling, dropout, **kwargs)
+    attend = _attended_outside if torch.compiler.is_compiling() and THREAD.updated is not None else _attended
+    return attend(native, module, query, key, value, attention_mask, scaling, dropout, **kwargs)
+
+
+def _attended(
+    native: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    **kwargs: Any,
+) -> Attended:
+    """As :func:`_attention`, outside of a compiled step."""
     watched(query, key)
     layer, THREAD.updated = THREAD.updated, None
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
@@ -235,6 +261,9 @@ def _attention(
     )
     layer.after_attention(call)
     return result
+
+
+_attended_outside = uncompiled(_attended)
 
 
 def _in_step(

@@ -25,7 +25,7 @@ from coldpress.quantised import QuantizedRaggedStore, QuantizedStore
 from coldpress.ragged import RaggedStore
 from coldpress.rope import Rope
 from coldpress.rows import RowGroup, n_after, view_of_newest
-from coldpress.session import THREAD, Session
+from coldpress.session import THREAD, Session, uncompiled
 from coldpress.sharded import check_heads
 from coldpress.store import DenseStore
 from coldpress.thin import ThinKeys, ThinStore
@@ -112,6 +112,7 @@ class PressedLayer(CacheLayerMixin):
         """Whether these are the very tensors that the last :meth:`update` returned."""
         return self._offered is not None and self._offered[0] is keys and self._offered[1] is values
 
+    @uncompiled
     def get_seq_length(self, *args: Any) -> int:
         self.session.check_claimed()
         self.session.seen = None
@@ -123,6 +124,7 @@ class PressedLayer(CacheLayerMixin):
         if self.session.switch_at is not None and 0 < self._seen <= self.session.switch_at:
             refuse_dropping(self._seen, self.session.switch_at)
 
+    @uncompiled
     def get_mask_sizes(self, query: int | Tensor) -> tuple[int, int]:
         self.session.check_claimed()
         THREAD.masks_for, self.session.seen = self.session, self._seen
@@ -139,6 +141,7 @@ class PressedLayer(CacheLayerMixin):
     def get_max_cache_shape(self) -> int:
         return -1
 
+    @uncompiled
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append the pairs of new tokens, ``[B, Hkv, Q, D]``; return all stored keys and values.
 
@@ -166,6 +169,14 @@ class PressedLayer(CacheLayerMixin):
                     f"The cache holds {self._store.n_rows} rows and the call has {key_states.shape[0]}. For several "
                     "sequences or beams from one prefix call cache.batch_repeat_interleave(n) first, or start with an "
                     "empty cache."
+                )
+            held = [(part.dtype, part.device) for part in self._store.tensors()[:2]]
+            brought = [(part.dtype, part.device) for part in (key_states, value_states)]
+            if held != brought:
+                raise CacheError(
+                    f"The cache holds keys and values in {_said(held)} and the call brings them in {_said(brought)}: "
+                    "the model's dtype or device, or autocast, is not what it was when the cache was filled. Run the "
+                    "model as it ran then, or start with an empty cache."
                 )
             is_tight = chunk is not None and not self._is_prefilled and self.session.press is not None
             self._store.append(key_states, value_states, is_tight)  # it is cut back before the next ones come
@@ -887,6 +898,12 @@ class PressedLayer(CacheLayerMixin):
             self._carry = self._carry.index_select(0, rows)[..., :n_kept]
         if self._fine is not None:
             self._fine = self._fine.index_select(0, rows)
+
+
+def _said(pair: list[tuple[torch.dtype, torch.device]]) -> str:
+    """Dtypes and devices of keys and values, in words."""
+    words = [f"{str(dtype).removeprefix('torch.')} on {device}" for dtype, device in pair]
+    return " and ".join(dict.fromkeys(words))
 
 
 def _is_new(tensor: Tensor, source: Tensor) -> bool:

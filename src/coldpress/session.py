@@ -6,7 +6,8 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,16 +24,36 @@ if TYPE_CHECKING:
     from coldpress.quantised import KVBits
     from coldpress.view import LayerCall
 
-__all__ = ["THREAD", "Session"]
+__all__ = ["THREAD", "Session", "uncompiled"]
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def uncompiled(function: F) -> F:
+    """``function`` that torch.compile leaves as it is where it traces the caller: it breaks the graph there."""
+    reason = (
+        "a PressedCache is filled and read outside of graphs; compile without fullgraph=True, or decode inside 'with "
+        "coldpress.compiled(model):'"
+    )
+    outside = torch.compiler.disable(function, reason=reason)
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return outside(*args, **kwargs) if torch.compiler.is_compiling() else function(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
 
 
 class _Thread(threading.local):
     """What one thread passes from the cache to the mask function and to the attention function."""
 
-    updated: PressedLayer | None = None  # updated last, not yet claimed by an attention call
-    masks_for: Session | None = None  # its cache was asked for mask sizes just now
-    leaves_masks_out: bool = False  # the mask function served a PressedCache last, so layers make their masks
-    hidden_states: tuple[nn.Module, Tensor] | None = None  # what an attention module was given, where a press asks
+    def __init__(self) -> None:  # once in each thread; what torch.compile traces may rely on all of them being there
+        self.updated: PressedLayer | None = None  # updated last, not yet claimed by an attention call
+        self.masks_for: Session | None = None  # its cache was asked for mask sizes just now
+        # what an attention module was given, where a press asks
+        self.hidden_states: tuple[nn.Module, Tensor] | None = None
+        self.leaves_masks_out = False  # the mask function served a PressedCache last, so layers make their masks
 
 
 THREAD = _Thread()
