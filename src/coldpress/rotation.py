@@ -130,6 +130,7 @@ class Steps:
         last: cosine and sine of each row's last token, ``[B or 1, 2, Drot or Drot / 2]``, NaN if there is none.
         error: largest error of an angle, in radians, that the type of the cosines explains.
         is_blind: some call did not say how it rotates.
+        is_right: has been checked since the last call, so that a device is waited for once, and not in every layer.
     """
 
     seen: int = 0
@@ -138,6 +139,7 @@ class Steps:
     last: Tensor | None = None
     error: float = 0.0
     is_blind: bool = False
+    is_right: bool = False
 
     def note(self, rotation: tuple[Tensor, Tensor] | None, n_new: int, seen: int, padding: Tensor | None) -> None:
         """A call brought ``n_new`` tokens, which makes ``seen``.
@@ -146,7 +148,7 @@ class Steps:
             rotation: cosines and sines of the call, ``[B or 1, n_new, Drot or Drot / 2]``, if they are known.
             padding: bool ``[B, seen]``, False where a token is padding; None if there is none.
         """
-        is_next, self.seen = self.seen == seen - n_new, seen
+        is_next, self.seen, self.is_right = self.seen == seen - n_new, seen, False
         if n_new == seen:  # another text
             self.low = self.high = self.last = None
             self.is_blind = False
@@ -180,7 +182,7 @@ class Steps:
         """Raise ModelError unless every step was ``step``, ``[2, Drot or Drot / 2]``: of one position."""
         if self.is_blind:
             raise ModelError(f"How {name} was rotated in each call cannot be seen from outside it. {INSTEAD}")
-        if self.low is None or self.high is None:
+        if self.is_right or self.low is None or self.high is None:
             return
         tolerance = self.error * max(1.0, float(step.abs().max()))
         if bool((self.low < step - tolerance).any() | (self.high > step + tolerance).any()):
@@ -188,3 +190,4 @@ class Steps:
                 f"{name} was given tokens that are not at consecutive positions (position_ids with gaps, images, or "
                 f"frequencies that have changed within the text). {INSTEAD}"
             )
+        self.is_right = True
