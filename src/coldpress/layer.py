@@ -169,9 +169,9 @@ class PressedLayer(CacheLayerMixin):
         if keys.dtype != key_states.dtype or values.dtype != value_states.dtype or keys.device != key_states.device:
             held, brought = _said(keys, values), _said(key_states, value_states)
             raise CacheError(
-                f"The cache holds keys and values in {held} and the call brings them in {brought}: the model's dtype "
-                "or device, or autocast, is not what it was when the cache was filled. Run the model as it ran then, or "
-                "start with an empty cache."
+                f"The cache holds keys and values in {held} and the call brings them in {brought}: the model's "
+                "dtype or device, or autocast, is not what it was when the cache was filled. Run the model as it ran "
+                "then, or start with an empty cache."
             )
 
     def _check_piece(self, chunk: int, n_new: int) -> None:
