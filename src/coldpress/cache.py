@@ -20,7 +20,7 @@ from coldpress.chunks import check_chunks
 from coldpress.errors import CacheError, PressError
 from coldpress.layer import PressedLayer
 from coldpress.quantised import KVBits, check_quantisable
-from coldpress.session import Session, uncompiled
+from coldpress.session import Session
 
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
@@ -312,7 +312,6 @@ class PressedCache(Cache):
         self.session.reset()
         self.attention_mask, self._tokens = None, []
 
-    @uncompiled
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -372,7 +371,6 @@ class PressedCache(Cache):
             if hasattr(layer, "activate_past_recording"):
                 layer.activate_past_recording()
 
-    @uncompiled
     def get_mask_sizes(self, query: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:
         layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
         if not isinstance(layer, PressedLayer):

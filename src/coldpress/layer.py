@@ -170,20 +170,25 @@ class PressedLayer(CacheLayerMixin):
                     "sequences or beams from one prefix call cache.batch_repeat_interleave(n) first, or start with an "
                     "empty cache."
                 )
-            held = [(part.dtype, part.device) for part in self._store.tensors()[:2]]
-            brought = [(part.dtype, part.device) for part in (key_states, value_states)]
-            if held != brought:
-                raise CacheError(
-                    f"The cache holds keys and values in {_said(held)} and the call brings them in {_said(brought)}: "
-                    "the model's dtype or device, or autocast, is not what it was when the cache was filled. Run the "
-                    "model as it ran then, or start with an empty cache."
-                )
+            self._check_alike(key_states, value_states)
             is_tight = chunk is not None and not self._is_prefilled and self.session.press is not None
             self._store.append(key_states, value_states, is_tight)  # it is cut back before the next ones come
         self._seen += key_states.shape[2]
         self._offered = (key_states, value_states) if self.is_ragged else (self._store.keys, self._store.values)
         THREAD.updated = self.session.unclaimed = self
         return self._offered
+
+    def _check_alike(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Raise :class:`CacheError` if new pairs have another dtype or device than those that are held."""
+        assert self._store is not None
+        keys, values = self._store.tensors()[:2]
+        if keys.dtype != key_states.dtype or values.dtype != value_states.dtype or keys.device != key_states.device:
+            held, brought = _said(keys, values), _said(key_states, value_states)
+            raise CacheError(
+                f"The cache holds keys and values in {held} and the call brings them in {brought}: the model's "
+                "dtype or device, or autocast, is not what it was when the cache was filled. Run the model as it ran "
+                "then, or start with an empty cache."
+            )
 
     def _check_piece(self, chunk: int, n_new: int) -> None:
         """Raise :class:`CacheError` if a call of ``n_new`` tokens is no piece of a prompt, or nobody can tell."""
@@ -900,9 +905,9 @@ class PressedLayer(CacheLayerMixin):
             self._fine = self._fine.index_select(0, rows)
 
 
-def _said(pair: list[tuple[torch.dtype, torch.device]]) -> str:
+def _said(*states: Tensor) -> str:
     """Dtypes and devices of keys and values, in words."""
-    words = [f"{str(dtype).removeprefix('torch.')} on {device}" for dtype, device in pair]
+    words = [f"{str(part.dtype).removeprefix('torch.')} on {part.device}" for part in states]
     return " and ".join(dict.fromkeys(words))
 
 
