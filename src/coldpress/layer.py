@@ -510,7 +510,7 @@ class PressedLayer(CacheLayerMixin):
         rope = self.session.rope(call.module, call.query.device)
         if rope is not None:
             rope.n_seen = self._seen
-            self.session.steps(call.module).check(type(call.module).__name__, rope.step())
+            self.session.steps(call.module).check(type(call.module).__name__, rope.turn_by)
         return rope
 
     def quantise(self) -> None:

@@ -102,8 +102,9 @@ class Rope:
         if not rotates:
             return None
         own = [part for part in model.modules() if type(part) is classes[0]] if model is not None else []
-        if rope._remembers and len(own) == 1:
+        if len(own) == 1:
             rope._build = _as_it_is(own[0], rope._build, device)
+            rope._embed = rope._build()
         return rope
 
     @classmethod
@@ -147,12 +148,10 @@ class Rope:
         cos, sin = self.cos_sin(positions)
         return (sin, cos) if self._is_table else (cos, sin)
 
-    def step(self) -> Tensor:
-        """The rotation from one position to the next: ``[2, Drot or Drot / 2]``, in the model's own order."""
-        device = next(self._embed.buffers()).device
-        end = max(2, self.n_seen)
-        a, b = self._as_given(torch.arange(end - 2, end, device=device))
-        return torch.stack([a[0, 1] * a[0, 0] + b[0, 1] * b[0, 0], b[0, 1] * a[0, 0] - a[0, 1] * b[0, 0]])
+    def turn_by(self, distances: Tensor) -> Tensor:
+        """The rotations by so many positions, int64 ``[n]``: ``[n, 2, Drot or Drot / 2]``, in the model's own order."""
+        a, b = (part[0] for part in self._as_given(torch.nn.functional.pad(distances, (1, 0))))
+        return torch.stack([a[1:] * a[0] + b[1:] * b[0], b[1:] * a[0] - a[1:] * b[0]], 1)
 
     def rotate(self, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotate float32 ``[B, H, T, D]`` by what :meth:`cos_sin` gives for ``T`` positions, or for one."""

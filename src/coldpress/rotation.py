@@ -127,7 +127,9 @@ class Steps:
     Attributes:
         seen: tokens of the text so far, padding included.
         low, high: least and largest cosine and sine of a step, float32 ``[2, Drot or Drot / 2]``; None before any.
-        last: cosine and sine of each row's last token, ``[B or 1, 2, Drot or Drot / 2]``, NaN if there is none.
+        first, last: cosine and sine of each row's first and last token, ``[B or 1, 2, Drot or Drot / 2]``, NaN if there
+            is none; None if they are not known.
+        n_real: int64 ``[B or 1]``, tokens of each row.
         error: largest error of an angle, in radians, that the type of the cosines explains.
         is_blind: some call did not say how it rotates.
         is_right: has been checked since the last call, so that a device is waited for once, and not in every layer.
@@ -136,7 +138,9 @@ class Steps:
     seen: int = 0
     low: Tensor | None = None
     high: Tensor | None = None
+    first: Tensor | None = None
     last: Tensor | None = None
+    n_real: Tensor | None = None
     error: float = 0.0
     is_blind: bool = False
     is_right: bool = False
@@ -150,7 +154,7 @@ class Steps:
         """
         is_next, self.seen, self.is_right = self.seen == seen - n_new, seen, False
         if n_new == seen:  # another text
-            self.low = self.high = self.last = None
+            self.low = self.high = self.first = self.last = self.n_real = None
             self.is_blind = False
         if rotation is None:
             self.is_blind = True
@@ -161,6 +165,7 @@ class Steps:
         if padding is not None:
             turns = turns.expand(len(padding), -1, -1, -1)
             turns = turns.masked_fill(~padding[:, seen - n_new :, None, None], torch.nan)
+        self._count(turns, is_known=n_new == seen or last is not None)
         if last is not None and len(last) in (1, len(turns)):
             turns = torch.cat([last.expand(len(turns), -1, -1)[:, None], turns], 1)
         elif last is not None and len(turns) == 1:
@@ -178,16 +183,43 @@ class Steps:
             self.low = low if self.low is None else torch.minimum(low, self.low)
             self.high = high if self.high is None else torch.maximum(high, self.high)
 
-    def check(self, name: str, step: Tensor) -> None:
-        """Raise ModelError unless every step was ``step``, ``[2, Drot or Drot / 2]``: of one position."""
+    def _count(self, turns: Tensor, is_known: bool) -> None:
+        """Note which of the new tokens is each row's first, and how many it has now."""
+        is_real = turns[:, :, 0, 0].isfinite()
+        n_real, first = is_real.sum(1), turns[torch.arange(len(turns)), is_real.int().argmax(1)]
+        if (
+            self.first is not None
+            and self.n_real is not None
+            and (len(first) == 1 or len(self.first) in (1, len(first)))
+        ):
+            first = self.first.where(self.first.isfinite(), first)
+            n_real = self.n_real + n_real
+        elif self.first is not None:
+            is_known = False  # other rows
+        self.first, self.n_real = (first, n_real) if is_known else (None, None)
+
+    def check(self, name: str, turn: Callable[[Tensor], Tensor]) -> None:
+        """Raise ModelError unless every step was of one position, and so are all of them together.
+
+        Args:
+            turn: the rotation by so many positions ``[n]``: ``[n, 2, Drot or Drot / 2]``.
+        """
         if self.is_blind:
             raise ModelError(f"How {name} was rotated in each call cannot be seen from outside it. {INSTEAD}")
         if self.is_right or self.low is None or self.high is None:
             return
-        tolerance = self.error * max(1.0, float(step.abs().max()))
-        if bool((self.low < step - tolerance).any() | (self.high > step + tolerance).any()):
+        step = turn(torch.ones(1, dtype=torch.long, device=self.low.device))[0]
+        tolerance = self.error * step.abs().amax().clamp(min=1.0)
+        is_wrong = (self.low < step - tolerance).any() | (self.high > step + tolerance).any()
+        if self.first is not None and self.last is not None and self.n_real is not None:
+            (c0, s0), (c1, s1) = self.first.unbind(1), self.last.unbind(1)
+            whole = torch.stack([c1 * c0 + s1 * s0, s1 * c0 - c1 * s0], 1)
+            off = (whole - turn((self.n_real - 1).clamp(min=0))).abs()
+            is_wrong = is_wrong | (off.masked_fill(~whole.isfinite(), 0.0) > 2 * tolerance).any()
+        if bool(is_wrong):
             raise ModelError(
-                f"{name} was given tokens that are not at consecutive positions (position_ids with gaps, images, or "
-                f"frequencies that have changed within the text). {INSTEAD}"
+                f"{name} was given tokens that are not at consecutive positions (images, or position_ids with gaps), "
+                "or rotates by other frequencies than its configuration says (changed within the text, or rounded by "
+                f".to() instead of dtype=; then run the prefill inside 'with press(model):'). {INSTEAD}"
             )
         self.is_right = True

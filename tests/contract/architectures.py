@@ -98,7 +98,9 @@ class Architecture:
             if isinstance(module, nn.Embedding) and module.padding_idx is not None:
                 module.weight[module.padding_idx] = 0
         model.generation_config.pad_token_id = 0
-        return model.to(dtype).eval()
+        for parameter in model.parameters():  # as from_pretrained(dtype=...) does: frequencies stay in float32
+            parameter.data = parameter.data.to(dtype)
+        return model.eval()
 
 
 _OLD_ATTENTION = "has not moved to the attention interface"

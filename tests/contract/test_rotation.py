@@ -211,8 +211,20 @@ def test_frequencies_that_are_not_those_of_the_configuration() -> None:
     """A longer text may have left them ("dynamic"); nobody knows them outside of a block, but one sees it."""
     model = BY_NAME["llama"].build()
     model.model.rotary_emb.inv_freq /= 2
-    with pytest.raises(ModelError, match="frequencies that have changed"):
+    with pytest.raises(ModelError, match="other frequencies"):
         fill(model, PressedCache(ExpectedAttentionPress(0.5)))
+    fill(model, PressedCache(), ExpectedAttentionPress(0.5))
+
+
+def test_frequencies_that_were_rounded_with_the_model() -> None:
+    """Too little to show from a token to the next, and wrong by radians at the end of a text."""
+    model, ids = BY_NAME["llama"].build(head_dim=32).to(torch.bfloat16), tokens(1, 1500)
+    with pytest.raises(ModelError, match=r"rounded by \.to\(\)"):
+        model(ids, **cache_argument(PressedCache(ExpectedAttentionPress(0.5))))
+    with ExpectedAttentionPress(0.5)(model):
+        model(ids, **cache_argument(PressedCache()))
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    model(ids, **cache_argument(PressedCache(ExpectedAttentionPress(0.5))))
 
 
 def test_a_part_of_a_long_text_is_no_short_one() -> None:
@@ -228,9 +240,12 @@ def test_a_part_of_a_long_text_is_no_short_one() -> None:
 def test_steps(dtype: torch.dtype) -> None:
     """Against a loop over rows and tokens, in calls of different lengths."""
     frequencies = torch.tensor([1.0, 0.1, 0.01])
-    step = torch.stack([frequencies.cos(), frequencies.sin()])
     generator = torch.Generator().manual_seed(0)
     verdicts = set()
+
+    def turn(n: Tensor) -> Tensor:
+        return torch.stack([(n[:, None] * frequencies).cos(), (n[:, None] * frequencies).sin()], 1)
+
     for trial in range(60):
         padding = torch.rand(2, 12, generator=generator) > 0.3
         positions = (padding.cumsum(-1) - 1).clamp(min=0) + torch.tensor([[3], [50]])
@@ -246,8 +261,8 @@ def test_steps(dtype: torch.dtype) -> None:
             start = stop
         verdicts.add(right)
         if right:
-            steps.check("A", step)
+            steps.check("A", turn)
         else:
             with pytest.raises(ModelError, match="not at consecutive positions"):
-                steps.check("A", step)
+                steps.check("A", turn)
     assert verdicts == {True, False}
