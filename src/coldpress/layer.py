@@ -886,6 +886,7 @@ class PressedLayer(CacheLayerMixin):
         if self._store is None:
             return
         rows = rows.to(self._store.device)
+        self.session.forget_rows()
         self._store.index_rows(rows)
         self._recent, self._unseen = (
             None if newest is None else newest.index_rows(rows) for newest in (self._recent, self._unseen)

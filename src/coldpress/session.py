@@ -187,6 +187,11 @@ class Session:
         if steps.seen != seen:
             steps.note(given_rotation(module), n_new, seen, padding)
 
+    def forget_rows(self) -> None:
+        """Rows change places: nobody knows which token stood before the next one of each."""
+        for steps in self._steps.values():
+            steps.first = steps.last = steps.n_real = None
+
     def forget_steps(self) -> None:
         """Another text comes."""
         self._steps = {}
