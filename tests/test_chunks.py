@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import pickle
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from coldpress import (
     BasePress,
     ChunkKVPress,
     CompactorPress,
+    CriticalAdaKVPress,
     DecodingPress,
     DMSPress,
     ExpectedAttentionPress,
@@ -239,6 +241,31 @@ def test_memory_of_a_long_prompt_is_flat() -> None:
         return max(most)
 
     assert peak(320) == peak(128)
+
+
+@pytest.mark.parametrize(
+    "press",
+    [
+        SnapKVPress(0.5, window_size=4),
+        AdaKVPress(SnapKVPress(0.5, window_size=4)),
+        CriticalAdaKVPress(SnapKVPress(0.5, window_size=4)),
+        PrefillDecodingPress(AdaKVPress(KnormPress(0.5)), DecodingPress(AdaKVPress(SnapKVPress(window_size=2)), 2, 8)),
+    ],
+    ids=repr,
+)
+def test_what_a_press_was_shown_is_freed_at_once(press: BasePress) -> None:
+    """E: views of single heads and of all of them held each other, and the pairs of many pieces, until garbage was
+    collected."""
+    gc.collect()
+    gc.disable()
+    try:
+        past = prefilled("llama", press, tokens(1, 60))
+        for i in range(5):
+            with torch.no_grad():
+                tiny("llama")(tokens(1, 1, seed=i), **cache_argument(past))
+        assert not [each for each in gc.get_objects() if type(each) is LayerView]
+    finally:
+        gc.enable()
 
 
 def test_a_short_first_piece_does_not_lose_the_sinks() -> None:

@@ -479,6 +479,8 @@ class PressedLayer(CacheLayerMixin):
             self.compress_from(self, groups)
         elif is_prefill and not call.is_local and session.press is not None:
             self._compress_piece(session.press, call, padding, is_last)
+        for group in groups:
+            group.view.forget()
         if call.sliding_window is not None:
             self._forget_unreachable(call.sliding_window, padding)
         if is_first and isinstance(self._store, DenseStore) and self._store.is_borrowed:
@@ -578,6 +580,8 @@ class PressedLayer(CacheLayerMixin):
             self._hold(self, groups, kept, is_tight=True)
         else:
             self._count_pairs(call, padding)
+        for group in groups:
+            group.view.forget()
 
     def _go_on(self, call: LayerCall, padding: Tensor | None, is_prefill: bool, before: Tensor | None) -> None:
         """What a press that goes on while decoding does after a call, and with the queries that it remembers.
@@ -686,6 +690,8 @@ class PressedLayer(CacheLayerMixin):
             before = self.positions()
             self._hold(self, groups, kept)
             self._recent = self._moved_up(recent, call, padding, before)
+        for group in groups:
+            group.view.forget()
         self.n_new = [0 if press.is_due(since) else since for since in n_new]
         self._unseen = kept_back if any(self.n_new) else None
 

@@ -199,6 +199,10 @@ class LayerView:
         value: _T = self._memo[name]
         return value
 
+    def forget(self) -> None:
+        """Drop what was computed once, views of single heads among it: they hold the whole view, and it holds them."""
+        self._memo.clear()
+
     def part(self, start: int, stop: int) -> LayerView:
         """The view of tokens ``start .. stop - 1`` alone, at their own positions; the same object every time."""
 
