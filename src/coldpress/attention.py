@@ -230,8 +230,7 @@ def _attended(
     for name in _UNKNOWN:
         if kwargs.get(name) is not None:
             raise ModelError(f"{type(module).__name__} attends with {name!r}, which coldpress does not support.")
-    is_causal = kwargs.get("is_causal")
-    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+    if not getattr(module, "is_causal", True):
         raise ModelError(
             f"{type(module).__name__} lets tokens see later ones, as encoders do; coldpress needs a causal decoder."
         )
