@@ -67,6 +67,8 @@ def test_budgets_presses_without_a_ratio_and_long_texts(run: Run, folder: Path, 
     (tmp_path / "text.txt").write_text(CONTEXT * 10)
     code, _, err = run("compress", *given)
     assert code == 0 and "The context is cut from" in err
+    code, out, _ = run("ask", "a.safetensors", "Who came in the autumn?")  # there is room for a question
+    assert code == 0 and out
 
 
 @pytest.mark.parametrize(

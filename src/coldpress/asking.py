@@ -21,6 +21,8 @@ from coldpress.terminal import printable
 
 __all__ = ["ask", "compress"]
 
+_ROOM_TOKENS = 128  # that compress leaves free in the model's positions for a question and its answer
+
 
 def compress(
     text_file: str,
@@ -59,7 +61,7 @@ def compress(
     loaded = load_model(**model_options)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", UserWarning)
-        _pipeline(loaded)(document.text, questions=[], cache=cache)
+        _pipeline(loaded)(document.text, questions=[], cache=cache, max_new_tokens=_ROOM_TOKENS)
     for warning in said:
         note(str(warning.message))
     save_cache(cache, path, loaded.model, None, _lasting(loaded.name))
