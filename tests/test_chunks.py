@@ -259,11 +259,12 @@ def test_what_a_press_was_shown_is_freed_at_once(press: BasePress) -> None:
     gc.collect()
     gc.disable()
     try:
+        before = [each for each in gc.get_objects() if type(each) is LayerView]  # of other tests
         past = prefilled("llama", press, tokens(1, 60))
         for i in range(5):
             with torch.no_grad():
                 tiny("llama")(tokens(1, 1, seed=i), **cache_argument(past))
-        assert not [each for each in gc.get_objects() if type(each) is LayerView]
+        assert sum(type(each) is LayerView for each in gc.get_objects()) <= len(before)
     finally:
         gc.enable()
 

@@ -49,7 +49,7 @@ def loaded() -> LoadedModel:
 @pytest.fixture(scope="module")
 def engine(loaded: LoadedModel) -> Iterator[RayEngine]:
     """Two workers of one thread, as the tests have, on a cluster of their own."""
-    engine = RayEngine(loaded, workers=2, threads=1)
+    engine = RayEngine(loaded, workers=2, threads=1, patience_s=600)
     yield engine
     engine.close()
     assert not ray.is_initialized()

@@ -52,7 +52,7 @@ ENGINES = ("local", "ray")
 LOOPBACK = "127.0.0.1"  # what a cluster that is started here listens on
 IN_HAND = 2  # items a worker has at most: one that it does, and one so that it need not wait
 PROBE_S = 10.0  # for a cluster to answer
-PATIENCE_S = 60.0  # for a cluster to find room for a worker
+PATIENCE_S = 180.0  # for a cluster to find room for a worker, and to start it on a busy machine
 MOST_TRIES = 3  # of an item whose workers die
 MOST_RESTARTS = 3  # beside one for each worker
 
