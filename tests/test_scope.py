@@ -78,6 +78,18 @@ def test_either_name_is_understood_inside_a_block(model: PreTrainedModel) -> Non
             assert lengths(generated(model, **{name: DynamicCache()})) == [22, 22]
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+def test_a_name_that_this_transformers_does_not_know_is_refused(name: str) -> None:
+    """Before 5.24 a model passes cache= on to its attention, and computes without it."""
+    model, past = BY_NAME[name].build(), PressedCache(PRESS)
+    if argument_name() == "cache":
+        model(IDS, cache=past)
+        assert past.stored_lengths() == [20, 20]
+    else:
+        with pytest.raises(CacheError, match="calls the argument past_key_values, not cache"):
+            model(IDS, cache=past)
+
+
 # -- wrappers ---------------------------------------------------------------------------------------------------------
 
 

@@ -28,7 +28,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface, PreTrainedModel
 
-from coldpress.cache_argument import NAMES
+from coldpress.cache_argument import NAMES, argument_name
 from coldpress.errors import CacheError, MissingDependencyError, ModelError
 from coldpress.one_token import attend_once, can_attend_once
 from coldpress.registration import BACKENDS
@@ -308,6 +308,8 @@ def _unpressed(
     **kwargs: Any,
 ) -> Attended:
     """Attention without a PressedCache, with the mask that transformers made for sdpa or eager."""
+    if kwargs.get("cache") is not None and argument_name() != "cache":  # older versions pass on what they do not know
+        raise CacheError(f"This transformers calls the argument {argument_name()}, not cache, and left the cache out.")
     is_causal = kwargs.get("is_causal")
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if THREAD.leaves_masks_out and is_causal and 1 < query.shape[2] < key.shape[2]:
