@@ -28,11 +28,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from coldpress.bases.listing import KINDS, keeps, python_only, traits
+from coldpress.bases.registry import PressInfo, catalogue, press_classes
 from coldpress.errors import ColdpressError
 from coldpress.eval.report import describe, table
 from coldpress.eval.results import read_results
-from coldpress.listing import KINDS, keeps, python_only, traits
-from coldpress.presses.registry import PressInfo, catalogue, press_classes
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = (

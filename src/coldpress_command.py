@@ -9,7 +9,7 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """As :func:`coldpress.cli.main`; 130 when interrupted, be it before anything has begun."""
+    """As :func:`coldpress.cli`; 130 when interrupted, be it before anything has begun."""
     try:
         from coldpress.cli import main as run
 

@@ -10,7 +10,7 @@ from hypothesis import settings
 from tests.presses.made_up import made_up
 from tests.presses.weights import given_weights as given_weights
 
-from coldpress.presses.calibrated import Calibrated
+from coldpress.learned.calibrated import Calibrated
 
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 settings.register_profile("coldpress", deadline=None, derandomize=True, database=None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from coldpress.cache_argument import argument_name
+from coldpress.architecture.cache_argument import argument_name
 
 
 def for_installed(code: str) -> str:

@@ -17,10 +17,10 @@ from tests.contract.architectures import BY_NAME, tiny, tokens
 from transformers import PreTrainedModel
 
 from coldpress import ExpectedAttentionStatsPress, PressedCache, QFilterPress, make_press
-from coldpress.artefacts import Artefact, artefact_path, artefacts_folder, read_artefact
-from coldpress.cache_argument import cache_argument
+from coldpress.architecture.cache_argument import cache_argument
 from coldpress.errors import OutputError, PressError, UnreachableError
-from coldpress.network import fetch_hub_file, fetch_url
+from coldpress.io.artefacts import Artefact, artefact_path, artefacts_folder, read_artefact
+from coldpress.io.network import fetch_hub_file, fetch_url
 
 NAME = "EleutherAI/pythia-70m"
 pytestmark = pytest.mark.usefixtures("no_made_up_artefacts")
@@ -222,7 +222,7 @@ def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr("huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("coldpress.presses.calibrated._LOADED", {})
+    monkeypatch.setattr("coldpress.learned.calibrated._LOADED", {})
     reset = getattr(huggingface_hub.utils, "reset_sessions", lambda: None)  # before 1.0, a session stays offline
     reset()
     yield made
@@ -241,7 +241,7 @@ def test_published_filters_are_fetched_once(
     assert kept(QFilterPress(0.5), named) == same
     n_asked = len(hub.asked)
     assert kept(QFilterPress(0.5), named) == same
-    monkeypatch.setattr("coldpress.presses.calibrated._LOADED", {})  # as in another process, later, without a network
+    monkeypatch.setattr("coldpress.learned.calibrated._LOADED", {})  # as in another process, later, without a network
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert kept(QFilterPress(0.5), named) == same
     assert kept(QFilterPress(0.5, filters="nthngdy/pythia-70m_qfilt")) == same

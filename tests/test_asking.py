@@ -14,10 +14,10 @@ from tests.test_pipeline import CONTEXT, QUESTIONS
 from tests.test_pipeline import folder as folder  # a tiny model with a tokenizer
 from transformers import pipeline
 
-from coldpress import AdaKVPress, PressedCache, SnapKVPress, asking
-from coldpress.cli import main
+from coldpress import AdaKVPress, PressedCache, SnapKVPress
+from coldpress.commands import asking, main
 from coldpress.eval.models import LoadedModel, load_model
-from coldpress.pipeline import TASKS
+from coldpress.models.pipeline import TASKS
 
 Run = Callable[..., tuple[int, str, str]]
 

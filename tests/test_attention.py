@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from coldpress import AdaKVPress, BasePress, KnormPress, PressedCache, SnapKVPress, use_coldpress
-from coldpress.attention import BACKENDS, underlying
-from coldpress.cache_argument import cache_argument
+from coldpress.architecture.cache_argument import cache_argument
+from coldpress.backends import BACKENDS
 from coldpress.errors import MissingDependencyError, ModelError
+from coldpress.models.supported import underlying
 
 N = 45
 IDS = tokens(1, N + 10)
@@ -100,7 +101,7 @@ def test_without_a_pressed_cache(name: str, backend: str, flash: None) -> None:
 @pytest.mark.parametrize("backend", list(BACKENDS))
 def test_attention_that_is_not_causal_stays_so(backend: str, flash: None) -> None:
     """Vision towers and the like run under the same name as the text model they belong to."""
-    from coldpress.attention import _attention
+    from coldpress.models.backend import _attention
 
     module = BY_NAME["gemma2"].build().model.layers[1].self_attn
     module.is_causal = False
@@ -178,7 +179,7 @@ def test_each_kind_of_mask() -> None:
 
 @pytest.mark.parametrize("argument", ["position_bias", "head_mask", "indices"])
 def test_attention_that_coldpress_does_not_know(argument: str) -> None:
-    from coldpress.attention import _attention
+    from coldpress.models.backend import _attention
 
     model, past = BY_NAME["llama"].build(), PressedCache()
     states = torch.randn(1, 2, 5, 8)
@@ -190,7 +191,7 @@ def test_attention_that_coldpress_does_not_know(argument: str) -> None:
 
 def test_attention_to_something_else_than_was_cached() -> None:
     """As differential attention does: the call goes through untouched, and the cache tells at its next use."""
-    from coldpress.attention import _attention
+    from coldpress.models.backend import _attention
 
     model, past, states = BY_NAME["llama"].build(), PressedCache(), torch.randn(1, 2, 5, 8)
     keys, values = past.update(states, states, 0)

@@ -10,17 +10,8 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from coldpress.budget import (
-    adaptive_counts,
-    best,
-    check_ratio,
-    exact_keep,
-    keep_count,
-    pyramid_counts,
-    select,
-    select_counts,
-    shrink_protected,
-)
+from coldpress.core.choice import best, select, select_counts, shrink_protected
+from coldpress.core.counts import adaptive_counts, check_ratio, exact_keep, keep_count, pyramid_counts
 from coldpress.errors import PressError
 
 ratios = st.integers(0, 9999).map(lambda n: n / 10_000)

@@ -32,7 +32,7 @@ from coldpress import (
     prefill,
     press_names,
 )
-from coldpress.cache_argument import cache_argument
+from coldpress.architecture.cache_argument import cache_argument
 from coldpress.errors import CacheError, ModelError, PressError
 
 N = 53  # tokens of the prompt

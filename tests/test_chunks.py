@@ -42,15 +42,15 @@ from coldpress import (
     prefill,
     press_names,
 )
-from coldpress.budget import keep_count
-from coldpress.cache_argument import cache_argument
-from coldpress.chunks import can_choose_again, pieces
+from coldpress.architecture.cache_argument import cache_argument
+from coldpress.cache.layer import PressedLayer
+from coldpress.core.call import LayerCall
+from coldpress.core.counts import keep_count
 from coldpress.errors import CacheError, InputError, PressError
-from coldpress.layer import PressedLayer
-from coldpress.view import LayerCall
+from coldpress.models.prompts import pieces
 
 N, CHUNK = 56, 12
-CHUNKED = [name for name in press_names(at_prefill=True) if can_choose_again(make_press(name, 0.0))]
+CHUNKED = [name for name in press_names(at_prefill=True) if make_press(name, 0.0).chooses_again]
 
 
 def prefilled(
@@ -534,7 +534,7 @@ def test_a_press_that_fails_at_a_later_piece_breaks_its_cache() -> None:
 def test_a_press_that_chooses_once_is_refused(press: BasePress) -> None:
     with pytest.raises(PressError, match="again and again"):
         PressedCache(press, chunk_tokens=CHUNK)
-    assert not can_choose_again(press)
+    assert not press.chooses_again
 
 
 def test_a_press_that_begins_after_the_prompt_is_refused() -> None:
@@ -567,5 +567,5 @@ def test_prefill_refuses_what_it_cannot_mean() -> None:
 def test_the_presses_that_take_pieces() -> None:
     """A change here is a change of what the documents say."""
     assert {"knorm", "keydiff", "snapkv", "pyramidkv", "streaming_llm", "tova", "expected_attention"} <= set(CHUNKED)
-    assert can_choose_again(AdaKVPress(TOVAPress(0.5))) and not can_choose_again(ChunkKVPress(TOVAPress(0.5)))
+    assert AdaKVPress(TOVAPress(0.5)).chooses_again and not ChunkKVPress(TOVAPress(0.5)).chooses_again
     assert WINDOW < N - CHUNK  # the sliding windows of these tests are left behind on the way

@@ -31,14 +31,14 @@ from transformers import (
 
 import coldpress
 from coldpress import BasePress, KnormPress, LayerView, SnapKVPress
+from coldpress.bases import registry
+from coldpress.bases.registry import press_names
 from coldpress.cli import main
 from coldpress.errors import OutputError, SelfCheckError
 from coldpress.eval import run as run_module
 from coldpress.eval.records import METRICS
 from coldpress.eval.report import check_record, groups, show
 from coldpress.eval.speed import Sample, SpeedPoint, SpeedRun
-from coldpress.presses import registry
-from coldpress.presses.registry import press_names
 
 ROOT = Path(__file__).parents[1]
 DEMO = Path(coldpress.__file__).parent / "assets" / "demo" / "model"

@@ -40,14 +40,14 @@ from coldpress import (
     SnapKVPress,
     StreamingLLMPress,
     TOVAPress,
-    one_token,
     prefill,
 )
-from coldpress.cache_argument import cache_argument
-from coldpress.chunks import pieces
+from coldpress.architecture.cache_argument import cache_argument
+from coldpress.architecture.rope import Rope
+from coldpress.attend import one_token
+from coldpress.cache.layer import PressedLayer
 from coldpress.errors import CacheError, ColdpressError
-from coldpress.layer import PressedLayer
-from coldpress.rope import Rope
+from coldpress.models.prompts import pieces
 
 ATTENTION = {name: "model.layers.{}.self_attn" for name in ("llama", "mistral", "gemma3")}
 ATTENTION["gpt_neox"] = "gpt_neox.layers.{}.attention"

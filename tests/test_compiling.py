@@ -22,12 +22,12 @@ from coldpress import (
     PyramidKVPress,
     SnapKVPress,
     compiled,
-    compiling,
     use_coldpress,
 )
-from coldpress.cache_argument import cache_argument, cache_of
+from coldpress.architecture.cache_argument import cache_argument, cache_of
+from coldpress.cache.layer import PressedLayer
 from coldpress.errors import CacheError, ModelError
-from coldpress.layer import PressedLayer
+from coldpress.models import compiled as compiling
 
 COMPILE = torch.compile
 

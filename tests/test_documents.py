@@ -13,9 +13,9 @@ import pytest
 from tests.snippets import for_installed
 
 import coldpress
+from coldpress.bases.press import BasePress
+from coldpress.bases.registry import catalogue, make_press, press_names
 from coldpress.cli import _parser
-from coldpress.presses.base import BasePress
-from coldpress.presses.registry import catalogue, make_press, press_names
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])

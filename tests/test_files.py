@@ -17,8 +17,8 @@ from coldpress.errors import DataError, OutputError
 from coldpress.eval import datasets
 from coldpress.eval.datasets import load_corpus
 from coldpress.eval.results import check_output, check_writable, read_results
-from coldpress.files import read_bytes, read_text
-from coldpress.terminal import UNSAFE, printable
+from coldpress.io.files import read_bytes, read_text
+from coldpress.io.terminal import UNSAFE, printable
 
 DEMO = ["--model", "demo"]
 LONG = "a" * 300
@@ -127,7 +127,7 @@ def test_a_text_without_an_end(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     monkeypatch.setattr(datasets, "MAX_TEXT_BYTES", 1 << 21)
     with pytest.raises(DataError, match="more than 2 MiB, which is the limit"):
         load_corpus("demo", text_file="/dev/zero")
-    monkeypatch.setattr("coldpress.files.MAX_BYTES", 1 << 20)
+    monkeypatch.setattr("coldpress.io.files.MAX_BYTES", 1 << 20)
     assert "more than" in refused(capsys, "sweep", "--config", "/dev/zero")
 
 

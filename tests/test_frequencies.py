@@ -14,11 +14,11 @@ from transformers import AutoTokenizer, LlamaForCausalLM, pipeline
 
 import coldpress
 from coldpress import KnormPress, PressedCache, SnapKVPress, prefill
-from coldpress.cache_argument import cache_argument
+from coldpress.architecture.cache_argument import cache_argument
+from coldpress.architecture.rope import stand_at
 from coldpress.eval.perplexity import forward
 from coldpress.eval.points import Point
 from coldpress.eval.prefills import prefilled
-from coldpress.rope import stand_at
 
 N = 40  # tokens; the model was trained on 32
 CONTEXT, REST, LONG = tokens(1, N), tokens(1, 12, seed=1), tokens(1, 300, seed=2)

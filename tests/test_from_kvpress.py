@@ -16,12 +16,13 @@ from tests.snippets import for_installed
 from transformers import DynamicCache
 
 import coldpress
-from coldpress.budget import keep_count
-from coldpress.cache_argument import cache_argument, cache_of
+from coldpress.architecture.cache_argument import cache_argument, cache_of
+from coldpress.bases.press import BasePress
+from coldpress.bases.registry import NO_PRESS, press_names
+from coldpress.bases.scorer import ScorerPress
+from coldpress.core.counts import keep_count
 from coldpress.errors import ColdpressError, PressError
-from coldpress.presses.base import BasePress, ScorerPress
 from coldpress.presses.decoding import DecodingPress
-from coldpress.presses.registry import NO_PRESS, press_names
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "from-kvpress.md").read_text(encoding="utf-8")

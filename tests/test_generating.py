@@ -10,9 +10,9 @@ from tests.contract.architectures import BY_NAME, VERSION, tokens
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from coldpress import KnormPress, PressedCache, SnapKVPress, prefill
-from coldpress.cache_argument import cache_argument
+from coldpress.architecture.cache_argument import cache_argument
+from coldpress.architecture.generating import switching_point
 from coldpress.errors import CacheError
-from coldpress.generating import switching_point
 
 IDS = tokens(1, 20).repeat(1, 3)
 PRESS = SnapKVPress(0.5, window_size=8)

@@ -39,7 +39,7 @@ from coldpress import (
     SnapKVPress,
     StreamingLLMPress,
 )
-from coldpress.cache_argument import cache_argument, cache_of
+from coldpress.architecture.cache_argument import cache_argument, cache_of
 from coldpress.errors import CacheError, ModelError
 
 N, NEW = 40, 12

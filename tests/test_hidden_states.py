@@ -28,11 +28,11 @@ from coldpress import (
     PressedCache,
     ScorerPress,
 )
-from coldpress.cache_argument import cache_argument
+from coldpress.architecture.cache_argument import cache_argument
+from coldpress.cache.session import THREAD
+from coldpress.core.requirements import require_block
 from coldpress.errors import PressError
-from coldpress.presses.base import require_block
-from coldpress.pressing import prefilling
-from coldpress.session import THREAD
+from coldpress.models.block import prefilling
 
 PROJECTIONS = ("q_proj", "qkv_proj", "query_key_value", "c_attn")
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)

@@ -15,11 +15,11 @@ from tests.test_hostile_caches import OTHERS, changed_tensors
 from torch import Tensor
 
 from coldpress import DuoAttentionPress, ExpectedAttentionStatsPress, LUKVPress, PressedCache, QFilterPress
-from coldpress.artefacts import digest_of
-from coldpress.cache_argument import cache_argument
+from coldpress.architecture.cache_argument import cache_argument
+from coldpress.bases.press import BasePress
 from coldpress.errors import PressError
-from coldpress.presses.base import BasePress
-from coldpress.presses.calibrated import Calibrated
+from coldpress.io.artefacts import digest_of
+from coldpress.learned.calibrated import Calibrated
 
 KINDS: dict[type[Calibrated], dict[str, Tensor]] = {
     QFilterPress: {"filters": torch.randn(2, 2, 8, generator=torch.Generator().manual_seed(0))},

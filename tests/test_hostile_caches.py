@@ -27,9 +27,9 @@ from coldpress import (
     ThinKPress,
     prefill,
 )
-from coldpress.artefacts import digest_of
-from coldpress.cache_argument import cache_argument
+from coldpress.architecture.cache_argument import cache_argument
 from coldpress.errors import CacheError, InputError
+from coldpress.io.artefacts import digest_of
 
 IDS = tokens(1, 30)
 

@@ -34,11 +34,11 @@ from coldpress import (
     StreamingLLMPress,
     ThinKPress,
 )
-from coldpress.cache_argument import cache_argument
+from coldpress.architecture.cache_argument import cache_argument
 from coldpress.cli import main
 from coldpress.errors import DataError, ModelError, OutputError, PressError
 from coldpress.eval.models import LoadedModel, load_model
-from coldpress.inspecting import Inspection
+from coldpress.models.inspection import Inspection
 
 N = 60
 SNAP = SnapKVPress(0.5, window_size=8)

@@ -25,10 +25,10 @@ from coldpress import (
     PressedCache,
     SnapKVPress,
     StreamingLLMPress,
-    one_token,
     prefill,
 )
-from coldpress.cache_argument import cache_argument
+from coldpress.architecture.cache_argument import cache_argument
+from coldpress.attend import one_token
 from coldpress.errors import CacheError
 
 PRESSES: list[BasePress | None] = [

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from coldpress import BasePress, Kept, KnormPress, KVComposePress, LayerView, PressedCache
-from coldpress.cache_argument import cache_argument, cache_of
+from coldpress.architecture.cache_argument import cache_argument, cache_of
+from coldpress.cache.layer import PressedLayer
 from coldpress.errors import PressError
-from coldpress.layer import PressedLayer
-from coldpress.pressing import prefilling
+from coldpress.models.block import prefilling
 
 N = 20
 IDS = tokens(1, N)

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from coldpress import AdaKVPress, BasePress, KnormPress, KVBits, PressedCache, one_token
-from coldpress.cache_argument import cache_argument
-from coldpress.one_token import attend_blocks, attend_once, can_attend_once
+from coldpress import AdaKVPress, BasePress, KnormPress, KVBits, PressedCache
+from coldpress.architecture.cache_argument import cache_argument
+from coldpress.attend import one_token
+from coldpress.attend.one_token import attend_blocks, attend_once, can_attend_once
 
 BACKEND = ALL_ATTENTION_FUNCTIONS["coldpress"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from coldpress import BasePress, DMSPress, KnormPress, PressedCache, SnapKVPress, make_press
-from coldpress.cache_argument import cache_argument
+from coldpress.architecture.cache_argument import cache_argument
 
 QUESTION = 4
 MODELS = ["gpt_neox", "llama", "mistral"]

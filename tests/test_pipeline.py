@@ -57,12 +57,11 @@ from coldpress import (
     prefill,
     press_names,
 )
-from coldpress.cache_argument import cache_argument
-from coldpress.chunks import can_choose_again
+from coldpress.architecture.cache_argument import cache_argument
+from coldpress.cache.layer import PressedLayer
+from coldpress.cache.session import Session
 from coldpress.errors import CacheError, InputError, PressError
-from coldpress.layer import PressedLayer
-from coldpress.pipeline import TASKS, KVPressTextGenerationPipeline
-from coldpress.session import Session
+from coldpress.models.pipeline import TASKS, KVPressTextGenerationPipeline
 
 DEMO = Path(coldpress.__file__).parent / "assets" / "demo" / "model"
 CONTEXT = "The miller weighed the olives, washed them, and laid them between mats of woven grass. " * 4
@@ -795,7 +794,7 @@ def test_many_requests_leave_nothing_behind(pipe: KVPressTextGenerationPipeline)
         if i % 3 == 1 and (press is None or not (press.goes_on or "Think" in repr(press))):
             options["kv_bits"] = KVBits(4, 8, 8)
         elif i % 3 == 2:
-            options = {"cache": PressedCache(press, chunk_tokens=16 if can_choose_again(press) else None)}
+            options = {"cache": PressedCache(press, chunk_tokens=16 if press.chooses_again else None)}
         if i % 4 == 3:
             options |= {"num_beams": 2}
         try:

@@ -51,10 +51,10 @@ from coldpress import (
     press_names,
     use_coldpress,
 )
-from coldpress.cache_argument import cache_argument, cache_of
+from coldpress.architecture.cache_argument import cache_argument, cache_of
+from coldpress.cache.layer import PressedLayer
+from coldpress.cache.session import THREAD
 from coldpress.errors import CacheError, ModelError, PressError
-from coldpress.layer import PressedLayer
-from coldpress.session import THREAD
 
 N = 40
 PRESS = SnapKVPress(0.5, window_size=8)
@@ -578,7 +578,7 @@ vision.set_attn_implementation("coldpress")  # as in a model of pictures and tex
 torch.testing.assert_close(vision(image).last_hidden_state, seen)
 
 import importlib
-from coldpress.cache_argument import cache_argument, cache_of
+from coldpress.architecture.cache_argument import cache_argument, cache_of
 
 def pressed():
     with coldpress.SnapKVPress(0.5, window_size=4)(model):
@@ -587,7 +587,7 @@ def pressed():
 
 model.set_attn_implementation("coldpress")
 first = pressed()
-for module in (coldpress.attention, coldpress):
+for module in (coldpress.models.backend, coldpress):
     importlib.reload(module)
 again = pressed()
 assert first[0] == again[0] == [20, 20] and torch.equal(first[1], again[1])

@@ -33,10 +33,11 @@ from coldpress import (
     StreamingLLMPress,
     ThinKPress,
 )
-from coldpress.cache_argument import cache_argument
+from coldpress.architecture.cache_argument import cache_argument
 from coldpress.errors import CacheError
-from coldpress.pipeline import _check_options
-from coldpress.quantised import Codes, QuantizedRaggedStore, QuantizedStore
+from coldpress.models.pipeline import _check_options
+from coldpress.stores.codes import Codes
+from coldpress.stores.quantised import QuantizedRaggedStore, QuantizedStore
 
 N = 90  # tokens of the prompt
 G, R = 8, 16  # group size and residual tokens of the tests

@@ -25,8 +25,8 @@ from coldpress import (
     PressedCache,
     SnapKVPress,
 )
-from coldpress.cache_argument import cache_argument
-from coldpress.ragged import RaggedStore
+from coldpress.architecture.cache_argument import cache_argument
+from coldpress.stores.ragged import RaggedStore
 
 N = 200
 HEAD_WISE: dict[str, BasePress] = {

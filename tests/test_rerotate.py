@@ -32,10 +32,12 @@ from coldpress import (
     TOVAPress,
     prefill,
 )
-from coldpress.cache_argument import cache_argument
+from coldpress.architecture.cache_argument import cache_argument
+from coldpress.cache.layer import PressedLayer
+from coldpress.core.call import LayerCall
+from coldpress.core.kept import Kept
+from coldpress.core.view import LayerView
 from coldpress.errors import ModelError, PressError
-from coldpress.layer import PressedLayer
-from coldpress.view import Kept, LayerCall, LayerView
 
 every_model = pytest.mark.parametrize("model", MODELS)
 TARGET, INTERVAL = 20, 4

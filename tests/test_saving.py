@@ -46,10 +46,10 @@ from coldpress import (
     ThinKPress,
     press_names,
 )
-from coldpress.cache_argument import cache_argument
+from coldpress.architecture.cache_argument import cache_argument
+from coldpress.cache.file import FORMAT
+from coldpress.core.data import as_data, from_data
 from coldpress.errors import CacheError, OutputError, PressError
-from coldpress.presses.as_data import as_data, from_data
-from coldpress.saving import FORMAT
 
 N = 53
 IDS = tokens(1, N)
@@ -354,7 +354,7 @@ import torch
 torch.set_num_threads(1)
 from tests.contract.architectures import tiny, tokens
 from coldpress import AdaKVPress, KnormPress, PressedCache
-from coldpress.cache_argument import cache_argument
+from coldpress.architecture.cache_argument import cache_argument
 past, model = PressedCache(AdaKVPress(KnormPress(0.5))), tiny("llama")
 model(tokens(1, 53), **cache_argument(past))
 past.save({path!r}, model)
@@ -365,7 +365,7 @@ import sys, os
 sys.path[:0] = [{src!r}, {root!r}]
 from tests.contract.architectures import tiny, tokens
 from coldpress import PressedCache
-from coldpress.cache_argument import cache_argument
+from coldpress.architecture.cache_argument import cache_argument
 past, model = PressedCache(), tiny("llama")
 model(tokens(60, 500), **cache_argument(past))
 print("ready", flush=True)
@@ -413,7 +413,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("coldpress.artefacts.os.fsync", full)
+    monkeypatch.setattr("coldpress.io.artefacts.os.fsync", full)
     with pytest.raises(OutputError, match=r"a.safetensors cannot be written .*No space left.*name another file"):
         past.save(path, tiny("llama"))
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
@@ -617,7 +617,7 @@ def test_a_press_that_goes_on_has_to_come_back(tmp_path: Path) -> None:
 
 
 def test_a_file_made_by_hand_runs_nothing(tmp_path: Path) -> None:
-    for name in ("os:system", "builtins:eval", "coldpress.saving:load_cache", "coldpress.view:LayerView"):
+    for name in ("os:system", "builtins:eval", "coldpress.cache.file:load_cache", "coldpress.core.view:LayerView"):
         with pytest.raises(PressError, match="There is no press"):
             from_data({"class": name, "parameters": {}})
     with pytest.raises(PressError, match="does not take the parameters"):

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from coldpress import DecodingPress, KnormPress, KVComposePress, PressedCache, SnapKVPress, compiled, use_coldpress
-from coldpress.cache_argument import NAMES, argument_name, cache_argument, cache_of, given_cache
+from coldpress.architecture.cache_argument import NAMES, argument_name, cache_argument, cache_of, given_cache
 from coldpress.errors import CacheError, ModelError, PressError
 
 N = 40

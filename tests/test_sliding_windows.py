@@ -8,7 +8,7 @@ from tests.contract.architectures import BY_NAME, WINDOW, Look, tiny, tokens
 from torch import Tensor
 
 from coldpress import ExpectedAttentionPress, KnormPress, PressedCache, StreamingLLMPress
-from coldpress.cache_argument import cache_argument
+from coldpress.architecture.cache_argument import cache_argument
 from coldpress.errors import CacheError
 
 FURTHER = tokens(1, 90, seed=1)

@@ -128,7 +128,7 @@ def test_transformers_knows_the_backend_and_the_task_after_a_mere_import() -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "before", ["transformers.pipelines", "coldpress; import transformers.masking_utils", "coldpress.pipeline"]
+    "before", ["transformers.pipelines", "coldpress; import transformers.masking_utils", "coldpress.models.pipeline"]
 )
 def test_it_knows_them_whatever_was_imported_first(before: str) -> None:
     code = AFTERWARDS.replace('assert "torch" not in sys.modules', "")
@@ -153,7 +153,7 @@ def test_names_come_in_every_way() -> None:
     assert everything.keys() >= set(coldpress.__all__)
     press = coldpress.SnapKVPress(0.25)
     assert pickle.loads(pickle.dumps(press)) == press
-    assert coldpress.layer is importlib.import_module("coldpress.layer")
+    assert coldpress.cache.layer is importlib.import_module("coldpress.cache.layer")
     with pytest.raises(AttributeError, match=r"^module 'coldpress' has no attribute 'SnapKVPres'$"):
         coldpress.SnapKVPres  # noqa: B018
     with pytest.raises(ImportError, match="cannot import name 'SnapKVPres'"):

@@ -10,9 +10,9 @@ import pytest
 import transformers
 
 from coldpress import KnormPress, PressedCache
+from coldpress.architecture.versions import TESTED, check_versions, untested
 from coldpress.errors import UntestedVersionWarning
 from coldpress.eval.models import load_model
-from coldpress.versions import TESTED, check_versions, untested
 
 ROOT = Path(__file__).parents[1]
 

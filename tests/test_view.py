@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from coldpress.view import pick
+from coldpress.core.pick import pick
 
 B, H, T, D, N = 2, 3, 10, 4, 6
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {  # of B * H * T * 3 * D numbers, as [B, H, T, D]

@@ -31,9 +31,9 @@ from benchmarks.decoding import (
 )
 
 from coldpress import AdaKVPress, PressedCache, SnapKVPress, use_coldpress
-from coldpress.cache_argument import cache_argument
-from coldpress.layer import PressedLayer
-from coldpress.store import DenseStore
+from coldpress.architecture.cache_argument import cache_argument
+from coldpress.cache.layer import PressedLayer
+from coldpress.stores.dense import DenseStore
 
 TITLES = {
     "transformers, full": "DynamicCache, no press",

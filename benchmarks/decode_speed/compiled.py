@@ -38,8 +38,8 @@ from benchmarks.decoding import (
 from torch.nn.functional import linear
 
 from coldpress import PressedCache, SnapKVPress, compiled, use_coldpress
-from coldpress.cache_argument import cache_argument
-from coldpress.compiling import OneRow, by_columns
+from coldpress.architecture.cache_argument import cache_argument
+from coldpress.models.compiled import OneRow, by_columns
 
 TITLES = {
     "transformers, full": "DynamicCache, no press",

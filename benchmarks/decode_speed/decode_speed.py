@@ -38,7 +38,7 @@ from benchmarks.decoding import (
 )
 
 from coldpress import AdaKVPress, PressedCache, SnapKVPress, use_coldpress
-from coldpress.cache_argument import cache_argument
+from coldpress.architecture.cache_argument import cache_argument
 
 TITLES = {
     "transformers, full": "DynamicCache, no press",

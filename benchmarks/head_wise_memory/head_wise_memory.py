@@ -41,7 +41,7 @@ from benchmarks.decoding import (
     write,
 )
 
-from coldpress.cache_argument import cache_argument
+from coldpress.architecture.cache_argument import cache_argument
 
 PRESSES = ("adakv", "critical_adakv", "kvzip", "duo_attention", "dms")
 SPEEDS = {

@@ -16,7 +16,7 @@ from benchmarks.parity.case import Case
 from benchmarks.parity.models import Setting
 from torch import Tensor
 
-from coldpress.cache_argument import cache_argument
+from coldpress.architecture.cache_argument import cache_argument
 
 
 @dataclass

@@ -33,7 +33,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from coldpress.cache_argument import cache_argument
+from coldpress.architecture.cache_argument import cache_argument
 
 LIBRARIES = ("coldpress", "kvpress")
 NO_PRESS = "no_press"
@@ -210,7 +210,7 @@ def profile(args: argparse.Namespace) -> str:
     from torch.profiler import profile as record_operations
 
     from coldpress import catalogue
-    from coldpress.layer import PressedLayer
+    from coldpress.cache.layer import PressedLayer
 
     torch.set_num_threads(args.threads)
     press_of, prefill, _ = with_coldpress(args)
@@ -238,7 +238,7 @@ Setup = tuple[Callable[[str], Any], Callable[..., float], Clock]
 
 def with_coldpress(args: argparse.Namespace) -> Setup:
     import coldpress
-    from coldpress.layer import PressedLayer
+    from coldpress.cache.layer import PressedLayer
 
     model = make_model(args)
     coldpress.use_coldpress(model)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from coldpress import KVBits, PressedCache
-from coldpress.cache_argument import cache_argument
+from coldpress.architecture.cache_argument import cache_argument
 from coldpress.eval.datasets import load_corpus
 from coldpress.eval.metrics import paired_difference
 from coldpress.eval.models import load_model

@@ -20,12 +20,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from coldpress import BasePress, PressedCache
-from coldpress.attention import use_coldpress
+from coldpress.bases.registry import make_press
 from coldpress.eval.losses import token_losses
 from coldpress.eval.perplexity import forward
 from coldpress.eval.prefix import PrefixRun
 from coldpress.eval.windows import plan_prefix
-from coldpress.presses.registry import make_press
+from coldpress.models.supported import use_coldpress
 
 PRESSES = (
     *("random", "knorm", "streaming_llm", "snapkv", "expected_attention", "tova", "keydiff", "pyramidkv"),

@@ -24,9 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from coldpress.errors import InputError, SelfCheckError, nearest
-from coldpress.files import is_utf8
-from coldpress.options import (
+from coldpress.commands.options import (
     ask_options,
     calibration_options,
     compress_options,
@@ -36,7 +34,9 @@ from coldpress.options import (
     sweep_options,
     task_options,
 )
-from coldpress.terminal import printable
+from coldpress.errors import InputError, SelfCheckError, nearest
+from coldpress.io.files import is_utf8
+from coldpress.io.terminal import printable
 
 __all__ = ["main"]
 
@@ -223,9 +223,9 @@ def _check_sources(args: argparse.Namespace) -> None:
 
 def _run_ppl(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
     _check_sources(args)
+    from coldpress.bases.scorer import BUDGETS
     from coldpress.eval.run import Settings, evaluate
-    from coldpress.presses.base import BUDGETS
-    from coldpress.sharded import followers_silent
+    from coldpress.io.launched import followers_silent
 
     given = {f.name: getattr(args, f.name) for f in fields(Settings) if getattr(args, f.name, None) is not None}
     for name in ("press", "compression_ratio", *BUDGETS, "kv_bits"):
@@ -291,7 +291,7 @@ def _run_calibrate(args: argparse.Namespace, argv: list[str], prog: str | None) 
 
 
 def _run_compress(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
-    from coldpress.asking import compress
+    from coldpress.commands.asking import compress
 
     names = ("text_file", "output", "press", "press_args", "compression_ratio", "budget_tokens", "budget_bytes")
     compress(**{name: getattr(args, name) for name in names}, model_options=_model_options(args))
@@ -299,7 +299,7 @@ def _run_compress(args: argparse.Namespace, argv: list[str], prog: str | None) -
 
 
 def _run_ask(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
-    from coldpress.asking import ask
+    from coldpress.commands.asking import ask
 
     ask(args.file, args.question, _model_options(args, None), args.any_model, max_new_tokens=args.max_new_tokens)
     return 0
@@ -350,8 +350,8 @@ def _run_report(args: argparse.Namespace, argv: list[str], prog: str | None) -> 
 
 
 def _run_presses(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
-    from coldpress.listing import entry, listing, python_only
-    from coldpress.presses.registry import catalogue, find_press
+    from coldpress.bases.listing import entry, listing, python_only
+    from coldpress.bases.registry import catalogue, find_press
 
     if args.json:
         infos = [*catalogue(), *python_only()] if args.name is None else [find_press(args.name)]

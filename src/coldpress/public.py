@@ -8,15 +8,20 @@ Whatever stands here stands in ``__all__`` of the package too.
 from __future__ import annotations
 
 import coldpress.presses as presses
-from coldpress.attention import use_coldpress
-from coldpress.cache import PressedCache
-from coldpress.chunks import prefill
-from coldpress.compiling import compiled
+from coldpress.bases.press import BasePress
+from coldpress.bases.registry import catalogue, make_press, press_names
+from coldpress.bases.scorer import ScorerPress
+from coldpress.bases.wrapper import WrapperPress
+from coldpress.cache.pressed import PressedCache
+from coldpress.core.kept import Kept
+from coldpress.core.view import LayerView
 from coldpress.errors import ColdpressError
-from coldpress.inspecting import Inspection, inspect
-from coldpress.pipeline import KVPressTextGenerationPipeline
+from coldpress.models.compiled import compiled
+from coldpress.models.inspection import Inspection, inspect
+from coldpress.models.pipeline import KVPressTextGenerationPipeline
+from coldpress.models.prompts import prefill
+from coldpress.models.supported import use_coldpress
 from coldpress.presses.adakv import AdaKVPress
-from coldpress.presses.base import BasePress, ScorerPress
 from coldpress.presses.block import BlockPress
 from coldpress.presses.cam import CAMPress
 from coldpress.presses.cap import CapPress
@@ -51,13 +56,10 @@ from coldpress.presses.per_layer_compression import PerLayerCompressionPress
 from coldpress.presses.pyramidkv import PyramidKVPress
 from coldpress.presses.qfilter import QFilterPress
 from coldpress.presses.random import RandomPress
-from coldpress.presses.registry import catalogue, make_press, press_names
 from coldpress.presses.restorekv import RestoreKVPress
 from coldpress.presses.simlayerkv import SimLayerKVPress
 from coldpress.presses.snapkv import SnapKVPress
 from coldpress.presses.streaming_llm import StreamingLLMPress
 from coldpress.presses.think import ThinKPress
 from coldpress.presses.tova import TOVAPress
-from coldpress.presses.wrapper import WrapperPress
-from coldpress.quantised import KVBits
-from coldpress.view import Kept, LayerView
+from coldpress.stores.bits import KVBits

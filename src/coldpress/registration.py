@@ -14,9 +14,9 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-__all__ = ["BACKENDS", "register"]
+from coldpress.backends import BACKENDS
 
-BACKENDS = {"coldpress": "sdpa", "coldpress_eager": "eager", "coldpress_fa2": "flash_attention_2"}
+__all__ = ["register"]
 
 
 def register() -> None:
@@ -29,7 +29,7 @@ def register() -> None:
 
 
 # A part may be imported while others are only half imported, so the first two import nothing else: what they name is
-# there when it is called. coldpress.attention, once somebody needs it, puts itself in its place.
+# there when it is called. coldpress.models.backend, once somebody needs it, puts itself in its place.
 
 
 def _tell_attention() -> None:
@@ -47,7 +47,7 @@ def _tell_masks() -> None:
 
 
 def _tell_task() -> None:
-    import coldpress.pipeline  # noqa: F401  (registers itself)
+    import coldpress.models.pipeline  # noqa: F401  (registers itself)
 
 
 _PARTS: dict[str, Callable[[], None]] = {
@@ -58,13 +58,13 @@ _PARTS: dict[str, Callable[[], None]] = {
 
 
 def _attention(native: str, *args: Any, **kwargs: Any) -> Any:
-    from coldpress.attention import _attention as attention
+    from coldpress.models.backend import attention
 
     return attention(native, *args, **kwargs)
 
 
 def _mask(native: str, *args: Any, **kwargs: Any) -> Any:
-    from coldpress.attention import _mask as mask
+    from coldpress.models.backend import mask
 
     return mask(native, *args, **kwargs)
 

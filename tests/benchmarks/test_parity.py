@@ -24,7 +24,7 @@ from tests.contract.architectures import BY_NAME, tokens
 from transformers import AutoTokenizer, DynamicCache
 
 import coldpress
-from coldpress.cache_argument import cache_argument
+from coldpress.architecture.cache_argument import cache_argument
 
 # The presses that kvpress 0.5.5 exports, without its three base classes.
 KVPRESS = """

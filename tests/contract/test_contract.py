@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from coldpress import BasePress, PressedCache, make_press, press_names
-from coldpress.budget import keep_count
-from coldpress.cache_argument import cache_argument
+from coldpress.architecture.cache_argument import cache_argument
+from coldpress.bases.registry import parameters_of
+from coldpress.core.counts import keep_count
 from coldpress.errors import PressError
-from coldpress.presses.registry import parameters_of
 
 CONTEXT, QUESTION, ANSWER = 45, 7, 5
 SINKS = {

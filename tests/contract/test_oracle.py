@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from coldpress import BasePress, ExpectedAttentionPress, KnormPress, PressedCache, PyramidKVPress, SnapKVPress
-from coldpress.cache_argument import cache_argument
+from coldpress.architecture.cache_argument import cache_argument
 
 CONTEXT, QUESTION = 40, 6
 BASE = 10_000.0  # of the rotary frequencies

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from coldpress import ColdpressError, Kept, LayerView, PressedCache
-from coldpress.cache_argument import cache_argument
-from coldpress.rope import Rope
+from coldpress.architecture.cache_argument import cache_argument
+from coldpress.architecture.rope import Rope
 
 LENGTH = 45
 WITHOUT = ("gpt2", "opt", "gpt_bigcode")  # learned positions

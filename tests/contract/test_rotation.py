@@ -22,10 +22,10 @@ from coldpress import (
     SnapKVPress,
     StreamingLLMPress,
 )
-from coldpress.cache_argument import cache_argument
+from coldpress.architecture.cache_argument import cache_argument
+from coldpress.architecture.rotation import Steps
 from coldpress.errors import ModelError
 from coldpress.presses.leverage import LeverageScorePress
-from coldpress.rotation import Steps
 
 LENGTH = 40
 GAP = torch.cat([torch.arange(20), torch.arange(200, 220)])[None]

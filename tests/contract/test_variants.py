@@ -23,7 +23,7 @@ from coldpress import (
     SnapKVPress,
     prefill,
 )
-from coldpress.cache_argument import cache_argument
+from coldpress.architecture.cache_argument import cache_argument
 from coldpress.errors import ModelError
 
 CONTEXT, PADDING = 45, 17  # of the second row; more than a piece

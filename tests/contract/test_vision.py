@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, DynamicCache
 
 from coldpress import ExpectedAttentionPress, KeyRerotationPress, KVzipPress, PressedCache, SnapKVPress, use_coldpress
-from coldpress.cache_argument import cache_argument, cache_of
+from coldpress.architecture.cache_argument import cache_argument, cache_of
 from coldpress.errors import ColdpressError, ModelError, PressError
 
 IMAGE, START, END = 3, 5, 6

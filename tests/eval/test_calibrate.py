@@ -14,12 +14,12 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 import coldpress
 from coldpress import ExpectedAttentionPress, KnormPress
-from coldpress.artefacts import artefact_path
+from coldpress.bases import registry
+from coldpress.bases.registry import press_names
 from coldpress.cli import main
 from coldpress.errors import DataError
 from coldpress.eval.calibrate import pick_samples
-from coldpress.presses import registry
-from coldpress.presses.registry import press_names
+from coldpress.io.artefacts import artefact_path
 
 DEMO = Path(coldpress.__file__).parent / "assets" / "demo" / "model"
 FEW = ["--n_samples", "2", "--sample_tokens", "60"]

@@ -20,10 +20,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import coldpress
-from coldpress.cache_argument import cache_argument
+from coldpress.architecture.cache_argument import cache_argument
+from coldpress.bases.press import BasePress
 from coldpress.errors import InputError, PressError, SelfCheckError
-from coldpress.presses.base import BasePress
-from coldpress.quantised import KVBits
+from coldpress.stores.bits import KVBits
 
 pytest.importorskip("lm_eval")
 
@@ -186,7 +186,7 @@ def test_one_prefill_for_all_continuations(monkeypatch: pytest.MonkeyPatch) -> N
         "coldpress.eval.harness.prefill",
         lambda model, ids, *rest: (lengths.append(tuple(ids.shape)), prefill(model, ids, *rest)),
     )
-    from coldpress.chunks import prefill
+    from coldpress.models.prompts import prefill
 
     scores(lm, LONG[3:])
     assert sum(rows for rows, _ in lengths) == len({request.args[0] for request in LONG[3:]})

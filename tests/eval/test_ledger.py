@@ -24,7 +24,7 @@ from coldpress.eval.speed import RoundLog, Sample, SpeedPoint
 from coldpress.eval.sweep import _digest, _is_finished
 from coldpress.eval.task_ledger import Answered, TaskLedger
 from coldpress.eval.windows import plan_prefix
-from coldpress.files import replace_file
+from coldpress.io.files import replace_file
 
 PLACES = 3  # batches, or examples
 
@@ -163,7 +163,7 @@ def test_nobody_s_link_is_followed_and_nothing_is_left(tmp_path: Path, monkeypat
     target.write_text("mine")
     path.parent.mkdir()
     names = iter(["guessed", "free"])
-    monkeypatch.setattr("coldpress.files.secrets.token_hex", lambda n: next(names))
+    monkeypatch.setattr("coldpress.io.files.secrets.token_hex", lambda n: next(names))
     (path.parent / ".guessed.tmp").symlink_to(target)
     with pytest.raises(FileExistsError):
         replace_file(path, lambda part: part.write_text("theirs"))

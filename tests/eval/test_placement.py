@@ -31,7 +31,7 @@ from coldpress.errors import ClusterError, ModelError
 from coldpress.eval.cluster import RayEngine
 from coldpress.eval.models import LoadedModel, load_model
 from coldpress.eval.perplexity import forward
-from coldpress.pressing import prefilling
+from coldpress.models.block import prefilling
 
 PRESSES = [
     KnormPress(0.5),

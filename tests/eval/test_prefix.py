@@ -31,12 +31,12 @@ from coldpress import (
     SnapKVPress,
     ThinKPress,
 )
-from coldpress.cache_argument import cache_argument
+from coldpress.architecture.cache_argument import cache_argument
+from coldpress.bases.registry import make_press
 from coldpress.errors import PressError, SelfCheckError
 from coldpress.eval.ledger import Ledger
 from coldpress.eval.prefix import PrefixRun
 from coldpress.eval.windows import plan_prefix
-from coldpress.presses.registry import make_press
 
 CONTEXT, TARGET = 60, 24
 Result = dict[str, Any]

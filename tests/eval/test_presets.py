@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, DynamicCache, GPTNeoXConfig, GPTNeoXForC
 from transformers import PreTrainedTokenizerFast as Fast
 
 import coldpress
-from coldpress.cache_argument import cache_argument
+from coldpress.architecture.cache_argument import cache_argument
 from coldpress.errors import DataError, InputError
 from coldpress.eval import presets as module
 from coldpress.eval.datasets import Corpus, Document, load_corpus
@@ -343,7 +343,7 @@ def test_lm_eval_begins_with_bos_or_eos() -> None:
 
 
 def test_the_names_are_those_of_the_settings() -> None:
-    from coldpress import options
+    from coldpress.cli import options
 
     assert tuple(PRESETS) == PPL_PRESETS == options.PPL_PRESETS
 

@@ -27,7 +27,7 @@ from coldpress import (
     make_press,
     press_names,
 )
-from coldpress.cache_argument import cache_argument
+from coldpress.architecture.cache_argument import cache_argument
 from coldpress.errors import CacheError, InputError, PressError, SelfCheckError
 from coldpress.eval.checks import check_stored_pairs
 from coldpress.eval.settings import Settings, make_jobs

@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from coldpress import AdaKVPress, KnormPress, KVBits, LayerView, PressedCache, RandomPress, SnapKVPress
+from coldpress.cache.layer import PressedLayer
 from coldpress.errors import SelfCheckError
 from coldpress.eval import speed
 from coldpress.eval.speed import WARMUP_TOKENS, Sample, SpeedPoint, SpeedRun
-from coldpress.layer import PressedLayer
 
 CONTEXT, NEW = 40, 12
 KV_BYTES = 2 * 2 * CONTEXT * 32 * 4  # layers, keys and values, tokens, hidden size, float32

@@ -23,7 +23,7 @@ from coldpress import (
     SnapKVPress,
     StreamingLLMPress,
 )
-from coldpress.cache_argument import cache_argument
+from coldpress.architecture.cache_argument import cache_argument
 from coldpress.cli import main
 from coldpress.errors import InputError, PressError, SelfCheckError
 from coldpress.eval import stream as stream_module

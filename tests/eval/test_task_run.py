@@ -26,7 +26,8 @@ from coldpress import (
     RandomPress,
     StreamingLLMPress,
 )
-from coldpress.cache_argument import cache_argument
+from coldpress.architecture.cache_argument import cache_argument
+from coldpress.bases.registry import make_press
 from coldpress.errors import SelfCheckError
 from coldpress.eval.metrics import paired_difference
 from coldpress.eval.models import LoadedModel, load_model
@@ -34,7 +35,6 @@ from coldpress.eval.points import BASELINE, Point
 from coldpress.eval.task_ledger import TaskLedger
 from coldpress.eval.task_run import ExampleWork, TaskRun, match
 from coldpress.eval.tasks import Example, Material, make_examples
-from coldpress.presses.registry import make_press
 
 LENGTH = 96
 Result = dict[str, Any]

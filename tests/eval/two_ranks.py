@@ -19,11 +19,11 @@ from transformers import (
 from transformers.distributed import DistributedConfig
 
 from coldpress import BasePress, KnormPress, PressedCache, SnapKVPress, ThinKPress, make_press, press_names
+from coldpress.bases.registry import parameters_of
+from coldpress.core.press import parts
 from coldpress.errors import PressError
 from coldpress.eval.perplexity import forward
-from coldpress.presses.base import parts
-from coldpress.presses.registry import parameters_of
-from coldpress.pressing import prefilling
+from coldpress.models.block import prefilling
 
 SMALL = {"window_size": 8, "chunk_length": 10, "block_size": 10, "lag_size": 5}
 SIZES = {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from coldpress.artefacts import Artefact, Shape
-from coldpress.presses.calibrated import Calibrated
+from coldpress.io.artefacts import Artefact, Shape
+from coldpress.learned.calibrated import Calibrated
 
 
 def made_up(press: Calibrated, shape: Shape, why: str = "") -> Artefact:

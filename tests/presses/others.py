@@ -24,9 +24,9 @@ from coldpress import (
     make_press,
     press_names,
 )
-from coldpress.cache_argument import cache_argument
-from coldpress.presses.base import parts
-from coldpress.presses.registry import parameters_of
+from coldpress.architecture.cache_argument import cache_argument
+from coldpress.bases.registry import parameters_of
+from coldpress.core.press import parts
 
 
 def duo(n_layers: int, n_heads: int) -> DuoAttentionPress:

@@ -14,11 +14,11 @@ from tests.contract.architectures import BY_NAME, tiny, tokens
 from tests.presses.views import MODELS, views_of
 
 from coldpress import ExpectedAttentionPress, KnormPress, LayerView, LUKVPress, PressedCache
-from coldpress.artefacts import Artefact, artefact_path
-from coldpress.budget_curves import concave_slopes, future_importance, removed_shares
-from coldpress.cache_argument import cache_argument
-from coldpress.calibration import calibrate
+from coldpress.architecture.cache_argument import cache_argument
 from coldpress.errors import PressError
+from coldpress.io.artefacts import Artefact, artefact_path
+from coldpress.learned.budget_curves import concave_slopes, future_importance, removed_shares
+from coldpress.learned.calibration import calibrate
 
 NAME = "meta-llama/Llama-3.1-8B-Instruct"
 SAMPLES = [tokens(1, n, seed=n)[0] for n in (40, 33)]

@@ -18,7 +18,7 @@ from coldpress import (
     make_press,
     press_names,
 )
-from coldpress.cache_argument import cache_argument
+from coldpress.architecture.cache_argument import cache_argument
 from coldpress.errors import PressError
 
 with_a_ratio = [

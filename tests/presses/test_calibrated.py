@@ -19,10 +19,10 @@ from coldpress import (
     QFilterPress,
     ScorerPress,
 )
-from coldpress.artefacts import Artefact
-from coldpress.cache_argument import cache_argument
-from coldpress.calibration import calibrate
+from coldpress.architecture.cache_argument import cache_argument
 from coldpress.errors import PressError
+from coldpress.io.artefacts import Artefact
+from coldpress.learned.calibration import calibrate
 
 SAMPLES = [tokens(1, n, seed=n)[0] for n in (40, 33, 51)]
 

@@ -8,10 +8,10 @@ import pytest
 
 import coldpress
 from coldpress import AdaKVPress, SnapKVPress, ThinKPress, make_press
+from coldpress.bases.docstring import parse
+from coldpress.bases.listing import entry, python_only, traits
+from coldpress.bases.registry import catalogue, find_press, press_classes
 from coldpress.errors import PressError
-from coldpress.listing import entry, python_only, traits
-from coldpress.presses.docstring import parse
-from coldpress.presses.registry import catalogue, find_press, press_classes
 
 
 class Made:
@@ -45,14 +45,14 @@ def test_a_docstring_has_parts() -> None:
 
 
 @pytest.mark.parametrize("info", catalogue(), ids=lambda info: info.name)
-def test_the_call_makes_the_press_of_the_name(info: coldpress.presses.registry.PressInfo) -> None:
+def test_the_call_makes_the_press_of_the_name(info: coldpress.bases.registry.PressInfo) -> None:
     ratio = 0.5 if info.has_ratio else 0.0
     made = eval(info.call, {**vars(coldpress.public), "compression_ratio": ratio})
     assert made == make_press(info.name, ratio)
 
 
 @pytest.mark.parametrize("info", press_classes(), ids=lambda info: info.class_name)
-def test_every_class_is_described_whole(info: coldpress.presses.registry.PressInfo) -> None:
+def test_every_class_is_described_whole(info: coldpress.bases.registry.PressInfo) -> None:
     assert info.summary and info.source and info.needs and info.cost
     cls = getattr(coldpress, info.class_name)
     taken = {f.name for f in fields(cls) if f.init} - {"budget_tokens", "budget_bytes"}
@@ -89,7 +89,7 @@ def test_an_unknown_press_is_not_found() -> None:
 
 
 @pytest.mark.parametrize("info", press_classes(), ids=lambda info: info.class_name)
-def test_who_is_said_to_have_a_ratio_takes_one_and_a_budget(info: coldpress.presses.registry.PressInfo) -> None:
+def test_who_is_said_to_have_a_ratio_takes_one_and_a_budget(info: coldpress.bases.registry.PressInfo) -> None:
     taken = {f.name for f in fields(getattr(coldpress, info.class_name)) if f.init}
     says_so = "has a compression ratio" in traits(info)
     assert says_so == ({"compression_ratio", "budget_tokens", "budget_bytes"} <= taken)

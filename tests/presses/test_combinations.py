@@ -50,9 +50,9 @@ from coldpress import (
     SnapKVPress,
     ThinKPress,
 )
-from coldpress.cache_argument import cache_argument
+from coldpress.architecture.cache_argument import cache_argument
+from coldpress.bases.scorer import BudgetPress
 from coldpress.errors import PressError
-from coldpress.presses.base import BudgetPress
 
 # what may stand inside, by kind: of the presses of one kind, every wrapper takes all or none
 KINDS: dict[str, list[object]] = {

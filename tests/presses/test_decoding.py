@@ -40,10 +40,10 @@ from coldpress import (
     StreamingLLMPress,
     TOVAPress,
 )
-from coldpress.budget import keep_count
-from coldpress.cache_argument import cache_argument
+from coldpress.architecture.cache_argument import cache_argument
+from coldpress.core.counts import keep_count
+from coldpress.core.press import parts
 from coldpress.errors import PressError
-from coldpress.presses.base import parts
 
 TARGET, INTERVAL = 24, 5
 

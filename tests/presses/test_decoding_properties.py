@@ -36,8 +36,9 @@ from coldpress import (
     StreamingLLMPress,
     TOVAPress,
 )
-from coldpress.budget import keep_count, shrink_protected
-from coldpress.cache_argument import cache_argument
+from coldpress.architecture.cache_argument import cache_argument
+from coldpress.core.choice import shrink_protected
+from coldpress.core.counts import keep_count
 
 ENDS: dict[ScorerPress, tuple[int, int]] = {  # base presses, and how many sinks and newest tokens they protect
     KnormPress(): (0, 0),

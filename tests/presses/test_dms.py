@@ -29,12 +29,12 @@ from coldpress import (
     SnapKVPress,
     StreamingLLMPress,
 )
-from coldpress.cache_argument import cache_argument
+from coldpress.architecture.cache_argument import cache_argument
+from coldpress.cache.layer import PressedLayer
+from coldpress.cache.verdicts import Verdicts
+from coldpress.core.call import LayerCall
 from coldpress.errors import CacheError, PressError
-from coldpress.layer import PressedLayer
-from coldpress.store import DenseStore
-from coldpress.verdicts import Verdicts
-from coldpress.view import LayerCall
+from coldpress.stores.dense import DenseStore
 
 N_TOKENS = 37
 

@@ -11,10 +11,10 @@ from tests.contract.architectures import BY_NAME, tiny, tokens
 from tests.presses.views import MODELS, rotated, unrotated, view_of
 
 from coldpress import DuoAttentionPress, LUKVPress, PressedCache, make_press
-from coldpress.artefacts import Artefact, artefact_path
-from coldpress.cache_argument import cache_argument
-from coldpress.calibration import calibrate
+from coldpress.architecture.cache_argument import cache_argument
 from coldpress.errors import PressError
+from coldpress.io.artefacts import Artefact, artefact_path
+from coldpress.learned.calibration import calibrate
 
 N_TOKENS = 37
 NAME = "meta-llama/Meta-Llama-3.1-8B-Instruct"

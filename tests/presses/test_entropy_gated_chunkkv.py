@@ -11,7 +11,7 @@ import torch
 from tests.presses.views import MODELS, view_of
 
 from coldpress import ChunkKVPress, EntropyGatedChunkKVPress, KeyDiffPress, LayerView, SnapKVPress
-from coldpress.budget import keep_count
+from coldpress.core.counts import keep_count
 from coldpress.errors import PressError
 
 N_TOKENS = 37

@@ -26,9 +26,9 @@ from coldpress import (
     catalogue,
     make_press,
 )
-from coldpress.cache_argument import cache_argument
+from coldpress.architecture.cache_argument import cache_argument
 from coldpress.errors import PressError
-from coldpress.pressing import prefilling
+from coldpress.models.block import prefilling
 
 N = 23
 IDS = tokens(1, N)
@@ -248,7 +248,7 @@ def test_published_gates_are_found_by_name(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(PressError, match=r"give the weights: FastKVzipPress\(weights=FOLDER\)"):
         run("llama", press)
     monkeypatch.setattr(tiny("llama").config, "_name_or_path", "meta/Tiny-1B")
-    monkeypatch.setattr("coldpress.presses.published.fetch_hub_file", fetch)
+    monkeypatch.setattr("coldpress.learned.published.fetch_hub_file", fetch)
     assert kept(run("llama", press)) == kept(run("llama", FastKVzipPress(0.5, weights=folder)))
     assert set(asked) == {("Jang-Hyun/Fast-KVzip", "tiny-1b/q2_dim16_sink16.pt")}
 

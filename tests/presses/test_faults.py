@@ -53,11 +53,11 @@ from coldpress import (
     make_press,
     press_names,
 )
-from coldpress.budget import keep_count
-from coldpress.cache_argument import cache_argument, cache_of
+from coldpress.architecture.cache_argument import cache_argument, cache_of
+from coldpress.bases.registry import catalogue
+from coldpress.core.counts import keep_count
 from coldpress.errors import CacheError
 from coldpress.presses.leverage import leverage_scores
-from coldpress.presses.registry import catalogue
 
 
 def changed(view: LayerView, **states: torch.Tensor) -> LayerView:
@@ -426,6 +426,6 @@ def test_observed_attention_needs_no_attention_matrix() -> None:
             return out
 
     with pytest.MonkeyPatch.context() as patch, Sizes():
-        patch.setattr("coldpress.view._CPU_ELEMENTS", 2 * 4 * 64 * 8)  # eight queries at a time
+        patch.setattr("coldpress.core.pick._CPU_ELEMENTS", 2 * 4 * 64 * 8)  # eight queries at a time
         ObservedAttentionPress().score(changed(view))
     assert 0 < largest <= 2 * 4 * 64 * 16

@@ -23,8 +23,8 @@ from coldpress import (
     SnapKVPress,
     make_press,
 )
-from coldpress.budget import keep_count
-from coldpress.cache_argument import cache_argument
+from coldpress.architecture.cache_argument import cache_argument
+from coldpress.core.counts import keep_count
 from coldpress.errors import PressError
 
 N, WINDOW = 30, 5

@@ -34,8 +34,8 @@ from coldpress import (
     TOVAPress,
     make_press,
 )
-from coldpress.cache_argument import cache_argument
-from coldpress.presses.registry import parameters_of
+from coldpress.architecture.cache_argument import cache_argument
+from coldpress.bases.registry import parameters_of
 
 N, RATIO, KEEP = slow.N, 0.4, 12  # 21 tokens, of which ceil(8.4) go
 MODELS = {"gpt_neox": 4, "gpt_neox_full_rotary": 8}  # rotary_pct 0.25 and 1.0: rotary dimensions of a head

@@ -19,7 +19,7 @@ from coldpress import (
     SnapKVPress,
     StreamingLLMPress,
 )
-from coldpress.cache_argument import cache_argument
+from coldpress.architecture.cache_argument import cache_argument
 
 CONTEXT, MORE = 40, 6
 every_model = pytest.mark.parametrize("model", MODELS)

@@ -28,10 +28,10 @@ from coldpress import (
     catalogue,
     make_press,
 )
-from coldpress.budget import select_counts
-from coldpress.cache_argument import cache_argument
+from coldpress.architecture.cache_argument import cache_argument
+from coldpress.core.choice import select_counts
 from coldpress.errors import PressError, UnreachableError
-from coldpress.pressing import prefilling
+from coldpress.models.block import prefilling
 
 KINDS = {"linear": None, "mlp": 12}
 
@@ -239,7 +239,7 @@ def test_published_weights_are_found_by_name(named: LayerView, tmp_path: Path, m
         asked.append((repo, name))
         return tmp_path / name
 
-    monkeypatch.setattr("coldpress.presses.published.fetch_hub_file", fetch)
+    monkeypatch.setattr("coldpress.learned.published.fetch_hub_file", fetch)
     torch.testing.assert_close(KVzapPress().score(named), expected(named, weights, "mlp"), atol=1e-4, rtol=1e-4)
     assert asked == [("nvidia/KVzap-mlp-Tiny-1B", name) for name in ("config.json", "model.safetensors")]
 
@@ -248,14 +248,14 @@ def test_an_unreachable_hub(named: LayerView, monkeypatch: pytest.MonkeyPatch) -
     def fetch(repo: str, name: str) -> Path:
         raise UnreachableError(f"the Hugging Face hub could not be reached for {repo} (no route)")
 
-    monkeypatch.setattr("coldpress.presses.published.fetch_hub_file", fetch)
+    monkeypatch.setattr("coldpress.learned.published.fetch_hub_file", fetch)
     message = r"KVzapPress: config.json is not .* reached for nvidia/KVzap-linear-Tiny-1B \(no route\).*weights=FOLDER"
     with pytest.raises(UnreachableError, match=message):
         KVzapPress(model_type="linear").score(named)
 
 
 def test_no_published_weights(named: LayerView, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coldpress.presses.published.fetch_hub_file", lambda repo, name: None)
+    monkeypatch.setattr("coldpress.learned.published.fetch_hub_file", lambda repo, name: None)
     with pytest.raises(
         PressError, match=r"no published weights for this model: there is no config.json in nvidia/KVzap"
     ):

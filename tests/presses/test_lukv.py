@@ -25,8 +25,8 @@ from coldpress import (
     SnapKVPress,
     make_press,
 )
-from coldpress.budget import apportion, keep_count
-from coldpress.cache_argument import cache_argument
+from coldpress.architecture.cache_argument import cache_argument
+from coldpress.core.counts import apportion, keep_count
 from coldpress.errors import PressError
 from coldpress.eval.checks import check_stored_pairs
 

@@ -90,10 +90,10 @@ from coldpress import (
     catalogue,
     make_press,
 )
-from coldpress.budget import exact_keep, keep_count, pyramid_counts
-from coldpress.cache_argument import cache_argument
-from coldpress.presses.base import parts
-from coldpress.presses.wrapper import WrapperPress
+from coldpress.architecture.cache_argument import cache_argument
+from coldpress.bases.wrapper import WrapperPress
+from coldpress.core.counts import exact_keep, keep_count, pyramid_counts
+from coldpress.core.press import parts
 
 N = 21
 MODELS = {"gpt_neox": 4, "gpt_neox_full_rotary": 8, "llama": 8}  # name -> rotary dimensions of a head
@@ -382,7 +382,7 @@ def test_attention_is_that_of_the_model(name: str) -> None:
 
 def test_column_sums_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
     (whole, *_), (blocks, *_) = views_of("llama"), views_of("llama")
-    monkeypatch.setattr("coldpress.view._CPU_ELEMENTS", 1)  # 16 queries of one KV head at a time
+    monkeypatch.setattr("coldpress.core.pick._CPU_ELEMENTS", 1)  # 16 queries of one KV head at a time
     torch.testing.assert_close(
         blocks.attention_column_sums(), whole.window_attention(N).sum(3).mean(2), atol=1e-5, rtol=1e-5
     )
@@ -398,7 +398,7 @@ def test_scores_do_not_depend_on_how_much_is_worked_on_at_once(
         pytest.skip("no scores")
     torch.manual_seed(0)
     whole = [scorer.scores(view) for view in views_of(model)]
-    monkeypatch.setattr("coldpress.view._CPU_ELEMENTS", 1)  # a token at a time
+    monkeypatch.setattr("coldpress.core.pick._CPU_ELEMENTS", 1)  # a token at a time
     torch.manual_seed(0)
     parts = [scorer.scores(view) for view in views_of(model)]
     # z-scores of a dozen nearly equal leverages enlarge the last digits a thousandfold; a lost block is off by far more

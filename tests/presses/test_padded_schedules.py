@@ -33,8 +33,8 @@ from coldpress import (
     StreamingLLMPress,
     TOVAPress,
 )
-from coldpress.cache_argument import cache_argument
-from coldpress.newest import Newest, newest_from
+from coldpress.architecture.cache_argument import cache_argument
+from coldpress.cache.newest import Newest, newest_from
 
 SNAPKV = SnapKVPress(window_size=4)
 SCHEDULES: list[BasePress] = [

@@ -44,9 +44,10 @@ from coldpress import (
     ThinKPress,
     make_press,
 )
-from coldpress.budget import keep_count, protect
-from coldpress.cache_argument import cache_argument
-from coldpress.presses.registry import parameters_of
+from coldpress.architecture.cache_argument import cache_argument
+from coldpress.bases.registry import parameters_of
+from coldpress.core.choice import protect
+from coldpress.core.counts import keep_count
 
 SMALL = {
     "window_size": 4,
@@ -341,7 +342,7 @@ def test_what_is_kept_of_the_whole_model(
         return protect(scores, *ends)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("coldpress.presses.replay.protect", recorded)
+        patch.setattr("coldpress.bases.replay.protect", recorded)
         for scorer in (FastKVzipPress, KVzapPress):
             patch.setattr(scorer, "score", spy(scorer.score))
         past = prefilled(press, model, distinct(n_tokens), dtype=dtype)

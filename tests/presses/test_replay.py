@@ -28,9 +28,9 @@ from coldpress import (
     PrefillDecodingPress,
     PressedCache,
 )
-from coldpress.cache_argument import cache_argument, cache_of
+from coldpress.architecture.cache_argument import cache_argument, cache_of
+from coldpress.bases.replay import ReplayPress
 from coldpress.errors import PressError
-from coldpress.presses.replay import ReplayPress
 
 MODELS = ["gpt_neox", "gpt_neox_full_rotary", "llama"]
 N = 21

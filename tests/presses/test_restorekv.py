@@ -30,11 +30,11 @@ from coldpress import (
     catalogue,
     make_press,
 )
-from coldpress.cache_argument import cache_argument
+from coldpress.architecture.cache_argument import cache_argument
 from coldpress.errors import PressError, UnreachableError
-from coldpress.lora import Lora
+from coldpress.learned.lora import Lora
+from coldpress.models.block import prefilling
 from coldpress.presses.restorekv import _moved_back
-from coldpress.pressing import prefilling
 
 MODELS = ["gpt_neox", "gpt_neox_full_rotary", "llama"]
 N, N_NEW = 21, 3
@@ -353,7 +353,7 @@ def test_published_weights_are_found_by_name(
     with pytest.raises(PressError, match=r"give the weights: RestoreKVPress\(weights=FOLDER\)"):
         run(model, press)
     model.config._name_or_path = "somebody/Tiny-1B"
-    monkeypatch.setattr("coldpress.presses.published.fetch_hub_file", fetch)
+    monkeypatch.setattr("coldpress.learned.published.fetch_hub_file", fetch)
     assert kept(run(model, press)) == kept(run(model, replace(press, weights=str(tmp_path))))
     assert set(asked) == {(f"higokri/RestoreKV-Tiny-1B{ending}", name) for name in FILES}
 
@@ -366,14 +366,14 @@ def test_weights_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (tmp_path / name).unlink()
         with pytest.raises(PressError, match=rf"has no file {name}; give the folder with the files of higokri"):
             run(model, RestoreKVPress(0.5, weights=str(tmp_path), **SMALL))
-    monkeypatch.setattr("coldpress.presses.published.fetch_hub_file", lambda *_: None)
+    monkeypatch.setattr("coldpress.learned.published.fetch_hub_file", lambda *_: None)
     with pytest.raises(PressError, match="RestoreKVPress has no published weights for this model"):
         run(model, RestoreKVPress(0.5, **SMALL))
 
     def unreachable(*_: str) -> None:
         raise UnreachableError("the hub could not be reached")
 
-    monkeypatch.setattr("coldpress.presses.published.fetch_hub_file", unreachable)
+    monkeypatch.setattr("coldpress.learned.published.fetch_hub_file", unreachable)
     with pytest.raises(UnreachableError, match=r"hf download higokri/RestoreKV-Tiny-1B restore_embeddings.safetensors"):
         run(model, RestoreKVPress(0.5, **SMALL))
     run(model, RestoreKVPress(0.0))  # nothing to restore

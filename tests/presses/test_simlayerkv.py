@@ -10,7 +10,7 @@ from tests.contract.architectures import tiny, tokens
 from tests.presses.views import MODELS, view_of
 
 from coldpress import LayerView, PressedCache, SimLayerKVPress, make_press
-from coldpress.cache_argument import cache_argument
+from coldpress.architecture.cache_argument import cache_argument
 from coldpress.errors import PressError
 
 N_TOKENS = 37

@@ -23,10 +23,10 @@ from coldpress import (
     ThinKPress,
     make_press,
 )
-from coldpress.cache_argument import cache_argument
+from coldpress.architecture.cache_argument import cache_argument
 from coldpress.errors import PressError
-from coldpress.store import DenseStore
-from coldpress.thin import ThinKeys
+from coldpress.stores.dense import DenseStore
+from coldpress.stores.thin import ThinKeys
 
 N = 45
 INNER = [

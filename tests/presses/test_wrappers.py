@@ -41,11 +41,11 @@ from coldpress import (
     TOVAPress,
     make_press,
 )
-from coldpress.budget import keep_count, spread
-from coldpress.cache_argument import cache_argument
+from coldpress.architecture.cache_argument import cache_argument
+from coldpress.architecture.projection import output_weight
+from coldpress.core.counts import keep_count, spread
+from coldpress.core.kept import Place
 from coldpress.errors import ModelError, PressError
-from coldpress.projection import output_weight
-from coldpress.view import Place
 
 every_model = pytest.mark.parametrize("model", MODELS)
 every_ratio = pytest.mark.parametrize("ratio", [0.25, 0.5, 0.8])

@@ -9,7 +9,7 @@ from tests.contract.architectures import tiny, tokens
 from torch import Tensor
 
 from coldpress import BasePress, Kept, LayerView, PressedCache
-from coldpress.cache_argument import cache_argument
+from coldpress.architecture.cache_argument import cache_argument
 
 MODELS = ("gpt_neox", "gpt_neox_full_rotary", "llama")  # rotary_pct 0.25 and 1.0; grouped queries
 

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 import coldpress
-from coldpress.artefacts import Artefact, Shape, artefact_path
-from coldpress.calibration import calibrate
+from coldpress.bases.registry import catalogue, make_press, press_names
 from coldpress.errors import DataError, PressError
 from coldpress.eval.datasets import load_corpus
 from coldpress.eval.models import load_model, pick_device
@@ -22,8 +21,9 @@ from coldpress.eval.progress import note, progress
 from coldpress.eval.results import check_output, check_writable
 from coldpress.eval.settings import check_types
 from coldpress.eval.tokens import tokenize
-from coldpress.presses.calibrated import Calibrated
-from coldpress.presses.registry import catalogue, make_press, press_names
+from coldpress.io.artefacts import Artefact, Shape, artefact_path
+from coldpress.learned.calibrated import Calibrated
+from coldpress.learned.calibration import calibrate
 
 __all__ = ["CalibrationSettings", "make_artefact"]
 

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
-from coldpress.cache import PressedCache
+from coldpress.bases.press import BasePress
+from coldpress.bases.scorer import BudgetPress
+from coldpress.cache.pressed import PressedCache
+from coldpress.core.kept import Place
 from coldpress.errors import SelfCheckError
 from coldpress.eval.losses import loss_error, token_losses
 from coldpress.eval.perplexity import forward
-from coldpress.presses.base import BasePress, BudgetPress
-from coldpress.view import Place
 
 __all__ = ["check_baseline", "check_stored_pairs", "check_unchanged", "release"]
 

@@ -43,8 +43,8 @@ from coldpress.eval.checks import release
 from coldpress.eval.engine import Engine, LocalEngine
 from coldpress.eval.models import LoadedModel, load_model
 from coldpress.eval.progress import note
-from coldpress.files import path_of
-from coldpress.network import one_line
+from coldpress.io.files import path_of
+from coldpress.io.network import one_line
 
 __all__ = ["ENGINES", "RayEngine", "check_engine", "make_engine"]
 
@@ -641,7 +641,7 @@ def _ask(address: str, seconds: float) -> str | None:
 
 def _knock(host: str, port: int) -> str | None:
     """Why nobody answers at a port; None if somebody does."""
-    from coldpress.network import within
+    from coldpress.io.network import within
 
     def ask() -> None:
         socket.create_connection((host, port), timeout=PROBE_S / 2).close()

@@ -25,7 +25,7 @@ from typing import Any
 
 from coldpress.errors import DataError, nearest
 from coldpress.eval.hub import load_hub, load_local
-from coldpress.files import MAX_TEXT_BYTES, is_utf8, path_of, read_bytes
+from coldpress.io.files import MAX_TEXT_BYTES, is_utf8, path_of, read_bytes
 
 __all__ = ["Corpus", "Document", "load_corpus"]
 

@@ -20,7 +20,7 @@ from coldpress.eval.report import describe
 from coldpress.eval.results import check_writable
 from coldpress.eval.sections import Section, sections
 from coldpress.eval.wording import clean, listed
-from coldpress.files import replace_file
+from coldpress.io.files import replace_file
 
 __all__ = ["Document", "Figure", "Part", "make_document", "write_report"]
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from coldpress.bases.scorer import BUDGETS
 from coldpress.errors import DataError, MissingDependencyError, nearest
 from coldpress.eval.results import read_results
-from coldpress.presses.base import BUDGETS
 
 if TYPE_CHECKING:
     import pandas

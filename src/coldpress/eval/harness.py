@@ -22,22 +22,24 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from coldpress.attention import use_coldpress
-from coldpress.cache import PressedCache
-from coldpress.cache_argument import cache_argument
-from coldpress.chunks import check_chunks, prefill
+from coldpress.architecture.cache_argument import cache_argument
+from coldpress.architecture.rope import stand_at
+from coldpress.bases.press import BasePress
+from coldpress.bases.registry import NO_PRESS, make_press, parameters_of, press_names
+from coldpress.bases.scorer import BUDGETS
+from coldpress.cache.pressed import PressedCache
+from coldpress.core.definition import as_given
+from coldpress.core.requirements import check_chunks, check_quantisable
 from coldpress.errors import InputError, MissingDependencyError, PressError, SelfCheckError
 from coldpress.eval.checks import check_stored_pairs
 from coldpress.eval.losses import Rows, blocks
 from coldpress.eval.settings import check_types
-from coldpress.files import path_of
-from coldpress.network import one_line
-from coldpress.presses.base import BUDGETS, BasePress
-from coldpress.presses.definition import as_given
-from coldpress.presses.registry import NO_PRESS, make_press, parameters_of, press_names
-from coldpress.pressing import prefilling
-from coldpress.quantised import KVBits, check_quantisable
-from coldpress.rope import stand_at
+from coldpress.io.files import path_of
+from coldpress.io.network import one_line
+from coldpress.models.block import prefilling
+from coldpress.models.prompts import prefill
+from coldpress.models.supported import use_coldpress
+from coldpress.stores.bits import KVBits
 
 try:
     from lm_eval.api.registry import register_model

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from coldpress.errors import DataError, MissingDependencyError, UnreachableError, nearest
-from coldpress.network import hub_problem, network_problem, one_line
+from coldpress.io.network import hub_problem, network_problem, one_line
 
 __all__ = ["load_hub", "load_local"]
 

@@ -8,16 +8,17 @@ from typing import Any
 
 import torch
 
+from coldpress.bases.press import BasePress
+from coldpress.bases.registry import NO_PRESS, make_press, press_names
+from coldpress.bases.scorer import BUDGETS
 from coldpress.errors import InputError, PressError
 from coldpress.eval.datasets import load_corpus
 from coldpress.eval.models import load_model, pick_device
 from coldpress.eval.progress import note
 from coldpress.eval.results import check_output
 from coldpress.eval.settings import check_types
-from coldpress.inspecting import MOST_PRESSES, check_presses, inspect
-from coldpress.presses.base import BUDGETS, BasePress
-from coldpress.presses.registry import NO_PRESS, make_press, press_names
-from coldpress.terminal import printable
+from coldpress.io.terminal import printable
+from coldpress.models.inspection import MOST_PRESSES, check_presses, inspect
 
 __all__ = ["make_page"]
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from coldpress.errors import OutputError
 from coldpress.eval.scores import Scores
-from coldpress.files import replace_file
+from coldpress.io.files import replace_file
 
 __all__ = ["UNFINISHED", "Ledger", "LedgerFolder", "Measured", "checksum_of", "replace_in_ledger", "versions"]
 
@@ -129,7 +129,7 @@ def versions(record: Mapping[str, Any]) -> list[Any]:
 
 
 def replace_in_ledger(path: Path, write: Callable[[Path], object]) -> None:
-    """As :func:`coldpress.files.replace_file`.
+    """As :func:`coldpress.io.files.replace_file`.
 
     Raises:
         OutputError: the file cannot be written.

@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from coldpress.attention import use_coldpress
+from coldpress.architecture.offloaded import held
+from coldpress.architecture.versions import check_versions
 from coldpress.errors import (
     DeviceError,
     InputError,
@@ -30,11 +31,10 @@ from coldpress.errors import (
     nearest,
 )
 from coldpress.eval.progress import note
-from coldpress.files import is_utf8, path_of
-from coldpress.network import hub_problem, one_line
-from coldpress.offloaded import held
-from coldpress.sharded import check_launched
-from coldpress.versions import check_versions
+from coldpress.io.files import is_utf8, path_of
+from coldpress.io.launched import check_launched
+from coldpress.io.network import hub_problem, one_line
+from coldpress.models.supported import use_coldpress
 
 __all__ = ["LoadedModel", "input_device", "load_model", "pick_device", "pick_dtype"]
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
-from coldpress.cache import PressedCache
-from coldpress.cache_argument import cache_argument
+from coldpress.architecture.cache_argument import cache_argument
+from coldpress.architecture.rope import stand_at
+from coldpress.cache.pressed import PressedCache
 from coldpress.errors import SelfCheckError
 from coldpress.eval.losses import token_losses
 from coldpress.eval.metrics import (
@@ -27,7 +28,6 @@ from coldpress.eval.metrics import (
 from coldpress.eval.models import input_device
 from coldpress.eval.presets import PRESETS
 from coldpress.eval.windows import Window, plan_strided, strided_scored_tokens
-from coldpress.rope import stand_at
 
 __all__ = ["forward", "plain_perplexity"]
 

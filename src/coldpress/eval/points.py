@@ -8,8 +8,9 @@ import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from coldpress.presses.base import BUDGETS, BasePress
-from coldpress.quantised import KVBits
+from coldpress.bases.press import BasePress
+from coldpress.bases.scorer import BUDGETS
+from coldpress.stores.bits import KVBits
 
 __all__ = ["BASELINE", "Point", "config_of"]
 

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
-from coldpress.cache import PressedCache
-from coldpress.chunks import prefill
+from coldpress.cache.pressed import PressedCache
 from coldpress.eval.checks import release
 from coldpress.eval.perplexity import forward
 from coldpress.eval.points import Point
-from coldpress.pressing import prefilling
+from coldpress.models.block import prefilling
+from coldpress.models.prompts import prefill
 
 __all__ = ["prefilled"]
 

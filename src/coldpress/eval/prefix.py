@@ -23,7 +23,9 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
-from coldpress.cache import PressedCache
+from coldpress.bases.press import BasePress
+from coldpress.bases.scorer import BudgetPress
+from coldpress.cache.pressed import PressedCache
 from coldpress.errors import SelfCheckError
 from coldpress.eval.checks import check_baseline, check_stored_pairs, check_unchanged, release
 from coldpress.eval.ledger import Ledger, Measured
@@ -36,8 +38,7 @@ from coldpress.eval.points import BASELINE, Point
 from coldpress.eval.prefills import prefilled
 from coldpress.eval.scores import Scores
 from coldpress.eval.windows import PrefixPlan
-from coldpress.presses.base import BasePress, BudgetPress
-from coldpress.quantised import KVBits
+from coldpress.stores.bits import KVBits
 
 __all__ = ["Batch", "PrefixRun", "WindowWork"]
 

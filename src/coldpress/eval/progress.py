@@ -10,7 +10,7 @@ from typing import Generic, Protocol, TypeVar
 
 from tqdm import tqdm
 
-from coldpress.terminal import printable
+from coldpress.io.terminal import printable
 
 __all__ = ["Countable", "Sized", "note", "progress"]
 

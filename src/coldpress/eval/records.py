@@ -7,10 +7,10 @@ import traceback
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from coldpress.bases.scorer import BUDGETS
 from coldpress.eval.points import config_of
 from coldpress.eval.results import SCHEMA_VERSION, environment
 from coldpress.eval.settings import Job
-from coldpress.presses.base import BUDGETS
 
 if TYPE_CHECKING:
     from coldpress.eval.run import Run

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from coldpress.bases.registry import NO_PRESS
+from coldpress.bases.scorer import BUDGETS
 from coldpress.eval.memory import format_bytes
-from coldpress.presses.base import BUDGETS
-from coldpress.presses.registry import NO_PRESS
-from coldpress.terminal import printable
+from coldpress.io.terminal import printable
 
 __all__ = ["asked", "bits_of", "check_record", "describe", "groups", "is_number", "short", "show", "size_of", "table"]
 

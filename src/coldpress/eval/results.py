@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 
+from coldpress.bases.scorer import BUDGETS
 from coldpress.errors import DataError, OutputError, SelfCheckError
-from coldpress.files import path_of, read_text, replace_file
-from coldpress.presses.base import BUDGETS
+from coldpress.io.files import path_of, read_text, replace_file
 
 __all__ = [
     "IDENTIFYING_FIELDS",

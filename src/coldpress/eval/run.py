@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from coldpress.bases.press import BasePress
+from coldpress.bases.registry import press_names
 from coldpress.errors import InputError, OutputError, SelfCheckError
 from coldpress.eval.cluster import check_engine, make_engine
 from coldpress.eval.datasets import Corpus, load_corpus
@@ -30,9 +32,7 @@ from coldpress.eval.results import check_writable, result_path, uninterrupted, w
 from coldpress.eval.settings import Job, Settings, left_out_of_batches, make_jobs
 from coldpress.eval.speed import RoundLog, SpeedPoint, SpeedRun
 from coldpress.eval.stream import StreamRun
-from coldpress.presses.base import BasePress
-from coldpress.presses.registry import press_names
-from coldpress.quantised import KVBits
+from coldpress.stores.bits import KVBits
 
 __all__ = ["Run", "Settings", "evaluate"]
 

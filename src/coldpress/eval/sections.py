@@ -9,10 +9,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from coldpress.bases.registry import NO_PRESS
+from coldpress.bases.scorer import BUDGETS
 from coldpress.eval.metrics import Paired, paired_difference
 from coldpress.eval.report import asked, bits_of, groups, short, size_of
-from coldpress.presses.base import BUDGETS
-from coldpress.presses.registry import NO_PRESS
 
 __all__ = ["REFERENCES", "Point", "Section", "paired", "sections", "text_name"]
 

@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 
-from coldpress.budget import check_ratio
-from coldpress.chunks import can_choose_again, check_chunks
+from coldpress.bases.press import BasePress
+from coldpress.bases.registry import NO_PRESS, make_press, parameters_of, press_names
+from coldpress.bases.scorer import BUDGETS
+from coldpress.core.counts import check_ratio
+from coldpress.core.press import parts
+from coldpress.core.requirements import check_chunks, check_quantisable, require_rerotatable
 from coldpress.errors import CacheError, InputError, PressError
-from coldpress.presses.base import BUDGETS, BasePress, parts, require_rerotatable
 from coldpress.presses.decoding import DecodingPress
-from coldpress.presses.registry import NO_PRESS, make_press, parameters_of, press_names
-from coldpress.quantised import KVBits, check_quantisable
+from coldpress.stores.bits import KVBits
 
 PPL_MODES = ("prefix", "streaming")
 PPL_PRESETS = ("hf-strided", "gptq", "llamacpp", "lm-eval")
@@ -329,7 +331,7 @@ def _all_presses(settings: Settings) -> list[str]:
     names = press_names(kind="training-free", at_prefill=True)
     if settings.chunk_tokens is None:
         return names
-    return [name for name in names if can_choose_again(make_press(name, 0.0))]
+    return [name for name in names if (press := make_press(name, 0.0)) is not None and press.chooses_again]
 
 
 def _make_stream_jobs(settings: Settings) -> list[Job]:

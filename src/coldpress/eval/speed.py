@@ -27,19 +27,19 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
-from coldpress.cache import PressedCache
-from coldpress.chunks import prefill
-from coldpress.compiling import compiled
+from coldpress.bases.press import BasePress
+from coldpress.cache.pressed import PressedCache
 from coldpress.errors import SelfCheckError
 from coldpress.eval.checks import check_stored_pairs, release
 from coldpress.eval.ledger import checksum_of, replace_in_ledger
 from coldpress.eval.memory import MemoryMeter, MemoryReading
 from coldpress.eval.perplexity import forward
 from coldpress.eval.points import Point
-from coldpress.files import read_text
-from coldpress.presses.base import BasePress
-from coldpress.pressing import prefilling
-from coldpress.quantised import KVBits
+from coldpress.io.files import read_text
+from coldpress.models.block import prefilling
+from coldpress.models.compiled import compiled
+from coldpress.models.prompts import prefill
+from coldpress.stores.bits import KVBits
 
 __all__ = ["RoundLog", "Sample", "SpeedPoint", "SpeedRun", "now_ns"]
 

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
-from coldpress.cache import PressedCache
+from coldpress.bases.press import BasePress
+from coldpress.cache.pressed import PressedCache
 from coldpress.errors import SelfCheckError
 from coldpress.eval.checks import release
 from coldpress.eval.losses import token_losses
 from coldpress.eval.metrics import perplexity
 from coldpress.eval.models import input_device
 from coldpress.eval.perplexity import forward
-from coldpress.presses.base import BasePress
 
 __all__ = ["Reader", "StreamRun", "by_position", "read_stream"]
 

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from coldpress.bases.scorer import BUDGETS
 from coldpress.errors import InputError, OutputError, SelfCheckError
 from coldpress.eval.cluster import check_engine, make_engine
 from coldpress.eval.datasets import Corpus, load_corpus
@@ -33,8 +34,7 @@ from coldpress.eval.speed import RoundLog
 from coldpress.eval.sweep_plan import Cell, SweepPlan
 from coldpress.eval.task_command import Questions, TaskSettings, make_questions
 from coldpress.eval.task_ledger import TaskLedger
-from coldpress.presses.base import BUDGETS
-from coldpress.terminal import printable
+from coldpress.io.terminal import printable
 
 __all__ = ["Outcome", "sweep"]
 

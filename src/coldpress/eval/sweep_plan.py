@@ -7,11 +7,11 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from coldpress.bases.registry import NO_PRESS
 from coldpress.errors import DataError, InputError, nearest
 from coldpress.eval.settings import PPL_PRESETS, Job, Settings, make_jobs
 from coldpress.eval.task_command import TaskSettings
-from coldpress.files import read_text
-from coldpress.presses.registry import NO_PRESS
+from coldpress.io.files import read_text
 
 __all__ = ["KINDS", "Cell", "SweepPlan", "read_config", "with_options"]
 

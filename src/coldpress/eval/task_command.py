@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from coldpress.bases.registry import NO_PRESS
+from coldpress.bases.scorer import BUDGETS
 from coldpress.errors import InputError, OutputError
 from coldpress.eval.cluster import check_engine, make_engine
 from coldpress.eval.datasets import Corpus, load_corpus
@@ -31,9 +33,7 @@ from coldpress.eval.task_ledger import TaskLedger
 from coldpress.eval.task_run import TaskRun
 from coldpress.eval.tasks import Example, Material, find_task, make_examples
 from coldpress.eval.tasks.words import SENTENCES
-from coldpress.presses.base import BUDGETS
-from coldpress.presses.registry import NO_PRESS
-from coldpress.quantised import KVBits
+from coldpress.stores.bits import KVBits
 
 __all__ = [
     "TASKS",

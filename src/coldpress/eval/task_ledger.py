@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from coldpress.eval.ledger import LedgerFolder, checksum_of, replace_in_ledger
-from coldpress.files import read_text
+from coldpress.io.files import read_text
 
 __all__ = ["Answered", "TaskLedger"]
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
-from coldpress.cache import PressedCache
+from coldpress.cache.pressed import PressedCache
 from coldpress.errors import SelfCheckError
 from coldpress.eval.checks import check_baseline, check_stored_pairs, release
 from coldpress.eval.losses import token_losses

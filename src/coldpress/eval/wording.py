@@ -9,7 +9,7 @@ from typing import Any
 from coldpress.eval.memory import format_bytes
 from coldpress.eval.report import short
 from coldpress.eval.sections import Point
-from coldpress.terminal import UNSAFE
+from coldpress.io.terminal import UNSAFE
 
 __all__ = [
     "cache_words",

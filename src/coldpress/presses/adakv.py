@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from coldpress.budget import adaptive_counts, select_counts, share_of
-from coldpress.presses.base import check_between
+from coldpress.bases.checks import check_between
+from coldpress.bases.registry import register
+from coldpress.bases.wrapper import WrapperPress
+from coldpress.core.choice import select_counts
+from coldpress.core.counts import adaptive_counts, share_of
+from coldpress.core.view import LayerView
 from coldpress.presses.expected_attention import ExpectedAttentionPress
-from coldpress.presses.registry import register
 from coldpress.presses.snapkv import SnapKVPress
-from coldpress.presses.wrapper import WrapperPress
-from coldpress.view import LayerView
 
 
 @register("adakv_snapkv", SnapKVPress)

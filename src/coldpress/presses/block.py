@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coldpress.budget import select
+from coldpress.bases.checks import check_at_least
+from coldpress.bases.registry import register
+from coldpress.bases.wrapper import WrapperPress
+from coldpress.core.choice import select
+from coldpress.core.view import LayerView
 from coldpress.errors import PressError
-from coldpress.presses.base import check_at_least
 from coldpress.presses.keydiff import KeyDiffPress
-from coldpress.presses.registry import register
-from coldpress.presses.wrapper import WrapperPress
-from coldpress.view import LayerView
 
 
 @register("block_keydiff", KeyDiffPress)

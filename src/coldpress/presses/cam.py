@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coldpress.presses.base import check_at_least
+from coldpress.bases.checks import check_at_least
+from coldpress.core.kept import Kept
+from coldpress.core.view import LayerView
 from coldpress.presses.decoding import DecodingPress
-from coldpress.view import Kept, LayerView
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
-from coldpress.presses.base import ScorerPress, check_at_least, check_between
+from coldpress.bases.checks import check_at_least, check_between
+from coldpress.bases.registry import register
+from coldpress.bases.scorer import ScorerPress
+from coldpress.core.view import LayerView
 from coldpress.presses.leverage import leverage_scores
-from coldpress.presses.registry import register
-from coldpress.view import LayerView
 
 
 @register("cap")

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coldpress.budget import select, shrink_protected, spread
-from coldpress.presses.base import check_at_least
-from coldpress.presses.registry import register
+from coldpress.bases.checks import check_at_least
+from coldpress.bases.registry import register
+from coldpress.bases.wrapper import WrapperPress
+from coldpress.core.choice import select, shrink_protected
+from coldpress.core.counts import spread
+from coldpress.core.view import LayerView
 from coldpress.presses.snapkv import SnapKVPress
-from coldpress.presses.wrapper import WrapperPress
-from coldpress.view import LayerView
 
 
 @register("chunk_snapkv", SnapKVPress)

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coldpress.budget import select
-from coldpress.presses.base import check_at_least
-from coldpress.presses.registry import register
+from coldpress.bases.checks import check_at_least
+from coldpress.bases.registry import register
+from coldpress.bases.wrapper import WrapperPress
+from coldpress.core.choice import select
+from coldpress.core.view import LayerView
 from coldpress.presses.snapkv import SnapKVPress
-from coldpress.presses.wrapper import WrapperPress
-from coldpress.view import LayerView
 
 
 @register("chunkkv", SnapKVPress)

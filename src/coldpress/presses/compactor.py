@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.functional import pad
 
-from coldpress.presses.base import ScorerPress, check_at_least, check_between
+from coldpress.bases.checks import check_at_least, check_between
+from coldpress.bases.registry import register
+from coldpress.bases.scorer import ScorerPress
+from coldpress.core.view import LayerView
 from coldpress.presses.leverage import LeverageScorePress
 from coldpress.presses.non_causal_attention import NonCausalAttnPress
-from coldpress.presses.registry import register
-from coldpress.view import LayerView
 
 
 @register("compactor")

@@ -11,11 +11,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from coldpress.budget import check_ratio, select
+from coldpress.bases.scorer import ScorerPress
+from coldpress.bases.wrapper import require_scorer
+from coldpress.core.choice import select
+from coldpress.core.counts import check_ratio
+from coldpress.core.kept import Place
+from coldpress.core.view import LayerView
 from coldpress.errors import PressError
-from coldpress.presses.base import ScorerPress
-from coldpress.presses.wrapper import require_scorer
-from coldpress.view import LayerView, Place
 
 _C = TypeVar("_C", bound="ComposedPress")
 

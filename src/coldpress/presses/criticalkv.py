@@ -8,15 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coldpress.budget import best, select, select_counts, share_of
+from coldpress.bases.checks import check_between
+from coldpress.bases.registry import register
+from coldpress.bases.wrapper import WrapperPress, require_scorer
+from coldpress.core.choice import best, select, select_counts
+from coldpress.core.counts import share_of
+from coldpress.core.view import LayerView
 from coldpress.errors import PressError
 from coldpress.presses.adakv import AdaKVPress
-from coldpress.presses.base import check_between
 from coldpress.presses.expected_attention import ExpectedAttentionPress
-from coldpress.presses.registry import register
 from coldpress.presses.snapkv import SnapKVPress
-from coldpress.presses.wrapper import WrapperPress, require_scorer
-from coldpress.view import LayerView
 
 
 @register("critical_snapkv", SnapKVPress)

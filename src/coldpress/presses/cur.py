@@ -8,10 +8,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from coldpress.bases.checks import check_at_least
+from coldpress.bases.registry import register
+from coldpress.bases.scorer import ScorerPress
+from coldpress.core.view import LayerView
 from coldpress.errors import PressError, nearest
-from coldpress.presses.base import ScorerPress, check_at_least
-from coldpress.presses.registry import register
-from coldpress.view import LayerView
 
 _Leverage = Literal["key", "value", "kv_avg", "kv_product"]
 _RANDOM_DIMENSIONS = 20

@@ -7,22 +7,25 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from coldpress.budget import check_ratio, keep_count
+from coldpress.bases.checks import check_at_least, no_scorer, require_one_layer
+from coldpress.bases.press import BasePress
+from coldpress.bases.registry import register
+from coldpress.bases.scorer import BUDGETS, ScorerPress
+from coldpress.bases.wrapper import WrapperPress
+from coldpress.core.counts import check_ratio, keep_count
+from coldpress.core.definition import as_given
+from coldpress.core.kept import Kept
+from coldpress.core.view import LayerView
 from coldpress.errors import PressError
-from coldpress.presses.base import BUDGETS, BasePress, ScorerPress, check_at_least, no_scorer, require_one_layer
-from coldpress.presses.definition import as_given
 from coldpress.presses.keydiff import KeyDiffPress
 from coldpress.presses.knorm import KnormPress
-from coldpress.presses.registry import register
 from coldpress.presses.snapkv import SnapKVPress
 from coldpress.presses.streaming_llm import StreamingLLMPress
 from coldpress.presses.think import ThinKPress
 from coldpress.presses.tova import TOVAPress
-from coldpress.presses.wrapper import WrapperPress
-from coldpress.view import Kept, LayerView
 
 if TYPE_CHECKING:
-    from coldpress.cache import PressedCache
+    from coldpress.cache.pressed import PressedCache
 
 
 @dataclass(frozen=True)
@@ -184,6 +187,10 @@ class PrefillDecodingPress(BasePress):
     @property
     def n_waiting(self) -> int:
         return 0 if self.decoding_press is None else self.decoding_press.n_waiting
+
+    @property
+    def chooses_again(self) -> bool:
+        return self.prefilling_press is None or self.prefilling_press.chooses_again
 
     def judge(self, view: LayerView) -> Tensor:
         assert self.decoding_press is not None

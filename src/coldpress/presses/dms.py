@@ -8,11 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coldpress.budget import checked, ends, pack
+from coldpress.bases.checks import check_at_least, check_between
+from coldpress.bases.press import BasePress
+from coldpress.bases.scorer import ScorerPress
+from coldpress.bases.wrapper import require_scorer
+from coldpress.core.choice import checked, ends, pack
+from coldpress.core.kept import Kept
+from coldpress.core.view import LayerView
 from coldpress.errors import PressError
-from coldpress.presses.base import BasePress, ScorerPress, check_at_least, check_between
-from coldpress.presses.wrapper import require_scorer
-from coldpress.view import Kept, LayerView
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,17 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from coldpress.artefacts import Artefact, Shape, artefacts_folder
-from coldpress.budget import check_ratio, ends, pack
+from coldpress.bases.checks import check_at_least, numbers_of
+from coldpress.bases.registry import register
+from coldpress.core.choice import ends, pack
+from coldpress.core.counts import check_ratio
+from coldpress.core.kept import Kept
+from coldpress.core.view import LayerView
 from coldpress.errors import PressError
-from coldpress.files import path_of, read_text
-from coldpress.network import fetch_url
-from coldpress.presses.base import check_at_least, numbers_of
-from coldpress.presses.calibrated import Calibrated, Calibration
-from coldpress.presses.registry import register
-from coldpress.view import Kept, LayerView
+from coldpress.io.artefacts import Artefact, Shape, artefacts_folder
+from coldpress.io.files import path_of, read_text
+from coldpress.io.network import fetch_url
+from coldpress.learned.calibrated import Calibrated, Calibration
 
 _HEADS, _SIZES = "full_attention_heads.tsv", "config.json"  # names of the published files
 _SIZE_NAMES = ("sink_size", "recent_size")

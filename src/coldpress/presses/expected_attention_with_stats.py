@@ -9,14 +9,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from coldpress.artefacts import Shape
-from coldpress.calibration import Moments
+from coldpress.bases.checks import check_at_least
+from coldpress.bases.registry import register
+from coldpress.core.view import LayerView
 from coldpress.errors import PressError
-from coldpress.presses.base import check_at_least
-from coldpress.presses.calibrated import Calibrated, Calibration
+from coldpress.io.artefacts import Shape
+from coldpress.learned.calibrated import Calibrated, Calibration
+from coldpress.learned.calibration import Moments
 from coldpress.presses.expected_attention import ExpectedAttentionPress
-from coldpress.presses.registry import register
-from coldpress.view import LayerView
 
 
 @register("expected_attention_with_stats")

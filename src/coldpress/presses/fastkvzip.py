@@ -11,15 +11,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from coldpress.budget import adaptive_counts, counts_together, select_counts, share_of, shrink_protected
+from coldpress.bases.checks import check_at_least, check_between
+from coldpress.bases.registry import register
+from coldpress.bases.scorer import BudgetPress
+from coldpress.core.choice import select_counts, shrink_protected
+from coldpress.core.counts import adaptive_counts, counts_together, share_of
+from coldpress.core.kept import Kept, Place
+from coldpress.core.requirements import require_block
+from coldpress.core.view import LayerView
 from coldpress.errors import PressError
-from coldpress.presses.base import BudgetPress, check_at_least, check_between, require_block
-from coldpress.presses.published import damaged, model_name, published_file
-from coldpress.presses.registry import register
-from coldpress.view import Kept, LayerView, Place
+from coldpress.learned.published import damaged, model_name, published_file
 
 if TYPE_CHECKING:
-    from coldpress.cache import PressedCache
+    from coldpress.cache.pressed import PressedCache
 
 _REPO = "Jang-Hyun/Fast-KVzip"
 _LONG_TEXT = 32_000  # tokens from which on the window has a fixed size

@@ -9,11 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coldpress.budget import select, spread
+from coldpress.bases.checks import check_at_least
+from coldpress.bases.registry import register
+from coldpress.bases.scorer import ScorerPress
+from coldpress.core.choice import select
+from coldpress.core.counts import spread
+from coldpress.core.kept import Kept
+from coldpress.core.requirements import require_block
+from coldpress.core.view import LayerView
 from coldpress.errors import PressError
-from coldpress.presses.base import ScorerPress, check_at_least, require_block
-from coldpress.presses.registry import register
-from coldpress.view import Kept, LayerView
 
 
 @register("finch", window_size=64)

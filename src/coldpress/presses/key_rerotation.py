@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
+from coldpress.bases.registry import register
+from coldpress.bases.wrapper import WrapperPress, require_choice
+from coldpress.core.kept import Kept
+from coldpress.core.view import LayerView
 from coldpress.presses.merging import MergingPress
-from coldpress.presses.registry import register
 from coldpress.presses.streaming_llm import StreamingLLMPress
-from coldpress.presses.wrapper import WrapperPress, require_choice
-from coldpress.view import Kept, LayerView
 
 
 @register("rerotated_streaming_llm", StreamingLLMPress)

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from coldpress.budget import adaptive_counts
+from coldpress.bases.checks import check_at_least
+from coldpress.bases.registry import register
+from coldpress.bases.replay import ReplayPress, chunk_view
+from coldpress.core.call import LayerCall
+from coldpress.core.counts import adaptive_counts
 from coldpress.errors import PressError
-from coldpress.presses.base import check_at_least
-from coldpress.presses.registry import register
-from coldpress.presses.replay import ReplayPress, chunk_view
-from coldpress.view import LayerCall
 
 if TYPE_CHECKING:
-    from coldpress.cache import PressedCache
-    from coldpress.layer import PressedLayer
+    from coldpress.cache.layer import PressedLayer
+    from coldpress.cache.pressed import PressedCache
 
 
 @register("kvcompose")

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from coldpress.bases.registry import register
+from coldpress.bases.replay import last_block
+from coldpress.core.call import LayerCall
 from coldpress.errors import PressError
 from coldpress.presses.kvzip import KVzipPress
-from coldpress.presses.registry import register
-from coldpress.presses.replay import last_block
-from coldpress.view import LayerCall
 
 if TYPE_CHECKING:
-    from coldpress.cache import PressedCache
-    from coldpress.layer import PressedLayer
+    from coldpress.cache.layer import PressedLayer
+    from coldpress.cache.pressed import PressedCache
 
 
 @register("kvgrad")

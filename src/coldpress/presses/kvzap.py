@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from coldpress.bases.registry import register
+from coldpress.bases.scorer import ScorerPress
+from coldpress.core.requirements import require_block
+from coldpress.core.view import LayerView
 from coldpress.errors import PressError
-from coldpress.files import read_text
-from coldpress.presses.base import ScorerPress, require_block
-from coldpress.presses.published import damaged, model_name, published_file
-from coldpress.presses.registry import register
-from coldpress.view import LayerView
+from coldpress.io.files import read_text
+from coldpress.learned.published import damaged, model_name, published_file
 
 _Layer = tuple[tuple[Tensor, Tensor], ...]  # weight [out, in] and bias [out] of one or two linear maps
 

@@ -11,16 +11,17 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 from transformers.modeling_utils import PreTrainedModel
 
-from coldpress.budget import adaptive_counts
+from coldpress.bases.checks import check_at_least
+from coldpress.bases.registry import register
+from coldpress.bases.replay import ReplayPress, chunk_view, projected_norms
+from coldpress.core.call import LayerCall
+from coldpress.core.counts import adaptive_counts
+from coldpress.core.requirements import require_block
 from coldpress.errors import PressError
-from coldpress.presses.base import check_at_least, require_block
-from coldpress.presses.registry import register
-from coldpress.presses.replay import ReplayPress, chunk_view, projected_norms
-from coldpress.view import LayerCall
 
 if TYPE_CHECKING:
-    from coldpress.cache import PressedCache
-    from coldpress.layer import PressedLayer
+    from coldpress.cache.layer import PressedLayer
+    from coldpress.cache.pressed import PressedCache
 
 _K = TypeVar("_K", bound="KVzipPress")
 _FIRST = "\n\nRepeat the previous context exactly."

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from coldpress.bases.checks import check_at_least
+from coldpress.bases.registry import register
+from coldpress.bases.scorer import ScorerPress
+from coldpress.core.view import LayerView
 from coldpress.errors import PressError
-from coldpress.presses.base import ScorerPress, check_at_least
-from coldpress.presses.registry import register
-from coldpress.view import LayerView
 
 
 @register("lagkv")

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coldpress.presses.base import ScorerPress, check_at_least
+from coldpress.bases.checks import check_at_least
+from coldpress.bases.registry import register
+from coldpress.bases.scorer import ScorerPress
+from coldpress.core.pick import at_once
+from coldpress.core.view import LayerView
 from coldpress.presses.non_causal_attention import standardized
-from coldpress.presses.registry import register
-from coldpress.view import LayerView, at_once
 
 
 @register("leverage")

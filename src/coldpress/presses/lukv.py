@@ -13,18 +13,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coldpress.artefacts import Artefact, Shape, artefacts_folder
-from coldpress.budget import apportion, protect, select_counts, shrink_protected
-from coldpress.budget_curves import BudgetCurves
+from coldpress.bases.checks import check_at_least, numbers_of
+from coldpress.bases.registry import register
+from coldpress.bases.scorer import ScorerPress
+from coldpress.bases.wrapper import WrapperPress
+from coldpress.core.choice import protect, select_counts, shrink_protected
+from coldpress.core.counts import apportion
+from coldpress.core.kept import Place
+from coldpress.core.view import LayerView
 from coldpress.errors import PressError
-from coldpress.files import path_of
-from coldpress.network import fetch_url
-from coldpress.presses.base import ScorerPress, check_at_least, numbers_of
-from coldpress.presses.calibrated import Calibrated, Calibration
+from coldpress.io.artefacts import Artefact, Shape, artefacts_folder
+from coldpress.io.files import path_of
+from coldpress.io.network import fetch_url
+from coldpress.learned.budget_curves import BudgetCurves
+from coldpress.learned.calibrated import Calibrated, Calibration
 from coldpress.presses.expected_attention import ExpectedAttentionPress
-from coldpress.presses.registry import register
-from coldpress.presses.wrapper import WrapperPress
-from coldpress.view import LayerView, Place
 
 _L = TypeVar("_L", bound="LUKVPress")
 Curves = tuple[tuple[tuple[float, ...], ...], ...]
@@ -47,10 +50,10 @@ class LUKVPress(Calibrated, WrapperPress):
     places allow.
 
     Source: Tang et al. 2026, arXiv:2602.08585. Differs from the paper: what ``coldpress calibrate lukv`` computes
-    follows the paper's idea where its details are not at hand; :class:`coldpress.budget_curves.BudgetCurves` says what
-    it is. Differs from kvpress: evicted pairs leave memory instead of being masked; counts add up to the ratio that was
-    asked for, and ratios between two percents have budgets of their own; the published curves serve the scorer that
-    they were made with, and no other parameters of it.
+    follows the paper's idea where its details are not at hand; :class:`coldpress.learned.budget_curves.BudgetCurves`
+    says what it is. Differs from kvpress: evicted pairs leave memory instead of being masked; counts add up to the
+    ratio that was asked for, and ratios between two percents have budgets of their own; the published curves serve the
+    scorer that they were made with, and no other parameters of it.
 
     Needs: what the inner press needs, and curves of the model and the inner press. Cost: of the inner press, and
     sorting the scores.

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from coldpress.budget import share_of
-from coldpress.presses.base import check_between
-from coldpress.presses.registry import register
+from coldpress.bases.checks import check_between
+from coldpress.bases.registry import register
+from coldpress.bases.wrapper import WrapperPress, require_choice
+from coldpress.core.counts import share_of
+from coldpress.core.kept import Kept
+from coldpress.core.view import LayerView
 from coldpress.presses.snapkv import SnapKVPress
-from coldpress.presses.wrapper import WrapperPress, require_choice
-from coldpress.view import Kept, LayerView
 
 _BLOCK_ELEMENTS = 1 << 22  # similarities held at once (16 MiB in float32)
 

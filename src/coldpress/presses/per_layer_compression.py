@@ -9,11 +9,12 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from coldpress.budget import check_ratio
+from coldpress.bases.scorer import ScorerPress
+from coldpress.bases.wrapper import WrapperPress, require_choice
+from coldpress.core.counts import check_ratio
+from coldpress.core.kept import Place
+from coldpress.core.view import LayerView
 from coldpress.errors import PressError
-from coldpress.presses.base import ScorerPress
-from coldpress.presses.wrapper import WrapperPress, require_choice
-from coldpress.view import LayerView, Place
 
 _P = TypeVar("_P", bound="PerLayerCompressionPress")
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fractions import Fraction
 
-from coldpress.budget import exact_keep, pyramid_counts
-from coldpress.presses.base import check_at_least
-from coldpress.presses.registry import register
+from coldpress.bases.checks import check_at_least
+from coldpress.bases.registry import register
+from coldpress.core.counts import exact_keep, pyramid_counts
+from coldpress.core.kept import Place
 from coldpress.presses.snapkv import SnapKVPress
-from coldpress.view import Place
 
 
 @register("pyramidkv")
@@ -17,7 +17,7 @@ from coldpress.view import Place
 class PyramidKVPress(SnapKVPress):
     """SnapKV's scores; the first layers keep more tokens and the last ones fewer, on a straight line.
 
-    The counts are those of :func:`coldpress.budget.pyramid_counts`; their total is that of SnapKV at the same ratio.
+    The counts are those of :func:`coldpress.core.counts.pyramid_counts`; they add up to SnapKV's at the same ratio.
     Where the last layer would keep fewer than window_size pairs, as it does when the mean is below beta * window_size
     and the line is not flattened, all layers keep the same number: then this is SnapKV.
 

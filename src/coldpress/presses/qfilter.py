@@ -9,12 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from coldpress.artefacts import Shape
-from coldpress.calibration import Moments
-from coldpress.presses.base import ScorerPress
-from coldpress.presses.calibrated import Calibrated, Calibration
-from coldpress.presses.registry import register
-from coldpress.view import LayerView
+from coldpress.bases.registry import register
+from coldpress.bases.scorer import ScorerPress
+from coldpress.core.view import LayerView
+from coldpress.io.artefacts import Shape
+from coldpress.learned.calibrated import Calibrated, Calibration
+from coldpress.learned.calibration import Moments
 
 
 @register("qfilter")

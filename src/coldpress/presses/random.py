@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coldpress.presses.base import ScorerPress
-from coldpress.presses.registry import register
-from coldpress.view import LayerView
+from coldpress.bases.registry import register
+from coldpress.bases.scorer import ScorerPress
+from coldpress.core.view import LayerView
 
 
 @register("random")

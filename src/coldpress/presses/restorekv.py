@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers.modeling_utils import PreTrainedModel
 
+from coldpress.architecture.rope import Rope
+from coldpress.bases.registry import register
+from coldpress.core.call import LayerCall
 from coldpress.errors import PressError
-from coldpress.lora import Lora, read_tensors
+from coldpress.learned.lora import Lora, read_tensors
+from coldpress.learned.published import damaged, model_name, published_file
 from coldpress.presses.kvzip import KVzipPress
-from coldpress.presses.published import damaged, model_name, published_file
-from coldpress.presses.registry import register
-from coldpress.rope import Rope
-from coldpress.view import LayerCall
 
 if TYPE_CHECKING:
-    from coldpress.cache import PressedCache
-    from coldpress.layer import PressedLayer
+    from coldpress.cache.layer import PressedLayer
+    from coldpress.cache.pressed import PressedCache
 
 _P = TypeVar("_P", bound="RestoreKVPress")
 _EMBEDDINGS = "restore_embeddings"

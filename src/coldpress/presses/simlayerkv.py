@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from coldpress.budget import ends, pack
+from coldpress.bases.checks import check_at_least, check_between
+from coldpress.bases.press import BasePress
+from coldpress.bases.registry import register
+from coldpress.core.choice import ends, pack
+from coldpress.core.kept import Kept
+from coldpress.core.view import LayerView
 from coldpress.errors import PressError
-from coldpress.presses.base import BasePress, check_at_least, check_between
-from coldpress.presses.registry import register
-from coldpress.view import Kept, LayerView
 
 
 @register("simlayerkv", lazy_threshold=0.9)

@@ -6,14 +6,17 @@ from dataclasses import dataclass, field
 
 import torch
 
-from coldpress.budget import check_ratio, keep_count, select
+from coldpress.bases.checks import check_at_least
+from coldpress.bases.registry import register
+from coldpress.bases.scorer import ScorerPress
+from coldpress.bases.wrapper import WrapperPress, require_press
+from coldpress.core.choice import select
+from coldpress.core.counts import check_ratio, keep_count
+from coldpress.core.kept import Kept
+from coldpress.core.view import LayerView
 from coldpress.errors import PressError
-from coldpress.presses.base import ScorerPress, check_at_least
 from coldpress.presses.knorm import KnormPress
-from coldpress.presses.registry import register
 from coldpress.presses.snapkv import SnapKVPress
-from coldpress.presses.wrapper import WrapperPress, require_press
-from coldpress.view import Kept, LayerView
 
 
 @register("think", key_channel_compression_ratio=0.4)

@@ -1,0 +1,1 @@
+"""Arithmetic of attention over stored pairs. Knows tensors and no cache."""

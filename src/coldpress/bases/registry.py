@@ -1,0 +1,347 @@
+"""Names of the presses: what the command line, the documentation and the contract tests list comes from here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any, NamedTuple, TypeVar
+
+from coldpress.bases.docstring import parse
+from coldpress.bases.press import BasePress
+from coldpress.bases.scorer import BUDGETS, ScorerPress
+from coldpress.core.counts import check_ratio
+from coldpress.errors import PressError, nearest
+
+__all__ = [
+    "NO_PRESS",
+    "Parameter",
+    "PressInfo",
+    "catalogue",
+    "find_press",
+    "make_press",
+    "parameters_of",
+    "press_classes",
+    "press_names",
+    "register",
+]
+
+NO_PRESS = "no_press"  # the uncompressed baseline: a name for the command line, no class
+
+_P = TypeVar("_P", bound=type[BasePress])
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What a name stands for: a press, or a wrapper around a press, with some parameters that are not the defaults."""
+
+    cls: type[BasePress]
+    inner: type[ScorerPress] | None = None
+    changed: dict[str, Any] = field(default_factory=dict)  # the press's own, or those of the press inside it
+
+    @property
+    def classes(self) -> list[type[BasePress]]:
+        """The press and the one inside it."""
+        return [cls for cls in (self.cls, self.inner) if cls]
+
+    @property
+    def has_ratio(self) -> bool:
+        """Whether the press, or the one inside it, is made with a ratio."""
+        own = any(f.name == "compression_ratio" and f.init for f in fields(self.cls))  # type: ignore[arg-type]
+        return self.cls.has_ratio and (own or self.inner is not None)
+
+    @property
+    def schedule_ratio(self) -> str | None:
+        """The parameter that the ratio is, of a schedule around a press that has none of its own."""
+        return None if self.cls.at_prefill else "target_compression_ratio"
+
+    @property
+    def kind(self) -> str:
+        """``trained`` or ``calibrated`` where the press or the one inside it is."""
+        kinds = {cls.kind for cls in self.classes}
+        return next((kind for kind in ("trained", "calibrated") if kind in kinds), "training-free")
+
+    def split(self, parameters: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The press's own parameters, and those of the press inside it; one that both have is the press's own."""
+        if self.inner is None:
+            return parameters, {}
+        own = {f.name for f in _parameters(self.cls)}
+        outer = {name: value for name, value in parameters.items() if name in own}
+        return outer, {name: value for name, value in parameters.items() if name not in own}
+
+
+_BY_NAME: dict[str, _Entry] = {}
+
+
+class Parameter(NamedTuple):
+    """A parameter of a press: its name, its default as it is written in Python, and what the docstring says of it.
+
+    ``default`` is an empty text for one that has to be given.
+    """
+
+    name: str
+    default: str
+    text: str
+
+
+@dataclass(frozen=True)
+class PressInfo:
+    """An entry of the catalogue, read off a press's class and docstring.
+
+    Attributes:
+        name: the registered one; an empty text for a class, which may have several names, or none.
+        title: the class, and for a wrapper with a name the one inside: ``AdaKVPress(SnapKVPress)``.
+        summary, details, source, differs, needs, cost: as in
+            :class:`coldpress.bases.docstring.Docstring`.
+        link: the address of the paper, or of the code where there is none; may be empty.
+        call: how the press is made, with its defaults: ``SnapKVPress(compression_ratio, window_size=64, ...)``.
+        parameters: what the call takes; of a named wrapper, those of the press inside it too.
+        kind, at_prefill, decodes, per_head, per_layer: as in :class:`BasePress`, of the press and the one inside it
+            together.
+        has_ratio: takes a ratio, and budgets.
+        in_block: runs only inside ``with press(model):``, as the commands and the pipeline do.
+    """
+
+    name: str
+    class_name: str
+    title: str
+    summary: str
+    details: tuple[str, ...]
+    source: str
+    link: str
+    differs: tuple[str, ...]
+    needs: str
+    cost: str
+    call: str
+    parameters: tuple[Parameter, ...]
+    kind: str
+    at_prefill: bool
+    decodes: bool
+    per_head: bool
+    per_layer: bool
+    has_ratio: bool
+    in_block: bool
+
+
+def register(name: str, inner: type[ScorerPress] | None = None, **parameters: Any) -> Callable[[_P], _P]:
+    """Class decorator: make a press known under ``name``.
+
+    Args:
+        name: how the command line and :func:`make_press` call it.
+        inner: for a wrapper, the class of the press inside it.
+        parameters: the class's own that differ from its defaults, and those of ``inner``.
+
+    Raises:
+        PressError: the name is taken by another class.
+    """
+
+    def decorate(cls: _P) -> _P:
+        taken = _BY_NAME.get(name)
+        if name == NO_PRESS or (taken is not None and taken.cls.__qualname__ != cls.__qualname__):
+            raise PressError(f"The press name {name!r} is taken{f' by {taken.cls.__name__}' if taken else ''}.")
+        _BY_NAME[name] = _Entry(cls, inner, parameters)
+        return cls
+
+    return decorate
+
+
+def press_names(*, kind: str | None = None, has_ratio: bool | None = None, at_prefill: bool | None = None) -> list[str]:
+    """The registered names, sorted: all, or those for which the arguments hold; ``no_press`` is none of them.
+
+    Args:
+        kind, has_ratio, at_prefill: as in :class:`PressInfo`; None for any.
+    """
+    return [
+        name
+        for name, entry in sorted(_BY_NAME.items())
+        if kind in (None, entry.kind)
+        and has_ratio in (None, entry.has_ratio)
+        and at_prefill in (None, entry.cls.at_prefill)
+    ]
+
+
+def make_press(name: str, compression_ratio: float, /, **parameters: Any) -> BasePress | None:
+    """The press called ``name``, or None for ``no_press``.
+
+    Parameters of a name that stands for a wrapper are the wrapper's own or those of the press inside it; a parameter
+    that both have is the wrapper's. Every press that has a ratio takes ``budget_tokens`` or ``budget_bytes`` too, with
+    a ratio of 0; a decoding schedule does not, and its ratio is that of the text so far. A press without a ratio, whose
+    own parameters say how much is kept, is made with a ratio of 0.
+
+    Raises:
+        PressError: unknown name (with the nearest ones), a ratio outside [0, 1), an unknown parameter, a ratio for a
+            press that has none.
+    """
+    if name == NO_PRESS:
+        return None
+    entry = _BY_NAME.get(name)
+    if entry is None:
+        known = [NO_PRESS, *press_names()]
+        raise PressError(f"Unknown press {name!r}.{_of_class(name) or nearest(name, known)} Known: {', '.join(known)}.")
+    allowed = sorted(parameters_of(name))
+    budget = {k: v for k, v in parameters.items() if k in BUDGETS and v is not None}
+    if budget and not entry.has_ratio:
+        raise PressError(f"{name} has no budget in tokens or bytes: its own parameters say how much is kept.")
+    if budget and entry.schedule_ratio:
+        raise PressError(
+            f"{name} keeps a share of the text so far; for a fixed number of tokens make "
+            f"DecodingPress({_named(entry.inner)}(), target_size=...) in Python."
+        )
+    parameters = {k: v for k, v in parameters.items() if k not in BUDGETS}
+    for parameter in parameters:
+        if parameter not in allowed:
+            raise PressError(
+                f"{name} has no parameter {parameter!r}.{nearest(parameter, allowed)} "
+                f"It takes: {', '.join(allowed) or 'none beside the ratio'}."
+            )
+    if not entry.has_ratio:
+        check_ratio(compression_ratio)
+        if compression_ratio:
+            raise PressError(
+                f"{name} has no compression ratio: its own parameters say how much is kept ({', '.join(allowed)}). "
+                f"Give it the ratio 0, got {compression_ratio}."
+            )
+    own_ratio: dict[str, Any] = {"compression_ratio": compression_ratio} if entry.has_ratio else {}
+    outer, inner = entry.split(entry.changed | parameters)
+    if entry.inner is None:
+        return entry.cls(**own_ratio, **budget, **outer)
+    if entry.schedule_ratio:
+        check_ratio(compression_ratio)
+        outer[entry.schedule_ratio] = compression_ratio
+        return entry.cls(base_press=entry.inner(**inner), **outer)  # type: ignore[call-arg]
+    return entry.cls(press=entry.inner(compression_ratio=compression_ratio, **budget, **inner), **outer)  # type: ignore[call-arg]
+
+
+def _of_class(name: str) -> str:
+    """What to write instead where ``name`` is that of a class, its ending left out or not; else an empty text."""
+    wanted = name.lower().removesuffix("press")
+    classes = {entry.cls.__name__ for entry in _BY_NAME.values()} | {info.class_name for info in press_classes()}
+    cls = next((cls for cls in sorted(classes) if cls.lower().removesuffix("press") == wanted), None)
+    if cls is None:
+        return ""
+    names = [repr(own) for own, entry in sorted(_BY_NAME.items()) if entry.cls.__name__ == cls]
+    return f" {cls} is called {' or '.join(names)} here." if names else f" {cls} has no name and is made in Python."
+
+
+def parameters_of(name: str) -> dict[str, Field[Any]]:
+    """What :func:`make_press` takes for ``name`` beside the ratio: a wrapper's own parameters and those inside it.
+
+    A parameter that both have is the wrapper's. Empty for a name that is not registered.
+    """
+    entry = _BY_NAME.get(name)
+    classes = entry.classes[::-1] if entry else []
+    return {f.name: f for cls in classes for f in _parameters(cls)}
+
+
+def catalogue() -> list[PressInfo]:
+    """Every registered press, sorted by name."""
+    return [_info(name, _BY_NAME[name]) for name in press_names()]
+
+
+def press_classes() -> list[PressInfo]:
+    """Every press's class once, whether it has names or is made in Python only, sorted by the class's name."""
+    classes = {cls for cls in _subclasses(BasePress) if cls.__module__.startswith("coldpress.")}
+    known = [cls for cls in classes if parse(cls).source]  # what has no source is there to be inherited from
+    return [_info("", _Entry(cls)) for cls in sorted(known, key=lambda cls: cls.__name__)]
+
+
+def find_press(name: str) -> PressInfo:
+    """The entry of a registered name or of a class.
+
+    Raises:
+        PressError: there is none; says which names are near.
+    """
+    known = {info.name or info.class_name: info for info in [*catalogue(), *press_classes()]}
+    if name not in known:
+        raise PressError(
+            f"Unknown press {name!r}.{nearest(name, known)} 'coldpress presses' lists the names and classes."
+        )
+    return known[name]
+
+
+def _subclasses(cls: type[BasePress]) -> Iterator[type[BasePress]]:
+    for sub in cls.__subclasses__():
+        yield sub
+        yield from _subclasses(sub)
+
+
+def _parameters(cls: type[BasePress]) -> list[Field[Any]]:
+    """What a press takes beside the ratio and the press inside it."""
+    budget = ("compression_ratio", "target_compression_ratio", *BUDGETS, "press", "base_press")
+    return [f for f in fields(cls) if f.init and f.repr and f.name not in budget]  # type: ignore[arg-type]
+
+
+def _named(cls: type[BasePress] | None) -> str:
+    return "" if cls is None else cls.__name__
+
+
+def _default(f: Field[Any]) -> Any:
+    return f.default_factory() if f.default_factory is not MISSING else f.default
+
+
+def _info(name: str, entry: _Entry) -> PressInfo:
+    """The entry of a name; of the class alone for an empty one, with all that its constructor takes."""
+    cls, doc = entry.cls, parse(entry.cls)
+    ratio = ["compression_ratio"] if entry.has_ratio else []
+    outer, inner = entry.split(entry.changed)
+    if not name:
+        parameters = _constructor(cls)
+        call = ", ".join(f"{p.name}={p.default}" if p.default else p.name for p in parameters)
+    elif entry.inner is None:
+        parameters = _described(cls, outer)
+        call = ", ".join([*ratio, *_written(cls, outer)])
+    else:
+        given = [] if entry.schedule_ratio else ratio
+        inside = f"{entry.inner.__name__}({', '.join([*given, *_written(entry.inner, inner)])})"
+        is_keyword = any(f.name == "press" and f.kw_only is True for f in fields(cls))  # type: ignore[arg-type]
+        mine = _described(cls, outer)
+        names = {p.name for p in mine}
+        parameters = mine + tuple(p for p in _described(entry.inner, inner) if p.name not in names)
+        written = _written(cls, outer)
+        if entry.schedule_ratio:
+            written.append(f"{entry.schedule_ratio}=compression_ratio")
+        call = ", ".join([*written, f"press={inside}"] if is_keyword else [inside, *written])
+    found = re.search(r"arXiv:(\d{4}\.\d{5})|(https://[^\s,;]+)", doc.source)
+    return PressInfo(
+        name=name,
+        class_name=cls.__name__,
+        title=f"{cls.__name__}({entry.inner.__name__})" if entry.inner else cls.__name__,
+        summary=doc.summary,
+        details=doc.details,
+        source=doc.source,
+        link="" if found is None else f"https://arxiv.org/abs/{found[1]}" if found[1] else found[2],
+        differs=doc.differs,
+        needs=doc.needs,
+        cost=doc.cost,
+        call=f"{cls.__name__}({call})",
+        parameters=parameters,
+        kind=entry.kind,
+        at_prefill=entry.cls.at_prefill,
+        decodes=all(cls.decodes for cls in entry.classes),
+        per_head=any(cls.per_head for cls in entry.classes),
+        per_layer=any(cls.per_layer for cls in entry.classes),
+        has_ratio=entry.has_ratio if name else cls.has_ratio,
+        in_block=any(cls.needs_hidden_states or cls.needs_model or cls.chooses_together for cls in entry.classes),
+    )
+
+
+def _described(cls: type[BasePress], changed: dict[str, Any]) -> tuple[Parameter, ...]:
+    """What a name takes beside the ratio."""
+    said = parse(cls).arguments
+    return tuple(
+        Parameter(f.name, repr(changed.get(f.name, _default(f))), said.get(f.name, "")) for f in _parameters(cls)
+    )
+
+
+def _written(cls: type[BasePress], changed: dict[str, Any]) -> list[str]:
+    return [f"{p.name}={p.default}" for p in _described(cls, changed)]
+
+
+def _constructor(cls: type[BasePress]) -> tuple[Parameter, ...]:
+    """All that the class takes, but budgets, which every press with a ratio takes; keyword-only ones last."""
+    said = parse(cls).arguments
+    given = [f for f in fields(cls) if f.init and f.name not in BUDGETS]  # type: ignore[arg-type]
+    given.sort(key=lambda f: f.kw_only is True)
+    return tuple(
+        Parameter(f.name, "" if (value := _default(f)) is MISSING else repr(value), said.get(f.name, "")) for f in given
+    )

@@ -1,0 +1,1 @@
+"""What the commands that work with saved contexts do, and the options of all commands."""

@@ -1,0 +1,119 @@
+"""``coldpress compress`` and ``coldpress ask``: compress a text once, and ask it questions whenever you like."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from coldpress.bases.registry import make_press, press_names
+from coldpress.bases.scorer import BUDGETS
+from coldpress.cache.file import model_options, save_cache
+from coldpress.cache.pressed import PressedCache
+from coldpress.errors import CacheError, InputError, ModelError, UnreachableError
+from coldpress.eval.datasets import load_corpus
+from coldpress.eval.models import DTYPES, LoadedModel, load_model
+from coldpress.eval.progress import note
+from coldpress.eval.results import check_output
+from coldpress.eval.settings import check_types
+from coldpress.io.files import path_of
+from coldpress.io.terminal import printable
+from coldpress.models.pipeline import KVPressTextGenerationPipeline
+
+__all__ = ["ask", "compress"]
+
+_ROOM_TOKENS = 128  # that compress leaves free in the model's positions for a question and its answer
+
+
+def compress(
+    text_file: str,
+    output: str,
+    press: str,
+    press_args: dict[str, Any],
+    model_options: dict[str, Any],
+    compression_ratio: float | None = None,
+    **budget: int | None,
+) -> None:
+    """Read a text, compress it, save the cache to ``output``, and say how large it is.
+
+    Args:
+        text_file: UTF-8.
+        press: a registered name.
+        press_args: its parameters.
+        model_options: of :func:`load_model`.
+        compression_ratio: 0.5 if neither it nor a budget is given, and the press has a ratio.
+        budget: ``budget_tokens`` or ``budget_bytes``, instead of a ratio.
+
+    Raises:
+        InputError: something that was asked for cannot work; before any long work.
+    """
+    budget = {name: size for name, size in budget.items() if size is not None}
+    if compression_ratio is not None and budget:
+        raise InputError(f"--compression_ratio and --{next(iter(budget))} both say how much is kept; give one of them.")
+    for name in ("compression_ratio", *BUDGETS):
+        if name in press_args:
+            raise InputError(f"--press_args cannot hold {name}; use --{name}.")
+    if compression_ratio is None:
+        compression_ratio = 0.5 if press in press_names(has_ratio=True) and not budget else 0.0
+    check_types(press, press_args)
+    cache = PressedCache(make_press(press, compression_ratio, **budget, **press_args))
+    path = check_output(output, "context.safetensors")
+    (document,) = load_corpus("demo", text_file=text_file).documents
+    loaded = load_model(**model_options)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", UserWarning)
+        _pipeline(loaded)(document.text, questions=[], cache=cache, max_new_tokens=_ROOM_TOKENS)
+    for warning in said:
+        note(str(warning.message))
+    save_cache(cache, path, loaded.model, None, _lasting(loaded.name))
+    sizes = f"{cache.seen_tokens:,} tokens, {cache.achieved_ratio():.1%} removed, {path.stat().st_size:,} bytes"
+    print(printable(f"{path}: {sizes}, of {loaded.name}"))
+
+
+def ask(
+    file: str, questions: list[str], model_options: dict[str, Any], any_model: bool = False, **options: Any
+) -> None:
+    """Print the answer to each question about the context that is saved in ``file``.
+
+    Args:
+        model_options: of :func:`load_model`. The model that the file names is taken where they name none, and its dtype
+            where they say none.
+        any_model: take a model with other weights than the one that made the file.
+        options: of the pipeline.
+
+    Raises:
+        InputError: there is no such file, its model is not here, or another one was given.
+    """
+    loaded = _model_of(file, model_options)
+    cache = PressedCache.load(file, loaded.model, check_model=not any_model)
+    answers = _pipeline(loaded)(questions=questions, cache=cache, **options)["answers"]
+    for question, answer in zip(questions, answers, strict=True):
+        answer = printable(answer.strip(), keep="\n\t")
+        print(answer if len(questions) == 1 else f"{question}\n{answer}\n")
+
+
+def _lasting(name: str) -> str:
+    """What :func:`load_model` is given for this model from another folder."""
+    place = path_of(name)
+    return str(place.resolve()) if name != "demo" and place.exists() else name
+
+
+def _model_of(file: str, given: dict[str, Any]) -> LoadedModel:
+    """The model that ``file`` needs, or the one that was given."""
+    saved = model_options(file)
+    if saved.get("dtype") not in DTYPES:
+        saved.pop("dtype", None)
+    if "name" in given:
+        return load_model(**{"dtype": saved.get("dtype", "auto")} | given)
+    if "name" not in saved:
+        raise CacheError(f"{file} does not name the model that made it; say which one with --model.")
+    try:
+        return load_model(**{**saved, **given})
+    except (ModelError, UnreachableError) as error:
+        raise ModelError(
+            f"{file} needs the model that made it, {saved['name']!r}, which cannot be had under this name; say where "
+            f"it is with --model. ({error})"
+        ) from error
+
+
+def _pipeline(loaded: LoadedModel) -> KVPressTextGenerationPipeline:
+    return KVPressTextGenerationPipeline(model=loaded.model, tokenizer=loaded.tokenizer, device=loaded.device)

@@ -1,0 +1,1 @@
+"""What a press is and sees: the contract, views of a layer, how many pairs are kept and which."""

@@ -1,0 +1,57 @@
+"""Kept: what a press keeps of a view; Place: where a layer stands."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from coldpress.errors import PressError
+
+__all__ = ["Kept", "Place", "checked_kept"]
+
+
+class Kept(NamedTuple):
+    """What a press keeps of a view.
+
+    Attributes:
+        keys, values: ``[B, Hkv, n, D]``, ``[B, Hkv, n, Dv]``.
+        positions: int64 ``[B, Hkv, n]``, ascending positions in the view; -1 in the last places of a head that keeps
+            fewer.
+        carry: float32 ``[B, Hkv, n]`` or None, a number that each of them brings along: ``carried`` of later views.
+        channels: int64 ``[B, Hkv, d]``, ascending, or None: the channels of the keys that are held, the others are not.
+        n_wide: with channels, how many of each head's last keys hold all of them.
+        fine: ``[B, Hkv, m, Drot]`` in the keys' dtype or None: what is to be added to the first m keys, which were
+            rotated more precisely than they can be held.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    carry: Tensor | None = None
+    channels: Tensor | None = None
+    n_wide: int = 0
+    fine: Tensor | None = None
+
+
+def checked_kept(press: object, kept: object) -> Kept | None:
+    """What ``compress`` returned; raise :class:`PressError` if that does not say which pairs are kept."""
+    if kept is None or isinstance(kept, Kept):
+        return kept
+    raise PressError(
+        f"{type(press).__name__}.compress returned a {type(kept).__name__}, and has to return view.take(positions), or "
+        "None to keep everything."
+    )
+
+
+class Place(NamedTuple):
+    """Where a layer stands, and what a token costs there: what a budget may depend on.
+
+    Attributes:
+        layer_idx, n_layers: this layer among the layers that are compressed, counted from 0.
+        token_bytes: keys and values of one token of one row, in all heads of the layer.
+    """
+
+    layer_idx: int
+    n_layers: int
+    token_bytes: int

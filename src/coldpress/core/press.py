@@ -1,0 +1,169 @@
+"""Press: what a cache asks of a press. Whoever writes one derives from Press or ScorerPress (``bases/``)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+
+from torch import Tensor, nn
+from transformers.modeling_utils import PreTrainedModel
+
+from coldpress.core.definition import PressType, not_called
+from coldpress.core.kept import Kept
+from coldpress.core.view import LayerView
+
+__all__ = ["Press", "parts"]
+
+_B = TypeVar("_B", bound="Press")
+
+
+class Press(metaclass=PressType):
+    """A way to compress the pairs of one layer. Presses are immutable; what a run accumulates lives in the cache.
+
+    Use one in a cache, ``PressedCache(press)``, or around calls of a model, as in kvpress::
+
+        with press(model):
+            model(input_ids, cache=cache)
+
+    The class says what kind of method it is; the catalogue (``coldpress presses``) shows it:
+
+    Attributes:
+        kind: ``training-free``; ``calibrated``: needs statistics of the model, taken from a text; ``trained``: needs
+            weights of its own that were trained for the model.
+        at_prefill: compresses the prompt; if not, only what comes after it, as a decoding schedule does.
+        decodes: can choose among the pairs of a text that goes on, so that a decoding schedule may use it.
+        per_head, per_layer: heads of a layer, or layers, may keep different numbers of pairs.
+        has_ratio: takes a ``compression_ratio``; if not, parameters of its own and the text decide how much is kept.
+        needs_hidden_states: looks at ``view.hidden_states``: the prefill has to run inside ``with press(model):``. A
+            wrapper need not say it for the press inside it.
+        needs_model: runs the model by itself after the prefill (:meth:`finish`), inside ``with press(model):`` too.
+        heads_alone: chooses for each KV head by what that head holds and is asked, so that heads may be apart.
+            Not inherited; every class says so for itself.
+        chooses_together: chooses among the pairs of all layers when the prefill is over (:meth:`choose_together`),
+            inside ``with press(model):`` too.
+    """
+
+    kind: ClassVar[Literal["training-free", "calibrated", "trained"]] = "training-free"
+    at_prefill: ClassVar[bool] = True
+    decodes: ClassVar[bool] = False
+    per_head: ClassVar[bool] = False
+    per_layer: ClassVar[bool] = False
+    has_ratio: ClassVar[bool] = False
+    needs_hidden_states: ClassVar[bool] = False
+    needs_model: ClassVar[bool] = False
+    heads_alone: ClassVar[bool] = False
+    chooses_together: ClassVar[bool] = False
+
+    def compress(self, view: LayerView) -> Kept | None:
+        """What is kept of ``view``, right after the prefill; None keeps everything."""
+        raise NotImplementedError(f"{type(self).__name__} must define compress(view)")
+
+    def prepared(self: _B, model: PreTrainedModel, tokenizer: Any = None) -> _B:
+        """The same press with what it and those inside it need to know of ``model``, asked for before that runs.
+
+        Args:
+            model: what will run the prefill.
+            tokenizer: the model's, where somebody has it at hand.
+
+        Raises:
+            PressError: something is missing; says how to get it.
+        """
+        found: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            for press in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(press, Press) and (ready := press.prepared(model, tokenizer)) is not press:
+                    before = found.get(name, value)
+                    if isinstance(value, (list, tuple)):
+                        found[name] = tuple(ready if own is press else own for own in before)
+                    else:
+                        found[name] = ready
+        return replace(self, **found) if found else self  # type: ignore[type-var]
+
+    def check_prefill(self, token_ids: Tensor, has_padding: bool) -> None:
+        """Raise :class:`PressError` if :meth:`finish` could not compress this prefill; asked before it begins."""
+
+    def finish(self, cache: Any, model: nn.Module, token_ids: Tensor) -> None:
+        """Compress ``cache``, which holds all of the prefill, with the help of the model; for ``needs_model`` presses.
+
+        Runs without gradients unless it asks for them; what it runs of the model is no prefill to anybody.
+
+        Args:
+            cache: what to compress, by :meth:`coldpress.cache.layer.PressedLayer.keep` of each of its layers.
+            model: the model without its head; ``model(input_ids=..., cache=cache.fork())`` runs it, and
+                ``session.look`` of the fork's session is shown each of its attention calls.
+            token_ids: int64 ``[B, T]``, what the prefill was given.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define finish(cache, model, token_ids)")
+
+    def choose_together(self, cache: Any) -> None:
+        """Compress ``cache``, which holds all of the prefill, by what :meth:`compress` had its pairs carry.
+
+        For ``chooses_together`` presses, whose :meth:`compress` keeps everything, with a number for each pair
+        (``Kept.carry``); ``layer.carried()`` gives these back, and ``layer.keep(slots)`` evicts.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define choose_together(cache)")
+
+    @property
+    def chooses_again(self) -> bool:
+        """Whether it can compress a prompt piece by piece: it chooses among what is left of a text that goes on."""
+        return False
+
+    @property
+    def leaves_keys(self) -> bool:
+        """Whether the keys that are kept are held as the model made them."""
+        return True
+
+    # -- a press that goes on while decoding (see DecodingPress) ---------------------------------------------------
+
+    @property
+    def n_recent_queries(self) -> int:
+        """How many of the newest tokens' queries a layer remembers for :meth:`compress_again`; 0: never called."""
+        return 0
+
+    def is_due(self, n_new: int) -> bool:
+        """Whether a row that has got ``n_new`` tokens since it was last compressed is compressed now."""
+        return False
+
+    def compress_again(self, view: LayerView) -> Kept | None:
+        """What is kept of ``view``, which holds what is left of the text so far; None keeps all of it."""
+        raise NotImplementedError(f"{type(self).__name__} must define compress_again(view)")
+
+    # -- a press that judges tokens as they come, and evicts them later (see DMSPress) -----------------------------
+
+    @property
+    def n_waiting(self) -> int:
+        """How many of the newest tokens stay whatever :meth:`judge` has said of them; 0: it is never called."""
+        return 0
+
+    @property
+    def judges_prompt(self) -> bool:
+        """Whether the tokens of the prefill are judged too; then :meth:`compress` is not called."""
+        return False
+
+    def judge(self, view: LayerView) -> Tensor:
+        """Which tokens of ``view``, those that have just come, stay when they are no longer new: bool ``[B, Hkv, n]``.
+
+        The view holds all rows of the batch, with their padding, of which it does not matter what is said.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define judge(view)")
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it compresses what comes after the prefill too."""
+        return bool(self.n_recent_queries or self.n_waiting)
+
+    if not TYPE_CHECKING:  # else any name at all would be an attribute to a type checker
+
+        def __getattr__(self, name: str) -> Any:
+            own = type(self).__name__
+            raise AttributeError(not_called(own, name) or f"{own!r} object has no attribute {name!r}")
+
+
+def parts(press: Press) -> Iterator[Press]:
+    """The press and all presses inside it."""
+    yield press
+    for value in vars(press).values():
+        for inner in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(inner, Press):
+                yield from parts(inner)

@@ -1,0 +1,479 @@
+"""LayerView: what a press may see of one layer, computed when asked for, and only once.
+
+A view never holds padding: rows of a padded batch are taken apart before they get here (see ``rows.py``), so
+that what a press does to a row is what it does to that row alone. Nor does it hold what a sliding window has left
+behind: such a view begins at ``first_position`` of its rows.
+
+After the prefill its tokens are consecutive. While decoding they are what is held of the text so far, and where heads
+hold different numbers, the shorter ones end in empty slots (``counts``); scorers never see those, because such a view
+is scored head by head (:meth:`LayerView.of_head`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from coldpress.architecture.projection import output_weight
+from coldpress.architecture.rope import Rope
+from coldpress.core.choice import protect
+from coldpress.core.kept import Kept, Place
+from coldpress.core.pick import at_once, pick
+
+__all__ = ["LayerView"]
+
+_T = TypeVar("_T")
+
+
+@dataclass(eq=False)
+class LayerView:
+    """One layer right after its attention, for the rows of a batch that have the same number of tokens.
+
+    Attributes:
+        keys: ``[B, Hkv, T, D]`` after rotation and normalisation, in the model's dtype.
+        values: ``[B, Hkv, T, Dv]``.
+        queries: ``[B, Hq, Q, D]``, the queries of the last ``Q`` tokens of the text (all of it after a prefill).
+        module: the attention module; its weights and ``config`` may be read.
+        scaling: what ``q @ k`` is multiplied with before the softmax.
+        layer_idx, n_layers: this layer among the layers that are compressed, counted from 0.
+        first_position: position of the first token of the view among the real tokens of its rows, counted from 0.
+            Where ``positions`` are given, only ``first_position + T``, the length of the text so far, has a meaning.
+        positions: int64 ``[B, Hkv, T]``, ascending, where tokens are not consecutive: while decoding, and in a view of
+            :meth:`among`; -1 in empty slots. None where they are consecutive from ``first_position`` on.
+        counts: int64 ``[B, Hkv]``, tokens that each head holds, where heads differ; None where all slots are filled.
+        carried: float32 ``[B, Hkv, T]``, what the press gave each token to carry (:class:`Kept`), NaN for those that
+            have come since; None if it gave nothing.
+        places: int64 ``[B, Hkv, T]``, the positions at which the keys stand where that is not ``positions``: in a cache
+            that moves its keys up (``positions="rerotate"``); of no account in empty slots.
+        query_places: int64 ``[B, Hkv, Q]``, likewise of the queries, which differ by KV head.
+        fine: ``[B, Hkv, T, Drot]`` in the keys' dtype or None, as in :class:`Kept`, zero where there is nothing to add.
+        n_new: how many tokens have come since the press was asked last; all of them at the prefill.
+        n_counted: while a prefill goes on in pieces, the length of the text that a budget is a share of
+            (:meth:`coldpress.cache.layer.PressedLayer._pressed_piece`); else None.
+        hidden_states: ``[B, n, hidden]``, what the attention layer was given for the last n tokens of the text: for all
+            of it after a prefill, for those that have come since the press was asked last while decoding. None unless
+            a press asks for it, and the model runs inside ``with press(model):``.
+        token_ids: int64 ``[B, T]`` after a prefill inside ``with press(model):``, else None.
+        sliding_window: how many tokens back a query sees, or None for all.
+        softcap: ``c`` where the model replaces attention logits by ``c * tanh(logits / c)``, else None.
+        sinks: ``[Hq]``, a logit of each head that takes part in the softmax and belongs to no token, or None.
+        find_rope: gives the layer's rotary embedding, or None where it has none.
+        find_seed: gives :attr:`seed`.
+    """
+
+    keys: Tensor
+    values: Tensor
+    queries: Tensor
+    module: nn.Module
+    scaling: float
+    layer_idx: int
+    n_layers: int
+    first_position: int = 0
+    positions: Tensor | None = None
+    counts: Tensor | None = None
+    carried: Tensor | None = None
+    places: Tensor | None = None
+    query_places: Tensor | None = None
+    fine: Tensor | None = None
+    n_new: int | None = None
+    n_counted: int | None = None
+    hidden_states: Tensor | None = None
+    token_ids: Tensor | None = None
+    whole: LayerView | None = None  # what a view of one head was taken from
+    row_head: tuple[int, int] = (0, 0)  # and where it stood there
+    sliding_window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    find_rope: Callable[[], Rope | None] = lambda: None
+    find_seed: Callable[[], int] = lambda: 0
+    _memo: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def n_tokens(self) -> int:
+        """T, the number of stored tokens."""
+        return self.keys.shape[2]
+
+    @property
+    def end(self) -> int:
+        """Length of the text so far: the position of the next token among the real tokens of its rows."""
+        return self.first_position + self.n_tokens
+
+    @property
+    def place(self) -> Place:
+        """This layer among the others, and what a token costs in it."""
+        n_heads, dims = self.keys.shape[1], self.keys.shape[-1] + self.values.shape[-1]
+        return Place(self.layer_idx, self.n_layers, n_heads * dims * self.keys.element_size())
+
+    @property
+    def n_queries(self) -> int:
+        """Q, the number of tokens whose queries are here: the last ones."""
+        return self.queries.shape[2]
+
+    @property
+    def seed(self) -> int:
+        """Changes from cache to cache, repeats with ``torch.manual_seed``; drawn by the first press that asks."""
+        return self.find_seed()
+
+    @property
+    def group_size(self) -> int:
+        """G, the query heads that share a KV head."""
+        return self.queries.shape[1] // self.keys.shape[1]
+
+    def once(self, name: Hashable, compute: Callable[[], _T]) -> _T:
+        """``compute()`` the first time, the same object every later time that ``name`` is asked for."""
+        if name not in self._memo:
+            self._memo[name] = compute()
+        value: _T = self._memo[name]
+        return value
+
+    def forget(self) -> None:
+        """Drop what was computed once, views of single heads among it: they hold the whole view, and it holds them."""
+        self._memo.clear()
+
+    def part(self, start: int, stop: int) -> LayerView:
+        """The view of tokens ``start .. stop - 1`` alone, at their own positions; the same object every time."""
+
+        def compute() -> LayerView:
+            skipped = self.n_tokens - self.n_queries  # tokens whose queries are not here
+            return replace(
+                self,
+                keys=self.keys[:, :, start:stop],
+                values=self.values[:, :, start:stop],
+                queries=self.queries[:, :, max(0, start - skipped) : max(0, stop - skipped)],
+                first_position=self.first_position + start,
+                positions=None if self.positions is None else self.positions[..., start:stop],
+                hidden_states=self._hidden_states_of(start, stop),
+                token_ids=None if self.token_ids is None else self.token_ids[:, start:stop],
+                _memo={},
+            )
+
+        return self.once(("part", start, stop), compute)
+
+    def among(self, chosen: Tensor, stop: int, n_queries: int) -> LayerView:
+        """What this layer would hold after token ``stop - 1`` if nothing but ``chosen`` had been kept.
+
+        Args:
+            chosen: int64 ``[B, Hkv, n]``, ascending positions in the view, the last ``n_queries`` of them
+                ``stop - n_queries .. stop - 1`` in every head.
+            stop: end of the text so far.
+            n_queries: tokens whose queries are looked at.
+        """
+        skipped = self.n_tokens - self.n_queries
+        kept, end = self.take(chosen), self.first_position + stop
+        return replace(
+            self,
+            keys=kept.keys,
+            values=kept.values,
+            queries=self.queries[:, :, max(0, stop - n_queries - skipped) : max(0, stop - skipped)],
+            first_position=end - chosen.shape[2],  # so that the queries, those of the last tokens, are in their places
+            positions=chosen + self.first_position,
+            hidden_states=self._hidden_states_of(stop - n_queries, stop),
+            token_ids=None,
+            _memo={},
+        )
+
+    def _hidden_states_of(self, start: int, stop: int) -> Tensor | None:
+        """Those of tokens ``start .. stop - 1`` that are there."""
+        if self.hidden_states is None:
+            return None
+        skipped = self.n_tokens - self.hidden_states.shape[1]
+        return self.hidden_states[:, max(0, start - skipped) : max(0, stop - skipped)]
+
+    def of_head(self, row: int, head: int) -> LayerView:
+        """What one head of one row holds, without empty slots: B and Hkv are 1; the same object every time."""
+
+        def compute() -> LayerView:
+            n = self.n_tokens if self.counts is None else int(self.counts[row, head])
+            group = slice(head * self.group_size, (head + 1) * self.group_size)
+            here = slice(row, row + 1), slice(head, head + 1), slice(0, n)
+            return replace(
+                self,
+                keys=self.keys[here],
+                values=self.values[here],
+                queries=self.queries[row : row + 1, group],
+                first_position=self.end - n,
+                positions=None if self.positions is None else self.positions[here],
+                counts=None,
+                carried=None if self.carried is None else self.carried[here],
+                places=None if self.places is None else self.places[here],
+                query_places=None if self.query_places is None else self.query_places[here[:2]],
+                fine=None,
+                hidden_states=None if self.hidden_states is None else self.hidden_states[row : row + 1],
+                token_ids=None,
+                sinks=None if self.sinks is None else self.sinks[group],
+                whole=self,
+                row_head=(row, head),
+                _memo={},
+            )
+
+        return self.once(("of_head", row, head), compute)
+
+    def n_first(self, n: int) -> int:
+        """How many slots, from the start of every head, belong to the first ``n`` tokens of the text."""
+        if self.positions is None:
+            return min(max(0, n - self.first_position), self.n_tokens)
+        return int(((self.positions >= 0) & (self.positions < n)).sum(-1).min()) if n else 0
+
+    def guard(self, scores: Tensor, n_sink: int, n_window: int) -> Tensor:
+        """``scores`` with infinity at protected tokens, and minus infinity in empty slots.
+
+        Args:
+            scores: ``[B, Hkv, T]``.
+            n_sink: protected tokens at the start of the view, or of the text if ``positions`` are given.
+            n_window: protected tokens at its end.
+        """
+        if self.positions is None:
+            return protect(scores, n_sink, n_window)
+        is_protected = (self.positions < n_sink) | (self.positions >= self.end - n_window)
+        return scores.masked_fill(is_protected, torch.inf).masked_fill(self.positions < 0, -torch.inf)
+
+    def held(self, chosen: Tensor) -> Tensor:
+        """``chosen``, int64 ``[B, Hkv, n]``, with -1 for empty slots, and no longer than its longest head."""
+        if self.counts is None:
+            return chosen
+        chosen = chosen.masked_fill(chosen >= self.counts[..., None], -1)
+        return chosen[..., : int((chosen >= 0).sum(-1).max())]
+
+    def take(self, chosen: Tensor) -> Kept:
+        """The pairs at ``chosen``, int64 ``[B, Hkv, n]`` positions in the view, -1 for none."""
+        at = chosen.clamp(min=0)
+        return Kept(pick(self.keys, at), pick(self.values, at), chosen)
+
+    def window_attention(self, window: int) -> Tensor:
+        """Attention weights of the last ``window`` queries: float32 ``[B, Hkv, G, window, T]``.
+
+        Each row sums to 1, or to less where the model has attention sinks.
+        """
+        if not 1 <= window <= self.n_queries:
+            raise ValueError(f"window must be in 1..{self.n_queries}, got {window}")
+        return self.once(("window_attention", window), lambda: self._attention(self.n_queries - window, self.n_queries))
+
+    def attention_column_sums(self, n_queries: int | None = None) -> Tensor:
+        """What each key received from the last ``n_queries`` (None: all), mean over the group: float32 ``[B, Hkv, T]``.
+
+        The sum over queries of the attention matrix, taken block by block: no ``[T, T]`` tensor is ever held.
+        """
+        n = self.n_queries if n_queries is None else min(n_queries, self.n_queries)
+        return self.once(("attention_column_sums", n), lambda: self._column_sums(self.n_queries - n))
+
+    def attention_blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """Attention weights of all queries, block by block: the first query of each, float32 ``[B, Hkv, G, n, T']``.
+
+        Keys that no query of a block sees may be left out at the end.
+        """
+        n_batch, n_heads = self.queries.shape[:2]
+        block = min(1024, at_once(self.queries.device, n_batch * n_heads * self.n_tokens))
+        for start in range(0, self.n_queries, block):
+            yield start, self._attention(start, min(start + block, self.n_queries))
+
+    def unrotated_queries(self) -> Tensor:
+        """The queries as they were before rotary embedding, float32 ``[B, Hq, Q, D]``.
+
+        Raises:
+            ModelError: the model rotates in a way that cannot be undone from outside.
+        """
+
+        def compute() -> Tensor:
+            rope = self.find_rope()
+            if rope is not None and self.query_places is not None:
+                at = self.query_places.repeat_interleave(self.group_size, dim=1)
+                return rope.rotate_each(self.queries.float(), *self._back(rope, at))
+            positions = torch.arange(self.end - self.n_queries, self.end, device=self.queries.device)
+            return self.queries.float() if rope is None else _unrotated(rope, self.queries, positions)
+
+        return self.once("unrotated_queries", compute)
+
+    def unrotated_keys(self) -> Tensor:
+        """The keys as they were before rotary embedding, float32 ``[B, Hkv, T, D]``.
+
+        Raises:
+            ModelError: the model rotates in a way that cannot be undone from outside.
+        """
+
+        def compute() -> Tensor:
+            rope = self.find_rope()
+            if rope is None:
+                return self.keys.float()
+            end, device = self.end, self.keys.device
+            if self.positions is None:
+                return _unrotated(rope, self.keys, torch.arange(self.first_position, end, device=device))
+            if self.places is not None:
+                return rope.rotate_each(self.keys.float(), *self._back(rope, self.places))
+            back = rope.inverse(*rope.cos_sin(torch.arange(end, device=device)))
+            return rope.rotate_each(self.keys.float(), *back, self.positions.clamp(min=0))
+
+        return self.once("unrotated_keys", compute)
+
+    @staticmethod
+    def _back(rope: Rope, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What undoes the rotation to ``places``, as :meth:`Rope.rotate_each` takes it; for places near each other."""
+        first = places.min()
+        near = torch.arange(int(places.max() - first) + 1, device=places.device)
+        return *rope.inverse(*rope.cos_sin(near + first)), places - first
+
+    def side_by_side(self, kept: Kept) -> Kept:
+        """``kept`` with keys that stand side by side at the end of the text, as all those of the view do.
+
+        What stays moves up by as many positions as tokens after it go; in float32, and what the keys' dtype cannot hold
+        of the result is remembered (``fine``), so that moving a key again and again adds up no errors.
+        """
+        rope = self.find_rope()
+        if rope is None or kept.positions.numel() == 0:
+            return kept
+        is_kept, slot = kept.positions >= 0, torch.arange(kept.positions.shape[2], device=kept.keys.device)
+        n_held = self.n_tokens if self.counts is None else self.counts[..., None]
+        n_after = is_kept.sum(-1, keepdim=True) - slot
+        moves = (n_held - kept.positions - n_after).masked_fill(~is_kept, 0)  # [B, Hkv, n]
+        fine, is_moved = None, moves > 0
+        if self.fine is not None:
+            fine = pick(self.fine, kept.positions.clamp(min=0)) * is_kept[..., None]
+            is_moved = is_moved | (fine != 0).any(-1)
+        n = int((is_moved * (slot + 1)).max())  # the later ones stay where they are
+        if n == 0:
+            return kept
+        exact = kept.keys[:, :, :n].float()
+        if fine is not None:
+            rest = torch.nn.functional.pad(fine[:, :, :n].float(), (0, exact.shape[3] - fine.shape[3]))
+            exact = exact + rest
+        exact = rope.turn(exact, moves[..., :n])
+        keys = exact.to(kept.keys.dtype)
+        if keys.dtype != torch.float32:
+            fine = (exact - keys.float())[..., : rope.width].to(keys.dtype)
+        return kept._replace(keys=torch.cat([keys, kept.keys[:, :, n:]], dim=2), fine=fine)
+
+    def moved_keys(self, kept: Kept, places: Tensor) -> Tensor:
+        """The keys of ``kept`` as they would be at ``places``, int64 ``[B, Hkv, n]`` positions in the view.
+
+        They are rotated back and forth, in one step, by the model's own rotary embedding for a text of this length, in
+        float32; the dimensions that it does not rotate stay as they are. A layer that rotates nothing gets its keys
+        back.
+        """
+        rope = self.find_rope()
+        if rope is None:
+            return kept.keys
+        cos, sin = rope.cos_sin(torch.arange(self.first_position, self.end, device=self.keys.device))
+        scale = cos[:, :1].square() + sin[:, :1].square()  # as in Rope.inverse
+        here, there = (at.clamp(min=0).flatten() for at in (kept.positions, places))
+        shape = (-1, here.numel() // max(1, kept.keys.shape[:2].numel()), cos.shape[-1])  # heads as rows of a batch
+        (cos_here, sin_here), (cos_there, sin_there) = (
+            (cos[0].index_select(0, at), sin[0].index_select(0, at)) for at in (here, there)
+        )
+        cos = ((cos_there * cos_here).addcmul_(sin_there, sin_here) / scale[0]).view(shape)
+        sin = ((sin_there * cos_here).addcmul_(cos_there, sin_here, value=-1) / scale[0]).view(shape)
+        return rope.rotate(kept.keys.float().flatten(0, 1)[:, None], cos, sin).view_as(kept.keys).to(kept.keys.dtype)
+
+    def value_norms(self) -> Tensor:
+        """||v||_2 of every value: float32 ``[B, Hkv, T]``."""
+
+        def compute() -> Tensor:
+            block = at_once(self.values.device, self.values[:, :, :1].numel())
+            squares = [part.float().square().sum(-1) for part in self.values.split(block, dim=2)]
+            return torch.cat(squares, dim=-1).sqrt()
+
+        return self.once("value_norms", compute)
+
+    def projected_value_norms(self) -> Tensor:
+        """||W_O v||_1 of every value, the mean over the group's heads: float32 ``[B, Hkv, T]``.
+
+        W_O is the slice of the layer's output projection that belongs to a query head; its bias does not count.
+
+        Raises:
+            ModelError: the layer has no output projection that coldpress knows.
+        """
+
+        def compute() -> Tensor:
+            n_batch, n_kv_heads, _, dim = self.values.shape
+            weight = output_weight(self.module, self.queries.shape[1] * dim, self.values.dtype, self.values.device)
+            heads = (
+                weight.float().view(-1, n_kv_heads, self.group_size, dim).permute(1, 2, 3, 0)
+            )  # [Hkv, G, Dv, hidden]
+            block = at_once(self.values.device, n_batch * n_kv_heads * heads.shape[3])
+            norms = []
+            for values in self.values.float().split(block, dim=2):
+                by_head = [(values @ heads[:, g]).abs_().sum(-1) for g in range(self.group_size)]
+                norms.append(torch.stack(by_head).mean(0))  # a norm of order 1 takes twice as long on a CPU
+            return torch.cat(norms, dim=-1)
+
+        if self.whole is not None:
+            row, head = self.row_head
+            return self.whole.projected_value_norms()[row : row + 1, head : head + 1, : self.n_tokens]
+        return self.once("projected_value_norms", compute)
+
+    def mean_future_rotation(self, states: Tensor, n_positions: int) -> Tensor:
+        """Rotate float32 ``[B, H, n, D]`` by the mean rotation of the ``n_positions`` positions after the last one."""
+        rope = self.find_rope()
+        if rope is None:
+            return states
+        end = self.first_position + self.n_tokens
+        cos, sin = self.once(
+            ("mean_rotation", n_positions), lambda: rope.mean_rotation(end, n_positions, states.device)
+        )
+        return rope.rotate(states, cos, sin)
+
+    def _attention(self, start: int, stop: int, heads: slice = slice(None)) -> Tensor:
+        """Weights of queries ``start .. stop - 1`` over the keys up to the last of them: ``[B, Hkv, G, n, T']``.
+
+        ``heads``: the KV heads that are looked at.
+        """
+        keys = self.keys[:, heads]
+        n_batch, n_kv_heads = keys.shape[:2]
+        offset = self.n_tokens - self.n_queries
+        end = offset + stop  # keys after the last query are invisible to all of them
+        if self.positions is not None:
+            end = self.n_tokens
+        n = stop - start
+        queries = self.queries[:, :, start:stop].unflatten(1, (-1, self.group_size))[:, heads].float() * self.scaling
+        queries = queries.reshape(n_batch, n_kv_heads, self.group_size * n, -1)  # a group shares its keys: no copies
+        logits = queries @ keys[:, :, :end].float().transpose(-1, -2)
+        logits = logits.view(n_batch, n_kv_heads, self.group_size, n, end)
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        query_at = torch.arange(offset + start, offset + stop, device=logits.device)[:, None]
+        key_at = torch.arange(end, device=logits.device)
+        is_hidden: Tensor | None = None
+        if self.positions is not None:
+            query_at = query_at + self.first_position
+            key_at = self.positions[:, heads, None, None]  # [B, Hkv, 1, 1, T']
+            is_hidden = key_at > query_at
+        else:  # all are in the past of all queries, but for the last ones
+            logits[..., end - n :].masked_fill_(key_at[end - n :] > query_at, -torch.inf)
+        if self.sliding_window is not None:
+            is_far = key_at <= query_at - self.sliding_window
+            is_hidden = is_far if is_hidden is None else is_hidden | is_far
+        if self.counts is not None:
+            is_empty = key_at < 0
+            is_hidden = is_empty if is_hidden is None else is_hidden | is_empty
+        if is_hidden is not None:
+            logits.masked_fill_(is_hidden, -torch.inf)
+        if self.sinks is None:
+            if self.positions is None or is_hidden is None:
+                return logits.softmax(-1)
+            sees_nothing = is_hidden.all(-1, keepdim=True)  # all that a query of a token in the past saw may be gone
+            return logits.masked_fill_(sees_nothing, 0.0).softmax(-1).masked_fill_(sees_nothing, 0.0)
+        sinks = self.sinks.float().view(-1, self.group_size, 1, 1)[heads].expand(*logits.shape[:-1], 1)
+        return torch.cat([logits, sinks], dim=-1).softmax(-1)[..., :-1]
+
+    def _column_sums(self, first: int) -> Tensor:
+        n_batch, n_kv_heads = self.keys.shape[:2]
+        block = max(16, min(1024, at_once(self.keys.device, self.n_tokens)))  # queries, for some of the KV heads
+        n_rows = n_batch * self.group_size * min(block, self.n_queries)
+        n_heads = at_once(self.keys.device, n_rows * self.n_tokens)
+        sums = torch.zeros(self.keys.shape[:3], dtype=torch.float32, device=self.keys.device)
+        for head in range(0, n_kv_heads, n_heads):
+            heads = slice(head, head + n_heads)
+            for start in range(first, self.n_queries, block):
+                weights = self._attention(start, min(start + block, self.n_queries), heads)
+                sums[:, heads, : weights.shape[-1]] += weights.sum(-2).mean(2)
+        return sums
+
+
+def _unrotated(rope: Rope, states: Tensor, positions: Tensor) -> Tensor:
+    """States ``[B, H, T, D]`` as they were before they were rotated to positions ``[T]``, float32; block by block."""
+    back = rope.inverse(*rope.cos_sin(positions))
+    block = at_once(states.device, states[:, :, :1].numel())
+    parts = zip(states.split(block, dim=2), *(x.split(block, dim=1) for x in back), strict=True)
+    return torch.cat([rope.rotate(part.float(), cos, sin) for part, cos, sin in parts], dim=2)

@@ -1,0 +1,399 @@
+"""The pipeline "kv-press-text-generation": compress a context once, then ask it any number of questions.
+
+The task is known to transformers under kvpress's name and, since two packages with one task name overwrite each other,
+under ``coldpress-text-generation`` too.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig, Pipeline, QuantizedCache
+from transformers.pipelines import PIPELINE_REGISTRY
+
+from coldpress.architecture.cache_argument import cache_argument
+from coldpress.architecture.generating import switching_point
+from coldpress.architecture.rope import stand_at
+from coldpress.cache.pressed import PressedCache
+from coldpress.core.definition import as_given
+from coldpress.core.press import Press
+from coldpress.errors import CacheError, InputError, PressError, nearest
+from coldpress.models.block import prefilling, pressed
+from coldpress.models.prompts import prefill
+from coldpress.models.supported import use_coldpress
+from coldpress.stores.bits import BITS, KVBits
+
+__all__ = ["TASKS", "KVPressTextGenerationPipeline", "register"]
+
+TASKS = ("kv-press-text-generation", "coldpress-text-generation")
+_OWN = (
+    "question",
+    "questions",
+    "answer_prefix",
+    "press",
+    "max_new_tokens",
+    "max_context_length",
+    "enable_thinking",
+    "cache",
+    "kv_bits",
+)
+_PASSED_ON = ("streamer", "generation_config", "stopping_criteria", "logits_processor", "prefix_allowed_tokens_fn")
+# options that read the tokens before an answer, and what switches each of them off beside None and 0
+_READING = {
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "guidance_scale": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "bad_words_ids": [],
+    "sequence_bias": [],
+    "watermarking_config": None,
+    "logits_processor": [],
+    "stopping_criteria": [],
+    "prefix_allowed_tokens_fn": None,
+}
+_GUESSING = ("prompt_lookup_num_tokens", "assistant_early_exit")
+_REFUSED = {
+    "use_cache": "the context is in a cache",
+    "cache_implementation": "the cache is a PressedCache; give your own with cache=, or kv_bits= for a quantised one",
+    "cache_config": "the cache is a PressedCache; give your own with cache=, or kv_bits= for a quantised one",
+    "num_return_sequences": "each question has one answer",
+    "max_length": "it would count the context; give max_new_tokens",
+    "min_length": "it would count the context; give min_new_tokens",
+    "prompt_lookup_num_tokens": "transformers 5 gets assisted decoding from a filled cache wrong, whatever the cache",
+    "assistant_early_exit": "transformers 5 gets assisted decoding from a filled cache wrong, whatever the cache",
+}
+
+
+def register() -> None:
+    """Make the task known to ``transformers.pipeline``."""
+    for task in TASKS:
+        PIPELINE_REGISTRY.register_pipeline(
+            task, KVPressTextGenerationPipeline, pt_model=AutoModelForCausalLM, type="text"
+        )
+
+
+class KVPressTextGenerationPipeline(Pipeline):
+    """Compress a context, then generate an answer to each question about it.
+
+    ::
+
+        pipe = pipeline("kv-press-text-generation", model="EleutherAI/pythia-70m", device_map="auto")
+        pipe(context, question="Who?", press=SnapKVPress(0.5))["answer"]
+        pipe(context, questions=["Who?", "When?"], press=SnapKVPress(0.5))["answers"]
+
+    Only the context is compressed, unless the press goes on while decoding; a question sees what is left of it and
+    never another question or its answer. With a chat template the context is the user's turn up to the question,
+    without one it is taken as it is, after the tokenizer's beginning-of-text token if it has one.
+
+    A context that was compressed earlier, or loaded from a file, is asked without its text::
+
+        pipe(question="Who?", cache=PressedCache.load("context.safetensors", pipe.model))["answer"]
+
+    Args (of a call; those of the constructor hold for every call):
+        context: a text, or a list of texts that are answered one after the other; left out, or None, where the cache
+            holds the context already.
+        question, questions: one question or several; none asks the model to go on with the context.
+        answer_prefix: put before each answer, and not part of what is returned.
+        press: what compresses the context; None keeps it whole. One that goes on while decoding (DecodingPress, or
+            DMSPress with decoding=True) compresses questions and answers too, each on a branch of its own.
+        max_new_tokens: of each answer (default: that of generation_config, or 50).
+        max_context_length: the context's tokens after this many are cut off, with a warning; default: the tokenizer's
+            or the model's maximum, less room for the longest question and answer.
+        enable_thinking: handed to the chat template.
+        cache: a PressedCache, empty or holding a compressed context of an earlier call (then ``context`` goes on from
+            there); after the call it holds the context and no answer. One with ``chunk_tokens`` reads the context in
+            pieces, and compresses after each.
+        kv_bits: 8, 4 or 2, or a KVBits: hold what is kept of the context, and what is answered, in so few bits. It
+            takes the place of kvpress's cache=QuantizedCache(...); with cache=, give it to that PressedCache instead.
+        streamer and any option of ``generate``: passed on to it; decoding is greedy unless they say otherwise. Unknown
+            options, and those that a compressed context rules out, are refused.
+
+    Returns:
+        ``{"answer": str}``, or ``{"answers": list[str]}`` for ``questions``; a list of them for a list of contexts.
+
+    Raises:
+        InputError: an unknown option, an empty context, both question and questions, no room for a context.
+    """
+
+    _load_processor = _load_image_processor = _load_feature_extractor = False
+    _load_tokenizer = True
+    _given: dict[str, Any] | None = None  # the constructor's options
+
+    def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        if self._given is None:  # the constructor calls first
+            self._given = kwargs
+        kwargs = {**self._given, **kwargs}
+        _check_options(kwargs)
+        question, questions, cache = kwargs.get("question"), kwargs.get("questions"), kwargs.get("cache")
+        config = kwargs.get("generation_config")
+        max_new_tokens = kwargs.get("max_new_tokens") or getattr(config, "max_new_tokens", None) or 50
+        preprocess = {
+            "questions": [question or ""] if questions is None else list(questions),
+            "answer_prefix": kwargs.get("answer_prefix") or "",
+            "max_context_length": kwargs.get("max_context_length"),
+            "max_new_tokens": max_new_tokens,
+            "enable_thinking": kwargs.get("enable_thinking", False),
+            "n_earlier": 0 if cache is None else cache.seen_tokens,
+        }
+        options = {k: v for k, v in kwargs.items() if k not in _OWN}
+        forward = {
+            "press": kwargs.get("press"),
+            "cache": cache,
+            "kv_bits": KVBits.of(kwargs.get("kv_bits")),
+            "options": {"max_new_tokens": max_new_tokens, **options},
+        }
+        return preprocess, forward, {"is_single": questions is None}
+
+    def __call__(self, context: str | Sequence[str] | None = None, **kwargs: Any) -> Any:
+        if context is None:
+            cache = {**(self._given or {}), **kwargs}.get("cache")
+            if isinstance(cache, PressedCache) and cache.seen_tokens:
+                return super().__call__("", **kwargs)
+        if isinstance(context, (list, tuple)):
+            if kwargs.get("cache") is not None and len(context) > 1:
+                raise CacheError("One cache holds one context: call the pipeline once for each context.")
+            return [self(text, **kwargs) for text in context]
+        if not isinstance(context, str) or not context:
+            raise InputError(
+                f"The context must be a text that is not empty, or a list of such texts; got {context!r}. It "
+                "may be left out only with a cache= that holds one."
+            )
+        return super().__call__(context, **kwargs)
+
+    def preprocess(
+        self,
+        context: str,
+        questions: list[str],
+        answer_prefix: str,
+        max_context_length: int | None,
+        max_new_tokens: int,
+        enable_thinking: bool,
+        n_earlier: int,
+    ) -> dict[str, Any]:
+        tokenizer: Any = self.tokenizer
+        if getattr(tokenizer, "chat_template", None) is None:
+            bos = getattr(tokenizer, "bos_token", None) or ""
+            before, after = context if n_earlier else bos + context, "\n"
+        else:
+            separator = f"[{'#' * (len(context) + 10)}]"  # longer than the context, so it is not in there
+            rendered = tokenizer.apply_chat_template(
+                [{"role": "user", "content": context + separator}],
+                add_generation_prompt=True,
+                tokenize=False,
+                enable_thinking=enable_thinking,
+            )
+            if rendered.count(separator) != 1:
+                raise InputError("The tokenizer's chat template does not hold the user's text once, as it is.")
+            before, after = rendered.split(separator)
+            before = before if context else ""  # the cache holds the beginning of the turn
+
+        def encode(text: str) -> Tensor:
+            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            return torch.tensor([ids], dtype=torch.long)
+
+        question_ids = [encode(question + after + answer_prefix) for question in questions]
+        if any(ids.shape[1] == 0 for ids in question_ids):
+            raise InputError("A question has no tokens; leave question= out to let the model go on with the context.")
+        context_ids = encode(before)
+        limit = max_context_length
+        if limit is None:
+            longest = max((ids.shape[1] for ids in question_ids), default=0)
+            limit = self._max_positions() - n_earlier - longest - max_new_tokens
+        elif n_earlier + min(limit, context_ids.shape[1]) + max_new_tokens > self._max_positions():
+            warnings.warn(
+                f"The context and its answer go past the {self._max_positions()} positions of the model.", stacklevel=2
+            )
+        if limit < (1 if context else 0):
+            what = "a context" if context else f"a question and its answer after the {n_earlier} tokens of the cache"
+            raise InputError(f"There is no room for {what}: the maximum length of a context would be {limit} tokens.")
+        self._check_switch(n_earlier + min(limit, context_ids.shape[1]), question_ids, max_new_tokens)
+        if context_ids.shape[1] > limit:
+            message = f"The context is cut from {context_ids.shape[1]} to {limit} tokens (max_context_length)."
+            warnings.warn(message, UserWarning, stacklevel=2)
+            context_ids = context_ids[:, :limit]
+        return {"context_ids": context_ids, "question_ids": question_ids}
+
+    def _forward(
+        self,
+        inputs: dict[str, Any],
+        press: Press | None,
+        cache: PressedCache | None,
+        kv_bits: KVBits | None,
+        options: dict[str, Any],
+    ) -> list[str]:
+        use_coldpress(self.model)
+        _check_config(options.get("generation_config"), self.model.generation_config)
+        context_ids = inputs["context_ids"].to(self.model.device)
+        cache = PressedCache(press, kv_bits=kv_bits) if cache is None else cache
+        earlier = cache.seen_tokens
+        block: AbstractContextManager[Any]
+        is_done = earlier and (cache.press is None or not cache.press.goes_on)
+        if not is_done:  # else there is nothing that a press would need of the model
+            press = None if press is None else press.prepared(self.model, self.tokenizer)
+            if cache.press is not None:
+                cache.session.press = cache.press.prepared(self.model, self.tokenizer)
+        if press is not None and cache.press != press:
+            if cache.press is not None or earlier:
+                raise CacheError("The cache has another press or holds tokens; give an empty one, or no press.")
+            block = pressed(self.model, press)
+        else:
+            press, block = cache.press, nullcontext() if is_done else prefilling(self.model, cache)
+        questions = [ids.to(context_ids.device) for ids in inputs["question_ids"]]
+        with ExitStack() as stack:
+            stack.enter_context(block)
+            if context_ids.shape[1]:
+                self._prefill(context_ids, cache)
+            if press is None or not press.goes_on:  # else it is shown what is generated too
+                stack.close()
+            return [self._answer(ids, cache, options) for ids in questions]
+
+    def _prefill(self, context_ids: Tensor, cache: PressedCache) -> None:
+        """Run the backbone only: the vocabulary-sized logits of a long context need more memory than its cache."""
+        backbone: Any = getattr(self.model, self.model.base_model_prefix, self.model)
+        if cache.seen_tokens:
+            stand_at(backbone, cache.seen_tokens)
+            backbone(input_ids=context_ids, **cache_argument(cache, backbone), use_cache=True)
+            cache.remember(context_ids)
+        else:
+            prefill(backbone, context_ids, cache)
+
+    def _answer(self, question: Tensor, cache: PressedCache, options: dict[str, Any]) -> str:
+        config = copy.deepcopy(options.get("generation_config") or self.model.generation_config)
+        if "generation_config" not in options:
+            options = {"do_sample": False, **options}
+        options = config.update(
+            **{k: v for k, v in options.items() if k != "generation_config"}
+        )  # streamer and the like
+        config.update(use_cache=True, cache_implementation=None, num_return_sequences=1)
+        if config.pad_token_id is None and config.eos_token_id is not None:
+            config.pad_token_id = (
+                config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+            )
+        if config.stop_strings is not None:
+            options["tokenizer"] = self.tokenizer
+        context = cache.token_ids
+        if context is None:  # generate only needs to know that they are there
+            for name, off in _READING.items():
+                value = {**vars(config), **options}.get(name)
+                if value and value != off:
+                    raise InputError(
+                        f"{name} reads the tokens of the context, which this cache does not know: a bare call of the "
+                        "model has filled it, or an older version saved it. Fill it by coldpress.prefill() or this "
+                        f"pipeline, or leave {name} out."
+                    )
+            context = question.new_zeros(1, cache.seen_tokens)
+        ids = torch.cat([context, question], 1)
+        branch = cache.fork()  # the answer grows on a branch, and the context stays as it is for the next question
+        branch.batch_repeat_interleave(config.num_beams or 1)
+        stand_at(self.model, cache.seen_tokens)  # an answer does not depend on questions before it
+        output = self.model.generate(
+            ids, attention_mask=torch.ones_like(ids), **cache_argument(branch), generation_config=config, **options
+        )
+        output = getattr(output, "sequences", output)
+        tokenizer: Any = self.tokenizer
+        return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+
+    def postprocess(self, answers: list[str], is_single: bool) -> dict[str, Any]:
+        return {"answer": answers[0]} if is_single else {"answers": answers}
+
+    def _check_switch(self, n_context: int, question_ids: list[Tensor], max_new_tokens: int) -> None:
+        """Refuse an answer that may cross the point where the model drops its cache, before the context is read."""
+        switch_at = switching_point(self.model.config.get_text_config(decoder=True))
+        n_most = n_context + max((ids.shape[1] for ids in question_ids), default=0) + max_new_tokens
+        if switch_at is not None and n_context <= switch_at < n_most:
+            raise InputError(
+                f"The model changes its rotary frequencies after {switch_at} tokens. A context of {n_context}, a "
+                f"question and {max_new_tokens} new tokens go past that, and what is cached cannot; give a longer "
+                "context, or a smaller max_new_tokens."
+            )
+
+    def _max_positions(self) -> int:
+        text = self.model.config.get_text_config(decoder=True)
+        positions = getattr(text, "max_position_embeddings", None) or 2**31
+        return int(min(getattr(self.tokenizer, "model_max_length", positions), positions))
+
+
+def _check_config(config: Any, own: Any) -> None:
+    """Refuse in a GenerationConfig what is refused as an option, and in the model's own what changes answers.
+
+    Args:
+        config: given by the caller, or None.
+        own: the model's; what it says otherwise does not count.
+    """
+    default, own_value = GenerationConfig(), lambda name: getattr(own, name, None)
+    for name, reason in _REFUSED.items():
+        value = own_value(name) if config is None else getattr(config, name, None)
+        usual = [None, getattr(default, name, None), *([] if name in _GUESSING else [own_value(name)])]
+        if value not in usual:
+            where = "the model's generation_config" if config is None else "generation_config"
+            raise InputError(f"kv-press-text-generation does not take {name}={value!r} in {where}: {reason}.")
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Refuse what is unknown or cannot be meant, before the context is read."""
+    allowed = [name for name in (*_OWN, *_PASSED_ON, *_generation_options()) if name not in _REFUSED]
+    for name in options:
+        if name in _REFUSED:
+            raise InputError(f"kv-press-text-generation does not take {name}: {_REFUSED[name]}.")
+        if name not in allowed:
+            raise InputError(f"Unknown option {name!r} of kv-press-text-generation.{nearest(name, allowed)}")
+    question, questions, press = options.get("question"), options.get("questions"), options.get("press")
+    if question is not None and questions is not None:
+        raise InputError("Give question or questions, not both.")
+    if not isinstance(question, (str, type(None))):
+        raise InputError(f"question must be a text, got {question!r}; for several use questions=.")
+    if questions is not None and not (
+        isinstance(questions, (list, tuple)) and all(isinstance(text, str) for text in questions)
+    ):
+        raise InputError(f"questions must be a list of texts, got {questions!r}; for a single one use question=.")
+    if press is not None and not isinstance(press, Press):
+        raise PressError(f"press must be a press such as coldpress.SnapKVPress(0.5), got {as_given(press)}.")
+    cache, kv_bits = options.get("cache"), KVBits.of(options.get("kv_bits"))
+    if not isinstance(cache, (PressedCache, type(None))):
+        raise CacheError(f"cache must be a coldpress.PressedCache, not {type(cache).__name__}.{_instead_of(cache)}")
+    if cache is not None and kv_bits not in (None, cache.kv_bits):
+        raise CacheError(
+            "The cache says how its pairs are held: give kv_bits to the PressedCache, or leave cache= out."
+        )
+    for name in ("max_new_tokens", "max_context_length"):
+        value = options.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise InputError(f"{name} must be an integer of at least 1, got {value!r}.")
+
+
+def _instead_of(cache: Any) -> str:
+    """What to give instead of a quantised cache of transformers, in the bits and groups that it was made with."""
+    if not isinstance(cache, QuantizedCache):
+        return ""
+    layer = next(iter(getattr(cache, "layers", ())), None)
+    bits, size, newest = (getattr(layer, name, None) for name in ("nbits", "q_group_size", "residual_length"))
+    if bits not in BITS:
+        return (
+            " To hold what is kept in few bits, give kv_bits=4 (or 8, or 2) instead; the press scores full precision."
+        )
+    return (
+        f" Give kv_bits=coldpress.KVBits({bits}, group_size={size}, residual_tokens={newest}) instead: the press "
+        "scores pairs as they are, and what it keeps is quantised once."
+    )
+
+
+@functools.cache
+def _generation_options() -> tuple[str, ...]:
+    """Everything that transformers knows as an option of ``generate``."""
+    names = [name for name in vars(GenerationConfig()) if not name.startswith("_") and name != "transformers_version"]
+    return (
+        *names,
+        *(n for n in inspect.signature(GenerationConfig.__init__).parameters if n not in ("self", "kwargs")),
+    )
+
+
+register()
