@@ -126,7 +126,7 @@ def by_hand(model: str, score: Callable[..., list[float]], ids: Tensor, size: di
     def look(layer: PressedLayer, call: LayerCall) -> None:
         queries[layer.index] = call.query
 
-    past.session.look = look
+    past.session.on_attention = look
     start, stop = 0, n % CHUNK or CHUNK
     while start < n:
         own(ids[:, start:stop], **cache_argument(past))
@@ -220,7 +220,7 @@ def test_every_press_stays_within_its_budget_and_a_piece(name: str, model: str) 
     config = tiny(model).config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     layers = [CHUNK * 10] * config.num_hidden_layers if press.layers_differ() else [16] * config.num_hidden_layers
-    past.session.look = look
+    past.session.on_attention = look
     prefill(tiny(model), ids, past)
     keys = past.pressed_layers()[0].keys
     assert keys is not None
@@ -236,7 +236,7 @@ def test_every_press_stays_within_its_budget_and_a_piece(name: str, model: str) 
 def test_memory_of_a_long_prompt_is_flat() -> None:
     def peak(n: int) -> int:
         past, most = PressedCache(KeyDiffPress(budget_tokens=32), chunk_tokens=32), [0]
-        past.session.look = lambda layer, call: most.append(past.kv_bytes())
+        past.session.on_attention = lambda layer, call: most.append(past.kv_bytes())
         prefill(tiny("llama"), tokens(1, n), past)
         return max(most)
 

@@ -456,7 +456,9 @@ def test_rows_with_padding_are_what_they_are_alone(seed: int, at_once: pytest.Mo
     for _ in range(r.randrange(1, 12)):
         n = r.choice([1, 1, 1, 6])
         ids, new = draw(r, 3, n), torch.ones(3, n, dtype=torch.long)
-        if n > 1 and not options["kv_bits"] and (press is None or not press.goes_on):  # these count padding too
+        if (
+            n > 1 and not options["kv_bits"] and (press is None or not press.evicts_while_decoding)
+        ):  # these count padding too
             new[1, : r.randrange(n)] = 0
         mask = torch.cat([mask, new], 1)
         logits = model(ids, attention_mask=mask, position_ids=places(mask, n), **cache_argument(past)).logits

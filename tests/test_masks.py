@@ -117,7 +117,7 @@ class Run:
 @st.composite
 def runs(draw: st.DrawFn) -> Run:
     rows, press = draw(st.integers(1, 3)), draw(st.sampled_from(PRESSES))
-    can_be_coded = press is None or not press.goes_on
+    can_be_coded = press is None or not press.evicts_while_decoding
     calls = [draw(st.integers(8, 40)), *draw(st.lists(st.sampled_from([1, 1, 1, 1, 2, 5]), min_size=2, max_size=7))]
     generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
     real, masks, n = torch.ones(rows, sum(calls), dtype=torch.bool), [], 0

@@ -57,7 +57,9 @@ class Evens(BasePress):
         fork = cache.fork()
         fork.session.press = None
         calls: list[tuple[int, int, int]] = []
-        fork.session.look = lambda layer, call: calls.append((layer.index, layer.stored_length, call.query.shape[2]))
+        fork.session.on_attention = lambda layer, call: calls.append(
+            (layer.index, layer.stored_length, call.query.shape[2])
+        )
         hidden = model(input_ids=token_ids, **cache_argument(fork)).last_hidden_state
         self.log.append((token_ids, calls, hidden))
         if self.fails:

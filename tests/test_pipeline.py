@@ -791,7 +791,7 @@ def test_many_requests_leave_nothing_behind(pipe: KVPressTextGenerationPipeline)
     def ask(i: int) -> None:
         press = presses[i % len(presses)]
         options: dict[str, Any] = {"press": press}
-        if i % 3 == 1 and (press is None or not (press.goes_on or "Think" in repr(press))):
+        if i % 3 == 1 and (press is None or not (press.evicts_while_decoding or "Think" in repr(press))):
             options["kv_bits"] = KVBits(4, 8, 8)
         elif i % 3 == 2:
             options = {"cache": PressedCache(press, chunk_tokens=16 if press.chooses_again else None)}

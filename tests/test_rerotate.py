@@ -217,7 +217,7 @@ def test_scorers_see_keys_and_queries_where_they_stand(
     Spy.views = []
     press = PrefillDecodingPress(before, Spy(inner, INTERVAL, TARGET, 12))  # type: ignore[arg-type]
     past = PressedCache(press, positions="rerotate", chunk_tokens=chunk)
-    past.session.look = look
+    past.session.on_attention = look
     with torch.no_grad():
         prefill(tiny(model), ids[:, :16], past)
     for start, stop in [(i, i + 1) for i in range(16, 70)]:

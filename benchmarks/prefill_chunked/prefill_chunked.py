@@ -118,7 +118,7 @@ def sample(args: argparse.Namespace, point: dict[str, Any]) -> dict[str, Any]:
         nonlocal most
         most = max(most, cache.kv_bytes())
 
-    cache.session.look = look
+    cache.session.on_attention = look
     with MemoryMeter(torch.device("cpu")) as meter:
         start = time.perf_counter()
         coldpress.prefill(model.base_model, ids, cache)

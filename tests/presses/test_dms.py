@@ -159,7 +159,7 @@ class Twin:
         self.past, self.threshold, self.window, self.n_sink = past, threshold, window, n_sink
         self.arrived: dict[int, Tensor] = {}
         self.held: dict[tuple[int, int, int], list[tuple[int, float]]] = {}
-        past.session.look = self.look  # type: ignore[assignment]
+        past.session.on_attention = self.look  # type: ignore[assignment]
 
     def look(self, layer: PressedLayer, call: LayerCall) -> None:
         self.arrived[layer.index] = -layer.keys[:, :, -call.query.shape[2] :].norm(dim=-1)  # type: ignore[index]

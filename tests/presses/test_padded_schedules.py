@@ -200,7 +200,7 @@ class NewHiddenPress(ScorerPress):
     """Old tokens by their keys; those that have come since the press was asked last by their hidden states."""
 
     needs_hidden_states = True
-    decodes = True
+    can_rechoose = True
 
     def score(self, view: LayerView) -> Tensor:
         assert view.hidden_states is not None and view.hidden_states.shape[1] == view.n_new

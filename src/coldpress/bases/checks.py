@@ -27,7 +27,7 @@ def no_scorer(press: object) -> str:
     if not isinstance(press, Press):
         return as_given(press)
     name = type(press).__name__
-    if press.goes_on:
+    if press.evicts_while_decoding:
         return f"{name}, which says when pairs are evicted and not which; put it outside"
     if press.chooses_together:
         return f"{name}, which chooses among the pairs of all layers; use it by itself"

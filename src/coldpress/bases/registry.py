@@ -317,7 +317,7 @@ def _info(name: str, entry: _Entry) -> PressInfo:
         parameters=parameters,
         kind=entry.kind,
         at_prefill=entry.cls.at_prefill,
-        decodes=all(cls.decodes for cls in entry.classes),
+        decodes=all(cls.can_rechoose for cls in entry.classes),
         per_head=any(cls.per_head for cls in entry.classes),
         per_layer=any(cls.per_layer for cls in entry.classes),
         has_ratio=entry.has_ratio if name else cls.has_ratio,

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ReplayPress", "chunk_view", "projected_norms"]
 
-_Look = Callable[["PressedLayer", LayerCall], None]
+_OnAttention = Callable[["PressedLayer", LayerCall], None]
 _BLOCK_ELEMENTS = 1 << 22  # projected values held at once while their norms are taken (16 MiB)
 
 
@@ -109,11 +109,11 @@ class ReplayPress(BudgetPress):
         for layer, part, count in zip(layers, scores, counts, strict=True):
             layer.keep(select_counts(part, count))
 
-    def run(self, cache: PressedCache, model: nn.Module, look: _Look, n_new: int, **inputs: Any) -> Any:
+    def run(self, cache: PressedCache, model: nn.Module, on_attention: _OnAttention, n_new: int, **inputs: Any) -> Any:
         """Run ``model`` on ``n_new`` more tokens after those in ``cache``, which does not notice.
 
         Args:
-            look: shown each attention call, with the layer that holds the pairs of both.
+            on_attention: shown each attention call, with the layer that holds the pairs of both.
             inputs: ``input_ids`` or ``inputs_embeds``.
 
         Raises:
@@ -138,7 +138,7 @@ class ReplayPress(BudgetPress):
                 f"has {positions} positions; give it a shorter text."
             )
         fork = cache.fork()
-        fork.session.press, fork.session.kv_bits, fork.session.look = None, None, look
+        fork.session.press, fork.session.kv_bits, fork.session.on_attention = None, None, on_attention
         if "position_ids" in inspect.signature(model.forward).parameters:  # some models that see images count otherwise
             at = torch.arange(cache.seen_tokens, end, device=next(iter(inputs.values())).device)
             inputs["position_ids"] = at[None]
@@ -157,7 +157,7 @@ def chunk_view(layer: PressedLayer, call: LayerCall, slots: Tensor) -> LayerView
     """The queries of a replay, and of the pairs before them those in ``slots``, as if there were no others.
 
     Args:
-        layer, call: what :attr:`Session.look` was shown.
+        layer, call: what :attr:`Session.on_attention` was shown.
         slots: int64 ``[n]``, ascending.
     """
     assert layer.keys is not None and layer.values is not None

@@ -113,15 +113,15 @@ class ScorerPress(BudgetPress):
         compression_ratio, budget_tokens, budget_bytes: as in :class:`BudgetPress`.
     """
 
-    decodes = True
+    can_rechoose = True
 
     estimates_attention: ClassVar[bool] = False  # scores are attention weights: not negative, comparable across heads
     needs_all_queries: ClassVar[bool] = False  # score(view) needs the query of every token of the view
-    scores_alone: ClassVar[bool] = False  # a score depends on its own token only, so that it can be given at once
+    pointwise: ClassVar[bool] = False  # a score depends on its own token only, so that it can be given at once
 
     @property
     def chooses_again(self) -> bool:
-        return self.decodes
+        return self.can_rechoose
 
     def score(self, view: LayerView) -> Tensor:
         """Scores ``[B, Hkv, T]`` in float32; larger = keep. Must not depend on ``compression_ratio``."""

@@ -50,7 +50,7 @@ class WrapperPress(ScorerPress):
 
     @property
     def chooses_again(self) -> bool:
-        return self.decodes and self.press.chooses_again
+        return self.can_rechoose and self.press.chooses_again
 
     def score(self, view: LayerView) -> Tensor:
         return self.press.score(view)

@@ -269,13 +269,13 @@ def _of_press(press: Press | None) -> dict[str, Any] | None:
     """A press as JSON holds it; only one that still has work to do has to come back from there."""
     if press is None:
         return None
-    said: dict[str, Any] = {"repr": repr(press), "goes_on": press.goes_on, "data": None}
+    said: dict[str, Any] = {"repr": repr(press), "goes_on": press.evicts_while_decoding, "data": None}
     try:
         data = json.loads(json.dumps(as_data(press)))
         if from_data(data) != press:
             raise PressError(f"{type(press).__name__} made from its parameters is another press.")
     except PressError as error:
-        if press.goes_on:
+        if press.evicts_while_decoding:
             raise CacheError(f"The press goes on while decoding, and cannot be saved: {error}") from error
     else:
         said["data"] = data
@@ -292,9 +292,9 @@ def _press(path: Path, said: dict[str, Any] | None, model: PreTrainedModel) -> P
         if said["goes_on"]:
             raise CacheError(f"{path} goes on being compressed by {said['repr']}: {error}") from error
         return None
-    if press.goes_on != said["goes_on"]:
+    if press.evicts_while_decoding != said["goes_on"]:
         raise Malformed("press.goes_on")
-    return press.prepared(model) if press.goes_on else press
+    return press.prepared(model) if press.evicts_while_decoding else press
 
 
 # -- layers -----------------------------------------------------------------------------------------------------------
@@ -310,8 +310,8 @@ def _pack(layer: Any, tensors: dict[str, Tensor]) -> dict[str, Any] | None:
         parts["kept"] = layer._kept  # [B, Hkv, n] int32
     if layer._carry is not None:
         parts["carry"] = layer._carry
-    if layer._fine is not None:
-        parts["fine"] = layer._fine
+    if layer._residual is not None:
+        parts["fine"] = layer._residual
     n_recent = 0 if layer.session.press is None else layer.session.press.n_recent_queries
     if n_recent and layer._recent is not None:
         _pack_newest("recent", layer._recent.newest(n_recent, layer._shown), layer, parts)
@@ -357,7 +357,7 @@ def _unpack(layer: Any, said: dict[str, Any], tensors: dict[str, Tensor], device
     layer._store = _STORES[said["store"]].unpacked(store, min(said["room"], max(_ROOM, said["seen"])))
     layer._seen, layer._tail_start, layer._window = said["seen"], said["tail_start"], said["window"]
     layer._is_prefilled = said["is_prefilled"]
-    layer._kept, layer._carry, layer._fine = parts.get("kept"), parts.get("carry"), parts.get("fine")
+    layer._kept, layer._carry, layer._residual = parts.get("kept"), parts.get("carry"), parts.get("fine")
     layer._has_gaps = layer._kept is not None and bool((layer._kept < 0).any())
     layer._pairs_before, layer._pairs_after = said["pairs"]
     if "unseen" in parts:

@@ -77,7 +77,7 @@ class PressedLayer(CacheLayerMixin):
         self._unseen: Newest | None = None  # hidden states of the tokens below, [B, 1, n, hidden], where it needs them
         self.n_new: list[int] = []  # tokens of each row since such a press was asked last
         self._carry: Tensor | None = None  # [B, Hkv, n] float32, what the press gave its kept pairs to carry
-        self._fine: Tensor | None = None  # [B, Hkv, m, Drot], what the first m keys lack that were moved up
+        self._residual: Tensor | None = None  # [B, Hkv, m, Drot], what the first m keys lack that were moved up
         self._verdicts: Verdicts | None = None  # of the tokens after the kept ones, where the press judges them
 
     # -- what transformers asks of a layer ----------------------------------------------------------------------
@@ -104,7 +104,7 @@ class PressedLayer(CacheLayerMixin):
     def tensors(self) -> tuple[Tensor, ...]:
         """What holds the keys and values."""
         own = () if self._store is None else self._store.tensors()
-        return own if self._fine is None else (*own, self._fine)
+        return own if self._residual is None else (*own, self._residual)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to do: the first update brings shapes, dtype and device."""
@@ -328,11 +328,11 @@ class PressedLayer(CacheLayerMixin):
             return None
         return pad(self._carry, (0, self.stored_length - self._carry.shape[2]), value=torch.nan)
 
-    def fine(self) -> Tensor | None:
+    def rounding_residual(self) -> Tensor | None:
         """What the stored keys lack that were rotated more precisely than they are held: ``[B, Hkv, T, Drot]``."""
-        if self._fine is None:
+        if self._residual is None:
             return None
-        return pad(self._fine, (0, 0, 0, self.stored_length - self._fine.shape[2]))
+        return pad(self._residual, (0, 0, 0, self.stored_length - self._residual.shape[2]))
 
     def visibility(self, n_queries: int, mask: Tensor | None, sliding_window: int | None) -> Tensor | None:
         """Which stored slots each of the last ``n_queries`` tokens sees: bool ``[B or 1, Hkv or 1, Q or 1, T]``.
@@ -455,10 +455,10 @@ class PressedLayer(CacheLayerMixin):
         session.unclaimed = self._offered = None
         is_first = self._seen == call.query.shape[2]
         for own in (session, *(branch.session for branch in session.live_branches())):
-            if own.goes_on or own.look is not None or (is_first and own.press is not None):
+            if own.evicts_while_decoding or own.on_attention is not None or (is_first and own.press is not None):
                 own.note_steps(call.module, call.query.shape[2], self._seen, padding)
-        if session.look is not None:
-            session.look(self, call)
+        if session.on_attention is not None:
+            session.on_attention(self, call)
         is_prefill, is_last = self._is_prefill(call.query.shape[2])
         if is_first:
             session.switch_at = switching_point(call.module.config)
@@ -520,7 +520,7 @@ class PressedLayer(CacheLayerMixin):
         """Hold all but the newest pairs in few bits, if the cache is to; what is held so already is left alone."""
         store, kv_bits = self._store, self.session.kv_bits
         if kv_bits is not None:
-            self._fine = None  # nothing moves any more
+            self._residual = None  # nothing moves any more
         if isinstance(store, (QuantizedStore, QuantizedRaggedStore)):
             store.quantise()
         elif isinstance(store, RaggedStore) and kv_bits is not None:
@@ -593,7 +593,7 @@ class PressedLayer(CacheLayerMixin):
         press = self.session.press
         if press is None or call.is_local or self.session.error is not None:
             return
-        if press.goes_on:
+        if press.evicts_while_decoding:
             check_heads(press, call.module, call.query.shape[1])
         if press.n_waiting and (press.judges_prompt or not is_prefill):
             self._judge(press, call, padding)
@@ -795,15 +795,19 @@ class PressedLayer(CacheLayerMixin):
             for group, part in zip(groups, parts, strict=True):
                 channels[group.rows] = part.channels  # type: ignore[assignment]
             thin = ThinKeys.of(k, (p >= 0).sum(-1), channels, parts[0].n_wide)
-        fine, recent = None, self._recent
-        fines = [(group.rows, part.fine) for group, part in zip(groups, parts, strict=True) if part.fine is not None]
+        rounding_residual, recent = None, self._recent
+        fines = [
+            (group.rows, part.rounding_residual)
+            for group, part in zip(groups, parts, strict=True)
+            if part.rounding_residual is not None
+        ]
         if fines:
-            n_fine, width = max(own.shape[2] for _, own in fines), fines[0][1].shape[3]
-            fine = keys.new_zeros(n_batch, n_heads, n_fine, width)
+            n_residual, width = max(own.shape[2] for _, own in fines), fines[0][1].shape[3]
+            rounding_residual = keys.new_zeros(n_batch, n_heads, n_residual, width)
             for rows, own in fines:
-                fine[rows, :, : own.shape[2]] = own
+                rounding_residual[rows, :, : own.shape[2]] = own
         self._clear()
-        self._recent, self._carry, self._fine, self._seen = recent, carry, fine, seen
+        self._recent, self._carry, self._residual, self._seen = recent, carry, rounding_residual, seen
         self._pairs_before = sum(group.n_pairs for group in groups)
         self._take(k, v, p, thin)
 
@@ -885,7 +889,7 @@ class PressedLayer(CacheLayerMixin):
         oldest = n_first - n_kept + self._tail_start
         self._store = store.without_first(n_first)
         self._kept, self._has_gaps, self._tail_start = None, False, oldest
-        self._carry = self._fine = None
+        self._carry = self._residual = None
 
     def _index_rows(self, rows: Tensor) -> None:
         if self._shown is not None:
@@ -909,8 +913,8 @@ class PressedLayer(CacheLayerMixin):
             self._kept = self._kept.index_select(0, rows)[..., :n_kept]
         if self._carry is not None:
             self._carry = self._carry.index_select(0, rows)[..., :n_kept]
-        if self._fine is not None:
-            self._fine = self._fine.index_select(0, rows)
+        if self._residual is not None:
+            self._residual = self._residual.index_select(0, rows)
 
 
 def next_layer(session: Session) -> PressedLayer:

@@ -95,7 +95,7 @@ class RowGroup:
         (n_batch, n_heads, *_), device = keys.shape, keys.device
         at = layer.positions()  # [B, Hkv, T] in the input, -1 for an empty slot
         is_held, position = at >= 0, at
-        seen, carried, fine = layer.get_seq_length(), layer.carried(), layer.fine()
+        seen, carried, rounding_residual = layer.get_seq_length(), layer.carried(), layer.rounding_residual()
         lengths = [seen] * n_batch
         unseen_counts = [0] * n_batch if unseen is None else unseen.counts()
         if padding is not None:
@@ -134,7 +134,7 @@ class RowGroup:
                 view.carried = carried[rows].gather(2, order)
             if layer.session.rerotates:
                 _find_places(view)
-                view.fine = None if fine is None else pick(fine[rows], order)
+                view.rounding_residual = None if rounding_residual is None else pick(rounding_residual[rows], order)
             view.n_new = new
             if unseen is not None and is_known:
                 view.hidden_states = unseen.states[rows, 0, unseen.n - new :]

@@ -81,7 +81,7 @@ class Session:
         self._new: list[int] | None = None  # how many real tokens it brings, in each row
         self.token_ids: Tensor | None = None  # int64 [B, T] of the prefill, where somebody told them
         self.find_model: Callable[[], nn.Module | None] = lambda: None  # what runs, inside 'with press(model):'
-        self.look: Callable[[Any, LayerCall], None] | None = None  # shown every call, before anything goes
+        self.on_attention: Callable[[Any, LayerCall], None] | None = None  # shown every call, before anything goes
         self.n_layers = 0  # that were made
         self._seed: int | None = None
         self._ropes: dict[Any, Rope | None] = {}
@@ -96,7 +96,7 @@ class Session:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a file can hold: what belongs to a run or a model is left out, and found again."""
-        of_a_run = ("branches", "find_model", "look", "_ropes")
+        of_a_run = ("branches", "find_model", "on_attention", "_ropes")
         return {name: value for name, value in vars(self).items() if name not in of_a_run}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -160,10 +160,10 @@ class Session:
         return self._ropes[kind]
 
     @property
-    def goes_on(self) -> bool:
+    def evicts_while_decoding(self) -> bool:
         """Whether pairs of several calls may be unrotated or moved together."""
         press = self.press
-        return self.rerotates or self.chunk_tokens is not None or (press is not None and press.goes_on)
+        return self.rerotates or self.chunk_tokens is not None or (press is not None and press.evicts_while_decoding)
 
     def steps(self, module: nn.Module) -> Steps:
         """How tokens follow each other in the layers of ``module``'s kind, as far as somebody has noted it."""

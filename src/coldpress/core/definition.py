@@ -24,6 +24,14 @@ _NOT_CALLED = {  # what kvpress calls, and what coldpress calls in its place
 }
 
 
+_RENAMED = {  # traits that presses of earlier versions of coldpress have
+    "decodes": "can_rechoose",
+    "heads_alone": "per_head_independent",
+    "scores_alone": "pointwise",
+    "goes_on": "evicts_while_decoding",
+}
+
+
 def as_given(press: object) -> str:
     """What was given where a press is needed, for the end of a sentence."""
     if isinstance(press, type):
@@ -65,6 +73,8 @@ class PressType(type):
         for own in namespace:
             if sentence := not_called(name, own):
                 raise PressError(sentence)
+            if own in _RENAMED:
+                raise PressError(f"{name}.{own} is called {_RENAMED[own]} now, and nothing asks for the old name.")
         if "__call__" in namespace:
             raise PressError(
                 f"{name}.__call__ would not be called where a cache or the pipeline has the press; what has to be "

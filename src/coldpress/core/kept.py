@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from torch import Tensor
@@ -21,8 +23,9 @@ class Kept(NamedTuple):
         carry: float32 ``[B, Hkv, n]`` or None, a number that each of them brings along: ``carried`` of later views.
         channels: int64 ``[B, Hkv, d]``, ascending, or None: the channels of the keys that are held, the others are not.
         n_wide: with channels, how many of each head's last keys hold all of them.
-        fine: ``[B, Hkv, m, Drot]`` in the keys' dtype or None: what is to be added to the first m keys, which were
-            rotated more precisely than they can be held.
+        rounding_residual: ``[B, Hkv, m, Drot]`` in the keys' dtype or None: float32 key minus stored key, of the first
+            m keys, which were rotated more precisely than they can be stored.
+        columns: what else each of them carries, by name, ``[B, Hkv, n, ...]``: ``columns`` of later views.
     """
 
     keys: Tensor
@@ -31,7 +34,8 @@ class Kept(NamedTuple):
     carry: Tensor | None = None
     channels: Tensor | None = None
     n_wide: int = 0
-    fine: Tensor | None = None
+    rounding_residual: Tensor | None = None
+    columns: Mapping[str, Tensor] = MappingProxyType({})
 
 
 def checked_kept(press: object, kept: object) -> Kept | None:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["at_once", "pick"]
+__all__ = ["at_once", "column_at", "pick"]
 
 
 _CPU_ELEMENTS = 1 << 18  # numbers worked on at once on a CPU: 1 MiB in float32, which stays in its cache
@@ -39,3 +39,9 @@ def pick(states: Tensor, at: Tensor) -> Tensor:
         index = index + (torch.arange(states.shape[dim], device=at.device) * (strides[dim] // step)).view(shape)
     matrix = states.as_strided((last // step + 1, states.shape[3]), (step, 1))
     return matrix.index_select(0, index.flatten()).view(*at.shape, states.shape[3])
+
+
+def column_at(column: Tensor, at: Tensor) -> Tensor:
+    """Entries ``at``, int64 ``[B, H, n]``, of a column ``[B, H, T, ...]``: ``[B, H, n, ...]``."""
+    index = at.view(*at.shape, *(1 for _ in column.shape[3:])).expand(*at.shape, *column.shape[3:])
+    return column.gather(2, index)

@@ -38,7 +38,7 @@ class Press(metaclass=PressType):
         needs_hidden_states: looks at ``view.hidden_states``: the prefill has to run inside ``with press(model):``. A
             wrapper need not say it for the press inside it.
         needs_model: runs the model by itself after the prefill (:meth:`finish`), inside ``with press(model):`` too.
-        heads_alone: chooses for each KV head by what that head holds and is asked, so that heads may be apart.
+        per_head_independent: chooses for each KV head by what that head holds and is asked, so that heads may be apart.
             Not inherited; every class says so for itself.
         chooses_together: chooses among the pairs of all layers when the prefill is over (:meth:`choose_together`),
             inside ``with press(model):`` too.
@@ -46,13 +46,13 @@ class Press(metaclass=PressType):
 
     kind: ClassVar[Literal["training-free", "calibrated", "trained"]] = "training-free"
     at_prefill: ClassVar[bool] = True
-    decodes: ClassVar[bool] = False
+    can_rechoose: ClassVar[bool] = False
     per_head: ClassVar[bool] = False
     per_layer: ClassVar[bool] = False
     has_ratio: ClassVar[bool] = False
     needs_hidden_states: ClassVar[bool] = False
     needs_model: ClassVar[bool] = False
-    heads_alone: ClassVar[bool] = False
+    per_head_independent: ClassVar[bool] = False
     chooses_together: ClassVar[bool] = False
 
     def compress(self, view: LayerView) -> Kept | None:
@@ -91,7 +91,7 @@ class Press(metaclass=PressType):
         Args:
             cache: what to compress, by :meth:`coldpress.cache.layer.PressedLayer.keep` of each of its layers.
             model: the model without its head; ``model(input_ids=..., cache=cache.fork())`` runs it, and
-                ``session.look`` of the fork's session is shown each of its attention calls.
+                ``session.on_attention`` of the fork's session is shown each of its attention calls.
             token_ids: int64 ``[B, T]``, what the prefill was given.
         """
         raise NotImplementedError(f"{type(self).__name__} must define finish(cache, model, token_ids)")
@@ -149,7 +149,7 @@ class Press(metaclass=PressType):
         raise NotImplementedError(f"{type(self).__name__} must define judge(view)")
 
     @property
-    def goes_on(self) -> bool:
+    def evicts_while_decoding(self) -> bool:
         """Whether it compresses what comes after the prefill too."""
         return bool(self.n_recent_queries or self.n_waiting)
 

@@ -73,7 +73,7 @@ def check_heads(press: Press, module: nn.Module, n_heads: int) -> None:
     if not is_sharded(module, n_heads):
         return
     for part in parts(press):
-        if not vars(type(part)).get("heads_alone"):  # a subclass may do something else
+        if not vars(type(part)).get("per_head_independent"):  # a subclass may do something else
             raise PressError(
                 f"{type(part).__name__} may need all heads of a layer at once, and under tensor parallelism every "
                 "process has some of them; use a press that looks at each head alone, such as SnapKVPress, KnormPress "
@@ -115,7 +115,7 @@ def check_quantisable(press: Press | None, kv_bits: object) -> None:
     """Raise :class:`CacheError` if what ``press`` keeps cannot be held in few bits."""
     if press is None or kv_bits is None:
         return
-    if press.goes_on:
+    if press.evicts_while_decoding:
         raise CacheError(
             f"{type(press).__name__} evicts pairs while decoding, and kv_bits holds keys in groups of tokens that "
             "cannot be taken apart without quantising them again; use a press that stops after the prefill, or no "

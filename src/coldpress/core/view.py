@@ -11,8 +11,9 @@ is scored head by head (:meth:`LayerView.of_head`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -22,7 +23,7 @@ from coldpress.architecture.projection import output_weight
 from coldpress.architecture.rope import Rope
 from coldpress.core.choice import protect
 from coldpress.core.kept import Kept, Place
-from coldpress.core.pick import at_once, pick
+from coldpress.core.pick import at_once, column_at, pick
 
 __all__ = ["LayerView"]
 
@@ -50,7 +51,9 @@ class LayerView:
         places: int64 ``[B, Hkv, T]``, the positions at which the keys stand where that is not ``positions``: in a cache
             that moves its keys up (``positions="rerotate"``); of no account in empty slots.
         query_places: int64 ``[B, Hkv, Q]``, likewise of the queries, which differ by KV head.
-        fine: ``[B, Hkv, T, Drot]`` in the keys' dtype or None, as in :class:`Kept`, zero where there is nothing to add.
+        rounding_residual: ``[B, Hkv, T, Drot]`` in the keys' dtype or None, as in :class:`Kept`.
+        columns: what else each pair carries, by name, ``[B, Hkv, T, ...]``: what the press declares
+            (:attr:`coldpress.core.press.Press.columns`), and ``pinned``, bool, of tokens that nothing may evict.
         n_new: how many tokens have come since the press was asked last; all of them at the prefill.
         n_counted: while a prefill goes on in pieces, the length of the text that a budget is a share of
             (:meth:`coldpress.cache.layer.PressedLayer._pressed_piece`); else None.
@@ -78,13 +81,14 @@ class LayerView:
     carried: Tensor | None = None
     places: Tensor | None = None
     query_places: Tensor | None = None
-    fine: Tensor | None = None
+    rounding_residual: Tensor | None = None
     n_new: int | None = None
     n_counted: int | None = None
     hidden_states: Tensor | None = None
     token_ids: Tensor | None = None
     whole: LayerView | None = None  # what a view of one head was taken from
     row_head: tuple[int, int] = (0, 0)  # and where it stood there
+    columns: Mapping[str, Tensor] = MappingProxyType({})
     sliding_window: int | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
@@ -139,13 +143,20 @@ class LayerView:
 
         def compute() -> LayerView:
             skipped = self.n_tokens - self.n_queries  # tokens whose queries are not here
+            here = slice(max(0, start - skipped), max(0, stop - skipped))
             return replace(
                 self,
                 keys=self.keys[:, :, start:stop],
                 values=self.values[:, :, start:stop],
-                queries=self.queries[:, :, max(0, start - skipped) : max(0, stop - skipped)],
+                queries=self.queries[:, :, here],
                 first_position=self.first_position + start,
                 positions=None if self.positions is None else self.positions[..., start:stop],
+                carried=None if self.carried is None else self.carried[..., start:stop],
+                places=None if self.places is None else self.places[..., start:stop],
+                query_places=None if self.query_places is None else self.query_places[..., here],
+                counts=None if self.counts is None else (self.counts - start).clamp(0, stop - start),
+                rounding_residual=None if self.rounding_residual is None else self.rounding_residual[:, :, start:stop],
+                columns={name: column[:, :, start:stop] for name, column in self.columns.items()},
                 hidden_states=self._hidden_states_of(start, stop),
                 token_ids=None if self.token_ids is None else self.token_ids[:, start:stop],
                 _memo={},
@@ -163,14 +174,20 @@ class LayerView:
             n_queries: tokens whose queries are looked at.
         """
         skipped = self.n_tokens - self.n_queries
+        here = slice(max(0, stop - n_queries - skipped), max(0, stop - skipped))
         kept, end = self.take(chosen), self.first_position + stop
         return replace(
             self,
             keys=kept.keys,
             values=kept.values,
-            queries=self.queries[:, :, max(0, stop - n_queries - skipped) : max(0, stop - skipped)],
+            queries=self.queries[:, :, here],
+            query_places=None if self.query_places is None else self.query_places[..., here],
             first_position=end - chosen.shape[2],  # so that the queries, those of the last tokens, are in their places
             positions=chosen + self.first_position,
+            carried=None if self.carried is None else self.carried.gather(2, chosen),
+            places=None if self.places is None else self.places.gather(2, chosen),
+            rounding_residual=None if self.rounding_residual is None else pick(self.rounding_residual, chosen),
+            columns=kept.columns,
             hidden_states=self._hidden_states_of(stop - n_queries, stop),
             token_ids=None,
             _memo={},
@@ -201,7 +218,8 @@ class LayerView:
                 carried=None if self.carried is None else self.carried[here],
                 places=None if self.places is None else self.places[here],
                 query_places=None if self.query_places is None else self.query_places[here[:2]],
-                fine=None,
+                rounding_residual=None,
+                columns={name: column[here] for name, column in self.columns.items()},
                 hidden_states=None if self.hidden_states is None else self.hidden_states[row : row + 1],
                 token_ids=None,
                 sinks=None if self.sinks is None else self.sinks[group],
@@ -241,7 +259,8 @@ class LayerView:
     def take(self, chosen: Tensor) -> Kept:
         """The pairs at ``chosen``, int64 ``[B, Hkv, n]`` positions in the view, -1 for none."""
         at = chosen.clamp(min=0)
-        return Kept(pick(self.keys, at), pick(self.values, at), chosen)
+        columns = {name: column_at(column, at) for name, column in self.columns.items()}
+        return Kept(pick(self.keys, at), pick(self.values, at), chosen, columns=columns)
 
     def window_attention(self, window: int) -> Tensor:
         """Attention weights of the last ``window`` queries: float32 ``[B, Hkv, G, window, T]``.
@@ -319,7 +338,7 @@ class LayerView:
         """``kept`` with keys that stand side by side at the end of the text, as all those of the view do.
 
         What stays moves up by as many positions as tokens after it go; in float32, and what the keys' dtype cannot hold
-        of the result is remembered (``fine``), so that moving a key again and again adds up no errors.
+        of the result is remembered (``rounding_residual``), so that moving a key again and again adds up no errors.
         """
         rope = self.find_rope()
         if rope is None or kept.positions.numel() == 0:
@@ -328,22 +347,24 @@ class LayerView:
         n_held = self.n_tokens if self.counts is None else self.counts[..., None]
         n_after = is_kept.sum(-1, keepdim=True) - slot
         moves = (n_held - kept.positions - n_after).masked_fill(~is_kept, 0)  # [B, Hkv, n]
-        fine, is_moved = None, moves > 0
-        if self.fine is not None:
-            fine = pick(self.fine, kept.positions.clamp(min=0)) * is_kept[..., None]
-            is_moved = is_moved | (fine != 0).any(-1)
+        rounding_residual, is_moved = None, moves > 0
+        if self.rounding_residual is not None:
+            rounding_residual = pick(self.rounding_residual, kept.positions.clamp(min=0)) * is_kept[..., None]
+            is_moved = is_moved | (rounding_residual != 0).any(-1)
         n = int((is_moved * (slot + 1)).max())  # the later ones stay where they are
         if n == 0:
             return kept
         exact = kept.keys[:, :, :n].float()
-        if fine is not None:
-            rest = torch.nn.functional.pad(fine[:, :, :n].float(), (0, exact.shape[3] - fine.shape[3]))
+        if rounding_residual is not None:
+            rest = torch.nn.functional.pad(
+                rounding_residual[:, :, :n].float(), (0, exact.shape[3] - rounding_residual.shape[3])
+            )
             exact = exact + rest
         exact = rope.turn(exact, moves[..., :n])
         keys = exact.to(kept.keys.dtype)
         if keys.dtype != torch.float32:
-            fine = (exact - keys.float())[..., : rope.width].to(keys.dtype)
-        return kept._replace(keys=torch.cat([keys, kept.keys[:, :, n:]], dim=2), fine=fine)
+            rounding_residual = (exact - keys.float())[..., : rope.width].to(keys.dtype)
+        return kept._replace(keys=torch.cat([keys, kept.keys[:, :, n:]], dim=2), rounding_residual=rounding_residual)
 
     def moved_keys(self, kept: Kept, places: Tensor) -> Tensor:
         """The keys of ``kept`` as they would be at ``places``, int64 ``[B, Hkv, n]`` positions in the view.

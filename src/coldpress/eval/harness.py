@@ -331,7 +331,7 @@ class ColdpressLM(HFLM):
             backbone = getattr(model, model.base_model_prefix, model)  # logits are not needed
             prefill(backbone, ids, cache, mask)
             cache.get_seq_length()  # raises what the press raised
-            if press is not None and press.goes_on:
+            if press is not None and press.evicts_while_decoding:
                 stack.push(block.pop_all())
         if mask is None:
             check_stored_pairs(press, cache, ids.shape[1])
@@ -348,7 +348,7 @@ class ColdpressLM(HFLM):
         branch.batch_select_indices(rows)
         stand_at(self.model, branch.seen_tokens)
         # A press that goes on would evict after a call: what is written is fed as it is written, token by token.
-        step = 1 if cache.press is not None and cache.press.goes_on else width
+        step = 1 if cache.press is not None and cache.press.evicts_while_decoding else width
         takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
         own, is_top = [], []
         last: dict[int, Tensor] = {}

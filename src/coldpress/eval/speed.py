@@ -108,9 +108,9 @@ class SpeedPoint:
         return self.press is None and self.kv_bits is None
 
     @property
-    def goes_on(self) -> bool:
+    def evicts_while_decoding(self) -> bool:
         """Whether the press goes on while decoding: then its cache is that of the end of generation."""
-        return self.press is not None and self.press.goes_on
+        return self.press is not None and self.press.evicts_while_decoding
 
     @property
     def tpot_ms(self) -> list[float]:
@@ -298,8 +298,10 @@ class SpeedRun:
         speedups = point.speedups(baseline) if is_compared and baseline is not None else {}
         number = _middle(speedups or {i: s.tpot_ms or s.total_ns for i, s in enumerate(point.samples)})
         shown = None if number is None else point.samples[number]
-        kv_tokens = context_tokens + (self.max_new_tokens - 1 if point.goes_on else 0)
-        kv_baseline = None if baseline is None else baseline.kv_bytes_at_end if point.goes_on else baseline.kv_bytes
+        kv_tokens = context_tokens + (self.max_new_tokens - 1 if point.evicts_while_decoding else 0)
+        kv_baseline = (
+            None if baseline is None else baseline.kv_bytes_at_end if point.evicts_while_decoding else baseline.kv_bytes
+        )
         ttft_s = None if shown is None or shown.prefill_ns is None else shown.prefill_ns / 1e9
         tpot_ms = None if shown is None else shown.tpot_ms
         record: dict[str, Any] = {
@@ -365,7 +367,7 @@ class SpeedRun:
         with ExitStack() as stack:
             stack.enter_context(prefilling(self.model, cache))
             token = self._next(self.context_ids, cache, 0)
-            if cache.press is None or not cache.press.goes_on:
+            if cache.press is None or not cache.press.evicts_while_decoding:
                 stack.close()
             yield token
 
@@ -387,13 +389,15 @@ class SpeedRun:
                 point.kv_bytes, point.kv_lengths = cache.kv_bytes(), cache.stored_lengths()
                 point.achieved_ratio = cache.achieved_ratio()
                 check_stored_pairs(point.press, cache, self.context_ids.shape[1])
-                for i in range(1, self.max_new_tokens if point.goes_on else n_metered):
+                for i in range(1, self.max_new_tokens if point.evicts_while_decoding else n_metered):
                     token = self._next(token, cache, i)
-            if point.goes_on:
+            if point.evicts_while_decoding:
                 point.kv_bytes, point.kv_lengths = cache.kv_bytes(), cache.stored_lengths()
                 point.achieved_ratio = cache.achieved_ratio()
         point.memory = meter.result
-        if point.is_baseline and any(other.goes_on for other in self.points):  # what these are compared with
+        if point.is_baseline and any(
+            other.evicts_while_decoding for other in self.points
+        ):  # what these are compared with
             for i in range(n_metered, self.max_new_tokens):
                 token = self._next(token, cache, i)
             point.kv_bytes_at_end = cache.kv_bytes()

@@ -347,7 +347,7 @@ def _bind(cache: Any, press: Press, bound: list[Session]) -> PressedCache:
     check_quantisable(press, session.kv_bits)
     if session.press is None:
         is_filled = any(isinstance(layer, PressedLayer) and layer.is_initialized for layer in layers)
-        if is_filled and not press.goes_on and session.earlier_press != press:
+        if is_filled and not press.evicts_while_decoding and session.earlier_press != press:
             earlier = session.earlier_press
             raise CacheError(
                 "This cache holds tokens already; a press compresses during the prefill. Start empty."

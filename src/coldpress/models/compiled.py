@@ -137,7 +137,7 @@ class _Decoder:
             return bool(cache.get_seq_length())  # and is refused
         is_whole = cache.chunk_tokens is None or all(layer._is_prefilled for layer in cache.pressed_layers())
         return (
-            cache.seen_tokens > 0 and is_whole and cache.session.look is None
+            cache.seen_tokens > 0 and is_whole and cache.session.on_attention is None
         )  # a press that watches sees eager calls
 
     def _decode(self, given: dict[str, Any]) -> CausalLMOutputWithPast:
@@ -184,7 +184,7 @@ class _Decoder:
         """The layers, each with room for one token at least in buffers that are its own."""
         cache.session.check_claimed()
         cache.session.branches = []  # the prefill is over
-        if cache.press is not None and cache.press.goes_on:
+        if cache.press is not None and cache.press.evicts_while_decoding:
             raise CacheError(f"{cache.press!r} goes on while decoding, which cannot be compiled; leave compiled() out.")
         layers = cache.pressed_layers()
         if len(layers) != len(cache.layers):

@@ -236,7 +236,7 @@ class KVPressTextGenerationPipeline(Pipeline):
         cache = PressedCache(press, kv_bits=kv_bits) if cache is None else cache
         earlier = cache.seen_tokens
         block: AbstractContextManager[Any]
-        is_done = earlier and (cache.press is None or not cache.press.goes_on)
+        is_done = earlier and (cache.press is None or not cache.press.evicts_while_decoding)
         if not is_done:  # else there is nothing that a press would need of the model
             press = None if press is None else press.prepared(self.model, self.tokenizer)
             if cache.press is not None:
@@ -252,7 +252,7 @@ class KVPressTextGenerationPipeline(Pipeline):
             stack.enter_context(block)
             if context_ids.shape[1]:
                 self._prefill(context_ids, cache)
-            if press is None or not press.goes_on:  # else it is shown what is generated too
+            if press is None or not press.evicts_while_decoding:  # else it is shown what is generated too
                 stack.close()
             return [self._answer(ids, cache, options) for ids in questions]
 

@@ -36,9 +36,9 @@ class BlockPress(WrapperPress):
         block_size: tokens of a block, at least 1.
     """
 
-    heads_alone = True
+    per_head_independent = True
 
-    decodes = False
+    can_rechoose = False
 
     block_size: int = 128
 

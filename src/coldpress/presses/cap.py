@@ -40,7 +40,7 @@ class CapPress(ScorerPress):
         epsilon: added to the weights in A, at least 0.
     """
 
-    heads_alone = True
+    per_head_independent = True
 
     tau: float = 5.0
     n_future_positions: int = 512

@@ -36,9 +36,9 @@ class ChunkPress(WrapperPress):
         chunk_length: tokens of a chunk, at least 1.
     """
 
-    heads_alone = True
+    per_head_independent = True
 
-    decodes = False
+    can_rechoose = False
 
     chunk_length: int = 1024
 

@@ -35,7 +35,7 @@ class ChunkKVPress(WrapperPress):
         chunk_length: tokens of a chunk, at least 1.
     """
 
-    decodes = False
+    can_rechoose = False
 
     chunk_length: int = 20
 

@@ -40,7 +40,7 @@ class CompactorPress(ScorerPress):
     """
 
     needs_all_queries = True
-    decodes = False
+    can_rechoose = False
 
     sink_size_start: int = 8
     sink_size_end: int = 4

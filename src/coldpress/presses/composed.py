@@ -38,9 +38,9 @@ class ComposedPress(ScorerPress):
         presses: at least one scorer, each with its ratio. ``compression_ratio`` is 1 - product of (1 - ratio).
     """
 
-    heads_alone = True
+    per_head_independent = True
 
-    decodes = False
+    can_rechoose = False
 
     compression_ratio: float = field(init=False, repr=False, compare=False)
     budget_tokens: int | None = field(init=False, repr=False, compare=False, default=None)

@@ -43,7 +43,7 @@ class CURPress(ScorerPress):
         seed: random projections are a function of it and the layer.
     """
 
-    heads_alone = True
+    per_head_independent = True
 
     num_sinks: int = 4
     leverage_type: _Leverage = "kv_product"

@@ -52,10 +52,10 @@ class DecodingPress(BasePress):
         hidden_states_buffer_size: how many of the newest tokens' queries the base press sees; at least one is kept.
     """
 
-    heads_alone = True
+    per_head_independent = True
 
     at_prefill = False
-    decodes = True
+    can_rechoose = True
 
     base_press: ScorerPress
     compression_interval: int = 512
@@ -137,9 +137,9 @@ class PrefillDecodingPress(BasePress):
         decoding_press: a press that goes on while decoding, such as DecodingPress; None keeps all that is generated.
     """
 
-    heads_alone = True
+    per_head_independent = True
 
-    decodes = True
+    can_rechoose = True
 
     prefilling_press: BasePress | None = None
     decoding_press: BasePress | None = None
@@ -151,7 +151,7 @@ class PrefillDecodingPress(BasePress):
                 raise PressError(f"PrefillDecodingPress: {name} must be a press or None, got {as_given(press)}.")
         if self.prefilling_press is None and self.decoding_press is None:
             raise PressError("PrefillDecodingPress needs a prefilling_press, a decoding_press or both.")
-        if self.decoding_press is not None and not self.decoding_press.goes_on:
+        if self.decoding_press is not None and not self.decoding_press.evicts_while_decoding:
             raise PressError(
                 f"PrefillDecodingPress: {type(self.decoding_press).__name__} does nothing while decoding; give "
                 "decoding_press=DecodingPress(...)."
@@ -166,7 +166,7 @@ class PrefillDecodingPress(BasePress):
                 f"PrefillDecodingPress: {type(self.prefilling_press).__name__} does nothing at the prefill; give it as "
                 "decoding_press."
             )
-        if self.prefilling_press is not None and self.prefilling_press.goes_on:
+        if self.prefilling_press is not None and self.prefilling_press.evicts_while_decoding:
             raise PressError(
                 f"PrefillDecodingPress: {type(self.prefilling_press).__name__} goes on while decoding by itself; use "
                 "it alone, or give a prefilling_press that stops after the prefill."
@@ -229,7 +229,7 @@ def _require_decoding(schedule: DecodingPress, press: object) -> None:
         )
     inner: object = press
     while isinstance(inner, ScorerPress):
-        if not inner.decodes:
+        if not inner.can_rechoose:
             raise PressError(
                 f"{name} chooses again and again among what is left of a text, and {type(inner).__name__} chooses "
                 "once, from a whole prompt; use a scorer such as SnapKVPress(), or AdaKVPress around one."

@@ -24,7 +24,7 @@ class DMSPress(BasePress):
 
     With ``decoding=True`` this goes on while tokens are generated: each token is scored when it comes, and a head that
     gave it less than the threshold evicts it when it leaves the window. The inner press has to be one whose score of a
-    token depends on that token alone (``scores_alone``): KnormPress, QFilterPress, KVzapPress.
+    token depends on that token alone (``pointwise``): KnormPress, QFilterPress, KVzapPress.
 
     Each head of each layer keeps as many pairs as reach the threshold, so how much is removed depends on the text;
     ``PressedCache.achieved_ratio()`` tells. What the inner press protects is kept as well. Evicted pairs are freed
@@ -49,7 +49,7 @@ class DMSPress(BasePress):
         decoding: go on evicting while tokens are generated; ``crop`` reaches back as far as the window.
     """
 
-    decodes = True
+    can_rechoose = True
     per_head = True
     per_layer = True
 
@@ -77,7 +77,7 @@ class DMSPress(BasePress):
                 "give it a scorer without budgets of its own, such as SnapKVPress()."
             )
 
-        if self.decoding and not self.press.scores_alone:
+        if self.decoding and not self.press.pointwise:
             raise PressError(
                 f"DMSPress(decoding=True) judges each token as it comes, and {type(self.press).__name__} scores tokens "
                 "by one another or by the queries of others; use KnormPress, QFilterPress or KVzapPress, or "

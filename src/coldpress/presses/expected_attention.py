@@ -42,7 +42,7 @@ class ExpectedAttentionPress(ScorerPress):
         epsilon: added to p before weighting.
     """
 
-    heads_alone = True
+    per_head_independent = True
 
     estimates_attention = True
 

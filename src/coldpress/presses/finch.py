@@ -51,9 +51,9 @@ class FinchPress(ScorerPress):
             no letter next to it can change how it is tokenised.
     """
 
-    heads_alone = True
+    per_head_independent = True
 
-    decodes = False
+    can_rechoose = False
 
     chunk_length: int | None = None
     normalize_scores: bool = True

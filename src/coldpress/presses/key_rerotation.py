@@ -36,9 +36,9 @@ class KeyRerotationPress(WrapperPress):
         press: any press that chooses which pairs are kept, or MergingPress, with the compression ratio.
     """
 
-    heads_alone = True
+    per_head_independent = True
 
-    decodes = False
+    can_rechoose = False
 
     @property
     def leaves_keys(self) -> bool:

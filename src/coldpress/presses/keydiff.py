@@ -25,7 +25,7 @@ class KeyDiffPress(ScorerPress):
     Needs: keys. Cost: O(T * D) per layer.
     """
 
-    heads_alone = True
+    per_head_independent = True
 
     def score(self, view: LayerView) -> Tensor:
         keys = view.keys.float()  # [B, Hkv, T, D]

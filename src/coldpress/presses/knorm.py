@@ -23,9 +23,9 @@ class KnormPress(ScorerPress):
     Needs: keys. Cost: O(T * D) per layer.
     """
 
-    heads_alone = True
+    per_head_independent = True
 
-    scores_alone = True
+    pointwise = True
 
     def score(self, view: LayerView) -> Tensor:
         return -view.keys.float().norm(dim=-1)

@@ -81,11 +81,11 @@ class KVComposePress(ReplayPress):
         found: dict[int, Tensor] = {}
         indices = {layer.index for layer in layers}
 
-        def look(layer: PressedLayer, call: LayerCall) -> None:
+        def on_attention(layer: PressedLayer, call: LayerCall) -> None:
             if layer.index in indices:
                 found[layer.index] = self._score(layer, call)
 
-        self.run(cache, model, look, token_ids.shape[1], input_ids=token_ids)
+        self.run(cache, model, on_attention, token_ids.shape[1], input_ids=token_ids)
         return [found[layer.index] for layer in layers]
 
     def _score(self, layer: PressedLayer, call: LayerCall) -> Tensor:

@@ -65,13 +65,13 @@ class KVgradPress(KVzipPress):
             for start, stop, replay in self.chunks(token_ids.clone(), model):
                 calls: dict[int, tuple[PressedLayer, LayerCall]] = {}
 
-                def look(
+                def on_attention(
                     layer: PressedLayer, call: LayerCall, calls: dict[int, tuple[PressedLayer, LayerCall]] = calls
                 ) -> None:
                     if layer.index in indices:
                         calls[layer.index] = layer, call
 
-                outputs, last = self._differentiate(cache, model, replay, look)
+                outputs, last = self._differentiate(cache, model, replay, on_attention)
                 wanted = [outputs[call.module] for _, call in calls.values()]
                 with torch.enable_grad():
                     phi = last.float().square().sum()
@@ -82,7 +82,7 @@ class KVgradPress(KVzipPress):
         return list(found.values())
 
     def _differentiate(
-        self, cache: PressedCache, model: nn.Module, replay: Tensor, look: Any
+        self, cache: PressedCache, model: nn.Module, replay: Tensor, on_attention: Any
     ) -> tuple[dict[nn.Module, Tensor], Tensor]:
         """Run the replay with gradients: outputs of the attention layers, and of the last decoder layer."""
         outputs: dict[nn.Module, Tensor] = {}
@@ -96,5 +96,5 @@ class KVgradPress(KVzipPress):
                 if hasattr(module, "layer_idx") or module is last:
                     stack.callback(module.register_forward_hook(keep).remove)
             embeddings = model.get_input_embeddings()(replay).detach().requires_grad_(True)  # type: ignore[operator]
-            self.run(cache, model, look, replay.shape[1], inputs_embeds=embeddings)
+            self.run(cache, model, on_attention, replay.shape[1], inputs_embeds=embeddings)
         return outputs, outputs[last]

@@ -45,9 +45,9 @@ class KVzapPress(ScorerPress):
     """
 
     kind = "trained"
-    decodes = False
+    can_rechoose = False
     needs_hidden_states = True
-    scores_alone = True
+    pointwise = True
     needs_all_queries = True  # as BlockPress means it: of every token, here its hidden state
 
     model_type: str = "mlp"

@@ -92,11 +92,11 @@ class KVzipPress(ReplayPress):
         found = {layer.index: _zeros(layer) for layer in layers}
         for start, stop, replay in self.chunks(token_ids, model):
 
-            def look(layer: PressedLayer, call: LayerCall, start: int = start, stop: int = stop) -> None:
+            def on_attention(layer: PressedLayer, call: LayerCall, start: int = start, stop: int = stop) -> None:
                 if layer.index in found:
                     found[layer.index][:, :, start:stop] = self.score_chunk(layer, call, start, stop)
 
-            self.run(cache, model, look, replay.shape[1], input_ids=replay)
+            self.run(cache, model, on_attention, replay.shape[1], input_ids=replay)
         return list(found.values())
 
     def score_chunk(self, layer: PressedLayer, call: LayerCall, start: int, stop: int) -> Tensor:

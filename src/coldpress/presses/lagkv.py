@@ -39,7 +39,7 @@ class LagKVPress(ScorerPress):
         cross_scoring: let the partitions of a head compete with each other.
     """
 
-    heads_alone = True
+    per_head_independent = True
 
     n_sink: int = 4
     lag_size: int = 128

@@ -72,7 +72,7 @@ class LUKVPress(Calibrated, WrapperPress):
     parameter: ClassVar[str] = "curves"
     between = (0.0, 1.0)
 
-    decodes = False
+    can_rechoose = False
     per_head = True
     per_layer = True
 

@@ -42,9 +42,9 @@ class MergingPress(WrapperPress):
         merge_fraction: share of the evicted pairs that may be merged, in [0, 1].
     """
 
-    heads_alone = True
+    per_head_independent = True
 
-    decodes = False
+    can_rechoose = False
 
     similarity_threshold: float = 0.0
     merge_fraction: float = 1.0

@@ -36,10 +36,10 @@ class NonCausalAttnPress(ScorerPress):
         chunk_size: tokens of a chunk, at least 1.
     """
 
-    heads_alone = True
+    per_head_independent = True
 
     needs_all_queries = True
-    decodes = False
+    can_rechoose = False
 
     chunk_size: int = 256
 

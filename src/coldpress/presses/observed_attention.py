@@ -26,10 +26,10 @@ class ObservedAttentionPress(ScorerPress):
     Needs: keys and all queries. Cost: O(T * T * D) per query head and layer.
     """
 
-    heads_alone = True
+    per_head_independent = True
 
     estimates_attention = True
-    decodes = False
+    can_rechoose = False
 
     def score(self, view: LayerView) -> Tensor:
         sums = view.attention_column_sums()  # [B, Hkv, T]

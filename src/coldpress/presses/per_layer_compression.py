@@ -32,7 +32,7 @@ class PerLayerCompressionPress(WrapperPress):
         compression_ratios: one for each layer that is compressed, each in [0, 1). ``compression_ratio`` is their mean.
     """
 
-    decodes = False
+    can_rechoose = False
     per_layer = True
 
     compression_ratios: Sequence[float] = ()

@@ -33,7 +33,7 @@ class PyramidKVPress(SnapKVPress):
         beta: steepness, at least 1; the last layer keeps 1/beta of the mean where the line is not flattened.
     """
 
-    heads_alone = True
+    per_head_independent = True
 
     per_layer = True
 

@@ -37,7 +37,7 @@ class QFilterPress(Calibrated, ScorerPress):
             the hub; None looks them up by the model's name.
     """
 
-    scores_alone = True
+    pointwise = True
 
     artefact: ClassVar[str] = "qfilter"
     holds: ClassVar[str] = "filters"

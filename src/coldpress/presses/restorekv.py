@@ -105,14 +105,14 @@ class RestoreKVPress(KVzipPress):
         made: dict[int, tuple[Tensor, Tensor, Rope | None]] = {}
         wanted = {layer.index for layer in layers}
 
-        def look(layer: PressedLayer, call: LayerCall) -> None:
+        def on_attention(layer: PressedLayer, call: LayerCall) -> None:
             if layer.index in wanted:
                 assert layer.keys is not None and layer.values is not None
                 rope = layer.rope(call)
                 made[layer.index] = layer.keys[:, :, -n:].clone(), layer.values[:, :, -n:].clone(), rope
 
         with lora.added(self, model):
-            self.run(cache, model, look, n, inputs_embeds=embeddings[None])
+            self.run(cache, model, on_attention, n, inputs_embeds=embeddings[None])
         super().evict(cache, model, token_ids, layers, n_keep - n)
         for layer in layers:
             keys, values, rope = made[layer.index]

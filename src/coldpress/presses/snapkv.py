@@ -37,7 +37,7 @@ class SnapKVPress(ScorerPress):
         kernel_size: width of the pooling in tokens, odd.
     """
 
-    heads_alone = True
+    per_head_independent = True
 
     estimates_attention = True
 

@@ -31,7 +31,7 @@ class StreamingLLMPress(ScorerPress):
         n_sink: first tokens that are always kept.
     """
 
-    heads_alone = True
+    per_head_independent = True
 
     n_sink: int = 4
 

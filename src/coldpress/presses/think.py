@@ -48,9 +48,9 @@ class ThinKPress(WrapperPress):
             that keeps all.
     """
 
-    heads_alone = True
+    per_head_independent = True
 
-    decodes = False
+    can_rechoose = False
     exact_at_0 = False
 
     press: ScorerPress = field(default_factory=KnormPress, kw_only=True)
