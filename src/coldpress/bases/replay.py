@@ -121,9 +121,9 @@ class ReplayPress(BudgetPress):
         """
         end = cache.seen_tokens + n_new
         windows = [
-            layer._window
+            layer.window
             for layer in cache.pressed_layers()
-            if layer._window is not None and not place_of(_config(model), layer.index)[2]
+            if layer.window is not None and not place_of(_config(model), layer.index)[2]
         ]
         if windows and min(windows) < end:
             raise PressError(
@@ -138,7 +138,7 @@ class ReplayPress(BudgetPress):
                 f"has {positions} positions; give it a shorter text."
             )
         fork = cache.fork()
-        fork.session.press, fork.session.kv_bits, fork.session.on_attention = None, None, on_attention
+        fork.session.press, fork.session.storage, fork.session.on_attention = None, None, on_attention
         if "position_ids" in inspect.signature(model.forward).parameters:  # some models that see images count otherwise
             at = torch.arange(cache.seen_tokens, end, device=next(iter(inputs.values())).device)
             inputs["position_ids"] = at[None]

@@ -11,23 +11,23 @@ import weakref
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
+from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.cache.file import load_cache, save_cache
 from coldpress.cache.layer import PressedLayer, next_layer
+from coldpress.cache.pins import Spans, checked_pins
 from coldpress.cache.session import Session
-from coldpress.core.requirements import check_chunks, check_quantisable
+from coldpress.core.definition import as_given
+from coldpress.core.press import Press
+from coldpress.core.requirements import check_chunks, check_quantisable, require_rerotatable
 from coldpress.errors import CacheError, PressError
 from coldpress.stores.bits import KVBits
-
-if TYPE_CHECKING:
-    from transformers.modeling_utils import PreTrainedModel
-
-    from coldpress.core.press import Press
+from coldpress.stores.codec import Codec
 
 __all__ = ["PressedCache"]
 
@@ -69,7 +69,11 @@ class PressedCache(Cache):
             are evicted, the keys that stay are rotated so that they stand side by side before the next token. Then no
             distance is longer than what is held, and with a decoding schedule a model reads on beyond the positions it
             was trained on, in constant memory.
-        kv_bits: 8, 4 or 2 bits for each number of the older pairs, or a KVBits; None holds all as they are.
+        kv_bits: 8, 4 or 2 bits for each number of the older pairs, or a KVBits; None stores all as they are.
+        storage: how the older pairs are stored, a Codec of your own; instead of ``kv_bits``.
+        pin: spans of tokens that nothing may evict, ``[(0, 40)]`` for the first 40 of every row, or a list of such
+            lists, one for each row. They stay in every layer and head under every press, and count towards its budget;
+            padding is not counted.
 
     Attributes:
         attention_mask: bool ``[B, n]``, of the tokens that a loaded cache had seen when it was saved, if there was
@@ -94,11 +98,9 @@ class PressedCache(Cache):
         chunk_tokens: int | None = None,
         positions: Literal["original", "rerotate"] = "original",
         kv_bits: int | KVBits | None = None,
+        storage: Codec | None = None,
+        pin: Spans | Sequence[Spans] | None = None,
     ):
-        from coldpress.core.definition import as_given
-        from coldpress.core.press import Press
-        from coldpress.core.requirements import require_rerotatable
-
         if press is not None and not isinstance(press, Press):
             raise PressError(f"press must be a press such as coldpress.SnapKVPress(0.5), got {as_given(press)}.")
         check_chunks(press, chunk_tokens)
@@ -106,10 +108,12 @@ class PressedCache(Cache):
             raise PressError(f"positions must be 'original' or 'rerotate', got {positions!r}.")
         if positions == "rerotate" and press is not None:
             require_rerotatable(press)
-        self.session = Session(press, positions == "rerotate", KVBits.of(kv_bits))
+        if storage is not None and (kv_bits is not None or not isinstance(storage, Codec)):
+            raise CacheError(f"storage must be a coldpress.Codec, and no kv_bits beside it; got {storage!r}.")
+        self.session = Session(press, positions == "rerotate", storage or KVBits.of(kv_bits), checked_pins(pin))
         self.session.chunk_tokens = chunk_tokens
         self._tokens: list[Tensor] = []  # [B, n] each, as far as somebody told them
-        check_quantisable(press, self.kv_bits)
+        check_quantisable(press, self.session.storage)
         super().__init__(layer_class_to_replicate=partial(next_layer, self.session))
 
     @classmethod
@@ -165,13 +169,18 @@ class PressedCache(Cache):
 
     @property
     def kv_bits(self) -> KVBits | None:
-        """How the older pairs are held; None: as they are."""
-        return self.session.kv_bits
+        """In how few bits the older pairs are stored; None: as they are, or as :attr:`storage` says."""
+        return self.session.storage if isinstance(self.session.storage, KVBits) else None
+
+    @property
+    def storage(self) -> Codec | None:
+        """How the older pairs are stored; None: as they are."""
+        return self.session.storage
 
     @property
     def seen_tokens(self) -> int:
         """The logical length: tokens the model has seen, padding included."""
-        return max((layer._seen for layer in self.pressed_layers()), default=0)
+        return max((layer.slots.seen for layer in self.pressed_layers()), default=0)
 
     def layer(self, layer_idx: int) -> PressedLayer:
         """The attention layer ``layer_idx`` of the cache, made if it is not there yet."""
@@ -215,9 +224,13 @@ class PressedCache(Cache):
 
         Neither padding nor what a sliding window has left behind is counted.
         """
-        before = sum(layer._pairs_before for layer in self.pressed_layers())
-        after = sum(layer._pairs_after for layer in self.pressed_layers())
+        before, after = (sum(layer.n_pairs[i] for layer in self.pressed_layers()) for i in (0, 1))
         return 1 - after / before if before else 0.0
+
+    def read_ratio(self) -> float:
+        """Fraction of the stored pairs that decoding queries have read; 1 unless the press reads part of them."""
+        stored = sum(layer.n_readable for layer in self.pressed_layers())
+        return float(sum(int(layer.n_read) for layer in self.pressed_layers()) / stored) if stored else 1.0
 
     def save(self, path: str | Path, model: PreTrainedModel, attention_mask: Tensor | None = None) -> None:
         """Write all that is needed to go on from here to a file; :meth:`load` reads it.
@@ -264,7 +277,10 @@ class PressedCache(Cache):
         Nothing is copied until one of the two is written to; neither ever sees the other's later tokens.
         """
         self.session.check_claimed()
-        other = PressedCache(self.press, chunk_tokens=self.chunk_tokens, positions=self._places, kv_bits=self.kv_bits)
+        storage, pins = self.session.storage, self.session.pins
+        other = PressedCache(
+            self.press, chunk_tokens=self.chunk_tokens, positions=self._places, storage=storage, pin=pins or None
+        )
         other.session.follow(self.session)
         other.attention_mask, other._tokens = self.attention_mask, list(self._tokens)
         for layer in self.layers:
@@ -297,11 +313,12 @@ class PressedCache(Cache):
         """
         if self.chunk_tokens is not None:
             raise CacheError("branches() needs a prefill in one piece; leave chunk_tokens out, or prefill each cache.")
-        if self.press is not None or self.kv_bits is not None or self.seen_tokens:
+        if self.press is not None or self.storage is not None or self.seen_tokens:
             raise CacheError("branches() needs an empty cache without a press; start from PressedCache().")
         kv_bits = [None] * len(presses) if kv_bits is None else kv_bits
         pairs = zip(presses, kv_bits, strict=True)
-        branches = [PressedCache(press, positions=self._places, kv_bits=bits) for press, bits in pairs]
+        pins = self.session.pins or None
+        branches = [PressedCache(press, positions=self._places, kv_bits=bits, pin=pins) for press, bits in pairs]
         self.session.branches = [weakref.ref(branch) for branch in branches]
         return branches
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -88,7 +87,7 @@ class LayerView:
     token_ids: Tensor | None = None
     whole: LayerView | None = None  # what a view of one head was taken from
     row_head: tuple[int, int] = (0, 0)  # and where it stood there
-    columns: Mapping[str, Tensor] = MappingProxyType({})
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
     sliding_window: int | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
@@ -453,6 +452,8 @@ class LayerView:
         logits = logits.view(n_batch, n_kv_heads, self.group_size, n, end)
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
+        if "bias" in self.columns:
+            logits = logits + self.columns["bias"][:, heads, None, None, :end]
         query_at = torch.arange(offset + start, offset + stop, device=logits.device)[:, None]
         key_at = torch.arange(end, device=logits.device)
         is_hidden: Tensor | None = None
