@@ -47,7 +47,7 @@ from coldpress.cache_argument import cache_argument
 from coldpress.chunks import pieces
 from coldpress.errors import CacheError, ColdpressError
 from coldpress.layer import PressedLayer
-from coldpress.rope import Rope
+from coldpress.session import Session
 
 ATTENTION = {name: "model.layers.{}.self_attn" for name in ("llama", "mistral", "gemma3")}
 ATTENTION["gpt_neox"] = "gpt_neox.layers.{}.attention"
@@ -201,7 +201,7 @@ class Twin:
             self._take(i, layer, is_real)
 
     def _close_up(self, i: int, held: Tensor) -> None:
-        rope = Rope.of(tiny(self.name).get_submodule(ATTENTION[self.name].format(i)), torch.device("cpu"))
+        rope = Session().rope(tiny(self.name).get_submodule(ATTENTION[self.name].format(i)), torch.device("cpu"))
         assert rope is not None
         gone = self.held[i] & ~held & self.mask[:, None]
         moves = (gone.flip(-1).cumsum(-1).flip(-1) - gone.long()) * held

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from coldpress.errors import ModelError
 from coldpress.rope import Rope, layer_type
-from coldpress.rotation import Steps, given_rotation
+from coldpress.rotation import Steps, given_rotation, rotates
 from coldpress.versions import check_versions
 
 if TYPE_CHECKING:
@@ -162,11 +162,12 @@ class Session:
         return self._new
 
     def rope(self, module: nn.Module, device: torch.device) -> Rope | None:
-        """The rotary embedding of ``module``; built once for each kind of layer."""
-        kind = (*Rope.kind(module), device)
+        """The rotary embedding of ``module``, built once for each kind of layer; None if it does not rotate."""
+        kind = type(module), layer_type(module), device
         if kind not in self._ropes:
             self._ropes[kind] = Rope.of(module, device, self.find_model())
-        return self._ropes[kind]
+        rope = self._ropes[kind]
+        return rope if rotates(module, device, rope) else None
 
     @property
     def goes_on(self) -> bool:
