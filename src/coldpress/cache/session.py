@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from coldpress.architecture.generating import refuse_guesses
 from coldpress.architecture.rope import Rope, layer_type
-from coldpress.architecture.rotation import Steps, given_rotation
+from coldpress.architecture.rotation import Steps, given_rotation, rotates
 from coldpress.architecture.versions import check_versions
 from coldpress.cache.masks import ModelCall
 from coldpress.cache.pins import Pins
@@ -145,11 +145,12 @@ class Session:
             )
 
     def rope(self, module: nn.Module, device: torch.device) -> Rope | None:
-        """The rotary embedding of ``module``; built once for each kind of layer."""
-        kind = (*Rope.kind(module), device)
+        """The rotary embedding of ``module``, built once for each kind of layer; None if it does not rotate."""
+        kind = type(module), layer_type(module), device
         if kind not in self._ropes:
             self._ropes[kind] = Rope.of(module, device, self.find_model())
-        return self._ropes[kind]
+        rope = self._ropes[kind]
+        return rope if rotates(module, device, rope) else None
 
     @property
     def joins_calls(self) -> bool:
