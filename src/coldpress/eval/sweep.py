@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from coldpress.errors import InputError, OutputError, SelfCheckError
-from coldpress.eval.cluster import check_engine, make_engine
 from coldpress.eval.datasets import Corpus, load_corpus
 from coldpress.eval.engine import Engine
+from coldpress.eval.engine_by_name import check_engine, make_engine
 from coldpress.eval.ledger import UNFINISHED, Ledger, versions
 from coldpress.eval.models import LoadedModel, load_model, pick_device
 from coldpress.eval.presets import laid_out
