@@ -11,9 +11,9 @@ import torch
 from coldpress.errors import InputError, PressError
 from coldpress.eval.datasets import load_corpus
 from coldpress.eval.models import load_model, pick_device
+from coldpress.eval.press_args import check_types
 from coldpress.eval.progress import note
 from coldpress.eval.results import check_output
-from coldpress.eval.settings import check_types
 from coldpress.inspecting import MOST_PRESSES, check_presses, inspect
 from coldpress.presses.base import BUDGETS, BasePress
 from coldpress.presses.registry import NO_PRESS, make_press, press_names

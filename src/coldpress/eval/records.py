@@ -7,9 +7,9 @@ import traceback
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from coldpress.eval.jobs import Job
 from coldpress.eval.points import config_of
 from coldpress.eval.results import SCHEMA_VERSION, environment
-from coldpress.eval.settings import Job
 from coldpress.presses.base import BUDGETS
 
 if TYPE_CHECKING:

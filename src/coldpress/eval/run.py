@@ -17,6 +17,7 @@ from coldpress.errors import InputError, OutputError, SelfCheckError
 from coldpress.eval.datasets import Corpus, load_corpus
 from coldpress.eval.engine import Engine
 from coldpress.eval.engine_by_name import check_engine, make_engine
+from coldpress.eval.jobs import Job, left_out_of_batches, make_jobs
 from coldpress.eval.ledger import Ledger
 from coldpress.eval.models import LoadedModel, load_model, pick_device
 from coldpress.eval.perplexity import plain_perplexity
@@ -27,7 +28,7 @@ from coldpress.eval.progress import note, progress
 from coldpress.eval.records import make_records
 from coldpress.eval.report import show, size_of
 from coldpress.eval.results import check_writable, result_path, uninterrupted, write_result, write_results
-from coldpress.eval.settings import Job, Settings, left_out_of_batches, make_jobs
+from coldpress.eval.settings import Settings
 from coldpress.eval.speed import RoundLog, SpeedPoint, SpeedRun
 from coldpress.eval.stream import StreamRun
 from coldpress.presses.base import BasePress

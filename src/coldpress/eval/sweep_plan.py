@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from coldpress.errors import DataError, InputError, nearest
-from coldpress.eval.settings import PPL_PRESETS, Job, Settings, make_jobs
+from coldpress.eval.jobs import Job, make_jobs
+from coldpress.eval.settings import PPL_PRESETS, Settings
 from coldpress.eval.task_command import TaskSettings
 from coldpress.files import read_text
 from coldpress.presses.registry import NO_PRESS
