@@ -36,7 +36,8 @@ from coldpress.errors import OutputError, SelfCheckError
 from coldpress.eval import run as run_module
 from coldpress.eval.records import METRICS
 from coldpress.eval.report import check_record, groups, show
-from coldpress.eval.speed import Sample, SpeedPoint, SpeedRun
+from coldpress.eval.speed import SpeedRun
+from coldpress.eval.speed_points import Sample, SpeedPoint
 from coldpress.presses import registry
 from coldpress.presses.registry import press_names
 

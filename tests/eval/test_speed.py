@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from coldpress import AdaKVPress, KnormPress, KVBits, LayerView, PressedCache, RandomPress, SnapKVPress
 from coldpress.errors import SelfCheckError
 from coldpress.eval import speed
-from coldpress.eval.speed import WARMUP_TOKENS, Sample, SpeedPoint, SpeedRun
+from coldpress.eval.speed import WARMUP_TOKENS, SpeedRun
+from coldpress.eval.speed_points import Sample, SpeedPoint
 from coldpress.layer import PressedLayer
 
 CONTEXT, NEW = 40, 12

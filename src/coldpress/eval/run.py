@@ -28,8 +28,10 @@ from coldpress.eval.progress import note, progress
 from coldpress.eval.records import make_records
 from coldpress.eval.report import show, size_of
 from coldpress.eval.results import check_writable, result_path, uninterrupted, write_result, write_results
+from coldpress.eval.round_log import RoundLog
 from coldpress.eval.settings import Settings
-from coldpress.eval.speed import RoundLog, SpeedPoint, SpeedRun
+from coldpress.eval.speed import SpeedRun
+from coldpress.eval.speed_points import SpeedPoint
 from coldpress.eval.stream import StreamRun
 from coldpress.presses.base import BasePress
 from coldpress.presses.registry import press_names

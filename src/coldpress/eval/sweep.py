@@ -28,8 +28,8 @@ from coldpress.eval.presets import laid_out
 from coldpress.eval.progress import Countable, note, progress
 from coldpress.eval.records import finished_records
 from coldpress.eval.results import IDENTIFYING_FIELDS, check_writable, read_result, result_path
+from coldpress.eval.round_log import RoundLog
 from coldpress.eval.run import Run, carry_out, make_run
-from coldpress.eval.speed import RoundLog
 from coldpress.eval.sweep_plan import Cell, SweepPlan
 from coldpress.eval.task_command import Questions, TaskSettings, make_questions
 from coldpress.eval.task_ledger import TaskLedger
