@@ -23,10 +23,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from coldpress.architecture.rotation import INSTEAD
 from coldpress.errors import ModelError
 
-__all__ = ["Rope", "layer_type", "stand_at"]
+__all__ = ["INSTEAD", "Rope", "layer_type", "stand_at"]
 
 
 class Rope:

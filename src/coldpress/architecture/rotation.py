@@ -17,20 +17,17 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from coldpress.architecture.rope import INSTEAD, Rope
 from coldpress.errors import ModelError
 
-if TYPE_CHECKING:
-    from coldpress.architecture.rope import Rope
+__all__ = ["Steps", "given_rotation", "rotates", "watched"]
 
-__all__ = ["INSTEAD", "Steps", "given_rotation", "rotates", "watched"]
-
-INSTEAD = "Use a press that neither undoes rotations nor moves keys, such as SnapKVPress, without positions='rerotate'."
 _POSITIONS = (0, 1, 2, 3, 5, 8, 13, 21)  # at which the one token is looked at
 _NOTHING = (
     "attention_mask", "past_key_values", "past_key_value", "layer_past", "cache", "output_attentions", "head_mask"

@@ -17,9 +17,9 @@ from coldpress.errors import DataError, PressError
 from coldpress.eval.datasets import load_corpus
 from coldpress.eval.models import load_model, pick_device
 from coldpress.eval.plan import UNKNOWN_POSITIONS
+from coldpress.eval.press_args import check_types
 from coldpress.eval.progress import note, progress
 from coldpress.eval.results import check_output, check_writable
-from coldpress.eval.settings import check_types
 from coldpress.eval.tokens import tokenize
 from coldpress.io.artefacts import Artefact, Shape, artefact_path
 from coldpress.learned.calibrated import Calibrated
