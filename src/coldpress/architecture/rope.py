@@ -27,6 +27,8 @@ from coldpress.errors import ModelError
 
 __all__ = ["INSTEAD", "Rope", "layer_type", "stand_at"]
 
+INSTEAD = "Use a press that neither undoes rotations nor moves keys, such as SnapKVPress, without positions='rerotate'."
+
 
 class Rope:
     """The rotary embedding of one attention layer.

@@ -255,16 +255,13 @@ class EvictingLayer(CacheLayerMixin):
         queries = self.pending.queries
         self.slots = gathered(source, groups, parts, buffers, self._padding_allowed())
         self.pending = Pending(queries)
-        self.n_pairs = sum(group.n_pairs for group in groups), self._n_kept_pairs()
+        self.n_pairs = sum(group.n_pairs for group in groups), self.slots.n_kept_pairs
 
     def _padding_allowed(self) -> float | None:
         """The share of slots that may be padding; None: any, where slots have to be those of a sliding window."""
         if self.window is not None:
             return None
         return WASTE if self.session.storage is None else 0.0  # empty slots would be encoded along with the others
-
-    def _n_kept_pairs(self) -> int:
-        return 0 if self.slots.kept is None else int((self.slots.kept >= 0).sum())
 
     # -- later ----------------------------------------------------------------------------------------------------
 
@@ -330,16 +327,7 @@ class EvictingLayer(CacheLayerMixin):
         return leaving(self.slots, self.shown, press.n_waiting, n_new)
 
     def _count_pairs(self, call: LayerCall, padding: Tensor | None) -> None:
-        """Count what achieved_ratio() goes by: neither padding nor what is out of a sliding window's reach."""
-        slots, store = self.slots, self.slots.filled
-        near = 0 if call.sliding_window is None else max(0, slots.seen - max(1, call.sliding_window - 1))
-        newest = max(near, slots.tail_start)
-        if padding is None:
-            before, after = store.n_rows * (slots.seen - near), store.n_rows * (slots.seen - newest)
-        else:
-            before, after = (int(padding[:, first : slots.seen].sum()) for first in (near, newest))
-        kept = 0 if slots.kept is None else int((slots.kept >= near).sum())
-        self.n_pairs = before * store.n_heads, after * store.n_heads + kept
+        self.n_pairs = self.slots.n_pairs(call.sliding_window, padding)
 
     def _compress_when_due(self, press: Press, call: LayerCall, padding: Tensor | None, before: Tensor | None) -> None:
         """Remember the queries of this call, and compress the rows again of which enough tokens have come."""
@@ -352,7 +340,7 @@ class EvictingLayer(CacheLayerMixin):
                 recent = self._moved_up(recent.newest(n, padding), call, padding, before)
             self.pending = Pending(recent, pending.hidden_states, n_new)
             return
-        n_new = [since + more for since, more in zip(n_new, self._n_real(query.shape[2]), strict=True)]
+        n_new = [since + more for since, more in zip(n_new, self.session.n_real(*query.shape[::2]), strict=True)]
         unseen = pending.hidden_states
         if call.hidden_states is not None:
             hidden = call.hidden_states[:, None]
@@ -377,11 +365,6 @@ class EvictingLayer(CacheLayerMixin):
             group.view.forget()
         n_new = [0 if press.is_due(since) else since for since in n_new]
         self.pending = Pending(recent, unseen if any(n_new) else None, n_new)
-
-    def _n_real(self, n_new: int) -> list[int]:
-        """How many of the ``n_new`` tokens of this call are none of padding, in each row."""
-        call = self.session.call
-        return [n_new] * self.slots.filled.n_rows if call is None or call.shown is None else call.n_real
 
     def _moved_up(self, newest: Newest, call: LayerCall, padding: Tensor | None, before: Tensor) -> Newest:
         """The newest queries after the gaps behind them were closed, as they are for the keys.

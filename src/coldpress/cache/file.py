@@ -22,7 +22,6 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
-import coldpress
 from coldpress.architecture.identity import model_facts
 from coldpress.architecture.offloaded import device_of
 from coldpress.cache.packed import pack_layer, unpack_layer
@@ -34,6 +33,7 @@ from coldpress.io.artefacts import digest_of
 from coldpress.io.files import path_of, replace_file
 from coldpress.stores.bits import KVBits
 from coldpress.stores.codec import codec_of
+from coldpress.version import VERSION
 
 __all__ = ["FORMATS", "load_cache", "model_options", "require_file", "save_cache"]
 
@@ -96,7 +96,7 @@ def save_cache(
     said = json.dumps(
         newer
         | {
-            "coldpress": coldpress.__version__,
+            "coldpress": VERSION,
             "model": facts,
             "press": _of_press(cache.press),
             "chunk_tokens": cache.chunk_tokens,
@@ -236,7 +236,7 @@ def _said(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
         raise CacheError(f"{path} is damaged or holds no cache that coldpress saved; name one, or {_AGAIN}.")
     if version not in map(str, FORMATS):
         raise CacheError(
-            f"{path} is of format {version}, and coldpress {coldpress.__version__} reads {FORMATS[-1]}; install the "
+            f"{path} is of format {version}, and coldpress {VERSION} reads {FORMATS[-1]}; install the "
             f"coldpress that wrote it, or {_AGAIN}."
         )
     if _digest(metadata["cache"]) != metadata["sha256"]:

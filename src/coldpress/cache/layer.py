@@ -82,8 +82,7 @@ class PressedLayer(EvictingLayer):
     def get_max_length(self) -> int:
         return -1
 
-    def get_max_cache_shape(self) -> int:
-        return -1
+    get_max_cache_shape = get_max_length
 
     @uncompiled
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -245,7 +244,7 @@ class PressedLayer(EvictingLayer):
         assert own is not None
         own = own.masked_fill(read < 0, -torch.inf)
         self.n_read = self.n_read + (read >= 0).sum()
-        self.n_readable += int(self._n_kept_pairs() + store.n_rows * store.n_heads * (store.n - self.slots.n_kept))
+        self.n_readable += int(self.slots.n_kept_pairs + store.n_rows * store.n_heads * (store.n - self.slots.n_kept))
         return arithmetic(pick(store.keys, at), pick(store.values, at), own[:, :, None])
 
     # -- what coldpress adds --------------------------------------------------------------------------------------
@@ -316,7 +315,7 @@ class PressedLayer(EvictingLayer):
         before = max(self.n_pairs[0], int((self.positions() >= 0).sum()))
         self.slots = self.slots.replaced(keys, values, positions.int(), columns or {}, self._padding_allowed())
         self.pending.hidden_states, self.pending.n_new = None, []
-        self.n_pairs = before, self._n_kept_pairs()
+        self.n_pairs = before, self.slots.n_kept_pairs
 
     def commit(self, n: int) -> None:
         """Count ``n`` tokens that a compiled step wrote in place (``models/compiled.py``)."""

@@ -15,11 +15,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.cache.file import load_cache, save_cache
 from coldpress.cache.layer import PressedLayer, next_layer
+from coldpress.cache.mixed import MixedCache
 from coldpress.cache.pins import Spans, checked_pins
 from coldpress.cache.session import Session
 from coldpress.core.definition import as_given
@@ -32,7 +32,7 @@ from coldpress.stores.codec import Codec
 __all__ = ["PressedCache"]
 
 
-class PressedCache(Cache):
+class PressedCache(MixedCache):
     """A key-value cache that a press compresses: right after the prefill, and while decoding if that is its schedule.
 
     Pass it as ``cache`` to a model that runs on coldpress's attention (before transformers 5.24 the argument is called
@@ -392,50 +392,3 @@ class PressedCache(Cache):
         if not isinstance(layer, PressedLayer):
             layer = next(iter(self.pressed_layers()), None) or self.layer(len(self.layers))
         return layer.get_mask_sizes(query)
-
-    # -- layers that keep a state instead of keys and values (models that mix both kinds, transformers 5) ----------
-
-    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
-        if all(isinstance(layer, PressedLayer) for layer in self.layers):
-            return False
-        if layer_idx is not None and isinstance(self.layers[layer_idx], PressedLayer):
-            return False
-        return super().has_previous_state(layer_idx, state_idx)
-
-    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        return super().get_conv_state(self._state_layer(layer_idx), state_idx)
-
-    def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
-        states = super().update_conv_state(conv_states, self._state_layer(layer_idx), state_idx, **kwargs)
-        self._copy_state(layer_idx)
-        return states
-
-    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        return super().get_recurrent_state(self._state_layer(layer_idx), state_idx)
-
-    def update_recurrent_state(
-        self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
-    ) -> Tensor:
-        states = super().update_recurrent_state(recurrent_states, self._state_layer(layer_idx), state_idx, **kwargs)
-        self._copy_state(layer_idx)
-        return states
-
-    def _state_layer(self, layer_idx: int) -> int:
-        """Make sure that layer ``layer_idx`` holds a state; it was made to hold pairs because nobody said otherwise."""
-        from transformers.cache_utils import LinearAttentionLayer
-
-        self._grow(layer_idx)
-        layer = self.layers[layer_idx]
-        if isinstance(layer, PressedLayer) and not layer.is_initialized:
-            self.layers[layer_idx] = LinearAttentionLayer()
-        return layer_idx
-
-    def _copy_state(self, layer_idx: int) -> None:
-        """A state of the prefill belongs to the branches too."""
-        for branch in self.session.live_branches():
-            branch._grow(layer_idx)
-            branch.layers[layer_idx] = copy.deepcopy(self.layers[layer_idx])
-
-    def _grow(self, layer_idx: int) -> None:
-        while len(self.layers) <= layer_idx:
-            self.layers.append(next_layer(self.session))

@@ -144,6 +144,10 @@ class Session:
                 "coldpress does not support."
             )
 
+    def n_real(self, n_rows: int, n_new: int) -> list[int]:
+        """How many of the ``n_new`` tokens of the call under way are none of padding, in each row."""
+        return [n_new] * n_rows if self.call is None or self.call.shown is None else self.call.n_real
+
     def rope(self, module: nn.Module, device: torch.device) -> Rope | None:
         """The rotary embedding of ``module``, built once for each kind of layer; None if it does not rotate."""
         kind = type(module), layer_type(module), device

@@ -62,6 +62,29 @@ class Slots:
         return 0 if self.kept is None else self.kept.shape[2]
 
     @property
+    def n_kept_pairs(self) -> int:
+        """(row, head, token) triples that were kept."""
+        return 0 if self.kept is None else int((self.kept >= 0).sum())
+
+    def n_pairs(self, sliding_window: int | None, padding: Tensor | None) -> tuple[int, int]:
+        """Triples that a cache without a press would store, and those that this one stores.
+
+        Neither padding nor what is out of a sliding window's reach is counted.
+
+        Args:
+            padding: bool ``[B, seen]``, False where a token is padding; None if there is none.
+        """
+        store = self.filled
+        near = 0 if sliding_window is None else max(0, self.seen - max(1, sliding_window - 1))
+        newest = max(near, self.tail_start)
+        if padding is None:
+            before, after = store.n_rows * (self.seen - near), store.n_rows * (self.seen - newest)
+        else:
+            before, after = (int(padding[:, first : self.seen].sum()) for first in (near, newest))
+        kept = 0 if self.kept is None else int((self.kept >= near).sum())
+        return before * store.n_heads, after * store.n_heads + kept
+
+    @property
     def filled(self) -> Store:
         """The store, of slots that hold something."""
         assert self.store is not None

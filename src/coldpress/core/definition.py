@@ -26,8 +26,8 @@ _NOT_CALLED = {  # what kvpress calls, and what coldpress calls in its place
 
 _RENAMED = {  # traits that presses of earlier versions of coldpress have
     "decodes": "can_rechoose",
-    "per_head_independent": "per_head_independent",
-    "pointwise": "pointwise",
+    "heads_alone": "per_head_independent",
+    "scores_alone": "pointwise",
     "goes_on": "evicts_while_decoding",
 }
 

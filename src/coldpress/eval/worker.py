@@ -15,11 +15,11 @@ from typing import Any
 import torch
 import transformers
 
-import coldpress
 from coldpress.errors import ClusterError
 from coldpress.eval.models import LoadedModel, load_model
 from coldpress.eval.transport import answer
 from coldpress.io.files import path_of
+from coldpress.version import VERSION
 
 __all__ = ["Spec", "Worker"]
 
@@ -102,7 +102,7 @@ class Worker:
 
 def _about() -> dict[str, Any]:
     """What can make the results of two processes differ."""
-    root = Path(coldpress.__file__).parent
+    root = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
@@ -110,7 +110,7 @@ def _about() -> dict[str, Any]:
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "threads": torch.get_num_threads(),
-        "coldpress": coldpress.__version__,
+        "coldpress": VERSION,
         "code": digest.hexdigest(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
