@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -88,7 +87,7 @@ class LayerView:
     token_ids: Tensor | None = None
     whole: LayerView | None = None  # what a view of one head was taken from
     row_head: tuple[int, int] = (0, 0)  # and where it stood there
-    columns: Mapping[str, Tensor] = MappingProxyType({})
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
     sliding_window: int | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
