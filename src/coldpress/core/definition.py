@@ -75,6 +75,10 @@ class PressType(type):
                 raise PressError(sentence)
             if own in _RENAMED:
                 raise PressError(f"{name}.{own} is called {_RENAMED[own]} now, and nothing asks for the old name.")
+        for base in cls.__mro__[1:]:
+            for method, claims in vars(base).get("implied", {}).items():
+                for trait in claims.keys() - namespace.keys() if method in namespace else ():
+                    super().__setattr__(trait, claims[trait])
         if "__call__" in namespace:
             raise PressError(
                 f"{name}.__call__ would not be called where a cache or the pipeline has the press; what has to be "

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
+from coldpress.core.column import Column
 from coldpress.core.definition import PressType, not_called
 from coldpress.core.kept import Kept
 from coldpress.core.view import LayerView
@@ -42,6 +43,11 @@ class Press(metaclass=PressType):
             Not inherited; every class says so for itself.
         chooses_together: chooses among the pairs of all layers when the prefill is over (:meth:`choose_together`),
             inside ``with press(model):`` too.
+        columns: what each pair carries for the press (:meth:`observe`), beside its key and value.
+        observes: is shown every attention call (:meth:`observe`).
+        reads_part: says which pairs a decoding query reads (:meth:`select`).
+        implied: of a method, what a class that defines it is taken to say of itself unless it says otherwise. So a
+            subclass with another method makes no claim that was true of the one it replaces.
     """
 
     kind: ClassVar[Literal["training-free", "calibrated", "trained"]] = "training-free"
@@ -54,6 +60,13 @@ class Press(metaclass=PressType):
     needs_model: ClassVar[bool] = False
     per_head_independent: ClassVar[bool] = False
     chooses_together: ClassVar[bool] = False
+    columns: ClassVar[tuple[Column, ...]] = ()
+    observes: ClassVar[bool] = False
+    reads_part: ClassVar[bool] = False
+    implied: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "observe": {"observes": True},
+        "select": {"reads_part": True},
+    }
 
     def compress(self, view: LayerView) -> Kept | None:
         """What is kept of ``view``, right after the prefill; None keeps everything."""
@@ -113,6 +126,22 @@ class Press(metaclass=PressType):
     def leaves_keys(self) -> bool:
         """Whether the keys that are kept are held as the model made them."""
         return True
+
+    # -- a press that watches attention, or has queries read a part of what is held ---------------------------------
+
+    def observe(self, view: LayerView) -> Mapping[str, Tensor]:
+        """New values of :attr:`columns` after an attention call, by name: ``[B, Hkv, T, ...]``; others stay.
+
+        Asked of every press, in whatever wrapper or schedule it is, after each attention call.
+
+        Args:
+            view: all that is held, ``view.columns`` among it; its queries are those of the call.
+        """
+        return {}
+
+    def select(self, view: LayerView) -> Tensor | None:
+        """Which slots of ``view`` a decoding query reads: int64 ``[B, Hkv, n]``, -1 for none; None for all."""
+        return None
 
     # -- a press that goes on while decoding (see DecodingPress) ---------------------------------------------------
 
