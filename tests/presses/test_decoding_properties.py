@@ -37,8 +37,8 @@ from coldpress import (
     TOVAPress,
 )
 from coldpress.architecture.cache_argument import cache_argument
-from coldpress.core.choice import shrink_protected
 from coldpress.core.counts import keep_count
+from coldpress.core.forced import shrink_protected
 
 ENDS: dict[ScorerPress, tuple[int, int]] = {  # base presses, and how many sinks and newest tokens they protect
     KnormPress(): (0, 0),

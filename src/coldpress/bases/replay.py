@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,10 @@ from coldpress.architecture.projection import output_weight
 from coldpress.architecture.rope import stand_at
 from coldpress.bases.scorer import BUDGETS, BudgetPress
 from coldpress.core.call import LayerCall
-from coldpress.core.choice import protect, select_counts, shrink_protected
+from coldpress.core.choice import protect, select_counts
+from coldpress.core.column import PINNED
 from coldpress.core.counts import counts_together
+from coldpress.core.forced import must_stay
 from coldpress.core.kept import Kept, Place
 from coldpress.core.requirements import require_block
 from coldpress.core.view import LayerView
@@ -103,9 +105,14 @@ class ReplayPress(BudgetPress):
         self, cache: PressedCache, model: nn.Module, token_ids: Tensor, layers: Sequence[PressedLayer], n_keep: int
     ) -> None:
         """Have each head of ``layers`` hold ``n_keep`` pairs, mean over layers and heads."""
-        n_first, _ = shrink_protected(n_keep, min(self.n_first(token_ids), token_ids.shape[1]), 0)
-        scores = [protect(part, n_first, 0) for part in self.scores(cache, model, token_ids, layers)]
-        counts = self.counts(scores, n_keep, max(1, n_first))
+        protected = min(self.n_first(token_ids), token_ids.shape[1]), 0
+        musts = [
+            must_stay(layer.positions(), token_ids.shape[1], protected, n_keep, _columns(layer).get(PINNED))
+            for layer in layers
+        ]
+        found = self.scores(cache, model, token_ids, layers)
+        scores = [protect(part, must) for part, must in zip(found, musts, strict=True)]
+        counts = self.counts(scores, n_keep, max(1, *(int(must.sum(-1).max()) for must in musts)))
         for layer, part, count in zip(layers, scores, counts, strict=True):
             layer.keep(select_counts(part, count))
 
@@ -145,6 +152,11 @@ class ReplayPress(BudgetPress):
         output = model(**cache_argument(fork, model), use_cache=True, **inputs)
         stand_at(model, cache.seen_tokens)  # as if it had not been run
         return output
+
+
+def _columns(layer: Any) -> Mapping[str, Tensor]:
+    found: Mapping[str, Tensor] = getattr(layer, "columns", dict)()
+    return found
 
 
 def _config(model: nn.Module) -> Any:

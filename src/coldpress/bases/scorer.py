@@ -11,8 +11,9 @@ from torch import Tensor
 
 from coldpress.bases.checks import check_at_least
 from coldpress.bases.press import BasePress
-from coldpress.core.choice import select, shrink_protected
+from coldpress.core.choice import select
 from coldpress.core.counts import check_ratio, keep_count
+from coldpress.core.forced import forced
 from coldpress.core.kept import Kept, Place
 from coldpress.core.view import LayerView
 from coldpress.errors import PressError
@@ -153,12 +154,13 @@ class ScorerPress(BudgetPress):
             scores[row, head, : len(own)] = own
         return scores
 
-    def forced(self, view: LayerView, n_keep: int) -> tuple[int, int]:
-        """Tokens at the two ends of ``view`` that are kept when ``n_keep`` are: the protected ones that are in it."""
-        n_sink, n_window = self.protected(view)
-        if view.positions is None:
-            n_sink = max(0, n_sink - view.first_position)
-        return shrink_protected(n_keep, n_sink, min(n_window, view.n_tokens))
+    def forced(self, view: LayerView, n_keep: int) -> Tensor:
+        """Which tokens of ``view`` stay when a head keeps ``n_keep``: the protected and the pinned ones.
+
+        Returns:
+            bool ``[B or 1, Hkv or 1, T]``; see :func:`coldpress.core.forced.forced`.
+        """
+        return forced(view, self.protected(view), n_keep)
 
     def choose(self, view: LayerView) -> Tensor | None:
         """Positions in ``view`` of the pairs that are kept.
@@ -170,7 +172,7 @@ class ScorerPress(BudgetPress):
         n_keep = self.keep(view)
         if n_keep >= view.n_tokens:
             return None
-        return view.held(select(view.guard(self.scores(view), *self.forced(view, n_keep)), n_keep))
+        return view.held(select(view.guard(self.scores(view), self.forced(view, n_keep)), n_keep))
 
     def compress(self, view: LayerView) -> Kept | None:
         positions = self.choose(view)

@@ -7,29 +7,16 @@ from torch import Tensor
 
 from coldpress.errors import PressError
 
-__all__ = ["best", "checked", "ends", "pack", "protect", "select", "select_counts", "shrink_protected"]
+__all__ = ["best", "checked", "pack", "protect", "select", "select_counts"]
 
 
-def shrink_protected(n_keep: int, n_sink: int, n_window: int) -> tuple[int, int]:
-    """Sinks and window tokens that are protected when only ``n_keep`` tokens are kept.
-
-    Both are kept whole while they fit. When they do not, the window is cut to half of the budget (at least one token)
-    and the sinks to what the window leaves, so that a small budget still has room for what the scores ask for.
-    """
-    if n_sink + n_window <= n_keep:
-        return n_sink, n_window
-    n_window = min(n_window, max(1, n_keep // 2))
-    return min(n_sink, n_keep - n_window), n_window
-
-
-def select(scores: Tensor, n_keep: int, *, n_sink: int = 0, n_window: int = 0) -> Tensor:
+def select(scores: Tensor, n_keep: int, must: Tensor | None = None) -> Tensor:
     """Indices of the ``n_keep`` best scores of every head, in position order.
 
     Args:
         scores: ``[B, Hkv, T]``, float32, larger = keep.
         n_keep: how many to keep, ``1 <= n_keep <= T``.
-        n_sink: first tokens that are kept whatever their score.
-        n_window: last tokens that are kept whatever their score.
+        must: bool ``[B or 1, Hkv or 1, T]``, tokens that are kept whatever their score: no more than ``n_keep``.
 
     Returns:
         ``[B, Hkv, n_keep]``, int64, ascending along the last dimension. Among equal scores the earlier token is kept.
@@ -38,18 +25,13 @@ def select(scores: Tensor, n_keep: int, *, n_sink: int = 0, n_window: int = 0) -
         PressError: a score is NaN.
     """
     n_batch, n_heads, _ = scores.shape
-    n_sink, n_window = shrink_protected(n_keep, n_sink, n_window)
-    keep = best(protect(checked(scores), n_sink, n_window), n_keep)
+    keep = best(protect(checked(scores), must), n_keep)
     return keep.nonzero()[:, -1].view(n_batch, n_heads, n_keep)
 
 
-def protect(scores: Tensor, n_sink: int, n_window: int) -> Tensor:
-    """``scores`` ``[B, Hkv, T]`` with infinity at the first ``n_sink`` and the last ``n_window`` tokens."""
-    if n_sink or n_window:
-        scores = scores.clone()
-        scores[..., :n_sink] = torch.inf
-        scores[..., scores.shape[-1] - n_window :] = torch.inf
-    return scores
+def protect(scores: Tensor, must: Tensor | None) -> Tensor:
+    """``scores`` ``[B, Hkv, T]`` with infinity at the tokens that must stay."""
+    return scores if must is None else scores.masked_fill(must, torch.inf)
 
 
 def best(scores: Tensor, n: int | Tensor) -> Tensor:
@@ -89,12 +71,6 @@ def select_counts(scores: Tensor, counts: Tensor) -> Tensor:
     is_kept = torch.arange(positions.shape[-1], device=counts.device) < counts[..., None]
     positions[is_kept] = keep.nonzero()[:, -1]  # both go through the heads in order
     return positions
-
-
-def ends(n_tokens: int, n_sink: int, n_window: int, device: torch.device | None = None) -> Tensor:
-    """Which of ``n_tokens`` tokens are among the first ``n_sink`` or the last ``n_window``: bool ``[T]``."""
-    token = torch.arange(n_tokens, device=device)
-    return (token < n_sink) | (token >= n_tokens - n_window)
 
 
 def pack(is_kept: Tensor) -> Tensor:

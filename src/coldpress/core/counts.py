@@ -6,6 +6,7 @@ fraction *removed*, in [0, 1), read as the decimal number its user wrote.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from fractions import Fraction
@@ -28,6 +29,7 @@ __all__ = [
     "pyramid_counts",
     "share_of",
     "spread",
+    "spread_forced",
 ]
 
 
@@ -165,3 +167,23 @@ def spread(n_keep: int, n_forced: Sequence[int], sizes: Sequence[int]) -> list[i
     for i in by_remainder[: n_keep - sum(counts)]:
         counts[i] += 1
     return counts
+
+
+def spread_forced(n_keep: int, must: Tensor, cuts: Sequence[int]) -> list[Tensor]:
+    """:func:`spread` for heads that may differ in what must stay.
+
+    Args:
+        n_keep: tokens that every head keeps of the whole text.
+        must: bool ``[B, Hkv, T]``, at most ``n_keep`` of each head.
+        cuts: where each part begins, and the end of the last.
+
+    Returns:
+        int64 ``[B, Hkv]`` for each part.
+    """
+    parts = [*itertools.pairwise(cuts)]
+    n_forced = torch.stack([must[..., start:stop].sum(-1) for start, stop in parts], dim=-1)  # [B, Hkv, parts]
+    sizes, known = [stop - start for start, stop in parts], {}
+    for of_head in set(map(tuple, n_forced.flatten(0, 1).tolist())):
+        known[of_head] = spread(n_keep, of_head, sizes)
+    counts = torch.tensor([[known[tuple(head)] for head in row] for row in n_forced.tolist()], device=must.device)
+    return list(counts.unbind(-1))

@@ -237,18 +237,10 @@ class LayerView:
             return min(max(0, n - self.first_position), self.n_tokens)
         return int(((self.positions >= 0) & (self.positions < n)).sum(-1).min()) if n else 0
 
-    def guard(self, scores: Tensor, n_sink: int, n_window: int) -> Tensor:
-        """``scores`` with infinity at protected tokens, and minus infinity in empty slots.
-
-        Args:
-            scores: ``[B, Hkv, T]``.
-            n_sink: protected tokens at the start of the view, or of the text if ``positions`` are given.
-            n_window: protected tokens at its end.
-        """
-        if self.positions is None:
-            return protect(scores, n_sink, n_window)
-        is_protected = (self.positions < n_sink) | (self.positions >= self.end - n_window)
-        return scores.masked_fill(is_protected, torch.inf).masked_fill(self.positions < 0, -torch.inf)
+    def guard(self, scores: Tensor, must: Tensor) -> Tensor:
+        """``scores`` ``[B, Hkv, T]`` with infinity at the tokens that must stay, and minus infinity in empty slots."""
+        scores = protect(scores, must)
+        return scores if self.positions is None else scores.masked_fill(self.positions < 0, -torch.inf)
 
     def held(self, chosen: Tensor) -> Tensor:
         """``chosen``, int64 ``[B, Hkv, n]``, with -1 for empty slots, and no longer than its longest head."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from coldpress.architecture.projection import output_weight
+from coldpress.core.forced import forced
 from coldpress.core.view import LayerView
 from coldpress.errors import PressError
 
@@ -55,8 +56,8 @@ class BudgetCurves:
             raise PressError(f"LUKVPress is calibrated on samples of at least {_FUTURE} tokens.")
         context = view.part(0, view.n_tokens - n_future)
         n_sink, n_window = self.press.protected(context)
-        ends = min(max(n_sink, self.sink), context.n_tokens), min(max(n_window, self.window), context.n_tokens)
-        order = context.guard(self.press.scores(context), *ends).argsort(dim=-1, descending=True, stable=True)
+        must = forced(context, (max(n_sink, self.sink), max(n_window, self.window)))
+        order = context.guard(self.press.scores(context), must).argsort(dim=-1, descending=True, stable=True)
         importance = future_importance(view, context.n_tokens).gather(-1, order)
         self.gains.append(torch.stack([concave_slopes(head) for head in importance[0].cpu()]))
         if view.layer_idx == view.n_layers - 1:

@@ -48,13 +48,16 @@ class AdaKVPress(WrapperPress):
         n_keep = self.keep(view)
         if n_keep >= view.n_tokens:
             return None
-        return view.held(
-            select_counts(view.guard(self.scores(view), *self.forced(view, n_keep)), self.counts(view, n_keep))
-        )
+        must = self.forced(view, n_keep)
+        return view.held(select_counts(view.guard(self.scores(view), must), self.counts(view, n_keep, must)))
 
-    def counts(self, view: LayerView, n_keep: int) -> Tensor:
-        """How many pairs each head keeps: int64 ``[B, Hkv]``."""
-        n_sink, n_window = self.forced(view, n_keep)
-        n_safe = max(share_of(n_keep, self.alpha_safeguard), n_sink + n_window)
-        counts = adaptive_counts(view.guard(self.scores(view), n_sink, n_window), n_keep, n_safe)
+    def counts(self, view: LayerView, n_keep: int, must: Tensor) -> Tensor:
+        """How many pairs each head keeps: int64 ``[B, Hkv]``.
+
+        Args:
+            n_keep: mean over the heads.
+            must: what :meth:`forced` gives.
+        """
+        n_safe = max(share_of(n_keep, self.alpha_safeguard), int(must.sum(-1).max()))
+        counts = adaptive_counts(view.guard(self.scores(view), must), n_keep, n_safe)
         return counts if view.counts is None else counts.minimum(view.counts)

@@ -11,6 +11,8 @@ from coldpress.bases.checks import check_at_least
 from coldpress.bases.registry import register
 from coldpress.bases.wrapper import WrapperPress
 from coldpress.core.choice import select
+from coldpress.core.column import PINNED
+from coldpress.core.forced import as_far_as, must_stay
 from coldpress.core.view import LayerView
 from coldpress.errors import PressError
 from coldpress.presses.keydiff import KeyDiffPress
@@ -55,12 +57,16 @@ class BlockPress(WrapperPress):
         n_keep, n_tokens = self.keep(view), view.n_tokens
         if n_keep >= n_tokens:
             return None
-        n_sink, n_window = self.forced(view, n_keep)
+        self.forced(view, n_keep)  # what is pinned fits in
+        protected = self.protected(view)
         text = torch.arange(n_tokens, device=view.keys.device).expand(view.keys.shape[:3])
         held = text[..., :n_keep]
         for start in range(n_keep, n_tokens, self.block_size):
             stop = min(start + self.block_size, n_tokens)
             candidates = torch.cat([held, text[..., start:stop]], dim=-1)
-            scores = self.scores(view.among(candidates, stop, stop - start))
-            held = candidates.gather(2, select(scores, n_keep, n_sink=n_sink, n_window=n_window))
+            then = view.among(candidates, stop, stop - start)
+            assert then.positions is not None
+            both = must_stay(then.positions, then.end, protected, n_keep, n_gone=view.first_position)
+            must = as_far_as(then.columns.get(PINNED), both, n_keep)
+            held = candidates.gather(2, select(self.scores(then), n_keep, must))
         return held

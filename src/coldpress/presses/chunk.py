@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 from coldpress.bases.checks import check_at_least
 from coldpress.bases.registry import register
 from coldpress.bases.wrapper import WrapperPress
-from coldpress.core.choice import select, shrink_protected
-from coldpress.core.counts import spread
+from coldpress.core.choice import best, checked, pack, protect
+from coldpress.core.counts import spread_forced
+from coldpress.core.forced import as_far_as, ends
 from coldpress.core.view import LayerView
 from coldpress.presses.snapkv import SnapKVPress
 
@@ -50,19 +52,12 @@ class ChunkPress(WrapperPress):
         n_keep, n_tokens = self.keep(view), view.n_tokens
         if n_keep >= n_tokens:
             return None
-        n_sink, n_window = self.forced(view, n_keep)
-        starts = range(0, n_tokens, self.chunk_length)
-        chunks = [view.part(start, min(start + self.chunk_length, n_tokens)) for start in starts]
-        sizes = [chunk.n_tokens for chunk in chunks]
-        sinks = [min(max(0, n_sink - start), size) for start, size in zip(starts, sizes, strict=True)]
-        recent = [
-            min(max(0, start + size - (n_tokens - n_window)), size) for start, size in zip(starts, sizes, strict=True)
-        ]
-        counts = spread(n_keep, [a + b for a, b in zip(sinks, recent, strict=True)], sizes)
-        parts = []
-        for start, chunk, count, n_first, n_last in zip(starts, chunks, counts, sinks, recent, strict=True):
-            if count:
-                _, own = shrink_protected(count, n_first, min(self.protected(chunk)[1], chunk.n_tokens))
-                n_last = max(n_last, min(own, count - n_first))
-                parts.append(start + select(self.scores(chunk), count, n_sink=n_first, n_window=n_last))
-        return torch.cat(parts, dim=-1)
+        must = self.forced(view, n_keep).expand(view.keys.shape[:3])
+        cuts, is_kept = [*range(0, n_tokens, self.chunk_length), n_tokens], torch.zeros_like(must)
+        for (start, stop), counts in zip(itertools.pairwise(cuts), spread_forced(n_keep, must, cuts), strict=True):
+            if counts.any():
+                chunk = view.part(start, stop)
+                own = ends(chunk, self.protected(chunk), max(1, int(counts.min())))
+                own = as_far_as(must[..., start:stop], own, counts)
+                is_kept[..., start:stop] = best(protect(checked(self.scores(chunk)), own), counts)
+        return pack(is_kept)

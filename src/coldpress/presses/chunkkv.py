@@ -47,14 +47,12 @@ class ChunkKVPress(WrapperPress):
         n_keep, n_tokens = self.keep(view), view.n_tokens
         if n_keep >= n_tokens:
             return None
-        n_sink, n_window = self.forced(view, n_keep)
+        must = self.forced(view, n_keep)
         scores = self.scores(view).mean(dim=1)  # [B, T]
         chunk = torch.arange(n_tokens, device=scores.device) // self.chunk_length
-        counted = torch.ones(n_tokens, device=scores.device)
-        counted[:n_sink] = 0
-        counted[n_tokens - n_window :] = 0
+        counted = (~must).all(dim=1).float()  # [B or 1, T]
         n_chunks = -(-n_tokens // self.chunk_length)
         sums = scores.new_zeros(scores.shape[0], n_chunks).index_add_(1, chunk, scores * counted)
-        sizes = counted.new_zeros(n_chunks).index_add_(0, chunk, counted)
+        sizes = counted.new_zeros(counted.shape[0], n_chunks).index_add_(1, chunk, counted)
         by_chunk = (sums / sizes.clamp(min=1))[:, chunk]  # [B, T]; equal within a chunk, and the earlier one wins a tie
-        return select(by_chunk[:, None].expand(view.keys.shape[:3]), n_keep, n_sink=n_sink, n_window=n_window)
+        return select(by_chunk[:, None].expand(view.keys.shape[:3]), n_keep, must)

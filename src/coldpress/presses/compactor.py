@@ -57,7 +57,7 @@ class CompactorPress(ScorerPress):
             check_between(self, 0, math.inf, "blending")
 
     def score(self, view: LayerView) -> Tensor:
-        start = min(max(0, self.sink_size_start - view.first_position), view.n_tokens)
+        start = view.n_first(self.sink_size_start)
         end = min(self.sink_size_end, view.n_tokens - start)
         middle = view.part(start, view.n_tokens - end)
         if not middle.n_tokens:

@@ -87,12 +87,12 @@ class ComposedPress(ScorerPress):
         counts = self._counts(view.n_tokens, view.place)
         if counts[-1] >= view.n_tokens:
             return None
-        n_sink, n_window = self.forced(view, counts[-1])
+        must = self.forced(view, counts[-1])
         left = torch.ones(view.keys.shape[:3], dtype=torch.bool, device=view.keys.device)
         positions = None
         for press, count in zip(self.presses, counts, strict=True):
             scores = press.scores(view).masked_fill(~left, -torch.inf)
-            positions = select(scores, count, n_sink=n_sink, n_window=n_window)
+            positions = select(scores, count, must)
             left = torch.zeros_like(left).scatter(2, positions, True)
         return positions
 

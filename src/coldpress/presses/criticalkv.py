@@ -59,9 +59,9 @@ class CriticalKVPress(WrapperPress):
         n_keep = self.keep(view)
         if n_keep >= view.n_tokens:
             return None
-        n_sink, n_window = self.forced(view, n_keep)
+        must = self.forced(view, n_keep)
         first = share_of(n_keep, self.first_stage_ratio)
-        scores = _two_stages(view, self.scores(view), first, self.epsilon, n_sink, n_window)
+        scores = _two_stages(view, self.scores(view), first, self.epsilon, must)
         return view.held(select(scores, n_keep))
 
 
@@ -101,20 +101,18 @@ class CriticalAdaKVPress(AdaKVPress):
         n_keep = self.keep(view)
         if n_keep >= view.n_tokens:
             return None
-        n_sink, n_window = self.forced(view, n_keep)
-        counts = self.counts(view, n_keep)
+        must = self.forced(view, n_keep)
+        counts = self.counts(view, n_keep, must)
         first = torch.tensor([[share_of(n, self.first_stage_ratio) for n in row] for row in counts.tolist()])
-        scores = _two_stages(view, self.scores(view), first.to(counts.device), self.epsilon, n_sink, n_window)
+        scores = _two_stages(view, self.scores(view), first.to(counts.device), self.epsilon, must)
         return view.held(select_counts(scores, counts))
 
 
-def _two_stages(
-    view: LayerView, scores: Tensor, first: int | Tensor, epsilon: float, n_sink: int, n_window: int
-) -> Tensor:
-    """Infinity for protected tokens and the ``first`` best of each head (a number, or ``[B, Hkv]``); weighted else."""
-    is_first = best(view.guard(scores, n_sink, n_window), first)
+def _two_stages(view: LayerView, scores: Tensor, first: int | Tensor, epsilon: float, must: Tensor) -> Tensor:
+    """Infinity where tokens must stay and for the ``first`` best (a number, or ``[B, Hkv]``); weighted scores else."""
+    is_first = best(view.guard(scores, must), first)
     weighted = (scores + epsilon) * view.projected_value_norms()
-    return view.guard(weighted.masked_fill(is_first, torch.inf), n_sink, n_window)
+    return view.guard(weighted.masked_fill(is_first, torch.inf), must)
 
 
 def _require_attention(wrapper: WrapperPress) -> None:

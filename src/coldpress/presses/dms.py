@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from coldpress.bases.checks import check_at_least, check_between
 from coldpress.bases.press import BasePress
 from coldpress.bases.scorer import ScorerPress
 from coldpress.bases.wrapper import require_scorer
-from coldpress.core.choice import checked, ends, pack
+from coldpress.core.choice import checked, pack
+from coldpress.core.forced import forced
 from coldpress.core.kept import Kept
 from coldpress.core.view import LayerView
 from coldpress.errors import PressError
@@ -96,17 +96,12 @@ class DMSPress(BasePress):
         assert self.threshold is not None
         stays = checked(self.press.scores(view)) >= self.threshold  # [B, Hkv, n]
         n_sink, _ = self.press.protected(view)
-        at = view.positions
-        if at is None:
-            at = torch.arange(view.first_position, view.end, device=stays.device)
-        return stays | (at < n_sink)
+        return stays | forced(view, (n_sink, 0))
 
     def compress(self, view: LayerView) -> Kept | None:
-        n_sink, n_window = self.press.protected(view)
-        n_sink, n_window = max(0, n_sink - view.first_position), max(n_window, self.sliding_window_size)
-        if n_sink + n_window >= view.n_tokens:
+        must = forced(view, self.press.protected(view), grace=self.sliding_window_size)
+        if must.all():
             return None
         assert self.threshold is not None
-        is_end = ends(view.n_tokens, n_sink, n_window, view.keys.device)
-        is_kept = (checked(self.press.scores(view)) >= self.threshold) | is_end  # [B, Hkv, T]
+        is_kept = (checked(self.press.scores(view)) >= self.threshold) | must  # [B, Hkv, T]
         return None if is_kept.all() else view.take(pack(is_kept))

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from coldpress.bases.checks import check_at_least, numbers_of
 from coldpress.bases.registry import register
-from coldpress.core.choice import ends, pack
+from coldpress.core.choice import pack
 from coldpress.core.counts import check_ratio
+from coldpress.core.forced import forced
 from coldpress.core.kept import Kept
 from coldpress.core.view import LayerView
 from coldpress.errors import PressError
@@ -140,13 +141,11 @@ class DuoAttentionPress(Calibrated):
             )
         sizes = (self.sink_size, pattern.sink_size, _SINK_SIZE), (self.recent_size, pattern.recent_size, _RECENT_SIZE)
         n_sink, n_recent = (next(size for size in given if size is not None) for given in sizes)
-        n_sink = max(0, n_sink - view.first_position)  # what a sliding window has left of them
+        must = forced(view, (n_sink, n_recent))
         streaming = streaming_heads(pattern.gates, self.head_compression_ratio)[view.layer_idx]
-        if n_sink + n_recent >= view.n_tokens or not any(streaming):
+        if must.all() or not any(streaming):
             return None
-        device = view.keys.device
-        is_end = ends(view.n_tokens, n_sink, n_recent, device)  # [T]
-        is_kept = is_end | ~torch.tensor(streaming, device=device)[:, None]  # [Hkv, T]
+        is_kept = must | ~torch.tensor(streaming, device=must.device)[:, None]  # [B or 1, Hkv, T]
         return view.take(pack(is_kept.expand(view.keys.shape[:3])))
 
     def layer_shapes(self, shape: Shape) -> dict[str, tuple[int | None, ...]]:

@@ -58,11 +58,10 @@ class EntropyGatedChunkKVPress(ChunkKVPress):
         n_keep, n_tokens = self.keep(view), view.n_tokens
         if n_keep >= n_tokens:
             return None
-        n_sink, n_window = self.forced(view, n_keep)
+        must = self.forced(view, n_keep)
         scores = self.scores(view).mean(dim=1)  # [B, T]
         device, n_chunks = scores.device, -(-n_tokens // self.chunk_length)
-        counts = torch.zeros(n_tokens, dtype=torch.bool, device=device)
-        counts[n_sink : n_tokens - n_window] = True
+        counts = (~must).all(dim=1)  # [B or 1, T]
         means, entropies = self._statistics(scores, counts, n_chunks)  # [B, C]; NaN where no token counts
         is_spiky = (means >= means.nanmedian(-1, keepdim=True).values) & (
             entropies < entropies.nanmedian(-1, keepdim=True).values
@@ -75,19 +74,19 @@ class EntropyGatedChunkKVPress(ChunkKVPress):
         is_taken = by_chunk - chunk * self.chunk_length < quota[:, chunk]
         order = torch.where(is_taken, chunk_rank * n_tokens + rank, n_chunks * n_tokens + rank)
         best_first = -_ranks(-order).float()[:, None]  # [B, 1, T], exact up to 2 ** 24 tokens
-        return select(best_first.expand(view.keys.shape[:3]), n_keep, n_sink=n_sink, n_window=n_window)
+        return select(best_first.expand(view.keys.shape[:3]), n_keep, must)
 
     def _statistics(self, scores: Tensor, counts: Tensor, n_chunks: int) -> tuple[Tensor, Tensor]:
         """Mean and normalised entropy of every chunk, of the tokens that count: float32 ``[B, C]``."""
         padding = n_chunks * self.chunk_length - scores.shape[1]
-        inside = torch.nn.functional.pad(counts, (0, padding)).view(n_chunks, -1)  # [C, L]
-        parts = torch.nn.functional.pad(scores, (0, padding)).view(-1, *inside.shape)  # [B, C, L]
-        size = inside.sum(-1)  # [C]
+        inside = torch.nn.functional.pad(counts, (0, padding)).unflatten(1, (n_chunks, -1))  # [B or 1, C, L]
+        parts = torch.nn.functional.pad(scores, (0, padding)).unflatten(1, (n_chunks, -1))  # [B, C, L]
+        size = inside.sum(-1)  # [B or 1, C]
         means = (parts * inside).sum(-1) / size
         shift = parts.masked_fill(~inside, math.inf).amin(-1, keepdim=True).clamp(max=0)
         weights = (parts - shift) * inside
         total = weights.sum(-1, keepdim=True)
-        p = torch.where(total > 0, weights / total, inside / size[:, None])
+        p = torch.where(total > 0, weights / total, inside / size[..., None])
         entropies = torch.special.entr(p).sum(-1) / size.clamp(min=2).log()
         return means, entropies.masked_fill(size == 0, math.nan)
 

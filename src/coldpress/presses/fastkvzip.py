@@ -14,8 +14,9 @@ from torch.nn.functional import linear
 from coldpress.bases.checks import check_at_least, check_between
 from coldpress.bases.registry import register
 from coldpress.bases.scorer import BudgetPress
-from coldpress.core.choice import select_counts, shrink_protected
+from coldpress.core.choice import select_counts
 from coldpress.core.counts import adaptive_counts, counts_together, share_of
+from coldpress.core.forced import forced
 from coldpress.core.kept import Kept, Place
 from coldpress.core.requirements import require_block
 from coldpress.core.view import LayerView
@@ -84,10 +85,9 @@ class FastKVzipPress(BudgetPress):
         if n_keep >= n:
             return None
         n_window = self.window_size if view.end >= _LONG_TEXT else max(1, share_of(view.end, self.window_ratio))
-        n_sink = max(0, self.n_sink - view.first_position)
-        scores = view.guard(self.score(view), *shrink_protected(n_keep, min(n_sink, n), min(n_window, n)))
+        scores = view.guard(self.score(view), forced(view, (self.n_sink, n_window), n_keep))
         slots = torch.arange(n, device=scores.device).expand(scores.shape)
-        return Kept(view.keys, view.values, slots, scores)
+        return Kept(view.keys, view.values, slots, scores, columns=view.columns)
 
     def score(self, view: LayerView) -> Tensor:
         """What the gate says of every token: float32 ``[B, Hkv, T]``, in (0, 1)."""
@@ -126,7 +126,7 @@ class FastKVzipPress(BudgetPress):
         assert keys is not None and values is not None
         token_bytes = keys.shape[1] * (keys.shape[3] + values.shape[3]) * keys.element_size()
         n_keep = self.keep_of(n_held, Place(0, len(scores), token_bytes))
-        n_safe = int((scores[0][0, 0] == torch.inf).sum())  # protected
+        n_safe = max(int((part == torch.inf).sum(-1).max()) for part in scores)  # what must stay
         if self.layerwise:
             counts = [adaptive_counts(part, n_keep, n_safe) for part in scores]
         else:

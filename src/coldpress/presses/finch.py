@@ -12,8 +12,8 @@ from torch import Tensor
 from coldpress.bases.checks import check_at_least
 from coldpress.bases.registry import register
 from coldpress.bases.scorer import ScorerPress
-from coldpress.core.choice import select
-from coldpress.core.counts import spread
+from coldpress.core.choice import best, checked, pack
+from coldpress.core.counts import spread_forced
 from coldpress.core.kept import Kept
 from coldpress.core.requirements import require_block
 from coldpress.core.view import LayerView
@@ -90,15 +90,11 @@ class FinchPress(ScorerPress):
         n_keep, n_tokens = self.keep(view), view.n_tokens
         if n_keep >= n_tokens or self.chunk_length is None:
             return super().choose(view)
-        _, n_window = self.forced(view, n_keep)
-        scores, parts = self.scores(view), []
+        must = self.forced(view, n_keep).expand(view.keys.shape[:3])
+        scores = view.guard(checked(self.scores(view)), must)
         cuts = [*range(0, n_tokens, self.chunk_length), n_tokens]
-        sizes = [stop - start for start, stop in itertools.pairwise(cuts)]
-        recent = [min(max(0, stop - (n_tokens - n_window)), size) for stop, size in zip(cuts[1:], sizes, strict=True)]
-        for start, size, n_last, count in zip(cuts, sizes, recent, spread(n_keep, recent, sizes), strict=False):
-            if count:
-                parts.append(start + select(scores[..., start : start + size], count, n_window=n_last))
-        return torch.cat(parts, dim=-1)
+        parts = zip(itertools.pairwise(cuts), spread_forced(n_keep, must, cuts), strict=True)
+        return pack(torch.cat([best(scores[..., start:stop], counts) for (start, stop), counts in parts], dim=-1))
 
     @property
     def leaves_keys(self) -> bool:

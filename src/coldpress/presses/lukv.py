@@ -17,8 +17,10 @@ from coldpress.bases.checks import check_at_least, numbers_of
 from coldpress.bases.registry import register
 from coldpress.bases.scorer import ScorerPress
 from coldpress.bases.wrapper import WrapperPress
-from coldpress.core.choice import protect, select_counts, shrink_protected
+from coldpress.core.choice import protect, select_counts
+from coldpress.core.column import PINNED
 from coldpress.core.counts import apportion
+from coldpress.core.forced import as_far_as, ends, forced
 from coldpress.core.kept import Place
 from coldpress.core.view import LayerView
 from coldpress.errors import PressError
@@ -151,21 +153,21 @@ class LUKVPress(Calibrated, WrapperPress):
                 f"LUKVPress: the curves have {len(curves[0])} layers with {len(curves[0][0])} KV heads; the model "
                 f"compresses {view.n_layers} layers with {n_heads}."
             )
-        n_layer = self._layers(curves, n_tokens, n_mean)[view.layer_idx]
+        pinned = forced(view, (0, 0), n_mean) if PINNED in view.columns else None
+        least = 1 if pinned is None else max(1, int(pinned.sum(-1).max()))
+        n_layer = self._layers(curves, n_tokens, n_mean, least)[view.layer_idx]
         shares = _kept_shares(curves, n_mean / n_tokens)[view.layer_idx]
-        counts = apportion(n_heads * n_layer, shares, 1, n_tokens)
-        n_sink, n_window = self.protected(view)
-        n_sink, n_window = max(0, n_sink - view.first_position), min(n_window, n_tokens)
-        by_head = self.scores(view).split(1, dim=1)
-        guarded = [protect(s, *shrink_protected(n, n_sink, n_window)) for s, n in zip(by_head, counts, strict=True)]
+        counts = apportion(n_heads * n_layer, shares, least, n_tokens)
+        both = self.protected(view)
         own = torch.tensor(counts, device=view.keys.device).expand(view.keys.shape[:2])
-        return select_counts(torch.cat(guarded, dim=1), own)
+        must = as_far_as(pinned, torch.cat([ends(view, both, n) for n in counts], dim=1), own)  # [B or 1, Hkv, T]
+        return select_counts(protect(self.scores(view), must), own)
 
     @staticmethod
-    def _layers(curves: Curves, n_tokens: int, n_mean: int) -> list[int]:
-        """How many of ``n_tokens`` pairs a head of each layer keeps, on average over the heads."""
+    def _layers(curves: Curves, n_tokens: int, n_mean: int, least: int = 1) -> list[int]:
+        """How many of ``n_tokens`` pairs a head of each layer keeps, on average over the heads; at least ``least``."""
         shares = [sum(heads) / len(heads) for heads in _kept_shares(curves, n_mean / n_tokens)]
-        return apportion(len(shares) * n_mean, shares, 1, n_tokens)
+        return apportion(len(shares) * n_mean, shares, least, n_tokens)
 
     def variant(self) -> str:
         what = f"{self.press.with_ratio(0.0)!r} {self.sink} {self.window}"

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from coldpress.bases.checks import check_at_least, check_between
 from coldpress.bases.press import BasePress
 from coldpress.bases.registry import register
-from coldpress.core.choice import ends, pack
+from coldpress.core.choice import pack
+from coldpress.core.forced import ends, forced
 from coldpress.core.kept import Kept
 from coldpress.core.view import LayerView
 from coldpress.errors import PressError
@@ -56,13 +57,13 @@ class SimLayerKVPress(BasePress):
             )
 
     def compress(self, view: LayerView) -> Kept | None:
-        n_initial = max(0, self.n_initial - view.first_position)  # what a sliding window has left of them
-        if self.lazy_threshold == 1 or view.n_tokens <= n_initial + self.n_recent:
+        both = self.n_initial, self.n_recent
+        is_end = ends(view, both).expand(view.keys.shape[:3])[0, 0]  # [T]
+        if self.lazy_threshold == 1 or is_end.all():
             return None
-        is_end = ends(view.n_tokens, n_initial, self.n_recent, view.keys.device)  # [T]
         attention = view.window_attention(min(self.n_last, view.n_queries)).mean(dim=(1, 2, 3))  # [B, T]
         is_lazy = attention[:, is_end].sum(-1) > self.lazy_threshold  # [B]
         if not is_lazy.any():
             return None
-        is_kept = is_end | ~is_lazy[:, None]  # [B, T]
-        return view.take(pack(is_kept[:, None].expand(view.keys.shape[:3])))
+        is_kept = forced(view, both) | ~is_lazy[:, None, None]  # [B, 1 or Hkv, T]
+        return view.take(pack(is_kept.expand(view.keys.shape[:3])))

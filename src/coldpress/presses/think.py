@@ -79,7 +79,7 @@ class ThinKPress(WrapperPress):
             return kept
         if kept is None:
             everything = torch.arange(view.n_tokens, device=view.keys.device)
-            kept = Kept(view.keys, view.values, everything.expand(view.keys.shape[:3]))
+            kept = Kept(view.keys, view.values, everything.expand(view.keys.shape[:3]), columns=view.columns)
         queries = view.queries[:, :, -self.window_size :].float().square().mean(dim=2)  # [B, Hq, D]
         by_head = queries.view(queries.shape[0], -1, view.group_size, n_channels).mean(dim=2)  # [B, Hkv, D]
         is_filled = (kept.positions >= 0)[..., None]
