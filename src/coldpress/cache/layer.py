@@ -167,16 +167,14 @@ class PressedLayer(EvictingLayer):
         return length
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._index_rows(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._index_rows(indices)
+        self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.slots.store is not None:
-            self._index_rows(torch.arange(self.slots.store.n_rows).repeat_interleave(repeats))
+            self.batch_select_indices(torch.arange(self.slots.store.n_rows).repeat_interleave(repeats))
 
-    def _index_rows(self, rows: Tensor) -> None:
+    def batch_select_indices(self, indices: Tensor) -> None:
+        rows = indices
         if self.shown is not None:
             self.shown = self.shown.index_select(0, rows.to(self.shown.device))
         if self.slots.store is None:
@@ -251,7 +249,7 @@ class PressedLayer(EvictingLayer):
 
     @property
     def has_padding(self) -> bool:
-        """Whether there are tokens that no call was shown, by its attention mask."""
+        """Whether there are tokens that no call was shown."""
         return self.shown is not None and not bool(self.shown.all())
 
     @property

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from coldpress.architecture.projection import output_weight
+from coldpress.architecture.projection import weight_of_heads
 from coldpress.architecture.rope import Rope
 from coldpress.core.choice import protect
 from coldpress.core.kept import Kept, Place
@@ -152,12 +152,9 @@ class LayerView:
                 queries=self.queries[:, :, here],
                 first_position=self.first_position + start,
                 positions=None if self.positions is None else self.positions[..., start:stop],
-                carried=None if self.carried is None else self.carried[..., start:stop],
-                places=None if self.places is None else self.places[..., start:stop],
+                **self._following(lambda column: column[:, :, start:stop]),
                 query_places=None if self.query_places is None else self.query_places[..., here],
                 counts=None if self.counts is None else (self.counts - start).clamp(0, stop - start),
-                rounding_residual=None if self.rounding_residual is None else self.rounding_residual[:, :, start:stop],
-                columns={name: column[:, :, start:stop] for name, column in self.columns.items()},
                 hidden_states=self._hidden_states_of(start, stop),
                 token_ids=None if self.token_ids is None else self.token_ids[:, start:stop],
                 _memo={},
@@ -185,14 +182,17 @@ class LayerView:
             query_places=None if self.query_places is None else self.query_places[..., here],
             first_position=end - chosen.shape[2],  # so that the queries, those of the last tokens, are in their places
             positions=chosen + self.first_position,
-            carried=None if self.carried is None else self.carried.gather(2, chosen),
-            places=None if self.places is None else self.places.gather(2, chosen),
-            rounding_residual=None if self.rounding_residual is None else pick(self.rounding_residual, chosen),
-            columns=kept.columns,
+            **self._following(lambda column: column_at(column, chosen)),
             hidden_states=self._hidden_states_of(stop - n_queries, stop),
             token_ids=None,
             _memo={},
         )
+
+    def _following(self, take: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """What follows each pair, ``[B, Hkv, T, ...]``, as ``take`` leaves it."""
+        named = {"carried": self.carried, "places": self.places, "rounding_residual": self.rounding_residual}
+        own = {name: None if column is None else take(column) for name, column in named.items()}
+        return {**own, "columns": {name: take(column) for name, column in self.columns.items()}}
 
     def _hidden_states_of(self, start: int, stop: int) -> Tensor | None:
         """Those of tokens ``start .. stop - 1`` that are there."""
@@ -216,11 +216,8 @@ class LayerView:
                 first_position=self.end - n,
                 positions=None if self.positions is None else self.positions[here],
                 counts=None,
-                carried=None if self.carried is None else self.carried[here],
-                places=None if self.places is None else self.places[here],
+                **self._following(lambda column: column[here]),
                 query_places=None if self.query_places is None else self.query_places[here[:2]],
-                rounding_residual=None,
-                columns={name: column[here] for name, column in self.columns.items()},
                 hidden_states=None if self.hidden_states is None else self.hidden_states[row : row + 1],
                 token_ids=None,
                 sinks=None if self.sinks is None else self.sinks[group],
@@ -374,12 +371,8 @@ class LayerView:
         """
 
         def compute() -> Tensor:
-            n_batch, n_kv_heads, _, dim = self.values.shape
-            weight = output_weight(self.module, self.queries.shape[1] * dim, self.values.dtype, self.values.device)
-            heads = (
-                weight.float().view(-1, n_kv_heads, self.group_size, dim).permute(1, 2, 3, 0)
-            )  # [Hkv, G, Dv, hidden]
-            block = at_once(self.values.device, n_batch * n_kv_heads * heads.shape[3])
+            heads = weight_of_heads(self.module, self.queries.shape[1], self.values)
+            block = at_once(self.values.device, self.values.shape[:2].numel() * heads.shape[3])
             norms = []
             for values in self.values.float().split(block, dim=2):
                 by_head = [(values @ heads[:, g]).abs_().sum(-1) for g in range(self.group_size)]
