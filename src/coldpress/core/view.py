@@ -389,10 +389,8 @@ class LayerView:
         rope = self.find_rope()
         if rope is None:
             return states
-        end = self.first_position + self.n_tokens
-        cos, sin = self.once(
-            ("mean_rotation", n_positions), lambda: rope.mean_rotation(end, n_positions, states.device)
-        )
+        name = "mean_rotation", n_positions
+        cos, sin = self.once(name, lambda: rope.mean_rotation(self.end, n_positions, states.device))
         return rope.rotate(states, cos, sin)
 
     def _weights(self) -> Weights:
