@@ -20,6 +20,7 @@ from transformers.modeling_utils import PreTrainedModel
 from coldpress.cache.file import load_cache, save_cache
 from coldpress.cache.layer import PressedLayer, next_layer
 from coldpress.cache.mixed import MixedCache
+from coldpress.cache.observation import readers
 from coldpress.cache.pins import Spans, checked_pins
 from coldpress.cache.session import Session
 from coldpress.core.definition import as_given
@@ -226,6 +227,11 @@ class PressedCache(MixedCache):
         """
         before, after = (sum(layer.n_pairs[i] for layer in self.pressed_layers()) for i in (0, 1))
         return 1 - after / before if before else 0.0
+
+    @property
+    def reads_part(self) -> bool:
+        """Whether the press chooses which of the stored pairs a decoding query reads."""
+        return bool(readers(self.press))
 
     def read_ratio(self) -> float:
         """Fraction of the stored pairs that decoding queries have read; 1 unless the press reads part of them."""
