@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from tests.contract.architectures import BY_NAME, tiny, tokens
+from tests.oracles.all_pairs import AllPairs
 from tests.presses.views import MODELS, view_of, views_of
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
@@ -148,8 +149,9 @@ def test_heads_that_keep_different_numbers_are_stored_and_attended_to_as_such() 
     """The next tokens' logits are those of the full cache with every evicted pair masked in every head."""
     model, ids = tiny("llama"), tokens(2, 45)
     press = AdaKVPress(SnapKVPress(0.6, window_size=4), alpha_safeguard=0.0)
-    past = PressedCache(press)
-    model(ids[:, :40], **cache_argument(past))
+    past, masked = PressedCache(press), AllPairs("llama")
+    model(ids[:, :40], **cache_argument(past)), masked.read(ids[:, :40])
+    masked.keep(past)
     counts = [(past.positions(i) >= 0).sum(-1) for i in range(2)]
     assert any(n.unique().numel() > 1 for n in counts)  # else this tests nothing
     assert [int(n.sum()) for n in counts] == [2 * 2 * keep_count(40, 0.6)] * 2
@@ -157,15 +159,7 @@ def test_heads_that_keep_different_numbers_are_stored_and_attended_to_as_such() 
     assert abs(past.achieved_ratio() - (1 - keep_count(40, 0.6) / 40)) < 1e-9
     actual = model(ids[:, 40:], **cache_argument(past)).logits
 
-    full = PressedCache()
-    model(ids[:, :40], **cache_argument(full))
-    for i, layer in enumerate(full.pressed_layers()):
-        kept = torch.full((2, 2, 40), -1, dtype=torch.int32)  # every slot stays, evicted ones are empty
-        for b, row in enumerate(heads_of(past.positions(i)[..., : past.stored_lengths()[i] - 5])):
-            for h, head in enumerate(row):
-                kept[b, h, head] = torch.tensor(head, dtype=torch.int32)
-        layer._kept, layer._has_gaps, layer._tail_start = kept, True, 40
-    torch.testing.assert_close(actual, model(ids[:, 40:], **cache_argument(full)).logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(actual, masked.read(ids[:, 40:]), atol=1e-5, rtol=0)
 
 
 # -- chunks and blocks --------------------------------------------------------------------------------------------
