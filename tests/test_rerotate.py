@@ -158,34 +158,6 @@ def test_heads_of_different_length_each_stand_side_by_side(model: str) -> None:
     assert n_ragged > 10
 
 
-@pytest.mark.parametrize("inner", [KnormPress(), SnapKVPress(window_size=8), AdaKVPress(KnormPress())], ids=repr)
-@pytest.mark.parametrize(("before", "chunk"), [(None, None), (KnormPress(0.5), None), (KnormPress(0.5), 5)])
-def test_a_padded_row_reads_what_it_reads_alone(inner: BasePress, before: BasePress | None, chunk: int | None) -> None:
-    random = torch.Generator().manual_seed(0)  # no token twice: two of one norm would be a tie
-    ids, pad = torch.stack([3 + torch.randperm(90, generator=random)[:80] for _ in range(2)]), 7
-    press = PrefillDecodingPress(before, DecodingPress(inner, INTERVAL, TARGET if before is None else 10))
-    mask = torch.ones_like(ids)
-    mask[1, :pad] = 0
-    ranks = (mask.cumsum(-1) - 1).clamp(min=0)
-    both, alone = (PressedCache(press, positions="rerotate", chunk_tokens=chunk) for _ in range(2))
-    prefill(tiny("gpt_neox"), ids[:, :16], both, attention_mask=mask[:, :16])
-    prefill(tiny("gpt_neox"), ids[1:, pad:16], alone)
-    for layer, other in zip(both.pressed_layers(), alone.pressed_layers(), strict=True):
-        remembered, own = (each._recent for each in (layer, other))
-        assert remembered is not None and own is not None
-        torch.testing.assert_close(remembered.states[1:, :, -own.n :], own.states, atol=2e-4, rtol=0)
-    with torch.no_grad():
-        for start, stop in ((i, i + 1) for i in range(16, 80)):
-            logits = tiny("gpt_neox")(
-                ids[:, start:stop],
-                attention_mask=mask[:, :stop],
-                position_ids=ranks[:, start:stop],
-                **cache_argument(both),
-            ).logits[1]
-            own = tiny("gpt_neox")(ids[1:, start:stop], **cache_argument(alone)).logits[0]
-            torch.testing.assert_close(logits[-len(own) :], own, atol=2e-4, rtol=0)
-
-
 class Spy(DecodingPress):
     """A schedule that remembers the views it was shown."""
 
@@ -194,6 +166,39 @@ class Spy(DecodingPress):
     def compress_again(self, view: LayerView) -> Kept | None:
         self.views.append(view)
         return super().compress_again(view)
+
+
+@pytest.mark.parametrize("inner", [KnormPress(), SnapKVPress(window_size=8), AdaKVPress(KnormPress())], ids=repr)
+@pytest.mark.parametrize(("before", "chunk"), [(None, None), (KnormPress(0.5), None), (KnormPress(0.5), 5)])
+def test_a_padded_row_reads_what_it_reads_alone(inner: BasePress, before: BasePress | None, chunk: int | None) -> None:
+    random = torch.Generator().manual_seed(0)  # no token twice: two of one norm would be a tie
+    ids, pad = torch.stack([3 + torch.randperm(90, generator=random)[:80] for _ in range(2)]), 7
+    press = PrefillDecodingPress(before, Spy(inner, INTERVAL, TARGET if before is None else 10))  # type: ignore[arg-type]
+    mask = torch.ones_like(ids)
+    mask[1, :pad] = 0
+    ranks = (mask.cumsum(-1) - 1).clamp(min=0)
+    both, alone = (PressedCache(press, positions="rerotate", chunk_tokens=chunk) for _ in range(2))
+    prefill(tiny("gpt_neox"), ids[:, :16], both, attention_mask=mask[:, :16])
+    prefill(tiny("gpt_neox"), ids[1:, pad:16], alone)
+    n_compared = 0
+    with torch.no_grad():
+        for start, stop in ((i, i + 1) for i in range(16, 80)):
+            Spy.views = []
+            logits = tiny("gpt_neox")(
+                ids[:, start:stop],
+                attention_mask=mask[:, :stop],
+                position_ids=ranks[:, start:stop],
+                **cache_argument(both),
+            ).logits[1]
+            shown = [view for view in Spy.views if view.end == stop - pad]  # of the second row, in both layers
+            Spy.views = []
+            own = tiny("gpt_neox")(ids[1:, start:stop], **cache_argument(alone)).logits[0]
+            torch.testing.assert_close(logits[-len(own) :], own, atol=2e-4, rtol=0)
+            assert len(shown) == len(Spy.views)
+            for view, other in zip(shown, Spy.views, strict=True):  # some are of the prompt
+                torch.testing.assert_close(view.queries, other.queries, atol=2e-4, rtol=0)
+                n_compared += 1
+    assert n_compared == 2 * (80 - 16) // INTERVAL
 
 
 @every_model
@@ -208,9 +213,10 @@ def test_scorers_see_keys_and_queries_where_they_stand(
     ids, made = tokens(1, 70), {}
 
     def look(layer: PressedLayer, call: LayerCall) -> None:
-        at = torch.arange(layer._seen - call.query.shape[2], layer._seen)
+        n_seen = int(layer.positions().max()) + 1
+        at = torch.arange(n_seen - call.query.shape[2], n_seen)
         if layer.index == 0:
-            made[layer._seen] = turned(model, call.query, -at), turned(model, layer.keys[:, :, -len(at) :], -at)
+            made[n_seen] = turned(model, call.query, -at), turned(model, layer.keys[:, :, -len(at) :], -at)
 
     Spy.views = []
     press = PrefillDecodingPress(before, Spy(inner, INTERVAL, TARGET, 12))  # type: ignore[arg-type]
@@ -219,8 +225,6 @@ def test_scorers_see_keys_and_queries_where_they_stand(
     with torch.no_grad():
         prefill(tiny(model), ids[:, :16], past)
     for start, stop in [(i, i + 1) for i in range(16, 70)]:
-        if past.layer(0).is_ragged:
-            past.layer(0)._offered = None
         read(model, past, ids[:, start:stop])
     queries, keys = (torch.cat([made[seen][i] for seen in sorted(made)], dim=2) for i in (0, 1))
     views = Spy.views[::2]  # of layer 0
@@ -271,7 +275,8 @@ def test_keys_of_two_bytes_do_not_drift() -> None:
     expected = turned("llama", start, torch.tensor([1_020] * 4))  # from 0 .. 3 to 1020 .. 1023
     error = (past.layer(0).keys[:, :, :4].double() - expected).norm(dim=-1) / expected.norm(dim=-1)
     rounding = torch.finfo(torch.bfloat16).eps
-    assert past.layer(0)._fine is not None and past.layer(0)._fine.shape[2] == 4
+    fine = past.layer(0).fine()
+    assert fine is not None and not fine[:, :, 4:].any()  # what comes later is not moved yet
     assert float(error.max()) < rounding  # 0.1 without what is remembered beside them
 
 
