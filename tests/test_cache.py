@@ -11,7 +11,7 @@ import pytest
 import torch
 from tests.contract.architectures import BY_NAME, tiny, tokens
 from tests.presses.others import IN_BLOCK, OTHERS, WITH_RATIO, block, other_press, small_press
-from tests.presses.replays import Words
+from tests.presses.words import Words
 from torch import Tensor
 from transformers import DynamicCache
 

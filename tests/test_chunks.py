@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from tests.batches import Batch, is_local
 from tests.contract.architectures import VERSION, WINDOW, tiny, tokens
 from tests.presses.others import small_press
-from tests.test_padding import Batch, is_local
 from torch import Tensor
 from transformers import DynamicCache
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tests.contract.architectures import tiny, tokens
-from tests.test_hostile_caches import OTHERS, changed_tensors
+from tests.hostile import OTHERS, changed_tensors
 from torch import Tensor
 
 from coldpress import DuoAttentionPress, ExpectedAttentionStatsPress, LUKVPress, PressedCache, QFilterPress

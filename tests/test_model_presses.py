@@ -12,7 +12,7 @@ import pytest
 import torch
 from tests.contract.architectures import BY_NAME, tokens
 from tests.oracles.all_pairs import AllPairs
-from tests.test_pressing import traces
+from tests.traces import traces
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import importlib.util
 import resource
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ import pytest
 import torch
 from tests.contract.architectures import VERSION
 from tests.presses.others import IN_BLOCK, OTHERS, WITH_RATIO, small_press
+from tests.tiny_folder import CONTEXT, DEMO, POSITIONS, QUESTIONS
+from tests.tiny_folder import folder as folder
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -21,7 +22,6 @@ from transformers import (
     DynamicCache,
     GenerationConfig,
     GPTNeoXConfig,
-    GPTNeoXForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
     Phi3Config,
@@ -31,7 +31,6 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-import coldpress
 from coldpress import (
     AdaKVPress,
     BasePress,
@@ -63,26 +62,6 @@ from coldpress.errors import CacheError, InputError, PressError
 from coldpress.layer import PressedLayer
 from coldpress.pipeline import TASKS, KVPressTextGenerationPipeline
 from coldpress.session import Session
-
-DEMO = Path(coldpress.__file__).parent / "assets" / "demo" / "model"
-CONTEXT = "The miller weighed the olives, washed them, and laid them between mats of woven grass. " * 4
-QUESTIONS = ["What did the miller weigh?", "Where?", "Who came in the autumn with wooden carts?"]
-POSITIONS = 256
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random GPT-NeoX with the demo's tokenizer, whose answers depend on all they see."""
-    torch.manual_seed(3)
-    config = GPTNeoXConfig(
-        vocab_size=4096, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
-        max_position_embeddings=POSITIONS, rotary_pct=0.25, initializer_range=0.4, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    path = tmp_path_factory.mktemp("pipeline") / "tiny"
-    GPTNeoXForCausalLM(config).save_pretrained(path)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(DEMO / name, path)
-    return path
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.contract.architectures import tiny, tokens
 from tests.presses.others import IN_BLOCK, OTHERS, WITH_RATIO, block, small_press
-from tests.presses.replays import Words
+from tests.presses.words import Words
 from torch import Tensor
 from transformers import QuantizedCache
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.contract.architectures import BY_NAME, tiny, tokens
 from tests.oracles.all_pairs import AllPairs
 from tests.presses.others import duo, lukv
-from tests.presses.replays import Words
+from tests.presses.words import Words
 from torch import Tensor
 
 from coldpress import (
@@ -166,13 +166,22 @@ def test_the_longest_row_may_go(attention: str) -> None:
 
 @pytest.mark.parametrize("attention", ["coldpress", "coldpress_eager"])
 def test_beams_under_a_schedule(attention: str) -> None:
-    """Rows come and go while heads are cut back: the tokens are those of either arithmetic."""
+    """Rows come and go while heads are cut back: the tokens are those of beams that have a cache each."""
     press = DecodingPress(AdaKVPress(SnapKVPress(window_size=4)), compression_interval=5, target_size=20)
-    ids = tokens(1, 40)
-    found = tiny("llama", attention).generate(
-        ids, attention_mask=torch.ones_like(ids), num_beams=3, max_new_tokens=20, **cache_argument(PressedCache(press))
+    ids, model, past = tokens(1, 40), tiny("llama", attention), PressedCache(press)
+    found = model.generate(
+        ids, attention_mask=torch.ones_like(ids), num_beams=3, max_new_tokens=20, **cache_argument(past)
     )
-    assert found.shape == (1, 60)
+    assert past.achieved_ratio() > 0.5 and past.layer(0).is_ragged
+    beams = [(0.0, ids[0].tolist(), PressedCache(press))]
+    for n in range(20):
+        longer = []
+        for total, said, own in beams:
+            given = torch.tensor([said if n == 0 else said[-1:]])
+            losses = model(given, **cache_argument(own)).logits[0, -1].log_softmax(-1)
+            longer += [(total + float(loss), [*said, token], own) for token, loss in enumerate(losses)]
+        beams = [(total, said, own.fork()) for total, said, own in sorted(longer, key=lambda beam: -beam[0])[:3]]
+    assert found.tolist() == [beams[0][1]]
 
 
 @pytest.mark.parametrize(

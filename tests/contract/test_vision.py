@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tests.contract.architectures import VERSION, tokens
-from tests.presses.replays import Words
+from tests.presses.words import Words
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, DynamicCache
 

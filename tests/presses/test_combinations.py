@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from tests.contract.architectures import tiny, tokens
-from tests.presses.replays import Words
+from tests.presses.words import Words
 
 from coldpress import (
     AdaKVPress,

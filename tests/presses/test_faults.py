@@ -10,8 +10,8 @@ import pytest
 import torch
 from tests.contract.architectures import BY_NAME, Look, tiny, tokens
 from tests.presses.others import IN_BLOCK, OTHERS, WITH_RATIO, block, lukv, other_press, small_press
-from tests.presses.replays import Words
 from tests.presses.views import view_of, views_of
+from tests.presses.words import Words
 from transformers import QuantizedCache
 from transformers.cache_utils import Cache, QuantizedLayer
 

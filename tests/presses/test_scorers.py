@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from tests.contract.architectures import tokens
+from tests.oracles.scores import lag_weights, leverage, non_causal
 from tests.presses.views import MODELS, rotated, unrotated, view_of
 from torch import Tensor
 
@@ -25,12 +26,6 @@ def per_head(view: LayerView, score: Callable[[int, int], list[float]]) -> Tenso
     return torch.tensor([[score(b, h) for h in range(n_heads)] for b in range(n_batch)])
 
 
-def standardized(scores: list[float]) -> list[float]:
-    mean = sum(scores) / len(scores)
-    std = math.sqrt(sum((s - mean) ** 2 for s in scores) / len(scores))
-    return [(s - mean) / std for s in scores]
-
-
 @every_model
 def test_unrotated_keys_are_what_the_projection_gave(model: str) -> None:
     view = view_of(model)
@@ -46,21 +41,6 @@ def test_unrotated_keys_are_what_the_projection_gave(model: str) -> None:
 
 
 # -- LagKV --------------------------------------------------------------------------------------------------------
-
-
-def lag_weights(states: Tensor, part: range, reference: range) -> list[float]:
-    """Softmax over ``part`` of the standard deviation over channels, on the scale of ``reference``."""
-    stds = []
-    for t in part:
-        channels = []
-        for d in range(states.shape[1]):
-            low = min(float(states[r, d]) for r in reference)
-            high = max(float(states[r, d]) for r in reference)
-            channels.append((float(states[t, d]) - low) / ((high - low) or 1))
-        mean = sum(channels) / len(channels)
-        stds.append(math.sqrt(sum((c - mean) ** 2 for c in channels) / (len(channels) - 1)))
-    total = sum(math.exp(s) for s in stds)
-    return [math.exp(s) / total for s in stds]
 
 
 @every_model
@@ -99,31 +79,6 @@ def test_lagkv(model: str, lag: int, cross_scoring: bool) -> None:
 
 
 # -- Compactor and its parts --------------------------------------------------------------------------------------
-
-
-def non_causal(view: LayerView, b: int, h: int, span: range, chunk: int) -> list[float]:
-    sums = dict.fromkeys(span, 0.0)
-    for start in range(span.start, span.stop, chunk):
-        part = range(start, min(start + chunk, span.stop))
-        for g in range(view.group_size):
-            for q in part:
-                query = view.queries[b, h * view.group_size + g, q].double()
-                logits = [float(query @ view.keys[b, h, t].double()) for t in part]
-                total = sum(math.exp(x - max(logits)) for x in logits)
-                for t, x in zip(part, logits, strict=True):
-                    sums[t] += math.exp(x - max(logits)) / total / view.group_size
-    weighted = [sums[t] * float(view.values[b, h, t].norm()) for t in span]
-    padded = [0.0, *weighted, 0.0]
-    return standardized([sum(padded[i : i + 3]) / 3 for i in range(len(weighted))])
-
-
-def leverage(keys: Tensor, sketch: Tensor | None) -> list[float]:
-    """Of one head's keys before rotation, ``[T, D]``."""
-    rows = (keys - keys.mean(0)).double()
-    if sketch is not None:
-        rows = rows @ sketch.double()
-    inverse = torch.linalg.inv(rows.T @ rows + 0.01 * torch.eye(rows.shape[1], dtype=torch.float64))
-    return standardized([float(row @ inverse @ row) for row in rows])
 
 
 @every_model

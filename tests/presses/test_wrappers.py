@@ -8,6 +8,7 @@ import pytest
 import torch
 from tests.contract.architectures import BY_NAME, tiny, tokens
 from tests.oracles.all_pairs import AllPairs
+from tests.oracles.choices import adaptive, best, ends
 from tests.presses.views import MODELS, view_of, views_of
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
@@ -58,29 +59,7 @@ def heads_of(positions: Tensor) -> list[list[list[int]]]:
     return [[[t for t in head if t >= 0] for head in row] for row in positions.tolist()]
 
 
-def best(scores: dict[int, float], n: int, *always: int) -> list[int]:
-    """The ``n`` best tokens, ``always`` among them, the earlier one of equals."""
-    order = sorted(scores, key=lambda t: (t not in always, -scores[t], t))
-    return sorted(order[:n])
-
-
-def ends(n_tokens: int, n_sink: int, n_window: int) -> list[int]:
-    return [*range(n_sink), *range(n_tokens - n_window, n_tokens)]
-
-
 # -- AdaKV and CriticalKV -----------------------------------------------------------------------------------------
-
-
-def adaptive(scores: Tensor, n_keep: int, n_safe: int, always: list[int]) -> list[list[int]]:
-    """What the heads of one row keep, given scores ``[Hkv, T]``: a queue of (score, head, token)."""
-    n_heads, n_tokens = scores.shape
-    order = [sorted(range(n_tokens), key=lambda t: (t not in always, -float(row[t]), t)) for row in scores]
-    least = max(n_safe, len(always))
-    kept = [head[:least] for head in order]
-    rest = [(-float(scores[h, t]), h, i, t) for h in range(n_heads) for i, t in enumerate(order[h]) if i >= least]
-    for _, h, _, t in sorted(rest)[: n_heads * (n_keep - least)]:
-        kept[h].append(t)
-    return [sorted(head) for head in kept]
 
 
 @every_model
