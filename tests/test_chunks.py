@@ -49,6 +49,8 @@ from coldpress.errors import CacheError, InputError, PressError
 from coldpress.layer import PressedLayer
 from coldpress.view import LayerCall
 
+pytestmark = pytest.mark.usefixtures("given_artefacts")
+
 N, CHUNK = 56, 12
 CHUNKED = [name for name in press_names(at_prefill=True) if can_choose_again(make_press(name, 0.0))]
 

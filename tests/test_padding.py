@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 from coldpress import BasePress, DMSPress, KnormPress, PressedCache, SnapKVPress, make_press
 from coldpress.cache_argument import cache_argument
 
+pytestmark = pytest.mark.usefixtures("given_artefacts")
+
 MODELS = ["gpt_neox", "llama", "mistral"]
 PARAMETERS = {"snapkv": {"window_size": 8}, "pyramidkv": {"window_size": 4}, "random": {"seed": 3}}
 LAYOUTS = {

@@ -121,7 +121,7 @@ def test_without_a_press_it_is_the_models_own_greedy_answer(
     assert own_answer(pipe.model, tokenizer, CONTEXT) == own_answer(plain, tokenizer, CONTEXT)
 
 
-@pytest.mark.usefixtures("given_weights")
+@pytest.mark.usefixtures("given_artefacts", "given_weights")
 @pytest.mark.parametrize("name", [*WITH_RATIO, *IN_BLOCK, *OTHERS])
 def test_several_questions_are_answered_as_if_each_was_the_only_one(
     pipe: KVPressTextGenerationPipeline, name: str
@@ -218,7 +218,7 @@ def test_a_cache_that_holds_the_context_is_asked_without_its_text(
         pipe(question="Who?", cache=loaded, max_new_tokens=POSITIONS)
 
 
-@pytest.mark.usefixtures("given_weights")
+@pytest.mark.usefixtures("given_artefacts", "given_weights")
 @pytest.mark.parametrize("name", ["qfilter", "kvzip", "kvzap"])
 def test_a_press_that_has_done_its_work_needs_nothing_of_the_model(
     pipe: KVPressTextGenerationPipeline, name: str, monkeypatch: pytest.MonkeyPatch

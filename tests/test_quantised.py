@@ -330,7 +330,7 @@ def test_generate_and_reset() -> None:
         assert beams.shape == (2, N + 12)
 
 
-@pytest.mark.usefixtures("given_weights")
+@pytest.mark.usefixtures("given_artefacts", "given_weights")
 @pytest.mark.parametrize("name", [*WITH_RATIO, *IN_BLOCK, *OTHERS])
 def test_every_press_keeps_what_it_keeps_and_holds_it_in_few_bits(name: str) -> None:
     press, model, ids = small_press(name, "llama"), tiny("llama"), tokens(1, 48)

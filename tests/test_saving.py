@@ -57,7 +57,7 @@ def through_a_file(past: PressedCache, path: Path, model: PreTrainedModel | None
 # -- what is saved goes on --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("given_weights")
+@pytest.mark.usefixtures("given_artefacts", "given_weights")
 @pytest.mark.parametrize("name", [*press_names(at_prefill=True), "no_press"])
 def test_every_press_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
     press = None if name == "no_press" else small_press(name, "llama")
@@ -83,6 +83,7 @@ def test_every_architecture(architecture: Any, press: BasePress, tmp_path: Path)
     assert torch.equal(go_on(loaded, later), go_on(past, model))
 
 
+@pytest.mark.usefixtures("given_artefacts")
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_press_that_goes_on_while_decoding_goes_on(name: str, tmp_path: Path) -> None:
     """In the middle of an interval: with the queries, counters, sums and verdicts that it had."""

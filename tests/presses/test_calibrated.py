@@ -130,6 +130,7 @@ def test_statistics_of_the_text_itself_give_expected_attention(tmp_path: Path) -
         torch.testing.assert_close(ours, ExpectedAttentionPress().score(view), atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.usefixtures("given_artefacts")
 @pytest.mark.parametrize(
     "press", [QFilterPress(), ExpectedAttentionStatsPress(n_future_positions=8)], ids=lambda press: press.artefact
 )
@@ -160,6 +161,7 @@ def test_published_rows_belong_to_the_models_own_layers(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*kept, strict=True))
 
 
+@pytest.mark.usefixtures("given_artefacts")
 def test_while_decoding(tmp_path: Path) -> None:
     model, past = tiny("llama"), PressedCache(DecodingPress(QFilterPress(), 4, 12))
     ids = tokens(1, 40)

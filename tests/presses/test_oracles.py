@@ -277,6 +277,7 @@ def test_column_sums_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+@pytest.mark.usefixtures("given_artefacts")
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("press", WITH_RATIO)
 def test_scores_do_not_depend_on_how_much_is_worked_on_at_once(

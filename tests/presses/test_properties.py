@@ -48,6 +48,8 @@ from coldpress.budget import keep_count, protect
 from coldpress.cache_argument import cache_argument
 from coldpress.presses.registry import parameters_of
 
+pytestmark = pytest.mark.usefixtures("given_artefacts")
+
 SMALL = {
     "window_size": 4,
     "chunk_length": 7,
