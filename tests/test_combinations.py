@@ -57,6 +57,13 @@ BITS = [None, None, KVBits(8, 4, 8), KVBits(8, 8, 0), KVBits(8, 4, 3)]
 N_PROGRAMS, N_BATCHES, N_ANSWERS = 90, 45, 45
 
 
+def seeds(n: int) -> Any:
+    """Parametrizes ``seed`` with ``n`` numbers, of which ``make test`` takes the first half."""
+    return pytest.mark.parametrize(
+        "seed", [*range(n // 2), *(pytest.param(i, marks=pytest.mark.slow) for i in range(n // 2, n))]
+    )
+
+
 # -- random caches --------------------------------------------------------------------------------------------------
 
 
@@ -394,7 +401,7 @@ def overheard() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("overheard")
-@pytest.mark.parametrize("seed", range(N_PROGRAMS))
+@seeds(N_PROGRAMS)
 def test_programs(seed: int, tmp_path: Path, at_once: pytest.MonkeyPatch) -> None:
     if seed % 2:
         at_once.undo()
@@ -412,7 +419,7 @@ def positions_of(past: PressedCache, mask: Tensor, row: int, index: int, first: 
     return [[p for p in rank[own[mask[row][own] > 0]].tolist() if p >= first] for own in heads]
 
 
-@pytest.mark.parametrize("seed", range(N_BATCHES))
+@seeds(N_BATCHES)
 @torch.no_grad()
 def test_rows_with_padding_are_what_they_are_alone(seed: int, at_once: pytest.MonkeyPatch) -> None:
     r = random.Random(seed)
@@ -460,7 +467,7 @@ def test_rows_with_padding_are_what_they_are_alone(seed: int, at_once: pytest.Mo
 # -- generate -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(N_ANSWERS))
+@seeds(N_ANSWERS)
 def test_answers(seed: int, at_once: pytest.MonkeyPatch) -> None:
     """A fork generates what its original does, and greedy generation is a loop."""
     r = random.Random(seed)

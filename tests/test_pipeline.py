@@ -765,7 +765,7 @@ class _Fails(BasePress):
 
 
 def test_many_requests_leave_nothing_behind(pipe: KVPressTextGenerationPipeline) -> None:
-    """The objects of one round are gone after it, whatever was asked for, and so is the memory of 200 requests."""
+    """The objects of one round are gone after it, whatever was asked for, and so is the memory of 96 requests."""
     presses: list[BasePress | None] = [None, *(small_press(name, "gpt_neox") for name in LEAKY), *SCHEDULES, _Fails()]
 
     def ask(i: int) -> None:
@@ -790,7 +790,7 @@ def test_many_requests_leave_nothing_behind(pipe: KVPressTextGenerationPipeline)
     for i in range(2 * len(presses)):  # what is made once, for a model or by torch, is made
         ask(i)
     before, resident = left(), _resident_bytes()
-    for i in range(200):
+    for i in range(96):
         ask(i)
     assert left() == before
     assert _resident_bytes() - resident < 32 << 20

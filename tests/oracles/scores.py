@@ -178,6 +178,12 @@ def non_causal(view: LayerView, b: int, h: int, span: range, chunk: int) -> list
     return standardized([sum(padded[i : i + 3]) / 3 for i in range(len(weighted))])
 
 
+def sketch_of(keys: Tensor, layer: int, dimension: int, seed: int) -> Tensor:
+    """Random projections ``[Hkv, D, m]`` of the heads of a layer."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + layer)
+    return torch.randn(keys.shape[1], keys.shape[3], dimension, generator=generator) / math.sqrt(dimension)
+
+
 def leverage(keys: Tensor, sketch: Tensor | None) -> list[float]:
     """Of one head's keys before rotation, ``[T, D]``."""
     rows = (keys - keys.mean(0)).double()
