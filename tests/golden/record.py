@@ -48,8 +48,8 @@ from coldpress import (
 )
 
 # All that is not public: what moves is changed here, and nowhere else below this folder.
-from coldpress.presses.as_data import as_data
-from coldpress.presses.as_data import from_data as from_data
+from coldpress.core.data import as_data
+from coldpress.core.data import from_data as from_data
 from coldpress_command import main
 
 DEMO = Path(coldpress.__file__).parent / "assets" / "demo"
@@ -105,6 +105,11 @@ def _described(value: Any) -> Any:
         "constructor": _constructor(value),
         "members": {name: said for name, said in own if inherited.get(name) != said},
     }
+
+
+def members(name: str) -> dict[str, str]:
+    """All that users call or read of a public class, inherited from any class of ours or its own."""
+    return _members(getattr(coldpress, name))
 
 
 def _is_ours(cls: type) -> bool:
@@ -344,9 +349,9 @@ def kept(name: str) -> dict[str, Any]:
     block: Any = press(model) if case.in_block else contextlib.nullcontext()
     with block, torch.no_grad():
         prefill(model, rows[:, :N_PROMPT], cache, mask[:, :N_PROMPT] if case.is_padded else None)
-        said = {} if press.goes_on else _held(cache)
+        said = {} if press.evicts_while_decoding else _held(cache)
         logits = []
-        step = 1 if press.goes_on else N_NEXT
+        step = 1 if press.evicts_while_decoding else N_NEXT
         for start in range(N_PROMPT, N_PROMPT + N_NEXT, step):
             given: dict[str, Any] = {}
             if case.is_padded:

@@ -102,7 +102,7 @@ class CriticalAdaKVPress(AdaKVPress):
         if n_keep >= view.n_tokens:
             return None
         must = self.forced(view, n_keep)
-        counts = self.counts(view, n_keep, must)
+        counts = self.counts(view, n_keep)
         first = torch.tensor([[share_of(n, self.first_stage_ratio) for n in row] for row in counts.tolist()])
         scores = _two_stages(view, self.scores(view), first.to(counts.device), self.epsilon, must)
         return view.held(select_counts(scores, counts))
