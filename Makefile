@@ -78,10 +78,11 @@ test-gpu: $(STAMP) ## the tests that need a CUDA device
 
 check: lint test ## format, lint, types and the fast tests: what a change has to pass
 
-lint: $(STAMP) ## ruff format --check, ruff check, mypy
+lint: $(STAMP) ## ruff format --check, ruff check, mypy, the layers of imports
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+	$(VENV)/bin/lint-imports
 
 format: $(STAMP) ## let ruff format and repair what it can
 	$(PY) -m ruff format .

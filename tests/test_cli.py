@@ -35,10 +35,11 @@ from coldpress.bases import registry
 from coldpress.bases.registry import press_names
 from coldpress.cli import main
 from coldpress.errors import OutputError, SelfCheckError
-from coldpress.eval import run as run_module
+from coldpress.eval import evaluate as evaluate_module
 from coldpress.eval.records import METRICS
 from coldpress.eval.report import check_record, groups, show
-from coldpress.eval.speed import Sample, SpeedPoint, SpeedRun
+from coldpress.eval.speed import SpeedRun
+from coldpress.eval.speed_points import Sample, SpeedPoint
 
 ROOT = Path(__file__).parents[1]
 DEMO = Path(coldpress.__file__).parent / "assets" / "demo" / "model"
@@ -1108,13 +1109,13 @@ def test_interrupted_it_leaves_an_earlier_result_alone(run: Run, monkeypatch: py
 def test_interrupted_again_while_the_results_are_written_it_still_writes_them(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = run_module.write_result
+    write = evaluate_module.write_result
 
     def interrupted(folder: Path, record: dict[str, Any]) -> Path:
         os.kill(os.getpid(), signal.SIGINT)
         return write(folder, record)
 
-    monkeypatch.setattr(run_module, "write_result", interrupted)
+    monkeypatch.setattr(evaluate_module, "write_result", interrupted)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         done = run("--press", "knorm", "snapkv", *QUALITY)
@@ -1146,12 +1147,12 @@ def test_the_command_of_the_package() -> None:
     assert 'coldpress = "coldpress_command:main"' in (ROOT / "pyproject.toml").read_text()
 
 
-@pytest.mark.parametrize("step", ["load_corpus", "load_model", "make_plan"])
+@pytest.mark.parametrize("step", ["evaluate.load_corpus", "evaluate.load_model", "run.make_plan"])
 def test_interrupted_before_anything_is_measured(run: Run, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     def interrupted(*arguments: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_module, step, interrupted)
+    monkeypatch.setattr(f"coldpress.eval.{step}", interrupted)
     done = run()
     assert (done.code, done.out, done.err.split()) == (130, "", ["interrupted"])
     assert not done.folder.exists()

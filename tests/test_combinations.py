@@ -43,9 +43,9 @@ from coldpress import (
     prefill,
 )
 from coldpress.architecture.cache_argument import cache_argument
-from coldpress.architecture.rope import Rope
 from coldpress.attend import one_token
 from coldpress.cache.layer import PressedLayer
+from coldpress.cache.session import Session
 from coldpress.errors import CacheError, ColdpressError
 from coldpress.models.prompts import pieces
 
@@ -201,7 +201,7 @@ class Twin:
             self._take(i, layer, is_real)
 
     def _close_up(self, i: int, held: Tensor) -> None:
-        rope = Rope.of(tiny(self.name).get_submodule(ATTENTION[self.name].format(i)), torch.device("cpu"))
+        rope = Session().rope(tiny(self.name).get_submodule(ATTENTION[self.name].format(i)), torch.device("cpu"))
         assert rope is not None
         gone = self.held[i] & ~held & self.mask[:, None]
         moves = (gone.flip(-1).cumsum(-1).flip(-1) - gone.long()) * held

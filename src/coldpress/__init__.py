@@ -9,19 +9,14 @@ torch and transformers, which take seconds, come with the first name that is ask
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from coldpress.registration import register as _register
+from coldpress.version import VERSION as __version__
 
 if TYPE_CHECKING:
     from coldpress.public import *  # noqa: F403
-
-try:
-    __version__ = version("coldpress")
-except PackageNotFoundError:  # imported from a source tree that was not installed
-    __version__ = "0+unknown"
 
 __all__ = [
     "AdaKVPress",

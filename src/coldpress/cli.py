@@ -224,7 +224,8 @@ def _check_sources(args: argparse.Namespace) -> None:
 def _run_ppl(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
     _check_sources(args)
     from coldpress.bases.scorer import BUDGETS
-    from coldpress.eval.run import Settings, evaluate
+    from coldpress.eval.evaluate import evaluate
+    from coldpress.eval.settings import Settings
     from coldpress.io.launched import followers_silent
 
     given = {f.name: getattr(args, f.name) for f in fields(Settings) if getattr(args, f.name, None) is not None}
@@ -342,7 +343,7 @@ def _run_report(args: argparse.Namespace, argv: list[str], prog: str | None) -> 
     for group in groups(collection.records):  # numbers that were not measured alike do not share a table
         print(f"{show(group)}\n")
     if not args.table:
-        from coldpress.eval.document import write_report
+        from coldpress.eval.report_files import write_report
 
         paths = write_report(collection, Path(args.output or Path(folders[0]) / "report"))
         print(f"report: {paths[-1]}, report.md and {len(paths) - 2} plots beside it")

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from coldpress import ColdpressError, Kept, LayerView, PressedCache
 from coldpress.architecture.cache_argument import cache_argument
 from coldpress.architecture.rope import Rope
+from coldpress.cache.session import Session
 
 LENGTH = 45
 WITHOUT = ("gpt2", "opt", "gpt_bigcode")  # learned positions
@@ -65,7 +66,7 @@ def test_unrotated_queries(architecture: Architecture, monkeypatch: pytest.Monke
             expected = torch.cat([before, expected[..., before.shape[-1] :]], dim=-1)
         torch.testing.assert_close(view.unrotated_queries(), expected, atol=1e-4, rtol=1e-4)
     for module in spy.modules:  # the local layers too, which no press is shown
-        rope = Rope.of(module, torch.device("cpu"))
+        rope = Session().rope(module, torch.device("cpu"))
         assert (rope is None) == (module not in spy.before)
         if rope is not None:
             unrotated = rope.unrotate(spy.after[module], torch.arange(LENGTH))
@@ -76,7 +77,41 @@ def test_layers_without_rotation_are_told_apart(monkeypatch: pytest.MonkeyPatch)
     expected = {"smollm3": [True, False], "cohere2": [True, False] * 2, "exaone4": [True, False] * 2}
     for name, rotates in expected.items():
         modules = Spy(BY_NAME[name].build(), monkeypatch).modules
-        assert [Rope.of(module, torch.device("cpu")) is not None for module in modules] == rotates
+        assert [Session().rope(module, torch.device("cpu")) is not None for module in modules] == rotates
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layers_without_rotation_among_others(dtype: torch.dtype) -> None:
+    """What they project is what they hand over; of the others it is what is left when the rotation is undone."""
+    rotates = [1, 0, 0, 1]
+    model = BY_NAME["smollm3"].build(dtype=dtype, num_hidden_layers=4, no_rope_layers=rotates)
+    projected: dict[nn.Module, Tensor] = {}
+    seen = []
+
+    def note(part: nn.Module, args: Any, output: Tensor) -> None:
+        projected.setdefault(part, output)  # of the text; the one token comes later
+
+    for part in model.modules():
+        if isinstance(part, nn.Linear):
+            part.register_forward_hook(note)
+
+    class Asks(Look):
+        def compress(self, view: LayerView) -> Kept | None:
+            parts: Any = view.module
+            for linear, states, unrotated in (
+                (parts.q_proj, view.queries, view.unrotated_queries()),
+                (parts.k_proj, view.keys, view.unrotated_keys()),
+            ):
+                before = projected[linear].unflatten(-1, (-1, states.shape[-1])).transpose(1, 2)
+                seen.append(not torch.equal(states, before))
+                tolerance = 1e-4 if dtype == torch.float32 else 0.02 * float(before.abs().max())
+                torch.testing.assert_close(unrotated, before.float(), atol=tolerance if seen[-1] else 0, rtol=0)
+            mean = view.mean_future_rotation(unrotated, 64)
+            assert torch.equal(mean, unrotated) != seen[-1]
+            return super().compress(view)
+
+    model(tokens(1, LENGTH), **cache_argument(PressedCache(Asks())))
+    assert seen == [answer for answer in rotates for _ in range(2)]
 
 
 def test_dynamic_frequencies_do_not_leak_from_layer_to_layer() -> None:

@@ -9,6 +9,7 @@ import torch
 from tests.contract.architectures import BY_NAME, N_VOCAB, Architecture, Look, tiny, tokens
 from torch import Tensor
 from transformers import CONFIG_MAPPING, DynamicCache
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from coldpress import (
     BasePress,
@@ -17,13 +18,16 @@ from coldpress import (
     DecodingPress,
     ExpectedAttentionPress,
     FinchPress,
+    Kept,
     KeyRerotationPress,
+    LayerView,
     PressedCache,
     SnapKVPress,
     StreamingLLMPress,
 )
 from coldpress.architecture.cache_argument import cache_argument
 from coldpress.architecture.rotation import Steps
+from coldpress.cache.session import Session
 from coldpress.errors import ModelError
 from coldpress.presses.leverage import LeverageScorePress
 
@@ -112,12 +116,78 @@ def test_layers_that_run_in_loops(mode: str) -> None:
 
 def test_one_token_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = BY_NAME["llama"].build()
-    attention = model.model.layers[0].self_attn
-    runs, forward = [], attention.forward
-    monkeypatch.setattr(attention, "forward", lambda *args, **kwargs: runs.append(1) or forward(*args, **kwargs))
-    for n in (2, 3, 4):  # the first prefill is two runs
+    runs = []
+    for i, layer in enumerate(model.model.layers):
+        forward = layer.self_attn.forward
+        watched = lambda *args, i=i, forward=forward, **kwargs: runs.append(i) or forward(*args, **kwargs)  # noqa: E731
+        monkeypatch.setattr(layer.self_attn, "forward", watched)
+    fill(model, PressedCache(SNAPKV))
+    assert runs == [0, 1]
+    for n in (3, 4, 5):  # the first prefill that undoes rotations is two runs
         fill(model, PressedCache(ExpectedAttentionPress(0.5)))
-        assert len(runs) == n
+        assert runs.count(0) == runs.count(1) == n
+
+
+class Told(LlamaAttention):
+    """An attention layer that is told from outside whether to rotate."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        rotates: bool | Tensor = True,
+        **kwargs: Any,
+    ) -> Any:
+        rotation = position_embeddings
+        if rotation is None or not rotates:
+            angles = torch.zeros(1, hidden_states.shape[1], self.head_dim)
+            rotation = angles.cos(), angles.sin()
+        return super().forward(hidden_states, rotation, attention_mask, **kwargs)
+
+
+Told.__module__ = LlamaAttention.__module__  # where its rotary embedding is
+
+
+@pytest.mark.parametrize(
+    "told", [{"rotates": False}, {"position_embeddings": None}, {"rotates": torch.tensor(False)}, {}], ids=str
+)
+def test_a_layer_that_is_told_whether_to_rotate(told: dict[str, Any]) -> None:
+    """By a flag, or by what it is not given, is seen; by anything else is refused."""
+    model = BY_NAME["llama"].build()
+    modules = [layer.self_attn for layer in model.model.layers]
+    for module in modules:
+        module.__class__ = Told
+    modules[1].register_forward_pre_hook(lambda _, args, kwargs: (args, kwargs | told), with_kwargs=True)
+    is_same = []
+
+    class Asks(Look):
+        def compress(self, view: LayerView) -> Kept | None:
+            is_same.append(torch.equal(view.unrotated_queries(), view.queries))
+            return super().compress(view)
+
+    if isinstance(told.get("rotates"), Tensor):
+        with pytest.raises(ModelError, match="Told is given 'rotates'"):
+            fill(model, PressedCache(Asks()))
+        assert is_same == [False]
+        assert fill(model, PressedCache(SNAPKV)).achieved_ratio() == 0.5
+    else:
+        fill(model, PressedCache(Asks()))
+        assert is_same == [False, bool(told)]
+
+
+def test_a_layer_that_cannot_be_run_alone() -> None:
+    """What whether it rotates depends on is something that only its model has."""
+    model = BY_NAME["llama"].build()
+
+    class Needs(LlamaAttention):
+        def forward(self, hidden_states: Tensor, position_embeddings: Any, attention_mask: Any, plan: list[int]) -> Any:
+            raise AssertionError
+
+    Needs.__module__ = LlamaAttention.__module__
+    model.model.layers[0].self_attn.__class__ = Needs
+    with pytest.raises(ModelError, match=r"Needs cannot be run on one token.*plan"):
+        Session().rope(model.model.layers[0].self_attn, torch.device("cpu"))
 
 
 @every_unrotating

@@ -29,9 +29,10 @@ from coldpress.errors import (
     SelfCheckError,
     UnreachableError,
 )
-from coldpress.eval import cluster
-from coldpress.eval.cluster import RayEngine, check_engine, make_engine
+from coldpress.eval import cluster, ray_connection, transport
+from coldpress.eval.cluster import RayEngine
 from coldpress.eval.engine import LocalEngine
+from coldpress.eval.engine_by_name import check_engine, make_engine
 from coldpress.eval.models import LoadedModel, load_model
 from coldpress.eval.prefix import PrefixRun, WindowWork
 from coldpress.eval.windows import plan_prefix
@@ -209,7 +210,7 @@ def test_other_weights_and_other_code_are_refused(engine: RayEngine) -> None:
     assert line.startswith("olive has torch 1.0") and list(spec.differences(about)) == []
     (line,) = spec.differences({**about, "threads": 7})
     assert "to rounding" in line
-    loaded = ray.put(cluster._answer(lambda: "0" * 16))  # what a worker says that has loaded a model
+    loaded = ray.put(transport.answer(lambda: "0" * 16))  # what a worker says that has loaded a model
     with pytest.raises(ClusterError, match=f"demo has other weights on olive than here.*{'0' * 16}"):
         engine._greet(cluster._Hand(None, loaded, 0.0, has_begun=True, about={"host": "olive"}))
 
@@ -246,7 +247,7 @@ def test_without_ray_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("address", ["olives", "local", "host:0", "host:port", ":6379", "ray://"])
 def test_what_is_no_address(address: str) -> None:
     with pytest.raises(ClusterError, match="--ray_address"):
-        cluster._check_address(address)
+        ray_connection.check_address(address)
 
 
 def test_a_closed_port_is_out_of_reach_at_once() -> None:
@@ -255,15 +256,15 @@ def test_a_closed_port_is_out_of_reach_at_once() -> None:
     started = time.monotonic()
     for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
         with pytest.raises(UnreachableError, match=f"no Ray cluster can be reached at {address}.*refused"):
-            cluster._check_address(address)
+            ray_connection.check_address(address)
     assert time.monotonic() - started < 5
 
 
 def test_who_listens_and_is_no_cluster_is_out_of_reach_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "PROBE_S", 1.0)
+    monkeypatch.setattr(ray_connection, "PROBE_S", 1.0)
     started = time.monotonic()
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         with pytest.raises(UnreachableError, match="no Ray cluster can be reached"):
-            cluster._check_address(address)
+            ray_connection.check_address(address)
     assert time.monotonic() - started < 15

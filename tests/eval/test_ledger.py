@@ -19,8 +19,9 @@ from coldpress import KnormPress, RandomPress
 from coldpress.eval import results
 from coldpress.eval.ledger import Ledger, Measured, versions
 from coldpress.eval.prefix import PrefixRun
+from coldpress.eval.round_log import RoundLog
 from coldpress.eval.scores import Scores
-from coldpress.eval.speed import RoundLog, Sample, SpeedPoint
+from coldpress.eval.speed_points import Sample, SpeedPoint
 from coldpress.eval.sweep import _digest, _is_finished
 from coldpress.eval.task_ledger import Answered, TaskLedger
 from coldpress.eval.windows import plan_prefix

@@ -17,7 +17,8 @@ from coldpress import AdaKVPress, KnormPress, KVBits, LayerView, PressedCache, R
 from coldpress.cache.layer import PressedLayer
 from coldpress.errors import SelfCheckError
 from coldpress.eval import speed
-from coldpress.eval.speed import WARMUP_TOKENS, Sample, SpeedPoint, SpeedRun
+from coldpress.eval.speed import WARMUP_TOKENS, SpeedRun
+from coldpress.eval.speed_points import Sample, SpeedPoint
 
 CONTEXT, NEW = 40, 12
 KV_BYTES = 2 * 2 * CONTEXT * 32 * 4  # layers, keys and values, tokens, hidden size, float32

@@ -27,8 +27,9 @@ from coldpress.architecture.cache_argument import cache_argument
 from coldpress.cli import main
 from coldpress.errors import InputError, PressError, SelfCheckError
 from coldpress.eval import stream as stream_module
+from coldpress.eval.jobs import make_jobs
 from coldpress.eval.report import table
-from coldpress.eval.settings import Settings, make_jobs
+from coldpress.eval.settings import Settings
 from coldpress.eval.stream import StreamRun, by_position
 
 CHUNK, BUDGET = 8, 24

@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 from coldpress.architecture.offloaded import held
 from coldpress.errors import ModelError
 
-__all__ = ["output_weight"]
+__all__ = ["output_weight", "weight_of_heads"]
 
 # llama and most others; opt, phi and others; gpt_neox, phi, falcon; gpt2 and gpt_bigcode; the rest
 _NAMES = ("o_proj", "out_proj", "dense", "c_proj", "wo", "proj_out", "output_proj", "proj")
@@ -55,3 +55,15 @@ def output_weight(module: nn.Module, width: int, dtype: torch.dtype, device: tor
         f"{type(module).__name__} has no output projection that coldpress knows (it looks for {', '.join(_NAMES)} with "
         f"an input of {width}). Use a press that does not weigh values, such as SnapKVPress or AdaKVPress."
     )
+
+
+def weight_of_heads(module: nn.Module, n_heads: int, values: Tensor) -> Tensor:
+    """:func:`output_weight` in float32, by head: ``[Hkv, G, Dv, hidden]``.
+
+    Args:
+        n_heads: query heads, Hkv * G.
+        values: ``[B, Hkv, T, Dv]``.
+    """
+    n_kv_heads, dim = values.shape[1], values.shape[3]
+    weight = output_weight(module, n_heads * dim, values.dtype, values.device).float()
+    return weight.view(-1, n_kv_heads, n_heads // n_kv_heads, dim).permute(1, 2, 3, 0)

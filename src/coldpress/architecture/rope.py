@@ -1,9 +1,9 @@
 """Rotary position embedding: rotate, rotate back, and rotate by the mean of many positions.
 
-Nothing here knows a model. The frequencies come from the rotary class of the module's own modeling file, the layout
-(halves or interleaved pairs, full or partial width) from its ``apply_rotary_pos_emb``, so that undoing the rotation is
-running the model's own function with ``-sin``; and whether a layer rotates at all from the condition under which its
-forward calls that function.
+Nothing here knows a model, or reads its source. The frequencies come from the rotary class of the module's own modeling
+file, the layout (halves or interleaved pairs, full or partial width) from ``apply_rotary_pos_emb`` among that file's
+globals, so that undoing the rotation is running the model's own function with ``-sin``. Whether a layer rotates at all,
+and in this way, is observed (``rotation.py``).
 
 With "dynamic" scaling a model that has read a longer text goes on with that text's frequencies until it reads one
 within its trained length. :func:`stand_at` puts it where a text leaves it, whatever it has read since. Inside
@@ -13,26 +13,21 @@ rebuilt then is one that reads its first text.
 
 from __future__ import annotations
 
-import ast
 import copy
-import functools
 import inspect
 import sys
-import textwrap
 from collections.abc import Callable
-from types import CodeType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from coldpress.architecture.rotation import INSTEAD, check_last
 from coldpress.errors import ModelError
 
-__all__ = ["Rope", "layer_type", "stand_at"]
+__all__ = ["INSTEAD", "Rope", "layer_type", "stand_at"]
 
-_APPLY = "apply_rotary_pos_emb"
+INSTEAD = "Use a press that neither undoes rotations nor moves keys, such as SnapKVPress, without positions='rerotate'."
 
 
 class Rope:
@@ -66,29 +61,21 @@ class Rope:
         self._length_name = f"{layer_type}_max_seq_len_cached" if takes_type else "max_seq_len_cached"
         self.switches = self._remembers or "longrope" in str(kind)  # frequencies change with the length of a text
 
-    @staticmethod
-    def kind(module: nn.Module) -> tuple[Any, ...]:
-        """Two modules of one model with the same kind have the same rotary embedding."""
-        return type(module), layer_type(module), _rotates(module)
-
     @classmethod
     def of(cls, module: nn.Module, device: torch.device, model: nn.Module | None = None) -> Rope | None:
-        """The rotary embedding that ``module`` (an attention layer) uses, or None if it uses none.
+        """The rotation of attention layers like ``module``, should they rotate; None if their model has none.
 
         Args:
             model: what ``module`` belongs to, if that is known: frequencies that change are those of this moment.
 
         Raises:
-            ModelError: the model rotates in a way that cannot be undone from outside, as multi-head latent attention
-                does.
+            ModelError: it cannot be undone from outside.
         """
-        apply = getattr(sys.modules[type(module).__module__], _APPLY, None)
         classes = _rotary_classes(module)
         if not classes:
-            check_last(module, device, None, lambda states, positions: states.float())
             return None
-        rotates = _rotates(module)
-        if apply is None or hasattr(module, "qk_rope_head_dim"):
+        apply = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
+        if apply is None:
             raise ModelError(f"{type(module).__name__} rotates in a way that coldpress cannot undo. {INSTEAD}")
         try:
             rope = cls(lambda: _build(classes[0], module).to(device), apply, layer_type(module))
@@ -97,10 +84,6 @@ class Rope:
                 f"The rotary embedding of {type(module).__name__} could not be built from its configuration ({error}). "
                 f"{INSTEAD}"
             ) from error
-        unrotate = rope.unrotate if rotates else lambda states, positions: states.float()
-        check_last(module, device, rope._as_given, unrotate)
-        if not rotates:
-            return None
         own = [part for part in model.modules() if type(part) is classes[0]] if model is not None else []
         if len(own) == 1:
             rope._build = _as_it_is(own[0], rope._build, device)
@@ -143,14 +126,14 @@ class Rope:
         cos, sin = embed(x, positions[None], *self._type_arg)
         return cos[:, :-1], sin[:, :-1]
 
-    def _as_given(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def as_given(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """What the model hands to its attention layers for integer positions ``[T]``."""
         cos, sin = self.cos_sin(positions)
         return (sin, cos) if self._is_table else (cos, sin)
 
     def turn_by(self, distances: Tensor) -> Tensor:
         """The rotations by so many positions, int64 ``[n]``: ``[n, 2, Drot or Drot / 2]``, in the model's own order."""
-        a, b = (part[0] for part in self._as_given(torch.nn.functional.pad(distances, (1, 0))))
+        a, b = (part[0] for part in self.as_given(torch.nn.functional.pad(distances, (1, 0))))
         return torch.stack([a[1:] * a[0] + b[1:] * b[0], b[1:] * a[0] - a[1:] * b[0]], 1)
 
     def rotate(self, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -260,37 +243,6 @@ def layer_type(module: nn.Module) -> str:
     types = getattr(module.config, "layer_types", None)
     index = getattr(module, "layer_idx", None)
     return types[index] if types and index is not None and index < len(types) else "full_attention"
-
-
-def _rotates(module: nn.Module) -> bool:
-    """Whether this layer rotates at all: some models leave the rotation out in some of their layers.
-
-    Raises:
-        ModelError: that depends on more than the module's own attributes.
-    """
-    names: dict[str, Any] = {"self": module, "position_embeddings": True}
-    if hasattr(module.config, "position_embedding_type"):  # then the model passes position_embeddings, or None
-        names["position_embeddings"] = module.config.position_embedding_type == "rope" or None
-    try:
-        return all(eval(condition, {"__builtins__": {}}, names) for condition in _conditions(type(module).forward))
-    except (NameError, AttributeError) as error:
-        raise ModelError(f"Whether {type(module).__name__} rotates cannot be told ({error}). {INSTEAD}") from error
-
-
-@functools.cache
-def _conditions(forward: Callable[..., Any]) -> list[CodeType]:
-    """The conditions of the ``if`` statements around the call of apply_rotary_pos_emb in ``forward``."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
-    except (OSError, TypeError):  # no source at hand
-        return []
-    found = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If):
-            calls = (n for part in node.body for n in ast.walk(part) if isinstance(n, ast.Call))
-            if any(isinstance(call.func, ast.Name) and call.func.id == _APPLY for call in calls):
-                found.append(compile(ast.Expression(node.test), _APPLY, "eval"))
-    return found
 
 
 def _build(rotary: type[nn.Module], module: nn.Module) -> nn.Module:

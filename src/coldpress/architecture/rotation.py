@@ -1,11 +1,12 @@
 """What a model does to its queries and keys by position: seen, and not believed.
 
-What undoes a rotation or moves keys (``rope.py``) goes by three things: the rotation is the last that happens to
-queries and keys, it is the one that coldpress knows, and tokens stand at consecutive positions. The first two are found
-out once for each module, by running it on one token that is repeated (:func:`check_last`): without the rotation its
-queries must all be the same, and so must its keys. The third is read off the cosines and sines that the layer was given
-(:class:`Steps`). ``position_ids`` would not do: they do not reach every layer, and multimodal models hand on others
-than those that they rotate by.
+What undoes a rotation or moves keys (``rope.py``) goes by three things: which layers rotate, that the rotation is the
+last that happens to queries and keys and the one that coldpress knows, and that tokens stand at consecutive positions.
+The first two are found out once for each module, by running it on one token that is repeated (:func:`rotates`). If its
+queries are all the same, and so are its keys, it does not rotate; if they are once the rotation is undone, it does;
+anything else is refused. The third is read off the cosines and sines that the layer was given (:class:`Steps`).
+``position_ids`` would not do: they do not reach every layer, and multimodal models hand on others than those that they
+rotate by.
 """
 
 from __future__ import annotations
@@ -13,23 +14,25 @@ from __future__ import annotations
 import inspect
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from coldpress.architecture.rope import INSTEAD, Rope
 from coldpress.errors import ModelError
 
-__all__ = ["INSTEAD", "Steps", "check_last", "given_rotation", "watched"]
+__all__ = ["Steps", "given_rotation", "rotates", "watched"]
 
-INSTEAD = "Use a press that neither undoes rotations nor moves keys, such as SnapKVPress, without positions='rerotate'."
 _POSITIONS = (0, 1, 2, 3, 5, 8, 13, 21)  # at which the one token is looked at
 _NOTHING = (
     "attention_mask", "past_key_values", "past_key_value", "layer_past", "cache", "output_attentions", "head_mask"
 )  # fmt: skip
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
 class _Watch(threading.local):
@@ -37,7 +40,7 @@ class _Watch(threading.local):
 
 
 _WATCH = _Watch()
-_CHECKED: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # what is wrong with it, or nothing
+_OBSERVED: WeakKeyDictionary[nn.Module, bool | str] = WeakKeyDictionary()  # whether it rotates, or what is wrong
 
 
 def watched(query: Tensor, key: Tensor) -> None:
@@ -46,26 +49,28 @@ def watched(query: Tensor, key: Tensor) -> None:
         _WATCH.calls.append((query, key))
 
 
-def check_last(
-    module: nn.Module,
-    device: torch.device,
-    embed: Callable[[Tensor], tuple[Tensor, Tensor]] | None,
-    unrotate: Callable[[Tensor, Tensor], Tensor],
-) -> None:
-    """Raise ModelError unless ``unrotate`` undoes what ``module``, an attention layer, does to a token by its position.
+def rotates(module: nn.Module, device: torch.device, rope: Rope | None) -> bool:
+    """Whether ``module``, an attention layer, rotates its queries and keys; observed once.
+
+    It is run on one token at eight positions, with the flags and the None's of the call that is under way, if one is:
+    some models tell each layer by them. What it does to other tokens is taken to be the same.
 
     Args:
-        embed: gives the position embeddings of int64 positions ``[T]``, as the module takes them; None without any.
-        unrotate: takes queries or keys ``[1, H, T, D]`` and their positions ``[T]``.
+        rope: the rotation, should it rotate; None if its model has none.
+
+    Raises:
+        ModelError: it does something else by position, or what it does cannot be seen.
     """
-    if module not in _CHECKED:
-        _CHECKED[module] = _fault(module, device, embed, unrotate)
-    if _CHECKED[module]:
-        raise ModelError(f"{type(module).__name__} {_CHECKED[module]}. {INSTEAD}")
+    if module not in _OBSERVED:
+        _OBSERVED[module] = _observed(module, device, rope)
+    seen = _OBSERVED[module]
+    if isinstance(seen, str):
+        raise ModelError(f"{type(module).__name__} {seen}. {INSTEAD}")
+    return seen
 
 
 @torch.no_grad()
-def _fault(module: nn.Module, device: torch.device, embed: Any, unrotate: Callable[[Tensor, Tensor], Tensor]) -> str:
+def _observed(module: nn.Module, device: torch.device, rope: Rope | None) -> bool | str:
     weight = next((p for p in module.parameters() if p.is_floating_point()), None)
     dtype = torch.float32 if weight is None else weight.dtype
     positions = torch.tensor(_POSITIONS, device=device)
@@ -74,13 +79,22 @@ def _fault(module: nn.Module, device: torch.device, embed: Any, unrotate: Callab
     given: dict[str, Any] = dict.fromkeys(_NOTHING)
     given |= {"hidden_states": token.expand(1, len(positions), -1), "position_ids": positions[None]}
     given |= {"cache_position": positions, "use_cache": False}
-    if embed is not None:
-        given["position_embeddings"] = tuple(part.to(dtype) for part in embed(positions))
+    if rope is not None:
+        given["position_embeddings"] = tuple(part.to(dtype) for part in rope.as_given(positions))
     parameters = inspect.signature(type(module).forward).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     given = {
         name: value for name, value in given.items() if name in parameters or (takes_all and name == "position_ids")
     }
+    call: dict[str, Any] = {}
+    for names in _under_way(module):
+        call.update(names)  # the outermost one's win, should a class call its parent's forward
+    call = {name: call[name] for name, p in parameters.items() if name in call and p.kind in _NAMED}
+    for name, value in call.items():
+        if value is None or isinstance(value, (bool, int, float, str)):
+            given[name] = value
+        elif value is not module and name not in given:
+            return f"is given {name!r}, and whether it rotates may depend on that, which cannot be seen from outside"
     before, _WATCH.calls = _WATCH.calls, []
     try:
         module.forward(**given)
@@ -91,32 +105,39 @@ def _fault(module: nn.Module, device: torch.device, embed: Any, unrotate: Callab
         _WATCH.calls = before
     if len(calls) != 1:
         return "does not hand its queries and keys to coldpress, so how it rotates cannot be seen"
-    tolerance = 1e-3 if dtype == torch.float32 else 0.03
-    for states in calls[0]:
-        alone = unrotate(states, positions)
-        off = (alone - alone[:, :, :1]).norm(dim=-1).max()
-        if not bool(off <= tolerance * alone[:, :, :1].norm(dim=-1).max()):
-            return (
-                "changes queries or keys by position in another way than by a rotation at the end (normalising them "
-                "after it, for instance), which coldpress cannot undo"
-            )
-    return ""
+    as_it_is = max(_spread(states.float()) for states in calls[0])
+    undone = as_it_is if rope is None else max(_spread(rope.unrotate(states, positions)) for states in calls[0])
+    if not min(as_it_is, undone) <= (1e-3 if dtype == torch.float32 else 0.03):
+        return (
+            "changes queries or keys by position in another way than by a rotation at the end (normalising them "
+            "after it, for instance), which coldpress cannot undo"
+        )
+    return undone < as_it_is
+
+
+def _spread(states: Tensor) -> float:
+    """How far tokens of ``[1, H, T, D]`` are from the first one, relative to its norm; 0 where all are the same."""
+    return float((states - states[:, :, :1]).norm(dim=-1).max() / states[:, :, :1].norm(dim=-1).max().clamp(min=1e-30))
+
+
+def _under_way(module: nn.Module) -> Iterator[Mapping[str, Any]]:
+    """The local names of each forward of ``module`` that is under way in this thread, the innermost first."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "forward" and frame.f_locals.get("self") is module:
+            yield frame.f_locals
+        frame = frame.f_back
 
 
 def given_rotation(module: nn.Module) -> tuple[Tensor, Tensor] | None:
     """The cosines and sines that the forward of ``module``, under way in this thread, was given; None if it was not.
 
-    They are looked up among the arguments of that call, further down the stack: transformers hands them to an attention
-    layer, but neither to the attention function nor to the cache.
+    They are looked up among the arguments of that call: transformers hands them to an attention layer, but neither to
+    the attention function nor to the cache.
     """
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == "forward" and frame.f_locals.get("self") is module:
-            given = frame.f_locals.get("position_embeddings")
-            if isinstance(given, tuple) and all(isinstance(x, Tensor) and x.dim() == 3 for x in given):
-                return given[0], given[1]
-            return None
-        frame = frame.f_back  # type: ignore[assignment]
+    given = next(_under_way(module), {}).get("position_embeddings")
+    if isinstance(given, tuple) and all(isinstance(x, Tensor) and x.dim() == 3 for x in given):
+        return given[0], given[1]
     return None
 
 

@@ -1,4 +1,9 @@
-"""Attention over stored pairs: scaled dot product, the model's own eager function, flash attention."""
+"""Attention over stored pairs: scaled dot product, the model's own eager function, flash attention.
+
+Each takes ``query [B, Hq, Q, D]``, ``key [B, Hkv, T, D]``, ``value [B, Hkv, T, Dv]`` and one bias: float32
+``[B or 1, Hkv or 1, Q or 1, T]`` that is added to the logits, minus infinity where a query does not see a pair. None is
+causal order, and for one query, all pairs. Without a PressedCache it is the mask that transformers made.
+"""
 
 from __future__ import annotations
 
@@ -23,29 +28,31 @@ def sdpa(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    visible: Tensor | None,
+    bias: Tensor | None,
     scaling: float | None,
     dropout: float,
     **kwargs: Any,
 ) -> Attended:
     n_batch, n_heads, n_queries, _ = query.shape
     n_kv_heads = key.shape[1]
-    is_causal = visible is None and n_queries > 1
+    is_causal = bias is None and n_queries > 1
     if not dropout and can_attend_once(query, key, value):
-        is_hidden = None if visible is None else ~visible.expand(n_batch, n_kv_heads, 1, -1).flatten(0, 1)
+        own = None if bias is None else _as_bias(bias).expand(n_batch, n_kv_heads, 1, -1).flatten(0, 1)
         grouped = query.reshape(n_batch * n_kv_heads, -1, query.shape[3])
         scaling = query.shape[3] ** -0.5 if scaling is None else scaling
-        output = attend_once(grouped, key.flatten(0, 1), value.flatten(0, 1), is_hidden, scaling)
+        output = attend_once(grouped, key.flatten(0, 1), value.flatten(0, 1), own, scaling)
         return output.reshape(n_batch, 1, n_heads, -1), None
+    if bias is not None and bias.is_floating_point():
+        bias = bias.to(query.dtype)
     if n_queries == 1 and n_heads != n_kv_heads:  # the heads of a group become queries: nothing is repeated
         output = nn.functional.scaled_dot_product_attention(
-            query.reshape(n_batch, n_kv_heads, -1, query.shape[3]), key, value, visible, dropout, scale=scaling
+            query.reshape(n_batch, n_kv_heads, -1, query.shape[3]), key, value, bias, dropout, scale=scaling
         )
         return output.reshape(n_batch, 1, n_heads, -1), None
-    if visible is not None and visible.shape[1] > 1:
-        visible = visible.repeat_interleave(n_heads // n_kv_heads, dim=1)
+    if bias is not None and bias.shape[1] > 1:
+        bias = bias.repeat_interleave(n_heads // n_kv_heads, dim=1)
     output = nn.functional.scaled_dot_product_attention(
-        query, key, value, visible, dropout, is_causal, scale=scaling, enable_gqa=n_heads != n_kv_heads
+        query, key, value, bias, dropout, is_causal, scale=scaling, enable_gqa=n_heads != n_kv_heads
     )
     return output.transpose(1, 2).contiguous(), None
 
@@ -55,20 +62,18 @@ def eager(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    visible: Tensor | None,
+    bias: Tensor | None,
     scaling: float | None,
     dropout: float,
     **kwargs: Any,
 ) -> Attended:
     n_queries, n_stored, group = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
-    if visible is None and n_queries > 1:
-        visible = torch.ones(n_queries, n_stored, dtype=torch.bool, device=key.device).tril()[None, None]
-    bias = visible
-    if visible is not None and visible.dtype == torch.bool:
-        if visible.shape[1] > 1:
-            visible = visible.repeat_interleave(group, dim=1)
-        lowest = torch.finfo(query.dtype).min
-        bias = torch.zeros(visible.shape, dtype=query.dtype, device=key.device).masked_fill_(~visible, lowest)
+    if bias is None and n_queries > 1:
+        bias = torch.ones(n_queries, n_stored, dtype=torch.bool, device=key.device).tril()[None, None]
+    if bias is not None:
+        if bias.shape[1] > 1:
+            bias = bias.repeat_interleave(group, dim=1)
+        bias = _as_bias(bias).clamp(min=torch.finfo(query.dtype).min).to(query.dtype)  # as transformers has its masks
     return own_eager(module)(module, query, key, value, bias, scaling=scaling, dropout=dropout, **kwargs)
 
 
@@ -77,14 +82,14 @@ def flash(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    visible: Tensor | None,
+    bias: Tensor | None,
     scaling: float | None,
     dropout: float,
     **kwargs: Any,
 ) -> Attended:
     n_queries = query.shape[2]
-    if visible is not None and (visible.shape[:2] != (1, 1) or not _is_causal(visible, n_queries)):
-        return sdpa(module, query, key, value, visible, scaling, dropout, **kwargs)
+    if bias is not None and (bias.shape[:2] != (1, 1) or not _is_causal(bias, n_queries)):
+        return sdpa(module, query, key, value, bias, scaling, dropout, **kwargs)
     output = flash_attn_func()(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2),
         dropout_p=dropout, softmax_scale=scaling, causal=n_queries > 1,
@@ -92,13 +97,21 @@ def flash(
     return output, None
 
 
-def _is_causal(visible: Tensor, n_queries: int) -> bool:
+def _as_bias(mask: Tensor) -> Tensor:
+    """A mask as transformers makes it, bool with True where a query sees, as what is added to logits."""
+    if mask.is_floating_point():
+        return mask
+    return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
+
+
+def _is_causal(bias: Tensor, n_queries: int) -> bool:
     """Whether a ``[1, 1, Q, T]`` mask is plain causal order aligned to the last key, as flash-attention means it."""
-    if visible.dtype != torch.bool:
-        return False
-    n_stored = visible.shape[3]
-    slot = torch.arange(n_stored, device=visible.device)
-    return torch.equal(visible[0, 0], slot <= slot[n_stored - n_queries :, None])
+    slot = torch.arange(bias.shape[3], device=bias.device)
+    is_hidden = slot > slot[bias.shape[3] - n_queries :, None]
+    return torch.equal(
+        _as_bias(bias)[0, 0].float(),
+        torch.zeros(is_hidden.shape, device=bias.device).masked_fill_(is_hidden, -torch.inf),
+    )
 
 
 def flash_attn_func() -> Callable[..., Tensor]:

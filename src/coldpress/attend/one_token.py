@@ -33,22 +33,22 @@ def can_attend_once(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
 
 
-def attend_once(query: Tensor, key: Tensor, value: Tensor, is_hidden: Tensor | None, scaling: float) -> Tensor:
+def attend_once(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scaling: float) -> Tensor:
     """Attention of one query per head: ``softmax(query @ key^T * scaling) @ value``, the logits in float32.
 
     Args:
         query: ``[S, G, D]``, S key-value heads of all rows, G query heads to each.
         key: ``[S, n, D]``.
         value: ``[S, n, Dv]``.
-        is_hidden: bool, broadcastable to ``[S, G, n]``, True for pairs that the queries do not see; or None.
+        bias: float32, broadcastable to ``[S, G, n]``, added to the logits; or None.
         scaling: of the logits.
 
     Returns:
         ``[S, G, Dv]``.
     """
     logits = _products(query.float() * scaling, key.float())
-    if is_hidden is not None:
-        logits.masked_fill_(is_hidden, -torch.inf)
+    if bias is not None:
+        logits += bias
     weights = logits.softmax(-1)
     if value.stride(2) == 1 and value.stride(1) == value.shape[2]:
         return _weighted_sums(weights.to(value.dtype), value)
@@ -56,7 +56,14 @@ def attend_once(query: Tensor, key: Tensor, value: Tensor, is_hidden: Tensor | N
 
 
 def attend_blocks(
-    query: Tensor, key: Tensor, value: Tensor, segment: Tensor, n_held: Tensor, n_slots: int, scaling: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segment: Tensor,
+    n_held: Tensor,
+    n_slots: int,
+    scaling: float,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """As :func:`attend_once`, of S segments of different lengths, each of whole blocks of slots.
 
@@ -71,6 +78,7 @@ def attend_blocks(
             all if c or more. Each segment holds something.
         n_slots: c.
         scaling: of the logits.
+        bias: float32 ``[N, c]``, added to the logits, minus infinity in slots that are empty; or None.
 
     Returns:
         ``[S, G, Dv]``.
@@ -79,8 +87,11 @@ def attend_blocks(
     n_blocks = len(segment)
     own = (query.float() * scaling).index_select(0, segment)
     logits = torch.bmm(own, key.view(n_blocks, n_slots, dim).float().transpose(1, 2))  # [N, G, c]
-    is_empty = torch.arange(n_slots) >= n_held[:, None]
-    logits.masked_fill_(is_empty[:, None], -torch.inf)
+    if bias is None:
+        is_empty = torch.arange(n_slots) >= n_held[:, None]
+        logits.masked_fill_(is_empty[:, None], -torch.inf)
+    else:
+        logits += bias[:, None]
     largest = logits.new_full((n_segments, group), -torch.inf)
     largest.scatter_reduce_(0, segment[:, None].expand(-1, group), logits.amax(2), "amax")
     weights = logits.sub_(largest.index_select(0, segment)[..., None]).exp_()

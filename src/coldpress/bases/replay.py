@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from coldpress.architecture.cache_argument import cache_argument
 from coldpress.architecture.places import place_of
-from coldpress.architecture.projection import output_weight
+from coldpress.architecture.projection import weight_of_heads
 from coldpress.architecture.rope import stand_at
 from coldpress.bases.scorer import BUDGETS, BudgetPress
 from coldpress.core.call import LayerCall
@@ -128,9 +128,9 @@ class ReplayPress(BudgetPress):
         """
         end = cache.seen_tokens + n_new
         windows = [
-            layer._window
+            layer.window
             for layer in cache.pressed_layers()
-            if layer._window is not None and not place_of(_config(model), layer.index)[2]
+            if layer.window is not None and not place_of(_config(model), layer.index)[2]
         ]
         if windows and min(windows) < end:
             raise PressError(
@@ -145,7 +145,7 @@ class ReplayPress(BudgetPress):
                 f"has {positions} positions; give it a shorter text."
             )
         fork = cache.fork()
-        fork.session.press, fork.session.kv_bits, fork.session.on_attention = None, None, on_attention
+        fork.session.press, fork.session.storage, fork.session.on_attention = None, None, on_attention
         if "position_ids" in inspect.signature(model.forward).parameters:  # some models that see images count otherwise
             at = torch.arange(cache.seen_tokens, end, device=next(iter(inputs.values())).device)
             inputs["position_ids"] = at[None]
@@ -199,10 +199,8 @@ def projected_norms(module: nn.Module, values: Tensor, n_heads: int) -> Tensor:
         values: ``[B, Hkv, T, Dv]``.
         n_heads: its query heads, Hkv * G.
     """
-    n_batch, n_kv_heads, _, dim = values.shape
-    weight = output_weight(module, n_heads * dim, values.dtype, values.device).float()
-    heads = weight.view(-1, n_kv_heads, n_heads // n_kv_heads, dim).permute(1, 2, 3, 0)  # [Hkv, G, Dv, hidden]
-    block = max(1, _BLOCK_ELEMENTS // (n_batch * n_heads * heads.shape[3]))
+    heads = weight_of_heads(module, n_heads, values)
+    block = max(1, _BLOCK_ELEMENTS // (len(values) * n_heads * heads.shape[3]))
     parts = [(part.float()[:, :, None] @ heads).norm(dim=-1) for part in values.split(block, dim=2)]
     return torch.cat(parts, dim=-1)
 

@@ -22,37 +22,26 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
-import coldpress
 from coldpress.architecture.identity import model_facts
 from coldpress.architecture.offloaded import device_of
-from coldpress.cache.newest import Newest
+from coldpress.cache.packed import pack_layer, unpack_layer
 from coldpress.cache.schema import MASK, TOKENS, Malformed, check_said, check_tensors, sizes_of
-from coldpress.cache.verdicts import Verdicts
 from coldpress.core.data import as_data, from_data
 from coldpress.core.press import Press
 from coldpress.errors import CacheError, OutputError, PressError
 from coldpress.io.artefacts import digest_of
 from coldpress.io.files import path_of, replace_file
 from coldpress.stores.bits import KVBits
-from coldpress.stores.dense import DenseStore
-from coldpress.stores.quantised import QuantizedRaggedStore, QuantizedStore
-from coldpress.stores.ragged import RaggedStore
-from coldpress.stores.thin import ThinStore
+from coldpress.stores.codec import codec_of
+from coldpress.version import VERSION
 
-__all__ = ["FORMAT", "load_cache", "model_options", "require_file", "save_cache"]
+__all__ = ["FORMATS", "load_cache", "model_options", "require_file", "save_cache"]
 
 _C = TypeVar("_C")
 
-FORMAT = 1  # goes up when an older coldpress would misread a newer file
-_STORES: dict[str, type[DenseStore | RaggedStore | QuantizedStore | QuantizedRaggedStore]] = {
-    "dense": DenseStore,
-    "ragged": RaggedStore,
-    "thin": ThinStore,
-    "quantised": QuantizedStore,
-    "quantised ragged": QuantizedRaggedStore,
-}
+# goes up when an older coldpress would misread a newer file: 2 has pins, columns that presses declare, or a codec
+FORMATS = (1, 2)
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
-_ROOM = 1 << 13  # tokens that memory is taken for before they come, or as many as were seen; more when they do
 _AGAIN = "compress the context again and save it"
 
 
@@ -73,7 +62,7 @@ def save_cache(
     layers = cache.pressed_layers()
     if len(layers) < len(cache.layers):
         raise CacheError("This cache holds states beside keys and values (a recurrent model's), which are not saved.")
-    seen = {layer._seen for layer in layers if layer.is_initialized}
+    seen = {layer.slots.seen for layer in layers if layer.is_initialized}
     if not seen:
         raise CacheError("This cache holds no tokens, so there is nothing to save; run the prefill first.")
     if len(seen) > 1:
@@ -86,7 +75,7 @@ def save_cache(
             "the model that filled it."
         )
     tensors: dict[str, Tensor] = {}
-    about = [_pack(layer, tensors) for layer in layers]
+    about = [pack_layer(layer, tensors) for layer in layers]
     if attention_mask is not None:
         n_rows = next(layer for layer in layers if layer.is_initialized).positions().shape[0]
         if attention_mask.shape != (n_rows, *seen):
@@ -103,9 +92,11 @@ def save_cache(
     if cache.token_ids is not None:
         tensors[TOKENS] = cache.token_ids.long()
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    newer = _newer(session, about)
     said = json.dumps(
-        {
-            "coldpress": coldpress.__version__,
+        newer
+        | {
+            "coldpress": VERSION,
             "model": facts,
             "press": _of_press(cache.press),
             "chunk_tokens": cache.chunk_tokens,
@@ -117,11 +108,23 @@ def save_cache(
             "sha256": digest_of(tensors),
         }
     )
-    metadata = {"format": f"coldpress cache {FORMAT}", "cache": said, "sha256": _digest(said)}
+    metadata = {"format": f"coldpress cache {2 if newer else 1}", "cache": said, "sha256": _digest(said)}
     try:
         replace_file(path, lambda part: save_file(tensors, part, metadata=metadata))
     except (OSError, SafetensorError) as error:
         raise OutputError(f"{path} cannot be written ({error}); name another file.") from error
+
+
+def _newer(session: Any, layers: list[dict[str, Any] | None]) -> dict[str, Any]:
+    """What a file says of a cache that coldpress could not make when it wrote format 1."""
+    found: dict[str, Any] = {}
+    if session.pins:
+        found["pins"] = session.pins
+    if session.storage is not None and not isinstance(session.storage, KVBits):
+        found["storage"] = session.storage.described()
+    if any(layer is not None and layer.get("columns") for layer in layers):
+        found["columns"] = True
+    return found
 
 
 def load_cache(make: Callable[..., _C], path: str | Path, model: PreTrainedModel, check_model: bool) -> _C:
@@ -140,19 +143,27 @@ def load_cache(make: Callable[..., _C], path: str | Path, model: PreTrainedModel
         press = _press(path, said["press"], model)
         n_recent = 0 if press is None else press.n_recent_queries
         check_tensors(said, tensors, sizes_of(model.config.get_text_config(decoder=True)), n_recent)
+        storage = codec_of(said["storage"]) if "storage" in said else None
     kv_bits = None if said["kv_bits"] is None else KVBits(**said["kv_bits"])
-    cache: Any = make(press, chunk_tokens=said["chunk_tokens"], positions=said["positions"], kv_bits=kv_bits)
+    cache: Any = make(
+        press,
+        chunk_tokens=said["chunk_tokens"],
+        positions=said["positions"],
+        kv_bits=kv_bits,
+        storage=storage,
+        pin=said.get("pins"),
+    )
     session = cache.session
     session._seed = said["seed"]
     devices, device = _devices(model), device_of(model) or model.device
     for index, about in enumerate(said["layers"]):
         layer = cache.layer(index)
         if about is not None:
-            _unpack(layer, about, tensors, devices.get(index, device))
+            unpack_layer(layer, about, tensors, devices.get(index, device))
     if MASK in tensors:
         cache.attention_mask = tensors[MASK].to(device)
         for layer in cache.pressed_layers():
-            layer._shown = cache.attention_mask
+            layer.shown = cache.attention_mask
     if TOKENS in tensors:
         cache.remember(tensors[TOKENS].to(device))
     return cache
@@ -223,9 +234,9 @@ def _said(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
     kind, _, version = metadata.get("format", "").rpartition(" ")
     if kind != "coldpress cache" or not {"cache", "sha256"} <= metadata.keys():
         raise CacheError(f"{path} is damaged or holds no cache that coldpress saved; name one, or {_AGAIN}.")
-    if version != str(FORMAT):
+    if version not in map(str, FORMATS):
         raise CacheError(
-            f"{path} is of format {version}, and coldpress {coldpress.__version__} reads format {FORMAT}; install the "
+            f"{path} is of format {version}, and coldpress {VERSION} reads {FORMATS[-1]}; install the "
             f"coldpress that wrote it, or {_AGAIN}."
         )
     if _digest(metadata["cache"]) != metadata["sha256"]:
@@ -295,78 +306,6 @@ def _press(path: Path, said: dict[str, Any] | None, model: PreTrainedModel) -> P
     if press.evicts_while_decoding != said["goes_on"]:
         raise Malformed("press.goes_on")
     return press.prepared(model) if press.evicts_while_decoding else press
-
-
-# -- layers -----------------------------------------------------------------------------------------------------------
-
-
-def _pack(layer: Any, tensors: dict[str, Tensor]) -> dict[str, Any] | None:
-    """Add the tensors of one layer to ``tensors``, and return the rest of it, as JSON holds it."""
-    store = layer._store
-    if store is None:
-        return None
-    parts = {f"store.{name}": tensor for name, tensor in store.packed().items()}
-    if layer._kept is not None:
-        parts["kept"] = layer._kept  # [B, Hkv, n] int32
-    if layer._carry is not None:
-        parts["carry"] = layer._carry
-    if layer._residual is not None:
-        parts["fine"] = layer._residual
-    n_recent = 0 if layer.session.press is None else layer.session.press.n_recent_queries
-    if n_recent and layer._recent is not None:
-        _pack_newest("recent", layer._recent.newest(n_recent, layer._shown), layer, parts)
-    if layer._unseen is not None:
-        _pack_newest("unseen", layer._unseen.newest(max(layer.n_new), layer._shown), layer, parts)
-        parts["unseen"] = parts["unseen"][:, 0]  # [B, n, hidden]
-    if len(set(layer.n_new)) > 1:
-        parts["n_new"] = torch.tensor(layer.n_new)  # rows that have padding after the prompt
-    if layer._verdicts is not None:
-        parts["stays"] = layer._verdicts.stays
-    tensors |= {f"layers.{layer.index}.{name}": tensor for name, tensor in parts.items()}
-    return {
-        "store": next(name for name, cls in _STORES.items() if cls is type(store)),
-        "room": store.room,
-        "seen": layer._seen,
-        "tail_start": layer._tail_start,
-        "window": layer._window,
-        "is_prefilled": layer._is_prefilled,
-        "n_new": max(layer.n_new, default=0),
-        "pairs": [layer._pairs_before, layer._pairs_after],
-        "verdicts_end": None if layer._verdicts is None else layer._verdicts.end,
-    }
-
-
-def _pack_newest(name: str, newest: Newest, layer: Any, parts: dict[str, Tensor]) -> None:
-    """Add what a layer remembers of the newest tokens, ``[B, H, n, D]`` in one part, and their columns if need be."""
-    is_known = newest.end == layer._seen  # else later tokens have come of which nothing is remembered
-    parts[name] = newest.states if is_known else newest.states[:, :, :0]
-    if is_known and newest.at is not None:
-        parts[f"{name}_at"] = newest.at  # int64 [B, n]
-
-
-def _unpack_newest(name: str, parts: dict[str, Tensor], seen: int) -> Newest | None:
-    return Newest((parts[name],), seen, parts.get(f"{name}_at")) if name in parts else None
-
-
-def _unpack(layer: Any, said: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> None:
-    """Make an empty layer what the saved one was; takes its tensors out of ``tensors``."""
-    prefix = f"layers.{layer.index}."
-    names = [name for name in tensors if name.startswith(prefix)]
-    parts = {name.removeprefix(prefix): tensors.pop(name).to(device) for name in names}
-    store = {name.removeprefix("store."): part for name, part in parts.items() if name.startswith("store.")}
-    layer._store = _STORES[said["store"]].unpacked(store, min(said["room"], max(_ROOM, said["seen"])))
-    layer._seen, layer._tail_start, layer._window = said["seen"], said["tail_start"], said["window"]
-    layer._is_prefilled = said["is_prefilled"]
-    layer._kept, layer._carry, layer._residual = parts.get("kept"), parts.get("carry"), parts.get("fine")
-    layer._has_gaps = layer._kept is not None and bool((layer._kept < 0).any())
-    layer._pairs_before, layer._pairs_after = said["pairs"]
-    if "unseen" in parts:
-        parts["unseen"] = parts["unseen"][:, None]
-    layer._recent, layer._unseen = (_unpack_newest(name, parts, layer._seen) for name in ("recent", "unseen"))
-    if layer._recent is not None:
-        layer.n_new = parts["n_new"].tolist() if "n_new" in parts else [said["n_new"]] * layer._store.n_rows
-    if "stays" in parts:
-        layer._verdicts = Verdicts(parts["stays"], said["verdicts_end"])
 
 
 def _devices(model: PreTrainedModel) -> dict[int, torch.device]:

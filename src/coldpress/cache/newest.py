@@ -1,13 +1,13 @@
-"""Newest: what a layer remembers of each row's newest tokens, for a press that goes on while decoding."""
+"""Newest, Pending: what a layer remembers of each row's newest tokens, for a press that evicts while decoding."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-__all__ = ["Newest", "newest_from"]
+__all__ = ["Newest", "Pending", "newest_from"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +99,33 @@ class Newest:
         """Of these rows."""
         parts = tuple(part.index_select(0, rows) for part in self.parts)
         return Newest(parts, self.end, None if self.at is None else self.at.index_select(0, rows))
+
+
+@dataclass(eq=False)
+class Pending:
+    """What a press that evicts while decoding has not been shown yet.
+
+    Attributes:
+        queries: ``[B, Hq, n, D]`` of the newest tokens.
+        hidden_states: ``[B, 1, n, hidden]`` of the tokens below, where the press needs them.
+        n_new: tokens of each row since the press was asked last; empty before the first.
+    """
+
+    queries: Newest | None = None
+    hidden_states: Newest | None = None
+    n_new: list[int] = field(default_factory=list)
+
+    def until(self, end: int, dropped: list[int]) -> Pending:
+        """Without the columns from ``end`` on, ``dropped`` real tokens of each row."""
+        n_new = [max(0, n - gone) for n, gone in zip(self.n_new, dropped, strict=True)] if self.n_new else []
+        queries, states = (part and part.until(end) for part in (self.queries, self.hidden_states))
+        return Pending(queries, states, n_new)
+
+    def index_rows(self, rows: Tensor) -> Pending:
+        """Of these rows."""
+        n_new = [self.n_new[row] for row in rows.tolist()] if self.n_new else []
+        queries, states = (part and part.index_rows(rows) for part in (self.queries, self.hidden_states))
+        return Pending(queries, states, n_new)
 
 
 def newest_from(padding: Tensor, n: int) -> Tensor:

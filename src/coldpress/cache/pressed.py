@@ -11,28 +11,29 @@ import weakref
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.cache.file import load_cache, save_cache
 from coldpress.cache.layer import PressedLayer, next_layer
+from coldpress.cache.mixed import MixedCache
+from coldpress.cache.observation import readers
+from coldpress.cache.pins import Spans, checked_pins
 from coldpress.cache.session import Session
-from coldpress.core.requirements import check_chunks, check_quantisable
+from coldpress.core.definition import as_given
+from coldpress.core.press import Press
+from coldpress.core.requirements import check_chunks, check_quantisable, require_rerotatable
 from coldpress.errors import CacheError, PressError
 from coldpress.stores.bits import KVBits
-
-if TYPE_CHECKING:
-    from transformers.modeling_utils import PreTrainedModel
-
-    from coldpress.core.press import Press
+from coldpress.stores.codec import Codec
 
 __all__ = ["PressedCache"]
 
 
-class PressedCache(Cache):
+class PressedCache(MixedCache):
     """A key-value cache that a press compresses: right after the prefill, and while decoding if that is its schedule.
 
     Pass it as ``cache`` to a model that runs on coldpress's attention (before transformers 5.24 the argument is called
@@ -69,7 +70,11 @@ class PressedCache(Cache):
             are evicted, the keys that stay are rotated so that they stand side by side before the next token. Then no
             distance is longer than what is held, and with a decoding schedule a model reads on beyond the positions it
             was trained on, in constant memory.
-        kv_bits: 8, 4 or 2 bits for each number of the older pairs, or a KVBits; None holds all as they are.
+        kv_bits: 8, 4 or 2 bits for each number of the older pairs, or a KVBits; None stores all as they are.
+        storage: how the older pairs are stored, a Codec of your own; instead of ``kv_bits``.
+        pin: spans of tokens that nothing may evict, ``[(0, 40)]`` for the first 40 of every row, or a list of such
+            lists, one for each row. They stay in every layer and head under every press, and count towards its budget;
+            padding is not counted.
 
     Attributes:
         attention_mask: bool ``[B, n]``, of the tokens that a loaded cache had seen when it was saved, if there was
@@ -94,11 +99,9 @@ class PressedCache(Cache):
         chunk_tokens: int | None = None,
         positions: Literal["original", "rerotate"] = "original",
         kv_bits: int | KVBits | None = None,
+        storage: Codec | None = None,
+        pin: Spans | Sequence[Spans] | None = None,
     ):
-        from coldpress.core.definition import as_given
-        from coldpress.core.press import Press
-        from coldpress.core.requirements import require_rerotatable
-
         if press is not None and not isinstance(press, Press):
             raise PressError(f"press must be a press such as coldpress.SnapKVPress(0.5), got {as_given(press)}.")
         check_chunks(press, chunk_tokens)
@@ -106,10 +109,12 @@ class PressedCache(Cache):
             raise PressError(f"positions must be 'original' or 'rerotate', got {positions!r}.")
         if positions == "rerotate" and press is not None:
             require_rerotatable(press)
-        self.session = Session(press, positions == "rerotate", KVBits.of(kv_bits))
+        if storage is not None and (kv_bits is not None or not isinstance(storage, Codec)):
+            raise CacheError(f"storage must be a coldpress.Codec, and no kv_bits beside it; got {storage!r}.")
+        self.session = Session(press, positions == "rerotate", storage or KVBits.of(kv_bits), checked_pins(pin))
         self.session.chunk_tokens = chunk_tokens
         self._tokens: list[Tensor] = []  # [B, n] each, as far as somebody told them
-        check_quantisable(press, self.kv_bits)
+        check_quantisable(press, self.session.storage)
         super().__init__(layer_class_to_replicate=partial(next_layer, self.session))
 
     @classmethod
@@ -165,13 +170,18 @@ class PressedCache(Cache):
 
     @property
     def kv_bits(self) -> KVBits | None:
-        """How the older pairs are held; None: as they are."""
-        return self.session.kv_bits
+        """In how few bits the older pairs are stored; None: as they are, or as :attr:`storage` says."""
+        return self.session.storage if isinstance(self.session.storage, KVBits) else None
+
+    @property
+    def storage(self) -> Codec | None:
+        """How the older pairs are stored; None: as they are."""
+        return self.session.storage
 
     @property
     def seen_tokens(self) -> int:
         """The logical length: tokens the model has seen, padding included."""
-        return max((layer._seen for layer in self.pressed_layers()), default=0)
+        return max((layer.slots.seen for layer in self.pressed_layers()), default=0)
 
     def layer(self, layer_idx: int) -> PressedLayer:
         """The attention layer ``layer_idx`` of the cache, made if it is not there yet."""
@@ -215,9 +225,18 @@ class PressedCache(Cache):
 
         Neither padding nor what a sliding window has left behind is counted.
         """
-        before = sum(layer._pairs_before for layer in self.pressed_layers())
-        after = sum(layer._pairs_after for layer in self.pressed_layers())
+        before, after = (sum(layer.n_pairs[i] for layer in self.pressed_layers()) for i in (0, 1))
         return 1 - after / before if before else 0.0
+
+    @property
+    def reads_part(self) -> bool:
+        """Whether the press chooses which of the stored pairs a decoding query reads."""
+        return bool(readers(self.press))
+
+    def read_ratio(self) -> float:
+        """Fraction of the stored pairs that decoding queries have read; 1 unless the press reads part of them."""
+        stored = sum(layer.n_readable for layer in self.pressed_layers())
+        return float(sum(int(layer.n_read) for layer in self.pressed_layers()) / stored) if stored else 1.0
 
     def save(self, path: str | Path, model: PreTrainedModel, attention_mask: Tensor | None = None) -> None:
         """Write all that is needed to go on from here to a file; :meth:`load` reads it.
@@ -264,7 +283,10 @@ class PressedCache(Cache):
         Nothing is copied until one of the two is written to; neither ever sees the other's later tokens.
         """
         self.session.check_claimed()
-        other = PressedCache(self.press, chunk_tokens=self.chunk_tokens, positions=self._places, kv_bits=self.kv_bits)
+        storage, pins = self.session.storage, self.session.pins
+        other = PressedCache(
+            self.press, chunk_tokens=self.chunk_tokens, positions=self._places, storage=storage, pin=pins or None
+        )
         other.session.follow(self.session)
         other.attention_mask, other._tokens = self.attention_mask, list(self._tokens)
         for layer in self.layers:
@@ -297,11 +319,12 @@ class PressedCache(Cache):
         """
         if self.chunk_tokens is not None:
             raise CacheError("branches() needs a prefill in one piece; leave chunk_tokens out, or prefill each cache.")
-        if self.press is not None or self.kv_bits is not None or self.seen_tokens:
+        if self.press is not None or self.storage is not None or self.seen_tokens:
             raise CacheError("branches() needs an empty cache without a press; start from PressedCache().")
         kv_bits = [None] * len(presses) if kv_bits is None else kv_bits
         pairs = zip(presses, kv_bits, strict=True)
-        branches = [PressedCache(press, positions=self._places, kv_bits=bits) for press, bits in pairs]
+        pins = self.session.pins or None
+        branches = [PressedCache(press, positions=self._places, kv_bits=bits, pin=pins) for press, bits in pairs]
         self.session.branches = [weakref.ref(branch) for branch in branches]
         return branches
 
@@ -375,50 +398,3 @@ class PressedCache(Cache):
         if not isinstance(layer, PressedLayer):
             layer = next(iter(self.pressed_layers()), None) or self.layer(len(self.layers))
         return layer.get_mask_sizes(query)
-
-    # -- layers that keep a state instead of keys and values (models that mix both kinds, transformers 5) ----------
-
-    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
-        if all(isinstance(layer, PressedLayer) for layer in self.layers):
-            return False
-        if layer_idx is not None and isinstance(self.layers[layer_idx], PressedLayer):
-            return False
-        return super().has_previous_state(layer_idx, state_idx)
-
-    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        return super().get_conv_state(self._state_layer(layer_idx), state_idx)
-
-    def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
-        states = super().update_conv_state(conv_states, self._state_layer(layer_idx), state_idx, **kwargs)
-        self._copy_state(layer_idx)
-        return states
-
-    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        return super().get_recurrent_state(self._state_layer(layer_idx), state_idx)
-
-    def update_recurrent_state(
-        self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
-    ) -> Tensor:
-        states = super().update_recurrent_state(recurrent_states, self._state_layer(layer_idx), state_idx, **kwargs)
-        self._copy_state(layer_idx)
-        return states
-
-    def _state_layer(self, layer_idx: int) -> int:
-        """Make sure that layer ``layer_idx`` holds a state; it was made to hold pairs because nobody said otherwise."""
-        from transformers.cache_utils import LinearAttentionLayer
-
-        self._grow(layer_idx)
-        layer = self.layers[layer_idx]
-        if isinstance(layer, PressedLayer) and not layer.is_initialized:
-            self.layers[layer_idx] = LinearAttentionLayer()
-        return layer_idx
-
-    def _copy_state(self, layer_idx: int) -> None:
-        """A state of the prefill belongs to the branches too."""
-        for branch in self.session.live_branches():
-            branch._grow(layer_idx)
-            branch.layers[layer_idx] = copy.deepcopy(self.layers[layer_idx])
-
-    def _grow(self, layer_idx: int) -> None:
-        while len(self.layers) <= layer_idx:
-            self.layers.append(next_layer(self.session))

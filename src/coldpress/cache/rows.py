@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from coldpress.cache.newest import Newest
+from coldpress.architecture.rope import Rope
+from coldpress.cache.newest import Newest, Pending
+from coldpress.cache.pins import Pins, pinned
+from coldpress.cache.slots import CARRIED, RESIDUAL, Slots
 from coldpress.core.call import LayerCall
-from coldpress.core.kept import Kept
-from coldpress.core.pick import pick
+from coldpress.core.kept import Kept, checked_kept
+from coldpress.core.pick import column_at, pick
 from coldpress.core.view import LayerView
 
-__all__ = ["RowGroup", "n_after", "view_of_newest"]
+__all__ = ["Known", "RowGroup", "kept_by", "moved_up", "n_after", "view_of_newest"]
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """What a cache knows beside the pairs of a layer.
+
+    Attributes:
+        find_rope, find_seed: as those of :class:`LayerView`.
+        token_ids: int64 ``[B, T]`` of the prefill, where somebody told them.
+        pins: spans of tokens that nothing may evict.
+        rerotates: keys stand side by side at the end of the text.
+    """
+
+    find_rope: Callable[[], Rope | None]
+    find_seed: Callable[[], int]
+    token_ids: Tensor | None = None
+    pins: Pins = ()
+    rerotates: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,31 +48,34 @@ class RowGroup:
             ``0 .. T - 1``.
         view: those rows alone.
         n_pairs: (row, head, token) triples of these rows that a cache without a press would hold.
+        stored: int64 ``[b, Hkv, T]``, in which slot of the layer each of them is; None: as ``slots``.
     """
 
     rows: Tensor | slice
     slots: Tensor | None
     view: LayerView
     n_pairs: int
+    stored: Tensor | None = None
 
     @classmethod
-    def of_prefill(cls, layer: Any, call: LayerCall, padding: Tensor | None) -> list[RowGroup]:
-        """Take the stored pairs of ``layer`` apart into groups of rows of equal length.
+    def of_prefill(cls, slots: Slots, call: LayerCall, padding: Tensor | None, known: Known) -> list[RowGroup]:
+        """Take the stored pairs of a layer apart into groups of rows of equal length.
 
         Args:
-            layer: holds all tokens seen; nothing was evicted yet.
+            slots: hold all tokens seen; nothing was evicted yet.
             call: the attention call of these tokens.
             padding: bool ``[B, seen]``, False where a token is padding; None if there is none.
+            known: what the cache knows beside the pairs.
         """
-        keys, values, query = layer.keys, layer.values, call.query
-        assert keys is not None and values is not None
-        n_tokens, device, ids = keys.shape[2], keys.device, layer.session.token_ids
+        keys, values, query = slots.filled.keys, slots.filled.values, call.query
+        n_tokens, device, ids = keys.shape[2], keys.device, known.token_ids
         reach = n_tokens if call.sliding_window is None else min(n_tokens, max(1, call.sliding_window - 1))
         if ids is not None and ids.shape != (keys.shape[0], n_tokens):
             ids = None
         if padding is None:
             if reach == n_tokens:
-                view = _view(layer, call, keys, values, query, 0)
+                view = _view(known, call, keys, values, query, 0)
+                _pin(view, known.pins, slice(None))
                 view.hidden_states, view.token_ids = call.hidden_states, ids
                 return [cls(slice(None), None, view, keys.shape[:3].numel())]
             padding = torch.ones(keys.shape[0], n_tokens, dtype=torch.bool, device=device)
@@ -59,43 +83,37 @@ class RowGroup:
         groups = []
         for length in sorted({n for n in lengths if n > 0}):
             rows = torch.tensor([i for i, n in enumerate(lengths) if n == length], device=device)
-            slots = torch.stack([padding[row].nonzero()[-reach:, 0] for row in rows])  # [b, T]
-            k, v, q = (_take(states, rows, slots) for states in (keys, values, query))
-            view = _view(layer, call, k, v, q, length - slots.shape[1])
+            at = torch.stack([padding[row].nonzero()[-reach:, 0] for row in rows])  # [b, T]
+            k, v, q = (_take(states, rows, at) for states in (keys, values, query))
+            view = _view(known, call, k, v, q, length - at.shape[1])
+            _pin(view, known.pins, rows)
             if call.hidden_states is not None:
-                view.hidden_states = _take(call.hidden_states[:, None], rows, slots)[:, 0]
-            view.token_ids = None if ids is None else ids[rows].gather(1, slots)
-            groups.append(cls(rows, slots[:, None], view, k.shape[:3].numel()))
+                view.hidden_states = _take(call.hidden_states[:, None], rows, at)[:, 0]
+            view.token_ids = None if ids is None else ids[rows].gather(1, at)
+            groups.append(cls(rows, at[:, None], view, k.shape[:3].numel()))
         return groups
 
     @classmethod
     def of_text_so_far(
-        cls,
-        layer: Any,
-        call: LayerCall,
-        padding: Tensor | None,
-        queries: Newest,
-        n_new: list[int],
-        unseen: Newest | None = None,
+        cls, slots: Slots, call: LayerCall, padding: Tensor | None, pending: Pending, known: Known
     ) -> list[RowGroup]:
-        """Take what ``layer`` holds while decoding apart into groups of rows with as many pairs in every head.
+        """Take what a layer holds while decoding apart into groups of rows with as many pairs in every head.
 
         Rows with a head that holds nothing have no queries in their view: there is nothing to choose from.
 
         Args:
-            layer: holds what was kept of the tokens seen.
+            slots: what was kept of the tokens seen.
             call: the last attention call.
             padding: bool ``[B, seen]``, False where a token is padding; None if there is none.
-            queries: ``[B, Hq, Q, D]`` of each row's newest tokens, in one part without padding.
-            n_new: how many tokens of each row have come since the press was asked last.
-            unseen: ``[B, 1, n, hidden]``, hidden states of these, likewise; None if they are not known.
+            pending: each row's newest queries and hidden states, in one part without padding each.
+            known: what the cache knows beside the pairs.
         """
-        keys, values = layer.keys, layer.values
-        assert keys is not None and values is not None
+        keys, values, queries, unseen = slots.filled.keys, slots.filled.values, pending.queries, pending.hidden_states
+        assert queries is not None
         (n_batch, n_heads, *_), device = keys.shape, keys.device
-        at = layer.positions()  # [B, Hkv, T] in the input, -1 for an empty slot
+        at = slots.positions()  # [B, Hkv, T] in the input, -1 for an empty slot
         is_held, position = at >= 0, at
-        seen, carried, rounding_residual = layer.get_seq_length(), layer.carried(), layer.rounding_residual()
+        seen, columns = slots.seen, slots.columns()
         lengths = [seen] * n_batch
         unseen_counts = [0] * n_batch if unseen is None else unseen.counts()
         if padding is not None:
@@ -109,12 +127,20 @@ class RowGroup:
             oldest = torch.tensor(lengths, device=device)[:, None, None] - reach
             is_held = is_held & (position >= oldest)
         counts = is_held.sum(-1)  # [B, Hkv]
+        if padding is None and not slots.has_gaps and reach == seen and queries.at is None:  # as it is stored
+            view = _view(known, call, keys, values, queries.states, seen - at.shape[2])
+            view.positions, view.n_new = at, pending.n_new[0]
+            if unseen is not None and unseen.n >= view.n_new:
+                view.hidden_states = unseen.states[:, 0, unseen.n - view.n_new :]
+            _add_columns(view, columns, slice(None), known)
+            stored = torch.arange(at.shape[2], device=device).expand(at.shape)
+            return [cls(slice(None), at, view, n_batch * n_heads * seen, stored)]
         keyed: dict[tuple[int, int, int, bool, tuple[int, ...]], list[int]] = {}
-        for row, (length, n, new, known, heads) in enumerate(
-            zip(lengths, queries.counts(), n_new, unseen_counts, counts.tolist(), strict=True)
+        for row, (length, n, new, n_known, heads) in enumerate(
+            zip(lengths, queries.counts(), pending.n_new, unseen_counts, counts.tolist(), strict=True)
         ):
             if max(heads) > 0:
-                key = length, n if min(heads) > 0 else 0, new, known >= new, tuple(heads)
+                key = length, n if min(heads) > 0 else 0, new, n_known >= new, tuple(heads)
                 keyed.setdefault(key, []).append(row)
         groups = []
         for (length, n, new, is_known, heads), members in keyed.items():
@@ -124,29 +150,26 @@ class RowGroup:
             is_ragged = min(heads) < longest
             k, v = pick(keys[rows], order), pick(values[rows], order)
             q = queries.states[rows, :, queries.n - n :]
-            view = _view(layer, call, k, v, q, length - longest)
+            view = _view(known, call, k, v, q, length - longest)
             view.positions = position[rows].gather(2, order)
             if is_ragged:
                 view.counts = counts[rows]
                 is_empty = torch.arange(longest, device=device) >= view.counts[..., None]
                 view.positions = view.positions.masked_fill(is_empty, -1)
-            if carried is not None:
-                view.carried = carried[rows].gather(2, order)
-            if layer.session.rerotates:
-                _find_places(view)
-                view.rounding_residual = None if rounding_residual is None else pick(rounding_residual[rows], order)
+            own = {name: column_at(column[rows], order) for name, column in columns.items()}
+            _add_columns(view, own, rows, known)
             view.n_new = new
             if unseen is not None and is_known:
                 view.hidden_states = unseen.states[rows, 0, unseen.n - new :]
             n_pairs = len(members) * n_heads * min(length, reach)
-            groups.append(cls(rows, at[rows].gather(2, order), view, n_pairs))
+            groups.append(cls(rows, at[rows].gather(2, order), view, n_pairs, order))
         return groups
 
     def all(self) -> Kept:
         """Everything in the view."""
         view = self.view
         slots = torch.arange(view.n_tokens, device=view.keys.device).expand(view.keys.shape[:3])
-        return Kept(view.keys, view.values, view.held(slots), view.carried)
+        return Kept(view.keys, view.values, view.held(slots), view.carried, columns=view.columns)
 
     def original(self, positions: Tensor) -> Tensor:
         """Slots of the view, ``[b, Hkv, n]`` with -1 for none, as positions in the input."""
@@ -155,25 +178,88 @@ class RowGroup:
         slots = self.slots.expand(-1, positions.shape[1], -1)
         return torch.where(positions < 0, positions, slots.gather(2, positions.clamp(min=0)))
 
+    def scatter(self, column: Tensor, entries: Tensor) -> None:
+        """Write entries ``[b, Hkv, T, ...]``, one for each token of the view, into a column of the layer's slots."""
+        at = self.slots if self.stored is None else self.stored
+        if at is None:
+            column[self.rows, :, : entries.shape[2]] = entries
+            return
+        own = column[self.rows]  # a copy, unless it is all
+        at = at.expand(-1, entries.shape[1], -1)
+        at = at.view(*at.shape, *(1 for _ in entries.shape[3:])).expand_as(entries)
+        column[self.rows] = own.scatter(2, at, entries)
 
-def view_of_newest(layer: Any, call: LayerCall, padding: Tensor | None) -> LayerView:
-    """The tokens of this call alone, as far as ``layer`` still holds them; all rows, with their padding.
+
+def view_of_newest(slots: Slots, call: LayerCall, padding: Tensor | None, known: Known) -> LayerView:
+    """The tokens of this call alone, as far as a layer still holds them; all rows, with their padding.
 
     For scores that depend on nothing but their own token. With padding, ``positions`` count each row's real tokens.
     """
-    assert layer._store is not None
-    seen, n = layer._seen, min(call.query.shape[2], layer._store.n)
-    keys, values = layer._store.newest(n)
-    view = _view(layer, call, keys, values, call.query[:, :, -n:], seen - n)
+    seen, n = slots.seen, min(call.query.shape[2], slots.n)
+    keys, values = slots.filled.newest(n)
+    view = _view(known, call, keys, values, call.query[:, :, -n:], seen - n)
     if call.hidden_states is not None:
         view.hidden_states = call.hidden_states[:, -n:]
     if padding is not None:
         view.positions = (padding.cumsum(-1) - 1)[:, None, seen - n : seen].expand(view.keys.shape[:3])
+    _pin(view, known.pins, slice(None))
     return view
 
 
-def _view(layer: Any, call: LayerCall, keys: Tensor, values: Tensor, queries: Tensor, first: int) -> LayerView:
-    session = layer.session
+def kept_by(press: object, group: RowGroup, kept: object) -> Kept | None:
+    """What a press keeps of a group of rows; raise :class:`PressError` if a pinned token is not among it."""
+    return checked_kept(press, kept, group.view.columns.get("pinned"))
+
+
+def moved_up(
+    newest: Newest,
+    turn: Callable[[Tensor, Tensor], Tensor],
+    padding: Tensor | None,
+    before: Tensor,
+    after: Tensor,
+) -> Newest:
+    """The newest queries after the gaps behind them were closed, as they are for the keys.
+
+    Args:
+        turn: rotates float32 states by so many positions.
+        padding: bool ``[B, seen]``, False where a token is padding; None if there is none.
+        before, after: int64 ``[B, Hkv, T]``, positions of what was stored before that, and is now.
+    """
+    if padding is not None:
+        is_real = padding[:, None].expand(-1, before.shape[1], -1)
+        before, after = (at.masked_fill(~is_real.gather(2, at.clamp(min=0)), -1) for at in (before, after))
+    at, queries = newest.columns(), newest.states
+    moves = n_after(before, at) - n_after(after, at)  # [B, Hkv, Q]
+    if not bool(moves.any()):
+        return newest
+    by_head = moves.repeat_interleave(queries.shape[1] // moves.shape[1], dim=1)
+    return Newest((turn(queries.float(), by_head).to(queries.dtype),), newest.end, newest.at)
+
+
+def _add_columns(view: LayerView, columns: Mapping[str, Tensor], rows: Tensor | slice, known: Known) -> None:
+    """Note in a view of the rows ``rows`` of a batch what its pairs carry, and where they stand."""
+    own = dict(columns)
+    view.carried, residual = own.pop(CARRIED.name, None), own.pop(RESIDUAL.name, None)
+    view.columns = own
+    _pin(view, known.pins, rows)
+    if known.rerotates:
+        _find_places(view)
+        view.rounding_residual = residual
+
+
+def _pin(view: LayerView, pins: Pins, rows: Tensor | slice) -> None:
+    """Note in a view of the rows ``rows`` of a batch which of its tokens are pinned."""
+    if not pins:
+        return
+    if len(pins) > 1 and isinstance(rows, Tensor):
+        pins = tuple(pins[row] for row in rows.tolist())
+    position = view.positions
+    if position is None:
+        position = torch.arange(view.first_position, view.end, device=view.keys.device).expand(view.keys.shape[:3])
+    view.columns = {**view.columns, "pinned": pinned(pins, position)}
+
+
+def _view(known: Known, call: LayerCall, keys: Tensor, values: Tensor, queries: Tensor, first: int) -> LayerView:
     return LayerView(
         keys,
         values,
@@ -186,8 +272,8 @@ def _view(layer: Any, call: LayerCall, keys: Tensor, values: Tensor, queries: Te
         sliding_window=call.sliding_window,
         softcap=call.softcap,
         sinks=call.sinks,
-        find_rope=lambda: layer.rope(call),
-        find_seed=lambda: session.seed,
+        find_rope=known.find_rope,
+        find_seed=known.find_seed,
     )
 
 

@@ -7,20 +7,21 @@ import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from coldpress.architecture.generating import refuse_guesses
 from coldpress.architecture.rope import Rope, layer_type
-from coldpress.architecture.rotation import Steps, given_rotation
+from coldpress.architecture.rotation import Steps, given_rotation, rotates
 from coldpress.architecture.versions import check_versions
-from coldpress.errors import ModelError
-
-if TYPE_CHECKING:
-    from coldpress.core.call import LayerCall
-    from coldpress.core.press import Press
-    from coldpress.stores.bits import KVBits
+from coldpress.cache.masks import ModelCall
+from coldpress.cache.pins import Pins
+from coldpress.core.call import LayerCall
+from coldpress.core.press import Press
+from coldpress.errors import CacheError, ModelError
+from coldpress.stores.codec import Codec
 
 __all__ = ["THREAD", "Session", "uncompiled"]
 
@@ -48,7 +49,7 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:  # once in each thread; what torch.compile traces may rely on all of them being there
         self.updated: Any = None  # the PressedLayer that was updated last, not yet claimed by an attention call
-        self.masks_for: Session | None = None  # its cache was asked for mask sizes just now
+        self.masks_for: Any = None  # the PressedLayer that was asked for mask sizes just now
         # what an attention module was given, where a press asks
         self.hidden_states: tuple[nn.Module, Tensor] | None = None
         self.leaves_masks_out = False  # the mask function served a PressedCache last, so layers make their masks
@@ -60,7 +61,9 @@ THREAD = _Thread()
 class Session:
     """What the layers of one cache share: the press, and what the run has accumulated."""
 
-    def __init__(self, press: Press | None = None, rerotates: bool = False, kv_bits: KVBits | None = None):
+    def __init__(
+        self, press: Press | None = None, rerotates: bool = False, storage: Codec | None = None, pins: Pins = ()
+    ):
         check_versions()
         self.press = press
         self.earlier_press: Press | None = None  # of a block that has ended
@@ -69,16 +72,12 @@ class Session:
         self.chunk_tokens: int | None = None  # that the prompt comes in at most at once
         self.prefill_end: int | None = None  # length of the prompt, while prefill() feeds it
         self.rerotates = rerotates  # keys that stay move up, so that no gaps are left between positions
-        self.kv_bits = kv_bits  # how pairs are held, None: as they are
+        self.storage = storage  # how older pairs are stored, None: as they are
+        self.pins = pins  # spans of tokens that nothing may evict
         self.branches: list[weakref.ref[Any]] = []  # caches that this one's prefill fills too
         self.unclaimed: Any = None  # the PressedLayer that was updated and has not attended yet
         self.error: Exception | None = None  # what the press of a branch raised during the shared prefill
-        self.seen: int | None = None  # logical length before the call that is under way
-        # bool [B, seen], False for tokens that no call so far was shown (padding); None: all were shown
-        self.shown: Tensor | None = None
-        self.hides_shown = False  # whether the mask of the call under way hides tokens that an earlier call was shown
-        self.hides_new = False  # whether it hides tokens of its own
-        self._new: list[int] | None = None  # how many real tokens it brings, in each row
+        self.call: ModelCall | None = None  # of the model, the latest
         self.token_ids: Tensor | None = None  # int64 [B, T] of the prefill, where somebody told them
         self.find_model: Callable[[], nn.Module | None] = lambda: None  # what runs, inside 'with press(model):'
         self.on_attention: Callable[[Any, LayerCall], None] | None = None  # shown every call, before anything goes
@@ -108,8 +107,7 @@ class Session:
 
     def reset(self) -> None:
         self.branches = []
-        self.unclaimed = self.error = self.seen = self.prefill_end = self._seed = None
-        self.shown, self.hides_shown, self.hides_new = None, False, False
+        self.unclaimed = self.error = self.call = self.prefill_end = self._seed = None
         self.was_asked, self.token_ids, self.earlier_press = False, None, None
         self.forget_steps()
         self._ropes = {}  # of the next text's frequencies, should they depend on the text
@@ -121,46 +119,45 @@ class Session:
         self.find_model, self._ropes = other.find_model, dict(other._ropes)
         self._steps = {kind: replace(steps) for kind, steps in other._steps.items()}
 
-    def note_mask(self, mask: Tensor | None, n_new: int) -> Tensor | None:
-        """Take note of the mask of a call that begins, and return it, or None if it hides nothing.
+    def begin(self, seen: int, n_new: int, mask: Tensor | None, shown: Tensor | None) -> None:
+        """A call of the model begins, with the arguments of :meth:`ModelCall.of`."""
+        if seen:
+            self.branches = []  # the prefill is over
+        elif self.press is not None:
+            refuse_guesses()
+        self.call = ModelCall.of(seen, n_new, mask, shown)
 
-        Kept pairs are of tokens that were shown. So as long as masks hide what was never shown, no layer has to look up
-        which of its kept pairs a mask hides.
+    def check_layer(self, index: int, seen: int, n_new: int) -> None:
+        """Raise :class:`CacheError` if a layer that has seen ``seen`` tokens has no part in the call that is under way.
 
-        Args:
-            mask: bool ``[B, seen]``, the ``n_new`` tokens of the call last; False where a token is hidden.
+        A layer that is the first in a call begins another one, where the model asks for no mask.
         """
-        shown, self.shown, self.hides_shown, self.hides_new, self._new = self.shown, None, False, False, None
-        if mask is None or bool(mask.all()):
-            return None
-        n = mask.shape[1] - n_new
-        self.hides_new = not bool(mask[:, n:].all())
-        if shown is not None and torch.equal(shown[:, :n], mask[:, :n]):
-            self.shown = torch.cat([shown[:, :n], mask[:, n:]], dim=1)  # the mask itself may change later
-            return mask
-        before = mask.new_ones(mask.shape[0], n)
-        if shown is not None:
-            before[:, : shown.shape[1]] = shown[:, :n]
-        self.hides_shown = bool((before & ~mask[:, :n]).any())
-        self.shown = torch.cat([before | mask[:, :n], mask[:, n:]], dim=1)
-        return mask
+        if self.call is None or (self.call.seen != seen and index == self.call.first):
+            self.begin(seen, n_new, None, None)
+        assert self.call is not None
+        if self.call.first is None:
+            self.call.first = index
+        if self.call.seen != seen:
+            raise CacheError(
+                "The layers of this cache have seen different numbers of tokens: an earlier call failed half-way, then "
+                "reset() this cache; or the model runs a layer more than once in a call, or without its cache, which "
+                "coldpress does not support."
+            )
 
-    def count_new(self, n_new: int) -> list[int]:
-        """How many of the ``n_new`` tokens of the call under way are real, in each row; looked up once a call."""
-        assert self.shown is not None
-        if self._new is None:
-            self._new = self.shown[:, self.shown.shape[1] - n_new :].sum(-1).tolist()
-        return self._new
+    def n_real(self, n_rows: int, n_new: int) -> list[int]:
+        """How many of the ``n_new`` tokens of the call under way are none of padding, in each row."""
+        return [n_new] * n_rows if self.call is None or self.call.shown is None else self.call.n_real
 
     def rope(self, module: nn.Module, device: torch.device) -> Rope | None:
-        """The rotary embedding of ``module``; built once for each kind of layer."""
-        kind = (*Rope.kind(module), device)
+        """The rotary embedding of ``module``, built once for each kind of layer; None if it does not rotate."""
+        kind = type(module), layer_type(module), device
         if kind not in self._ropes:
             self._ropes[kind] = Rope.of(module, device, self.find_model())
-        return self._ropes[kind]
+        rope = self._ropes[kind]
+        return rope if rotates(module, device, rope) else None
 
     @property
-    def evicts_while_decoding(self) -> bool:
+    def joins_calls(self) -> bool:
         """Whether pairs of several calls may be unrotated or moved together."""
         press = self.press
         return self.rerotates or self.chunk_tokens is not None or (press is not None and press.evicts_while_decoding)

@@ -12,9 +12,9 @@ from coldpress.cache.pressed import PressedCache
 from coldpress.errors import CacheError, InputError, ModelError, UnreachableError
 from coldpress.eval.datasets import load_corpus
 from coldpress.eval.models import DTYPES, LoadedModel, load_model
+from coldpress.eval.press_args import check_types
 from coldpress.eval.progress import note
 from coldpress.eval.results import check_output
-from coldpress.eval.settings import check_types
 from coldpress.io.files import path_of
 from coldpress.io.terminal import printable
 from coldpress.models.pipeline import KVPressTextGenerationPipeline

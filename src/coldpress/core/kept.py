@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from coldpress.errors import PressError
@@ -25,6 +26,8 @@ class Kept(NamedTuple):
         n_wide: with channels, how many of each head's last keys hold all of them.
         rounding_residual: ``[B, Hkv, m, Drot]`` in the keys' dtype or None: float32 key minus stored key, of the first
             m keys, which were rotated more precisely than they can be stored.
+        bias: float32 ``[B, Hkv, n]`` or None, added to the logits of each: ln m where a pair stands for m of them. What
+            earlier pairs have stays, unless this takes its place.
         columns: what else each of them carries, by name, ``[B, Hkv, n, ...]``: ``columns`` of later views.
     """
 
@@ -36,11 +39,30 @@ class Kept(NamedTuple):
     n_wide: int = 0
     rounding_residual: Tensor | None = None
     columns: Mapping[str, Tensor] = MappingProxyType({})
+    bias: Tensor | None = None
 
 
-def checked_kept(press: object, kept: object) -> Kept | None:
-    """What ``compress`` returned; raise :class:`PressError` if that does not say which pairs are kept."""
-    if kept is None or isinstance(kept, Kept):
+def checked_kept(press: object, kept: object, pinned: Tensor | None = None) -> Kept | None:
+    """What ``compress`` returned.
+
+    Args:
+        pinned: bool ``[B, Hkv, T]``, tokens of the view that have to be kept; None if there are none.
+
+    Raises:
+        PressError: it does not say which pairs are kept, or leaves out one that is pinned.
+    """
+    if kept is None:
+        return None
+    if isinstance(kept, Kept):
+        if pinned is not None:
+            is_kept = torch.zeros(*pinned.shape[:2], pinned.shape[2] + 1, dtype=torch.bool, device=pinned.device)
+            is_kept.scatter_(2, kept.positions.where(kept.positions >= 0, pinned.shape[2]), True)
+            lost = int((pinned & ~is_kept[..., :-1]).sum())
+            if lost:
+                raise PressError(
+                    f"{type(press).__name__} evicts {lost} pairs of pinned tokens: it chooses in its own way and knows "
+                    "no pins. Use a scorer such as SnapKVPress, or a cache without pin=."
+                )
         return kept
     raise PressError(
         f"{type(press).__name__}.compress returned a {type(kept).__name__}, and has to return view.take(positions), or "

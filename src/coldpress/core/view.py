@@ -18,11 +18,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from coldpress.architecture.projection import output_weight
+from coldpress.architecture.projection import weight_of_heads
 from coldpress.architecture.rope import Rope
 from coldpress.core.choice import protect
 from coldpress.core.kept import Kept, Place
+from coldpress.core.moves import moved_keys, side_by_side, unrotated
 from coldpress.core.pick import at_once, column_at, pick
+from coldpress.core.weights import Weights
 
 __all__ = ["LayerView"]
 
@@ -150,12 +152,9 @@ class LayerView:
                 queries=self.queries[:, :, here],
                 first_position=self.first_position + start,
                 positions=None if self.positions is None else self.positions[..., start:stop],
-                carried=None if self.carried is None else self.carried[..., start:stop],
-                places=None if self.places is None else self.places[..., start:stop],
+                **self._following(lambda column: column[:, :, start:stop]),
                 query_places=None if self.query_places is None else self.query_places[..., here],
                 counts=None if self.counts is None else (self.counts - start).clamp(0, stop - start),
-                rounding_residual=None if self.rounding_residual is None else self.rounding_residual[:, :, start:stop],
-                columns={name: column[:, :, start:stop] for name, column in self.columns.items()},
                 hidden_states=self._hidden_states_of(start, stop),
                 token_ids=None if self.token_ids is None else self.token_ids[:, start:stop],
                 _memo={},
@@ -183,14 +182,17 @@ class LayerView:
             query_places=None if self.query_places is None else self.query_places[..., here],
             first_position=end - chosen.shape[2],  # so that the queries, those of the last tokens, are in their places
             positions=chosen + self.first_position,
-            carried=None if self.carried is None else self.carried.gather(2, chosen),
-            places=None if self.places is None else self.places.gather(2, chosen),
-            rounding_residual=None if self.rounding_residual is None else pick(self.rounding_residual, chosen),
-            columns=kept.columns,
+            **self._following(lambda column: column_at(column, chosen)),
             hidden_states=self._hidden_states_of(stop - n_queries, stop),
             token_ids=None,
             _memo={},
         )
+
+    def _following(self, take: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """What follows each pair, ``[B, Hkv, T, ...]``, as ``take`` leaves it."""
+        named = {"carried": self.carried, "places": self.places, "rounding_residual": self.rounding_residual}
+        own = {name: None if column is None else take(column) for name, column in named.items()}
+        return {**own, "columns": {name: take(column) for name, column in self.columns.items()}}
 
     def _hidden_states_of(self, start: int, stop: int) -> Tensor | None:
         """Those of tokens ``start .. stop - 1`` that are there."""
@@ -214,11 +216,8 @@ class LayerView:
                 first_position=self.end - n,
                 positions=None if self.positions is None else self.positions[here],
                 counts=None,
-                carried=None if self.carried is None else self.carried[here],
-                places=None if self.places is None else self.places[here],
+                **self._following(lambda column: column[here]),
                 query_places=None if self.query_places is None else self.query_places[here[:2]],
-                rounding_residual=None,
-                columns={name: column[here] for name, column in self.columns.items()},
                 hidden_states=None if self.hidden_states is None else self.hidden_states[row : row + 1],
                 token_ids=None,
                 sinks=None if self.sinks is None else self.sinks[group],
@@ -260,7 +259,8 @@ class LayerView:
         """
         if not 1 <= window <= self.n_queries:
             raise ValueError(f"window must be in 1..{self.n_queries}, got {window}")
-        return self.once(("window_attention", window), lambda: self._attention(self.n_queries - window, self.n_queries))
+        rows = self._weights().rows
+        return self.once(("window_attention", window), lambda: rows(self.n_queries - window, self.n_queries))
 
     def attention_column_sums(self, n_queries: int | None = None) -> Tensor:
         """What each key received from the last ``n_queries`` (None: all), mean over the group: float32 ``[B, Hkv, T]``.
@@ -268,7 +268,7 @@ class LayerView:
         The sum over queries of the attention matrix, taken block by block: no ``[T, T]`` tensor is ever held.
         """
         n = self.n_queries if n_queries is None else min(n_queries, self.n_queries)
-        return self.once(("attention_column_sums", n), lambda: self._column_sums(self.n_queries - n))
+        return self.once(("attention_column_sums", n), lambda: self._weights().column_sums(self.n_queries - n))
 
     def attention_blocks(self) -> Iterator[tuple[int, Tensor]]:
         """Attention weights of all queries, block by block: the first query of each, float32 ``[B, Hkv, G, n, T']``.
@@ -277,8 +277,9 @@ class LayerView:
         """
         n_batch, n_heads = self.queries.shape[:2]
         block = min(1024, at_once(self.queries.device, n_batch * n_heads * self.n_tokens))
+        weights = self._weights()
         for start in range(0, self.n_queries, block):
-            yield start, self._attention(start, min(start + block, self.n_queries))
+            yield start, weights.rows(start, min(start + block, self.n_queries))
 
     def unrotated_queries(self) -> Tensor:
         """The queries as they were before rotary embedding, float32 ``[B, Hq, Q, D]``.
@@ -293,7 +294,7 @@ class LayerView:
                 at = self.query_places.repeat_interleave(self.group_size, dim=1)
                 return rope.rotate_each(self.queries.float(), *self._back(rope, at))
             positions = torch.arange(self.end - self.n_queries, self.end, device=self.queries.device)
-            return self.queries.float() if rope is None else _unrotated(rope, self.queries, positions)
+            return self.queries.float() if rope is None else unrotated(rope, self.queries, positions)
 
         return self.once("unrotated_queries", compute)
 
@@ -310,7 +311,7 @@ class LayerView:
                 return self.keys.float()
             end, device = self.end, self.keys.device
             if self.positions is None:
-                return _unrotated(rope, self.keys, torch.arange(self.first_position, end, device=device))
+                return unrotated(rope, self.keys, torch.arange(self.first_position, end, device=device))
             if self.places is not None:
                 return rope.rotate_each(self.keys.float(), *self._back(rope, self.places))
             back = rope.inverse(*rope.cos_sin(torch.arange(end, device=device)))
@@ -334,28 +335,8 @@ class LayerView:
         rope = self.find_rope()
         if rope is None or kept.positions.numel() == 0:
             return kept
-        is_kept, slot = kept.positions >= 0, torch.arange(kept.positions.shape[2], device=kept.keys.device)
-        n_held = self.n_tokens if self.counts is None else self.counts[..., None]
-        n_after = is_kept.sum(-1, keepdim=True) - slot
-        moves = (n_held - kept.positions - n_after).masked_fill(~is_kept, 0)  # [B, Hkv, n]
-        rounding_residual, is_moved = None, moves > 0
-        if self.rounding_residual is not None:
-            rounding_residual = pick(self.rounding_residual, kept.positions.clamp(min=0)) * is_kept[..., None]
-            is_moved = is_moved | (rounding_residual != 0).any(-1)
-        n = int((is_moved * (slot + 1)).max())  # the later ones stay where they are
-        if n == 0:
-            return kept
-        exact = kept.keys[:, :, :n].float()
-        if rounding_residual is not None:
-            rest = torch.nn.functional.pad(
-                rounding_residual[:, :, :n].float(), (0, exact.shape[3] - rounding_residual.shape[3])
-            )
-            exact = exact + rest
-        exact = rope.turn(exact, moves[..., :n])
-        keys = exact.to(kept.keys.dtype)
-        if keys.dtype != torch.float32:
-            rounding_residual = (exact - keys.float())[..., : rope.width].to(keys.dtype)
-        return kept._replace(keys=torch.cat([keys, kept.keys[:, :, n:]], dim=2), rounding_residual=rounding_residual)
+        n_stored = self.n_tokens if self.counts is None else self.counts[..., None]
+        return side_by_side(kept, n_stored, self.rounding_residual, rope)
 
     def moved_keys(self, kept: Kept, places: Tensor) -> Tensor:
         """The keys of ``kept`` as they would be at ``places``, int64 ``[B, Hkv, n]`` positions in the view.
@@ -367,16 +348,8 @@ class LayerView:
         rope = self.find_rope()
         if rope is None:
             return kept.keys
-        cos, sin = rope.cos_sin(torch.arange(self.first_position, self.end, device=self.keys.device))
-        scale = cos[:, :1].square() + sin[:, :1].square()  # as in Rope.inverse
-        here, there = (at.clamp(min=0).flatten() for at in (kept.positions, places))
-        shape = (-1, here.numel() // max(1, kept.keys.shape[:2].numel()), cos.shape[-1])  # heads as rows of a batch
-        (cos_here, sin_here), (cos_there, sin_there) = (
-            (cos[0].index_select(0, at), sin[0].index_select(0, at)) for at in (here, there)
-        )
-        cos = ((cos_there * cos_here).addcmul_(sin_there, sin_here) / scale[0]).view(shape)
-        sin = ((sin_there * cos_here).addcmul_(cos_there, sin_here, value=-1) / scale[0]).view(shape)
-        return rope.rotate(kept.keys.float().flatten(0, 1)[:, None], cos, sin).view_as(kept.keys).to(kept.keys.dtype)
+        turned = rope.cos_sin(torch.arange(self.first_position, self.end, device=self.keys.device))
+        return moved_keys(kept.keys, kept.positions, places, turned, rope)
 
     def value_norms(self) -> Tensor:
         """||v||_2 of every value: float32 ``[B, Hkv, T]``."""
@@ -398,12 +371,8 @@ class LayerView:
         """
 
         def compute() -> Tensor:
-            n_batch, n_kv_heads, _, dim = self.values.shape
-            weight = output_weight(self.module, self.queries.shape[1] * dim, self.values.dtype, self.values.device)
-            heads = (
-                weight.float().view(-1, n_kv_heads, self.group_size, dim).permute(1, 2, 3, 0)
-            )  # [Hkv, G, Dv, hidden]
-            block = at_once(self.values.device, n_batch * n_kv_heads * heads.shape[3])
+            heads = weight_of_heads(self.module, self.queries.shape[1], self.values)
+            block = at_once(self.values.device, self.values.shape[:2].numel() * heads.shape[3])
             norms = []
             for values in self.values.float().split(block, dim=2):
                 by_head = [(values @ heads[:, g]).abs_().sum(-1) for g in range(self.group_size)]
@@ -420,72 +389,12 @@ class LayerView:
         rope = self.find_rope()
         if rope is None:
             return states
-        end = self.first_position + self.n_tokens
-        cos, sin = self.once(
-            ("mean_rotation", n_positions), lambda: rope.mean_rotation(end, n_positions, states.device)
-        )
+        name = "mean_rotation", n_positions
+        cos, sin = self.once(name, lambda: rope.mean_rotation(self.end, n_positions, states.device))
         return rope.rotate(states, cos, sin)
 
-    def _attention(self, start: int, stop: int, heads: slice = slice(None)) -> Tensor:
-        """Weights of queries ``start .. stop - 1`` over the keys up to the last of them: ``[B, Hkv, G, n, T']``.
-
-        ``heads``: the KV heads that are looked at.
-        """
-        keys = self.keys[:, heads]
-        n_batch, n_kv_heads = keys.shape[:2]
-        offset = self.n_tokens - self.n_queries
-        end = offset + stop  # keys after the last query are invisible to all of them
-        if self.positions is not None:
-            end = self.n_tokens
-        n = stop - start
-        queries = self.queries[:, :, start:stop].unflatten(1, (-1, self.group_size))[:, heads].float() * self.scaling
-        queries = queries.reshape(n_batch, n_kv_heads, self.group_size * n, -1)  # a group shares its keys: no copies
-        logits = queries @ keys[:, :, :end].float().transpose(-1, -2)
-        logits = logits.view(n_batch, n_kv_heads, self.group_size, n, end)
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        query_at = torch.arange(offset + start, offset + stop, device=logits.device)[:, None]
-        key_at = torch.arange(end, device=logits.device)
-        is_hidden: Tensor | None = None
-        if self.positions is not None:
-            query_at = query_at + self.first_position
-            key_at = self.positions[:, heads, None, None]  # [B, Hkv, 1, 1, T']
-            is_hidden = key_at > query_at
-        else:  # all are in the past of all queries, but for the last ones
-            logits[..., end - n :].masked_fill_(key_at[end - n :] > query_at, -torch.inf)
-        if self.sliding_window is not None:
-            is_far = key_at <= query_at - self.sliding_window
-            is_hidden = is_far if is_hidden is None else is_hidden | is_far
-        if self.counts is not None:
-            is_empty = key_at < 0
-            is_hidden = is_empty if is_hidden is None else is_hidden | is_empty
-        if is_hidden is not None:
-            logits.masked_fill_(is_hidden, -torch.inf)
-        if self.sinks is None:
-            if self.positions is None or is_hidden is None:
-                return logits.softmax(-1)
-            sees_nothing = is_hidden.all(-1, keepdim=True)  # all that a query of a token in the past saw may be gone
-            return logits.masked_fill_(sees_nothing, 0.0).softmax(-1).masked_fill_(sees_nothing, 0.0)
-        sinks = self.sinks.float().view(-1, self.group_size, 1, 1)[heads].expand(*logits.shape[:-1], 1)
-        return torch.cat([logits, sinks], dim=-1).softmax(-1)[..., :-1]
-
-    def _column_sums(self, first: int) -> Tensor:
-        n_batch, n_kv_heads = self.keys.shape[:2]
-        block = max(16, min(1024, at_once(self.keys.device, self.n_tokens)))  # queries, for some of the KV heads
-        n_rows = n_batch * self.group_size * min(block, self.n_queries)
-        n_heads = at_once(self.keys.device, n_rows * self.n_tokens)
-        sums = torch.zeros(self.keys.shape[:3], dtype=torch.float32, device=self.keys.device)
-        for head in range(0, n_kv_heads, n_heads):
-            heads = slice(head, head + n_heads)
-            for start in range(first, self.n_queries, block):
-                weights = self._attention(start, min(start + block, self.n_queries), heads)
-                sums[:, heads, : weights.shape[-1]] += weights.sum(-2).mean(2)
-        return sums
-
-
-def _unrotated(rope: Rope, states: Tensor, positions: Tensor) -> Tensor:
-    """States ``[B, H, T, D]`` as they were before they were rotated to positions ``[T]``, float32; block by block."""
-    back = rope.inverse(*rope.cos_sin(positions))
-    block = at_once(states.device, states[:, :, :1].numel())
-    parts = zip(states.split(block, dim=2), *(x.split(block, dim=1) for x in back), strict=True)
-    return torch.cat([rope.rotate(part.float(), cos, sin) for part, cos, sin in parts], dim=2)
+    def _weights(self) -> Weights:
+        return Weights(
+            self.queries, self.keys, self.scaling, self.softcap, self.sinks, self.sliding_window, self.first_position,
+            self.positions, self.counts, self.columns.get("bias"),
+        )  # fmt: skip

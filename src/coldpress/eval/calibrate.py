@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import coldpress
 from coldpress.bases.registry import catalogue, make_press, press_names
 from coldpress.errors import DataError, PressError
 from coldpress.eval.datasets import load_corpus
 from coldpress.eval.models import load_model, pick_device
 from coldpress.eval.plan import UNKNOWN_POSITIONS
+from coldpress.eval.press_args import check_types
 from coldpress.eval.progress import note, progress
 from coldpress.eval.results import check_output, check_writable
-from coldpress.eval.settings import check_types
 from coldpress.eval.tokens import tokenize
 from coldpress.io.artefacts import Artefact, Shape, artefact_path
 from coldpress.learned.calibrated import Calibrated
 from coldpress.learned.calibration import calibrate
+from coldpress.version import VERSION
 
 __all__ = ["CalibrationSettings", "make_artefact"]
 
@@ -101,7 +101,7 @@ def make_artefact(settings: CalibrationSettings) -> Path:
         "tokens_sha256": hashlib.sha256(torch.cat(samples).numpy().astype("<i8").tobytes()).hexdigest(),
         "n_samples": len(samples),
         "n_tokens": sum(len(ids) for ids in samples),
-        "coldpress_version": coldpress.__version__,
+        "coldpress_version": VERSION,
     }
     Artefact(press.artefact, tensors, facts).save(path)
     print(f"{press.artefact} of {s.model}, {len(samples)} sample(s), {facts['n_tokens']:,} tokens: {path}")

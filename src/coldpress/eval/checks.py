@@ -40,7 +40,7 @@ def check_stored_pairs(
     Raises:
         SelfCheckError: more or fewer are stored.
     """
-    windows = [layer._window for layer in (source or cache).pressed_layers()]
+    windows = [layer.window for layer in (source or cache).pressed_layers()]
     if not isinstance(press, BudgetPress) or any(window is not None for window in windows):
         return
     layers = [layer for layer in cache.pressed_layers() if layer.is_initialized]

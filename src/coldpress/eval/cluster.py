@@ -6,111 +6,35 @@ lost worker had in hand is done again by another. Times and memory are never mea
 
 from __future__ import annotations
 
-import hashlib
-import io
 import itertools
-import logging
 import os
-import pickle
-import platform
 import re
-import socket
-import subprocess
-import sys
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import transformers
 from transformers.modeling_utils import PreTrainedModel
 
-import coldpress
-from coldpress.errors import (
-    ClusterError,
-    ColdpressError,
-    LostWorkersError,
-    MissingDependencyError,
-    UnreachableError,
-    nearest,
-)
-from coldpress.eval.checks import release
-from coldpress.eval.engine import Engine, LocalEngine
-from coldpress.eval.models import LoadedModel, load_model
+from coldpress.errors import ClusterError, ColdpressError, LostWorkersError
+from coldpress.eval.models import LoadedModel
 from coldpress.eval.progress import note
-from coldpress.io.files import path_of
+from coldpress.eval.ray_connection import connect, import_ray
+from coldpress.eval.transport import opened
+from coldpress.eval.worker import Spec, Worker
 from coldpress.io.network import one_line
 
-__all__ = ["ENGINES", "RayEngine", "check_engine", "make_engine"]
+__all__ = ["RayEngine"]
 
-ENGINES = ("local", "ray")
-LOOPBACK = "127.0.0.1"  # what a cluster that is started here listens on
 IN_HAND = 2  # items a worker has at most: one that it does, and one so that it need not wait
-PROBE_S = 10.0  # for a cluster to answer
 PATIENCE_S = 180.0  # for a cluster to find room for a worker, and to start it on a busy machine
 MOST_TRIES = 3  # of an item whose workers die
 MOST_RESTARTS = 3  # beside one for each worker
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
-
-
-def check_engine(name: str, ray_address: str | None = None, workers: int | None = None) -> None:
-    """Raise what :func:`make_engine` would, as far as it can be known before a model is loaded.
-
-    Raises:
-        ClusterError: no such engine, or an option that it does not have.
-        MissingDependencyError: Ray is not installed.
-        UnreachableError: no cluster answers at the address, within some 10 s.
-    """
-    if name not in ENGINES:
-        raise ClusterError(f"--engine {name!r}: allowed are {', '.join(ENGINES)}.{nearest(name, ENGINES)}")
-    if name == "local":
-        for option, value in (("--ray_address", ray_address), ("--workers", workers)):
-            if value is not None:
-                raise ClusterError(f"{option} is for --engine ray; add that, or leave {option} out.")
-        return
-    if workers is not None and workers < 1:
-        raise ClusterError(f"--workers must be at least 1, got {workers}.")
-    ray = _ray()
-    address = ray_address or os.environ.get("RAY_ADDRESS")
-    if address is not None and not ray.is_initialized():
-        _check_address(address)
-
-
-@contextmanager
-def make_engine(
-    name: str,
-    loaded: LoadedModel,
-    *,
-    ray_address: str | None = None,
-    workers: int | None = None,
-    **options: Any,
-) -> Iterator[Engine]:
-    """The engine called ``name`` for ``loaded``, closed at the end of the block.
-
-    Args:
-        name: ``local`` or ``ray``.
-        loaded: the model; workers load the same one.
-        ray_address, workers, options: see :class:`RayEngine`.
-
-    Raises:
-        ClusterError, MissingDependencyError, UnreachableError: see :func:`check_engine` and :class:`RayEngine`.
-    """
-    check_engine(name, ray_address, workers)
-    if name == "local":
-        yield LocalEngine(loaded.model)
-        return
-    engine = RayEngine(loaded, address=ray_address, workers=workers, **options)
-    try:
-        yield engine
-    finally:
-        engine.close()
 
 
 class RayEngine:
@@ -146,9 +70,9 @@ class RayEngine:
         max_restarts: int | None = None,
         patience_s: float = PATIENCE_S,
     ):
-        self.ray = _ray()
+        self.ray = import_ray()
         self.patience_s = patience_s
-        self.spec = _Spec.of(loaded)
+        self.spec = Spec.of(loaded)
         is_cuda = self.spec.device == "cuda"
         self.gpus = (1.0 if is_cuda else 0.0) if gpus is None else gpus
         address = address or os.environ.get("RAY_ADDRESS")
@@ -158,7 +82,7 @@ class RayEngine:
             workers = workers or (torch.cuda.device_count() if is_cuda else 2)
             threads = threads or max(1, cores // workers)
         self.threads = threads or 1
-        self._is_ours = self._connect(address, None if workers is None else workers * self.threads)
+        self._is_ours = connect(self.ray, address, None if workers is None else workers * self.threads)
         self.wanted = workers or 0
         self._restarts = 0
         self._crew: list[_Hand] = []
@@ -171,34 +95,6 @@ class RayEngine:
             raise
 
     # -- the cluster ------------------------------------------------------------------------------------------------
-
-    def _connect(self, address: str | None, cores: int | None) -> bool:
-        """Connect to the cluster, or start one; whether it is one of ours."""
-        if self.ray.is_initialized():
-            return False
-        if address is not None:
-            _check_address(address)
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        logging.getLogger("ray").setLevel(logging.ERROR)
-        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        if address is None:
-            options |= {"num_cpus": cores, "include_dashboard": False, "_node_ip_address": LOOPBACK}
-        try:
-            with _on_loopback() if address is None else nullcontext():
-                self.ray.init(address=address or "local", **options)
-        except (Exception, SystemExit) as error:  # it ends the process where a connection breaks
-            where = f"the Ray cluster at {address}" if address else "a Ray cluster on this machine"
-            raise UnreachableError(
-                f"{where} could not be {'reached' if address else 'started'} ({type(error).__name__}: "
-                f"{one_line(error)}); leave --ray_address out to run on this machine alone."
-            ) from error
-        if address is None and self.ray.util.get_node_ip_address() != LOOPBACK:
-            self.ray.shutdown()
-            raise ClusterError(
-                f"Ray {self.ray.__version__} does not keep the cluster that it starts on {LOOPBACK}; install a version "
-                'that is tested, pip install "coldpress[ray]", or start a cluster yourself and give --ray_address.'
-            )
-        return True
 
     def _room(self) -> int:
         """How many workers the cluster has room for."""
@@ -237,7 +133,7 @@ class RayEngine:
 
     def _hire(self) -> _Hand:
         """Ask the cluster for a worker; it answers when there is one."""
-        actor = self.ray.remote(_Worker).options(num_cpus=self.threads, num_gpus=self.gpus, max_restarts=0).remote()
+        actor = self.ray.remote(Worker).options(num_cpus=self.threads, num_gpus=self.gpus, max_restarts=0).remote()
         return _Hand(actor, actor.begin.remote(self.threads), time.monotonic() + self.patience_s)
 
     def _dismiss(self, hand: _Hand) -> None:
@@ -287,7 +183,7 @@ class RayEngine:
             hand.has_begun = True
             hand.greeting = hand.actor.load.remote(self.spec)
             return
-        fingerprint = _opened(self.ray.get(hand.greeting))
+        fingerprint = opened(self.ray.get(hand.greeting))
         if fingerprint != self.spec.fingerprint:
             raise ClusterError(
                 f"{self.spec.name} has other weights on {hand.host} than here (fingerprints {fingerprint} and "
@@ -330,7 +226,7 @@ class RayEngine:
                     elif hand.tasks and self.ray.wait([hand.tasks[0].answer], timeout=0)[0]:
                         answer = self.ray.get(hand.tasks[0].answer)
                         task = hand.tasks.popleft()
-                        yield task.item, _opened(answer)
+                        yield task.item, opened(answer)
                 except self.ray.exceptions.RayError as error:
                     again.extend(self._lose(hand, error))
 
@@ -406,247 +302,6 @@ class _Hand:
     @property
     def host(self) -> str:
         return str(self.about.get("host", ""))
-
-
-@dataclass(frozen=True)
-class _Spec:
-    """What a worker loads, and what it has to be like."""
-
-    name: str
-    device: str
-    dtype: str
-    attn_implementation: str
-    revision: str | None
-    fingerprint: str
-    about: dict[str, Any]  # of the driver
-
-    @classmethod
-    def of(cls, loaded: LoadedModel) -> _Spec:
-        if len(getattr(loaded.model, "hf_device_map", None) or ()) > 1 or getattr(loaded.model, "_tp_size", None):
-            raise ClusterError("--engine ray gives every worker a whole model; leave --device_map and --tp_plan out.")
-        path = path_of(loaded.name)
-        is_here = loaded.name == "demo" or path.exists()
-        return cls(
-            name=str(path.resolve()) if is_here and loaded.name != "demo" else loaded.name,
-            device=loaded.device.type,  # which of them, the cluster says
-            dtype=str(loaded.model.dtype).removeprefix("torch."),
-            attn_implementation=loaded.attn_implementation,
-            revision=None if is_here else loaded.revision,
-            fingerprint=loaded.weights_fingerprint,
-            about=_about(),
-        )
-
-    def check_code(self, about: dict[str, Any]) -> None:
-        """Raise :class:`ClusterError` if a worker runs another coldpress."""
-        if about["code"] != self.about["code"]:
-            own, its = self.about["coldpress"], about["coldpress"]
-            versions = f"{its} there, {own} here" if own != its else f"both say {own}, and their files differ"
-            raise ClusterError(f"{about['host']} has another coldpress ({versions}); install the same one there.")
-
-    def differences(self, about: dict[str, Any]) -> Iterator[str]:
-        """What may make a worker's last digits differ from this process's."""
-        for name in ("torch", "transformers", "python"):
-            if about[name] != self.about[name]:
-                yield f"{about['host']} has {name} {about[name]}, and here it is {self.about[name]}; losses may differ."
-        if about["threads"] != self.about["threads"] and self.device == "cpu":
-            yield (
-                f"workers run {about['threads']} thread(s) and this process {self.about['threads']}: sums are added in "
-                "another order, and losses agree with a local run's to rounding, not bit for bit."
-            )
-
-
-# -- on the worker --------------------------------------------------------------------------------------------------
-
-
-class _Worker:
-    """The actor: loads a model once, and does one piece of work after the other."""
-
-    def begin(self, threads: int) -> dict[str, Any]:
-        torch.set_num_threads(threads)
-        return _about()
-
-    def load(self, spec: _Spec) -> bytes:
-        def work() -> str:
-            loaded = load_model(
-                spec.name,
-                device=spec.device,
-                dtype=spec.dtype,
-                attn_implementation=spec.attn_implementation,
-                revision=spec.revision,
-            )
-            self.model = loaded.model
-            return loaded.weights_fingerprint
-
-        return _answer(work)
-
-    def do(self, packed: bytes) -> bytes:
-        def work() -> Any:
-            function, item = pickle.loads(packed)
-            return function(self.model, item)
-
-        return _answer(work)
-
-
-def _about() -> dict[str, Any]:
-    """What can make the results of two processes differ."""
-    root = Path(coldpress.__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
-    return {
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "threads": torch.get_num_threads(),
-        "coldpress": coldpress.__version__,
-        "code": digest.hexdigest(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": ".".join(platform.python_version_tuple()[:2]),
-    }
-
-
-def _answer(work: Callable[[], Any]) -> bytes:
-    """What ``work()`` returns, or the exception that it raises, in bytes that can be read elsewhere."""
-    try:
-        answer = (True, work())
-    except Exception as error:
-        answer = (False, release(error))
-    try:
-        return _packed(answer)
-    except Exception as error:  # a result that is not for sending
-        return _packed((False, error))
-
-
-def _opened(packed: bytes) -> Any:
-    is_result, value = pickle.loads(packed)
-    if not is_result:
-        raise value
-    return value
-
-
-# -- exceptions that travel -----------------------------------------------------------------------------------------
-
-
-class _Elsewhere(Exception):
-    """The traceback of an exception on the machine where it was raised."""
-
-    def __str__(self) -> str:
-        return f"\n{self.args[0]}"
-
-
-def _packed(value: Any) -> bytes:
-    """``value`` pickled, whatever exceptions are in it."""
-    buffer = io.BytesIO()
-    _Pickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
-    return buffer.getvalue()
-
-
-class _Pickler(pickle.Pickler):
-    """Exceptions keep their traceback, as text; of those that cannot be pickled, name and text are kept."""
-
-    def reducer_override(self, value: Any) -> Any:
-        if not isinstance(value, BaseException):
-            return NotImplemented
-        text = "".join(traceback.format_exception(type(value), value, value.__traceback__))
-        try:
-            pickled = pickle.dumps(value)
-            pickle.loads(pickled)  # many can be written and not be read
-        except Exception:
-            pickled = None
-        return _raised_elsewhere, (pickled, type(value).__name__, str(value), f"on {socket.gethostname()}:\n{text}")
-
-
-def _raised_elsewhere(pickled: bytes | None, name: str, message: str, text: str) -> BaseException:
-    """The exception again, with the traceback that it had there as its cause."""
-    error: BaseException
-    try:
-        error = type(name, (Exception,), {})(message) if pickled is None else pickle.loads(pickled)
-    except Exception:  # its class is not here
-        error = type(name, (Exception,), {})(message)
-    error.__cause__ = _Elsewhere(text)
-    return error
-
-
-# -- Ray ------------------------------------------------------------------------------------------------------------
-
-
-def _ray() -> Any:
-    try:
-        import ray
-    except ImportError as error:
-        raise MissingDependencyError(
-            '--engine ray needs Ray (Python 3.10 to 3.13): pip install "coldpress[ray]".'
-        ) from error
-    return ray
-
-
-@contextmanager
-def _on_loopback() -> Iterator[None]:
-    """A cluster that is started in the block listens on the loopback interface alone.
-
-    Ray takes an address of this machine that others can reach in the place of 127.0.0.1, unless it is told that a
-    cluster has one machine only, as it is by default on Windows and macOS.
-    """
-    from ray._private import ray_constants
-
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
-
-
-def _check_address(address: str) -> None:
-    """Raise unless a Ray cluster answers at ``address``.
-
-    Asked from outside, because Ray's own client tries for more than a minute, and then ends the process it is in.
-    """
-    help_ = "leave --ray_address out to run on this machine alone."
-    if address == "local":
-        raise ClusterError("--ray_address local: leave it out to start a cluster on this machine.")
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if address != "auto":
-        if not colon or not host or not port.isdecimal() or not 0 < int(port) < 65536:
-            raise ClusterError(f"--ray_address {address!r} is not an address; give host:port, ray://host:port or auto.")
-        started = time.monotonic()
-        problem = _knock(host.strip("[]"), int(port))
-        if problem is not None:
-            raise UnreachableError(f"no Ray cluster can be reached at {address} ({problem}); {help_}")
-        if address.startswith("ray://"):
-            return
-        left = max(3.0, PROBE_S - (time.monotonic() - started))
-    else:
-        left = PROBE_S
-    problem = _ask(address, left)
-    if problem is not None:
-        where = "on this machine" if address == "auto" else f"at {address}"
-        raise UnreachableError(f"no Ray cluster can be reached {where} ({problem}); {help_}")
-
-
-def _ask(address: str, seconds: float) -> str | None:
-    """Why the cluster at ``address`` does not say that it is well, or None."""
-    where = [] if address == "auto" else ["--address", address]
-    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", *where]
-    try:
-        asked = subprocess.run(command, capture_output=True, timeout=seconds, stdin=subprocess.DEVNULL)
-    except subprocess.TimeoutExpired:
-        return f"no answer within {seconds:.0f} s"
-    if b"Unauthenticated" in asked.stderr:
-        if address == "auto" and "RAY_AUTH_MODE" not in os.environ:
-            return None  # Ray takes the token of this machine by itself then
-        return "it asks for a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the cluster's token"
-    return None if asked.returncode == 0 else "nobody there says that it is a Ray cluster and well"
-
-
-def _knock(host: str, port: int) -> str | None:
-    """Why nobody answers at a port; None if somebody does."""
-    from coldpress.io.network import within
-
-    def ask() -> None:
-        socket.create_connection((host, port), timeout=PROBE_S / 2).close()
-
-    return within(PROBE_S / 2 + 1, ask)[0]
 
 
 def _gist(error: BaseException) -> str:

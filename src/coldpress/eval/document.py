@@ -1,4 +1,4 @@
-"""A report from records: its parts, put together once, for the page and for Markdown; and the writing of its files."""
+"""A report from records: its parts, put together once, for the page and for Markdown."""
 
 from __future__ import annotations
 
@@ -7,22 +7,18 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from coldpress.errors import OutputError
 from coldpress.eval.collect import Collection
 from coldpress.eval.columns import Table, tables
 from coldpress.eval.conclusions import WITHIN, findings, headline, where
 from coldpress.eval.figures import Drawing, require_matplotlib
 from coldpress.eval.plots import draw
 from coldpress.eval.report import describe
-from coldpress.eval.results import check_writable
 from coldpress.eval.sections import Section, sections
 from coldpress.eval.wording import clean, listed
-from coldpress.io.files import replace_file
 
-__all__ = ["Document", "Figure", "Part", "make_document", "write_report"]
+__all__ = ["Document", "Figure", "Part", "make_document"]
 
 MOST_SKIPPED = 30  # files that are named; the rest are counted
 METHOD = (
@@ -152,28 +148,3 @@ def _environments(records: Sequence[dict[str, Any]]) -> tuple[tuple[tuple[str, s
         tuple((clean(k), clean(", ".join(map(str, v)) if isinstance(v, list) else v)) for k, v in env.items())
         for env in found.values()
     )
-
-
-def write_report(collection: Collection, folder: Path) -> list[Path]:
-    """Write ``report.html``, ``report.md`` and the plots into ``folder``; each whole or as it was before.
-
-    Raises:
-        MissingDependencyError: matplotlib is not installed.
-        OutputError: the folder cannot be written to.
-    """
-    from coldpress.eval.page import page
-    from coldpress.eval.summary import summary
-
-    check_writable(folder)
-    document = make_document(collection)
-    files = {f.file: f.drawing.png for part in document.parts for f in part.figures}
-    files |= {"report.md": summary(document).encode(), "report.html": page(document).encode()}
-    return [_write(folder / name, content) for name, content in files.items()]
-
-
-def _write(path: Path, content: bytes) -> Path:
-    try:
-        replace_file(path, lambda part: part.write_bytes(content))
-    except OSError as error:
-        raise OutputError(f"cannot write {str(path)!r} ({error.strerror}): choose another --output") from error
-    return path

@@ -8,13 +8,10 @@ prediction of the first token of the continuation is made where it is fed: in th
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,17 +20,14 @@ import torch
 from torch import Tensor
 
 from coldpress.architecture.cache_argument import cache_argument
-from coldpress.architecture.rope import stand_at
 from coldpress.bases.press import BasePress
-from coldpress.bases.registry import NO_PRESS, make_press, parameters_of, press_names
-from coldpress.bases.scorer import BUDGETS
 from coldpress.cache.pressed import PressedCache
-from coldpress.core.definition import as_given
 from coldpress.core.requirements import check_chunks, check_quantisable
 from coldpress.errors import InputError, MissingDependencyError, PressError, SelfCheckError
 from coldpress.eval.checks import check_stored_pairs
-from coldpress.eval.losses import Rows, blocks
-from coldpress.eval.settings import check_types
+from coldpress.eval.continuations import left_padded, predictions
+from coldpress.eval.model_args import integer, is_whole, press_of
+from coldpress.eval.press_args import read_press_args
 from coldpress.io.files import path_of
 from coldpress.io.network import one_line
 from coldpress.models.block import prefilling
@@ -58,29 +52,6 @@ PROOF_CONTEXTS = 16  # compressed contexts that may score as uncompressed ones d
 
 _Context = tuple[int, ...]
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True, eq=False)
-class _Prediction:
-    """What was predicted while some tokens were fed: log-probabilities in nats, float32.
-
-    Attributes:
-        fed: of each token but the first.
-        is_greedy: whether each of these was the most likely one.
-        last: ``[V]``, of what may follow.
-    """
-
-    fed: list[float]
-    is_greedy: bool
-    last: Tensor
-
-    def of(self, token: int) -> tuple[float, bool]:
-        """The answer for these tokens and another one after them."""
-        return math.fsum([*self.fed, float(self.last[token])]), self.is_greedy and int(self.last.argmax()) == token
-
-    def __eq__(self, other: object) -> bool:
-        """Bit for bit."""
-        return isinstance(other, _Prediction) and self.fed == other.fed and torch.equal(self.last, other.last)
 
 
 @register_model("coldpress")
@@ -131,12 +102,12 @@ class ColdpressLM(HFLM):
         **options: Any,
     ):
         budgets = {"budget_tokens": budget_tokens, "budget_bytes": budget_bytes}
-        self.press = _press(press, compression_ratio, budgets, _parameters(press_args))
+        self.press = press_of(press, compression_ratio, budgets, read_press_args(press_args))
         self.kv_bits, self.chunk_tokens = KVBits.of(kv_bits), chunk_tokens
-        self.min_context_tokens = max(1, _integer("min_context_tokens", min_context_tokens, 0))
+        self.min_context_tokens = max(1, integer("min_context_tokens", min_context_tokens, 0))
         check_chunks(self.press, chunk_tokens)
         check_quantisable(self.press, self.kv_bits)
-        batch_size = _integer("batch_size", batch_size, 1)
+        batch_size = integer("batch_size", batch_size, 1)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if dtype is None:
             dtype = "float32" if str(device) == "cpu" or not torch.cuda.is_available() else "auto"
@@ -166,7 +137,7 @@ class ColdpressLM(HFLM):
     @property
     def compresses(self) -> bool:
         """Whether anything is asked to become smaller."""
-        return self.kv_bits is not None or not _is_whole(self.press)
+        return self.kv_bits is not None or not is_whole(self.press)
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm_eval writes beside its results: what was asked for, and how much was removed."""
@@ -296,7 +267,7 @@ class ColdpressLM(HFLM):
         self, contexts: list[_Context], jobs: dict[_Context, list[tuple[int, _Context]]], is_pressed: bool
     ) -> Iterator[tuple[int, tuple[float, bool]]]:
         """The index of each request of ``contexts``, and its answer."""
-        ids, mask = _left_padded([context[:-1] for context in contexts], self.device)
+        ids, mask = left_padded([context[:-1] for context in contexts], self.device)
         fed: dict[tuple[int, _Context], list[tuple[int, _Context]]] = {}
         for row, context in enumerate(contexts):
             for i, wanted in jobs[context]:
@@ -308,8 +279,8 @@ class ColdpressLM(HFLM):
             for keys in _pieces(list(fed), int(self.batch_size)):
                 rows = torch.tensor([row for row, _ in keys], device=self.device)
                 tokens = [tokens for _, tokens in keys]
-                found = self._predictions(cache, mask, rows, tokens)
-                if full is not None and found != self._predictions(full, mask, rows, tokens):
+                found = predictions(self.model, cache, mask, rows, tokens)
+                if full is not None and found != predictions(self.model, full, mask, rows, tokens):
                     self._proof = None
                 for key, prediction in zip(keys, found, strict=True):
                     for i, wanted in fed[key]:
@@ -336,49 +307,6 @@ class ColdpressLM(HFLM):
         if mask is None:
             check_stored_pairs(press, cache, ids.shape[1])
         return cache
-
-    def _predictions(
-        self, cache: PressedCache, mask: Tensor | None, rows: Tensor, fed: Sequence[_Context]
-    ) -> list[_Prediction]:
-        """What is predicted where each of ``fed`` stands behind its row of ``cache``, whose ``mask`` is ``[B, C]``."""
-        width = max(len(tokens) for tokens in fed)
-        ids = torch.tensor([[*tokens, *[0] * (width - len(tokens))] for tokens in fed], device=self.device)
-        wanted = ids.roll(-1, 1)
-        branch = cache.fork()
-        branch.batch_select_indices(rows)
-        stand_at(self.model, branch.seen_tokens)
-        # A press that goes on would evict after a call: what is written is fed as it is written, token by token.
-        step = 1 if cache.press is not None and cache.press.evicts_while_decoding else width
-        takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
-        own, is_top = [], []
-        last: dict[int, Tensor] = {}
-        for start in range(0, width, step):
-            options: dict[str, Any] = {}
-            if mask is not None:
-                seen = mask[rows]
-                options["attention_mask"] = torch.cat([seen, seen.new_ones(len(rows), start + step)], 1)
-                if takes_positions:
-                    steps = torch.arange(start, start + step, device=self.device)
-                    options["position_ids"] = seen.sum(-1, keepdim=True) + steps
-            logits = self.model(
-                ids[:, start : start + step], **cache_argument(branch, self.model), use_cache=True, **options
-            ).logits
-            first = start
-            for block, targets in blocks(logits, wanted[:, start : start + step]):
-                part = Rows.of(block)
-                own.append((-part.losses(targets)).cpu())
-                is_top.append((block.argmax(-1) == targets).cpu())
-                n = targets.shape[1]
-                ends = [row for row, tokens in enumerate(fed) if first < len(tokens) <= first + n]
-                log_probs = part.log_probs() if ends else block
-                for row in ends:
-                    last[row] = log_probs[row, len(fed[row]) - 1 - first].cpu()
-                first += n
-        losses, tops = torch.cat(own, 1), torch.cat(is_top, 1)
-        return [
-            _Prediction(losses[row, : len(tokens) - 1].tolist(), bool(tops[row, : len(tokens) - 1].all()), last[row])
-            for row, tokens in enumerate(fed)
-        ]
 
     # -- texts ------------------------------------------------------------------------------------------------------
 
@@ -452,72 +380,6 @@ class ColdpressLM(HFLM):
         else:
             why = "all scores are bit for bit those of the uncompressed contexts"
         raise SelfCheckError(f"{self.press}, kv_bits={self.kv_bits}: nothing was compressed, {why}.")
-
-
-def _press(
-    press: str | BasePress | None, ratio: float | None, budgets: dict[str, int | None], parameters: dict[str, Any]
-) -> BasePress | None:
-    """The press that model_args ask for."""
-    sizes = {name: value for name, value in budgets.items() if value is not None}
-    given = [*([] if ratio is None else ["compression_ratio"]), *sizes, *(["press_args"] if parameters else [])]
-    if isinstance(press, BasePress) or press in (None, NO_PRESS):
-        if given and not (press in (None, NO_PRESS) and given == ["compression_ratio"] and not ratio):
-            raise PressError(
-                f"{' and '.join(given)} belong to a press that is named; give press=NAME, or leave them out."
-            )
-        return press if isinstance(press, BasePress) else None
-    if not isinstance(press, str):
-        raise PressError(
-            f"press must be the name of a press or a press such as SnapKVPress(0.5), got {as_given(press)}."
-        )
-    for size in ("compression_ratio", *BUDGETS):
-        if size in parameters:
-            raise PressError(f"press_args cannot hold {size}; give {size}= beside press=.")
-    if ratio is None:
-        ratio = 0.0 if sizes or press in press_names(has_ratio=False) else 0.5
-    if "seed" in parameters_of(press):
-        parameters = {"seed": 0, **parameters}
-    check_types(press, parameters)
-    return make_press(press, ratio, **sizes, **parameters)
-
-
-def _parameters(given: dict[str, Any] | str | None) -> dict[str, Any]:
-    try:
-        found = json.loads(given) if isinstance(given, str) else given or {}
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise PressError(f'press_args must be a dictionary or JSON such as {{"window_size": 32}}, got {given!r}.')
-    return found
-
-
-def _integer(name: str, value: Any, minimum: int) -> int:
-    try:
-        number = int(value)
-    except (TypeError, ValueError):
-        number = minimum - 1
-    if number < minimum or number != float(value):
-        raise InputError(f"{name} must be an integer >= {minimum}, got {value!r}.")
-    return number
-
-
-def _is_whole(press: BasePress | None) -> bool:
-    """Whether ``press`` is asked to keep everything: its ratio is 0 and it has no budget."""
-    if press is None:
-        return True
-    own = getattr(press, "compression_ratio", None)
-    sizes = [own, *(getattr(press, name, None) for name in BUDGETS)]
-    return own is not None and not any(sizes) and not getattr(press, "key_channel_compression_ratio", 0)
-
-
-def _left_padded(rows: Sequence[_Context], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Token ids ``[B, C]`` and their mask, None where there is no padding."""
-    width = max(len(row) for row in rows)
-    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], dtype=torch.long, device=device)
-    if all(len(row) == width for row in rows):
-        return ids, None
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask
 
 
 def _pieces(items: list[_T], size: int) -> Iterator[list[_T]]:

@@ -14,9 +14,9 @@ from coldpress.bases.scorer import BUDGETS
 from coldpress.errors import InputError, PressError
 from coldpress.eval.datasets import load_corpus
 from coldpress.eval.models import load_model, pick_device
+from coldpress.eval.press_args import check_types
 from coldpress.eval.progress import note
 from coldpress.eval.results import check_output
-from coldpress.eval.settings import check_types
 from coldpress.io.terminal import printable
 from coldpress.models.inspection import MOST_PRESSES, check_presses, inspect
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 import time
 import traceback
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from coldpress.bases.scorer import BUDGETS
+from coldpress.eval.jobs import Job
 from coldpress.eval.points import config_of
 from coldpress.eval.results import SCHEMA_VERSION, environment
-from coldpress.eval.settings import Job
-
-if TYPE_CHECKING:
-    from coldpress.eval.run import Run
+from coldpress.eval.run import Run
 
 __all__ = ["METRICS", "blank_record", "finished_records", "make_records"]
 

@@ -13,14 +13,11 @@ round is the median. How far the rounds lie apart stands beside them.
 from __future__ import annotations
 
 import gc
-import json
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,17 +28,16 @@ from coldpress.bases.press import BasePress
 from coldpress.cache.pressed import PressedCache
 from coldpress.errors import SelfCheckError
 from coldpress.eval.checks import check_stored_pairs, release
-from coldpress.eval.ledger import checksum_of, replace_in_ledger
-from coldpress.eval.memory import MemoryMeter, MemoryReading
+from coldpress.eval.memory import MemoryMeter
 from coldpress.eval.perplexity import forward
-from coldpress.eval.points import Point
-from coldpress.io.files import read_text
+from coldpress.eval.round_log import RoundLog
+from coldpress.eval.speed_points import Sample, SpeedPoint
 from coldpress.models.block import prefilling
 from coldpress.models.compiled import compiled
 from coldpress.models.prompts import prefill
 from coldpress.stores.bits import KVBits
 
-__all__ = ["RoundLog", "Sample", "SpeedPoint", "SpeedRun", "now_ns"]
+__all__ = ["SpeedRun", "now_ns"]
 
 WARMUP_TOKENS = 8
 
@@ -53,129 +49,6 @@ def now_ns(device: torch.device) -> int:
     elif device.type == "mps":
         torch.mps.synchronize()
     return time.perf_counter_ns()
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One repetition. ``prefill_ns`` (start to first token) is None when only decoding was timed."""
-
-    prefill_ns: int | None
-    decode_ns: int
-    n_tokens: int  # generated ids
-
-    @property
-    def timed_tokens(self) -> int:
-        """Ids that were generated within the time: the first one comes from the prefill."""
-        return self.n_tokens if self.prefill_ns is not None else self.n_tokens - 1
-
-    @property
-    def total_ns(self) -> int:
-        """What was timed of it."""
-        return (self.prefill_ns or 0) + self.decode_ns
-
-    @property
-    def tokens_per_s(self) -> float:
-        return self.timed_tokens * 1e9 / self.total_ns
-
-    @property
-    def tpot_ms(self) -> float | None:
-        """Time per output token after the first; None if no more than one was generated."""
-        return self.decode_ns / (self.n_tokens - 1) / 1e6 if self.n_tokens > 1 else None
-
-
-@dataclass
-class SpeedPoint:
-    """One press (None: no press), in so many bits, and its measurements."""
-
-    press: BasePress | None
-    kv_bits: KVBits | None = None
-    samples: list[Sample] = field(default_factory=list)
-    memory: MemoryReading | None = None
-    kv_bytes: int | None = None
-    kv_lengths: list[int] = field(default_factory=list)
-    achieved_ratio: float = 0.0
-    kv_bytes_at_end: int | None = None  # after generation: of the baseline, where a press goes on while decoding
-    error: Exception | None = None
-
-    @property
-    def key(self) -> str:
-        """The same for points that measure the same, in this process or another."""
-        return Point(self.press, self.kv_bits).key
-
-    @property
-    def is_baseline(self) -> bool:
-        """Whether there is neither a press nor few bits."""
-        return self.press is None and self.kv_bits is None
-
-    @property
-    def evicts_while_decoding(self) -> bool:
-        """Whether the press goes on while decoding: then its cache is that of the end of generation."""
-        return self.press is not None and self.press.evicts_while_decoding
-
-    @property
-    def tpot_ms(self) -> list[float]:
-        """Time per output token after the first, of each repetition that generated more than one."""
-        return [s.tpot_ms for s in self.samples if s.tpot_ms is not None]
-
-    def speedups(self, baseline: SpeedPoint) -> dict[int, float]:
-        """By round: the baseline's time per output token over this one's, where both generated more than one."""
-        pairs = enumerate(zip(self.samples, baseline.samples, strict=False))
-        return {i: b.tpot_ms / own.tpot_ms for i, (own, b) in pairs if own.tpot_ms and b.tpot_ms}
-
-
-class RoundLog:
-    """The timed rounds of a run on disk, each with all its presses, so that one that was killed goes on where it was.
-
-    Args:
-        path: of a JSON file in the folder of the run's ledger.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def restore(self, points: Sequence[SpeedPoint]) -> int:
-        """Give ``points`` the samples that were saved of them; how many rounds these are, 0 if it was not of them."""
-        try:
-            whole = json.loads(read_text(self.path))
-            saved = whole["points"]
-            if whole["checksum"] != checksum_of(self.path.parent, saved):
-                return 0
-            samples = {point["key"]: [Sample(**sample) for sample in point["samples"]] for point in saved}
-            failed = {point["key"]: point["error"] for point in saved if point["error"] is not None}
-            if not all(_is_timed(sample) for taken in samples.values() for sample in taken):
-                return 0
-        except (
-            OSError,
-            ValueError,
-            TypeError,
-            KeyError,
-            RecursionError,
-        ):  # not there, or damaged: they are timed again
-            return 0
-        lengths = {len(taken) for key, taken in samples.items() if key not in failed}
-        if set(samples) != {point.key for point in points} or len(lengths) > 1:
-            return 0
-        for point in points:
-            point.samples = samples[point.key]
-            if point.key in failed:
-                point.error = RuntimeError(failed[point.key])
-        return max(lengths, default=0)
-
-    def save(self, points: Sequence[SpeedPoint]) -> None:
-        """Write down the samples of all rounds until now."""
-        errors = {point.key: None if point.error is None else str(point.error) for point in points}
-        saved = [
-            {"key": point.key, "samples": [vars(sample) for sample in point.samples], "error": errors[point.key]}
-            for point in points
-        ]
-        whole = {"checksum": checksum_of(self.path.parent, saved), "points": saved}
-        replace_in_ledger(self.path, lambda path: path.write_text(json.dumps(whole), encoding="utf-8"))
-
-
-def _is_timed(sample: Sample) -> bool:
-    """Whether a sample that was read from the disk may be one that was measured."""
-    times = [sample.decode_ns, sample.n_tokens, *([] if sample.prefill_ns is None else [sample.prefill_ns])]
-    return all(isinstance(n, int) and not isinstance(n, bool) and 0 < n < 2**63 for n in times)
 
 
 class SpeedRun:

@@ -20,17 +20,18 @@ from typing import Any
 
 from coldpress.bases.scorer import BUDGETS
 from coldpress.errors import InputError, OutputError, SelfCheckError
-from coldpress.eval.cluster import check_engine, make_engine
 from coldpress.eval.datasets import Corpus, load_corpus
 from coldpress.eval.engine import Engine
+from coldpress.eval.engine_by_name import check_engine, make_engine
+from coldpress.eval.evaluate import carry_out
 from coldpress.eval.ledger import UNFINISHED, Ledger, versions
 from coldpress.eval.models import LoadedModel, load_model, pick_device
 from coldpress.eval.presets import laid_out
 from coldpress.eval.progress import Countable, note, progress
 from coldpress.eval.records import finished_records
 from coldpress.eval.results import IDENTIFYING_FIELDS, check_writable, read_result, result_path
-from coldpress.eval.run import Run, carry_out, make_run
-from coldpress.eval.speed import RoundLog
+from coldpress.eval.round_log import RoundLog
+from coldpress.eval.run import Run, make_run
 from coldpress.eval.sweep_plan import Cell, SweepPlan
 from coldpress.eval.task_command import Questions, TaskSettings, make_questions
 from coldpress.eval.task_ledger import TaskLedger

@@ -9,7 +9,8 @@ from typing import Any
 
 from coldpress.bases.registry import NO_PRESS
 from coldpress.errors import DataError, InputError, nearest
-from coldpress.eval.settings import PPL_PRESETS, Job, Settings, make_jobs
+from coldpress.eval.jobs import Job, make_jobs
+from coldpress.eval.settings import PPL_PRESETS, Settings
 from coldpress.eval.task_command import TaskSettings
 from coldpress.io.files import read_text
 

@@ -17,9 +17,10 @@ import torch
 from coldpress.bases.registry import NO_PRESS
 from coldpress.bases.scorer import BUDGETS
 from coldpress.errors import InputError, OutputError
-from coldpress.eval.cluster import check_engine, make_engine
 from coldpress.eval.datasets import Corpus, load_corpus
 from coldpress.eval.engine import Engine
+from coldpress.eval.engine_by_name import check_engine, make_engine
+from coldpress.eval.jobs import Job, make_jobs
 from coldpress.eval.ledger import UNFINISHED, versions
 from coldpress.eval.models import LoadedModel, load_model, pick_device
 from coldpress.eval.plan import UNKNOWN_POSITIONS
@@ -28,7 +29,7 @@ from coldpress.eval.progress import note, progress
 from coldpress.eval.records import blank_record
 from coldpress.eval.report import show, size_of
 from coldpress.eval.results import SCHEMA_VERSION, check_writable, environment, uninterrupted, write_results
-from coldpress.eval.settings import Job, Settings, make_jobs
+from coldpress.eval.settings import Settings
 from coldpress.eval.task_ledger import TaskLedger
 from coldpress.eval.task_run import TaskRun
 from coldpress.eval.tasks import Example, Material, find_task, make_examples
@@ -130,7 +131,7 @@ class TaskSettings:
         return Settings(**chosen, ppl_apply_press=True, ppl_only=True)
 
     def jobs(self) -> list[Job]:
-        """The presses to measure; see :func:`coldpress.eval.settings.make_jobs`."""
+        """The presses to measure; see :func:`coldpress.eval.jobs.make_jobs`."""
         return make_jobs(self.of_jobs())
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from coldpress.architecture.projection import output_weight
+from coldpress.architecture.projection import weight_of_heads
 from coldpress.core.forced import forced
 from coldpress.core.view import LayerView
 from coldpress.errors import PressError
@@ -74,9 +74,7 @@ def future_importance(view: LayerView, n_context: int) -> Tensor:
     """The most that a context token gives the layer's output for any later token: float32 ``[B, Hkv, C]``."""
     largest = view.window_attention(view.n_tokens - n_context)[..., :n_context].amax(3)  # [B, Hkv, G, C]
     values = view.values[:, :, None, :n_context].float()  # [B, Hkv, 1, C, Dv]
-    n_kv_heads, dim = values.shape[1], values.shape[-1]
-    weight = output_weight(view.module, view.queries.shape[1] * dim, view.values.dtype, view.values.device)
-    heads = weight.float().view(-1, n_kv_heads, view.group_size, dim).permute(1, 2, 3, 0)  # [Hkv, G, Dv, hidden]
+    heads = weight_of_heads(view.module, view.queries.shape[1], view.values)
     squares = ((values @ (heads @ heads.transpose(-1, -2))) * values).sum(-1)  # [B, Hkv, G, C]
     return (largest * squares.clamp(min=0).sqrt()).mean(2)
 

@@ -69,9 +69,9 @@ def _masked(native: str, *args: Any, **kwargs: Any) -> Any:
 
     Looking whether it hides anything waits for the device, as transformers' own mask function for sdpa does.
     """
-    session, THREAD.masks_for = THREAD.masks_for, None
-    THREAD.leaves_masks_out = session is not None
-    if session is None:
+    layer, THREAD.masks_for = THREAD.masks_for, None
+    THREAD.leaves_masks_out = layer is not None
+    if layer is None:
         return ALL_MASK_ATTENTION_FUNCTIONS["eager" if native == "eager" else "sdpa"](*args, **kwargs)
     seen = kwargs["kv_length"]
     n_queries = kwargs["q_length"] if "q_length" in kwargs else kwargs["cache_position"].shape[0]
@@ -81,7 +81,8 @@ def _masked(native: str, *args: Any, **kwargs: Any) -> Any:
         raise ModelError("This call needs a custom attention mask, which a PressedCache does not support.")
     padding: Tensor | None = kwargs.get("attention_mask")
     if padding is None:
-        return session.note_mask(None, 0)
+        layer.begin(n_queries, None)
+        return None
     n_rows = kwargs["batch_size"]
     if padding.dim() != 2:
         raise CacheError(
@@ -94,7 +95,9 @@ def _masked(native: str, *args: Any, **kwargs: Any) -> Any:
         )
     if padding.shape[0] != n_rows:
         raise CacheError(f"attention_mask has {padding.shape[0]} rows and the call {n_rows}; pass a row for each.")
-    return session.note_mask(padding, n_queries)
+    padding = None if bool(padding.all()) else padding
+    layer.begin(n_queries, padding)
+    return padding
 
 
 _masked_outside = uncompiled(_masked)
@@ -156,15 +159,6 @@ def _attended(
         )
     window = kwargs.pop("sliding_window", None)
     dropout = dropout if module.training else 0.0
-    output = layer.attend(query, attention_mask, window, scaling) if native in _PLAIN and not dropout else None
-    if output is None:
-        if layer.is_ragged:
-            key, value = layer.keys, layer.values
-        visible = layer.visibility(query.shape[2], attention_mask, window)
-        compute = {"sdpa": sdpa, "flash_attention_2": flash}.get(native, eager)
-        result = compute(module, query, key, value, visible, scaling, dropout, **kwargs)
-    else:
-        result = output, None
     rank, n_layers, is_local = place_of(module.config, layer.index)
     call = LayerCall(
         module=module,
@@ -178,8 +172,13 @@ def _attended(
         is_local=is_local and window is not None,
         hidden_states=_hidden_states(module),
     )
-    layer.after_attention(call)
-    return result
+    compute = {"sdpa": sdpa, "flash_attention_2": flash}.get(native, eager)
+
+    def arithmetic(keys: Tensor, values: Tensor, bias: Tensor | None) -> Attended:
+        return compute(module, query, keys, values, bias, scaling, dropout, **kwargs)
+
+    attended: Attended = layer.run(call, attention_mask, arithmetic, native in _PLAIN and not dropout)
+    return attended
 
 
 _attended_outside = uncompiled(_attended)
@@ -206,8 +205,9 @@ def _in_step(
     if native not in BACKENDS.values() or (dropout and module.training):
         raise ModelError("A compiled step does not train; call model.eval().")
     index: Any = module.layer_idx
-    visible = hidden[index, :, :, : key.shape[2]][None] == 0
-    return sdpa(module, query, key, value, visible, scaling, 0.0)
+    is_empty = hidden[index, :, :, : key.shape[2]][None] != 0
+    bias = torch.zeros(is_empty.shape, device=key.device).masked_fill_(is_empty, -torch.inf)
+    return sdpa(module, query, key, value, bias, scaling, 0.0)
 
 
 def _hidden_states(module: nn.Module) -> Tensor | None:

@@ -135,7 +135,7 @@ class _Decoder:
             return False
         if not isinstance(cache, PressedCache):
             return bool(cache.get_seq_length())  # and is refused
-        is_whole = cache.chunk_tokens is None or all(layer._is_prefilled for layer in cache.pressed_layers())
+        is_whole = cache.chunk_tokens is None or all(layer.phase.is_whole for layer in cache.pressed_layers())
         return (
             cache.seen_tokens > 0 and is_whole and cache.session.on_attention is None
         )  # a press that watches sees eager calls
@@ -163,8 +163,8 @@ class _Decoder:
         position = given.get("position_ids")
         if position is None:
             position = torch.full_like(ids, seen)
-        at = torch.tensor([layer._store.n for layer in layers], device=ids.device)  # type: ignore[union-attr]
-        keys, values = zip(*(layer._store.tensors() for layer in layers), strict=True)  # type: ignore[union-attr]
+        at = torch.tensor([layer.slots.n for layer in layers], device=ids.device)
+        keys, values = zip(*(layer.slots.filled.tensors() for layer in layers), strict=True)
         name = argument_name(self.eager)
         n_parts = torch.get_num_threads() if ids.device.type == "cpu" else 0
         try:
@@ -177,7 +177,7 @@ class _Decoder:
                 f"torch.compile cannot compile a step of {type(self.model).__name__}; leave compiled() out. ({reason})"
             ) from error
         for layer in layers:  # nothing has been counted before, so a step that fails has not been
-            layer.has_written(1)
+            layer.commit(1)
         return CausalLMOutputWithPast(logits=logits.clone(), **cache_argument(cache))
 
     def _static_layers(self, cache: PressedCache, n_rows: int) -> list[PressedLayer]:
@@ -190,20 +190,20 @@ class _Decoder:
         if len(layers) != len(cache.layers):
             raise CacheError("Layers that keep a state beside their pairs cannot be compiled; leave compiled() out.")
         for layer in layers:
-            store = layer._store
-            if type(store) is not DenseStore or layer._has_gaps:
+            store = layer.slots.store
+            if not isinstance(store, DenseStore) or not store.is_plain or layer.slots.has_gaps:
                 raise CacheError(
                     "compiled() needs heads that hold equally many pairs, as they are: not AdaKV and its kind, padded "
                     "batches, kv_bits or ThinK. Leave compiled() out, or take a press that keeps as many in each head."
                 )
-            if layer._window is not None:
+            if layer.window is not None:
                 raise ModelError(f"{type(self.model).__name__} has sliding windows; leave compiled() out.")
             if store.n_rows != n_rows:
                 raise CacheError(f"The cache holds {store.n_rows} rows and the call has {n_rows}.")
-            if store.room < 1 or self.buffers.get(store) != store._v.data_ptr():
+            if store.room < 1 or self.buffers.get(store) != store.tensors()[1].data_ptr():
                 store.own(-(-(store.n + self.new_tokens) // _CAPACITY_TOKENS) * _CAPACITY_TOKENS)
                 _prepare(store)
-                self.buffers[store] = store._v.data_ptr()
+                self.buffers[store] = store.tensors()[1].data_ptr()
         return layers
 
 

@@ -119,7 +119,7 @@ class RestoreKVPress(KVzipPress):
             assert layer.keys is not None and layer.values is not None
             kept, positions = _moved_back(layer.keys, rope, n, n_tokens), layer.positions()
             slots = (positions >= 0).sum(-1, keepdim=True) + torch.arange(n, device=positions.device)  # [1, Hkv, n]
-            layer.hold(
+            layer.store(
                 _with(kept, _moved_back(keys, rope, n, n_tokens + n), slots),
                 _with(layer.values, values, slots),
                 pad(positions, (0, n), value=-1).scatter(2, slots, n_tokens - 1),

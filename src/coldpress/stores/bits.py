@@ -1,28 +1,31 @@
-"""KVBits: how a cache holds its pairs in few bits."""
+"""KVBits: keys and values in few bits, keys per channel and values per token."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import ClassVar
+
+from torch import Tensor
 
 from coldpress.errors import CacheError
-
-if TYPE_CHECKING:
-    pass
+from coldpress.stores.codec import Blocks, Codec
+from coldpress.stores.codes import Codes
 
 __all__ = ["BITS", "KVBits"]
-
 
 BITS = (8, 4, 2)
 
 
 @dataclass(frozen=True)
-class KVBits:
-    """How a cache holds its pairs in few bits; ``PressedCache(kv_bits=4)`` stands for ``kv_bits=KVBits(4)``.
+class KVBits(Codec):
+    """How a cache stores its pairs in few bits; ``PressedCache(kv_bits=4)`` stands for ``kv_bits=KVBits(4)``.
 
     Keys are quantised per channel over group_size tokens, values per token over group_size channels (of as many as
-    divide them, at most). A group is held as integers q of 0 .. 2^bits - 1, with its least number m and a step s:
+    divide them, at most). A group is stored as integers q of 0 .. 2^bits - 1, with its least number m and a step s:
     m + s * q. Each head's newest residual_tokens pairs stay as they are, and so do those that make no whole group.
+
+    Source: Liu et al. 2024, KIVI, arXiv:2402.02750.
 
     Args:
         bits: 8, 4 or 2.
@@ -30,8 +33,10 @@ class KVBits:
         residual_tokens: newest pairs of each head that stay in full precision, at least 0.
 
     Raises:
-        CacheError: numbers that cannot be meant.
+        CacheError: bits not in {8, 4, 2}, a group_size below 1 or residual_tokens below 0.
     """
+
+    names: ClassVar[Mapping[bool, str]] = {False: "quantised", True: "quantised ragged"}
 
     bits: int
     group_size: int = 64
@@ -50,11 +55,35 @@ class KVBits:
         """What ``kv_bits=`` was given, which may be the number of bits alone."""
         return given if given is None or isinstance(given, KVBits) else cls(given)
 
-    def n_groups(self, n_tokens: int) -> int:
-        """How many groups of the first of ``n_tokens`` tokens are older than the newest ones that stay as they are."""
-        return max(0, (n_tokens - self.residual_tokens) // self.group_size)
+    @property
+    def block_tokens(self) -> int:  # type: ignore[override]
+        return self.group_size
+
+    @property
+    def exact_tokens(self) -> int:  # type: ignore[override]
+        return self.residual_tokens
 
     def channels(self, n_channels: int) -> int:
         """How many of ``n_channels`` channels of a value share a step."""
         fitting = [n for n in range(8, self.group_size + 1) if n_channels % n == 0]
         return fitting[-1] if fitting else n_channels
+
+    def encode(self, keys: Tensor, values: Tensor) -> Blocks:
+        sides = {
+            "keys": Codes.of(keys, self.bits, None),
+            "values": Codes.of(values, self.bits, self.channels(values.shape[-1])),
+        }
+        return {
+            f"{side}.{name}": getattr(codes, name)
+            for side, codes in sides.items()
+            for name in ("packed", "scale", "zero")
+        }
+
+    def decode_keys(self, blocks: Blocks, out: Tensor) -> None:
+        self._codes(blocks, "keys").write(out)
+
+    def decode_values(self, blocks: Blocks, out: Tensor) -> None:
+        self._codes(blocks, "values").write(out)
+
+    def _codes(self, blocks: Blocks, side: str) -> Codes:
+        return Codes(blocks[f"{side}.packed"], blocks[f"{side}.scale"], blocks[f"{side}.zero"], self.bits)

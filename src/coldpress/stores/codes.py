@@ -44,10 +44,6 @@ class Codes:
         packed, scale, zero = (torch.cat(column) for column in zip(*parts, strict=True))
         return cls(packed, scale, zero, bits)
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        """What takes memory."""
-        return self.packed, self.scale, self.zero
-
     def write(self, out: Tensor) -> None:
         """Fill ``out [..., g, C]``, the N blocks in as many dimensions as it has before these two."""
         lead = out.shape[:-2]
@@ -62,22 +58,6 @@ class Codes:
             out = out.unflatten(-1, (scale.shape[-1], -1))
             scale, zero = scale[..., None], zero[..., None]
         torch.addcmul(zero, out, scale, out=out)
-
-    def numbers(self, dtype: torch.dtype, n_channels: int) -> Tensor:
-        """``[N, g, C]``: what is held, as far as it is known."""
-        out = torch.empty(*self.packed.shape[:2], n_channels, dtype=dtype, device=self.packed.device)
-        self.write(out)
-        return out
-
-    def take(self, blocks: Tensor) -> Codes:
-        """The blocks ``blocks``, int64 ``[N']``, in this order."""
-        packed, scale, zero = (each.index_select(0, blocks) for each in self.tensors())
-        return Codes(packed, scale, zero, self.bits)
-
-    def and_then(self, other: Codes) -> Codes:
-        """With the blocks of ``other`` after these."""
-        packed, scale, zero = (torch.cat(pair) for pair in zip(self.tensors(), other.tensors(), strict=True))
-        return Codes(packed, scale, zero, self.bits)
 
 
 def _quantised(numbers: Tensor, bits: int, size: int | None) -> tuple[Tensor, Tensor, Tensor]:

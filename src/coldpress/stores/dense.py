@@ -1,9 +1,4 @@
-"""DenseStore: the keys and values of one layer in a buffer with room to grow; what a store is.
-
-A store holds the pairs of one layer of a cache in slots ``0 .. n - 1`` of every row and head, and nothing else: which
-tokens these are, and who sees them, is the business of the layer (``layer.py``). All stores have the members of
-:class:`DenseStore`; the others are in ``thin.py``, ``ragged.py`` and ``quantised.py``.
-"""
+"""DenseStore: the keys and values of one layer in two buffers with room to grow."""
 
 from __future__ import annotations
 
@@ -14,25 +9,15 @@ import torch
 from torch import Tensor
 
 from coldpress.core.pick import pick
+from coldpress.stores.base import Store, is_frozen, room_for
 
-__all__ = ["DenseStore", "is_frozen", "room_for"]
+__all__ = ["DenseStore"]
 
-_GROW_MIN_TOKENS = 64
-_GROW_FRACTION = 8  # a full buffer grows by an eighth of what it holds
+_LEAST_TOKENS = 64  # of room that may stay empty
 _D = TypeVar("_D", bound="DenseStore")
 
 
-def room_for(n_tokens: int) -> int:
-    """Slots to make when a buffer is too small for ``n_tokens``, so that copies stay rare."""
-    return n_tokens + max(_GROW_MIN_TOKENS, n_tokens // _GROW_FRACTION)
-
-
-def is_frozen(buffer: Tensor) -> bool:
-    """Whether a buffer cannot be written to: autograd or inference mode made it."""
-    return buffer.requires_grad or (buffer.is_inference() and not torch.is_inference_mode_enabled())
-
-
-class DenseStore:
+class DenseStore(Store):
     """Keys ``[B, Hkv, capacity, D]`` and values ``[B, Hkv, capacity, Dv]``, of which the first ``n`` slots are in use.
 
     Attributes:
@@ -41,12 +26,25 @@ class DenseStore:
             write.
     """
 
+    name = "dense"
+    is_plain = True
+    takes_codec = True
+    moves_pairs = True
+
     n_apart = 0  # first slots whose keys are not in ``_k``
 
     def __init__(self, keys: Tensor, values: Tensor, is_borrowed: bool = False):
         self._k, self._v = keys, values
-        self.n = values.shape[2]
+        self._n = values.shape[2]
         self.is_borrowed = is_borrowed
+
+    @property
+    def n(self) -> int:
+        return self._n
+
+    def commit(self, n: int) -> None:
+        """Count ``n`` pairs that a compiled step wrote in place, into the slots after those in use."""
+        self._n += n
 
     @property
     def keys(self) -> Tensor:
@@ -71,20 +69,13 @@ class DenseStore:
         return self._v.device
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """What takes memory."""
         return self._k, self._v
-
-    def newest(self, n: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the last ``n`` slots."""
-        return self.keys[:, :, self.n - n :], self.values[:, :, self.n - n :]
 
     @property
     def room(self) -> int:
-        """Tokens that can be added before the buffers have to be copied."""
         return 0 if self.is_borrowed or is_frozen(self._v) else self._v.shape[2] - self.n
 
     def packed(self) -> dict[str, Tensor]:
-        """What it takes to make the store again, by name, and nothing of the room to grow."""
         return {"keys": self._k[:, :, : self.n - self.n_apart], "values": self.values}
 
     @classmethod
@@ -96,16 +87,18 @@ class DenseStore:
         return store
 
     def append(self, keys: Tensor, values: Tensor, is_tight: bool = False) -> None:
-        """Add the pairs ``[B, Hkv, Q, D]`` of Q new tokens; ``is_tight``: make no room for more than these."""
         needed = self.n + keys.shape[2]
         if self.is_borrowed or is_frozen(self._v) or needed > self._v.shape[2]:
             self.own(needed if is_tight else room_for(needed))
         self._k[:, :, self.n - self.n_apart : needed - self.n_apart] = keys
         self._v[:, :, self.n : needed] = values
-        self.n = needed
+        self._n = needed
 
-    def own(self, capacity: int) -> None:
-        """Move to buffers that nobody else has, with room for ``capacity`` tokens."""
+    def own(self, capacity: int | None = None) -> None:
+        if capacity is None:
+            if not self.is_borrowed:
+                return
+            capacity = self.n
         buffers = []
         for old, n_apart in ((self._k, self.n_apart), (self._v, 0)):
             new = old.new_empty(*old.shape[:2], capacity - n_apart, old.shape[3])
@@ -115,18 +108,9 @@ class DenseStore:
         self.is_borrowed = False
 
     def crop(self, n: int) -> None:
-        """Forget the slots from ``n`` on, which came one by one after the others."""
-        self.n = n
+        self._n = n
 
-    def settle(self, n_first: int, order: Tensor, to: Tensor, n: int) -> None:
-        """Move some later slots into the empty ones of the first, and forget the others.
-
-        Args:
-            n_first: how many slots are the first ones.
-            order: int64 ``[B, Hkv, m]``, the m slots after these, those that stay first.
-            to: int64 ``[B, Hkv, m]``, where they go; those that do not stay are of no account.
-            n: how many slots are the first ones afterwards.
-        """
+    def settle(self, n_first: int, order: Tensor, to: Tensor, stays: Tensor, n: int) -> None:
         if self.is_borrowed or is_frozen(self._v):
             self.own(self.n)
         m = order.shape[2]
@@ -141,35 +125,27 @@ class DenseStore:
                 states[:, :, :n] = pick(new, order[..., :n])
             if n < n_first + m:
                 states[:, :, n : n + n_rest] = rest
-        self.n = n + n_rest
+        self._n = n + n_rest
         if self._v.shape[2] > 2 * room_for(self.n):
             self.own(room_for(self.n))
 
-    def droppable(self, n: int) -> int:
-        """How many of the first ``n`` slots :meth:`without_first` can leave out."""
-        return n
-
     def without_first(self, n: int) -> DenseStore:
-        """A store of the slots from ``n`` on, in memory of its own."""
         keys, values = (
             part[:, :, n:].clone(memory_format=torch.contiguous_format) for part in (self.keys, self.values)
         )
         return DenseStore(keys, values)
 
     def index_rows(self, rows: Tensor) -> None:
-        """Hold the rows ``rows`` of what is held, int64 ``[B']``."""
         self._k = self._k[:, :, : self.n - self.n_apart].index_select(0, rows)
         self._v = self._v[:, :, : self.n].index_select(0, rows)
         self.is_borrowed = False
 
     def shared(self: _D) -> _D:
-        """A store of the same pairs that goes its own way; nothing is copied until one of the two is written to."""
         self.is_borrowed = True
         return copy.copy(self)
 
     def buffers_for(self, n_tokens: int) -> tuple[Tensor, Tensor] | None:
-        """The buffers, to be written to from the start, if ``n_tokens`` fit without leaving most of them empty."""
         if self.is_borrowed or is_frozen(self._v):
             return None
-        fits = n_tokens <= self._v.shape[2] <= 2 * (n_tokens + _GROW_MIN_TOKENS)
+        fits = n_tokens <= self._v.shape[2] <= 2 * (n_tokens + _LEAST_TOKENS)
         return (self._k, self._v) if fits else None

@@ -1,4 +1,4 @@
-"""RaggedStore: rows and heads that hold different numbers of pairs, and take no more memory than these."""
+"""RaggedStore: rows and heads that store different numbers of pairs, and take no more memory than these."""
 
 from __future__ import annotations
 
@@ -7,28 +7,32 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from coldpress.attend.one_token import attend_blocks, attend_once, can_attend_once
-from coldpress.stores.dense import is_frozen, room_for
+from coldpress.attend.one_token import attend_blocks, can_attend_once
+from coldpress.attend.segments import attend_group, causal_bias, segment_bias
+from coldpress.stores.base import Store, is_frozen, room_for
+from coldpress.stores.dense import DenseStore
 
-__all__ = ["RaggedStore", "attend_segments", "pad_segments"]
+__all__ = ["RaggedStore", "pad_segments"]
 
 _SPREAD_TOKENS = 64  # segments that differ by so many, or by this fraction, are held in as much memory
 _SPREAD_FRACTION = 16
 _BLOCKS = ((2048, 128), (512, 64), (0, 16))  # longest segment from which on blocks have so many slots
 
 
-class RaggedStore:
+class RaggedStore(Store):
     """The pairs of every row and head one after the other, each with room for the tokens to come.
 
     A segment is what one KV head of one row holds: ``n_first`` pairs of its own number, then the pairs of later tokens,
     as many in every segment. Seen as slots, as the other stores have them, the first pairs are padded to the longest
     segment's, so ``n = max(n_first) + later tokens``; in memory nothing is padded.
-
-    Members are those of :class:`~coldpress.stores.dense.DenseStore`; ``keys`` and ``values`` are padded copies, for
-    whatever cannot work head by head. :meth:`attend` can.
     """
+
+    name = "ragged"
+    is_ragged = True
+    takes_codec = True
+    moves_pairs = True
 
     def __init__(self, keys: Tensor, values: Tensor, is_held: Tensor):
         """Hold some of the pairs ``keys [B, Hkv, T, D]``, ``values [B, Hkv, T, Dv]``.
@@ -37,7 +41,7 @@ class RaggedStore:
             keys, values: the pairs, and anything in the slots that are not held.
             is_held: bool ``[B, Hkv, T]``, the first slots of each head.
         """
-        self.n_rows, self.n_heads = is_held.shape[:2]
+        self._shape = is_held.shape[:2]
         self._k, self._v = keys[is_held], values[is_held]  # [slots of all segments, D]
         self._n_first: list[int] = is_held.sum(-1).flatten().tolist()
         self._n_later = 0
@@ -92,19 +96,21 @@ class RaggedStore:
         ]
 
     @property
+    def n_rows(self) -> int:
+        return self._shape[0]
+
+    @property
+    def n_heads(self) -> int:
+        return self._shape[1]
+
+    @property
     def n(self) -> int:
         """Slots in use, as the longest segment counts them."""
         return self.n_first + self._n_later
 
     @property
     def n_first(self) -> int:
-        """Pairs of the longest segment, without those of later tokens."""
         return max(self._n_first)
-
-    @property
-    def has_gaps(self) -> bool:
-        """Whether segments differ in length."""
-        return min(self._n_first) < self.n_first
 
     @property
     def device(self) -> torch.device:
@@ -139,11 +145,9 @@ class RaggedStore:
         return [slice(start, start + n + self._n_later) for start, n in ends]
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """What takes memory."""
         return self._k, self._v
 
     def newest(self, n: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the last ``n`` slots."""
         if n > self._n_later:
             return self.keys[:, :, self.n - n :], self.values[:, :, self.n - n :]
         at = self._ends[:, None] + torch.arange(-n, 0, device=self.device)
@@ -152,7 +156,6 @@ class RaggedStore:
 
     @property
     def room(self) -> int:
-        """Tokens that can be added before the buffers have to be copied."""
         return 0 if self.is_borrowed or is_frozen(self._v) else self._room - self._n_later
 
     def packed(self) -> dict[str, Tensor]:
@@ -216,12 +219,7 @@ class RaggedStore:
         dropped = self.n - n
         self._ends, self._n_later = self._ends - dropped, self._n_later - dropped
 
-    def settle(self, stays: Tensor) -> None:
-        """Count the oldest later tokens of each segment among its first ones, if they stay, and forget them if not.
-
-        Args:
-            stays: bool ``[B, Hkv, m]``, of the m oldest.
-        """
+    def settle(self, n_first: int, order: Tensor, to: Tensor, stays: Tensor, n: int) -> None:
         if self.is_borrowed or is_frozen(self._v):
             self._move(self._n_later)
         stays = stays.flatten(0, 1)
@@ -239,7 +237,10 @@ class RaggedStore:
         if len(self._v) > 2 * room_for(used):
             self._move(n_rest + self._more())
 
-    def without_first(self, counts: list[int]) -> RaggedStore:
+    def without_first(self, n: int) -> Store:
+        return DenseStore(self.keys, self.values).without_first(n)
+
+    def without_oldest(self, counts: list[int]) -> RaggedStore:
         """A store without the first ``counts[i]`` pairs of each segment i, in memory of its own.
 
         As many of the newest pairs count as later ones as before, or as every segment has left.
@@ -254,57 +255,58 @@ class RaggedStore:
         return other
 
     def index_rows(self, rows: Tensor) -> None:
-        """Hold the rows ``rows`` of what is held, int64 ``[B']``."""
         chosen = [row * self.n_heads + head for row in rows.tolist() for head in range(self.n_heads)]
         spans = self.spans()
         self._k, self._v = (torch.cat([flat[spans[i]] for i in chosen]) for flat in (self._k, self._v))
-        self.n_rows, self._n_first = len(rows), [self._n_first[i] for i in chosen]
+        self._shape, self._n_first = torch.Size((len(rows), self.n_heads)), [self._n_first[i] for i in chosen]
         self._place(self._n_later, is_exact=True)
         self.is_borrowed = False
 
     def shared(self) -> RaggedStore:
-        """A store of the same pairs that goes its own way; nothing is copied until one of the two is written to."""
         self.is_borrowed = True
         return copy.copy(self)
 
-    def buffers_for(self, n_tokens: int) -> None:
-        """None: nothing else can be written into these buffers."""
-        return None
+    def own(self, capacity: int | None = None) -> None:
+        if self.is_borrowed or capacity is not None:
+            self._move(self._n_later if capacity is None else capacity - self.n_first)
 
-    def attend(self, query: Tensor, scaling: float | None) -> Tensor:
-        """Attention of the newest tokens over what each head holds, they themselves in causal order.
-
-        Args:
-            query: ``[B, Hq, Q, D]`` of the last Q tokens, which are in the store.
-            scaling: of the logits; None for ``D ** -0.5``.
-
-        Returns:
-            ``[B, Q, Hq, Dv]``.
-        """
-        n_batch, n_query_heads, n_queries, dim = query.shape
-        group = n_query_heads // self.n_heads
-        scaling = dim**-0.5 if scaling is None else scaling
-        queries = query.reshape(-1, group, n_queries, dim)  # [B * Hkv, G, Q, D]
+    def attend(self, query: Tensor, bias: Tensor | None, scaling: float) -> Tensor:
+        n_batch, n_query_heads, n_queries, _ = query.shape
+        queries = query.reshape(len(self._n_first), -1, n_queries, query.shape[3])  # [B * Hkv, G, Q, D]
         if self._blocks is not None and can_attend_once(query, self._k, self._v):
             segment, first = self._blocks
             n_held = self._ends.index_select(0, segment) - first
-            output = attend_blocks(queries[:, :, 0], self._k, self._v, segment, n_held, self._n_slots, scaling)
+            own = None if bias is None else torch.cat([b.reshape(-1, self._n_slots) for b in self._biases(bias)])
+            output = attend_blocks(queries[:, :, 0], self._k, self._v, segment, n_held, self._n_slots, scaling, own)
             return output.view(n_batch, 1, n_query_heads, -1)
         if self._order is not None:
             queries = queries.index_select(0, self._order[0])
+        biases = [None] * len(self._groups) if bias is None else self._biases(bias)
         outputs, n_before = [], 0
-        for (members, start, size), longest, n_first in zip(self._groups, self._longest, self._first, strict=True):
+        for (members, start, size), longest, n_first, own in zip(
+            self._groups, self._longest, self._first, biases, strict=True
+        ):
             span, n = slice(start, start + len(members) * size), longest + self._n_later
             key, value = (flat[span].unflatten(0, (-1, size))[:, :n] for flat in (self._k, self._v))
-            own = queries[n_before : n_before + len(members)]
+            mine = queries[n_before : n_before + len(members)]
             end = None if n_first is None else n_first[..., None] + self._n_later
-            is_hidden = _hidden(n, n_queries, end, self.device)
-            outputs.append(_attend(own, key, value, is_hidden, scaling))
+            own = causal_bias(n, n_queries, end, self.device) if own is None else own[..., :n]
+            outputs.append(attend_group(mine, key, value, own, scaling))
             n_before += len(members)
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         if self._order is not None:
             output = output.index_select(0, self._order[1])
         return output.reshape(n_batch, n_query_heads, n_queries, -1).transpose(1, 2).contiguous()
+
+    def _biases(self, bias: Tensor) -> list[Tensor]:
+        """``bias`` over padded slots as each group of segments has its slots: ``[S, Q or 1, size]`` each."""
+        own = bias.expand(*self._shape, -1, -1).flatten(0, 1)
+        counts = torch.tensor(self._n_first, device=bias.device)
+        found = []
+        for group in self._groups:
+            members = torch.tensor(group.members, device=bias.device)
+            found.append(segment_bias(own[members], counts[members], self.n_first, self._n_later, group.size))
+        return found
 
 
 def pad_segments(segments: Sequence[Tensor], n_first: Sequence[int], n_later: int) -> Tensor:
@@ -315,30 +317,6 @@ def pad_segments(segments: Sequence[Tensor], n_first: Sequence[int], n_later: in
         padded[i, :n] = segment[:n]
         padded[i, longest:] = segment[n:]
     return padded
-
-
-def attend_segments(query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], scaling: float | None) -> Tensor:
-    """Attention of ``query [B, Hq, Q, D]`` over the B * Hkv segments ``[n, D]``, ``[n, Dv]``: ``[B, Q, Hq, Dv]``."""
-    n_batch, n_query_heads, n_queries, dim = query.shape
-    scaling = dim**-0.5 if scaling is None else scaling
-    queries = query.reshape(len(keys), -1, n_queries, dim)  # [B * Hkv, G, Q, D]
-    outputs = []
-    for own, key, value in zip(queries, keys, values, strict=True):
-        is_hidden = _hidden(len(key), n_queries, None, key.device)
-        outputs.append(_attend(own[None], key[None], value[None], is_hidden, scaling))
-    return torch.cat(outputs).reshape(n_batch, n_query_heads, n_queries, -1).transpose(1, 2).contiguous()
-
-
-def _hidden(n: int, n_queries: int, end: Tensor | None, device: torch.device) -> Tensor | None:
-    """Which of ``n`` slots the newest queries do not see: bool ``[1 or S, Q, n]``, or None if they see all.
-
-    Args:
-        end: int64 ``[S, 1, 1]``, how many of the slots each segment holds; None if all are held.
-    """
-    if n_queries == 1 and end is None:
-        return None
-    last = (n if end is None else end) - n_queries + torch.arange(n_queries, device=device)[:, None]
-    return torch.arange(n, device=device) > (last if end is not None else last[None])
 
 
 class _Group(NamedTuple):
@@ -364,20 +342,3 @@ def _alike(order: list[int], n_first: list[int], is_exact: bool) -> list[list[in
         else:
             groups.append([i])
     return groups
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, is_hidden: Tensor | None, scaling: float) -> Tensor:
-    """Attention of the groups of S heads: ``query [S, G, Q, D]`` over ``key``, ``value [S, n, D]``: ``[S, G, Q, Dv]``.
-
-    ``is_hidden`` is bool ``[1 or S, Q, n]`` or None.
-    """
-    if can_attend_once(query, key, value):
-        return attend_once(query[:, :, 0], key, value, is_hidden, scaling)[:, :, None]
-    visible = None if is_hidden is None else ~is_hidden[:, None]
-    is_single = query.shape[2] == 1
-    if is_single:  # the heads of a group are the queries of one head
-        query, key, value = query.transpose(1, 2), key[:, None], value[:, None]
-    else:
-        key, value = (states[:, None].expand(-1, query.shape[1], -1, -1) for states in (key, value))
-    output = nn.functional.scaled_dot_product_attention(query, key, value, visible, scale=scaling)
-    return output.transpose(1, 2) if is_single else output

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from coldpress.errors import CacheError
 from coldpress.stores.dense import DenseStore
 
 __all__ = ["ThinKeys", "ThinStore"]
@@ -85,6 +86,11 @@ class ThinKeys:
 class ThinStore(DenseStore):
     """The first keys in fewer channels; the values, and the keys of later tokens, as they are."""
 
+    name = "thin"
+    is_plain = False
+    moves_pairs = False
+    takes_codec = False
+
     def __init__(self, thin: ThinKeys, values: Tensor, dim: int):
         super().__init__(thin.narrow.new_empty(*values.shape[:2], 0, dim), values)
         self.thin, self.n_apart = thin, thin.n_tokens
@@ -117,6 +123,9 @@ class ThinStore(DenseStore):
 
     def buffers_for(self, n_tokens: int) -> None:
         return None
+
+    def encode(self) -> None:
+        raise CacheError("Keys in fewer channels cannot be stored in fewer bits as well; leave kv_bits out.")
 
 
 def _pick(keys: Tensor, channels: Tensor) -> Tensor:

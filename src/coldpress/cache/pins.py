@@ -1,0 +1,55 @@
+"""Pins: spans of tokens that nothing may evict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coldpress.errors import CacheError
+
+__all__ = ["Pins", "Spans", "checked_pins", "pinned"]
+
+Spans = Sequence[tuple[int, int]]  # the first token of a span, and the one after it, among a row's real tokens
+Pins = tuple[tuple[tuple[int, int], ...], ...]  # of each row, or of one for all
+
+
+def checked_pins(pin: Spans | Sequence[Spans] | None) -> Pins:
+    """What ``PressedCache(pin=...)`` was given: spans for all rows, or a list of them for each row.
+
+    Raises:
+        CacheError: it is something else.
+    """
+    if pin is None or not len(pin):
+        return ()
+    rows: Any = [pin] if all(_is_span(span) for span in pin) else pin
+    if not all(isinstance(row, (list, tuple)) and all(_is_span(span) for span in row) for row in rows):
+        raise CacheError(
+            "pin must be spans of tokens, [(0, 40), (100, 120)] with the first token and the one after the last, or a "
+            f"list of such lists, one for each row; got {pin!r}."
+        )
+    return tuple(tuple((start, stop) for start, stop in row) for row in rows)
+
+
+def _is_span(span: Any) -> bool:
+    is_pair = isinstance(span, (list, tuple)) and len(span) == 2
+    return is_pair and all(type(end) is int for end in span) and 0 <= span[0] < span[1]
+
+
+def pinned(pins: Pins, position: Tensor) -> Tensor:
+    """Which tokens are in a pinned span: bool, as ``position``, int64 ``[B, ..., T]`` among each row's real tokens.
+
+    Raises:
+        CacheError: the spans are of another number of rows.
+    """
+    if len(pins) not in (1, len(position)):
+        raise CacheError(
+            f"pin= has spans for {len(pins)} rows, and the cache holds {len(position)}; give one for each."
+        )
+    found = torch.zeros(position.shape, dtype=torch.bool, device=position.device)
+    for row in range(len(position)):
+        for start, stop in pins[row if len(pins) > 1 else 0]:
+            found[row] |= (position[row] >= start) & (position[row] < stop)
+    return found

@@ -1,0 +1,118 @@
+"""A worker of a cluster: what it loads, what it has to be like, and the actor that does the work."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import platform
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from coldpress.errors import ClusterError
+from coldpress.eval.models import LoadedModel, load_model
+from coldpress.eval.transport import answer
+from coldpress.io.files import path_of
+from coldpress.version import VERSION
+
+__all__ = ["Spec", "Worker"]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a worker loads, and what it has to be like."""
+
+    name: str
+    device: str
+    dtype: str
+    attn_implementation: str
+    revision: str | None
+    fingerprint: str
+    about: dict[str, Any]  # of the driver
+
+    @classmethod
+    def of(cls, loaded: LoadedModel) -> Spec:
+        if len(getattr(loaded.model, "hf_device_map", None) or ()) > 1 or getattr(loaded.model, "_tp_size", None):
+            raise ClusterError("--engine ray gives every worker a whole model; leave --device_map and --tp_plan out.")
+        path = path_of(loaded.name)
+        is_here = loaded.name == "demo" or path.exists()
+        return cls(
+            name=str(path.resolve()) if is_here and loaded.name != "demo" else loaded.name,
+            device=loaded.device.type,  # which of them, the cluster says
+            dtype=str(loaded.model.dtype).removeprefix("torch."),
+            attn_implementation=loaded.attn_implementation,
+            revision=None if is_here else loaded.revision,
+            fingerprint=loaded.weights_fingerprint,
+            about=_about(),
+        )
+
+    def check_code(self, about: dict[str, Any]) -> None:
+        """Raise :class:`ClusterError` if a worker runs another coldpress."""
+        if about["code"] != self.about["code"]:
+            own, its = self.about["coldpress"], about["coldpress"]
+            versions = f"{its} there, {own} here" if own != its else f"both say {own}, and their files differ"
+            raise ClusterError(f"{about['host']} has another coldpress ({versions}); install the same one there.")
+
+    def differences(self, about: dict[str, Any]) -> Iterator[str]:
+        """What may make a worker's last digits differ from this process's."""
+        for name in ("torch", "transformers", "python"):
+            if about[name] != self.about[name]:
+                yield f"{about['host']} has {name} {about[name]}, and here it is {self.about[name]}; losses may differ."
+        if about["threads"] != self.about["threads"] and self.device == "cpu":
+            yield (
+                f"workers run {about['threads']} thread(s) and this process {self.about['threads']}: sums are added in "
+                "another order, and losses agree with a local run's to rounding, not bit for bit."
+            )
+
+
+class Worker:
+    """The actor: loads a model once, and does one piece of work after the other."""
+
+    def begin(self, threads: int) -> dict[str, Any]:
+        torch.set_num_threads(threads)
+        return _about()
+
+    def load(self, spec: Spec) -> bytes:
+        def work() -> str:
+            loaded = load_model(
+                spec.name,
+                device=spec.device,
+                dtype=spec.dtype,
+                attn_implementation=spec.attn_implementation,
+                revision=spec.revision,
+            )
+            self.model = loaded.model
+            return loaded.weights_fingerprint
+
+        return answer(work)
+
+    def do(self, packed: bytes) -> bytes:
+        def work() -> Any:
+            function, item = pickle.loads(packed)
+            return function(self.model, item)
+
+        return answer(work)
+
+
+def _about() -> dict[str, Any]:
+    """What can make the results of two processes differ."""
+    root = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "threads": torch.get_num_threads(),
+        "coldpress": VERSION,
+        "code": digest.hexdigest(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": ".".join(platform.python_version_tuple()[:2]),
+    }

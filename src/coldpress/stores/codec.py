@@ -1,0 +1,87 @@
+"""Codec: how the older pairs of a cache are stored, in blocks that are encoded once."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from coldpress.errors import CacheError
+
+__all__ = ["Blocks", "Codec", "codec_of", "decoded"]
+
+Blocks = Mapping[str, Tensor]  # N blocks: tensors by name, the first dimension of each is N
+
+
+class Codec(ABC):
+    """What a cache is given as ``storage=``; derive from it, and make what it needs to know fields of a dataclass.
+
+    Each head's newest pairs stay as they are: ``exact_tokens`` of them, and those that make no whole block. Older ones
+    are encoded block by block and never again.
+
+    Attributes:
+        block_tokens: pairs of one head that are encoded together, g.
+        exact_tokens: newest pairs of each head that stay as they are, at least 0.
+    """
+
+    names: ClassVar[Mapping[bool, str]] = {False: "coded", True: "coded ragged"}  # in files: heads differ or not
+
+    block_tokens: int
+    exact_tokens: int
+
+    @abstractmethod
+    def encode(self, keys: Tensor, values: Tensor) -> Blocks:
+        """Encode N blocks, ``keys [N, g, D]`` and ``values [N, g, Dv]``; names tell keys and values apart."""
+
+    @abstractmethod
+    def decode_keys(self, blocks: Blocks, out: Tensor) -> None:
+        """Fill ``out [..., g, D]``, the N blocks in as many dimensions as it has before these two."""
+
+    @abstractmethod
+    def decode_values(self, blocks: Blocks, out: Tensor) -> None:
+        """Fill ``out [..., g, Dv]``, likewise."""
+
+    def n_groups(self, n_tokens: int) -> int:
+        """How many blocks of the first of ``n_tokens`` tokens are older than the newest ones that stay as they are."""
+        return max(0, (n_tokens - self.exact_tokens) // self.block_tokens)
+
+    def described(self) -> dict[str, Any]:
+        """What a file says of it: the name of its class and its parameters."""
+        return {"class": _name(type(self)), "parameters": dict(vars(self))}
+
+
+def codec_of(said: Mapping[str, Any]) -> Codec:
+    """The codec that was :meth:`Codec.described`. Looks among the classes that exist; nothing is imported.
+
+    Raises:
+        CacheError: there is no such class, or it does not take these parameters.
+    """
+    cls = next((cls for cls in _subclasses(Codec) if _name(cls) == said["class"]), None)  # type: ignore[type-abstract]
+    if cls is None:
+        raise CacheError(
+            f"There is no codec {said['class']} here; import the module {said['class'].partition(':')[0]}."
+        )
+    try:
+        return cls(**said["parameters"])
+    except TypeError as error:
+        raise CacheError(f"{said['class']} does not take the parameters that are given: {error}.") from error
+
+
+def _name(cls: type[Codec]) -> str:
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def _subclasses(cls: type[Codec]) -> Iterator[type[Codec]]:
+    for sub in cls.__subclasses__():
+        yield sub
+        yield from _subclasses(sub)
+
+
+def decoded(codec: Codec, blocks: Blocks, which: int, n: int, like: Tensor) -> Tensor:
+    """Keys (``which`` 0) or values (1) of ``n`` blocks: ``[n, g, D]`` in the dtype of ``like [..., D]``."""
+    out = torch.empty(n, codec.block_tokens, like.shape[-1], dtype=like.dtype, device=like.device)
+    (codec.decode_values if which else codec.decode_keys)(blocks, out)
+    return out
