@@ -221,7 +221,7 @@ def test_every_press_stays_within_its_budget_and_a_piece(name: str, model: str) 
 
     config = tiny(model).config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    layers = [CHUNK * 10] * config.num_hidden_layers if press.layers_differ() else [16] * config.num_hidden_layers
+    layers = [CHUNK * 10] * config.num_hidden_layers if press.per_layer else [16] * config.num_hidden_layers
     past.session.on_attention = look
     prefill(tiny(model), ids, past)
     keys = past.pressed_layers()[0].keys

@@ -150,7 +150,7 @@ def test_names() -> None:
     [
         (lambda: ThinKPress(1.0), "key_channel_compression_ratio is the fraction"),
         (lambda: ThinKPress(window_size=0), "window_size must be an integer >= 1"),
-        (lambda: ThinKPress(press=ThinKPress(0.5)), "remove channels twice"),
+        (lambda: ThinKPress(press=ThinKPress(0.5)), "all their channels, and ThinKPress holds keys in fewer"),
         (lambda: ThinKPress(press=None), "wraps a press"),
         (lambda: AdaKVPress(ThinKPress(0.5)), r"changes the pairs it keeps.*outside: ThinKPress\(press=AdaKVPress"),
         (lambda: ComposedPress([SnapKVPress(0.5), ThinKPress(0.5)]), r"outside: ThinKPress\(press=ComposedPress"),

@@ -37,6 +37,7 @@ class AdaKVPress(WrapperPress):
     """
 
     per_head = True
+    per_head_independent = False
 
     alpha_safeguard: float = 0.20
 
