@@ -194,7 +194,7 @@ def check_half(architecture: Architecture, name: str, dtype: torch.dtype) -> Non
     expected = expected_lengths(architecture, model, name)
     if press_of(name, 0.5).per_layer:
         assert sum(int(n.sum()) for n in counts) == sum(expected) * counts[0].numel()  # layers may differ
-    elif "adakv" in name:  # the heads of a layer share its budget
+    elif press_of(name, 0.5).per_head:  # the heads of a layer share its budget
         assert [int(n.sum()) for n in counts] == [length * counts[0].numel() for length in expected]
     else:
         assert [n.unique().tolist() for n in counts] == [[length] for length in expected]
