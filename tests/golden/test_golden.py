@@ -20,6 +20,8 @@ from coldpress import PressedCache
 RENAMED = {  # see CHANGELOG.md
     "decodes": "can_rechoose",
     "goes_on": "evicts_while_decoding",
+    "layers_differ": "per_layer",
+    "leaves_keys": "changes",
     "heads_alone": "per_head_independent",
     "scores_alone": "pointwise",
     "fine": "rounding_residual",
