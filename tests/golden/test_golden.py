@@ -66,7 +66,11 @@ def test_signatures(name: str) -> None:
     members = record.members(name)
     for member, said in before["members"].items():
         own = members[RENAMED.get(member, member)]
-        if said.startswith(("method", "classmethod", "staticmethod")) and (name, member) not in CHANGED:
+        if (
+            member not in RENAMED
+            and said.startswith(("method", "classmethod", "staticmethod"))
+            and (name, member) not in CHANGED
+        ):
             assert takes(own) == takes(said, own), member
 
 
