@@ -20,7 +20,7 @@ from transformers.modeling_utils import PreTrainedModel
 from coldpress.cache.file import load_cache, save_cache
 from coldpress.cache.layer import PressedLayer, next_layer
 from coldpress.cache.mixed import MixedCache
-from coldpress.cache.pins import Spans, checked_pins
+from coldpress.cache.pins import Spans, checked_pins, of_rows
 from coldpress.cache.session import Session
 from coldpress.core.definition import as_given
 from coldpress.core.press import Press
@@ -365,9 +365,12 @@ class PressedCache(MixedCache):
         super().batch_repeat_interleave(repeats)
         if self.attention_mask is not None:
             self.attention_mask = self.attention_mask.repeat_interleave(repeats, dim=0)
+        pins = self.session.pins
+        self.session.pins = of_rows(pins, [row for row in range(len(pins)) for _ in range(repeats)])
         self._tokens = [part.repeat_interleave(repeats, dim=0) for part in self._tokens]
 
     def _index_mask(self, rows: Tensor) -> None:
+        self.session.pins = of_rows(self.session.pins, rows.tolist())
         self._tokens = [part.index_select(0, rows.to(part.device)) for part in self._tokens]
         if self.attention_mask is not None:
             self.attention_mask = self.attention_mask.index_select(0, rows.to(self.attention_mask.device))
