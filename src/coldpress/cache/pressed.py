@@ -27,7 +27,7 @@ from coldpress.core.press import Press
 from coldpress.core.requirements import check_chunks, check_quantisable, require_rerotatable
 from coldpress.errors import CacheError, PressError
 from coldpress.stores.bits import KVBits
-from coldpress.stores.codec import Codec
+from coldpress.stores.codec import Codec, check_codec
 
 __all__ = ["PressedCache"]
 
@@ -110,6 +110,8 @@ class PressedCache(MixedCache):
             require_rerotatable(press)
         if storage is not None and (kv_bits is not None or not isinstance(storage, Codec)):
             raise CacheError(f"storage must be a coldpress.Codec, and no kv_bits beside it; got {storage!r}.")
+        if storage is not None:
+            check_codec(storage)
         self.session = Session(press, positions == "rerotate", storage or KVBits.of(kv_bits), checked_pins(pin))
         self.session.chunk_tokens = chunk_tokens
         self._tokens: list[Tensor] = []  # [B, n] each, as far as somebody told them
