@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from tests.batches import Batch, is_local
 from tests.contract.architectures import VERSION, WINDOW, tiny, tokens
 from tests.presses.others import small_press
-from tests.test_padding import Batch, is_local
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -48,6 +48,8 @@ from coldpress.core.call import LayerCall
 from coldpress.core.counts import keep_count
 from coldpress.errors import CacheError, InputError, PressError
 from coldpress.models.prompts import pieces
+
+pytestmark = pytest.mark.usefixtures("given_artefacts")
 
 N, CHUNK = 56, 12
 CHUNKED = [name for name in press_names(at_prefill=True) if make_press(name, 0.0).chooses_again]
@@ -219,7 +221,7 @@ def test_every_press_stays_within_its_budget_and_a_piece(name: str, model: str) 
 
     config = tiny(model).config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    layers = [CHUNK * 10] * config.num_hidden_layers if press.layers_differ() else [16] * config.num_hidden_layers
+    layers = [CHUNK * 10] * config.num_hidden_layers if press.per_layer else [16] * config.num_hidden_layers
     past.session.on_attention = look
     prefill(tiny(model), ids, past)
     keys = past.pressed_layers()[0].keys

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from tests.contract.architectures import tiny, tokens
-from tests.presses.replays import Words
+from tests.presses.words import Words
 
 from coldpress import (
     AdaKVPress,
@@ -158,11 +158,14 @@ def test_two_choices_two_budgets_or_two_ways_of_holding_keys() -> None:
         (lambda: AdaKVPress(ThinKPress(0.5)), r"put it outside: ThinKPress\(press=AdaKVPress"),
         (lambda: AdaKVPress(KeyRerotationPress(KnormPress(0.5))), r"put it outside: KeyRerotationPress\(press=AdaKV"),
         (lambda: DecodingPress(KVzapPress()), "KVzapPress chooses once"),
-        (lambda: DecodingPress(KnormPress(0.5)), "target_size says how much is kept"),
+        (lambda: DecodingPress(KnormPress(0.5)), "KnormPress has a ratio or budget; leave it out"),
         (lambda: AdaKVPress(KVzipPress(0.5)), "chooses among the pairs of all layers"),
         (lambda: DecodingPress(FastKVzipPress(0.5)), "FastKVzipPress"),
         (lambda: PrefillDecodingPress(KnormPress(0.5), SnapKVPress(0.5)), "SnapKVPress does nothing while decoding"),
-        (lambda: PrefillDecodingPress(DecodingPress(KnormPress())), "does nothing at the prefill; give it as"),
+        (
+            lambda: PrefillDecodingPress(DecodingPress(KnormPress())),
+            "DecodingPress begins after it; give it as decoding_press",
+        ),
         (lambda: PrefillDecodingPress(DMSPress(KnormPress(), 0.0, decoding=True)), "goes on while decoding by itself"),
         (lambda: PrefillDecodingPress(None, DMSPress(KnormPress(), 0.0)), "DMSPress does nothing while decoding"),
         (lambda: PerLayerCompressionPress(PyramidKVPress(), [0.5, 0.5]), "PyramidKVPress"),
@@ -181,7 +184,6 @@ def test_one_text_at_a_time(press: BasePress) -> None:
         tiny("llama")(tokens(2, 20), **cache_argument(PressedCache()))
 
 
-@pytest.mark.usefixtures("no_made_up_artefacts")
 @pytest.mark.parametrize(
     ("press", "command"),
     [

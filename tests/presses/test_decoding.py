@@ -599,11 +599,14 @@ def test_the_buffer_does_not_grow() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: DecodingPress(KnormPress), "takes a scorer such as SnapKVPress.* got the class KnormPress"),
-        (lambda: DecodingPress(DecodingPress(KnormPress())), "takes a scorer"),
-        (lambda: DecodingPress(KnormPress(0.5)), "target_size says how much is kept; leave compression_ratio"),
-        (lambda: DecodingPress(AdaKVPress(KnormPress(budget_tokens=9))), "leave budget_tokens"),
-        (lambda: CompressionRatioDecodingPress(KnormPress(0.5)), "target_compression_ratio says how much"),
+        (lambda: DecodingPress(KnormPress), "wraps a press such as SnapKVPress.* got the class KnormPress"),
+        (lambda: DecodingPress(DecodingPress(KnormPress())), "has no budget and no scores"),
+        (lambda: DecodingPress(KnormPress(0.5)), "to say by itself how much is kept, and KnormPress has a ratio"),
+        (lambda: DecodingPress(AdaKVPress(KnormPress(budget_tokens=9))), "AdaKVPress has a ratio or budget; leave it"),
+        (
+            lambda: CompressionRatioDecodingPress(KnormPress(0.5)),
+            "CompressionRatioDecodingPress needs to say by itself",
+        ),
         (lambda: CompressionRatioDecodingPress(KnormPress(), target_compression_ratio=1.0), "target_compression_ratio"),
         (lambda: DecodingPress(CompactorPress()), "CompactorPress chooses once"),
         (lambda: DecodingPress(ObservedAttentionPress()), "ObservedAttentionPress chooses once"),
@@ -614,9 +617,9 @@ def test_the_buffer_does_not_grow() -> None:
         (lambda: CAMPress(KnormPress(), merge_budget=0), "merge_budget must be an integer >= 1"),
         (lambda: PrefillDecodingPress(), "needs a prefilling_press, a decoding_press or both"),
         (lambda: PrefillDecodingPress(decoding_press=KnormPress(0.5)), "KnormPress does nothing while decoding"),
-        (lambda: PrefillDecodingPress(DecodingPress(KnormPress())), "does nothing at the prefill"),
+        (lambda: PrefillDecodingPress(DecodingPress(KnormPress())), "DecodingPress begins after it"),
         (lambda: PrefillDecodingPress("knorm"), "must be a press or None"),
-        (lambda: AdaKVPress(DecodingPress(KnormPress())), "AdaKVPress wraps a press such as"),
+        (lambda: AdaKVPress(DecodingPress(KnormPress())), "AdaKVPress needs a press that says which pairs stay"),
     ],
 )
 def test_what_makes_no_sense_is_refused(make: Callable[[], BasePress], message: str) -> None:

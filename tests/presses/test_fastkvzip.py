@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from tests.contract.architectures import ARCHITECTURES, Architecture, tiny, tokens
-from tests.presses.test_kvzap import views_of
+from tests.presses.hidden import views_of
 from tests.presses.weights import write_gates
 from torch import Tensor
 
@@ -210,7 +210,7 @@ def test_what_it_says_of_itself() -> None:
     (info,) = [info for info in catalogue() if info.name == "fastkvzip"]
     assert (info.kind, info.decodes, info.per_head, info.per_layer) == ("trained", False, True, True)
     assert make_press("fastkvzip", 0.5, layerwise=True) == FastKVzipPress(0.5, True)
-    with pytest.raises(PressError, match="wraps a press such as"):
+    with pytest.raises(PressError, match="FastKVzipPress chooses among the pairs of all layers"):
         AdaKVPress(FastKVzipPress(0.5))  # type: ignore[arg-type]
 
 

@@ -195,5 +195,5 @@ def test_refused_at_construction() -> None:
     for make in (lambda: AdaKVPress(press), lambda: DecodingPress(press.with_ratio(0.0)), lambda: SnapKVPress(press)):
         with pytest.raises(PressError):
             make()
-    with pytest.raises(PressError, match="changes the pairs it keeps"):
+    with pytest.raises(PressError, match="FinchPress changes the keys that it keeps; use it by itself"):
         KeyRerotationPress(press)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tests.contract.architectures import distinct_tokens, tiny, tokens
 from tests.presses.others import IN_BLOCK, OTHERS, WITH_RATIO, other_press
 from tests.presses.others import press_of as small_press_of
-from tests.presses.replays import Words
 from tests.presses.views import MODELS, view_of, views_of
+from tests.presses.words import Words
 from torch import Tensor
 
 from coldpress import (
@@ -48,6 +48,9 @@ from coldpress.architecture.cache_argument import cache_argument
 from coldpress.bases.registry import parameters_of
 from coldpress.core.choice import protect
 from coldpress.core.counts import keep_count
+from coldpress.core.press import parts
+
+pytestmark = pytest.mark.usefixtures("given_artefacts")
 
 SMALL = {
     "window_size": 4,
@@ -146,7 +149,7 @@ def test_budgets_are_kept_to(name: str, view: LayerView, data: st.DataObject) ->
     ]
     by_tokens, by_bytes = (press.choose(view) for press in presses)
     assert (by_tokens is None and by_bytes is None) or torch.equal(by_tokens, by_bytes)
-    if presses[0].layers_differ():
+    if any(part.per_layer for part in parts(presses[0])):
         layers = [presses[0].keep_of(n_tokens, view.place._replace(layer_idx=i)) for i in range(view.n_layers)]
         assert sum(layers) == view.n_layers * min(n, n_tokens)
     else:
@@ -254,7 +257,7 @@ def test_what_wraps_one_press_and_adds_nothing_changes_nothing(name: str, view: 
     plain = press.compress(view)
     assert ratio > 0 or plain is None
     same: list[BasePress] = [PrefillDecodingPress(press)]
-    if type(press).choose is ScorerPress.choose and not press.layers_differ():
+    if press.offers_scores and not press.per_layer:
         same += [ComposedPress([press]), ChunkPress(press, chunk_length=view.n_tokens)]
         same += [AdaKVPress(press, alpha_safeguard=1.0)]
         even = [[[percent / 100] * view.keys.shape[1]] * view.n_layers for percent in range(1, 100)]
@@ -264,7 +267,7 @@ def test_what_wraps_one_press_and_adds_nothing_changes_nothing(name: str, view: 
     same += [] if isinstance(press, ThinKPress) else [ThinKPress(0.0, press=press)]
     if type(press).compress is ScorerPress.compress:
         same += [MergingPress(press, merge_fraction=0.0), MergingPress(press, similarity_threshold=1.0)]
-    if type(press).compress is ScorerPress.compress and not press.layers_differ():
+    if not any(part.changes or part.per_layer for part in parts(press)):
         same += [PerLayerCompressionPress(press, [ratio] * view.n_layers)]
     for wrapped in same:
         if name == "compactor" and isinstance(wrapped, ComposedPress):

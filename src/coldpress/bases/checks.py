@@ -6,32 +6,10 @@ from typing import Any
 
 import torch
 
-from coldpress.core.definition import as_given
 from coldpress.core.press import Press
 from coldpress.errors import PressError
 
-__all__ = ["check_at_least", "check_between", "no_scorer", "numbers_of", "require_one_layer"]
-
-
-def require_one_layer(outer: Press, press: object) -> None:
-    """Raise :class:`PressError` if ``press`` cannot be asked about one layer at a time, as ``outer`` would."""
-    if isinstance(press, Press) and press.needs_model:
-        raise PressError(
-            f"{type(outer).__name__} asks a press about one layer at a time, and {type(press).__name__} chooses among "
-            "the pairs of all layers after running the model again; use it by itself."
-        )
-
-
-def no_scorer(press: object) -> str:
-    """What was given where a press with scores and a budget is needed, and what to do with it instead."""
-    if not isinstance(press, Press):
-        return as_given(press)
-    name = type(press).__name__
-    if press.evicts_while_decoding:
-        return f"{name}, which says when pairs are evicted and not which; put it outside"
-    if press.chooses_together:
-        return f"{name}, which chooses among the pairs of all layers; use it by itself"
-    return f"{name}, which has no ratio and no scores that others could choose by; use it by itself"
+__all__ = ["check_at_least", "check_between", "numbers_of"]
 
 
 def check_at_least(press: Press, minimum: int, *names: str) -> None:

@@ -321,7 +321,11 @@ def _info(name: str, entry: _Entry) -> PressInfo:
         per_head=any(cls.per_head for cls in entry.classes),
         per_layer=any(cls.per_layer for cls in entry.classes),
         has_ratio=entry.has_ratio if name else cls.has_ratio,
-        in_block=any(cls.needs_hidden_states or cls.needs_model or cls.chooses_together for cls in entry.classes),
+        in_block=any(
+            getattr(cls, trait) is True  # not a property, which parameters decide
+            for cls in entry.classes
+            for trait in ("needs_hidden_states", "needs_model", "chooses_together")
+        ),
     )
 
 

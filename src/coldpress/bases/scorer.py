@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, TypeVar
 
@@ -15,6 +16,7 @@ from coldpress.core.choice import select
 from coldpress.core.counts import check_ratio, keep_count
 from coldpress.core.forced import forced
 from coldpress.core.kept import Kept, Place
+from coldpress.core.press import parts
 from coldpress.core.view import LayerView
 from coldpress.errors import PressError
 
@@ -39,6 +41,7 @@ class BudgetPress(BasePress):
     """
 
     has_ratio = True
+    implied: ClassVar[Mapping[str, Mapping[str, Any]]] = {"keep_of": {"per_layer": True}}
 
     exact_at_0: ClassVar[bool] = True  # at ratio 0 the cache is the uncompressed one
 
@@ -80,10 +83,6 @@ class BudgetPress(BasePress):
             return min(n_tokens, self.budget_bytes // token_bytes)
         return keep_count(n_tokens, self.compression_ratio)
 
-    def layers_differ(self) -> bool:
-        """Whether :meth:`keep_of` depends on the layer."""
-        return type(self).keep_of is not BudgetPress.keep_of
-
     def keep(self, view: LayerView) -> int:
         """How many pairs a head of this layer keeps, 1 <= n <= T: the mean if its heads differ."""
         if view.n_counted is not None:  # in a prefill in pieces
@@ -115,14 +114,18 @@ class ScorerPress(BudgetPress):
     """
 
     can_rechoose = True
-
-    estimates_attention: ClassVar[bool] = False  # scores are attention weights: not negative, comparable across heads
-    needs_all_queries: ClassVar[bool] = False  # score(view) needs the query of every token of the view
-    pointwise: ClassVar[bool] = False  # a score depends on its own token only, so that it can be given at once
+    per_head_independent = True
+    offers_choice = True
+    offers_scores = True
+    implied: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "score": {"pointwise": False, "estimates_attention": False},
+        "choose": {"offers_scores": False},
+        "compress": {"changes": frozenset({"keys", "values"})},
+    }
 
     @property
     def chooses_again(self) -> bool:
-        return self.can_rechoose
+        return all(part.can_rechoose for part in parts(self))
 
     def score(self, view: LayerView) -> Tensor:
         """Scores ``[B, Hkv, T]`` in float32; larger = keep. Must not depend on ``compression_ratio``."""

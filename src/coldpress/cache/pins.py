@@ -10,7 +10,7 @@ from torch import Tensor
 
 from coldpress.errors import CacheError
 
-__all__ = ["Pins", "Spans", "among_real", "checked_pins", "of_rows", "pinned"]
+__all__ = ["Pins", "Spans", "among_real", "checked_pins", "of_rows", "pinned", "repeated"]
 
 Spans = Sequence[tuple[int, int]]  # the first token of a span, and the one after it, among a row's real tokens
 Pins = tuple[tuple[tuple[int, int], ...], ...]  # of each row, or of one for all
@@ -72,3 +72,8 @@ def among_real(position: Tensor, shown: Tensor | None) -> Tensor:
 def of_rows(pins: Pins, rows: Sequence[int]) -> Pins:
     """The spans of the rows ``rows``."""
     return pins if len(pins) <= 1 else tuple(pins[row] for row in rows)
+
+
+def repeated(pins: Pins, repeats: int) -> Pins:
+    """The spans of rows that are there ``repeats`` times each, one after the other."""
+    return of_rows(pins, [row for row in range(len(pins)) for _ in range(repeats)])

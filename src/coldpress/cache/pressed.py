@@ -20,14 +20,15 @@ from transformers.modeling_utils import PreTrainedModel
 from coldpress.cache.file import load_cache, save_cache
 from coldpress.cache.layer import PressedLayer, next_layer
 from coldpress.cache.mixed import MixedCache
-from coldpress.cache.pins import Spans, checked_pins, of_rows
+from coldpress.cache.observation import readers
+from coldpress.cache.pins import Spans, checked_pins, of_rows, repeated
 from coldpress.cache.session import Session
 from coldpress.core.definition import as_given
 from coldpress.core.press import Press
 from coldpress.core.requirements import check_chunks, check_quantisable, require_rerotatable
 from coldpress.errors import CacheError, PressError
-from coldpress.stores.bits import KVBits
-from coldpress.stores.codec import Codec, check_codec
+from coldpress.stores.bits import KVBits, storage_of
+from coldpress.stores.codec import Codec
 
 __all__ = ["PressedCache"]
 
@@ -108,11 +109,7 @@ class PressedCache(MixedCache):
             raise PressError(f"positions must be 'original' or 'rerotate', got {positions!r}.")
         if positions == "rerotate" and press is not None:
             require_rerotatable(press)
-        if storage is not None and (kv_bits is not None or not isinstance(storage, Codec)):
-            raise CacheError(f"storage must be a coldpress.Codec, and no kv_bits beside it; got {storage!r}.")
-        if storage is not None:
-            check_codec(storage)
-        self.session = Session(press, positions == "rerotate", storage or KVBits.of(kv_bits), checked_pins(pin))
+        self.session = Session(press, positions == "rerotate", storage_of(kv_bits, storage), checked_pins(pin))
         self.session.chunk_tokens = chunk_tokens
         self._tokens: list[Tensor] = []  # [B, n] each, as far as somebody told them
         check_quantisable(press, self.session.storage)
@@ -228,6 +225,11 @@ class PressedCache(MixedCache):
         """
         before, after = (sum(layer.n_pairs[i] for layer in self.pressed_layers()) for i in (0, 1))
         return 1 - after / before if before else 0.0
+
+    @property
+    def reads_part(self) -> bool:
+        """Whether the press chooses which of the stored pairs a decoding query reads."""
+        return bool(readers(self.press))
 
     def read_ratio(self) -> float:
         """Fraction of the stored pairs that decoding queries have read; 1 unless the press reads part of them."""
@@ -367,8 +369,7 @@ class PressedCache(MixedCache):
         super().batch_repeat_interleave(repeats)
         if self.attention_mask is not None:
             self.attention_mask = self.attention_mask.repeat_interleave(repeats, dim=0)
-        pins = self.session.pins
-        self.session.pins = of_rows(pins, [row for row in range(len(pins)) for _ in range(repeats)])
+        self.session.pins = repeated(self.session.pins, repeats)
         self._tokens = [part.repeat_interleave(repeats, dim=0) for part in self._tokens]
 
     def _index_mask(self, rows: Tensor) -> None:

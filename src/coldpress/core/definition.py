@@ -29,6 +29,8 @@ _RENAMED = {  # traits that presses of earlier versions of coldpress have
     "heads_alone": "per_head_independent",
     "scores_alone": "pointwise",
     "goes_on": "evicts_while_decoding",
+    "layers_differ": "per_layer",
+    "leaves_keys": "changes",
 }
 
 
@@ -75,6 +77,8 @@ class PressType(type):
                 raise PressError(sentence)
             if own in _RENAMED:
                 raise PressError(f"{name}.{own} is called {_RENAMED[own]} now, and nothing asks for the old name.")
+        if "per_head_independent" not in namespace and not cls.__module__.startswith("coldpress."):
+            super().__setattr__("per_head_independent", False)
         for base in cls.__mro__[1:]:
             for method, claims in vars(base).get("implied", {}).items():
                 for trait in claims.keys() - namespace.keys() if method in namespace else ():

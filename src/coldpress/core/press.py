@@ -33,16 +33,16 @@ class Press(metaclass=PressType):
         kind: ``training-free``; ``calibrated``: needs statistics of the model, taken from a text; ``trained``: needs
             weights of its own that were trained for the model.
         at_prefill: compresses the prompt; if not, only what comes after it, as a decoding schedule does.
-        decodes: can choose among the pairs of a text that goes on, so that a decoding schedule may use it.
+        can_rechoose: can choose among the pairs of a text that goes on, so that a decoding schedule may use it.
         per_head, per_layer: heads of a layer, or layers, may keep different numbers of pairs.
         has_ratio: takes a ``compression_ratio``; if not, parameters of its own and the text decide how much is kept.
-        needs_hidden_states: looks at ``view.hidden_states``: the prefill has to run inside ``with press(model):``. A
-            wrapper need not say it for the press inside it.
-        needs_model: runs the model by itself after the prefill (:meth:`finish`), inside ``with press(model):`` too.
-        per_head_independent: chooses for each KV head by what that head holds and is asked, so that heads may be apart.
-            Not inherited; every class says so for itself.
-        chooses_together: chooses among the pairs of all layers when the prefill is over (:meth:`choose_together`),
-            inside ``with press(model):`` too.
+        per_head_independent: chooses for each KV head by what that head holds and is asked, and as many pairs for each,
+            so that heads may be apart. Inherited inside coldpress only, where a test compares what a class says with
+            what it does; any other class says so for itself.
+        offers_choice: says which pairs of one layer stay (``choose``) and how many (``keep_of``): others may go around.
+        offers_scores: that choice is the best of its ``scores``, so that another press may choose by them.
+        pointwise: a score depends on its own token only, so that it can be given as soon as the token comes.
+        needs_all_queries: scores need the query of every token of the view.
         columns: what each pair carries for the press (:meth:`observe`), beside its key and value.
         observes: is shown every attention call (:meth:`observe`).
         reads_part: says which pairs a decoding query reads (:meth:`select`).
@@ -56,10 +56,11 @@ class Press(metaclass=PressType):
     per_head: ClassVar[bool] = False
     per_layer: ClassVar[bool] = False
     has_ratio: ClassVar[bool] = False
-    needs_hidden_states: ClassVar[bool] = False
-    needs_model: ClassVar[bool] = False
     per_head_independent: ClassVar[bool] = False
-    chooses_together: ClassVar[bool] = False
+    offers_choice: ClassVar[bool] = False
+    offers_scores: ClassVar[bool] = False
+    pointwise: ClassVar[bool] = False
+    needs_all_queries: ClassVar[bool] = False
     columns: ClassVar[tuple[Column, ...]] = ()
     observes: ClassVar[bool] = False
     reads_part: ClassVar[bool] = False
@@ -67,6 +68,39 @@ class Press(metaclass=PressType):
         "observe": {"observes": True},
         "select": {"reads_part": True},
     }
+
+    # -- traits that parameters may decide; a class may as well set them as attributes ------------------------------
+
+    @property
+    def needs_hidden_states(self) -> bool:
+        """Whether it looks at ``view.hidden_states``: the prefill has to run inside ``with press(model):``.
+
+        A wrapper need not say it for the press inside it.
+        """
+        return False
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether it runs the model by itself after the prefill (:meth:`finish`), inside ``with press(model):`` too."""
+        return False
+
+    @property
+    def chooses_together(self) -> bool:
+        """Whether it chooses among the pairs of all layers when the prefill is over (:meth:`choose_together`).
+
+        Inside ``with press(model):`` too.
+        """
+        return False
+
+    @property
+    def estimates_attention(self) -> bool:
+        """Whether scores are attention weights: not negative, comparable across heads, and not weighed by values."""
+        return False
+
+    @property
+    def changes(self) -> frozenset[str]:
+        """What it holds otherwise than the model made it: ``keys``, ``values``, or ``channels`` of keys."""
+        return frozenset()
 
     def compress(self, view: LayerView) -> Kept | None:
         """What is kept of ``view``, right after the prefill; None keeps everything."""
@@ -121,11 +155,6 @@ class Press(metaclass=PressType):
     def chooses_again(self) -> bool:
         """Whether it can compress a prompt piece by piece: it chooses among what is left of a text that goes on."""
         return False
-
-    @property
-    def leaves_keys(self) -> bool:
-        """Whether the keys that are kept are held as the model made them."""
-        return True
 
     # -- a press that watches attention, or has queries read a part of what is held ---------------------------------
 

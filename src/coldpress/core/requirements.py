@@ -1,25 +1,184 @@
-"""What does not go together, in one sentence each."""
+"""What does not go together: who needs what, who has it, and one sentence for where it is missing."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from coldpress.architecture.sharded import is_sharded
+from coldpress.core.definition import as_given
 from coldpress.core.press import Press, parts
 from coldpress.errors import CacheError, PressError
 
 __all__ = [
+    "CHOICE",
+    "PRESS",
+    "SCORER",
     "check_chunks",
     "check_heads",
     "check_quantisable",
+    "refusal",
+    "require",
     "require_block",
     "require_rerotatable",
     "require_text",
 ]
+
+
+class Need(NamedTuple):
+    """Something that wrappers, schedules or caches need of a press, in the words of :func:`refusal`."""
+
+    what: str
+    is_met: Callable[[Press], bool]
+    lack: str
+    instead: str
+
+
+_OUTSIDE = "put it outside: {inner}(press={outer}(...))"
+_BUDGET = ("compression_ratio", "budget_tokens", "budget_bytes")
+_NEEDS = {
+    "one_layer": Need(
+        "a press that can be asked about one layer at a time",
+        lambda press: not (press.needs_model or press.chooses_together),
+        "chooses among the pairs of all layers",
+        "use it by itself",
+    ),
+    "choice": Need(
+        "a press that says which pairs stay, such as SnapKVPress(0.5)",
+        lambda press: press.offers_choice,
+        "has no budget and no scores that others could choose by",
+        "use it by itself, or put it outside",
+    ),
+    "pairs": Need(
+        "pairs as the model made them", lambda press: not press.changes, "changes the pairs it keeps", _OUTSIDE
+    ),
+    "keys": Need(
+        "keys as the model made them",
+        lambda press: press.changes <= {"values"},
+        "changes the keys that it keeps",
+        _OUTSIDE,
+    ),
+    "channels": Need(
+        "keys in all their channels",
+        lambda press: "channels" not in press.changes,
+        "holds keys in fewer channels",
+        "use one of the two",
+    ),
+    "scores": Need(
+        "scores that it can choose by",
+        lambda press: press.offers_scores,
+        "makes that choice in its own way",
+        "give it a scorer such as SnapKVPress(0.5)",
+    ),
+    "attention": Need(
+        "attention weights, which it multiplies with a norm of the values",
+        lambda press: press.estimates_attention,
+        "gives scores that are no attention",
+        "wrap SnapKVPress, PyramidKVPress, TOVAPress, ObservedAttentionPress or "
+        "ExpectedAttentionPress(use_vnorm=False), or a class of yours that says estimates_attention = True",
+    ),
+    "pointwise": Need(
+        "scores of single tokens, because it judges each token as it comes",
+        lambda press: press.pointwise,
+        "scores tokens by one another or by the queries of others",
+        "use KnormPress, QFilterPress, KVzapPress or a class of yours that says pointwise = True, or decoding=False",
+    ),
+    "queries_of_a_block": Need(
+        "a press that is shown the queries of one block",
+        lambda press: not press.needs_all_queries,
+        "needs those of all tokens",
+        "use ChunkPress, or the press alone",
+    ),
+    "layers": Need(
+        "to decide by itself how much each layer keeps",
+        lambda press: not press.per_layer,
+        "does so too",
+        "use one of them, or a scorer such as SnapKVPress",
+    ),
+    "amount": Need(
+        "to say by itself how much is kept",
+        lambda press: not any(getattr(press, name, None) for name in _BUDGET),
+        "has a ratio or budget",
+        "leave it out",
+    ),
+    "again": Need(
+        "a press that chooses again and again among what is left of a text",
+        lambda press: press.can_rechoose,
+        "chooses once, from a whole prompt",
+        "use a scorer such as SnapKVPress(), or AdaKVPress around one",
+    ),
+    "prompt": Need(
+        "a press that compresses the prompt",
+        lambda press: press.at_prefill,
+        "begins after it",
+        "give it as decoding_press",
+    ),
+    "stops": Need(
+        "a press that stops after the prefill",
+        lambda press: not press.evicts_while_decoding,
+        "goes on while decoding by itself",
+        "use it alone",
+    ),
+    "goes_on": Need(
+        "a press that goes on while decoding",
+        lambda press: press.evicts_while_decoding,
+        "does nothing while decoding",
+        "give decoding_press=DecodingPress(...)",
+    ),
+    "whole_layers": Need(
+        "a press that cuts back a layer at once",
+        lambda press: not press.n_waiting,
+        "evicts token by token",
+        "use DecodingPress",
+    ),
+    "own_heads": Need(
+        "a press that looks at each head alone, because every process has some of them",
+        lambda press: press.per_head_independent,
+        "may need all heads of a layer at once",
+        "use SnapKVPress, KnormPress or ExpectedAttentionPress, or device_map='auto' instead of tp_plan",
+    ),
+    "own_bytes": Need(
+        "a budget that a process with some of the heads can count",
+        lambda press: getattr(press, "budget_bytes", None) is None,
+        "has budget_bytes, those of all heads",
+        "give budget_tokens or a compression_ratio",
+    ),
+}
+PRESS = ("one_layer", "choice")  # with a budget, and a choice of pairs
+CHOICE = (*PRESS, "pairs")  # which leaves the pairs as they are
+SCORER = (*CHOICE, "scores")  # with scores and nothing around them
+
+
+def require(outer: object, press: object, *needs: str, instead: str = "") -> None:
+    """Raise :class:`PressError` unless ``press``, and every press inside it, has what ``outer`` needs.
+
+    Args:
+        outer: a press, or a text that says what else needs it.
+        needs: what is needed, as this module calls it.
+        instead: what to do, where that is not what it is for most.
+    """
+    if not isinstance(press, Press):
+        raise PressError(f"{_name(outer)} wraps a press such as SnapKVPress(0.5), got {as_given(press)}.")
+    for need in needs:
+        for part in parts(press):
+            if not _NEEDS[need].is_met(part):
+                raise PressError(refusal(outer, part, need, instead))
+
+
+def refusal(outer: object, inner: Press, need: str, instead: str = "") -> str:
+    """The sentence that says why ``outer`` does not go with ``inner``; see :func:`require`."""
+    what, _, lack, usually = _NEEDS[need]
+    if usually == _OUTSIDE and len([*parts(inner)]) == 1:  # nothing is inside it
+        usually = "use it by itself"
+    names = {"outer": _name(outer), "inner": type(inner).__name__}
+    return "{outer} needs {0}, and {inner} {1}; {2}.".format(what, lack, (instead or usually).format(**names), **names)
+
+
+def _name(outer: object) -> str:
+    return outer if isinstance(outer, str) else type(outer).__name__
 
 
 def require_block(press: Press, needed: object) -> None:
@@ -52,38 +211,15 @@ def require_text(press: Press, given: Mapping[str, Any]) -> None:
 
 def require_rerotatable(press: Press) -> None:
     """Raise :class:`PressError` unless a cache can move up the keys that ``press`` keeps."""
-    for part in parts(press):
-        name = type(part).__name__
-        if not part.leaves_keys:
-            why = f"{name} changes the keys that it keeps"
-        elif part.needs_model or part.chooses_together:
-            why = f"{name} chooses among the pairs of all layers when the prefill is over"
-        elif part.n_waiting:
-            why = f"{name} evicts token by token"
-        else:
-            continue
-        raise PressError(
-            f"positions='rerotate' moves keys up whenever a layer is cut back, and {why}; leave positions out, or use "
-            "a scorer or DecodingPress around one."
-        )
+    outer = "positions='rerotate', which moves keys up whenever a layer is cut back,"
+    instead = "leave positions out, or use a scorer or DecodingPress around one"
+    require(outer, press, "keys", "one_layer", "whole_layers", instead=instead)
 
 
 def check_heads(press: Press, module: nn.Module, n_heads: int) -> None:
     """Raise :class:`PressError` if ``module`` has but some of the heads and ``press`` may need them all."""
-    if not is_sharded(module, n_heads):
-        return
-    for part in parts(press):
-        if not vars(type(part)).get("per_head_independent"):  # a subclass may do something else
-            raise PressError(
-                f"{type(part).__name__} may need all heads of a layer at once, and under tensor parallelism every "
-                "process has some of them; use a press that looks at each head alone, such as SnapKVPress, KnormPress "
-                "or ExpectedAttentionPress, or device_map='auto' instead of tp_plan."
-            )
-        if getattr(part, "budget_bytes", None) is not None:
-            raise PressError(
-                "budget_bytes counts the bytes of all heads, and under tensor parallelism every process has some of "
-                "them; give budget_tokens or a compression_ratio."
-            )
+    if is_sharded(module, n_heads):
+        require("tensor parallelism", press, "own_heads", "own_bytes")
 
 
 def check_chunks(press: Press | None, chunk_tokens: int | None) -> None:
@@ -97,18 +233,15 @@ def check_chunks(press: Press | None, chunk_tokens: int | None) -> None:
         return
     if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int) or chunk_tokens < 1:
         raise CacheError(f"chunk_tokens must be an integer >= 1, got {chunk_tokens!r}.")
-    if press is not None and not press.at_prefill:
-        name = type(press).__name__
-        raise PressError(
-            f"With chunk_tokens a prompt is cut back piece by piece, and {name} begins after it; give "
-            f"PrefillDecodingPress(SnapKVPress(0.5), {name}(...)), with None in the first place to keep the prompt "
-            "whole, or leave chunk_tokens out."
+    if press is None or press.chooses_again:
+        return
+    if not press.at_prefill:
+        instead = (
+            "PrefillDecodingPress(SnapKVPress(0.5), {inner}(...)), with None in the first place to keep the prompt"
         )
-    if press is not None and not press.chooses_again:
-        raise PressError(
-            f"With chunk_tokens a press chooses again and again among what is left of a prompt, and {press!r} cannot; "
-            "leave chunk_tokens out, or take a scorer such as SnapKVPress(0.5), or AdaKVPress around one."
-        )
+        raise PressError(refusal("chunk_tokens", press, "prompt", f"give {instead} whole, or leave chunk_tokens out"))
+    instead = "leave chunk_tokens out, or take a scorer such as SnapKVPress(0.5), or AdaKVPress around one"
+    raise PressError(refusal("chunk_tokens", press, "again", instead))
 
 
 def check_quantisable(press: Press | None, kv_bits: object) -> None:
@@ -116,13 +249,8 @@ def check_quantisable(press: Press | None, kv_bits: object) -> None:
     if press is None or kv_bits is None:
         return
     if press.evicts_while_decoding:
-        raise CacheError(
-            f"{type(press).__name__} evicts pairs while decoding, and kv_bits holds keys in groups of tokens that "
-            "cannot be taken apart without quantising them again; use a press that stops after the prefill, or no "
-            "kv_bits."
-        )
-    if any(getattr(part, "key_channel_compression_ratio", 0) for part in parts(press)):
-        raise CacheError(
-            f"{type(press).__name__} holds keys in fewer channels and kv_bits in fewer bits; both at once are not "
-            "supported: use one of them."
-        )
+        why = "groups of tokens cannot be taken apart without quantising them again: use another press, or no kv_bits"
+        raise CacheError(refusal("kv_bits", press, "stops", why))
+    for part in parts(press):
+        if "channels" in part.changes:
+            raise CacheError(refusal("kv_bits", part, "channels"))

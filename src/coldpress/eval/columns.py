@@ -135,6 +135,7 @@ _QUALITY: tuple[_Column, ...] = (
 )  # fmt: skip
 _SIZES: tuple[_Column, ...] = (
     ("achieved", "fraction that was really removed", _plain("effective_compression_ratio", 3)),
+    ("read", "fraction of the stored pairs that a decoding query reads", _plain("read_ratio", 3)),
     ("KV before", "bytes of the uncompressed cache", _count("kv_bytes_baseline")),
     ("KV after", "bytes of the compressed cache", _count("kv_bytes")),
     ("KV most", "most bytes held while reading", _count("kv_bytes_max")),

@@ -42,6 +42,7 @@ class Measured:
         kept_hash: a fingerprint of which pairs it keeps; None for the baseline.
         agreement: of each window, greedy tokens that are the baseline's before the first that is not; None where
             nothing was generated.
+        read_ratio: fraction of the stored pairs that were read for these targets.
     """
 
     scores: Scores
@@ -50,6 +51,7 @@ class Measured:
     achieved_ratio: float
     kept_hash: str | None = None
     agreement: list[int] | None = None
+    read_ratio: float = 1.0
 
 
 class LedgerFolder:

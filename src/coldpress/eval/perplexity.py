@@ -35,7 +35,13 @@ _Job = tuple[int, Window]  # number of a document, and one of its windows
 
 
 def forward(model: PreTrainedModel, input_ids: Tensor, cache: PressedCache | None, keep: int = 0) -> Tensor:
-    """Logits ``[B, keep, V]`` of the last ``keep`` tokens (0: of all) of ``input_ids`` after what ``cache`` holds."""
+    """Logits ``[B, keep, V]`` of the last ``keep`` tokens (0: of all) of ``input_ids`` after what ``cache`` holds.
+
+    Where a press chooses what each query reads, tokens are fed one by one, as they are when they are generated.
+    """
+    if cache is not None and cache.reads_part and input_ids.shape[1] > 1:
+        steps = torch.cat([forward(model, token, cache) for token in input_ids.split(1, dim=1)], dim=1)
+        return steps[:, -keep:] if keep else steps
     stand_at(model, 0 if cache is None else cache.seen_tokens)
     options: dict[str, Any] = {"use_cache": False} if cache is None else cache_argument(cache, model)
     if "logits_to_keep" in inspect.signature(model.forward).parameters:

@@ -154,6 +154,8 @@ class PrefixRun(PointRun[Measured]):
             "effective_compression_ratio": first.achieved_ratio,
             "kept_hash": first.kept_hash,
         }
+        if first.read_ratio < 1:
+            record["read_ratio"] = first.read_ratio
         if point == BASELINE:
             return record
         paired = paired_difference(counts, nll, base_nll)
@@ -275,7 +277,7 @@ class WindowWork:
                 check_stored_pairs(point.press, branch, context, full)
                 agreement = _agreement(greedy, self._generate(model, branch, inputs))
                 scores, _ = Scores.of(forward(model, inputs, branch), wanted, reference)
-                found[point.key] = Measured(scores, **sizes, agreement=agreement)
+                found[point.key] = Measured(scores, **sizes, agreement=agreement, read_ratio=branch.read_ratio())
             except Exception as error:
                 found[point.key] = release(error)
         measured: dict[Any, Tensor] = {}  # presses that keep everything share one cache, and its losses

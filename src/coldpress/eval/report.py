@@ -76,6 +76,7 @@ def _size_name(records: Sequence[Record]) -> str:
 Column = tuple[str, Callable[[Record], str | None]]
 QUALITY: tuple[Column, ...] = (
     ("achieved", _number("effective_compression_ratio", "{:.3f}")),
+    ("read", _number("read_ratio", "{:.3f}")),
     ("loss", lambda r: None if _is_plain(r) else _number("loss", "{:.4f}")(r)),
     ("loss uncompressed", lambda r: _number("loss", "{:.4f}")(r) if _is_plain(r) else None),
     ("PPL", lambda r: None if _is_plain(r) else _number("ppl", "{:.3f}")(r)),

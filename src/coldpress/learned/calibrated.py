@@ -50,6 +50,7 @@ class Calibrated(BasePress):
     """
 
     kind = "calibrated"
+    per_head_independent = False  # artefacts are read by the index of a head
 
     artefact: ClassVar[str]
     holds: ClassVar[str]

@@ -37,6 +37,7 @@ class AdaKVPress(WrapperPress):
     """
 
     per_head = True
+    per_head_independent = False
 
     alpha_safeguard: float = 0.20
 
@@ -49,15 +50,11 @@ class AdaKVPress(WrapperPress):
         if n_keep >= view.n_tokens:
             return None
         must = self.forced(view, n_keep)
-        return view.held(select_counts(view.guard(self.scores(view), must), self.counts(view, n_keep, must)))
+        return view.held(select_counts(view.guard(self.scores(view), must), self.counts(view, n_keep)))
 
-    def counts(self, view: LayerView, n_keep: int, must: Tensor) -> Tensor:
-        """How many pairs each head keeps: int64 ``[B, Hkv]``.
-
-        Args:
-            n_keep: mean over the heads.
-            must: what :meth:`forced` gives.
-        """
+    def counts(self, view: LayerView, n_keep: int) -> Tensor:
+        """How many pairs each head keeps, ``n_keep`` on average: int64 ``[B, Hkv]``."""
+        must = self.forced(view, n_keep)
         n_safe = max(share_of(n_keep, self.alpha_safeguard), int(must.sum(-1).max()))
         counts = adaptive_counts(view.guard(self.scores(view), must), n_keep, n_safe)
         return counts if view.counts is None else counts.minimum(view.counts)

@@ -13,8 +13,8 @@ from coldpress.bases.wrapper import WrapperPress
 from coldpress.core.choice import select
 from coldpress.core.column import PINNED
 from coldpress.core.forced import as_far_as, must_stay
+from coldpress.core.requirements import SCORER
 from coldpress.core.view import LayerView
-from coldpress.errors import PressError
 from coldpress.presses.keydiff import KeyDiffPress
 
 
@@ -38,20 +38,14 @@ class BlockPress(WrapperPress):
         block_size: tokens of a block, at least 1.
     """
 
-    per_head_independent = True
-
     can_rechoose = False
+    needs_inside = (*SCORER, "queries_of_a_block")
 
     block_size: int = 128
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(self, 1, "block_size")
-        if self.press.needs_all_queries:
-            raise PressError(
-                f"BlockPress shows its press the queries of one block, and {type(self.press).__name__} needs those of "
-                "all tokens; use ChunkPress, or the press alone."
-            )
 
     def choose(self, view: LayerView) -> Tensor | None:
         n_keep, n_tokens = self.keep(view), view.n_tokens

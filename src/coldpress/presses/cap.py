@@ -40,8 +40,6 @@ class CapPress(ScorerPress):
         epsilon: added to the weights in A, at least 0.
     """
 
-    per_head_independent = True
-
     tau: float = 5.0
     n_future_positions: int = 512
     n_sink: int = 4

@@ -38,8 +38,6 @@ class ChunkPress(WrapperPress):
         chunk_length: tokens of a chunk, at least 1.
     """
 
-    per_head_independent = True
-
     can_rechoose = False
 
     chunk_length: int = 1024

@@ -36,6 +36,7 @@ class ChunkKVPress(WrapperPress):
     """
 
     can_rechoose = False
+    per_head_independent = False
 
     chunk_length: int = 20
 

@@ -39,6 +39,7 @@ class CompactorPress(ScorerPress):
         seed: as for LeverageScorePress.
     """
 
+    per_head_independent = False
     needs_all_queries = True
     can_rechoose = False
 

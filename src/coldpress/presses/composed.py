@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from coldpress.bases.scorer import ScorerPress
-from coldpress.bases.wrapper import require_scorer
 from coldpress.core.choice import select
 from coldpress.core.counts import check_ratio
 from coldpress.core.kept import Place
+from coldpress.core.requirements import SCORER, require
 from coldpress.core.view import LayerView
 from coldpress.errors import PressError
 
@@ -38,9 +38,8 @@ class ComposedPress(ScorerPress):
         presses: at least one scorer, each with its ratio. ``compression_ratio`` is 1 - product of (1 - ratio).
     """
 
-    per_head_independent = True
-
     can_rechoose = False
+    per_layer = False
 
     compression_ratio: float = field(init=False, repr=False, compare=False)
     budget_tokens: int | None = field(init=False, repr=False, compare=False, default=None)
@@ -52,7 +51,7 @@ class ComposedPress(ScorerPress):
         if not presses:
             raise PressError(f"ComposedPress takes a list of at least one press, got {self.presses!r}.")
         for press in presses:
-            require_scorer(self, press)
+            require(self, press, *SCORER)
         object.__setattr__(self, "presses", presses)
         kept = math.prod(1 - Fraction(repr(float(press.compression_ratio))) for press in presses)
         object.__setattr__(self, "compression_ratio", float(1 - kept))
@@ -75,9 +74,6 @@ class ComposedPress(ScorerPress):
 
     def keep_of(self, n_tokens: int, place: Place) -> int:
         return self._counts(n_tokens, place)[-1]
-
-    def layers_differ(self) -> bool:
-        return any(press.layers_differ() for press in self.presses)
 
     def protected(self, view: LayerView) -> tuple[int, int]:
         both = [press.protected(view) for press in self.presses]

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from coldpress.bases.checks import check_between
 from coldpress.bases.registry import register
-from coldpress.bases.wrapper import WrapperPress, require_scorer
+from coldpress.bases.wrapper import WrapperPress
 from coldpress.core.choice import best, select, select_counts
 from coldpress.core.counts import share_of
+from coldpress.core.requirements import SCORER
 from coldpress.core.view import LayerView
-from coldpress.errors import PressError
 from coldpress.presses.adakv import AdaKVPress
 from coldpress.presses.expected_attention import ExpectedAttentionPress
 from coldpress.presses.snapkv import SnapKVPress
@@ -44,6 +44,9 @@ class CriticalKVPress(WrapperPress):
         first_stage_ratio: share of the budget that goes by the scores alone, in [0, 1].
     """
 
+    per_head_independent = False  # the output projection may be in parts
+    needs_inside = (*SCORER, "attention")
+
     epsilon: float = 1e-4
     first_stage_ratio: float = 0.5
 
@@ -51,9 +54,6 @@ class CriticalKVPress(WrapperPress):
         super().__post_init__()
         check_between(self, 0, math.inf, "epsilon")
         check_between(self, 0, 1, "first_stage_ratio")
-
-    def _check_press(self) -> None:
-        _require_attention(self)
 
     def choose(self, view: LayerView) -> Tensor | None:
         n_keep = self.keep(view)
@@ -86,6 +86,8 @@ class CriticalAdaKVPress(AdaKVPress):
         first_stage_ratio: share of each head's budget that goes by the scores alone, in [0, 1].
     """
 
+    needs_inside = (*SCORER, "attention")
+
     epsilon: float = 1e-4
     first_stage_ratio: float = 0.5
 
@@ -94,15 +96,12 @@ class CriticalAdaKVPress(AdaKVPress):
         check_between(self, 0, math.inf, "epsilon")
         check_between(self, 0, 1, "first_stage_ratio")
 
-    def _check_press(self) -> None:
-        _require_attention(self)
-
     def choose(self, view: LayerView) -> Tensor | None:
         n_keep = self.keep(view)
         if n_keep >= view.n_tokens:
             return None
         must = self.forced(view, n_keep)
-        counts = self.counts(view, n_keep, must)
+        counts = self.counts(view, n_keep)
         first = torch.tensor([[share_of(n, self.first_stage_ratio) for n in row] for row in counts.tolist()])
         scores = _two_stages(view, self.scores(view), first.to(counts.device), self.epsilon, must)
         return view.held(select_counts(scores, counts))
@@ -113,17 +112,3 @@ def _two_stages(view: LayerView, scores: Tensor, first: int | Tensor, epsilon: f
     is_first = best(view.guard(scores, must), first)
     weighted = (scores + epsilon) * view.projected_value_norms()
     return view.guard(weighted.masked_fill(is_first, torch.inf), must)
-
-
-def _require_attention(wrapper: WrapperPress) -> None:
-    """Raise :class:`PressError` unless what ``wrapper`` wraps gives attention weights that values can be weighed by."""
-    name, press = type(wrapper).__name__, wrapper.press
-    require_scorer(wrapper, press)
-    if not press.estimates_attention:
-        raise PressError(
-            f"{name} multiplies attention with a norm of the values, and the scores of {type(press).__name__} are no "
-            "attention; wrap SnapKVPress, PyramidKVPress, TOVAPress, ObservedAttentionPress or "
-            "ExpectedAttentionPress(use_vnorm=False)."
-        )
-    if isinstance(press, ExpectedAttentionPress) and press.use_vnorm:
-        raise PressError(f"{name} weighs the values itself; use ExpectedAttentionPress(use_vnorm=False) inside it.")

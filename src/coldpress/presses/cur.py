@@ -43,8 +43,6 @@ class CURPress(ScorerPress):
         seed: random projections are a function of it and the layer.
     """
 
-    per_head_independent = True
-
     num_sinks: int = 4
     leverage_type: _Leverage = "kv_product"
     use_random_leverage: bool = False

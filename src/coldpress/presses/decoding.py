@@ -7,21 +7,20 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from coldpress.bases.checks import check_at_least, no_scorer, require_one_layer
+from coldpress.bases.checks import check_at_least
 from coldpress.bases.press import BasePress
 from coldpress.bases.registry import register
-from coldpress.bases.scorer import BUDGETS, ScorerPress
-from coldpress.bases.wrapper import WrapperPress
+from coldpress.bases.scorer import ScorerPress
 from coldpress.core.counts import check_ratio, keep_count
 from coldpress.core.definition import as_given
 from coldpress.core.kept import Kept
+from coldpress.core.requirements import PRESS, refusal, require
 from coldpress.core.view import LayerView
 from coldpress.errors import PressError
 from coldpress.presses.keydiff import KeyDiffPress
 from coldpress.presses.knorm import KnormPress
 from coldpress.presses.snapkv import SnapKVPress
 from coldpress.presses.streaming_llm import StreamingLLMPress
-from coldpress.presses.think import ThinKPress
 from coldpress.presses.tova import TOVAPress
 
 if TYPE_CHECKING:
@@ -52,10 +51,9 @@ class DecodingPress(BasePress):
         hidden_states_buffer_size: how many of the newest tokens' queries the base press sees; at least one is kept.
     """
 
-    per_head_independent = True
-
     at_prefill = False
     can_rechoose = True
+    per_head_independent = True
 
     base_press: ScorerPress
     compression_interval: int = 512
@@ -63,7 +61,7 @@ class DecodingPress(BasePress):
     hidden_states_buffer_size: int = 256
 
     def __post_init__(self) -> None:
-        _require_decoding(self, self.base_press)
+        require(self, self.base_press, *PRESS, "again", "amount")
         check_at_least(self, 1, "compression_interval", "target_size")
         check_at_least(self, 0, "hidden_states_buffer_size")
 
@@ -137,9 +135,8 @@ class PrefillDecodingPress(BasePress):
         decoding_press: a press that goes on while decoding, such as DecodingPress; None keeps all that is generated.
     """
 
-    per_head_independent = True
-
     can_rechoose = True
+    per_head_independent = True
 
     prefilling_press: BasePress | None = None
     decoding_press: BasePress | None = None
@@ -152,33 +149,26 @@ class PrefillDecodingPress(BasePress):
         if self.prefilling_press is None and self.decoding_press is None:
             raise PressError("PrefillDecodingPress needs a prefilling_press, a decoding_press or both.")
         if self.decoding_press is not None and not self.decoding_press.evicts_while_decoding:
-            raise PressError(
-                f"PrefillDecodingPress: {type(self.decoding_press).__name__} does nothing while decoding; give "
-                "decoding_press=DecodingPress(...)."
-            )
+            raise PressError(refusal(self, self.decoding_press, "goes_on"))
         if isinstance(self.decoding_press, PrefillDecodingPress):
             raise PressError(
                 "PrefillDecodingPress: one inside another would never use its prefilling_press; give the inner one's "
                 "decoding_press itself."
             )
-        if isinstance(self.prefilling_press, DecodingPress):
-            raise PressError(
-                f"PrefillDecodingPress: {type(self.prefilling_press).__name__} does nothing at the prefill; give it as "
-                "decoding_press."
-            )
-        if self.prefilling_press is not None and self.prefilling_press.evicts_while_decoding:
-            raise PressError(
-                f"PrefillDecodingPress: {type(self.prefilling_press).__name__} goes on while decoding by itself; use "
-                "it alone, or give a prefilling_press that stops after the prefill."
-            )
-        if isinstance(self.prefilling_press, ThinKPress) and self.decoding_press is not None:
-            raise PressError(
-                "PrefillDecodingPress: ThinKPress holds keys in fewer channels, and choosing among them again while "
-                "decoding would widen them for good; leave one of the two out."
-            )
-        for name in ("needs_hidden_states", "needs_model", "chooses_together"):
-            needs = any(getattr(press, name) for press in (self.prefilling_press, self.decoding_press) if press)
-            object.__setattr__(self, name, needs)
+        if self.prefilling_press is not None:
+            require(self, self.prefilling_press, "prompt", "stops", *(["channels"] if self.decoding_press else []))
+
+    @property
+    def needs_hidden_states(self) -> bool:
+        return any(press.needs_hidden_states for press in (self.prefilling_press, self.decoding_press) if press)
+
+    @property
+    def needs_model(self) -> bool:
+        return self.prefilling_press is not None and self.prefilling_press.needs_model
+
+    @property
+    def chooses_together(self) -> bool:
+        return self.prefilling_press is not None and self.prefilling_press.chooses_together
 
     @property
     def n_recent_queries(self) -> int:
@@ -204,11 +194,11 @@ class PrefillDecodingPress(BasePress):
             self.prefilling_press.check_prefill(token_ids, has_padding)
 
     def finish(self, cache: PressedCache, model: nn.Module, token_ids: Tensor) -> None:
-        if self.prefilling_press is not None and self.prefilling_press.needs_model:
+        if self.prefilling_press is not None:
             self.prefilling_press.finish(cache, model, token_ids)
 
     def choose_together(self, cache: PressedCache) -> None:
-        if self.prefilling_press is not None and self.prefilling_press.chooses_together:
+        if self.prefilling_press is not None:
             self.prefilling_press.choose_together(cache)
 
     def is_due(self, n_new: int) -> bool:
@@ -217,25 +207,3 @@ class PrefillDecodingPress(BasePress):
     def compress_again(self, view: LayerView) -> Kept | None:
         assert self.decoding_press is not None
         return self.decoding_press.compress_again(view)
-
-
-def _require_decoding(schedule: DecodingPress, press: object) -> None:
-    """Raise :class:`PressError` unless ``press`` can choose among what is left of a text that goes on."""
-    name = type(schedule).__name__
-    require_one_layer(schedule, press)
-    if not isinstance(press, ScorerPress):
-        raise PressError(
-            f"{name} takes a scorer such as SnapKVPress(), or AdaKVPress around one; got {no_scorer(press)}."
-        )
-    inner: object = press
-    while isinstance(inner, ScorerPress):
-        if not inner.can_rechoose:
-            raise PressError(
-                f"{name} chooses again and again among what is left of a text, and {type(inner).__name__} chooses "
-                "once, from a whole prompt; use a scorer such as SnapKVPress(), or AdaKVPress around one."
-            )
-        inner = inner.press if isinstance(inner, WrapperPress) else None
-    budgets = [budget for budget in ("compression_ratio", *BUDGETS) if getattr(press, budget)]
-    if budgets:
-        size = "target_compression_ratio" if isinstance(schedule, CompressionRatioDecodingPress) else "target_size"
-        raise PressError(f"{name}: {size} says how much is kept; leave {budgets[0]} of the base press out.")

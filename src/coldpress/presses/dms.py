@@ -10,10 +10,10 @@ from torch import Tensor
 from coldpress.bases.checks import check_at_least, check_between
 from coldpress.bases.press import BasePress
 from coldpress.bases.scorer import ScorerPress
-from coldpress.bases.wrapper import require_scorer
 from coldpress.core.choice import checked, pack
 from coldpress.core.forced import forced
 from coldpress.core.kept import Kept
+from coldpress.core.requirements import SCORER, require
 from coldpress.core.view import LayerView
 from coldpress.errors import PressError
 
@@ -59,7 +59,7 @@ class DMSPress(BasePress):
     decoding: bool = False
 
     def __post_init__(self) -> None:
-        require_scorer(self, self.press)
+        require(self, self.press, *SCORER, "amount", "layers", *(["pointwise"] if self.decoding is True else []))
         if self.threshold is None:
             raise PressError(
                 f"DMSPress needs a threshold: the lowest score of {type(self.press).__name__} at which a pair is kept. "
@@ -69,20 +69,6 @@ class DMSPress(BasePress):
         check_at_least(self, 1, "sliding_window_size")
         if not isinstance(self.decoding, bool):
             raise PressError(f"DMSPress: decoding must be True or False, got {self.decoding!r}.")
-        if self.press != self.press.with_ratio(0.0):
-            raise PressError(f"DMSPress keeps what reaches its threshold; give it {self.press!r} without a budget.")
-        if self.press.layers_differ():
-            raise PressError(
-                f"DMSPress decides how much each layer keeps, and so does {type(self.press).__name__}; "
-                "give it a scorer without budgets of its own, such as SnapKVPress()."
-            )
-
-        if self.decoding and not self.press.pointwise:
-            raise PressError(
-                f"DMSPress(decoding=True) judges each token as it comes, and {type(self.press).__name__} scores tokens "
-                "by one another or by the queries of others; use KnormPress, QFilterPress or KVzapPress, or "
-                "decoding=False."
-            )
 
     @property
     def n_waiting(self) -> int:

@@ -42,10 +42,6 @@ class ExpectedAttentionPress(ScorerPress):
         epsilon: added to p before weighting.
     """
 
-    per_head_independent = True
-
-    estimates_attention = True
-
     n_future_positions: int = 512
     n_sink: int = 4
     use_covariance: bool = True
@@ -58,6 +54,10 @@ class ExpectedAttentionPress(ScorerPress):
         check_at_least(self, 0, "n_sink")
         if not 0 <= self.epsilon < math.inf:
             raise PressError(f"ExpectedAttentionPress: epsilon must be a finite number >= 0, got {self.epsilon!r}.")
+
+    @property
+    def estimates_attention(self) -> bool:
+        return not self.use_vnorm
 
     def statistics(self, view: LayerView) -> tuple[Tensor, Tensor | None]:
         """Mean ``[B or 1, Hq, 1, D]`` and covariance ``[B or 1, Hq, D, D]`` of queries before rotation, in float32."""

@@ -51,8 +51,6 @@ class FinchPress(ScorerPress):
             no letter next to it can change how it is tokenised.
     """
 
-    per_head_independent = True
-
     can_rechoose = False
 
     chunk_length: int | None = None
@@ -97,8 +95,8 @@ class FinchPress(ScorerPress):
         return pack(torch.cat([best(scores[..., start:stop], counts) for (start, stop), counts in parts], dim=-1))
 
     @property
-    def leaves_keys(self) -> bool:
-        return not self.rerotate_keys
+    def changes(self) -> frozenset[str]:
+        return frozenset({"keys"} if self.rerotate_keys else ())
 
     def compress(self, view: LayerView) -> Kept | None:
         kept = super().compress(view)

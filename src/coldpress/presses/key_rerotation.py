@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from coldpress.bases.registry import register
-from coldpress.bases.wrapper import WrapperPress, require_choice
+from coldpress.bases.wrapper import WrapperPress
 from coldpress.core.kept import Kept
+from coldpress.core.requirements import PRESS
 from coldpress.core.view import LayerView
-from coldpress.presses.merging import MergingPress
 from coldpress.presses.streaming_llm import StreamingLLMPress
 
 
@@ -36,17 +36,9 @@ class KeyRerotationPress(WrapperPress):
         press: any press that chooses which pairs are kept, or MergingPress, with the compression ratio.
     """
 
-    per_head_independent = True
-
     can_rechoose = False
-
-    @property
-    def leaves_keys(self) -> bool:
-        return False
-
-    def _check_press(self) -> None:
-        press = self.press.press if isinstance(self.press, MergingPress) else self.press  # which leaves keys alone
-        require_choice(self, press)
+    changes = frozenset({"keys"})
+    needs_inside = (*PRESS, "keys")
 
     def compress(self, view: LayerView) -> Kept | None:
         kept = self.press.compress(view)

@@ -25,8 +25,6 @@ class KeyDiffPress(ScorerPress):
     Needs: keys. Cost: O(T * D) per layer.
     """
 
-    per_head_independent = True
-
     def score(self, view: LayerView) -> Tensor:
         keys = view.keys.float()  # [B, Hkv, T, D]
         inverse = 1 / keys.norm(dim=-1).clamp(min=1e-12)

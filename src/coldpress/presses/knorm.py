@@ -23,8 +23,6 @@ class KnormPress(ScorerPress):
     Needs: keys. Cost: O(T * D) per layer.
     """
 
-    per_head_independent = True
-
     pointwise = True
 
     def score(self, view: LayerView) -> Tensor:

@@ -46,6 +46,7 @@ class KVzapPress(ScorerPress):
 
     kind = "trained"
     can_rechoose = False
+    per_head_independent = False
     needs_hidden_states = True
     pointwise = True
     needs_all_queries = True  # as BlockPress means it: of every token, here its hidden state

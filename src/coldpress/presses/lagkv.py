@@ -39,8 +39,6 @@ class LagKVPress(ScorerPress):
         cross_scoring: let the partitions of a head compete with each other.
     """
 
-    per_head_independent = True
-
     n_sink: int = 4
     lag_size: int = 128
     cross_scoring: bool = False

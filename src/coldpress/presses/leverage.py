@@ -37,6 +37,8 @@ class LeverageScorePress(ScorerPress):
         seed: the sketch is a function of it, the layer and the head.
     """
 
+    per_head_independent = False
+
     sketch_dimension: int = 48
     seed: int = 0
 

@@ -22,6 +22,7 @@ from coldpress.core.column import PINNED
 from coldpress.core.counts import apportion
 from coldpress.core.forced import as_far_as, ends, forced
 from coldpress.core.kept import Place
+from coldpress.core.requirements import SCORER
 from coldpress.core.view import LayerView
 from coldpress.errors import PressError
 from coldpress.io.artefacts import Artefact, Shape, artefacts_folder
@@ -75,6 +76,7 @@ class LUKVPress(Calibrated, WrapperPress):
     between = (0.0, 1.0)
 
     can_rechoose = False
+    needs_inside = (*SCORER, "layers")
     per_head = True
     per_layer = True
 
@@ -99,13 +101,6 @@ class LUKVPress(Calibrated, WrapperPress):
             object.__setattr__(self, "curves", numbers_of(self, "curves", self.curves, 3))
         if self.curves is not None:
             self._given  # noqa: B018 -- a file that cannot be read is refused now
-
-    def _check_press(self) -> None:
-        super()._check_press()
-        if self.press.layers_differ():
-            raise PressError(
-                f"LUKVPress decides how much each layer keeps, and so does {type(self.press).__name__}; use one."
-            )
 
     @cached_property
     def _given(self) -> Curves:
@@ -134,9 +129,6 @@ class LUKVPress(Calibrated, WrapperPress):
         if self.curves is None or n_mean >= n_tokens:
             return n_mean
         return self._layers(self._given, n_tokens, n_mean)[place.layer_idx]
-
-    def layers_differ(self) -> bool:
-        return True
 
     def protected(self, view: LayerView) -> tuple[int, int]:
         n_sink, n_window = self.press.protected(view)

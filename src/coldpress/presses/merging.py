@@ -10,9 +10,10 @@ from torch.nn.functional import normalize
 
 from coldpress.bases.checks import check_between
 from coldpress.bases.registry import register
-from coldpress.bases.wrapper import WrapperPress, require_choice
+from coldpress.bases.wrapper import WrapperPress
 from coldpress.core.counts import share_of
 from coldpress.core.kept import Kept
+from coldpress.core.requirements import CHOICE
 from coldpress.core.view import LayerView
 from coldpress.presses.snapkv import SnapKVPress
 
@@ -42,9 +43,9 @@ class MergingPress(WrapperPress):
         merge_fraction: share of the evicted pairs that may be merged, in [0, 1].
     """
 
-    per_head_independent = True
-
     can_rechoose = False
+    changes = frozenset({"values"})
+    needs_inside = CHOICE
 
     similarity_threshold: float = 0.0
     merge_fraction: float = 1.0
@@ -52,9 +53,6 @@ class MergingPress(WrapperPress):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_between(self, 0, 1, "similarity_threshold", "merge_fraction")
-
-    def _check_press(self) -> None:
-        require_choice(self, self.press)
 
     def compress(self, view: LayerView) -> Kept | None:
         kept = self.press.compress(view)

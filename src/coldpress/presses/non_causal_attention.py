@@ -36,8 +36,6 @@ class NonCausalAttnPress(ScorerPress):
         chunk_size: tokens of a chunk, at least 1.
     """
 
-    per_head_independent = True
-
     needs_all_queries = True
     can_rechoose = False
 

@@ -26,8 +26,6 @@ class ObservedAttentionPress(ScorerPress):
     Needs: keys and all queries. Cost: O(T * T * D) per query head and layer.
     """
 
-    per_head_independent = True
-
     estimates_attention = True
     can_rechoose = False
 

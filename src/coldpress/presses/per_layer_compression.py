@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from coldpress.bases.scorer import ScorerPress
-from coldpress.bases.wrapper import WrapperPress, require_choice
+from coldpress.bases.wrapper import WrapperPress
 from coldpress.core.counts import check_ratio
 from coldpress.core.kept import Place
+from coldpress.core.requirements import CHOICE
 from coldpress.core.view import LayerView
 from coldpress.errors import PressError
 
@@ -33,12 +34,15 @@ class PerLayerCompressionPress(WrapperPress):
     """
 
     can_rechoose = False
+    needs_inside = (*CHOICE, "layers")
     per_layer = True
 
     compression_ratios: Sequence[float] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.press.budget_tokens is not None or self.press.budget_bytes is not None:
+            raise PressError(f"PerLayerCompressionPress has a ratio for each layer; {self.press!r} has a budget too.")
         ratios = tuple(self.compression_ratios)
         if not ratios:
             raise PressError("PerLayerCompressionPress needs compression_ratios, one for each layer of the model.")
@@ -47,15 +51,6 @@ class PerLayerCompressionPress(WrapperPress):
         object.__setattr__(self, "compression_ratios", ratios)
         mean = sum(Fraction(repr(float(ratio))) for ratio in ratios) / len(ratios)
         object.__setattr__(self, "compression_ratio", float(mean))
-
-    def _check_press(self) -> None:
-        require_choice(self, self.press)
-        if self.press.budget_tokens is not None or self.press.budget_bytes is not None:
-            raise PressError(f"PerLayerCompressionPress has a ratio for each layer; {self.press!r} has a budget too.")
-        if self.press.layers_differ():
-            raise PressError(
-                f"{self.press!r} and PerLayerCompressionPress both decide how much each layer keeps; use one of them."
-            )
 
     def with_budget(self: _P, **budget: Any) -> _P:
         """The same press with all its ratios multiplied, so that their mean is ``compression_ratio``.
@@ -74,9 +69,6 @@ class PerLayerCompressionPress(WrapperPress):
 
     def keep_of(self, n_tokens: int, place: Place) -> int:
         return self._at(place.layer_idx, place.n_layers).keep_of(n_tokens, place)
-
-    def layers_differ(self) -> bool:
-        return True
 
     def choose(self, view: LayerView) -> Tensor | None:
         return self._at(view.layer_idx, view.n_layers).choose(view)

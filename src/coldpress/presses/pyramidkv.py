@@ -33,8 +33,6 @@ class PyramidKVPress(SnapKVPress):
         beta: steepness, at least 1; the last layer keeps 1/beta of the mean where the line is not flattened.
     """
 
-    per_head_independent = True
-
     per_layer = True
 
     beta: int = 20

@@ -30,6 +30,8 @@ class RandomPress(ScorerPress):
             a new seed for every cache from torch's default generator, so ``torch.manual_seed`` repeats those too.
     """
 
+    per_head_independent = False
+
     seed: int | None = None
 
     def score(self, view: LayerView) -> Tensor:

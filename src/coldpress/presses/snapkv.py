@@ -37,8 +37,6 @@ class SnapKVPress(ScorerPress):
         kernel_size: width of the pooling in tokens, odd.
     """
 
-    per_head_independent = True
-
     estimates_attention = True
 
     window_size: int = 64

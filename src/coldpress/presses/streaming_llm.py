@@ -31,8 +31,6 @@ class StreamingLLMPress(ScorerPress):
         n_sink: first tokens that are always kept.
     """
 
-    per_head_independent = True
-
     n_sink: int = 4
 
     def __post_init__(self) -> None:

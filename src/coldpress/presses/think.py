@@ -9,12 +9,12 @@ import torch
 from coldpress.bases.checks import check_at_least
 from coldpress.bases.registry import register
 from coldpress.bases.scorer import ScorerPress
-from coldpress.bases.wrapper import WrapperPress, require_press
+from coldpress.bases.wrapper import WrapperPress
 from coldpress.core.choice import select
 from coldpress.core.counts import check_ratio, keep_count
 from coldpress.core.kept import Kept
+from coldpress.core.requirements import PRESS
 from coldpress.core.view import LayerView
-from coldpress.errors import PressError
 from coldpress.presses.knorm import KnormPress
 from coldpress.presses.snapkv import SnapKVPress
 
@@ -48,9 +48,8 @@ class ThinKPress(WrapperPress):
             that keeps all.
     """
 
-    per_head_independent = True
-
     can_rechoose = False
+    needs_inside = (*PRESS, "channels")
     exact_at_0 = False
 
     press: ScorerPress = field(default_factory=KnormPress, kw_only=True)
@@ -62,14 +61,9 @@ class ThinKPress(WrapperPress):
         check_ratio(self.key_channel_compression_ratio, "key_channel_compression_ratio")
         check_at_least(self, 1, "window_size")
 
-    def _check_press(self) -> None:
-        require_press(self, self.press)
-        if isinstance(self.press, ThinKPress):
-            raise PressError("ThinKPress around ThinKPress would remove channels twice; use one of them.")
-
     @property
-    def leaves_keys(self) -> bool:
-        return False
+    def changes(self) -> frozenset[str]:
+        return frozenset({"channels"} if self.key_channel_compression_ratio else ())
 
     def compress(self, view: LayerView) -> Kept | None:
         kept = self.press.compress(view)

@@ -24,6 +24,7 @@ class TOVAPress(ScorerPress):
     Needs: keys and the last query. Cost: O(T * D) per query head and layer.
     """
 
+    per_head_independent = False
     estimates_attention = True
 
     def score(self, view: LayerView) -> Tensor:
