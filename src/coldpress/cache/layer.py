@@ -21,7 +21,7 @@ from coldpress.cache.eviction import EvictingLayer
 from coldpress.cache.masks import additive_mask
 from coldpress.cache.observation import readers, selected
 from coldpress.cache.phase import Phase, check_piece, phase_after
-from coldpress.cache.pins import pinned
+from coldpress.cache.pins import among_real, pinned
 from coldpress.cache.session import THREAD, Session, uncompiled
 from coldpress.cache.slots import CARRIED
 from coldpress.core.call import LayerCall
@@ -277,7 +277,7 @@ class PressedLayer(EvictingLayer):
         """What each stored pair carries, by name, ``[B, Hkv, T, ...]``; ``pinned`` among them where tokens are."""
         own = self.slots.columns()
         if self.session.pins and self.slots.store is not None:
-            own["pinned"] = pinned(self.session.pins, self.positions())
+            own["pinned"] = pinned(self.session.pins, among_real(self.positions(), self.shown))
         return own
 
     def carried(self) -> Tensor | None:
