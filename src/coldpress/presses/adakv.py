@@ -45,19 +45,14 @@ class AdaKVPress(WrapperPress):
         super().__post_init__()
         check_between(self, 0, 1, "alpha_safeguard")
 
-    def choose(self, view: LayerView) -> Tensor | None:
-        n_keep = self.keep(view)
-        if n_keep >= view.n_tokens:
-            return None
-        must = self.forced(view, n_keep)
-        return view.held(select_counts(view.guard(self.scores(view), must), self.counts(view, n_keep, must)))
+    def chosen(self, view: LayerView, n_keep: int, must: Tensor) -> Tensor:
+        return select_counts(view.guard(self.scores(view), must), self.counts(view, n_keep, must))
 
     def counts(self, view: LayerView, n_keep: int, must: Tensor) -> Tensor:
         """How many pairs each head keeps: int64 ``[B, Hkv]``.
 
         Args:
-            n_keep: mean over the heads.
-            must: what :meth:`forced` gives.
+            n_keep, must: as for :meth:`chosen`.
         """
         n_safe = max(share_of(n_keep, self.alpha_safeguard), int(must.sum(-1).max()))
         counts = adaptive_counts(view.guard(self.scores(view), must), n_keep, n_safe)
