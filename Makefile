@@ -70,7 +70,7 @@ test-old: $(OLD:%=.venv-old-%/.installed) ## the fast tests under the older vers
 	@$(@D)/bin/python -m pip install -qq -e ".[dev]" "transformers==$*.*"
 	@touch $@
 
-test-slow: $(STAMP) ## the slow tests
+test-slow: $(STAMP) ## the slow tests, the whole product of presses and architectures among them
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --maxprocesses 8 -m "slow and not gpu and not network" $(ARGS)
 
 test-gpu: $(STAMP) ## the tests that need a CUDA device

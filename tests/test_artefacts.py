@@ -23,7 +23,6 @@ from coldpress.io.artefacts import Artefact, artefact_path, artefacts_folder, re
 from coldpress.io.network import fetch_hub_file, fetch_url
 
 NAME = "EleutherAI/pythia-70m"
-pytestmark = pytest.mark.usefixtures("no_made_up_artefacts")
 
 
 def filters(seed: int = 0) -> dict[str, torch.Tensor]:

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.test_pipeline import CONTEXT, QUESTIONS
-from tests.test_pipeline import folder as folder  # a tiny model with a tokenizer
+from tests.tiny_folder import CONTEXT, QUESTIONS
+from tests.tiny_folder import folder as folder
 from transformers import pipeline
 
 from coldpress import AdaKVPress, PressedCache, SnapKVPress
-from coldpress.commands import asking, main
+from coldpress.cli import main
+from coldpress.commands import asking
 from coldpress.eval.models import LoadedModel, load_model
 from coldpress.models.pipeline import TASKS
 

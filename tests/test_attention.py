@@ -12,6 +12,7 @@ import torch
 from tests.contract.architectures import BY_NAME, VERSION, WINDOW, tiny, tokens
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from coldpress import AdaKVPress, BasePress, KnormPress, PressedCache, SnapKVPress, use_coldpress
 from coldpress.architecture.cache_argument import cache_argument
@@ -101,14 +102,13 @@ def test_without_a_pressed_cache(name: str, backend: str, flash: None) -> None:
 @pytest.mark.parametrize("backend", list(BACKENDS))
 def test_attention_that_is_not_causal_stays_so(backend: str, flash: None) -> None:
     """Vision towers and the like run under the same name as the text model they belong to."""
-    from coldpress.models.backend import _attention
 
     module = BY_NAME["gemma2"].build().model.layers[1].self_attn
     module.is_causal = False
     query, states = torch.randn(1, 4, 5, 16), torch.randn(1, 2, 5, 16)
     for cap in (2.0, None):
         options = {} if cap is None else {"softcap": cap}
-        found, _ = _attention(BACKENDS[backend], module, query, states, states, None, scaling=0.25, **options)
+        found, _ = ALL_ATTENTION_FUNCTIONS[backend](module, query, states, states, None, scaling=0.25, **options)
         logits = query @ states.repeat_interleave(2, dim=1).transpose(-1, -2) * 0.25
         weights = (logits if cap is None else cap * torch.tanh(logits / cap)).softmax(-1)
         torch.testing.assert_close(found, (weights @ states.repeat_interleave(2, dim=1)).transpose(1, 2))
@@ -179,23 +179,23 @@ def test_each_kind_of_mask() -> None:
 
 @pytest.mark.parametrize("argument", ["position_bias", "head_mask", "indices"])
 def test_attention_that_coldpress_does_not_know(argument: str) -> None:
-    from coldpress.models.backend import _attention
 
     model, past = BY_NAME["llama"].build(), PressedCache()
     states = torch.randn(1, 2, 5, 8)
     keys, values = past.update(states, states, 0)
-    module = model.model.layers[0].self_attn
+    module, attention = model.model.layers[0].self_attn, ALL_ATTENTION_FUNCTIONS["coldpress"]
     with pytest.raises(ModelError, match=f"LlamaAttention attends with '{argument}'"):
-        _attention("sdpa", module, torch.randn(1, 4, 5, 8), keys, values, None, **{argument: torch.ones(1)})
+        attention(module, torch.randn(1, 4, 5, 8), keys, values, None, **{argument: torch.ones(1)})
 
 
 def test_attention_to_something_else_than_was_cached() -> None:
     """As differential attention does: the call goes through untouched, and the cache tells at its next use."""
-    from coldpress.models.backend import _attention
 
     model, past, states = BY_NAME["llama"].build(), PressedCache(), torch.randn(1, 2, 5, 8)
     keys, values = past.update(states, states, 0)
-    _attention("sdpa", model.model.layers[0].self_attn, torch.randn(1, 4, 5, 8), keys, values * 2, None)
+    ALL_ATTENTION_FUNCTIONS["coldpress"](
+        model.model.layers[0].self_attn, torch.randn(1, 4, 5, 8), keys, values * 2, None
+    )
     with pytest.raises(ModelError, match="something else than it caches"):
         past.get_seq_length()
 
@@ -220,7 +220,9 @@ def test_a_custom_mask_is_refused() -> None:
 def test_torch_compile(press: BasePress | None) -> None:
     """Of the whole model: graphs break where the cache is filled and read, and the rest is compiled."""
     torch._dynamo.reset()
-    model, ids, mask = BY_NAME["llama"].build(), tokens(2, 44), torch.ones(2, 44, dtype=torch.long)
+    n_layers = 2 if isinstance(press, AdaKVPress) else 1  # a second one takes seconds
+    model, ids = BY_NAME["llama"].build(num_hidden_layers=n_layers), tokens(2, 44)
+    mask = torch.ones(2, 44, dtype=torch.long)
     mask[0, :7] = 0
     compiled = torch.compile(model, backend="eager")
     past, expected = PressedCache(press), PressedCache(press)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tests.contract.architectures import BY_NAME, tiny, tokens
 from tests.presses.others import IN_BLOCK, OTHERS, WITH_RATIO, block, other_press, small_press
-from tests.presses.replays import Words
+from tests.presses.words import Words
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -235,7 +235,7 @@ def through_a_file(past: PressedCache) -> PressedCache:
     return pickle.loads(pickle.dumps(past))
 
 
-@pytest.mark.usefixtures("given_weights")
+@pytest.mark.usefixtures("given_artefacts", "given_weights")
 @pytest.mark.parametrize("name", press_names(at_prefill=True))
 def test_a_cache_of_every_press_can_be_copied_and_pickled(name: str) -> None:
     """What presses had computed was remembered in local functions, which no file can hold."""

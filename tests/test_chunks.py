@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from tests.batches import Batch, is_local
 from tests.contract.architectures import VERSION, WINDOW, tiny, tokens
 from tests.presses.others import small_press
-from tests.test_padding import Batch, is_local
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -48,6 +48,8 @@ from coldpress.core.call import LayerCall
 from coldpress.core.counts import keep_count
 from coldpress.errors import CacheError, InputError, PressError
 from coldpress.models.prompts import pieces
+
+pytestmark = pytest.mark.usefixtures("given_artefacts")
 
 N, CHUNK = 56, 12
 CHUNKED = [name for name in press_names(at_prefill=True) if make_press(name, 0.0).chooses_again]

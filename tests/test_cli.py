@@ -30,16 +30,16 @@ from transformers import (
 )
 
 import coldpress
-from coldpress import BasePress, KnormPress, LayerView, SnapKVPress
+from coldpress import BasePress, KnormPress, LayerView, PressedCache, SnapKVPress
 from coldpress.bases import registry
 from coldpress.bases.registry import press_names
 from coldpress.cli import main
 from coldpress.errors import OutputError, SelfCheckError
 from coldpress.eval import evaluate as evaluate_module
+from coldpress.eval import speed
 from coldpress.eval.records import METRICS
 from coldpress.eval.report import check_record, groups, show
 from coldpress.eval.speed import SpeedRun
-from coldpress.eval.speed_points import Sample, SpeedPoint
 
 ROOT = Path(__file__).parents[1]
 DEMO = Path(coldpress.__file__).parent / "assets" / "demo" / "model"
@@ -591,14 +591,14 @@ def test_what_fails_its_self_check_is_not_timed(run: Run, monkeypatch: pytest.Mo
             raise SelfCheckError("removes nothing and yet changes a loss")
 
     timed = []
-    generate = SpeedRun._generate
+    prefilling = speed.prefilling
 
-    def noted(self: SpeedRun, point: SpeedPoint, n_tokens: int) -> Sample:
-        timed.append(point.press)
-        return generate(self, point, n_tokens)
+    def noted(model: Any, cache: PressedCache) -> Any:
+        timed.append(cache.press)
+        return prefilling(model, cache)
 
     monkeypatch.setattr("coldpress.eval.prefix.check_unchanged", check)
-    monkeypatch.setattr(SpeedRun, "_generate", noted)
+    monkeypatch.setattr(speed, "prefilling", noted)
     done = run("--press", "knorm", "snapkv", "--ppl_apply_press", *SMALL)
     assert done.code == 1
     assert {r["press"]: r["status"] for r in done.records} == {"knorm": "failed", "snapkv": "ok"}
@@ -609,10 +609,10 @@ def test_what_fails_its_self_check_is_not_timed(run: Run, monkeypatch: pytest.Mo
 
 
 def test_what_fails_while_timed_keeps_its_perplexity_and_its_rounds(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(self: SpeedRun, point: SpeedPoint) -> None:
+    def broken(device: torch.device) -> None:
         raise RuntimeError("no room")
 
-    monkeypatch.setattr(SpeedRun, "_measure_memory", broken)
+    monkeypatch.setattr(speed, "MemoryMeter", broken)
     done = run("--press", "knorm", "--ppl_apply_press", *SMALL)
     kept = done.record["before_failure"]
     assert done.code == 1 and done.record["error"] == "RuntimeError: no room" and done.record["ppl"] is None
@@ -1014,8 +1014,8 @@ def test_interrupted_while_timing_it_keeps_finished_presses_as_finished(tiny: Pa
         tmp_path,
         *small,
     ]
-    slow = "; import time, coldpress.eval.speed as s; f = s.SpeedRun._measure_memory"
-    slow += "; s.SpeedRun._measure_memory = lambda self, point: (f(self, point), time.sleep(0.3))"
+    slow = "; import time, coldpress.eval.speed as s; f = s.MemoryMeter"
+    slow += "; s.MemoryMeter = lambda device: (time.sleep(0.3), f(device))[1]"
     process = start(EVERY_LINE + slow, *arguments)
     wait_for(process, "speed: 13/20")  # every press is timed, the memory of three is measured
     process.send_signal(signal.SIGINT)
@@ -1031,7 +1031,7 @@ def test_interrupted_while_timing_it_keeps_finished_presses_as_finished(tiny: Pa
 
 def test_killed_while_timing_it_has_kept_the_perplexity(tiny: Path, tmp_path: Path) -> None:
     arguments = ["--model", tiny, "--dataset", "demo", "--press", "no_press", "knorm", "snapkv", "--ppl_apply_press"]
-    kill = "import coldpress.eval.speed as s; s.SpeedRun._generate = lambda *a: os.kill(os.getpid(), signal.SIGKILL)"
+    kill = "import coldpress.eval.speed as s; s.prefilling = lambda *a: os.kill(os.getpid(), signal.SIGKILL)"
     code, out, err = finish(start(kill, *arguments, *SMALL, "--output_dir", tmp_path))
     assert code == -signal.SIGKILL, err
     files = sorted(path.name for path in tmp_path.iterdir())
@@ -1042,13 +1042,10 @@ def test_killed_while_timing_it_has_kept_the_perplexity(tiny: Path, tmp_path: Pa
         assert record["tpot_ms"] is None
     assert len({record["run_id"] for record in records}) == 1
     assert out.count("| knorm ") == 1 and "ΔNLL" in out and "interrupted" not in out  # the table of what is done
-    kill = "import coldpress.eval.speed as s; f = s.SpeedRun._measure_memory\n"
-    kill += (
-        "def memory(self, point):\n    f(self, point) if 'Snap' not in repr(point.press) else os.kill(os.getpid(), 9)\n"
-    )
-    code, out, err = finish(
-        start(kill + "s.SpeedRun._measure_memory = memory", *arguments, *SMALL, "--output_dir", tmp_path)
-    )
+    kill = "import coldpress.eval.speed as s; f = s.check_stored_pairs\n"  # asked while the memory is measured
+    kill += "def check(press, *a): return f(press, *a) if 'Snap' not in repr(press) else os.kill(os.getpid(), 9)\n"
+    kill += "s.check_stored_pairs = check"
+    code, out, err = finish(start(kill, *arguments, *SMALL, "--output_dir", tmp_path))
     assert code == -signal.SIGKILL, err
     found = {record["press"]: record for record in (json.loads(path.read_text()) for path in tmp_path.iterdir())}
     assert {press: record["status"] for press, record in found.items()} == {
@@ -1064,20 +1061,20 @@ def test_killed_while_timing_it_has_kept_the_perplexity(tiny: Path, tmp_path: Pa
 
 
 def test_a_press_that_fails_while_timed_leaves_one_result(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    generate = SpeedRun._generate
+    prefilling = speed.prefilling
 
-    def broken(self: SpeedRun, point: SpeedPoint, n_tokens: int) -> Sample:
-        if isinstance(point.press, KnormPress):
+    def broken(model: Any, cache: PressedCache) -> Any:
+        if isinstance(cache.press, KnormPress):
             raise RuntimeError("out of order")
-        return generate(self, point, n_tokens)
+        return prefilling(model, cache)
 
-    monkeypatch.setattr(SpeedRun, "_generate", broken)
+    monkeypatch.setattr(speed, "prefilling", broken)
     done = run("--press", "knorm", "snapkv", "--ppl_apply_press", *SMALL)
     assert done.code == 1
     assert {r["press"]: r["status"] for r in done.records} == {"knorm": "failed", "snapkv": "ok"}
     assert len(done.records) == 2
     assert run("--press", "knorm", "--speed_only", *SMALL).code == 1
-    monkeypatch.setattr(SpeedRun, "_generate", generate)
+    monkeypatch.setattr(speed, "prefilling", prefilling)
     for what in ("--ppl_apply_press", "--speed_only"):
         done = run("--press", "knorm", what, *SMALL)
     assert [record["status"] for record in done.records] == ["ok"] * 3  # under the names of those that failed

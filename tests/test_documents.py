@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import re
 import runpy
@@ -18,6 +19,7 @@ from coldpress.bases.registry import catalogue, make_press, press_names
 from coldpress.cli import _parser
 
 ROOT = Path(__file__).resolve().parents[1]
+READMES = ("README.md", "README.zh-CN.md")
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
 
 
@@ -62,12 +64,21 @@ def test_the_public_names_are_there_once() -> None:
         assert hasattr(coldpress, name)
 
 
-@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
+def code_of(name: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def test_the_code_of_both_readmes_is_one() -> None:
+    """But for its comments."""
+    english, chinese = ([ast.dump(ast.parse(block)) for block in code_of(name)] for name in READMES)
+    assert english == chinese
+
+
 def test_the_code_of_the_readmes_runs(
-    name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    blocks = code_of(READMES[0])
     assert len(blocks) > 5
     demo = str(ROOT / "src" / "coldpress" / "assets" / "demo" / "model")
     names: dict[str, object] = {}
@@ -81,7 +92,7 @@ def test_the_code_of_the_readmes_runs(
     assert re.search(r"^4\d\d \[1[234]\d(, 1[234]\d){5}\]$", out, re.MULTILINE)  # while decoding: 128 to 143 are held
 
 
-@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
+@pytest.mark.parametrize("name", READMES)
 def test_the_command_lines_of_the_readmes_are_understood(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
     lines = re.findall(r"^(?:coldpress |python evaluation/perplexity.py ).+$", text, re.MULTILINE)

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from tests.contract.architectures import BY_NAME, ROTARY_VARIANTS, VERSION, Look, tiny, tokens
-from tests.contract.test_oracle import oracle_logits
+from tests.oracles.models import oracle_logits
 from tests.presses.others import block, small_press
-from tests.presses.replays import Words
+from tests.presses.words import Words
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -5,16 +5,14 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from tests.contract.architectures import ARCHITECTURES, BY_NAME, Architecture, Look, tiny, tokens
+from tests.presses.hidden import LookDeeper, projected
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from coldpress import (
     AdaKVPress,
@@ -34,14 +32,7 @@ from coldpress.core.requirements import require_block
 from coldpress.errors import PressError
 from coldpress.models.block import prefilling
 
-PROJECTIONS = ("q_proj", "qkv_proj", "query_key_value", "c_attn")
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
-
-
-class LookDeeper(Look):
-    """Keeps everything and remembers the views, whose hidden states it asks for."""
-
-    needs_hidden_states = True
 
 
 @dataclass(frozen=True)
@@ -54,26 +45,6 @@ class MeanPress(ScorerPress):
         require_block(self, view.hidden_states)
         assert view.hidden_states is not None and view.hidden_states.shape[1] == view.n_tokens
         return view.hidden_states.float().mean(-1)[:, None].expand(view.keys.shape[:3])
-
-
-@contextmanager
-def projected(model: PreTrainedModel) -> Iterator[dict[nn.Module, list[Tensor]]]:
-    """What the query projection of each attention module is given, by module."""
-    seen: dict[nn.Module, list[Tensor]] = {}
-    handles = []
-    for module in model.modules():
-        found = [getattr(module, name) for name in PROJECTIONS if hasattr(module, name)]
-        if found:
-            handles.append(
-                found[0].register_forward_pre_hook(
-                    lambda _, args, module=module: seen.setdefault(module, []).append(args[0])
-                )
-            )
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @every_architecture

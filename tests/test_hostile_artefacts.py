@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tests.contract.architectures import tiny, tokens
-from tests.test_hostile_caches import OTHERS, changed_tensors
+from tests.hostile import OTHERS, changed_tensors
 from torch import Tensor
 
 from coldpress import DuoAttentionPress, ExpectedAttentionStatsPress, LUKVPress, PressedCache, QFilterPress
@@ -81,4 +81,4 @@ def test_curves_of_others_are_no_larger_than_their_file(tmp_path: Path) -> None:
                     b"'shape': (99, 1000000, 1000000), }".ljust(128)):  # fmt: skip
         path.write_bytes(content)
         with pytest.raises(PressError, match="cannot read the curves"):
-            LUKVPress(compression_ratio=0.5, curves=str(path))._given  # noqa: B018
+            LUKVPress(compression_ratio=0.5, curves=str(path))

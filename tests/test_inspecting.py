@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 from tests.contract.architectures import VERSION, tiny, tokens
-from tests.presses.replays import Words
-from tests.test_pipeline import folder as folder  # a tiny model with a tokenizer
+from tests.presses.words import Words
+from tests.tiny_folder import folder as folder
 from torch import Tensor
 
 import coldpress

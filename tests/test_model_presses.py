@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from tests.contract.architectures import BY_NAME, tokens
-from tests.test_pressing import traces
+from tests.oracles.all_pairs import AllPairs
+from tests.traces import traces
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
@@ -157,18 +158,13 @@ def test_a_press_finishes_after_the_prefill(model: PreTrainedModel, kind: type) 
 
 def test_heads_may_keep_different_numbers(model: PreTrainedModel) -> None:
     model.set_attn_implementation("coldpress")
-    past, question = PressedCache(), tokens(1, 4, seed=3)
-    model(IDS, **cache_argument(past))
-    other = past.fork()
+    past, question, masked = PressedCache(), tokens(1, 4, seed=3), AllPairs("llama")
+    model(IDS, **cache_argument(past)), masked.read(IDS)
     past.layer(0).keep(torch.tensor([[[0, 5, 6, 19], [3, -1, -1, -1]]]))
     assert past.positions(0).tolist() == [[[0, 5, 6, 19], [3, -1, -1, -1]]]
     assert past.stored_lengths() == [4, N] and past.achieved_ratio() == 1 - 5 / (2 * N)
-    mask = torch.zeros(1, 2, N, dtype=torch.bool)  # what is left, on the whole cache
-    mask[0, 0, [0, 5, 6, 19]] = mask[0, 1, 3] = True
-    layer = other.layer(0)
-    layer._kept = torch.where(mask, torch.arange(N), -1).int()
-    layer._has_gaps, layer._tail_start = True, N
-    expected = model(question, **cache_argument(other)).logits
+    masked.keep(past)
+    expected = masked.read(question)
     torch.testing.assert_close(model(question, **cache_argument(past)).logits, expected, atol=1e-5, rtol=0)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.batches import Batch, is_local
 from tests.contract.architectures import BY_NAME, tiny, tokens
 from tests.presses.others import OTHERS, WITH_RATIO, other_press
 from torch import Tensor
@@ -12,7 +13,8 @@ from transformers import PreTrainedModel
 from coldpress import BasePress, DMSPress, KnormPress, PressedCache, SnapKVPress, make_press
 from coldpress.architecture.cache_argument import cache_argument
 
-QUESTION = 4
+pytestmark = pytest.mark.usefixtures("given_artefacts")
+
 MODELS = ["gpt_neox", "llama", "mistral"]
 PARAMETERS = {"snapkv": {"window_size": 8}, "pyramidkv": {"window_size": 4}, "random": {"seed": 3}}
 LAYOUTS = {
@@ -23,40 +25,10 @@ LAYOUTS = {
 }
 
 
-class Batch:
-    """Rows of random tokens with padding before and after them, as (before, after) says."""
-
-    def __init__(self, length: int, pads: list[tuple[int, int]]):
-        self.ids = torch.zeros(len(pads), length, dtype=torch.long)
-        self.mask = torch.zeros(len(pads), length, dtype=torch.long)
-        self.rows = []
-        for i, (before, after) in enumerate(pads):
-            row = tokens(length - before - after, seed=i)
-            self.rows.append(row)
-            self.ids[i, before : length - after] = row
-            self.mask[i, before : length - after] = 1
-        self.question = tokens(len(pads), QUESTION, seed=99)
-
-    def positions(self) -> Tensor:
-        return (self.mask.cumsum(-1) - 1).clamp(min=0)
-
-    def add(self, new: Tensor) -> Tensor:
-        """Position ids of ``new [B, n]`` tokens, which join the batch."""
-        start = self.mask.sum(-1, keepdim=True)
-        self.mask = torch.cat([self.mask, torch.ones_like(new)], dim=-1)
-        return start + torch.arange(new.shape[1])
-
-
 def press_of(name: str, ratio: float) -> BasePress:
     press = make_press(name, ratio, **PARAMETERS.get(name, {}))
     assert press is not None
     return press
-
-
-def is_local(model: PreTrainedModel, layer: int) -> bool:
-    """Whether a layer is bounded by its window and so not compressed."""
-    types = getattr(model.config, "layer_types", None) or []
-    return "full_attention" in types and types[layer] != "full_attention"
 
 
 def check(model: PreTrainedModel, batch: Batch, press: BasePress | None, n_decoded: int = 3) -> PressedCache:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import importlib.util
 import resource
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ import pytest
 import torch
 from tests.contract.architectures import VERSION
 from tests.presses.others import IN_BLOCK, OTHERS, WITH_RATIO, small_press
+from tests.tiny_folder import CONTEXT, DEMO, POSITIONS, QUESTIONS
+from tests.tiny_folder import folder as folder
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -21,7 +22,6 @@ from transformers import (
     DynamicCache,
     GenerationConfig,
     GPTNeoXConfig,
-    GPTNeoXForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
     Phi3Config,
@@ -31,7 +31,6 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-import coldpress
 from coldpress import (
     AdaKVPress,
     BasePress,
@@ -62,26 +61,6 @@ from coldpress.cache.layer import PressedLayer
 from coldpress.cache.session import Session
 from coldpress.errors import CacheError, InputError, PressError
 from coldpress.models.pipeline import TASKS, KVPressTextGenerationPipeline
-
-DEMO = Path(coldpress.__file__).parent / "assets" / "demo" / "model"
-CONTEXT = "The miller weighed the olives, washed them, and laid them between mats of woven grass. " * 4
-QUESTIONS = ["What did the miller weigh?", "Where?", "Who came in the autumn with wooden carts?"]
-POSITIONS = 256
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random GPT-NeoX with the demo's tokenizer, whose answers depend on all they see."""
-    torch.manual_seed(3)
-    config = GPTNeoXConfig(
-        vocab_size=4096, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
-        max_position_embeddings=POSITIONS, rotary_pct=0.25, initializer_range=0.4, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    path = tmp_path_factory.mktemp("pipeline") / "tiny"
-    GPTNeoXForCausalLM(config).save_pretrained(path)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(DEMO / name, path)
-    return path
 
 
 @pytest.fixture
@@ -141,7 +120,7 @@ def test_without_a_press_it_is_the_models_own_greedy_answer(
     assert own_answer(pipe.model, tokenizer, CONTEXT) == own_answer(plain, tokenizer, CONTEXT)
 
 
-@pytest.mark.usefixtures("given_weights")
+@pytest.mark.usefixtures("given_artefacts", "given_weights")
 @pytest.mark.parametrize("name", [*WITH_RATIO, *IN_BLOCK, *OTHERS])
 def test_several_questions_are_answered_as_if_each_was_the_only_one(
     pipe: KVPressTextGenerationPipeline, name: str
@@ -238,7 +217,7 @@ def test_a_cache_that_holds_the_context_is_asked_without_its_text(
         pipe(question="Who?", cache=loaded, max_new_tokens=POSITIONS)
 
 
-@pytest.mark.usefixtures("given_weights")
+@pytest.mark.usefixtures("given_artefacts", "given_weights")
 @pytest.mark.parametrize("name", ["qfilter", "kvzip", "kvzap"])
 def test_a_press_that_has_done_its_work_needs_nothing_of_the_model(
     pipe: KVPressTextGenerationPipeline, name: str, monkeypatch: pytest.MonkeyPatch
@@ -785,7 +764,7 @@ class _Fails(BasePress):
 
 
 def test_many_requests_leave_nothing_behind(pipe: KVPressTextGenerationPipeline) -> None:
-    """The objects of one round are gone after it, whatever was asked for, and so is the memory of 200 requests."""
+    """The objects of one round are gone after it, whatever was asked for, and so is the memory of 96 requests."""
     presses: list[BasePress | None] = [None, *(small_press(name, "gpt_neox") for name in LEAKY), *SCHEDULES, _Fails()]
 
     def ask(i: int) -> None:
@@ -810,7 +789,7 @@ def test_many_requests_leave_nothing_behind(pipe: KVPressTextGenerationPipeline)
     for i in range(2 * len(presses)):  # what is made once, for a model or by torch, is made
         ask(i)
     before, resident = left(), _resident_bytes()
-    for i in range(200):
+    for i in range(96):
         ask(i)
     assert left() == before
     assert _resident_bytes() - resident < 32 << 20

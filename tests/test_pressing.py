@@ -16,7 +16,8 @@ import pytest
 import torch
 from tests.contract.architectures import BY_NAME, VERSION, tokens
 from tests.presses.others import small_press
-from tests.presses.replays import Words
+from tests.presses.words import Words
+from tests.traces import traces
 from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
@@ -132,18 +133,6 @@ def test_generate(name: str) -> None:
     assert len(full) == 2
     assert torch.equal(model.generate(IDS, **cache_argument(PressedCache(PRESS)), **options), out.sequences)
     assert torch.equal(model.generate(IDS, **options), own)  # the block is over
-
-
-def traces(model: PreTrainedModel) -> dict[str, Any]:
-    """Everything a block could leave behind on a model."""
-    return {
-        name: (
-            type(module),
-            {key: len(value) if isinstance(value, dict) else None for key, value in vars(module).items()},
-            module.forward.__func__,
-        )
-        for name, module in model.named_modules()
-    }
 
 
 REPLAYING = {  # presses that run the model, or look into it

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.contract.architectures import tiny, tokens
 from tests.presses.others import IN_BLOCK, OTHERS, WITH_RATIO, block, small_press
-from tests.presses.replays import Words
+from tests.presses.words import Words
 from torch import Tensor
 from transformers import QuantizedCache
 
@@ -34,10 +34,10 @@ from coldpress import (
     ThinKPress,
 )
 from coldpress.architecture.cache_argument import cache_argument
+from coldpress.cache.layer import PressedLayer
 from coldpress.errors import CacheError
 from coldpress.models.pipeline import _check_options
 from coldpress.stores.codes import Codes
-from coldpress.stores.quantised import QuantizedRaggedStore, QuantizedStore
 
 N = 90  # tokens of the prompt
 G, R = 8, 16  # group size and residual tokens of the tests
@@ -60,6 +60,11 @@ def filled(press: BasePress | None, kv_bits: KVBits | None, ids: Tensor = IDS, n
 def both(press: BasePress | None, kv_bits: KVBits, name: str = "llama") -> tuple[PressedCache, PressedCache]:
     """The same pairs as they are and in few bits: two branches of one prefill, or of two where it has to be."""
     return filled(press, None, name=name), filled(press, kv_bits, name=name)
+
+
+def in_few_bits(layer: PressedLayer) -> bool:
+    """Whether some of what a layer holds are codes."""
+    return any(tensor.dtype == torch.uint8 for tensor in layer.tensors())
 
 
 def twin(numbers: Tensor, bits: int) -> Tensor:
@@ -167,20 +172,30 @@ def test_the_newest_pairs_are_exact_whenever_one_looks(name: str) -> None:
         assert torch.equal(own.positions(), layer.positions())
 
 
+def numbers_by_position(past: PressedCache, layer: int) -> list[dict[int, list[float]]]:
+    """Key and value of each pair, for each row and head."""
+    own = past.layer(layer)
+    states = torch.cat([own.keys, own.values], dim=-1).flatten(0, 1).tolist()
+    heads = own.positions().flatten(0, 1).tolist()
+    return [{t: pair for t, pair in zip(*head, strict=True) if t >= 0} for head in zip(heads, states, strict=True)]
+
+
 @pytest.mark.parametrize("name", PRESSES)
 def test_a_group_is_quantised_once(name: str) -> None:
+    """The numbers of a pair change at most once in its life, and those of the newest never."""
     past = filled(PRESSES[name], how(4))
+    before, n_changes = numbers_by_position(past, 1), [dict.fromkeys(range(N + 60), 0) for _ in range(4)]
     for t in range(60):
-        store = past.layer(1)._store
-        assert isinstance(store, (QuantizedStore, QuantizedRaggedStore)) and store._codes is not None
-        before, blocks = store._codes[0].packed.clone(), list(store._n_blocks)
         tiny("llama")(FURTHER[:, t : t + 1], **cache_argument(past))
-        at, at_now = 0, 0
-        for n, n_now in zip(blocks, store._n_blocks, strict=True):
-            assert n_now >= n
-            assert torch.equal(store._codes[0].packed[at_now : at_now + n], before[at : at + n])
-            at, at_now = at + n, at_now + n_now
-    assert sum(store._n_blocks) > sum(blocks) - 1 and store.n_exact >= R
+        now = numbers_by_position(past, 1)
+        for old, new, changes in zip(before, now, n_changes, strict=True):
+            assert new.keys() - old.keys() == {N + t} and not old.keys() - new.keys()
+            for position, pair in old.items():
+                changes[position] += pair != new[position]
+        before = now
+    for changes in n_changes:
+        changed = [position for position, n in changes.items() if n]
+        assert set(changes.values()) == {0, 1} and max(changed) < N + 60 - R and len(changed) >= 60 - R
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
@@ -198,7 +213,7 @@ def test_bytes_of_heads_of_different_lengths() -> None:
     past = filled(RAGGED, how(4))
     expected = 0
     for layer in past.pressed_layers():
-        assert isinstance(layer._store, QuantizedRaggedStore)
+        assert layer.is_ragged and in_few_bits(layer)
         for n in (layer.positions() >= 0).sum(-1).flatten().tolist():
             n_blocks = max(0, (n - R) // G)
             expected += n_blocks * (G * 4 + 8 * 6 + G * (4 + 6)) + (n - n_blocks * G) * 2 * 8 * 4
@@ -206,13 +221,14 @@ def test_bytes_of_heads_of_different_lengths() -> None:
 
 
 def test_room_for_new_tokens_is_no_more_than_a_group() -> None:
+    """Of the pairs that are held as they are: keys and values of 2 layers, 2 rows and 2 heads of 8 channels."""
     for press in (None, RAGGED):
         past = filled(press, how(4))
         for t in range(40):
             tiny("llama")(FURTHER[:, t : t + 1], **cache_argument(past))
-            tails = [layer._store._tail for layer in past.pressed_layers()]  # type: ignore[union-attr]
-            held = sum(tensor.numel() for tail in tails for tensor in tail.tensors())
-            assert held <= 2 * 2 * 2 * 2 * 8 * (R + G) + 2 * 2 * 2 * 2 * 8 * (R + G) * (press is not None)
+            exact = [part for layer in past.pressed_layers() for part in layer.tensors() if part.dtype == torch.float32]
+            held = sum(part.numel() for part in exact if part.shape[-2:] != (1, 8) and part.shape[-1] == 8)
+            assert held <= 2 * 2 * 2 * 2 * 8 * (R + G) * (1 if press is None else 2)
 
 
 # -- caches that are used as any --------------------------------------------------------------------------------------
@@ -306,7 +322,7 @@ def test_generate_and_reset() -> None:
         for _ in range(2):
             ids = model.generate(IDS, **cache_argument(past), max_new_tokens=40, do_sample=False)
             assert ids.shape[1] == N + 40 and past.seen_tokens == N + 39
-            assert isinstance(past.layer(0)._store, (QuantizedStore, QuantizedRaggedStore))
+            assert in_few_bits(past.layer(0))
             past.reset()
         beams = model.generate(
             IDS, **cache_argument(PressedCache(press, kv_bits=how(8))), max_new_tokens=12, num_beams=2, do_sample=False
@@ -314,7 +330,7 @@ def test_generate_and_reset() -> None:
         assert beams.shape == (2, N + 12)
 
 
-@pytest.mark.usefixtures("given_weights")
+@pytest.mark.usefixtures("given_artefacts", "given_weights")
 @pytest.mark.parametrize("name", [*WITH_RATIO, *IN_BLOCK, *OTHERS])
 def test_every_press_keeps_what_it_keeps_and_holds_it_in_few_bits(name: str) -> None:
     press, model, ids = small_press(name, "llama"), tiny("llama"), tokens(1, 48)
@@ -333,7 +349,7 @@ def test_every_press_keeps_what_it_keeps_and_holds_it_in_few_bits(name: str) -> 
         layer.positions().tolist() for layer in plain.pressed_layers()
     ]  # scored as it was
     for own, layer in zip(past.pressed_layers(), plain.pressed_layers(), strict=True):
-        assert isinstance(own._store, (QuantizedStore, QuantizedRaggedStore))
+        assert in_few_bits(own)
         torch.testing.assert_close(own.keys, layer.keys, atol=0.1, rtol=0)
         torch.testing.assert_close(own.values, layer.values, atol=0.1, rtol=0)
     longest = max(int((layer.positions() >= 0).sum(-1).max()) for layer in plain.pressed_layers())

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.contract.architectures import BY_NAME, tiny, tokens
+from tests.oracles.all_pairs import AllPairs
 from tests.presses.others import duo, lukv
-from tests.presses.replays import Words
+from tests.presses.words import Words
 from torch import Tensor
 
 from coldpress import (
@@ -89,27 +90,19 @@ def test_new_tokens_do_not_move_the_others() -> None:
 
 @pytest.mark.parametrize("name", ["gpt_neox", "llama", "gemma2", "gpt_oss"])
 @pytest.mark.parametrize("attention", ["coldpress", "coldpress_eager"])
-def test_logits_are_those_of_a_masked_cache(name: str, attention: str) -> None:
-    """Questions of several tokens and single ones, against a cache that holds every pair and masks the evicted ones."""
+def test_logits_are_those_of_all_pairs_with_a_mask(name: str, attention: str) -> None:
+    """Questions of several tokens and single ones, against attention to every pair that masks the evicted ones."""
     if name not in BY_NAME:
         pytest.skip(f"no {name} in this version of transformers")
     model, ids = tiny(name, attention), tokens(2, 60)
-    past, full = PressedCache(AdaKVPress(KnormPress(0.6), 0.0)), PressedCache()
-    for each in (past, full):
-        model(ids, **cache_argument(each))
+    past, masked = PressedCache(AdaKVPress(KnormPress(0.6), 0.0)), AllPairs(name)
+    model(ids, **cache_argument(past)), masked.read(ids)
     assert any(layer.is_ragged for layer in past.pressed_layers())
-    for own, layer in zip(past.pressed_layers(), full.pressed_layers(), strict=True):
-        if own.was_compressed:
-            kept = torch.full((*own.positions().shape[:2], 60), -1, dtype=torch.int32)
-            at = own.positions()
-            for row, head in ((row, head) for row in range(at.shape[0]) for head in range(at.shape[1])):
-                held = at[row, head][at[row, head] >= 0]
-                kept[row, head, held] = held.int()
-            layer._kept, layer._has_gaps, layer._tail_start = kept, True, 60
+    masked.keep(past)
     for i, n in enumerate((3, 1, 1, 70, 1, 2)):
         piece = tokens(2, n, seed=i)
-        actual, expected = (model(piece, **cache_argument(each)).logits for each in (past, full))
-        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+        actual = model(piece, **cache_argument(past)).logits
+        torch.testing.assert_close(actual, masked.read(piece), atol=2e-5, rtol=0)
 
 
 def test_question_with_padding() -> None:
@@ -173,13 +166,22 @@ def test_the_longest_row_may_go(attention: str) -> None:
 
 @pytest.mark.parametrize("attention", ["coldpress", "coldpress_eager"])
 def test_beams_under_a_schedule(attention: str) -> None:
-    """Rows come and go while heads are cut back: the tokens are those of either arithmetic."""
+    """Rows come and go while heads are cut back: the tokens are those of beams that have a cache each."""
     press = DecodingPress(AdaKVPress(SnapKVPress(window_size=4)), compression_interval=5, target_size=20)
-    ids = tokens(1, 40)
-    found = tiny("llama", attention).generate(
-        ids, attention_mask=torch.ones_like(ids), num_beams=3, max_new_tokens=20, **cache_argument(PressedCache(press))
+    ids, model, past = tokens(1, 40), tiny("llama", attention), PressedCache(press)
+    found = model.generate(
+        ids, attention_mask=torch.ones_like(ids), num_beams=3, max_new_tokens=20, **cache_argument(past)
     )
-    assert found.shape == (1, 60)
+    assert past.achieved_ratio() > 0.5 and past.layer(0).is_ragged
+    beams = [(0.0, ids[0].tolist(), PressedCache(press))]
+    for n in range(20):
+        longer = []
+        for total, said, own in beams:
+            given = torch.tensor([said if n == 0 else said[-1:]])
+            losses = model(given, **cache_argument(own)).logits[0, -1].log_softmax(-1)
+            longer += [(total + float(loss), [*said, token], own) for token, loss in enumerate(losses)]
+        beams = [(total, said, own.fork()) for total, said, own in sorted(longer, key=lambda beam: -beam[0])[:3]]
+    assert found.tolist() == [beams[0][1]]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from tests.contract.architectures import ARCHITECTURES, BY_NAME, ROTARY_VARIANTS, tiny, tokens
+from tests.oracles.scores import leverage, rotation
 from tests.presses.views import MODELS, rotary_width
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -26,6 +27,7 @@ from coldpress import (
     LeverageScorePress,
     PrefillDecodingPress,
     PressedCache,
+    ScorerPress,
     SnapKVPress,
     StreamingLLMPress,
     ThinKPress,
@@ -160,34 +162,6 @@ def test_heads_of_different_length_each_stand_side_by_side(model: str) -> None:
     assert n_ragged > 10
 
 
-@pytest.mark.parametrize("inner", [KnormPress(), SnapKVPress(window_size=8), AdaKVPress(KnormPress())], ids=repr)
-@pytest.mark.parametrize(("before", "chunk"), [(None, None), (KnormPress(0.5), None), (KnormPress(0.5), 5)])
-def test_a_padded_row_reads_what_it_reads_alone(inner: BasePress, before: BasePress | None, chunk: int | None) -> None:
-    random = torch.Generator().manual_seed(0)  # no token twice: two of one norm would be a tie
-    ids, pad = torch.stack([3 + torch.randperm(90, generator=random)[:80] for _ in range(2)]), 7
-    press = PrefillDecodingPress(before, DecodingPress(inner, INTERVAL, TARGET if before is None else 10))
-    mask = torch.ones_like(ids)
-    mask[1, :pad] = 0
-    ranks = (mask.cumsum(-1) - 1).clamp(min=0)
-    both, alone = (PressedCache(press, positions="rerotate", chunk_tokens=chunk) for _ in range(2))
-    prefill(tiny("gpt_neox"), ids[:, :16], both, attention_mask=mask[:, :16])
-    prefill(tiny("gpt_neox"), ids[1:, pad:16], alone)
-    for layer, other in zip(both.pressed_layers(), alone.pressed_layers(), strict=True):
-        remembered, own = (each._recent for each in (layer, other))
-        assert remembered is not None and own is not None
-        torch.testing.assert_close(remembered.states[1:, :, -own.n :], own.states, atol=2e-4, rtol=0)
-    with torch.no_grad():
-        for start, stop in ((i, i + 1) for i in range(16, 80)):
-            logits = tiny("gpt_neox")(
-                ids[:, start:stop],
-                attention_mask=mask[:, :stop],
-                position_ids=ranks[:, start:stop],
-                **cache_argument(both),
-            ).logits[1]
-            own = tiny("gpt_neox")(ids[1:, start:stop], **cache_argument(alone)).logits[0]
-            torch.testing.assert_close(logits[-len(own) :], own, atol=2e-4, rtol=0)
-
-
 class Spy(DecodingPress):
     """A schedule that remembers the views it was shown."""
 
@@ -196,6 +170,60 @@ class Spy(DecodingPress):
     def compress_again(self, view: LayerView) -> Kept | None:
         self.views.append(view)
         return super().compress_again(view)
+
+
+@pytest.mark.parametrize("inner", [KnormPress(), SnapKVPress(window_size=8), AdaKVPress(KnormPress())], ids=repr)
+@pytest.mark.parametrize(("before", "chunk"), [(None, None), (KnormPress(0.5), None), (KnormPress(0.5), 5)])
+def test_a_padded_row_reads_what_it_reads_alone(inner: BasePress, before: BasePress | None, chunk: int | None) -> None:
+    random = torch.Generator().manual_seed(0)  # no token twice: two of one norm would be a tie
+    ids, pad = torch.stack([3 + torch.randperm(90, generator=random)[:80] for _ in range(2)]), 7
+    press = PrefillDecodingPress(before, Spy(inner, INTERVAL, TARGET if before is None else 10))  # type: ignore[arg-type]
+    mask = torch.ones_like(ids)
+    mask[1, :pad] = 0
+    ranks = (mask.cumsum(-1) - 1).clamp(min=0)
+    both, alone = (PressedCache(press, positions="rerotate", chunk_tokens=chunk) for _ in range(2))
+    prefill(tiny("gpt_neox"), ids[:, :16], both, attention_mask=mask[:, :16])
+    prefill(tiny("gpt_neox"), ids[1:, pad:16], alone)
+    n_compared = 0
+    with torch.no_grad():
+        for start, stop in ((i, i + 1) for i in range(16, 80)):
+            Spy.views = []
+            logits = tiny("gpt_neox")(
+                ids[:, start:stop],
+                attention_mask=mask[:, :stop],
+                position_ids=ranks[:, start:stop],
+                **cache_argument(both),
+            ).logits[1]
+            shown = [view for view in Spy.views if view.end == stop - pad]  # of the second row, in both layers
+            Spy.views = []
+            own = tiny("gpt_neox")(ids[1:, start:stop], **cache_argument(alone)).logits[0]
+            torch.testing.assert_close(logits[-len(own) :], own, atol=2e-4, rtol=0)
+            assert len(shown) == len(Spy.views)
+            for view, other in zip(shown, Spy.views, strict=True):  # some are of the prompt
+                torch.testing.assert_close(view.queries, other.queries, atol=2e-4, rtol=0)
+                n_compared += 1
+    assert n_compared == 2 * (80 - 16) // INTERVAL
+
+
+def watched(model: str, past: PressedCache, ids: Tensor, n: int) -> tuple[list[LayerView], Tensor, Tensor]:
+    """Reads ``n`` tokens of ``ids``, then one by one: what a Spy was shown of the first layer, and what its projections
+    gave for each token, queries and keys before rotation."""
+    made: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def look(layer: PressedLayer, call: LayerCall) -> None:
+        n_seen = int(layer.positions().max()) + 1
+        at = torch.arange(n_seen - call.query.shape[2], n_seen)
+        if layer.index == 0:
+            made[n_seen] = turned(model, call.query, -at), turned(model, layer.keys[:, :, -len(at) :], -at)
+
+    Spy.views = []
+    past.session.on_attention = look
+    with torch.no_grad():
+        prefill(tiny(model), ids[:, :n], past)
+    for start, stop in [(i, i + 1) for i in range(n, ids.shape[1])]:
+        read(model, past, ids[:, start:stop])
+    queries, keys = (torch.cat([made[seen][i] for seen in sorted(made)], dim=2) for i in (0, 1))
+    return Spy.views[::2], queries, keys
 
 
 @every_model
@@ -207,25 +235,9 @@ def test_scorers_see_keys_and_queries_where_they_stand(
     model: str, inner: BasePress, before: BasePress | None, chunk: int | None
 ) -> None:
     """Queries of tokens long before the last cut too; unrotating gives back what the projections gave."""
-    ids, made = tokens(1, 70), {}
-
-    def look(layer: PressedLayer, call: LayerCall) -> None:
-        at = torch.arange(layer._seen - call.query.shape[2], layer._seen)
-        if layer.index == 0:
-            made[layer._seen] = turned(model, call.query, -at), turned(model, layer.keys[:, :, -len(at) :], -at)
-
-    Spy.views = []
+    ids = tokens(1, 70)
     press = PrefillDecodingPress(before, Spy(inner, INTERVAL, TARGET, 12))  # type: ignore[arg-type]
-    past = PressedCache(press, positions="rerotate", chunk_tokens=chunk)
-    past.session.on_attention = look
-    with torch.no_grad():
-        prefill(tiny(model), ids[:, :16], past)
-    for start, stop in [(i, i + 1) for i in range(16, 70)]:
-        if past.layer(0).is_ragged:
-            past.layer(0)._offered = None
-        read(model, past, ids[:, start:stop])
-    queries, keys = (torch.cat([made[seen][i] for seen in sorted(made)], dim=2) for i in (0, 1))
-    views = Spy.views[::2]  # of layer 0
+    views, queries, keys = watched(model, PressedCache(press, positions="rerotate", chunk_tokens=chunk), ids, 16)
     assert len(views) > 8
     for view in views:
         assert view.positions is not None and view.n_queries == min(12, view.end)
@@ -239,11 +251,38 @@ def test_scorers_see_keys_and_queries_where_they_stand(
 
 
 @pytest.mark.parametrize("inner", [ExpectedAttentionPress(n_sink=2), LeverageScorePress()], ids=repr)
-def test_scorers_that_undo_the_rotation_go_on(inner: BasePress) -> None:
-    past = PressedCache(DecodingPress(AdaKVPress(inner), INTERVAL, TARGET), positions="rerotate")  # type: ignore[arg-type]
+def test_scorers_that_undo_the_rotation_score_what_stands_there(inner: ScorerPress) -> None:
+    """Formulas over the projections' queries and keys, these rotated to where they stand side by side."""
     ids = tokens(1, 60)
-    for start, stop in [(0, 30), *((i, i + 1) for i in range(30, 60))]:
-        assert torch.isfinite(read("llama", past, ids[:, start:stop])).all()
+    press = Spy(AdaKVPress(inner, 0.0), INTERVAL, TARGET, 12)  # type: ignore[arg-type]
+    views, queries, keys = watched("llama", PressedCache(press, positions="rerotate"), ids, 30)
+    assert len(views) > 6
+    for view in views:
+        assert view.positions is not None
+        scores = inner.scores(view)
+        for head in range(2):
+            at = view.positions[0, head][view.positions[0, head] >= 0]
+            own, first = keys[0, head, at], view.end - view.n_queries
+            if isinstance(inner, ExpectedAttentionPress):
+                places = torch.arange(view.end - len(at), view.end)
+                asked = queries[0, 2 * head : 2 * head + 2, first : view.end]
+                values = view.values[0, head, : len(at)].double()
+                expected = expected_of(turned("llama", own, places), values, asked, view.end, inner)
+            else:
+                expected = torch.tensor(leverage(own, None), dtype=torch.float64)
+            torch.testing.assert_close(scores[0, head, : len(at)].double(), expected, atol=2e-3, rtol=2e-3)
+
+
+def expected_of(keys: Tensor, values: Tensor, queries: Tensor, end: int, press: ExpectedAttentionPress) -> Tensor:
+    """Scores of keys ``[n, D]`` by queries before rotation ``[G, Q, D]``, for the tokens from ``end`` on."""
+    dim = keys.shape[1]
+    ahead = sum(rotation(p, dim, dim) for p in range(end, end + press.n_future_positions)) / press.n_future_positions
+    weights = []
+    for own in queries.double():
+        mean, covariance = ahead @ own.mean(0), ahead @ own.T.cov(correction=0) @ ahead.T
+        logits = keys @ mean / dim**0.5 + ((keys @ covariance) * keys).sum(-1) / (2 * dim)
+        weights.append(logits.softmax(0))
+    return (torch.stack(weights).mean(0) + press.epsilon) * values.norm(dim=-1)
 
 
 ROTARY = [a.name for a in ARCHITECTURES + ROTARY_VARIANTS if a.name not in (*LEARNED, *CHANGING)]
@@ -273,7 +312,8 @@ def test_keys_of_two_bytes_do_not_drift() -> None:
     expected = turned("llama", start, torch.tensor([1_020] * 4))  # from 0 .. 3 to 1020 .. 1023
     error = (past.layer(0).keys[:, :, :4].double() - expected).norm(dim=-1) / expected.norm(dim=-1)
     rounding = torch.finfo(torch.bfloat16).eps
-    assert past.layer(0)._fine is not None and past.layer(0)._fine.shape[2] == 4
+    fine = past.layer(0).fine()
+    assert fine is not None and not fine[:, :, 4:].any()  # what comes later is not moved yet
     assert float(error.max()) < rounding  # 0.1 without what is remembered beside them
 
 

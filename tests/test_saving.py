@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tests.contract.architectures import ARCHITECTURES, BY_NAME, ROTARY_VARIANTS, tiny, tokens
-from tests.presses.others import OTHERS, block, press_of, small_press
+from tests.presses.others import OTHERS, press_of, small_press
+from tests.saved import IDS, SCHEDULES, N, check_same, go_on, prefilled
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -29,44 +30,22 @@ import coldpress
 from coldpress import (
     AdaKVPress,
     BasePress,
-    CAMPress,
-    CompressionRatioDecodingPress,
     DecodingPress,
-    DMSPress,
-    ExpectedAttentionPress,
     KnormPress,
     KVBits,
     LayerView,
-    PrefillDecodingPress,
     PressedCache,
-    QFilterPress,
-    RandomPress,
     SnapKVPress,
-    StreamingLLMPress,
     ThinKPress,
     press_names,
 )
 from coldpress.architecture.cache_argument import cache_argument
-from coldpress.cache.file import FORMAT
+from coldpress.cache.file import FORMATS
 from coldpress.core.data import as_data, from_data
 from coldpress.errors import CacheError, OutputError, PressError
 
-N = 53
-IDS = tokens(1, N)
-FURTHER = tokens(1, 90, seed=1)
 ROOT = Path(__file__).resolve().parents[1]
 STATES = ("lfm2", "qwen3_next")
-
-
-def prefilled(press: BasePress | None = None, model: PreTrainedModel | None = None, ids: Tensor = IDS) -> PressedCache:
-    model, past = model or tiny("llama"), PressedCache(press)
-    with torch.no_grad():
-        if press is None:
-            model(ids, **cache_argument(past))
-        else:
-            with block(model, press):
-                model(ids, **cache_argument(past))
-    return past
 
 
 def through_a_file(past: PressedCache, path: Path, model: PreTrainedModel | None = None) -> PressedCache:
@@ -75,31 +54,10 @@ def through_a_file(past: PressedCache, path: Path, model: PreTrainedModel | None
     return PressedCache.load(path, model)
 
 
-def go_on(past: PressedCache, model: PreTrainedModel | None = None) -> Tensor:
-    """Logits of a turn of 5 tokens and of 20 that come one by one."""
-    model = model or tiny("llama")
-    with torch.no_grad():
-        steps = [model(part, **cache_argument(past)).logits for part in FURTHER[:, :25].split([5] + [1] * 20, dim=1)]
-    return torch.cat(steps, dim=1)
-
-
-def check_same(loaded: PressedCache, past: PressedCache) -> None:
-    """Everything that can be asked of a cache."""
-    assert repr(loaded) == repr(past)
-    assert loaded.get_seq_length() == past.get_seq_length()
-    assert loaded.achieved_ratio() == past.achieved_ratio()
-    for ours, theirs in zip(loaded.pressed_layers(), past.pressed_layers(), strict=True):
-        assert torch.equal(ours.positions(), theirs.positions())
-        if theirs.is_initialized:
-            assert torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values)
-            assert type(ours._store) is type(theirs._store) and ours._store.room == theirs._store.room
-            assert ours._has_gaps == theirs._has_gaps and ours.was_compressed == theirs.was_compressed
-
-
 # -- what is saved goes on --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("given_weights")
+@pytest.mark.usefixtures("given_artefacts", "given_weights")
 @pytest.mark.parametrize("name", [*press_names(at_prefill=True), "no_press"])
 def test_every_press_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
     press = None if name == "no_press" else small_press(name, "llama")
@@ -125,18 +83,7 @@ def test_every_architecture(architecture: Any, press: BasePress, tmp_path: Path)
     assert torch.equal(go_on(loaded, later), go_on(past, model))
 
 
-SCHEDULES = {
-    "decoding": DecodingPress(SnapKVPress(window_size=4), 7, 20, hidden_states_buffer_size=6),
-    "ratio": CompressionRatioDecodingPress(ExpectedAttentionPress(n_future_positions=8), 4),
-    "adakv": DecodingPress(AdaKVPress(KnormPress()), 5, 20),
-    "cam": CAMPress(StreamingLLMPress(n_sink=2), 5, 20),
-    "random": DecodingPress(RandomPress(), 5, 20),
-    "calibrated": DecodingPress(QFilterPress(), 5, 20),
-    "both": PrefillDecodingPress(SnapKVPress(0.5, window_size=8), DecodingPress(KnormPress(), 5, 20)),
-    "dms": DMSPress(KnormPress(), threshold=-3.0, sliding_window_size=8, decoding=True),
-}
-
-
+@pytest.mark.usefixtures("given_artefacts")
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_press_that_goes_on_while_decoding_goes_on(name: str, tmp_path: Path) -> None:
     """In the middle of an interval: with the queries, counters, sums and verdicts that it had."""
@@ -190,7 +137,7 @@ def test_keys_that_move_up_go_on(dtype: torch.dtype, tmp_path: Path) -> None:
             model(piece, **cache_argument(past))
     loaded = through_a_file(past, tmp_path / "a.safetensors", model)
     check_same(loaded, past)
-    assert (past.layer(0)._fine is None) == (dtype == torch.float32)
+    assert (past.layer(0).fine() is None) == (dtype == torch.float32)
     assert torch.equal(go_on(loaded, model), go_on(past, model))
 
 
@@ -339,7 +286,7 @@ def test_what_a_file_says(tmp_path: Path) -> None:
         metadata = file.metadata()
         kept = file.get_tensor("layers.0.kept")
     said = json.loads(metadata["cache"])
-    assert metadata["format"] == f"coldpress cache {FORMAT}" and said["coldpress"] == coldpress.__version__
+    assert metadata["format"] == f"coldpress cache {FORMATS[0]}" and said["coldpress"] == coldpress.__version__
     assert said["model"]["sizes"]["num_key_value_heads"] == 2 and said["model"]["dtype"] == "float32"
     assert said["press"]["repr"] == repr(SnapKVPress(0.5, window_size=8))
     assert said["layers"][0]["seen"] == N and kept.shape == (1, 2, N // 2)
@@ -484,9 +431,9 @@ def test_other_files_are_refused(tmp_path: Path, saved: bytes) -> None:
         save_file({"weight": torch.zeros(2)}, path, metadata=metadata)
         with pytest.raises(CacheError, match="holds no cache that coldpress saved"):
             PressedCache.load(path, tiny("llama"))
-    older = f"coldpress cache {FORMAT}".encode()
-    path.write_bytes(saved.replace(older, f"coldpress cache {FORMAT + 8}".encode()))
-    with pytest.raises(CacheError, match=rf"is of format {FORMAT + 8}, and coldpress .* reads format {FORMAT}"):
+    older = f"coldpress cache {FORMATS[0]}".encode()
+    path.write_bytes(saved.replace(older, f"coldpress cache {FORMATS[-1] + 8}".encode()))
+    with pytest.raises(CacheError, match=rf"is of format {FORMATS[-1] + 8}, and coldpress .* reads 1 to {FORMATS[-1]}"):
         PressedCache.load(path, tiny("llama"))
 
 
@@ -566,8 +513,10 @@ def test_a_cache_that_is_empty_broken_or_of_another_model(tmp_path: Path) -> Non
     broken.session.error = PressError("no")
     with pytest.raises(PressError, match="no"):
         broken.save(path, tiny("llama"))
-    half = prefilled()
-    half.layer(0)._seen += 1
+    half, stuck = prefilled(), tiny("llama").model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        go_on(half)
+    stuck.remove()
     with pytest.raises(CacheError, match="failed half-way"):
         half.save(path, tiny("llama"))
     assert not list(tmp_path.iterdir())

@@ -25,6 +25,7 @@ from transformers import AutoTokenizer, DynamicCache
 
 import coldpress
 from coldpress.architecture.cache_argument import cache_argument
+from coldpress.core.press import parts
 
 # The presses that kvpress 0.5.5 exports, without its three base classes.
 KVPRESS = """
@@ -190,10 +191,16 @@ def test_every_press_of_kvpress_is_in_the_list() -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_case_makes_a_press_of_coldpress(case: Case) -> None:
-    missing = [name for name in spelled(case)[1] if not hasattr(coldpress, name)]
+    """Of the classes that its table names, and at the ratio that it was asked for."""
+    names = spelled(case)[1]
+    missing = [name for name in names if not hasattr(coldpress, name)]
     if not missing and not case.not_compared and case.ratios != (0.0,):
         for ratio in case.ratios:
-            assert isinstance(case.make(Library(coldpress), ratio, BY_NAME["llama"].build()), coldpress.BasePress)
+            press = case.make(Library(coldpress), ratio, BY_NAME["llama"].build())
+            inside = list(parts(press))
+            assert {type(part).__name__ for part in inside} >= set(names)  # and those that are a default
+            if press.has_ratio and press.at_prefill and not isinstance(press, coldpress.ComposedPress):
+                assert ratio in [value for part in inside for value in vars(part).values()]
 
 
 def test_the_tables_show_what_was_written(tmp_path: Path) -> None:

@@ -6,53 +6,57 @@ from functools import cache
 
 import pytest
 import torch
-from tests.contract.architectures import ARCHITECTURES, WINDOW, Architecture, tiny, tokens
+from tests.contract.architectures import ARCHITECTURES, WINDOW, Architecture, Look, tiny, tokens
+from tests.contract.pairs import every_pair, fast_pairs, kind_of
 from tests.presses.others import IN_BLOCK, OTHERS, WITH_RATIO, block, other_press, press_of
 from tests.presses.weights import N_RESTORED
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from coldpress import BasePress, PressedCache, make_press, press_names
+from coldpress import BasePress, DMSPress, LayerView, PressedCache, RestoreKVPress, ScorerPress, make_press, press_names
 from coldpress.architecture.cache_argument import cache_argument
 from coldpress.bases.registry import parameters_of
+from coldpress.bases.wrapper import WrapperPress
 from coldpress.core.counts import keep_count
+from coldpress.core.press import parts
 from coldpress.errors import PressError
 
 CONTEXT, QUESTION, ANSWER = 45, 7, 5
-SINKS = {
-    "kvzip": 4,
-    "kvgrad": 4,
-    "restorekv": 4,
-    "fastkvzip": 4,
-    "compactor": 8,
-    "cap": 4,
-    "cur": 4,
-    "expected_attention": 4,
-    "lagkv": 4,
-    "streaming_llm": 4,
-}
-RECENT = {
-    "compactor": 4,
-    "lagkv": 6,
-    "snapkv": 8,
-    "pyramidkv": 8,
-    "tova": 1,
-    "streaming_llm": 1,
-    "finch": 8,
-    "fastkvzip": 1,
-}
 
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
-pytestmark = pytest.mark.usefixtures("given_weights")
+pytestmark = pytest.mark.usefixtures("given_artefacts", "given_weights")
 SCHEDULES = press_names(at_prefill=False)
-every_press = pytest.mark.parametrize("name", press_names(at_prefill=True))
 
 
-def ends_of(name: str) -> tuple[int, int]:
-    """How many of the first and of the last tokens are protected, by the press or by the one inside a wrapper."""
-    known = sorted(SINKS.keys() | RECENT.keys(), key=len)
-    inner = next((n for n in reversed(known) if n in name), "")
-    return SINKS.get(inner, 0), RECENT.get(inner, 0)
+@cache
+def views_of(architecture: Architecture, dtype: torch.dtype) -> dict[int, LayerView]:
+    """What a press sees after a prefill, by layer of the cache; a layer that is not compressed has none."""
+    past = PressedCache(look := Look())
+    tiny(architecture.name, "coldpress", dtype)(tokens(1, CONTEXT), **cache_argument(past))
+    return {view.module.layer_idx: view for view in look.views}  # type: ignore[union-attr,misc]
+
+
+def number(press: BasePress, *words: str) -> int:
+    """The largest of the press's numbers whose names have one of the words, and of those of the presses inside it."""
+    found = [
+        value
+        for part in parts(press)
+        for name, value in vars(part).items()
+        if any(word in name for word in words) and not name.endswith("_end") and type(value) is int
+    ]
+    return max(found, default=0)
+
+
+def ends_of(press: BasePress, view: LayerView) -> tuple[int, int]:
+    """How many of the first and of the last tokens a press declares that it keeps, whatever else it does.
+
+    The first by its own parameters (n_sink and the like); the last by what a scorer protects, else by parameters too.
+    """
+    n_first = number(press, "sink", "initial")
+    if isinstance(press, DMSPress):
+        return n_first, press.sliding_window_size
+    n_last = press.protected(view)[1] if isinstance(press, ScorerPress) else number(press, "recent")
+    return n_first, n_last
 
 
 def cannot_replay(architecture: Architecture, name: str) -> bool:
@@ -98,8 +102,7 @@ def test_computes_what_the_model_computes(architecture: Architecture, dtype: tor
     assert pressed.seen_tokens == ids.shape[1]
 
 
-@every_architecture
-@every_press
+@every_pair(press_names(at_prefill=True))
 def test_ratio_0_changes_nothing(architecture: Architecture, name: str) -> None:
     model, past = tiny(architecture.name), PressedCache(press_of(name, 0.0))
     with block(model, past.press):
@@ -128,8 +131,7 @@ def expected_lengths(architecture: Architecture, model: PreTrainedModel, name: s
     return [keep_count(CONTEXT, 0.5) if kind == "full_attention" else CONTEXT for kind in types]
 
 
-@every_architecture
-@pytest.mark.parametrize("name", [*WITH_RATIO, *IN_BLOCK])
+@every_pair([*WITH_RATIO, *IN_BLOCK])
 def test_half_of_the_context(architecture: Architecture, name: str) -> None:
     check_half(architecture, name, torch.float32)
 
@@ -176,8 +178,7 @@ def test_every_name_is_tested_here() -> None:
     assert {*WITH_RATIO, *IN_BLOCK, *OTHERS, *SCHEDULES} >= {*press_names()}
 
 
-@every_architecture
-@pytest.mark.parametrize("name", OTHERS)
+@every_pair([*OTHERS])
 def test_without_a_ratio(architecture: Architecture, name: str) -> None:
     past, _ = check_compressed(architecture, name, other_press(name, architecture.name), torch.float32)
     assert 0.1 < past.achieved_ratio() < 1
@@ -193,7 +194,7 @@ def check_half(architecture: Architecture, name: str, dtype: torch.dtype) -> Non
     expected = expected_lengths(architecture, model, name)
     if press_of(name, 0.5).per_layer:
         assert sum(int(n.sum()) for n in counts) == sum(expected) * counts[0].numel()  # layers may differ
-    elif "adakv" in name:  # the heads of a layer share its budget
+    elif press_of(name, 0.5).per_head:  # the heads of a layer share its budget
         assert [int(n.sum()) for n in counts] == [length * counts[0].numel() for length in expected]
     else:
         assert [n.unique().tolist() for n in counts] == [[length] for length in expected]
@@ -213,7 +214,7 @@ def check_compressed(
             model(ids[:, :CONTEXT], **cache_argument(past))
         lengths = past.stored_lengths()
         counts = [(past.positions(layer.index) >= 0).sum(-1) for layer in past.pressed_layers()]  # [B, Hkv]
-        check_positions(architecture, name, past)
+        check_positions(architecture, press, past, dtype)
         logits = [model(ids[:, CONTEXT : CONTEXT + QUESTION], **cache_argument(past)).logits]
         for i in range(ANSWER):
             logits.append(model(ids[:, CONTEXT + QUESTION + i][:, None], **cache_argument(past)).logits)
@@ -231,19 +232,62 @@ def check_compressed(
     return past, counts
 
 
-def check_positions(architecture: Architecture, name: str, past: PressedCache) -> None:
-    n_sinks, n_recent = ends_of(name)
+def check_positions(architecture: Architecture, press: BasePress, past: PressedCache, dtype: torch.dtype) -> None:
     for layer in past.pressed_layers():
+        view = views_of(architecture, dtype).get(layer.index)
+        n_first, n_last = (CONTEXT, CONTEXT) if view is None else ends_of(press, view)
         positions = layer.positions()
         assert positions.shape == layer.keys.shape[:3]
         assert positions.max() < CONTEXT
         for head in positions.flatten(0, 1):
             kept = head[head >= 0]
             assert torch.equal(head[: len(kept)], kept)  # empty slots come last
-            if name == "restorekv" and layer.was_compressed:  # with pairs that belong to no token of the text
+            if isinstance(press, RestoreKVPress) and layer.was_compressed:  # with pairs that belong to no token
                 assert (kept[-N_RESTORED:] == CONTEXT - 1).all()
                 kept = kept[:-N_RESTORED]
             assert (kept.diff() > 0).all()  # ascending, so unique
-            if architecture.name != "mistral":  # whose first tokens are out of reach
-                assert torch.equal(kept[:n_sinks], torch.arange(n_sinks))
-            assert torch.equal(kept[len(kept) - n_recent :], torch.arange(CONTEXT - n_recent, CONTEXT))
+            if view is None:
+                continue
+            if view.first_position == 0:  # where a window has moved on, the first tokens are out of reach
+                assert torch.equal(kept[:n_first], torch.arange(n_first))
+            assert torch.equal(kept[len(kept) - n_last :], torch.arange(CONTEXT - n_last, CONTEXT))
+
+
+SCORERS = [name for name in [*WITH_RATIO, *IN_BLOCK] if isinstance(press_of(name, 0.5), ScorerPress)]
+
+
+@pytest.mark.parametrize("name", SCORERS)
+def test_declared_ends_stay_whatever_the_scores(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores that are the worst at both ends, and fall from the middle on: only what is protected stays there."""
+    past = PressedCache(look := Look())  # a view of its own, which remembers scores
+    tiny("llama")(tokens(1, CONTEXT), **cache_argument(past))
+    press, view = press_of(name, 0.5), look.views[0]
+    assert isinstance(press, ScorerPress)
+
+    def score(self: ScorerPress, view: LayerView) -> Tensor:
+        at = torch.arange(view.n_tokens, dtype=torch.float32)
+        return (-(at - view.n_tokens / 2).abs()).expand(view.keys.shape[:3])
+
+    for part in parts(press):
+        if isinstance(part, ScorerPress) and not isinstance(part, WrapperPress):
+            monkeypatch.setattr(type(part), "score", score)
+    positions = press.choose(view)
+    assert positions is not None
+    n_first, n_last = ends_of(press, view)
+    for head in positions.flatten(0, 1):
+        kept = head[head >= 0].tolist()
+        assert kept[:n_first] == [*range(n_first)] and kept[len(kept) - n_last :] == [*range(CONTEXT - n_last, CONTEXT)]
+
+
+def test_every_kind_of_press_meets_every_architecture_often() -> None:
+    """What ``make test`` runs of the product: several presses of each kind everywhere, every press in three places."""
+    names = [*WITH_RATIO, *IN_BLOCK, *OTHERS]
+    fast = fast_pairs(names)
+    for architecture in ARCHITECTURES:
+        for own in {kind_of(name) for name in names}:
+            mine = [name for name in names if kind_of(name) == own]
+            met = [name for name in mine if (architecture.name, name) in fast]
+            assert len(met) >= min(2, len(mine)), (architecture, own)
+    for name in names:
+        assert sum((architecture.name, name) in fast for architecture in ARCHITECTURES) >= 3, name
+    assert len(fast) < len(names) * len(ARCHITECTURES) / 2

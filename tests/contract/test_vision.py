@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tests.contract.architectures import VERSION, tokens
-from tests.presses.replays import Words
+from tests.presses.words import Words
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, DynamicCache
 
@@ -149,7 +149,8 @@ def test_presses_that_read_the_text_again(name: str) -> None:
     with pytest.raises(PressError, match="such as an image"):
         generated(model, press, **given)
     past = cache_of(generated(model, press, ids=tokens(1, 30, seed=4).clamp(min=10)))
-    assert sum(layer._pairs_after for layer in past.layers) == 15 * 2 * 2
+    positions = [layer.positions() for layer in past.layers]
+    assert sum(int(((at >= 0) & (at < 30)).sum()) for at in positions) == 15 * 2 * 2
 
 
 def test_a_prefix_that_sees_itself_is_refused() -> None:

@@ -23,7 +23,6 @@ from coldpress.io.artefacts import artefact_path
 
 DEMO = Path(coldpress.__file__).parent / "assets" / "demo" / "model"
 FEW = ["--n_samples", "2", "--sample_tokens", "60"]
-pytestmark = pytest.mark.usefixtures("no_made_up_artefacts")
 Run = Callable[..., tuple[int, str, str]]
 
 

@@ -121,28 +121,28 @@ def test_a_killed_sweep_goes_on_where_it_was(
 def test_stopped_while_timing_it_keeps_the_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     timed = {"context_limit": [32], "max_new_tokens": 4, "repetitions": 4, "warmup": 1, "press": ["knorm"]}
     plan = SweepPlan.of(config(tmp_path, perplexity=False, speed=timed))
-    real, n = speed.SpeedRun._generate, 0
+    real, n = speed.prefilling, 0
 
-    def interrupted(self: Any, point: Any, n_tokens: int) -> Any:
+    def interrupted(*arguments: Any) -> Any:
         nonlocal n
-        n += n_tokens == 4
-        if n == 9:  # in the third round of three points, once the untimed one has counted
+        n += 1
+        if n == 12:  # in the third timed round of three points, after an untimed one
             raise KeyboardInterrupt
-        return real(self, point, n_tokens)
+        return real(*arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(speed, "WARMUP_TOKENS", 2)
-        patch.setattr(speed.SpeedRun, "_generate", interrupted)
+        patch.setattr(speed, "prefilling", interrupted)
         stopped = sweep(plan, "")
-    assert stopped.is_interrupted and n == 9
+    assert stopped.is_interrupted and n == 12
     saved = json.loads(next(tmp_path.glob(f"{UNFINISHED}/*/rounds.json")).read_text())["points"]
     assert [len(point["samples"]) for point in saved] == [2, 2, 2]
     n = 100
     with monkeypatch.context() as patch:
         patch.setattr(speed, "WARMUP_TOKENS", 2)
-        patch.setattr(speed.SpeedRun, "_generate", interrupted)
+        patch.setattr(speed, "prefilling", interrupted)
         assert sweep(plan, "").n_measured == 3
-    assert n == 100 + 2 * 3  # the other two rounds
+    assert n == 100 + 3 + 2 * 3 + 3  # an untimed round, the other two, and one for the memory
     records = measured(tmp_path)
     assert len(records) == 3 and all(record["repetitions"] == 4 for record in records.values())
     samples = {point["key"]: point["samples"] for point in saved}

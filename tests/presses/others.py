@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 from tests.contract.architectures import Look, tiny, tokens
-from tests.presses.replays import Words
+from tests.presses.words import Words
 from transformers import PreTrainedModel
 
 from coldpress import (

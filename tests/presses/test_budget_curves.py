@@ -117,7 +117,6 @@ def positions(press: LUKVPress, model: object) -> list[torch.Tensor]:
     return [past.positions(i) for i in range(2)]
 
 
-@pytest.mark.usefixtures("no_made_up_artefacts")
 def test_curves_that_were_measured(named: object) -> None:
     removed = torch.rand(2, 2, 99, generator=torch.Generator().manual_seed(0))
     press = LUKVPress(KnormPress(0.5))
@@ -132,7 +131,6 @@ def test_curves_that_were_measured(named: object) -> None:
         positions(monkey, named)
 
 
-@pytest.mark.usefixtures("no_made_up_artefacts")
 def test_the_published_curves_are_fetched(named: object, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     curves = torch.rand(99, 2, 2, generator=torch.Generator().manual_seed(1))

@@ -46,9 +46,14 @@ def test_qfilter(model: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_filters_are_the_main_direction_of_the_queries(model: str) -> None:
-    filters = calibrate(QFilterPress(), tiny(model), SAMPLES)["filters"]
+    check_directions(model, calibrate(QFilterPress(), tiny(model), SAMPLES)["filters"])
+
+
+def check_directions(model: str, filters: Tensor) -> None:
+    """A row for each compressed layer, which points against the queries of its samples."""
     views = [views_of(model, ids[None]) for ids in SAMPLES]
-    for layer in range(2):
+    assert len(filters) == len(views[0])
+    for layer in range(len(filters)):
         queries = torch.cat([sample[layer].queries[0] for sample in views], dim=1).double()  # [Hq, n, D]
         n_heads = filters.shape[1]
         group = queries.shape[0] // n_heads
@@ -125,6 +130,7 @@ def test_statistics_of_the_text_itself_give_expected_attention(tmp_path: Path) -
         torch.testing.assert_close(ours, ExpectedAttentionPress().score(view), atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.usefixtures("given_artefacts")
 @pytest.mark.parametrize(
     "press", [QFilterPress(), ExpectedAttentionStatsPress(n_future_positions=8)], ids=lambda press: press.artefact
 )
@@ -141,6 +147,7 @@ def test_models_that_compress_some_of_their_layers() -> None:
     model = tiny("gemma3")
     found = calibrate(QFilterPress(), model, SAMPLES)["filters"]
     assert found.shape == (2, 2, 16)  # of 4 layers, 2 look at a window only
+    check_directions("gemma3", found)
 
 
 def test_published_rows_belong_to_the_models_own_layers(tmp_path: Path) -> None:
@@ -154,6 +161,7 @@ def test_published_rows_belong_to_the_models_own_layers(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*kept, strict=True))
 
 
+@pytest.mark.usefixtures("given_artefacts")
 def test_while_decoding(tmp_path: Path) -> None:
     model, past = tiny("llama"), PressedCache(DecodingPress(QFilterPress(), 4, 12))
     ids = tokens(1, 40)

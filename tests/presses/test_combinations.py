@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from tests.contract.architectures import tiny, tokens
-from tests.presses.replays import Words
+from tests.presses.words import Words
 
 from coldpress import (
     AdaKVPress,
@@ -184,7 +184,6 @@ def test_one_text_at_a_time(press: BasePress) -> None:
         tiny("llama")(tokens(2, 20), **cache_argument(PressedCache()))
 
 
-@pytest.mark.usefixtures("no_made_up_artefacts")
 @pytest.mark.parametrize(
     ("press", "command"),
     [

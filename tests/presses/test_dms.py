@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.contract.architectures import tiny, tokens
+from tests.oracles.all_pairs import AllPairs
 from tests.presses.views import MODELS, view_of
 from tests.presses.weights import write_kvzap
 from torch import Tensor
@@ -31,10 +32,8 @@ from coldpress import (
 )
 from coldpress.architecture.cache_argument import cache_argument
 from coldpress.cache.layer import PressedLayer
-from coldpress.cache.verdicts import Verdicts
 from coldpress.core.call import LayerCall
 from coldpress.errors import CacheError, PressError
-from coldpress.stores.dense import DenseStore
 
 N_TOKENS = 37
 
@@ -77,20 +76,16 @@ def test_what_is_evicted_is_freed_and_unseen() -> None:
     """The next tokens' logits are those of the full cache with every evicted pair masked in every head."""
     model, ids = tiny("llama"), tokens(2, 205)
     threshold = float(KnormPress().score(view_of("llama", 200)).quantile(0.7))
-    past, full = PressedCache(DMSPress(KnormPress(), threshold, 16)), PressedCache()
+    past, full, masked = PressedCache(DMSPress(KnormPress(), threshold, 16)), PressedCache(), AllPairs("llama")
     for each in (past, full):
         model(ids[:, :200], **cache_argument(each))
     assert past.kv_bytes() < 0.7 * full.kv_bytes()
-    for i, layer in enumerate(full.pressed_layers()):
-        kept = torch.full((2, 2, 200), -1, dtype=torch.int32)  # every slot stays, evicted ones are empty
-        for b, h in ((b, h) for b in range(2) for h in range(2)):
-            head = past.positions(i)[b, h]
-            kept[b, h, head[head >= 0]] = head[head >= 0].int()
-        layer._kept, layer._has_gaps, layer._tail_start = kept, True, 200
+    masked.read(ids[:, :200])
+    masked.keep(past)
     n_kept = sum(int((past.positions(i) >= 0).sum()) for i in range(2))
     assert past.achieved_ratio() == pytest.approx(1 - n_kept / (2 * 2 * 2 * 200))
-    actual, expected = (model(ids[:, 200:], **cache_argument(each)).logits for each in (past, full))
-    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+    actual = model(ids[:, 200:], **cache_argument(past)).logits
+    torch.testing.assert_close(actual, masked.read(ids[:, 200:]), atol=1e-5, rtol=0)
 
 
 def test_both_ends_of_the_scale() -> None:
@@ -239,26 +234,13 @@ def test_evicted_while_decoding_means_unseen() -> None:
     """Logits are those of the full cache with every evicted pair masked, in every head."""
     model, ids = tiny("gpt_neox"), tokens(2, 70)
     press = DMSPress(KnormPress(), median_norm("gpt_neox"), 5, decoding=True)
-    past = PressedCache(press)
+    past, masked = PressedCache(press), AllPairs("gpt_neox")
     with torch.no_grad():
-        for a, b in [(0, 20), *((i, i + 1) for i in range(20, 66))]:
-            model(ids[:, a:b], **cache_argument(past))
-        fork, masked = past.fork(), PressedCache()
-        for layer in past.pressed_layers():  # the same pairs, each in the slot of its position; the others are empty
-            assert layer.keys is not None and layer.values is not None
-            full, is_held = masked.layer(layer.index), layer.positions() >= 0
-            keys, values = (torch.zeros(2, 4, 66, states.shape[3]) for states in (layer.keys, layer.values))
-            full._kept = torch.full((2, 4, 66), -1, dtype=torch.int32)
-            for b, h in ((b, h) for b in range(2) for h in range(4)):
-                own = layer.positions()[b, h, is_held[b, h]]
-                full._kept[b, h, own] = own.int()
-                keys[b, h, own] = layer.keys[b, h, is_held[b, h]]
-                values[b, h, own] = layer.values[b, h, is_held[b, h]]
-            full._store, full._has_gaps = DenseStore(keys, values), True
-            full._seen = full._tail_start = 66
-        actual, expected = (model(ids[:, 66:], **cache_argument(each)).logits for each in (fork, masked))
+        for a, b in [(0, 20), *((i, i + 1) for i in range(20, 66)), (66, 70)]:
+            actual, expected = model(ids[:, a:b], **cache_argument(past)).logits, masked.read(ids[:, a:b])
+            torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
+            masked.keep(past)
     assert 0.2 < past.achieved_ratio() < 0.8
-    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["gpt_neox", "llama", "mistral", "gemma3"])
@@ -456,14 +438,3 @@ def test_kvzap_judges_by_hidden_states(kind: str, tmp_path: Path) -> None:
     assert 0.1 < past.achieved_ratio() < 0.9
     with pytest.raises(PressError, match=r"looks at hidden states.*inside 'with press\(model\):'"):
         model(ids[:, :1], **cache_argument(PressedCache(press)))
-
-
-def test_verdicts() -> None:
-    said = Verdicts(torch.tensor([[[True, False, False]]]), 10)  # of tokens 7, 8, 9
-    assert said.of(5, 12)[0, 0].tolist() == [True, True, True, False, False, True, True]
-    assert said.of(1, 3)[0, 0].tolist() == [True, True] and said.of(12, 13)[0, 0].tolist() == [True]
-    assert said.of(8, 9)[0, 0].tolist() == [False]
-    later = said.and_then(torch.tensor([[[False]]]), 12)
-    assert later.of(6, 13)[0, 0].tolist() == [True, True, False, False, True, False, True]
-    assert later.since(9).stays[0, 0].tolist() == [False, True, False] and later.until(9).end == 9
-    assert later.until(5).stays.shape[2] == 0 and later.until(5).of(3, 6)[0, 0].tolist() == [True] * 3

@@ -81,7 +81,6 @@ def test_published_patterns(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.usefixtures("no_made_up_artefacts")
 def test_without_a_pattern_it_says_how_to_make_one() -> None:
     for press in (DuoAttentionPress(0.5), DuoAttentionPress(0.5, on_the_fly_scoring=True)):
         with pytest.raises(PressError, match=r"coldpress calibrate duo_attention --model MODEL --dataset wikitext"):
@@ -138,7 +137,6 @@ def test_a_measured_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         DuoAttentionPress(0.5, pattern=tmp_path / "nothing.safetensors")
 
 
-@pytest.mark.usefixtures("no_made_up_artefacts")
 def test_the_published_pattern_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     files = {"config.json": '{"sink_size": 3, "recent_size": 7}', "full_attention_heads.tsv": "0.9\t0.1\n0.8\t1.3\n"}

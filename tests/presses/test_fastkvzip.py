@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from tests.contract.architectures import ARCHITECTURES, Architecture, tiny, tokens
-from tests.presses.test_kvzap import views_of
+from tests.presses.hidden import views_of
 from tests.presses.weights import write_gates
 from torch import Tensor
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from tests.contract.architectures import BY_NAME, Look, tiny, tokens
 from tests.presses.others import IN_BLOCK, OTHERS, WITH_RATIO, block, lukv, other_press, small_press
-from tests.presses.replays import Words
 from tests.presses.views import view_of, views_of
+from tests.presses.words import Words
 from transformers import QuantizedCache
 from transformers.cache_utils import Cache, QuantizedLayer
 
@@ -330,6 +330,7 @@ def test_random_layers_differ_and_draws_do_not_tie() -> None:
     assert all(len(head.unique()) > 4090 for head in draws[0])
 
 
+@pytest.mark.usefixtures("given_artefacts")
 @pytest.mark.parametrize(
     "press",
     [
@@ -396,7 +397,7 @@ def test_critical_presses_find_every_output_projection(wrapper: type[ScorerPress
     assert past.achieved_ratio() == 0.5
 
 
-@pytest.mark.usefixtures("given_weights")
+@pytest.mark.usefixtures("given_artefacts", "given_weights")
 @pytest.mark.parametrize("name", press_names())
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_short_prompts_on_any_backend(name: str, attention: str) -> None:

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 from tests.contract.architectures import tiny
-from tests.presses import test_oracles as slow
-from tests.presses.test_scorers import lag_weights, leverage, non_causal
-from tests.presses.test_wrappers import adaptive, best, ends
+from tests.oracles import scores as slow
+from tests.oracles.choices import adaptive, best, ends
+from tests.oracles.scores import lag_weights, leverage, non_causal
 from tests.presses.views import rotated
 
 from coldpress import (

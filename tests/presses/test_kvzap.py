@@ -6,13 +6,12 @@ import json
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from tests.contract.architectures import ARCHITECTURES, Architecture, tiny, tokens
+from tests.presses.hidden import projected, views_of
 from tests.presses.weights import write_kvzap
-from tests.test_hidden_states import LookDeeper, projected
 from torch import Tensor
 
 from coldpress import (
@@ -39,13 +38,6 @@ KINDS = {"linear": None, "mlp": 12}
 @pytest.fixture
 def views() -> list[LayerView]:
     return views_of("llama", tokens(2, 19))
-
-
-def views_of(name: str, ids: Tensor, **options: Any) -> list[LayerView]:
-    look = LookDeeper()
-    with torch.no_grad(), look(tiny(name)):
-        tiny(name)(ids, **cache_argument(PressedCache()), **options)
-    return look.views
 
 
 def of(view: LayerView, folder: Path, kind: str = "mlp") -> tuple[str, dict[str, Tensor]]:

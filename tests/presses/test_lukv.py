@@ -135,7 +135,6 @@ def test_curves_from_a_file(tmp_path: Path) -> None:
             LUKVPress(curves=tmp_path / name)
 
 
-@pytest.mark.usefixtures("no_made_up_artefacts")
 def test_without_curves_it_says_how_to_make_them() -> None:
     with pytest.raises(PressError, match=r"coldpress calibrate lukv --model MODEL --dataset wikitext"):
         tiny("llama")(tokens(1, 9), **cache_argument(PressedCache(LUKVPress(compression_ratio=0.5))))

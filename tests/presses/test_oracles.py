@@ -7,7 +7,6 @@ explicit rotation back; they share no code with the presses.
 from __future__ import annotations
 
 import inspect
-import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +14,17 @@ from typing import Any
 import pytest
 import torch
 from tests.contract.architectures import BY_NAME, Look, tiny, tokens
+from tests.oracles.scores import (
+    N,
+    expected_attention,
+    keydiff,
+    knorm,
+    observed_attention,
+    random,
+    snapkv,
+    streaming_llm,
+    tova,
+)
 from tests.presses import (
     test_calibrated,
     test_decoding,
@@ -35,7 +45,6 @@ from tests.presses import (
     test_wrappers,
 )
 from tests.presses.others import WITH_RATIO
-from torch import Tensor
 
 import coldpress
 from coldpress import (
@@ -95,7 +104,6 @@ from coldpress.bases.wrapper import WrapperPress
 from coldpress.core.counts import exact_keep, keep_count, pyramid_counts
 from coldpress.core.press import parts
 
-N = 21
 MODELS = {"gpt_neox": 4, "gpt_neox_full_rotary": 8, "llama": 8}  # name -> rotary dimensions of a head
 
 
@@ -103,125 +111,6 @@ def views_of(name: str) -> list[LayerView]:
     look = Look()
     tiny(name)(tokens(2, N), **cache_argument(PressedCache(look)))
     return look.views
-
-
-def heads_of(view: LayerView) -> list[tuple[Tensor, Tensor, list[Tensor], tuple[int, int]]]:
-    """For each row and KV head: keys ``[T, D]``, values, the queries ``[T, D]`` of its group's heads, (row, head)."""
-    group = view.queries.shape[1] // view.keys.shape[1]
-    return [
-        (view.keys[b, h], view.values[b, h], list(view.queries[b, h * group : (h + 1) * group]), (b, h))
-        for b in range(view.keys.shape[0])
-        for h in range(view.keys.shape[1])
-    ]
-
-
-def attention(query: Tensor, keys: Tensor, at: int) -> list[float]:
-    """What the query of token ``at`` gives to each token; nothing to later ones."""
-    logits = [math.exp(float(query @ keys[t]) / math.sqrt(len(query))) for t in range(at + 1)]
-    return [x / sum(logits) for x in logits] + [0.0] * (len(keys) - at - 1)
-
-
-def rotation(position: int, n_rotary: int, dim: int) -> Tensor:
-    """The matrix ``[D, D]`` that rotates a state at ``position``; halves, frequencies of base 10,000."""
-    matrix, half = torch.eye(dim, dtype=torch.float64), n_rotary // 2
-    for d in range(half):
-        angle = position * 10_000.0 ** (-2 * d / n_rotary)
-        matrix[d, d] = matrix[d + half, d + half] = math.cos(angle)
-        matrix[d, d + half], matrix[d + half, d] = -math.sin(angle), math.sin(angle)
-    return matrix
-
-
-def knorm(view: LayerView, press: KnormPress, n_rotary: int) -> dict[tuple[int, int], list[float]]:
-    return {at: [-math.sqrt(sum(float(x) ** 2 for x in key)) for key in keys] for keys, _, _, at in heads_of(view)}
-
-
-def keydiff(view: LayerView, press: KeyDiffPress, n_rotary: int) -> dict[tuple[int, int], list[float]]:
-    scores = {}
-    for keys, _, _, at in heads_of(view):
-        anchor = sum(key / math.sqrt(float(key @ key)) for key in keys) / len(keys)
-        scores[at] = [-float(key @ anchor) / math.sqrt(float(key @ key) * float(anchor @ anchor)) for key in keys]
-    return scores
-
-
-def streaming_llm(view: LayerView, press: StreamingLLMPress, n_rotary: int) -> dict[tuple[int, int], list[float]]:
-    return {at: [float(t) for t in range(len(keys))] for keys, _, _, at in heads_of(view)}
-
-
-def random(view: LayerView, press: RandomPress, n_rotary: int) -> dict[tuple[int, int], list[float]]:
-    generator = torch.Generator().manual_seed(press.seed * 1_000_003 + view.layer_idx)
-    draws = [[float(torch.rand(1, generator=generator)) for _ in range(N)] for _ in range(view.keys.shape[1])]
-    return {at: draws[at[1]] for *_, at in heads_of(view)}
-
-
-def tova(view: LayerView, press: TOVAPress, n_rotary: int) -> dict[tuple[int, int], list[float]]:
-    scores: dict[tuple[int, int], list[float]] = {}
-    for row in range(view.keys.shape[0]):
-        mine = [(keys, query) for keys, _, queries, (b, _) in heads_of(view) if b == row for query in queries]
-        rows = [attention(query[-1], keys, N - 1) for keys, query in mine]
-        mean = [sum(weights[t] for weights in rows) / len(rows) for t in range(N)]
-        scores |= {(row, head): mean for head in range(view.keys.shape[1])}
-    return scores
-
-
-def observed_attention(
-    view: LayerView, press: ObservedAttentionPress, n_rotary: int
-) -> dict[tuple[int, int], list[float]]:
-    scores = {}
-    for keys, _, queries, at in heads_of(view):
-        matrices = [[attention(query[q], keys, q) for q in range(N)] for query in queries]
-        scores[at] = [
-            sum(sum(matrix[q][t] for q in range(t, N)) / (N - t) for matrix in matrices) / len(matrices)
-            for t in range(N)
-        ]
-    return scores
-
-
-def snapkv(view: LayerView, press: SnapKVPress, n_rotary: int) -> dict[tuple[int, int], list[float]]:
-    window = press.window_size if press.window_size < N else N // 2
-    scores = {}
-    for keys, _, queries, at in heads_of(view):
-        total = [0.0] * N
-        for query in queries:
-            rows = [attention(query[q], keys, q) for q in range(N - window, N)]
-            received = [sum(row[t] for row in rows) / window for t in range(N)]
-            reach = press.kernel_size // 2
-            for t in range(N):
-                if t < N - window:  # zero padding on both sides, which counts
-                    around = range(max(0, t - reach), min(N - window, t + reach + 1))
-                    total[t] += sum(received[s] for s in around) / press.kernel_size / len(queries)
-                else:
-                    total[t] += received[t] / len(queries)
-        scores[at] = total
-    return scores
-
-
-def expected_attention(
-    view: LayerView, press: ExpectedAttentionPress, n_rotary: int
-) -> dict[tuple[int, int], list[float]]:
-    dim, scores = view.keys.shape[-1], {}
-    ahead = range(N, N + press.n_future_positions)
-    mean_rotation = sum(rotation(p, n_rotary, dim) for p in ahead) / press.n_future_positions
-    for keys, values, queries, at in heads_of(view):
-        total = [0.0] * N
-        for query in queries:
-            before = [rotation(t, n_rotary, dim).T @ query[t].double() for t in range(press.n_sink, N)]
-            mean = sum(before) / len(before)
-            covariance = sum(torch.outer(q - mean, q - mean) for q in before) / len(before)
-            mean, covariance = mean_rotation @ mean, mean_rotation @ covariance @ mean_rotation.T
-            logits = []
-            for key in keys.double():
-                logit = float(key @ mean) / math.sqrt(dim)
-                if press.use_covariance:
-                    logit += float(key @ covariance @ key) / (2 * dim)
-                logits.append(logit)
-            top = max(logits)
-            weights = [math.exp(x - top) for x in logits]
-            total = [x + w / sum(weights) / len(queries) for x, w in zip(total, weights, strict=True)]
-        if press.use_vnorm:
-            norms = [math.sqrt(sum(float(x) ** 2 for x in value)) for value in values]
-            total = [(p + press.epsilon) * norm for p, norm in zip(total, norms, strict=True)]
-        scores[at] = total
-    return scores
 
 
 Oracle = Callable[..., dict[tuple[int, int], list[float]]]
@@ -388,6 +277,7 @@ def test_column_sums_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+@pytest.mark.usefixtures("given_artefacts")
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("press", WITH_RATIO)
 def test_scores_do_not_depend_on_how_much_is_worked_on_at_once(

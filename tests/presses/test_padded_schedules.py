@@ -124,9 +124,19 @@ def check(model: str, press: BasePress, text: Text, **options: Any) -> None:
                 assert rank[held].tolist() == expected[expected >= 0].tolist()
 
 
-@settings(max_examples=120)
-@given(press=st.sampled_from(SCHEDULES), text=texts(), model=st.sampled_from(["gpt_neox", "llama"]))
+anything = given(press=st.sampled_from(SCHEDULES), text=texts(), model=st.sampled_from(["gpt_neox", "llama"]))
+
+
+@settings(max_examples=30)
+@anything
 def test_a_row_is_the_row_alone(press: BasePress, text: Text, model: str) -> None:
+    check(model, press, text)
+
+
+@pytest.mark.slow
+@settings(max_examples=200)
+@anything
+def test_a_row_is_the_row_alone_in_more_texts(press: BasePress, text: Text, model: str) -> None:
     check(model, press, text)
 
 

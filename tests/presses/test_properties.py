@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tests.contract.architectures import distinct_tokens, tiny, tokens
 from tests.presses.others import IN_BLOCK, OTHERS, WITH_RATIO, other_press
 from tests.presses.others import press_of as small_press_of
-from tests.presses.replays import Words
 from tests.presses.views import MODELS, view_of, views_of
+from tests.presses.words import Words
 from torch import Tensor
 
 from coldpress import (
@@ -49,6 +49,8 @@ from coldpress.bases.registry import parameters_of
 from coldpress.core.choice import protect
 from coldpress.core.counts import keep_count
 from coldpress.core.press import parts
+
+pytestmark = pytest.mark.usefixtures("given_artefacts")
 
 SMALL = {
     "window_size": 4,

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from tests.contract.architectures import BY_NAME, tiny, tokens
-from tests.contract.test_oracle import oracle_logits
-from tests.presses.replays import BREAK, FIRST, LATER, Twin, Words, best_of_all, kvzip_scores
+from tests.oracles.models import oracle_logits
+from tests.oracles.replays import Twin, best_of_all, kvzip_scores
+from tests.presses.words import BREAK, FIRST, LATER, Words
 from torch import Tensor
 
 from coldpress import (

@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.contract.architectures import BY_NAME, ROTARY_VARIANTS, tiny, tokens
-from tests.contract.test_oracle import Llama, Neox, attend, rotate
-from tests.presses.replays import Twin, Words, best_of_all, kvzip_scores
+from tests.oracles.models import Llama, Neox, attend, rotate
+from tests.oracles.replays import Twin, best_of_all, kvzip_scores
 from tests.presses.weights import write_restorekv
+from tests.presses.words import Words
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 

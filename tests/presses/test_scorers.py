@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from tests.contract.architectures import tokens
+from tests.oracles.scores import lag_weights, leverage, non_causal, sketch_of
 from tests.presses.views import MODELS, rotated, unrotated, view_of
 from torch import Tensor
 
@@ -25,12 +26,6 @@ def per_head(view: LayerView, score: Callable[[int, int], list[float]]) -> Tenso
     return torch.tensor([[score(b, h) for h in range(n_heads)] for b in range(n_batch)])
 
 
-def standardized(scores: list[float]) -> list[float]:
-    mean = sum(scores) / len(scores)
-    std = math.sqrt(sum((s - mean) ** 2 for s in scores) / len(scores))
-    return [(s - mean) / std for s in scores]
-
-
 @every_model
 def test_unrotated_keys_are_what_the_projection_gave(model: str) -> None:
     view = view_of(model)
@@ -46,21 +41,6 @@ def test_unrotated_keys_are_what_the_projection_gave(model: str) -> None:
 
 
 # -- LagKV --------------------------------------------------------------------------------------------------------
-
-
-def lag_weights(states: Tensor, part: range, reference: range) -> list[float]:
-    """Softmax over ``part`` of the standard deviation over channels, on the scale of ``reference``."""
-    stds = []
-    for t in part:
-        channels = []
-        for d in range(states.shape[1]):
-            low = min(float(states[r, d]) for r in reference)
-            high = max(float(states[r, d]) for r in reference)
-            channels.append((float(states[t, d]) - low) / ((high - low) or 1))
-        mean = sum(channels) / len(channels)
-        stds.append(math.sqrt(sum((c - mean) ** 2 for c in channels) / (len(channels) - 1)))
-    total = sum(math.exp(s) for s in stds)
-    return [math.exp(s) / total for s in stds]
 
 
 @every_model
@@ -101,31 +81,6 @@ def test_lagkv(model: str, lag: int, cross_scoring: bool) -> None:
 # -- Compactor and its parts --------------------------------------------------------------------------------------
 
 
-def non_causal(view: LayerView, b: int, h: int, span: range, chunk: int) -> list[float]:
-    sums = dict.fromkeys(span, 0.0)
-    for start in range(span.start, span.stop, chunk):
-        part = range(start, min(start + chunk, span.stop))
-        for g in range(view.group_size):
-            for q in part:
-                query = view.queries[b, h * view.group_size + g, q].double()
-                logits = [float(query @ view.keys[b, h, t].double()) for t in part]
-                total = sum(math.exp(x - max(logits)) for x in logits)
-                for t, x in zip(part, logits, strict=True):
-                    sums[t] += math.exp(x - max(logits)) / total / view.group_size
-    weighted = [sums[t] * float(view.values[b, h, t].norm()) for t in span]
-    padded = [0.0, *weighted, 0.0]
-    return standardized([sum(padded[i : i + 3]) / 3 for i in range(len(weighted))])
-
-
-def leverage(keys: Tensor, sketch: Tensor | None) -> list[float]:
-    """Of one head's keys before rotation, ``[T, D]``."""
-    rows = (keys - keys.mean(0)).double()
-    if sketch is not None:
-        rows = rows @ sketch.double()
-    inverse = torch.linalg.inv(rows.T @ rows + 0.01 * torch.eye(rows.shape[1], dtype=torch.float64))
-    return standardized([float(row @ inverse @ row) for row in rows])
-
-
 @every_model
 @pytest.mark.parametrize("chunk", [9, 256])
 def test_non_causal_attention(model: str, chunk: int) -> None:
@@ -136,10 +91,12 @@ def test_non_causal_attention(model: str, chunk: int) -> None:
 
 @every_model
 @pytest.mark.parametrize("dimension", [5, 48])  # 48 is more than the heads have: no sketch
-def test_leverage(model: str, dimension: int) -> None:
-    view, press = view_of(model), LeverageScorePress(sketch_dimension=dimension)
-    _, keys = unrotated(model, tokens(ROWS, N_TOKENS), LAYER)
-    sketch = press._sketch(view) if dimension < keys.shape[3] else None
+@pytest.mark.parametrize(("layer", "seed"), [(0, 0), (1, 0), (1, 7)])
+def test_leverage(model: str, layer: int, seed: int, dimension: int) -> None:
+    """With a sketch for each seed, layer and head, the same in all rows."""
+    view, press = view_of(model, layer=layer), LeverageScorePress(sketch_dimension=dimension, seed=seed)
+    _, keys = unrotated(model, tokens(ROWS, N_TOKENS), layer)
+    sketch = sketch_of(keys, layer, dimension, seed) if dimension < keys.shape[3] else None
     expected = per_head(view, lambda b, h: leverage(keys[b, h], None if sketch is None else sketch[h]))
     torch.testing.assert_close(press.score(view), expected, atol=2e-3, rtol=0)
 
@@ -152,15 +109,6 @@ def test_rounding_is_no_score() -> None:
     flat = torch.full((1, 1, 50), 2 / 3) + 1e-7 * torch.randn(50, generator=torch.Generator().manual_seed(0))
     assert (standardized_by_head(flat) == 0).all() and (standardized_by_head(flat * 0) == 0).all()
     torch.testing.assert_close(standardized_by_head(torch.tensor([[[1e-9, 3e-9]]])), torch.tensor([[[-1.0, 1.0]]]))
-
-
-def test_the_sketch_depends_on_seed_layer_and_head() -> None:
-    first, second = (view_of("llama", layer=i) for i in (0, 1))
-    press = LeverageScorePress(sketch_dimension=4)
-    sketch = press._sketch(first)
-    assert torch.equal(sketch, press._sketch(first)) and not torch.equal(sketch[0], sketch[1])
-    assert not torch.equal(sketch, press._sketch(second))
-    assert not torch.equal(sketch, LeverageScorePress(sketch_dimension=4, seed=1)._sketch(first))
 
 
 def test_leverage_scores_of_large_rows_are_finite() -> None:

@@ -7,6 +7,8 @@ import math
 import pytest
 import torch
 from tests.contract.architectures import BY_NAME, tiny, tokens
+from tests.oracles.all_pairs import AllPairs
+from tests.oracles.choices import adaptive, best, ends
 from tests.presses.views import MODELS, view_of, views_of
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
@@ -57,29 +59,7 @@ def heads_of(positions: Tensor) -> list[list[list[int]]]:
     return [[[t for t in head if t >= 0] for head in row] for row in positions.tolist()]
 
 
-def best(scores: dict[int, float], n: int, *always: int) -> list[int]:
-    """The ``n`` best tokens, ``always`` among them, the earlier one of equals."""
-    order = sorted(scores, key=lambda t: (t not in always, -scores[t], t))
-    return sorted(order[:n])
-
-
-def ends(n_tokens: int, n_sink: int, n_window: int) -> list[int]:
-    return [*range(n_sink), *range(n_tokens - n_window, n_tokens)]
-
-
 # -- AdaKV and CriticalKV -----------------------------------------------------------------------------------------
-
-
-def adaptive(scores: Tensor, n_keep: int, n_safe: int, always: list[int]) -> list[list[int]]:
-    """What the heads of one row keep, given scores ``[Hkv, T]``: a queue of (score, head, token)."""
-    n_heads, n_tokens = scores.shape
-    order = [sorted(range(n_tokens), key=lambda t: (t not in always, -float(row[t]), t)) for row in scores]
-    least = max(n_safe, len(always))
-    kept = [head[:least] for head in order]
-    rest = [(-float(scores[h, t]), h, i, t) for h in range(n_heads) for i, t in enumerate(order[h]) if i >= least]
-    for _, h, _, t in sorted(rest)[: n_heads * (n_keep - least)]:
-        kept[h].append(t)
-    return [sorted(head) for head in kept]
 
 
 @every_model
@@ -148,8 +128,9 @@ def test_heads_that_keep_different_numbers_are_stored_and_attended_to_as_such() 
     """The next tokens' logits are those of the full cache with every evicted pair masked in every head."""
     model, ids = tiny("llama"), tokens(2, 45)
     press = AdaKVPress(SnapKVPress(0.6, window_size=4), alpha_safeguard=0.0)
-    past = PressedCache(press)
-    model(ids[:, :40], **cache_argument(past))
+    past, masked = PressedCache(press), AllPairs("llama")
+    model(ids[:, :40], **cache_argument(past)), masked.read(ids[:, :40])
+    masked.keep(past)
     counts = [(past.positions(i) >= 0).sum(-1) for i in range(2)]
     assert any(n.unique().numel() > 1 for n in counts)  # else this tests nothing
     assert [int(n.sum()) for n in counts] == [2 * 2 * keep_count(40, 0.6)] * 2
@@ -157,15 +138,7 @@ def test_heads_that_keep_different_numbers_are_stored_and_attended_to_as_such() 
     assert abs(past.achieved_ratio() - (1 - keep_count(40, 0.6) / 40)) < 1e-9
     actual = model(ids[:, 40:], **cache_argument(past)).logits
 
-    full = PressedCache()
-    model(ids[:, :40], **cache_argument(full))
-    for i, layer in enumerate(full.pressed_layers()):
-        kept = torch.full((2, 2, 40), -1, dtype=torch.int32)  # every slot stays, evicted ones are empty
-        for b, row in enumerate(heads_of(past.positions(i)[..., : past.stored_lengths()[i] - 5])):
-            for h, head in enumerate(row):
-                kept[b, h, head] = torch.tensor(head, dtype=torch.int32)
-        layer._kept, layer._has_gaps, layer._tail_start = kept, True, 40
-    torch.testing.assert_close(actual, model(ids[:, 40:], **cache_argument(full)).logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(actual, masked.read(ids[:, 40:]), atol=1e-5, rtol=0)
 
 
 # -- chunks and blocks --------------------------------------------------------------------------------------------

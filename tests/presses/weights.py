@@ -89,20 +89,30 @@ def write_restorekv(
 def given_weights(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Presses that were given no weights read random ones of the right shape, wherever their model comes from."""
     folder = tmp_path_factory.getbasetemp() / "weights"
-    of_kvzap, of_gates, of_restorer = KVzapPress._layer, FastKVzipPress._gate, RestoreKVPress.restorer
+    of_kvzap, of_gates, of_restorer = KVzapPress.score, FastKVzipPress.score, RestoreKVPress.restorer
 
-    def kvzap(press: KVzapPress, view: LayerView, x: Tensor, n_heads: int) -> Any:
-        n_hidden = 12 if press.model_type == "mlp" else None
-        own = folder / f"kvzap-{x.shape[-1]}-{n_heads}-{n_hidden}"
-        if not own.exists():
-            write_kvzap(own, x.shape[-1], n_heads, 4, n_hidden)
-        return of_kvzap(press if press.weights else replace(press, weights=str(own)), view, x, n_heads)
+    def sizes(view: LayerView) -> tuple[int, int] | None:
+        """Of the hidden states, and how many KV heads; None where there are no hidden states, which the press says."""
+        whole = view if view.whole is None else view.whole
+        return None if view.hidden_states is None else (view.hidden_states.shape[-1], whole.keys.shape[1])
 
-    def gates(press: FastKVzipPress, view: LayerView, x: Tensor) -> Any:
-        own = folder / f"gates-{x.shape[-1]}-{view.keys.shape[1]}" / f"q{view.group_size}_dim16_sink16.pt"
-        if not own.exists():
-            write_gates(own, x.shape[-1], view.keys.shape[1], view.group_size, 4)
-        return of_gates(press if press.weights else replace(press, weights=str(own.parent)), view, x)
+    def kvzap(press: KVzapPress, view: LayerView) -> Tensor:
+        n_hidden, found = 12 if press.model_type == "mlp" else None, sizes(view)
+        if press.weights is None and found is not None:
+            own = folder / f"kvzap-{found[0]}-{found[1]}-{n_hidden}"
+            if not own.exists():
+                write_kvzap(own, *found, 4, n_hidden)
+            press = replace(press, weights=str(own))
+        return of_kvzap(press, view)
+
+    def gates(press: FastKVzipPress, view: LayerView) -> Tensor:
+        found = sizes(view)
+        if press.weights is None and found is not None:
+            own = folder / f"gates-{found[0]}-{found[1]}" / f"q{view.group_size}_dim16_sink16.pt"
+            if not own.exists():
+                write_gates(own, *found, view.group_size, 4)
+            press = replace(press, weights=str(own.parent))
+        return of_gates(press, view)
 
     def restorer(press: RestoreKVPress, model: nn.Module) -> Any:
         shapes = [(name, tuple(module.weight.shape)) for name, module in linear_layers(model).items()]
@@ -112,5 +122,5 @@ def given_weights(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
         return of_restorer(press if press.weights else replace(press, weights=str(own)), model)
 
     monkeypatch.setattr(RestoreKVPress, "restorer", restorer)
-    monkeypatch.setattr(KVzapPress, "_layer", kvzap)
-    monkeypatch.setattr(FastKVzipPress, "_gate", gates)
+    monkeypatch.setattr(KVzapPress, "score", kvzap)
+    monkeypatch.setattr(FastKVzipPress, "score", gates)

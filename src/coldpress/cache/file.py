@@ -236,7 +236,7 @@ def _said(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
         raise CacheError(f"{path} is damaged or holds no cache that coldpress saved; name one, or {_AGAIN}.")
     if version not in map(str, FORMATS):
         raise CacheError(
-            f"{path} is of format {version}, and coldpress {VERSION} reads {FORMATS[-1]}; install the "
+            f"{path} is of format {version}, and coldpress {VERSION} reads 1 to {FORMATS[-1]}; install the "
             f"coldpress that wrote it, or {_AGAIN}."
         )
     if _digest(metadata["cache"]) != metadata["sha256"]:

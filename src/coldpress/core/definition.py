@@ -29,6 +29,8 @@ _RENAMED = {  # traits that presses of earlier versions of coldpress have
     "heads_alone": "per_head_independent",
     "scores_alone": "pointwise",
     "goes_on": "evicts_while_decoding",
+    "layers_differ": "per_layer",
+    "leaves_keys": "changes",
 }
 
 

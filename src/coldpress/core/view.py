@@ -89,13 +89,13 @@ class LayerView:
     token_ids: Tensor | None = None
     whole: LayerView | None = None  # what a view of one head was taken from
     row_head: tuple[int, int] = (0, 0)  # and where it stood there
-    columns: Mapping[str, Tensor] = field(default_factory=dict)
     sliding_window: int | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
     find_rope: Callable[[], Rope | None] = lambda: None
     find_seed: Callable[[], int] = lambda: 0
     _memo: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def n_tokens(self) -> int:

@@ -1,4 +1,4 @@
-"""What presses that replay a text have to compute, one token and one head at a time, and a tokenizer for them."""
+"""What presses that replay a text have to compute, one token and one head at a time."""
 
 from __future__ import annotations
 
@@ -7,23 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 from tests.contract.architectures import tiny
-from tests.contract.test_oracle import Llama, Neox, attend, rotate
+from tests.oracles.models import Llama, Neox, attend, rotate
+from tests.presses.words import BREAK, FIRST, LATER
 from torch import Tensor, nn
-
-
-class Words:
-    """A tokenizer for the tiny models: every word is a token, and so is a line break."""
-
-    chat_template: str | None = None
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        assert not add_special_tokens
-        return [sum(map(ord, word)) % 90 + 3 for word in text.replace("\n", " \n ").split(" ") if word]
-
-
-FIRST = Words().encode("\n\nRepeat the previous context exactly.", add_special_tokens=False)
-LATER = Words().encode("\n\nRepeat the part of the previous context exactly, starting with", add_special_tokens=False)
-BREAK = Words().encode("\n", add_special_tokens=False)
 
 
 @dataclass
