@@ -91,6 +91,7 @@ def made(name: str, ratio: float, model: str) -> BasePress:
     return press_of(name, ratio)
 
 
+@pytest.mark.usefixtures("given_artefacts")
 @pytest.mark.parametrize("name", [*WITH_RATIO, *MORE, *COMPOSED, *OTHERS])
 @settings(max_examples=12, suppress_health_check=[HealthCheck.filter_too_much])
 @given(

@@ -41,6 +41,7 @@ class BudgetPress(BasePress):
     """
 
     has_ratio = True
+    per_layer = False
     implied: ClassVar[Mapping[str, Mapping[str, Any]]] = {"keep_of": {"per_layer": True}}
 
     exact_at_0: ClassVar[bool] = True  # at ratio 0 the cache is the uncompressed one
@@ -124,6 +125,10 @@ class ScorerPress(BudgetPress):
         "chosen": {"offers_scores": False},
         "compress": {"changes": frozenset({"keys", "values"})},
     }
+
+    @property
+    def changes(self) -> frozenset[str]:
+        return frozenset()
 
     @property
     def chooses_again(self) -> bool:
