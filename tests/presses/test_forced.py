@@ -9,8 +9,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from tests.contract.architectures import tiny
 from tests.presses.others import OTHERS, WITH_RATIO
-from tests.presses.test_properties import ALONE, MODELS, MORE, distinct, of_model, prefilled, press_of
+from tests.presses.test_properties import ALONE, MODELS, MORE, distinct, of_model, press_of
 from tests.presses.views import view_of
 from torch import Tensor
 
@@ -38,11 +39,12 @@ from coldpress import (
     MergingPress,
     PerLayerCompressionPress,
     PrefillDecodingPress,
+    PressedCache,
     SnapKVPress,
     StreamingLLMPress,
     ThinKPress,
 )
-from coldpress.cache.layer import PressedLayer
+from coldpress.architecture.cache_argument import cache_argument
 from coldpress.core.forced import as_far_as, ends, forced, must_stay, shrink_protected
 from coldpress.errors import PressError
 
@@ -89,6 +91,7 @@ def made(name: str, ratio: float, model: str) -> BasePress:
     return press_of(name, ratio)
 
 
+@pytest.mark.usefixtures("given_artefacts")
 @pytest.mark.parametrize("name", [*WITH_RATIO, *MORE, *COMPOSED, *OTHERS])
 @settings(max_examples=12, suppress_health_check=[HealthCheck.filter_too_much])
 @given(
@@ -122,14 +125,16 @@ def test_what_is_pinned_stays(name: str, model: str, ratio: float, tokens: set[i
 
 @pytest.mark.usefixtures("given_weights")
 @pytest.mark.parametrize("name", ALONE)
-def test_presses_that_read_the_text_again_keep_what_is_pinned(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokens, ids = [5, 6, 17], distinct(N)
+def test_presses_that_read_the_text_again_keep_what_is_pinned(name: str) -> None:
+    tokens, model = [5, 6, 17], tiny("llama")
 
-    def columns(layer: PressedLayer) -> dict[str, Tensor]:
-        return {"pinned": torch.isin(layer.positions(), torch.tensor(tokens))}
+    def prefilled(ratio: float) -> PressedCache:
+        past = PressedCache(pin=[(5, 7), (17, 18)])
+        with torch.no_grad(), of_model(name, "llama", ratio)(model):
+            model(distinct(N), **cache_argument(past))
+        return past
 
-    monkeypatch.setattr(PressedLayer, "columns", columns, raising=False)
-    past = prefilled(of_model(name, "llama", 0.6), "llama", ids)
+    past = prefilled(0.6)
     n_kept = 0
     for layer in past.pressed_layers():
         for head in layer.positions()[0]:
@@ -137,7 +142,7 @@ def test_presses_that_read_the_text_again_keep_what_is_pinned(name: str, monkeyp
             n_kept += int((head >= 0).sum())
     assert n_kept == sum(layer.positions().shape[1] for layer in past.pressed_layers()) * (N - 23)
     with pytest.raises(PressError, match=r"3 pinned tokens, .* the budget keeps 1 of each head"):
-        prefilled(of_model(name, "llama", 0.96), "llama", ids)
+        prefilled(0.96)
 
 
 def test_fastkvzip_keeps_what_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,6 +97,7 @@ def made(name: str, view: LayerView) -> BasePress:
 SHOWN = {*WITH_RATIO, *MORE, *COMPOSED, *OTHERS, *SCHEDULES} - {"simlayerkv", "chunk_compactor"}
 
 
+@pytest.mark.usefixtures("given_artefacts")
 @pytest.mark.parametrize("name", sorted(SHOWN))
 def test_who_looks_at_each_head_alone_says_so(name: str) -> None:
     found = set()
@@ -142,6 +143,14 @@ def test_what_is_said_of_a_method_goes_with_the_method() -> None:
         def score(self, view: LayerView) -> Tensor:
             return -super().score(view)
 
+    class Loud:
+        def score(self, view: LayerView) -> Tensor:
+            return view.value_norms()
+
+    class Mixed(Loud, KnormPress):
+        """Has its score from elsewhere."""
+
+    assert KnormPress.pointwise and not Mixed.pointwise
     assert SnapKVPress().estimates_attention and not Wider().estimates_attention
     assert Same.pointwise and Own.pointwise and not Same.per_head_independent and Own.per_head_independent
     assert not Wider.per_head_independent and SnapKVPress.per_head_independent

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +107,7 @@ class ReplayPress(BudgetPress):
         """Have each head of ``layers`` hold ``n_keep`` pairs, mean over layers and heads."""
         protected = min(self.n_first(token_ids), token_ids.shape[1]), 0
         musts = [
-            must_stay(layer.positions(), token_ids.shape[1], protected, n_keep, _columns(layer).get(PINNED))
+            must_stay(layer.positions(), token_ids.shape[1], protected, n_keep, layer.columns().get(PINNED))
             for layer in layers
         ]
         found = self.scores(cache, model, token_ids, layers)
@@ -152,11 +152,6 @@ class ReplayPress(BudgetPress):
         output = model(**cache_argument(fork, model), use_cache=True, **inputs)
         stand_at(model, cache.seen_tokens)  # as if it had not been run
         return output
-
-
-def _columns(layer: Any) -> Mapping[str, Tensor]:
-    found: Mapping[str, Tensor] = getattr(layer, "columns", dict)()
-    return found
 
 
 def _config(model: nn.Module) -> Any:

@@ -41,6 +41,7 @@ class BudgetPress(BasePress):
     """
 
     has_ratio = True
+    per_layer = False
     implied: ClassVar[Mapping[str, Mapping[str, Any]]] = {"keep_of": {"per_layer": True}}
 
     exact_at_0: ClassVar[bool] = True  # at ratio 0 the cache is the uncompressed one
@@ -105,9 +106,10 @@ class BudgetPress(BasePress):
 class ScorerPress(BudgetPress):
     """Keep the pairs with the largest scores; subclasses define :meth:`score`.
 
-    Three questions, each with a method of its own, so that wrappers can change one and leave the others alone: which
-    pairs matter (:meth:`scores`), how many are kept (:meth:`keep_of`, :meth:`protected`), which ones these are
-    (:meth:`choose`). Only a press that stores something else than the chosen pairs overrides :meth:`compress`.
+    Four questions, each with a method of its own, so that wrappers can change one and leave the others alone: which
+    pairs matter (:meth:`scores`), how many are kept (:meth:`keep_of`) and which in any case (:meth:`protected`), which
+    ones these are (:meth:`chosen`). Only a press that stores something else than the chosen pairs overrides
+    :meth:`compress`.
 
     Args:
         compression_ratio, budget_tokens, budget_bytes: as in :class:`BudgetPress`.
@@ -120,8 +122,13 @@ class ScorerPress(BudgetPress):
     implied: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "score": {"pointwise": False, "estimates_attention": False},
         "choose": {"offers_scores": False},
+        "chosen": {"offers_scores": False},
         "compress": {"changes": frozenset({"keys", "values"})},
     }
+
+    @property
+    def changes(self) -> frozenset[str]:
+        return frozenset()
 
     @property
     def chooses_again(self) -> bool:
@@ -175,7 +182,17 @@ class ScorerPress(BudgetPress):
         n_keep = self.keep(view)
         if n_keep >= view.n_tokens:
             return None
-        return view.held(select(view.guard(self.scores(view), self.forced(view, n_keep)), n_keep))
+        found = self.chosen(view, n_keep, self.forced(view, n_keep))
+        return None if found is None else view.held(found)
+
+    def chosen(self, view: LayerView, n_keep: int, must: Tensor) -> Tensor | None:
+        """:meth:`choose` where something goes: the best ``n_keep`` of each head, those that ``must`` stay among them.
+
+        Args:
+            n_keep: fewer than the view has; the mean over the heads, if they may differ.
+            must: what :meth:`forced` gives; no head has more than ``n_keep`` of it.
+        """
+        return select(view.guard(self.scores(view), must), n_keep)
 
     def compress(self, view: LayerView) -> Kept | None:
         positions = self.choose(view)

@@ -60,5 +60,5 @@ class WrapperPress(ScorerPress):
     def protected(self, view: LayerView) -> tuple[int, int]:
         return self.press.protected(view)
 
-    def choose(self, view: LayerView) -> Tensor | None:
+    def chosen(self, view: LayerView, n_keep: int, must: Tensor) -> Tensor | None:
         return self.press.choose(view)

@@ -79,10 +79,11 @@ class PressType(type):
                 raise PressError(f"{name}.{own} is called {_RENAMED[own]} now, and nothing asks for the old name.")
         if "per_head_independent" not in namespace and not cls.__module__.startswith("coldpress."):
             super().__setattr__("per_head_independent", False)
-        for base in cls.__mro__[1:]:
+        for base in cls.__mro__:
             for method, claims in vars(base).get("implied", {}).items():
-                for trait in claims.keys() - namespace.keys() if method in namespace else ():
-                    super().__setattr__(trait, claims[trait])
+                for trait, value in claims.items():
+                    if cls._depth_of(method) < cls._depth_of(trait):  # the claim was made of an earlier method
+                        super().__setattr__(trait, value)
         if "__call__" in namespace:
             raise PressError(
                 f"{name}.__call__ would not be called where a cache or the pipeline has the press; what has to be "
@@ -94,6 +95,10 @@ class PressType(type):
                 f"{name} has an __init__ of its own, which copies of a press at other ratios do not go through: make "
                 f"its parameters fields under @dataclass(frozen=True), and check them in __post_init__. {_PAGE}"
             )
+
+    def _depth_of(cls, name: str) -> int:
+        """How far up the bases a name is defined."""
+        return next(depth for depth, base in enumerate(cls.__mro__) if name in vars(base))
 
     def __setattr__(cls, name: str, value: Any) -> None:
         """Set an attribute of the class, as ``dataclass`` does: the moment to put its errors in our words."""

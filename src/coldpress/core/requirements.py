@@ -87,7 +87,7 @@ _NEEDS = {
         "use KnormPress, QFilterPress, KVzapPress or a class of yours that says pointwise = True, or decoding=False",
     ),
     "queries_of_a_block": Need(
-        "a press that is shown the queries of one block",
+        "a press that gets by with the queries of one block",
         lambda press: not press.needs_all_queries,
         "needs those of all tokens",
         "use ChunkPress, or the press alone",

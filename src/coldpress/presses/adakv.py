@@ -45,12 +45,8 @@ class AdaKVPress(WrapperPress):
         super().__post_init__()
         check_between(self, 0, 1, "alpha_safeguard")
 
-    def choose(self, view: LayerView) -> Tensor | None:
-        n_keep = self.keep(view)
-        if n_keep >= view.n_tokens:
-            return None
-        must = self.forced(view, n_keep)
-        return view.held(select_counts(view.guard(self.scores(view), must), self.counts(view, n_keep)))
+    def chosen(self, view: LayerView, n_keep: int, must: Tensor) -> Tensor:
+        return select_counts(view.guard(self.scores(view), must), self.counts(view, n_keep))
 
     def counts(self, view: LayerView, n_keep: int) -> Tensor:
         """How many pairs each head keeps, ``n_keep`` on average: int64 ``[B, Hkv]``."""

@@ -47,12 +47,8 @@ class BlockPress(WrapperPress):
         super().__post_init__()
         check_at_least(self, 1, "block_size")
 
-    def choose(self, view: LayerView) -> Tensor | None:
-        n_keep, n_tokens = self.keep(view), view.n_tokens
-        if n_keep >= n_tokens:
-            return None
-        self.forced(view, n_keep)  # what is pinned fits in
-        protected = self.protected(view)
+    def chosen(self, view: LayerView, n_keep: int, must: Tensor) -> Tensor:
+        n_tokens, protected = view.n_tokens, self.protected(view)
         text = torch.arange(n_tokens, device=view.keys.device).expand(view.keys.shape[:3])
         held = text[..., :n_keep]
         for start in range(n_keep, n_tokens, self.block_size):

@@ -46,12 +46,9 @@ class ChunkPress(WrapperPress):
         super().__post_init__()
         check_at_least(self, 1, "chunk_length")
 
-    def choose(self, view: LayerView) -> Tensor | None:
-        n_keep, n_tokens = self.keep(view), view.n_tokens
-        if n_keep >= n_tokens:
-            return None
-        must = self.forced(view, n_keep).expand(view.keys.shape[:3])
-        cuts, is_kept = [*range(0, n_tokens, self.chunk_length), n_tokens], torch.zeros_like(must)
+    def chosen(self, view: LayerView, n_keep: int, must: Tensor) -> Tensor:
+        must = must.expand(view.keys.shape[:3])
+        cuts, is_kept = [*range(0, view.n_tokens, self.chunk_length), view.n_tokens], torch.zeros_like(must)
         for (start, stop), counts in zip(itertools.pairwise(cuts), spread_forced(n_keep, must, cuts), strict=True):
             if counts.any():
                 chunk = view.part(start, stop)

@@ -44,11 +44,8 @@ class ChunkKVPress(WrapperPress):
         super().__post_init__()
         check_at_least(self, 1, "chunk_length")
 
-    def choose(self, view: LayerView) -> Tensor | None:
-        n_keep, n_tokens = self.keep(view), view.n_tokens
-        if n_keep >= n_tokens:
-            return None
-        must = self.forced(view, n_keep)
+    def chosen(self, view: LayerView, n_keep: int, must: Tensor) -> Tensor:
+        n_tokens = view.n_tokens
         scores = self.scores(view).mean(dim=1)  # [B, T]
         chunk = torch.arange(n_tokens, device=scores.device) // self.chunk_length
         counted = (~must).all(dim=1).float()  # [B or 1, T]

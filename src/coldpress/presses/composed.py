@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from coldpress.bases.scorer import ScorerPress
-from coldpress.core.choice import select
+from coldpress.core.choice import best, checked, pack, protect
 from coldpress.core.counts import check_ratio
 from coldpress.core.kept import Place
 from coldpress.core.requirements import SCORER, require
@@ -79,18 +79,12 @@ class ComposedPress(ScorerPress):
         both = [press.protected(view) for press in self.presses]
         return max(n_sink for n_sink, _ in both), max(n_window for _, n_window in both)
 
-    def choose(self, view: LayerView) -> Tensor | None:
-        counts = self._counts(view.n_tokens, view.place)
-        if counts[-1] >= view.n_tokens:
-            return None
-        must = self.forced(view, counts[-1])
+    def chosen(self, view: LayerView, n_keep: int, must: Tensor) -> Tensor:
         left = torch.ones(view.keys.shape[:3], dtype=torch.bool, device=view.keys.device)
-        positions = None
-        for press, count in zip(self.presses, counts, strict=True):
-            scores = press.scores(view).masked_fill(~left, -torch.inf)
-            positions = select(scores, count, must)
-            left = torch.zeros_like(left).scatter(2, positions, True)
-        return positions
+        for press, count in zip(self.presses, self._counts(view.n_tokens, view.place), strict=True):
+            scores = protect(checked(press.scores(view)).masked_fill(~left, -torch.inf), must)
+            left = best(scores, count)
+        return pack(left)
 
     def _counts(self, n_tokens: int, place: Place) -> list[int]:
         """How many are left after each press."""

@@ -55,14 +55,10 @@ class CriticalKVPress(WrapperPress):
         check_between(self, 0, math.inf, "epsilon")
         check_between(self, 0, 1, "first_stage_ratio")
 
-    def choose(self, view: LayerView) -> Tensor | None:
-        n_keep = self.keep(view)
-        if n_keep >= view.n_tokens:
-            return None
-        must = self.forced(view, n_keep)
+    def chosen(self, view: LayerView, n_keep: int, must: Tensor) -> Tensor:
         first = share_of(n_keep, self.first_stage_ratio)
         scores = _two_stages(view, self.scores(view), first, self.epsilon, must)
-        return view.held(select(scores, n_keep))
+        return select(scores, n_keep)
 
 
 @register("critical_adakv_snapkv", SnapKVPress)
@@ -96,15 +92,11 @@ class CriticalAdaKVPress(AdaKVPress):
         check_between(self, 0, math.inf, "epsilon")
         check_between(self, 0, 1, "first_stage_ratio")
 
-    def choose(self, view: LayerView) -> Tensor | None:
-        n_keep = self.keep(view)
-        if n_keep >= view.n_tokens:
-            return None
-        must = self.forced(view, n_keep)
+    def chosen(self, view: LayerView, n_keep: int, must: Tensor) -> Tensor:
         counts = self.counts(view, n_keep)
         first = torch.tensor([[share_of(n, self.first_stage_ratio) for n in row] for row in counts.tolist()])
         scores = _two_stages(view, self.scores(view), first.to(counts.device), self.epsilon, must)
-        return view.held(select_counts(scores, counts))
+        return select_counts(scores, counts)
 
 
 def _two_stages(view: LayerView, scores: Tensor, first: int | Tensor, epsilon: float, must: Tensor) -> Tensor:

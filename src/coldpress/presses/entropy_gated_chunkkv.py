@@ -54,11 +54,8 @@ class EntropyGatedChunkKVPress(ChunkKVPress):
                 f"chunk_length={self.chunk_length}."
             )
 
-    def choose(self, view: LayerView) -> Tensor | None:
-        n_keep, n_tokens = self.keep(view), view.n_tokens
-        if n_keep >= n_tokens:
-            return None
-        must = self.forced(view, n_keep)
+    def chosen(self, view: LayerView, n_keep: int, must: Tensor) -> Tensor:
+        n_tokens = view.n_tokens
         scores = self.scores(view).mean(dim=1)  # [B, T]
         device, n_chunks = scores.device, -(-n_tokens // self.chunk_length)
         counts = (~must).all(dim=1)  # [B or 1, T]

@@ -84,13 +84,12 @@ class FinchPress(ScorerPress):
     def protected(self, view: LayerView) -> tuple[int, int]:
         return 0, self._window(view)
 
-    def choose(self, view: LayerView) -> Tensor | None:
-        n_keep, n_tokens = self.keep(view), view.n_tokens
-        if n_keep >= n_tokens or self.chunk_length is None:
-            return super().choose(view)
-        must = self.forced(view, n_keep).expand(view.keys.shape[:3])
+    def chosen(self, view: LayerView, n_keep: int, must: Tensor) -> Tensor | None:
+        if self.chunk_length is None:
+            return super().chosen(view, n_keep, must)
+        must = must.expand(view.keys.shape[:3])
         scores = view.guard(checked(self.scores(view)), must)
-        cuts = [*range(0, n_tokens, self.chunk_length), n_tokens]
+        cuts = [*range(0, view.n_tokens, self.chunk_length), view.n_tokens]
         parts = zip(itertools.pairwise(cuts), spread_forced(n_keep, must, cuts), strict=True)
         return pack(torch.cat([best(scores[..., start:stop], counts) for (start, stop), counts in parts], dim=-1))
 

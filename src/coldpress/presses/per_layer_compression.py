@@ -70,7 +70,7 @@ class PerLayerCompressionPress(WrapperPress):
     def keep_of(self, n_tokens: int, place: Place) -> int:
         return self._at(place.layer_idx, place.n_layers).keep_of(n_tokens, place)
 
-    def choose(self, view: LayerView) -> Tensor | None:
+    def chosen(self, view: LayerView, n_keep: int, must: Tensor) -> Tensor | None:
         return self._at(view.layer_idx, view.n_layers).choose(view)
 
     def _at(self, layer_idx: int, n_layers: int) -> ScorerPress:
