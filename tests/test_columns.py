@@ -8,13 +8,13 @@ from typing import ClassVar
 
 import pytest
 import torch
-from tests.contract.architectures import tiny, tokens
+from tests.contract.architectures import BY_NAME, tiny, tokens
 from torch import Tensor
 
-from coldpress import AdaKVPress, ComposedPress, Kept, KnormPress, LayerView, PressedCache, ScorerPress
+from coldpress import AdaKVPress, ComposedPress, Kept, KnormPress, LayerView, PressedCache, ScorerPress, compiled
 from coldpress.architecture.cache_argument import cache_argument
 from coldpress.core.column import Column
-from coldpress.errors import PressError
+from coldpress.errors import CacheError, PressError
 
 
 @dataclass(frozen=True)
@@ -108,3 +108,69 @@ def test_two_presses_do_not_mean_different_things_by_a_name() -> None:
     read(ComposedPress([Counts(0.2), Counts(0.5)]), 20, 1)
     with pytest.raises(PressError, match="declare a column 'calls', and not the same one"):
         read(ComposedPress([Counts(0.2), Other(0.5)]), 20)
+
+
+class Newest(KnormPress):
+    """Has each query read the newest 9 slots."""
+
+    def select(self, view: LayerView) -> Tensor | None:
+        return torch.arange(view.n_tokens - 9, view.n_tokens).expand(*view.keys.shape[:2], -1)
+
+
+@pytest.mark.parametrize("backend", ["coldpress", "coldpress_eager"])
+def test_a_row_that_brings_padding_reads_what_it_has(backend: str) -> None:
+    """Also one that has nothing at all yet; nothing is NaN, and other rows do not notice."""
+    model = tiny("llama", backend)
+    mask = torch.tensor([[1] * 24, [1] * 20 + [0] * 4, [0] * 24])
+    ids, past, alone = tokens(3, 24), PressedCache(Newest()), PressedCache(Newest())
+    with torch.no_grad():
+        for end in (20, 21, 22, 23, 24):
+            start = 0 if end == 20 else end - 1
+            at = (mask[:, :end].cumsum(-1) - 1).clamp(min=0)[:, start:]
+            how = {"attention_mask": mask[:, :end], "position_ids": at}
+            logits = model(ids[:, start:end], **how, **cache_argument(past)).logits
+            own = model(ids[:1, start:end], **cache_argument(alone)).logits
+            assert torch.isfinite(logits).all()
+            torch.testing.assert_close(logits[:1], own, atol=1e-5, rtol=0)
+    assert past.read_ratio() < 1
+
+
+@dataclass(frozen=True)
+class Biased(KnormPress):
+    """Has each kept pair stand for two."""
+
+    def compress(self, view: LayerView) -> Kept | None:
+        kept = super().compress(view)
+        return kept and kept._replace(bias=torch.full(kept.positions.shape, 2.0).log())
+
+
+@pytest.mark.parametrize(
+    ("press", "said"),
+    [
+        (Counts(0.5), "is asked in each call"),
+        (Newest(0.5), "is asked in each call"),
+        (Biased(0.5), "stand for several"),
+    ],
+    ids=["observes", "reads", "bias"],
+)
+def test_a_compiled_step_would_not_ask(press: KnormPress, said: str) -> None:
+    past, model = read(press, 30), BY_NAME["llama"].build()
+    with compiled(model), torch.no_grad(), pytest.raises(CacheError, match=said):
+        model(tokens(1, 1), **cache_argument(past))
+
+
+def test_a_query_that_would_read_nothing_reads_its_own_token() -> None:
+    class Nothing(Newest):
+        def select(self, view: LayerView) -> Tensor | None:
+            return torch.full((*view.keys.shape[:2], 1), -1)
+
+    class Own(Newest):
+        def select(self, view: LayerView) -> Tensor | None:
+            return torch.full((*view.keys.shape[:2], 1), view.n_tokens - 1)
+
+    found = []
+    for press in (Nothing(), Own()):
+        past = read(press, 20)
+        with torch.no_grad():
+            found.append(tiny("llama", "coldpress_eager")(tokens(1, 1), **cache_argument(past)).logits)
+    assert torch.isfinite(found[0]).all() and torch.equal(*found)

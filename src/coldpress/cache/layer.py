@@ -230,7 +230,7 @@ class PressedLayer(EvictingLayer):
             return None
         for reader in readers(self.session.press):
             groups = self._groups_of_call(call, self._padding())
-            return selected(reader, groups, self.slots.filled.n_rows)
+            return selected(reader, groups, self.slots)
         return None
 
     def _attend_to(self, read: Tensor, bias: Tensor | None, arithmetic: Arithmetic) -> tuple[Tensor, Tensor | None]:

@@ -116,10 +116,10 @@ def readers(press: Press | None) -> list[Press]:
     return [] if press is None else [part for part in parts(press) if part.reads_part]
 
 
-def selected(reader: Press, groups: Sequence[RowGroup], n_rows: int) -> Tensor | None:
+def selected(reader: Press, groups: Sequence[RowGroup], slots: Slots) -> Tensor | None:
     """The slots that each row's query reads, int64 ``[B, Hkv, n]``, -1 for none; None: all.
 
-    Rows in groups of which the press says nothing read all that they have.
+    Rows in groups of which the press says nothing read all that they have; a head that reads nothing, its newest slot.
     """
     said = [reader.select(group.view) if group.view.n_queries else None for group in groups]
     if all(own is None for own in said):
@@ -132,7 +132,9 @@ def selected(reader: Press, groups: Sequence[RowGroup], n_rows: int) -> Tensor |
         stored = own if group.stored is None else group.stored.gather(2, own.clamp(min=0)).masked_fill(own < 0, -1)
         found.append((group.rows, stored))
     n, like = max(own.shape[2] for _, own in found), found[0][1]
-    read = like.new_full((n_rows, like.shape[1], n), -1)
+    read = like.new_full((slots.filled.n_rows, like.shape[1], max(n, 1)), -1)
     for rows, own in found:
         read[rows, :, : own.shape[2]] = own
+    reads_nothing = (read < 0).all(-1)
+    read[..., 0] = read[..., 0].masked_fill(reads_nothing, slots.n - 1)
     return read

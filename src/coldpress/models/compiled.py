@@ -31,6 +31,8 @@ from coldpress.architecture.cache_argument import NAMES, argument_name, cache_ar
 from coldpress.architecture.wrapped import transformers_model
 from coldpress.cache.layer import PressedLayer
 from coldpress.cache.pressed import PressedCache
+from coldpress.cache.slots import BIAS
+from coldpress.core.press import parts
 from coldpress.errors import CacheError, ModelError
 from coldpress.models.block import is_inside
 from coldpress.models.scope import Scope
@@ -186,6 +188,8 @@ class _Decoder:
         cache.session.branches = []  # the prefill is over
         if cache.press is not None and cache.press.evicts_while_decoding:
             raise CacheError(f"{cache.press!r} goes on while decoding, which cannot be compiled; leave compiled() out.")
+        if cache.press is not None and any(part.observes or part.reads_part for part in parts(cache.press)):
+            raise CacheError(f"{cache.press!r} is asked in each call, which cannot be compiled; leave compiled() out.")
         layers = cache.pressed_layers()
         if len(layers) != len(cache.layers):
             raise CacheError("Layers that keep a state beside their pairs cannot be compiled; leave compiled() out.")
@@ -196,6 +200,8 @@ class _Decoder:
                     "compiled() needs heads that hold equally many pairs, as they are: not AdaKV and its kind, padded "
                     "batches, kv_bits or ThinK. Leave compiled() out, or take a press that keeps as many in each head."
                 )
+            if layer.slots.has(BIAS.name):
+                raise CacheError("Pairs that stand for several tokens cannot be compiled; leave compiled() out.")
             if layer.window is not None:
                 raise ModelError(f"{type(self.model).__name__} has sliding windows; leave compiled() out.")
             if store.n_rows != n_rows:
