@@ -27,7 +27,9 @@ __all__ = [
     "CapPress",
     "ChunkKVPress",
     "ChunkPress",
+    "Codec",
     "ColdpressError",
+    "Column",
     "CompactorPress",
     "ComposedPress",
     "CompressionRatioDecodingPress",
@@ -81,6 +83,7 @@ __all__ = [
     "prefill",
     "press_names",
     "presses",
+    "register",
     "use_coldpress",
 ]
 

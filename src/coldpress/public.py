@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import coldpress.presses as presses
 from coldpress.bases.press import BasePress
-from coldpress.bases.registry import catalogue, make_press, press_names
+from coldpress.bases.registry import catalogue, make_press, press_names, register
 from coldpress.bases.scorer import ScorerPress
 from coldpress.bases.wrapper import WrapperPress
 from coldpress.cache.pressed import PressedCache
+from coldpress.core.column import Column
 from coldpress.core.kept import Kept
 from coldpress.core.view import LayerView
 from coldpress.errors import ColdpressError
@@ -63,3 +64,4 @@ from coldpress.presses.streaming_llm import StreamingLLMPress
 from coldpress.presses.think import ThinKPress
 from coldpress.presses.tova import TOVAPress
 from coldpress.stores.bits import KVBits
+from coldpress.stores.codec import Codec

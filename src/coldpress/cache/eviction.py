@@ -14,7 +14,7 @@ from coldpress.architecture.rope import Rope
 from coldpress.cache.gather import gathered
 from coldpress.cache.masks import leaving
 from coldpress.cache.newest import Newest, Pending, newest_from
-from coldpress.cache.observation import note, observed, shown
+from coldpress.cache.observation import carrying, declared, note, observed
 from coldpress.cache.phase import Phase
 from coldpress.cache.rows import Known, RowGroup, kept_by, moved_up, view_of_newest
 from coldpress.cache.session import Session
@@ -186,8 +186,7 @@ class EvictingLayer(CacheLayerMixin):
             return False
         try:
             check_heads(press, groups[0].view.module, groups[0].view.queries.shape[1])
-            said = observed(press, groups)
-            groups = shown(groups, said)
+            groups, said = observed(press, groups)
             kept = [kept_by(press, group, press.compress(group.view)) for group in groups]
         except Exception as error:
             session.error = error
@@ -221,8 +220,7 @@ class EvictingLayer(CacheLayerMixin):
         groups = self._groups_of_call(call, padding)
         self._count_for_budgets(groups)
         try:
-            said = observed(press, groups)
-            groups = shown(groups, said)
+            groups, said = observed(press, groups)
             kept = [  # nothing where a row has no new token
                 kept_by(press, group, press.compress(group.view)) if group.view.n_queries else None for group in groups
             ]
@@ -253,7 +251,7 @@ class EvictingLayer(CacheLayerMixin):
         if source is self.slots and self.was_compressed and not is_tight:  # what is kept was copied out
             buffers = source.filled.buffers_for(max(part.positions.shape[-1] for part in parts))
         queries = self.pending.queries
-        self.slots = gathered(source, groups, parts, buffers, self._padding_allowed())
+        self.slots = gathered(source, groups, parts, buffers, self._padding_allowed(), declared(self.session.press))
         self.pending = Pending(queries)
         self.n_pairs = sum(group.n_pairs for group in groups), self.slots.n_kept_pairs
 
@@ -285,8 +283,8 @@ class EvictingLayer(CacheLayerMixin):
 
     def _observe(self, press: Press, call: LayerCall, padding: Tensor | None) -> None:
         """Show a press all that is stored and the queries of the call, and note what it says of each pair."""
-        groups = self._groups_of_call(call, padding)
-        note(self.slots, press, groups, observed(press, groups))
+        groups, said = observed(press, self._groups_of_call(call, padding))
+        note(self.slots, press, groups, said)
         for group in groups:
             group.view.forget()
 
@@ -296,7 +294,8 @@ class EvictingLayer(CacheLayerMixin):
         queries = Newest((call.query,), seen).newest(n, padding)
         states = None if hidden is None else Newest((hidden[:, None],), seen).newest(n, padding)
         pending = Pending(queries, states, queries.counts())
-        return RowGroup.of_text_so_far(self.slots, call, padding, pending, self._known(call))
+        groups = RowGroup.of_text_so_far(self.slots, call, padding, pending, self._known(call))
+        return carrying(self.session.press, groups)
 
     def _judge(self, press: Press, call: LayerCall, padding: Tensor | None) -> None:
         """Have the press say which of the new tokens stay, and free the others when they are no longer the newest."""
@@ -350,7 +349,8 @@ class EvictingLayer(CacheLayerMixin):
             return
         recent = recent.newest(n, padding)
         states = unseen.newest(max(n_new), padding) if unseen is not None and unseen.end == seen else None
-        groups = RowGroup.of_text_so_far(self.slots, call, padding, Pending(recent, states, n_new), self._known(call))
+        held = Pending(recent, states, n_new)
+        groups = carrying(press, RowGroup.of_text_so_far(self.slots, call, padding, held, self._known(call)))
         kept = [
             kept_by(press, group, press.compress_again(group.view))
             if group.view.n_queries and press.is_due(group.view.n_new or 0)

@@ -24,15 +24,17 @@ from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.architecture.identity import model_facts
 from coldpress.architecture.offloaded import device_of
+from coldpress.cache.observation import declared
 from coldpress.cache.packed import pack_layer, unpack_layer
-from coldpress.cache.schema import MASK, TOKENS, Malformed, check_said, check_tensors, sizes_of
+from coldpress.cache.schema import MASK, TOKENS, check_said, check_tensors, sizes_of
+from coldpress.cache.taken import Malformed
 from coldpress.core.data import as_data, from_data
-from coldpress.core.press import Press
+from coldpress.core.press import Press, parts
 from coldpress.errors import CacheError, OutputError, PressError
 from coldpress.io.artefacts import digest_of
 from coldpress.io.files import path_of, replace_file
 from coldpress.stores.bits import KVBits
-from coldpress.stores.codec import codec_of
+from coldpress.stores.codec import Codec, codec_of
 from coldpress.version import VERSION
 
 __all__ = ["FORMATS", "load_cache", "model_options", "require_file", "save_cache"]
@@ -121,10 +123,21 @@ def _newer(session: Any, layers: list[dict[str, Any] | None]) -> dict[str, Any]:
     if session.pins:
         found["pins"] = session.pins
     if session.storage is not None and not isinstance(session.storage, KVBits):
-        found["storage"] = session.storage.described()
+        found["storage"] = _of_codec(session.storage)
     if any(layer is not None and layer.get("columns") for layer in layers):
         found["columns"] = True
     return found
+
+
+def _of_codec(codec: Codec) -> dict[str, Any]:
+    """A codec as JSON holds it."""
+    try:
+        said: dict[str, Any] = json.loads(json.dumps(codec.described()))
+        if codec_of(said) != codec:
+            raise CacheError(f"{type(codec).__name__} made from its parameters is another codec.")
+    except (TypeError, ValueError, CacheError) as error:
+        raise CacheError(f"A file cannot hold {codec!r}, by which the pairs were stored: {error}") from error
+    return said
 
 
 def load_cache(make: Callable[..., _C], path: str | Path, model: PreTrainedModel, check_model: bool) -> _C:
@@ -133,8 +146,9 @@ def load_cache(make: Callable[..., _C], path: str | Path, model: PreTrainedModel
     require_file(path)
     own = model_facts(model)
     with _reading(path), path.open("rb") as file:  # once, for it may be replaced at any time
-        said = _said(path, _metadata(file))
-        check_said(said, own)
+        metadata = _metadata(file)
+        said = _said(path, metadata)
+        check_said(said, own, _version(metadata))
         _check_model(path, said["model"], own, check_model)
         file.seek(0)
         tensors = load(file.read())
@@ -142,8 +156,9 @@ def load_cache(make: Callable[..., _C], path: str | Path, model: PreTrainedModel
             raise CacheError(f"{path} is damaged: its numbers are not those that were saved; {_AGAIN}.")
         press = _press(path, said["press"], model)
         n_recent = 0 if press is None else press.n_recent_queries
-        check_tensors(said, tensors, sizes_of(model.config.get_text_config(decoder=True)), n_recent)
         storage = codec_of(said["storage"]) if "storage" in said else None
+        sizes = sizes_of(model.config.get_text_config(decoder=True))
+        check_tensors(said, tensors, sizes, n_recent, storage, declared(press))
     kv_bits = None if said["kv_bits"] is None else KVBits(**said["kv_bits"])
     cache: Any = make(
         press,
@@ -245,6 +260,10 @@ def _said(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
     return found
 
 
+def _version(metadata: dict[str, str]) -> int:
+    return int(metadata["format"].rpartition(" ")[2])
+
+
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -280,13 +299,13 @@ def _of_press(press: Press | None) -> dict[str, Any] | None:
     """A press as JSON holds it; only one that still has work to do has to come back from there."""
     if press is None:
         return None
-    said: dict[str, Any] = {"repr": repr(press), "goes_on": press.evicts_while_decoding, "data": None}
+    said: dict[str, Any] = {"repr": repr(press), "goes_on": _goes_on(press), "data": None}
     try:
         data = json.loads(json.dumps(as_data(press)))
         if from_data(data) != press:
             raise PressError(f"{type(press).__name__} made from its parameters is another press.")
     except PressError as error:
-        if press.evicts_while_decoding:
+        if said["goes_on"]:
             raise CacheError(f"The press goes on while decoding, and cannot be saved: {error}") from error
     else:
         said["data"] = data
@@ -303,9 +322,14 @@ def _press(path: Path, said: dict[str, Any] | None, model: PreTrainedModel) -> P
         if said["goes_on"]:
             raise CacheError(f"{path} goes on being compressed by {said['repr']}: {error}") from error
         return None
-    if press.evicts_while_decoding != said["goes_on"]:
+    if _goes_on(press) != said["goes_on"]:
         raise Malformed("press.goes_on")
-    return press.prepared(model) if press.evicts_while_decoding else press
+    return press.prepared(model) if said["goes_on"] else press
+
+
+def _goes_on(press: Press) -> bool:
+    """Whether what comes next depends on the press: it evicts while decoding, or says what a query reads."""
+    return press.evicts_while_decoding or any(part.reads_part for part in parts(press))
 
 
 def _devices(model: PreTrainedModel) -> dict[int, torch.device]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from coldpress.cache.rows import RowGroup
 from coldpress.cache.slots import BIAS, CARRIED, RESIDUAL, Slots
+from coldpress.core.column import PINNED, Column
 from coldpress.core.kept import Kept
+from coldpress.errors import PressError
 from coldpress.stores.thin import ThinKeys, ThinStore
 
 __all__ = ["gathered"]
@@ -21,12 +23,17 @@ def gathered(
     parts: Sequence[Kept],
     buffers: tuple[Tensor, Tensor] | None,
     padding: float | None,
+    kinds: Mapping[str, Column],
 ) -> Slots:
     """Slots that store ``parts``, which were kept of the groups of rows of ``source``.
 
     Args:
         buffers: keys and values to write to, or None.
         padding: as in :meth:`Slots.replaced`.
+        kinds: the columns that the press declares, by name.
+
+    Raises:
+        PressError: a pair carries what nobody declares.
     """
     keys, values = source.filled.keys, source.filled.values
     n_batch, n_heads, _, dim = keys.shape
@@ -52,18 +59,25 @@ def gathered(
             channels[group.rows] = part.channels  # type: ignore[assignment]
         thin = ThinKeys.of(k, (positions >= 0).sum(-1), channels, parts[0].n_wide)
         store = ThinStore(thin, v, dim)
-    return source.replaced(k, v, positions, _columns(source, groups, parts, positions), padding, store)
+    columns = _columns(groups, parts, positions, {**source.kinds, **kinds})
+    return source.replaced(k, v, positions, columns, padding, store, kinds)
 
 
-def _columns(source: Slots, groups: Sequence[RowGroup], parts: Sequence[Kept], positions: Tensor) -> dict[str, Tensor]:
+def _columns(
+    groups: Sequence[RowGroup], parts: Sequence[Kept], positions: Tensor, kinds: Mapping[str, Column]
+) -> dict[str, Tensor]:
     """The columns of all parts, each with its fill where a group has none."""
     by_part = [_columns_of(part) for part in parts]
     found = {}
     for name in dict.fromkeys(name for own in by_part for name in own):
+        if name not in kinds:
+            raise PressError(
+                f"A press kept pairs with a column {name!r} that it does not declare: add Column({name!r})."
+            )
         entries = [(group.rows, own[name]) for group, own in zip(groups, by_part, strict=True) if name in own]
         n, like = max(own.shape[2] for _, own in entries), entries[0][1]
         shape = (*positions.shape[:2], n, *like.shape[3:])
-        column = torch.full(shape, source.fill(name), dtype=like.dtype, device=positions.device)
+        column = torch.full(shape, kinds[name].fill, dtype=like.dtype, device=positions.device)
         for rows, own in entries:
             column[rows, :, : own.shape[2]] = own
         found[name] = column
@@ -71,7 +85,7 @@ def _columns(source: Slots, groups: Sequence[RowGroup], parts: Sequence[Kept], p
 
 
 def _columns_of(part: Kept) -> dict[str, Tensor]:
-    own = {name: column for name, column in part.columns.items() if name != "pinned"}  # follows from positions
+    own = {name: column for name, column in part.columns.items() if name != PINNED}  # follows from positions
     named = {CARRIED.name: part.carry, RESIDUAL.name: part.rounding_residual, BIAS.name: part.bias}
     return own | {name: column for name, column in named.items() if column is not None}
 

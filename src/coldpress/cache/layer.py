@@ -21,7 +21,7 @@ from coldpress.cache.eviction import EvictingLayer
 from coldpress.cache.masks import additive_mask
 from coldpress.cache.observation import readers, selected
 from coldpress.cache.phase import Phase, check_piece, phase_after
-from coldpress.cache.pins import pinned
+from coldpress.cache.pins import among_real, pinned
 from coldpress.cache.session import THREAD, Session, uncompiled
 from coldpress.cache.slots import CARRIED
 from coldpress.core.call import LayerCall
@@ -210,13 +210,13 @@ class PressedLayer(EvictingLayer):
             ``[B, Q, Hq, Dv]``, and weights or None.
         """
         store, n_queries = self.slots.filled, call.query.shape[2]
+        read, own = self._read_slots(call), self.session.call
+        by_head = store.is_ragged and is_plain and read is None
         leaving = self._leaving(n_queries)
-        bias = additive_mask(self.slots, n_queries, mask, call.sliding_window, self.session.call, leaving)
-        read = self._read_slots(call)
-        result: tuple[Tensor, Tensor | None]
+        bias = additive_mask(self.slots, n_queries, mask, call.sliding_window, own, leaving, by_head)
         if read is not None:
             result = self._attend_to(read, bias, arithmetic)
-        elif store.is_ragged and is_plain:
+        elif by_head:
             result = store.attend(call.query, bias, call.scaling), None
         else:
             keys, values = (store.keys, store.values) if store.is_ragged or self._offered is None else self._offered
@@ -277,7 +277,7 @@ class PressedLayer(EvictingLayer):
         """What each stored pair carries, by name, ``[B, Hkv, T, ...]``; ``pinned`` among them where tokens are."""
         own = self.slots.columns()
         if self.session.pins and self.slots.store is not None:
-            own["pinned"] = pinned(self.session.pins, self.positions())
+            own["pinned"] = pinned(self.session.pins, among_real(self.positions(), self.shown))
         return own
 
     def carried(self) -> Tensor | None:

@@ -72,6 +72,7 @@ def additive_mask(
     sliding_window: int | None,
     call: ModelCall | None = None,
     leaving: Tensor | None = None,
+    by_head: bool = False,
 ) -> Tensor | None:
     """What is added to the logits of the last ``n_queries`` tokens: float32 ``[B or 1, Hkv or 1, Q or 1, T]``.
 
@@ -84,6 +85,7 @@ def additive_mask(
         sliding_window: how many tokens back a query sees (itself included), or None.
         call: what is known of the mask.
         leaving: bool ``[B, Hkv, m]``, of the first m tokens after the kept ones, those that only other rows still need.
+        by_head: the store attends to what each head stores, in causal order, by itself.
 
     Returns:
         None where every query sees every slot, or where plain causal order says it all (nothing stored before).
@@ -93,8 +95,9 @@ def additive_mask(
     if sliding_window is not None and slots.seen <= sliding_window:
         sliding_window = None
     bias = slots.column(BIAS.name)
-    plain = mask is None and not slots.has_gaps and sliding_window is None and leaving is None and bias is None
-    if plain and (n_queries == 1 or before == 0):
+    all_seen = mask is None or (by_head and not (call and call.hides_shown) and bool(mask[:, slots.tail_start :].all()))
+    is_causal = by_head or (not slots.has_gaps and (n_queries == 1 or before == 0))
+    if is_causal and all_seen and sliding_window is None and leaving is None and bias is None:
         return None
     slot = torch.arange(n_stored, device=device)
     query_slot = torch.arange(before, n_stored, device=device)[:, None]

@@ -9,47 +9,105 @@ import torch
 from torch import Tensor
 
 from coldpress.cache.rows import RowGroup
-from coldpress.cache.slots import Slots
+from coldpress.cache.slots import OWN, Slots
+from coldpress.core.column import PINNED, Column
 from coldpress.core.press import Press, parts
+from coldpress.core.view import LayerView
+from coldpress.errors import PressError
 
-__all__ = ["Said", "note", "observed", "readers", "selected", "shown"]
+__all__ = ["Said", "carrying", "declared", "note", "observed", "readers", "selected"]
 
 Said = Sequence[Mapping[str, Tensor]]  # new values of columns, [b, Hkv, T, ...], for each group of rows
 
 
-def observed(press: Press, groups: Sequence[RowGroup]) -> Said:
-    """What the parts of a press say of the pairs in each group's view; nothing of rows without a new token."""
+def declared(press: Press | None) -> dict[str, Column]:
+    """The columns that the parts of a press declare, by name.
+
+    Raises:
+        PressError: a name is the cache's own, or two parts mean different things by it.
+    """
+    found: dict[str, Column] = {}
+    for part in () if press is None else parts(press):
+        for column in part.columns:
+            if column.name in OWN or column.name == PINNED:
+                raise PressError(
+                    f"{type(part).__name__}: a column {column.name!r} is the cache's own; call it otherwise."
+                )
+            if found.setdefault(column.name, column) != column:
+                raise PressError(f"Two presses in {press!r} declare a column {column.name!r}, and not the same one.")
+    return found
+
+
+def carrying(press: Press | None, groups: Sequence[RowGroup]) -> list[RowGroup]:
+    """The groups with views that have all columns which the press declares: the fill where nothing is known yet."""
+    kinds, found = declared(press), []
+    for group in groups:
+        keys = group.view.keys
+        new = {
+            name: torch.full(_shape(kind, *keys.shape[:3]), kind.fill, dtype=kind.dtype, device=keys.device)
+            for name, kind in kinds.items()
+            if name not in group.view.columns
+        }
+        found.append(_with_columns(group, new))
+    return found
+
+
+def _with_columns(group: RowGroup, new: Mapping[str, Tensor]) -> RowGroup:
+    if not new:
+        return group
+    return replace(group, view=replace(group.view, columns={**group.view.columns, **new}, _memo={}))
+
+
+def _shape(kind: Column, *slots: int) -> tuple[int, ...]:
+    return slots if kind.width is None else (*slots, kind.width)
+
+
+def observed(press: Press, groups: Sequence[RowGroup]) -> tuple[list[RowGroup], Said]:
+    """What the parts of a press say of the pairs in each group's view, and the groups with views that have it.
+
+    Nothing is said of rows without a new token.
+    """
+    groups, kinds = carrying(press, groups), declared(press)
     said: list[dict[str, Tensor]] = [{} for _ in groups]
     for part in parts(press):
         if part.observes:
             for group, own in zip(groups, said, strict=True):
                 if group.view.n_queries:
-                    own.update(part.observe(group.view))
-    return said
+                    own.update(_checked(part, part.observe(group.view), group.view, kinds))
+    return [_with_columns(group, own) for group, own in zip(groups, said, strict=True)], said
 
 
-def shown(groups: Sequence[RowGroup], said: Said) -> list[RowGroup]:
-    """The groups with views whose columns have the new values."""
-    return [
-        replace(group, view=replace(group.view, columns={**group.view.columns, **own}, _memo={})) if own else group
-        for group, own in zip(groups, said, strict=True)
-    ]
+def _checked(
+    press: Press, said: Mapping[str, Tensor], view: LayerView, kinds: Mapping[str, Column]
+) -> dict[str, Tensor]:
+    """What ``observe`` returned, in the dtypes that were declared."""
+    found = {}
+    for name, own in said.items():
+        if name not in kinds:
+            raise PressError(f"{type(press).__name__}.observe returned {name!r}, which is not among its columns.")
+        shape = _shape(kinds[name], *view.keys.shape[:3])
+        if own.shape != shape:
+            raise PressError(
+                f"{type(press).__name__}.observe returned {name!r} of shape {list(own.shape)}, not {list(shape)}."
+            )
+        found[name] = own.to(kinds[name].dtype)
+    return found
 
 
 def note(slots: Slots, press: Press, groups: Sequence[RowGroup], said: Said) -> None:
     """Put the new values into the columns of a layer's slots."""
     store = slots.filled
-    for column in (column for part in parts(press) for column in part.columns):
+    for column in declared(press).values():
         if not any(column.name in own for own in said):
             continue
         whole = slots.column(column.name)
         if whole is None:
-            shape = (store.n_rows, store.n_heads, store.n, *(() if column.width is None else (column.width,)))
+            shape = _shape(column, store.n_rows, store.n_heads, store.n)
             whole = torch.full(shape, column.fill, dtype=column.dtype, device=store.device)
         whole = whole.clone()
         for group, own in zip(groups, said, strict=True):
             if column.name in own:
-                group.scatter(whole, own[column.name].to(column.dtype))
+                group.scatter(whole, own[column.name])
         slots.put(column, whole)
 
 

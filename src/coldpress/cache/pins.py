@@ -10,7 +10,7 @@ from torch import Tensor
 
 from coldpress.errors import CacheError
 
-__all__ = ["Pins", "Spans", "checked_pins", "pinned"]
+__all__ = ["Pins", "Spans", "among_real", "checked_pins", "of_rows", "pinned", "repeated"]
 
 Spans = Sequence[tuple[int, int]]  # the first token of a span, and the one after it, among a row's real tokens
 Pins = tuple[tuple[tuple[int, int], ...], ...]  # of each row, or of one for all
@@ -22,15 +22,17 @@ def checked_pins(pin: Spans | Sequence[Spans] | None) -> Pins:
     Raises:
         CacheError: it is something else.
     """
-    if pin is None or not len(pin):
+    if pin is None:
         return ()
-    rows: Any = [pin] if all(_is_span(span) for span in pin) else pin
-    if not all(isinstance(row, (list, tuple)) and all(_is_span(span) for span in row) for row in rows):
+    is_list = isinstance(pin, (list, tuple))
+    rows: Any = [pin] if is_list and all(_is_span(span) for span in pin) else pin
+    if not is_list or not all(isinstance(row, (list, tuple)) and all(_is_span(span) for span in row) for row in rows):
         raise CacheError(
             "pin must be spans of tokens, [(0, 40), (100, 120)] with the first token and the one after the last, or a "
             f"list of such lists, one for each row; got {pin!r}."
         )
-    return tuple(tuple((start, stop) for start, stop in row) for row in rows)
+    found = tuple(tuple((start, stop) for start, stop in row) for row in rows)
+    return found if any(found) else ()
 
 
 def _is_span(span: Any) -> bool:
@@ -53,3 +55,25 @@ def pinned(pins: Pins, position: Tensor) -> Tensor:
         for start, stop in pins[row if len(pins) > 1 else 0]:
             found[row] |= (position[row] >= start) & (position[row] < stop)
     return found
+
+
+def among_real(position: Tensor, shown: Tensor | None) -> Tensor:
+    """Positions in the input, int64 ``[B, Hkv, T]``, counted without padding; -1 for padding and where they are -1.
+
+    Args:
+        shown: bool ``[B, seen]``, False for padding; None if there is none.
+    """
+    if shown is None:
+        return position
+    rank = (shown.cumsum(-1) - 1).masked_fill(~shown, -1).to(position.device)
+    return rank[:, None].expand(-1, position.shape[1], -1).gather(2, position.clamp(min=0)).where(position >= 0, -1)
+
+
+def of_rows(pins: Pins, rows: Sequence[int]) -> Pins:
+    """The spans of the rows ``rows``."""
+    return pins if len(pins) <= 1 else tuple(pins[row] for row in rows)
+
+
+def repeated(pins: Pins, repeats: int) -> Pins:
+    """The spans of rows that are there ``repeats`` times each, one after the other."""
+    return of_rows(pins, [row for row in range(len(pins)) for _ in range(repeats)])

@@ -21,13 +21,13 @@ from coldpress.cache.file import load_cache, save_cache
 from coldpress.cache.layer import PressedLayer, next_layer
 from coldpress.cache.mixed import MixedCache
 from coldpress.cache.observation import readers
-from coldpress.cache.pins import Spans, checked_pins
+from coldpress.cache.pins import Spans, checked_pins, of_rows, repeated
 from coldpress.cache.session import Session
 from coldpress.core.definition import as_given
 from coldpress.core.press import Press
 from coldpress.core.requirements import check_chunks, check_quantisable, require_rerotatable
 from coldpress.errors import CacheError, PressError
-from coldpress.stores.bits import KVBits
+from coldpress.stores.bits import KVBits, storage_of
 from coldpress.stores.codec import Codec
 
 __all__ = ["PressedCache"]
@@ -109,9 +109,7 @@ class PressedCache(MixedCache):
             raise PressError(f"positions must be 'original' or 'rerotate', got {positions!r}.")
         if positions == "rerotate" and press is not None:
             require_rerotatable(press)
-        if storage is not None and (kv_bits is not None or not isinstance(storage, Codec)):
-            raise CacheError(f"storage must be a coldpress.Codec, and no kv_bits beside it; got {storage!r}.")
-        self.session = Session(press, positions == "rerotate", storage or KVBits.of(kv_bits), checked_pins(pin))
+        self.session = Session(press, positions == "rerotate", storage_of(kv_bits, storage), checked_pins(pin))
         self.session.chunk_tokens = chunk_tokens
         self._tokens: list[Tensor] = []  # [B, n] each, as far as somebody told them
         check_quantisable(press, self.session.storage)
@@ -371,9 +369,11 @@ class PressedCache(MixedCache):
         super().batch_repeat_interleave(repeats)
         if self.attention_mask is not None:
             self.attention_mask = self.attention_mask.repeat_interleave(repeats, dim=0)
+        self.session.pins = repeated(self.session.pins, repeats)
         self._tokens = [part.repeat_interleave(repeats, dim=0) for part in self._tokens]
 
     def _index_mask(self, rows: Tensor) -> None:
+        self.session.pins = of_rows(self.session.pins, rows.tolist())
         self._tokens = [part.index_select(0, rows.to(part.device)) for part in self._tokens]
         if self.attention_mask is not None:
             self.attention_mask = self.attention_mask.index_select(0, rows.to(self.attention_mask.device))

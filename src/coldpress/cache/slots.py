@@ -14,13 +14,13 @@ from coldpress.stores.base import Store
 from coldpress.stores.dense import DenseStore
 from coldpress.stores.ragged import RaggedStore
 
-__all__ = ["BIAS", "CARRIED", "RESIDUAL", "STAYS", "WASTE", "Slots"]
+__all__ = ["BIAS", "CARRIED", "OWN", "RESIDUAL", "STAYS", "WASTE", "Slots"]
 
 CARRIED = Column("carried", torch.nan)  # what the press gave its kept pairs to carry
 RESIDUAL = Column("rounding_residual", 0.0)  # float32 key minus stored key, in the keys' dtype, [..., Drot]
 STAYS = Column("stays", True, torch.bool)  # what the press has said of tokens that are still among the newest
 BIAS = Column("bias", 0.0)  # added to the logits of a key: ln m where it stands for m tokens
-_OWN = {column.name: column for column in (CARRIED, RESIDUAL, STAYS, BIAS)}
+OWN = {column.name: column for column in (CARRIED, RESIDUAL, STAYS, BIAS)}
 _IN_BYTES = (RESIDUAL.name, BIAS.name)  # without which the pairs would be others
 WASTE = 0.01  # of padded slots, from which on heads are stored one after the other instead
 
@@ -42,6 +42,7 @@ class Slots:
         kept: int32 ``[B, Hkv, n]``, original positions of the kept pairs; -1 in the last places of a head that keeps
             fewer than the longest. None: n is 0.
         has_gaps: whether some slot of ``kept`` is empty.
+        kinds: the columns that there may be, by name.
     """
 
     def __init__(self) -> None:
@@ -50,7 +51,7 @@ class Slots:
         self.kept: Tensor | None = None
         self.has_gaps = False
         self._columns: dict[str, Tensor] = {}
-        self._kinds: dict[str, Column] = dict(_OWN)
+        self.kinds: dict[str, Column] = dict(OWN)
 
     @property
     def n(self) -> int:
@@ -110,7 +111,7 @@ class Slots:
         own = self._columns.get(name)
         if own is None:
             return None
-        return _filled(own, self.n, self._kinds[name])
+        return _filled(own, self.n, self.kinds[name])
 
     def columns(self) -> dict[str, Tensor]:
         """All columns, by name."""
@@ -118,7 +119,7 @@ class Slots:
 
     def fill(self, name: str) -> float | bool:
         """What a slot without an entry has in a column."""
-        return self._kinds[name].fill if name in self._kinds else 0.0
+        return self.kinds[name].fill
 
     def has(self, name: str) -> bool:
         """Whether any slot has an entry in a column."""
@@ -126,7 +127,7 @@ class Slots:
 
     def put(self, kind: Column, entries: Tensor | None) -> None:
         """Give the first slots these entries, ``[B, Hkv, m, ...]``, and the later ones the fill; None: all the fill."""
-        self._kinds[kind.name] = kind
+        self.kinds[kind.name] = kind
         if entries is None:
             self._columns.pop(kind.name, None)
         else:
@@ -174,7 +175,7 @@ class Slots:
         """Slots of the same pairs that go their own way; whichever of the two is written to first copies."""
         other = Slots()
         vars(other).update(vars(self))
-        other._columns, other._kinds = dict(self._columns), dict(self._kinds)
+        other._columns, other.kinds = dict(self._columns), dict(self.kinds)
         other.store = None if self.store is None else self.store.shared()
         return other
 
@@ -186,6 +187,7 @@ class Slots:
         columns: Mapping[str, Tensor],
         padding: float | None = WASTE,
         store: Store | None = None,
+        kinds: Mapping[str, Column] | None = None,
     ) -> Slots:
         """Slots that store these pairs as what was kept of the tokens seen so far.
 
@@ -195,10 +197,11 @@ class Slots:
             columns: entries ``[B, Hkv, n, ...]``, or of the first slots, by name.
             padding: the share of slots that may be padding before heads are stored one after the other; None: any.
             store: of these pairs, where it is made already.
+            kinds: of columns that are new here, by name.
         """
         other = Slots()
         other.kept, other.seen, other.tail_start = positions, self.seen, self.seen
-        other._columns, other._kinds = dict(columns), dict(self._kinds)
+        other._columns, other.kinds = dict(columns), {**self.kinds, **(kinds or {})}
         n_pairs = int((positions >= 0).sum())
         other.has_gaps = n_pairs < positions.numel()
         if store is not None:
@@ -247,9 +250,9 @@ class Slots:
         at = (start + order).int().masked_fill(~stays.gather(2, order), -1)
         self.kept = pad(kept, (0, m), value=-1).scatter_(2, to, at)[..., :longest].contiguous()
         for name, own in self._columns.items():
-            whole = _filled(own, max(own.shape[2], n_kept + m), self._kinds[name])
+            whole = _filled(own, max(own.shape[2], n_kept + m), self.kinds[name])
             moved = column_at(whole[:, :, n_kept : n_kept + m], order)
-            first = _filled(whole[:, :, :n_kept], n_kept + m, self._kinds[name]).clone()
+            first = _filled(whole[:, :, :n_kept], n_kept + m, self.kinds[name]).clone()
             first.scatter_(2, to.view(*to.shape, *(1 for _ in own.shape[3:])).expand_as(moved), moved)
             self._columns[name] = torch.cat([first[:, :, :longest], whole[:, :, n_kept + m :]], dim=2)
         store.settle(n_kept, order, to, stays, longest)

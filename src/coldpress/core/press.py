@@ -161,10 +161,12 @@ class Press(metaclass=PressType):
     def observe(self, view: LayerView) -> Mapping[str, Tensor]:
         """New values of :attr:`columns` after an attention call, by name: ``[B, Hkv, T, ...]``; others stay.
 
-        Asked of every press, in whatever wrapper or schedule it is, after each attention call.
+        Asked of every press, in whatever wrapper or schedule it is, after each attention call. A crop forgets tokens,
+        and not what they gave to others.
 
         Args:
-            view: all that is held, ``view.columns`` among it; its queries are those of the call.
+            view: all that is held, ``view.columns`` among it, with the fill of each for new tokens; its queries are
+                those of the call.
         """
         return {}
 

@@ -9,10 +9,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from coldpress.errors import CacheError
-from coldpress.stores.codec import Blocks, Codec
+from coldpress.stores.codec import Blocks, Codec, check_codec
 from coldpress.stores.codes import Codes
 
-__all__ = ["BITS", "KVBits"]
+__all__ = ["BITS", "KVBits", "storage_of"]
 
 BITS = (8, 4, 2)
 
@@ -87,3 +87,16 @@ class KVBits(Codec):
 
     def _codes(self, blocks: Blocks, side: str) -> Codes:
         return Codes(blocks[f"{side}.packed"], blocks[f"{side}.scale"], blocks[f"{side}.zero"], self.bits)
+
+
+def storage_of(kv_bits: int | KVBits | None, storage: object) -> Codec | None:
+    """What a cache was given as ``kv_bits=`` or ``storage=``.
+
+    Raises:
+        CacheError: both, or something that is no codec.
+    """
+    if storage is None:
+        return KVBits.of(kv_bits)
+    if kv_bits is not None or not isinstance(storage, Codec):
+        raise CacheError(f"storage must be a coldpress.Codec, and no kv_bits beside it; got {storage!r}.")
+    return check_codec(storage)

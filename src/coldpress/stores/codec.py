@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +11,9 @@ from torch import Tensor
 
 from coldpress.errors import CacheError
 
-__all__ = ["Blocks", "Codec", "codec_of", "decoded"]
+__all__ = ["Blocks", "Codec", "check_codec", "codec_of", "decoded", "form_of"]
+
+_MOST_TOKENS = 1 << 16  # of a block: no less of a head is decoded at once
 
 Blocks = Mapping[str, Tensor]  # N blocks: tensors by name, the first dimension of each is N
 
@@ -65,9 +67,24 @@ def codec_of(said: Mapping[str, Any]) -> Codec:
             f"There is no codec {said['class']} here; import the module {said['class'].partition(':')[0]}."
         )
     try:
-        return cls(**said["parameters"])
-    except TypeError as error:
+        return check_codec(cls(**said["parameters"]))
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:  # of a type that it does not expect
         raise CacheError(f"{said['class']} does not take the parameters that are given: {error}.") from error
+
+
+def check_codec(codec: Codec) -> Codec:
+    """``codec``; raise :class:`CacheError` unless its numbers of tokens are some."""
+    for name, least, most in (("block_tokens", 1, _MOST_TOKENS), ("exact_tokens", 0, 2**40)):
+        value = getattr(codec, name, None)
+        if type(value) is not int or not least <= value <= most:
+            raise CacheError(f"{type(codec).__name__}: {name} must be an integer in {least} .. {most}, got {value!r}.")
+    return codec
+
+
+def form_of(codec: Codec, dims: Sequence[int], dtype: torch.dtype) -> Blocks:
+    """One block of zeros, encoded: the names, dtypes and shapes that all blocks of such keys and values have."""
+    keys, values = (torch.zeros(1, codec.block_tokens, dim, dtype=dtype) for dim in dims)
+    return codec.encode(keys, values)
 
 
 def _name(cls: type[Codec]) -> str:

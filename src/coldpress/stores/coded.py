@@ -9,12 +9,16 @@ import torch
 from torch import Tensor
 
 from coldpress.attend.segments import attend_segments, segment_bias
+from coldpress.errors import CacheError
 from coldpress.stores.base import Store, is_frozen
 from coldpress.stores.codec import Blocks, Codec, decoded
 from coldpress.stores.dense import DenseStore
 from coldpress.stores.ragged import RaggedStore, pad_segments
 
 __all__ = ["CodedStore"]
+
+_OWN = ("n_blocks", "counts", "how")  # tensors of a file that are no blocks
+_ROOM = 1 << 13  # tokens that memory is taken for before they come, at most
 
 
 class CodedStore(Store):
@@ -132,12 +136,12 @@ class CodedStore(Store):
         layout, until_next = self._exact, self.codec.exact_tokens + self.codec.block_tokens
         if isinstance(layout, RaggedStore):
             longest = max(span.stop - span.start for span in layout.spans())
-            layout.append(keys, values, room=max(keys.shape[2], until_next - longest))
+            layout.append(keys, values, room=max(keys.shape[2], min(until_next - longest, _ROOM)))
             self._n_later += keys.shape[2]
             return
         needed = layout.n + keys.shape[2]
         if layout.is_borrowed or is_frozen(layout.tensors()[1]) or needed > layout.tensors()[1].shape[2]:
-            layout.own(max(needed, until_next))
+            layout.own(max(needed, min(until_next, needed + _ROOM)))
         layout.append(keys, values)
 
     def encode(self) -> None:
@@ -159,7 +163,7 @@ class CodedStore(Store):
                 part[:, :, : m * g].unflatten(2, (m, g)).flatten(0, 2) for part in (layout.keys, layout.values)
             )
             self._exact = layout.without_first(m * g)
-        self._add(self.codec.encode(keys, values), n_new)
+        self._add(self.codec.encode(keys.detach(), values.detach()), n_new)
 
     def _add(self, new: Blocks, n_new: list[int]) -> None:
         """Put ``n_new`` blocks behind those of each segment."""
@@ -231,6 +235,9 @@ class CodedStore(Store):
         parts = {f"tail.{name}": tensor for name, tensor in self._exact.packed().items()}
         if self._blocks:
             parts["n_blocks"] = torch.tensor(self._n_blocks)
+            taken = [name for name in self._blocks if name in _OWN or name.startswith("tail.")]
+            if taken:
+                raise CacheError(f"{type(self.codec).__name__} calls a tensor {taken[0]!r}, which a file has already.")
             parts |= self._blocks
         if self.is_ragged:
             parts["counts"] = torch.tensor([*self._n_first, self._n_later])
@@ -246,6 +253,5 @@ class CodedStore(Store):
         n_segments = store._exact.n_rows * store._exact.n_heads
         *store._n_first, store._n_later = parts["counts"].tolist() if "counts" in parts else [0] * (n_segments + 1)
         store._n_blocks = parts["n_blocks"].tolist() if "n_blocks" in parts else [0] * n_segments
-        own = ("n_blocks", "counts", "how")
-        store._blocks = {n: p for n, p in parts.items() if n not in own and not n.startswith("tail.")}
+        store._blocks = {n: p for n, p in parts.items() if n not in _OWN and not n.startswith("tail.")}
         return store

@@ -1,0 +1,110 @@
+"""Columns that presses declare: their fill, what is refused, and that they follow pairs through a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from tests.contract.architectures import tiny, tokens
+from torch import Tensor
+
+from coldpress import AdaKVPress, ComposedPress, Kept, KnormPress, LayerView, PressedCache, ScorerPress
+from coldpress.architecture.cache_argument import cache_argument
+from coldpress.core.column import Column
+from coldpress.errors import PressError
+
+
+@dataclass(frozen=True)
+class Counts(KnormPress):
+    """Each pair carries how many calls it has been in, counted from -1, and two numbers that are always 3."""
+
+    columns: ClassVar[tuple[Column, ...]] = (Column("calls", -1, torch.int32), Column("threes", 3, torch.float16, 2))
+
+    def observe(self, view: LayerView) -> Mapping[str, Tensor]:
+        assert (view.columns["threes"] == 3).all()
+        return {"calls": view.columns["calls"] + 1}
+
+
+@dataclass(frozen=True)
+class Undeclared(ScorerPress):
+    """Says more than it declares, or something of another shape."""
+
+    columns: ClassVar[tuple[Column, ...]] = (Column("known"),)
+    name: str = "unknown"
+    extra: int = 0
+
+    def score(self, view: LayerView) -> Tensor:
+        return view.value_norms()
+
+    def observe(self, view: LayerView) -> Mapping[str, Tensor]:
+        return {self.name: torch.zeros(*view.keys.shape[:2], view.n_tokens + self.extra)}
+
+
+@dataclass(frozen=True)
+class Marks(KnormPress):
+    """Gives the pairs it keeps a column in compress."""
+
+    columns: ClassVar[tuple[Column, ...]] = (Column("mark", 7),)
+    name: str = "mark"
+
+    def compress(self, view: LayerView) -> Kept | None:
+        kept = super().compress(view)
+        assert kept is not None
+        return kept._replace(columns={self.name: torch.zeros(kept.positions.shape)})
+
+
+def read(press: ScorerPress | AdaKVPress, *lengths: int, rows: int = 1) -> PressedCache:
+    past = PressedCache(press)
+    with torch.no_grad():
+        for i, n in enumerate(lengths):
+            tiny("llama")(tokens(rows, n, seed=i), **cache_argument(past))
+    return past
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_new_pairs_have_the_fill_that_was_declared(wrapped: bool) -> None:
+    press = Counts(0.5)
+    past = read(AdaKVPress(press, 0.0) if wrapped else press, 30, 4, 1, 1, rows=2)
+    for layer in past.pressed_layers():
+        calls, is_held = layer.columns()["calls"], layer.positions() >= 0
+        assert calls.dtype == torch.int32
+        expected = torch.tensor([2, 2, 2, 2, 1, 0], dtype=torch.int32)  # since they came
+        assert torch.equal(calls[..., -6:], expected.expand_as(calls[..., -6:]))
+        assert (calls[..., :-6][is_held[..., :-6]] == 3).all()
+
+
+def test_what_compress_gives_pairs_is_a_column_too() -> None:
+    past = read(Marks(0.5), 30, 2)
+    for layer in past.pressed_layers():
+        mark = layer.columns()["mark"]
+        assert (mark[..., :15] == 0).all() and (mark[..., 15:] == 7).all() and mark.shape[2] == 17
+
+
+def test_what_is_not_declared_is_refused() -> None:
+    with pytest.raises(PressError, match=r"observe returned 'unknown', which is not among its columns"):
+        read(Undeclared(0.5), 20)
+    with pytest.raises(PressError, match=r"'known' of shape \[1, 2, 22\], not \[1, 2, 20\]"):
+        read(Undeclared(0.5, name="known", extra=2), 20)
+    with pytest.raises(PressError, match=r"a column 'other' that it does not declare: add Column\('other'\)"):
+        read(Marks(0.5, name="other"), 20)
+
+
+@pytest.mark.parametrize("name", ["bias", "carried", "pinned", "rounding_residual", "stays"])
+def test_names_of_the_cache_are_refused(name: str) -> None:
+    class Takes(Counts):
+        columns = (Column(name),)
+
+    with pytest.raises(PressError, match=f"a column '{name}' is the cache's own"):
+        read(Takes(0.5), 20)
+
+
+def test_two_presses_do_not_mean_different_things_by_a_name() -> None:
+    class Other(Counts):
+        columns = (Column("calls", 0.0),)
+
+    read(ComposedPress([Counts(0.2), Counts(0.5)]), 20, 1)
+    with pytest.raises(PressError, match="declare a column 'calls', and not the same one"):
+        read(ComposedPress([Counts(0.2), Other(0.5)]), 20)
