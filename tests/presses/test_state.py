@@ -137,10 +137,6 @@ def test_what_a_press_observes_is_new_values_of_its_columns() -> None:
     torch.testing.assert_close(found["received"], view.columns["received"] + view.attention_column_sums())
 
 
-in_a_cache = pytest.mark.xfail(strict=True, reason="a view has no declared column before something was noted in it")
-
-
-@in_a_cache
 @pytest.mark.parametrize("inner", [Received(), AdaKVPress(Received(), 0.0), CriticalKVPress(Received())], ids=repr)
 def test_a_cache_asks_a_scorer_inside_wrappers_after_every_call(inner: ScorerPress) -> None:
     """What a key has received from all queries so far, against the weights of an eager model."""
@@ -155,7 +151,6 @@ def test_a_cache_asks_a_scorer_inside_wrappers_after_every_call(inner: ScorerPre
         torch.testing.assert_close(layer.columns()["received"], received, atol=1e-4, rtol=1e-4)
 
 
-@in_a_cache
 @pytest.mark.parametrize("wrap", [lambda p: p, lambda p: AdaKVPress(p, 0.0)])
 def test_what_was_observed_decides_what_stays(wrap: Callable[[ScorerPress], ScorerPress]) -> None:
     ids, past = tokens(1, 30), PressedCache(DecodingPress(wrap(Received()), 4, target_size=10))
