@@ -25,6 +25,7 @@ from coldpress import (
     StreamingLLMPress,
 )
 from coldpress.architecture.cache_argument import cache_argument
+from coldpress.cache.masks import additive_mask
 
 N = 53
 IDS = tokens(1, N)
@@ -61,7 +62,7 @@ def check_same(loaded: PressedCache, past: PressedCache) -> None:
             assert torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values)
             assert ours.is_ragged == theirs.is_ragged and ours.was_compressed == theirs.was_compressed
             assert [part.dtype for part in ours.tensors()] == [part.dtype for part in theirs.tensors()]
-            sees, seen = (each.visibility(1, None, None) for each in (ours, theirs))
+            sees, seen = (additive_mask(each.slots, 1, None, None) for each in (ours, theirs))
             assert sees is seen is None or torch.equal(sees, seen)
 
 

@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from coldpress import AdaKVPress, BasePress, KnormPress, PressedCache, SnapKVPress, use_coldpress
 from coldpress.architecture.cache_argument import cache_argument
 from coldpress.backends import BACKENDS
+from coldpress.cache.masks import additive_mask
 from coldpress.errors import MissingDependencyError, ModelError
 from coldpress.models.supported import underlying
 
@@ -168,13 +169,13 @@ def test_each_kind_of_mask() -> None:
     model = tiny("llama")
     model(IDS[:, :N], **cache_argument(past))
     layer = past.layer(0)
-    assert layer.visibility(1, None, None) is None
-    question = layer.visibility(3, None, None)  # the last three slots as if they were new
+    assert additive_mask(layer.slots, 1, None, None) is None
+    question = additive_mask(layer.slots, 3, None, None)  # the last three slots as if they were new
     assert question is not None and question.shape == (1, 1, 3, 22)
-    assert question[0, 0].tolist() == [[True] * 20 + [False] * 2, [True] * 21 + [False], [True] * 22]
-    windowed = layer.visibility(1, None, WINDOW)
+    assert (question[0, 0] == 0).tolist() == [[True] * 20 + [False] * 2, [True] * 21 + [False], [True] * 22]
+    windowed = additive_mask(layer.slots, 1, None, WINDOW)
     assert windowed is not None
-    assert torch.equal(windowed[:, :, 0], layer.positions() > N - 1 - WINDOW)
+    assert torch.equal(windowed[:, :, 0] == 0, layer.positions() > N - 1 - WINDOW)
 
 
 @pytest.mark.parametrize("argument", ["position_bias", "head_mask", "indices"])

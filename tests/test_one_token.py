@@ -110,7 +110,7 @@ def test_large_values_in_half_precision(
         store.update(keys.to(dtype), values.to(dtype))
         own.session.unclaimed = None
         store.keep(at)
-        store.quantise()
+        store.encode()
         pair = store.update(new.to(dtype), torch.full_like(new, 6e4).to(dtype))
         out, _ = BACKEND(module, query.to(dtype), *pair, None, scaling=0.3)
         answers.append(out.float())

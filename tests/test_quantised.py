@@ -241,8 +241,8 @@ def test_logits_are_those_of_the_numbers_that_are_held(name: str, attention: str
     model, past = tiny("llama", attention), filled(PRESSES[name], how(4))
     plain = filled(PRESSES[name], None)
     for own, layer in zip(past.pressed_layers(), plain.pressed_layers(), strict=True):
-        layer.hold(own.keys.clone(), own.values.clone(), layer.positions())
-        assert type(layer._store).__name__ in ("DenseStore", "RaggedStore")
+        layer.store(own.keys.clone(), own.values.clone(), layer.positions())
+        assert layer.slots.filled.name in ("dense", "ragged")
     for n in (3, 1, 30):
         piece = FURTHER[:, :n]
         found, expected = (model(piece, **cache_argument(each.fork())).logits for each in (past, plain))
@@ -310,7 +310,7 @@ def test_the_newest_tokens_can_be_cropped_and_no_others(name: str) -> None:
         model(FURTHER[:, 50:52], **cache_argument(each))
     newest = [each.layer(0).keys[:, :, -2:] for each in (past, other)]
     torch.testing.assert_close(*newest, atol=0, rtol=0)
-    with pytest.raises(CacheError, match="held in few bits, in groups"):
+    with pytest.raises(CacheError, match="stored in few bits, in groups"):
         past.crop(N + 2)
     assert past.seen_tokens == N + 37  # nothing has changed
 

@@ -296,7 +296,7 @@ def test_store_against_lists(data: st.DataObject) -> None:
         assert torch.equal(other.keys, held)  # what came later is not in it
     if n_later:
         query = torch.randn(len(twin.held), n_heads * group, data.draw(st.integers(1, n_later)), 4)
-        torch.testing.assert_close(store.attend(query, 0.25), twin.attention(query), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(store.attend(query, None, 0.25), twin.attention(query), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("group", [1, 3])
@@ -310,10 +310,10 @@ def test_16_bits(dtype: torch.dtype, group: int) -> None:
         new = torch.randn(2, 2, n, 16).to(dtype)
         store.append(new, new)
         query = torch.randn(2, 2 * group, n, 16).to(dtype)
-        own: Any = store.attend(query, None)
+        own: Any = store.attend(query, None, 0.25)
         wide = RaggedStore(store.keys.float(), store.values.float(), held(store, counts))
         wide.append(new[:, :, :0].float(), new[:, :, :0].float())
-        twin = RaggedStore.attend(wide, query.float(), None)
+        twin = RaggedStore.attend(wide, query.float(), None, 0.25)
         assert own.dtype == dtype and (own.float() - twin).abs().max() < 0.02
 
 

@@ -312,8 +312,8 @@ def test_keys_of_two_bytes_do_not_drift() -> None:
     expected = turned("llama", start, torch.tensor([1_020] * 4))  # from 0 .. 3 to 1020 .. 1023
     error = (past.layer(0).keys[:, :, :4].double() - expected).norm(dim=-1) / expected.norm(dim=-1)
     rounding = torch.finfo(torch.bfloat16).eps
-    fine = past.layer(0).fine()
-    assert fine is not None and not fine[:, :, 4:].any()  # what comes later is not moved yet
+    residual = past.layer(0).columns()["rounding_residual"]
+    assert not residual[:, :, 4:].any()  # what comes later is not moved yet
     assert float(error.max()) < rounding  # 0.1 without what is remembered beside them
 
 

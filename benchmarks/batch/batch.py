@@ -101,7 +101,7 @@ def padded(cache: PressedCache) -> PressedCache:
     other = cache.fork()
     for layer in other.pressed_layers():
         assert isinstance(layer, PressedLayer) and layer.keys is not None and layer.values is not None
-        layer._store = DenseStore(layer.keys, layer.values)
+        layer.slots.store = DenseStore(layer.keys, layer.values)
     return other
 
 

@@ -197,11 +197,13 @@ def test_every_row_counts_its_own_tokens() -> None:
     real[0, 31:35] = False
     cache, text = PressedCache(SCHEDULES[1]), Text([30, 5, 1, 1], real)
     answers("llama", cache, text.ids[:, :37], real[:, :37], text.cuts)
-    assert [layer.n_new for layer in cache.pressed_layers()] == [[3, 2]] * 2  # the second was cut back after its fifth
+    assert [layer.pending.n_new for layer in cache.pressed_layers()] == [
+        [3, 2]
+    ] * 2  # the second was cut back after its fifth
     model(text.ids[:, 37:38], attention_mask=real[:, :38].long(), **cache_argument(cache))
-    assert cache.layer(0).n_new == [4, 3]
+    assert cache.layer(0).pending.n_new == [4, 3]
     cache.crop(37)
-    assert cache.layer(0).n_new == [3, 2]
+    assert cache.layer(0).pending.n_new == [3, 2]
     assert [(row >= 0).sum().item() for row in cache.positions(0)[:, 0]] == [30 + 3, 9 + 2]
 
 

@@ -217,7 +217,7 @@ class EvictingLayer(CacheLayerMixin):
 
     def _compress_piece(self, press: Press, call: LayerCall, padding: Tensor | None) -> None:
         """Cut back to the budget after a later piece of the prompt: what was kept and the piece are chosen from."""
-        groups = self._groups_of_call(call, padding)
+        groups = self._groups_of_call(call, padding, borrows=False)
         self._count_for_budgets(groups)
         try:
             groups, said = observed(press, groups)
@@ -288,13 +288,13 @@ class EvictingLayer(CacheLayerMixin):
         for group in groups:
             group.view.forget()
 
-    def _groups_of_call(self, call: LayerCall, padding: Tensor | None) -> list[RowGroup]:
+    def _groups_of_call(self, call: LayerCall, padding: Tensor | None, borrows: bool = True) -> list[RowGroup]:
         """All that is stored, with the queries and hidden states of this call alone."""
         n, hidden, seen = call.query.shape[2], call.hidden_states, self.slots.seen
         queries = Newest((call.query,), seen).newest(n, padding)
         states = None if hidden is None else Newest((hidden[:, None],), seen).newest(n, padding)
         pending = Pending(queries, states, queries.counts())
-        groups = RowGroup.of_text_so_far(self.slots, call, padding, pending, self._known(call))
+        groups = RowGroup.of_text_so_far(self.slots, call, padding, pending, self._known(call), borrows)
         return carrying(self.session.press, groups)
 
     def _judge(self, press: Press, call: LayerCall, padding: Tensor | None) -> None:

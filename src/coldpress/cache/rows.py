@@ -95,7 +95,13 @@ class RowGroup:
 
     @classmethod
     def of_text_so_far(
-        cls, slots: Slots, call: LayerCall, padding: Tensor | None, pending: Pending, known: Known
+        cls,
+        slots: Slots,
+        call: LayerCall,
+        padding: Tensor | None,
+        pending: Pending,
+        known: Known,
+        borrows: bool = False,
     ) -> list[RowGroup]:
         """Take what a layer holds while decoding apart into groups of rows with as many pairs in every head.
 
@@ -107,6 +113,7 @@ class RowGroup:
             padding: bool ``[B, seen]``, False where a token is padding; None if there is none.
             pending: each row's newest queries and hidden states, in one part without padding each.
             known: what the cache knows beside the pairs.
+            borrows: views may be of the store itself, which changes with the next call.
         """
         keys, values, queries, unseen = slots.filled.keys, slots.filled.values, pending.queries, pending.hidden_states
         assert queries is not None
@@ -128,6 +135,7 @@ class RowGroup:
             is_held = is_held & (position >= oldest)
         counts = is_held.sum(-1)  # [B, Hkv]
         if padding is None and not slots.has_gaps and reach == seen and queries.at is None:  # as it is stored
+            keys, values = (keys, values) if borrows else (keys.clone(), values.clone())
             view = _view(known, call, keys, values, queries.states, seen - at.shape[2])
             view.positions, view.n_new = at, pending.n_new[0]
             if unseen is not None and unseen.n >= view.n_new:

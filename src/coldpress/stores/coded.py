@@ -93,7 +93,7 @@ class CodedStore(Store):
         return self._whole(1)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        return *self._exact.tensors(), *self._blocks.values()
+        return *self._exact.tensors(), *(self._blocks[name] for name in sorted(self._blocks))
 
     def _whole(self, which: int) -> Tensor:
         """Keys (0) or values (1) of all slots."""

@@ -59,6 +59,12 @@ class Codes:
             scale, zero = scale[..., None], zero[..., None]
         torch.addcmul(zero, out, scale, out=out)
 
+    def numbers(self, dtype: torch.dtype, n_channels: int) -> Tensor:
+        """``[N, g, C]``: what is stored, as far as it is known."""
+        out = torch.empty(*self.packed.shape[:2], n_channels, dtype=dtype, device=self.packed.device)
+        self.write(out)
+        return out
+
 
 def _quantised(numbers: Tensor, bits: int, size: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """Packed integers, steps and least numbers of ``numbers [N, g, C]``, as :class:`Codes` holds them."""
