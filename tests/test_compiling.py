@@ -238,15 +238,15 @@ def test_sliding_windows_are_refused() -> None:
 def counted() -> Iterator[list[int]]:
     """Counts compiled steps."""
     steps: list[int] = []
-    own = PressedLayer.has_written
+    own = PressedLayer.commit
 
-    def has_written(layer: PressedLayer, n: int) -> None:
+    def commit(layer: PressedLayer, n: int) -> None:
         if not layer.index:
             steps.append(n)
         own(layer, n)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PressedLayer, "has_written", has_written)
+        patch.setattr(PressedLayer, "commit", commit)
         yield steps
 
 

@@ -33,7 +33,8 @@ def test_softmax_of_one_query(segments: int, group: int, n: int, hides: bool) ->
         is_hidden[..., -1] = False
     expected = formula(query, key, value, is_hidden)
     for k, v in ((key, value), (key.clone(), value.clone()), (wide(key), wide(value))):
-        actual = attend_once(query, k, v, is_hidden, 0.25)
+        bias = None if is_hidden is None else torch.zeros(is_hidden.shape).masked_fill(is_hidden, -torch.inf)
+        actual = attend_once(query, k, v, bias, 0.25)
         torch.testing.assert_close(actual.double(), expected, atol=1e-6, rtol=0)
 
 

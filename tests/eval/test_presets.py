@@ -343,7 +343,7 @@ def test_lm_eval_begins_with_bos_or_eos() -> None:
 
 
 def test_the_names_are_those_of_the_settings() -> None:
-    from coldpress.cli import options
+    from coldpress.commands import options
 
     assert tuple(PRESETS) == PPL_PRESETS == options.PPL_PRESETS
 

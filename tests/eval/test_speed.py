@@ -135,8 +135,8 @@ def test_compiled_decoding_generates_the_same_ids(
     run(model, text, presses[:2], repetitions=1)
     expected, fed.ids = fed.answers, []
     steps: list[int] = []
-    count = PressedLayer.has_written
-    monkeypatch.setattr(PressedLayer, "has_written", lambda layer, n: (steps.append(n), count(layer, n))[1])
+    count = PressedLayer.commit
+    monkeypatch.setattr(PressedLayer, "commit", lambda layer, n: (steps.append(n), count(layer, n))[1])
     monkeypatch.setattr(torch, "compile", lambda step, **options: own(step, backend="eager", fullgraph=True))
     measured = run(model, text, presses, repetitions=1, compile=True)
     assert [a for a in fed.answers if len(a) == NEW - 1][:2] == expected[:2] and len(steps) > 2 * (NEW - 1)

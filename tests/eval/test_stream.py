@@ -165,7 +165,7 @@ def test_presses_become_schedules() -> None:
     [
         ({"press": ("snapkv",)}, PressError, "--budget_tokens"),
         ({"press": ("compactor",), "budget_tokens": (8,)}, PressError, "chooses once"),
-        ({"press": ("decoding_knorm",), "budget_tokens": (8,)}, PressError, "takes a scorer"),
+        ({"press": ("decoding_knorm",), "budget_tokens": (8,)}, PressError, "needs a press that says which pairs stay"),
         ({"press": ("think",), "budget_tokens": (8,)}, PressError, "ThinKPress chooses once"),
         ({"speed_only": True}, InputError, "measures no speed"),
         ({"ppl_apply_press": True}, InputError, "measures no speed"),

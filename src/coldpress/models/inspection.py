@@ -243,7 +243,7 @@ def inspect(
     for i, (press, cache) in enumerate(zip(presses, pressed, strict=True)):
         kept, pairs = _kept(n_layers, max(heads), len(ids), {layer: held[layer][i] for layer in held})
         name = names[i] if names else _name(press)
-        n_before = sum(layer._pairs_before for layer in cache.pressed_layers())
+        n_before = sum(layer.n_pairs[0] for layer in cache.pressed_layers())
         found.append(_Survivors(press, name, kept, pairs, n_before, cache.achieved_ratio()))
     return Inspection(text[: ends[-1]], tuple(ids), tuple(ends), heads, kinds, tuple(found))
 
@@ -323,7 +323,7 @@ def _kind(layers: list[Any]) -> str:
         return "a state, no pairs"
     if not layers[0].is_initialized:
         return "no pairs of its own"
-    if not any(layer._pairs_before for layer in layers):
+    if not any(layer.n_pairs[0] for layer in layers):
         return "sliding window, left alone"
     return ""
 
