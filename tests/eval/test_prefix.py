@@ -223,6 +223,7 @@ def test_bits_that_nothing_is_held_in_are_no_error_and_change_nothing(model: Pre
     assert isinstance(wrong, SelfCheckError) and "None in 4 bits: all" in str(wrong)
 
 
+@pytest.mark.usefixtures("given_artefacts")
 def test_all_presses_share_one_prefill_of_each_window(model: PreTrainedModel, text: Tensor) -> None:
     lengths: list[int] = []
     model.base_model.register_forward_pre_hook(

@@ -377,6 +377,7 @@ def test_a_budget_below_the_window_keeps_what_the_window_looks_at(press: ScorerP
     assert (kept[..., -6:] == torch.arange(122, 128)).all()  # half of the budget is for the newest tokens
 
 
+@pytest.mark.usefixtures("given_artefacts")
 def test_nothing_keeps_more_than_there_is() -> None:
     """K: 129 tokens were kept of 128, and a ratio of 0.99 was reported."""
     view = view_of("llama", n_tokens=40)
