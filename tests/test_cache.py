@@ -331,6 +331,7 @@ def test_rows_can_be_repeated_and_selected(press: BasePress | None) -> None:
 # -- branches ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("given_artefacts")
 @pytest.mark.parametrize(
     "name", [name for name in ("gpt_neox", "llama", "mistral", "gemma3", "lfm2", "qwen3_next") if name in BY_NAME]
 )
