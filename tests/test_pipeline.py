@@ -367,7 +367,7 @@ def test_a_press_that_goes_on_is_shown_what_is_generated(
         assert cache.seen_tokens == n_context and cache.press is None
 
 
-@pytest.mark.usefixtures("given_weights")
+@pytest.mark.usefixtures("given_artefacts", "given_weights")
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_model_that_was_never_saved(tokenizer: Any, attention: str) -> None:
     """L: presses failed in eager attention, DMS with an AttributeError, or changed the tokenizer."""

@@ -286,7 +286,7 @@ def test_presses_share_nothing_that_changes(caplog: pytest.LogCaptureFixture) ->
     assert told == [] and caplog.records == []
 
 
-@pytest.mark.usefixtures("given_weights")
+@pytest.mark.usefixtures("given_artefacts", "given_weights")
 def test_presses_change_no_weight(model: PreTrainedModel) -> None:
     """G7: adapters stayed on the model, and embeddings were resized for a token that was added."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
