@@ -202,6 +202,7 @@ def test_a_padded_row_reads_what_it_reads_alone(inner: BasePress, before: BasePr
             for view, other in zip(shown, Spy.views, strict=True):  # some are of the prompt
                 torch.testing.assert_close(view.queries, other.queries, atol=2e-4, rtol=0)
                 n_compared += 1
+    Spy.views = []
     assert n_compared == 2 * (80 - 16) // INTERVAL
 
 
@@ -223,7 +224,8 @@ def watched(model: str, past: PressedCache, ids: Tensor, n: int) -> tuple[list[L
     for start, stop in [(i, i + 1) for i in range(n, ids.shape[1])]:
         read(model, past, ids[:, start:stop])
     queries, keys = (torch.cat([made[seen][i] for seen in sorted(made)], dim=2) for i in (0, 1))
-    return Spy.views[::2], queries, keys
+    views, Spy.views = Spy.views[::2], []
+    return views, queries, keys
 
 
 @every_model
