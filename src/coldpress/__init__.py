@@ -84,6 +84,7 @@ __all__ = [
     "press_names",
     "presses",
     "register",
+    "stand_at",
     "use_coldpress",
 ]
 

@@ -8,6 +8,7 @@ Whatever stands here stands in ``__all__`` of the package too.
 from __future__ import annotations
 
 import coldpress.presses as presses
+from coldpress.architecture.rope import stand_at
 from coldpress.bases.press import BasePress
 from coldpress.bases.registry import catalogue, make_press, press_names, register
 from coldpress.bases.scorer import ScorerPress

@@ -1,7 +1,7 @@
 """PressedCache: a cache that a press compresses after the prefill.
 
 Without a press it is a DynamicCache that writes new tokens into a buffer with room to grow instead of concatenating.
-What happens to the pairs of a layer is in ``layer.py``.
+What happens to the pairs of a layer is in ``layer.py`` and ``eviction.py``.
 """
 
 from __future__ import annotations

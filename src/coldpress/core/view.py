@@ -1,6 +1,6 @@
 """LayerView: what a press may see of one layer, computed when asked for, and only once.
 
-A view never holds padding: rows of a padded batch are taken apart before they get here (see ``rows.py``), so
+A view never holds padding: rows of a padded batch are taken apart before they get here (see ``cache/rows.py``), so
 that what a press does to a row is what it does to that row alone. Nor does it hold what a sliding window has left
 behind: such a view begins at ``first_position`` of its rows.
 

@@ -195,7 +195,7 @@ def _in_step(
     dropout: float,
     **kwargs: Any,
 ) -> Attended:
-    """Attention of one token over whole buffers, in a compiled step (``compiling.py``).
+    """Attention of one token over whole buffers, in a compiled step (``compiled.py``).
 
     ``hidden``: uint8 ``[L, 1, 1, capacity]``, the slots of each layer that are empty; no other mask has this dtype.
     """

@@ -1,6 +1,6 @@
 """A prompt in pieces: :func:`prefill` feeds them, and each layer of the cache is cut back after every one.
 
-What a layer does after a piece is in ``layer.py``; that it is asked to is a matter of the cache (``chunk_tokens``).
+What a layer does after a piece is in ``cache/eviction.py``; whether it is asked to, the cache says (``chunk_tokens``).
 """
 
 from __future__ import annotations
