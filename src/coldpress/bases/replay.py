@@ -19,7 +19,7 @@ from coldpress.core.call import LayerCall
 from coldpress.core.choice import protect, select_counts
 from coldpress.core.column import PINNED
 from coldpress.core.counts import counts_together
-from coldpress.core.forced import must_stay
+from coldpress.core.forced import must_keep
 from coldpress.core.kept import Kept, Place
 from coldpress.core.requirements import require_block
 from coldpress.core.view import LayerView
@@ -107,7 +107,7 @@ class ReplayPress(BudgetPress):
         """Have each head of ``layers`` hold ``n_keep`` pairs, mean over layers and heads."""
         protected = min(self.n_first(token_ids), token_ids.shape[1]), 0
         musts = [
-            must_stay(layer.positions(), token_ids.shape[1], protected, n_keep, layer.columns().get(PINNED))
+            must_keep(layer.positions(), token_ids.shape[1], protected, n_keep, layer.columns().get(PINNED))
             for layer in layers
         ]
         found = self.scores(cache, model, token_ids, layers)

@@ -12,7 +12,7 @@ from coldpress.bases.registry import register
 from coldpress.bases.wrapper import WrapperPress
 from coldpress.core.choice import select
 from coldpress.core.column import PINNED
-from coldpress.core.forced import as_far_as, must_stay
+from coldpress.core.forced import as_far_as, must_keep
 from coldpress.core.requirements import SCORER
 from coldpress.core.view import LayerView
 from coldpress.presses.keydiff import KeyDiffPress
@@ -56,7 +56,7 @@ class BlockPress(WrapperPress):
             candidates = torch.cat([held, text[..., start:stop]], dim=-1)
             then = view.among(candidates, stop, stop - start)
             assert then.positions is not None
-            both = must_stay(then.positions, then.end, protected, n_keep, n_gone=view.first_position)
+            both = must_keep(then.positions, then.end, protected, n_keep, n_gone=view.first_position)
             must = as_far_as(then.columns.get(PINNED), both, n_keep)
             held = candidates.gather(2, select(self.scores(then), n_keep, must))
         return held
