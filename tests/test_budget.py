@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from coldpress.core.choice import best, select, select_counts
 from coldpress.core.counts import adaptive_counts, check_ratio, exact_keep, keep_count, pyramid_counts
-from coldpress.core.forced import must_stay, shrink_protected
+from coldpress.core.forced import must_keep, shrink_protected
 from coldpress.errors import PressError
 
 ratios = st.integers(0, 9999).map(lambda n: n / 10_000)
@@ -114,7 +114,7 @@ def slow_select(scores: list[float], n_keep: int, n_sink: int, n_window: int) ->
 def test_select(drawn: tuple[list[float], int, int, int]) -> None:
     scores, n_keep, n_sink, n_window = drawn
     reverse = scores[::-1]
-    must = must_stay(torch.arange(len(scores))[None, None], len(scores), (n_sink, n_window), n_keep)
+    must = must_keep(torch.arange(len(scores))[None, None], len(scores), (n_sink, n_window), n_keep)
     index = select(torch.tensor([[scores, reverse]]), n_keep, must)
     assert index.dtype == torch.long and index.shape == (1, 2, n_keep)
     finite = math.inf not in scores  # an infinite score is as good as protection, and may take its place
@@ -129,7 +129,7 @@ def test_select(drawn: tuple[list[float], int, int, int]) -> None:
 def test_select_takes_heads_and_rows_apart_and_leaves_the_scores_alone() -> None:
     scores = torch.randn(3, 2, 50, generator=torch.Generator().manual_seed(0))
     before = scores.clone()
-    index = select(scores, 20, must_stay(torch.arange(50)[None, None], 50, (4, 3), 20))
+    index = select(scores, 20, must_keep(torch.arange(50)[None, None], 50, (4, 3), 20))
     assert torch.equal(scores, before)
     for row in range(3):
         for head in range(2):

@@ -441,7 +441,7 @@ def test_presses_that_choose_when_the_prefill_is_over_see_full_precision() -> No
 
 def test_the_pipeline_says_what_to_give_instead_of_a_quantised_cache() -> None:
     quantized = QuantizedCache.__new__(QuantizedCache)  # without the packages that quantise
-    with pytest.raises(CacheError, match=r"not QuantizedCache\. To hold what is kept in few bits, give kv_bits=4"):
+    with pytest.raises(CacheError, match=r"not QuantizedCache\. To store what is kept in few bits, give kv_bits=4"):
         _check_options({"cache": quantized})
     quantized.layers = [SimpleNamespace(nbits=2, q_group_size=32, residual_length=64)]
     with pytest.raises(CacheError, match=r"KVBits\(2, group_size=32, residual_tokens=64\)"):

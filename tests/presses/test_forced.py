@@ -45,7 +45,7 @@ from coldpress import (
     ThinKPress,
 )
 from coldpress.architecture.cache_argument import cache_argument
-from coldpress.core.forced import as_far_as, ends, forced, must_stay, shrink_protected
+from coldpress.core.forced import as_far_as, ends, forced, must_keep, shrink_protected
 from coldpress.errors import PressError
 
 COMPOSED: dict[str, Callable[[float], BasePress]] = {
@@ -202,7 +202,7 @@ def test_the_mask_of_both_ends(n_tokens: int, n_sink: int, n_window: int, n_gone
     """As sinks and window of a view were counted by hand; n_gone tokens are behind a sliding window."""
     n_keep = data.draw(st.integers(1, n_tokens))
     at = torch.arange(n_gone, n_gone + n_tokens)[None, None]
-    mask = must_stay(at, n_gone + n_tokens, (n_sink, n_window), n_keep, n_gone=n_gone)[0, 0].tolist()
+    mask = must_keep(at, n_gone + n_tokens, (n_sink, n_window), n_keep, n_gone=n_gone)[0, 0].tolist()
     sink, window = shrink_protected(n_keep, max(0, n_sink - n_gone), min(n_window, n_tokens))
     assert mask == [t < sink or t >= n_tokens - window for t in range(n_tokens)]
     assert sum(mask) <= n_keep

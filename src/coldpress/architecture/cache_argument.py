@@ -1,4 +1,4 @@
-"""What transformers calls a cache, in calls and in outputs: ``cache`` from 5.24 on, ``past_key_values`` before it."""
+"""The name of the cache in calls and outputs of transformers: ``cache`` from 5.24 on, ``past_key_values`` before it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def cache_argument(cache: Any, model: Any = None) -> dict[str, Any]:
 
 
 def argument_name(function: Callable[..., Any] | None = None) -> str:
-    """How ``function`` names the argument; what this transformers does if it takes any keyword, or is not given."""
+    """The name of the argument in ``function``; that of this transformers if it takes any keyword, or is not given."""
     return _name(getattr(function, "__func__", function))
 
 

@@ -1,4 +1,4 @@
-"""What ``generate`` does to a cache that would go wrong without a word: both are refused.
+"""Checks of what ``generate`` would silently do wrong with a cache: guesses, and dropping it.
 
 Decoding with guesses (an assistant model, prompt lookup) brings guesses together with the prompt. And where a text gets
 longer than the point at which a model with "longrope" scaling changes its frequencies, some models throw their cache
@@ -47,7 +47,7 @@ def switching_point(config: Any) -> int | None:
 
 
 def switching_refusal(switch_at: int) -> CacheError:
-    """What is said where a text that is cached crosses the point."""
+    """The error message where a cached text crosses the switching point."""
     return CacheError(
         f"This model changes its rotary frequencies after {switch_at} tokens, and the keys in the cache have those "
         "of a shorter text. Prefill more tokens than that in one call with an empty cache, or stay within them."

@@ -1,4 +1,4 @@
-"""Which model this is: what a file that belongs to one model remembers of it."""
+"""Identity of a model: the facts that a file which belongs to one model stores of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
-from coldpress.architecture.offloaded import held
+from coldpress.architecture.offloaded import weight_of
 from coldpress.errors import ModelError
 
 __all__ = ["model_facts"]
@@ -19,7 +19,7 @@ _ELSEWHERE = ("type", "original_max_position_embeddings")  # said by another nam
 
 
 def model_facts(model: PreTrainedModel) -> dict[str, Any]:
-    """What tells ``model`` from others, as JSON can hold it and in the words of no one version of transformers.
+    """What tells ``model`` from others, in the types of JSON and independent of the version of transformers.
 
     Returns:
         ``name``: hub id or folder, or an empty text. ``revision``: the commit on the hub, or None. ``dtype``.
@@ -54,7 +54,7 @@ def model_facts(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _weights(model: nn.Module) -> str:
-    """Weights that are nowhere, because somebody took them away, count by their shape only."""
+    """Digest of all weights; those that are on the meta device count by their shape only."""
     idle, parts = set(), []
     for module in model.modules():
         if hasattr(module, "disable_adapters") and hasattr(module, "adapter_layer_names"):
@@ -70,9 +70,9 @@ def _weights(model: nn.Module) -> str:
 
 def _digest(model: nn.Module, name: str, weights: Tensor) -> bytes:
     path, _, leaf = name.rpartition(".")
-    if weights.is_meta:  # held elsewhere until its layer runs
+    if weights.is_meta:  # stored elsewhere until its layer runs
         with contextlib.suppress(ModelError):
-            weights = held(model.get_submodule(path), leaf)
+            weights = weight_of(model.get_submodule(path), leaf)
     numbers = b"" if weights.is_meta else weights.detach().flatten()[:64].cpu().double().numpy().tobytes()
     return hashlib.sha256(f"{tuple(weights.shape)}".encode() + numbers).digest()
 

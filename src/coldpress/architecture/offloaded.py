@@ -1,4 +1,4 @@
-"""Weights that accelerate holds in memory or on disk, and brings to a device while their layer runs."""
+"""Weights that accelerate stores in memory or on disk, and copies to a device while their layer runs."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from coldpress.errors import ModelError
 
-__all__ = ["device_of", "held"]
+__all__ = ["device_of", "weight_of"]
 
 
 def device_of(module: nn.Module) -> torch.device | None:
-    """Where ``module`` computes, wherever its weights are held; None where neither a hook nor a weight says it."""
+    """The device on which ``module`` computes; None where neither a hook nor a weight says it."""
     for part in module.modules():
         hook: Any = getattr(part, "_hf_hook", None)
         for own in (hook, *getattr(hook, "hooks", ())):
@@ -23,8 +23,8 @@ def device_of(module: nn.Module) -> torch.device | None:
     return next((weight.device for weight in module.parameters() if not weight.is_meta), None)
 
 
-def held(module: nn.Module, name: str) -> Tensor:
-    """The weight ``name`` of ``module`` itself, wherever it is held.
+def weight_of(module: nn.Module, name: str) -> Tensor:
+    """The weight ``name`` of ``module`` itself, wherever it is stored.
 
     Raises:
         ModelError: nowhere.
@@ -37,4 +37,4 @@ def held(module: nn.Module, name: str) -> Tensor:
         if getattr(own, "weights_map", None) is not None:
             weight = own.weights_map[name]
             return weight
-    raise ModelError(f"{type(module).__name__} has a {name} that is held nowhere; load the model again.")
+    raise ModelError(f"{type(module).__name__} has a {name} that is stored nowhere; load the model again.")

@@ -1,4 +1,4 @@
-"""The output projection of an attention layer: what turns the heads' outputs into the layer's output."""
+"""The output projection of an attention layer, from the heads' outputs to the layer's output."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from coldpress.architecture.offloaded import held
+from coldpress.architecture.offloaded import weight_of
 from coldpress.errors import ModelError
 
 __all__ = ["output_weight", "weight_of_heads"]
@@ -36,7 +36,7 @@ def output_weight(module: nn.Module, width: int, dtype: torch.dtype, device: tor
             continue
         weight = getattr(projection, "weight", None)
         if isinstance(weight, Tensor) and weight.is_meta:
-            weight = held(projection, "weight").to(device)
+            weight = weight_of(projection, "weight").to(device)
         if (
             isinstance(projection, (nn.Linear, Conv1D))
             and isinstance(weight, Tensor)

@@ -127,7 +127,7 @@ class Rope:
         return cos[:, :-1], sin[:, :-1]
 
     def as_given(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """What the model hands to its attention layers for integer positions ``[T]``."""
+        """The rotation as the model passes it to its attention layers, for integer positions ``[T]``."""
         cos, sin = self.cos_sin(positions)
         return (sin, cos) if self._is_table else (cos, sin)
 
@@ -151,7 +151,7 @@ class Rope:
 
     @staticmethod
     def inverse(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """What undoes the rotation by ``cos, sin``."""
+        """The inverse of the rotation by ``cos, sin``."""
         scale = cos[:, :1].square() + sin[:, :1].square()  # 1, or attention_scaling**2 with YaRN and its relatives
         return cos / scale, -sin / scale
 
@@ -169,7 +169,7 @@ class Rope:
         return self.rotate_each(states, cos / scale, sin / scale, moves)
 
     def mean_rotation(self, start: int, n_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """What rotates by the mean over positions ``start .. start + n_positions - 1``: ``cos, sin`` of one position.
+        """The mean rotation over positions ``start .. start + n_positions - 1``: ``cos, sin`` of one position.
 
         Rotation is linear in (cos, sin), so rotating by their means is the mean of the rotations. Where the model has
         no more positions, it is the mean over those that it has.
@@ -210,7 +210,7 @@ def stand_at(model: nn.Module, n_tokens: int) -> None:
 
 
 def _as_it_is(own: nn.Module, build: Callable[[], nn.Module], device: torch.device) -> Callable[[], nn.Module]:
-    """Makes rotary embeddings with the frequencies that ``own``, which will go on changing, has now."""
+    """A maker of rotary embeddings with the present frequencies of ``own``, which may change later."""
     buffers = {name: buffer.detach().to(device, copy=True) for name, buffer in own.named_buffers(recurse=False)}
     numbers = {
         name: value

@@ -1,4 +1,4 @@
-"""What a model does to its queries and keys by position: seen, and not believed.
+"""Rotation of queries and keys by position: observed in attention calls, not read off the configuration.
 
 What undoes a rotation or moves keys (``rope.py``) goes by three things: which layers rotate, that the rotation is the
 last that happens to queries and keys and the one that coldpress knows, and that tokens stand at consecutive positions.
@@ -36,7 +36,7 @@ _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONL
 
 
 class _Watch(threading.local):
-    calls: list[tuple[Tensor, Tensor]] | None = None  # queries and keys of attention calls, while somebody asks
+    calls: list[tuple[Tensor, Tensor]] | None = None  # queries and keys of attention calls, while recorded
 
 
 _WATCH = _Watch()
@@ -44,7 +44,7 @@ _OBSERVED: WeakKeyDictionary[nn.Module, bool | str] = WeakKeyDictionary()  # whe
 
 
 def watched(query: Tensor, key: Tensor) -> None:
-    """The attention function tells what it was given, for whoever is looking."""
+    """Record the query and key of an attention call, while :func:`rotates` asks for them."""
     if _WATCH.calls is not None:
         _WATCH.calls.append((query, key))
 
@@ -167,7 +167,7 @@ class Steps:
     is_right: bool = False
 
     def note(self, rotation: tuple[Tensor, Tensor] | None, n_new: int, seen: int, padding: Tensor | None) -> None:
-        """A call brought ``n_new`` tokens, which makes ``seen``.
+        """Note the rotation of a call of ``n_new`` tokens, the last of ``seen``.
 
         Args:
             rotation: cosines and sines of the call, ``[B or 1, n_new, Drot or Drot / 2]``, if they are known.
@@ -182,7 +182,7 @@ class Steps:
             return
         self.error = max(self.error, 4 * torch.finfo(rotation[0].dtype).eps + seen * 2.0**-23)
         turns = torch.stack([part.float() for part in rotation], 2)  # [B or 1, n, 2, Drot]
-        last = self.last if is_next else None  # after a crop nobody knows where the last one stands
+        last = self.last if is_next else None  # after a crop the last one's position is unknown
         if padding is not None:
             turns = turns.expand(len(padding), -1, -1, -1)
             turns = turns.masked_fill(~padding[:, seen - n_new :, None, None], torch.nan)

@@ -1,6 +1,6 @@
 """Models whose heads are shared out among processes (tensor parallelism, ``tp_plan="auto"``).
 
-Every process holds some of the KV heads, of every layer, and compresses these. A press that looks at each head alone
+Every process has some of the KV heads, of every layer, and compresses these. A press that looks at each head alone
 chooses there as it would in one process; one that compares heads, or gives them one budget to share, would choose
 something else in each, so it is refused.
 """

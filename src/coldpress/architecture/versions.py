@@ -1,4 +1,4 @@
-"""The versions of transformers that coldpress is tested with, and what is said of a newer one."""
+"""The versions of transformers that coldpress is tested with, and the warning of a newer one."""
 
 from __future__ import annotations
 

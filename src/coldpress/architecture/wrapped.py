@@ -13,7 +13,7 @@ __all__ = ["transformers_model"]
 def transformers_model(model: nn.Module) -> PreTrainedModel:
     """What ``model`` runs in the end: itself, or the first transformers model inside a wrapper.
 
-    PEFT, DistributedDataParallel and others hold the model that they run, and may call it past their own ``forward``.
+    PEFT, DistributedDataParallel and others wrap the model that they run, and may call it past their own ``forward``.
 
     Raises:
         ModelError: there is none inside, ``torch.compile`` has made the model, or DataParallel copies it.

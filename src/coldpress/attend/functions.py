@@ -98,7 +98,7 @@ def flash(
 
 
 def _as_bias(mask: Tensor) -> Tensor:
-    """A mask as transformers makes it, bool with True where a query sees, as what is added to logits."""
+    """A mask of transformers, bool with True where a query sees, as a bias of the logits."""
     if mask.is_floating_point():
         return mask
     return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)

@@ -60,7 +60,7 @@ def attend_blocks(
     key: Tensor,
     value: Tensor,
     segment: Tensor,
-    n_held: Tensor,
+    n_used: Tensor,
     n_slots: int,
     scaling: float,
     bias: Tensor | None = None,
@@ -72,10 +72,10 @@ def attend_blocks(
     Args:
         query: ``[S, G, D]``.
         key: ``[N * c, D]``, N blocks of c slots.
-        value: ``[N * c, Dv]``; finite where a slot holds nothing.
+        value: ``[N * c, Dv]``; finite in empty slots too.
         segment: int64 ``[N]``, which segment each block belongs to.
-        n_held: int64 ``[N]``, how many slots hold something from the first one of each block on: none if not positive,
-            all if c or more. Each segment holds something.
+        n_used: int64 ``[N]``, how many slots are in use from the first one of each block on: none if not positive,
+            all if c or more. No segment is empty.
         n_slots: c.
         scaling: of the logits.
         bias: float32 ``[N, c]``, added to the logits, minus infinity in slots that are empty; or None.
@@ -88,7 +88,7 @@ def attend_blocks(
     own = (query.float() * scaling).index_select(0, segment)
     logits = torch.bmm(own, key.view(n_blocks, n_slots, dim).float().transpose(1, 2))  # [N, G, c]
     if bias is None:
-        is_empty = torch.arange(n_slots) >= n_held[:, None]
+        is_empty = torch.arange(n_slots) >= n_used[:, None]
         logits.masked_fill_(is_empty[:, None], -torch.inf)
     else:
         logits += bias[:, None]

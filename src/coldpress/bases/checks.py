@@ -25,7 +25,7 @@ def check_between(press: Press, low: float, high: float, *names: str) -> None:
     """Raise :class:`PressError` unless the named fields are numbers from ``low`` to ``high``, both included."""
     for name in names:
         value = getattr(press, name)
-        fits = isinstance(value, float) or (type(value) is int and abs(value) < 2**62)  # torch holds no longer ones
+        fits = isinstance(value, float) or (type(value) is int and abs(value) < 2**62)  # torch has no longer ones
         if not fits or not low <= value <= high:
             allowed = f">= {low}" if high == float("inf") else f"in [{low}, {high}]"
             raise PressError(f"{type(press).__name__}: {name} must be a number {allowed}, got {value!r}.")

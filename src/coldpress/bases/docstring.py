@@ -15,7 +15,7 @@ _ARGUMENT = re.compile(r"^    (?P<names>\w+(?:, \w+)*): ", re.MULTILINE)
 
 
 class Docstring(NamedTuple):
-    """What a docstring says; an empty text for a part that it does not have.
+    """The parts of a docstring; an empty text for a part that it does not have.
 
     Attributes:
         summary: its first line, with the full stop.

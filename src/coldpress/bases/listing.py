@@ -19,7 +19,7 @@ _NAMES = 33  # columns of the longest name
 
 
 def python_only() -> list[PressInfo]:
-    """The classes without a name: what they take cannot be written on a command line."""
+    """The classes without a name: their parameters cannot be written on a command line."""
     named = {info.class_name for info in catalogue()}
     return [info for info in press_classes() if info.class_name not in named]
 

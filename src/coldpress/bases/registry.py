@@ -1,4 +1,4 @@
-"""Names of the presses: what the command line, the documentation and the contract tests list comes from here."""
+"""Registry of the presses: the command line, the documentation and the contract tests list them from here."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _P = TypeVar("_P", bound=type[BasePress])
 
 @dataclass(frozen=True)
 class _Entry:
-    """What a name stands for: a press, or a wrapper around a press, with some parameters that are not the defaults."""
+    """The press of a name: a press, or a wrapper around a press, with some parameters that are not the defaults."""
 
     cls: type[BasePress]
     inner: type[ScorerPress] | None = None
@@ -124,7 +124,7 @@ class PressInfo:
 
 
 def register(name: str, inner: type[ScorerPress] | None = None, **parameters: Any) -> Callable[[_P], _P]:
-    """Class decorator: make a press known under ``name``.
+    """Class decorator: register a press under ``name``.
 
     Args:
         name: how the command line and :func:`make_press` call it.
@@ -146,7 +146,7 @@ def register(name: str, inner: type[ScorerPress] | None = None, **parameters: An
 
 
 def press_names(*, kind: str | None = None, has_ratio: bool | None = None, at_prefill: bool | None = None) -> list[str]:
-    """The registered names, sorted: all, or those for which the arguments hold; ``no_press`` is none of them.
+    """The registered names, sorted: all, or those that match the arguments; ``no_press`` is none of them.
 
     Args:
         kind, has_ratio, at_prefill: as in :class:`PressInfo`; None for any.
@@ -213,7 +213,7 @@ def make_press(name: str, compression_ratio: float, /, **parameters: Any) -> Bas
 
 
 def _of_class(name: str) -> str:
-    """What to write instead where ``name`` is that of a class, its ending left out or not; else an empty text."""
+    """Advice where ``name`` is that of a class, with or without its ending; else an empty text."""
     wanted = name.lower().removesuffix("press")
     classes = {entry.cls.__name__ for entry in _BY_NAME.values()} | {info.class_name for info in press_classes()}
     cls = next((cls for cls in sorted(classes) if cls.lower().removesuffix("press") == wanted), None)
@@ -224,7 +224,7 @@ def _of_class(name: str) -> str:
 
 
 def parameters_of(name: str) -> dict[str, Field[Any]]:
-    """What :func:`make_press` takes for ``name`` beside the ratio: a wrapper's own parameters and those inside it.
+    """Parameters of :func:`make_press` for ``name`` beside the ratio: a wrapper's own parameters and those inside it.
 
     A parameter that both have is the wrapper's. Empty for a name that is not registered.
     """
@@ -266,7 +266,7 @@ def _subclasses(cls: type[BasePress]) -> Iterator[type[BasePress]]:
 
 
 def _parameters(cls: type[BasePress]) -> list[Field[Any]]:
-    """What a press takes beside the ratio and the press inside it."""
+    """Parameters of a press beside the ratio and the press inside it."""
     budget = ("compression_ratio", "target_compression_ratio", *BUDGETS, "press", "base_press")
     return [f for f in fields(cls) if f.init and f.repr and f.name not in budget]  # type: ignore[arg-type]
 
@@ -330,7 +330,7 @@ def _info(name: str, entry: _Entry) -> PressInfo:
 
 
 def _described(cls: type[BasePress], changed: dict[str, Any]) -> tuple[Parameter, ...]:
-    """What a name takes beside the ratio."""
+    """Parameters of a name beside the ratio."""
     said = parse(cls).arguments
     return tuple(
         Parameter(f.name, repr(changed.get(f.name, _default(f))), said.get(f.name, "")) for f in _parameters(cls)
@@ -342,7 +342,7 @@ def _written(cls: type[BasePress], changed: dict[str, Any]) -> list[str]:
 
 
 def _constructor(cls: type[BasePress]) -> tuple[Parameter, ...]:
-    """All that the class takes, but budgets, which every press with a ratio takes; keyword-only ones last."""
+    """Parameters of the constructor, but budgets, which every press with a ratio takes; keyword-only ones last."""
     said = parse(cls).arguments
     given = [f for f in fields(cls) if f.init and f.name not in BUDGETS]  # type: ignore[arg-type]
     given.sort(key=lambda f: f.kw_only is True)

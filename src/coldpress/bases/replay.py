@@ -19,7 +19,7 @@ from coldpress.core.call import LayerCall
 from coldpress.core.choice import protect, select_counts
 from coldpress.core.column import PINNED
 from coldpress.core.counts import counts_together
-from coldpress.core.forced import must_stay
+from coldpress.core.forced import must_keep
 from coldpress.core.kept import Kept, Place
 from coldpress.core.requirements import require_block
 from coldpress.core.view import LayerView
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["ReplayPress", "chunk_view", "projected_norms"]
 
 _OnAttention = Callable[["PressedLayer", LayerCall], None]
-_BLOCK_ELEMENTS = 1 << 22  # projected values held at once while their norms are taken (16 MiB)
+_BLOCK_ELEMENTS = 1 << 22  # projected values in memory at once while their norms are computed (16 MiB)
 
 
 @dataclass(frozen=True)
@@ -104,10 +104,10 @@ class ReplayPress(BudgetPress):
     def evict(
         self, cache: PressedCache, model: nn.Module, token_ids: Tensor, layers: Sequence[PressedLayer], n_keep: int
     ) -> None:
-        """Have each head of ``layers`` hold ``n_keep`` pairs, mean over layers and heads."""
+        """Have each head of ``layers`` keep ``n_keep`` pairs, mean over layers and heads."""
         protected = min(self.n_first(token_ids), token_ids.shape[1]), 0
         musts = [
-            must_stay(layer.positions(), token_ids.shape[1], protected, n_keep, layer.columns().get(PINNED))
+            must_keep(layer.positions(), token_ids.shape[1], protected, n_keep, layer.columns().get(PINNED))
             for layer in layers
         ]
         found = self.scores(cache, model, token_ids, layers)
@@ -120,7 +120,7 @@ class ReplayPress(BudgetPress):
         """Run ``model`` on ``n_new`` more tokens after those in ``cache``, which does not notice.
 
         Args:
-            on_attention: shown each attention call, with the layer that holds the pairs of both.
+            on_attention: shown each attention call, with the layer that stores the pairs of both.
             inputs: ``input_ids`` or ``inputs_embeds``.
 
         Raises:

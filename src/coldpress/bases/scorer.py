@@ -143,7 +143,7 @@ class ScorerPress(BudgetPress):
         return 0, 0
 
     def scores(self, view: LayerView) -> Tensor:
-        """What :meth:`choose` goes by: :meth:`score`, computed once per view for all ratios."""
+        """The scores that :meth:`choose` compares: :meth:`score`, computed once per view for all ratios."""
         score = self._checked_score if view.counts is None else self._by_head
         return view.once(self.with_ratio(0.0), lambda: score(view))
 
@@ -157,7 +157,7 @@ class ScorerPress(BudgetPress):
         return scores
 
     def _by_head(self, view: LayerView) -> Tensor:
-        """Scores of a view whose heads hold different numbers of pairs; minus infinity in empty slots."""
+        """Scores of a view whose heads store different numbers of pairs; minus infinity in empty slots."""
         scores = torch.full(view.keys.shape[:3], -torch.inf, device=view.keys.device)
         for row, head in itertools.product(*(range(n) for n in scores.shape[:2])):
             own = self._checked_score(view.of_head(row, head))[0, 0]
@@ -165,7 +165,7 @@ class ScorerPress(BudgetPress):
         return scores
 
     def forced(self, view: LayerView, n_keep: int) -> Tensor:
-        """Which tokens of ``view`` stay when a head keeps ``n_keep``: the protected and the pinned ones.
+        """Which tokens of ``view`` must be kept when a head keeps ``n_keep``: the protected and the pinned ones.
 
         Returns:
             bool ``[B or 1, Hkv or 1, T]``; see :func:`coldpress.core.forced.forced`.
@@ -186,7 +186,7 @@ class ScorerPress(BudgetPress):
         return None if found is None else view.held(found)
 
     def chosen(self, view: LayerView, n_keep: int, must: Tensor) -> Tensor | None:
-        """:meth:`choose` where something goes: the best ``n_keep`` of each head, those that ``must`` stay among them.
+        """:meth:`choose` where pairs are evicted: the best ``n_keep`` of each head, those in ``must`` among them.
 
         Args:
             n_keep: fewer than the view has; the mean over the heads, if they may differ.

@@ -1,1 +1,1 @@
-"""The cache that a user holds: its layers, what they share, and its file."""
+"""The cache of a model: its layers, what they share, and its file."""

@@ -1,4 +1,4 @@
-"""EvictingLayer: what happens to the pairs of a layer after its attention: compress, judge, observe, forget."""
+"""EvictingLayer: compress, judge, observe and forget the pairs of a layer after its attention."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class EvictingLayer(CacheLayerMixin):
     def after_attention(self, call: LayerCall) -> None:
         """Compress after the prefill, or each piece of it, or when the press says so; free what no token will see.
 
-        To a press, padding is what no call was shown. A token that only this call hides is none, and may stay.
+        To a press, padding is what no call was shown. A token that only this call hides is none, and may be kept.
 
         Args:
             call: what the attention function knows of this layer.
@@ -142,7 +142,7 @@ class EvictingLayer(CacheLayerMixin):
         return rope
 
     def encode(self) -> None:
-        """Store all but the newest pairs by the cache's codec, if it has one; what is encoded already stays."""
+        """Store all but the newest pairs by the cache's codec, if it has one; encoded pairs are not encoded again."""
         codec, store = self.session.storage, self.slots.store
         if codec is None or store is None:
             return
@@ -192,7 +192,7 @@ class EvictingLayer(CacheLayerMixin):
             session.error = error
             if source is self.slots:
                 raise
-            traceback.clear_frames(error.__traceback__)  # they hold tensors that the other presses may need room for
+            traceback.clear_frames(error.__traceback__)  # their tensors fill memory that the other presses need
             return False
         if not any(said) and all(part is None for part in kept) and all(group.slots is None for group in groups):
             n_pairs = sum(group.n_pairs for group in groups)
@@ -264,7 +264,7 @@ class EvictingLayer(CacheLayerMixin):
     # -- later ----------------------------------------------------------------------------------------------------
 
     def _go_on(self, call: LayerCall, padding: Tensor | None, before: Tensor | None) -> None:
-        """What a press that observes, judges or evicts while decoding does after a call.
+        """Let a press that observes, judges or evicts while decoding do so after a call.
 
         Args:
             before: int64 ``[B, Hkv, T]``, positions of what a prefill was cut back from, where keys then move up.
@@ -298,7 +298,7 @@ class EvictingLayer(CacheLayerMixin):
         return carrying(self.session.press, groups)
 
     def _judge(self, press: Press, call: LayerCall, padding: Tensor | None) -> None:
-        """Have the press say which of the new tokens stay, and free the others when they are no longer the newest."""
+        """Have the press say which of the new tokens are kept, and free the others once they are not the newest."""
         slots = self.slots
         stays = press.judge(view_of_newest(slots, call, padding, self._known(call)))
         older = slots.column(STAYS.name)
@@ -349,8 +349,8 @@ class EvictingLayer(CacheLayerMixin):
             return
         recent = recent.newest(n, padding)
         states = unseen.newest(max(n_new), padding) if unseen is not None and unseen.end == seen else None
-        held = Pending(recent, states, n_new)
-        groups = carrying(press, RowGroup.of_text_so_far(self.slots, call, padding, held, self._known(call)))
+        due = Pending(recent, states, n_new)
+        groups = carrying(press, RowGroup.of_text_so_far(self.slots, call, padding, due, self._known(call)))
         kept = [
             kept_by(press, group, press.compress_again(group.view))
             if group.view.n_queries and press.is_due(group.view.n_new or 0)
@@ -384,9 +384,9 @@ class EvictingLayer(CacheLayerMixin):
         self.pending = Pending(*(vars(other.pending).values()))
 
     def _forget_unreachable(self, window: int, padding: Tensor | None) -> None:
-        """Free the slots that no later token can see; some of them stay until freeing is worth the copy."""
+        """Free the slots that no later token can see, as soon as there are enough to be worth the copy."""
         slots = self.slots
-        oldest = slots.seen - (window - 1) - _SLACK_TOKENS  # position of the first slot that has to stay
+        oldest = slots.seen - (window - 1) - _SLACK_TOKENS  # position of the first slot that has to be kept
         n_free = slots.n_kept + oldest - slots.tail_start
         if oldest < slots.tail_start or n_free < max(_FORGET_MIN_TOKENS, window // 2):
             return

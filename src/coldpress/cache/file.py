@@ -1,7 +1,7 @@
 """Save a compressed cache to a file, and go on with it tomorrow, in another process, on another machine.
 
 The file is one of safetensors: tensors and a text, and nothing that is run when it is read. The text says, as JSON,
-which model and press made the cache, and how long its layers are; it holds a checksum over all tensors, and a checksum
+which model and press made the cache, and how long its layers are; it has a checksum over all tensors, and a checksum
 of its own stands beside it.
 """
 
@@ -118,7 +118,7 @@ def save_cache(
 
 
 def _newer(session: Any, layers: list[dict[str, Any] | None]) -> dict[str, Any]:
-    """What a file says of a cache that coldpress could not make when it wrote format 1."""
+    """The properties of a cache that need a format of the file after format 1."""
     found: dict[str, Any] = {}
     if session.pins:
         found["pins"] = session.pins
@@ -130,7 +130,7 @@ def _newer(session: Any, layers: list[dict[str, Any] | None]) -> dict[str, Any]:
 
 
 def _of_codec(codec: Codec) -> dict[str, Any]:
-    """A codec as JSON holds it."""
+    """A codec in the types of JSON."""
     try:
         said: dict[str, Any] = json.loads(json.dumps(codec.described()))
         if codec_of(said) != codec:
@@ -185,7 +185,7 @@ def load_cache(make: Callable[..., _C], path: str | Path, model: PreTrainedModel
 
 
 def model_options(path: str | Path) -> dict[str, str]:
-    """What a saved cache says of its model, as :func:`load_model` takes it: ``name``, ``revision`` and ``dtype``.
+    """The model of a saved cache, in arguments of :func:`load_model`: ``name``, ``revision`` and ``dtype``.
 
     What the file does not say is left out. No tensor is read.
 
@@ -202,7 +202,7 @@ def model_options(path: str | Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Whatever a damaged file raises is a :class:`CacheError`."""
+    """Raise :class:`CacheError` instead of what a damaged file raises."""
     try:
         yield
     except CacheError:
@@ -296,7 +296,7 @@ def _check_model(path: Path, saved: dict[str, Any], own: dict[str, Any], check_m
 
 
 def _of_press(press: Press | None) -> dict[str, Any] | None:
-    """A press as JSON holds it; only one that still has work to do has to come back from there."""
+    """A press in the types of JSON; only one that still has work to do has to come back from there."""
     if press is None:
         return None
     said: dict[str, Any] = {"repr": repr(press), "goes_on": _goes_on(press), "data": None}

@@ -33,7 +33,7 @@ def gathered(
         kinds: the columns that the press declares, by name.
 
     Raises:
-        PressError: a pair carries what nobody declares.
+        PressError: a pair carries a column that no press declares.
     """
     keys, values = source.filled.keys, source.filled.values
     n_batch, n_heads, _, dim = keys.shape
@@ -91,7 +91,7 @@ def _columns_of(part: Kept) -> dict[str, Tensor]:
 
 
 def _is_new(tensor: Tensor, source: Tensor) -> bool:
-    """Whether ``tensor`` shares no memory with ``source``, and is all that its own memory holds."""
+    """Whether ``tensor`` shares no memory with ``source``, and fills its own memory."""
     storage = tensor.untyped_storage()
     is_all = tensor.is_contiguous() and storage.nbytes() == tensor.numel() * tensor.element_size()
     return is_all and storage.data_ptr() != source.untyped_storage().data_ptr()

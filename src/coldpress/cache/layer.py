@@ -116,7 +116,7 @@ class PressedLayer(EvictingLayer):
         return self._offered is not None and self._offered[0] is keys and self._offered[1] is values
 
     def reset(self) -> None:
-        """Forget everything; the session's press stays."""
+        """Forget everything but the session's press."""
         self.session.forget_steps()
         self.clear()
 
@@ -263,7 +263,7 @@ class PressedLayer(EvictingLayer):
         return self.slots.store is not None and self.slots.store.is_ragged
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """What holds the keys and values."""
+        """The tensors of the keys and values."""
         return self.slots.tensors()
 
     def positions(self) -> Tensor:
@@ -336,9 +336,9 @@ def _check_alike(store: Store, keys: Tensor, values: Tensor) -> None:
         )
     own_keys, own_values = store.tensors()[:2]
     if own_keys.dtype != keys.dtype or own_values.dtype != values.dtype or own_keys.device != keys.device:
-        held, brought = _said(own_keys, own_values), _said(keys, values)
+        stored, brought = _said(own_keys, own_values), _said(keys, values)
         raise CacheError(
-            f"The cache holds keys and values in {held} and the call brings them in {brought}: the model's "
+            f"The cache holds keys and values in {stored} and the call brings them in {brought}: the model's "
             "dtype or device, or autocast, is not what it was when the cache was filled. Run the model as it ran "
             "then, or start with an empty cache."
         )

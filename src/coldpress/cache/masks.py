@@ -74,7 +74,7 @@ def additive_mask(
     leaving: Tensor | None = None,
     by_head: bool = False,
 ) -> Tensor | None:
-    """What is added to the logits of the last ``n_queries`` tokens: float32 ``[B or 1, Hkv or 1, Q or 1, T]``.
+    """A bias for the logits of the last ``n_queries`` tokens: float32 ``[B or 1, Hkv or 1, Q or 1, T]``.
 
     Minus infinity where a query does not see a slot, and the bias of its key elsewhere.
 
@@ -126,7 +126,7 @@ def leaving(slots: Slots, shown: Tensor | None, n_waiting: int, n_new: int) -> T
 
     Args:
         shown: bool ``[B, seen]``, False for padding.
-        n_waiting: newest real tokens of a row that stay whatever the press has said of them.
+        n_waiting: newest real tokens of a row that are kept whatever the press has said of them.
         n_new: newest tokens that are not counted.
 
     Returns:

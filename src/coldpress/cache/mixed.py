@@ -15,7 +15,7 @@ __all__ = ["MixedCache"]
 
 
 class MixedCache(Cache):
-    """A cache whose layers are made when somebody asks for them, with pairs or with a state."""
+    """A cache whose layers are made at their first use, with pairs or with a state."""
 
     session: Session
 
@@ -45,7 +45,7 @@ class MixedCache(Cache):
         return states
 
     def _state_layer(self, layer_idx: int) -> int:
-        """Make sure that layer ``layer_idx`` holds a state; it was made to hold pairs because nobody said otherwise."""
+        """Make layer ``layer_idx`` one with a state, if it is an empty one for pairs; returns its index."""
         self._grow(layer_idx)
         layer = self.layers[layer_idx]
         if isinstance(layer, PressedLayer) and not layer.is_initialized:
@@ -53,7 +53,7 @@ class MixedCache(Cache):
         return layer_idx
 
     def _copy_state(self, layer_idx: int) -> None:
-        """A state of the prefill belongs to the branches too."""
+        """Copy a state of the prefill to the branches."""
         for branch in self.session.live_branches():
             branch._grow(layer_idx)
             branch.layers[layer_idx] = copy.deepcopy(self.layers[layer_idx])

@@ -1,4 +1,4 @@
-"""Newest, Pending: what a layer remembers of each row's newest tokens, for a press that evicts while decoding."""
+"""Newest, Pending: states of each row's newest tokens, for a press that evicts while decoding."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Newest:
         return [self.n] * self.parts[0].shape[0] if self.at is None else (self.at >= 0).sum(-1).tolist()
 
     def and_then(self, states: Tensor, end: int, n: int, padding: Tensor | None) -> Newest:
-        """With ``states [B, H, q, D]`` of the q columns before ``end``; at least each row's newest ``n`` tokens stay.
+        """With ``states [B, H, q, D]`` of the q columns before ``end``; each row has at least its newest ``n``.
 
         If others came in between of which nothing is known, only the new ones are left.
 

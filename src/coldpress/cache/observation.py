@@ -1,4 +1,4 @@
-"""What a press is shown at each attention call, what it says of each pair, and which pairs it has a query read."""
+"""Observation: what a press sees at each attention call, says of each pair, and has a query read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One layer as plain state, tensors and what JSON holds, for the file of a cache."""
+"""One layer as plain state, tensors and JSON, for the file of a cache."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NAMES = {CARRIED.name: "carry", RESIDUAL.name: "fine"}  # of columns that have 
 
 
 def pack_layer(layer: EvictingLayer, tensors: dict[str, Tensor]) -> dict[str, Any] | None:
-    """Add the tensors of one layer to ``tensors``, and return the rest of it, as JSON holds it."""
+    """Add the tensors of one layer to ``tensors``, and return the rest of it, in the types of JSON."""
     slots, pending, press = layer.slots, layer.pending, layer.session.press
     store = slots.store
     if store is None:

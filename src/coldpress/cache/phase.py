@@ -19,7 +19,7 @@ __all__ = ["Phase", "check_piece", "phase_after"]
 
 
 class Phase(Enum):
-    """What the latest call of a layer was to it."""
+    """The kind of the latest call of a layer."""
 
     EMPTY = auto()  # there was none
     PROMPT = auto()
@@ -43,7 +43,7 @@ def phase_after(phase: Phase, n_new: int, seen: int, chunk_tokens: int | None, p
     """The phase of a call that brings ``n_new`` tokens.
 
     A prompt comes in one call, unless the cache has ``chunk_tokens``. Then :func:`coldpress.prefill` says where it
-    ends; where somebody else feeds it (``generate(prefill_chunk_size=...)``), it goes on while calls bring
+    ends; where another caller feeds it (``generate(prefill_chunk_size=...)``), it goes on while calls bring
     ``chunk_tokens`` tokens, a call with fewer is its last piece, and a single token is generated, or stored as one.
     What this cannot be right for is refused (:func:`check_piece`).
 
@@ -66,7 +66,7 @@ def phase_after(phase: Phase, n_new: int, seen: int, chunk_tokens: int | None, p
 
 
 def check_piece(phase: Phase, n_new: int, seen: int, chunk_tokens: int, may_guess: bool) -> None:
-    """Raise :class:`CacheError` if a call is no piece of a prompt, or nobody can tell.
+    """Raise :class:`CacheError` if a call is no piece of a prompt, or may be none.
 
     Args:
         phase: of the call before.

@@ -17,7 +17,7 @@ Pins = tuple[tuple[tuple[int, int], ...], ...]  # of each row, or of one for all
 
 
 def checked_pins(pin: Spans | Sequence[Spans] | None) -> Pins:
-    """What ``PressedCache(pin=...)`` was given: spans for all rows, or a list of them for each row.
+    """The spans of ``PressedCache(pin=...)``: spans for all rows, or a list of them for each row.
 
     Raises:
         CacheError: it is something else.

@@ -50,16 +50,16 @@ class PressedCache(MixedCache):
     with room to grow.
 
     With ``chunk_tokens`` the prompt is read in pieces, and each layer is cut back to its budget after every one, so
-    that it never holds more than the budget and a piece, and under a budget the time is linear in the length::
+    that it never stores more than the budget and a piece, and under a budget the time is linear in the length::
 
         cache = PressedCache(SnapKVPress(budget_tokens=2048), chunk_tokens=512)
         model.generate(**inputs, cache=cache, prefill_chunk_size=512)
 
-    :func:`coldpress.prefill` does the same for whoever calls the model, and alone says where the prompt ends. From
+    :func:`coldpress.prefill` does the same for callers of the model, and alone says where the prompt ends. From
     ``generate`` a piece with fewer tokens is the last one, and a single token that is left over is stored as a
-    generated one is. Without ``chunk_tokens`` all pieces but the first are stored whole, whoever cuts the prompt up.
+    generated one is. Without ``chunk_tokens`` all pieces but the first are stored whole, whatever cuts the prompt up.
 
-    With ``kv_bits`` what is left is held in few bits: the press scores pairs as they are, its survivors are quantised
+    With ``kv_bits`` what is left is stored in few bits: the press scores pairs as they are, its survivors are quantised
     once, and attention sees them in their own type again, one layer at a time. Each head's newest pairs stay as they
     are (:class:`KVBits`).
 
@@ -67,14 +67,14 @@ class PressedCache(MixedCache):
         press: what compresses the cache, or None.
         chunk_tokens: tokens of a prompt that a call brings at most, at least 1; None for a prompt in one call.
         positions: ``"original"``: keys stay at the positions that they have in the text. ``"rerotate"``: whenever pairs
-            are evicted, the keys that stay are rotated so that they stand side by side before the next token. Then no
-            distance is longer than what is held, and with a decoding schedule a model reads on beyond the positions it
-            was trained on, in constant memory.
+            are evicted, the kept keys are rotated so that they stand side by side before the next token. Then no
+            distance is longer than what is stored, and with a decoding schedule a model reads on beyond the positions
+            it was trained on, in constant memory.
         kv_bits: 8, 4 or 2 bits for each number of the older pairs, or a KVBits; None stores all as they are.
         storage: how the older pairs are stored, a Codec of your own; instead of ``kv_bits``.
         pin: spans of tokens that nothing may evict, ``[(0, 40)]`` for the first 40 of every row, or a list of such
-            lists, one for each row. They stay in every layer and head under every press, and count towards its budget;
-            padding is not counted.
+            lists, one for each row. They are kept in every layer and head under every press, and count towards its
+            budget; padding is not counted.
 
     Attributes:
         attention_mask: bool ``[B, n]``, of the tokens that a loaded cache had seen when it was saved, if there was
@@ -83,8 +83,8 @@ class PressedCache(MixedCache):
     Raises:
         PressError: ``press`` is not a press, cannot choose among what is left of a text that goes on, or cannot go
             with ``positions="rerotate"``.
-        CacheError: ``chunk_tokens`` or ``kv_bits`` is not such a number, or the press keeps what cannot be held so; or,
-            at the call, a prompt is longer than a piece, or nobody can tell where it ends: it begins with a single
+        CacheError: ``chunk_tokens`` or ``kv_bits`` is not such a number, or the press keeps what cannot be stored so;
+            or, at the call, a prompt is longer than a piece, or its end is unknown: it begins with a single
             token, or several come right after a first call that was shorter than a piece, and it is not
             :func:`coldpress.prefill` that feeds them.
         ModelError: at the next call, when the model runs another attention backend, or its keys cannot be moved.
@@ -111,13 +111,13 @@ class PressedCache(MixedCache):
             require_rerotatable(press)
         self.session = Session(press, positions == "rerotate", storage_of(kv_bits, storage), checked_pins(pin))
         self.session.chunk_tokens = chunk_tokens
-        self._tokens: list[Tensor] = []  # [B, n] each, as far as somebody told them
+        self._tokens: list[Tensor] = []  # [B, n] each, as far as they are known
         check_quantisable(press, self.session.storage)
         super().__init__(layer_class_to_replicate=partial(next_layer, self.session))
 
     @classmethod
     def around(cls, session: Session, layers: list[Any]) -> PressedCache:
-        """Another handle on ``layers`` that are in a cache of another class already."""
+        """A cache around ``layers`` that are in a cache of another class already."""
         cache = cls()
         cache.session, cache.layers = session, layers
         return cache
@@ -129,7 +129,7 @@ class PressedCache(MixedCache):
         return f"PressedCache(press={self.press!r}, {said}seen={self.seen_tokens}, stored={self.stored_lengths()})"
 
     def __bool__(self) -> bool:
-        """Whether it holds tokens; a model that drops the cache of too short a text asks this first."""
+        """Whether it stores tokens; a model that drops the cache of too short a text asks this first."""
         for layer in self.pressed_layers():
             layer.refuse_dropping()
         return self.seen_tokens > 0
@@ -193,7 +193,7 @@ class PressedCache(MixedCache):
         return layer
 
     def pressed_layers(self) -> list[PressedLayer]:
-        """The layers that hold keys and values, in order."""
+        """The layers that store keys and values, in order."""
         return [layer for layer in self.layers if isinstance(layer, PressedLayer)]
 
     def positions(self, layer_idx: int = 0) -> Tensor:
@@ -206,11 +206,11 @@ class PressedCache(MixedCache):
         return self.layer(layer_idx).positions()
 
     def stored_lengths(self) -> list[int]:
-        """Stored length of each layer that holds keys and values, in tokens."""
+        """Stored length of each layer with keys and values, in tokens."""
         return [layer.stored_length for layer in self.pressed_layers() if layer.is_initialized]
 
     def kv_bytes(self) -> int:
-        """Bytes of the distinct storages that hold keys and values, room to grow included."""
+        """Bytes of the distinct storages of keys and values, room to grow included."""
         storages = {}
         for layer in self.pressed_layers():
             for tensor in layer.tensors():
@@ -239,9 +239,9 @@ class PressedCache(MixedCache):
     def save(self, path: str | Path, model: PreTrainedModel, attention_mask: Tensor | None = None) -> None:
         """Write all that is needed to go on from here to a file; :meth:`load` reads it.
 
-        The file is as large as what the cache holds, without room to grow. It is there whole or not at all. Beside the
+        The file is as large as what the cache stores, without room to grow. It is there whole or not at all. Beside the
         tensors it says which model and press made them. The tokens are in it where the cache knows them
-        (:attr:`token_ids`), so whoever has the file can read the text.
+        (:attr:`token_ids`), so the file contains the text.
 
         Args:
             path: the file; one that is there is replaced.
@@ -249,8 +249,8 @@ class PressedCache(MixedCache):
             attention_mask: ``[B, seen]``, of all tokens seen; must be given if some of them are padding.
 
         Raises:
-            CacheError: the cache is empty or has failed, holds the states of a recurrent model, or has a press that
-                goes on while decoding and has parameters that a file cannot hold.
+            CacheError: the cache is empty or has failed, has the states of a recurrent model, or has a press that
+                goes on while decoding and has parameters that JSON has no type for.
             OutputError: the file cannot be written.
         """
         save_cache(self, path, model, attention_mask)
@@ -276,7 +276,7 @@ class PressedCache(MixedCache):
         return load_cache(cls, path, model, check_model)
 
     def fork(self) -> PressedCache:
-        """A cache that holds the same pairs and goes its own way from here.
+        """A cache of the same pairs that goes its own way from here.
 
         Nothing is copied until one of the two is written to; neither ever sees the other's later tokens.
         """
@@ -309,7 +309,7 @@ class PressedCache(MixedCache):
 
         Args:
             presses: one for each cache; None keeps all.
-            kv_bits: how each of them holds its pairs; None: all as they are.
+            kv_bits: how each of them stores its pairs; None: all as they are.
 
         Raises:
             CacheError: this cache has a press or kv_bits, is not empty, or is filled in pieces: what the model
@@ -335,7 +335,7 @@ class PressedCache(MixedCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """What attention calls for one layer: append its pairs, return all that are stored."""
+        """Store for one layer: append its pairs, return all that are stored."""
         return self.layer(layer_idx).update(key_states, value_states)
 
     def crop(self, max_length: int) -> None:
@@ -355,17 +355,17 @@ class PressedCache(MixedCache):
             self.attention_mask = self.attention_mask[:, : self.seen_tokens]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Hold the rows ``beam_idx`` of what is held, int64 ``[B']``."""
+        """Select the rows ``beam_idx``, int64 ``[B']``."""
         super().reorder_cache(beam_idx)
         self._index_mask(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Hold the rows ``indices`` of what is held, int64 ``[B']``."""
+        """Select the rows ``indices``, int64 ``[B']``."""
         super().batch_select_indices(indices)
         self._index_mask(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Hold every row ``repeats`` times, one after the other."""
+        """Repeat every row ``repeats`` times, one after the other."""
         super().batch_repeat_interleave(repeats)
         if self.attention_mask is not None:
             self.attention_mask = self.attention_mask.repeat_interleave(repeats, dim=0)
@@ -379,10 +379,10 @@ class PressedCache(MixedCache):
             self.attention_mask = self.attention_mask.index_select(0, rows.to(self.attention_mask.device))
 
     def activate_past_recording(self) -> None:
-        """What assisted generation asks for before its first forward, in the versions of transformers 5 that have it.
+        """Prepare for assisted generation, as some versions of transformers 5 ask before its first forward.
 
         Raises:
-            CacheError: the cache holds tokens, which these versions then feed again.
+            CacheError: the cache stores tokens, which these versions then feed again.
         """
         if self.seen_tokens:
             raise CacheError(

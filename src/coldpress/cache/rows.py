@@ -26,7 +26,7 @@ class Known:
 
     Attributes:
         find_rope, find_seed: as those of :class:`LayerView`.
-        token_ids: int64 ``[B, T]`` of the prefill, where somebody told them.
+        token_ids: int64 ``[B, T]`` of the prefill, where they are known.
         pins: spans of tokens that nothing may evict.
         rerotates: keys stand side by side at the end of the text.
     """
@@ -47,7 +47,7 @@ class RowGroup:
         slots: int64 ``[b, 1 or Hkv, T]``, where in the input each token of the view stood; None where that is
             ``0 .. T - 1``.
         view: those rows alone.
-        n_pairs: (row, head, token) triples of these rows that a cache without a press would hold.
+        n_pairs: (row, head, token) triples of these rows that a cache without a press would store.
         stored: int64 ``[b, Hkv, T]``, in which slot of the layer each of them is; None: as ``slots``.
     """
 
@@ -62,7 +62,7 @@ class RowGroup:
         """Take the stored pairs of a layer apart into groups of rows of equal length.
 
         Args:
-            slots: hold all tokens seen; nothing was evicted yet.
+            slots: of all tokens seen; nothing was evicted yet.
             call: the attention call of these tokens.
             padding: bool ``[B, seen]``, False where a token is padding; None if there is none.
             known: what the cache knows beside the pairs.
@@ -103,9 +103,9 @@ class RowGroup:
         known: Known,
         borrows: bool = False,
     ) -> list[RowGroup]:
-        """Take what a layer holds while decoding apart into groups of rows with as many pairs in every head.
+        """Take what a layer stores while decoding apart into groups of rows with as many pairs in every head.
 
-        Rows with a head that holds nothing have no queries in their view: there is nothing to choose from.
+        Rows with a head that stores nothing have no queries in their view: there is nothing to choose from.
 
         Args:
             slots: what was kept of the tokens seen.
@@ -119,21 +119,21 @@ class RowGroup:
         assert queries is not None
         (n_batch, n_heads, *_), device = keys.shape, keys.device
         at = slots.positions()  # [B, Hkv, T] in the input, -1 for an empty slot
-        is_held, position = at >= 0, at
+        is_seen, position = at >= 0, at
         seen, columns = slots.seen, slots.columns()
         lengths = [seen] * n_batch
         unseen_counts = [0] * n_batch if unseen is None else unseen.counts()
         if padding is not None:
             rank = (padding.cumsum(-1) - 1)[:, None].expand(n_batch, n_heads, -1)
             position = rank.gather(2, at.clamp(min=0))
-            is_held = is_held & padding[:, None].expand(n_batch, n_heads, -1).gather(2, at.clamp(min=0))
+            is_seen = is_seen & padding[:, None].expand(n_batch, n_heads, -1).gather(2, at.clamp(min=0))
             lengths = padding.sum(-1).tolist()
         reach = seen
         if call.sliding_window is not None:
             reach = max(1, call.sliding_window - 1)
             oldest = torch.tensor(lengths, device=device)[:, None, None] - reach
-            is_held = is_held & (position >= oldest)
-        counts = is_held.sum(-1)  # [B, Hkv]
+            is_seen = is_seen & (position >= oldest)
+        counts = is_seen.sum(-1)  # [B, Hkv]
         if padding is None and not slots.has_gaps and reach == seen and queries.at is None:  # as it is stored
             keys, values = (keys, values) if borrows else (keys.clone(), values.clone())
             view = _view(known, call, keys, values, queries.states, seen - at.shape[2])
@@ -154,7 +154,7 @@ class RowGroup:
         for (length, n, new, is_known, heads), members in keyed.items():
             longest = max(heads)
             rows = slice(None) if len(members) == n_batch else torch.tensor(members, device=device)
-            order = (~is_held[rows]).to(torch.uint8).argsort(dim=-1, stable=True)[..., :longest]  # the held ones first
+            order = (~is_seen[rows]).to(torch.uint8).argsort(dim=-1, stable=True)[..., :longest]  # those first
             is_ragged = min(heads) < longest
             k, v = pick(keys[rows], order), pick(values[rows], order)
             q = queries.states[rows, :, queries.n - n :]
@@ -199,7 +199,7 @@ class RowGroup:
 
 
 def view_of_newest(slots: Slots, call: LayerCall, padding: Tensor | None, known: Known) -> LayerView:
-    """The tokens of this call alone, as far as a layer still holds them; all rows, with their padding.
+    """The tokens of this call alone, as far as a layer still stores them; all rows, with their padding.
 
     For scores that depend on nothing but their own token. With padding, ``positions`` count each row's real tokens.
     """
@@ -286,29 +286,29 @@ def _view(known: Known, call: LayerCall, keys: Tensor, values: Tensor, queries: 
 
 
 def _find_places(view: LayerView) -> None:
-    """Note where keys and queries stand if those that are held stand side by side at the end of the text.
+    """Note where keys and queries stand if the stored pairs stand side by side at the end of the text.
 
-    A token's place has as many tokens after it as are held of those after it.
+    A token's place has as many tokens after it as are stored after it.
     """
-    held = view.positions
-    assert held is not None
-    slot = torch.arange(view.n_tokens, device=held.device)
-    n_held = (held >= 0).sum(-1, keepdim=True)
-    view.places = (slot - n_held + view.end).clamp(max=view.end - 1)
-    query_at = torch.arange(view.end - view.n_queries, view.end, device=held.device)
-    view.query_places = (view.end - 1 - n_after(held, query_at)).clamp(min=0)
+    stored = view.positions
+    assert stored is not None
+    slot = torch.arange(view.n_tokens, device=stored.device)
+    n_stored = (stored >= 0).sum(-1, keepdim=True)
+    view.places = (slot - n_stored + view.end).clamp(max=view.end - 1)
+    query_at = torch.arange(view.end - view.n_queries, view.end, device=stored.device)
+    view.query_places = (view.end - 1 - n_after(stored, query_at)).clamp(min=0)
 
 
-def n_after(held: Tensor, at: Tensor) -> Tensor:
-    """How many of ``held`` ``[B, Hkv, T]``, -1 for none, are larger than each of ``at`` ``[B, Q]`` or ``[Q]``.
+def n_after(stored: Tensor, at: Tensor) -> Tensor:
+    """How many of ``stored`` ``[B, Hkv, T]``, -1 for none, are larger than each of ``at`` ``[B, Q]`` or ``[Q]``.
 
     Returns:
         int64 ``[B, Hkv, Q]``.
     """
     at = at[:, None] if at.dim() == 2 else at
-    ordered = held.masked_fill(held < 0, torch.iinfo(held.dtype).max).sort(-1).values
-    up_to = torch.searchsorted(ordered, at.expand(*held.shape[:2], -1).contiguous(), right=True)
-    return (held >= 0).sum(-1, keepdim=True) - up_to
+    ordered = stored.masked_fill(stored < 0, torch.iinfo(stored.dtype).max).sort(-1).values
+    up_to = torch.searchsorted(ordered, at.expand(*stored.shape[:2], -1).contiguous(), right=True)
+    return (stored >= 0).sum(-1, keepdim=True) - up_to
 
 
 def _take(states: Tensor, rows: Tensor | slice, slots: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a file of a saved cache must say and hold, checked before anything is made of it.
+"""Schema of the file of a saved cache, checked before anything is made of it.
 
 A checksum tells that a file is as it was written, not that a cache wrote it. Here types, sizes, dtypes, places and
 numbers are compared with each other and with the model, so that what follows can rely on them.

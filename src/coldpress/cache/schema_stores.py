@@ -1,4 +1,4 @@
-"""What a file of a saved cache must hold of the store of one layer: its pairs, as they are or encoded."""
+"""Schema of the store of one layer in the file of a saved cache: its pairs, as they are or encoded."""
 
 from __future__ import annotations
 
@@ -73,19 +73,19 @@ def _check_flat(layer: Taken, of: str, dtype: torch.dtype) -> tuple[Tensor, int,
 def _check_ragged(
     layer: Taken, kept: Tensor | None, n_tail: int, dtype: torch.dtype, codes: Codes | None
 ) -> tuple[int, int, int, int]:
-    """Rows, heads and channels of keys and values of a store whose heads hold different numbers."""
+    """Rows, heads and channels of keys and values of a store whose heads store different numbers."""
     need(kept is not None, "kept, which is not there")
     assert kept is not None
     if codes is None:
-        held, *dims = _check_flat(layer, "store.", dtype)
+        stored, *dims = _check_flat(layer, "store.", dtype)
     else:
-        held, *dims = _check_flat(layer, "store.tail.", dtype)
-        held = held + codes(layer, dims, held.numel(), dtype).view_as(held)
-        counts = layer.take("store.counts", torch.int64, held.numel() + 1)
-        need(torch.equal(counts[:-1], (held - n_tail).flatten()) and int(counts[-1]) == n_tail, "store.counts")
+        stored, *dims = _check_flat(layer, "store.tail.", dtype)
+        stored = stored + codes(layer, dims, stored.numel(), dtype).view_as(stored)
+        counts = layer.take("store.counts", torch.int64, stored.numel() + 1)
+        need(torch.equal(counts[:-1], (stored - n_tail).flatten()) and int(counts[-1]) == n_tail, "store.counts")
     own = (kept >= 0).sum(-1) + n_tail  # [B, Hkv]
-    need(torch.equal(held, own), "store.counts, which are not those of kept")
-    return held.shape[0], held.shape[1], dims[0], dims[1]
+    need(torch.equal(stored, own), "store.counts, which are not those of kept")
+    return stored.shape[0], stored.shape[1], dims[0], dims[1]
 
 
 def _check_coded(layer: Taken, n: int, dtype: torch.dtype, codes: Codes) -> tuple[int, int, int, int]:
@@ -107,7 +107,7 @@ def _check_blocks(codec: Codec, layer: Taken, dims: list[int], n_segments: int, 
     need(bool(((blocks >= 0) & (blocks <= MOST // codec.block_tokens)).all()), "store.n_blocks")
     try:
         form = form_of(codec, dims, dtype)
-    except Exception as error:  # whatever parameters that nobody checks lead to
+    except Exception as error:  # any error of a codec with unchecked parameters
         raise Malformed(f"storage that encodes ({' '.join(str(error).split())[:200]})") from error
     for name, one in form.items():
         layer.take(f"store.{name}", one.dtype, int(blocks.sum()), *one.shape[1:])

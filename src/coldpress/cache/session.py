@@ -71,14 +71,14 @@ class Session:
         self.was_asked = False  # the press has been shown pairs
         self.chunk_tokens: int | None = None  # that the prompt comes in at most at once
         self.prefill_end: int | None = None  # length of the prompt, while prefill() feeds it
-        self.rerotates = rerotates  # keys that stay move up, so that no gaps are left between positions
+        self.rerotates = rerotates  # kept keys move up, so that no gaps are left between positions
         self.storage = storage  # how older pairs are stored, None: as they are
         self.pins = pins  # spans of tokens that nothing may evict
         self.branches: list[weakref.ref[Any]] = []  # caches that this one's prefill fills too
         self.unclaimed: Any = None  # the PressedLayer that was updated and has not attended yet
         self.error: Exception | None = None  # what the press of a branch raised during the shared prefill
         self.call: ModelCall | None = None  # of the model, the latest
-        self.token_ids: Tensor | None = None  # int64 [B, T] of the prefill, where somebody told them
+        self.token_ids: Tensor | None = None  # int64 [B, T] of the prefill, where they are known
         self.find_model: Callable[[], nn.Module | None] = lambda: None  # what runs, inside 'with press(model):'
         self.on_attention: Callable[[Any, LayerCall], None] | None = None  # shown every call, before anything goes
         self.n_layers = 0  # that were made
@@ -94,7 +94,7 @@ class Session:
         return self._seed
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a file can hold: what belongs to a run or a model is left out, and found again."""
+        """The state for a copy or a file: what belongs to a run or a model is left out, and found again."""
         of_a_run = ("branches", "find_model", "on_attention", "_ropes")
         return {name: value for name, value in vars(self).items() if name not in of_a_run}
 
@@ -102,7 +102,7 @@ class Session:
         vars(self).update(vars(Session()) | state)
 
     def live_branches(self) -> list[Any]:
-        """The caches that branch off and that somebody still wants; none once the prefill is over."""
+        """The caches that branch off and are still referred to; none once the prefill is over."""
         return [branch for ref in self.branches if (branch := ref()) is not None]
 
     def reset(self) -> None:
@@ -113,7 +113,7 @@ class Session:
         self._ropes = {}  # of the next text's frequencies, should they depend on the text
 
     def follow(self, other: Session) -> None:
-        """Take over what is known of the pairs of ``other``'s cache, which this session's cache holds too."""
+        """Take over what is known of the pairs of ``other``'s cache, which this session's cache stores too."""
         self.rerotates, self._seed = other.rerotates, other._seed
         self.earlier_press, self.was_asked, self.switch_at = other.earlier_press, other.was_asked, other.switch_at
         self.find_model, self._ropes = other.find_model, dict(other._ropes)
@@ -163,7 +163,7 @@ class Session:
         return self.rerotates or self.chunk_tokens is not None or (press is not None and press.evicts_while_decoding)
 
     def steps(self, module: nn.Module) -> Steps:
-        """How tokens follow each other in the layers of ``module``'s kind, as far as somebody has noted it."""
+        """How tokens follow each other in the layers of ``module``'s kind, as far as it was noted."""
         return self._steps.setdefault(layer_type(module), Steps())
 
     def note_steps(self, module: nn.Module, n_new: int, seen: int, padding: Tensor | None) -> None:
@@ -176,7 +176,7 @@ class Session:
             steps.note(given_rotation(module), n_new, seen, padding)
 
     def forget_rows(self) -> None:
-        """Rows change places: nobody knows which token stood before the next one of each."""
+        """Forget which token stood before the next one of each row, as rows change places."""
         for steps in self._steps.values():
             steps.first = steps.last = steps.n_real = None
 

@@ -1,4 +1,4 @@
-"""Slots: what one layer stores. Keys and values in a store, and a table of columns that follow the pairs."""
+"""Slots: the stored pairs of one layer. Keys and values in a store, and a table of columns that follow the pairs."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Slots:
 
     @property
     def filled(self) -> Store:
-        """The store, of slots that hold something."""
+        """The store, of slots that are not empty."""
         assert self.store is not None
         return self.store
 
@@ -157,7 +157,7 @@ class Slots:
         self._columns = {name: own[:, :, : self.n] for name, own in self._columns.items()}
 
     def index_rows(self, rows: Tensor) -> None:
-        """Store the rows ``rows`` of what is stored, int64 ``[B']``."""
+        """Select the rows ``rows``, int64 ``[B']``."""
         store = self.filled
         before, n_before = store.n, self.n_kept
         store.index_rows(rows)
@@ -192,7 +192,7 @@ class Slots:
         """Slots that store these pairs as what was kept of the tokens seen so far.
 
         Args:
-            keys, values: ``[B, Hkv, n, D]``, nobody else's; any number where ``positions`` are -1.
+            keys, values: ``[B, Hkv, n, D]``, not shared; any number where ``positions`` are -1.
             positions: int32 ``[B, Hkv, n]``, ascending; -1 in the last places of a head that keeps fewer.
             columns: entries ``[B, Hkv, n, ...]``, or of the first slots, by name.
             padding: the share of slots that may be padding before heads are stored one after the other; None: any.
@@ -230,12 +230,12 @@ class Slots:
         return True
 
     def settle(self, stop: int, stays: Tensor, padding: float | None = WASTE) -> None:
-        """Of the tokens up to ``stop``, those that stay move up behind what their head keeps; the others are freed.
+        """Of the tokens up to ``stop``, the kept ones move up behind what their head keeps; the others are freed.
 
         Costs a copy of these tokens and of those after them, and of the columns; not of the pairs that are kept.
 
         Args:
-            stays: bool ``[B, Hkv, m]``, of the tokens ``tail_start .. stop - 1``.
+            stays: bool ``[B, Hkv, m]``, which of the tokens ``tail_start .. stop - 1`` are kept.
             padding: as in :meth:`replaced`.
         """
         store, start, kept = self.filled, self.tail_start, self.kept
@@ -245,7 +245,7 @@ class Slots:
         n_each = (kept >= 0).sum(-1, keepdim=True)  # [B, Hkv, 1]
         n_then = n_each[..., 0] + stays.sum(-1)
         longest, shortest, n_pairs = torch.stack([n_then.max(), n_then.min(), n_then.sum()]).tolist()
-        order = (~stays).to(torch.uint8).argsort(dim=-1, stable=True)  # those that stay first
+        order = (~stays).to(torch.uint8).argsort(dim=-1, stable=True)  # the kept ones first
         to = n_each + torch.arange(m, device=order.device)  # the others land in empty slots, or go over
         at = (start + order).int().masked_fill(~stays.gather(2, order), -1)
         self.kept = pad(kept, (0, m), value=-1).scatter_(2, to, at)[..., :longest].contiguous()

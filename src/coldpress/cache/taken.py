@@ -1,4 +1,4 @@
-"""What a file of a saved cache holds, taken part by part; what does not fit is refused by name."""
+"""Taken: the parts of a file of a saved cache, checked one by one; what does not fit is refused by name."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Parts = dict[str, Tensor]
 
 
 class Malformed(ValueError):
-    """What a file says or holds is none of a cache."""
+    """A part of a file that no saved cache has."""
 
 
-def need(holds: bool, what: str) -> None:
-    if not holds:
+def need(is_met: bool, what: str) -> None:
+    if not is_met:
         raise Malformed(what)
 
 

@@ -1,4 +1,4 @@
-"""LayerCall: what one call of the attention function knows about its layer."""
+"""LayerCall: one call of the attention function, and the facts of its layer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["LayerCall"]
 class LayerCall:
     """What one call of the attention function knows about its layer.
 
-    Attributes are those of :class:`LayerView`; ``query`` holds all rows of the batch, padding included. ``is_local``:
+    Attributes are those of :class:`LayerView`; ``query`` has all rows of the batch, padding included. ``is_local``:
     the layer sees a sliding window only while other layers of the model see everything; such layers are bounded
     already and are not compressed.
     """

@@ -30,7 +30,7 @@ def select(scores: Tensor, n_keep: int, must: Tensor | None = None) -> Tensor:
 
 
 def protect(scores: Tensor, must: Tensor | None) -> Tensor:
-    """``scores`` ``[B, Hkv, T]`` with infinity at the tokens that must stay."""
+    """``scores`` ``[B, Hkv, T]`` with infinity at the tokens that must be kept."""
     return scores if must is None else scores.masked_fill(must, torch.inf)
 
 
@@ -74,7 +74,7 @@ def select_counts(scores: Tensor, counts: Tensor) -> Tensor:
 
 
 def pack(is_kept: Tensor) -> Tensor:
-    """Positions of what is kept, as :class:`~coldpress.core.kept.Kept` holds them.
+    """Positions of the kept pairs, in the form of :class:`~coldpress.core.kept.Kept`.
 
     Args:
         is_kept: bool ``[B, Hkv, T]``; some head keeps something.

@@ -13,7 +13,7 @@ PINNED = "pinned"  # bool, filled by the cache: tokens that nothing may evict
 
 @dataclass(frozen=True)
 class Column:
-    """A number, or a row of numbers, that follows each pair through everything that is done to it.
+    """A number, or a row of numbers, that each pair carries through all operations on it.
 
     Attributes:
         name: how ``view.columns`` and ``Kept.columns`` call it.

@@ -1,4 +1,4 @@
-"""How many pairs are kept; which ones, given their scores, says ``choice.py``.
+"""Counts: how many pairs are kept. ``choice.py`` chooses which ones, given their scores.
 
 Everything is in integers: ``int(1000 * (1 - 0.9))`` is 99 in floating point, and 100 here. ``compression_ratio`` is the
 fraction *removed*, in [0, 1), read as the decimal number its user wrote.
@@ -41,7 +41,7 @@ def check_ratio(ratio: object, name: str = "compression_ratio") -> None:
 
 
 def exact_keep(n_tokens: int, ratio: float) -> Fraction:
-    """``n_tokens * (1 - ratio)`` as it is, no whole number."""
+    """``n_tokens * (1 - ratio)`` as an exact fraction, not rounded."""
     return n_tokens * (1 - Fraction(repr(float(ratio))))
 
 
@@ -126,7 +126,7 @@ def apportion(total: int, shares: Sequence[float], low: int, high: int) -> list[
     Returns:
         One count for each share; they add up to ``total`` exactly.
     """
-    shares = [max(share, 1e-9) for share in shares]  # whoever asked for nothing takes what nobody else has room for
+    shares = [max(share, 1e-9) for share in shares]  # a share of 0 gets what the others have no room for
 
     def at(factor: float) -> list[float]:
         return [min(float(high), max(float(low), factor * share)) for share in shares]
@@ -170,7 +170,7 @@ def spread(n_keep: int, n_forced: Sequence[int], sizes: Sequence[int]) -> list[i
 
 
 def spread_forced(n_keep: int, must: Tensor, cuts: Sequence[int]) -> list[Tensor]:
-    """:func:`spread` for heads that may differ in what must stay.
+    """:func:`spread` for heads that may differ in the tokens that must be kept.
 
     Args:
         n_keep: tokens that every head keeps of the whole text.

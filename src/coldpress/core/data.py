@@ -1,4 +1,4 @@
-"""A press as plain data: its class's name and its parameters, which JSON can hold."""
+"""A press as plain data: its class's name and its parameters, in the types of JSON."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _value(value: Any) -> Any:
 
 
 def _back(value: Any) -> Any:
-    """Lists come back as tuples, which is what presses hold."""
+    """The value of a parameter; lists come back as tuples, which presses have for them."""
     if isinstance(value, dict):
         return from_data(value)
     return tuple(_back(part) for part in value) if isinstance(value, list) else value

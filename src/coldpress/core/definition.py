@@ -1,7 +1,7 @@
-"""What is refused when a class of presses is defined, in words that say what to write instead.
+"""PressType: errors in the definition of a class of presses, in words that say what to write instead.
 
 Python and dataclasses would say it too, but later, or of something else: a press written for kvpress would fail inside
-the model with a missing argument, or have methods that nobody calls.
+the model with a missing argument, or have methods that are never called.
 """
 
 from __future__ import annotations

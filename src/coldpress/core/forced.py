@@ -1,6 +1,6 @@
-"""Which tokens must stay, as one boolean mask: sinks, window, newest tokens and pins.
+"""Which tokens must be kept, as one boolean mask: sinks, window, newest tokens and pins.
 
-Whoever chooses is given scores and this mask. A press declares how many tokens it protects at the two ends of the text
+What chooses gets scores and this mask. A press declares how many tokens it protects at the two ends of the text
 (``protected``); all that follows from these two numbers is worked out here.
 """
 
@@ -13,7 +13,7 @@ from coldpress.core.column import PINNED
 from coldpress.core.view import LayerView
 from coldpress.errors import PressError
 
-__all__ = ["as_far_as", "ends", "forced", "must_stay", "shrink_protected"]
+__all__ = ["as_far_as", "ends", "forced", "must_keep", "shrink_protected"]
 
 
 def shrink_protected(n_keep: int, n_sink: int, n_window: int) -> tuple[int, int]:
@@ -29,13 +29,13 @@ def shrink_protected(n_keep: int, n_sink: int, n_window: int) -> tuple[int, int]
 
 
 def forced(view: LayerView, protected: tuple[int, int], n_keep: int | None = None, *, grace: int = 0) -> Tensor:
-    """Which tokens of ``view`` stay whatever their score: bool ``[B or 1, Hkv or 1, T]``; never an empty slot.
+    """Which tokens of ``view`` are kept whatever their score: bool ``[B or 1, Hkv or 1, T]``; never an empty slot.
 
     Args:
         view: its ``pinned`` column, where it has one, is part of the mask.
-        protected: how many of the first and of the last tokens of the text stay.
+        protected: how many of the first and of the last tokens of the text are kept.
         n_keep: pairs that a head keeps, which shrink what is protected unless something is pinned; None: any number.
-        grace: how many of the newest tokens are too new to be judged, and stay.
+        grace: how many of the newest tokens are too new to be judged, and kept.
 
     Raises:
         PressError: pinned and protected tokens are more than ``n_keep`` in some head.
@@ -43,10 +43,10 @@ def forced(view: LayerView, protected: tuple[int, int], n_keep: int | None = Non
     at, n_gone = _positions(view)
     n_sink, n_window = protected
     pinned = view.columns.get(PINNED)
-    return must_stay(at, view.end, (n_sink, max(n_window, grace)), n_keep, pinned, n_gone=n_gone)
+    return must_keep(at, view.end, (n_sink, max(n_window, grace)), n_keep, pinned, n_gone=n_gone)
 
 
-def must_stay(
+def must_keep(
     at: Tensor,
     end: int,
     protected: tuple[int, int],
@@ -80,7 +80,7 @@ def must_stay(
 def ends(view: LayerView, protected: tuple[int, int], n_keep: int | None = None) -> Tensor:
     """:func:`forced` without what is pinned."""
     at, n_gone = _positions(view)
-    return must_stay(at, view.end, protected, n_keep, n_gone=n_gone)
+    return must_keep(at, view.end, protected, n_keep, n_gone=n_gone)
 
 
 def as_far_as(must: Tensor | None, more: Tensor, n_keep: int | Tensor) -> Tensor:

@@ -22,12 +22,12 @@ class Kept(NamedTuple):
         positions: int64 ``[B, Hkv, n]``, ascending positions in the view; -1 in the last places of a head that keeps
             fewer.
         carry: float32 ``[B, Hkv, n]`` or None, a number that each of them brings along: ``carried`` of later views.
-        channels: int64 ``[B, Hkv, d]``, ascending, or None: the channels of the keys that are held, the others are not.
-        n_wide: with channels, how many of each head's last keys hold all of them.
+        channels: int64 ``[B, Hkv, d]``, ascending, or None: the stored channels of the keys.
+        n_wide: with channels, how many of each head's last keys are stored with all channels.
         rounding_residual: ``[B, Hkv, m, Drot]`` in the keys' dtype or None: float32 key minus stored key, of the first
             m keys, which were rotated more precisely than they can be stored.
         bias: float32 ``[B, Hkv, n]`` or None, added to the logits of each: ln m where a pair stands for m of them. What
-            earlier pairs have stays, unless this takes its place.
+            earlier pairs have is unchanged, unless this replaces it.
         columns: what else each of them carries, by name, ``[B, Hkv, n, ...]``: ``columns`` of later views.
     """
 

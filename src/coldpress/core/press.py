@@ -1,4 +1,4 @@
-"""Press: what a cache asks of a press. Whoever writes one derives from Press or ScorerPress (``bases/``)."""
+"""Press: what a cache asks of a press. New presses derive from Press or ScorerPress (``bases/``)."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class Press(metaclass=PressType):
         can_rechoose: can choose among the pairs of a text that goes on, so that a decoding schedule may use it.
         per_head, per_layer: heads of a layer, or layers, may keep different numbers of pairs.
         has_ratio: takes a ``compression_ratio``; if not, parameters of its own and the text decide how much is kept.
-        per_head_independent: chooses for each KV head by what that head holds and is asked, and as many pairs for each,
+        per_head_independent: chooses for each KV head by its own pairs and queries, and as many pairs for each,
             so that heads may be apart. Inherited inside coldpress only, where a test compares what a class says with
             what it does; any other class says so for itself.
-        offers_choice: says which pairs of one layer stay (``choose``) and how many (``keep_of``): others may go around.
+        offers_choice: says which pairs of a layer are kept (``choose``) and how many (``keep_of``): it may be wrapped.
         offers_scores: that choice is the best of its ``scores``, so that another press may choose by them.
         pointwise: a score depends on its own token only, so that it can be given as soon as the token comes.
         needs_all_queries: scores need the query of every token of the view.
@@ -99,7 +99,7 @@ class Press(metaclass=PressType):
 
     @property
     def changes(self) -> frozenset[str]:
-        """What it holds otherwise than the model made it: ``keys``, ``values``, or ``channels`` of keys."""
+        """What it changes of the pairs that the model made: ``keys``, ``values``, or ``channels`` of keys."""
         return frozenset()
 
     def compress(self, view: LayerView) -> Kept | None:
@@ -111,7 +111,7 @@ class Press(metaclass=PressType):
 
         Args:
             model: what will run the prefill.
-            tokenizer: the model's, where somebody has it at hand.
+            tokenizer: the model's, where it is at hand.
 
         Raises:
             PressError: something is missing; says how to get it.
@@ -131,7 +131,7 @@ class Press(metaclass=PressType):
         """Raise :class:`PressError` if :meth:`finish` could not compress this prefill; asked before it begins."""
 
     def finish(self, cache: Any, model: nn.Module, token_ids: Tensor) -> None:
-        """Compress ``cache``, which holds all of the prefill, with the help of the model; for ``needs_model`` presses.
+        """Compress ``cache``, which stores all of the prefill, with the help of the model; for ``needs_model`` presses.
 
         Runs without gradients unless it asks for them; what it runs of the model is no prefill to anybody.
 
@@ -144,7 +144,7 @@ class Press(metaclass=PressType):
         raise NotImplementedError(f"{type(self).__name__} must define finish(cache, model, token_ids)")
 
     def choose_together(self, cache: Any) -> None:
-        """Compress ``cache``, which holds all of the prefill, by what :meth:`compress` had its pairs carry.
+        """Compress ``cache``, which stores all of the prefill, by what :meth:`compress` had its pairs carry.
 
         For ``chooses_together`` presses, whose :meth:`compress` keeps everything, with a number for each pair
         (``Kept.carry``); ``layer.carried()`` gives these back, and ``layer.keep(slots)`` evicts.
@@ -156,16 +156,16 @@ class Press(metaclass=PressType):
         """Whether it can compress a prompt piece by piece: it chooses among what is left of a text that goes on."""
         return False
 
-    # -- a press that watches attention, or has queries read a part of what is held ---------------------------------
+    # -- a press that watches attention, or has queries read a part of what is stored -------------------------------
 
     def observe(self, view: LayerView) -> Mapping[str, Tensor]:
-        """New values of :attr:`columns` after an attention call, by name: ``[B, Hkv, T, ...]``; others stay.
+        """New values of :attr:`columns` after an attention call, by name: ``[B, Hkv, T, ...]``; others are unchanged.
 
         Asked of every press, in whatever wrapper or schedule it is, after each attention call. A crop forgets tokens,
         and not what they gave to others.
 
         Args:
-            view: all that is held, ``view.columns`` among it, with the fill of each for new tokens; its queries are
+            view: all that is stored, ``view.columns`` among it, with the fill of each for new tokens; its queries are
                 those of the call.
         """
         return {}
@@ -186,14 +186,14 @@ class Press(metaclass=PressType):
         return False
 
     def compress_again(self, view: LayerView) -> Kept | None:
-        """What is kept of ``view``, which holds what is left of the text so far; None keeps all of it."""
+        """What is kept of ``view``, which has what is left of the text so far; None keeps all of it."""
         raise NotImplementedError(f"{type(self).__name__} must define compress_again(view)")
 
     # -- a press that judges tokens as they come, and evicts them later (see DMSPress) -----------------------------
 
     @property
     def n_waiting(self) -> int:
-        """How many of the newest tokens stay whatever :meth:`judge` has said of them; 0: it is never called."""
+        """How many of the newest tokens are kept whatever :meth:`judge` has said of them; 0: it is never called."""
         return 0
 
     @property
@@ -202,9 +202,9 @@ class Press(metaclass=PressType):
         return False
 
     def judge(self, view: LayerView) -> Tensor:
-        """Which tokens of ``view``, those that have just come, stay when they are no longer new: bool ``[B, Hkv, n]``.
+        """Which tokens of ``view``, those of this call, are kept when they are no longer new: bool ``[B, Hkv, n]``.
 
-        The view holds all rows of the batch, with their padding, of which it does not matter what is said.
+        The view has all rows of the batch, with their padding; entries of padding are ignored.
         """
         raise NotImplementedError(f"{type(self).__name__} must define judge(view)")
 

@@ -1,4 +1,4 @@
-"""What does not go together: who needs what, who has it, and one sentence for where it is missing."""
+"""Requirements: what a press needs, who has it, and one sentence for where it is missing."""
 
 from __future__ import annotations
 
@@ -245,7 +245,7 @@ def check_chunks(press: Press | None, chunk_tokens: int | None) -> None:
 
 
 def check_quantisable(press: Press | None, kv_bits: object) -> None:
-    """Raise :class:`CacheError` if what ``press`` keeps cannot be held in few bits."""
+    """Raise :class:`CacheError` if what ``press`` keeps cannot be stored in few bits."""
     if press is None or kv_bits is None:
         return
     if press.evicts_while_decoding:

@@ -1,11 +1,11 @@
 """LayerView: what a press may see of one layer, computed when asked for, and only once.
 
-A view never holds padding: rows of a padded batch are taken apart before they get here (see ``cache/rows.py``), so
-that what a press does to a row is what it does to that row alone. Nor does it hold what a sliding window has left
+A view has no padding: rows of a padded batch are taken apart before they get here (see ``cache/rows.py``), so
+that what a press does to a row is what it does to that row alone. Nor has it what a sliding window has left
 behind: such a view begins at ``first_position`` of its rows.
 
-After the prefill its tokens are consecutive. While decoding they are what is held of the text so far, and where heads
-hold different numbers, the shorter ones end in empty slots (``counts``); scorers never see those, because such a view
+After the prefill its tokens are consecutive. While decoding they are what is stored of the text so far, and where heads
+store different numbers, the shorter ones end in empty slots (``counts``); scorers never see those, because such a view
 is scored head by head (:meth:`LayerView.of_head`).
 """
 
@@ -46,7 +46,7 @@ class LayerView:
             Where ``positions`` are given, only ``first_position + T``, the length of the text so far, has a meaning.
         positions: int64 ``[B, Hkv, T]``, ascending, where tokens are not consecutive: while decoding, and in a view of
             :meth:`among`; -1 in empty slots. None where they are consecutive from ``first_position`` on.
-        counts: int64 ``[B, Hkv]``, tokens that each head holds, where heads differ; None where all slots are filled.
+        counts: int64 ``[B, Hkv]``, tokens that each head stores, where heads differ; None where all slots are filled.
         carried: float32 ``[B, Hkv, T]``, what the press gave each token to carry (:class:`Kept`), NaN for those that
             have come since; None if it gave nothing.
         places: int64 ``[B, Hkv, T]``, the positions at which the keys stand where that is not ``positions``: in a cache
@@ -136,7 +136,7 @@ class LayerView:
         return value
 
     def forget(self) -> None:
-        """Drop what was computed once, views of single heads among it: they hold the whole view, and it holds them."""
+        """Drop what was computed once, views of single heads among it: they refer to the whole view, and it to them."""
         self._memo.clear()
 
     def part(self, start: int, stop: int) -> LayerView:
@@ -163,7 +163,7 @@ class LayerView:
         return self.once(("part", start, stop), compute)
 
     def among(self, chosen: Tensor, stop: int, n_queries: int) -> LayerView:
-        """What this layer would hold after token ``stop - 1`` if nothing but ``chosen`` had been kept.
+        """What this layer would store after token ``stop - 1`` if nothing but ``chosen`` had been kept.
 
         Args:
             chosen: int64 ``[B, Hkv, n]``, ascending positions in the view, the last ``n_queries`` of them
@@ -202,7 +202,7 @@ class LayerView:
         return self.hidden_states[:, max(0, start - skipped) : max(0, stop - skipped)]
 
     def of_head(self, row: int, head: int) -> LayerView:
-        """What one head of one row holds, without empty slots: B and Hkv are 1; the same object every time."""
+        """The pairs of one head of one row, without empty slots: B and Hkv are 1; the same object every time."""
 
         def compute() -> LayerView:
             n = self.n_tokens if self.counts is None else int(self.counts[row, head])
@@ -235,7 +235,7 @@ class LayerView:
         return int(((self.positions >= 0) & (self.positions < n)).sum(-1).min()) if n else 0
 
     def guard(self, scores: Tensor, must: Tensor) -> Tensor:
-        """``scores`` ``[B, Hkv, T]`` with infinity at the tokens that must stay, and minus infinity in empty slots."""
+        """``scores`` ``[B, Hkv, T]``, infinite at the tokens that must be kept, minus infinity in empty slots."""
         scores = protect(scores, must)
         return scores if self.positions is None else scores.masked_fill(self.positions < 0, -torch.inf)
 
@@ -265,7 +265,7 @@ class LayerView:
     def attention_column_sums(self, n_queries: int | None = None) -> Tensor:
         """What each key received from the last ``n_queries`` (None: all), mean over the group: float32 ``[B, Hkv, T]``.
 
-        The sum over queries of the attention matrix, taken block by block: no ``[T, T]`` tensor is ever held.
+        The sum over queries of the attention matrix, taken block by block: no ``[T, T]`` tensor is ever made.
         """
         n = self.n_queries if n_queries is None else min(n_queries, self.n_queries)
         return self.once(("attention_column_sums", n), lambda: self._weights().column_sums(self.n_queries - n))
@@ -329,8 +329,8 @@ class LayerView:
     def side_by_side(self, kept: Kept) -> Kept:
         """``kept`` with keys that stand side by side at the end of the text, as all those of the view do.
 
-        What stays moves up by as many positions as tokens after it go; in float32, and what the keys' dtype cannot hold
-        of the result is remembered (``rounding_residual``), so that moving a key again and again adds up no errors.
+        A kept key moves up by as many positions as tokens after it go, in float32. The rounding residual, float32 key
+        minus stored key, is stored (``rounding_residual``), so that errors of repeated moves do not add up.
         """
         rope = self.find_rope()
         if rope is None or kept.positions.numel() == 0:

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from coldpress.architecture.offloaded import held
+from coldpress.architecture.offloaded import weight_of
 from coldpress.architecture.versions import check_versions
 from coldpress.errors import (
     DeviceError,
@@ -106,9 +106,9 @@ class LoadedModel:
         """A hash over names, shapes and some numbers of the weights: two models in folders of one name differ in it."""
         digest = hashlib.sha256()
         for name, weights in self.model.named_parameters():
-            if weights.is_meta:  # held elsewhere until its layer runs
+            if weights.is_meta:  # stored elsewhere until its layer runs
                 path, _, leaf = name.rpartition(".")
-                weights = held(self.model.get_submodule(path), leaf)
+                weights = weight_of(self.model.get_submodule(path), leaf)
             elif hasattr(weights, "full_tensor"):  # one process's part
                 weights = weights.full_tensor()
             some = weights.detach().flatten()[:64].cpu().double()

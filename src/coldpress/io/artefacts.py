@@ -1,4 +1,4 @@
-"""Artefacts: what was measured of a model once, on a text, and is used by presses ever after.
+"""Artefacts: tensors that were measured of a model once, on a text, for presses to use.
 
 One artefact is one safetensors file: named tensors, and what they were measured on. ``coldpress calibrate`` writes
 them to ``$COLDPRESS_ARTEFACTS``, or else to ``~/.cache/coldpress/artefacts``, as ``PRESS/MODEL.safetensors``.
@@ -37,7 +37,7 @@ _KEY = "coldpress"  # of our part of a file's metadata
 
 
 class Shape(NamedTuple):
-    """What a press can tell of the model it works for; None where the configuration does not say.
+    """Sizes of the model that a press works for; None where the configuration does not say.
 
     Attributes:
         name: hub id or folder that the model was loaded from; empty for a model made from a configuration.

@@ -16,12 +16,12 @@ _TRIES = 5
 
 
 def path_of(given: str | Path) -> Path:
-    """The path that a user gave; ``~`` is the home, and ``~name`` stays where there is nobody of that name."""
+    """The path that a user gave; ``~`` is the home, and ``~name`` is unchanged where there is no such user."""
     return Path(os.path.expanduser(given))
 
 
 def is_utf8(text: str) -> bool:
-    """Whether ``text`` can be written as UTF-8; names of files and arguments may hold other bytes."""
+    """Whether ``text`` can be written as UTF-8; names of files and arguments may have other bytes."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -30,7 +30,7 @@ def is_utf8(text: str) -> bool:
 
 
 def read_bytes(path: str | Path, limit: int = MAX_BYTES) -> bytes:
-    """What a file holds; a device or a pipe is read up to the limit, so that one without an end cannot fill the memory.
+    """The bytes of a file; a device or a pipe is read up to the limit, as one without an end would fill the memory.
 
     Raises:
         OSError: it cannot be read.
@@ -56,11 +56,11 @@ def read_text(path: str | Path, limit: int = MAX_BYTES) -> str:
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Have ``write`` fill a new file, and let it take the place of ``path``: whole or not at all.
 
-    The new file stands beside ``path`` under a name of its own, and is created by us: nobody's link is followed, and
+    The new file stands beside ``path`` under a name of its own, and is newly created: no link is followed, and
     two processes that write the same file do not meet.
 
     Args:
-        path: the file; its folder is made if need be. What was there before stays until the new file is on disk.
+        path: the file; its folder is made if need be. An older file is there until the new one is on disk.
         write: is given the path of an empty file.
 
     Raises:

@@ -71,7 +71,7 @@ def fetch_hub_file(repo: str, name: str) -> Path | None:
 
 
 def fetch_url(url: str, copy: Path) -> Path | None:
-    """The file at ``url``, kept at ``copy`` from then on; None if there is none.
+    """The file at ``url``, stored at ``copy`` from then on; None if there is none.
 
     Raises:
         UnreachableError: there is no copy yet and the place cannot be asked.

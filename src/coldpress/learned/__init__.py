@@ -1,1 +1,1 @@
-"""What was measured of a model or trained for it, and how a press finds it."""
+"""Artefacts that were measured of a model or trained for it, and how a press finds them."""

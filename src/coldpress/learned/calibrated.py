@@ -1,4 +1,4 @@
-"""Calibrated: what presses have in common that need an artefact of the model, and how it is looked up."""
+"""Calibrated: the base of presses that need an artefact of the model, and how it is looked up."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _LOADED: dict[Hashable, Artefact] = {}  # presses are immutable; what they have 
 
 
 class Calibration(Protocol):
-    """Takes a measurement of a model: is shown each layer after each sample."""
+    """A measurement of a model: is shown each layer after each sample."""
 
     def see(self, view: LayerView) -> None:
         """Look at one layer right after the prefill of a sample of one row."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """What was measured, on the CPU in float32; the first dimension is the layer."""
+        """The measured tensors, on the CPU in float32; the first dimension is the layer."""
 
 
 class Calibrated(BasePress):
@@ -43,10 +43,10 @@ class Calibrated(BasePress):
 
     Attributes:
         artefact: the press's name, which is also the folder of its artefacts.
-        holds: what an artefact holds, in a word.
+        holds: what an artefact has, in a word.
         parameter: the press's parameter that names one.
         published_names: what published files call their tensors, and what we call them.
-        between: the least and the largest number that an artefact may hold.
+        between: the least and the largest number that an artefact may have.
     """
 
     kind = "calibrated"
@@ -60,14 +60,14 @@ class Calibrated(BasePress):
 
     @abstractmethod
     def layer_shapes(self, shape: Shape) -> dict[str, tuple[int | None, ...]]:
-        """What each tensor of an artefact holds for one layer; None for a size that is not known."""
+        """Shape of each tensor of an artefact for one layer, by name; None for a size that is not known."""
 
     @abstractmethod
     def calibration(self) -> Calibration:
         """A new measurement."""
 
     def variant(self) -> str:
-        """Tells artefacts apart that a press has of one model."""
+        """The part of a file's name that tells a press's artefacts of one model apart."""
         return ""
 
     def repository(self, model: str) -> str | None:
@@ -109,7 +109,7 @@ class Calibrated(BasePress):
         return found
 
     def missing(self, shape: Shape, why: str) -> Artefact:
-        """Say that there is no artefact, and how to make one."""
+        """Raise that there is no artefact, and say how to make one."""
         name = type(self).__name__
         made = f"coldpress calibrate {self.artefact} --model {shape.name or 'MODEL'} --dataset wikitext"
         if not shape.name:
@@ -128,16 +128,16 @@ class Calibrated(BasePress):
         return self.look_up(shape)
 
     def of_layer(self, view: LayerView) -> dict[str, Tensor]:
-        """What the artefact holds for the layer and the heads of ``view``, on its device."""
-        held = {}
+        """The artefact's tensors for the layer and the heads of ``view``, on its device."""
+        found = {}
         for name, tensor in self.of_model(view).on(view.keys.device).items():
             index: Any = view.layer_idx if len(tensor) == view.n_layers else getattr(view.module, "layer_idx", None)
             own = tensor[index]
             if view.whole is not None:
                 n = own.shape[0] // view.whole.keys.shape[1]  # 1, or the query heads of a KV head
                 own = own[view.row_head[1] * n : (view.row_head[1] + 1) * n]
-            held[name] = own
-        return held
+            found[name] = own
+        return found
 
     def prepared(self: _C, model: PreTrainedModel, tokenizer: Any = None) -> _C:
         if self.needs_artefact():

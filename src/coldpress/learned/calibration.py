@@ -1,4 +1,4 @@
-"""Run a model over samples of a text and let a press measure what it needs of it."""
+"""Calibration: run a model over samples of a text, and let a press measure its artefact."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def calibrate(
     samples: Sequence[Tensor],
     progress: Callable[[Sequence[Tensor]], Iterable[Tensor]] = iter,
 ) -> dict[str, Tensor]:
-    """What ``press`` needs of ``model``, measured on ``samples``.
+    """The artefact that ``press`` needs of ``model``, measured on ``samples``.
 
     Args:
         press: says what is measured.

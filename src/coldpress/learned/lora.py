@@ -40,7 +40,7 @@ _KEY = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 
 @dataclass(frozen=True, eq=False)
 class Lora:
-    """What is added to linear layers: ``y + scale * B (A x)``, with the sum of A and B in float32.
+    """An addition to linear layers: ``y + scale * B (A x)``, with the sum of A and B in float32.
 
     Attributes:
         parts: the module's name in the file -> A ``[r, in]``, B ``[out, r]``, scale.
@@ -133,7 +133,7 @@ class Lora:
 
 
 def read_tensors(press: BasePress, path: Path) -> dict[str, Tensor]:
-    """What a file of safetensors holds, on the CPU; the same tensors again while the file does not change.
+    """The tensors in a file of safetensors, on the CPU; the same tensors again while the file does not change.
 
     Raises:
         PressError: it is damaged.

@@ -13,7 +13,7 @@ __all__ = ["damaged", "model_name", "published_file"]
 
 
 def model_name(press: BasePress, config: object) -> str:
-    """What the model of ``config`` is called on the hub, without its owner: how weights trained for it are found.
+    """The name of the model of ``config`` on the hub, without its owner: weights trained for it are found by it.
 
     Raises:
         PressError: the model was not loaded from anywhere.
@@ -62,7 +62,7 @@ def published_file(press: BasePress, repo: str, name: str, weights: str | None) 
 
 
 def damaged(press: BasePress, path: Path, reason: object) -> PressError:
-    """What to raise where a file of weights cannot be what it should be."""
+    """The error for a file of weights that is damaged or of something else."""
     return PressError(
         f"{type(press).__name__}: {path} is damaged or holds something else ({' '.join(str(reason).split())[:200]}); "
         "fetch it again."

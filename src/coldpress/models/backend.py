@@ -7,7 +7,7 @@ transformers knows it by three names, for ``attn_implementation=`` and ``set_att
     "coldpress_fa2"    flash-attention 2 where no mask is needed, scaled_dot_product_attention elsewhere
 
 With a PressedCache the mask function hands the 2-D padding mask through, and the backend builds what it needs: stored
-slots are visible where they hold something, new tokens in causal order, sliding windows by position. With any other
+slots are visible where they are in use, new tokens in causal order, sliding windows by position. With any other
 cache, or none, both functions hand the call on to transformers' own, so the model computes what it did before.
 
 Soft caps and attention sinks are known to the model's own eager function only, so models that have them run on that
@@ -45,7 +45,7 @@ _PLAIN = ("sdpa", "flash_attention_2")  # arithmetic that is a softmax and nothi
 
 
 def register() -> None:
-    """Make the backends known to transformers, in the place of what ``registration.py`` says before there is need.
+    """Register the backends with transformers, instead of the stand-ins of ``registration.py``.
 
     Changes nothing for models that do not ask for them.
     """
@@ -58,7 +58,7 @@ def register() -> None:
 
 
 def mask(native: str, *args: Any, **kwargs: Any) -> Any:
-    """What a model calls for a mask."""
+    """The mask of a call, as a model asks for it."""
     if torch.compiler.is_compiling() and THREAD.masks_for is not None:
         return _masked_outside(native, *args, **kwargs)
     return _masked(native, *args, **kwargs)
@@ -117,7 +117,7 @@ def attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> Attended:
-    """What a model calls for one layer: ``query [B, Hq, Q, D]``, ``key`` and ``value [B, Hkv, T, D]``, both final."""
+    """Attention of one layer of a model: ``query [B, Hq, Q, D]``, ``key`` and ``value [B, Hkv, T, D]``, both final."""
     if torch.compiler.is_compiling() and attention_mask is not None and attention_mask.dtype == torch.uint8:
         return _in_step(native, module, query, key, value, attention_mask, scaling, dropout, **kwargs)
     attend = _attended_outside if torch.compiler.is_compiling() and THREAD.updated is not None else _attended
@@ -211,7 +211,7 @@ def _in_step(
 
 
 def _hidden_states(module: nn.Module) -> Tensor | None:
-    """What ``module`` was given in this call, if a press has asked to see it."""
+    """The hidden states that ``module`` was given in this call, if a press needs them."""
     seen, THREAD.hidden_states = THREAD.hidden_states, None
     return seen[1] if seen is not None and seen[0] is module else None
 

@@ -86,7 +86,7 @@ def pressed(model: nn.Module, press: Press) -> Iterator[None]:
             if parameter.kind is parameter.VAR_KEYWORD:
                 given |= given.pop(parameter.name, {})
         cache, use_cache = given_cache(given), given.get("use_cache")
-        prefill.here.caches = ()  # those of this call alone, so that the block holds on to no other
+        prefill.here.caches = ()  # those of this call alone, so that the block refers to no other
         if cache is not None:
             prefill.here.caches = (_bind(cache, press, bound),)
             block.sessions.add(prefill.here.caches[0].session)
@@ -155,7 +155,7 @@ class _Block:
         )
 
     def watch(self, module: nn.Module) -> None:
-        """``module`` has run, or attends without a pressed cache, whether or not the model's forward was called."""
+        """Note that ``module`` has run, or attends without a pressed cache, with or without the model's forward."""
         if not self.has_run and module in self._modules and self.holds():
             self.has_run = True
 
@@ -208,7 +208,7 @@ def _looks_inside(press: Press) -> bool:
 
 
 class _Here(threading.local):
-    """What one thread does inside a block."""
+    """The state of one thread inside a block."""
 
     caches: tuple[PressedCache, ...] = ()  # that the call of the model fills
     under_way: list[PressedCache] = []  # noqa: RUF012 (never changed in place): those of them that were empty
@@ -279,7 +279,7 @@ class _Prefill:
                 cache.session.error = error
 
     def _begin(self, caches: list[PressedCache], ids: Tensor | None) -> None:
-        """``caches`` are filled from ``ids`` now, and those of an earlier call no longer, even if it failed."""
+        """Fill ``caches`` from ``ids`` from now on, and those of an earlier call no longer, even if it failed."""
         for cache in self.here.under_way:
             cache.session.token_ids = None
         self.here.under_way = caches
@@ -312,7 +312,7 @@ class _Prefill:
                 cache.session.error = error
                 if self.raises:
                     raise
-                traceback.clear_frames(error.__traceback__)  # they hold tensors that the others may need room for
+                traceback.clear_frames(error.__traceback__)  # their tensors fill memory that the others need
             finally:
                 self.here.is_finishing = False
                 THREAD.hidden_states = None
@@ -366,7 +366,7 @@ def _bind(cache: Any, press: Press, bound: list[Session]) -> PressedCache:
 
 
 def _adopt(cache: Any) -> Session:
-    """Replace the layers of a DynamicCache that hold keys and values by layers that can be compressed."""
+    """Replace the layers of a DynamicCache with keys and values by layers that can be compressed."""
     if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
         raise CacheError(
             f"A press compresses a PressedCache or a plain DynamicCache, not {type(cache).__name__}. "

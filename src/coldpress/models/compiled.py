@@ -1,4 +1,4 @@
-"""``with coldpress.compiled(model):`` decode by a step that torch.compile has made, over buffers whose shapes stay.
+"""``with coldpress.compiled(model):`` decode by a step that torch.compile has made, over buffers of fixed shape.
 
 The step is one forward of the model for one token of each row. It writes the new pairs into the cache's own buffers, at
 a slot that is a tensor, and hides the slots that are empty; so no shape changes from token to token, and the cache is
@@ -66,8 +66,8 @@ def compiled(model: nn.Module, new_tokens: int = 256) -> Iterator[None]:
     Raises:
         ModelError: sliding windows, soft caps, attention sinks, rotary frequencies that depend on the length of the
             text, weights that are spread over devices, or something that torch.compile cannot compile.
-        CacheError: at the call, a cache whose heads hold different numbers of pairs, in few bits or fewer channels, one
-            with padding, with a press that goes on while decoding, or one that is no PressedCache.
+        CacheError: at the call, a cache whose heads store different numbers of pairs, in few bits or fewer channels,
+            one with padding, with a press that goes on while decoding, or one that is no PressedCache.
     """
     if isinstance(new_tokens, bool) or not isinstance(new_tokens, int) or new_tokens < 1:
         raise CacheError(f"new_tokens must be a whole number from 1 on, got {new_tokens!r}.")
@@ -107,7 +107,7 @@ def _check_model(model: PreTrainedModel) -> None:
 
 
 class _Decoder:
-    """Takes the place of the forward of one model, for the threads of one block."""
+    """The forward of one model in the threads of one block, instead of its own."""
 
     def __init__(self, model: PreTrainedModel, new_tokens: int):
         self.model, self.new_tokens, self.scope = model, new_tokens, Scope()
@@ -197,7 +197,7 @@ class _Decoder:
             store = layer.slots.store
             if not isinstance(store, DenseStore) or not store.is_plain or layer.slots.has_gaps:
                 raise CacheError(
-                    "compiled() needs heads that hold equally many pairs, as they are: not AdaKV and its kind, padded "
+                    "compiled() needs heads that store equally many pairs, as they are: not AdaKV and its kind, padded "
                     "batches, kv_bits or ThinK. Leave compiled() out, or take a press that keeps as many in each head."
                 )
             if layer.slots.has(BIAS.name):
@@ -214,7 +214,7 @@ class _Decoder:
 
 
 def _prepare(store: DenseStore) -> None:
-    """Empty slots are hidden, but what they hold is multiplied by zero: it has to be finite."""
+    """Fill empty slots with zeros: they are hidden, but multiplied by zero, so they have to be finite."""
     for buffer in store.tensors():
         buffer[:, :, store.n :] = 0
         if buffer.device.type == "cuda":
@@ -252,7 +252,7 @@ def _step(
 
 
 class _StepCache(Cache):
-    """What the model takes for a cache: it writes one pair per head and hands out whole buffers."""
+    """A cache to the model: it writes one pair per head and returns whole buffers."""
 
     def __init__(self, keys: list[Tensor], values: list[Tensor], at: Tensor):
         self.layers: list[Any] = []
@@ -267,7 +267,7 @@ class _StepCache(Cache):
         return keys, values
 
     def get_seq_length(self, *args: Any) -> int:
-        return 0  # nobody needs it: positions and mask are given
+        return 0  # not needed: positions and mask are given
 
     def get_mask_sizes(self, *args: Any) -> tuple[int, int]:
         return self.all_keys[0].shape[2], 0
@@ -302,7 +302,7 @@ class OneRow(TorchFunctionMode):
 
 @contextmanager
 def by_columns(model: PreTrainedModel) -> Iterator[None]:
-    """The weights of linear layers lie in memory by columns; afterwards, as they lay before."""
+    """Store the weights of linear layers by columns inside the block; afterwards as before."""
     weights = {id(m.weight): m.weight for m in model.modules() if type(m) is nn.Linear and m.weight.dtype in _DTYPES}
     moved = []
     try:

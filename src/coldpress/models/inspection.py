@@ -1,4 +1,4 @@
-"""Which tokens of a text are left in which layers and heads, as tensors and as a page to look at."""
+"""Inspection: which tokens of a text a press keeps in which layers and heads, as tensors and as a page."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MOST_PRESSES = 2  # that a page has room for
 
 @dataclass(frozen=True, eq=False)
 class _Survivors:
-    """What one press has left."""
+    """The pairs that one press has kept."""
 
     press: Press
     name: str
@@ -54,8 +54,8 @@ class Inspection:
         ids: the tokens.
         ends: for each token, where its part of ``text`` ends; a part begins where the one before ends, and tokens that
             are parts of one character have one end.
-        heads: for each layer, how many heads hold pairs that a press chose among; 0 where it was shown none.
-        kinds: for each layer, what it holds instead, such as ``sliding window``; an empty text where heads are given.
+        heads: for each layer, how many heads store pairs that a press chose among; 0 where it was shown none.
+        kinds: for each layer, what it stores instead, such as ``sliding window``; an empty text where heads are given.
         presses: what was inspected.
     """
 
@@ -72,7 +72,7 @@ class Inspection:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What the presses are called on the page."""
+        """Names of the presses on the page."""
         return tuple(own.name for own in self.found)
 
     def _of(self, press: Press | int) -> _Survivors:
@@ -159,7 +159,7 @@ class Inspection:
         return re.sub(r"\{\{(title|data)\}\}", lambda found: parts[found[1]], page)
 
     def _data(self, title: str, facts: Sequence[str]) -> dict[str, Any]:
-        """What the page is given. Bits and numbers are base64, lowest bit and byte first; places count UTF-16 units."""
+        """The data of the page. Bits and numbers are base64, lowest bit and byte first; places count UTF-16 units."""
         units = [0, *itertools.accumulate(1 + (char > "\uffff") for char in self.text)]
         return {
             "title": title,
@@ -195,7 +195,7 @@ def inspect(
     chunk_tokens: int | None = None,
     names: Sequence[str] = (),
 ) -> Inspection:
-    """Have the model read a text, and look which of its tokens each press keeps after that.
+    """Have the model read a text, and report which of its tokens each press keeps.
 
     ::
 
@@ -207,7 +207,7 @@ def inspect(
     tokens.
 
     Args:
-        model: a causal language model; it stays on coldpress's attention backend.
+        model: a causal language model; it remains on coldpress's attention backend.
         tokenizer: the model's, a fast one.
         text: what to read.
         presses: one or two.
@@ -235,13 +235,13 @@ def inspect(
     pressed = caches[-len(presses) :]
     n_layers = max(len(cache.layers) for cache in caches)
     kinds = tuple(_kind([cache.layers[i] for cache in caches if i < len(cache.layers)]) for i in range(n_layers))
-    held = {i: [cache.positions(i)[0].cpu() for cache in pressed] for i, kind in enumerate(kinds) if not kind}
-    if not held:
+    stored = {i: [cache.positions(i)[0].cpu() for cache in pressed] for i, kind in enumerate(kinds) if not kind}
+    if not stored:
         raise ModelError("No layer of this model holds pairs that a press could choose among.")
-    heads = tuple(len(held[i][0]) if i in held else 0 for i in range(n_layers))
+    heads = tuple(len(stored[i][0]) if i in stored else 0 for i in range(n_layers))
     found = []
     for i, (press, cache) in enumerate(zip(presses, pressed, strict=True)):
-        kept, pairs = _kept(n_layers, max(heads), len(ids), {layer: held[layer][i] for layer in held})
+        kept, pairs = _kept(n_layers, max(heads), len(ids), {layer: stored[layer][i] for layer in stored})
         name = names[i] if names else _name(press)
         n_before = sum(layer.n_pairs[0] for layer in cache.pressed_layers())
         found.append(_Survivors(press, name, kept, pairs, n_before, cache.achieved_ratio()))
@@ -249,7 +249,7 @@ def inspect(
 
 
 def _name(press: Press) -> str:
-    """The class, and how much is kept."""
+    """Name of a press: its class, and how much is kept."""
     name, ratio = type(press).__name__, getattr(press, "compression_ratio", 0.0)
     budgets = [f", {size} {unit}" for unit in ("tokens", "bytes") if (size := getattr(press, f"budget_{unit}", None))]
     return name + "".join(budgets) + (f" {ratio:g}" if ratio else "")
@@ -273,7 +273,7 @@ def _tokenize(tokenizer: Any, text: str, limit: int | None) -> tuple[list[int], 
     """The tokens of ``text``, and where each one's part of it ends.
 
     A part begins where the one before ends: what a tokenizer counts to none, such as the space before a word, belongs
-    to the token after it. Tokens that hold bytes of one character share its part.
+    to the token after it. Tokens of bytes of one character share its part.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError("This tokenizer does not say where its tokens are in a text; a fast one is needed.")
@@ -314,7 +314,7 @@ def _prefilled(
 
 
 def _kind(layers: list[Any]) -> str:
-    """What a layer that no press is shown holds instead; an empty text for the others.
+    """What a layer that no press is shown stores instead; an empty text for the others.
 
     Args:
         layers: that layer of each cache, the one that the model itself has filled first.
@@ -328,15 +328,15 @@ def _kind(layers: list[Any]) -> str:
     return ""
 
 
-def _kept(n_layers: int, n_heads: int, n_tokens: int, held: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
+def _kept(n_layers: int, n_heads: int, n_tokens: int, stored: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
     """Kept tokens, bool ``[layers, heads, tokens]``, and stored pairs, int64 ``[layers, heads]``.
 
     Args:
-        held: for each layer that the press was shown, positions ``[heads, T]``; -1 in empty slots.
+        stored: for each layer that the press was shown, positions ``[heads, T]``; -1 in empty slots.
     """
     kept = torch.zeros(n_layers, n_heads, n_tokens + 1, dtype=torch.bool)
     pairs = torch.zeros(n_layers, n_heads, dtype=torch.long)
-    for layer, positions in held.items():
+    for layer, positions in stored.items():
         at = positions.masked_fill(positions < 0, n_tokens)  # the empty slots: one more token, cut off below
         kept[layer, : len(at)].scatter_(1, at, True)
         pairs[layer, : len(at)] = (positions >= 0).sum(-1)
@@ -348,6 +348,6 @@ def _base64(numbers: Any) -> str:
 
 
 def _script_json(data: Any) -> str:
-    """JSON that is plain ASCII and holds nothing that ends or changes the script element around it."""
+    """JSON that is plain ASCII and has nothing that ends or changes the script element around it."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

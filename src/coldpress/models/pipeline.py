@@ -74,7 +74,7 @@ _REFUSED = {
 
 
 def register() -> None:
-    """Make the task known to ``transformers.pipeline``."""
+    """Register the task with ``transformers.pipeline``."""
     for task in TASKS:
         PIPELINE_REGISTRY.register_pipeline(
             task, KVPressTextGenerationPipeline, pt_model=AutoModelForCausalLM, type="text"
@@ -98,9 +98,9 @@ class KVPressTextGenerationPipeline(Pipeline):
 
         pipe(question="Who?", cache=PressedCache.load("context.safetensors", pipe.model))["answer"]
 
-    Args (of a call; those of the constructor hold for every call):
+    Args (of a call; those of the constructor apply to every call):
         context: a text, or a list of texts that are answered one after the other; left out, or None, where the cache
-            holds the context already.
+            stores the context already.
         question, questions: one question or several; none asks the model to go on with the context.
         answer_prefix: put before each answer, and not part of what is returned.
         press: what compresses the context; None keeps it whole. One that goes on while decoding (DecodingPress, or
@@ -109,10 +109,10 @@ class KVPressTextGenerationPipeline(Pipeline):
         max_context_length: the context's tokens after this many are cut off, with a warning; default: the tokenizer's
             or the model's maximum, less room for the longest question and answer.
         enable_thinking: handed to the chat template.
-        cache: a PressedCache, empty or holding a compressed context of an earlier call (then ``context`` goes on from
-            there); after the call it holds the context and no answer. One with ``chunk_tokens`` reads the context in
+        cache: a PressedCache, empty or with a compressed context of an earlier call (then ``context`` goes on from
+            there); after the call it stores the context and no answer. One with ``chunk_tokens`` reads the context in
             pieces, and compresses after each.
-        kv_bits: 8, 4 or 2, or a KVBits: hold what is kept of the context, and what is answered, in so few bits. It
+        kv_bits: 8, 4 or 2, or a KVBits: store what is kept of the context, and what is answered, in so few bits. It
             takes the place of kvpress's cache=QuantizedCache(...); with cache=, give it to that PressedCache instead.
         streamer and any option of ``generate``: passed on to it; decoding is greedy unless they say otherwise. Unknown
             options, and those that a compressed context rules out, are refused.
@@ -194,7 +194,7 @@ class KVPressTextGenerationPipeline(Pipeline):
             if rendered.count(separator) != 1:
                 raise InputError("The tokenizer's chat template does not hold the user's text once, as it is.")
             before, after = rendered.split(separator)
-            before = before if context else ""  # the cache holds the beginning of the turn
+            before = before if context else ""  # the cache stores the beginning of the turn
 
         def encode(text: str) -> Tensor:
             ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -292,7 +292,7 @@ class KVPressTextGenerationPipeline(Pipeline):
                     )
             context = question.new_zeros(1, cache.seen_tokens)
         ids = torch.cat([context, question], 1)
-        branch = cache.fork()  # the answer grows on a branch, and the context stays as it is for the next question
+        branch = cache.fork()  # the answer grows on a branch, and the context is unchanged for the next question
         branch.batch_repeat_interleave(config.num_beams or 1)
         stand_at(self.model, cache.seen_tokens)  # an answer does not depend on questions before it
         output = self.model.generate(
@@ -339,7 +339,7 @@ def _check_config(config: Any, own: Any) -> None:
 
 
 def _check_options(options: dict[str, Any]) -> None:
-    """Refuse what is unknown or cannot be meant, before the context is read."""
+    """Refuse unknown options, and values and combinations that are invalid, before the context is read."""
     allowed = [name for name in (*_OWN, *_PASSED_ON, *_generation_options()) if name not in _REFUSED]
     for name in options:
         if name in _REFUSED:
@@ -362,7 +362,7 @@ def _check_options(options: dict[str, Any]) -> None:
         raise CacheError(f"cache must be a coldpress.PressedCache, not {type(cache).__name__}.{_instead_of(cache)}")
     if cache is not None and kv_bits not in (None, cache.kv_bits):
         raise CacheError(
-            "The cache says how its pairs are held: give kv_bits to the PressedCache, or leave cache= out."
+            "The cache says how its pairs are stored: give kv_bits to the PressedCache, or leave cache= out."
         )
     for name in ("max_new_tokens", "max_context_length"):
         value = options.get(name)
@@ -371,14 +371,14 @@ def _check_options(options: dict[str, Any]) -> None:
 
 
 def _instead_of(cache: Any) -> str:
-    """What to give instead of a quantised cache of transformers, in the bits and groups that it was made with."""
+    """Advice what to give instead of a quantised cache of transformers, with its bits and groups."""
     if not isinstance(cache, QuantizedCache):
         return ""
     layer = next(iter(getattr(cache, "layers", ())), None)
     bits, size, newest = (getattr(layer, name, None) for name in ("nbits", "q_group_size", "residual_length"))
     if bits not in BITS:
         return (
-            " To hold what is kept in few bits, give kv_bits=4 (or 8, or 2) instead; the press scores full precision."
+            " To store what is kept in few bits, give kv_bits=4 (or 8, or 2) instead; the press scores full precision."
         )
     return (
         f" Give kv_bits=coldpress.KVBits({bits}, group_size={size}, residual_tokens={newest}) instead: the press "
@@ -388,7 +388,7 @@ def _instead_of(cache: Any) -> str:
 
 @functools.cache
 def _generation_options() -> tuple[str, ...]:
-    """Everything that transformers knows as an option of ``generate``."""
+    """The options of ``generate`` that transformers knows."""
     names = [name for name in vars(GenerationConfig()) if not name.startswith("_") and name != "transformers_version"]
     return (
         *names,

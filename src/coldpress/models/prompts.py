@@ -25,7 +25,7 @@ def pieces(n_tokens: int, chunk_tokens: int | None) -> list[tuple[int, int]]:
     """Where a prompt is cut: first token of each piece, and of what follows; one piece without ``chunk_tokens``.
 
     Counted from the end, so that what is left over comes first: rows of a batch that are padded on the left are then
-    cut where they would be cut alone, and the last piece, whose queries judge what stays, is a whole one.
+    cut where they would be cut alone, and the last piece, whose queries judge which pairs are kept, is a whole one.
     """
     if chunk_tokens is None or n_tokens <= chunk_tokens:
         return [(0, n_tokens)]
@@ -64,7 +64,7 @@ def prefill(
         What the model returns for the last piece, with the logits of its last token if it has a head.
 
     Raises:
-        CacheError: the cache holds tokens already.
+        CacheError: the cache stores tokens already.
         InputError: the prompt has no tokens, or the mask has another shape.
     """
     if cache.seen_tokens:

@@ -1,4 +1,4 @@
-"""Which threads a block such as ``with press(model):`` holds for."""
+"""Scope: the threads that a block such as ``with press(model):`` holds for."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ __all__ = ["refuse", "underlying", "use_coldpress"]
 _FROM_NATIVE = {native: ours for ours, native in BACKENDS.items()} | {"flex_attention": "coldpress"}
 
 
-# of transformers' own layers of a cache, those that hold keys and values, a state, or nothing
+# of transformers' own layers of a cache, those with keys and values, with a state, or empty
 _LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer", "LinearAttentionLayer", "DummyLayer")
 
 
@@ -86,7 +86,7 @@ def refuse(config: Any, name: str) -> None:
         raise ModelError(f"{name} attends within fixed chunks, which coldpress does not support yet.")
     if getattr(config, "num_kv_shared_layers", None) or getattr(config, "kv_sharing_modes", None):
         raise ModelError(f"{name} has layers that read another layer's cache, which coldpress does not support yet.")
-    layers = {type(layer) for layer in DynamicCache(config=config).layers}  # what transformers would hold
+    layers = {type(layer) for layer in DynamicCache(config=config).layers}  # layers of transformers' own cache
     others = sorted(layer.__name__ for layer in layers if layer.__name__ not in _LAYERS)
     if others:
         raise ModelError(

@@ -12,7 +12,7 @@ from coldpress.bases.registry import register
 from coldpress.bases.wrapper import WrapperPress
 from coldpress.core.choice import select
 from coldpress.core.column import PINNED
-from coldpress.core.forced import as_far_as, must_stay
+from coldpress.core.forced import as_far_as, must_keep
 from coldpress.core.requirements import SCORER
 from coldpress.core.view import LayerView
 from coldpress.presses.keydiff import KeyDiffPress
@@ -23,8 +23,8 @@ from coldpress.presses.keydiff import KeyDiffPress
 class BlockPress(WrapperPress):
     """Keep what survives when the text arrives block by block and the budget is restored after each block.
 
-    With n the number that the inner press keeps: the first n tokens are held; then, for each block of block_size
-    tokens, the inner press scores what is held together with the block, and the n best are held on. It sees the queries
+    With n the number that the inner press keeps: the first n tokens are kept; then, for each block of block_size
+    tokens, the inner press scores what is kept together with the block, and keeps the n best. It sees the queries
     of the block, as it would if the blocks came one after the other, and keys at their own positions.
 
     Source: Park et al. 2025, arXiv:2504.15364, section 3.3 (block prompt processing). Differs from the paper: the
@@ -50,13 +50,13 @@ class BlockPress(WrapperPress):
     def chosen(self, view: LayerView, n_keep: int, must: Tensor) -> Tensor:
         n_tokens, protected = view.n_tokens, self.protected(view)
         text = torch.arange(n_tokens, device=view.keys.device).expand(view.keys.shape[:3])
-        held = text[..., :n_keep]
+        kept = text[..., :n_keep]
         for start in range(n_keep, n_tokens, self.block_size):
             stop = min(start + self.block_size, n_tokens)
-            candidates = torch.cat([held, text[..., start:stop]], dim=-1)
+            candidates = torch.cat([kept, text[..., start:stop]], dim=-1)
             then = view.among(candidates, stop, stop - start)
             assert then.positions is not None
-            both = must_stay(then.positions, then.end, protected, n_keep, n_gone=view.first_position)
+            both = must_keep(then.positions, then.end, protected, n_keep, n_gone=view.first_position)
             must = as_far_as(then.columns.get(PINNED), both, n_keep)
-            held = candidates.gather(2, select(self.scores(then), n_keep, must))
-        return held
+            kept = candidates.gather(2, select(self.scores(then), n_keep, must))
+        return kept

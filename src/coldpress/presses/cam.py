@@ -1,4 +1,4 @@
-"""CaM: before a value is evicted while decoding, it may be shared out among those that stay."""
+"""CaM: before a value is evicted while decoding, it may be added to kept values."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from coldpress.presses.decoding import DecodingPress
 
 @dataclass(frozen=True)
 class CAMPress(DecodingPress):
-    """As DecodingPress; of each pair that is evicted, the value may be added to the values that follow and stay.
+    """As DecodingPress; of each pair that is evicted, the value may be added to the kept values that follow.
 
     With A[t] the attention that token t of a head received while decoding (summed over steps, mean over the group's
     heads): of the pairs of a head that are evicted, the best-scored ones, as many as tokens have come since the last
     time (of equal scores the later ones), are merged with probability min(1, A[t] / mean of A over J), J the
     merge_budget kept tokens next after t, or as many as there are. Then v[t] / |J| is added to every value of J. Keys
-    stay as they are.
+    are unchanged.
 
     Source: Zhang et al. 2024, https://openreview.net/forum?id=LCTmppB165, equations 5 to 7. Differs from the paper:
     pairs are evicted every compression_interval tokens together, at 1 as in the paper. Differs from kvpress: each head
@@ -60,13 +60,13 @@ class CAMPress(DecodingPress):
         generator = torch.Generator()
         seed = (view.seed + 1_009 * view.layer_idx + 1_000_003 * view.end) % 2**63
         for row, head in itertools.product(*(range(n) for n in chosen.shape[:2])):
-            n_held = view.n_tokens if view.counts is None else int(view.counts[row, head])
+            n_stored = view.n_tokens if view.counts is None else int(view.counts[row, head])
             if head == 0:  # every row draws what it draws alone
                 generator.manual_seed(seed)
             kept = chosen[row, head][chosen[row, head] >= 0]
             if not len(kept):  # heads that share a budget may be left with nothing
                 continue
-            is_evicted = torch.ones(n_held, dtype=torch.bool, device=kept.device).index_fill(0, kept, False)
+            is_evicted = torch.ones(n_stored, dtype=torch.bool, device=kept.device).index_fill(0, kept, False)
             evicted = is_evicted.nonzero()[:, 0].flip(0)  # the later ones first
             best = scores[row, head, evicted].argsort(descending=True, stable=True)[:n_new]
             added = self._shares(received[row, head], values[row, head], evicted[best], kept, generator)

@@ -1,4 +1,4 @@
-"""ChunkKV: chunks of neighbouring tokens stay or go together."""
+"""ChunkKV: chunks of neighbouring tokens are kept or evicted together."""
 
 from __future__ import annotations
 

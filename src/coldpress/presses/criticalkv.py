@@ -100,7 +100,7 @@ class CriticalAdaKVPress(AdaKVPress):
 
 
 def _two_stages(view: LayerView, scores: Tensor, first: int | Tensor, epsilon: float, must: Tensor) -> Tensor:
-    """Infinity where tokens must stay and for the ``first`` best (a number, or ``[B, Hkv]``); weighted scores else."""
+    """Infinity where tokens must be kept, and the ``first`` best (a number, or ``[B, Hkv]``); weighted scores else."""
     is_first = best(view.guard(scores, must), first)
     weighted = (scores + epsilon) * view.projected_value_norms()
     return view.guard(weighted.masked_fill(is_first, torch.inf), must)

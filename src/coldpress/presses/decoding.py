@@ -32,8 +32,8 @@ class DecodingPress(BasePress):
     """Keep everything of the prompt; while decoding, cut the cache back to a fixed size every few tokens.
 
     Each time that compression_interval tokens have come since the last time, the base press chooses target_size pairs
-    of those that are held, on average over heads and layers. In between the new tokens are kept, so that, once it was
-    first cut back, a layer never holds more than target_size + compression_interval - 1 tokens after a step. Pairs are
+    of those that are stored, on average over heads and layers. In between the new tokens are kept, so that, once it was
+    first cut back, a layer never stores more than target_size + compression_interval - 1 tokens after a step. Pairs are
     stored in the order of the text, sinks and recent tokens are found by their positions, and queries are those of the
     newest tokens at the positions where they were made, whatever has been evicted since.
 

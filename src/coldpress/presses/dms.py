@@ -34,7 +34,7 @@ class DMSPress(BasePress):
     Source: the inference of Dynamic Memory Sparsification, Łańcucki et al. 2025, arXiv:2506.05345, section 3; with
     KVzap, Jegou and Jeblick 2026, arXiv:2601.07891. Differs from the paper: any scorer instead of trained decisions,
     taken after a dense prefill. Differs from kvpress: evicted pairs leave memory instead of being masked; what the
-    inner press protects stays; scorers that compare tokens with each other are refused with decoding=True, where
+    inner press protects is kept; scorers that compare tokens with each other are refused with decoding=True, where
     kvpress lets them compare the new tokens of one call only (KeyDiff gives every single token the same score). The
     schedule is kvpress's: scored on arrival, evicted on leaving the window, after the call in which that happens.
 
@@ -80,9 +80,9 @@ class DMSPress(BasePress):
 
     def judge(self, view: LayerView) -> Tensor:
         assert self.threshold is not None
-        stays = checked(self.press.scores(view)) >= self.threshold  # [B, Hkv, n]
+        is_kept = checked(self.press.scores(view)) >= self.threshold  # [B, Hkv, n]
         n_sink, _ = self.press.protected(view)
-        return stays | forced(view, (n_sink, 0))
+        return is_kept | forced(view, (n_sink, 0))
 
     def compress(self, view: LayerView) -> Kept | None:
         must = forced(view, self.press.protected(view), grace=self.sliding_window_size)

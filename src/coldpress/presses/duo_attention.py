@@ -72,8 +72,8 @@ class DuoAttentionPress(Calibrated):
     samples. It is near 1 for a head that looks far back, and near 0 for one that looks at recent tokens only.
 
     Source: Xiao et al. 2024, arXiv:2410.10819, section 2.3. Differs from the paper: the prompt's own attention is
-    complete in all heads, and next tokens stay in the streaming heads. Differs from kvpress: evicted pairs leave memory
-    instead of being masked; a text shorter than both ends stays as it is; all six published patterns are found;
+    complete in all heads, and next tokens are stored in the streaming heads. Differs from kvpress: evicted pairs leave
+    memory instead of being masked; a text shorter than both ends is kept whole; all six published patterns are found;
     on_the_fly_scoring takes what was measured beforehand.
 
     Needs: a pattern of the model. Cost: none beside copying what is kept.

@@ -1,4 +1,4 @@
-"""Entropy-gated ChunkKV: chunks stay whole only where their score is not the work of a token or two."""
+"""Entropy-gated ChunkKV: chunks are kept whole only where their score is not the work of a token or two."""
 
 from __future__ import annotations
 

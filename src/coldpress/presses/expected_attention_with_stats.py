@@ -57,8 +57,8 @@ class ExpectedAttentionStatsPress(Calibrated, ExpectedAttentionPress):
             raise PressError(f"ExpectedAttentionStatsPress: dataset_name must be a name, got {self.dataset_name!r}.")
 
     def statistics(self, view: LayerView) -> tuple[Tensor, Tensor | None]:
-        held = self.of_layer(view)
-        return held["mean"][None, :, None], held["covariance"][None] if self.use_covariance else None
+        own = self.of_layer(view)
+        return own["mean"][None, :, None], own["covariance"][None] if self.use_covariance else None
 
     def layer_shapes(self, shape: Shape) -> dict[str, tuple[int | None, ...]]:
         return {

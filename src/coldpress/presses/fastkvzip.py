@@ -49,7 +49,7 @@ class FastKVzipPress(BudgetPress):
     every row of a batch has its own budget; padding has no score; gates are computed in float32 after the projections.
 
     Needs: hidden states of the prefill, and trained gates: those published in Jang-Hyun/Fast-KVzip, or yours. Cost:
-    O(T * hidden * 16 * Hq) per layer; all pairs are held until the prefill is over.
+    O(T * hidden * 16 * Hq) per layer; all pairs are stored until the prefill is over.
 
     Args:
         compression_ratio: fraction of the pairs to remove, in [0, 1), over all layers and heads.
@@ -112,21 +112,21 @@ class FastKVzipPress(BudgetPress):
                 carried = layer.carried()
                 assert carried is not None
                 scores.append(carried[row : row + 1].nan_to_num(-torch.inf, torch.inf, -torch.inf))  # NaN: empty slots
-            n_held = int((layers[0].positions()[row, 0] >= 0).sum())
+            n_stored = int((layers[0].positions()[row, 0] >= 0).sum())
             for of_layer, chosen in zip(
-                slots, self._chosen(scores, n_held, layers[0].keys, layers[0].values), strict=True
+                slots, self._chosen(scores, n_stored, layers[0].keys, layers[0].values), strict=True
             ):
                 of_layer.append(chosen)
         for layer, rows in zip(layers, slots, strict=True):
             longest = max(part.shape[1] for part in rows)
             layer.keep(torch.stack([torch.nn.functional.pad(p, (0, longest - p.shape[1]), value=-1) for p in rows]))
 
-    def _chosen(self, scores: list[Tensor], n_held: int, keys: Tensor | None, values: Tensor | None) -> list[Tensor]:
-        """Slots that one row keeps in each layer, ``[Hkv, n]``, of the ``n_held`` that it has in every head."""
+    def _chosen(self, scores: list[Tensor], n_stored: int, keys: Tensor | None, values: Tensor | None) -> list[Tensor]:
+        """Slots that one row keeps in each layer, ``[Hkv, n]``, of the ``n_stored`` that it has in every head."""
         assert keys is not None and values is not None
         token_bytes = keys.shape[1] * (keys.shape[3] + values.shape[3]) * keys.element_size()
-        n_keep = self.keep_of(n_held, Place(0, len(scores), token_bytes))
-        n_safe = max(int((part == torch.inf).sum(-1).max()) for part in scores)  # what must stay
+        n_keep = self.keep_of(n_stored, Place(0, len(scores), token_bytes))
+        n_safe = max(int((part == torch.inf).sum(-1).max()) for part in scores)  # what must be kept
         if self.layerwise:
             counts = [adaptive_counts(part, n_keep, n_safe) for part in scores]
         else:
@@ -187,7 +187,7 @@ def _read(path: Path, changed: int, index: int, dtype: torch.dtype, device: torc
 def _read_all(path: Path, changed: int) -> list[dict[str, Tensor]]:
     import numpy as np
 
-    # The published files hold some numbers of numpy's beside the gates, under the names of numpy 1 or 2.
+    # The published files have some numbers of numpy's beside the gates, under the names of numpy 1 or 2.
     multiarray: Any = (np._core if hasattr(np, "_core") else np.core).multiarray
     named = [
         (f, f"numpy.{core}.multiarray.{f.__name__}")

@@ -32,10 +32,10 @@ class FinchPress(ScorerPress):
 
     The question is the text after the last delimiter_token_id, or the last window_size tokens. It has to be part of
     the prefill: in the pipeline give context and question as one text, pipe(context + delimiter + question, press=...),
-    and no question=, which would stay outside.
+    and no question=, which would not be in the text.
 
     Source: Corallo and Papotti 2024, arXiv:2408.00167, section 3, as in kvpress (one prefill; the paper's goes chunk by
-    chunk). Differs from kvpress: the delimiter is any token, or tokens, of the model's own vocabulary and stays in the
+    chunk). Differs from kvpress: the delimiter is any token, or tokens, of the model's own vocabulary and kept in the
     text; neither tokenizer nor embeddings change; counts add up to the ratio with chunk_length too.
 
     Needs: keys and the question's queries, the token ids for a delimiter (inside 'with press(model):'). Cost:

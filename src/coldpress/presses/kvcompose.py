@@ -35,7 +35,7 @@ class KVComposePress(ReplayPress):
 
     Source: Akulov et al. 2025, arXiv:2509.05165, section 3, as in kvpress. Differs from kvpress: the ratio is met
     exactly, whatever each layer keeps at least; the first layer is not made the largest one; without structured what is
-    evicted is freed; the model's own attention backend stays, and no attention matrix is ever held.
+    evicted is freed; the model's own attention backend is used, and no attention matrix is ever stored.
 
     Needs: the model once more after the prefill, one text at a time. Cost: a second pass over the text, attending to
     both readings, and twice the keys and values while it lasts.

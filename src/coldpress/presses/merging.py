@@ -1,4 +1,4 @@
-"""Merging: what is evicted leaves its value with the nearest pair that stays."""
+"""Merging: the value of an evicted pair is folded into its nearest kept pair."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from coldpress.core.requirements import CHOICE
 from coldpress.core.view import LayerView
 from coldpress.presses.snapkv import SnapKVPress
 
-_BLOCK_ELEMENTS = 1 << 22  # similarities held at once (16 MiB in float32)
+_BLOCK_ELEMENTS = 1 << 22  # similarities in memory at once (16 MiB in float32)
 
 
 @register("merging_snapkv", SnapKVPress)
@@ -28,7 +28,7 @@ class MergingPress(WrapperPress):
     The nearest kept pair of an evicted pair e is the one t of the same head whose key has the largest cosine with e's.
     With w_e = max(0, cos(k_e, k_t)) * ||v_e|| / (||v_e|| + ||v_t||), in float32,
     v_t' = (v_t + sum over the e of t of w_e v_e) / (1 + sum of w_e).
-    Keys and positions stay as they are. Of each head's evicted pairs the floor(merge_fraction * n) with the largest
+    Keys and positions are unchanged. Of each head's evicted pairs the floor(merge_fraction * n) with the largest
     cosines are merged, and of these the ones with a cosine of at least similarity_threshold; the others are dropped.
 
     Source: kvpress's MergingPress, https://github.com/NVIDIA/kvpress, after Wan et al. 2024, arXiv:2406.13035, section

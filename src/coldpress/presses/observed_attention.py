@@ -18,7 +18,7 @@ class ObservedAttentionPress(ScorerPress):
     """Keep the tokens that received the most attention over the prompt, per query that could see them.
 
     score[b, h, t] = mean over the group's heads of (sum over q >= t of A[q, t]) / (T - t), softmax in float32. The sums
-    are taken block by block, so that no attention matrix is held and no eager attention is needed.
+    are taken block by block, so that no attention matrix is stored and no eager attention is needed.
 
     Source: the accumulated attention of H2O, Zhang et al. 2023, arXiv:2306.14048, section 4.1. Differs from the paper:
     applied once to the prompt, divided by the number of queries (as in kvpress), no recent tokens protected.

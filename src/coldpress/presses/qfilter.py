@@ -26,8 +26,8 @@ class QFilterPress(Calibrated, ScorerPress):
     right singular vector of a query head's (rotated) queries over a text, its sign such that their mean has a positive
     projection, f is the mean of -v over the group's heads: queries multiply k with something close to v.
 
-    Source: Godey et al. 2025, arXiv:2503.02812, section 3. Differs from the paper: the published filters hold -v, and
-    so do ours; all queries of the text count, not a sample of 3,000 (v is found from the sum of q q').
+    Source: Godey et al. 2025, arXiv:2503.02812, section 3. Differs from the paper: the published filters are -v, and
+    so are ours; all queries of the text count, not a sample of 3,000 (v is found from the sum of q q').
 
     Needs: filters of the model; keys. Cost: O(T * D) per layer.
 

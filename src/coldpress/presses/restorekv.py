@@ -1,4 +1,4 @@
-"""RestoreKV: trained tokens read the whole text once, and their pairs stay in the place of as many others."""
+"""RestoreKV: trained tokens read the whole text once, and their pairs are stored instead of as many others."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class RestoreKVPress(KVzipPress):
 
     Before anything is evicted the model, with a LoRA adapter added for this one pass, reads n trained embeddings
     (8 in the published ones) at positions T .. T + n - 1 after the text. Every layer and head stores their n pairs
-    besides what KVzip keeps at a budget of n pairs per head less, so that the budget holds. Where it is no more than n
+    besides what KVzip keeps at a budget of n pairs per head less, so that the budget is met. Where it is no more than n
     pairs per head, KVzip alone spends it.
 
     As the method was trained, the next token comes after the restored ones, at T + n. The cache goes on counting tokens
@@ -44,7 +44,7 @@ class RestoreKVPress(KVzipPress):
     behind the others of their head, with the position of the last token, T - 1. Layers with a sliding window beside
     full ones are left alone.
 
-    Source: arXiv:2608.01247, as in kvpress. Differs from kvpress: what is evicted is freed; no adapter stays on the
+    Source: arXiv:2608.01247, as in kvpress. Differs from kvpress: what is evicted is freed; no adapter is left on the
     model, and PEFT is not needed; KVzip's differences. The adapter's sums are taken in float32. Of the published files
     only the form is known here: what the adapter is added to is read from the names in it, and all but plain LoRA is
     refused.
@@ -84,10 +84,10 @@ class RestoreKVPress(KVzipPress):
             published_file(self, repo, name, self.weights)
             for name in (f"{_EMBEDDINGS}.safetensors", "adapter_config.json", "adapter_model.safetensors")
         )
-        own, held = model.get_input_embeddings().weight, read_tensors(self, path)  # type: ignore[operator]
-        if _EMBEDDINGS not in held or held[_EMBEDDINGS].dim() != 2 or not len(held[_EMBEDDINGS]):
+        own, read = model.get_input_embeddings().weight, read_tensors(self, path)  # type: ignore[operator]
+        if _EMBEDDINGS not in read or read[_EMBEDDINGS].dim() != 2 or not len(read[_EMBEDDINGS]):
             raise damaged(self, path, f"it has no matrix {_EMBEDDINGS}")
-        embeddings = held[_EMBEDDINGS]
+        embeddings = read[_EMBEDDINGS]
         if embeddings.shape[1] != own.shape[1]:
             raise PressError(
                 f"{type(self).__name__}: {path} is for another model: its embeddings have {embeddings.shape[1]} "

@@ -24,7 +24,7 @@ class SimLayerKVPress(BasePress):
     lazy_threshold. A lazy layer keeps E. How much is removed depends on the text; ``PressedCache.achieved_ratio()``
     tells. The rows of a batch are judged, and freed, one by one. Thresholds
     that kvpress names: Llama 3 0.9, Llama 2 0.65, Mistral 0.8, Qwen 0.85. The registered name takes the most careful of
-    them, 0.9; the class by itself removes nothing. Texts of up to n_initial + n_recent tokens stay whole.
+    them, 0.9; the class by itself removes nothing. Texts of up to n_initial + n_recent tokens are kept whole.
 
     Source: Zhang et al. 2024, arXiv:2410.13846, section 4. Differs from the paper: judged once, after the prompt.
     Differs from kvpress: exactly n_recent recent tokens are kept (kvpress keeps n_recent - n_last, and everything and

@@ -1,1 +1,1 @@
-"""What holds the keys and values of one layer: layouts, and codecs for few bits."""
+"""Stores of the keys and values of one layer: layouts, and codecs for few bits."""

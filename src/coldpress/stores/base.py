@@ -1,4 +1,4 @@
-"""Store: what holds the keys and values of one layer. Which tokens these are is the business of the layer's slots."""
+"""Store: the keys and values of one layer. Which tokens these are, the layer's slots know."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 __all__ = ["Store", "is_frozen", "room_for"]
 
 _GROW_MIN_TOKENS = 64
-_GROW_FRACTION = 8  # a full buffer grows by an eighth of what it holds
+_GROW_FRACTION = 8  # a full buffer grows by an eighth of its length
 _S = TypeVar("_S", bound="Store")
 
 
 def room_for(n_tokens: int) -> int:
-    """Slots to make when a buffer is too small for ``n_tokens``, so that copies stay rare."""
+    """Slots to make when a buffer is too small for ``n_tokens``, so that copies are rare."""
     return n_tokens + max(_GROW_MIN_TOKENS, n_tokens // _GROW_FRACTION)
 
 
@@ -79,7 +79,7 @@ class Store(ABC):
 
     @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:
-        """What takes memory; keys and values as the model made them come first."""
+        """The tensors that take memory; keys and values as the model made them come first."""
 
     @property
     @abstractmethod
@@ -96,7 +96,7 @@ class Store(ABC):
 
     @abstractmethod
     def index_rows(self, rows: Tensor) -> None:
-        """Store the rows ``rows`` of what is stored, int64 ``[B']``."""
+        """Select the rows ``rows``, int64 ``[B']``."""
 
     @abstractmethod
     def shared(self: _S) -> _S:
@@ -104,11 +104,11 @@ class Store(ABC):
 
     @abstractmethod
     def packed(self) -> dict[str, Tensor]:
-        """What it takes to make the store again, by name, and nothing of the room to grow."""
+        """The tensors that make the store again, by name, without room to grow."""
 
     @abstractmethod
     def own(self, capacity: int | None = None) -> None:
-        """Move to buffers that nobody else has, if they are somebody's, with room for ``capacity`` tokens."""
+        """Move to buffers of its own, if they are shared, with room for ``capacity`` tokens."""
 
     @abstractmethod
     def without_first(self, n: int) -> Store:
@@ -140,9 +140,9 @@ class Store(ABC):
 
         Args:
             n_first: how many slots are the first ones.
-            order: int64 ``[B, Hkv, m]``, the m slots after these, those that stay first.
-            to: int64 ``[B, Hkv, m]``, where they go; those that do not stay are of no account.
-            stays: bool ``[B, Hkv, m]``, of these slots in their own order.
+            order: int64 ``[B, Hkv, m]``, the m slots after these, the kept ones first.
+            to: int64 ``[B, Hkv, m]``, where they go; ignored for those that are not kept.
+            stays: bool ``[B, Hkv, m]``, which of these slots are kept, in their own order.
             n: how many slots are the first ones afterwards.
         """
         raise NotImplementedError(f"{type(self).__name__} does not move pairs")

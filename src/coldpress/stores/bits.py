@@ -19,7 +19,7 @@ BITS = (8, 4, 2)
 
 @dataclass(frozen=True)
 class KVBits(Codec):
-    """How a cache stores its pairs in few bits; ``PressedCache(kv_bits=4)`` stands for ``kv_bits=KVBits(4)``.
+    """Storage of pairs in few bits; ``PressedCache(kv_bits=4)`` stands for ``kv_bits=KVBits(4)``.
 
     Keys are quantised per channel over group_size tokens, values per token over group_size channels (of as many as
     divide them, at most). A group is stored as integers q of 0 .. 2^bits - 1, with its least number m and a step s:
@@ -30,7 +30,7 @@ class KVBits(Codec):
     Args:
         bits: 8, 4 or 2.
         group_size: numbers that share a step, at least 1.
-        residual_tokens: newest pairs of each head that stay in full precision, at least 0.
+        residual_tokens: newest pairs of each head that are stored in full precision, at least 0.
 
     Raises:
         CacheError: bits not in {8, 4, 2}, a group_size below 1 or residual_tokens below 0.
@@ -52,7 +52,7 @@ class KVBits(Codec):
 
     @classmethod
     def of(cls, given: int | KVBits | None) -> KVBits | None:
-        """What ``kv_bits=`` was given, which may be the number of bits alone."""
+        """The KVBits of ``kv_bits=``, which may be the number of bits alone."""
         return given if given is None or isinstance(given, KVBits) else cls(given)
 
     @property
@@ -90,7 +90,7 @@ class KVBits(Codec):
 
 
 def storage_of(kv_bits: int | KVBits | None, storage: object) -> Codec | None:
-    """What a cache was given as ``kv_bits=`` or ``storage=``.
+    """The codec of ``kv_bits=`` or ``storage=``.
 
     Raises:
         CacheError: both, or something that is no codec.

@@ -73,7 +73,7 @@ def codec_of(said: Mapping[str, Any]) -> Codec:
 
 
 def check_codec(codec: Codec) -> Codec:
-    """``codec``; raise :class:`CacheError` unless its numbers of tokens are some."""
+    """``codec``; raise :class:`CacheError` unless its numbers of tokens are integers in range."""
     for name, least, most in (("block_tokens", 1, _MOST_TOKENS), ("exact_tokens", 0, 2**40)):
         value = getattr(codec, name, None)
         if type(value) is not int or not least <= value <= most:

@@ -18,11 +18,11 @@ from coldpress.stores.ragged import RaggedStore, pad_segments
 __all__ = ["CodedStore"]
 
 _OWN = ("n_blocks", "counts", "how")  # tensors of a file that are no blocks
-_ROOM = 1 << 13  # tokens that memory is taken for before they come, at most
+_ROOM = 1 << 13  # tokens to allocate ahead, at most
 
 
 class CodedStore(Store):
-    """The first pairs of every segment in blocks of a codec, the others in a layout as they are.
+    """The oldest pairs of every segment in blocks of a codec, the others in a layout as they are.
 
     A segment is what one KV head of one row stores. The pairs of a block are encoded once, when they are no longer
     among the newest, in blocks of their own segment, so that it stores what it would store alone. ``keys`` and
@@ -181,7 +181,7 @@ class CodedStore(Store):
         self._n_blocks = [old + more for old, more in zip(self._n_blocks, n_new, strict=True)]
 
     def _take(self, blocks: list[int]) -> None:
-        """Store the blocks ``blocks`` of what is stored, in this order."""
+        """Select the blocks ``blocks``, in this order."""
         index = torch.tensor(blocks, device=self.device, dtype=torch.long)
         self._blocks = {name: part.index_select(0, index) for name, part in self._blocks.items()}
 
@@ -211,7 +211,7 @@ class CodedStore(Store):
         self._exact.own(capacity if capacity is None or self.is_ragged else capacity - self._n_coded)
 
     def droppable(self, n: int) -> int:
-        """Blocks go as a whole."""
+        """As many slots as fill whole blocks: a block cannot be cut."""
         if self.is_ragged or n >= self._n_coded:
             return n
         return n // self.codec.block_tokens * self.codec.block_tokens

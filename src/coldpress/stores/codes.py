@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["Codes"]
 
 
-_BLOCK_ELEMENTS = 1 << 22  # of float32 copies that are held at once while pairs are quantised (16 MiB)
+_BLOCK_ELEMENTS = 1 << 22  # of float32 copies in memory at once while pairs are quantised (16 MiB)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,14 +60,14 @@ class Codes:
         torch.addcmul(zero, out, scale, out=out)
 
     def numbers(self, dtype: torch.dtype, n_channels: int) -> Tensor:
-        """``[N, g, C]``: what is stored, as far as it is known."""
+        """``[N, g, C]``: the numbers, decoded."""
         out = torch.empty(*self.packed.shape[:2], n_channels, dtype=dtype, device=self.packed.device)
         self.write(out)
         return out
 
 
 def _quantised(numbers: Tensor, bits: int, size: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Packed integers, steps and least numbers of ``numbers [N, g, C]``, as :class:`Codes` holds them."""
+    """Packed integers, steps and least numbers of ``numbers [N, g, C]``, for :class:`Codes`."""
     most = 2**bits - 1
     kind = torch.bfloat16 if numbers.dtype == torch.float32 else numbers.dtype
     groups = numbers.float() if size is None else numbers.float().unflatten(-1, (-1, size))

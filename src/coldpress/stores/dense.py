@@ -13,7 +13,7 @@ from coldpress.stores.base import Store, is_frozen, room_for
 
 __all__ = ["DenseStore"]
 
-_LEAST_TOKENS = 64  # of room that may stay empty
+_LEAST_TOKENS = 64  # of room that may be empty
 _D = TypeVar("_D", bound="DenseStore")
 
 
@@ -22,7 +22,7 @@ class DenseStore(Store):
 
     Attributes:
         n: slots in use.
-        is_borrowed: the buffers belong to somebody else as well, who relies on them: they are copied before the first
+        is_borrowed: the buffers are shared, and others rely on them: they are copied before the first
             write.
     """
 

@@ -1,4 +1,4 @@
-"""RaggedStore: rows and heads that store different numbers of pairs, and take no more memory than these."""
+"""RaggedStore: rows and heads that store different numbers of pairs, in no more memory than these need."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from coldpress.stores.dense import DenseStore
 
 __all__ = ["RaggedStore", "pad_segments"]
 
-_SPREAD_TOKENS = 64  # segments that differ by so many, or by this fraction, are held in as much memory
+_SPREAD_TOKENS = 64  # segments that differ by so many, or by this fraction, are given as much memory
 _SPREAD_FRACTION = 16
 _BLOCKS = ((2048, 128), (512, 64), (0, 16))  # longest segment from which on blocks have so many slots
 
@@ -24,8 +24,8 @@ _BLOCKS = ((2048, 128), (512, 64), (0, 16))  # longest segment from which on blo
 class RaggedStore(Store):
     """The pairs of every row and head one after the other, each with room for the tokens to come.
 
-    A segment is what one KV head of one row holds: ``n_first`` pairs of its own number, then the pairs of later tokens,
-    as many in every segment. Seen as slots, as the other stores have them, the first pairs are padded to the longest
+    A segment is what one KV head of one row stores: ``n_first`` pairs of its own number, then those of later tokens, as
+    many in every segment. Seen as slots, as the other stores have them, the first pairs are padded to the longest
     segment's, so ``n = max(n_first) + later tokens``; in memory nothing is padded.
     """
 
@@ -34,16 +34,16 @@ class RaggedStore(Store):
     takes_codec = True
     moves_pairs = True
 
-    def __init__(self, keys: Tensor, values: Tensor, is_held: Tensor):
-        """Hold some of the pairs ``keys [B, Hkv, T, D]``, ``values [B, Hkv, T, Dv]``.
+    def __init__(self, keys: Tensor, values: Tensor, is_stored: Tensor):
+        """Store some of the pairs ``keys [B, Hkv, T, D]``, ``values [B, Hkv, T, Dv]``.
 
         Args:
-            keys, values: the pairs, and anything in the slots that are not held.
-            is_held: bool ``[B, Hkv, T]``, the first slots of each head.
+            keys, values: the pairs, and anything in the slots that are not stored.
+            is_stored: bool ``[B, Hkv, T]``, the first slots of each head.
         """
-        self._shape = is_held.shape[:2]
-        self._k, self._v = keys[is_held], values[is_held]  # [slots of all segments, D]
-        self._n_first: list[int] = is_held.sum(-1).flatten().tolist()
+        self._shape = is_stored.shape[:2]
+        self._k, self._v = keys[is_stored], values[is_stored]  # [slots of all segments, D]
+        self._n_first: list[int] = is_stored.sum(-1).flatten().tolist()
         self._n_later = 0
         self._place(0, is_exact=True)
         self.is_borrowed = False
@@ -85,12 +85,12 @@ class RaggedStore(Store):
         return segment.to(self.device), first.to(self.device)
 
     def _find_ends(self) -> None:
-        """Note what follows from how many pairs each segment holds now."""
+        """Update what follows from the number of pairs in each segment."""
         spans = zip(self._ends_of_room, self._starts, self._n_first, strict=True)
         self._room = min(end - start - n for end, start, n in spans)
         self._ends = torch.tensor([span.stop for span in self.spans()], device=self._v.device)
         self._longest = [max(self._n_first[i] for i in group.members) for group in self._groups]
-        self._first = [  # what each segment of a group holds of the first pairs, where they differ
+        self._first = [  # what each segment of a group stores of the first pairs, where they differ
             None if min(counts) == max(counts) else torch.tensor(counts, device=self._v.device)[:, None]
             for counts in ([self._n_first[i] for i in group.members] for group in self._groups)
         ]
@@ -118,12 +118,12 @@ class RaggedStore(Store):
 
     @property
     def keys(self) -> Tensor:
-        """``[B, Hkv, n, D]``: a copy, zero where a head holds fewer pairs."""
+        """``[B, Hkv, n, D]``: a copy, zero where a head stores fewer pairs."""
         return self._padded(self._k)
 
     @property
     def values(self) -> Tensor:
-        """``[B, Hkv, n, Dv]``: a copy, zero where a head holds fewer pairs."""
+        """``[B, Hkv, n, Dv]``: a copy, zero where a head stores fewer pairs."""
         return self._padded(self._v)
 
     def _padded(self, flat: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ class RaggedStore(Store):
         return self._n_later
 
     def counts(self) -> list[int]:
-        """How many pairs each segment holds beside those of later tokens."""
+        """How many pairs each segment stores beside those of later tokens."""
         return list(self._n_first)
 
     def spans(self) -> list[slice]:
@@ -159,7 +159,7 @@ class RaggedStore(Store):
         return 0 if self.is_borrowed or is_frozen(self._v) else self._room - self._n_later
 
     def packed(self) -> dict[str, Tensor]:
-        """What it takes to make the store again, by name: the segments one after the other, without room to grow."""
+        """The tensors that make the store again, by name: the segments one after the other, without room to grow."""
         keys, values = (torch.cat([flat[span] for span in self.spans()]) for flat in (self._k, self._v))
         counts = torch.tensor(self._n_first, device=self.device).view(self.n_rows, self.n_heads)
         return {"keys": keys, "values": values, "counts": counts}
@@ -202,7 +202,7 @@ class RaggedStore(Store):
         return room_for(mean) - mean
 
     def _move(self, room: int, is_exact: bool = False) -> None:
-        """Move to buffers that nobody else has, with ``room`` for later tokens in each segment."""
+        """Move to buffers of its own, with ``room`` for later tokens in each segment."""
         before = self.spans()
         self._place(room, is_exact)
         total = max(self._ends_of_room)
@@ -275,9 +275,9 @@ class RaggedStore(Store):
         queries = query.reshape(len(self._n_first), -1, n_queries, query.shape[3])  # [B * Hkv, G, Q, D]
         if self._blocks is not None and can_attend_once(query, self._k, self._v):
             segment, first = self._blocks
-            n_held = self._ends.index_select(0, segment) - first
+            n_used = self._ends.index_select(0, segment) - first
             own = None if bias is None else torch.cat([b.reshape(-1, self._n_slots) for b in self._biases(bias)])
-            output = attend_blocks(queries[:, :, 0], self._k, self._v, segment, n_held, self._n_slots, scaling, own)
+            output = attend_blocks(queries[:, :, 0], self._k, self._v, segment, n_used, self._n_slots, scaling, own)
             return output.view(n_batch, 1, n_query_heads, -1)
         if self._order is not None:
             queries = queries.index_select(0, self._order[0])
@@ -332,7 +332,7 @@ def _block_of(longest: int) -> int:
 
 
 def _alike(order: list[int], n_first: list[int], is_exact: bool) -> list[list[int]]:
-    """Cut ``order`` where lengths begin to differ: by anything, or by more than is worth another call."""
+    """Cut ``order`` where lengths differ: by anything, or by more than is worth another call."""
     groups: list[list[int]] = []
     for i in order:
         longest = n_first[groups[-1][0]] if groups else 0

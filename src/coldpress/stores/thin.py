@@ -1,4 +1,4 @@
-"""ThinKeys, ThinStore: keys of which each head holds some channels only, and what is needed to attend with them."""
+"""ThinKeys, ThinStore: keys of which each head stores some channels only, and their full width for attention."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ __all__ = ["ThinKeys", "ThinStore"]
 
 @dataclass(frozen=True, eq=False)
 class ThinKeys:
-    """The first ``n`` keys of a layer, in fewer channels; the last ones of every head hold the others as well.
+    """The first ``n`` keys of a layer, in fewer channels; the last ones of every head in all of them.
 
-    Attention sees them at full width, with zeros where a channel is not held. They are widened for one layer at a
+    Attention sees them at full width, with zeros where a channel is not stored. They are widened for one layer at a
     time, for as long as its attention takes.
 
     Attributes:
-        narrow: ``[B, Hkv, n, d]``, the channels that are held of every key.
-        channels: int16 ``[B, Hkv, D]``: the d channels that are held, then the others.
-        others: ``[B, Hkv, w, D - d]``, the other channels of the keys that are held whole.
+        narrow: ``[B, Hkv, n, d]``, the channels that are stored of every key.
+        channels: int16 ``[B, Hkv, D]``: the d channels that are stored, then the others.
+        others: ``[B, Hkv, w, D - d]``, the other channels of the keys that are stored whole.
         wide: int32 ``[B, Hkv, w]``, which ones these are; n for none.
     """
 
@@ -34,18 +34,18 @@ class ThinKeys:
 
     @classmethod
     def of(cls, keys: Tensor, counts: Tensor, channels: Tensor, n_wide: int) -> ThinKeys:
-        """Keep some channels.
+        """Store some channels.
 
         Args:
             keys: ``[B, Hkv, n, D]``.
             counts: int64 ``[B, Hkv]``, how many of them each head has; they are the first ones.
-            channels: int64 ``[B, Hkv, d]``, ascending, what is held.
-            n_wide: how many of each head's last keys hold all channels.
+            channels: int64 ``[B, Hkv, d]``, ascending, the channels to store.
+            n_wide: how many of each head's last keys to store with all channels.
         """
         n_batch, n_heads, n_keys, dim = keys.shape
         n_narrow = channels.shape[-1]
-        is_held = torch.zeros(n_batch, n_heads, dim, dtype=torch.bool, device=keys.device).scatter(2, channels, True)
-        order = (~is_held).int().argsort(dim=-1, stable=True)  # [B, Hkv, D]
+        is_stored = torch.zeros(n_batch, n_heads, dim, dtype=torch.bool, device=keys.device).scatter(2, channels, True)
+        order = (~is_stored).int().argsort(dim=-1, stable=True)  # [B, Hkv, D]
         wide = counts[..., None] - 1 - torch.arange(min(n_wide, n_keys), device=keys.device)  # [B, Hkv, w]
         rows = keys.gather(2, wide.clamp(min=0)[..., None].expand(-1, -1, -1, dim))
         return cls(
@@ -60,7 +60,7 @@ class ThinKeys:
         return self.narrow.shape[2]
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """What is held in memory."""
+        """The stored tensors."""
         return self.narrow, self.channels, self.others, self.wide
 
     def before(self, tail: Tensor) -> Tensor:
@@ -69,8 +69,8 @@ class ThinKeys:
         n_keys, n_narrow = self.narrow.shape[2:]
         keys = tail.new_zeros(n_batch, n_heads, n_keys + n_tail + 1, dim)  # the last one for what belongs nowhere
         channels = self.channels.long()
-        held = channels[:, :, None, :n_narrow].expand(-1, -1, n_keys, -1)
-        keys[:, :, :n_keys].scatter_(3, held, self.narrow)
+        stored = channels[:, :, None, :n_narrow].expand(-1, -1, n_keys, -1)
+        keys[:, :, :n_keys].scatter_(3, stored, self.narrow)
         row, head = torch.arange(n_batch, device=tail.device), torch.arange(n_heads, device=tail.device)
         slots = self.wide.long().where(self.wide < n_keys, n_keys + n_tail)
         at = row[:, None, None, None], head[:, None, None], slots[..., None], channels[:, :, None, n_narrow:]
