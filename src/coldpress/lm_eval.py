@@ -1,6 +1,6 @@
 """``python -m coldpress.lm_eval ...``: the command ``lm_eval``, and the model ``coldpress`` in it.
 
-lm-evaluation-harness has no way for a package to add a model to its command, so somebody has to import
+lm-evaluation-harness has no way for a package to add a model to its command, so a program has to import
 :mod:`coldpress.eval.harness` first. This does, and takes all of lm_eval's options. In Python an import of this module
 is enough before ``lm_eval.simple_evaluate(model="coldpress", ...)``.
 """

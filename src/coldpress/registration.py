@@ -1,7 +1,7 @@
 """What transformers is told when coldpress is imported: the names of its attention backends, and its pipeline's task.
 
 torch and the parts of transformers that keep these names take seconds to import. So none of them is imported for it:
-the parts that are there are told at once, and each other one as soon as somebody has imported it.
+the parts that are there are told at once, and each other one as soon as it is imported.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def register() -> None:
 
 
 # A part may be imported while others are only half imported, so the first two import nothing else: what they name is
-# there when it is called. coldpress.models.backend, once somebody needs it, puts itself in its place.
+# there when it is called. coldpress.models.backend, once it is needed, replaces it.
 
 
 def _tell_attention() -> None:

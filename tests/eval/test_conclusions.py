@@ -112,7 +112,7 @@ def test_without_the_same_windows_nothing_is_ranked() -> None:
     b["per_window"] = [{**w, "id": f"other {w['id']}"} for w in b["per_window"]]
     words = said(BASE, a, b)
     assert "without windows in common nothing is said about who is better" in words and "ahead" not in words
-    first, second = (p for p in one(BASE, a, b).points if not p.is_baseline)
+    first, second = (p for p in one(BASE, a, b).entries if not p.is_baseline)
     assert paired(first, second) is None
     del b["per_window"]
     assert "nothing is said about who is better" in said(BASE, a, b)

@@ -13,7 +13,7 @@ from tests.eval.report_records import NASTY, Record, everything, failed, many, r
 from coldpress.cli import main
 from coldpress.errors import MissingDependencyError
 from coldpress.eval.collect import Collection
-from coldpress.eval.document import Document, make_document
+from coldpress.eval.document import Report, make_report
 from coldpress.eval.figures import _inline
 from coldpress.eval.page import page
 from coldpress.eval.report_files import write_report
@@ -50,17 +50,17 @@ class Parsed(HTMLParser):
         self.texts.append((self.open[-1] if self.open else "", data))
 
 
-def document(records: list[Record], skipped: tuple[str, ...] = ()) -> Document:
-    return make_document(Collection(("results",), tuple(records), skipped))
+def document(records: list[Record], skipped: tuple[str, ...] = ()) -> Report:
+    return make_report(Collection(("results",), tuple(records), skipped))
 
 
 @pytest.fixture(scope="module")
-def made() -> Document:
+def made() -> Report:
     return document(everything(), ("skipped <b>x</b>.json: it holds no object",))
 
 
 @pytest.fixture(scope="module")
-def html(made: Document) -> str:
+def html(made: Report) -> str:
     return page(made)
 
 
@@ -85,7 +85,7 @@ def test_nothing_is_fetched_from_anywhere(html: str) -> None:
     assert "default-src &#39;none&#39;" in html or "default-src 'none'" in html
 
 
-def test_texts_of_records_are_texts(html: str, made: Document) -> None:
+def test_texts_of_records_are_texts(html: str, made: Report) -> None:
     parsed = Parsed(html)
     assert [name for name, _ in parsed.tags].count("script") == 1
     assert any("<script>alert(1)</script>" in text for _, text in parsed.texts)
@@ -103,7 +103,7 @@ def test_markdown_is_escaped() -> None:
     assert "https://" not in escape(NASTY)
 
 
-def test_no_cell_breaks_a_markdown_table(made: Document) -> None:
+def test_no_cell_breaks_a_markdown_table(made: Report) -> None:
     lines = summary(made).splitlines()
     starts = [i for i, line in enumerate(lines) if line.startswith("| ---")]
     assert len(starts) == sum(len(part.tables) for part in made.parts)
@@ -114,7 +114,7 @@ def test_no_cell_breaks_a_markdown_table(made: Document) -> None:
         assert all(len(re.findall(r"(?<!\\)\|", line)) == n for line in lines[start - 1 : end])
 
 
-def test_numbers_are_those_of_the_records(html: str, made: Document) -> None:
+def test_numbers_are_those_of_the_records(html: str, made: Report) -> None:
     records = [r for r in everything() if r.get("delta_nll") is not None and r["status"] == "ok"]
     for one in records:
         assert f'data-v="{one["delta_nll"]!r}"' in html and f'data-v="{one["kv_bytes"]!r}"' in html
@@ -126,7 +126,7 @@ def test_numbers_are_those_of_the_records(html: str, made: Document) -> None:
     assert shown["PPL"] == f"{one['ppl']:.3f}" and shown["KV after"] == "6.00 MiB" and shown["same top-1"] == "90.0 %"
 
 
-def test_each_picture_has_one_protocol_and_one_text(made: Document) -> None:
+def test_each_picture_has_one_protocol_and_one_text(made: Report) -> None:
     protocols = {r["protocol"] for r in everything()}
     figures = [(part, figure) for part in made.parts for figure in part.figures]
     assert {f.drawing.kind for _, f in figures} == {
@@ -145,7 +145,7 @@ def test_each_picture_has_one_protocol_and_one_text(made: Document) -> None:
     assert len({f.file for _, f in figures}) == len(figures)
 
 
-def test_what_failed_is_drawn_and_told(made: Document) -> None:
+def test_what_failed_is_drawn_and_told(made: Report) -> None:
     part = made.parts[0]
     (quality,) = (f.drawing for f in part.figures if f.drawing.kind == "quality")
     texts = re.findall(r"<text[^>]*>([^<]*)</text>", quality.svg)
@@ -155,12 +155,12 @@ def test_what_failed_is_drawn_and_told(made: Document) -> None:
     assert "2 failed, 1 interrupted" in made.counts and "1 other file that is no record was left out" in made.counts
 
 
-def test_a_caption_of_timings_names_all_contexts(made: Document) -> None:
+def test_a_caption_of_timings_names_all_contexts(made: Report) -> None:
     (part,) = (part for part in made.parts if part.title.endswith("speed"))
     assert "timed with 256 and 1,024 tokens of context" in part.caption
 
 
-def test_references_are_in_every_picture_of_losses(made: Document) -> None:
+def test_references_are_in_every_picture_of_losses(made: Report) -> None:
     for figure in made.parts[0].figures:
         for name in ("no_press", "random", "streaming_llm"):
             assert name in figure.drawing.svg, (figure.drawing.kind, name)

@@ -10,7 +10,7 @@ from tests.eval.report_records import MIB, everything, failed, many, record, spr
 from coldpress.errors import DataError
 from coldpress.eval.collect import check_fields, collect
 from coldpress.eval.plots import front
-from coldpress.eval.sections import Point, sections
+from coldpress.eval.sections import Entry, sections
 
 
 def test_records_of_subfolders_and_of_several_folders_are_read_once(tmp_path: Path) -> None:
@@ -76,14 +76,14 @@ def test_the_interrupted_stand_beside_the_finished() -> None:
     (section,) = sections(
         [record("no_press"), record("cur", 0.5, [0.1] * 3, status="interrupted"), failed("tova", 0.5)]
     )
-    assert [p.label for p in section.points] == ["no_press"]
+    assert [p.label for p in section.entries] == ["no_press"]
     assert sorted(p.label for p in section.unfinished) == ["cur", "tova"]
 
 
 def test_points_of_one_press_are_told_apart() -> None:
     small, large = (record("snapkv", 0.5, press_config={"window_size": n, "compression_ratio": 0.5}) for n in (16, 64))
     (section,) = sections([small, large, large, record("snapkv", 0.5, kv_bits=4)])
-    assert sorted(p.label for p in section.points) == [
+    assert sorted(p.label for p in section.entries) == [
         *("snapkv (window_size=16)", "snapkv (window_size=64)", "snapkv (window_size=64) (run 2)", "snapkv 4-bit"),
     ]
 
@@ -91,7 +91,7 @@ def test_points_of_one_press_are_told_apart() -> None:
 def test_where_a_point_stands_is_what_was_asked_for_unless_it_differs() -> None:
     def at(ratio: float | None, achieved: float | None, kept: float = 0.5) -> float | None:
         more = {"effective_compression_ratio": achieved, "kv_bytes": round(8 * MIB * kept)}
-        return Point(record("x", ratio, **more), "x", "").at
+        return Entry(record("x", ratio, **more), "x", "").at
 
     assert at(0.5, 0.48) == 0.5 and at(0.5, 0.3) == 0.3 and at(None, 0.3) == 0.3
     assert at(0.5, 0.0, 0.75) == 0.25  # fewer channels, the same pairs
@@ -99,13 +99,13 @@ def test_where_a_point_stands_is_what_was_asked_for_unless_it_differs() -> None:
 
 def test_the_front_is_what_nothing_matches_in_both() -> None:
     rows = [("a", 4, 0.1), ("b", 4, 0.2), ("c", 2, 0.3), ("d", 2, 0.3), ("e", 6, 0.1), ("f", 7, 0.05)]
-    points = [Point(record(n, 0.5, kv_bytes=b, delta_nll=d), n, "0.5") for n, b, d in rows]
-    assert [p.label for p in front(points)] == ["c", "a", "f"]
+    entries = [Entry(record(n, 0.5, kv_bytes=b, delta_nll=d), n, "0.5") for n, b, d in rows]
+    assert [p.label for p in front(entries)] == ["c", "a", "f"]
 
 
 def test_of_many_presses_the_best_are_in_colour() -> None:
     (section,) = sections(many())
     best = section.best()
     assert len(section.labels) == 34 and len(best) == 6
-    mean = {name: sum(p.delta_nll for p in section.points if p.label == name) for name in section.labels}
+    mean = {name: sum(p.delta_nll for p in section.entries if p.label == name) for name in section.labels}
     assert min(mean, key=lambda name: mean[name]) in best and max(mean, key=lambda name: mean[name]) not in best

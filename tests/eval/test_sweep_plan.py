@@ -11,15 +11,15 @@ from coldpress.errors import DataError, InputError
 from coldpress.eval.sweep_plan import SweepPlan, read_config, with_options
 
 
-def cells(**config: Any) -> list[tuple[str, str, str, int]]:
-    """Model, text, kind and number of points of each cell."""
-    found = SweepPlan.of(config).cells
+def evaluations(**config: Any) -> list[tuple[str, str, str, int]]:
+    """Model, text, kind and number of points of each evaluation."""
+    found = SweepPlan.of(config).evaluations
     return [(c.settings.model, c.settings.subset or c.settings.dataset, c.kind, len(c.jobs)) for c in found]
 
 
 def test_every_model_meets_every_text_and_one_text_is_timed() -> None:
     sizes = {"press": ["knorm", "snapkv"], "compression_ratio": [0.25, 0.5]}
-    assert cells(models=["demo", "b"], texts=["demo", "wikitext:wikitext-103-v1"], **sizes) == [
+    assert evaluations(models=["demo", "b"], texts=["demo", "wikitext:wikitext-103-v1"], **sizes) == [
         ("demo", "demo", "perplexity", 5),
         ("demo", "wikitext-103-v1", "perplexity", 5),
         ("demo", "demo", "speed", 5),
@@ -42,10 +42,10 @@ def test_sections_say_what_is_measured() -> None:
             "tasks": {"task": "passkey", "task_tokens": 64, "task_examples": 2},
             "max_windows": 3,
         }
-    ).cells
+    ).evaluations
     counts = {"perplexity": 2, "tasks": 1, "streaming": 3, "baselines": 2, "speed": 2}
-    assert [cell.kind for cell in found] == [kind for kind, n in counts.items() for _ in range(n)]
-    assert all(cell.settings.dtype == "float16" for cell in found)
+    assert [evaluation.kind for evaluation in found] == [kind for kind, n in counts.items() for _ in range(n)]
+    assert all(evaluation.settings.dtype == "float16" for evaluation in found)
     first, second = found[:2]
     assert (first.settings.context_tokens, first.settings.limit_tokens, first.settings.max_windows) == (64, 900, 3)
     assert (second.settings.context_tokens, second.settings.limit_tokens) == (128, 500)
@@ -54,25 +54,32 @@ def test_sections_say_what_is_measured() -> None:
     tasks, streaming, baselines, timed = found[2], found[3:6], found[6:8], found[8:]
     assert tasks.settings.task == ("passkey",) and tasks.settings.task_tokens == (64,)  # type: ignore[union-attr]
     assert [job.name for job in tasks.jobs] == ["no_press", "knorm", "snapkv"]
-    assert [cell.jobs[0].budget_tokens for cell in streaming] == [None, 32, 64]  # each is finished by itself
-    assert [cell.settings.ppl_preset for cell in baselines] == ["gptq", "llamacpp"]
-    assert [cell.settings.context_limit for cell in timed] == [256, 512]
-    assert [[job.name for job in cell.jobs] for cell in timed] == [["no_press", "streaming_llm"]] * 2
-    with_windows = [getattr(cell.settings, "ppl_apply_press", False) for cell in found]
-    assert with_windows == [cell.kind == "perplexity" for cell in found]
+    assert [evaluation.jobs[0].budget_tokens for evaluation in streaming] == [
+        None,
+        32,
+        64,
+    ]  # each is finished by itself
+    assert [evaluation.settings.ppl_preset for evaluation in baselines] == ["gptq", "llamacpp"]
+    assert [evaluation.settings.context_limit for evaluation in timed] == [256, 512]
+    assert [[job.name for job in evaluation.jobs] for evaluation in timed] == [["no_press", "streaming_llm"]] * 2
+    with_windows = [getattr(evaluation.settings, "ppl_apply_press", False) for evaluation in found]
+    assert with_windows == [evaluation.kind == "perplexity" for evaluation in found]
 
 
 def test_a_model_may_have_options_of_its_own() -> None:
     models = ["a", {"model": "demo", "max_windows": 5, "compression_ratio": [0.9], "repetitions": 2}]
-    found = SweepPlan.of({"models": models, "texts": ["demo"], "press": "knorm", "max_windows": 40}).cells
-    assert [cell.settings.max_windows for cell in found if cell.kind == "perplexity"] == [40, 5]  # type: ignore[union-attr]
+    found = SweepPlan.of({"models": models, "texts": ["demo"], "press": "knorm", "max_windows": 40}).evaluations
+    assert [evaluation.settings.max_windows for evaluation in found if evaluation.kind == "perplexity"] == [40, 5]  # type: ignore[union-attr]
     assert [job.ratio for job in found[-1].jobs] == [0.0, 0.9] and found[-1].settings.repetitions == 2  # type: ignore[union-attr]
 
 
 def test_a_model_may_have_sections_of_its_own() -> None:
     models = ["a", {"model": "demo", "speed": False, "perplexity": {"context_tokens": 64}}]
-    found = SweepPlan.of({"models": models, "texts": ["demo"], "press": "knorm", "speed": True}).cells
-    assert [(cell.settings.model, cell.kind) for cell in found] == [("a", "speed"), ("demo", "perplexity")]
+    found = SweepPlan.of({"models": models, "texts": ["demo"], "press": "knorm", "speed": True}).evaluations
+    assert [(evaluation.settings.model, evaluation.kind) for evaluation in found] == [
+        ("a", "speed"),
+        ("demo", "perplexity"),
+    ]
 
 
 def test_options_take_the_place_of_what_a_file_says() -> None:
@@ -169,10 +176,10 @@ def test_a_name_with_a_nul_is_no_configuration() -> None:
 
 def test_tasks_are_hidden_in_the_text_of_their_own_section() -> None:
     tasks = {"task": "passkey", "dataset": "demo"}
-    (cell,) = SweepPlan.of({"models": "demo", "texts": ["wikitext"], "tasks": tasks}).cells
-    assert cell.settings.dataset == "demo"
-    (cell,) = SweepPlan.of({"models": "demo", "texts": ["wikitext"], "tasks": {"task": "passkey"}}).cells
-    assert cell.settings.dataset is None
+    (evaluation,) = SweepPlan.of({"models": "demo", "texts": ["wikitext"], "tasks": tasks}).evaluations
+    assert evaluation.settings.dataset == "demo"
+    (evaluation,) = SweepPlan.of({"models": "demo", "texts": ["wikitext"], "tasks": {"task": "passkey"}}).evaluations
+    assert evaluation.settings.dataset is None
 
 
 def test_what_stands_above_all_sections_goes_to_those_that_use_it() -> None:
@@ -182,7 +189,7 @@ def test_what_stands_above_all_sections_goes_to_those_that_use_it() -> None:
         "perplexity": True, "speed": True, "baselines": ["gptq"], "tasks": {"task_tokens": [64]},
         "streaming": {"budget_tokens": [32]},
     }  # fmt: skip
-    of_kind = {cell.kind: cell.settings for cell in SweepPlan.of(config).cells}
+    of_kind = {evaluation.kind: evaluation.settings for evaluation in SweepPlan.of(config).evaluations}
     assert of_kind["perplexity"].add_bos is False and of_kind["streaming"].add_bos is False
     assert of_kind["speed"].add_bos is None and of_kind["baselines"].add_bos is None
     assert of_kind["speed"].max_length is None and of_kind["perplexity"].max_length == 64

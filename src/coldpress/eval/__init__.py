@@ -68,10 +68,10 @@ def load_results(folder: str | Path, explode: str | None = None) -> pandas.DataF
 
 def _records(folder: Path) -> Iterator[dict[str, Any]]:
     below = [path for path in folder.rglob("*") if path.is_dir()] if os.path.isdir(folder) else []
-    for place in sorted([folder, *below]):
-        inside = place.relative_to(folder)
+    for path in sorted([folder, *below]):
+        inside = path.relative_to(folder)
         if not any(part.startswith(".") for part in inside.parts):
-            for record in read_results(place):
+            for record in read_results(path):
                 yield {"folder": str(inside), **record}
 
 

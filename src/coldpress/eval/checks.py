@@ -28,7 +28,7 @@ def check_stored_pairs(
     """As many pairs are stored as the ratio asks for; layers and heads may share them out among themselves.
 
     After a prefill in pieces no more than that: where a budget grows faster than the text does (a layer of PyramidKV, a
-    head of AdaKV), what it could hold now is gone. Not checked where layers with a sliding window choose among the
+    head of AdaKV), what it could store now is gone. Not checked where layers with a sliding window choose among the
     pairs in its reach.
 
     Args:

@@ -203,18 +203,18 @@ class RayEngine:
             Exception: whatever ``work`` raises.
         """
         source = iter(items)
-        again: deque[_Task] = deque()  # of workers that were lost
+        again: deque[_WorkItem] = deque()  # of workers that were lost
         for hand in self._crew:
-            hand.tasks.clear()  # of a loop that was left
+            hand.work_items.clear()  # of a loop that was left
         while True:
             for in_hand, hand in itertools.product(range(IN_HAND), self._crew):  # one for each before a second one
-                if hand.is_ready and len(hand.tasks) <= in_hand:
-                    task = again.popleft() if again else _next(source, work)
-                    if task is None:
+                if hand.is_ready and len(hand.work_items) <= in_hand:
+                    work_item = again.popleft() if again else _next(source, work)
+                    if work_item is None:
                         break
-                    hand.tasks.append(task)
-                    task.answer = hand.actor.do.remote(task.packed)
-            answers = [hand.tasks[0].answer for hand in self._crew if hand.tasks]
+                    hand.work_items.append(work_item)
+                    work_item.answer = hand.actor.do.remote(work_item.packed)
+            answers = [hand.work_items[0].answer for hand in self._crew if hand.work_items]
             if not answers and not again:
                 return
             starting = [hand.greeting for hand in self._crew if not hand.is_ready]
@@ -223,10 +223,10 @@ class RayEngine:
                 try:
                     if not hand.is_ready:
                         self._welcome(hand)
-                    elif hand.tasks and self.ray.wait([hand.tasks[0].answer], timeout=0)[0]:
-                        answer = self.ray.get(hand.tasks[0].answer)
-                        task = hand.tasks.popleft()
-                        yield task.item, opened(answer)
+                    elif hand.work_items and self.ray.wait([hand.work_items[0].answer], timeout=0)[0]:
+                        answer = self.ray.get(hand.work_items[0].answer)
+                        work_item = hand.work_items.popleft()
+                        yield work_item.item, opened(answer)
                 except self.ray.exceptions.RayError as error:
                     again.extend(self._lose(hand, error))
 
@@ -243,14 +243,14 @@ class RayEngine:
             self._dismiss(hand)
         self._check_crew("the cluster found no room for a new one")
 
-    def _lose(self, hand: _Hand, error: Exception) -> Iterable[_Task]:
+    def _lose(self, hand: _Hand, error: Exception) -> Iterable[_WorkItem]:
         """A worker is gone: what it had in hand, to be done again. Another one is asked for."""
-        tasks = list(hand.tasks)
+        work_items = list(hand.work_items)
         self._crew.remove(hand)
         self._dismiss(hand)
-        if tasks:
-            tasks[0].tries += 1  # the others had not been begun
-            if tasks[0].tries >= MOST_TRIES:
+        if work_items:
+            work_items[0].tries += 1  # the others had not been begun
+            if work_items[0].tries >= MOST_TRIES:
                 raise LostWorkersError(
                     f"{MOST_TRIES} workers were lost one after the other at the same piece of work, the last one on "
                     f"{hand.host} ({_gist(error)}); if memory ran out, give a smaller --batch_size. What was "
@@ -261,7 +261,7 @@ class RayEngine:
             self._crew.append(self._hire())
         note(f"a worker on {hand.host or 'the cluster'} was lost ({_gist(error)}); its work is done again.")
         self._check_crew(f"{self._restarts} were started in the place of others")
-        return tasks
+        return work_items
 
     def _check_crew(self, why: str) -> None:
         if not self._crew:
@@ -269,7 +269,7 @@ class RayEngine:
 
 
 @dataclass(eq=False)
-class _Task:
+class _WorkItem:
     """An item on its way."""
 
     item: Any
@@ -278,12 +278,12 @@ class _Task:
     answer: Any = None
 
 
-def _next(source: Iterator[Any], work: Callable[..., Any]) -> _Task | None:
+def _next(source: Iterator[Any], work: Callable[..., Any]) -> _WorkItem | None:
     """The next item, packed; None if there is none."""
     from ray import cloudpickle
 
     for item in source:
-        return _Task(item, cloudpickle.dumps((work, item)))
+        return _WorkItem(item, cloudpickle.dumps((work, item)))
     return None
 
 
@@ -297,7 +297,7 @@ class _Hand:
     has_begun: bool = False
     is_ready: bool = False  # has loaded the right model
     about: dict[str, Any] = field(default_factory=dict)
-    tasks: deque[_Task] = field(default_factory=deque)  # in the order in which it does them
+    work_items: deque[_WorkItem] = field(default_factory=deque)  # in the order in which it does them
 
     @property
     def host(self) -> str:

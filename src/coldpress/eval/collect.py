@@ -42,14 +42,14 @@ def collect(folders: Iterable[str]) -> Collection:
             raise DataError("The folder's name is empty; give the folder that a run wrote its results to.")
         if not os.path.isdir(folder):
             raise DataError(f"no folder {folder!r}: give the folder that a run wrote its results to")
-        for place in [Path(folder), *_below(Path(folder))]:
-            real = place.resolve()
+        for path in [Path(folder), *_below(Path(folder))]:
+            real = path.resolve()
             if real in seen:
                 continue
             seen.add(real)
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                records += read_results(place, check_fields)
+                records += read_results(path, check_fields)
             skipped += [str(warning.message) for warning in caught]
     return Collection(folders, tuple(records), tuple(skipped))
 
@@ -57,9 +57,9 @@ def collect(folders: Iterable[str]) -> Collection:
 def _below(folder: Path) -> list[Path]:
     """Its subfolders, in the order of their names."""
     found = []
-    for place, names, _ in os.walk(folder):
+    for path, names, _ in os.walk(folder):
         names[:] = sorted(name for name in names if not name.startswith(".") and not name.endswith(".json"))
-        found += [Path(place) / name for name in names]
+        found += [Path(path) / name for name in names]
     return sorted(found)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from coldpress.eval.memory import format_bytes
-from coldpress.eval.sections import Point, Section
+from coldpress.eval.sections import Entry, Section
 from coldpress.eval.task_words import task_name
 from coldpress.eval.wording import clean, number
 
@@ -33,24 +33,24 @@ class Table:
 
 
 EMPTY = Cell("")
-_Column = tuple[str, str, Callable[[Point], Cell]]
+_Column = tuple[str, str, Callable[[Entry], Cell]]
 
 
-def _plain(key: str, digits: int, factor: float = 1.0, unit: str = "") -> Callable[[Point], Cell]:
-    def cell(point: Point) -> Cell:
-        value = point.record.get(key)
+def _plain(key: str, digits: int, factor: float = 1.0, unit: str = "") -> Callable[[Entry], Cell]:
+    def cell(entry: Entry) -> Cell:
+        value = entry.record.get(key)
         return EMPTY if value is None else Cell(f"{number(value * factor, digits)}{unit}", value)
 
     return cell
 
 
-def _spread(key: str, digits: int, unit: str = "") -> Callable[[Point], Cell]:
+def _spread(key: str, digits: int, unit: str = "") -> Callable[[Entry], Cell]:
     """A number with the smallest and the largest of its rounds, where these are recorded."""
 
-    def cell(point: Point) -> Cell:
-        value, spread = point.record.get(key), point.record.get(f"{key}_spread")
+    def cell(entry: Entry) -> Cell:
+        value, spread = entry.record.get(key), entry.record.get(f"{key}_spread")
         if value is None or spread is None or spread["min"] == spread["max"]:
-            return _plain(key, digits, 1, unit)(point)
+            return _plain(key, digits, 1, unit)(entry)
         return Cell(
             f"{number(value, digits)}{unit} [{number(spread['min'], digits)}, {number(spread['max'], digits)}]", value
         )
@@ -58,17 +58,17 @@ def _spread(key: str, digits: int, unit: str = "") -> Callable[[Point], Cell]:
     return cell
 
 
-def _inside(key: str, inner: str, digits: int) -> Callable[[Point], Cell]:
-    def cell(point: Point) -> Cell:
-        value = (point.record.get(key) or {}).get(inner)
+def _inside(key: str, inner: str, digits: int) -> Callable[[Entry], Cell]:
+    def cell(entry: Entry) -> Cell:
+        value = (entry.record.get(key) or {}).get(inner)
         return EMPTY if value is None else Cell(number(value, digits), value)
 
     return cell
 
 
-def _count(key: str) -> Callable[[Point], Cell]:
-    def cell(point: Point) -> Cell:
-        value = point.record.get(key)
+def _count(key: str) -> Callable[[Entry], Cell]:
+    def cell(entry: Entry) -> Cell:
+        value = entry.record.get(key)
         return EMPTY if value is None else Cell(format_bytes(value), value)
 
     return cell
@@ -81,42 +81,42 @@ def _with_ci(value: float | None, ci: Sequence[float] | None, digits: int, sign:
     return Cell(text if ci is None else f"{text} [{number(ci[0], digits)}, {number(ci[1], digits)}]", value)
 
 
-def _ratio(point: Point) -> Cell:
+def _ratio(entry: Entry) -> Cell:
     """PPL over the baseline's."""
-    ci, change = point.ppl_ratio_ci95, point.ppl_change
+    ci, change = entry.ppl_ratio_ci95, entry.ppl_change
     return EMPTY if change is None else _with_ci(1 + change, ci, 4, "")
 
 
-def _size(point: Point) -> Cell:
-    wanted = [point.record.get(name) for name in ("compression_ratio", "budget_tokens", "budget_bytes")]
-    return Cell(point.size, next((float(x) for x in wanted if x is not None), None))
+def _size(entry: Entry) -> Cell:
+    wanted = [entry.record.get(name) for name in ("compression_ratio", "budget_tokens", "budget_bytes")]
+    return Cell(entry.size, next((float(x) for x in wanted if x is not None), None))
 
 
-def _status(point: Point) -> Cell:
-    if point.is_ok:
-        return Cell("same as baseline", is_bad=True) if point.equals_baseline and point.removed else EMPTY
-    error = clean(point.record.get("error") or "")
-    return Cell(clean(point.record["status"]) + (f": {error[:300]}" if error else ""), is_bad=True)
+def _status(entry: Entry) -> Cell:
+    if entry.is_ok:
+        return Cell("same as baseline", is_bad=True) if entry.equals_baseline and entry.removed else EMPTY
+    error = clean(entry.record.get("error") or "")
+    return Cell(clean(entry.record["status"]) + (f": {error[:300]}" if error else ""), is_bad=True)
 
 
-def _agreement(point: Point) -> Cell:
-    agreement = point.greedy_agreement
+def _agreement(entry: Entry) -> Cell:
+    agreement = entry.greedy_agreement
     if not agreement or agreement.get("mean") is None:
         return EMPTY
     of = "" if agreement.get("n_tokens") is None else f" of {agreement['n_tokens']:g}"
     return Cell(f"{number(agreement['mean'], 1)}{of}", agreement["mean"])
 
 
-def _delta(point: Point) -> Cell:
-    return _with_ci(point.delta_nll, point.delta_nll_ci95, 4)
+def _delta(entry: Entry) -> Cell:
+    return _with_ci(entry.delta_nll, entry.delta_nll_ci95, 4)
 
 
-def _context(point: Point) -> Cell:
-    return EMPTY if point.context is None else Cell(f"{point.context:,}", point.context)
+def _context(entry: Entry) -> Cell:
+    return EMPTY if entry.context is None else Cell(f"{entry.context:,}", entry.context)
 
 
-def _plain_ppl(point: Point) -> Cell:
-    return _with_ci(point.ppl, point.ppl_ci95, 3, "")
+def _plain_ppl(entry: Entry) -> Cell:
+    return _with_ci(entry.ppl, entry.ppl_ci95, 3, "")
 
 
 _PRESS: tuple[_Column, ...] = (
@@ -179,9 +179,9 @@ def tables(section: Section) -> list[Table]:
     )
 
 
-def _table(title: str, columns: Sequence[_Column], points: Sequence[Point]) -> list[Table]:
-    """The columns that a point fills; none if that is only the press."""
-    cells = [[cell(point) for _, _, cell in columns] for point in points]
+def _table(title: str, columns: Sequence[_Column], entries: Sequence[Entry]) -> list[Table]:
+    """The columns that the entries fill; none if that is only the press."""
+    cells = [[cell(entry) for _, _, cell in columns] for entry in entries]
     used = [i for i in range(len(columns)) if i < 2 or any(row[i].text for row in cells)]
     if len(used) < 3:
         return []
@@ -190,11 +190,11 @@ def _table(title: str, columns: Sequence[_Column], points: Sequence[Point]) -> l
 
 
 def _task_table(section: Section) -> Table:
-    """Task by press: a line for each point, a column for each task."""
-    names = list(dict.fromkeys(task_name(task) for p in section.points for task in p.tasks or []))
+    """Task by press: a line for each entry, a column for each task."""
+    names = list(dict.fromkeys(task_name(task) for p in section.entries for task in p.tasks or []))
 
-    def cell(point: Point, name: str) -> Cell:
-        task: dict[str, Any] | None = next((t for t in point.tasks or [] if task_name(t) == name), None)
+    def cell(entry: Entry, name: str) -> Cell:
+        task: dict[str, Any] | None = next((t for t in entry.tasks or [] if task_name(t) == name), None)
         if task is None:
             return EMPTY
         if task.get("score") is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from coldpress.eval.sections import REFERENCES, Point, Section, paired, text_name
+from coldpress.eval.sections import REFERENCES, Entry, Section, paired, text_name
 from coldpress.eval.task_words import task_findings
 from coldpress.eval.wording import (
     cache_words,
@@ -37,7 +37,7 @@ def where(section: Section) -> str:
 def headline(section: Section, is_alone: bool = True) -> str:
     """The one sentence to quote from a section; with its protocol where another has the same text and model."""
     lead = where(section) + ("" if is_alone else f" (protocol {clean(section.first['protocol'])})")
-    if not section.points:
+    if not section.entries:
         return f"{lead}, nothing was finished under {clean(section.first['protocol'])}."
     if section.kind == "quality":
         return f"{lead}, {_quality_headline(section)}"
@@ -49,7 +49,7 @@ def headline(section: Section, is_alone: bool = True) -> str:
         return f"{lead}, {_speed_headline(section)}"
     if section.kind == "tasks":
         return f"{lead}, {task_findings(section)[0]}"
-    plain = [p for p in section.points if p.ppl is not None]
+    plain = [p for p in section.entries if p.ppl is not None]
     if not plain:
         return f"{lead}, no perplexity was measured."
     return (
@@ -65,7 +65,7 @@ def findings(section: Section) -> list[str]:
         for size in section.sizes:
             said += _at(section, size)
         said += _oddities(section)
-        if not any(p.decode_speedup is not None or p.timed is not None for p in section.points):
+        if not any(p.decode_speedup is not None or p.timed is not None for p in section.entries):
             said.append("Speed was not measured in these runs.")
     elif section.kind == "stream":
         said += [sentence for p in _one_a_size(section) for sentence in _stream_at(section, p.size)]
@@ -81,24 +81,24 @@ def _at_words(size: str) -> str:
     return f"at ratio {size}" if size.replace(".", "", 1).isdigit() else f"with {size}" if size else "at no set size"
 
 
-def _effect(point: Point) -> str:
+def _effect(entry: Entry) -> str:
     """What it does to the loss, the cache and the speed."""
-    parts = [part for part in (ppl_words(point), cache_words(point), speed_words(point)) if part]
+    parts = [part for part in (ppl_words(entry), cache_words(entry), speed_words(entry)) if part]
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
-def _is_cheap(point: Point) -> bool:
-    ci = point.ppl_change_ci
+def _is_cheap(entry: Entry) -> bool:
+    ci = entry.ppl_change_ci
     return ci is not None and ci[1] <= CHEAP
 
 
-def _compared(points: Iterable[Point]) -> list[Point]:
+def _compared(entries: Iterable[Entry]) -> list[Entry]:
     """Those with a difference to the baseline, the smallest first."""
-    return sorted((p for p in points if p.delta_nll is not None), key=lambda p: (p.delta_nll, p.label))
+    return sorted((p for p in entries if p.delta_nll is not None), key=lambda p: (p.delta_nll, p.label))
 
 
 def _quality_headline(section: Section) -> str:
-    pressed = [p for p in _compared(section.points) if not p.is_baseline and p.record["press"] != "random"]
+    pressed = [p for p in _compared(section.entries) if not p.is_baseline and p.record["press"] != "random"]
     pressed = [p for p in pressed if p.kept_bytes is not None and p.kept_bytes < 0.95 and not p.equals_baseline]
     if not pressed:
         return "no press was compared with the uncompressed cache."
@@ -126,9 +126,9 @@ def _quality_headline(section: Section) -> str:
 
 def _at(section: Section, size: str) -> list[str]:
     """Of one size: who loses least, who cannot be told from it, who is behind the references, whether one is cheap."""
-    points = section.at(size)
-    uneven = [p for p in points if p.keeps_more or p.equals_baseline]
-    compared = _compared(p for p in points if p not in uneven)
+    entries = section.at(size)
+    uneven = [p for p in entries if p.keeps_more or p.equals_baseline]
+    compared = _compared(p for p in entries if p not in uneven)
     ranked = [p for p in compared if p.record["press"] != "random" or p.kv_bits is not None]
     said = []
     at = _at_words(size)
@@ -151,11 +151,11 @@ def _at(section: Section, size: str) -> list[str]:
     return said
 
 
-def _told_apart(best: Point, others: Sequence[Point]) -> tuple[list[Point], list[Point], list[Point]]:
+def _told_apart(best: Entry, others: Sequence[Entry]) -> tuple[list[Entry], list[Entry], list[Entry]]:
     """Of ``others``: those that lose more, those within the error bars, those that lose less."""
-    more: list[Point] = []
-    level: list[Point] = []
-    less: list[Point] = []
+    more: list[Entry] = []
+    level: list[Entry] = []
+    less: list[Entry] = []
     for other in others:
         difference = paired(other, best)
         if difference is None or difference.ci95 is None:
@@ -165,7 +165,7 @@ def _told_apart(best: Point, others: Sequence[Point]) -> tuple[list[Point], list
     return more, level, less
 
 
-def _standing(best: Point, others: Sequence[Point], apart: str) -> str:
+def _standing(best: Entry, others: Sequence[Entry], apart: str) -> str:
     if not others:
         return ""
     more, level, less = _told_apart(best, others)
@@ -186,7 +186,7 @@ def _standing(best: Point, others: Sequence[Point], apart: str) -> str:
     return f", ahead of {lead} (by {number(following.delta)} [{number(low)}, {number(high)}] nats a token)"
 
 
-def _against(compared: Sequence[Point], name: str, at: str) -> str | None:
+def _against(compared: Sequence[Entry], name: str, at: str) -> str | None:
     """How the presses stand to a reference."""
     reference = next((p for p in compared if p.record["press"] == name and p.is_reference), None)
     others = [p for p in compared if p is not reference and p.record["press"] not in REFERENCES]
@@ -201,7 +201,7 @@ def _against(compared: Sequence[Point], name: str, at: str) -> str | None:
     return f"The reference {name} {at} {ppl_words(reference)}; {'; '.join(parts)}."
 
 
-def _cheap_words(ranked: Sequence[Point], at: str) -> str:
+def _cheap_words(ranked: Sequence[Entry], at: str) -> str:
     cheap = [p for p in ranked if _is_cheap(p)]
     known = [ci for p in ranked if (ci := p.ppl_change_ci) is not None]
     if cheap:
@@ -216,40 +216,40 @@ def _cheap_words(ranked: Sequence[Point], at: str) -> str:
 def _oddities(section: Section) -> list[str]:
     """Points that hide behind others: the same as the baseline, or as each other, to the last digit."""
     said = []
-    for point in section.points:
-        if point.equals_baseline and point.removed:
+    for entry in section.entries:
+        if entry.equals_baseline and entry.removed:
             said.append(
-                f"{clean(point.name)} has the uncompressed model's loss in every window, though "
-                f"{100 * point.removed:.0f} % was removed: check that it was really applied."
+                f"{clean(entry.name)} has the uncompressed model's loss in every window, though "
+                f"{100 * entry.removed:.0f} % was removed: check that it was really applied."
             )
-        elif point.equals_baseline:
-            said.append(f"{clean(point.name)} removed nothing, and changed nothing.")
+        elif entry.equals_baseline:
+            said.append(f"{clean(entry.name)} removed nothing, and changed nothing.")
     for size in section.sizes:
-        alike: dict[str, list[Point]] = {}
-        for point in section.at(size):
-            if point.per_window and not point.equals_baseline:
-                alike.setdefault(repr([w["nll"] for w in point.per_window]), []).append(point)
+        alike: dict[str, list[Entry]] = {}
+        for entry in section.at(size):
+            if entry.per_window and not entry.equals_baseline:
+                alike.setdefault(repr([w["nll"] for w in entry.per_window]), []).append(entry)
         for same in alike.values():
             if len(same) > 1:
                 said.append(f"{listed([p.label for p in same])} have the same loss in every window {_at_words(size)}.")
     return said
 
 
-def _one_a_size(section: Section) -> list[Point]:
+def _one_a_size(section: Section) -> list[Entry]:
     return [section.at(size)[0] for size in section.sizes if section.at(size)]
 
 
 def _stream_at(section: Section, size: str) -> list[str]:
     """Of one budget: the losses, and who is ahead where there are several texts."""
-    points = sorted((p for p in section.at(size) if p.loss is not None), key=lambda p: (p.loss, p.label))
-    if not points:
+    entries = sorted((p for p in section.at(size) if p.loss is not None), key=lambda p: (p.loss, p.label))
+    if not entries:
         return []
     at = _at_words(size)
     base = section.baseline
-    shown = [*points, *([base] if base is not None and base.scored_tokens == points[0].scored_tokens else [])]
+    shown = [*entries, *([base] if base is not None and base.scored_tokens == entries[0].scored_tokens else [])]
     values = listed([f"{p.label} {p.ppl:.2f}" for p in shown if p.ppl is not None], most=12)
     said = [f"{at[0].upper()}{at[1:]}, PPL is {values}."]
-    best, others = points[0], points[1:]
+    best, others = entries[0], entries[1:]
     if others:
         more, level, less = _told_apart(best, others)
         if more or level or less:
@@ -264,12 +264,12 @@ def _stream_at(section: Section, size: str) -> list[str]:
 
 
 def _contexts(section: Section) -> list[int]:
-    return sorted({p.context for p in section.points if p.context})
+    return sorted({p.context for p in section.entries if p.context})
 
 
-def _fastest(section: Section, context: int) -> tuple[list[Point], list[Point]]:
+def _fastest(section: Section, context: int) -> tuple[list[Entry], list[Entry]]:
     """What was timed at a context, the fastest first, and those of it that were faster in every round."""
-    timed = [p for p in section.points if p.context == context and p.decode_speedup is not None and not p.is_baseline]
+    timed = [p for p in section.entries if p.context == context and p.decode_speedup is not None and not p.is_baseline]
     timed.sort(key=lambda p: (-p.decode_speedup, p.label))
     surely = [p for p in timed if has_rounds(p) and p.decode_speedup_spread["min"] > 1]
     return timed, surely
@@ -299,7 +299,7 @@ def _speed_words(section: Section, context: int) -> str:
     best = surely[0]
     rest = [p.name for p in surely[1:]]
     also = f"; faster in every round, too: {listed(rest)}" if rest else ""
-    base = next((p for p in section.points if p.is_baseline and p.context == context), None)
+    base = next((p for p in section.entries if p.is_baseline and p.context == context), None)
     first = ""
     if base is not None and base.ttft_s and best.ttft_s:
         first = f", first token after {best.ttft_s:.3f} s against {base.ttft_s:.3f} s"

@@ -1,4 +1,4 @@
-"""What the model predicts where continuations are fed behind contexts in a cache, which stays as it is."""
+"""Predictions of continuations that are fed behind contexts in a cache, which is left unchanged."""
 
 from __future__ import annotations
 

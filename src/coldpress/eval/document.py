@@ -18,7 +18,7 @@ from coldpress.eval.report import describe
 from coldpress.eval.sections import Section, sections
 from coldpress.eval.wording import clean, listed
 
-__all__ = ["Document", "Figure", "Part", "make_document"]
+__all__ = ["Figure", "Part", "Report", "make_report"]
 
 MOST_SKIPPED = 30  # files that are named; the rest are counted
 METHOD = (
@@ -54,7 +54,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Document:
+class Report:
     title: str
     counts: str
     parts: tuple[Part, ...]
@@ -73,7 +73,7 @@ _KINDS = {
 }
 
 
-def make_document(collection: Collection) -> Document:
+def make_report(collection: Collection) -> Report:
     """Everything a report shows.
 
     Raises:
@@ -88,7 +88,7 @@ def make_document(collection: Collection) -> Document:
     )
     names = list(dict.fromkeys(where(section).removeprefix("On ") for section in found))
     title = f"KV-cache compression: {names[0]}" if len(names) == 1 else "KV-cache compression report"
-    return Document(
+    return Report(
         title=title,
         counts=_counts(collection),
         parts=parts,
@@ -100,9 +100,9 @@ def make_document(collection: Collection) -> Document:
 
 
 def _part(section: Section, number: int, is_alone: bool) -> Part:
-    first = next((p.record for p in section.points), section.first)
+    first = next((p.record for p in section.entries), section.first)
     caption = clean(describe(first))
-    contexts = sorted({p.context for p in section.points if p.context}) if section.kind == "speed" else []
+    contexts = sorted({p.context for p in section.entries if p.context}) if section.kind == "speed" else []
     if len(contexts) > 1:  # of which the first record knows its own
         said = f"timed with {listed([f'{n:,}' for n in contexts])} tokens of context"
         caption = re.sub(r"timed with [\d,]+ tokens of context", said, caption)

@@ -68,17 +68,17 @@ def load_local(path: str, what: str, subset: str | None, split: str, **options: 
         except Exception as error:
             said = _explained(error, what, subset, split)
             if said is None:
-                place = Path(options.get("data_files", path))
-                said = DataError(f"{_damage(datasets, place, what) or _unread(what, error)}. {EXPECTED}")
+                source = Path(options.get("data_files", path))
+                said = DataError(f"{_damage(datasets, source, what) or _unread(what, error)}. {EXPECTED}")
             raise said from error
 
 
-def _damage(datasets: Any, place: Path, what: str) -> str | None:
+def _damage(datasets: Any, source: Path, what: str) -> str | None:
     """Which file of a folder, or that file itself, cannot be read, and why; None if each can be read alone."""
-    files = [place] if place.is_file() else sorted(file for file in place.rglob("*") if file.is_file())
+    files = [source] if source.is_file() else sorted(file for file in source.rglob("*") if file.is_file())
     columns: dict[str, list[str]] = {}
     for file in files:
-        builder, name = BUILDERS.get(file.suffix), what if file == place else f"{what}/{file.relative_to(place)}"
+        builder, name = BUILDERS.get(file.suffix), what if file == source else f"{what}/{file.relative_to(source)}"
         if builder is None:
             continue
         if not file.stat().st_size:

@@ -26,7 +26,7 @@ class Job:
     """One press of one size: one result record.
 
     At most one of ``ratio``, ``budget_tokens`` and ``budget_bytes`` is given, and none for a press without a ratio.
-    ``kv_bits`` says how what is kept is held; None: as it is.
+    ``kv_bits`` says how what is kept is stored; None: as it is.
     """
 
     name: str
@@ -44,13 +44,13 @@ def make_jobs(settings: Settings) -> list[Job]:
     and the decoding ones. ``no_press`` is measured once. With ``--chunk_tokens``, ``all`` leaves out what chooses only
     once; with ``--batch_size``, where perplexity is measured under presses, what takes one text at a time
     (:func:`left_out_of_batches`). With ``kv_bits`` each of them is measured at every number of bits; ``all`` leaves out
-    those that cannot be held so.
+    those that cannot be stored so.
 
     Raises:
         PressError: an unknown press or parameter, a ratio outside [0, 1), parameters for several presses, a budget for
             a press that was named and has none, a press that would compress nothing of what is measured, a press that
             was named and takes one text at a time.
-        CacheError: bits that there are not, or that a press that was named cannot be held in.
+        CacheError: bits that there are not, or that a press that was named cannot be stored in.
     """
     if settings.ppl_mode == "streaming":
         return _make_stream_jobs(settings)
@@ -126,7 +126,7 @@ def _in_bits(jobs: list[Job], kv_bits: list[KVBits], settings: Settings) -> list
     """Each job at every number of bits; as it is where there are none."""
     if not kv_bits:
         return jobs
-    held = []
+    found = []
     for job in jobs:
         try:
             check_quantisable(job.press, kv_bits[0])
@@ -134,8 +134,8 @@ def _in_bits(jobs: list[Job], kv_bits: list[KVBits], settings: Settings) -> list
             if job.name in settings.press:
                 raise
             continue
-        held += [replace(job, kv_bits=each) for each in kv_bits]
-    return held
+        found += [replace(job, kv_bits=each) for each in kv_bits]
+    return found
 
 
 def _all_presses(settings: Settings) -> list[str]:

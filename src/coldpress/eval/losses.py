@@ -41,7 +41,7 @@ class Rows(NamedTuple):
 def blocks(logits: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """``logits [B, N, V]`` as float32 and ``targets [B, N]``, in blocks of few tokens.
 
-    How a sum is rounded may depend on how many rows there are, so whoever compares losses takes these blocks.
+    How a sum is rounded may depend on how many rows there are, so losses are compared in these blocks.
     """
     n = max(1, BLOCK_NUMBERS // logits.shape[-1])
     for rows, wanted in zip(logits.split(n, 1), targets.split(n, 1), strict=True):

@@ -10,7 +10,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from coldpress.eval.columns import Cell
-from coldpress.eval.document import Document
+from coldpress.eval.document import Report
 from coldpress.eval.figures import css_colours
 
 __all__ = ["page"]
@@ -18,12 +18,10 @@ __all__ = ["page"]
 ASSETS = Path(__file__).resolve().parents[1] / "assets" / "report"
 
 
-def page(document: Document) -> str:
+def page(report: Report) -> str:
     """The whole page."""
     light, dark = ({k: Markup(v) for k, v in colours.items()} for colours in css_colours())
-    return _template().render(
-        document=document, light=light, dark=dark, style=_text("page.css"), script=_text("page.js")
-    )
+    return _template().render(report=report, light=light, dark=dark, style=_text("page.css"), script=_text("page.js"))
 
 
 def _text(name: str) -> Markup:

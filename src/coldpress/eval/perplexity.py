@@ -35,7 +35,7 @@ _Job = tuple[int, Window]  # number of a document, and one of its windows
 
 
 def forward(model: PreTrainedModel, input_ids: Tensor, cache: PressedCache | None, keep: int = 0) -> Tensor:
-    """Logits ``[B, keep, V]`` of the last ``keep`` tokens (0: of all) of ``input_ids`` after what ``cache`` holds.
+    """Logits ``[B, keep, V]`` of the last ``keep`` tokens (0: of all) of ``input_ids`` after what ``cache`` stores.
 
     Where a press chooses what each query reads, tokens are fed one by one, as they are when they are generated.
     """

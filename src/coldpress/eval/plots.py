@@ -20,7 +20,7 @@ from coldpress.eval.plotting import (
     scale,
     section_styles,
 )
-from coldpress.eval.sections import Point, Section
+from coldpress.eval.sections import Entry, Section
 from coldpress.eval.wording import clean
 
 __all__ = ["draw", "front"]
@@ -43,15 +43,15 @@ def draw(section: Section, prefix: str) -> list[Drawing]:
     return [one for one in found if one is not None]
 
 
-def _bars(point: Point) -> list[list[float]] | None:
-    ci = point.delta_nll_ci95
+def _bars(entry: Entry) -> list[list[float]] | None:
+    ci = entry.delta_nll_ci95
     if ci is None:
         return None
-    return [[max(0.0, point.delta_nll - ci[0])], [max(0.0, ci[1] - point.delta_nll)]]
+    return [[max(0.0, entry.delta_nll - ci[0])], [max(0.0, ci[1] - entry.delta_nll)]]
 
 
 def _quality(section: Section, look: dict[str, Style], prefix: str) -> Drawing | None:
-    compared = [p for p in section.points if p.delta_nll is not None and p.at is not None and not p.is_baseline]
+    compared = [p for p in section.entries if p.delta_nll is not None and p.at is not None and not p.is_baseline]
     strip = [p for p in section.unfinished if not p.is_baseline] + [p for p in compared if p.equals_baseline]
     if not compared and not strip:
         return None
@@ -104,7 +104,7 @@ def _percent_axis(axis: Any) -> None:
     right.spines["right"].set_visible(False)
 
 
-def _strip(axis: Any, points: Sequence[Point]) -> str:
+def _strip(axis: Any, entries: Sequence[Entry]) -> str:
     """Under a plot: what failed, was interrupted, or is the baseline to the last digit, at the ratio asked for."""
     rows = {"failed": "x", "interrupted": "o", "= baseline": "D"}
     axis.set_ylim(-0.6, 2.6)
@@ -112,10 +112,10 @@ def _strip(axis: Any, points: Sequence[Point]) -> str:
     axis.grid(False, axis="y")
     axis.spines["left"].set_visible(False)
     places: dict[tuple[int, float], list[str]] = {}
-    for point in points:
-        row = 2 if point.is_ok else int(point.record["status"] != "failed")
-        at = point.record.get("compression_ratio")
-        places.setdefault((row, at if at is not None else point.at or 0.0), []).append(point.label)
+    for entry in entries:
+        row = 2 if entry.is_ok else int(entry.record["status"] != "failed")
+        at = entry.record.get("compression_ratio")
+        places.setdefault((row, at if at is not None else entry.at or 0.0), []).append(entry.label)
     for (row, at), names in places.items():
         face = "none" if row else BAD
         axis.scatter([at], [row], marker=[*rows.values()][row], s=34, facecolors=face, edgecolors=BAD, linewidths=1.4)
@@ -129,7 +129,7 @@ def _strip(axis: Any, points: Sequence[Point]) -> str:
 
 
 def _forest(
-    section: Section, look: dict[str, Style], compared: list[Point], strip: list[Point], prefix: str
+    section: Section, look: dict[str, Style], compared: list[Entry], strip: list[Entry], prefix: str
 ) -> Drawing:
     """One size only: each press a line, the best on top."""
     rows = sorted(compared, key=lambda p: -p.delta_nll)
@@ -153,16 +153,16 @@ def _forest(
             axis.set_xscale("symlog", linthresh=limit)
             plain_numbers(axis.xaxis)
             note = f" The axis is linear up to {limit:g} and logarithmic beyond."
-        for y, point in enumerate(rows):
-            style = look[point.label]
+        for y, entry in enumerate(rows):
+            style = look[entry.label]
             color = style.color if style.is_coloured else INK["axis"][0]
-            marker = "D" if point.equals_baseline else style.marker if style.is_coloured else "o"
-            face = {"markerfacecolor": "none"} if point.equals_baseline else {}
-            drawn = axis.errorbar([point.delta_nll], [y], xerr=_bars(point), color=color, marker=marker, **face)
-            done.name(drawn.lines[0], f"{point.label} {point.delta_nll:+.4f}")
-        for y, point in enumerate(undone):
+            marker = "D" if entry.equals_baseline else style.marker if style.is_coloured else "o"
+            face = {"markerfacecolor": "none"} if entry.equals_baseline else {}
+            drawn = axis.errorbar([entry.delta_nll], [y], xerr=_bars(entry), color=color, marker=marker, **face)
+            done.name(drawn.lines[0], f"{entry.label} {entry.delta_nll:+.4f}")
+        for y, entry in enumerate(undone):
             axis.text(
-                0.01, -1 - y, f"× {clean(point.record['status'])}", color=BAD, fontsize=8.5, va="center",
+                0.01, -1 - y, f"× {clean(entry.record['status'])}", color=BAD, fontsize=8.5, va="center",
                 transform=axis.get_yaxis_transform(),
             )  # fmt: skip
         names = [f"{p.label}{' = baseline' if p.equals_baseline else ''}" for p in rows]
@@ -175,20 +175,20 @@ def _forest(
     return done
 
 
-def front(points: Sequence[Point]) -> list[Point]:
+def front(entries: Sequence[Entry]) -> list[Entry]:
     """Those that no other matches in both bytes and loss, the smallest cache first."""
-    found: list[Point] = []
-    for point in sorted(points, key=lambda p: (p.kv_bytes, p.delta_nll, p.label)):
-        if not found or point.delta_nll < found[-1].delta_nll:
-            found.append(point)
+    found: list[Entry] = []
+    for entry in sorted(entries, key=lambda p: (p.kv_bytes, p.delta_nll, p.label)):
+        if not found or entry.delta_nll < found[-1].delta_nll:
+            found.append(entry)
     return found
 
 
 def _pareto(section: Section, look: dict[str, Style], prefix: str) -> Drawing | None:
-    points = [p for p in section.points if p.delta_nll is not None and p.kv_bytes and not p.is_baseline]
-    if len({p.kv_bytes for p in points}) < 2:
+    entries = [p for p in section.entries if p.delta_nll is not None and p.kv_bytes and not p.is_baseline]
+    if len({p.kv_bytes for p in entries}) < 2:
         return None
-    best = front([p for p in points if not p.equals_baseline])
+    best = front([p for p in entries if not p.equals_baseline])
     caption = (
         "Loss against the bytes of the cache after compression. Coloured points, joined: no other press has both fewer "
         "bytes and less loss, by the measured means; with their 95 % intervals, which may overlap those of others. The "
@@ -199,39 +199,39 @@ def _pareto(section: Section, look: dict[str, Style], prefix: str) -> Drawing | 
     with drawing("pareto", "", caption_tail(section), (8.4, 4.4), prefix) as (done, figure):
         axis = figure.add_subplot()
         axis.axhline(0, color=REF, linestyle="--", linewidth=1.2, zorder=2)
-        whole = [b for p in section.points if (b := p.kv_bytes_baseline)]
+        whole = [b for p in section.entries if (b := p.kv_bytes_baseline)]
         if whole:
             axis.plot([max(whole) * mib], [0], marker="o", color=REF, linestyle="none", zorder=4)
             axis.annotate(
                 "no_press", (max(whole) * mib, 0), xytext=(-4, -12), textcoords="offset points", fontsize=8, ha="right"
             )
-        for point in points:
-            if point not in best:
-                marker = look[point.label].marker if point.is_reference else "o"
-                color = REF if point.is_reference else FADED
-                face = {"markerfacecolor": "none", "markeredgecolor": BAD} if point.equals_baseline else {}
+        for entry in entries:
+            if entry not in best:
+                marker = look[entry.label].marker if entry.is_reference else "o"
+                color = REF if entry.is_reference else FADED
+                face = {"markerfacecolor": "none", "markeredgecolor": BAD} if entry.equals_baseline else {}
                 (dot,) = axis.plot(
-                    [point.kv_bytes * mib], [point.delta_nll], marker=marker, color=color, markersize=5, **face
+                    [entry.kv_bytes * mib], [entry.delta_nll], marker=marker, color=color, markersize=5, **face
                 )
-                done.name(dot, f"{point.name}: {point.delta_nll:+.4f}")
+                done.name(dot, f"{entry.name}: {entry.delta_nll:+.4f}")
         axis.plot(
             [p.kv_bytes * mib for p in best], [p.delta_nll for p in best], color=INK["axis"][0], linewidth=1, zorder=2
         )
-        for point in best:
-            style = look[point.label]
+        for entry in best:
+            style = look[entry.label]
             color = style.color if style.is_coloured else INK["axis"][0]
             marker = style.marker if style.is_coloured else "o"
             drawn = axis.errorbar(
-                [point.kv_bytes * mib], [point.delta_nll], yerr=_bars(point), color=color, marker=marker, markersize=7,
+                [entry.kv_bytes * mib], [entry.delta_nll], yerr=_bars(entry), color=color, marker=marker, markersize=7,
                 zorder=5,
             )  # fmt: skip
-            done.name(drawn.lines[0], f"{point.name}: {point.delta_nll:+.4f}")
+            done.name(drawn.lines[0], f"{entry.name}: {entry.delta_nll:+.4f}")
             axis.annotate(
-                clean(point.name), (point.kv_bytes * mib, point.delta_nll), xytext=(8, 5), textcoords="offset points",
+                clean(entry.name), (entry.kv_bytes * mib, entry.delta_nll), xytext=(8, 5), textcoords="offset points",
                 fontsize=8, zorder=6,
             )  # fmt: skip
-        note = scale(axis, [p.delta_nll for p in points])
-        sizes = [p.kv_bytes for p in points] + whole
+        note = scale(axis, [p.delta_nll for p in entries])
+        sizes = [p.kv_bytes for p in entries] + whole
         if max(sizes) > 8 * min(sizes):
             axis.set_xscale("log", base=2)
             plain_numbers(axis.xaxis)

@@ -6,7 +6,7 @@ from typing import Any
 
 from coldpress.eval.figures import Drawing, Style, drawing
 from coldpress.eval.plotting import REF, caption_tail, curve, panels, said_of_colours, scale, shared_legend, title
-from coldpress.eval.sections import Point, Section
+from coldpress.eval.sections import Entry, Section
 
 __all__ = ["draw_distance", "draw_positions"]
 
@@ -14,11 +14,11 @@ __all__ = ["draw_distance", "draw_positions"]
 def draw_distance(section: Section, look: dict[str, Style], prefix: str) -> Drawing | None:
     base = (section.baseline.nll_by_distance if section.baseline else None) or {}
 
-    def values(point: Point) -> dict[str, tuple[float, list[float] | None]]:
-        given = point.delta_by_distance
+    def values(entry: Entry) -> dict[str, tuple[float, list[float] | None]]:
+        given = entry.delta_by_distance
         if given:
             return {k: (v["delta"], v["ci95"]) for k, v in given.items()}
-        own = point.nll_by_distance or {}
+        own = entry.nll_by_distance or {}
         return {k: (v - base[k], None) for k, v in own.items() if v is not None and base.get(k) is not None}
 
     sizes = panels(section, values)
@@ -33,8 +33,8 @@ def draw_distance(section: Section, look: dict[str, Style], prefix: str) -> Draw
 
 
 def draw_positions(section: Section, look: dict[str, Style], prefix: str) -> Drawing | None:
-    def values(point: Point) -> dict[str, tuple[float, list[float] | None]]:
-        return {k: (v, None) for k, v in (point.nll_by_position or {}).items() if v is not None}
+    def values(entry: Entry) -> dict[str, tuple[float, list[float] | None]]:
+        return {k: (v, None) for k, v in (entry.nll_by_position or {}).items() if v is not None}
 
     sizes = panels(section, values)
     if not sizes:
@@ -53,7 +53,7 @@ def _small(
 ) -> Drawing:  # fmt: skip
     """A panel for each size, on one vertical axis."""
     kind, across, prefix = names
-    buckets = list(dict.fromkeys(k for p in [*section.points] if p.size in sizes for k in values(p)))
+    buckets = list(dict.fromkeys(k for p in [*section.entries] if p.size in sizes for k in values(p)))
     buckets = sorted(dict.fromkeys([*buckets, *base]), key=_first_number)
     columns = 3 if len(sizes) == 3 and len(buckets) < 6 else min(2, len(sizes))
     rows = -(-len(sizes) // columns)
@@ -68,9 +68,9 @@ def _small(
                 axis.plot(known, [base[buckets[i]][0] for i in known], "--", color=REF, label="no_press")
             elif kind == "distance":
                 axis.axhline(0, color=REF, linestyle="--", linewidth=1.2, label="no_press (uncompressed)")
-            points = sorted(section.at(size), key=lambda p: (look[p.label].rank, p.label))
-            for n, point in enumerate(points):
-                own = values(point)
+            entries = sorted(section.at(size), key=lambda p: (look[p.label].rank, p.label))
+            for n, entry in enumerate(entries):
+                own = values(entry)
                 at = [i for i, b in enumerate(buckets) if b in own]
                 ys = [own[buckets[i]][0] for i in at]
                 everything += ys
@@ -80,9 +80,9 @@ def _small(
                     low = [max(0.0, y - c[0]) if c else 0.0 for y, c in zip(ys, cis, strict=True)]
                     high = [max(0.0, c[1] - y) if c else 0.0 for y, c in zip(ys, cis, strict=True)]
                     bars = [low, high]
-                step = (n - len(points) / 2) * 0.03 if bars and look[point.label].is_coloured else 0
+                step = (n - len(entries) / 2) * 0.03 if bars and look[entry.label].is_coloured else 0
                 if at:
-                    curve(done, axis, look[point.label], point.label, [i + step for i in at], ys, bars)
+                    curve(done, axis, look[entry.label], entry.label, [i + step for i in at], ys, bars)
             axis.set_xticks(range(len(buckets)), buckets, rotation=30 if len(buckets) > 5 else 0, fontsize=8)
             axis.set_xlim(-0.3, len(buckets) - 0.7)
         for axis in flat[len(sizes) :]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from coldpress.eval.figures import Drawing, Style, drawing
 from coldpress.eval.plotting import REF, caption_tail, curve, panels, said_of_colours, shared_legend, title
-from coldpress.eval.sections import Point, Section
+from coldpress.eval.sections import Entry, Section
 from coldpress.eval.wording import clean
 
 __all__ = ["draw_speed"]
@@ -14,26 +14,26 @@ __all__ = ["draw_speed"]
 MIB = 1 / (1 << 20)
 
 
-def _rate(point: Point) -> float | None:
-    return point.decode_tokens_per_s or point.generation_tokens_per_s
+def _rate(entry: Entry) -> float | None:
+    return entry.decode_tokens_per_s or entry.generation_tokens_per_s
 
 
-def _peak(point: Point) -> float | None:
+def _peak(entry: Entry) -> float | None:
     """Above what the process held before, where that is known."""
-    peak = point.peak_mem_delta_bytes if point.peak_mem_delta_bytes is not None else point.peak_mem_bytes
+    peak = entry.peak_mem_delta_bytes if entry.peak_mem_delta_bytes is not None else entry.peak_mem_bytes
     return None if peak is None else peak * MIB
 
 
-def _rate_bars(point: Point) -> tuple[float, float] | None:
+def _rate_bars(entry: Entry) -> tuple[float, float] | None:
     """What the slowest and the fastest round's time per token come to."""
-    spread = point.tpot_ms_spread
-    if spread is None or not point.decode_tokens_per_s or min(spread["min"], spread["max"]) <= 0:
+    spread = entry.tpot_ms_spread
+    if spread is None or not entry.decode_tokens_per_s or min(spread["min"], spread["max"]) <= 0:
         return None
     return 1000 / spread["max"], 1000 / spread["min"]
 
 
-def _ttft_bars(point: Point) -> tuple[float, float] | None:
-    spread = point.ttft_s_spread
+def _ttft_bars(entry: Entry) -> tuple[float, float] | None:
+    spread = entry.ttft_s_spread
     return None if spread is None else (spread["min"], spread["max"])
 
 
@@ -46,7 +46,7 @@ _PANELS: tuple[tuple[str, Any, Any], ...] = (
 
 def draw_speed(section: Section, look: dict[str, Style], prefix: str) -> list[Drawing]:
     """One picture of three panels for each size, where a section has several contexts; else its table says it all."""
-    timed = [p for p in section.points if p.context and any(value(p) is not None for _, value, _ in _PANELS)]
+    timed = [p for p in section.entries if p.context and any(value(p) is not None for _, value, _ in _PANELS)]
     contexts = sorted({p.context for p in timed})
     if len(contexts) < 2:
         return []
@@ -83,14 +83,14 @@ def draw_speed(section: Section, look: dict[str, Style], prefix: str) -> list[Dr
     return [done]
 
 
-def _line(done: Drawing, axis: Any, style: Style, label: str, points: list[Point], value: Any, spread: Any) -> None:
-    points = [p for p in points if value(p) is not None]
-    if not points:
+def _line(done: Drawing, axis: Any, style: Style, label: str, entries: list[Entry], value: Any, spread: Any) -> None:
+    entries = [p for p in entries if value(p) is not None]
+    if not entries:
         return
-    ys = [value(p) for p in points]
+    ys = [value(p) for p in entries]
     bars = None
-    if any(spread(p) for p in points):
-        ends = [spread(p) or (y, y) for p, y in zip(points, ys, strict=True)]
+    if any(spread(p) for p in entries):
+        ends = [spread(p) or (y, y) for p, y in zip(entries, ys, strict=True)]
         low = [max(0.0, y - e[0]) for y, e in zip(ys, ends, strict=True)]
         bars = [low, [max(0.0, e[1] - y) for y, e in zip(ys, ends, strict=True)]]
-    curve(done, axis, style, label, [p.context for p in points], ys, bars)
+    curve(done, axis, style, label, [p.context for p in entries], ys, bars)

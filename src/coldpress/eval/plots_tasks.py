@@ -6,7 +6,7 @@ from typing import Any
 
 from coldpress.eval.figures import INK, Drawing, Style, drawing
 from coldpress.eval.plotting import REF, caption_tail, curve, panels, said_of_colours, shared_legend, title
-from coldpress.eval.sections import Point, Section
+from coldpress.eval.sections import Entry, Section
 from coldpress.eval.task_words import task_name
 from coldpress.eval.wording import clean
 
@@ -19,8 +19,8 @@ MOST_COLUMNS = 5
 
 def draw_tasks(section: Section, look: dict[str, Style], prefix: str) -> list[Drawing]:
     tasks: dict[str, dict[str, Any]] = {}
-    for point in section.points:
-        for task in point.tasks or []:
+    for entry in section.entries:
+        for task in entry.tasks or []:
             tasks.setdefault(task_name(task), task)
     found = [_scores(section, look, [*tasks], f"{prefix}k")] if tasks else []
     names = list(dict.fromkeys(task["task"] for task in tasks.values() if task.get("by_depth")))
@@ -41,8 +41,8 @@ def _value(task: dict[str, Any]) -> tuple[Any, Any, bool]:
     return more, None if ci is None else (ci[0], ci[1]), False
 
 
-def _task(point: Point, name: str) -> dict[str, Any] | None:
-    return next((task for task in point.tasks or [] if task_name(task) == name), None)
+def _task(entry: Entry, name: str) -> dict[str, Any] | None:
+    return next((task for task in entry.tasks or [] if task_name(task) == name), None)
 
 
 def _scores(section: Section, look: dict[str, Style], names: list[str], prefix: str) -> Drawing:
@@ -61,7 +61,7 @@ def _scores(section: Section, look: dict[str, Style], names: list[str], prefix: 
         for axis, name in zip(axes, names, strict=False):
             axis.set_title(clean(name))
             is_score = False
-            pressed = [p for p in section.points if not p.is_baseline]
+            pressed = [p for p in section.entries if not p.is_baseline]
             labels = sorted({p.label for p in pressed}, key=lambda label: (look[label].rank, label))
             bases = []
             for label in labels:
@@ -94,9 +94,9 @@ def _scores(section: Section, look: dict[str, Style], names: list[str], prefix: 
 def _map(section: Section, look: dict[str, Style], name: str, prefix: str) -> Drawing | None:
     """Depth by length, a small map for each press and size; all on one scale of colours."""
 
-    def cells(point: Point) -> dict[tuple[float, float], float]:
+    def cells(entry: Entry) -> dict[tuple[float, float], float]:
         found = {}
-        for task in point.tasks or []:
+        for task in entry.tasks or []:
             if task["task"] == name:
                 for cell in task.get("by_depth") or []:
                     if cell.get("answer_nll") is not None and cell.get("answer_nll_base") is not None:
@@ -106,13 +106,13 @@ def _map(section: Section, look: dict[str, Style], name: str, prefix: str) -> Dr
 
     sizes = panels(section, cells)
     chosen = [label for label, style in look.items() if style.is_coloured and any(
-        cells(p) for p in section.points if p.label == label
+        cells(p) for p in section.entries if p.label == label
     )]  # fmt: skip
     chosen = sorted(set(chosen), key=lambda label: (look[label].color == REF, label))
     left_out = f" Not shown: {len(chosen) - MOST_COLUMNS} presses." if len(chosen) > MOST_COLUMNS else ""
     references = [label for label in chosen if look[label].color == REF]
     chosen = [*[c for c in chosen if c not in references][: MOST_COLUMNS - len(references)], *references][:MOST_COLUMNS]
-    values = {(p.label, p.size): cells(p) for p in section.points if p.label in chosen and p.size in sizes}
+    values = {(p.label, p.size): cells(p) for p in section.entries if p.label in chosen and p.size in sizes}
     everything = [v for own in values.values() for v in own.values()]
     if not everything:
         return None

@@ -1,4 +1,4 @@
-"""What an evaluation compares: presses of one size, with their pairs held as they are or in few bits."""
+"""Point: what an evaluation compares, a press of one size, with its pairs stored as they are or in few bits."""
 
 from __future__ import annotations
 

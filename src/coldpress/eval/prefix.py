@@ -53,7 +53,7 @@ class PrefixRun(PointRun[Measured]):
     Args:
         model: a causal language model on coldpress's backend.
         presses: the points to measure; the uncompressed baseline is always measured too.
-        kv_bits: how what each of them keeps is held; None: all as it is.
+        kv_bits: how what each of them keeps is stored; None: all as it is.
         documents: token ids, int64 ``[N]`` each, with the plan of their windows; all plans have the same sizes.
         batch_size: windows that are run together.
         chunk_tokens: tokens of a piece of the context; None for a context in one piece.
@@ -286,10 +286,10 @@ class WindowWork:
             try:
                 branch.get_seq_length()
                 states = (state for layer in branch.pressed_layers() for state in (layer.keys, layer.values))
-                held = tuple((state.data_ptr(), state.shape) for state in states if state is not None)
-                if held not in measured or self.chunk_tokens is not None:  # in pieces none are shared
-                    measured[held] = token_losses(forward(model, inputs, branch), wanted).cpu()
-                check_unchanged(zero, measured[held], base.losses)
+                storage = tuple((state.data_ptr(), state.shape) for state in states if state is not None)
+                if storage not in measured or self.chunk_tokens is not None:  # in pieces none are shared
+                    measured[storage] = token_losses(forward(model, inputs, branch), wanted).cpu()
+                check_unchanged(zero, measured[storage], base.losses)
             except Exception as error:
                 alike = (p for p in points if isinstance(p.press, BudgetPress) and p.press.with_ratio(0.0) == zero)
                 for point in alike:

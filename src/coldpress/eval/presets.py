@@ -114,7 +114,7 @@ def pages(text: str) -> list[str]:
     """The articles of a WikiText file: each from its heading `` = Title = `` to the line before the next.
 
     As EleutherAI/wikitext_document_level has them: headings of sections, with more signs, start none, what comes before
-    the first heading is a page if it is not blank, and the line end before a heading belongs to nobody.
+    the first heading is a page if it is not blank, and the line end before a heading belongs to no page.
     """
     found: list[list[str]] = [[]]
     for line in text.split("\n"):

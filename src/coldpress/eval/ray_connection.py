@@ -134,7 +134,7 @@ def _ask(address: str, seconds: float) -> str | None:
 
 
 def _knock(host: str, port: int) -> str | None:
-    """Why nobody answers at a port; None if somebody does."""
+    """Why there is no answer at a port; None if there is one."""
 
     def ask() -> None:
         socket.create_connection((host, port), timeout=PROBE_S / 2).close()

@@ -62,7 +62,7 @@ def size_of(record: Record) -> str:
 
 
 def bits_of(record: Record) -> str:
-    """In how many bits what was kept is held; an empty text where it is as it was."""
+    """In how many bits what was kept is stored; an empty text where it is as it was."""
     return "" if record.get("kv_bits") is None else f"{record['kv_bits']}"
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from coldpress.errors import OutputError
 from coldpress.eval.collect import Collection
-from coldpress.eval.document import make_document
+from coldpress.eval.document import make_report
 from coldpress.eval.page import page
 from coldpress.eval.results import check_writable
 from coldpress.eval.summary import summary
@@ -23,9 +23,9 @@ def write_report(collection: Collection, folder: Path) -> list[Path]:
         OutputError: the folder cannot be written to.
     """
     check_writable(folder)
-    document = make_document(collection)
-    files = {f.file: f.drawing.png for part in document.parts for f in part.figures}
-    files |= {"report.md": summary(document).encode(), "report.html": page(document).encode()}
+    report = make_report(collection)
+    files = {f.file: f.drawing.png for part in report.parts for f in part.figures}
+    files |= {"report.md": summary(report).encode(), "report.html": page(report).encode()}
     return [_write(folder / name, content) for name, content in files.items()]
 
 

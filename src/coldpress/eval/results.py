@@ -94,7 +94,7 @@ def environment() -> dict[str, Any]:
 def result_path(output_dir: Path, record: dict[str, Any]) -> Path:
     """Where `record` belongs: ``{protocol}__{model}__{dataset}__{press}__r0.50__{10 hex}.json`` in
     `output_dir`; ``t512`` instead of the ratio for a budget in tokens, ``b1048576`` for one in bytes; then ``q4`` where
-    pairs are held in 4 bits.
+    pairs are stored in 4 bits.
 
     The hex digits are a hash over IDENTIFYING_FIELDS, where an absent field is as one that is None: equal
     settings share a name, others do not. A record that failed (status "failed" or "error", or an error in it) ends in

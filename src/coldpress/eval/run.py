@@ -94,7 +94,7 @@ class Run:
 
     @property
     def compressed(self) -> tuple[list[BasePress | None], list[KVBits | None]]:
-        """The presses, and the bits that what they keep is held in, without the uncompressed baseline."""
+        """The presses, and the bits that what they keep is stored in, without the uncompressed baseline."""
         pairs = [(job.press, job.kv_bits) for job in self.jobs if job.press is not None or job.kv_bits is not None]
         return [press for press, _ in pairs], [bits for _, bits in pairs]
 

@@ -1,4 +1,4 @@
-"""Records as points of comparison: what may share an axis, what each point is called, and who is ahead of whom."""
+"""Sections: records that may share an axis, each as an entry with a name, and who is ahead of whom."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from coldpress.bases.scorer import BUDGETS
 from coldpress.eval.metrics import Paired, paired_difference
 from coldpress.eval.report import asked, bits_of, groups, short, size_of
 
-__all__ = ["REFERENCES", "Point", "Section", "paired", "sections", "text_name"]
+__all__ = ["REFERENCES", "Entry", "Section", "paired", "sections", "text_name"]
 
 Record = dict[str, Any]
 REFERENCES = ("random", "streaming_llm")  # what any method should be ahead of; no_press is the baseline
@@ -22,13 +22,13 @@ BEST = 6  # presses that are drawn in colour
 
 
 @dataclass(frozen=True)
-class Point:
+class Entry:
     """One record with a name: ``label`` tells series apart, ``size`` is the ratio or budget that was asked for."""
 
     record: Record
     label: str
     size: str
-    timed: Point | None = None  # where a run of its own has timed it: the one behind the longest context
+    timed: Entry | None = None  # where a run of its own has timed it: the one behind the longest context
 
     def __getattr__(self, name: str) -> Any:  # delta_nll, ppl, ...: None where not measured
         if name.startswith("__"):
@@ -112,28 +112,28 @@ class Section:
     """Points that share protocol, model and text. ``unfinished`` ones failed or were interrupted on the way."""
 
     kind: str  # quality, stream, tasks, speed, plain
-    points: list[Point]
-    unfinished: list[Point] = field(default_factory=list)
+    entries: list[Entry]
+    unfinished: list[Entry] = field(default_factory=list)
 
     @property
-    def all(self) -> list[Point]:
-        return [*self.points, *self.unfinished]
+    def all(self) -> list[Entry]:
+        return [*self.entries, *self.unfinished]
 
     @property
     def first(self) -> Record:
         return self.all[0].record
 
     @property
-    def baseline(self) -> Point | None:
-        return next((p for p in self.points if p.is_baseline), None)
+    def baseline(self) -> Entry | None:
+        return next((p for p in self.entries if p.is_baseline), None)
 
     @property
     def sizes(self) -> list[str]:
         """The sizes that presses were asked for, small ratios first."""
         return list(dict.fromkeys(p.size for p in sorted(self.all, key=_size_key) if not p.is_baseline))
 
-    def at(self, size: str) -> list[Point]:
-        return [p for p in self.points if p.size == size and not p.is_baseline]
+    def at(self, size: str) -> list[Entry]:
+        return [p for p in self.entries if p.size == size and not p.is_baseline]
 
     @property
     def labels(self) -> list[str]:
@@ -147,8 +147,8 @@ class Section:
         ranks: dict[str, list[float]] = defaultdict(list)
         for size in self.sizes:
             ranked = sorted((p for p in self.at(size) if _cost(p) is not None), key=lambda p: (_cost(p), p.label))
-            for rank, point in enumerate(ranked):
-                ranks[point.label].append((rank + 1) / len(ranked))
+            for rank, entry in enumerate(ranked):
+                ranks[entry.label].append((rank + 1) / len(ranked))
         most = max((len(own) for own in ranks.values()), default=0)
         mean = {
             name: sum(own) / len(own) for name, own in ranks.items() if name in self.labels and len(own) * 2 >= most
@@ -156,20 +156,20 @@ class Section:
         return sorted(sorted(mean, key=lambda name: (mean[name], name))[:BEST])
 
 
-def _cost(point: Point) -> float | None:
+def _cost(entry: Entry) -> float | None:
     """What a small one of is good."""
-    if point.record.get("tasks"):
-        losses = [t["answer_nll"] if t.get("score") is None else -t["score"] for t in point.record["tasks"]]
+    if entry.record.get("tasks"):
+        losses = [t["answer_nll"] if t.get("score") is None else -t["score"] for t in entry.record["tasks"]]
         known = [x for x in losses if x is not None]
         return sum(known) / len(known) if known else None
     for name in ("delta_nll", "loss", "tpot_ms"):
-        if point.record.get(name) is not None:
-            return float(point.record[name])
+        if entry.record.get(name) is not None:
+            return float(entry.record[name])
     return None
 
 
-def _size_key(point: Point) -> tuple[Any, ...]:
-    sizes = [point.record.get(name) for name in ("compression_ratio", *BUDGETS)]
+def _size_key(entry: Entry) -> tuple[Any, ...]:
+    sizes = [entry.record.get(name) for name in ("compression_ratio", *BUDGETS)]
     return tuple((size is None, size or 0) for size in sizes)
 
 
@@ -190,7 +190,7 @@ def sections(records: Iterable[Record]) -> list[Section]:
         section = Section(_kind(group), done, undone)
         by_key.setdefault(asked(group[0]), []).append(section)
     for own in by_key.values():  # the interrupted beside the finished, though they have fewer windows
-        whole = [section for section in own if section.points]
+        whole = [section for section in own if section.entries]
         if not whole:
             found += own
             continue
@@ -199,35 +199,35 @@ def sections(records: Iterable[Record]) -> list[Section]:
                 whole[0].unfinished += section.unfinished
         found += whole
     timed = [_parted(_named(sorted(group, key=_timed_order))) for group in together.values()]
-    _tell_speed(found, [point for done, _ in timed for point in done])
+    _tell_speed(found, [entry for done, _ in timed for entry in done])
     found += [Section("speed", done, undone) for done, undone in timed]
     order = ["quality", "stream", "tasks", "speed", "plain"]
     return sorted(found, key=lambda s: (text_name(s.first), s.first["model"], order.index(s.kind), s.first["protocol"]))
 
 
-def _tell_speed(found: Iterable[Section], timed: Iterable[Point]) -> None:
-    """Give points whose loss was measured in one run what another run of the same has timed, as in a sweep."""
+def _tell_speed(found: Iterable[Section], timed: Iterable[Entry]) -> None:
+    """Give entries whose loss was measured in one run what another run of the same has timed, as in a sweep."""
 
     def same(record: Record) -> str:
         names = ("model", "weights_fingerprint", "num_params", "dtype", "device", "attn_implementation", "press")
         size = ("press_config", "kv_bits_config", "compression_ratio", *BUDGETS)
         return json.dumps([record.get(name) for name in (*names, *size)], sort_keys=True, default=str)
 
-    longest: dict[str, Point] = {}
-    for point in timed:
-        key = same(point.record)
-        if point.decode_speedup is not None and (point.context or 0) >= (longest.get(key, point).context or 0):
-            longest[key] = point
+    longest: dict[str, Entry] = {}
+    for entry in timed:
+        key = same(entry.record)
+        if entry.decode_speedup is not None and (entry.context or 0) >= (longest.get(key, entry).context or 0):
+            longest[key] = entry
     for section in found:
         if section.kind == "quality":
-            section.points = [
+            section.entries = [
                 p if p.decode_speedup is not None else replace(p, timed=longest.get(same(p.record)))
-                for p in section.points
+                for p in section.entries
             ]
 
 
-def _parted(points: list[Point]) -> tuple[list[Point], list[Point]]:
-    return [p for p in points if p.is_ok], [p for p in points if not p.is_ok]
+def _parted(entries: list[Entry]) -> tuple[list[Entry], list[Entry]]:
+    return [p for p in entries if p.is_ok], [p for p in entries if not p.is_ok]
 
 
 def _timed_order(record: Record) -> tuple[Any, ...]:
@@ -243,7 +243,7 @@ def _kind(group: Sequence[Record]) -> str:
     return "quality" if compares else "plain"
 
 
-def _named(group: Sequence[Record]) -> list[Point]:
+def _named(group: Sequence[Record]) -> list[Entry]:
     """Points whose label and size are found once in each context."""
     modes = {r.get("position_mode") for r in group if r["press"] != NO_PRESS and r.get("ppl_mode") == "streaming"}
     base = []
@@ -251,10 +251,10 @@ def _named(group: Sequence[Record]) -> list[Point]:
         label = f"{record['press']}{f' {bits_of(record)}-bit' if bits_of(record) else ''}"
         shows_mode = len(modes) > 1 and record["press"] != NO_PRESS
         base.append(f"{label} ({record.get('position_mode')})" if shows_mode else label)
-    places: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    same_size: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for i, record in enumerate(group):
-        places[base[i], size_of(record), record.get("context_tokens")].append(i)
-    doubled = {base[same[0]] for same in places.values() if len(same) > 1}
+        same_size[base[i], size_of(record), record.get("context_tokens")].append(i)
+    doubled = {base[same[0]] for same in same_size.values() if len(same) > 1}
     for name in doubled:
         own = [i for i, label in enumerate(base) if label == name]
         configs = [_parameters(group[i]) for i in own]
@@ -263,13 +263,13 @@ def _named(group: Sequence[Record]) -> list[Point]:
             said = ", ".join(f"{k}={config[k]}" for k in differing if k in config)
             base[i] = f"{name} ({said[:60]})" if said else name
     seen: dict[tuple[Any, ...], int] = defaultdict(int)
-    points = []
+    entries = []
     for i in sorted(range(len(group)), key=lambda i: (group[i].get("timestamp") or "", i)):
         record = group[i]
         key = base[i], size_of(record), record.get("context_tokens")
         seen[key] += 1
-        points.append((i, Point(record, f"{base[i]} (run {seen[key]})" if seen[key] > 1 else base[i], key[1])))
-    return [point for _, point in sorted(points, key=lambda pair: pair[0])]
+        entries.append((i, Entry(record, f"{base[i]} (run {seen[key]})" if seen[key] > 1 else base[i], key[1])))
+    return [entry for _, entry in sorted(entries, key=lambda pair: pair[0])]
 
 
 def _parameters(record: Record) -> dict[str, str]:
@@ -284,7 +284,7 @@ def _clusters(record: Record) -> dict[Any, tuple[int, float]]:
     return {part["id"]: (part["n"], part["nll"]) for part in parts}
 
 
-def paired(a: Point, b: Point) -> Paired | None:
+def paired(a: Entry, b: Entry) -> Paired | None:
     """Loss of ``a`` minus that of ``b`` in nats a token, window by window; None where not the same were scored."""
     own, other = _clusters(a.record), _clusters(b.record)
     if not own or own.keys() != other.keys() or any(own[i][0] != other[i][0] for i in own):

@@ -58,7 +58,7 @@ class SpeedRun:
         model: a causal language model on coldpress's backend.
         context_ids: int64 ``[1, C]``.
         presses: what to time; None stands for no press.
-        kv_bits: how what each of them keeps is held; None: all as it is.
+        kv_bits: how what each of them keeps is stored; None: all as it is.
         max_new_tokens: ids to generate, at least 2.
         min_new_tokens: no end of text before so many ids; None means ``max_new_tokens``, so that every run generates
             the same number.

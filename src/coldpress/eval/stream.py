@@ -1,6 +1,6 @@
 """Perplexity of a text that is read from its first to its last token, with a cache that is cut back on the way.
 
-``StreamRun`` reads each document chunk by chunk. A target is scored from what the cache held before its chunk and the
+``StreamRun`` reads each document chunk by chunk. A target is scored from what the cache stored before its chunk and the
 tokens of the chunk before it; then the chunk is in the cache, and the press's schedule may cut that back. Every token
 but the first of a document is scored exactly once, and nothing crosses from one document into the next.
 """
@@ -39,7 +39,7 @@ def read_stream(
     Args:
         model: a causal language model on coldpress's backend.
         ids: int64 ``[N]``.
-        cache: holds the ``start`` tokens before; what it holds afterwards is its press's business.
+        cache: stores the ``start`` tokens before; its press decides what it stores afterwards.
         chunk: tokens that are fed in together.
 
     Yields:

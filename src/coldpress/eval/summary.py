@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from coldpress.eval.columns import Table
-from coldpress.eval.document import Document, Part
+from coldpress.eval.document import Part, Report
 
 __all__ = ["escape", "summary"]
 
@@ -18,21 +18,21 @@ def escape(text: str) -> str:
     return re.sub(r"^([-+=]|\d+[.)])(?=\s|$)", r"\\\1", text)
 
 
-def summary(document: Document) -> str:
+def summary(report: Report) -> str:
     """The whole text."""
-    lines = [f"# {escape(document.title)}", "", escape(document.counts), "", "## Conclusions", ""]
-    lines += [f"* {escape(part.headline)}" for part in document.parts] + [""]
-    for part in document.parts:
+    lines = [f"# {escape(report.title)}", "", escape(report.counts), "", "## Conclusions", ""]
+    lines += [f"* {escape(part.headline)}" for part in report.parts] + [""]
+    for part in report.parts:
         lines += _part(part)
-    lines += ["## How to read this", "", *(f"* {escape(sentence)}" for sentence in document.method), ""]
-    if document.skipped:
-        lines += ["## Files left out", "", *(f"* {escape(line)}" for line in document.skipped), ""]
+    lines += ["## How to read this", "", *(f"* {escape(sentence)}" for sentence in report.method), ""]
+    if report.skipped:
+        lines += ["## Files left out", "", *(f"* {escape(line)}" for line in report.skipped), ""]
     lines += ["## How it was made", ""]
-    if document.commands:
-        longest = max(len(run) for run in re.findall("`*", "".join(document.commands)))
+    if report.commands:
+        longest = max(len(run) for run in re.findall("`*", "".join(report.commands)))
         fence = "`" * max(3, longest + 1)
-        lines += [fence, *document.commands, fence, ""]
-    for environment in document.environments:
+        lines += [fence, *report.commands, fence, ""]
+    for environment in report.environments:
         lines += ["* " + "; ".join(f"{escape(name)} {escape(value)}" for name, value in environment)]
     return "\n".join(lines).rstrip() + "\n"
 

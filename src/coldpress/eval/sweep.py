@@ -1,8 +1,8 @@
 """A sweep: presses x ratios x texts x models, that may be killed at any moment and goes on where it was.
 
 One prefill of a window serves every press and ratio. What is finished is on disk: a result for each point, and until
-the results of a cell are written, a ledger of its windows and timed rounds in ``OUTPUT_DIR/.unfinished``. A point whose
-result is there is not measured again; one that failed is.
+the results of an evaluation are written, a ledger of its windows and timed rounds in ``OUTPUT_DIR/.unfinished``. A
+point whose result is there is not measured again; one that failed is.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from coldpress.eval.records import finished_records
 from coldpress.eval.results import IDENTIFYING_FIELDS, check_writable, read_result, result_path
 from coldpress.eval.round_log import RoundLog
 from coldpress.eval.run import Run, make_run
-from coldpress.eval.sweep_plan import Cell, SweepPlan
+from coldpress.eval.sweep_plan import Evaluation, SweepPlan
 from coldpress.eval.task_command import Questions, TaskSettings, make_questions
 from coldpress.eval.task_ledger import TaskLedger
 from coldpress.io.terminal import printable
@@ -49,7 +49,7 @@ class Outcome:
     Attributes:
         n_measured, n_found: points that were measured now, and those whose results were there already.
         n_failed: of those measured now.
-        problems: what kept whole cells from being measured.
+        problems: what kept whole evaluations from being measured.
         is_interrupted: whether the user stopped it.
         n_told: of the problems, that the user has been told of.
     """
@@ -63,10 +63,10 @@ class Outcome:
 
 
 def sweep(plan: SweepPlan, command: str) -> Outcome:
-    """Measure what is not measured yet, cell by cell, and write the results.
+    """Measure what is not measured yet, one evaluation after the other, and write the results.
 
     Args:
-        plan: the cells.
+        plan: the evaluations.
         command: the command line, for the records.
 
     Raises:
@@ -76,19 +76,19 @@ def sweep(plan: SweepPlan, command: str) -> Outcome:
         raise OutputError("--output_dir is empty; name a folder.")
     output_dir = Path(plan.output_dir)
     check_writable(output_dir)
-    for engine in dict.fromkeys((c.settings.engine, *c.settings.cluster.values()) for c in plan.cells):
+    for engine in dict.fromkeys((c.settings.engine, *c.settings.cluster.values()) for c in plan.evaluations):
         check_engine(*engine)
-    for device in {cell.settings.device for cell in plan.cells}:
+    for device in {evaluation.settings.device for evaluation in plan.evaluations}:
         pick_device(device)
     corpora: dict[Any, Corpus] = {}
-    for cell in plan.cells:
-        _corpus(cell, corpora)
-    outcome, clock = Outcome(), _Clock(len(plan.cells))
-    for cells in _by_model(plan.cells):
+    for evaluation in plan.evaluations:
+        _corpus(evaluation, corpora)
+    outcome, clock = Outcome(), _Clock(len(plan.evaluations))
+    for evaluations in _by_model(plan.evaluations):
         try:
-            _sweep_model(cells, corpora, output_dir, command, outcome, clock)
+            _sweep_model(evaluations, corpora, output_dir, command, outcome, clock)
         except InputError as error:
-            outcome.problems.append(f"{cells[0].settings.model}: {error}")
+            outcome.problems.append(f"{evaluations[0].settings.model}: {error}")
         except KeyboardInterrupt:
             outcome.is_interrupted = True
         if outcome.is_interrupted:
@@ -101,24 +101,24 @@ def sweep(plan: SweepPlan, command: str) -> Outcome:
 
 
 def _sweep_model(
-    cells: list[Cell],
+    evaluations: list[Evaluation],
     corpora: dict[Any, Corpus],
     output_dir: Path,
     command: str,
     outcome: Outcome,
     clock: _Clock,
 ) -> None:
-    s = cells[0].settings
+    s = evaluations[0].settings
     loaded = load_model(s.model, **s.loading)
     parts: list[_Part] = []
     done: list[Ledger | TaskLedger] = []
     planned: set[Path] = set()  # a model, a text or a section that is given twice is measured once
-    for cell in cells:
+    for evaluation in evaluations:
         try:
-            part = _part(cell, _corpus(cell, corpora), loaded, output_dir, command)
+            part = _part(evaluation, _corpus(evaluation, corpora), loaded, output_dir, command)
         except InputError as error:
-            outcome.problems.append(f"{cell.name}: {error}")
-            clock.plan(cell, 0.0)
+            outcome.problems.append(f"{evaluation.name}: {error}")
+            clock.plan(evaluation, 0.0)
             continue
         paths = {result_path(output_dir, record): job for job, record in zip(part.run.jobs, part.records, strict=True)}
         new = {path: job for path, job in paths.items() if path not in planned}
@@ -127,22 +127,22 @@ def _sweep_model(
         outcome.n_found += len(new) - len(part.run.jobs)
         if not part.run.jobs:
             done.append(part.ledger)
-            clock.plan(cell, 0.0)
+            clock.plan(evaluation, 0.0)
             continue
-        clock.plan(cell, _work(part.run))
+        clock.plan(evaluation, _work(part.run))
         parts.append(part)
         for line in part.notes:
-            note(f"{cell.name}: {line}")
+            note(f"{evaluation.name}: {line}")
     for ledger in done:
         if ledger.folder not in {part.ledger.folder for part in parts}:  # which goes on from it
             ledger.clear()
     with contextlib.ExitStack() as stack:
         engine: Engine | None = None
         for part in parts:
-            s = part.cell.settings
-            if part.cell.kind in ("perplexity", "tasks") and engine is None:  # one for all texts of the model
+            s = part.evaluation.settings
+            if part.evaluation.kind in ("perplexity", "tasks") and engine is None:  # one for all texts of the model
                 engine = stack.enter_context(make_engine(s.engine, loaded, **s.cluster))
-            if part.cell.kind == "speed":  # no workers beside what is timed
+            if part.evaluation.kind == "speed":  # no workers beside what is timed
                 stack.close()
                 engine = None
             _measure(part, output_dir, engine, outcome, clock)
@@ -152,7 +152,7 @@ def _sweep_model(
 
 @dataclass
 class _Part:
-    """One cell of which everything is decided.
+    """One evaluation of which everything is decided.
 
     Attributes:
         run: what measures it.
@@ -161,31 +161,31 @@ class _Part:
         notes: what the user should know of it.
     """
 
-    cell: Cell
+    evaluation: Evaluation
     run: Run | Questions
     records: list[dict[str, Any]]
     ledger: Ledger | TaskLedger
     notes: tuple[str, ...] = ()
 
 
-def _part(cell: Cell, corpus: Corpus | None, loaded: LoadedModel, output_dir: Path, command: str) -> _Part:
-    settings, jobs = replace(cell.settings, output_dir=str(output_dir)), list(cell.jobs)
+def _part(evaluation: Evaluation, corpus: Corpus | None, loaded: LoadedModel, output_dir: Path, command: str) -> _Part:
+    settings, jobs = replace(evaluation.settings, output_dir=str(output_dir)), list(evaluation.jobs)
     if isinstance(settings, TaskSettings):
         questions = make_questions(settings, jobs, corpus, loaded, command)
         ledger = TaskLedger(output_dir / UNFINISHED / questions.digest)
-        return _Part(cell, questions, questions.finished_records(), ledger)
+        return _Part(evaluation, questions, questions.finished_records(), ledger)
     assert corpus is not None
     run = make_run(settings, jobs, laid_out(corpus, settings.ppl_preset), loaded, command)
     records = finished_records(run)
-    return _Part(cell, run, records, Ledger(output_dir / UNFINISHED / _digest(records[0])), run.plan.notes)
+    return _Part(evaluation, run, records, Ledger(output_dir / UNFINISHED / _digest(records[0])), run.plan.notes)
 
 
 def _measure(part: _Part, output_dir: Path, engine: Engine | None, outcome: Outcome, clock: _Clock) -> None:
-    """One cell, from where an earlier run was."""
+    """Measure one evaluation, from where an earlier run was."""
     _tell_all(outcome)
-    print(f"## {printable(part.cell.name)}\n", flush=True)
+    print(f"## {printable(part.evaluation.name)}\n", flush=True)
     run, ledger = part.run, part.ledger
-    run.show_progress = partial(clock.progress, cell=part.cell)
+    run.show_progress = partial(clock.progress, evaluation=part.evaluation)
     if isinstance(run, Questions):
         assert isinstance(ledger, TaskLedger)
         records, outcome.is_interrupted = run.carry_out(output_dir, ledger, engine)
@@ -194,7 +194,7 @@ def _measure(part: _Part, output_dir: Path, engine: Engine | None, outcome: Outc
         rounds = RoundLog(ledger.folder / "rounds.json")
         records, outcome.is_interrupted = carry_out(run, output_dir, engine=engine, ledger=ledger, log=rounds)
     if not outcome.is_interrupted and (isinstance(run, Questions) or run.error is None):
-        ledger.clear()  # if the model or its workers failed, what was finished stays for another try
+        ledger.clear()  # if the model or its workers failed, what was finished is left for another try
     outcome.n_failed += sum(record["status"] == "failed" for record in records)
     outcome.n_measured += sum(record["status"] != "interrupted" for record in records)
 
@@ -206,19 +206,19 @@ def _tell_all(outcome: Outcome) -> None:
     outcome.n_told = len(outcome.problems)
 
 
-def _by_model(cells: tuple[Cell, ...]) -> Iterator[list[Cell]]:
-    """The cells that share a loaded model, in the order of the plan."""
-    found: dict[Any, list[Cell]] = {}
-    for cell in cells:
-        s = cell.settings
+def _by_model(evaluations: tuple[Evaluation, ...]) -> Iterator[list[Evaluation]]:
+    """The evaluations that share a loaded model, in the order of the plan."""
+    found: dict[Any, list[Evaluation]] = {}
+    for evaluation in evaluations:
+        s = evaluation.settings
         key = (s.model, s.revision, s.device, s.dtype, s.attn_implementation, s.device_map)
-        found.setdefault(key, []).append(cell)
+        found.setdefault(key, []).append(evaluation)
     yield from found.values()
 
 
-def _corpus(cell: Cell, corpora: dict[Any, Corpus]) -> Corpus | None:
-    """The text of a cell, loaded once; None for tasks in sentences of our own."""
-    s = cell.settings
+def _corpus(evaluation: Evaluation, corpora: dict[Any, Corpus]) -> Corpus | None:
+    """The text of an evaluation, loaded once; None for tasks in sentences of our own."""
+    s = evaluation.settings
     if s.dataset is None and s.text_file is None:
         return None
     asked: dict[str, Any] = {"subset": s.subset, "split": s.split, "sample_idx": s.sample_idx}
@@ -248,27 +248,27 @@ def _digest(record: dict[str, Any]) -> str:
 class _Clock:
     """Shows how far a sweep is, and about how long it will take.
 
-    Work is counted in tokens that a model reads, a token that is decoded alone as several. Of cells whose model has not
-    been loaded it is taken to be what the others have on average.
+    Work is counted in tokens that a model reads, a token that is decoded alone as several. Of evaluations whose model
+    has not been loaded it is taken to be what the others have on average.
     """
 
-    def __init__(self, n_cells: int):
-        self.n_cells = n_cells
-        self.open: dict[int, float] = {}  # work of each cell that is planned and not done, by its id
+    def __init__(self, n_evaluations: int):
+        self.n_evaluations = n_evaluations
+        self.open: dict[int, float] = {}  # work of each evaluation that is planned and not done, by its id
         self.works: list[float] = []  # of all that are planned
         self.work_done = self.time_spent = 0.0
 
-    def plan(self, cell: Cell, work: float) -> None:
-        """A cell will take so much; none if there is nothing to do."""
+    def plan(self, evaluation: Evaluation, work: float) -> None:
+        """Note how much work an evaluation is; none if there is nothing to do."""
         self.works.append(work)
         if work:
-            self.open[id(cell)] = work
+            self.open[id(evaluation)] = work
 
-    def progress(self, items: Countable[Any], name: str, cell: Cell) -> Iterator[Any]:
-        """The items of a cell's work, with a bar or lines on stderr."""
-        n, work = len(items), self.open.pop(id(cell))
+    def progress(self, items: Countable[Any], name: str, evaluation: Evaluation) -> Iterator[Any]:
+        """The items of the work of an evaluation, with a bar or lines on stderr."""
+        n, work = len(items), self.open.pop(id(evaluation))
         start, before = time.monotonic(), self.work_done
-        n_unknown = self.n_cells - len(self.works)
+        n_unknown = self.n_evaluations - len(self.works)
 
         def left() -> str:
             spent = self.time_spent + time.monotonic() - start
@@ -278,7 +278,7 @@ class _Clock:
             rest += n_unknown * sum(self.works) / len(self.works)
             return f"about {_duration(spent * rest / self.work_done)} left in all"
 
-        label = f"[{len(self.works) - len(self.open)}/{self.n_cells}] {cell.name}"
+        label = f"[{len(self.works) - len(self.open)}/{self.n_evaluations}] {evaluation.name}"
         for i, item in enumerate(progress(items, label, left), start=1):
             yield item
             self.work_done = before + work * i / n

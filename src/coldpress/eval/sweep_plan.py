@@ -14,7 +14,7 @@ from coldpress.eval.settings import PPL_PRESETS, Settings
 from coldpress.eval.task_command import TaskSettings
 from coldpress.io.files import read_text
 
-__all__ = ["KINDS", "Cell", "SweepPlan", "read_config", "with_options"]
+__all__ = ["KINDS", "Evaluation", "SweepPlan", "read_config", "with_options"]
 
 KINDS = (
     "perplexity",
@@ -71,7 +71,7 @@ _TOP = ("models", "texts", *KINDS, "output_dir")
 
 
 @dataclass(frozen=True)
-class Cell:
+class Evaluation:
     """One model, one text, one kind of measurement: what shares a prefill and a protocol.
 
     Attributes:
@@ -97,9 +97,9 @@ class Cell:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """A sweep: its cells model by model, and where the results belong."""
+    """A sweep: its evaluations model by model, and where the results belong."""
 
-    cells: tuple[Cell, ...]
+    evaluations: tuple[Evaluation, ...]
     output_dir: str
 
     @classmethod
@@ -131,7 +131,7 @@ class SweepPlan:
         sections = [(kind, config[kind]) for kind in KINDS if kind in config]
         if not sections:
             sections = [("perplexity", {}), ("speed", {})]
-        cells = []
+        evaluations = []
         for model in models:
             own = {kind: model.pop(kind) for kind in KINDS if kind in model}
             for kind, section in (dict(sections) | own).items():
@@ -139,13 +139,13 @@ class SweepPlan:
                 beside = [{}] if kind == "tasks" else texts[:1] if kind == "speed" else texts  # tasks name their own
                 for text in beside:
                     for options in _variants(kind, section):
-                        cells += list(_cells(kind, {**common, **text, **options, **model}))
-        if not cells:
+                        evaluations += list(_evaluations(kind, {**common, **text, **options, **model}))
+        if not evaluations:
             raise InputError(f"Nothing is measured: every one of {', '.join(KINDS)} is left out or false.")
         output_dir = config.get("output_dir", "results/sweep")
         if not isinstance(output_dir, str):
             raise InputError(f"output_dir must be a folder's name, got {output_dir!r}.")
-        return cls(tuple(cells), output_dir)
+        return cls(tuple(evaluations), output_dir)
 
 
 def read_config(path: str) -> dict[str, Any]:
@@ -293,13 +293,13 @@ def _variants(kind: str, section: Any) -> list[dict[str, Any]]:
     return variants
 
 
-def _cells(kind: str, options: dict[str, Any]) -> Iterator[Cell]:
-    """The cells of one model, text and set of options: one for each timed context and each preset."""
+def _evaluations(kind: str, options: dict[str, Any]) -> Iterator[Evaluation]:
+    """The evaluations of one model, text and set of options: one for each timed context and each preset."""
     for name in (*_PRESS, *_TASK_LISTS):
         if name in options:
             options[name] = _listed(options[name])
     if kind == "tasks":
-        yield _cell(kind, {name: value for name, value in options.items() if name not in _MEANINGLESS[kind]})
+        yield _evaluation(kind, {name: value for name, value in options.items() if name not in _MEANINGLESS[kind]})
         return
     options = {**options, **_OWN[kind]}
     for name in ("context_limit", "ppl_preset"):
@@ -311,18 +311,20 @@ def _cells(kind: str, options: dict[str, Any]) -> Iterator[Cell]:
         options.pop(name, None)
     if kind == "speed":
         for context in contexts:
-            yield _cell(kind, {**options, "context_limit": context})
+            yield _evaluation(kind, {**options, "context_limit": context})
     elif kind == "baselines":
         for preset in presets:
-            yield _cell(kind, {**options, "ppl_preset": preset})
+            yield _evaluation(kind, {**options, "ppl_preset": preset})
     elif kind == "streaming":
-        cell = _cell(kind, options)
-        yield from (replace(cell, jobs=(job,)) for job in cell.jobs)  # each a point that is finished by itself
+        evaluation = _evaluation(kind, options)
+        yield from (
+            replace(evaluation, jobs=(job,)) for job in evaluation.jobs
+        )  # each a point that is finished by itself
     else:
-        yield _cell(kind, options)
+        yield _evaluation(kind, options)
 
 
-def _cell(kind: str, options: dict[str, Any]) -> Cell:
+def _evaluation(kind: str, options: dict[str, Any]) -> Evaluation:
     """With a job for each press and size; a press may be a mapping of its name to its own parameters."""
     _check_types(kind, options)
     entries = options.pop("press", [NO_PRESS] if kind == "baselines" else ["all"])
@@ -344,7 +346,7 @@ def _cell(kind: str, options: dict[str, Any]) -> Cell:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{kind}: {error}") from error
-    return Cell(kind, settings, tuple(jobs))
+    return Evaluation(kind, settings, tuple(jobs))
 
 
 def _is_named(value: Any) -> bool:
@@ -352,7 +354,7 @@ def _is_named(value: Any) -> bool:
 
 
 def _settings(kind: str, options: dict[str, Any], names: tuple[str, ...]) -> tuple[Settings | TaskSettings, Settings]:
-    """The settings of a cell, and those that say which presses are measured."""
+    """The settings of an evaluation, and those that say which presses are measured."""
     if kind != "tasks":
         settings = Settings(**options, press=names)
         return settings, settings

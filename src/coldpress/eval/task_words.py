@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from coldpress.eval.sections import Point, Section
+from coldpress.eval.sections import Entry, Section
 from coldpress.eval.wording import clean, listed
 
 __all__ = ["task_findings", "task_name"]
@@ -21,10 +21,10 @@ def task_name(task: Task) -> str:
 def task_findings(section: Section) -> list[str]:
     """First a headline without its beginning, then a sentence for each task and size."""
     verdicts: dict[tuple[str, str], dict[str, list[str]]] = {}
-    for point in section.points:
-        for task in [] if point.is_baseline else point.tasks or []:
-            kind, words = _verdict(point, task)
-            verdicts.setdefault((point.size, task_name(task)), {}).setdefault(kind, []).append(words)
+    for entry in section.entries:
+        for task in [] if entry.is_baseline else entry.tasks or []:
+            kind, words = _verdict(entry, task)
+            verdicts.setdefault((entry.size, task_name(task)), {}).setdefault(kind, []).append(words)
     if not verdicts:
         return ["no press was scored on a task."]
     counted = [kind for kinds in verdicts.values() for kind, names in kinds.items() for _ in names]
@@ -55,19 +55,19 @@ def task_findings(section: Section) -> list[str]:
     return said
 
 
-def _verdict(point: Point, task: Task) -> tuple[str, str]:
+def _verdict(entry: Entry, task: Task) -> tuple[str, str]:
     """Whether it is worse than the baseline, and by how much; a larger score is good, a smaller loss is."""
     score, base, ci = task.get("score"), task.get("score_base"), task.get("delta_score_ci95")
     if score is not None:
         difference = None if base is None else score - base
-        words = f"{point.label} {score:.2f}" + ("" if base is None else f" against {base:.2f}")
+        words = f"{entry.label} {score:.2f}" + ("" if base is None else f" against {base:.2f}")
         sign = 1
     else:
         answer, before = task.get("answer_nll"), task.get("answer_nll_base")
         difference, ci = task.get("delta_answer_nll"), task.get("delta_answer_nll_ci95")
         if difference is None and answer is not None and before is not None:
             difference = answer - before
-        words = f"{point.label} {difference:+.3f} nats" if difference is not None else point.label
+        words = f"{entry.label} {difference:+.3f} nats" if difference is not None else entry.label
         sign = -1
     if ci is None or difference is None:
         return "unknown", words

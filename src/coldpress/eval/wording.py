@@ -8,7 +8,7 @@ from typing import Any
 
 from coldpress.eval.memory import format_bytes
 from coldpress.eval.report import short
-from coldpress.eval.sections import Point
+from coldpress.eval.sections import Entry
 from coldpress.io.terminal import UNSAFE
 
 __all__ = [
@@ -56,12 +56,12 @@ def _percent(value: float, decimals: int) -> str:
     return text if text.startswith("-") or not float(text) else f"+{text}"
 
 
-def ppl_words(point: Point) -> str:
+def ppl_words(entry: Entry) -> str:
     """``changes PPL by +0.4 % [0.1, 0.7]``, the brackets holding the 95 % interval."""
-    change, ci = point.ppl_change, point.ppl_change_ci
+    change, ci = entry.ppl_change, entry.ppl_change_ci
     if change is None:
         return "has no loss to compare"
-    if point.equals_baseline:
+    if entry.equals_baseline:
         return "leaves every loss exactly as it was"
     if not math.isfinite(change):
         return "multiplies PPL beyond all bounds"
@@ -82,12 +82,12 @@ _SHARES = (
 )
 
 
-def cache_words(point: Point) -> str | None:
+def cache_words(entry: Entry) -> str | None:
     """``halves the KV cache``; None where its bytes are not known."""
-    kept = point.kept_bytes
+    kept = entry.kept_bytes
     if kept is None:
         return None
-    sizes = f"({format_bytes(point.kv_bytes_baseline)} to {format_bytes(point.kv_bytes)})"
+    sizes = f"({format_bytes(entry.kv_bytes_baseline)} to {format_bytes(entry.kv_bytes)})"
     if kept >= 0.995:
         return "leaves the KV cache as large as it was"
     for share, words in _SHARES:
@@ -96,38 +96,38 @@ def cache_words(point: Point) -> str | None:
     return f"leaves {100 * kept:.0f} % of the KV cache {sizes}"
 
 
-def speed_words(point: Point) -> str | None:
+def speed_words(entry: Entry) -> str | None:
     """``decodes 1.2 times as fast``, if all rounds agree that it is faster; None where it was not timed."""
-    times = point.decode_speedup
+    times = entry.decode_speedup
     if times is None:
-        return None if point.timed is None else speed_words(point.timed)
-    context = f" with {point.context:,} tokens of context" if point.context else ""
-    if not has_rounds(point):
+        return None if entry.timed is None else speed_words(entry.timed)
+    context = f" with {entry.context:,} tokens of context" if entry.context else ""
+    if not has_rounds(entry):
         return f"was {times:.2f} times as fast in the one round that is recorded{context}"
-    rounds, spread = rounds_words(point), point.decode_speedup_spread
+    rounds, spread = rounds_words(entry), entry.decode_speedup_spread
     if spread["min"] <= 1 <= spread["max"]:
         return f"decodes as fast as before{context}, to within the rounds ({times:.2f} times; {rounds})"
     return f"decodes {times:.2f} times as fast{context} ({rounds})"
 
 
-def has_rounds(point: Point) -> bool:
+def has_rounds(entry: Entry) -> bool:
     """Whether its decoding was timed more than once, against that of the baseline."""
-    spread = point.decode_speedup_spread
+    spread = entry.decode_speedup_spread
     return spread is not None and spread["min"] < spread["max"]
 
 
-def rounds_words(point: Point) -> str:
+def rounds_words(entry: Entry) -> str:
     """How far the rounds of a timing lie apart; those with a spread only."""
-    spread, n = point.decode_speedup_spread, point.record.get("repetitions")
+    spread, n = entry.decode_speedup_spread, entry.record.get("repetitions")
     return f"{f'{n} ' if isinstance(n, int) else ''}rounds from {spread['min']:.2f} to {spread['max']:.2f}"
 
 
-def error_words(point: Point) -> str:
+def error_words(entry: Entry) -> str:
     """``failed: ValueError: ...`` or how far an interrupted run came."""
-    if point.record["status"] == "failed":
-        said = clean(point.record.get("error") or "no error is recorded")
+    if entry.record["status"] == "failed":
+        said = clean(entry.record.get("error") or "no error is recorded")
         return f"failed: {said if len(said) <= 200 else said[:197] + '...'}"
-    if point.record["status"] == "interrupted":
-        windows = point.record.get("windows")
+    if entry.record["status"] == "interrupted":
+        windows = entry.record.get("windows")
         return "was interrupted" + (f" after {windows:g} windows" if windows else "")
-    return f"has the status {clean(point.record['status'])[:40]}"
+    return f"has the status {clean(entry.record['status'])[:40]}"

@@ -39,7 +39,7 @@ def make_examples(
         seed: of all random choices.
 
     Raises:
-        InputError: an unknown task, or numbers that cannot be.
+        InputError: an unknown task, or numbers out of range.
         DataError: a length too short for a task.
     """
     if not depths or not all(0 <= depth <= 1 for depth in depths):
