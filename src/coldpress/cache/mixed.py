@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import Cache, LinearAttentionLayer
+from transformers.cache_utils import Cache
 
 from coldpress.cache.layer import PressedLayer, next_layer
 from coldpress.cache.session import Session
@@ -46,6 +46,8 @@ class MixedCache(Cache):
 
     def _state_layer(self, layer_idx: int) -> int:
         """Make layer ``layer_idx`` one with a state, if it is an empty one for pairs; returns its index."""
+        from transformers.cache_utils import LinearAttentionLayer  # before version 5 there is none, and nobody asks
+
         self._grow(layer_idx)
         layer = self.layers[layer_idx]
         if isinstance(layer, PressedLayer) and not layer.is_initialized:
