@@ -21,7 +21,7 @@ from coldpress.cache.session import Session
 from coldpress.cache.slots import RESIDUAL, STAYS, WASTE, Slots
 from coldpress.core.call import LayerCall
 from coldpress.core.kept import Kept
-from coldpress.core.press import Press, parts
+from coldpress.core.press import Press
 from coldpress.core.requirements import check_heads
 from coldpress.stores.coded import CodedStore
 
@@ -274,7 +274,7 @@ class EvictingLayer(CacheLayerMixin):
             return
         if press.evicts_while_decoding:
             check_heads(press, call.module, call.query.shape[1])
-        if not self.phase.is_prefill and any(part.observes for part in parts(press)):
+        if not self.phase.is_prefill and self.session.roles.observers:
             self._observe(press, call, padding)
         if press.n_waiting and (press.judges_prompt or not self.phase.is_prefill):
             self._judge(press, call, padding)

@@ -19,7 +19,7 @@ from torch import Tensor
 from coldpress.architecture.generating import refuse_dropping, switching_refusal
 from coldpress.cache.eviction import EvictingLayer
 from coldpress.cache.masks import additive_mask
-from coldpress.cache.observation import readers, selected
+from coldpress.cache.observation import selected
 from coldpress.cache.phase import Phase, check_piece, phase_after
 from coldpress.cache.pins import among_real, pinned
 from coldpress.cache.session import THREAD, Session, uncompiled
@@ -228,7 +228,7 @@ class PressedLayer(EvictingLayer):
         """The slots that the query of a decoding step reads, int64 ``[B, Hkv, n]``, -1 for none; None: all."""
         if self.phase is not Phase.LATER or call.query.shape[2] > 1 or call.is_local:
             return None
-        for reader in readers(self.session.press):
+        for reader in self.session.roles.readers:
             groups = self._groups_of_call(call, self._padding())
             return selected(reader, groups, self.slots)
         return None

@@ -15,7 +15,7 @@ from coldpress.core.press import Press, parts
 from coldpress.core.view import LayerView
 from coldpress.errors import PressError
 
-__all__ = ["Said", "carrying", "declared", "note", "observed", "readers", "selected"]
+__all__ = ["Said", "carrying", "declared", "note", "observed", "selected"]
 
 Said = Sequence[Mapping[str, Tensor]]  # new values of columns, [b, Hkv, T, ...], for each group of rows
 
@@ -109,11 +109,6 @@ def note(slots: Slots, press: Press, groups: Sequence[RowGroup], said: Said) -> 
             if column.name in own:
                 group.scatter(whole, own[column.name])
         slots.put(column, whole)
-
-
-def readers(press: Press | None) -> list[Press]:
-    """The parts of a press that choose what a decoding query reads."""
-    return [] if press is None else [part for part in parts(press) if part.reads_part]
 
 
 def selected(reader: Press, groups: Sequence[RowGroup], slots: Slots) -> Tensor | None:

@@ -20,7 +20,6 @@ from transformers.modeling_utils import PreTrainedModel
 from coldpress.cache.file import load_cache, save_cache
 from coldpress.cache.layer import PressedLayer, next_layer
 from coldpress.cache.mixed import MixedCache
-from coldpress.cache.observation import readers
 from coldpress.cache.pins import Spans, checked_pins, of_rows, repeated
 from coldpress.cache.session import Session
 from coldpress.core.definition import as_given
@@ -229,7 +228,7 @@ class PressedCache(MixedCache):
     @property
     def reads_part(self) -> bool:
         """Whether the press chooses which of the stored pairs a decoding query reads."""
-        return bool(readers(self.press))
+        return bool(self.session.roles.readers)
 
     def read_ratio(self) -> float:
         """Fraction of the stored pairs that decoding queries have read; 1 unless the press reads part of them."""

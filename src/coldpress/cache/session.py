@@ -18,6 +18,7 @@ from coldpress.architecture.rotation import Steps, given_rotation, rotates
 from coldpress.architecture.versions import check_versions
 from coldpress.cache.masks import ModelCall
 from coldpress.cache.pins import Pins
+from coldpress.cache.roles import Roles
 from coldpress.core.call import LayerCall
 from coldpress.core.press import Press
 from coldpress.errors import CacheError, ModelError
@@ -83,6 +84,7 @@ class Session:
         self.on_attention: Callable[[Any, LayerCall], None] | None = None  # shown every call, before anything goes
         self.n_layers = 0  # that were made
         self._seed: int | None = None
+        self._roles = Roles(None)
         self._ropes: dict[Any, Rope | None] = {}
         self._steps: dict[str, Steps] = {}  # from token to token, by kind of layer
 
@@ -92,6 +94,13 @@ class Session:
         if self._seed is None:
             self._seed = int(torch.randint(2**62, (1,)).item())
         return self._seed
+
+    @property
+    def roles(self) -> Roles:
+        """What the parts of the press do at each call."""
+        if self._roles.press is not self.press:
+            self._roles = Roles.of(self.press)
+        return self._roles
 
     def __getstate__(self) -> dict[str, Any]:
         """The state for a copy or a file: what belongs to a run or a model is left out, and found again."""
