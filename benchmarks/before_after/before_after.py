@@ -59,7 +59,8 @@ def work(args: argparse.Namespace) -> int:
     ids = torch.randint(0, 10_000, (1, args.tokens), generator=torch.Generator().manual_seed(args.seed))
     caches = {}
     with torch.inference_mode():
-        for case, options in CASES.items():
+        for case in args.cases:
+            options = CASES[case]
             given: dict[str, Any] = dict(options)
             press = coldpress.make_press(given.pop("press"), 0.5) if "press" in given else None
             caches[case] = coldpress.PressedCache(press, **given)
@@ -81,6 +82,7 @@ class Worker:
 
     def __init__(self, src: Path, args: argparse.Namespace):
         options = [f"--{name}={value}" for name, value in vars(args).items() if value and name in SHARED]
+        options += ["--cases", *args.cases]
         env = {**os.environ, "PYTHONPATH": str(src)}
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).resolve()), "--work", *options],
@@ -109,7 +111,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     workers = {"before": Worker(args.before, args), "after": Worker(SRC, args)}
     order, samples = random.Random(args.seed), []
     for turn in range(args.rounds):
-        pairs = [(case, tree) for case in CASES for tree in order.sample(TREES, 2)]
+        pairs = [(case, tree) for case in args.cases for tree in order.sample(TREES, 2)]
         for case, tree in pairs:
             ms = workers[tree].tokens(case, args.new_tokens)
             samples.append({"round": turn, "case": case, "tree": tree, "ms": ms})
@@ -118,7 +120,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     settings = {
         "model": args.model, "weights": Path(args.gguf).name if args.gguf else "random", "dtype": args.dtype,
         "tokens": args.tokens, "new_tokens": args.new_tokens, "rounds": args.rounds, "threads": args.threads,
-        "before": args.commit, "cores": os.cpu_count(), "platform": platform.machine(),
+        "cases": args.cases, "before": args.commit, "cores": os.cpu_count(), "platform": platform.machine(),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
     }  # fmt: skip
     return {"settings": settings, "samples": samples}
@@ -133,7 +135,7 @@ def medians(record: dict[str, Any], case: str, tree: str) -> list[float]:
 def table(record: dict[str, Any]) -> str:
     """Markdown: how many times as fast the later tree is, by medians over the rounds, and in single rounds."""
     rows = ["| cache | before, ms | after, ms | before / after | single rounds |", "|---|---:|---:|---:|---|"]
-    for case in CASES:
+    for case in record["settings"]["cases"]:
         before, after = (medians(record, case, tree) for tree in TREES)
         each = [a / b for a, b in zip(before, after, strict=True)]
         own, other = statistics.median(before), statistics.median(after)
@@ -158,6 +160,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--output", type=Path)
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
