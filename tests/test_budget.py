@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from coldpress.core.choice import best, select, select_counts
-from coldpress.core.counts import adaptive_counts, check_ratio, exact_keep, keep_count, pyramid_counts
+from coldpress.core.counts import adaptive_counts, apportion, check_ratio, exact_keep, keep_count, pyramid_counts
 from coldpress.core.forced import must_keep, shrink_protected
 from coldpress.errors import PressError
 
@@ -180,3 +180,12 @@ def test_adaptive_counts(drawn: tuple[list[list[float]], int, int]) -> None:
     for _, head in sorted(left)[: len(heads) * (n_keep - n_safe)]:
         counts[head] += 1
     assert adaptive_counts(torch.tensor([heads]), n_keep, n_safe).tolist() == [counts]
+
+
+def test_two_layers_are_a_pyramid_too() -> None:
+    assert pyramid_counts(100, 50, 2, window=4, beta=5) == [90, 10]
+
+
+def test_all_places_are_given_out_where_shares_differ_most() -> None:
+    assert apportion(30, [1.0, 0.1, 0.001], 0, 10) == [10, 10, 10]
+    assert apportion(29, [0.001, 1.0, 0.1], 1, 10) == [9, 10, 10]
