@@ -174,3 +174,9 @@ def test_a_query_that_would_read_nothing_reads_its_own_token() -> None:
         with torch.no_grad():
             found.append(tiny("llama", "coldpress_eager")(tokens(1, 1), **cache_argument(past)).logits)
     assert torch.isfinite(found[0]).all() and torch.equal(*found)
+
+
+def test_two_presses_do_not_choose_what_a_query_reads() -> None:
+    """The second one would never be asked."""
+    with pytest.raises(PressError, match="Newest and Newest both choose which pairs a decoding query reads"):
+        PressedCache(ComposedPress([Newest(0.5), Newest(0.25)]))

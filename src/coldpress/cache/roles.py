@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from coldpress.core.press import Press, parts
+from coldpress.errors import PressError
 
 __all__ = ["Roles"]
 
@@ -15,9 +16,14 @@ class Roles(NamedTuple):
 
     press: Press | None
     observers: Sequence[Press] = ()
-    readers: Sequence[Press] = ()  # they choose what a decoding query reads
+    readers: Sequence[Press] = ()  # at most one, which chooses what a decoding query reads
 
     @classmethod
     def of(cls, press: Press | None) -> Roles:
+        """Raise :class:`PressError` if two parts choose what a query reads."""
         own = [] if press is None else list(parts(press))
-        return cls(press, [part for part in own if part.observes], [part for part in own if part.reads_part])
+        readers = [part for part in own if part.reads_part]
+        if len(readers) > 1:
+            names = " and ".join(type(part).__name__ for part in readers)
+            raise PressError(f"{names} both choose which pairs a decoding query reads; use one of them.")
+        return cls(press, [part for part in own if part.observes], readers)

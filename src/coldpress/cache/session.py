@@ -84,7 +84,7 @@ class Session:
         self.on_attention: Callable[[Any, LayerCall], None] | None = None  # shown every call, before anything goes
         self.n_layers = 0  # that were made
         self._seed: int | None = None
-        self._roles = Roles(None)
+        self._roles = Roles.of(press)
         self._ropes: dict[Any, Rope | None] = {}
         self._steps: dict[str, Steps] = {}  # from token to token, by kind of layer
 

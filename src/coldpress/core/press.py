@@ -1,4 +1,4 @@
-"""Press: what a cache asks of a press. New presses derive from Press or ScorerPress (``bases/``)."""
+"""Press: what a cache asks of a press. New presses derive from BasePress or ScorerPress (``bases/``)."""
 
 from __future__ import annotations
 
