@@ -62,7 +62,7 @@ def presses(document: str) -> str:
     ]
     for info in [*sorted(catalogue(), key=lambda info: list(KINDS).index(info.kind)), *python_only()]:
         name = f"`{info.name}`" if info.name else "–"
-        marks = " | ".join("✓" if has else "" for has in (info.decodes, info.per_head, info.per_layer))
+        marks = " | ".join("✓" if has else "" for has in (info.can_rechoose, info.per_head, info.per_layer))
         lines.append(
             f"| {name} | [{info.class_name}]({document}#{info.class_name.lower()}) | {_markdown(keeps(info))} "
             f"| {_paper(info)} | {info.kind.removeprefix('training-')} | {marks} |"

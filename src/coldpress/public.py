@@ -24,6 +24,7 @@ from coldpress.models.pipeline import KVPressTextGenerationPipeline
 from coldpress.models.prompts import prefill
 from coldpress.models.supported import use_coldpress
 from coldpress.presses.adakv import AdaKVPress
+from coldpress.presses.attention_matching import AttentionMatchingPress
 from coldpress.presses.block import BlockPress
 from coldpress.presses.cam import CAMPress
 from coldpress.presses.cap import CapPress

@@ -72,7 +72,7 @@ def test_schedules_are_measured_where_they_compress_something() -> None:
 
 def test_names_of_schedules() -> None:
     info = next(info for info in catalogue() if info.name == "decoding_knorm")
-    assert (info.kind, info.at_prefill, info.decodes, info.has_ratio) == ("training-free", False, True, True)
+    assert (info.kind, info.at_prefill, info.can_rechoose, info.has_ratio) == ("training-free", False, True, True)
     made = eval(info.call, vars(coldpress.public) | {"compression_ratio": 0.3})
     assert made == make_press("decoding_knorm", 0.3) and made.target_compression_ratio == 0.3
     assert make_press("decoding_knorm", 0.3, compression_interval=5).compression_interval == 5

@@ -112,4 +112,4 @@ def test_whose_ratio_it_is() -> None:
 
 def test_dms_is_marked_as_a_press_that_may_go_on() -> None:
     info = find_press("DMSPress")
-    assert info.decodes and traits(info)[1] == "with decoding=True works while decoding"
+    assert info.can_rechoose and traits(info)[1] == "with decoding=True works while decoding"

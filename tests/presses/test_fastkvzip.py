@@ -208,7 +208,7 @@ def test_long_texts_have_a_window_of_a_fixed_size(tmp_path: Path, monkeypatch: p
 
 def test_what_it_says_of_itself() -> None:
     (info,) = [info for info in catalogue() if info.name == "fastkvzip"]
-    assert (info.kind, info.decodes, info.per_head, info.per_layer) == ("trained", False, True, True)
+    assert (info.kind, info.can_rechoose, info.per_head, info.per_layer) == ("trained", False, True, True)
     assert make_press("fastkvzip", 0.5, layerwise=True) == FastKVzipPress(0.5, True)
     with pytest.raises(PressError, match="FastKVzipPress chooses among the pairs of all layers"):
         AdaKVPress(FastKVzipPress(0.5))  # type: ignore[arg-type]

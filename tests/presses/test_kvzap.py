@@ -150,7 +150,7 @@ def test_changed_weights_are_read_again(views: list[LayerView], tmp_path: Path) 
 
 def test_what_it_says_of_itself() -> None:
     (info,) = [info for info in catalogue() if info.name == "kvzap"]
-    assert (info.kind, info.decodes) == ("trained", False)
+    assert (info.kind, info.can_rechoose) == ("trained", False)
     assert make_press("kvzap", 0.5, model_type="linear") == KVzapPress(0.5, model_type="linear")
     with pytest.raises(PressError, match="model_type must be 'mlp' or 'linear', got 'cnn'"):
         KVzapPress(model_type="cnn")

@@ -330,7 +330,7 @@ def test_batches_and_padding_are_refused_before_anything_is_computed(tmp_path: P
 
 def test_what_it_says_of_itself() -> None:
     (info,) = [info for info in catalogue() if info.name == "restorekv"]
-    assert (info.kind, info.decodes, info.per_head, info.per_layer) == ("trained", False, True, True)
+    assert (info.kind, info.can_rechoose, info.per_head, info.per_layer) == ("trained", False, True, True)
     assert make_press("restorekv", 0.5, layerwise=True) == RestoreKVPress(0.5, True)
     assert replace(RestoreKVPress(0.5), weights="here") != RestoreKVPress(0.5)
     with pytest.raises(PressError, match="one layer at a time, and RestoreKVPress chooses"):

@@ -40,6 +40,7 @@ class Rope:
 
     Attributes:
         n_seen: length of the text so far, for frequencies that depend on it.
+        n_positions: that the model can rotate to, or None for any.
     """
 
     n_seen = 0
@@ -49,7 +50,7 @@ class Rope:
         takes_type = "layer_type" in inspect.signature(self._embed.forward).parameters
         self._type_arg = (layer_type,) if takes_type else ()
         table = getattr(self._embed, "embed_positions", None)  # GPT-J and CodeGen: [n, Drot], sines first
-        self._is_table, self._n_positions = table is not None, None if table is None else len(table)
+        self._is_table, self.n_positions = table is not None, None if table is None else len(table)
         if table is not None:
             self.width = table.shape[1]
         else:
@@ -174,9 +175,9 @@ class Rope:
         Rotation is linear in (cos, sin), so rotating by their means is the mean of the rotations. Where the model has
         no more positions, it is the mean over those that it has.
         """
-        if self._n_positions is not None:
-            start = min(start, self._n_positions - 1)
-            n_positions = min(n_positions, self._n_positions - start)
+        if self.n_positions is not None:
+            start = min(start, self.n_positions - 1)
+            n_positions = min(n_positions, self.n_positions - start)
         cos, sin = self.cos_sin(torch.arange(start, start + n_positions, device=device))
         return cos.mean(1, keepdim=True), sin.mean(1, keepdim=True)
 

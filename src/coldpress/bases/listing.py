@@ -32,7 +32,7 @@ def keeps(info: PressInfo) -> str:
 def traits(info: PressInfo) -> list[str]:
     """What a press can do, and what to watch for, in words."""
     while_decoding = "with decoding=True works" if _takes(info, "decoding") else "works"
-    found = [_ratio(info), f"{while_decoding} while decoding" if info.decodes else "compresses the prompt only"]
+    found = [_ratio(info), f"{while_decoding} while decoding" if info.can_rechoose else "compresses the prompt only"]
     found += ["heads may keep different numbers"] if info.per_head else []
     found += ["layers may keep different numbers"] if info.per_layer else []
     found += ["runs inside 'with press(model):' only"] if info.in_block else []
@@ -86,7 +86,7 @@ def entry(info: PressInfo) -> str:
 
 
 def _row(info: PressInfo) -> str:
-    found = {"d": info.decodes, "h": info.per_head, "l": info.per_layer, "b": info.in_block}
+    found = {"d": info.can_rechoose, "h": info.per_head, "l": info.per_layer, "b": info.in_block}
     marks = "".join(mark if is_so else " " for mark, is_so in found.items())
     special = f" (needs {info.needs})" if info.in_block or info.kind != "training-free" else ""
     first = f"  {info.name or info.class_name:{_NAMES}}  {marks}  "

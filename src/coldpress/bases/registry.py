@@ -96,8 +96,8 @@ class PressInfo:
         link: the address of the paper, or of the code where there is none; may be empty.
         call: how the press is made, with its defaults: ``SnapKVPress(compression_ratio, window_size=64, ...)``.
         parameters: what the call takes; of a named wrapper, those of the press inside it too.
-        kind, at_prefill, decodes, per_head, per_layer: as in :class:`BasePress`, of the press and the one inside it
-            together.
+        kind, at_prefill, can_rechoose, per_head, per_layer: as in :class:`BasePress`, of the press and the one inside
+            it together.
         has_ratio: takes a ratio, and budgets.
         in_block: runs only inside ``with press(model):``, as the commands and the pipeline do.
     """
@@ -116,7 +116,7 @@ class PressInfo:
     parameters: tuple[Parameter, ...]
     kind: str
     at_prefill: bool
-    decodes: bool
+    can_rechoose: bool
     per_head: bool
     per_layer: bool
     has_ratio: bool
@@ -317,7 +317,7 @@ def _info(name: str, entry: _Entry) -> PressInfo:
         parameters=parameters,
         kind=entry.kind,
         at_prefill=entry.cls.at_prefill,
-        decodes=all(cls.can_rechoose for cls in entry.classes),
+        can_rechoose=all(cls.can_rechoose for cls in entry.classes),
         per_head=any(cls.per_head for cls in entry.classes),
         per_layer=any(cls.per_layer for cls in entry.classes),
         has_ratio=entry.has_ratio if name else cls.has_ratio,

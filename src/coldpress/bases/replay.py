@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from coldpress.cache.layer import PressedLayer
     from coldpress.cache.pressed import PressedCache
 
-__all__ = ["ReplayPress", "chunk_view", "projected_norms"]
+__all__ = ["ReplayPress", "check_one_text", "chunk_view", "projected_norms"]
 
 _OnAttention = Callable[["PressedLayer", LayerCall], None]
 _BLOCK_ELEMENTS = 1 << 22  # projected values in memory at once while their norms are computed (16 MiB)
@@ -82,12 +82,8 @@ class ReplayPress(BudgetPress):
         return None
 
     def check_prefill(self, token_ids: Tensor, has_padding: bool) -> None:
-        if self.compresses and (token_ids.shape[0] > 1 or has_padding):
-            what = "a padded text" if token_ids.shape[0] == 1 else f"a batch of {token_ids.shape[0]}"
-            raise PressError(
-                f"{type(self).__name__} shows the model one text a second time, and this prefill is {what}: run texts "
-                "one by one and without padding (batch_size 1, no beams before the prefill)."
-            )
+        if self.compresses:
+            check_one_text(self, token_ids, has_padding)
 
     def finish(self, cache: PressedCache, model: nn.Module, token_ids: Tensor) -> None:
         n_tokens, layers, n_keep = token_ids.shape[1], [], token_ids.shape[1]
@@ -120,7 +116,8 @@ class ReplayPress(BudgetPress):
         """Run ``model`` on ``n_new`` more tokens after those in ``cache``, which does not notice.
 
         Args:
-            on_attention: shown each attention call, with the layer that stores the pairs of both.
+            on_attention: shown each attention call, with the layer that stores the pairs of both; what watches the
+                attention of ``cache`` is shown it too.
             inputs: ``input_ids`` or ``inputs_embeds``.
 
         Raises:
@@ -145,13 +142,30 @@ class ReplayPress(BudgetPress):
                 f"has {positions} positions; give it a shorter text."
             )
         fork = cache.fork()
-        fork.session.press, fork.session.storage, fork.session.on_attention = None, None, on_attention
+        fork.session.press, fork.session.storage = None, None
+        watching = [on_attention, *([cache.session.on_attention] if cache.session.on_attention else [])]
+
+        def on_every_attention(layer: PressedLayer, call: LayerCall) -> None:
+            for watch in watching:
+                watch(layer, call)
+
+        fork.session.on_attention = on_every_attention
         if "position_ids" in inspect.signature(model.forward).parameters:  # some models that see images count otherwise
             at = torch.arange(cache.seen_tokens, end, device=next(iter(inputs.values())).device)
             inputs["position_ids"] = at[None]
         output = model(**cache_argument(fork, model), use_cache=True, **inputs)
         stand_at(model, cache.seen_tokens)  # as if it had not been run
         return output
+
+
+def check_one_text(press: object, token_ids: Tensor, has_padding: bool) -> None:
+    """Raise :class:`PressError` if a prefill has several texts, or padding, so that it cannot be shown again."""
+    if token_ids.shape[0] > 1 or has_padding:
+        what = "a padded text" if token_ids.shape[0] == 1 else f"a batch of {token_ids.shape[0]}"
+        raise PressError(
+            f"{type(press).__name__} shows the model one text a second time, and this prefill is {what}: run texts "
+            "one by one and without padding (batch_size 1, no beams before the prefill)."
+        )
 
 
 def _config(model: nn.Module) -> Any:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from coldpress.architecture.projection import weight_of_heads
 from coldpress.architecture.rope import Rope
 from coldpress.core.choice import protect
+from coldpress.core.column import PINNED
 from coldpress.core.kept import Kept, Place
 from coldpress.core.moves import moved_keys, side_by_side, unrotated
 from coldpress.core.pick import at_once, column_at, pick
@@ -44,8 +45,8 @@ class LayerView:
         layer_idx, n_layers: this layer among the layers that are compressed, counted from 0.
         first_position: position of the first token of the view among the real tokens of its rows, counted from 0.
             Where ``positions`` are given, only ``first_position + T``, the length of the text so far, has a meaning.
-        positions: int64 ``[B, Hkv, T]``, ascending, where tokens are not consecutive: while decoding, and in a view of
-            :meth:`among`; -1 in empty slots. None where they are consecutive from ``first_position`` on.
+        positions: int64 ``[B, Hkv, T]``, ascending, where tokens are not consecutive (decoding, :meth:`among`); -1 in
+            empty slots. None where they are consecutive from ``first_position`` on.
         counts: int64 ``[B, Hkv]``, tokens that each head stores, where heads differ; None where all slots are filled.
         carried: float32 ``[B, Hkv, T]``, what the press gave each token to carry (:class:`Kept`), NaN for those that
             have come since; None if it gave nothing.
@@ -53,20 +54,17 @@ class LayerView:
             that moves its keys up (``positions="rerotate"``); of no account in empty slots.
         query_places: int64 ``[B, Hkv, Q]``, likewise of the queries, which differ by KV head.
         rounding_residual: ``[B, Hkv, T, Drot]`` in the keys' dtype or None, as in :class:`Kept`.
-        columns: what else each pair carries, by name, ``[B, Hkv, T, ...]``: what the press declares
-            (:attr:`coldpress.core.press.Press.columns`), and ``pinned``, bool, of tokens that nothing may evict.
+        columns: what else each pair carries, ``[B, Hkv, T, ...]`` by name: what the press declares (``Press.columns``),
+            and ``pinned``, bool, of tokens that nothing may evict.
         n_new: how many tokens have come since the press was asked last; all of them at the prefill.
-        n_counted: while a prefill goes on in pieces, the length of the text that a budget is a share of
-            (:meth:`coldpress.cache.layer.PressedLayer._pressed_piece`); else None.
-        hidden_states: ``[B, n, hidden]``, what the attention layer was given for the last n tokens of the text: for all
-            of it after a prefill, for those that have come since the press was asked last while decoding. None unless
-            a press asks for it, and the model runs inside ``with press(model):``.
+        n_counted: while a prefill goes on in pieces, the length of the text that a budget is a share of; else None.
+        hidden_states: ``[B, n, hidden]``, input of the attention layer for the last n tokens: all after a prefill,
+            those since the last time while decoding. None unless a press asks for it inside ``with press(model):``.
         token_ids: int64 ``[B, T]`` after a prefill inside ``with press(model):``, else None.
         sliding_window: how many tokens back a query sees, or None for all.
         softcap: ``c`` where the model replaces attention logits by ``c * tanh(logits / c)``, else None.
         sinks: ``[Hq]``, a logit of each head that takes part in the softmax and belongs to no token, or None.
-        find_rope: gives the layer's rotary embedding, or None where it has none.
-        find_seed: gives :attr:`seed`.
+        find_rope, find_seed: give the layer's rotary embedding, None where it has none, and :attr:`seed`.
     """
 
     keys: Tensor
@@ -138,6 +136,11 @@ class LayerView:
     def forget(self) -> None:
         """Drop what was computed once, views of single heads among it: they refer to the whole view, and it to them."""
         self._memo.clear()
+
+    def pinning(self, more: Tensor) -> LayerView:
+        """The view with ``more``, bool ``[B or 1, Hkv or 1, T]``, pinned beside what is pinned already."""
+        own = self.columns.get(PINNED, more).expand(self.keys.shape[:3])
+        return replace(self, columns={**self.columns, PINNED: own | more}, _memo={})
 
     def part(self, start: int, stop: int) -> LayerView:
         """The view of tokens ``start .. stop - 1`` alone, at their own positions; the same object every time."""
@@ -354,12 +357,9 @@ class LayerView:
     def value_norms(self) -> Tensor:
         """||v||_2 of every value: float32 ``[B, Hkv, T]``."""
 
-        def compute() -> Tensor:
-            block = at_once(self.values.device, self.values[:, :, :1].numel())
-            squares = [part.float().square().sum(-1) for part in self.values.split(block, dim=2)]
-            return torch.cat(squares, dim=-1).sqrt()
-
-        return self.once("value_norms", compute)
+        block = at_once(self.values.device, self.values[:, :, :1].numel())
+        parts = self.values.split(block, dim=2)
+        return self.once("value_norms", lambda: torch.cat([p.float().square().sum(-1) for p in parts], dim=-1).sqrt())
 
     def projected_value_norms(self) -> Tensor:
         """||W_O v||_1 of every value, the mean over the group's heads: float32 ``[B, Hkv, T]``.
@@ -390,8 +390,8 @@ class LayerView:
         if rope is None:
             return states
         name = "mean_rotation", n_positions
-        cos, sin = self.once(name, lambda: rope.mean_rotation(self.end, n_positions, states.device))
-        return rope.rotate(states, cos, sin)
+        mean = self.once(name, lambda: rope.mean_rotation(self.end, n_positions, states.device))
+        return rope.rotate(states, *mean)
 
     def _weights(self) -> Weights:
         return Weights(

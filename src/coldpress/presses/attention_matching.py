@@ -1,0 +1,326 @@
+"""AttentionMatching: the values of the kept pairs are fitted, so that they answer for those that are gone."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import PreTrainedModel
+
+from coldpress.bases.checks import check_at_least
+from coldpress.bases.registry import register
+from coldpress.bases.replay import ReplayPress, check_one_text
+from coldpress.bases.wrapper import WrapperPress
+from coldpress.core.call import LayerCall
+from coldpress.core.choice import pack
+from coldpress.core.column import PINNED
+from coldpress.core.forced import ends
+from coldpress.core.kept import Kept
+from coldpress.core.requirements import CHOICE, require, require_block
+from coldpress.core.view import LayerView
+from coldpress.errors import PressError
+from coldpress.presses.kvzip import KVzipPress
+from coldpress.presses.snapkv import SnapKVPress
+
+if TYPE_CHECKING:
+    from coldpress.cache.layer import PressedLayer
+    from coldpress.cache.pressed import PressedCache
+
+_P = TypeVar("_P", bound="AttentionMatchingPress")
+_RIDGES = (1e-2, 1e-3)  # of the largest eigenvalue, for the values
+_MASS_RIDGE = 1e-2  # likewise, for the bias
+_LEAST_WEIGHT, _MOST_WEIGHT = math.exp(-3), 20.0  # of a kept pair: e to the power of its bias
+_ROWS = 768  # reference queries of a KV head, at most
+
+
+@register("attention_matching_snapkv", SnapKVPress)
+@dataclass(frozen=True)
+class AttentionMatchingPress(WrapperPress):
+    """Keep what the inner press keeps, with values fitted so that attention gives what the whole cache gave.
+
+    For each KV head, with reference queries q, A[q, t] their attention over all pairs and S the kept ones: without a
+    fit the output is X V_S, X[q, s] = A[q, s] / (sum over S of A[q, s]). The values C minimise
+    sum over q of |A V - X C|^2 + ridge * |C - V_S|^2. With bias each pair weighs w_s = e^b_s in the softmax,
+    X[q, s] = A[q, s] w_s / (sum over S of A[q, s] w_s), where w minimises sum over q of (1 - sum over S of A[q, s]
+    w_s)^2 + ridge * |w - 1|^2: what was kept then has the mass of the whole. The first n_sink tokens, the newest
+    n_recent and pinned ones are kept as far as the budget has room, and left as they are.
+
+    Fitting can overfit. So every fourth block of 8 reference queries is left out at first, and the head takes what has
+    the smallest error on these: no fit, or values with one of two ridges (1e-2 and 1e-3 of the largest
+    eigenvalue), each with and without bias. That is then fitted to all of them.
+
+    Reference queries, of all heads of a group: with queries="window" those of the last n_queries tokens, where they
+    were made and moved on by n_queries positions, as if the next tokens asked what these did. With queries="repeat"
+    those of a second pass, in which the model repeats the text (as KVzip's): better, and a whole pass more, unless the
+    inner press makes it anyway. At most 768 of them are used.
+
+    Source: Zweiger et al. 2026, arXiv:2602.16284 (Attention Matching), sections 3 and 4. Differs from the paper: any
+    press says which pairs are kept; the ridge pulls towards the original values and not towards nothing; sinks and
+    newest tokens are exact; what is left out decides whether a fit is used; window queries are moved as well.
+
+    Needs: what the inner press needs; a rotary embedding that can be undone, for queries="window". With "repeat" the
+    model and its tokenizer, one text at a time. Cost: of the inner press, and per KV head O(n^2 * kept + n * T * D) for
+    n reference queries; some 20 s for 1,536 tokens of SmolLM2-135M on one core.
+
+    Args:
+        press: says which pairs are kept, with the compression ratio: a scorer, a wrapper around one, or one that shows
+            the model the text again (KVzipPress), which needs queries="repeat".
+        queries: ``window`` or ``repeat``.
+        bias: fit one number more for each pair, which is added to its logits. Without it the cache holds keys and
+            values alone.
+        n_queries: newest tokens whose queries are the window, at least 4.
+        n_sink, n_recent: first and newest tokens that are kept and left as they are.
+        tokenizer: the model's, for queries="repeat". The pipeline and the commands hand theirs over.
+    """
+
+    can_rechoose = False
+    per_head_independent = True
+    changes = frozenset({"values"})
+    needs_inside = CHOICE
+
+    press: Any
+    queries: Literal["window", "repeat"] = "window"
+    bias: bool = True
+    n_queries: int = 256
+    n_sink: int = 4
+    n_recent: int = 64
+    tokenizer: Any = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.queries not in ("window", "repeat"):
+            raise PressError(f"{type(self).__name__}: queries must be 'window' or 'repeat', got {self.queries!r}.")
+        check_at_least(self, 4, "n_queries")
+        check_at_least(self, 0, "n_sink", "n_recent")
+        if not isinstance(self.press, ReplayPress):
+            super().__post_init__()
+            return
+        if self.queries == "window":
+            raise PressError(
+                f"{type(self).__name__}: {type(self.press).__name__} chooses when the prefill is over and its queries "
+                "are gone; say queries='repeat'."
+            )
+        require(self, self.press, "pairs")
+        for name in ("compression_ratio", "budget_tokens", "budget_bytes"):
+            object.__setattr__(self, name, getattr(self.press, name))
+
+    @property
+    def needs_model(self) -> bool:
+        return self.queries == "repeat"
+
+    def prepared(self: _P, model: PreTrainedModel, tokenizer: Any = None) -> _P:
+        ready = super().prepared(model, tokenizer)
+        if self.queries == "window" or isinstance(self.press, ReplayPress) or self.tokenizer is not None:
+            return ready
+        return replace(ready, tokenizer=KVzipPress(0.5).prepared(model, tokenizer).tokenizer)
+
+    def compress(self, view: LayerView) -> Kept | None:
+        if isinstance(self.press, ReplayPress):
+            return self.press.compress(view)
+        fixed = self._fixed(view)
+        kept = self.press.compress(view.pinning(fixed))
+        if kept is None:
+            return None
+        kept = kept._replace(columns={name: kept.columns[name] for name in view.columns})
+        if self.queries == "repeat":
+            require_block(self, view.token_ids)
+            slots = torch.arange(view.n_tokens, device=fixed.device).expand(view.keys.shape[:3])
+            return view.take(slots)._replace(carry=_is_among(kept.positions, view.n_tokens).float())
+        return self._fitted(kept, _window(view, self.n_queries), fixed | view.columns.get(PINNED, fixed))
+
+    def _fixed(self, view: LayerView) -> Tensor:
+        """Sinks and newest tokens, as far as the budget has room: bool ``[B or 1, Hkv or 1, T]``."""
+        own, inner = (self.n_sink, self.n_recent), self.press.protected(view)
+        both = max(own[0], inner[0]), max(own[1], inner[1])
+        must = ends(view, both) | view.columns.get(PINNED, ends(view, (0, 0)))
+        n_keep = self.press.keep(view)
+        return ends(view, own, n_keep if int(must.sum(-1).max()) <= n_keep else 0)
+
+    def check_prefill(self, token_ids: Tensor, has_padding: bool) -> None:
+        if self.queries == "repeat":
+            check_one_text(self, token_ids, has_padding)
+
+    def finish(self, cache: PressedCache, model: nn.Module, token_ids: Tensor) -> None:
+        n_tokens, session = token_ids.shape[1], cache.session
+        layers = {layer.index: layer for layer in cache.pressed_layers() if layer.keys is not None}
+        pairs: dict[int, Any] = {index: (layer.keys, layer.values) for index, layer in layers.items()}
+        heard: dict[int, list[LayerCall]] = {index: [] for index in layers}
+
+        def listen(layer: PressedLayer, call: LayerCall) -> None:
+            assert layer.keys is not None
+            stride = -(-n_tokens * call.query.shape[1] // (_ROWS * layer.keys.shape[1]))
+            heard[layer.index].append(replace(call, query=call.query[:, :, ::stride].clone(), hidden_states=None))
+
+        session.on_attention, pins = listen, session.pins
+        try:
+            if isinstance(self.press, ReplayPress):
+                ends_of_text = (0, self.n_sink), (max(0, n_tokens - self.n_recent), n_tokens)
+                session.pins = (
+                    tuple(span for span in (*(pins[0] if pins else ()), *ends_of_text) if span[0] < span[1]),
+                )
+                self.press.finish(cache, model, token_ids)
+            elif any(layer.carried() is not None for layer in layers.values()):
+                replay = KVzipPress(tokenizer=self.tokenizer)
+                for _, _, ids in replay.chunks(token_ids, model):
+                    replay.run(cache, model, _ignore, ids.shape[1], input_ids=ids)
+        finally:
+            session.on_attention, session.pins = None, pins
+        for index, layer in layers.items():
+            carried = layer.carried()
+            if carried is not None:
+                layer.keep(pack(carried > 0))
+            if heard[index] and layer.was_compressed:
+                self._refit(layer, heard[index], *pairs[index])
+
+    def _refit(self, layer: PressedLayer, calls: Sequence[LayerCall], keys: Tensor, values: Tensor) -> None:
+        """Store fitted values in ``layer``, which stored ``keys`` and ``values`` before it was compressed."""
+        call, columns = calls[0], layer.columns()
+        pinned, positions = columns.pop(PINNED, None), layer.positions()
+        view = LayerView(
+            keys, values, torch.cat([call.query for call in calls], dim=2), call.module, call.scaling, call.layer_idx,
+            call.n_layers, softcap=call.softcap, sinks=call.sinks,
+        )  # fmt: skip
+        at = torch.arange(view.n_tokens, device=keys.device)
+        fixed = ((at < self.n_sink) | (at >= view.n_tokens - self.n_recent)).expand(keys.shape[:3])
+        if pinned is not None:
+            fixed = fixed.scatter(2, positions.clamp(min=0), pinned, reduce="add")
+        kept = Kept(layer.keys, layer.values, positions, columns=columns)  # type: ignore[arg-type]
+        fitted = self._fitted(kept, [_ahead(view, view.queries)], fixed)
+        if fitted.bias is not None:
+            columns["bias"] = fitted.bias
+        layer.store(fitted.keys, fitted.values, positions, columns)
+
+    def _fitted(self, kept: Kept, references: Sequence[LayerView], fixed: Tensor) -> Kept:
+        """``kept`` with fitted values and bias.
+
+        Args:
+            references: views of all pairs, with reference queries.
+            fixed: bool ``[B or 1, Hkv or 1, T]``, pairs that are left as they are.
+        """
+        whole, values, bias = references[0], kept.values.clone(), torch.zeros_like(kept.positions, dtype=torch.float32)
+        fixed = fixed.expand(whole.keys.shape[:3])
+        for row, head in itertools.product(*(range(n) for n in bias.shape[:2])):
+            chosen = kept.positions[row, head]
+            chosen = chosen[chosen >= 0]
+            is_free = ~fixed[row, head, chosen]
+            if not is_free.any():
+                continue
+            attention = torch.cat([_attention(view, row, head) for view in references], dim=1)  # [G, n, T]
+            stride = -(-attention.shape[0] * attention.shape[1] // _ROWS)
+            attention = attention[:, ::stride]
+            is_left_out = torch.arange(attention.shape[1], device=chosen.device) // 8 % 4 == 3
+            is_left_out = is_left_out.expand(attention.shape[:2]).flatten()
+            own, mass = fit(attention.flatten(0, 1), whole.values[row, head], chosen, is_free, is_left_out, self.bias)
+            values[row, head, : len(chosen)] = own.to(values.dtype)
+            bias[row, head, : len(chosen)] = mass.log().float()
+        return kept._replace(values=values, bias=bias if self.bias else None)
+
+
+def fit(
+    attention: Tensor, values: Tensor, chosen: Tensor, is_free: Tensor, is_left_out: Tensor, bias: bool
+) -> tuple[Tensor, Tensor]:
+    """Values and weights of the kept pairs of one head.
+
+    Args:
+        attention: ``[n, T]`` of the reference queries over all pairs.
+        values: ``[T, Dv]``.
+        chosen: int64 ``[t]``, the kept pairs.
+        is_free: bool ``[t]``, which of them may change.
+        is_left_out: bool ``[n]``, queries that decide which fit is used.
+        bias: whether weights may be other than 1.
+
+    Returns:
+        float64 ``[t, Dv]`` and ``[t]``; e to the power of a pair's bias is its weight.
+    """
+    attention, before = attention.double(), values[chosen].double()
+    target, kept, missing = attention @ values.double(), attention[:, chosen], 1 - attention.sum(-1)
+    gone = 1 - missing - kept.sum(-1)  # attention to pairs that are gone; what is missing is that of attention sinks
+    ones = torch.ones(len(chosen), dtype=torch.float64, device=chosen.device)
+    rows = ~is_left_out if bool(is_left_out.any()) else torch.ones_like(is_left_out)
+    best: tuple[float, bool, float | None] | None = None
+    for weighs in (False, True) if bias else (False,):
+        weights = _weights(kept[rows], gone[rows], is_free) if weighs else ones
+        part, error = _error(kept * weights, missing, before, target)
+        errors: list[tuple[float, float | None]] = [(float(error[~rows].square().sum()), None)]
+        gram = part[:, is_free] @ part[:, is_free].mT
+        for ridge in _RIDGES:
+            found = _solve(gram[rows][:, rows], error[rows], ridge)
+            errors.append((float((error[~rows] - gram[~rows][:, rows] @ found).square().sum()), ridge))
+        smallest, own = min(errors, key=lambda pair: pair[0])
+        if best is None or smallest < best[0]:
+            best = smallest, weighs, own
+    assert best is not None
+    _, weighs, chosen_ridge = best
+    weights = _weights(kept, gone, is_free) if weighs else ones
+    if chosen_ridge is not None:
+        part, error = _error(kept * weights, missing, before, target)
+        free = part[:, is_free]
+        before[is_free] += free.mT @ _solve(free @ free.mT, error, chosen_ridge)
+    return before, weights
+
+
+def _weights(kept: Tensor, gone: Tensor, is_free: Tensor) -> Tensor:
+    """Weights of the kept pairs that make up for the attention ``gone``, ``[n]``: ``[t]``, 1 where not free."""
+    free = kept[:, is_free]
+    more = free.mT @ _solve(free @ free.mT, gone[:, None], _MASS_RIDGE)[:, 0]
+    weights = torch.ones_like(kept[0])
+    weights[is_free] = (1 + more).clamp(_LEAST_WEIGHT, _MOST_WEIGHT)
+    return weights
+
+
+def _error(weighed: Tensor, missing: Tensor, before: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over the kept pairs alone, ``[n, t]``, and what its output lacks, ``[n, Dv]``."""
+    part = weighed / (weighed.sum(-1) + missing).clamp(min=1e-30)[:, None]
+    return part, target - part @ before
+
+
+def _solve(gram: Tensor, target: Tensor, ridge: float) -> Tensor:
+    """``(gram + ridge * its largest eigenvalue)^-1 target``."""
+    largest = gram.diagonal().clamp(min=1e-30).sqrt()[:, None]
+    for _ in range(10):  # power iteration
+        largest = gram @ largest
+        largest = largest / largest.norm().clamp(min=1e-300)
+    scale = (largest.mT @ gram @ largest).clamp(min=1e-30)
+    damped = gram + ridge * scale * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return torch.cholesky_solve(target, torch.linalg.cholesky(damped))
+
+
+def _window(view: LayerView, n: int) -> list[LayerView]:
+    """The last ``n`` queries where they were made, and moved on by ``n`` positions, or as far as the model has any."""
+    n = min(n, view.n_queries)
+    newest = replace(view, queries=view.queries[:, :, -n:], _memo={})
+    rope = view.find_rope()
+    queries = newest.unrotated_queries()
+    if rope is not None:
+        at = torch.arange(view.end, view.end + n, device=queries.device)
+        queries = rope.rotate(
+            queries, *rope.cos_sin(at if rope.n_positions is None else at.clamp(max=rope.n_positions - 1))
+        )
+    return [newest, _ahead(view, queries)]
+
+
+def _ahead(view: LayerView, queries: Tensor) -> LayerView:
+    """The view with other queries, ``[B, Hq, n, D]``, of tokens that come after all of its own."""
+    at = torch.arange(view.first_position, view.end, device=queries.device).expand(view.keys.shape[:3])
+    return replace(view, queries=queries, positions=at, first_position=view.first_position + queries.shape[2], _memo={})
+
+
+def _attention(view: LayerView, row: int, head: int) -> Tensor:
+    """Attention of the queries of one KV head: float32 ``[G, n, T]``."""
+    found = view.of_head(row, head).window_attention(view.n_queries)[0, 0]
+    view.forget()
+    return found
+
+
+def _is_among(positions: Tensor, n_tokens: int) -> Tensor:
+    """Which of ``n_tokens`` are in ``positions``, int64 ``[B, Hkv, n]``: bool ``[B, Hkv, n_tokens]``."""
+    found = torch.zeros(*positions.shape[:2], n_tokens + 1, dtype=torch.bool, device=positions.device)
+    return found.scatter_(2, positions.where(positions >= 0, n_tokens), True)[..., :-1]
+
+
+def _ignore(layer: PressedLayer, call: LayerCall) -> None:
+    """What a replay does of itself with an attention call, where somebody else listens."""
