@@ -35,6 +35,7 @@ from coldpress.presses.composed import ComposedPress
 from coldpress.presses.criticalkv import CriticalAdaKVPress, CriticalKVPress
 from coldpress.presses.cur import CURPress
 from coldpress.presses.decoding import CompressionRatioDecodingPress, DecodingPress, PrefillDecodingPress
+from coldpress.presses.defensive import DefensiveKVPress, LayerDefensiveKVPress
 from coldpress.presses.dms import DMSPress
 from coldpress.presses.duo_attention import DuoAttentionPress
 from coldpress.presses.entropy_gated_chunkkv import EntropyGatedChunkKVPress

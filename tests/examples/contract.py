@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from coldpress.architecture.cache_argument import cache_argument
 from coldpress.bases import registry
 from coldpress.cache.layer import PressedLayer
 from coldpress.core.data import as_data, from_data
+from coldpress.models.block import prefilling
 
 N = 50  # tokens of a prompt
 LENGTHS = (N, 37, 44)  # of the rows of a padded batch
@@ -76,7 +77,7 @@ def text(rows: int = 1, n: int = N, seed: int = 0) -> Tensor:
 def read(case: Case, cache: PressedCache, *parts: Tensor, mask: Tensor | None = None) -> Tensor:
     """Logits of one call after the other; ``mask`` is of all tokens, those that the cache has seen too."""
     model, logits = tiny(case.model), []
-    with torch.no_grad():
+    with torch.no_grad(), watched(case, cache):
         for part in parts:
             seen, given = cache.seen_tokens, {}
             if mask is not None:
@@ -85,6 +86,12 @@ def read(case: Case, cache: PressedCache, *parts: Tensor, mask: Tensor | None = 
                 given = {"attention_mask": now, "position_ids": position_ids}
             logits.append(model(part, **given, **cache_argument(cache)).logits)
     return torch.cat(logits, dim=1)
+
+
+def watched(case: Case, cache: PressedCache) -> AbstractContextManager[Any]:
+    """What has to be around the prefill of ``cache``."""
+    waits = case.press is not None and case.press.chooses_together and not cache.seen_tokens
+    return prefilling(tiny(case.model), cache) if waits else nullcontext()
 
 
 def later(rows: int = 1, seed: int = 7) -> tuple[Tensor, ...]:
@@ -195,14 +202,16 @@ def beams(case: Case, folder: Path) -> None:
     """``generate`` gives what it gives step by step, and runs with beams."""
     model, ids, past = tiny(case.model), text(), case.cache()
     how = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False}
-    found = model.generate(ids, **how, **cache_argument(past))
+    with watched(case, past):
+        found = model.generate(ids, **how, **cache_argument(past))
     plain, expected = case.cache(), ids
     for _ in range(6):
         logits = read(case, plain, expected[:, plain.seen_tokens :])
         expected = torch.cat([expected, logits[:, -1:].argmax(-1)], dim=1)
     assert torch.equal(found, expected)
     past = case.cache([0, 0])
-    assert model.generate(ids, num_beams=2, **how, **cache_argument(past)).shape == expected.shape
+    with watched(case, past):
+        assert model.generate(ids, num_beams=2, **how, **cache_argument(past)).shape == expected.shape
     assert past.pressed_layers()[0].positions().shape[0] == 2
 
 

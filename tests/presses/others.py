@@ -51,11 +51,17 @@ OTHERS: dict[str, Callable[[int, int], BasePress]] = {
     "simlayerkv": lambda n_layers, n_heads: SimLayerKVPress(0.0, n_recent=12, n_initial=3),
 }
 
+
+def waits_for_a_block(press: BasePress) -> bool:
+    """Whether it needs ``with press(model):`` around the prefill."""
+    return press.needs_model or press.needs_hidden_states or press.chooses_together
+
+
 # with a ratio, but they are shown more of the model than a cache sees, inside 'with press(model):'
 IN_BLOCK = [
     name
     for name in press_names(has_ratio=True, at_prefill=True)
-    if any(p.needs_model or p.needs_hidden_states for p in parts(make_press(name, 0.5)))  # type: ignore[arg-type]
+    if any(map(waits_for_a_block, parts(make_press(name, 0.5))))  # type: ignore[arg-type]
 ]
 
 # a name and a ratio are all they need; the tests make up what calibrated ones look up
@@ -84,7 +90,7 @@ def press_of(name: str, ratio: float) -> BasePress:
 
 def block(model: PreTrainedModel, press: BasePress) -> AbstractContextManager[Any]:
     """``with press(model):`` for presses that need it, with a tokenizer for those that ask for one."""
-    return press.prepared(model, Words())(model) if press.needs_model or press.needs_hidden_states else nullcontext()
+    return press.prepared(model, Words())(model) if waits_for_a_block(press) else nullcontext()
 
 
 @cache

@@ -146,6 +146,15 @@ def test_rows_of_a_padded_batch_have_budgets_of_their_own(name: str, tmp_path: P
         assert kept(past, row) == [[[t + left for t in head] for head in layer] for layer in kept(alone)]
 
 
+def test_a_row_that_is_shorter_than_the_budget_keeps_all_of_it(tmp_path: Path) -> None:
+    """Its pairs carry no scores: all of its places went to the first head, and the last one was left with nothing."""
+    folder, *_ = gates_for("llama", tmp_path)
+    mask = (torch.arange(N) >= torch.tensor([[0], [N - 9]])).long()
+    past = run("llama", FastKVzipPress(budget_tokens=14, weights=folder), tokens(2, N), mask)
+    assert kept(past, 1) == [[[*range(N - 9, N)]] * 2] * 2
+    assert sum(len(head) for layer in kept(past) for head in layer) == 4 * 14
+
+
 def test_a_shared_prefill(tmp_path: Path) -> None:
     folder, *_ = gates_for("llama", tmp_path)
     presses = [FastKVzipPress(ratio, weights=folder) for ratio in (0.0, 0.3, 0.8)]

@@ -26,6 +26,7 @@ from coldpress import (
     CriticalKVPress,
     CURPress,
     DecodingPress,
+    DefensiveKVPress,
     DMSPress,
     DuoAttentionPress,
     ExpectedAttentionPress,
@@ -37,6 +38,7 @@ from coldpress import (
     KVgradPress,
     KVzipPress,
     LagKVPress,
+    LayerDefensiveKVPress,
     LayerView,
     LeverageScorePress,
     NonCausalAttnPress,
@@ -74,6 +76,7 @@ def dms(ratio: float) -> DMSPress:
 HEAD_WISE: dict[str, Callable[[float], BasePress]] = {
     "adakv": lambda r: AdaKVPress(SnapKVPress(r, window_size=4), alpha_safeguard=0.5),
     "critical_adakv": lambda r: CriticalAdaKVPress(SnapKVPress(r, window_size=4), alpha_safeguard=0.5),
+    "defensive": lambda r: DefensiveKVPress(r, window_size=4, first_stage_mass=0.2),
     "dms": dms,
     "duo_attention": lambda r: DuoAttentionPress(
         r, pattern=[[0.9, 0.1, 0.8, 0.2], [0.1, 0.2, 0.3, 0.4]], sink_size=2, recent_size=9
@@ -82,6 +85,7 @@ HEAD_WISE: dict[str, Callable[[float], BasePress]] = {
     "kvcompose": lambda r: KVComposePress(r, structured=False),
     "kvgrad": lambda r: KVgradPress(r, chunk_size=50),
     "kvzip": lambda r: KVzipPress(r, chunk_size=50),
+    "layer_defensive": lambda r: LayerDefensiveKVPress(r, window_size=4, first_stage_mass=0.2),
     "lukv": lambda r: lukv(2, 4).with_ratio(r),
     "restorekv": lambda r: RestoreKVPress(r, chunk_size=50),
 }

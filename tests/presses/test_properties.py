@@ -26,6 +26,7 @@ from coldpress import (
     ChunkPress,
     CompactorPress,
     ComposedPress,
+    DefensiveKVPress,
     FastKVzipPress,
     KeyRerotationPress,
     KnormPress,
@@ -282,7 +283,7 @@ def test_what_wraps_one_press_and_adds_nothing_changes_nothing(name: str, view: 
 
 ENDS = {  # name -> first and last tokens that are kept
     "dms_lagkv": (4, 10), "duo_attention": (2, 9), "fastkvzip": (4, 1), "kvgrad": (4, 0), "kvzip": (4, 0),
-    "kvzip_plus": (4, 0), "lukv": (4, 1), "simlayerkv": (3, 12),
+    "kvzip_plus": (4, 0), "layer_defensive": (0, 4), "lukv": (4, 1), "simlayerkv": (3, 12),
 }  # fmt: skip
 ALONE = ("kvcompose", "kvgrad", "kvzip", "kvzip_plus", "restorekv")  # one text at a time
 through_the_model = pytest.mark.parametrize("name", [*IN_BLOCK, *OTHERS])
@@ -345,7 +346,7 @@ def test_what_is_kept_of_the_whole_model(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("coldpress.bases.replay.protect", recorded)
-        for scorer in (FastKVzipPress, KVzapPress):
+        for scorer in (DefensiveKVPress, FastKVzipPress, KVzapPress):
             patch.setattr(scorer, "score", spy(scorer.score))
         past = prefilled(press, model, distinct(n_tokens), dtype=dtype)
     n_keep = keep_count(n_tokens, 0.5 if name in OTHERS else ratio)

@@ -187,6 +187,8 @@ def require_block(press: Press, needed: object) -> None:
         what, how = "looks at hidden states, which a cache by itself is not shown", ""
         if press.needs_model:
             what, how = "runs the model again on the tokens of the prefill", ", with input_ids"
+        elif not press.needs_hidden_states:
+            what, how = "chooses when all layers are there, which a cache by itself does not know", ", with input_ids"
         raise PressError(f"{type(press).__name__} {what}: run the prefill inside 'with press(model):'{how}.")
 
 

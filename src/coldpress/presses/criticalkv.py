@@ -57,8 +57,9 @@ class CriticalKVPress(WrapperPress):
 
     def chosen(self, view: LayerView, n_keep: int, must: Tensor) -> Tensor:
         first = share_of(n_keep, self.first_stage_ratio)
-        scores = _two_stages(view, self.scores(view), first, self.epsilon, must)
-        return select(scores, n_keep)
+        scores = self.scores(view)
+        weighted = (scores + self.epsilon) * view.projected_value_norms()
+        return select(two_stages(view, scores, first, weighted, must), n_keep)
 
 
 @register("critical_adakv_snapkv", SnapKVPress)
@@ -95,12 +96,18 @@ class CriticalAdaKVPress(AdaKVPress):
     def chosen(self, view: LayerView, n_keep: int, must: Tensor) -> Tensor:
         counts = self.counts(view, n_keep)
         first = torch.tensor([[share_of(n, self.first_stage_ratio) for n in row] for row in counts.tolist()])
-        scores = _two_stages(view, self.scores(view), first.to(counts.device), self.epsilon, must)
-        return select_counts(scores, counts)
+        scores = self.scores(view)
+        weighted = (scores + self.epsilon) * view.projected_value_norms()
+        return select_counts(two_stages(view, scores, first.to(counts.device), weighted, must), counts)
 
 
-def _two_stages(view: LayerView, scores: Tensor, first: int | Tensor, epsilon: float, must: Tensor) -> Tensor:
-    """Infinity where tokens must be kept, and the ``first`` best (a number, or ``[B, Hkv]``); weighted scores else."""
+def two_stages(view: LayerView, scores: Tensor, first: int | Tensor, weighted: Tensor, must: Tensor) -> Tensor:
+    """``weighted``, with the largest number there is at the ``first`` best ``scores``, and infinity where must be.
+
+    Args:
+        scores, weighted: float32 ``[B, Hkv, T]``.
+        first: a number, or int64 ``[B, Hkv]``; tokens that must be kept are the first of them.
+        must: bool ``[B or 1, Hkv or 1, T]``.
+    """
     is_first = best(view.guard(scores, must), first)
-    weighted = (scores + epsilon) * view.projected_value_norms()
-    return view.guard(weighted.masked_fill(is_first, torch.inf), must)
+    return view.guard(weighted.masked_fill(is_first, torch.finfo(weighted.dtype).max), must)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,10 +15,10 @@ from torch.nn.functional import linear
 from coldpress.bases.checks import check_at_least, check_between
 from coldpress.bases.registry import register
 from coldpress.bases.scorer import BudgetPress
-from coldpress.core.choice import select_counts
+from coldpress.bases.together import carrying, keep_best
 from coldpress.core.counts import adaptive_counts, counts_together, share_of
 from coldpress.core.forced import forced
-from coldpress.core.kept import Kept, Place
+from coldpress.core.kept import Kept
 from coldpress.core.requirements import require_block
 from coldpress.core.view import LayerView
 from coldpress.errors import PressError
@@ -81,13 +82,12 @@ class FastKVzipPress(BudgetPress):
             object.__setattr__(self, "weights", str(self.weights))
 
     def compress(self, view: LayerView) -> Kept | None:
-        n_keep, n = self.keep(view), view.n_tokens
-        if n_keep >= n:
+        n_keep = self.keep(view)
+        if n_keep >= view.n_tokens:
             return None
         n_window = self.window_size if view.end >= _LONG_TEXT else max(1, share_of(view.end, self.window_ratio))
         scores = view.guard(self.score(view), forced(view, (self.n_sink, n_window), n_keep))
-        slots = torch.arange(n, device=scores.device).expand(scores.shape)
-        return Kept(view.keys, view.values, slots, scores, columns=view.columns)
+        return carrying(view, scores)
 
     def score(self, view: LayerView) -> Tensor:
         """What the gate says of every token: float32 ``[B, Hkv, T]``, in (0, 1)."""
@@ -104,34 +104,11 @@ class FastKVzipPress(BudgetPress):
         return (own - others.logsumexp(-1)).sigmoid().mean(-1).transpose(1, 2)
 
     def choose_together(self, cache: PressedCache) -> None:
-        layers = [layer for layer in cache.pressed_layers() if layer.carried() is not None]
-        slots: list[list[Tensor]] = [[] for _ in layers]  # by layer, then by row: [Hkv, n]
-        for row in range(layers[0].positions().shape[0] if layers else 0):
-            scores = []
-            for layer in layers:
-                carried = layer.carried()
-                assert carried is not None
-                scores.append(carried[row : row + 1].nan_to_num(-torch.inf, torch.inf, -torch.inf))  # NaN: empty slots
-            n_stored = int((layers[0].positions()[row, 0] >= 0).sum())
-            for of_layer, chosen in zip(
-                slots, self._chosen(scores, n_stored, layers[0].keys, layers[0].values), strict=True
-            ):
-                of_layer.append(chosen)
-        for layer, rows in zip(layers, slots, strict=True):
-            longest = max(part.shape[1] for part in rows)
-            layer.keep(torch.stack([torch.nn.functional.pad(p, (0, longest - p.shape[1]), value=-1) for p in rows]))
+        keep_best(self, cache, self._layerwise if self.layerwise else counts_together)
 
-    def _chosen(self, scores: list[Tensor], n_stored: int, keys: Tensor | None, values: Tensor | None) -> list[Tensor]:
-        """Slots that one row keeps in each layer, ``[Hkv, n]``, of the ``n_stored`` that it has in every head."""
-        assert keys is not None and values is not None
-        token_bytes = keys.shape[1] * (keys.shape[3] + values.shape[3]) * keys.element_size()
-        n_keep = self.keep_of(n_stored, Place(0, len(scores), token_bytes))
-        n_safe = max(int((part == torch.inf).sum(-1).max()) for part in scores)  # what must be kept
-        if self.layerwise:
-            counts = [adaptive_counts(part, n_keep, n_safe) for part in scores]
-        else:
-            counts = counts_together(scores, n_keep, n_safe)
-        return [select_counts(part, own)[0] for part, own in zip(scores, counts, strict=True)]
+    @staticmethod
+    def _layerwise(scores: Sequence[Tensor], n_keep: int, n_safe: int) -> list[Tensor]:
+        return [adaptive_counts(part, n_keep, n_safe) for part in scores]
 
     def _gate(self, view: LayerView, x: Tensor) -> dict[str, Tensor]:
         """The gate for the layer of ``view``, projections in the dtype and all of it on the device of ``x``."""
