@@ -134,7 +134,7 @@ def test_values_solve_the_normal_equations(n: int) -> None:
     is_free = torch.arange(30) > 3
     fitted, _ = fit(attention, values, chosen, is_free, left_out(n), False)
     assert torch.equal(fitted[:4], values[chosen[:4]])
-    found = [values[chosen], *(ridge(attention, values, chosen, is_free, s) for s in (1e-2, 1e-3, 1e-4))]
+    found = [values[chosen], *(ridge(attention, values, chosen, is_free, s) for s in (1e-2, 1e-3))]
     assert min(float((fitted - one).abs().max()) for one in found) < 1e-3
 
 
@@ -162,11 +162,16 @@ def test_bias_is_left_out() -> None:
 
 
 CASES = {
-    "snapkv": Case(AttentionMatchingPress(SnapKVPress(0.5, 4), **SMALL), lacks=("chunks", "ragged", "rerotated")),
-    "adakv": Case(AttentionMatchingPress(AdaKVPress(SnapKVPress(0.5, 4)), **SMALL), lacks=("chunks", "rerotated")),
+    "snapkv": Case(
+        AttentionMatchingPress(SnapKVPress(0.5, 4), **SMALL), lacks=("chunks", "ragged", "rerotated"), solves=5e-3
+    ),
+    "adakv": Case(
+        AttentionMatchingPress(AdaKVPress(SnapKVPress(0.5, 4)), **SMALL), lacks=("chunks", "rerotated"), solves=5e-3
+    ),
     "neox": Case(
         AttentionMatchingPress(PyramidKVPress(0.5, 4), bias=False, **SMALL),
         model="gpt_neox",
+        solves=5e-2,
         lacks=("chunks", "ragged", "rerotated"),
     ),
 }

@@ -61,6 +61,7 @@ class RestoreKVPress(KVzipPress):
     """
 
     kind = "trained"
+    changes = frozenset({"keys", "values"})  # it adds pairs of its own
 
     weights: str | None = None
 
