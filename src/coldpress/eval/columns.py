@@ -138,7 +138,7 @@ _SIZES: tuple[_Column, ...] = (
     ("read", "fraction of the stored pairs that a decoding query reads", _plain("read_ratio", 3)),
     ("KV before", "bytes of the uncompressed cache", _count("kv_bytes_baseline")),
     ("KV after", "bytes of the compressed cache", _count("kv_bytes")),
-    ("KV most", "most bytes held while reading", _count("kv_bytes_max")),
+    ("KV most", "most bytes stored while reading", _count("kv_bytes_max")),
 )
 _SPEED: tuple[_Column, ...] = (
     ("decode tok/s", "tokens a second after the first", _plain("decode_tokens_per_s", 1)),

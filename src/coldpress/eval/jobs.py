@@ -157,7 +157,7 @@ def _make_stream_jobs(settings: Settings) -> list[Job]:
         raise PressError("--press_args belongs to one press; name a single one with --press.")
     if not settings.budget_tokens and names != [NO_PRESS]:
         raise PressError(
-            "A stream has no length that a ratio could be taken of; say how much is held: --budget_tokens."
+            "A stream has no length that a ratio could be taken of; say how much is stored: --budget_tokens."
         )
     if "all" in names:
         scorers = [name for name in press_names(kind="training-free", has_ratio=True) if _streams(name)]

@@ -235,7 +235,7 @@ def _stream_limit(s: Settings, longest: int, limit: _Limit) -> int | None:
     reach = max([*s.budget_tokens, s.stream_chunk]) + s.stream_chunk
     if s.positions == "rerotate" and reach > limit.positions and not s.allow_extrapolation:
         raise InputError(
-            f"What is held and a chunk are {reach} tokens together, and {s.model} was trained on {limit.positions} "
+            f"What is stored and a chunk are {reach} tokens together, and {s.model} was trained on {limit.positions} "
             "positions; give less --budget_tokens or --stream_chunk, or --allow_extrapolation."
         )
     if longest <= limit.positions:

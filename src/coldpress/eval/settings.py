@@ -106,7 +106,7 @@ class Settings:
             raise InputError("--batch_size is for perplexity, and --speed_only measures none; leave one of them out.")
         for name in ("kv_group_size", "kv_residual_tokens"):
             if getattr(self, name) != getattr(Settings, name) and not self.kv_bits:
-                raise InputError(f"--{name} says how pairs are held in few bits; add --kv_bits, or leave it out.")
+                raise InputError(f"--{name} says how pairs are stored in few bits; add --kv_bits, or leave it out.")
         if self.engine != "local" and not self.ppl_apply_press:
             raise InputError(
                 f"--engine {self.engine} measures windows under presses, and none are asked for; add "
