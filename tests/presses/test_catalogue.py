@@ -69,6 +69,7 @@ def test_classes_without_a_name_are_found() -> None:
         "ComposedPress",
         "DMSPress",
         "DecodingPress",
+        "FairPress",
         "PerLayerCompressionPress",
         "PrefillDecodingPress",
     ]

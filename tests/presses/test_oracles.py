@@ -31,6 +31,7 @@ from tests.presses import (
     test_dms,
     test_duo_attention,
     test_entropy_gated_chunkkv,
+    test_fair,
     test_fastkvzip,
     test_finch,
     test_key_rerotation,
@@ -42,6 +43,7 @@ from tests.presses import (
     test_scorers,
     test_simlayerkv,
     test_think,
+    test_triattention,
     test_wrappers,
 )
 from tests.presses.others import WITH_RATIO
@@ -67,6 +69,7 @@ from coldpress import (
     EntropyGatedChunkKVPress,
     ExpectedAttentionPress,
     ExpectedAttentionStatsPress,
+    FairPress,
     FastKVzipPress,
     FinchPress,
     KeyDiffPress,
@@ -96,6 +99,7 @@ from coldpress import (
     StreamingLLMPress,
     ThinKPress,
     TOVAPress,
+    TriAttentionPress,
     catalogue,
     make_press,
 )
@@ -151,6 +155,7 @@ ELSEWHERE: dict[type[BasePress], Callable[..., None]] = {  # the tests that hold
     LeverageScorePress: test_scorers.test_leverage,
     LUKVPress: test_lukv.test_lukv,
     MergingPress: test_merging.test_merging,
+    FairPress: test_fair.test_fair,
     FastKVzipPress: test_fastkvzip.test_scores_and_what_is_kept,
     FinchPress: test_finch.test_scores,
     KVComposePress: test_replay.test_kvcompose,
@@ -159,6 +164,7 @@ ELSEWHERE: dict[type[BasePress], Callable[..., None]] = {  # the tests that hold
     KVzipPress: test_replay.test_kvzip,
     NonCausalAttnPress: test_scorers.test_non_causal_attention,
     ThinKPress: test_think.test_attention_is_that_of_zeroed_channels,
+    TriAttentionPress: test_triattention.test_triattention,
     QFilterPress: test_calibrated.test_qfilter,
     RestoreKVPress: test_restorekv.test_what_is_stored,
     CAMPress: test_decoding.test_cam_by_hand,
