@@ -58,10 +58,12 @@ from coldpress.presses.observed_attention import ObservedAttentionPress
 from coldpress.presses.per_layer_compression import PerLayerCompressionPress
 from coldpress.presses.pyramidkv import PyramidKVPress
 from coldpress.presses.qfilter import QFilterPress
+from coldpress.presses.quest import QuestPress
 from coldpress.presses.random import RandomPress
 from coldpress.presses.restorekv import RestoreKVPress
 from coldpress.presses.simlayerkv import SimLayerKVPress
 from coldpress.presses.snapkv import SnapKVPress
+from coldpress.presses.sparq import SparQPress
 from coldpress.presses.streaming_llm import StreamingLLMPress
 from coldpress.presses.think import ThinKPress
 from coldpress.presses.tova import TOVAPress

@@ -72,6 +72,8 @@ def test_classes_without_a_name_are_found() -> None:
         "FairPress",
         "PerLayerCompressionPress",
         "PrefillDecodingPress",
+        "QuestPress",
+        "SparQPress",
     ]
 
 

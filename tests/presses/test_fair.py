@@ -135,6 +135,24 @@ def test_quotas(data: st.DataObject) -> None:
     assert not per_token or max(per_token) <= n / sum(sizes)  # nobody's share grows by what others must keep
 
 
+@pytest.mark.parametrize("is_adaptive", [False, True])
+def test_heads_that_hold_different_tokens(is_adaptive: bool) -> None:
+    """Every second token from 30 on, fewer in some heads; nothing is held of what came before, and of the newest 45."""
+    view, n, spans = view_of("llama"), 17, [(0, 20), (30, 50), (60, 70)]
+    held = torch.tensor([[N, 20], [25, N]])
+    slots = torch.arange(N).expand(2, 2, N)
+    positions = (2 * slots + 30).masked_fill(slots >= held[..., None], -1)
+    later = replace(view, positions=positions, counts=held, first_position=150 - N, queries=view.queries[:, :, -4:])
+    inner = AdaKVPress(KnormPress(budget_tokens=n), 0.0) if is_adaptive else KnormPress(budget_tokens=n)
+    scores = KnormPress().score(view)
+    counts = inner.counts(later, n) if isinstance(inner, AdaKVPress) else torch.full((2, 2), n)
+    for row, head in ((b, h) for b in range(2) for h in range(2)):
+        own = {2 * t + 30: float(scores[row, head, t]) for t in range(int(held[row, head]))}
+        kept = fair(own, int(counts[row, head]), spans, [], 150)
+        found = heads_of(FairPress(inner, spans).choose(later))[row][head]
+        assert [int(positions[row, head, slot]) for slot in found] == kept
+
+
 @pytest.mark.parametrize("inner", [Late(), AdaKVPress(KnormPress(), 0.0)], ids=repr)
 def test_while_decoding_spans_hold_their_share_of_the_text_so_far(inner: Any) -> None:
     """Spans of the prompt, of which no pair comes back; what is generated is outside of them."""

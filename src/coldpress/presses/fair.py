@@ -61,8 +61,7 @@ class FairPress(WrapperPress):
         elif view.counts is not None:
             counts = counts.minimum(view.counts)
         is_in, sizes = self._spans_of(view)  # [B or 1, Hkv or 1, S, T], [S]
-        quotas = _quotas(counts, (is_in & must[:, :, None]).sum(-1), sizes)  # [B, Hkv, S]
-        quotas = quotas.minimum(is_in.sum(-1))
+        quotas = _quotas(counts, (is_in & must[:, :, None]).sum(-1), sizes)  # [B, Hkv, S]; maybe more than are held
         first = torch.zeros_like(scores, dtype=torch.bool)
         for own, quota in zip(is_in.unbind(2), quotas.unbind(2), strict=True):
             first |= best(scores.masked_fill(~own, -torch.inf), quota) & own
@@ -71,7 +70,7 @@ class FairPress(WrapperPress):
     def _spans_of(self, view: LayerView) -> tuple[Tensor, Tensor]:
         """Which span each slot is in, bool ``[B or 1, Hkv or 1, S, T]``, and how many tokens of the text each has.
 
-        The last of the S spans has all tokens outside of the others; an empty slot is in none.
+        The last of the S spans has all tokens outside of the others, and empty slots, which have no scores to win by.
         """
         at, start = view.positions, 0
         if at is None:
@@ -79,7 +78,7 @@ class FairPress(WrapperPress):
             at = torch.arange(start, view.end, device=view.keys.device).view(1, 1, -1)
         bounds = torch.tensor(self.spans, device=at.device).view(-1, 2, 1)
         inside = (at[:, :, None] >= bounds[:, 0]) & (at[:, :, None] < bounds[:, 1])
-        outside = (at >= 0)[:, :, None] & ~inside.any(2, keepdim=True)
+        outside = ~inside.any(2, keepdim=True)
         sizes = bounds.clamp(start, view.end).diff(dim=1).flatten()
         return torch.cat([inside, outside], dim=2), torch.cat([sizes, (view.end - start - sizes.sum())[None]])
 
