@@ -142,7 +142,9 @@ def test_heads_that_hold_different_tokens(is_adaptive: bool) -> None:
     held = torch.tensor([[N, 20], [25, N]])
     slots = torch.arange(N).expand(2, 2, N)
     positions = (2 * slots + 30).masked_fill(slots >= held[..., None], -1)
-    later = replace(view, positions=positions, counts=held, first_position=150 - N, queries=view.queries[:, :, -4:])
+    later = replace(
+        view, positions=positions, counts=held, first_position=150 - N, queries=view.queries[:, :, -4:], _memo={}
+    )
     inner = AdaKVPress(KnormPress(budget_tokens=n), 0.0) if is_adaptive else KnormPress(budget_tokens=n)
     scores = KnormPress().score(view)
     counts = inner.counts(later, n) if isinstance(inner, AdaKVPress) else torch.full((2, 2), n)
