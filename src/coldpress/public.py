@@ -41,6 +41,7 @@ from coldpress.presses.duo_attention import DuoAttentionPress
 from coldpress.presses.entropy_gated_chunkkv import EntropyGatedChunkKVPress
 from coldpress.presses.expected_attention import ExpectedAttentionPress
 from coldpress.presses.expected_attention_with_stats import ExpectedAttentionStatsPress
+from coldpress.presses.fair import FairPress
 from coldpress.presses.fastkvzip import FastKVzipPress
 from coldpress.presses.finch import FinchPress
 from coldpress.presses.key_rerotation import KeyRerotationPress
@@ -59,12 +60,15 @@ from coldpress.presses.observed_attention import ObservedAttentionPress
 from coldpress.presses.per_layer_compression import PerLayerCompressionPress
 from coldpress.presses.pyramidkv import PyramidKVPress
 from coldpress.presses.qfilter import QFilterPress
+from coldpress.presses.quest import QuestPress
 from coldpress.presses.random import RandomPress
 from coldpress.presses.restorekv import RestoreKVPress
 from coldpress.presses.simlayerkv import SimLayerKVPress
 from coldpress.presses.snapkv import SnapKVPress
+from coldpress.presses.sparq import SparQPress
 from coldpress.presses.streaming_llm import StreamingLLMPress
 from coldpress.presses.think import ThinKPress
 from coldpress.presses.tova import TOVAPress
+from coldpress.presses.triattention import TriAttentionPress
 from coldpress.stores.bits import KVBits
 from coldpress.stores.codec import Codec

@@ -66,7 +66,7 @@ def evaluate(run: Run, press: str, *more: str) -> tuple[int, str, str]:
     return run("ppl", "--press", press, *how, *more)
 
 
-@pytest.mark.parametrize("name", press_names(kind="calibrated"))
+@pytest.mark.parametrize("name", press_names(kind="calibrated", at_prefill=True))
 def test_what_is_calibrated_is_found(run: Run, tiny: Path, tmp_path: Path, name: str) -> None:
     head = ["--press_args", '{"head_compression_ratio": 0.5}'] if name == "duo_attention" else []
     code, out, err = evaluate(run, name, *head)
@@ -83,6 +83,13 @@ def test_what_is_calibrated_is_found(run: Run, tiny: Path, tmp_path: Path, name:
     assert code == 0 and name in out
     (record,) = [json.loads(path.read_text()) for path in (tmp_path / "results").glob("*.json")]
     assert record["status"] == "ok" and record["ppl"] > 1
+
+
+def test_a_schedule_is_calibrated_as_the_press_inside_it(run: Run, tiny: Path) -> None:
+    code, out, _ = run("calibrate", "decoding_triattention", *FEW)
+    file = artefact_path("triattention", str(tiny))
+    assert code == 0 and file.is_file() and out.endswith(f"{file}\n")
+    assert evaluate(run, "triattention")[0] == 0
 
 
 def test_on_what_it_was_measured_is_in_the_file(run: Run, tiny: Path, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from coldpress import (
     DMSPress,
     EntropyGatedChunkKVPress,
     ExpectedAttentionPress,
+    FairPress,
     FastKVzipPress,
     FinchPress,
     Kept,
@@ -60,6 +61,8 @@ COMPOSED: dict[str, Callable[[float], BasePress]] = {
     "rerotated_merging": lambda r: KeyRerotationPress(MergingPress(AdaKVPress(SnapKVPress(r, window_size=4)))),
     "think_per_layer": lambda r: ThinKPress(0.5, 4, press=PerLayerCompressionPress(AdaKVPress(KnormPress()), [r, r])),
     "per_layer_chunks": lambda r: PerLayerCompressionPress(ChunkPress(KnormPress(), 7), [r, r]),
+    "fair": lambda r: FairPress(SnapKVPress(r, window_size=4), [(0, 5), (20, 31)]),
+    "fair_adakv": lambda r: FairPress(AdaKVPress(KnormPress(r), 0.0), [(3, 5), (5, 12)]),
     "both": lambda r: PrefillDecodingPress(AdaKVPress(KnormPress(r)), DecodingPress(KnormPress())),
 }
 NO_COUNT = [name for name in OTHERS if name not in WITH_RATIO and name != "lukv"]

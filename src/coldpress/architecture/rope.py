@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -180,6 +180,28 @@ class Rope:
             n_positions = min(n_positions, self.n_positions - start)
         cos, sin = self.cos_sin(torch.arange(start, start + n_positions, device=device))
         return cos.mean(1, keepdim=True), sin.mean(1, keepdim=True)
+
+    def mean_ahead(self, position: int, offsets: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+        """The mean rotation over positions ``position + offset``: ``cos, sin`` of one position.
+
+        The model is asked for ``position`` and for one step, which is then taken ``offset`` times. So the frequencies
+        are those of the text so far, and offsets may reach beyond what the model has positions for.
+        """
+        cos, sin = (part[0].cpu().double() for part in self.cos_sin(torch.tensor([0, 1, position], device=device)))
+        angles, scale = torch.atan2(sin, cos), torch.hypot(cos[0], sin[0])
+        turns = angles[2] + (angles[1] - angles[0]) * torch.tensor(offsets, dtype=torch.double)[:, None]
+        mean = (scale * turned.mean(0) for turned in (turns.cos(), turns.sin()))
+        cos, sin = (part.float().to(device)[None, None] for part in mean)  # [1, 1, Drot or Drot / 2]
+        return cos, sin
+
+    def pair_norms(self, states: Tensor) -> Tensor:
+        """Norms of the pairs of numbers that turn together, of float32 ``[B, H, T, D]``: ``[B, H, T, Drot]``.
+
+        Each stands twice, in the places of both numbers of its pair. No rotation changes them.
+        """
+        cos, sin = self.cos_sin(torch.zeros(1, dtype=torch.long, device=states.device))
+        turned = self.rotate(states, torch.zeros_like(cos), torch.ones_like(sin))  # by a right angle
+        return torch.hypot(states[..., : self.width], turned[..., : self.width])
 
 
 _CHANGING: WeakKeyDictionary[nn.Module, list[nn.Module]] = WeakKeyDictionary()  # of a model, found once

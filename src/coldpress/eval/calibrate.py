@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from coldpress.bases.registry import catalogue, make_press, press_names
+from coldpress.core.press import parts
 from coldpress.errors import DataError, PressError
 from coldpress.eval.datasets import load_corpus
 from coldpress.eval.models import load_model, pick_device
@@ -133,12 +134,11 @@ def _press(s: CalibrationSettings) -> Calibrated:
     parameters = dict(s.press_args)
     check_types(s.press, parameters)
     press = make_press(s.press, 0.0, **parameters)
-    inside = [press, getattr(press, "press", None)]
-    found = next((each for each in inside if isinstance(each, Calibrated)), None)
+    found = None if press is None else next((part for part in parts(press) if isinstance(part, Calibrated)), None)
     if found is not None:
         return found
     if s.press in press_names(kind="trained"):
         needs = next(info.needs for info in catalogue() if info.name == s.press)
         raise PressError(f"{s.press} needs trained weights, which are loaded and cannot be calibrated: {needs}.")
-    calibrated = ", ".join(press_names(kind="calibrated"))
+    calibrated = ", ".join(press_names(kind="calibrated", at_prefill=True))
     raise PressError(f"{s.press} needs no calibration. These do: {calibrated}.")

@@ -22,6 +22,7 @@ from coldpress.presses.knorm import KnormPress
 from coldpress.presses.snapkv import SnapKVPress
 from coldpress.presses.streaming_llm import StreamingLLMPress
 from coldpress.presses.tova import TOVAPress
+from coldpress.presses.triattention import TriAttentionPress
 
 if TYPE_CHECKING:
     from coldpress.cache.pressed import PressedCache
@@ -88,6 +89,7 @@ class DecodingPress(BasePress):
 @register("decoding_snapkv", SnapKVPress, compression_interval=64)
 @register("decoding_streaming_llm", StreamingLLMPress, compression_interval=64)
 @register("decoding_tova", TOVAPress, compression_interval=64)
+@register("decoding_triattention", TriAttentionPress, compression_interval=64)
 @dataclass(frozen=True)
 class CompressionRatioDecodingPress(DecodingPress):
     """Keep everything of the prompt; while decoding, cut the cache back to a share of the text so far.

@@ -1,0 +1,77 @@
+"""SparQ: nothing is evicted, and each decoding query reads the pairs that a few channels of it point at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coldpress.bases.checks import check_at_least, check_between
+from coldpress.bases.press import BasePress
+from coldpress.core.choice import best, checked, pack
+from coldpress.core.counts import share_of
+from coldpress.core.kept import Kept
+from coldpress.core.view import LayerView
+
+
+@dataclass(frozen=True)
+class SparQPress(BasePress):
+    """Keep everything, and have a decoding query read the pairs with the largest logits in its largest channels.
+
+    It saves neither memory nor time here: a key's channels lie side by side, so reading some of them takes as long as
+    reading all, and a step takes longer than one that reads everything (as for QuestPress). So it has no name, and
+    ``--press all`` does not measure it. What it shows is what such a choice costs in quality.
+
+    With C the ``channels`` channels in which the sum of |q| over the group's heads is largest, each head has the logits
+    l[t] = sum over i in C of q_i k_i[t] * s * sqrt(sum of |q| over all channels / sum of |q| over C),
+    s the attention's scaling. A query reads the floor(T * read) of T pairs, at least ``local`` and 1, that have the
+    largest sum over the group's heads of l[t], the newest ``local`` among them.
+
+    Source: Ribar et al. 2024, arXiv:2312.04985, section 4. Differs from the paper: what is not read is left out, and
+    not replaced by the mean of all values times its approximate weight; pairs to read are a share of the text.
+
+    Needs: keys and the newest query. Cost: O(T * channels) per query head, layer and decoding step.
+
+    Args:
+        channels: of the query that choose, at least 1; more than a head has are all of them.
+        read: share of the stored pairs that a query reads, in (0, 1].
+        local: newest pairs that are read, at least 0.
+    """
+
+    per_head_independent = True
+
+    channels: int = 16
+    read: float = 0.125
+    local: int = 32
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "channels")
+        check_at_least(self, 0, "local")
+        check_between(self, 2.0**-62, 1, "read")
+
+    def compress(self, view: LayerView) -> Kept | None:
+        return None
+
+    def logits(self, view: LayerView) -> Tensor:
+        """Approximate logits of the newest query: float32 ``[B, Hkv, G, T]``."""
+        query = view.queries[:, :, -1].float().unflatten(1, (-1, view.group_size))  # [B, Hkv, G, D]
+        size, n = query.abs(), min(self.channels, query.shape[-1])
+        at = size.sum(2, keepdim=True).topk(n, sorted=False).indices  # [B, Hkv, 1, r]
+        share = size.gather(3, at.expand(*size.shape[:3], -1)).sum(-1, keepdim=True) / size.sum(-1, keepdim=True)
+        own = query.gather(3, at.expand(*query.shape[:3], -1)) * view.scaling
+        keys = view.keys.gather(3, at.expand(*view.keys.shape[:3], -1)).float()  # [B, Hkv, T, r]
+        return (own @ keys.mT) / share.nan_to_num(1.0).clamp(min=1e-30).sqrt()
+
+    def select(self, view: LayerView) -> Tensor | None:
+        n_read = max(1, self.local, share_of(view.n_tokens, self.read))
+        if n_read >= view.n_tokens:
+            return None
+        scores = checked(self.logits(view).sum(2))  # [B, Hkv, T]
+        at = torch.arange(view.n_tokens, device=scores.device) if view.positions is None else view.positions
+        if view.positions is not None:
+            scores = scores.masked_fill(at < 0, -torch.inf)
+        n_held = view.n_tokens if view.counts is None else view.counts[..., None]
+        newest = torch.arange(view.n_tokens, device=scores.device) >= n_held - self.local
+        is_read = best(scores.masked_fill(newest & (scores > -torch.inf), torch.inf), n_read) & (scores > -torch.inf)
+        return pack(is_read)
