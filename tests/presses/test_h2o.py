@@ -15,6 +15,7 @@ from torch import Tensor
 
 from coldpress import (
     AdaKVPress,
+    BlockPress,
     ComposedPress,
     CompressionRatioDecodingPress,
     CriticalAdaKVPress,
@@ -205,6 +206,14 @@ def test_both_schedules_keep_what_they_say() -> None:
     past = PressedCache(ComposedPress([KnormPress(0.2), H2OPress(0.3)]))
     read(Case(None), past, tokens(1, 100))
     assert past.stored_lengths() == [56] * 2
+
+
+def test_blocks_of_a_cache_have_the_sums_of_all_queries() -> None:
+    caches = [PressedCache(press) for press in (H2OPress(0.4), BlockPress(H2OPress(0.4), block_size=60))]
+    for past in caches:
+        read(Case(None), past, tokens(1, 60))
+    assert torch.equal(caches[0].positions(1), caches[1].positions(1))
+    assert torch.equal(sums(caches[0])[1], sums(caches[1])[1])
 
 
 def test_a_critical_press_takes_its_sums() -> None:

@@ -39,13 +39,13 @@ class ObserverPress(ScorerPress):
         return self.n_sink, self.grace
 
     def state(self, view: LayerView) -> Mapping[str, Tensor]:
-        """The columns of ``view``; of one that no cache has shown to this press, what it observes there."""
+        """The columns of ``view``; of one that no cache has shown to this press, what it observes there of a prompt."""
         missing = {kind.name: kind.new(view.keys) for kind in self.columns if kind.name not in view.columns}
         if not missing:
             return view.columns
 
         def look() -> Mapping[str, Tensor]:
-            new = replace(view, columns={**view.columns, **missing}, _memo={})
+            new = replace(view, columns={**view.columns, **missing}, n_counted=view.end, _memo={})
             return {**new.columns, **self.observe(new)}
 
         return view.once((self.with_ratio(0.0), "state"), look)
