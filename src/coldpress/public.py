@@ -44,8 +44,10 @@ from coldpress.presses.expected_attention_with_stats import ExpectedAttentionSta
 from coldpress.presses.fair import FairPress
 from coldpress.presses.fastkvzip import FastKVzipPress
 from coldpress.presses.finch import FinchPress
+from coldpress.presses.h2o import H2OPress
 from coldpress.presses.key_rerotation import KeyRerotationPress
 from coldpress.presses.keydiff import KeyDiffPress
+from coldpress.presses.keyformer import KeyformerPress
 from coldpress.presses.knorm import KnormPress
 from coldpress.presses.kvcompose import KVComposePress
 from coldpress.presses.kvgrad import KVgradPress
@@ -61,8 +63,10 @@ from coldpress.presses.per_layer_compression import PerLayerCompressionPress
 from coldpress.presses.pyramidkv import PyramidKVPress
 from coldpress.presses.qfilter import QFilterPress
 from coldpress.presses.quest import QuestPress
+from coldpress.presses.raas import RaaSPress
 from coldpress.presses.random import RandomPress
 from coldpress.presses.restorekv import RestoreKVPress
+from coldpress.presses.scissorhands import ScissorhandsPress
 from coldpress.presses.simlayerkv import SimLayerKVPress
 from coldpress.presses.snapkv import SnapKVPress
 from coldpress.presses.sparq import SparQPress

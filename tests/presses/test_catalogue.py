@@ -70,9 +70,12 @@ def test_classes_without_a_name_are_found() -> None:
         "DMSPress",
         "DecodingPress",
         "FairPress",
+        "KeyformerPress",
         "PerLayerCompressionPress",
         "PrefillDecodingPress",
         "QuestPress",
+        "RaaSPress",
+        "ScissorhandsPress",
         "SparQPress",
     ]
 

@@ -263,7 +263,8 @@ def test_what_wraps_one_press_and_adds_nothing_changes_nothing(name: str, view: 
         same += [AdaKVPress(press, alpha_safeguard=1.0)]
         even = [[[percent / 100] * view.keys.shape[1]] * view.n_layers for percent in range(1, 100)]
         same += [LUKVPress(press, sink=0, window=0, curves=even)]
-        if name not in ("cap", "expected_attention", "observed_attention") and not press.needs_all_queries:
+        own = ("cap", "expected_attention", "h2o", "observed_attention")
+        if name not in own and not press.needs_all_queries:
             same += [BlockPress(press, block_size=view.n_tokens)]  # which shows those the queries of its block only
     same += [] if isinstance(press, ThinKPress) else [ThinKPress(0.0, press=press)]
     if type(press).compress is ScorerPress.compress:

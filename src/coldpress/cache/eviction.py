@@ -14,7 +14,7 @@ from coldpress.architecture.rope import Rope
 from coldpress.cache.gather import gathered
 from coldpress.cache.masks import leaving
 from coldpress.cache.newest import Newest, Pending, newest_from
-from coldpress.cache.observation import carrying, declared, note, observed
+from coldpress.cache.observation import carrying, declared, note, observed, pinning
 from coldpress.cache.phase import Phase
 from coldpress.cache.rows import Known, RowGroup, kept_by, moved_up, view_of_newest
 from coldpress.cache.session import Session
@@ -187,7 +187,7 @@ class EvictingLayer(CacheLayerMixin):
         try:
             check_heads(press, groups[0].view.module, groups[0].view.queries.shape[1])
             groups, said = observed(press, groups)
-            kept = [kept_by(press, group, press.compress(group.view)) for group in groups]
+            kept = [kept_by(press, group, press.compress(group.view)) for group in pinning(press, groups)]
         except Exception as error:
             session.error = error
             if source is self.slots:
@@ -222,7 +222,8 @@ class EvictingLayer(CacheLayerMixin):
         try:
             groups, said = observed(press, groups)
             kept = [  # nothing where a row has no new token
-                kept_by(press, group, press.compress(group.view)) if group.view.n_queries else None for group in groups
+                kept_by(press, group, press.compress(group.view)) if group.view.n_queries else None
+                for group in pinning(press, groups)
             ]
         except Exception as error:
             self.session.error = error
@@ -350,7 +351,8 @@ class EvictingLayer(CacheLayerMixin):
         recent = recent.newest(n, padding)
         states = unseen.newest(max(n_new), padding) if unseen is not None and unseen.end == seen else None
         due = Pending(recent, states, n_new)
-        groups = carrying(press, RowGroup.of_text_so_far(self.slots, call, padding, due, self._known(call)))
+        groups = RowGroup.of_text_so_far(self.slots, call, padding, due, self._known(call))
+        groups = pinning(press, carrying(press, groups))
         kept = [
             kept_by(press, group, press.compress_again(group.view))
             if group.view.n_queries and press.is_due(group.view.n_new or 0)

@@ -15,7 +15,7 @@ from coldpress.core.press import Press, parts
 from coldpress.core.view import LayerView
 from coldpress.errors import PressError
 
-__all__ = ["Said", "carrying", "declared", "note", "observed", "selected"]
+__all__ = ["Said", "carrying", "declared", "note", "observed", "pinning", "selected"]
 
 Said = Sequence[Mapping[str, Tensor]]  # new values of columns, [b, Hkv, T, ...], for each group of rows
 
@@ -42,13 +42,20 @@ def carrying(press: Press | None, groups: Sequence[RowGroup]) -> list[RowGroup]:
     """The groups with views that have all columns which the press declares: the fill where nothing is known yet."""
     kinds, found = declared(press), []
     for group in groups:
-        keys = group.view.keys
-        new = {
-            name: torch.full(_shape(kind, *keys.shape[:3]), kind.fill, dtype=kind.dtype, device=keys.device)
-            for name, kind in kinds.items()
-            if name not in group.view.columns
-        }
+        view = group.view
+        new = {name: kind.new(view.keys) for name, kind in kinds.items() if name not in view.columns}
         found.append(_with_columns(group, new))
+    return found
+
+
+def pinning(press: Press, groups: Sequence[RowGroup]) -> list[RowGroup]:
+    """The groups with views in which that is pinned too which parts of the press let nothing evict."""
+    found = []
+    for group in groups:
+        own = [pins for part in parts(press) if (pins := part.pins(group.view)) is not None]
+        if own and PINNED in group.view.columns:
+            own.append(group.view.columns[PINNED])
+        found.append(_with_columns(group, {PINNED: torch.stack(own).any(0)} if own else {}))
     return found
 
 
@@ -56,10 +63,6 @@ def _with_columns(group: RowGroup, new: Mapping[str, Tensor]) -> RowGroup:
     if not new:
         return group
     return replace(group, view=replace(group.view, columns={**group.view.columns, **new}, _memo={}))
-
-
-def _shape(kind: Column, *slots: int) -> tuple[int, ...]:
-    return slots if kind.width is None else (*slots, kind.width)
 
 
 def observed(press: Press, groups: Sequence[RowGroup]) -> tuple[list[RowGroup], Said]:
@@ -85,7 +88,7 @@ def _checked(
     for name, own in said.items():
         if name not in kinds:
             raise PressError(f"{type(press).__name__}.observe returned {name!r}, which is not among its columns.")
-        shape = _shape(kinds[name], *view.keys.shape[:3])
+        shape = kinds[name].shape(*view.keys.shape[:3])
         if own.shape != shape:
             raise PressError(
                 f"{type(press).__name__}.observe returned {name!r} of shape {list(own.shape)}, not {list(shape)}."
@@ -102,7 +105,7 @@ def note(slots: Slots, press: Press, groups: Sequence[RowGroup], said: Said) -> 
             continue
         whole = slots.column(column.name)
         if whole is None:
-            shape = _shape(column, store.n_rows, store.n_heads, store.n)
+            shape = column.shape(store.n_rows, store.n_heads, store.n)
             whole = torch.full(shape, column.fill, dtype=column.dtype, device=store.device)
         whole = whole.clone()
         for group, own in zip(groups, said, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 __all__ = ["PINNED", "Column"]
 
@@ -26,3 +27,11 @@ class Column:
     fill: float | bool = 0.0
     dtype: torch.dtype = torch.float32
     width: int | None = None
+
+    def new(self, keys: Tensor) -> Tensor:
+        """Of pairs that nothing was said of, those of ``keys [B, Hkv, T, D]``."""
+        return torch.full(self.shape(*keys.shape[:3]), self.fill, dtype=self.dtype, device=keys.device)
+
+    def shape(self, *slots: int) -> tuple[int, ...]:
+        """Of a column of ``slots``: batch, heads, tokens."""
+        return slots if self.width is None else (*slots, self.width)

@@ -170,6 +170,13 @@ class Press(metaclass=PressType):
         """
         return {}
 
+    def pins(self, view: LayerView) -> Tensor | None:
+        """Tokens of ``view`` that nothing may evict, beside those of ``pin=``: bool ``[B, Hkv, T]``; None for none.
+
+        Asked of every press, in whatever wrapper or schedule it is, whenever pairs are chosen.
+        """
+        return None
+
     def select(self, view: LayerView) -> Tensor | None:
         """Which slots of ``view`` a decoding query reads: int64 ``[B, Hkv, n]``, -1 for none; None for all."""
         return None
