@@ -130,9 +130,7 @@ class LayerView:
 
     def once(self, name: Hashable, compute: Callable[[], _T]) -> _T:
         """``compute()`` the first time, the same object every later time that ``name`` is asked for."""
-        if name not in self._memo:
-            self._memo[name] = compute()
-        value: _T = self._memo[name]
+        value: _T = self._memo[name] if name in self._memo else self._memo.setdefault(name, compute())
         return value
 
     def forget(self) -> None:
@@ -257,10 +255,17 @@ class LayerView:
 
         Each row sums to 1, or to less where the model has attention sinks.
         """
+        rows, span = self._weights().rows, self._span(window)
+        return self.once(("window_attention", window), lambda: rows(*span))
+
+    def window_logits(self, window: int) -> Tensor:
+        """What :meth:`window_attention` is the softmax of; minus infinity where a query does not see a key."""
+        return self._weights().logits(*self._span(window))[0]
+
+    def _span(self, window: int) -> tuple[int, int]:
         if not 1 <= window <= self.n_queries:
             raise ValueError(f"window must be in 1..{self.n_queries}, got {window}")
-        rows = self._weights().rows
-        return self.once(("window_attention", window), lambda: rows(self.n_queries - window, self.n_queries))
+        return self.n_queries - window, self.n_queries
 
     def attention_column_sums(self, n_queries: int | None = None) -> Tensor:
         """What each key received from the last ``n_queries`` (None: all), mean over the group: float32 ``[B, Hkv, T]``.
@@ -275,11 +280,9 @@ class LayerView:
 
         Keys that no query of a block sees may be left out at the end.
         """
-        n_batch, n_heads = self.queries.shape[:2]
-        block = min(1024, at_once(self.queries.device, n_batch * n_heads * self.n_tokens))
-        weights = self._weights()
+        block = min(1024, at_once(self.queries.device, self.queries.shape[:2].numel() * self.n_tokens))
         for start in range(0, self.n_queries, block):
-            yield start, weights.rows(start, min(start + block, self.n_queries))
+            yield start, self._weights().rows(start, min(start + block, self.n_queries))
 
     def unrotated_queries(self) -> Tensor:
         """The queries as they were before rotary embedding, float32 ``[B, Hq, Q, D]``.
@@ -356,8 +359,7 @@ class LayerView:
 
         def compute() -> Tensor:
             block = at_once(self.values.device, self.values[:, :, :1].numel())
-            squares = [part.float().square().sum(-1) for part in self.values.split(block, dim=2)]
-            return torch.cat(squares, dim=-1).sqrt()
+            return torch.cat([part.float().square().sum(-1) for part in self.values.split(block, dim=2)], dim=-1).sqrt()
 
         return self.once("value_norms", compute)
 
@@ -386,12 +388,10 @@ class LayerView:
 
     def mean_future_rotation(self, states: Tensor, n_positions: int) -> Tensor:
         """Rotate float32 ``[B, H, n, D]`` by the mean rotation of the ``n_positions`` positions after the last one."""
-        rope = self.find_rope()
+        rope, name = self.find_rope(), ("mean_rotation", n_positions)
         if rope is None:
             return states
-        name = "mean_rotation", n_positions
-        cos, sin = self.once(name, lambda: rope.mean_rotation(self.end, n_positions, states.device))
-        return rope.rotate(states, cos, sin)
+        return rope.rotate(states, *self.once(name, lambda: rope.mean_rotation(self.end, n_positions, states.device)))
 
     def _weights(self) -> Weights:
         return Weights(
