@@ -25,6 +25,7 @@ from coldpress.models.prompts import prefill
 from coldpress.models.supported import use_coldpress
 from coldpress.presses.adakv import AdaKVPress
 from coldpress.presses.block import BlockPress
+from coldpress.presses.boundary import BoundaryPress
 from coldpress.presses.cam import CAMPress
 from coldpress.presses.cap import CapPress
 from coldpress.presses.chunk import ChunkPress
@@ -41,6 +42,7 @@ from coldpress.presses.expected_attention import ExpectedAttentionPress
 from coldpress.presses.expected_attention_with_stats import ExpectedAttentionStatsPress
 from coldpress.presses.fastkvzip import FastKVzipPress
 from coldpress.presses.finch import FinchPress
+from coldpress.presses.gkv import GKVPress
 from coldpress.presses.key_rerotation import KeyRerotationPress
 from coldpress.presses.keydiff import KeyDiffPress
 from coldpress.presses.knorm import KnormPress
@@ -52,6 +54,7 @@ from coldpress.presses.lagkv import LagKVPress
 from coldpress.presses.leverage import LeverageScorePress
 from coldpress.presses.lukv import LUKVPress
 from coldpress.presses.merging import MergingPress
+from coldpress.presses.morphkv import MorphKVPress
 from coldpress.presses.non_causal_attention import NonCausalAttnPress
 from coldpress.presses.observed_attention import ObservedAttentionPress
 from coldpress.presses.per_layer_compression import PerLayerCompressionPress
@@ -59,6 +62,7 @@ from coldpress.presses.pyramidkv import PyramidKVPress
 from coldpress.presses.qfilter import QFilterPress
 from coldpress.presses.random import RandomPress
 from coldpress.presses.restorekv import RestoreKVPress
+from coldpress.presses.rkv import RKVPress
 from coldpress.presses.simlayerkv import SimLayerKVPress
 from coldpress.presses.snapkv import SnapKVPress
 from coldpress.presses.streaming_llm import StreamingLLMPress
