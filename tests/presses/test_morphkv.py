@@ -35,10 +35,7 @@ Watching = partial(Case, exact_crop=False)
 SMALL = MorphKVPress(window_size=5)
 CASES = {
     "prompt": Case(SMALL.with_ratio(0.5), n_most=25, lacks=("ragged",)),
-    "neox": Case(replace(SMALL, fusion="sum").with_ratio(0.5), model="gpt_neox", n_most=25, lacks=("ragged",)),
-    "adakv": Case(AdaKVPress(SMALL.with_ratio(0.5)), n_most=25),
     "critical": Case(CriticalKVPress(SMALL.with_ratio(0.5)), n_most=25, lacks=("ragged",)),
-    "decoding": Case(DecodingPress(SMALL, **OFTEN), lacks=("chunks", "ragged")),
     "adakv decoding": Case(DecodingPress(AdaKVPress(SMALL), **OFTEN), lacks=("chunks",)),
     "both": Case(
         PrefillDecodingPress(SnapKVPress(0.3, 4), DecodingPress(SMALL, **OFTEN)), n_most=35, lacks=("ragged",)

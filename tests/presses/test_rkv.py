@@ -20,9 +20,6 @@ OFTEN = {"target_size": 24, "compression_interval": 3, "hidden_states_buffer_siz
 SMALL = RKVPress(window_size=4, kernel_size=3)
 CASES = {
     "prompt": Case(SMALL.with_ratio(0.5), n_most=25, lacks=("ragged",)),
-    "neox": Case(replace(SMALL, lam=0.5).with_ratio(0.5), model="gpt_neox", n_most=25, lacks=("ragged",)),
-    "adakv": Case(AdaKVPress(SMALL.with_ratio(0.5)), n_most=25),
-    "decoding": Case(DecodingPress(SMALL, **OFTEN), lacks=("chunks", "ragged")),
     "adakv decoding": Case(DecodingPress(AdaKVPress(SMALL), **OFTEN), lacks=("chunks",)),
     "both": Case(
         PrefillDecodingPress(SnapKVPress(0.3, 4), DecodingPress(SMALL, **OFTEN)), n_most=35, lacks=("ragged",)
