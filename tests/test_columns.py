@@ -11,7 +11,18 @@ import torch
 from tests.contract.architectures import BY_NAME, tiny, tokens
 from torch import Tensor
 
-from coldpress import AdaKVPress, ComposedPress, Kept, KnormPress, LayerView, PressedCache, ScorerPress, compiled
+from coldpress import (
+    AdaKVPress,
+    BasePress,
+    ComposedPress,
+    DecodingPress,
+    Kept,
+    KnormPress,
+    LayerView,
+    PressedCache,
+    ScorerPress,
+    compiled,
+)
 from coldpress.architecture.cache_argument import cache_argument
 from coldpress.core.column import Column
 from coldpress.errors import CacheError, PressError
@@ -56,7 +67,7 @@ class Marks(KnormPress):
         return kept._replace(columns={self.name: torch.zeros(kept.positions.shape)})
 
 
-def read(press: ScorerPress | AdaKVPress, *lengths: int, rows: int = 1) -> PressedCache:
+def read(press: BasePress, *lengths: int, rows: int = 1) -> PressedCache:
     past = PressedCache(press)
     with torch.no_grad():
         for i, n in enumerate(lengths):
@@ -83,6 +94,37 @@ def test_what_compress_gives_pairs_is_a_column_too() -> None:
         assert (mark[..., :15] == 0).all() and (mark[..., 15:] == 7).all() and mark.shape[2] == 17
 
 
+@dataclass(frozen=True)
+class Renewed(KnormPress):
+    """Each pair carries how many evictions it has survived."""
+
+    columns: ClassVar[tuple[Column, ...]] = (Column("survived", 0, torch.int32),)
+    name: str = "survived"
+
+    def renew(self, view: LayerView) -> Mapping[str, Tensor]:
+        return {self.name: view.columns["survived"] + 1}
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_survives_an_eviction_is_renewed_and_nothing_else(wrapped: bool) -> None:
+    """In a padded batch each row by itself: the second one gets its third token later."""
+    base = AdaKVPress(Renewed(), 0.0) if wrapped else Renewed()
+    past, press = PressedCache(DecodingPress(base, 3, 20)), tiny("llama")
+    mask, ids = torch.ones(2, 30, dtype=torch.long), tokens(2, 30)
+    mask[1, 24:27] = 0
+    with torch.no_grad():
+        for start, stop in [(0, 22), *((t, t + 1) for t in range(22, 30))]:
+            at = (mask[:, :stop].cumsum(-1) - 1)[:, start:]
+            how = {"attention_mask": mask[:, :stop], "position_ids": at}
+            press(ids[:, start:stop], **how, **cache_argument(past))
+    for layer in past.pressed_layers():
+        at, survived = layer.positions(), layer.columns()["survived"]
+        for row, first, second in [(0, 25, 28), (1, 28, 0)]:  # evictions come before these tokens
+            assert (survived[row] == (at[row] < first).int() + (at[row] < second))[at[row] >= 0].all()
+    assert "survived" not in read(DecodingPress(base, 3, 200), 22, 1, 1, 1, 1).layer(0).columns()
+    assert "survived" not in read(base, 22).layer(0).columns()
+
+
 def test_what_is_not_declared_is_refused() -> None:
     with pytest.raises(PressError, match=r"observe returned 'unknown', which is not among its columns"):
         read(Undeclared(0.5), 20)
@@ -90,6 +132,8 @@ def test_what_is_not_declared_is_refused() -> None:
         read(Undeclared(0.5, name="known", extra=2), 20)
     with pytest.raises(PressError, match=r"a column 'other' that it does not declare: add Column\('other'\)"):
         read(Marks(0.5, name="other"), 20)
+    with pytest.raises(PressError, match=r"renew returned 'other', which is not among its columns"):
+        read(Renewed(0.5, name="other"), 20)
 
 
 @pytest.mark.parametrize("name", ["bias", "carried", "pinned", "rounding_residual", "stays"])

@@ -26,6 +26,7 @@ from coldpress.models.supported import use_coldpress
 from coldpress.presses.adakv import AdaKVPress
 from coldpress.presses.attention_matching import AttentionMatchingPress
 from coldpress.presses.block import BlockPress
+from coldpress.presses.boundary import BoundaryPress
 from coldpress.presses.cam import CAMPress
 from coldpress.presses.cap import CapPress
 from coldpress.presses.chunk import ChunkPress
@@ -44,6 +45,7 @@ from coldpress.presses.expected_attention_with_stats import ExpectedAttentionSta
 from coldpress.presses.fair import FairPress
 from coldpress.presses.fastkvzip import FastKVzipPress
 from coldpress.presses.finch import FinchPress
+from coldpress.presses.gkv import GKVPress
 from coldpress.presses.h2o import H2OPress
 from coldpress.presses.key_rerotation import KeyRerotationPress
 from coldpress.presses.keydiff import KeyDiffPress
@@ -57,6 +59,7 @@ from coldpress.presses.lagkv import LagKVPress
 from coldpress.presses.leverage import LeverageScorePress
 from coldpress.presses.lukv import LUKVPress
 from coldpress.presses.merging import MergingPress
+from coldpress.presses.morphkv import MorphKVPress
 from coldpress.presses.non_causal_attention import NonCausalAttnPress
 from coldpress.presses.observed_attention import ObservedAttentionPress
 from coldpress.presses.per_layer_compression import PerLayerCompressionPress
@@ -66,6 +69,7 @@ from coldpress.presses.quest import QuestPress
 from coldpress.presses.raas import RaaSPress
 from coldpress.presses.random import RandomPress
 from coldpress.presses.restorekv import RestoreKVPress
+from coldpress.presses.rkv import RKVPress
 from coldpress.presses.scissorhands import ScissorhandsPress
 from coldpress.presses.simlayerkv import SimLayerKVPress
 from coldpress.presses.snapkv import SnapKVPress

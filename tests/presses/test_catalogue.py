@@ -65,6 +65,7 @@ def test_every_class_is_described_whole(info: coldpress.bases.registry.PressInfo
 
 def test_classes_without_a_name_are_found() -> None:
     assert [info.class_name for info in python_only()] == [
+        "BoundaryPress",
         "CAMPress",
         "ComposedPress",
         "DMSPress",

@@ -142,6 +142,10 @@ class ScorerPress(BudgetPress):
         """How many of the first and of the last tokens of the text are kept whatever their score."""
         return 0, 0
 
+    def reserved(self, view: LayerView, n_keep: int) -> Tensor | None:
+        """Other tokens that stay when a head keeps ``n_keep``: bool ``[B or 1, Hkv or 1, T]``, fewer than that."""
+        return None
+
     def scores(self, view: LayerView) -> Tensor:
         """The scores that :meth:`choose` compares: :meth:`score`, computed once per view for all ratios."""
         score = self._checked_score if view.counts is None else self._by_head
@@ -165,12 +169,12 @@ class ScorerPress(BudgetPress):
         return scores
 
     def forced(self, view: LayerView, n_keep: int) -> Tensor:
-        """Which tokens of ``view`` must be kept when a head keeps ``n_keep``: the protected and the pinned ones.
+        """Which tokens of ``view`` must be kept when a head keeps ``n_keep``: protected, reserved and pinned ones.
 
         Returns:
             bool ``[B or 1, Hkv or 1, T]``; see :func:`coldpress.core.forced.forced`.
         """
-        return forced(view, self.protected(view), n_keep)
+        return forced(view, self.protected(view), n_keep, reserved=self.reserved(view, n_keep))
 
     def choose(self, view: LayerView) -> Tensor | None:
         """Positions in ``view`` of the pairs that are kept.

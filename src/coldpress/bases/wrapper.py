@@ -60,5 +60,8 @@ class WrapperPress(ScorerPress):
     def protected(self, view: LayerView) -> tuple[int, int]:
         return self.press.protected(view)
 
+    def reserved(self, view: LayerView, n_keep: int) -> Tensor | None:
+        return self.press.reserved(view, n_keep)
+
     def chosen(self, view: LayerView, n_keep: int, must: Tensor) -> Tensor | None:
         return self.press.choose(view)

@@ -14,9 +14,9 @@ from coldpress.architecture.rope import Rope
 from coldpress.cache.gather import gathered
 from coldpress.cache.masks import leaving
 from coldpress.cache.newest import Newest, Pending, newest_from
-from coldpress.cache.observation import carrying, declared, note, observed, pinning
+from coldpress.cache.observation import carrying, declared, kept_by, note, observed, pinning
 from coldpress.cache.phase import Phase
-from coldpress.cache.rows import Known, RowGroup, kept_by, moved_up, view_of_newest
+from coldpress.cache.rows import Known, RowGroup, moved_up, view_of_newest
 from coldpress.cache.session import Session
 from coldpress.cache.slots import RESIDUAL, STAYS, WASTE, Slots
 from coldpress.core.call import LayerCall

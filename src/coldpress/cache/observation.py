@@ -1,4 +1,4 @@
-"""Observation: what a press sees at each attention call, says of each pair, and has a query read."""
+"""Observation: what a press sees at each attention call, says of each pair, keeps, and has a query read."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from torch import Tensor
 from coldpress.cache.rows import RowGroup
 from coldpress.cache.slots import OWN, Slots
 from coldpress.core.column import PINNED, Column
+from coldpress.core.kept import Kept, checked_kept
+from coldpress.core.pick import column_at
 from coldpress.core.press import Press, parts
 from coldpress.core.view import LayerView
 from coldpress.errors import PressError
 
-__all__ = ["Said", "carrying", "declared", "note", "observed", "pinning", "selected"]
+__all__ = ["Said", "carrying", "declared", "kept_by", "note", "observed", "pinning", "selected"]
 
 Said = Sequence[Mapping[str, Tensor]]  # new values of columns, [b, Hkv, T, ...], for each group of rows
 
@@ -76,25 +78,43 @@ def observed(press: Press, groups: Sequence[RowGroup]) -> tuple[list[RowGroup], 
         if part.observes:
             for group, own in zip(groups, said, strict=True):
                 if group.view.n_queries:
-                    own.update(_checked(part, part.observe(group.view), group.view, kinds))
+                    own.update(_checked(part, "observe", part.observe(group.view), group.view, kinds))
     return [_with_columns(group, own) for group, own in zip(groups, said, strict=True)], said
 
 
 def _checked(
-    press: Press, said: Mapping[str, Tensor], view: LayerView, kinds: Mapping[str, Column]
+    press: Press, method: str, said: Mapping[str, Tensor], view: LayerView, kinds: Mapping[str, Column]
 ) -> dict[str, Tensor]:
-    """What ``observe`` returned, in the dtypes that were declared."""
+    """What ``observe`` or ``renew`` returned, in the dtypes that were declared."""
     found = {}
     for name, own in said.items():
         if name not in kinds:
-            raise PressError(f"{type(press).__name__}.observe returned {name!r}, which is not among its columns.")
+            raise PressError(f"{type(press).__name__}.{method} returned {name!r}, which is not among its columns.")
         shape = kinds[name].shape(*view.keys.shape[:3])
         if own.shape != shape:
             raise PressError(
-                f"{type(press).__name__}.observe returned {name!r} of shape {list(own.shape)}, not {list(shape)}."
+                f"{type(press).__name__}.{method} returned {name!r} of shape {list(own.shape)}, not {list(shape)}."
             )
         found[name] = own.to(kinds[name].dtype)
     return found
+
+
+def kept_by(press: Press, group: RowGroup, kept: object) -> Kept | None:
+    """What a press keeps of a group of rows, with what its parts renew of their columns.
+
+    Raises:
+        PressError: a pinned token is not among it.
+    """
+    view = group.view
+    found = checked_kept(press, kept, view.columns.get(PINNED))
+    if found is None:
+        return None
+    new: dict[str, Tensor] = {}
+    for part in parts(press):
+        if part.columns:
+            new.update(_checked(part, "renew", part.renew(view), view, declared(press)))
+    at = found.positions.clamp(min=0)
+    return found._replace(columns={**found.columns, **{name: column_at(own, at) for name, own in new.items()}})
 
 
 def note(slots: Slots, press: Press, groups: Sequence[RowGroup], said: Said) -> None:

@@ -13,11 +13,11 @@ from coldpress.cache.newest import Newest, Pending
 from coldpress.cache.pins import Pins, pinned
 from coldpress.cache.slots import CARRIED, RESIDUAL, Slots
 from coldpress.core.call import LayerCall
-from coldpress.core.kept import Kept, checked_kept
+from coldpress.core.kept import Kept
 from coldpress.core.pick import column_at, pick
 from coldpress.core.view import LayerView
 
-__all__ = ["Known", "RowGroup", "kept_by", "moved_up", "n_after", "view_of_newest"]
+__all__ = ["Known", "RowGroup", "moved_up", "n_after", "view_of_newest"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,11 +212,6 @@ def view_of_newest(slots: Slots, call: LayerCall, padding: Tensor | None, known:
         view.positions = (padding.cumsum(-1) - 1)[:, None, seen - n : seen].expand(view.keys.shape[:3])
     _pin(view, known.pins, slice(None))
     return view
-
-
-def kept_by(press: object, group: RowGroup, kept: object) -> Kept | None:
-    """What a press keeps of a group of rows; raise :class:`PressError` if a pinned token is not among it."""
-    return checked_kept(press, kept, group.view.columns.get("pinned"))
 
 
 def moved_up(

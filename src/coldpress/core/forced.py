@@ -28,7 +28,14 @@ def shrink_protected(n_keep: int, n_sink: int, n_window: int) -> tuple[int, int]
     return min(n_sink, n_keep - n_window), n_window
 
 
-def forced(view: LayerView, protected: tuple[int, int], n_keep: int | None = None, *, grace: int = 0) -> Tensor:
+def forced(
+    view: LayerView,
+    protected: tuple[int, int],
+    n_keep: int | None = None,
+    *,
+    grace: int = 0,
+    reserved: Tensor | None = None,
+) -> Tensor:
     """Which tokens of ``view`` are kept whatever their score: bool ``[B or 1, Hkv or 1, T]``; never an empty slot.
 
     Args:
@@ -36,6 +43,8 @@ def forced(view: LayerView, protected: tuple[int, int], n_keep: int | None = Non
         protected: how many of the first and of the last tokens of the text are kept.
         n_keep: pairs that a head keeps, which shrink what is protected unless something is pinned; None: any number.
         grace: how many of the newest tokens are too new to be judged, and kept.
+        reserved: bool ``[B or 1, Hkv or 1, T]``, fewer than ``n_keep`` tokens of each head that are kept too: what is
+            protected has what they leave of ``n_keep``. Where something is pinned, the last of them are, as they fit.
 
     Raises:
         PressError: pinned and protected tokens are more than ``n_keep`` in some head.
@@ -43,7 +52,11 @@ def forced(view: LayerView, protected: tuple[int, int], n_keep: int | None = Non
     at, n_gone = _positions(view)
     n_sink, n_window = protected
     pinned = view.columns.get(PINNED)
-    return must_keep(at, view.end, (n_sink, max(n_window, grace)), n_keep, pinned, n_gone=n_gone)
+    ends = n_sink, max(n_window, grace)
+    if reserved is None or n_keep is None:
+        return must_keep(at, view.end, ends, n_keep, pinned, n_gone=n_gone)
+    room = n_keep if pinned is not None else max(1, n_keep - int(reserved.sum(-1).max()))
+    return as_far_as(must_keep(at, view.end, ends, room, pinned, n_gone=n_gone), reserved, n_keep)
 
 
 def must_keep(

@@ -45,6 +45,7 @@ class Press(metaclass=PressType):
         needs_all_queries: scores need the query of every token of the view.
         columns: what each pair carries for the press (:meth:`observe`), beside its key and value.
         observes: is shown every attention call (:meth:`observe`).
+        observes_later: those after the prompt too.
         reads_part: says which pairs a decoding query reads (:meth:`select`).
         implied: of a method, what a class that defines it is taken to say of itself unless it says otherwise. So a
             subclass with another method makes no claim that was true of the one it replaces.
@@ -63,6 +64,7 @@ class Press(metaclass=PressType):
     needs_all_queries: ClassVar[bool] = False
     columns: ClassVar[tuple[Column, ...]] = ()
     observes: ClassVar[bool] = False
+    observes_later: ClassVar[bool] = True
     reads_part: ClassVar[bool] = False
     implied: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "observe": {"observes": True},
@@ -176,6 +178,17 @@ class Press(metaclass=PressType):
         Asked of every press, in whatever wrapper or schedule it is, whenever pairs are chosen.
         """
         return None
+
+    def renew(self, view: LayerView) -> Mapping[str, Tensor]:
+        """New values of :attr:`columns` for what is kept of ``view``, by name: ``[B, Hkv, T, ...]``; others unchanged.
+
+        Asked whenever pairs are evicted, in whatever wrapper or schedule it is: for what changes from one eviction to
+        the next, and not in every call.
+
+        Args:
+            view: what the press has chosen from, with the columns and queries that it chose by.
+        """
+        return {}
 
     def select(self, view: LayerView) -> Tensor | None:
         """Which slots of ``view`` a decoding query reads: int64 ``[B, Hkv, n]``, -1 for none; None for all."""

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from coldpress.architecture.projection import weight_of_heads
 from coldpress.architecture.rope import Rope
 from coldpress.core.choice import protect
-from coldpress.core.column import PINNED
 from coldpress.core.kept import Kept, Place
 from coldpress.core.moves import moved_keys, side_by_side, unrotated
 from coldpress.core.pick import at_once, column_at, pick
@@ -128,19 +127,12 @@ class LayerView:
 
     def once(self, name: Hashable, compute: Callable[[], _T]) -> _T:
         """``compute()`` the first time, the same object every later time that ``name`` is asked for."""
-        if name not in self._memo:
-            self._memo[name] = compute()
-        value: _T = self._memo[name]
+        value: _T = self._memo[name] if name in self._memo else self._memo.setdefault(name, compute())
         return value
 
     def forget(self) -> None:
         """Drop what was computed once, views of single heads among it: they refer to the whole view, and it to them."""
         self._memo.clear()
-
-    def pinning(self, more: Tensor) -> LayerView:
-        """The view with ``more``, bool ``[B or 1, Hkv or 1, T]``, pinned beside what is pinned already."""
-        own = self.columns.get(PINNED, more).expand(self.keys.shape[:3])
-        return replace(self, columns={**self.columns, PINNED: own | more}, _memo={})
 
     def part(self, start: int, stop: int) -> LayerView:
         """The view of tokens ``start .. stop - 1`` alone, at their own positions; the same object every time."""
@@ -260,10 +252,17 @@ class LayerView:
 
         Each row sums to 1, or to less where the model has attention sinks.
         """
+        rows, span = self._weights().rows, self._span(window)
+        return self.once(("window_attention", window), lambda: rows(*span))
+
+    def window_logits(self, window: int) -> Tensor:
+        """What :meth:`window_attention` is the softmax of; minus infinity where a query does not see a key."""
+        return self._weights().logits(*self._span(window))[0]
+
+    def _span(self, window: int) -> tuple[int, int]:
         if not 1 <= window <= self.n_queries:
             raise ValueError(f"window must be in 1..{self.n_queries}, got {window}")
-        rows = self._weights().rows
-        return self.once(("window_attention", window), lambda: rows(self.n_queries - window, self.n_queries))
+        return self.n_queries - window, self.n_queries
 
     def attention_column_sums(self, n_queries: int | None = None) -> Tensor:
         """What each key received from the last ``n_queries`` (None: all), mean over the group: float32 ``[B, Hkv, T]``.
@@ -278,11 +277,9 @@ class LayerView:
 
         Keys that no query of a block sees may be left out at the end.
         """
-        n_batch, n_heads = self.queries.shape[:2]
-        block = min(1024, at_once(self.queries.device, n_batch * n_heads * self.n_tokens))
-        weights = self._weights()
+        block = min(1024, at_once(self.queries.device, self.queries.shape[:2].numel() * self.n_tokens))
         for start in range(0, self.n_queries, block):
-            yield start, weights.rows(start, min(start + block, self.n_queries))
+            yield start, self._weights().rows(start, min(start + block, self.n_queries))
 
     def unrotated_queries(self) -> Tensor:
         """The queries as they were before rotary embedding, float32 ``[B, Hq, Q, D]``.
@@ -357,9 +354,11 @@ class LayerView:
     def value_norms(self) -> Tensor:
         """||v||_2 of every value: float32 ``[B, Hkv, T]``."""
 
-        block = at_once(self.values.device, self.values[:, :, :1].numel())
-        parts = self.values.split(block, dim=2)
-        return self.once("value_norms", lambda: torch.cat([p.float().square().sum(-1) for p in parts], dim=-1).sqrt())
+        def compute() -> Tensor:
+            block = at_once(self.values.device, self.values[:, :, :1].numel())
+            return torch.cat([part.float().square().sum(-1) for part in self.values.split(block, dim=2)], dim=-1).sqrt()
+
+        return self.once("value_norms", compute)
 
     def projected_value_norms(self) -> Tensor:
         """||W_O v||_1 of every value, the mean over the group's heads: float32 ``[B, Hkv, T]``.
@@ -386,12 +385,10 @@ class LayerView:
 
     def mean_future_rotation(self, states: Tensor, n_positions: int) -> Tensor:
         """Rotate float32 ``[B, H, n, D]`` by the mean rotation of the ``n_positions`` positions after the last one."""
-        rope = self.find_rope()
+        rope, name = self.find_rope(), ("mean_rotation", n_positions)
         if rope is None:
             return states
-        name = "mean_rotation", n_positions
-        mean = self.once(name, lambda: rope.mean_rotation(self.end, n_positions, states.device))
-        return rope.rotate(states, *mean)
+        return rope.rotate(states, *self.once(name, lambda: rope.mean_rotation(self.end, n_positions, states.device)))
 
     def _weights(self) -> Weights:
         return Weights(

@@ -36,6 +36,20 @@ class Weights:
         Args:
             heads: the KV heads that are looked at.
         """
+        logits, is_hidden = self.logits(start, stop, heads)
+        if self.sinks is None:
+            if self.positions is None or is_hidden is None:
+                return logits.softmax(-1)
+            sees_nothing = is_hidden.all(-1, keepdim=True)  # all that a query of a token in the past saw may be gone
+            return logits.masked_fill_(sees_nothing, 0.0).softmax(-1).masked_fill_(sees_nothing, 0.0)
+        sinks = self.sinks.float().view(-1, logits.shape[2], 1, 1)[heads].expand(*logits.shape[:-1], 1)
+        return torch.cat([logits, sinks], dim=-1).softmax(-1)[..., :-1]
+
+    def logits(self, start: int, stop: int, heads: slice = slice(None)) -> tuple[Tensor, Tensor | None]:
+        """What the softmax of :meth:`rows` is of, minus infinity where a query does not see a key.
+
+        The other one is a mask of such places that causal order alone does not explain; None if there are none.
+        """
         keys = self.keys[:, heads]
         (n_batch, n_kv_heads), group = keys.shape[:2], self.queries.shape[1] // self.keys.shape[1]
         n_tokens = self.keys.shape[2]
@@ -69,13 +83,7 @@ class Weights:
             is_hidden = is_empty if is_hidden is None else is_hidden | is_empty
         if is_hidden is not None:
             logits.masked_fill_(is_hidden, -torch.inf)
-        if self.sinks is None:
-            if self.positions is None or is_hidden is None:
-                return logits.softmax(-1)
-            sees_nothing = is_hidden.all(-1, keepdim=True)  # all that a query of a token in the past saw may be gone
-            return logits.masked_fill_(sees_nothing, 0.0).softmax(-1).masked_fill_(sees_nothing, 0.0)
-        sinks = self.sinks.float().view(-1, group, 1, 1)[heads].expand(*logits.shape[:-1], 1)
-        return torch.cat([logits, sinks], dim=-1).softmax(-1)[..., :-1]
+        return logits, is_hidden
 
     def column_sums(self, first: int) -> Tensor:
         """What each key received from the queries from ``first`` on, mean over the group: float32 ``[B, Hkv, T]``."""

@@ -32,7 +32,6 @@ from coldpress.architecture.wrapped import transformers_model
 from coldpress.cache.layer import PressedLayer
 from coldpress.cache.pressed import PressedCache
 from coldpress.cache.slots import BIAS
-from coldpress.core.press import parts
 from coldpress.errors import CacheError, ModelError
 from coldpress.models.block import is_inside
 from coldpress.models.scope import Scope
@@ -188,7 +187,7 @@ class _Decoder:
         cache.session.branches = []  # the prefill is over
         if cache.press is not None and cache.press.evicts_while_decoding:
             raise CacheError(f"{cache.press!r} goes on while decoding, which cannot be compiled; leave compiled() out.")
-        if cache.press is not None and any(part.observes or part.reads_part for part in parts(cache.press)):
+        if cache.session.roles.readers or cache.session.roles.observers:
             raise CacheError(f"{cache.press!r} is asked in each call, which cannot be compiled; leave compiled() out.")
         layers = cache.pressed_layers()
         if len(layers) != len(cache.layers):

@@ -121,24 +121,25 @@ class AttentionMatchingPress(WrapperPress):
     def compress(self, view: LayerView) -> Kept | None:
         if isinstance(self.press, ReplayPress):
             return self.press.compress(view)
-        fixed = self._fixed(view)
-        kept = self.press.compress(view.pinning(fixed))
+        kept = self.press.compress(view)
         if kept is None:
             return None
-        kept = kept._replace(columns={name: kept.columns[name] for name in view.columns})
+        fixed = ends(view, (self.n_sink, self.n_recent)).expand(view.keys.shape[:3])
         if self.queries == "repeat":
             require_block(self, view.token_ids)
             slots = torch.arange(view.n_tokens, device=fixed.device).expand(view.keys.shape[:3])
             return view.take(slots)._replace(carry=_is_among(kept.positions, view.n_tokens).float())
         return self._fitted(kept, _window(view, self.n_queries), fixed | view.columns.get(PINNED, fixed))
 
-    def _fixed(self, view: LayerView) -> Tensor:
-        """Sinks and newest tokens, as far as the budget has room: bool ``[B or 1, Hkv or 1, T]``."""
+    def pins(self, view: LayerView) -> Tensor | None:
+        """Sinks and newest tokens, if the budget has room for them."""
+        if isinstance(self.press, ReplayPress):
+            return None
         own, inner = (self.n_sink, self.n_recent), self.press.protected(view)
         both = max(own[0], inner[0]), max(own[1], inner[1])
         must = ends(view, both) | view.columns.get(PINNED, ends(view, (0, 0)))
-        n_keep = self.press.keep(view)
-        return ends(view, own, n_keep if int(must.sum(-1).max()) <= n_keep else 0)
+        has_room = int(must.sum(-1).max()) <= self.press.keep(view)
+        return ends(view, own).expand(view.keys.shape[:3]) if has_room else None
 
     def check_prefill(self, token_ids: Tensor, has_padding: bool) -> None:
         if self.queries == "repeat":

@@ -11,8 +11,8 @@ from coldpress.bases.checks import check_at_least
 from coldpress.bases.registry import register
 from coldpress.bases.wrapper import WrapperPress
 from coldpress.core.choice import select
-from coldpress.core.column import PINNED
 from coldpress.core.forced import as_far_as, must_keep
+from coldpress.core.pick import column_at
 from coldpress.core.requirements import SCORER
 from coldpress.core.view import LayerView
 from coldpress.presses.keydiff import KeyDiffPress
@@ -57,6 +57,6 @@ class BlockPress(WrapperPress):
             then = view.among(candidates, stop, stop - start)
             assert then.positions is not None
             both = must_keep(then.positions, then.end, protected, n_keep, n_gone=view.first_position)
-            must = as_far_as(then.columns.get(PINNED), both, n_keep)
-            kept = candidates.gather(2, select(self.scores(then), n_keep, must))
+            stays = as_far_as(column_at(must.expand(text.shape), candidates), both, n_keep)
+            kept = candidates.gather(2, select(self.scores(then), n_keep, stays))
         return kept

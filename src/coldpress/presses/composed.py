@@ -79,6 +79,10 @@ class ComposedPress(ScorerPress):
         both = [press.protected(view) for press in self.presses]
         return max(n_sink for n_sink, _ in both), max(n_window for _, n_window in both)
 
+    def reserved(self, view: LayerView, n_keep: int) -> Tensor | None:
+        found = [own for press in self.presses if (own := press.reserved(view, n_keep)) is not None]
+        return torch.stack(torch.broadcast_tensors(*found)).any(0) if found else None
+
     def chosen(self, view: LayerView, n_keep: int, must: Tensor) -> Tensor:
         left = torch.ones(view.keys.shape[:3], dtype=torch.bool, device=view.keys.device)
         for press, count in zip(self.presses, self._counts(view.n_tokens, view.place), strict=True):

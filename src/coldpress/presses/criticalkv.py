@@ -94,7 +94,7 @@ class CriticalAdaKVPress(AdaKVPress):
         check_between(self, 0, 1, "first_stage_ratio")
 
     def chosen(self, view: LayerView, n_keep: int, must: Tensor) -> Tensor:
-        counts = self.counts(view, n_keep)
+        counts = self.counts(view, n_keep, must)
         first = torch.tensor([[share_of(n, self.first_stage_ratio) for n in row] for row in counts.tolist()])
         scores = self.scores(view)
         weighted = (scores + self.epsilon) * view.projected_value_norms()

@@ -57,7 +57,7 @@ class FairPress(WrapperPress):
         scores = checked(view.guard(self.scores(view), must))
         counts = torch.full(scores.shape[:2], n_keep, device=scores.device)
         if self._adaptive is not None:
-            counts = self._adaptive.counts(view, n_keep)
+            counts = self._adaptive.counts(view, n_keep, must)
         elif view.counts is not None:
             counts = counts.minimum(view.counts)
         is_in, sizes = self._spans_of(view)  # [B or 1, Hkv or 1, S, T], [S]

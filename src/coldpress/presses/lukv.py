@@ -153,6 +153,8 @@ class LUKVPress(Calibrated, WrapperPress):
         both = self.protected(view)
         own = torch.tensor(counts, device=view.keys.device).expand(view.keys.shape[:2])
         must = as_far_as(pinned, torch.cat([ends(view, both, n) for n in counts], dim=1), own)  # [B or 1, Hkv, T]
+        reserved = self.reserved(view, min(counts))
+        must = must if reserved is None else as_far_as(must, reserved, own)
         return select_counts(protect(self.scores(view), must), own)
 
     @staticmethod

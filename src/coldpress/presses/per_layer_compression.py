@@ -71,7 +71,7 @@ class PerLayerCompressionPress(WrapperPress):
         return self._at(place.layer_idx, place.n_layers).keep_of(n_tokens, place)
 
     def chosen(self, view: LayerView, n_keep: int, must: Tensor) -> Tensor | None:
-        return self._at(view.layer_idx, view.n_layers).choose(view)
+        return self._at(view.layer_idx, view.n_layers).chosen(view, n_keep, must)
 
     def _at(self, layer_idx: int, n_layers: int) -> ScorerPress:
         """The inner press at the ratio of layer ``layer_idx``."""
