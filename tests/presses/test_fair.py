@@ -67,7 +67,7 @@ def test_fair(model: str, ratio: float, spans: list[tuple[int, int]]) -> None:
     counts, window = torch.full(view.keys.shape[:2], n), ends(N, 0, 4)
     assert heads_of(FairPress(inner, spans).choose(view)) == expected(view, inner, counts, spans, *window)
     adaptive = AdaKVPress(inner, alpha_safeguard=0.0)
-    counts = adaptive.counts(view, n)
+    counts = adaptive.counts(view, n, adaptive.forced(view, n))
     assert heads_of(FairPress(adaptive, spans).choose(view)) == expected(view, inner, counts, spans, *window)
 
 
@@ -147,7 +147,7 @@ def test_heads_that_hold_different_tokens(is_adaptive: bool) -> None:
     )
     inner = AdaKVPress(KnormPress(budget_tokens=n), 0.0) if is_adaptive else KnormPress(budget_tokens=n)
     scores = KnormPress().score(view)
-    counts = inner.counts(later, n) if isinstance(inner, AdaKVPress) else torch.full((2, 2), n)
+    counts = inner.counts(later, n, inner.forced(later, n)) if isinstance(inner, AdaKVPress) else torch.full((2, 2), n)
     for row, head in ((b, h) for b in range(2) for h in range(2)):
         own = {2 * t + 30: float(scores[row, head, t]) for t in range(int(held[row, head]))}
         kept = fair(own, int(counts[row, head]), spans, [], 150)
