@@ -10,6 +10,7 @@ A generated part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->`
 - ``press sections``: those sections;
 - ``results FOLDER``: the table of the JSON files in benchmarks/FOLDER;
 - ``quality RATIO``: what each press costs at that ratio on every model and text of benchmarks/quality;
+- ``past_eviction``: KL, loss and bytes of fitted caches and of the presses that they go past;
 - ``parity``: the comparison with kvpress; ``faults``: the tests of kvpress's faults;
 - ``goals``: what the benchmarks of savings were to show, and what they do;
 - ``sweepcost``, ``overhead``, ``chunked``, ``quantised``, ``decode``, ``compiled``, ``headwise``, ``batch``,
@@ -41,6 +42,7 @@ DOCUMENTS = (
     "docs/presses.md",
     "docs/parity.md",
     "benchmarks/quality/README.md",
+    "benchmarks/past_eviction/README.md",
     "benchmarks/sweep_cost/README.md",
     "benchmarks/press_overhead/README.md",
     "benchmarks/prefill_chunked/README.md",
@@ -173,6 +175,37 @@ def quality(ratio: str) -> str:
     return "\n".join([*lines, "", f"{'; '.join(about)}; torch {env['torch']}, transformers {env['transformers']}."])
 
 
+def past_eviction() -> str:
+    """KL and change of the loss, and bytes, of each press of benchmarks/past_eviction at each ratio."""
+    folder = ROOT / "benchmarks" / "past_eviction" / "results"
+    records = read_results(folder) if folder.is_dir() else []
+    asked = [r for r in records if r["compression_ratio"] and r["delta_nll"] is not None]
+    if not asked:
+        return "Not measured yet."
+    ratios = sorted({r["compression_ratio"] for r in asked})
+    found = {(r["press"], r["compression_ratio"]): r for r in asked}
+
+    def cells(press: str, ratio: float) -> list[str]:
+        r = found.get((press, ratio))
+        if r is None:
+            return ["failed"] * 3
+        low, high = r["delta_nll_ci95"]
+        loss = f"{r['delta_nll']:+.3f} [{low:.3f}, {high:.3f}]"
+        return [f"{r['kld']['mean']:.4f}", loss, f"{r['kv_bytes'] / r['kv_bytes_baseline']:.3f}"]
+
+    titles = [title.format(ratio) for ratio in ratios for title in ("KL at {}", "loss at {}", "bytes at {}")]
+    names = sorted({press for press, _ in found}, key=lambda press: found[press, ratios[0]]["kld"]["mean"])
+    rows = [["press", *titles], ["---", *("---:" for _ in titles)]]
+    rows += [[f"`{press}`", *(cell for ratio in ratios for cell in cells(press, ratio))] for press in names]
+    one = asked[0]
+    about = (
+        f"{Path(one['model']).name.split('.')[0]}, `{one['protocol']}`, {one['dtype']}, {one['windows']} windows of as many "
+        f"books, {one['scored_tokens']:,} scored tokens; torch {one['env']['torch']}, transformers "
+        f"{one['env']['transformers']}."
+    )
+    return "\n".join([*(f"| {' | '.join(row)} |" for row in rows), "", about])
+
+
 def parity() -> str:
     """The tables of the committed comparison with kvpress."""
     from benchmarks.parity.report import RESULTS, read, tables
@@ -237,6 +270,7 @@ def generated(name: str) -> str:
         "press": press_sections,
         "results": lambda: results(argument),
         "quality": lambda: quality(argument),
+        "past_eviction": past_eviction,
         "sweepcost": lambda: measured("sweep_cost", "sweep_cost.py", argument),
         "parity": parity,
         "goals": goals,

@@ -24,6 +24,7 @@ from coldpress.core.kept import Kept
 from coldpress.core.requirements import CHOICE, require, require_block
 from coldpress.core.view import LayerView
 from coldpress.errors import PressError
+from coldpress.presses.defensive import DefensiveKVPress
 from coldpress.presses.kvzip import KVzipPress
 from coldpress.presses.snapkv import SnapKVPress
 
@@ -38,6 +39,8 @@ _LEAST_WEIGHT, _MOST_WEIGHT = math.exp(-3), 20.0  # of a kept pair: e to the pow
 _ROWS = 768  # reference queries of a KV head, at most
 
 
+@register("attention_matching_defensive", DefensiveKVPress)
+@register("attention_matching_kvzip", KVzipPress, queries="repeat")
 @register("attention_matching_snapkv", SnapKVPress)
 @dataclass(frozen=True)
 class AttentionMatchingPress(WrapperPress):
