@@ -199,8 +199,8 @@ def past_eviction() -> str:
     rows += [[f"`{press}`", *(cell for ratio in ratios for cell in cells(press, ratio))] for press in names]
     one = asked[0]
     about = (
-        f"{Path(one['model']).name.split('.')[0]}, `{one['protocol']}`, {one['dtype']}, {one['windows']} windows of as many "
-        f"books, {one['scored_tokens']:,} scored tokens; torch {one['env']['torch']}, transformers "
+        f"{Path(one['model']).name.split('.')[0]}, `{one['protocol']}`, {one['dtype']}, {one['windows']} windows of as "
+        f"many books, {one['scored_tokens']:,} scored tokens; torch {one['env']['torch']}, transformers "
         f"{one['env']['transformers']}."
     )
     return "\n".join([*(f"| {' | '.join(row)} |" for row in rows), "", about])
