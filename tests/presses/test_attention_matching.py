@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,31 @@ def test_values_solve_the_normal_equations(n: int) -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
+def test_fitted_to_queries_in_place_and_moved_on(model: str) -> None:
+    """Against attention by hand, and queries that are rotated once more, by as many positions as there are."""
+    view, n = view_of(model), 16
+    kept = AttentionMatchingPress(SnapKVPress(0.6, 4), bias=False, n_queries=n, n_sink=0, n_recent=0).compress(view)
+    rope, n_tokens = view.find_rope(), view.n_tokens
+    assert kept is not None and rope is not None
+    queries = view.queries[:, :, -n:].float()
+    moved = rope.rotate(queries, *rope.cos_sin(torch.tensor([n])))
+    hidden = torch.arange(n_tokens) > torch.arange(n_tokens - n, n_tokens)[:, None]
+    changed = 0
+    for row, head in itertools.product(range(2), range(kept.positions.shape[1])):
+        group = slice(head * view.group_size, (head + 1) * view.group_size)
+        keys, values = view.keys[row, head].double(), view.values[row, head].double()
+        logits = [own[row, group].double() @ keys.mT * view.scaling for own in (queries, moved)]
+        logits[0] = logits[0].masked_fill(hidden, -torch.inf)
+        attention = torch.cat(logits, dim=1).softmax(-1).flatten(0, 1)
+        chosen = kept.positions[row, head]
+        found = [values[chosen], *(ridge(attention, values, chosen, free(len(chosen)), s) for s in (1e-2, 1e-3))]
+        off = [float((kept.values[row, head].double() - one).abs().max()) for one in found]
+        assert min(off) < 2e-2 * float(values.abs().max())
+        changed += min(off) != off[0]
+    assert changed
+
+
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(
     "press", [SnapKVPress(0.6, 4), AdaKVPress(SnapKVPress(0.6, 4)), KnormPress(0.5), ExpectedAttentionPress(0.5)]
 )
@@ -232,3 +258,10 @@ def test_ratio_0_runs_nothing_again() -> None:
     press = AttentionMatchingPress(StreamingLLMPress(0.0), queries="repeat", tokenizer=Words())
     cache = after(press, tokens(1, 20))
     assert cache.achieved_ratio() == 0
+
+
+def test_a_budget_without_room_for_the_ends_is_the_inner_presss() -> None:
+    inner = KVzipPress(0.9, tokenizer=Words())
+    plain, fitted = after(inner, tokens(1, 30)), after(AttentionMatchingPress(inner, queries="repeat"), tokens(1, 30))
+    for ours, theirs in zip(fitted.pressed_layers(), plain.pressed_layers(), strict=True):
+        assert torch.equal(ours.positions(), theirs.positions())

@@ -26,6 +26,7 @@ from tests.oracles.scores import (
     tova,
 )
 from tests.presses import (
+    test_attention_matching,
     test_boundary,
     test_calibrated,
     test_decoding,
@@ -62,6 +63,7 @@ from tests.presses.others import WITH_RATIO
 import coldpress
 from coldpress import (
     AdaKVPress,
+    AttentionMatchingPress,
     BasePress,
     BlockPress,
     BoundaryPress,
@@ -161,6 +163,7 @@ CASES: list[tuple[ScorerPress, Oracle]] = [
 
 ELSEWHERE: dict[type[BasePress], Callable[..., None]] = {  # the tests that hold the others against their oracles
     AdaKVPress: test_wrappers.test_adakv,
+    AttentionMatchingPress: test_attention_matching.test_fitted_to_queries_in_place_and_moved_on,
     BlockPress: test_wrappers.test_block_keydiff,
     BoundaryPress: test_boundary.test_the_other_places_go_to_what_the_inner_press_would_choose,
     CapPress: test_scorers.test_cap,

@@ -283,10 +283,11 @@ def test_what_wraps_one_press_and_adds_nothing_changes_nothing(name: str, view: 
 # -- presses that see more of the model than one layer, or have no ratio: through the model ----------------------------
 
 ENDS = {  # name -> first and last tokens that are kept
-    "dms_lagkv": (4, 10), "duo_attention": (2, 9), "fastkvzip": (4, 1), "kvgrad": (4, 0), "kvzip": (4, 0),
+    "attention_matching_kvzip": (4, 0), "dms_lagkv": (4, 10), "duo_attention": (2, 9), "fastkvzip": (4, 1),
+    "kvgrad": (4, 0), "kvzip": (4, 0),
     "kvzip_plus": (4, 0), "layer_defensive": (0, 4), "lukv": (4, 1), "simlayerkv": (3, 12),
 }  # fmt: skip
-ALONE = ("kvcompose", "kvgrad", "kvzip", "kvzip_plus", "restorekv")  # one text at a time
+ALONE = ("attention_matching_kvzip", "kvcompose", "kvgrad", "kvzip", "kvzip_plus", "restorekv")  # one text at a time
 through_the_model = pytest.mark.parametrize("name", [*IN_BLOCK, *OTHERS])
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from coldpress.bases.docstring import parse
 from coldpress.bases.press import BasePress
-from coldpress.bases.scorer import BUDGETS, ScorerPress
+from coldpress.bases.scorer import BUDGETS, BudgetPress
 from coldpress.core.counts import check_ratio
 from coldpress.errors import PressError, nearest
 
@@ -36,7 +36,7 @@ class _Entry:
     """The press of a name: a press, or a wrapper around a press, with some parameters that are not the defaults."""
 
     cls: type[BasePress]
-    inner: type[ScorerPress] | None = None
+    inner: type[BudgetPress] | None = None
     changed: dict[str, Any] = field(default_factory=dict)  # the press's own, or those of the press inside it
 
     @property
@@ -123,7 +123,7 @@ class PressInfo:
     in_block: bool
 
 
-def register(name: str, inner: type[ScorerPress] | None = None, **parameters: Any) -> Callable[[_P], _P]:
+def register(name: str, inner: type[BudgetPress] | None = None, **parameters: Any) -> Callable[[_P], _P]:
     """Class decorator: register a press under ``name``.
 
     Args:

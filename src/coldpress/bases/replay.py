@@ -86,6 +86,12 @@ class ReplayPress(BudgetPress):
             check_one_text(self, token_ids, has_padding)
 
     def finish(self, cache: PressedCache, model: nn.Module, token_ids: Tensor) -> None:
+        layers, n_keep = self.budget(cache, model, token_ids)
+        if n_keep < token_ids.shape[1]:
+            self.evict(cache, model, token_ids, layers, n_keep)
+
+    def budget(self, cache: PressedCache, model: nn.Module, token_ids: Tensor) -> tuple[list[PressedLayer], int]:
+        """The layers that are compressed, and how many pairs a head of them keeps, mean over layers and heads."""
         n_tokens, layers, n_keep = token_ids.shape[1], [], token_ids.shape[1]
         for layer in cache.pressed_layers():
             rank, n_layers, is_local = place_of(_config(model), layer.index)
@@ -94,8 +100,7 @@ class ReplayPress(BudgetPress):
                 place = Place(rank, n_layers, layer.keys.shape[1] * dims * layer.keys.element_size())
                 n_keep = min(n_keep, self.keep_of(n_tokens, place))
                 layers.append(layer)
-        if n_keep < n_tokens:
-            self.evict(cache, model, token_ids, layers, n_keep)
+        return layers, n_keep
 
     def evict(
         self, cache: PressedCache, model: nn.Module, token_ids: Tensor, layers: Sequence[PressedLayer], n_keep: int

@@ -162,10 +162,11 @@ class AttentionMatchingPress(WrapperPress):
         session.on_attention, pins = listen, session.pins
         try:
             if isinstance(self.press, ReplayPress):
-                ends_of_text = (0, self.n_sink), (max(0, n_tokens - self.n_recent), n_tokens)
-                session.pins = (
-                    tuple(span for span in (*(pins[0] if pins else ()), *ends_of_text) if span[0] < span[1]),
-                )
+                own = pins[0] if pins else ()
+                added = (0, self.n_sink), (max(0, n_tokens - self.n_recent), n_tokens)
+                n_most = self.n_sink + self.n_recent + self.press.n_first(token_ids) + sum(b - a for a, b in own)
+                if n_most <= self.press.budget(cache, model, token_ids)[1]:
+                    session.pins = (tuple(span for span in (*own, *added) if span[0] < span[1]),)
                 self.press.finish(cache, model, token_ids)
             elif any(layer.carried() is not None for layer in layers.values()):
                 replay = KVzipPress(tokenizer=self.tokenizer)
