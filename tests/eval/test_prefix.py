@@ -128,8 +128,9 @@ def test_a_press_is_scored_like_a_prefill_and_a_forward_of_its_own(
     assert record["kv_bytes_baseline"] == 2 * 2 * 32 * 4 * CONTEXT
     if name == "snap_think":  # the other half of the pairs loses 0.4 of the key channels, but for the last 8
         assert record["kv_bytes"] < record["kv_bytes_baseline"] // 2
-    else:
-        assert record["kv_bytes"] == record["kv_bytes_baseline"] // 2  # even if heads or layers differ
+    else:  # even if heads or layers differ
+        bias = 4 * 2 * 4 * CONTEXT // 2 if name.startswith("attention_matching") else 0  # float32, of each pair
+        assert record["kv_bytes"] == record["kv_bytes_baseline"] // 2 + bias
 
 
 def test_comparisons_with_the_baseline(model: PreTrainedModel, text: Tensor) -> None:

@@ -68,7 +68,10 @@ IN_BLOCK = [
 WITH_RATIO = [name for name in press_names(has_ratio=True, at_prefill=True) if name not in (*OTHERS, *IN_BLOCK)]
 
 
-SMALL = {"window_size": 8, "chunk_length": 10, "block_size": 10, "lag_size": 5, "chunk_size": 10, "sketch_dimension": 6}
+SMALL = {
+    "window_size": 8, "chunk_length": 10, "block_size": 10, "lag_size": 5, "chunk_size": 10, "sketch_dimension": 6,
+    "grace": 8, "n_recent": 8, "n_queries": 16,
+}  # fmt: skip
 
 
 def small_press(name: str, model: str) -> BasePress:

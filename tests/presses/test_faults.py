@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, QuantizedLayer
 
 from coldpress import (
     AdaKVPress,
+    AttentionMatchingPress,
     BasePress,
     CapPress,
     ChunkKVPress,
@@ -81,6 +82,7 @@ HEAD_WISE: dict[str, Callable[[float], BasePress]] = {
     "duo_attention": lambda r: DuoAttentionPress(
         r, pattern=[[0.9, 0.1, 0.8, 0.2], [0.1, 0.2, 0.3, 0.4]], sink_size=2, recent_size=9
     ),
+    "attention_matching": lambda r: AttentionMatchingPress(AdaKVPress(SnapKVPress(r)), bias=False),
     "fastkvzip": lambda r: FastKVzipPress(r),
     "kvcompose": lambda r: KVComposePress(r, structured=False),
     "kvgrad": lambda r: KVgradPress(r, chunk_size=50),

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from coldpress.bases.scorer import ScorerPress
 from coldpress.core.kept import Place
-from coldpress.core.requirements import SCORER, require
+from coldpress.core.press import Press, parts
+from coldpress.core.requirements import SCORER, refusal, require
 from coldpress.core.view import LayerView
+from coldpress.errors import PressError
 
-__all__ = ["WrapperPress"]
+__all__ = ["WrapperPress", "require_forced"]
 
 _W = TypeVar("_W", bound="WrapperPress")
 
@@ -65,3 +67,16 @@ class WrapperPress(ScorerPress):
 
     def chosen(self, view: LayerView, n_keep: int, must: Tensor) -> Tensor | None:
         return self.press.choose(view)
+
+
+def require_forced(outer: Press, press: Press, instead: str) -> None:
+    """Raise :class:`PressError` unless ``press``, and every press inside it, can be told what must stay (``chosen``).
+
+    Args:
+        instead: what to do, as :func:`coldpress.core.requirements.refusal` takes it.
+    """
+    for part in parts(press):
+        if isinstance(part, ScorerPress) and (
+            type(part).choose is not ScorerPress.choose or type(part).chosen is WrapperPress.chosen
+        ):
+            raise PressError(refusal(outer, part, "scores", instead))

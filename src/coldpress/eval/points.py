@@ -34,11 +34,22 @@ class Point:
 BASELINE = Point(None)
 
 
+def _without_tokenizer(press: BasePress) -> BasePress:
+    """``press``, and each press inside it, as it is before it is given the model's tokenizer."""
+    bare: dict[str, Any] = {
+        name: _without_tokenizer(value) for name, value in vars(press).items() if isinstance(value, BasePress)
+    }
+    if hasattr(press, "tokenizer"):
+        bare["tokenizer"] = None
+    return replace(press, **bare) if bare else press  # type: ignore[type-var]
+
+
 def config_of(press: BasePress | None) -> dict[str, Any] | None:
     """The parameters of a press, without the budgets that it was not given, and without the model's tokenizer."""
     if press is None:
         return None
-    if hasattr(press, "tokenizer"):
-        press = replace(press, tokenizer=None)  # type: ignore[type-var]
     unset = (*BUDGETS, "tokenizer")
-    return asdict(press, dict_factory=lambda items: {k: v for k, v in items if k not in unset or v is not None})  # type: ignore[call-overload]
+    return asdict(
+        _without_tokenizer(press),
+        dict_factory=lambda items: {k: v for k, v in items if k not in unset or v is not None},
+    )  # type: ignore[call-overload]

@@ -15,7 +15,7 @@ from transformers.modeling_utils import PreTrainedModel
 from coldpress.bases.checks import check_at_least
 from coldpress.bases.registry import register
 from coldpress.bases.replay import ReplayPress, check_one_text
-from coldpress.bases.wrapper import WrapperPress
+from coldpress.bases.wrapper import WrapperPress, require_forced
 from coldpress.core.call import LayerCall
 from coldpress.core.choice import pack
 from coldpress.core.column import PINNED
@@ -101,6 +101,7 @@ class AttentionMatchingPress(WrapperPress):
         check_at_least(self, 0, "n_sink", "n_recent")
         if not isinstance(self.press, ReplayPress):
             super().__post_init__()
+            require_forced(self, self.press, "use it by itself")
             return
         if self.queries == "window":
             raise PressError(
@@ -124,9 +125,10 @@ class AttentionMatchingPress(WrapperPress):
     def compress(self, view: LayerView) -> Kept | None:
         if isinstance(self.press, ReplayPress):
             return self.press.compress(view)
-        kept = self.press.compress(view)
-        if kept is None:
+        positions = self.choose(view)
+        if positions is None:
             return None
+        kept = view.take(positions)
         fixed = ends(view, (self.n_sink, self.n_recent)).expand(view.keys.shape[:3])
         if self.queries == "repeat":
             require_block(self, view.token_ids)
@@ -134,15 +136,14 @@ class AttentionMatchingPress(WrapperPress):
             return view.take(slots)._replace(carry=_is_among(kept.positions, view.n_tokens).float())
         return self._fitted(kept, _window(view, self.n_queries), fixed | view.columns.get(PINNED, fixed))
 
-    def pins(self, view: LayerView) -> Tensor | None:
-        """Sinks and newest tokens, if the budget has room for them."""
+    def protected(self, view: LayerView) -> tuple[int, int]:
         if isinstance(self.press, ReplayPress):
-            return None
-        own, inner = (self.n_sink, self.n_recent), self.press.protected(view)
-        both = max(own[0], inner[0]), max(own[1], inner[1])
-        must = ends(view, both) | view.columns.get(PINNED, ends(view, (0, 0)))
-        has_room = int(must.sum(-1).max()) <= self.press.keep(view)
-        return ends(view, own).expand(view.keys.shape[:3]) if has_room else None
+            return 0, 0
+        n_first, n_last = self.press.protected(view)
+        return max(self.n_sink, n_first), max(self.n_recent, n_last)
+
+    def chosen(self, view: LayerView, n_keep: int, must: Tensor) -> Tensor | None:
+        return self.press.chosen(view, n_keep, must)
 
     def check_prefill(self, token_ids: Tensor, has_padding: bool) -> None:
         if self.queries == "repeat":
@@ -150,6 +151,8 @@ class AttentionMatchingPress(WrapperPress):
 
     def finish(self, cache: PressedCache, model: nn.Module, token_ids: Tensor) -> None:
         n_tokens, session = token_ids.shape[1], cache.session
+        if isinstance(self.press, ReplayPress) and self.press.budget(cache, model, token_ids)[1] >= n_tokens:
+            return
         layers = {layer.index: layer for layer in cache.pressed_layers() if layer.keys is not None}
         pairs: dict[int, Any] = {index: (layer.keys, layer.values) for index, layer in layers.items()}
         heard: dict[int, list[LayerCall]] = {index: [] for index in layers}
@@ -192,7 +195,7 @@ class AttentionMatchingPress(WrapperPress):
         at = torch.arange(view.n_tokens, device=keys.device)
         fixed = ((at < self.n_sink) | (at >= view.n_tokens - self.n_recent)).expand(keys.shape[:3])
         if pinned is not None:
-            fixed = fixed.scatter(2, positions.clamp(min=0), pinned, reduce="add")
+            fixed = fixed | _is_among(positions.masked_fill(~pinned, -1), view.n_tokens)
         kept = Kept(layer.keys, layer.values, positions, columns=columns)  # type: ignore[arg-type]
         fitted = self._fitted(kept, [_ahead(view, view.queries)], fixed)
         if fitted.bias is not None:

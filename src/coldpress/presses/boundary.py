@@ -10,14 +10,11 @@ import torch
 from torch import Tensor
 
 from coldpress.bases.checks import check_between
-from coldpress.bases.scorer import ScorerPress
-from coldpress.bases.wrapper import WrapperPress
+from coldpress.bases.wrapper import WrapperPress, require_forced
 from coldpress.core.column import Column
 from coldpress.core.counts import share_of
-from coldpress.core.press import parts
-from coldpress.core.requirements import CHOICE, refusal
+from coldpress.core.requirements import CHOICE
 from coldpress.core.view import LayerView
-from coldpress.errors import PressError
 
 _LENGTH = Column("prompt_tokens", fill=0, dtype=torch.int32)  # of the prompt that a pair belongs to; 0: to none
 
@@ -52,11 +49,8 @@ class BoundaryPress(WrapperPress):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_between(self, 0, 0.5, "share")
-        for part in parts(self.press):  # a choice that is not given what must stay would leave out the ends
-            if isinstance(part, ScorerPress) and (
-                type(part).choose is not ScorerPress.choose or type(part).chosen is WrapperPress.chosen
-            ):
-                raise PressError(refusal(self, part, "scores", "put it outside: {inner}(press={outer}(...))"))
+        # a choice that is not given what must stay would leave out the ends
+        require_forced(self, self.press, "put it outside: {inner}(press={outer}(...))")
 
     @property
     def estimates_attention(self) -> bool:
