@@ -48,8 +48,13 @@ class AdaKVPress(WrapperPress):
     def chosen(self, view: LayerView, n_keep: int, must: Tensor) -> Tensor:
         return select_counts(view.guard(self.scores(view), must), self.counts(view, n_keep, must))
 
-    def counts(self, view: LayerView, n_keep: int, must: Tensor) -> Tensor:
-        """How many pairs each head keeps, ``n_keep`` on average, those in ``must`` among them: int64 ``[B, Hkv]``."""
+    def counts(self, view: LayerView, n_keep: int, must: Tensor | None = None) -> Tensor:
+        """How many pairs each head keeps, ``n_keep`` on average: int64 ``[B, Hkv]``.
+
+        Args:
+            must: those that are among them, as :meth:`chosen` takes it; None for what this press says by itself.
+        """
+        must = self.forced(view, n_keep) if must is None else must
         n_safe = max(share_of(n_keep, self.alpha_safeguard), int(must.sum(-1).max()))
         counts = adaptive_counts(view.guard(self.scores(view), must), n_keep, n_safe)
         return counts if view.counts is None else counts.minimum(view.counts)
