@@ -62,6 +62,8 @@ SMALL = {
     "sketch_dimension": 3,
     "n_future_positions": 8,
     "seed": 3,
+    "n_recent": 4,
+    "n_queries": 16,
 }
 MORE: dict[str, Callable[[float], ScorerPress]] = {
     "block_snapkv": lambda r: BlockPress(SnapKVPress(r, window_size=4), block_size=6),
