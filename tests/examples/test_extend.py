@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.contract.architectures import tiny, tokens
-from tests.examples.contract import CHECKS, Case, close, later, no_new_names, read, seen_by
+from tests.examples.contract import CHECKS, Case, close, every_check, later, no_new_names, read, seen_by
 from torch import Tensor
 
 from coldpress import (
@@ -91,9 +91,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "check"), [(name, check) for name, case in CASES.items() for check in CHECKS if check not in case.lacks]
-)
+@every_check(CASES)
 def test_the_contract(name: str, check: str, tmp_path: Path) -> None:
     CHECKS[check](CASES[name], tmp_path)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tests.contract.architectures import tiny, tokens
-from tests.examples.contract import CHECKS, Case
+from tests.examples.contract import CHECKS, Case, every_check
 from tests.presses.test_decoding import decode, decoded
 from tests.presses.views import MODELS, view_of
 from torch import Tensor
@@ -72,9 +72,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "check"), [(name, check) for name, case in CASES.items() for check in CHECKS if check not in case.lacks]
-)
+@every_check(CASES)
 def test_the_contract(name: str, check: str, tmp_path: Path) -> None:
     CHECKS[check](CASES[name], tmp_path)
 

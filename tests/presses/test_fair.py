@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.contract.architectures import tiny, tokens
-from tests.examples.contract import CHECKS, Case
+from tests.examples.contract import CHECKS, Case, every_check
 from tests.oracles.choices import ends
 from tests.oracles.fair import fair
 from tests.presses.views import MODELS, view_of
@@ -248,8 +248,6 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "check"), [(name, check) for name, case in CASES.items() for check in CHECKS if check not in case.lacks]
-)
+@every_check(CASES)
 def test_the_contract(name: str, check: str, tmp_path: Path) -> None:
     CHECKS[check](CASES[name], tmp_path)

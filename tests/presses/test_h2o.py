@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.contract.architectures import Look, tiny, tokens
-from tests.examples.contract import CHECKS, Case, later, no_new_names, read, seen_by
+from tests.examples.contract import CHECKS, Case, every_check, later, no_new_names, read, seen_by
 from tests.oracles.watched import Rule, State, follow, stream
 from tests.presses.views import MODELS
 from torch import Tensor
@@ -69,9 +69,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "check"), [(name, check) for name, case in CASES.items() for check in CHECKS if check not in case.lacks]
-)
+@every_check(CASES)
 def test_the_contract(name: str, check: str, tmp_path: Path) -> None:
     CHECKS[check](CASES[name], tmp_path)
 

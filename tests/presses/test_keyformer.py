@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.contract.architectures import tokens
-from tests.examples.contract import CHECKS, Case, check_equal, later, read, seen_by, states
+from tests.examples.contract import CHECKS, Case, check_equal, every_check, later, read, seen_by, states
 from tests.oracles.watched import Rule, State, follow
 from tests.presses.views import MODELS
 
@@ -48,9 +48,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "check"), [(name, check) for name, case in CASES.items() for check in CHECKS if check not in case.lacks]
-)
+@every_check(CASES)
 def test_the_contract(name: str, check: str, tmp_path: Path) -> None:
     CHECKS[check](CASES[name], tmp_path)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tests.contract.architectures import tokens
-from tests.examples.contract import CHECKS, Case, later, read
+from tests.examples.contract import CHECKS, Case, every_check, later, read
 from tests.oracles.readers import quest
 from tests.presses.views import MODELS, view_of
 
@@ -100,8 +100,6 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "check"), [(name, check) for name, case in CASES.items() for check in CHECKS if check not in case.lacks]
-)
+@every_check(CASES)
 def test_the_contract(name: str, check: str, tmp_path: Path) -> None:
     CHECKS[check](CASES[name], tmp_path)

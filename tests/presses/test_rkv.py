@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.examples.contract import CHECKS, Case
+from tests.examples.contract import CHECKS, Case, every_check
 from tests.oracles.windows import by_head, redundancy, rkv
 from tests.presses.views import MODELS, view_of
 from torch import Tensor
@@ -28,9 +28,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "check"), [(name, check) for name, case in CASES.items() for check in CHECKS if check not in case.lacks]
-)
+@every_check(CASES)
 def test_the_contract(name: str, check: str, tmp_path: Path) -> None:
     CHECKS[check](CASES[name], tmp_path)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.contract.architectures import BY_NAME, tiny, tokens
-from tests.examples.contract import CHECKS, Case
+from tests.examples.contract import CHECKS, Case, every_check
 from tests.oracles.triattention import pairs_of, triattention
 from tests.presses.views import MODELS, unrotated, view_of, views_of
 from torch import Tensor
@@ -275,8 +275,6 @@ CASES = {
 
 
 @pytest.mark.usefixtures("given_artefacts")
-@pytest.mark.parametrize(
-    ("name", "check"), [(name, check) for name, case in CASES.items() for check in CHECKS if check not in case.lacks]
-)
+@every_check(CASES)
 def test_the_contract(name: str, check: str, tmp_path: Path) -> None:
     CHECKS[check](CASES[name], tmp_path)

@@ -56,13 +56,6 @@ class ObserverPress(ScorerPress):
         return view.positions is None or view.n_counted is not None
 
     @staticmethod
-    def positions(view: LayerView) -> Tensor:
-        """Where the tokens of ``view`` are in the text: int64 ``[B or 1, Hkv or 1, T]``, -1 in empty slots."""
-        if view.positions is not None:
-            return view.positions
-        return torch.arange(view.first_position, view.end, device=view.keys.device).view(1, 1, -1)
-
-    @staticmethod
     def weights(view: LayerView) -> Iterator[tuple[Tensor, Tensor]]:
         """What each query of ``view`` gives to each key, mean over the group's heads, block by block.
 

@@ -110,9 +110,10 @@ def kept_by(press: Press, group: RowGroup, kept: object) -> Kept | None:
     if found is None:
         return None
     new: dict[str, Tensor] = {}
+    kinds = declared(press)
     for part in parts(press):
         if part.columns:
-            new.update(_checked(part, "renew", part.renew(view), view, declared(press)))
+            new.update(_checked(part, "renew", part.renew(view), view, kinds))
     at = found.positions.clamp(min=0)
     return found._replace(columns={**found.columns, **{name: column_at(own, at) for name, own in new.items()}})
 

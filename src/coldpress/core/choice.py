@@ -7,7 +7,7 @@ from torch import Tensor
 
 from coldpress.errors import PressError
 
-__all__ = ["best", "checked", "pack", "protect", "select", "select_counts"]
+__all__ = ["best", "checked", "pack", "protect", "select", "select_counts", "unpack"]
 
 
 def select(scores: Tensor, n_keep: int, must: Tensor | None = None) -> Tensor:
@@ -86,6 +86,12 @@ def pack(is_kept: Tensor) -> Tensor:
     token = torch.arange(n_tokens, device=is_kept.device)
     positions = token.where(is_kept, n_tokens).sort(-1).values[..., : int(is_kept.sum(-1).max())]
     return positions.masked_fill(positions == n_tokens, -1)
+
+
+def unpack(positions: Tensor, n_tokens: int) -> Tensor:
+    """Which of ``n_tokens`` are at ``positions``, int64 ``[B, Hkv, n]``, -1 for none: bool ``[B, Hkv, n_tokens]``."""
+    found = torch.zeros(*positions.shape[:2], n_tokens + 1, dtype=torch.bool, device=positions.device)
+    return found.scatter_(2, positions.where(positions >= 0, n_tokens), True)[..., :-1]
 
 
 def checked(scores: Tensor) -> Tensor:

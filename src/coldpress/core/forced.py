@@ -13,7 +13,7 @@ from coldpress.core.column import PINNED
 from coldpress.core.view import LayerView
 from coldpress.errors import PressError
 
-__all__ = ["as_far_as", "ends", "forced", "must_keep", "shrink_protected"]
+__all__ = ["as_far_as", "ends", "forced", "must_keep", "positions_of", "shrink_protected"]
 
 
 def shrink_protected(n_keep: int, n_sink: int, n_window: int) -> tuple[int, int]:
@@ -49,7 +49,7 @@ def forced(
     Raises:
         PressError: pinned and protected tokens are more than ``n_keep`` in some head.
     """
-    at, n_gone = _positions(view)
+    at, n_gone = positions_of(view), _n_gone(view)
     n_sink, n_window = protected
     pinned = view.columns.get(PINNED)
     ends = n_sink, max(n_window, grace)
@@ -92,7 +92,7 @@ def must_keep(
 
 def ends(view: LayerView, protected: tuple[int, int], n_keep: int | None = None) -> Tensor:
     """:func:`forced` without what is pinned."""
-    at, n_gone = _positions(view)
+    at, n_gone = positions_of(view), _n_gone(view)
     return must_keep(at, view.end, protected, n_keep, n_gone=n_gone)
 
 
@@ -110,8 +110,13 @@ def as_far_as(must: Tensor | None, more: Tensor, n_keep: int | Tensor) -> Tensor
     return must | (added & (added.flip(-1).cumsum(-1).flip(-1) <= room))
 
 
-def _positions(view: LayerView) -> tuple[Tensor, int]:
-    """Where the tokens of ``view`` are in the text, and how many before them its rows have left behind."""
+def positions_of(view: LayerView) -> Tensor:
+    """Where the tokens of ``view`` are in the text: int64 ``[B or 1, Hkv or 1, T]``, -1 in empty slots."""
     if view.positions is not None:
-        return view.positions, 0
-    return torch.arange(view.first_position, view.end, device=view.keys.device).view(1, 1, -1), view.first_position
+        return view.positions
+    return torch.arange(view.first_position, view.end, device=view.keys.device).view(1, 1, -1)
+
+
+def _n_gone(view: LayerView) -> int:
+    """How many tokens before those of ``view`` its rows have left behind."""
+    return view.first_position if view.positions is None else 0

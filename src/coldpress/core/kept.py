@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
+from coldpress.core.choice import unpack
 from coldpress.errors import PressError
 
 __all__ = ["Kept", "Place", "checked_kept"]
@@ -55,9 +55,7 @@ def checked_kept(press: object, kept: object, pinned: Tensor | None = None) -> K
         return None
     if isinstance(kept, Kept):
         if pinned is not None:
-            is_kept = torch.zeros(*pinned.shape[:2], pinned.shape[2] + 1, dtype=torch.bool, device=pinned.device)
-            is_kept.scatter_(2, kept.positions.where(kept.positions >= 0, pinned.shape[2]), True)
-            lost = int((pinned & ~is_kept[..., :-1]).sum())
+            lost = int((pinned & ~unpack(kept.positions, pinned.shape[2])).sum())
             if lost:
                 raise PressError(
                     f"{type(press).__name__} evicts {lost} pairs of pinned tokens: it chooses in its own way and knows "

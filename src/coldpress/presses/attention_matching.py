@@ -15,9 +15,10 @@ from transformers.modeling_utils import PreTrainedModel
 from coldpress.bases.checks import check_at_least
 from coldpress.bases.registry import register
 from coldpress.bases.replay import ReplayPress, check_one_text
+from coldpress.bases.together import carrying
 from coldpress.bases.wrapper import WrapperPress, require_forced
 from coldpress.core.call import LayerCall
-from coldpress.core.choice import pack
+from coldpress.core.choice import pack, unpack
 from coldpress.core.column import PINNED
 from coldpress.core.forced import ends
 from coldpress.core.kept import Kept
@@ -68,7 +69,7 @@ class AttentionMatchingPress(WrapperPress):
 
     Needs: what the inner press needs; a rotary embedding that can be undone, for queries="window". With "repeat" the
     model and its tokenizer, one text at a time. Cost: of the inner press, and per KV head O(n^2 * kept + n * T * D) for
-    n reference queries; some 20 s for 1,536 tokens of SmolLM2-135M on one core.
+    n reference queries.
 
     Args:
         press: says which pairs are kept, with the compression ratio: a scorer, a wrapper around one, or one that shows
@@ -128,13 +129,13 @@ class AttentionMatchingPress(WrapperPress):
         positions = self.choose(view)
         if positions is None:
             return None
-        kept = view.take(positions)
-        fixed = ends(view, (self.n_sink, self.n_recent)).expand(view.keys.shape[:3])
         if self.queries == "repeat":
             require_block(self, view.token_ids)
-            slots = torch.arange(view.n_tokens, device=fixed.device).expand(view.keys.shape[:3])
-            return view.take(slots)._replace(carry=_is_among(kept.positions, view.n_tokens).float())
-        return self._fitted(kept, _window(view, self.n_queries), fixed | view.columns.get(PINNED, fixed))
+            return carrying(view, unpack(positions, view.n_tokens).float())
+        fixed = ends(view, (self.n_sink, self.n_recent))
+        return self._fitted(
+            view.take(positions), _window(view, self.n_queries), fixed | view.columns.get(PINNED, fixed)
+        )
 
     def protected(self, view: LayerView) -> tuple[int, int]:
         if isinstance(self.press, ReplayPress):
@@ -162,9 +163,10 @@ class AttentionMatchingPress(WrapperPress):
             stride = -(-n_tokens * call.query.shape[1] // (_ROWS * layer.keys.shape[1]))
             heard[layer.index].append(replace(call, query=call.query[:, :, ::stride].clone(), hidden_states=None))
 
-        session.on_attention, pins = listen, session.pins
+        pins = session.pins
         try:
             if isinstance(self.press, ReplayPress):
+                session.on_attention = listen
                 own = pins[0] if pins else ()
                 added = (0, self.n_sink), (max(0, n_tokens - self.n_recent), n_tokens)
                 n_most = self.n_sink + self.n_recent + self.press.n_first(token_ids) + sum(b - a for a, b in own)
@@ -174,7 +176,7 @@ class AttentionMatchingPress(WrapperPress):
             elif any(layer.carried() is not None for layer in layers.values()):
                 replay = KVzipPress(tokenizer=self.tokenizer)
                 for _, _, ids in replay.chunks(token_ids, model):
-                    replay.run(cache, model, _ignore, ids.shape[1], input_ids=ids)
+                    replay.run(cache, model, listen, ids.shape[1], input_ids=ids)
         finally:
             session.on_attention, session.pins = None, pins
         for index, layer in layers.items():
@@ -192,10 +194,9 @@ class AttentionMatchingPress(WrapperPress):
             keys, values, torch.cat([call.query for call in calls], dim=2), call.module, call.scaling, call.layer_idx,
             call.n_layers, softcap=call.softcap, sinks=call.sinks,
         )  # fmt: skip
-        at = torch.arange(view.n_tokens, device=keys.device)
-        fixed = ((at < self.n_sink) | (at >= view.n_tokens - self.n_recent)).expand(keys.shape[:3])
+        fixed = ends(view, (self.n_sink, self.n_recent))
         if pinned is not None:
-            fixed = fixed | _is_among(positions.masked_fill(~pinned, -1), view.n_tokens)
+            fixed = fixed | unpack(positions.masked_fill(~pinned, -1), view.n_tokens)
         kept = Kept(layer.keys, layer.values, positions, columns=columns)  # type: ignore[arg-type]
         fitted = self._fitted(kept, [_ahead(view, view.queries)], fixed)
         if fitted.bias is not None:
@@ -322,13 +323,3 @@ def _attention(view: LayerView, row: int, head: int) -> Tensor:
     found = view.of_head(row, head).window_attention(view.n_queries)[0, 0]
     view.forget()
     return found
-
-
-def _is_among(positions: Tensor, n_tokens: int) -> Tensor:
-    """Which of ``n_tokens`` are in ``positions``, int64 ``[B, Hkv, n]``: bool ``[B, Hkv, n_tokens]``."""
-    found = torch.zeros(*positions.shape[:2], n_tokens + 1, dtype=torch.bool, device=positions.device)
-    return found.scatter_(2, positions.where(positions >= 0, n_tokens), True)[..., :-1]
-
-
-def _ignore(layer: PressedLayer, call: LayerCall) -> None:
-    """What a replay does of itself with an attention call, where somebody else listens."""

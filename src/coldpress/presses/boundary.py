@@ -13,6 +13,7 @@ from coldpress.bases.checks import check_between
 from coldpress.bases.wrapper import WrapperPress, require_forced
 from coldpress.core.column import Column
 from coldpress.core.counts import share_of
+from coldpress.core.forced import positions_of
 from coldpress.core.requirements import CHOICE
 from coldpress.core.view import LayerView
 
@@ -63,10 +64,9 @@ class BoundaryPress(WrapperPress):
 
     def reserved(self, view: LayerView, n_keep: int) -> Tensor | None:
         n = min(share_of(n_keep, self.share), (n_keep - 1) // 2)  # so that a place is left
-        at, length = view.positions, view.columns.get(_LENGTH.name)
-        if at is None:
-            at = torch.arange(view.first_position, view.end, device=view.keys.device).expand(view.keys.shape[:3])
-            length = torch.full_like(at, view.end) if length is None else length
+        at, length = positions_of(view), view.columns.get(_LENGTH.name)
+        if view.positions is None and length is None:
+            length = torch.full_like(at, view.end)
         own = None if length is None else (at >= 0) & (at < length) & ((at < n) | (at >= length - n))
         inner = super().reserved(view, n_keep)
         return own if inner is None else inner if own is None else own | inner

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from coldpress.bases.wrapper import WrapperPress
 from coldpress.core.choice import best, checked, select_counts
+from coldpress.core.forced import positions_of
 from coldpress.core.requirements import CHOICE, SCORER, require
 from coldpress.core.view import LayerView
 from coldpress.errors import PressError
@@ -72,10 +73,7 @@ class FairPress(WrapperPress):
 
         The last of the S spans has all tokens outside of the others, and empty slots, which have no scores to win by.
         """
-        at, start = view.positions, 0
-        if at is None:
-            start = view.first_position
-            at = torch.arange(start, view.end, device=view.keys.device).view(1, 1, -1)
+        at, start = positions_of(view), view.first_position if view.positions is None else 0
         bounds = torch.tensor(self.spans, device=at.device).view(-1, 2, 1)
         inside = (at[:, :, None] >= bounds[:, 0]) & (at[:, :, None] < bounds[:, 1])
         outside = ~inside.any(2, keepdim=True)

@@ -14,6 +14,7 @@ from coldpress.bases.observer import ObserverPress
 from coldpress.bases.registry import register
 from coldpress.core.column import Column
 from coldpress.core.counts import share_of
+from coldpress.core.forced import positions_of
 from coldpress.core.view import LayerView
 from coldpress.errors import PressError
 from coldpress.presses.decoding import CompressionRatioDecodingPress
@@ -90,7 +91,7 @@ class H2OPress(ObserverPress):
 
     def score(self, view: LayerView) -> Tensor:
         received = self.state(view)[self.columns[0].name]
-        return received / (view.end - self.positions(view)) if self.by_lifetime else received
+        return received / (view.end - positions_of(view)) if self.by_lifetime else received
 
 
 register("decoding_h2o", H2OPress, compression_interval=64)(CompressionRatioDecodingPress)

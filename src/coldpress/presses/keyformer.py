@@ -12,6 +12,7 @@ from torch import Tensor
 from coldpress.bases.checks import check_between
 from coldpress.bases.registry import register
 from coldpress.core.column import Column
+from coldpress.core.forced import positions_of
 from coldpress.core.view import LayerView
 from coldpress.presses.decoding import CompressionRatioDecodingPress
 from coldpress.presses.h2o import H2OPress
@@ -83,11 +84,11 @@ class KeyformerPress(H2OPress):
 
     def _steps(self, view: LayerView) -> Tensor:
         """How many tokens each row has got since its prompt, before this call: ``[B, 1, 1]``."""
-        return view.columns["steps"].masked_fill(self.positions(view) < 0, 0).amax((1, 2), keepdim=True)
+        return view.columns["steps"].masked_fill(positions_of(view) < 0, 0).amax((1, 2), keepdim=True)
 
     def _noisy_weights(self, view: LayerView) -> Iterator[tuple[Tensor, Tensor]]:
         """Positions of the queries of a block, and what they give: float32 ``[B, Hkv, G, n, T']``."""
-        first, steps, key_at = view.end - view.n_queries, self._steps(view), self.positions(view)
+        first, steps, key_at = view.end - view.n_queries, self._steps(view), positions_of(view)
         for start, weights in view.attention_blocks():
             n = weights.shape[3]
             at = torch.arange(first + start, first + start + n, device=weights.device)

@@ -11,6 +11,7 @@ from torch.nn.functional import normalize
 from coldpress.bases.checks import check_between
 from coldpress.bases.registry import register
 from coldpress.bases.wrapper import WrapperPress
+from coldpress.core.choice import unpack
 from coldpress.core.counts import share_of
 from coldpress.core.kept import Kept
 from coldpress.core.requirements import CHOICE
@@ -78,11 +79,9 @@ class MergingPress(WrapperPress):
 
 def _evicted(view: LayerView, kept: Kept) -> tuple[Tensor, Tensor]:
     """Positions of the pairs that are not in ``kept``, int64 ``[B, Hkv, E]``, and where a head has that many: bool."""
-    n_tokens = view.n_tokens
-    is_kept = torch.zeros(*view.keys.shape[:2], n_tokens + 1, dtype=torch.bool, device=view.keys.device)
-    is_kept.scatter_(2, kept.positions.where(kept.positions >= 0, n_tokens), True)  # -1 goes to a place of its own
-    counts = n_tokens - is_kept[..., :-1].sum(-1)  # [B, Hkv]
-    evicted = is_kept[..., :-1].int().argsort(dim=-1, stable=True)[..., : int(counts.max())]
+    is_kept = unpack(kept.positions, view.n_tokens)
+    counts = (~is_kept).sum(-1)  # [B, Hkv]
+    evicted = is_kept.int().argsort(dim=-1, stable=True)[..., : int(counts.max())]
     return evicted, torch.arange(evicted.shape[-1], device=evicted.device) < counts[..., None]
 
 

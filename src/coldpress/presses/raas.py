@@ -13,7 +13,7 @@ from coldpress.bases.checks import check_between
 from coldpress.bases.observer import ObserverPress
 from coldpress.bases.registry import register
 from coldpress.core.column import PINNED, Column
-from coldpress.core.forced import forced
+from coldpress.core.forced import forced, positions_of
 from coldpress.core.view import LayerView
 from coldpress.errors import PressError
 from coldpress.presses.decoding import CompressionRatioDecodingPress
@@ -59,7 +59,7 @@ class RaaSPress(ObserverPress):
         check_between(self, 0, 1, "alpha")
 
     def observe(self, view: LayerView) -> Mapping[str, Tensor]:
-        last = torch.maximum(view.columns["looked_at"], self.positions(view).int())
+        last = torch.maximum(view.columns["looked_at"], positions_of(view).int())
         for at, weights in self.weights(view):
             seen = torch.where(weights > self.alpha, at[:, None].int(), -1).amax(2)  # [B, Hkv, T']
             n = seen.shape[2]
@@ -82,7 +82,7 @@ class RaaSPress(ObserverPress):
         """How many pairs of a row's layer have an earlier timestamp, or the same and an earlier position."""
 
         def compute() -> Tensor:
-            at = self.positions(view)
+            at = positions_of(view)
             order = (self.state(view)["looked_at"].long() * (view.end + 1) + at).masked_fill(at < 0, -1).flatten(1)
             return torch.searchsorted(order.sort(-1).values, order).view(view.keys.shape[:3]).float()
 
@@ -91,7 +91,7 @@ class RaaSPress(ObserverPress):
     def pins(self, view: LayerView) -> Tensor | None:
         if not self.keep_prompt or self.is_prompt(view):  # what another press has evicted of the prompt is gone
             return None
-        return view.columns["prompt"] & (self.positions(view) >= 0)
+        return view.columns["prompt"] & (positions_of(view) >= 0)
 
     def forced(self, view: LayerView, n_keep: int) -> Tensor:
         if self.keep_prompt and PINNED in view.columns:

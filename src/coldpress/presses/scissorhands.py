@@ -12,6 +12,7 @@ from coldpress.bases.checks import check_at_least
 from coldpress.bases.observer import ObserverPress
 from coldpress.bases.registry import register
 from coldpress.core.column import Column
+from coldpress.core.forced import positions_of
 from coldpress.core.view import LayerView
 from coldpress.presses.decoding import CompressionRatioDecodingPress
 
@@ -72,7 +73,7 @@ class ScissorhandsPress(ObserverPress):
 
     def _passed_over(self, view: LayerView, at: Tensor) -> Tensor:
         """Which keys the last queries, at positions ``at [n]``, saw and gave less than an even share."""
-        n, key_at = len(at), self.positions(view)[:, :, None]
+        n, key_at = len(at), positions_of(view)[:, :, None]
         if n == 1:
             weights = view.attention_column_sums(1)[:, :, None]
         else:
@@ -84,7 +85,7 @@ class ScissorhandsPress(ObserverPress):
 
     def score(self, view: LayerView) -> Tensor:
         counts = _ones(self.state(view)["passed_over"]).sum(-1).float()
-        return self.positions(view) / (2 * view.end) - counts  # less than a half: decides among equals
+        return positions_of(view) / (2 * view.end) - counts  # less than a half: decides among equals
 
 
 def _ones(words: Tensor) -> Tensor:
