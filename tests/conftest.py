@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +14,12 @@ from tests.presses.weights import given_weights as given_weights
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 settings.register_profile("coldpress", deadline=None, derandomize=True, database=None)
 settings.load_profile("coldpress")
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of collected tests stay until the end: the garbage collector need not look at them again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -217,7 +217,10 @@ def test_a_custom_mask_is_refused() -> None:
         create_causal_mask(config=model.config, or_mask_function=lambda b, h, q, k: q >= k, **options)
 
 
-@pytest.mark.parametrize("press", [None, PRESS, AdaKVPress(KnormPress(0.5), 0.0)], ids=repr)
+SLOWLY = [pytest.param(press, marks=pytest.mark.slow) for press in (None, AdaKVPress(KnormPress(0.5), 0.0))]
+
+
+@pytest.mark.parametrize("press", [PRESS, *SLOWLY], ids=repr)
 def test_torch_compile(press: BasePress | None) -> None:
     """Of the whole model: graphs break where the cache is filled and read, and the rest is compiled."""
     torch._dynamo.reset()

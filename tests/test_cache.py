@@ -333,14 +333,26 @@ def test_rows_can_be_repeated_and_selected(press: BasePress | None) -> None:
         torch.testing.assert_close(last[row], add(alone, new[row : row + 1])[0], atol=1e-4, rtol=0)
 
 
+FAST_BRANCHES = (("gpt_neox", True), ("gemma3", False), ("qwen3_next", True))
+
+
 # -- branches ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("given_artefacts")
 @pytest.mark.parametrize(
-    "name", [name for name in ("gpt_neox", "llama", "mistral", "gemma3", "lfm2", "qwen3_next") if name in BY_NAME]
+    ("name", "is_padded"),
+    [
+        pytest.param(
+            name,
+            is_padded,
+            marks=() if (name, is_padded) in FAST_BRANCHES else pytest.mark.slow,
+        )
+        for name in ("gpt_neox", "llama", "mistral", "gemma3", "lfm2", "qwen3_next")
+        if name in BY_NAME
+        for is_padded in (False, True)
+    ],
 )
-@pytest.mark.parametrize("is_padded", [False, True])
 def test_branches_are_separate_prefills(name: str, is_padded: bool) -> None:
     own = {"random": {"seed": 1}, "snapkv": {"window_size": 8}, "pyramidkv": {"window_size": 4}}
     presses = [make_press(press, ratio, **own.get(press, {})) for press in WITH_RATIO for ratio in (0.0, 0.6)]

@@ -36,7 +36,7 @@ from coldpress import (
 from coldpress.architecture.cache_argument import cache_argument
 from coldpress.cache.layer import PressedLayer
 from coldpress.errors import CacheError
-from coldpress.models.pipeline import _check_options
+from coldpress.models.pipeline_options import check_options
 from coldpress.stores.codes import Codes
 
 N = 90  # tokens of the prompt
@@ -442,13 +442,13 @@ def test_presses_that_choose_when_the_prefill_is_over_see_full_precision() -> No
 def test_the_pipeline_says_what_to_give_instead_of_a_quantised_cache() -> None:
     quantized = QuantizedCache.__new__(QuantizedCache)  # without the packages that quantise
     with pytest.raises(CacheError, match=r"not QuantizedCache\. To store what is kept in few bits, give kv_bits=4"):
-        _check_options({"cache": quantized})
+        check_options({"cache": quantized})
     quantized.layers = [SimpleNamespace(nbits=2, q_group_size=32, residual_length=64)]
     with pytest.raises(CacheError, match=r"KVBits\(2, group_size=32, residual_tokens=64\)"):
-        _check_options({"cache": quantized})
+        check_options({"cache": quantized})
     with pytest.raises(CacheError, match="give kv_bits to the PressedCache"):
-        _check_options({"cache": PressedCache(), "kv_bits": 4})
-    _check_options({"cache": PressedCache(kv_bits=4), "kv_bits": 4})
+        check_options({"cache": PressedCache(), "kv_bits": 4})
+    check_options({"cache": PressedCache(kv_bits=4), "kv_bits": 4})
 
 
 @pytest.mark.parametrize("inner", [None, KnormPress(budget_tokens=40), AdaKVPress(KnormPress(budget_tokens=40))])

@@ -107,7 +107,9 @@ def test_a_stream_is_read_as_from_a_compact_cache(model: str, inner: BasePress, 
     assert max(past.stored_lengths()) < TARGET + INTERVAL + chunk
 
 
-@every_model
+@pytest.mark.parametrize(
+    "model", [name if name == "gpt_neox" else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+)
 def test_a_thousand_steps_far_beyond_the_positions(model: str) -> None:
     """Past the trained 512; by hand: what is kept is sinks and the newest; bytes stay what they were."""
     own = BY_NAME[model].build(num_hidden_layers=1)

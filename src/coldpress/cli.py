@@ -295,7 +295,8 @@ def _run_compress(args: argparse.Namespace, argv: list[str], prog: str | None) -
     from coldpress.commands.asking import compress
 
     names = ("text_file", "output", "press", "press_args", "compression_ratio", "budget_tokens", "budget_bytes")
-    compress(**{name: getattr(args, name) for name in names}, model_options=_model_options(args))
+    how = ("chunk_tokens", "kv_bits", "pin_system")
+    compress(**{name: getattr(args, name) for name in (*names, *how)}, model_options=_model_options(args))
     return 0
 
 

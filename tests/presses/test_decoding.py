@@ -95,7 +95,10 @@ SCHEDULES: dict[str, tuple[BasePress, int, int, int]] = {
 }
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    "schedule",
+    [name if name in ("decoding_by_head", "cam") else pytest.param(name, marks=pytest.mark.slow) for name in SCHEDULES],
+)
 def test_a_thousand_steps_stay_within_the_budget(schedule: str) -> None:
     press, interval, n_sink, n_window = SCHEDULES[schedule]
 

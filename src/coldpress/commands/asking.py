@@ -31,6 +31,9 @@ def compress(
     press_args: dict[str, Any],
     model_options: dict[str, Any],
     compression_ratio: float | None = None,
+    chunk_tokens: int | None = None,
+    kv_bits: int | None = None,
+    pin_system: str | None = None,
     **budget: int | None,
 ) -> None:
     """Read a text, compress it, save the cache to ``output``, and say how large it is.
@@ -41,6 +44,9 @@ def compress(
         press_args: its parameters.
         model_options: of :func:`load_model`.
         compression_ratio: 0.5 if neither it nor a budget is given, and the press has a ratio.
+        chunk_tokens: of the pieces that the text is read in; None for a text in one piece.
+        kv_bits: 8, 4 or 2: what is kept is stored in so few bits.
+        pin_system: a system prompt, put before the text and pinned.
         budget: ``budget_tokens`` or ``budget_bytes``, instead of a ratio.
 
     Raises:
@@ -55,13 +61,15 @@ def compress(
     if compression_ratio is None:
         compression_ratio = 0.5 if press in press_names(has_ratio=True) and not budget else 0.0
     check_types(press, press_args)
-    cache = PressedCache(make_press(press, compression_ratio, **budget, **press_args))
+    chosen = make_press(press, compression_ratio, **budget, **press_args)
+    cache = PressedCache(chosen, chunk_tokens=chunk_tokens, kv_bits=kv_bits)
     path = check_output(output, "context.safetensors")
     (document,) = load_corpus("demo", text_file=text_file).documents
     loaded = load_model(**model_options)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", UserWarning)
-        _pipeline(loaded)(document.text, questions=[], cache=cache, max_new_tokens=_ROOM_TOKENS)
+        options = {} if pin_system is None else {"pin_system": pin_system}
+        _pipeline(loaded)(document.text, questions=[], cache=cache, max_new_tokens=_ROOM_TOKENS, **options)
     for warning in said:
         note(str(warning.message))
     save_cache(cache, path, loaded.model, None, _lasting(loaded.name))

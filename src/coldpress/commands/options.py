@@ -228,6 +228,9 @@ def compress_options(parser: argparse.ArgumentParser) -> None:
     add("--budget_tokens", type=_positive, help="instead of a ratio: pairs that a head keeps, on average")
     add("--budget_bytes", type=_positive, help="instead of a ratio: bytes of the kept pairs")
     add("--press_args", type=_json_object, default={}, help="parameters of the press as JSON")
+    add("--pin_system", metavar="TEXT", help="a system prompt before the text, which nothing may evict")
+    add("--chunk_tokens", type=_positive, help="read the text in pieces of so many tokens, and compress after each")
+    add("--kv_bits", type=int, choices=BITS, help="store what is kept in so few bits")
     _add_machinery(parser.add_argument_group("how"))
 
 
@@ -355,6 +358,7 @@ def task_options(parser: argparse.ArgumentParser) -> None:
     add("--task_examples", type=_positive, help="of each task and length, spread over the depths (default: 20)")
     several("--depths", type=_listed(float), help="where the answer is hidden, 0 to 1 (default: 0 0.25 0.5 0.75 1)")
     add("--template", choices=("none", "chat"), help="chat: questions in the model's chat template (default: none)")
+    add("--pin_system", metavar="TEXT", help="a system prompt before every context, which nothing may evict")
     add("--max_new_tokens", type=_positive, help="of an answer (default: what the task says)")
     _add_sources(parser.add_argument_group("of what model, in what text (default: sentences of our own)"), "test")
     how = parser.add_argument_group("what is compressed, and how")

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
+from coldpress.cache.pins import Spans
 from coldpress.cache.pressed import PressedCache
 from coldpress.eval.checks import release
 from coldpress.eval.perplexity import forward
@@ -18,17 +19,25 @@ __all__ = ["prefilled"]
 
 
 def prefilled(
-    model: PreTrainedModel, context: Tensor, points: Sequence[Point], chunk_tokens: int | None = None
+    model: PreTrainedModel,
+    context: Tensor,
+    points: Sequence[Point],
+    chunk_tokens: int | None = None,
+    n_pinned: int = 0,
 ) -> tuple[PressedCache, Iterator[PressedCache]]:
     """The uncompressed cache of ``context [B, C]``, and that of each point.
 
     A press that fails leaves a cache that raises the error when it is used. The caches are handed out one by one, so
     that the memory of one is free before the next one grows.
+
+    Args:
+        n_pinned: tokens at the beginning that nothing may evict.
     """
-    full = PressedCache(chunk_tokens=chunk_tokens)
+    pin = [(0, n_pinned)] if n_pinned else None
+    full = PressedCache(chunk_tokens=chunk_tokens, pin=pin)
     if chunk_tokens is not None:  # what is computed of the second piece depends on what was kept of the first
         prefill(model, context, full)
-        return full, (_alone(model, context, point, chunk_tokens) for point in points)
+        return full, (_alone(model, context, point, chunk_tokens, pin) for point in points)
     branches = full.branches([point.press for point in points], [point.kv_bits for point in points])
     with prefilling(model, full, *branches):
         forward(model, context, full, keep=1)
@@ -36,8 +45,8 @@ def prefilled(
     return full, (branches.pop() for _ in points)
 
 
-def _alone(model: PreTrainedModel, context: Tensor, point: Point, chunk_tokens: int) -> PressedCache:
-    cache = PressedCache(point.press, chunk_tokens=chunk_tokens, kv_bits=point.kv_bits)
+def _alone(model: PreTrainedModel, context: Tensor, point: Point, chunk_tokens: int, pin: Spans | None) -> PressedCache:
+    cache = PressedCache(point.press, chunk_tokens=chunk_tokens, kv_bits=point.kv_bits, pin=pin)
     try:
         with prefilling(model, cache):
             prefill(model, context, cache)

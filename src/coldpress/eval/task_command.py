@@ -84,6 +84,7 @@ class TaskSettings:
     task_examples: int = 20
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     template: str = "none"
+    pin_system: str | None = None
     max_new_tokens: int | None = None  # what each task says
     allow_extrapolation: bool = False
     attn_implementation: str = "sdpa"
@@ -111,6 +112,8 @@ class TaskSettings:
             raise InputError(f"--task_examples must be at most {MOST_EXAMPLES:,}, got {self.task_examples:,}.")
         if self.template not in TEMPLATES:
             raise InputError(f"--template must be {' or '.join(TEMPLATES)}, got {self.template!r}.")
+        if self.pin_system is not None and not self.pin_system.strip():
+            raise InputError("--pin_system is empty; give the system prompt, or leave it out.")
         if not self.depths or not all(0 <= depth <= 1 for depth in self.depths):
             raise InputError(f"--depths must be numbers from 0 (beginning) to 1 (end), got {list(self.depths)}.")
 
@@ -136,11 +139,16 @@ class TaskSettings:
 
 
 def task_protocol(
-    lengths: Sequence[int], n_examples: int, template: str = "none", chunk_tokens: int | None = None
+    lengths: Sequence[int],
+    n_examples: int,
+    template: str = "none",
+    chunk_tokens: int | None = None,
+    is_pinned: bool = False,
 ) -> str:
     """The name of the way tasks are measured; numbers of different names are not compared."""
     protocol = f"tasks-v1-C{'+'.join(map(str, lengths))}-n{n_examples}"
     protocol += "" if template == "none" else f"-{template}"
+    protocol += "-pinned" if is_pinned else ""
     return protocol if chunk_tokens is None else f"{protocol}-chunk{chunk_tokens}"
 
 
@@ -264,7 +272,7 @@ def make_questions(
         for job in jobs
     ]
     text = None if corpus is None else "\n\n".join(document.text for document in corpus.documents)
-    material = Material(loaded.tokenizer, text, is_chat=settings.template == "chat")
+    material = Material(loaded.tokenizer, text, settings.template == "chat", settings.pin_system)
     longest, limit = max(settings.task_tokens, default=0), loaded.max_positions or UNKNOWN_POSITIONS
     if longest > limit and not settings.allow_extrapolation:  # before so long a text is put together
         raise InputError(
@@ -323,12 +331,14 @@ def _common(
     own = hashlib.sha256("\n".join(SENTENCES).encode()).hexdigest()
     tokens = hashlib.sha256("".join(example.fingerprint for example in examples).encode()).hexdigest()
     settings = {k: v for k, v in asdict(s).items() if k not in (*_OF_JOBS, *_ELSEWHERE)}
+    if s.pin_system is None:  # as before there was one, so that finished runs are found again
+        del settings["pin_system"]
     return {
         "schema_version": SCHEMA_VERSION,
         "run_id": secrets.token_hex(6),
         "timestamp": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": command,
-        "protocol": task_protocol(s.task_tokens, s.task_examples, s.template, s.chunk_tokens),
+        "protocol": task_protocol(s.task_tokens, s.task_examples, s.template, s.chunk_tokens, s.pin_system is not None),
         "settings": settings,
         "seed": s.seed,
         **loaded.facts(),

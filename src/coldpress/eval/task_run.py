@@ -227,7 +227,7 @@ class ExampleWork:
             torch.tensor([ids], device=device)
             for ids in (example.context_ids, example.question_ids, example.answer_ids)
         )
-        full, branches = prefilled(model, context, item.points, self.chunk_tokens)
+        full, branches = prefilled(model, context, item.points, self.chunk_tokens, example.n_pinned)
         base = self._answer(model, full, example, question, answer)
         if item.is_checked:
             whole = torch.cat([context, question, answer], dim=1)

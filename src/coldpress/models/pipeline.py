@@ -7,8 +7,6 @@ under ``coldpress-text-generation`` too.
 from __future__ import annotations
 
 import copy
-import functools
-import inspect
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -16,36 +14,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, Pipeline, QuantizedCache
+from transformers import AutoModelForCausalLM, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from coldpress.architecture.cache_argument import cache_argument
 from coldpress.architecture.generating import switching_point
 from coldpress.architecture.rope import stand_at
+from coldpress.cache.pins import Spans
 from coldpress.cache.pressed import PressedCache
-from coldpress.core.definition import as_given
 from coldpress.core.press import Press
-from coldpress.errors import CacheError, InputError, PressError, nearest
+from coldpress.errors import CacheError, InputError
 from coldpress.models.block import prefilling, pressed
+from coldpress.models.chat import user_turn
+from coldpress.models.pipeline_options import OWN, check_config, check_options
 from coldpress.models.prompts import prefill
 from coldpress.models.supported import use_coldpress
-from coldpress.stores.bits import BITS, KVBits
+from coldpress.stores.bits import KVBits
 
 __all__ = ["TASKS", "KVPressTextGenerationPipeline", "register"]
 
 TASKS = ("kv-press-text-generation", "coldpress-text-generation")
-_OWN = (
-    "question",
-    "questions",
-    "answer_prefix",
-    "press",
-    "max_new_tokens",
-    "max_context_length",
-    "enable_thinking",
-    "cache",
-    "kv_bits",
-)
-_PASSED_ON = ("streamer", "generation_config", "stopping_criteria", "logits_processor", "prefix_allowed_tokens_fn")
 # options that read the tokens before an answer, and what switches each of them off beside None and 0
 _READING = {
     "repetition_penalty": 1.0,
@@ -59,17 +47,6 @@ _READING = {
     "logits_processor": [],
     "stopping_criteria": [],
     "prefix_allowed_tokens_fn": None,
-}
-_GUESSING = ("prompt_lookup_num_tokens", "assistant_early_exit")
-_REFUSED = {
-    "use_cache": "the context is in a cache",
-    "cache_implementation": "the cache is a PressedCache; give your own with cache=, or kv_bits= for a quantised one",
-    "cache_config": "the cache is a PressedCache; give your own with cache=, or kv_bits= for a quantised one",
-    "num_return_sequences": "each question has one answer",
-    "max_length": "it would count the context; give max_new_tokens",
-    "min_length": "it would count the context; give min_new_tokens",
-    "prompt_lookup_num_tokens": "transformers 5 gets assisted decoding from a filled cache wrong, whatever the cache",
-    "assistant_early_exit": "transformers 5 gets assisted decoding from a filled cache wrong, whatever the cache",
 }
 
 
@@ -112,6 +89,9 @@ class KVPressTextGenerationPipeline(Pipeline):
         cache: a PressedCache, empty or with a compressed context of an earlier call (then ``context`` goes on from
             there); after the call it stores the context and no answer. One with ``chunk_tokens`` reads the context in
             pieces, and compresses after each.
+        pin: spans of the context's tokens that nothing may evict, such as ``[(0, 40)]``; see :class:`PressedCache`.
+        pin_system: a system prompt, put before the context and pinned: the system's turn of a chat template, or a
+            paragraph of its own. An empty ``cache`` gets the pin; one with a context is past its beginning.
         kv_bits: 8, 4 or 2, or a KVBits: store what is kept of the context, and what is answered, in so few bits. It
             takes the place of kvpress's cache=QuantizedCache(...); with cache=, give it to that PressedCache instead.
         streamer and any option of ``generate``: passed on to it; decoding is greedy unless they say otherwise. Unknown
@@ -121,7 +101,8 @@ class KVPressTextGenerationPipeline(Pipeline):
         ``{"answer": str}``, or ``{"answers": list[str]}`` for ``questions``; a list of them for a list of contexts.
 
     Raises:
-        InputError: an unknown option, an empty context, both question and questions, no room for a context.
+        InputError: an unknown option, an empty context, both question and questions, no room for a context, a chat
+            template without a system's turn.
     """
 
     _load_processor = _load_image_processor = _load_feature_extractor = False
@@ -132,7 +113,7 @@ class KVPressTextGenerationPipeline(Pipeline):
         if self._given is None:  # the constructor calls first
             self._given = kwargs
         kwargs = {**self._given, **kwargs}
-        _check_options(kwargs)
+        check_options(kwargs)
         question, questions, cache = kwargs.get("question"), kwargs.get("questions"), kwargs.get("cache")
         config = kwargs.get("generation_config")
         max_new_tokens = kwargs.get("max_new_tokens") or getattr(config, "max_new_tokens", None) or 50
@@ -143,12 +124,14 @@ class KVPressTextGenerationPipeline(Pipeline):
             "max_new_tokens": max_new_tokens,
             "enable_thinking": kwargs.get("enable_thinking", False),
             "n_earlier": 0 if cache is None else cache.seen_tokens,
+            "pin_system": kwargs.get("pin_system"),
         }
-        options = {k: v for k, v in kwargs.items() if k not in _OWN}
+        options = {k: v for k, v in kwargs.items() if k not in OWN}
         forward = {
             "press": kwargs.get("press"),
             "cache": cache,
             "kv_bits": KVBits.of(kwargs.get("kv_bits")),
+            "pin": kwargs.get("pin"),
             "options": {"max_new_tokens": max_new_tokens, **options},
         }
         return preprocess, forward, {"is_single": questions is None}
@@ -178,23 +161,10 @@ class KVPressTextGenerationPipeline(Pipeline):
         max_new_tokens: int,
         enable_thinking: bool,
         n_earlier: int,
+        pin_system: str | None = None,
     ) -> dict[str, Any]:
         tokenizer: Any = self.tokenizer
-        if getattr(tokenizer, "chat_template", None) is None:
-            bos = getattr(tokenizer, "bos_token", None) or ""
-            before, after = context if n_earlier else bos + context, "\n"
-        else:
-            separator = f"[{'#' * (len(context) + 10)}]"  # longer than the context, so it is not in there
-            rendered = tokenizer.apply_chat_template(
-                [{"role": "user", "content": context + separator}],
-                add_generation_prompt=True,
-                tokenize=False,
-                enable_thinking=enable_thinking,
-            )
-            if rendered.count(separator) != 1:
-                raise InputError("The tokenizer's chat template does not hold the user's text once, as it is.")
-            before, after = rendered.split(separator)
-            before = before if context else ""  # the cache stores the beginning of the turn
+        system, before, after = self._prompt(context, pin_system, enable_thinking, n_earlier)
 
         def encode(text: str) -> Tensor:
             ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -203,7 +173,8 @@ class KVPressTextGenerationPipeline(Pipeline):
         question_ids = [encode(question + after + answer_prefix) for question in questions]
         if any(ids.shape[1] == 0 for ids in question_ids):
             raise InputError("A question has no tokens; leave question= out to let the model go on with the context.")
-        context_ids = encode(before)
+        system_ids = encode(system)
+        context_ids = torch.cat([system_ids, encode(before)], dim=1)
         limit = max_context_length
         if limit is None:
             longest = max((ids.shape[1] for ids in question_ids), default=0)
@@ -212,7 +183,7 @@ class KVPressTextGenerationPipeline(Pipeline):
             warnings.warn(
                 f"The context and its answer go past the {self._max_positions()} positions of the model.", stacklevel=2
             )
-        if limit < (1 if context else 0):
+        if limit < (system_ids.shape[1] + 1 if context else 0):
             what = "a context" if context else f"a question and its answer after the {n_earlier} tokens of the cache"
             raise InputError(f"There is no room for {what}: the maximum length of a context would be {limit} tokens.")
         self._check_switch(n_earlier + min(limit, context_ids.shape[1]), question_ids, max_new_tokens)
@@ -220,7 +191,21 @@ class KVPressTextGenerationPipeline(Pipeline):
             message = f"The context is cut from {context_ids.shape[1]} to {limit} tokens (max_context_length)."
             warnings.warn(message, UserWarning, stacklevel=2)
             context_ids = context_ids[:, :limit]
-        return {"context_ids": context_ids, "question_ids": question_ids}
+        return {"context_ids": context_ids, "question_ids": question_ids, "n_system": system_ids.shape[1]}
+
+    def _prompt(self, context: str, system: str | None, enable_thinking: bool, n_earlier: int) -> tuple[str, str, str]:
+        """What is pinned, what follows it up to the end of ``context``, and what stands after a question."""
+        tokenizer: Any = self.tokenizer
+        if getattr(tokenizer, "chat_template", None) is None:
+            bos = "" if n_earlier else getattr(tokenizer, "bos_token", None) or ""
+            return ("", bos + context, "\n") if system is None else (f"{bos}{system}\n\n", context, "\n")
+        before, after = user_turn(tokenizer, context, system, enable_thinking)
+        if system is None:
+            return "", before if context else "", after  # else the cache stores the beginning of the turn
+        pinned, _ = user_turn(tokenizer, "", system, enable_thinking)
+        if not before.startswith(pinned):
+            raise InputError("The tokenizer's chat template puts the system's turn elsewhere than before the context.")
+        return pinned, before.removeprefix(pinned), after
 
     def _forward(
         self,
@@ -228,13 +213,17 @@ class KVPressTextGenerationPipeline(Pipeline):
         press: Press | None,
         cache: PressedCache | None,
         kv_bits: KVBits | None,
+        pin: Spans | None,
         options: dict[str, Any],
     ) -> list[str]:
         use_coldpress(self.model)
-        _check_config(options.get("generation_config"), self.model.generation_config)
+        check_config(options.get("generation_config"), self.model.generation_config)
         context_ids = inputs["context_ids"].to(self.model.device)
-        cache = PressedCache(press, kv_bits=kv_bits) if cache is None else cache
+        cache = PressedCache(press, kv_bits=kv_bits, pin=pin) if cache is None else cache
         earlier = cache.seen_tokens
+        if inputs["n_system"]:
+            (own,) = cache.session.pins or ((),)
+            cache.session.pins = ((*own, (0, inputs["n_system"])),)
         block: AbstractContextManager[Any]
         is_done = earlier and (cache.press is None or not cache.press.evicts_while_decoding)
         if not is_done:  # else there is nothing that a press would need of the model
@@ -320,80 +309,6 @@ class KVPressTextGenerationPipeline(Pipeline):
         text = self.model.config.get_text_config(decoder=True)
         positions = getattr(text, "max_position_embeddings", None) or 2**31
         return int(min(getattr(self.tokenizer, "model_max_length", positions), positions))
-
-
-def _check_config(config: Any, own: Any) -> None:
-    """Refuse in a GenerationConfig what is refused as an option, and in the model's own what changes answers.
-
-    Args:
-        config: given by the caller, or None.
-        own: the model's; what it says otherwise does not count.
-    """
-    default, own_value = GenerationConfig(), lambda name: getattr(own, name, None)
-    for name, reason in _REFUSED.items():
-        value = own_value(name) if config is None else getattr(config, name, None)
-        usual = [None, getattr(default, name, None), *([] if name in _GUESSING else [own_value(name)])]
-        if value not in usual:
-            where = "the model's generation_config" if config is None else "generation_config"
-            raise InputError(f"kv-press-text-generation does not take {name}={value!r} in {where}: {reason}.")
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    """Refuse unknown options, and values and combinations that are invalid, before the context is read."""
-    allowed = [name for name in (*_OWN, *_PASSED_ON, *_generation_options()) if name not in _REFUSED]
-    for name in options:
-        if name in _REFUSED:
-            raise InputError(f"kv-press-text-generation does not take {name}: {_REFUSED[name]}.")
-        if name not in allowed:
-            raise InputError(f"Unknown option {name!r} of kv-press-text-generation.{nearest(name, allowed)}")
-    question, questions, press = options.get("question"), options.get("questions"), options.get("press")
-    if question is not None and questions is not None:
-        raise InputError("Give question or questions, not both.")
-    if not isinstance(question, (str, type(None))):
-        raise InputError(f"question must be a text, got {question!r}; for several use questions=.")
-    if questions is not None and not (
-        isinstance(questions, (list, tuple)) and all(isinstance(text, str) for text in questions)
-    ):
-        raise InputError(f"questions must be a list of texts, got {questions!r}; for a single one use question=.")
-    if press is not None and not isinstance(press, Press):
-        raise PressError(f"press must be a press such as coldpress.SnapKVPress(0.5), got {as_given(press)}.")
-    cache, kv_bits = options.get("cache"), KVBits.of(options.get("kv_bits"))
-    if not isinstance(cache, (PressedCache, type(None))):
-        raise CacheError(f"cache must be a coldpress.PressedCache, not {type(cache).__name__}.{_instead_of(cache)}")
-    if cache is not None and kv_bits not in (None, cache.kv_bits):
-        raise CacheError(
-            "The cache says how its pairs are stored: give kv_bits to the PressedCache, or leave cache= out."
-        )
-    for name in ("max_new_tokens", "max_context_length"):
-        value = options.get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise InputError(f"{name} must be an integer of at least 1, got {value!r}.")
-
-
-def _instead_of(cache: Any) -> str:
-    """Advice what to give instead of a quantised cache of transformers, with its bits and groups."""
-    if not isinstance(cache, QuantizedCache):
-        return ""
-    layer = next(iter(getattr(cache, "layers", ())), None)
-    bits, size, newest = (getattr(layer, name, None) for name in ("nbits", "q_group_size", "residual_length"))
-    if bits not in BITS:
-        return (
-            " To store what is kept in few bits, give kv_bits=4 (or 8, or 2) instead; the press scores full precision."
-        )
-    return (
-        f" Give kv_bits=coldpress.KVBits({bits}, group_size={size}, residual_tokens={newest}) instead: the press "
-        "scores pairs as they are, and what it keeps is quantised once."
-    )
-
-
-@functools.cache
-def _generation_options() -> tuple[str, ...]:
-    """The options of ``generate`` that transformers knows."""
-    names = [name for name in vars(GenerationConfig()) if not name.startswith("_") and name != "transformers_version"]
-    return (
-        *names,
-        *(n for n in inspect.signature(GenerationConfig.__init__).parameters if n not in ("self", "kwargs")),
-    )
 
 
 register()

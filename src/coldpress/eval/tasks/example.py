@@ -72,6 +72,7 @@ class Example:
         answer_ids: scored, each from what stands before it.
         references: texts that a right answer holds; empty where nothing is generated.
         answer_tokens: how many to generate at most; None where nothing is.
+        n_pinned: tokens at the beginning of the context that nothing may evict.
     """
 
     task: str
@@ -84,11 +85,13 @@ class Example:
     answer_ids: Ids
     references: tuple[str, ...]
     answer_tokens: int | None
+    n_pinned: int = 0
 
     @property
     def fingerprint(self) -> str:
         """The same for examples of the same tokens and references: 16 hex digits."""
-        parts = (self.context_ids, self.question_ids, self.answer_ids, self.references, self.answer_tokens)
+        pinned = (self.n_pinned,) if self.n_pinned else ()
+        parts = (self.context_ids, self.question_ids, self.answer_ids, self.references, self.answer_tokens, *pinned)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
@@ -141,8 +144,8 @@ def make_example(task: Task, material: Material, length: int, depth: float, seed
     rng = random.Random(f"coldpress {seed} {task.name} {length} {own_depth} {index}")
     draft = task.draft(rng, depth, material)
     chat = material.chat if task.takes_template else None
-    before, after = ("", "") if chat is None else chat
-    head = material.begin(before + draft.opening)
+    after = "" if chat is None else chat[1]
+    head, n_pinned = material.opening(draft.opening, task.takes_template)
     hidden = [(d, material.ids(part)) for d, part in draft.hidden]
     room = length - len(head) - sum(len(ids) for _, ids in hidden)
     if room < 1:
@@ -166,6 +169,7 @@ def make_example(task: Task, material: Material, length: int, depth: float, seed
         material.ids(draft.answer),
         draft.references,
         task.answer_tokens,
+        n_pinned,
     )
 
 

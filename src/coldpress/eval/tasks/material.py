@@ -10,6 +10,7 @@ from typing import Any
 
 from coldpress.errors import DataError, InputError
 from coldpress.eval.tasks.words import SENTENCES
+from coldpress.models.chat import user_turn
 
 __all__ = ["Ids", "Material"]
 
@@ -26,17 +27,18 @@ class Material:
         tokenizer: of the model.
         text: whose sentences are the haystack, in their order; None for sentences of our own, shuffled.
         is_chat: put prompts into the tokenizer's chat template.
+        system: a system prompt that every context begins with; None for none.
 
     Raises:
         InputError: there is no chat template, or it does not hold the user's text once, as it is.
         DataError: the text has fewer than two sentences.
     """
 
-    def __init__(self, tokenizer: Any, text: str | None = None, is_chat: bool = False):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, text: str | None = None, is_chat: bool = False, system: str | None = None):
+        self.tokenizer, self.system = tokenizer, system
         self.sentences = list(SENTENCES) if text is None else _sentences(text)
         self.is_text = text is not None
-        self.chat = _chat(tokenizer) if is_chat else None
+        self.chat = _chat(tokenizer, system) if is_chat else None
         self._known: dict[str, Ids] = {}
 
     def ids(self, part: str | Ids) -> Ids:
@@ -54,6 +56,14 @@ class Material:
         bos: Ids = usual[: -len(plain)] if usual[-len(plain) :] == plain else ()
         encoded = self._encode(text) if text else ()
         return encoded if encoded[: len(bos)] == bos else bos + encoded  # a chat template may have put it there
+
+    def opening(self, text: str, in_chat: bool) -> tuple[Ids, int]:
+        """Token ids of what a context begins with, up to ``text``, and how many of them the system prompt takes."""
+        before = self.chat[0] if in_chat and self.chat is not None else ""
+        if self.system is None:
+            return self.begin(before + text), 0
+        pinned = self.begin(before or f"{self.system}\n\n")
+        return pinned + self.ids(text), len(pinned)
 
     def pieces(self, rng: random.Random, without: Container[str] = ()) -> Iterator[str]:
         """Sentences without end: of a text from anywhere on, of our own in one random order after the other.
@@ -103,15 +113,8 @@ def _sentences(text: str) -> list[str]:
     return found
 
 
-def _chat(tokenizer: Any) -> tuple[str, str]:
+def _chat(tokenizer: Any, system: str | None) -> tuple[str, str]:
     """What a chat template puts before and after the user's text."""
     if getattr(tokenizer, "chat_template", None) is None:
         raise InputError("The tokenizer has no chat template; leave --template chat out.")
-    mark = "[[[the user's text]]]"
-    rendered: str = tokenizer.apply_chat_template(
-        [{"role": "user", "content": mark}], add_generation_prompt=True, tokenize=False, enable_thinking=False
-    )
-    if rendered.count(mark) != 1:
-        raise InputError("The tokenizer's chat template does not hold the user's text once, as it is.")
-    before, after = rendered.split(mark)
-    return before, after
+    return user_turn(tokenizer, "", system)
