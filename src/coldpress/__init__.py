@@ -67,6 +67,7 @@ __all__ = [
     "LayerView",
     "LeverageScorePress",
     "MergingPress",
+    "MomentKVPress",
     "MorphKVPress",
     "NonCausalAttnPress",
     "ObservedAttentionPress",

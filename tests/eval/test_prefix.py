@@ -129,7 +129,9 @@ def test_a_press_is_scored_like_a_prefill_and_a_forward_of_its_own(
     if name == "snap_think":  # the other half of the pairs loses 0.4 of the key channels, but for the last 8
         assert record["kv_bytes"] < record["kv_bytes_baseline"] // 2
     else:  # even if heads or layers differ
-        bias = 4 * 2 * 4 * CONTEXT // 2 if name.startswith("attention_matching") else 0  # float32, of each pair
+        bias = (
+            4 * 2 * 4 * CONTEXT // 2 if name.startswith(("attention_matching", "momentkv")) else 0
+        )  # float32, of each pair
         assert record["kv_bytes"] == record["kv_bytes_baseline"] // 2 + bias
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.bases.checks import check_at_least
+from coldpress.bases.moved import asked_ahead, queries_moved_on
 from coldpress.bases.registry import register
 from coldpress.bases.replay import ReplayPress, check_one_text
 from coldpress.bases.together import carrying
@@ -133,8 +134,10 @@ class AttentionMatchingPress(WrapperPress):
             require_block(self, view.token_ids)
             return carrying(view, unpack(positions, view.n_tokens).float())
         fixed = ends(view, (self.n_sink, self.n_recent))
+        n = min(self.n_queries, view.n_queries)
+        newest = replace(view, queries=view.queries[:, :, -n:], _memo={})
         return self._fitted(
-            view.take(positions), _window(view, self.n_queries), fixed | view.columns.get(PINNED, fixed)
+            view.take(positions), [newest, queries_moved_on(view, n)], fixed | view.columns.get(PINNED, fixed)
         )
 
     def protected(self, view: LayerView) -> tuple[int, int]:
@@ -198,7 +201,7 @@ class AttentionMatchingPress(WrapperPress):
         if pinned is not None:
             fixed = fixed | unpack(positions.masked_fill(~pinned, -1), view.n_tokens)
         kept = Kept(layer.keys, layer.values, positions, columns=columns)  # type: ignore[arg-type]
-        fitted = self._fitted(kept, [_ahead(view, view.queries)], fixed)
+        fitted = self._fitted(kept, [asked_ahead(view, view.queries)], fixed)
         if fitted.bias is not None:
             columns["bias"] = fitted.bias
         layer.store(fitted.keys, fitted.values, positions, columns)
@@ -296,26 +299,6 @@ def _solve(gram: Tensor, target: Tensor, ridge: float) -> Tensor:
     scale = (largest.mT @ gram @ largest).clamp(min=1e-30)
     damped = gram + ridge * scale * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     return torch.cholesky_solve(target, torch.linalg.cholesky(damped))
-
-
-def _window(view: LayerView, n: int) -> list[LayerView]:
-    """The last ``n`` queries where they were made, and moved on by ``n`` positions, or as far as the model has any."""
-    n = min(n, view.n_queries)
-    newest = replace(view, queries=view.queries[:, :, -n:], _memo={})
-    rope = view.find_rope()
-    queries = newest.unrotated_queries()
-    if rope is not None:
-        at = torch.arange(view.end, view.end + n, device=queries.device)
-        queries = rope.rotate(
-            queries, *rope.cos_sin(at if rope.n_positions is None else at.clamp(max=rope.n_positions - 1))
-        )
-    return [newest, _ahead(view, queries)]
-
-
-def _ahead(view: LayerView, queries: Tensor) -> LayerView:
-    """The view with other queries, ``[B, Hq, n, D]``, of tokens that come after all of its own."""
-    at = torch.arange(view.first_position, view.end, device=queries.device).expand(view.keys.shape[:3])
-    return replace(view, queries=queries, positions=at, first_position=view.first_position + queries.shape[2], _memo={})
 
 
 def _attention(view: LayerView, row: int, head: int) -> Tensor:
