@@ -58,7 +58,7 @@ from coldpress.presses.kvzip import KVzipPress
 from coldpress.presses.lagkv import LagKVPress
 from coldpress.presses.leverage import LeverageScorePress
 from coldpress.presses.lukv import LUKVPress
-from coldpress.presses.merging import MergingPress
+from coldpress.presses.merging import MassMergingPress, MergingPress
 from coldpress.presses.momentkv import MomentKVPress
 from coldpress.presses.morphkv import MorphKVPress
 from coldpress.presses.non_causal_attention import NonCausalAttnPress

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.examples.contract import CHECKS, Case, every_check
 from tests.presses.views import MODELS, view_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,6 +20,7 @@ from coldpress import (
     KeyRerotationPress,
     KnormPress,
     LayerView,
+    MassMergingPress,
     MergingPress,
     ScorerPress,
     SnapKVPress,
@@ -33,8 +36,10 @@ def length(vector: Tensor) -> float:
     return math.sqrt(sum(float(x) ** 2 for x in vector))
 
 
-def merged(keys: Tensor, values: Tensor, kept: list[int], threshold: float, fraction: float) -> list[Tensor]:
-    """The values of the kept pairs of one head, keys ``[T, D]``."""
+def merged(
+    keys: Tensor, values: Tensor, kept: list[int], threshold: float, fraction: float
+) -> tuple[list[Tensor], list[float]]:
+    """The values of the kept pairs of one head, keys ``[T, D]``, and the sum of the weights of each."""
     evicted = [t for t in range(len(keys)) if t not in kept]
     nearest = {}
     for e in evicted:
@@ -47,7 +52,7 @@ def merged(keys: Tensor, values: Tensor, kept: list[int], threshold: float, frac
         if cosine >= threshold:
             weight = max(0.0, cosine) * length(values[e]) / (length(values[e]) + length(values[t]))
             out[t] = (out[t][0] + weight * values[e].double(), out[t][1] + weight)
-    return [(total / weights).float() for total, weights in (out[t] for t in kept)]
+    return [(out[t][0] / out[t][1]).float() for t in kept], [out[t][1] for t in kept]
 
 
 def check(view: LayerView, press: MergingPress) -> None:
@@ -58,8 +63,14 @@ def check(view: LayerView, press: MergingPress) -> None:
         for head in range(view.keys.shape[1]):
             mine = [t for t in kept.positions[row, head].tolist() if t >= 0]
             states = view.keys[row, head], view.values[row, head]
-            expected = merged(*states, mine, press.similarity_threshold, press.merge_fraction)
+            expected, weights = merged(*states, mine, press.similarity_threshold, press.merge_fraction)
             torch.testing.assert_close(kept.values[row, head, : len(mine)], torch.stack(expected), atol=1e-5, rtol=1e-5)
+            if isinstance(press, MassMergingPress):
+                assert kept.bias is not None
+                bias = torch.tensor([math.log(weight) for weight in weights])
+                torch.testing.assert_close(kept.bias[row, head, : len(mine)], bias, atol=1e-5, rtol=1e-5)
+            else:
+                assert kept.bias is None
 
 
 @every_model
@@ -67,6 +78,18 @@ def check(view: LayerView, press: MergingPress) -> None:
 @pytest.mark.parametrize(("threshold", "fraction"), [(0.0, 1.0), (0.0, 0.3), (0.5, 1.0), (0.4, 0.7)])
 def test_merging(model: str, inner: ScorerPress, threshold: float, fraction: float) -> None:
     check(view_of(model), MergingPress(inner, threshold, fraction))
+    check(view_of(model), MassMergingPress(inner, threshold, fraction))
+
+
+CASES = {
+    "snapkv": Case(MassMergingPress(SnapKVPress(0.5, 4)), lacks=("chunks", "ragged", "rerotated")),
+    "adakv": Case(MassMergingPress(AdaKVPress(SnapKVPress(0.5, 4))), model="gpt_neox", lacks=("chunks", "rerotated")),
+}
+
+
+@every_check(CASES)
+def test_the_contract(name: str, check: str, tmp_path: Path) -> None:
+    CHECKS[check](CASES[name], tmp_path)
 
 
 def test_merging_is_a_press_of_the_catalogue() -> None:

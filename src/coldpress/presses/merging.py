@@ -57,10 +57,10 @@ class MergingPress(WrapperPress):
 
     def compress(self, view: LayerView) -> Kept | None:
         kept = self.press.compress(view)
-        return None if kept is None else kept._replace(values=self._merged(view, kept))
+        return None if kept is None else kept._replace(values=self._merged(view, kept)[0])
 
-    def _merged(self, view: LayerView, kept: Kept) -> Tensor:
-        """The values of ``kept`` with those of the evicted pairs folded in."""
+    def _merged(self, view: LayerView, kept: Kept) -> tuple[Tensor, Tensor]:
+        """The values of ``kept`` with those of the evicted pairs folded in, and 1 + sum of w_e of each."""
         evicted, is_real = _evicted(view, kept)  # [B, Hkv, E]
         values = view.values.gather(2, evicted[..., None].expand(-1, -1, -1, view.values.shape[3])).float()
         cosines, nearest = _nearest(view, kept, evicted)
@@ -74,7 +74,32 @@ class MergingPress(WrapperPress):
         weights = torch.where(is_merged & (norms > 0), cosines * own_norms / norms, 0.0)  # [B, Hkv, E]
         total = kept.values.float().scatter_add(2, nearest[..., None].expand_as(values), weights[..., None] * values)
         sums = torch.ones_like(total[..., 0]).scatter_add(2, nearest, weights)
-        return (total / sums[..., None]).to(kept.values.dtype)
+        return (total / sums[..., None]).to(kept.values.dtype), sums
+
+
+@register("mass_merging_snapkv", SnapKVPress)
+@dataclass(frozen=True)
+class MassMergingPress(MergingPress):
+    """Merge as MergingPress does, and let a pair weigh in the softmax as much as what was merged into it.
+
+    ln(1 + sum of w_e) is added to the logits of each kept pair, with the w_e of MergingPress: a pair that another one
+    just like it was merged into (w_e = 1/2, where their values are as long) weighs 3/2.
+
+    Source: MergingPress, with the bias of token merging, Bolya et al. 2022, arXiv:2210.09461, section 3, where ln of
+    the number of merged tokens is added. Differs from it: each counts with the weight that its value has.
+
+    Needs: what the inner press needs, keys and values. Cost: as MergingPress, and one number more for each pair.
+
+    Args:
+        press, similarity_threshold, merge_fraction: as for MergingPress.
+    """
+
+    def compress(self, view: LayerView) -> Kept | None:
+        kept = self.press.compress(view)
+        if kept is None:
+            return None
+        values, sums = self._merged(view, kept)
+        return kept._replace(values=values, bias=sums.log())
 
 
 def _evicted(view: LayerView, kept: Kept) -> tuple[Tensor, Tensor]:
