@@ -77,6 +77,7 @@ __all__ = [
     "PressedCache",
     "PyramidKVPress",
     "QFilterPress",
+    "QualityPress",
     "QuestPress",
     "RKVPress",
     "RaaSPress",

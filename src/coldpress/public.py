@@ -66,6 +66,7 @@ from coldpress.presses.observed_attention import ObservedAttentionPress
 from coldpress.presses.per_layer_compression import PerLayerCompressionPress
 from coldpress.presses.pyramidkv import PyramidKVPress
 from coldpress.presses.qfilter import QFilterPress
+from coldpress.presses.quality import QualityPress
 from coldpress.presses.quest import QuestPress
 from coldpress.presses.raas import RaaSPress
 from coldpress.presses.random import RandomPress

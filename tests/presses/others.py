@@ -19,7 +19,9 @@ from coldpress import (
     LagKVPress,
     LUKVPress,
     PressedCache,
+    QualityPress,
     SimLayerKVPress,
+    SnapKVPress,
     ThinKPress,
     make_press,
     press_names,
@@ -47,6 +49,7 @@ OTHERS: dict[str, Callable[[int, int], BasePress]] = {
     "dms_lagkv": lambda n_layers, n_heads: DMSPress(LagKVPress(lag_size=5), threshold=0.5, sliding_window_size=8),
     "duo_attention": lambda n_layers, n_heads: duo(n_layers, n_heads),
     "lukv": lambda n_layers, n_heads: lukv(n_layers, n_heads),
+    "quality": lambda n_layers, n_heads: QualityPress(SnapKVPress(window_size=8), threshold=0.4),
     "think": lambda n_layers, n_heads: ThinKPress(0.5, 8, press=KnormPress(0.3)),
     "simlayerkv": lambda n_layers, n_heads: SimLayerKVPress(0.0, n_recent=12, n_initial=3),
 }

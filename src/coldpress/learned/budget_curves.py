@@ -11,6 +11,7 @@ from coldpress.architecture.projection import weight_of_heads
 from coldpress.core.forced import forced
 from coldpress.core.view import LayerView
 from coldpress.errors import PressError
+from coldpress.learned.calibration import ByLayer
 
 if TYPE_CHECKING:
     from coldpress.bases.scorer import ScorerPress
@@ -20,7 +21,7 @@ __all__ = ["BudgetCurves"]
 _FUTURE = 4  # the last quarter of a sample plays the tokens to come
 
 
-class BudgetCurves:
+class BudgetCurves(ByLayer):
     """Which share of its pairs each head of each layer loses when all of them together lose 1, 2, ... 99 percent.
 
     A sample's first three quarters are the context, its last quarter the tokens to come. For each layer and KV head

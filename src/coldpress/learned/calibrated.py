@@ -9,7 +9,7 @@ from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.bases.press import BasePress
@@ -26,10 +26,10 @@ _LOADED: dict[Hashable, Artefact] = {}  # presses are immutable; what they have 
 
 
 class Calibration(Protocol):
-    """A measurement of a model: is shown each layer after each sample."""
+    """A measurement of a model on samples."""
 
-    def see(self, view: LayerView) -> None:
-        """Look at one layer right after the prefill of a sample of one row."""
+    def run(self, model: nn.Module, ids: Tensor) -> None:
+        """Run ``model`` on a sample, int64 ``[1, T]`` on its device."""
 
     def tensors(self) -> dict[str, Tensor]:
         """The measured tensors, on the CPU in float32; the first dimension is the layer."""

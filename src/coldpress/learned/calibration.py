@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +11,39 @@ from torch import Tensor, nn
 
 from coldpress.architecture.cache_argument import cache_argument
 from coldpress.architecture.rope import stand_at
+from coldpress.bases.press import BasePress
+from coldpress.cache.pressed import PressedCache
 from coldpress.core.kept import Kept
 from coldpress.core.view import LayerView
 
 if TYPE_CHECKING:
     from coldpress.learned.calibrated import Calibrated
 
-__all__ = ["Moments", "calibrate"]
+__all__ = ["ByLayer", "Moments", "calibrate"]
+
+
+class ByLayer(ABC):
+    """A calibration that looks at each layer right after the prefill of each sample."""
+
+    @abstractmethod
+    def see(self, view: LayerView) -> None:
+        """Look at one layer."""
+
+    def run(self, model: nn.Module, ids: Tensor) -> None:
+        backbone: Any = getattr(model, "base_model", model)
+        stand_at(backbone, 0)
+        backbone(input_ids=ids, **cache_argument(PressedCache(_Probe(self)), backbone), use_cache=True)
+
+
+class _Probe(BasePress):
+    """Shows each layer to a calibration, and keeps everything."""
+
+    def __init__(self, calibration: ByLayer):
+        self.calibration = calibration
+
+    def compress(self, view: LayerView) -> Kept | None:
+        self.calibration.see(view)
+        return None
 
 
 class Moments:
@@ -61,20 +88,9 @@ def calibrate(
     Returns:
         The tensors of an artefact.
     """
-    from coldpress.bases.press import BasePress
-    from coldpress.cache.pressed import PressedCache
-
     calibration = press.calibration()
-
-    class Probe(BasePress):
-        def compress(self, view: LayerView) -> Kept | None:
-            calibration.see(view)
-            return None
-
-    backbone: Any = getattr(model, "base_model", model)
     device = next(model.parameters()).device
     with torch.no_grad():
         for ids in progress(samples):
-            stand_at(backbone, 0)
-            backbone(input_ids=ids[None].to(device), **cache_argument(PressedCache(Probe()), backbone), use_cache=True)
+            calibration.run(model, ids[None].to(device))
     return calibration.tensors()

@@ -26,6 +26,7 @@ from coldpress.io.artefacts import Artefact, Shape, artefacts_folder
 from coldpress.io.files import path_of, read_text
 from coldpress.io.network import fetch_url
 from coldpress.learned.calibrated import Calibrated, Calibration
+from coldpress.learned.calibration import ByLayer
 
 _HEADS, _SIZES = "full_attention_heads.tsv", "config.json"  # names of the published files
 _SIZE_NAMES = ("sink_size", "recent_size")
@@ -171,7 +172,7 @@ class DuoAttentionPress(Calibrated):
         return _Reach()
 
 
-class _Reach:
+class _Reach(ByLayer):
     """How far back the mean query of each head looks, if all keys are the mean key."""
 
     def __init__(self) -> None:

@@ -15,7 +15,7 @@ from coldpress.core.view import LayerView
 from coldpress.errors import PressError
 from coldpress.io.artefacts import Shape
 from coldpress.learned.calibrated import Calibrated, Calibration
-from coldpress.learned.calibration import Moments
+from coldpress.learned.calibration import ByLayer, Moments
 from coldpress.presses.expected_attention import ExpectedAttentionPress
 
 
@@ -74,7 +74,7 @@ class ExpectedAttentionStatsPress(Calibrated, ExpectedAttentionPress):
         return _Statistics(self.n_sink)
 
 
-class _Statistics:
+class _Statistics(ByLayer):
     """Mean and covariance of the queries of each head before rotation."""
 
     def __init__(self, n_sink: int) -> None:

@@ -14,7 +14,7 @@ from coldpress.bases.scorer import ScorerPress
 from coldpress.core.view import LayerView
 from coldpress.io.artefacts import Shape
 from coldpress.learned.calibrated import Calibrated, Calibration
-from coldpress.learned.calibration import Moments
+from coldpress.learned.calibration import ByLayer, Moments
 
 
 @register("qfilter")
@@ -63,7 +63,7 @@ class QFilterPress(Calibrated, ScorerPress):
         return _Directions()
 
 
-class _Directions:
+class _Directions(ByLayer):
     """The main direction of the queries of each group of heads."""
 
     def __init__(self) -> None:

@@ -17,6 +17,7 @@ from coldpress.core.view import LayerView
 from coldpress.errors import PressError
 from coldpress.io.artefacts import Shape
 from coldpress.learned.calibrated import Calibrated, Calibration
+from coldpress.learned.calibration import ByLayer
 
 
 @register("triattention")
@@ -114,7 +115,7 @@ def _products(keys: Tensor, queries: Tensor) -> Tensor:
     return queries.unflatten(0, (keys.shape[1], -1)) @ keys.transpose(-1, -2)
 
 
-class _Statistics:
+class _Statistics(ByLayer):
     """Mean of each head's queries before rotation, and the mean length of each pair of channels.
 
     ``length`` has a pair's number in both of its channels, and 0 in channels that are not rotated.
