@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,23 @@ def _task_tables(records: Sequence[Record]) -> list[str]:
 
     scores = [column(kind, "score", "{:.1%}") for kind in kinds]
     nats = [column(kind, "answer_nll", "{:.3f}") for kind in kinds]
-    return [_table(records, scores), _table(records, nats)]
+    changes = [(f"{kind[0]} {kind[1]:,} against uncompressed", partial(_change, kind)) for kind in kinds]
+    return [_table(records, scores), _table(records, nats), _table(records, changes)]
+
+
+def _change(kind: tuple[str, int], record: Record) -> str | None:
+    """How a benchmark's answers differ from the uncompressed cache's: scores, McNemar's counts and p, same answers."""
+    mine = (e for e in record.get("tasks") or () if (e["task"], e["length"]) == kind)
+    entry: Record = next(mine, {})
+    if entry.get("same_answers") is None or (record["press"] == NO_PRESS and not bits_of(record)):
+        return None
+    ci, said = entry.get("delta_score_ci95"), [f"{entry['same_answers']:.0%} same answers"]
+    if entry.get("gained") is not None:
+        said.insert(0, f"+{entry['gained']} -{entry['lost']} p {entry['mcnemar_p']:.2g}")
+    if entry.get("score") is not None and entry.get("score_base") is not None:
+        interval = "" if ci is None else f" [{ci[0]:+.1%}, {ci[1]:+.1%}]"
+        said.insert(0, f"{entry['score'] - entry['score_base']:+.1%}{interval}")
+    return "; ".join(said)
 
 
 def _table(records: Sequence[Record], columns: Sequence[Column]) -> str:
@@ -286,10 +303,13 @@ def check_record(record: Record) -> None:
             check(" or ".join(others), None, any(record.get(other) is not None for other in others), f"beside {name}")
 
 
+_COUNTED = ("same_answers", "gained", "lost", "mcnemar_p")
+
+
 def _is_task(entry: Any) -> bool:
     if not isinstance(entry, dict) or not isinstance(entry.get("task"), str) or not is_number(entry.get("length")):
         return False
-    return all(entry.get(key) is None or is_number(entry[key]) for key in ("score", "score_base", "answer_nll"))
+    return all(entry.get(key) is None or is_number(entry[key]) for key in ("score", "score_base", "answer_nll", *_COUNTED))
 
 
 def is_number(value: Any) -> bool:

@@ -11,12 +11,22 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from coldpress.eval.ledger import LedgerFolder, checksum_of, replace_in_ledger
 from coldpress.io.files import read_text
 
-__all__ = ["Answered", "TaskLedger"]
+__all__ = ["Answered", "ExampleLedger", "TaskLedger"]
+
+
+class Finished(Protocol):
+    """What a ledger notes of one point and one example: a dataclass that can be made of what was saved."""
+
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> Any: ...
+
+
+_Finished = TypeVar("_Finished", bound=Finished)
 
 
 @dataclass(frozen=True)
@@ -50,10 +60,16 @@ class Answered:
         return answered
 
 
-class TaskLedger(LedgerFolder):
-    """The finished examples of one run."""
+class ExampleLedger(LedgerFolder, Generic[_Finished]):
+    """The finished examples of one run.
 
-    def load(self, index: int, fingerprint: str) -> dict[str, Answered]:
+    Attributes:
+        kind: what is noted of each point.
+    """
+
+    kind: type[_Finished]
+
+    def load(self, index: int, fingerprint: str) -> dict[str, _Finished]:
         """What each point made of an example, by the point's key; empty where nothing was saved or can be read.
 
         Args:
@@ -64,11 +80,11 @@ class TaskLedger(LedgerFolder):
             saved = json.loads(read_text(self._path(index)))
             if saved["checksum"] != checksum_of(self.folder, [index, fingerprint, saved["found"]]):
                 return {}
-            return {str(key): Answered.of(each) for key, each in saved["found"].items()}
+            return {str(key): self.kind.of(each) for key, each in saved["found"].items()}
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):  # it is measured again
             return {}
 
-    def save(self, index: int, fingerprint: str, found: dict[str, Answered]) -> None:
+    def save(self, index: int, fingerprint: str, found: dict[str, _Finished]) -> None:
         """Replace what is known of an example.
 
         Raises:
@@ -80,3 +96,9 @@ class TaskLedger(LedgerFolder):
 
     def _path(self, index: int) -> Path:
         return self.folder / f"example-{index:06d}.json"
+
+
+class TaskLedger(ExampleLedger[Answered]):
+    """The finished examples of a run over tasks."""
+
+    kind = Answered

@@ -13,7 +13,6 @@ __all__ = ["hide", "score"]
 
 ROOM = 150  # tokens left free for what stands around the text, as kvpress leaves them
 AROUND = "This is a very long story book: <book> {} </book>."
-NAME = "needle_in_haystack"
 
 
 def score(answer: str, row: Row) -> Scores:
@@ -61,11 +60,11 @@ def hide(rows: Sequence[Row], tokenizer: Any, max_context_length: int, depths: S
 
 register(
     Benchmark(
-        NAME,
+        "needle_in_haystack",
         "alessiodevoto/paul_graham_essays",
         score,
         columns=("needle",),
-        groups=lambda row: (NAME,),
+        groups=lambda row: ("needle",),
         is_haystack=True,
         packages=lambda row: ("rouge",),
     )
