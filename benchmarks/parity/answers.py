@@ -1,7 +1,7 @@
 """Made-up answers to made-up rows of each benchmark, the same every time: what scorers are compared on.
 
-An answer is the reference, a part of it, another one's, noise, or a sentence around any of these, with the blanks, marks,
-line ends and boxes that scorers look at.
+An answer is the reference, a part of it, another one's, noise, or a sentence around any of these, with the blanks,
+marks, line ends and boxes that scorers look at.
 """
 
 from __future__ import annotations
@@ -14,11 +14,17 @@ from typing import Any, NamedTuple
 
 __all__ = ["BENCHMARKS", "Case", "cases", "digest"]
 
+# fmt: off
 WORDS = (
-    "the a an river stone tower of Lindow harbour, baker's ledger; crosses four times in winter and Paris London (north) "
-    "seven 7 12 lantern dusk. school row quietly blue-green Mabel Osric Venn! surveyor: built never wall"
-).split(" ")
-CHINESE = "今天 天气 很好 ， 我们 去 公园 散步 。 北京 大学 图书馆 的 学生 研究 历史 问题 段落3 段落12 、 会议 总结".split(" ")
+    "the", "a", "an", "river", "stone", "tower", "of", "Lindow", "harbour,", "baker's", "ledger;", "crosses",
+    "four", "times", "in", "winter", "and", "Paris", "London", "(north)", "seven", "7", "12", "lantern", "dusk.",
+    "school", "row", "quietly", "blue-green", "Mabel", "Osric", "Venn!", "surveyor:", "built", "never", "wall",
+)
+CHINESE = (
+    "今天", "天气", "很好", "，", "我们", "去", "公园", "散步", "。", "北京", "大学",
+    "图书馆", "的", "学生", "研究", "历史", "问题", "段落3", "段落12", "、", "会议", "总结",
+)
+# fmt: on
 CODE = ("return x + 1", "    print(value)", "# note", "def f(a, b):", "x = [i for i in y]", "// done", "`code`", "")
 PER_TASK = 40
 
@@ -100,11 +106,15 @@ def _infinitebench(rng: random.Random) -> Iterator[Case]:
             yield Case({"task": task, "answer": [digits]}, _around(rng, said))
     for _ in range(PER_TASK):
         number = rng.randint(-50, 50)
-        said = rng.choice((f"{number}", f"It returns {number}", f"{number}.", f"{number} yes", f"`{number + 1}`", "none"))
+        said = rng.choice(
+            (f"{number}", f"It returns {number}", f"{number}.", f"{number} yes", f"`{number + 1}`", "none")
+        )
         yield Case({"task": "code_run", "answer": [number]}, rng.choice((said, _around(rng, said))))
     for _ in range(PER_TASK):
         letter, name = rng.choice("ABCD"), f"run_{rng.choice(WORDS).strip('.,;:!()')}"
-        said = rng.choice((letter, name, rng.choice("ABCDJ"), f"Option {letter}", f"correct option is: {letter}", "is:"))
+        said = rng.choice(
+            (letter, name, rng.choice("ABCDJ"), f"Option {letter}", f"correct option is: {letter}", "is:")
+        )
         yield Case({"task": "code_debug", "answer": [name, letter]}, _around(rng, said))
     for _ in range(PER_TASK):
         wanted: int | float = rng.choice((rng.randrange(100), rng.randrange(100) / 4 + 0.25))
@@ -113,13 +123,18 @@ def _infinitebench(rng: random.Random) -> Iterator[Case]:
     for _ in range(PER_TASK):
         values = [rng.randrange(50) for _ in range(rng.randint(2, 8))]
         said_values = [value if rng.random() < 0.85 else value + 1 for value in values][: rng.randint(1, 9)]
-        yield Case({"task": "math_calc", "answer": values}, rng.choice((f"{said_values}", "Values: 1", "none")))
+        yield Case(
+            {"task": "math_calc", "answer": values},
+            rng.choice((f"{said_values}", f"Values: {said_values}", f"{said_values}", "none")),
+        )
     for _ in range(PER_TASK):
         names = [_words(rng, 1, 2), _words(rng, 1, 1)]
         yield Case({"task": "longdialogue_qa_eng", "answer": names}, _around(rng, rng.choice(names).lower()))
     for _ in range(PER_TASK):
         label = [rng.choice("ABCD")]
-        said = rng.choice((label[0], rng.choice("ABCD"), f"option is {label[0]}", f"{label[0]}. tower", "answer:", "AB x"))
+        said = rng.choice(
+            (label[0], rng.choice("ABCD"), f"option is {label[0]}", f"{label[0]}. tower", "answer:", "AB x")
+        )
         yield Case({"task": "longbook_choice_eng", "answer": label}, _around(rng, said))
     for _ in range(PER_TASK):
         references = [_words(rng, 1, 5) for _ in range(rng.randint(1, 3))]
@@ -130,7 +145,17 @@ def _infinitebench(rng: random.Random) -> Iterator[Case]:
         yield Case({"task": "longbook_qa_chn", "answer": references}, said)
 
 
-CLASSES = ("Animal", "Abbreviation", "City", "Country", "Country, city", "Other entity", "entity", "Date", "Date of birth")
+CLASSES = (
+    "Animal",
+    "Abbreviation",
+    "City",
+    "Country",
+    "Country, city",
+    "Other entity",
+    "entity",
+    "Date",
+    "Date of birth",
+)
 
 
 def _longbench(rng: random.Random, per_task: int = PER_TASK) -> Iterator[Case]:
@@ -156,7 +181,9 @@ def _longbench(rng: random.Random, per_task: int = PER_TASK) -> Iterator[Case]:
     for task, form in numbered.items():
         for _ in range(per_task):
             number = rng.randint(1, 30)
-            said = rng.choice((f"{number}", f"Paragraph {number}", f"段落{number}", f"{number} or 3", "3", f"{number} {number}"))
+            said = rng.choice(
+                (f"{number}", f"Paragraph {number}", f"段落{number}", f"{number} or 3", "3", f"{number} {number}")
+            )
             yield Case(row(task, [form.format(number)]), _around(rng, said))
     for task in ("lcc", "repobench-p"):
         for _ in range(per_task):
@@ -178,7 +205,9 @@ def _longbench_v2(rng: random.Random) -> Iterator[Case]:
         row = {"answer": wanted, "difficulty": rng.choice(("easy", "hard")), "length": rng.choice(("short", "long"))}
         form = rng.choice(("({})", "{}", "**({})**", " ({})", "{})", "({}"))
         sentence = f"The correct answer is {form.format(said)}."
-        yield Case(row, rng.choice((sentence, sentence, f"{_words(rng)} {sentence}", f"The correct answer: {said}", said)))
+        yield Case(
+            row, rng.choice((sentence, sentence, f"{_words(rng)} {sentence}", f"The correct answer: {said}", said))
+        )
 
 
 def _needle(rng: random.Random) -> Iterator[Case]:
@@ -193,7 +222,12 @@ def _boxed(rng: random.Random) -> Iterator[Case]:
         other = str(rng.randrange(100))
         said = rng.choice(
             (
-                *(f"So \\boxed{{{wanted}}}.", f"\\boxed{{{other}}}, no, \\boxed{{{wanted}}}", wanted, f"boxed{{{wanted}"),
+                *(
+                    f"So \\boxed{{{wanted}}}.",
+                    f"\\boxed{{{other}}}, no, \\boxed{{{wanted}}}",
+                    wanted,
+                    f"boxed{{{wanted}",
+                ),
                 *(f"\\boxed{{{wanted}}} \\boxed{{{other}}}", f"{wanted}}} and", "boxed{", "", f"\\boxed{{ {wanted} }}"),
             )
         )

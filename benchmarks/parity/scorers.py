@@ -4,9 +4,9 @@
     git clone https://github.com/NVIDIA/kvpress
     python -m benchmarks.parity.scorers kvpress/evaluation
 
-writes tests/eval/benchmark_scores.json: for each benchmark the score of every answer, as kvpress gives it to a data set of
-one row, and those of each task together. null stands where kvpress raises an error. LooGLE's METEOR and BERTScore are
-left out, which need data and a model from elsewhere (bert_score is not imported); METEOR changes with Python's hash seed.
+writes tests/eval/benchmark_scores.json: for each benchmark the score of every answer, as kvpress gives it to a data set
+of one row, and those of each task together. null stands where kvpress raises an error. LooGLE's METEOR and BERTScore
+are left out: they need data and a model from elsewhere, and METEOR changes with Python's hash seed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from benchmarks.parity.answers import BENCHMARKS, Case, cases, digest
 
 RESULT = Path(__file__).parents[2] / "tests" / "eval" / "benchmark_scores.json"
 FOLDERS = {"infinitebench": "infinite_bench", "longbench-e": "longbench", "longbench-v2": "longbenchv2"}
-COLUMNS = ("bleu1", "bleu4", "rouge-1", "rouge-2", "rouge-l")  # of LooGLE
 
 Scorer = Callable[[list[Case]], Any]
 

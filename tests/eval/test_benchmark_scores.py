@@ -1,4 +1,4 @@
-"""Scores are those of kvpress's own scorers, on made-up answers (benchmarks/parity/scorers.py says how they were taken)."""
+"""Scores are those of kvpress's own scorers on made-up answers; benchmarks/parity/scorers.py has taken them."""
 
 from __future__ import annotations
 
@@ -95,7 +95,9 @@ def test_groups_of_a_data_set_are_kvpress_s() -> None:
                 together.setdefault(group, []).append(next(iter(scores.values())))
         means = {group: mean(own) for group, own in together.items()}
         if name == "longbench-v2":
-            theirs = {"all" if group == "average" else group: x for group, x in EXPECTED[name]["together"][name].items()}
+            theirs = {
+                "all" if group == "average" else group: x for group, x in EXPECTED[name]["together"][name].items()
+            }
             assert means == pytest.approx(theirs)
             continue
         for task, buckets in EXPECTED[name]["together"].items():

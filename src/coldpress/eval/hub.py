@@ -23,9 +23,7 @@ TEXT = "text"  # the column of a text to read
 
 
 def _expected(column: str) -> str:
-    return (
-        f"Expected are .parquet or .jsonl files with equal columns, among them {column!r} with a string in each row."
-    )
+    return f"Expected are .parquet or .jsonl files with equal columns, among them {column!r} with a string in each row."
 
 
 def _datasets() -> Any:
@@ -171,9 +169,7 @@ def load_hub(
         for repo in repos:
             if problem is None:
                 try:
-                    return repo, datasets.load_dataset(
-                        repo, subset, split=split, revision=revision, data_dir=data_dir
-                    )
+                    return repo, datasets.load_dataset(repo, subset, split=split, revision=revision, data_dir=data_dir)
                 except datasets.exceptions.DatasetNotFoundError as error:
                     missing = one_line(error)
                     continue

@@ -309,7 +309,9 @@ _COUNTED = ("same_answers", "gained", "lost", "mcnemar_p")
 def _is_task(entry: Any) -> bool:
     if not isinstance(entry, dict) or not isinstance(entry.get("task"), str) or not is_number(entry.get("length")):
         return False
-    return all(entry.get(key) is None or is_number(entry[key]) for key in ("score", "score_base", "answer_nll", *_COUNTED))
+    return all(
+        entry.get(key) is None or is_number(entry[key]) for key in ("score", "score_base", "answer_nll", *_COUNTED)
+    )
 
 
 def is_number(value: Any) -> bool:

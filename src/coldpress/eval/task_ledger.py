@@ -20,10 +20,12 @@ __all__ = ["Answered", "ExampleLedger", "TaskLedger"]
 
 
 class Finished(Protocol):
-    """What a ledger notes of one point and one example: a dataclass that can be made of what was saved."""
+    """What a ledger notes of one point and one example: it can be saved as JSON, and made of that again."""
 
     @classmethod
     def of(cls, saved: dict[str, Any]) -> Any: ...
+
+    def to_save(self) -> dict[str, Any]: ...
 
 
 _Finished = TypeVar("_Finished", bound=Finished)
@@ -59,6 +61,10 @@ class Answered:
             raise ValueError("not a number")
         return answered
 
+    def to_save(self) -> dict[str, Any]:
+        """What :meth:`of` takes."""
+        return asdict(self)
+
 
 class ExampleLedger(LedgerFolder, Generic[_Finished]):
     """The finished examples of one run.
@@ -90,7 +96,7 @@ class ExampleLedger(LedgerFolder, Generic[_Finished]):
         Raises:
             OutputError: the file cannot be written.
         """
-        saved = {key: asdict(answered) for key, answered in found.items()}
+        saved = {key: answered.to_save() for key, answered in found.items()}
         whole = {"checksum": checksum_of(self.folder, [index, fingerprint, saved]), "found": saved}
         replace_in_ledger(self._path(index), lambda path: path.write_text(json.dumps(whole), encoding="utf-8"))
 

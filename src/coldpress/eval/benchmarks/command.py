@@ -1,4 +1,4 @@
-"""``coldpress benchmark``: one of the field's benchmarks under compressed contexts, a result record per press and size."""
+"""``coldpress benchmark``: one of the field's benchmarks under presses, one result record per press and size."""
 
 from __future__ import annotations
 

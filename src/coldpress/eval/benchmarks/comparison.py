@@ -23,7 +23,7 @@ def mean(shares: Sequence[Share]) -> float | None:
 def bootstrap_interval(
     own: Sequence[Share], base: Sequence[Share], contexts: Sequence[int], *, resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float] | None:
-    """95 % interval of the difference of two means, from contexts drawn anew with replacement, with all their questions.
+    """95 % interval of the difference of two means, from contexts that are drawn anew, with all their questions.
 
     Questions about one context share a compressed cache, so they are not independent; contexts are.
 

@@ -135,7 +135,7 @@ def _number(value: Any) -> float | int:
     """A number of the label, also where the data set has it as text."""
     if isinstance(value, str):
         return int(value) if re.fullmatch(r"\s*-?\d+\s*", value) else float(value)
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 _MEASURES: dict[str, Callable[[str, Label], float]] = {

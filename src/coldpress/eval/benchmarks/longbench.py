@@ -122,14 +122,16 @@ def groups_e(row: Row) -> tuple[str, ...]:
 
 def _packages(row: Row) -> tuple[str, ...]:
     measure = _MEASURES[_without_e(row)][1]
-    needs = {_chinese_f1: ("jieba",), _rouge_l: ("rouge",), _chinese_rouge_l: ("rouge", "jieba")}
+    needs: dict[Score, tuple[str, ...]] = {
+        _chinese_f1: ("jieba",),
+        _rouge_l: ("rouge",),
+        _chinese_rouge_l: ("rouge", "jieba"),
+    }
     return needs.get(measure, ())
 
 
 _HUB, _COLUMNS = "Xnhyacinth/LongBench", ("answers", "all_classes", "task")
-register(
-    Benchmark("longbench", _HUB, score, tuple(_MEASURES), columns=_COLUMNS, groups=task_of, packages=_packages)
-)
+register(Benchmark("longbench", _HUB, score, tuple(_MEASURES), columns=_COLUMNS, groups=task_of, packages=_packages))
 register(
     Benchmark(
         "longbench-e",

@@ -50,7 +50,8 @@ def hide(rows: Sequence[Row], tokenizer: Any, max_context_length: int, depths: S
             f"--max_context_length {max_context_length} leaves no room for a text beside the needle; give at least "
             f"{len(needle) + ROOM + 1}."
         )
-    text, found = encode(row["context"])[:room], []
+    text = encode(row["context"])[:room]
+    found: list[Row] = []
     for depth in depths:
         at = len(text) * depth // 100
         whole = tokenizer.decode([*text[:at], *needle, *text[at:]], skip_special_tokens=True)

@@ -72,7 +72,9 @@ def _local(data: str, data_dir: str | None) -> Rows:
         raise DataError(f"--data {data!r} is not a folder; give one that holds .parquet or .jsonl files.")
     parts = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if data_dir is not None and not (folder / data_dir).is_dir():
-        there = f"there are {', '.join(parts)}.{nearest(data_dir, parts)}" if parts else "it is not divided; leave it out."
+        there = (
+            f"there are {', '.join(parts)}.{nearest(data_dir, parts)}" if parts else "it is not divided; leave it out."
+        )
         raise DataError(f"--data {data} has no folder {data_dir!r}: {there}")
     files = [path for path in folder.iterdir() if path.suffix in (".parquet", ".jsonl", ".json", ".csv")]
     if data_dir is None and parts and not files and parts != ["data"]:

@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -57,10 +57,15 @@ class Answers:
     def of(cls, saved: dict[str, Any]) -> Answers:
         """What was saved, or ValueError or TypeError where it cannot be."""
         found = cls(**saved)
-        numbers = [found.seen_tokens, found.kv_bytes, found.achieved_ratio, *found.kv_lengths, *sum(found.answers, [])]
+        numbers = [found.seen_tokens, found.kv_bytes, found.achieved_ratio, *found.kv_lengths]
+        numbers += [token for answer in found.answers for token in answer]
         if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
             raise ValueError("not a number")
         return found
+
+    def to_save(self) -> dict[str, Any]:
+        """What :meth:`of` takes."""
+        return asdict(self)
 
 
 class AnswerLedger(ExampleLedger[Answers]):

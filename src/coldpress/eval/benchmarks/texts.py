@@ -53,7 +53,7 @@ def english_words(text: str) -> list[str]:
 
 def words_between(text: str, marks: str) -> list[str]:
     """The words of a text, where ``marks`` are blanks."""
-    return text.translate(str.maketrans(dict.fromkeys(marks, " "))).split()
+    return text.translate(str.maketrans(marks, " " * len(marks))).split()
 
 
 def chinese_characters(text: str) -> list[str]:
