@@ -375,19 +375,12 @@ def task_options(parser: argparse.ArgumentParser) -> None:
 def benchmark_options(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what is asked")
     add = what.add_argument
-    add(
-        "name",
-        help="loogle, ruler, zero_scrolls, infinitebench, longbench, longbench-e and more (docs/guide/benchmarks.md)",
-    )
+    add("name", help="ruler, loogle, infinitebench, longbench and others (docs/guide/benchmarks.md)")
     add("--data", metavar="FOLDER", help="a folder laid out as the benchmark's data set (default: that of the hub)")
     add("--data_dir", help="folder of the data set to read, such as 4096 of ruler or qasper of longbench")
     add("--fraction", type=float, help="of the questions, drawn with --seed as kvpress draws them (default: 1)")
     add("--limit", type=_positive, help="no more than the first so many questions")
-    add(
-        "--max_context_length",
-        type=_positive,
-        help="cut contexts after so many tokens (default: what there is room for)",
-    )
+    add("--max_context_length", type=_positive, help="cut contexts after so many tokens (default: as there is room)")
     add("--max_new_tokens", type=_positive, help="of an answer (default: what the data set says)")
     add("--query_aware", action="store_true", default=None, help="compress each context together with its question")
     depths = partial(add, nargs="+", action=_Several)

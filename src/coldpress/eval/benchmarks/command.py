@@ -117,6 +117,8 @@ class BenchmarkSettings:
         Args:
             longest_answer: tokens; a press that goes to work while decoding must find something to do.
         """
+        if "finch" in self.press and not self.query_aware:
+            raise InputError("finch chooses by the question at the end of a text; add --query_aware, or leave it out.")
         chosen = {name: getattr(self, name) for name in (*_OF_JOBS, "chunk_tokens", "seed")}
         return make_jobs(Settings(**chosen, speed_only=True, max_new_tokens=max(longest_answer, 2)))
 
