@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import random
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
+import huggingface_hub
 import pytest
 from transformers import pipeline
 
@@ -42,11 +43,13 @@ def one_model(monkeypatch: pytest.MonkeyPatch, loaded: Any) -> None:
 
 
 @pytest.fixture(autouse=True)
-def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What datasets prepares goes into a folder of the test."""
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
-    yield
+def own_caches(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Empty caches and offline mode: no test sees this machine's caches or its network."""
+    folder = tmp_path_factory.mktemp("caches")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "arrow")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return folder
 
 
 def run(folder: Path, *options: str) -> int:
@@ -320,14 +323,37 @@ def test_a_needle_stands_at_its_depth(loaded: Any) -> None:
         hide([row], loaded.tokenizer, 160, [0])
 
 
-def test_parquet_files_are_read_as_the_hub_has_them(tmp_path: Path) -> None:
-    parquet, table = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow").Table
-    some = rows("ruler", "4096")
-    for length in ("4096", "8192"):
-        (tmp_path / length).mkdir()
-        parquet.write_table(table.from_pylist(some), tmp_path / length / "test-00000-of-00001.parquet")
-    found = load_rows(find_benchmark("ruler"), str(tmp_path), "4096")
+README = """---
+configs:
+- config_name: '4096'
+  data_files:
+  - split: test
+    path: 4096/test-*
+- config_name: '8192'
+  data_files:
+  - split: test
+    path: 8192/test-*
+---
+"""
+
+
+def test_a_data_set_is_read_as_the_hub_has_it(tmp_path: Path, own_caches: Path) -> None:
+    """From a folder that was downloaded, and from the hub's cache."""
+    some, benchmark = rows("ruler", "4096"), find_benchmark("ruler")
+    snapshot = own_caches / "hub" / "datasets--simonjegou--ruler" / "snapshots" / ("b" * 40)
+    for folder in (tmp_path, snapshot):
+        for length, own in (("4096", some), ("8192", some[:2])):
+            (folder / length).mkdir(parents=True)
+            datasets.Dataset.from_list(own).to_parquet(folder / length / "test-00000-of-00001.parquet")
+        (folder / "README.md").write_text(README)
+    found = load_rows(benchmark, str(tmp_path), "4096")
     assert found.rows == some and (found.name, found.data_dir) == (f"{tmp_path}/4096", "4096")
+    assert load_rows(benchmark, str(tmp_path), "8192").rows == some[:2]
+    refs = own_caches / "hub" / "datasets--simonjegou--ruler" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("b" * 40)
+    cached = load_rows(benchmark, None, "8192")
+    assert (cached.name, cached.rows) == ("simonjegou/ruler/8192", some[:2])
 
 
 def bad(change: dict[str, Any]) -> dict[str, Any]:
@@ -392,15 +418,10 @@ def test_what_cannot_work_gets_one_line(
     assert not list(tmp_path.glob("new/*.json"))
 
 
-def test_without_a_hub_it_says_what_to_do(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from coldpress.eval import hub
-
-    monkeypatch.setattr(hub, "_hub_problem", lambda repo: "no network")
+def test_without_a_hub_it_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path, "ruler", "--data_dir", "4096") == 2
     error = capsys.readouterr().err
-    assert "dataset simonjegou/ruler, data_dir '4096', is neither" in error and "(no network)" in error
+    assert "dataset simonjegou/ruler, data_dir '4096', is neither" in error and "HF_HUB_OFFLINE" in error
     assert "give a local folder of the same layout (--data FOLDER), fill the cache" in error
 
 

@@ -163,13 +163,13 @@ def load_hub(
     there is no hub.
     """
     datasets = _datasets()
-    missing = ""
+    missing, part = "", {} if data_dir is None else {"data_dir": data_dir}
     with _quiet():
         problem = _hub_problem(repos[0])
         for repo in repos:
             if problem is None:
                 try:
-                    return repo, datasets.load_dataset(repo, subset, split=split, revision=revision, data_dir=data_dir)
+                    return repo, datasets.load_dataset(repo, subset, split=split, revision=revision, **part)
                 except datasets.exceptions.DatasetNotFoundError as error:
                     missing = one_line(error)
                     continue
@@ -177,7 +177,7 @@ def load_hub(
                     problem = network_problem(error)
                     if problem is None:
                         raise _of_hub(error, repo, subset, split, column) from error
-            rows = _load_cached(datasets, repo, subset, split, revision, data_dir, column)
+            rows = _load_cached(datasets, repo, subset, split, revision, part, column)
             if rows is not None:
                 return repo, rows
     if problem is None:
@@ -207,7 +207,7 @@ def _load_cached(
     subset: str | None,
     split: str,
     revision: str | None,
-    data_dir: str | None,
+    part: dict[str, str],
     column: str,
 ) -> Any | None:
     """A copy on this machine: a snapshot of the hub (`hf download`), or what `datasets` prepared before."""
@@ -218,11 +218,11 @@ def _load_cached(
         datasets.config.HF_HUB_OFFLINE = True  # no retries; load_dataset then looks in its own cache at once
         try:
             folder = snapshot_download(repo, repo_type="dataset", revision=revision, local_files_only=True)
-            return datasets.load_dataset(folder, subset, split=split, data_dir=data_dir)
+            return datasets.load_dataset(folder, subset, split=split, **part)
         except FileNotFoundError:  # no snapshot, or one without these files
             if revision is not None:  # the prepared copies do not tell their revision
                 return None
-        return datasets.load_dataset(repo, subset, split=split, data_dir=data_dir)
+        return datasets.load_dataset(repo, subset, split=split, **part)
     except Exception as error:
         if isinstance(error, ConnectionError) or "Couldn't find cache" in str(error):
             return None
