@@ -111,7 +111,7 @@ def test_every_benchmark_of_kvpress_is_there() -> None:
 
 
 def test_labels_of_the_data_set_that_kvpress_cannot_read_are_read() -> None:
-    """InfiniteBench's labels are texts on the hub; kvpress's scorer raises an error, or finds no number among them."""
+    """InfiniteBench's labels are written as texts; kvpress's scorer raises an error, or finds no number among them."""
     score = find_benchmark("infinitebench").score
 
     def of(task: str, label: list[Any], answer: str) -> float:

@@ -256,6 +256,7 @@ def test_mcnemar_and_the_bootstrap() -> None:
     assert by_context is not None and by_context[0] == pytest.approx(-4 / 6)
     parts = bootstrap_interval([Share(1, 4), Share(2, 2)], [Share(4, 4), Share(0, 1)], [0, 1])
     assert parts == pytest.approx((-0.75, 1.0))
+    assert bootstrap_interval([Share(0, 0)] * 2, [Share(0, 0)] * 2, [0, 1]) is None
     assert mean([Share(1, 4), Share(2, 2)]) == 0.5 and mean([Share(0, 0)]) is None
 
 

@@ -33,7 +33,7 @@ def bootstrap_interval(
         resamples, seed: how often is drawn, and the seed of the drawing: the same every time.
 
     Returns:
-        The 2.5 % and 97.5 % points; None with a single context.
+        The 2.5 % and 97.5 % points; None with a single context, or where nothing could be reached.
     """
     places = {context: i for i, context in enumerate(dict.fromkeys(contexts))}
     n = len(places)
@@ -49,7 +49,10 @@ def bootstrap_interval(
         reached, of, reached_base, of_base = sums[:, drawn].sum(-1)
         differences.append(reached / of - reached_base / of_base)
     found = torch.cat(differences)
-    low, high = torch.quantile(found[found.isfinite()], torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    found = found[found.isfinite()]
+    if not len(found):
+        return None
+    low, high = torch.quantile(found, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
 
 
