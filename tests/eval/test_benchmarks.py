@@ -16,7 +16,7 @@ from transformers import pipeline
 from coldpress import SnapKVPress
 from coldpress.cli import main
 from coldpress.errors import InputError
-from coldpress.eval import task_run
+from coldpress.eval import load_results, task_run
 from coldpress.eval.benchmarks import Share, command, find_benchmark
 from coldpress.eval.benchmarks.command import BenchmarkSettings, benchmark_protocol
 from coldpress.eval.benchmarks.comparison import bootstrap_interval, mcnemar, mean
@@ -122,6 +122,18 @@ def test_each_benchmark_runs_from_rows_of_the_hub_s_layout(
     assert f"{tasks[0]} {pressed['tasks'][0]['length']} against uncompressed" in printed
     assert main(["report", str(tmp_path), "--table"]) == 0
     assert capsys.readouterr().out.count("against uncompressed") == len(tasks)
+
+
+def test_a_report_shows_benchmarks(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert run(tmp_path, *RULER, "--press", "no_press", "knorm", "--limit", "3") == 0
+    few = ("zero_scrolls", "--data", str(DATA / "zero_scrolls"), "--press", "knorm", "--limit", "1")
+    assert run(tmp_path, *few) == 0
+    assert main(["report", str(tmp_path), "--output", str(tmp_path / "report")]) == 0
+    page = (tmp_path / "report" / "report.md").read_text()
+    assert "bootstrapped over contexts" in page and "ruler/4096 with demo" in page and "% same answers" in page
+    table = load_results(tmp_path, explode="per_example")
+    assert len(table) == 7 and set(table["per_example_task"]) == {"niah_single_1", "vt", "qa_1", "qasper"}
 
 
 def test_answers_are_the_pipeline_s_and_a_context_is_read_once(
