@@ -140,14 +140,14 @@ def test_every_context_of_a_task_begins_with_the_system_prompt(folder: Path) -> 
 
 def test_tasks_pin_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[Any, bool]] = []
-    sizes = task_run._sizes
+    sizes = task_run.sizes_of
 
     def looked_at(cache: PressedCache, with_hash: bool) -> dict[str, Any]:
         ((span,),) = cache.session.pins
         seen.append((cache.press, first_tokens(cache, span[1])))
         return sizes(cache, with_hash)
 
-    monkeypatch.setattr(task_run, "_sizes", looked_at)
+    monkeypatch.setattr(task_run, "sizes_of", looked_at)
     few = ["--task", "niah_single", "--task_tokens", "96", "--task_examples", "2", "--press", "random"]
     given = ["tasks", "--model", "demo", "--device", "cpu", "--output_dir", str(tmp_path), *few]
     for more in ([], ["--chunk_tokens", "64"]):

@@ -22,7 +22,19 @@ from coldpress.cli import main
 
 SRC = Path(__file__).parents[1] / "src"
 HEAVY = {"torch", "transformers", "numpy", "safetensors", "datasets", "pandas", "pyarrow", "matplotlib", "ray", "tqdm"}
-COMMANDS = ["ppl", "speed", "sweep", "tasks", "calibrate", "compress", "ask", "inspect", "report", "presses"]
+COMMANDS = [
+    "ppl",
+    "speed",
+    "sweep",
+    "tasks",
+    "benchmark",
+    "calibrate",
+    "compress",
+    "ask",
+    "inspect",
+    "report",
+    "presses",
+]
 
 
 def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,4 @@
-"""The command ``coldpress``: ppl, speed, sweep, tasks, calibrate, compress, ask, inspect, report, presses.
+"""The command ``coldpress``: ppl, speed, sweep, tasks, benchmark, calibrate, compress, ask, inspect, report, presses.
 
 Also what the scripts in evaluation/ run. Help and versions are printed without torch and transformers, whose import
 takes seconds.
@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 
 from coldpress.commands.options import (
     ask_options,
+    benchmark_options,
     calibration_options,
     compress_options,
     inspect_options,
@@ -41,7 +42,7 @@ from coldpress.io.terminal import printable
 __all__ = ["main"]
 
 # What may hold any bytes: names of files, which are checked where they are looked for.
-_FILES = ("config", "dataset", "file", "folders", "model", "output", "output_dir", "text_file")
+_FILES = ("config", "data", "dataset", "file", "folders", "model", "output", "output_dir", "text_file")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -193,6 +194,9 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     )
     task_options(tasks)
     tasks.set_defaults(options=tasks.options, run=_run_tasks)
+    benchmark = commands.add_parser("benchmark", help="RULER, LongBench and others of the field's benchmarks")
+    benchmark_options(benchmark)
+    benchmark.set_defaults(options=benchmark.options, run=_run_benchmark)
     calibrate = commands.add_parser("calibrate", help="measure what a press needs of a model, on a text, and save it")
     calibration_options(calibrate)
     calibrate.set_defaults(options=calibrate.options, run=_run_calibrate)
@@ -268,11 +272,30 @@ def _run_tasks(args: argparse.Namespace, argv: list[str], prog: str | None) -> i
     _check_sources(args)
     from coldpress.eval.task_command import TaskSettings, measure_tasks
 
-    given = {f.name: getattr(args, f.name) for f in fields(TaskSettings) if getattr(args, f.name, None) is not None}
+    records, is_interrupted = measure_tasks(TaskSettings(**_given(args, TaskSettings)), _command(argv, prog))
+    return _outcome(records, is_interrupted)
+
+
+def _run_benchmark(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
+    from coldpress.eval.benchmarks.command import BenchmarkSettings, measure_benchmark
+
+    settings = BenchmarkSettings(**_given(args, BenchmarkSettings))
+    return _outcome(*measure_benchmark(settings, _command(argv, prog)))
+
+
+def _given(args: argparse.Namespace, settings: Any) -> dict[str, Any]:
+    """The options that were given, as a dataclass of settings takes them."""
+    given = {f.name: getattr(args, f.name) for f in fields(settings) if getattr(args, f.name, None) is not None}
     given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
-    if "press_args" in given:
-        given["press_args"] = tuple(given["press_args"].items())
-    records, is_interrupted = measure_tasks(TaskSettings(**given), f"{prog or 'coldpress'} {shlex.join(argv)}")
+    return given | ({"press_args": tuple(given["press_args"].items())} if "press_args" in given else {})
+
+
+def _command(argv: list[str], prog: str | None) -> str:
+    return f"{prog or 'coldpress'} {shlex.join(argv)}"
+
+
+def _outcome(records: list[dict[str, Any]], is_interrupted: bool) -> int:
+    """The exit code of a run that the same command goes on with."""
     if is_interrupted:
         sys.stderr.write(f"\ninterrupted; {len(records)} result(s) kept; the same command goes on from here\n")
         return 130

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 __all__ = [
     "ask_options",
+    "benchmark_options",
     "calibration_options",
     "compress_options",
     "inspect_options",
@@ -189,7 +190,7 @@ def _add_timing(group: Any) -> None:
     add("--warmup", type=partial(_not_negative, maximum=MOST_ROUNDS), help="untimed rounds before them (default: 1)")
 
 
-def _add_limits(group: Any) -> None:
+def _add_limits(group: Any, seed: int = 0) -> None:
     add = group.add_argument
     add(
         "--allow_extrapolation",
@@ -197,7 +198,7 @@ def _add_limits(group: Any) -> None:
         default=None,
         help="go past the positions the model was trained on",
     )
-    add("--seed", type=_not_negative, help="of random presses and of the order of timings (default: 0)")
+    add("--seed", type=_not_negative, help=f"of all that is drawn: presses, timings, examples (default: {seed})")
 
 
 # The options of each command
@@ -369,3 +370,26 @@ def task_options(parser: argparse.ArgumentParser) -> None:
     add("--allow_extrapolation", action="store_true", default=None, help="go past the model's positions")
     add("--seed", type=_not_negative, help="of the examples and of random presses (default: 0)")
     add("--output_dir", help="folder of the results (default: results/tasks)")
+
+
+def benchmark_options(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what is asked")
+    add = what.add_argument
+    add("name", help="ruler, loogle, infinitebench, longbench and others (docs/guide/benchmarks.md)")
+    add("--data", metavar="FOLDER", help="a folder laid out as the benchmark's data set (default: that of the hub)")
+    add("--data_dir", help="folder of the data set to read, such as 4096 of ruler or qasper of longbench")
+    add("--fraction", type=float, help="of the questions, drawn with --seed as kvpress draws them (default: 1)")
+    add("--limit", type=_positive, help="no more than the first so many questions")
+    add("--max_context_length", type=_positive, help="cut contexts after so many tokens (default: as there is room)")
+    add("--max_new_tokens", type=_positive, help="of an answer (default: what the data set says)")
+    add("--query_aware", action="store_true", default=None, help="compress each context together with its question")
+    depths = partial(add, nargs="+", action=_Several)
+    depths("--needle_depth", type=_listed(_not_negative), help="per cents of the text before the needle")
+    add("--pin_system", metavar="TEXT", help="a system prompt before every context, which nothing may evict")
+    _add_model(what)
+    how = parser.add_argument_group("what is compressed, and how")
+    _add_presses(how)
+    _add_machinery(how)
+    _add_engine(how)
+    _add_limits(how, seed=42)
+    how.add_argument("--output_dir", help="folder of the results (default: results/benchmarks)")

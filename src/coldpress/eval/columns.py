@@ -199,6 +199,8 @@ def _task_table(section: Section) -> Table:
             return EMPTY
         if task.get("score") is None:
             more, ci = task.get("delta_answer_nll"), task.get("delta_answer_nll_ci95")
+            if more is None and task.get("same_answers") is not None:
+                return Cell(f"{task['same_answers']:.0%} same answers", task["same_answers"])
             if more is None:
                 return (
                     EMPTY

@@ -30,6 +30,10 @@ METHOD = (
     f"Cheap: the whole interval lies below {WITHIN}. Speed is called a gain only where every round agrees.",
     "Numbers of different protocols, texts or models are in different sections and are not comparable.",
 )
+METHOD_OF_BENCHMARKS = (
+    "Scores of a benchmark are its own, in 0 to 1; their intervals are bootstrapped over contexts with all their "
+    "questions."
+)
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ def make_report(collection: Collection) -> Report:
         title=title,
         counts=_counts(collection),
         parts=parts,
-        method=METHOD,
+        method=(*METHOD, *([METHOD_OF_BENCHMARKS] if any(map(_is_benchmark, records)) else [])),
         commands=tuple(dict.fromkeys(clean(r["command"]) for r in records if r.get("command"))),
         environments=_environments(records),
         skipped=tuple(map(clean, collection.skipped[:MOST_SKIPPED])),
@@ -148,3 +152,7 @@ def _environments(records: Sequence[dict[str, Any]]) -> tuple[tuple[tuple[str, s
         tuple((clean(k), clean(", ".join(map(str, v)) if isinstance(v, list) else v)) for k, v in env.items())
         for env in found.values()
     )
+
+
+def _is_benchmark(record: dict[str, Any]) -> bool:
+    return str(record["protocol"]).startswith("benchmark")

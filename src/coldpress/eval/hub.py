@@ -19,7 +19,11 @@ from coldpress.io.network import hub_problem, network_problem, one_line
 __all__ = ["load_hub", "load_local"]
 
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text"}
-EXPECTED = "Expected are .parquet or .jsonl files with equal columns, among them 'text' with a string in each row."
+TEXT = "text"  # the column of a text to read
+
+
+def _expected(column: str) -> str:
+    return f"Expected are .parquet or .jsonl files with equal columns, among them {column!r} with a string in each row."
 
 
 def _datasets() -> Any:
@@ -56,8 +60,11 @@ def _quiet() -> Iterator[None]:
                 lib.enable_progress_bars()
 
 
-def load_local(path: str, what: str, subset: str | None, split: str, **options: Any) -> Any:
-    """`datasets.load_dataset` on files of this machine, its failures told as DataError."""
+def load_local(path: str, what: str, subset: str | None, split: str, *, column: str = TEXT, **options: Any) -> Any:
+    """`datasets.load_dataset` on files of this machine, its failures told as DataError.
+
+    column: that each row must have. options: of load_dataset, such as data_files or data_dir.
+    """
     datasets = _datasets()
     with _quiet():
         try:
@@ -68,12 +75,13 @@ def load_local(path: str, what: str, subset: str | None, split: str, **options: 
         except Exception as error:
             said = _explained(error, what, subset, split)
             if said is None:
-                source = Path(options.get("data_files", path))
-                said = DataError(f"{_damage(datasets, source, what) or _unread(what, error)}. {EXPECTED}")
+                source = Path(options.get("data_files", path), options.get("data_dir") or "")
+                damage = _damage(datasets, source, what, column)
+                said = DataError(f"{damage or _unread(what, error)}. {_expected(column)}")
             raise said from error
 
 
-def _damage(datasets: Any, source: Path, what: str) -> str | None:
+def _damage(datasets: Any, source: Path, what: str, column: str) -> str | None:
     """Which file of a folder, or that file itself, cannot be read, and why; None if each can be read alone."""
     files = [source] if source.is_file() else sorted(file for file in source.rglob("*") if file.is_file())
     columns: dict[str, list[str]] = {}
@@ -88,8 +96,8 @@ def _damage(datasets: Any, source: Path, what: str) -> str | None:
         except Exception as error:
             return f"{name} holds no rows" if "corresponds to no data" in str(error) else _unread(name, error)
         columns[name] = rows.column_names
-        if "text" not in rows.column_names:
-            return f"{name} has no column 'text', only {rows.column_names}"
+        if column not in rows.column_names:
+            return f"{name} has no column {column!r}, only {rows.column_names}"
     kinds = list({tuple(names): name for name, names in columns.items()}.items())
     if len(kinds) > 1:
         (first, one), (second, other) = kinds[:2]
@@ -129,39 +137,58 @@ def _explained(error: BaseException, what: str, subset: str | None, split: str) 
     return None
 
 
-def _of_hub(error: BaseException, what: str, subset: str | None, split: str) -> DataError:
-    return _explained(error, what, subset, split) or DataError(f"{_unread(what, error)}. {EXPECTED}")
+def _of_hub(error: BaseException, what: str, subset: str | None, split: str, column: str) -> DataError:
+    return _explained(error, what, subset, split) or DataError(f"{_unread(what, error)}. {_expected(column)}")
 
 
-def load_hub(repos: tuple[str, ...], subset: str | None, split: str, revision: str | None) -> tuple[str, Any]:
-    """The first of `repos` that the hub has or, when it cannot be asked, that is cached; with its id."""
+INSTEAD = (
+    "give a local folder or file (--dataset PATH or --text_file PATH)",
+    "or run the demo that is shipped (--model demo --dataset demo)",
+)
+
+
+def load_hub(
+    repos: tuple[str, ...],
+    subset: str | None,
+    split: str,
+    revision: str | None,
+    *,
+    data_dir: str | None = None,
+    column: str = TEXT,
+    instead: tuple[str, ...] = INSTEAD,
+) -> tuple[str, Any]:
+    """The first of `repos` that the hub has or, when it cannot be asked, that is cached; with its id.
+
+    data_dir: the folder of the dataset to read. column: that each row must have. instead: what else can be given where
+    there is no hub.
+    """
     datasets = _datasets()
-    missing = ""
+    missing, part = "", {} if data_dir is None else {"data_dir": data_dir}
     with _quiet():
         problem = _hub_problem(repos[0])
         for repo in repos:
             if problem is None:
                 try:
-                    return repo, datasets.load_dataset(repo, subset, split=split, revision=revision)
+                    return repo, datasets.load_dataset(repo, subset, split=split, revision=revision, **part)
                 except datasets.exceptions.DatasetNotFoundError as error:
                     missing = one_line(error)
                     continue
                 except Exception as error:
                     problem = network_problem(error)
                     if problem is None:
-                        raise _of_hub(error, repo, subset, split) from error
-            rows = _load_cached(datasets, repo, subset, split, revision)
+                        raise _of_hub(error, repo, subset, split, column) from error
+            rows = _load_cached(datasets, repo, subset, split, revision, part, column)
             if rows is not None:
                 return repo, rows
     if problem is None:
         raise DataError(f"{missing} Give an existing path, another hub id, or a short name (wikitext, pg19, demo)")
-    options = {"subset": subset, "revision": revision}
+    options = {"subset": subset, "data_dir": data_dir, "revision": revision}
+    first, *rest = instead
     wanted = " or ".join(repos) + "".join(f", {key} {value!r}," for key, value in options.items() if value)
     raise UnreachableError(
         f"dataset {wanted} is neither a folder here nor in the hub's cache, and the Hugging Face hub could "
-        f"not be reached ({problem}): give a local folder or file (--dataset PATH or --text_file PATH), fill "
-        f"the cache where there is a network (hf download --repo-type dataset {repos[0]}), or run the demo "
-        "that is shipped (--model demo --dataset demo)"
+        f"not be reached ({problem}): {first}, fill the cache where there is a network (hf download --repo-type "
+        f"dataset {repos[0]}){', '.join(['', *rest])}"
     )
 
 
@@ -174,7 +201,15 @@ def _hub_problem(repo: str) -> str | None:
     return hub_problem(f"datasets/{repo}/resolve/main/README.md")
 
 
-def _load_cached(datasets: Any, repo: str, subset: str | None, split: str, revision: str | None) -> Any | None:
+def _load_cached(
+    datasets: Any,
+    repo: str,
+    subset: str | None,
+    split: str,
+    revision: str | None,
+    part: dict[str, str],
+    column: str,
+) -> Any | None:
     """A copy on this machine: a snapshot of the hub (`hf download`), or what `datasets` prepared before."""
     from huggingface_hub import snapshot_download
 
@@ -183,14 +218,14 @@ def _load_cached(datasets: Any, repo: str, subset: str | None, split: str, revis
         datasets.config.HF_HUB_OFFLINE = True  # no retries; load_dataset then looks in its own cache at once
         try:
             folder = snapshot_download(repo, repo_type="dataset", revision=revision, local_files_only=True)
-            return datasets.load_dataset(folder, subset, split=split)
+            return datasets.load_dataset(folder, subset, split=split, **part)
         except FileNotFoundError:  # no snapshot, or one without these files
             if revision is not None:  # the prepared copies do not tell their revision
                 return None
-        return datasets.load_dataset(repo, subset, split=split)
+        return datasets.load_dataset(repo, subset, split=split, **part)
     except Exception as error:
         if isinstance(error, ConnectionError) or "Couldn't find cache" in str(error):
             return None
-        raise _of_hub(error, repo, subset, split) from error
+        raise _of_hub(error, repo, subset, split, column) from error
     finally:
         datasets.config.HF_HUB_OFFLINE = offline

@@ -10,6 +10,7 @@ from typing import Any
 from coldpress.bases.registry import NO_PRESS
 from coldpress.bases.scorer import BUDGETS
 from coldpress.eval.memory import format_bytes
+from coldpress.eval.task_columns import Column, task_columns
 from coldpress.io.terminal import printable
 
 __all__ = ["asked", "bits_of", "check_record", "describe", "groups", "is_number", "short", "show", "size_of", "table"]
@@ -73,7 +74,6 @@ def _size_name(records: Sequence[Record]) -> str:
     return "ratio" if not has_budget else "ratio or budget" if has_ratio else "budget"
 
 
-Column = tuple[str, Callable[[Record], str | None]]
 QUALITY: tuple[Column, ...] = (
     ("achieved", _number("effective_compression_ratio", "{:.3f}")),
     ("read", _number("read_ratio", "{:.3f}")),
@@ -112,7 +112,12 @@ def table(records: Sequence[Record]) -> str:
     if any(r.get("nll_by_position") for r in records):
         own = ("loss", "PPL", "status")
         quality = (*STREAM, *(column for column in QUALITY if column[0] in own))
-    parts = _table(flat, quality), _table(flat, _buckets(records)), *_task_tables(records), _table(flat, SPEED)
+    parts = (
+        _table(flat, quality),
+        _table(flat, _buckets(records)),
+        *(_table(records, own) for own in task_columns(records)),
+        _table(flat, SPEED),
+    )
     return "\n\n".join(text for text in parts if text)
 
 
@@ -129,24 +134,6 @@ def _buckets(records: Sequence[Record]) -> tuple[Column, ...]:
         return f"loss at {name}", cell
 
     return tuple(column(name) for name in names)
-
-
-def _task_tables(records: Sequence[Record]) -> list[str]:
-    """What tasks found: scores of string match, then nats a token of the answers; a column for a task and length."""
-    found = (entry for r in records for entry in r.get("tasks") or ())
-    kinds = list(dict.fromkeys((entry["task"], entry["length"]) for entry in found))
-
-    def column(kind: tuple[str, int], key: str, form: str) -> Column:
-        def cell(record: Record) -> str | None:
-            mine = (e for e in record.get("tasks") or () if (e["task"], e["length"]) == kind)
-            value = next((e.get(key) for e in mine), None)
-            return None if value is None else form.format(value)
-
-        return f"{kind[0]} {kind[1]:,}{'' if key == 'score' else ' nats'}", cell
-
-    scores = [column(kind, "score", "{:.1%}") for kind in kinds]
-    nats = [column(kind, "answer_nll", "{:.3f}") for kind in kinds]
-    return [_table(records, scores), _table(records, nats)]
 
 
 def _table(records: Sequence[Record], columns: Sequence[Column]) -> str:
@@ -286,10 +273,15 @@ def check_record(record: Record) -> None:
             check(" or ".join(others), None, any(record.get(other) is not None for other in others), f"beside {name}")
 
 
+_COUNTED = ("same_answers", "gained", "lost", "mcnemar_p")
+
+
 def _is_task(entry: Any) -> bool:
     if not isinstance(entry, dict) or not isinstance(entry.get("task"), str) or not is_number(entry.get("length")):
         return False
-    return all(entry.get(key) is None or is_number(entry[key]) for key in ("score", "score_base", "answer_nll"))
+    return all(
+        entry.get(key) is None or is_number(entry[key]) for key in ("score", "score_base", "answer_nll", *_COUNTED)
+    )
 
 
 def is_number(value: Any) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import secrets
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -24,13 +23,13 @@ from coldpress.eval.jobs import Job, make_jobs
 from coldpress.eval.ledger import UNFINISHED, versions
 from coldpress.eval.models import LoadedModel, load_model, pick_device
 from coldpress.eval.plan import UNKNOWN_POSITIONS
-from coldpress.eval.points import BASELINE, Point
-from coldpress.eval.progress import note, progress
+from coldpress.eval.points import Point
+from coldpress.eval.progress import progress
 from coldpress.eval.records import blank_record
-from coldpress.eval.report import show, size_of
-from coldpress.eval.results import SCHEMA_VERSION, check_writable, environment, uninterrupted, write_results
+from coldpress.eval.results import SCHEMA_VERSION, check_writable, environment
 from coldpress.eval.settings import Settings
 from coldpress.eval.task_ledger import TaskLedger
+from coldpress.eval.task_results import carry_out
 from coldpress.eval.task_run import TaskRun
 from coldpress.eval.tasks import Example, Material, find_task, make_examples
 from coldpress.eval.tasks.words import SENTENCES
@@ -229,34 +228,8 @@ class Questions:
             seed=self.settings.seed,
             ledger=ledger,
         )
-        is_interrupted, failure, stopped, start = False, None, None, time.perf_counter()
-        try:
-            run.run(partial(self.show_progress, name="tasks"), engine)
-        except Exception as error:  # the model itself fails: so does everything that is compared with it
-            failure = error
-            stopped = error if isinstance(error, InputError) else None
-        except KeyboardInterrupt:
-            is_interrupted = True
-        with uninterrupted():  # a second Ctrl-C shall not cost the results
-            self.common["seconds"] = {"tasks": time.perf_counter() - start}
-            records = _records(run, self.jobs, self.common, failure)
-            if stopped is not None:  # what was asked for cannot be done: no result but of what was measured before
-                records = [record for record in records if record.get("before_failure")]
-            try:
-                write_results(output_dir, records)
-            finally:
-                if stopped is not None:
-                    raise stopped
-        for record in records:
-            if record["status"] == "failed":
-                size = size_of(record)
-                note(f"{record['press']}{f' at {size}' if size else ''} failed: {record['error']}", kind="error")
-        if run.is_complete:
-            ledger.clear()
-        if records:
-            print(f"\n{show(records)}\n")
-            print(f"{len(records)} result(s) in {output_dir}/", flush=True)
-        return records, is_interrupted
+        progress = partial(self.show_progress, name="tasks")
+        return carry_out(run, self.jobs, self.common, output_dir, ledger, progress, engine)
 
 
 def make_questions(
@@ -297,31 +270,6 @@ def load_haystack(settings: TaskSettings) -> Corpus | None:
         sample_idx=settings.sample_idx,
         text_file=settings.text_file,
     )
-
-
-def _records(
-    run: TaskRun, jobs: Sequence[Job], common: dict[str, Any], failure: Exception | None
-) -> list[dict[str, Any]]:
-    """One record per job of which there is something to say."""
-    results = {point.key: (point, result) for point, result in run.results()}
-    records = []
-    for job in jobs:
-        own = Point(job.press, job.kv_bits)
-        point, result = results.get(BASELINE.key if own == BASELINE else own.key, (own, None))
-        error = failure or (result if isinstance(result, Exception) else None)
-        if result is None and error is None:
-            continue
-        record = blank_record(common, job)
-        record["status"] = "failed" if error is not None else "ok" if run.is_complete else "interrupted"
-        if error is None:
-            record |= result  # type: ignore[arg-type]
-        else:
-            measured = result if isinstance(result, dict) else run.before_failure(point)
-            record |= {"before_failure": measured} if measured else {}
-            record["error"] = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            record["traceback"] = "".join(traceback.format_exception(error))
-        records.append(record)
-    return records
 
 
 def _common(

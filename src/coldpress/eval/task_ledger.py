@@ -11,12 +11,24 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from coldpress.eval.ledger import LedgerFolder, checksum_of, replace_in_ledger
 from coldpress.io.files import read_text
 
-__all__ = ["Answered", "TaskLedger"]
+__all__ = ["Answered", "ExampleLedger", "TaskLedger"]
+
+
+class Finished(Protocol):
+    """What a ledger notes of one point and one example: it can be saved as JSON, and made of that again."""
+
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> Any: ...
+
+    def to_save(self) -> dict[str, Any]: ...
+
+
+_Finished = TypeVar("_Finished", bound=Finished)
 
 
 @dataclass(frozen=True)
@@ -49,11 +61,21 @@ class Answered:
             raise ValueError("not a number")
         return answered
 
+    def to_save(self) -> dict[str, Any]:
+        """What :meth:`of` takes."""
+        return asdict(self)
 
-class TaskLedger(LedgerFolder):
-    """The finished examples of one run."""
 
-    def load(self, index: int, fingerprint: str) -> dict[str, Answered]:
+class ExampleLedger(LedgerFolder, Generic[_Finished]):
+    """The finished examples of one run.
+
+    Attributes:
+        kind: what is noted of each point.
+    """
+
+    kind: type[_Finished]
+
+    def load(self, index: int, fingerprint: str) -> dict[str, _Finished]:
         """What each point made of an example, by the point's key; empty where nothing was saved or can be read.
 
         Args:
@@ -64,19 +86,25 @@ class TaskLedger(LedgerFolder):
             saved = json.loads(read_text(self._path(index)))
             if saved["checksum"] != checksum_of(self.folder, [index, fingerprint, saved["found"]]):
                 return {}
-            return {str(key): Answered.of(each) for key, each in saved["found"].items()}
+            return {str(key): self.kind.of(each) for key, each in saved["found"].items()}
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):  # it is measured again
             return {}
 
-    def save(self, index: int, fingerprint: str, found: dict[str, Answered]) -> None:
+    def save(self, index: int, fingerprint: str, found: dict[str, _Finished]) -> None:
         """Replace what is known of an example.
 
         Raises:
             OutputError: the file cannot be written.
         """
-        saved = {key: asdict(answered) for key, answered in found.items()}
+        saved = {key: answered.to_save() for key, answered in found.items()}
         whole = {"checksum": checksum_of(self.folder, [index, fingerprint, saved]), "found": saved}
         replace_in_ledger(self._path(index), lambda path: path.write_text(json.dumps(whole), encoding="utf-8"))
 
     def _path(self, index: int) -> Path:
         return self.folder / f"example-{index:06d}.json"
+
+
+class TaskLedger(ExampleLedger[Answered]):
+    """The finished examples of a run over tasks."""
+
+    kind = Answered

@@ -31,11 +31,9 @@ from coldpress.eval.prefills import prefilled
 from coldpress.eval.task_ledger import Answered, TaskLedger
 from coldpress.eval.tasks import Example
 
-__all__ = ["ExampleWork", "TaskItem", "TaskRun", "match"]
+__all__ = ["ExampleWork", "TaskItem", "TaskRun", "ends_of", "greedy_tokens", "match", "sizes_of"]
 
 SHOWN = 80  # characters of an answer that a record holds
-
-Found = dict[str, Answered | Exception]  # of each point, by its key
 
 
 def match(answer: str, references: Sequence[str]) -> float:
@@ -93,7 +91,7 @@ class TaskRun(PointRun[Answered]):
             chunk_tokens,
             max_new_tokens,
             _newlines(tokenizer) if is_asked else frozenset(),
-            _ends(model, tokenizer),
+            ends_of(model, tokenizer),
             seed,
         )
         others = [point for point in points if point != BASELINE]
@@ -215,46 +213,42 @@ class ExampleWork:
     seed: int = 0
 
     @torch.inference_mode()
-    def __call__(self, model: PreTrainedModel, item: TaskItem) -> Found:
+    def __call__(self, model: PreTrainedModel, item: Any) -> dict[str, Any]:
         """What each point, and the baseline, made of the example, or what went wrong with it.
 
         Raises:
             SelfCheckError: the baseline contradicts a direct forward pass, or is not finite.
         """
         torch.manual_seed(self.seed + item.index)
-        example, device = item.example, next(model.parameters()).device
-        context, question, answer = (
-            torch.tensor([ids], device=device)
-            for ids in (example.context_ids, example.question_ids, example.answer_ids)
-        )
+        example = item.example
+        context = torch.tensor([example.context_ids], device=next(model.parameters()).device)
         full, branches = prefilled(model, context, item.points, self.chunk_tokens, example.n_pinned)
-        base = self._answer(model, full, example, question, answer)
+        base = self._ask(model, full, example)
         if item.is_checked:
-            whole = torch.cat([context, question, answer], dim=1)
-            check_baseline(model, whole, torch.tensor([base.losses]))
-        found: Found = {BASELINE.key: base}
+            self._check(model, example, base)
+        found: dict[str, Any] = {BASELINE.key: base}
         for point in item.points:
             branch = next(branches)
             try:
                 branch.get_seq_length()  # raises what the press raised
                 # the cache of the baseline has grown since, which the check does not look at
                 check_stored_pairs(point.press, branch, example.length, full)
-                found[point.key] = self._answer(model, branch, example, question, answer, with_hash=True)
+                found[point.key] = self._ask(model, branch, example, with_hash=True)
             except Exception as error:
                 found[point.key] = release(error)
         return found
 
-    def _answer(
-        self,
-        model: PreTrainedModel,
-        cache: PressedCache,
-        example: Example,
-        question: Tensor,
-        answer: Tensor,
-        with_hash: bool = False,
-    ) -> Answered:
-        """What ``cache``, right after its prefill, makes of ``question [1, Q]`` and ``answer [1, A]``."""
-        sizes = _sizes(cache, with_hash)
+    def _check(self, model: PreTrainedModel, example: Any, base: Any) -> None:
+        """Raise :class:`SelfCheckError` if the baseline's losses are not those of a direct forward pass."""
+        whole = [*example.context_ids, *example.question_ids, *example.answer_ids]
+        device = next(model.parameters()).device
+        check_baseline(model, torch.tensor([whole], device=device), torch.tensor([base.losses]))
+
+    def _ask(self, model: PreTrainedModel, cache: PressedCache, example: Any, with_hash: bool = False) -> Any:
+        """What ``cache``, right after its prefill, makes of the example's question and answer."""
+        device = next(model.parameters()).device
+        question, answer = (torch.tensor([ids], device=device) for ids in (example.question_ids, example.answer_ids))
+        sizes = sizes_of(cache, with_hash)
         last = forward(model, question, cache, keep=1)
         greedy = self._generate(model, cache.fork(), example, last) if example.references else None
         logits = last if answer.shape[1] == 1 else torch.cat([last, forward(model, answer[:, :-1], cache)], dim=1)
@@ -264,24 +258,35 @@ class ExampleWork:
         return Answered(losses, greedy, **sizes)
 
     def _generate(self, model: PreTrainedModel, cache: PressedCache, example: Example, logits: Tensor) -> list[int]:
-        """Greedy tokens after ``logits [1, 1, V]``.
-
-        They end with the text, or with the first line that says something; a list, which more than one reference asks
-        for, may have a line for each.
-        """
+        """Greedy tokens of the answer; a list, which more than one reference asks for, may have several lines."""
         limit = self.max_new_tokens or example.answer_tokens or 1
         newlines = self.newlines if len(example.references) == 1 else frozenset()
-        tokens: list[int] = []
-        while True:
-            token = logits.argmax(-1)
-            tokens.append(int(token))
-            is_line = tokens[-1] in newlines and not newlines.issuperset(tokens)
-            if len(tokens) == limit or is_line or tokens[-1] in self.ends:
-                return tokens
-            logits = forward(model, token, cache, keep=1)
+        return greedy_tokens(model, cache, logits, limit, self.ends, newlines)
 
 
-def _sizes(cache: PressedCache, with_hash: bool) -> dict[str, Any]:
+def greedy_tokens(
+    model: PreTrainedModel,
+    cache: PressedCache,
+    logits: Tensor,
+    limit: int,
+    ends: frozenset[int],
+    newlines: frozenset[int] = frozenset(),
+) -> list[int]:
+    """The most likely tokens after ``logits [1, 1, V]``, ``limit`` at most.
+
+    They end with one of ``ends``, or with the first line that says something, where ``newlines`` end a line.
+    """
+    tokens: list[int] = []
+    while True:
+        token = logits.argmax(-1)
+        tokens.append(int(token))
+        is_line = tokens[-1] in newlines and not newlines.issuperset(tokens)
+        if len(tokens) == limit or is_line or tokens[-1] in ends:
+            return tokens
+        logits = forward(model, token, cache, keep=1)
+
+
+def sizes_of(cache: PressedCache, with_hash: bool) -> dict[str, Any]:
     """Sizes of the cache, and a fingerprint of which pairs it keeps."""
     positions = [layer.positions() for layer in cache.pressed_layers() if layer.is_initialized]
     digest = hashlib.sha256(b"".join(p[0].cpu().numpy().tobytes() for p in positions)) if with_hash else None
@@ -299,7 +304,7 @@ def _newlines(tokenizer: Any) -> frozenset[int]:
     return frozenset(i for i, text in enumerate(texts) if "\n" in text)
 
 
-def _ends(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
+def ends_of(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
     """Tokens with which a text ends, as the tokenizer and the model's configurations say."""
     sources = (tokenizer, model.config, getattr(model, "generation_config", None))
     found: set[int] = set()

@@ -25,7 +25,7 @@ from coldpress.cache.pressed import PressedCache
 from coldpress.core.press import Press
 from coldpress.errors import CacheError, InputError
 from coldpress.models.block import prefilling, pressed
-from coldpress.models.chat import user_turn
+from coldpress.models.chat import prompt_parts
 from coldpress.models.pipeline_options import OWN, check_config, check_options
 from coldpress.models.prompts import prefill
 from coldpress.models.supported import use_coldpress
@@ -164,7 +164,7 @@ class KVPressTextGenerationPipeline(Pipeline):
         pin_system: str | None = None,
     ) -> dict[str, Any]:
         tokenizer: Any = self.tokenizer
-        system, before, after = self._prompt(context, pin_system, enable_thinking, n_earlier)
+        system, before, after = prompt_parts(tokenizer, context, pin_system, enable_thinking, is_first=not n_earlier)
 
         def encode(text: str) -> Tensor:
             ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -192,20 +192,6 @@ class KVPressTextGenerationPipeline(Pipeline):
             warnings.warn(message, UserWarning, stacklevel=2)
             context_ids = context_ids[:, :limit]
         return {"context_ids": context_ids, "question_ids": question_ids, "n_system": system_ids.shape[1]}
-
-    def _prompt(self, context: str, system: str | None, enable_thinking: bool, n_earlier: int) -> tuple[str, str, str]:
-        """What is pinned, what follows it up to the end of ``context``, and what stands after a question."""
-        tokenizer: Any = self.tokenizer
-        if getattr(tokenizer, "chat_template", None) is None:
-            bos = "" if n_earlier else getattr(tokenizer, "bos_token", None) or ""
-            return ("", bos + context, "\n") if system is None else (f"{bos}{system}\n\n", context, "\n")
-        before, after = user_turn(tokenizer, context, system, enable_thinking)
-        if system is None:
-            return "", before if context else "", after  # else the cache stores the beginning of the turn
-        pinned, _ = user_turn(tokenizer, "", system, enable_thinking)
-        if not before.startswith(pinned):
-            raise InputError("The tokenizer's chat template puts the system's turn elsewhere than before the context.")
-        return pinned, before.removeprefix(pinned), after
 
     def _forward(
         self,

@@ -1,0 +1,147 @@
+"""The rows of a benchmark, from the hub or a folder of the same layout, checked before a model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy
+
+from coldpress.errors import DataError, InputError, nearest
+from coldpress.eval.benchmarks.benchmark import Benchmark, Row
+from coldpress.eval.benchmarks.texts import require
+from coldpress.eval.hub import load_hub, load_local
+from coldpress.io.files import path_of
+
+__all__ = ["Rows", "check_rows", "choose", "load_rows"]
+
+SPLIT = "test"
+PROMPT = ("context", "question", "answer_prefix")
+LIMIT = "max_new_tokens"
+INSTEAD = ("give a local folder of the same layout (--data FOLDER)",)
+
+
+class Rows(NamedTuple):
+    """What was loaded, and from where.
+
+    source: hub id, or the folder as it was given. data_dir: of it that was read; None for all.
+    """
+
+    source: str
+    data_dir: str | None
+    rows: list[Row]
+
+    @property
+    def name(self) -> str:
+        return self.source if self.data_dir is None else f"{self.source}/{self.data_dir}"
+
+
+def load_rows(benchmark: Benchmark, data: str | None, data_dir: str | None) -> Rows:
+    """All rows of the split ``test``.
+
+    Args:
+        benchmark: whose data set is read.
+        data: a folder of the same layout; None for the hub, or its cache.
+        data_dir: the folder of the data set to read; None for the benchmark's own, or all of one that is not divided.
+
+    Raises:
+        DataError: there is no such folder, or no rows in it.
+        InputError: the data set is divided and no part was named, or it is not and one was.
+        UnreachableError: the hub is needed, and neither it nor a cached copy is there.
+        MissingDependencyError: datasets is not installed.
+    """
+    require(("datasets",), f"coldpress benchmark {benchmark.name}")
+    if data is not None:
+        return _local(data, data_dir)
+    data_dir = benchmark.data_dir if data_dir is None else data_dir
+    known = ", ".join(benchmark.data_dirs)
+    if data_dir is None and benchmark.data_dirs:
+        raise InputError(f"{benchmark.name} is divided: say which part is read with --data_dir, such as {known}.")
+    if data_dir is not None and not benchmark.data_dirs:
+        raise InputError(f"{benchmark.name} is not divided; leave --data_dir out.")
+    source, rows = load_hub(
+        (benchmark.hub_id,), None, SPLIT, None, data_dir=data_dir, column=PROMPT[0], instead=INSTEAD
+    )
+    return Rows(source, data_dir, _told(rows))
+
+
+def _local(data: str, data_dir: str | None) -> Rows:
+    folder = path_of(data)
+    if not folder.is_dir():
+        raise DataError(f"--data {data!r} is not a folder; give one that holds .parquet or .jsonl files.")
+    parts = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if data_dir is not None and not (folder / data_dir).is_dir():
+        there = (
+            f"there are {', '.join(parts)}.{nearest(data_dir, parts)}" if parts else "it is not divided; leave it out."
+        )
+        raise DataError(f"--data {data} has no folder {data_dir!r}: {there}")
+    files = [path for path in folder.iterdir() if path.suffix in (".parquet", ".jsonl", ".json", ".csv")]
+    if data_dir is None and parts and not files and parts != ["data"]:
+        raise DataError(f"--data {data} is divided: say which part is read with --data_dir: {', '.join(parts)}.")
+    rows = load_local(str(Path(folder).resolve()), data, None, SPLIT, data_dir=data_dir, column=PROMPT[0])
+    return Rows(data, data_dir, _told(rows))
+
+
+def _told(rows: Any) -> list[Row]:
+    """Rows in which a question or a beginning of an answer that is not there is empty."""
+    return [row | {name: "" for name in PROMPT[1:] if row.get(name, "") is None} for row in rows.to_list()]
+
+
+def choose(rows: Sequence[Row], fraction: float, limit: int | None, seed: int) -> list[Row]:
+    """A part of the rows: the same that kvpress draws for the same fraction and seed, and the first of these.
+
+    Args:
+        rows: of the data set.
+        fraction: to draw, in (0, 1]; 1 keeps their order.
+        limit: at most so many; None for all.
+        seed: of the drawing; kvpress's is 42.
+
+    Raises:
+        InputError: nothing is left.
+    """
+    chosen = list(rows)
+    if fraction < 1:
+        order = numpy.random.RandomState(seed).choice(len(rows), size=round(fraction * len(rows)), replace=False)
+        chosen = [rows[i] for i in order]
+    if not chosen:
+        raise InputError(f"--fraction {fraction:g} of {len(rows)} questions is none; give more.")
+    return chosen if limit is None else chosen[:limit]
+
+
+def check_rows(benchmark: Benchmark, loaded: Rows, has_limit: bool) -> None:
+    """See that every row can be asked and scored.
+
+    Args:
+        benchmark: scores them.
+        loaded: the rows.
+        has_limit: whether the length of an answer is given otherwise.
+
+    Raises:
+        DataError: a column is missing, or a row holds what cannot be asked or scored.
+        MissingDependencyError: a package that scoring needs is not installed.
+    """
+    if not loaded.rows:
+        raise DataError(f"{loaded.name} holds no rows; name another folder.")
+    needed = [*PROMPT, *([] if has_limit else [LIMIT]), *benchmark.columns]
+    missing = [name for name in needed if name not in loaded.rows[0]]
+    if missing:
+        raise DataError(
+            f"{loaded.name} has no column {missing[0]!r}, only {sorted(loaded.rows[0])}; {benchmark.name} needs "
+            f"{', '.join(needed)}."
+        )
+    for index, row in enumerate(loaded.rows):
+        where = f"Row {index} of {loaded.name}"
+        if not all(isinstance(row[name], str) for name in PROMPT) or not row["context"]:
+            raise DataError(f"{where}: {', '.join(PROMPT)} must be texts, and the context not empty.")
+        if not has_limit and (not isinstance(row[LIMIT], int) or row[LIMIT] < 1):
+            raise DataError(f"{where}: {LIMIT} must be an integer of at least 1, got {row[LIMIT]!r}.")
+        try:
+            require(benchmark.packages(row), f"Scoring {benchmark.name}")
+            benchmark.groups(row)
+            benchmark.score("", row)
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
+            raise DataError(
+                f"{where} cannot be scored as {benchmark.name} ({type(error).__name__}: {error}); see the columns in "
+                "docs/guide/benchmarks.md."
+            ) from error

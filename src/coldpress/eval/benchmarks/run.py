@@ -1,0 +1,273 @@
+"""Benchmarks under compressed contexts: each context is compressed once, and each of its questions answered from that.
+
+The loop, its ledger and its checks are those of tasks; what is new is an example with several questions, of which only
+the answers are of interest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers.modeling_utils import PreTrainedModel
+
+from coldpress.cache.pressed import PressedCache
+from coldpress.errors import SelfCheckError
+from coldpress.eval.benchmarks.benchmark import Benchmark, Scores
+from coldpress.eval.benchmarks.comparison import bootstrap_interval, mcnemar, mean
+from coldpress.eval.benchmarks.contexts import AskedContext
+from coldpress.eval.checks import check_baseline
+from coldpress.eval.losses import token_losses
+from coldpress.eval.perplexity import forward
+from coldpress.eval.point_run import PointRun
+from coldpress.eval.points import BASELINE, Point
+from coldpress.eval.task_ledger import ExampleLedger
+from coldpress.eval.task_run import ExampleWork, ends_of, greedy_tokens, sizes_of
+from coldpress.models.block import prefilling
+
+__all__ = ["AnswerLedger", "Answers", "BenchmarkRun", "ContextItem", "ContextWork"]
+
+SHOWN = 200  # characters of a question that a record holds
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one point made of one context.
+
+    Attributes:
+        answers: greedy tokens of each question.
+        seen_tokens: of the cache when it was measured.
+        kv_bytes, kv_lengths, achieved_ratio, kept_hash: of it right after the prefill, or after the first answer where
+            a press goes on while decoding.
+    """
+
+    answers: list[list[int]]
+    seen_tokens: int
+    kv_bytes: int
+    kv_lengths: list[int]
+    achieved_ratio: float
+    kept_hash: str | None = None
+
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> Answers:
+        """What was saved, or ValueError or TypeError where it cannot be."""
+        found = cls(**saved)
+        numbers = [found.seen_tokens, found.kv_bytes, found.achieved_ratio, *found.kv_lengths]
+        numbers += [token for answer in found.answers for token in answer]
+        if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+            raise ValueError("not a number")
+        return found
+
+    def to_save(self) -> dict[str, Any]:
+        """What :meth:`of` takes."""
+        return asdict(self)
+
+
+class AnswerLedger(ExampleLedger[Answers]):
+    """The finished contexts of a run over a benchmark."""
+
+    kind = Answers
+
+
+@dataclass(frozen=True)
+class ContextItem:
+    """One context, and the points to measure on it beside the baseline.
+
+    Attributes:
+        index: of the context in the run.
+        is_checked: whether the check is made that needs a forward pass of its own.
+    """
+
+    index: int
+    example: AskedContext
+    points: tuple[Point, ...]
+    is_checked: bool
+
+
+class ContextWork(ExampleWork):
+    """Answers the questions about one context: work for an engine."""
+
+    def _check(self, model: PreTrainedModel, example: AskedContext, base: Answers) -> None:
+        """Raise SelfCheckError if the uncompressed cache's losses are not those of a direct forward pass."""
+        device = next(model.parameters()).device
+        question, answer = example.questions[0].ids, base.answers[0]
+        tokens = torch.tensor([[*example.context_ids, *question, *answer]], device=device)
+        cache, n = PressedCache(), example.length
+        forward(model, tokens[:, :n], cache, keep=1)
+        losses = token_losses(forward(model, tokens[:, n:-1], cache, keep=len(answer)), tokens[:, -len(answer) :])
+        if not losses.isfinite().all():
+            raise SelfCheckError("A loss is not finite: the model's logits overflow in this dtype.")
+        check_baseline(model, tokens, losses.cpu())
+
+    def _ask(
+        self, model: PreTrainedModel, cache: PressedCache, example: AskedContext, with_hash: bool = False
+    ) -> Answers:
+        """What ``cache``, right after its prefill, answers; each question on a branch of its own."""
+        goes_on = cache.press is not None and cache.press.evicts_while_decoding
+        sizes = {"seen_tokens": cache.seen_tokens, **sizes_of(cache, with_hash)}
+        answers: list[list[int]] = []
+        for question in example.questions:
+            branch = cache.fork()
+            block: AbstractContextManager[Any] = prefilling(model, branch) if goes_on else nullcontext()
+            with block:
+                ids = torch.tensor([question.ids], device=next(model.parameters()).device)
+                logits = forward(model, ids, branch, keep=1)
+                answers.append(greedy_tokens(model, branch, logits, question.limit, self.ends))
+            if goes_on and len(answers) == 1:
+                sizes = {"seen_tokens": branch.seen_tokens, **sizes_of(branch, with_hash)}
+        return Answers(answers, **sizes)
+
+
+class BenchmarkRun(PointRun[Answers]):
+    """Answer the questions of a benchmark, context by context; :meth:`results` can be asked for at any time.
+
+    Args:
+        model: a causal language model on coldpress's backend.
+        tokenizer: of the model.
+        points: to measure; the uncompressed baseline is always measured too.
+        benchmark: scores the answers.
+        contexts: see :func:`coldpress.eval.benchmarks.contexts.make_contexts`.
+        chunk_tokens: tokens of a piece of the context; None for a context in one piece.
+        seed: of what presses draw at random from torch's own generator.
+        ledger: what was finished by an earlier run, and where this one notes what it has finished; None: nowhere.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        points: Sequence[Point],
+        benchmark: Benchmark,
+        contexts: Sequence[AskedContext],
+        *,
+        chunk_tokens: int | None = None,
+        seed: int = 0,
+        ledger: AnswerLedger | None = None,
+    ):
+        self.tokenizer, self.benchmark, self.ledger = tokenizer, benchmark, ledger
+        self.contexts = list(contexts)
+        self.work = ContextWork(chunk_tokens, None, frozenset(), ends_of(model, tokenizer), seed)
+        super().__init__(model, [point for point in points if point != BASELINE], len(self.contexts))
+
+    def _item(self, index: int, points: tuple[Point, ...]) -> ContextItem:
+        return ContextItem(index, self.contexts[index], points, is_checked=index == 0)
+
+    def _load(self, index: int) -> dict[str, Answers]:
+        return {} if self.ledger is None else self.ledger.load(index, self._fingerprint(index))
+
+    def _save(self, index: int) -> None:
+        if self.ledger is not None:
+            self.ledger.save(index, self._fingerprint(index), self.done[index])
+
+    def _fingerprint(self, index: int) -> str:
+        parts = self.contexts[index].fingerprint, self.work.chunk_tokens, self.work.seed
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+    def _result(self, point: Point) -> dict[str, Any]:
+        """The part of a result record that is about the benchmark, over the contexts measured so far."""
+        measured = [i for i, done in enumerate(self.done) if point.key in done]
+        own, base = ([self.done[i][key] for i in measured] for key in (point.key, BASELINE.key))
+        per_token = [each.kv_bytes / each.seen_tokens for each in base]
+        rows = [row for i in measured for row in self._rows(i, point)]
+        return {
+            "tasks": self._groups(rows, point == BASELINE),
+            "per_example": [{name: value for name, value in row.items() if name[0] != "_"} for row in rows],
+            "kv_bytes": round(sum(each.kv_bytes for each in own) / len(own)),
+            "kv_bytes_baseline": round(
+                sum(size * each.seen_tokens for size, each in zip(per_token, own, strict=True)) / len(own)
+            ),
+            "kv_len_before": own[0].seen_tokens,
+            "kv_len_after": own[0].kv_lengths,
+            "effective_compression_ratio": sum(each.achieved_ratio for each in own) / len(own),
+            "kept_hash": own[0].kept_hash,
+        }
+
+    def _rows(self, index: int, point: Point) -> list[dict[str, Any]]:
+        """What a record says of each question about a context, and what it is summed up from."""
+        context, done = self.contexts[index], self.done[index]
+        found = []
+        for question, own, base in zip(
+            context.questions, done[point.key].answers, done[BASELINE.key].answers, strict=True
+        ):
+            answer, other = self._text(own), self._text(base)
+            scores = self.benchmark.score(answer, question.row), self.benchmark.score(other, question.row)
+            depth, first = question.row.get("needle_depth"), next(iter(scores[0]), None)
+            found.append(
+                {
+                    "_scores": scores,
+                    "_groups": self.benchmark.groups(question.row),
+                    "task": self.benchmark.groups(question.row)[0],
+                    "context": index,
+                    "length": context.length,
+                    "depth": None if depth is None else depth / 100,
+                    "question": question.row["question"].strip()[:SHOWN],
+                    "answer": answer,
+                    "is_same_answer": own == base,
+                    **{
+                        name: None if first is None else mean([each[first]])
+                        for name, each in zip(("score", "score_base"), scores, strict=True)
+                    },
+                }
+            )
+        return found
+
+    def _text(self, answer: list[int]) -> str:
+        return str(self.tokenizer.decode(answer, skip_special_tokens=True))
+
+    def _groups(self, rows: list[dict[str, Any]], is_baseline: bool) -> list[dict[str, Any]]:
+        """What a record says of each group and measure."""
+        lengths: dict[str, list[int]] = {}
+        for context in self.contexts:  # of all, so that runs which were interrupted compare
+            for question in context.questions:
+                for name in self.benchmark.groups(question.row):
+                    lengths.setdefault(name, []).append(context.length)
+        found = []
+        for name, all_lengths in lengths.items():
+            own = [row for row in rows if name in row["_groups"]]
+            if not own:
+                continue
+            measures = list(dict.fromkeys(measure for row in own for measure in row["_scores"][0]))
+            main = measures[0] if measures else None
+            found.append(
+                {
+                    "task": name if len(measures) < 2 else f"{name} {main}",
+                    "length": round(sum(all_lengths) / len(all_lengths)),
+                    "n": len(own),
+                    "same_answers": sum(row["is_same_answer"] for row in own) / len(own),
+                    **_compared(own, main, is_baseline),
+                    "by_depth": _by_depth(own, main),
+                    "measures": [{"measure": each} | _compared(own, each, is_baseline) for each in measures],
+                    "answer_nll": None,
+                    "answer_nll_base": None,
+                }
+            )
+        return found
+
+
+def _compared(rows: list[dict[str, Any]], measure: str | None, is_baseline: bool = True) -> dict[str, Any]:
+    """One measure over questions, beside that of the uncompressed cache."""
+    names = ("score", "score_base", "delta_score_ci95", "gained", "lost", "mcnemar_p")
+    found: dict[str, Any] = dict.fromkeys(names)
+    if measure is None:
+        return found
+    pairs: list[tuple[Scores, Scores]] = [row["_scores"] for row in rows]
+    own, base = [each[measure] for each, _ in pairs], [each[measure] for _, each in pairs]
+    found |= {"score": mean(own), "score_base": mean(base)}
+    if not is_baseline:
+        found["delta_score_ci95"] = bootstrap_interval(own, base, [row["context"] for row in rows])
+        found["gained"], found["lost"], found["mcnemar_p"] = mcnemar(own, base) or (None, None, None)
+    return found
+
+
+def _by_depth(rows: list[dict[str, Any]], measure: str | None) -> list[dict[str, Any]]:
+    found = []
+    for depth in sorted({row["depth"] for row in rows if row["depth"] is not None}):
+        own = [row for row in rows if row["depth"] == depth]
+        scores = {name: value for name, value in _compared(own, measure).items() if name in ("score", "score_base")}
+        found.append({"depth": depth, "n": len(own), **scores, "answer_nll": None, "answer_nll_base": None})
+    return found
