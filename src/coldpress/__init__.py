@@ -84,6 +84,8 @@ __all__ = [
     "ScorerPress",
     "SimLayerKVPress",
     "SnapKVPress",
+    "Snapshot",
+    "Snapshots",
     "SparQPress",
     "StreamingLLMPress",
     "TOVAPress",
