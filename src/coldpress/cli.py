@@ -1,4 +1,5 @@
-"""The command ``coldpress``: ppl, speed, sweep, tasks, calibrate, compress, ask, inspect, report, presses.
+"""The command ``coldpress``: ppl, speed, sweep, tasks, calibrate, compress, ask, serve, inspect, report,
+presses.
 
 Also what the scripts in evaluation/ run. Help and versions are printed without torch and transformers, whose import
 takes seconds.
@@ -34,6 +35,7 @@ from coldpress.commands.options import (
     sweep_options,
     task_options,
 )
+from coldpress.commands.serve_options import serve_options
 from coldpress.errors import InputError, SelfCheckError, nearest
 from coldpress.io.files import is_utf8
 from coldpress.io.terminal import printable
@@ -41,7 +43,7 @@ from coldpress.io.terminal import printable
 __all__ = ["main"]
 
 # What may hold any bytes: names of files, which are checked where they are looked for.
-_FILES = ("config", "dataset", "file", "folders", "model", "output", "output_dir", "text_file")
+_FILES = ("config", "dataset", "file", "folder", "folders", "model", "output", "output_dir", "text_file")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -202,6 +204,9 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     ask = commands.add_parser("ask", help="ask questions about a text that coldpress compress has saved")
     ask_options(ask)
     ask.set_defaults(options=ask.options, run=_run_ask)
+    serve = commands.add_parser("serve", help="answer questions over HTTP, as OpenAI's API, about compressed texts")
+    serve_options(serve)
+    serve.set_defaults(options=serve.options, run=_run_serve)
     look = commands.add_parser("inspect", help="a page that shows which tokens of a text a press keeps, and where")
     inspect_options(look)
     look.set_defaults(options=look.options, run=_run_inspect)
@@ -305,6 +310,12 @@ def _run_ask(args: argparse.Namespace, argv: list[str], prog: str | None) -> int
 
     ask(args.file, args.question, _model_options(args, None), args.any_model, max_new_tokens=args.max_new_tokens)
     return 0
+
+
+def _run_serve(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
+    from coldpress.commands.serving import serve_given
+
+    return serve_given(args, _model_options(args))
 
 
 def _run_inspect(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:

@@ -9,10 +9,15 @@ from functools import partial
 from typing import Any, NoReturn
 
 __all__ = [
+    "BITS",
+    "add_machinery",
+    "add_model",
     "ask_options",
     "calibration_options",
     "compress_options",
     "inspect_options",
+    "integer",
+    "json_object",
     "ppl_options",
     "report_options",
     "sweep_options",
@@ -61,7 +66,8 @@ def _listed(one: Callable[[str], Any], choices: Sequence[Any] = ()) -> Callable[
     return read
 
 
-def _integer(text: str, minimum: int, maximum: int = 2**63 - 1) -> int:
+def integer(text: str, minimum: int, maximum: int = 2**63 - 1) -> int:
+    """An integer from ``minimum`` to ``maximum``."""
     digits = text.strip().removeprefix("+").replace("_", "")
     try:
         value = maximum + 1 if digits.isdecimal() and len(digits) > 1000 else int(text)  # int reads no more than 4300
@@ -76,15 +82,16 @@ def _integer(text: str, minimum: int, maximum: int = 2**63 - 1) -> int:
 
 
 MOST_ROUNDS = 1_000_000  # they are listed before the first is timed
-_positive = partial(_integer, minimum=1)
-_not_negative = partial(_integer, minimum=0)
+_positive = partial(integer, minimum=1)
+_not_negative = partial(integer, minimum=0)
 
 
 def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")
 
 
-def _json_object(text: str) -> dict[str, Any]:
+def json_object(text: str) -> dict[str, Any]:
+    """A JSON object."""
     wanted = 'must be a JSON object such as {"window_size": 32}'
     try:
         value = json.loads(text, parse_constant=_refuse)
@@ -98,7 +105,7 @@ def _json_object(text: str) -> dict[str, Any]:
 # Options that commands share
 
 
-def _add_model(group: Any, default: str = "EleutherAI/pythia-70m") -> None:
+def add_model(group: Any, default: str = "EleutherAI/pythia-70m") -> None:
     add = group.add_argument
     add("--model", help=f"hub id, local folder, .gguf file, or demo (default: {default})")
     add("--revision", help="branch, tag or commit of the model on the hub")
@@ -106,7 +113,7 @@ def _add_model(group: Any, default: str = "EleutherAI/pythia-70m") -> None:
 
 def _add_sources(group: Any, split: str) -> None:
     """The options that say which model, and which text."""
-    _add_model(group)
+    add_model(group)
     add = group.add_argument
     add("--dataset", help="wikitext, pg19, demo, a local folder or file, or a hub id (default: wikitext)")
     add("--subset", help="configuration of the dataset, such as wikitext-103-v1")
@@ -115,7 +122,7 @@ def _add_sources(group: Any, split: str) -> None:
     add("--text_file", help="take this UTF-8 file as the text instead of a dataset")
 
 
-def _add_machinery(group: Any) -> None:
+def add_machinery(group: Any) -> None:
     """The options that say how a model runs."""
     add = group.add_argument
     add("--attn_implementation", choices=("sdpa", "eager", "flash_attention_2"), help="arithmetic (default: sdpa)")
@@ -148,7 +155,7 @@ def _add_presses(group: Any) -> None:
     )
     several("--budget_tokens", type=_listed(_positive), help="instead of a ratio: pairs that a head keeps, on average")
     several("--budget_bytes", type=_listed(_positive), help="instead of a ratio: bytes of the kept pairs of one text")
-    add("--press_args", type=_json_object, help="parameters of a single press as JSON, such as '{\"window_size\": 32}'")
+    add("--press_args", type=json_object, help="parameters of a single press as JSON, such as '{\"window_size\": 32}'")
     add("--chunk_tokens", type=_positive, help="read prompts in pieces of so many tokens, and compress after each")
     bits, shown = _listed(int, BITS), f"{{{','.join(map(str, BITS))}}}"
     several("--kv_bits", type=bits, metavar=shown, help="hold what is kept in so few bits, its newest pairs not")
@@ -211,15 +218,15 @@ def calibration_options(parser: argparse.ArgumentParser) -> None:
     add("--limit_tokens", type=_positive, help="use only the first so many tokens of the text")
     add("--n_samples", type=_positive, help="pieces of the text that the model reads (default: 100)")
     add("--sample_tokens", type=_positive, help="tokens of each (default: 1000)")
-    add("--press_args", type=_json_object, help="parameters of the press as JSON, such as '{\"n_sink\": 4}'")
+    add("--press_args", type=json_object, help="parameters of the press as JSON, such as '{\"n_sink\": 4}'")
     how = parser.add_argument_group("how")
-    _add_machinery(how)
+    add_machinery(how)
     how.add_argument("--output", help="file to write (default: where presses look for it, see docs/presses.md)")
 
 
 def compress_options(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what is compressed")
-    _add_model(what)
+    add_model(what)
     add = what.add_argument
     add("--text_file", required=True, help="UTF-8 file with the text")
     add("--output", required=True, help="file to write, such as context.safetensors")
@@ -227,21 +234,21 @@ def compress_options(parser: argparse.ArgumentParser) -> None:
     add("--compression_ratio", type=float, help="fraction of the pairs to remove, in [0, 1) (default: 0.5)")
     add("--budget_tokens", type=_positive, help="instead of a ratio: pairs that a head keeps, on average")
     add("--budget_bytes", type=_positive, help="instead of a ratio: bytes of the kept pairs")
-    add("--press_args", type=_json_object, default={}, help="parameters of the press as JSON")
+    add("--press_args", type=json_object, default={}, help="parameters of the press as JSON")
     add("--pin_system", metavar="TEXT", help="a system prompt before the text, which nothing may evict")
     add("--chunk_tokens", type=_positive, help="read the text in pieces of so many tokens, and compress after each")
     add("--kv_bits", type=int, choices=BITS, help="store what is kept in so few bits")
-    _add_machinery(parser.add_argument_group("how"))
+    add_machinery(parser.add_argument_group("how"))
 
 
 def ask_options(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what is asked")
     what.add_argument("file", help="what coldpress compress or PressedCache.save has written")
     what.add_argument("question", nargs="+", help="a question; several are answered one by one")
-    _add_model(what, "the one that the file names")
+    add_model(what, "the one that the file names")
     what.add_argument("--max_new_tokens", type=_positive, default=50, help="of each answer (default: 50)")
     what.add_argument("--any_model", action="store_true", help="take a model with other weights than the file's")
-    _add_machinery(parser.add_argument_group("how"))
+    add_machinery(parser.add_argument_group("how"))
 
 
 def inspect_options(parser: argparse.ArgumentParser) -> None:
@@ -258,10 +265,10 @@ def inspect_options(parser: argparse.ArgumentParser) -> None:
         help="fraction of the pairs to remove, in [0, 1), one for all or one for each (default: 0.5)",
     )
     add("--budget_tokens", nargs="+", type=_positive, default=[], help="instead of a ratio: pairs that a head keeps")
-    add("--press_args", type=_json_object, default={}, help="parameters of a single press as JSON")
+    add("--press_args", type=json_object, default={}, help="parameters of a single press as JSON")
     add("--chunk_tokens", type=_positive, help="read the text in pieces of so many tokens, and compress after each")
     add("--limit_tokens", type=_positive, help="read only the first so many tokens (default: 4096)")
-    _add_machinery(parser.add_argument_group("how"))
+    add_machinery(parser.add_argument_group("how"))
 
 
 def sweep_options(parser: argparse.ArgumentParser) -> None:
@@ -286,7 +293,7 @@ def sweep_options(parser: argparse.ArgumentParser) -> None:
     lengths("--context_limit", type=_listed(_positive), help="tokens of the timed contexts (default: 4096)")
     _add_timing(speed)
     how = parser.add_argument_group("how")
-    _add_machinery(how)
+    add_machinery(how)
     _add_placement(how)
     _add_engine(how)
     _add_limits(how)
@@ -341,7 +348,7 @@ def ppl_options(parser: argparse.ArgumentParser) -> None:
     add("--context_limit", type=_positive, help="tokens of the timed context (default: 4096)")
     _add_timing(speed)
     how = parser.add_argument_group("how")
-    _add_machinery(how)
+    add_machinery(how)
     _add_placement(how)
     _add_engine(how)
     _add_limits(how)
@@ -363,7 +370,7 @@ def task_options(parser: argparse.ArgumentParser) -> None:
     _add_sources(parser.add_argument_group("of what model, in what text (default: sentences of our own)"), "test")
     how = parser.add_argument_group("what is compressed, and how")
     _add_presses(how)
-    _add_machinery(how)
+    add_machinery(how)
     _add_engine(how)
     add = how.add_argument
     add("--allow_extrapolation", action="store_true", default=None, help="go past the model's positions")
