@@ -22,7 +22,8 @@ from coldpress.cli import main
 
 SRC = Path(__file__).parents[1] / "src"
 HEAVY = {"torch", "transformers", "numpy", "safetensors", "datasets", "pandas", "pyarrow", "matplotlib", "ray", "tqdm"}
-COMMANDS = ["ppl", "speed", "sweep", "tasks", "calibrate", "compress", "ask", "inspect", "report", "presses"]
+HEAVY |= {"fastapi", "uvicorn", "prometheus_client"}
+COMMANDS = ["ppl", "speed", "sweep", "tasks", "calibrate", "compress", "ask", "serve", "inspect", "report", "presses"]
 
 
 def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:

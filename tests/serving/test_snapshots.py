@@ -230,6 +230,7 @@ for number in range(100000):
 """
 
 
+@pytest.mark.slow
 def test_killed_while_it_writes(folder: Path, loaded: LoadedModel, tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", WRITER, str(folder), str(tmp_path)], stdout=subprocess.PIPE, env=dict(os.environ)

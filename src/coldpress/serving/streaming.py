@@ -26,7 +26,9 @@ class GrowingText:
         self._held = ""  # may become a stop text
 
     def add(self, token: int) -> str:
-        """The text that is certain after one more token."""
+        """The text that is certain after one more token; none after a stop text."""
+        if self.is_stopped:
+            return ""
         self._ids.append(token)
         piece = self._decoded(is_last=False)
         return self._passed(piece, is_last=False)
