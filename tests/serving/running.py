@@ -49,6 +49,7 @@ def running(
     limits: Limits | None = None,
     api_key: str | None = None,
     hosts: Any = None,
+    name: str = MODEL,
     **snapshots: Any,
 ) -> Iterator[Running]:
     from coldpress.serving.app import make_app
@@ -57,7 +58,7 @@ def running(
     held = Snapshots(loaded.model, loaded.tokenizer, press, **snapshots)
     own = {"press": "snapkv", "press_args": {"window_size": 8}}
     service = Service(
-        loaded.model, loaded.tokenizer, MODEL, held, limits or Limits(), lambda given: press_of(own, given)
+        loaded.model, loaded.tokenizer, name, held, limits or Limits(), lambda given: press_of(own, given)
     )
     is_there = threading.Event()
     with bound("127.0.0.1", 0) as at:
