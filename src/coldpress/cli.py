@@ -43,7 +43,7 @@ from coldpress.io.terminal import printable
 __all__ = ["main"]
 
 # What may hold any bytes: names of files, which are checked where they are looked for.
-_FILES = ("config", "dataset", "file", "folder", "folders", "model", "output", "output_dir", "text_file")
+_FILES = ("allow_files", "config", "dataset", "file", "folder", "folders", "model", "output", "output_dir", "text_file")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -6,6 +6,7 @@ import contextlib
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,6 +51,7 @@ def running(
     api_key: str | None = None,
     hosts: Any = None,
     name: str = MODEL,
+    files: Path | None = None,
     **snapshots: Any,
 ) -> Iterator[Running]:
     from coldpress.serving.app import make_app
@@ -58,7 +60,7 @@ def running(
     held = Snapshots(loaded.model, loaded.tokenizer, press, **snapshots)
     own = {"press": "snapkv", "press_args": {"window_size": 8}}
     service = Service(
-        loaded.model, loaded.tokenizer, name, held, limits or Limits(), lambda given: press_of(own, given)
+        loaded.model, loaded.tokenizer, name, held, limits or Limits(), lambda given: press_of(own, given), files
     )
     is_there = threading.Event()
     with bound("127.0.0.1", 0) as at:

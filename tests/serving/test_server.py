@@ -235,7 +235,7 @@ CHAT = [
     ({"messages": SAY, "tools": []}, 'Unknown option "tools"'),
     ({"messages": SAY, "temprature": 0}, "Did you mean 'temperature'"),
     ({"messages": SAY, "presence_penalty": 0.5}, "presence_penalty is not supported; leave it out or give 0"),
-    ({"messages": SAY, "stop": ["a"] * 5}, "stop must be a text or a list of up to 4"),
+    ({"messages": SAY, "stop": ["a"] * 17}, "stop must be a text or a list of up to 16"),
     ({"messages": SAY, "stop": [""]}, "stop must be texts of 1 to 1000"),
     ({"messages": SAY, "stream_options": {"include_usage": True}}, "stream_options needs stream: true"),
     ({"messages": SAY, "stream": 1}, "stream must be true or false, got 1"),
@@ -258,8 +258,8 @@ TEXT = [
     ({"prompt": "a", "logprobs": 9}, "logprobs must be an integer from 0 to 5"),
 ]
 MADE = [
-    ({}, "of a text or of messages"),
-    ({"text": "a", "messages": SAY}, "of a text or of messages"),
+    ({}, "of a text, of messages or of a file"),
+    ({"text": "a", "messages": SAY}, "of a text, of messages or of a file"),
     ({"text": ""}, "The text is empty"),
     ({"text": CONTEXT, "press": "snapkw"}, "Unknown press 'snapkw'. Did you mean 'snapkv'"),
     ({"text": CONTEXT, "press": ["snapkv"]}, "press must be the name of a press"),
@@ -272,7 +272,7 @@ MADE = [
     ({"text": CONTEXT, "press_args": 3}, "press_args must be a dictionary"),
     ({"text": CONTEXT, "kv_bits": 3}, "kv_bits must be 8, 4, 2 or null"),
     ({"text": CONTEXT, "press": "decoding_knorm"}, "goes on while decoding"),
-    ({"text": CONTEXT, "file": "/etc/passwd"}, 'Unknown option "file"'),
+    ({"text": CONTEXT, "file": "/etc/passwd"}, "give one of them"),
     ({"text": CONTEXT * 3}, "and the model has 256 positions"),
 ]
 

@@ -323,6 +323,42 @@ def test_a_fault_in_the_middle_of_a_stream(server: Running, monkeypatch: pytest.
     assert events[-1]["error"]["message"] == "made up" and events[-1]["error"]["type"] == "server_error"
 
 
+def test_files_of_one_folder_and_no_other(loaded: LoadedModel, server: Running, tmp_path: Path) -> None:
+    folder, secret = tmp_path / "texts", tmp_path / "secret.txt"
+    folder.mkdir()
+    secret.write_text(CONTEXT)
+    (folder / "a.txt").write_text(CONTEXT)
+    (folder / "binary").write_bytes(b"\xff\xfe")
+    (folder / "link.txt").symlink_to(secret)
+    (folder / "loop").symlink_to("loop")
+    os.mkfifo(folder / "pipe")
+    with running(loaded, PRESS, files=folder) as allowing:
+        made = allowing.add(file="a.txt")
+        assert made["id"] == allowing.add(text=CONTEXT)["id"] == allowing.add(file=str(folder / "a.txt"))["id"]
+        chat = allowing.add(file="a.txt", chat=True)
+        assert chat["id"] == allowing.add(messages=[{"role": "user", "content": CONTEXT}])["id"] != made["id"]
+        names = [
+            "../secret.txt",
+            str(secret),
+            "link.txt",
+            "loop",
+            "pipe",
+            ".",
+            "binary",
+            "no.txt",
+            "a\0b",
+            "/dev/zero",
+            "a" * 999,
+        ]
+        for name in names:
+            response = allowing.post("/v1/snapshots", {"file": name})
+            assert response.status_code == 404 and response.json()["error"]["code"] == "file_not_found", name
+            assert "secret" not in response.text.replace(name, "")
+        assert allowing.post("/v1/snapshots", {"file": ""}).status_code == 400
+    response = server.post("/v1/snapshots", {"file": "a.txt"})
+    assert response.status_code == 403 and "--allow_files" in response.text
+
+
 # Its end
 
 
@@ -392,6 +428,7 @@ def test_ctrl_c_leaves_nothing_running() -> None:
     [
         (["--host", "0.0.0.0"], "--host 0.0.0.0 is open to other machines; give --api_key, or set COLDPRESS_API_KEY"),
         (["--api_key", ""], "The key must be ASCII"),
+        (["--allow_files", "nowhere"], "--allow_files nowhere is no folder"),
         (["--port", "70000"], "must be an integer of at most 65535"),
         (["--budget_bytes", "2 bananas"], "must be a number of bytes such as 2GiB or 500MB"),
         (["--press", "snapkw"], "Unknown press 'snapkw'"),

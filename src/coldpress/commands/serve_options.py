@@ -42,6 +42,7 @@ def serve_options(parser: argparse.ArgumentParser) -> None:
     add("--host", default="127.0.0.1", help="address; another one than this machine's own needs a key")
     add("--port", type=partial(integer, minimum=0, maximum=65535), default=8000, help="0: any (default: 8000)")
     add("--api_key", help="that requests have to bring (default: COLDPRESS_API_KEY of the environment, or none)")
+    add("--allow_files", metavar="FOLDER", help="snapshots may be of files in it (default: no file is opened)")
     limits = parser.add_argument_group("limits")
     add = limits.add_argument
     add("--max_running", type=_positive, default=4, help="requests that are answered at once (default: 4)")

@@ -15,6 +15,7 @@ from coldpress.errors import InputError, MissingDependencyError
 from coldpress.eval.models import LoadedModel, load_model
 from coldpress.eval.press_args import check_types, read_press_args
 from coldpress.eval.progress import note
+from coldpress.io.files import path_of
 from coldpress.io.terminal import printable
 from coldpress.serving.service import Limits, Service
 from coldpress.serving.snapshots import Snapshots
@@ -44,6 +45,7 @@ def serve_given(args: argparse.Namespace, model_options: dict[str, Any]) -> int:
         args.host,
         args.port,
         args.api_key,
+        args.allow_files,
     )
 
 
@@ -55,6 +57,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     api_key: str | None = None,
+    allow_files: str | None = None,
 ) -> int:
     """Answer requests until a signal comes; the exit code.
 
@@ -65,6 +68,7 @@ def serve(
         limits: of requests.
         host, port: where to listen.
         api_key: that requests have to bring; None takes that of the environment.
+        allow_files: the folder whose files a client may name; None: no file is opened for one.
 
     Raises:
         InputError: something that was asked for cannot work; before the model is loaded where that can be known.
@@ -82,6 +86,9 @@ def serve(
     is_local = host in _LOCAL
     if not is_local and api_key is None:
         raise InputError(f"--host {host} is open to other machines; give --api_key, or set {KEY_VARIABLE}.")
+    files = None if allow_files is None else path_of(allow_files)
+    if files is not None and not files.is_dir():
+        raise InputError(f"--allow_files {allow_files} is no folder; name the one whose files clients may ask about.")
     chosen = press_of(press, {})
     with bound(host, port) as at:
         loaded = load_model(**model_options)

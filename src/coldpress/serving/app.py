@@ -85,7 +85,7 @@ class _Guard:
             if not status:
                 await _refused(own_fault())(scope, receive, sent)
         route = getattr(scope.get("route"), "path", "other")
-        self.meters.requests.labels(route, str(status)).inc()
+        self.meters.requests.labels(route, str(status or 499)).inc()  # 499: the client was gone
 
     def _check(self, scope: Any) -> None:
         """Raise :class:`RequestError` for a wrong host or key."""

@@ -11,7 +11,7 @@ from coldpress.serving.wording import Message
 __all__ = ["Body"]
 
 _ROLES = ("system", "developer", "user", "assistant")
-_MOST_STOPS, _MOST_STOP_CHARACTERS = 4, 1000
+_MOST_STOPS, _MOST_STOP_CHARACTERS = 16, 1000
 
 
 class Body:
@@ -85,7 +85,7 @@ class Body:
         return value or {}
 
     def stop(self) -> tuple[str, ...]:
-        """The option ``stop``: a text, or up to four."""
+        """The option ``stop``: a text, or up to 16."""
         value = self.take("stop")
         texts = [] if value is None else [value] if isinstance(value, str) else value
         if not isinstance(texts, list) or len(texts) > _MOST_STOPS:

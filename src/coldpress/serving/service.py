@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers.modeling_utils import PreTrainedModel
@@ -12,17 +13,19 @@ from transformers.modeling_utils import PreTrainedModel
 from coldpress.architecture.generating import switching_point
 from coldpress.core.press import Press
 from coldpress.errors import InputError, RequestError
+from coldpress.io.files import read_text
 from coldpress.serving.answering import Answer, Failure, Wanted
 from coldpress.serving.bodies import Body
 from coldpress.serving.desk import Desk
 from coldpress.serving.snapshot import Snapshot
 from coldpress.serving.snapshots import Snapshots
-from coldpress.serving.wording import chat_ids, joined, text_ids
+from coldpress.serving.wording import Message, chat_ids, joined, text_ids
 from coldpress.stores.bits import BITS
 
 __all__ = ["Limits", "Making", "Service", "refusal"]
 
 _PRESS_OPTIONS = ("press", "compression_ratio", "budget_tokens", "budget_bytes", "press_args")
+_SOURCES = ("text", "messages", "file")  # of a snapshot
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ class Service:
         limits: of requests.
         press_of: makes a press of the options ``press``, ``compression_ratio``, ``budget_tokens``, ``budget_bytes`` and
             ``press_args``, some of which may be missing.
+        files: the folder whose files a client may name; None: no file is opened for one.
     """
 
     def __init__(
@@ -88,9 +92,11 @@ class Service:
         snapshots: Snapshots,
         limits: Limits,
         press_of: Callable[[dict[str, Any]], Press | None],
+        files: Path | None = None,
     ):
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.snapshots, self.limits, self.press_of = snapshots, limits, press_of
+        self.files = None if files is None else files.resolve()
         self.desk = Desk(limits.running, limits.waiting)
         self.started_at = int(time.time())
         config = model.config.get_text_config(decoder=True)
@@ -98,6 +104,7 @@ class Service:
         self.max_positions = int(min(getattr(tokenizer, "model_max_length", positions), positions))
         self._switch_at = switching_point(config)
         self._vocabulary = model.get_input_embeddings().num_embeddings
+        self._most_characters = self.max_positions * max(map(len, tokenizer.get_vocab()), default=1)
 
     def chat(self, body: Body) -> Wanted:
         """What a request for a chat completion wants."""
@@ -118,6 +125,7 @@ class Service:
                     param="snapshot",
                 )
             messages = joined(snapshot.source, messages)
+        self._check_characters(sum(len(message["content"]) for message in messages))
         ids = chat_ids(self.tokenizer, messages)
         if snapshot is not None and ids[: snapshot.n_tokens] != snapshot.ids:
             raise RequestError(
@@ -158,9 +166,12 @@ class Service:
 
     def make(self, body: Body, tell: Callable[[Any], None], client: str) -> Making:
         """Put the making of a snapshot into the queue."""
-        if body.has("text") == body.has("messages"):
-            raise RequestError("A snapshot is of a text or of messages; give one of the two.", param="text")
-        source = body.text("text") if body.has("text") else body.messages()
+        if sum(map(body.has, _SOURCES)) != 1:
+            raise RequestError("A snapshot is of a text, of messages or of a file; give one of them.", param="text")
+        source: str | list[Message]
+        source = body.messages() if body.has("messages") else body.text("text") or self._file(body.text("file"))
+        if body.flag("chat") and source and isinstance(source, str):
+            source = [{"role": "user", "content": source}]
         options: dict[str, Any] = {}
         given = {name: body.take(name) for name in _PRESS_OPTIONS if body.has(name)}
         if any(value is not None for value in given.values()):
@@ -171,16 +182,19 @@ class Service:
                 raise RequestError("kv_bits must be 8, 4, 2 or null.", code="invalid_value", param="kv_bits")
         if body.has("chunk_tokens"):
             options["chunk_tokens"] = body.integer("chunk_tokens", None, 1, 2**31)
-        for name in _PRESS_OPTIONS + ("kv_bits", "chunk_tokens", "messages", "text"):
+        for name in (*_PRESS_OPTIONS, *_SOURCES, "kv_bits", "chunk_tokens"):
             body.take(name)  # known, whether given or not
         self._check_model(body)
         body.finish()
         if not source:
             raise RequestError("The text is empty.", code="invalid_value", param="text")
         snapshots = self.snapshots
-        n_tokens = (
-            len(text_ids(self.tokenizer, source)) if isinstance(source, str) else len(chat_ids(self.tokenizer, source))
-        )
+        if isinstance(source, str):
+            self._check_characters(len(source))
+            n_tokens = len(text_ids(self.tokenizer, source))
+        else:
+            self._check_characters(sum(len(message["content"]) for message in source))
+            n_tokens = len(chat_ids(self.tokenizer, source))
         if n_tokens >= self.max_positions:
             raise self._too_long(f"The snapshot has {n_tokens} tokens")
         job = Making(lambda: snapshots.add(source, **options), tell, client, self.limits.time_s)
@@ -220,6 +234,30 @@ class Service:
         self.desk.close()
         self.snapshots.flush()
 
+    def _file(self, name: str | None) -> str:
+        """The text of a file in the folder of files.
+
+        Raises:
+            RequestError: there is no such file in the folder, or it is none of text, or too large.
+        """
+        if not name:
+            return ""
+        if self.files is None:
+            raise RequestError("This server opens no files; start it with --allow_files FOLDER.", 403, param="file")
+        try:
+            path = (self.files / name).resolve(strict=True)  # where links lead
+            if not path.is_relative_to(self.files) or not path.is_file():
+                raise FileNotFoundError
+            return read_text(path)
+        except (OSError, RuntimeError, ValueError) as error:
+            why = f" ({error})" if isinstance(error, ValueError) and "\0" not in name else ""
+            raise RequestError(
+                f"There is no file of text {ascii(name)[:80]} in the folder of this server{why}.",
+                404,
+                "file_not_found",
+                "file",
+            ) from error
+
     def _check_model(self, body: Body) -> None:
         name = body.text("model")
         if name not in (None, self.name):
@@ -233,6 +271,8 @@ class Service:
 
     def _prompt_ids(self, prompt: str | list[int], snapshot: Snapshot | None) -> list[int]:
         """The tokens of a prompt, after those of a snapshot that it goes on from."""
+        if isinstance(prompt, str):
+            self._check_characters(len(prompt))
         if snapshot is None:
             return text_ids(self.tokenizer, prompt) if isinstance(prompt, str) else prompt
         if isinstance(prompt, list):
@@ -293,6 +333,11 @@ class Service:
                 code="context_length_exceeded",
             )
         return room
+
+    def _check_characters(self, n: int) -> None:
+        """Refuse what is too long whatever its tokens are, before it is cut into them, which takes time."""
+        if n > self._most_characters:
+            raise self._too_long(f"A text of {n} characters has too many tokens")
 
     def _too_long(self, what: str) -> RequestError:
         message = f"{what}, and the model has {self.max_positions} positions; send less, or ask for less."
