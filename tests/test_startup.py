@@ -23,7 +23,20 @@ from coldpress.cli import main
 SRC = Path(__file__).parents[1] / "src"
 HEAVY = {"torch", "transformers", "numpy", "safetensors", "datasets", "pandas", "pyarrow", "matplotlib", "ray", "tqdm"}
 HEAVY |= {"fastapi", "uvicorn", "prometheus_client"}
-COMMANDS = ["ppl", "speed", "sweep", "tasks", "calibrate", "compress", "ask", "serve", "inspect", "report", "presses"]
+COMMANDS = [
+    "ppl",
+    "speed",
+    "sweep",
+    "tasks",
+    "calibrate",
+    "compress",
+    "ask",
+    "chat",
+    "serve",
+    "inspect",
+    "report",
+    "presses",
+]
 
 
 def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -1,5 +1,5 @@
-"""The command ``coldpress``: ppl, speed, sweep, tasks, calibrate, compress, ask, serve, inspect, report,
-presses.
+"""The command ``coldpress``: ppl, speed, sweep, tasks, calibrate, compress, ask, chat, serve, inspect,
+report, presses.
 
 Also what the scripts in evaluation/ run. Help and versions are printed without torch and transformers, whose import
 takes seconds.
@@ -35,7 +35,7 @@ from coldpress.commands.options import (
     sweep_options,
     task_options,
 )
-from coldpress.commands.serve_options import serve_options
+from coldpress.commands.serve_options import chat_options, serve_options
 from coldpress.errors import InputError, SelfCheckError, nearest
 from coldpress.io.files import is_utf8
 from coldpress.io.terminal import printable
@@ -204,6 +204,9 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     ask = commands.add_parser("ask", help="ask questions about a text that coldpress compress has saved")
     ask_options(ask)
     ask.set_defaults(options=ask.options, run=_run_ask)
+    chat = commands.add_parser("chat", help="talk to a model, whose earlier turns are compressed as they age")
+    chat_options(chat)
+    chat.set_defaults(options=chat.options, run=_run_chat)
     serve = commands.add_parser("serve", help="answer questions over HTTP, as OpenAI's API, about compressed texts")
     serve_options(serve)
     serve.set_defaults(options=serve.options, run=_run_serve)
@@ -310,6 +313,12 @@ def _run_ask(args: argparse.Namespace, argv: list[str], prog: str | None) -> int
 
     ask(args.file, args.question, _model_options(args, None), args.any_model, max_new_tokens=args.max_new_tokens)
     return 0
+
+
+def _run_chat(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
+    from coldpress.commands.chatting import chat_given
+
+    return chat_given(args, _model_options(args))
 
 
 def _run_serve(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:

@@ -1,14 +1,15 @@
-"""The options of ``coldpress serve``."""
+"""The options of ``coldpress serve`` and ``coldpress chat``."""
 
 from __future__ import annotations
 
 import argparse
 import re
 from functools import partial
+from typing import Any
 
 from coldpress.commands.options import BITS, add_machinery, add_model, integer, json_object
 
-__all__ = ["byte_count", "serve_options"]
+__all__ = ["byte_count", "chat_options", "serve_options"]
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 _positive = partial(integer, minimum=1)
@@ -22,16 +23,37 @@ def byte_count(text: str) -> int:
     return int(float(found[1]) * _UNITS[found[2]])
 
 
-def serve_options(parser: argparse.ArgumentParser) -> None:
-    what = parser.add_argument_group("what is served")
-    add_model(what)
-    add = what.add_argument
-    add("--press", default="snapkv", help="that compresses snapshots: a name, or no_press (default: snapkv)")
+def _add_press(group: Any, what: str) -> None:
+    """The options that say how ``what`` is compressed and stored."""
+    add = group.add_argument
+    add("--press", default="snapkv", help=f"that compresses {what}: a name, or no_press (default: snapkv)")
     add("--compression_ratio", type=float, help="fraction of the pairs to remove, in [0, 1) (default: 0.5)")
     add("--budget_tokens", type=_positive, help="instead of a ratio: pairs that a head keeps, on average")
     add("--press_args", type=json_object, default={}, help="parameters of the press as JSON")
-    add("--chunk_tokens", type=_positive, help="read prefixes in pieces of so many tokens, and compress after each")
+    add("--chunk_tokens", type=_positive, help=f"read {what} in pieces of so many tokens, and compress after each")
     add("--kv_bits", type=int, choices=BITS, help="store what is kept in so few bits")
+
+
+def chat_options(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("who is talked to")
+    add_model(what)
+    what.add_argument("--system", metavar="TEXT", help="a system prompt, which nothing may evict")
+    _add_press(what, "earlier turns")
+    add = what.add_argument
+    add(
+        "--recent_tokens", type=_positive, default=512, help="that stay whole before they are compressed (default: 512)"
+    )
+    add("--max_new_tokens", type=_positive, default=512, help="of an answer (default: 512)")
+    add("--temperature", type=float, default=0.0, help="0 takes the most likely token (default: 0)")
+    add("--top_p", type=float, default=1.0, help="draw from tokens with this probability together (default: 1)")
+    add("--seed", type=partial(integer, minimum=0), default=0, help="of what is drawn (default: 0)")
+    add_machinery(parser.add_argument_group("how"))
+
+
+def serve_options(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what is served")
+    add_model(what)
+    _add_press(what, "snapshots")
     room = parser.add_argument_group("where snapshots are")
     add = room.add_argument
     add("--budget_bytes", type=byte_count, default=2 << 30, help="of snapshots in memory (default: 2GiB)")

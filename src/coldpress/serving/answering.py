@@ -22,7 +22,7 @@ from coldpress.serving.snapshot import Snapshot
 from coldpress.serving.snapshots import Snapshots
 from coldpress.serving.streaming import GrowingText
 
-__all__ = ["Answer", "End", "Failure", "Likely", "Piece", "Wanted", "end_tokens", "picked"]
+__all__ = ["Answer", "End", "Failure", "Likely", "Piece", "Wanted", "end_tokens", "picked", "run"]
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class Answer:
         assert self._cache is not None
         wanted = self.wanted
         has_all = wanted.echo and wanted.n_likely is not None
-        logits = self._run(self._cache, wanted.ids[start:stop], has_all)
+        logits = run(self.model, self._cache, wanted.ids[start:stop], has_all)
         if has_all:
             self._prompt += [] if start else [Likely(wanted.ids[0], None)]
             for row, token in zip(logits, wanted.ids[start + 1 : stop + 1], strict=False):
@@ -186,18 +186,6 @@ class Answer:
                 text = tokenizer.decode(wanted.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
                 choice.is_done = wanted.max_new_tokens == 0
                 self.tell(Piece(index, text, tuple(self._prompt), "length" if choice.is_done else None))
-
-    def _run(self, cache: PressedCache, ids: Sequence[int], has_all: bool = False) -> Tensor:
-        """Float32 logits ``[Q or 1, V]``: of all these tokens, or of the last one."""
-        model: Any = self.model
-        stand_at(model, cache.seen_tokens)
-        given = torch.tensor([list(ids)], device=device_of(model) or model.device)
-        options = {}
-        if not has_all and "logits_to_keep" in inspect.signature(model.forward).parameters:
-            options["logits_to_keep"] = 1
-        output = model(input_ids=given, **cache_argument(cache, model), use_cache=True, **options)
-        logits: Tensor = output.logits[0] if has_all else output.logits[0, -1:]
-        return logits.float()
 
     def _go_on(self, choice: _Choice) -> None:
         """Make a token of a choice, and tell what is certain of its text."""
@@ -220,7 +208,21 @@ class Answer:
         if text or tokens or reason:
             self.tell(Piece(choice.index, text, tokens, reason))
         if not choice.is_done:
-            choice.logits = self._run(choice.cache, [token])[-1]
+            choice.logits = run(self.model, choice.cache, [token])[-1]
+
+
+@torch.no_grad()
+def run(model: PreTrainedModel, cache: PressedCache, ids: Sequence[int], has_all: bool = False) -> Tensor:
+    """Read ``ids`` after what ``cache`` has seen: float32 logits ``[Q or 1, V]``, after all of them or the last one."""
+    called: Any = model
+    stand_at(model, cache.seen_tokens)
+    given = torch.tensor([list(ids)], device=device_of(model) or model.device)
+    options = {}
+    if not has_all and "logits_to_keep" in inspect.signature(called.forward).parameters:
+        options["logits_to_keep"] = 1
+    output = called(input_ids=given, **cache_argument(cache, model), use_cache=True, **options)
+    logits: Tensor = output.logits[0] if has_all else output.logits[0, -1:]
+    return logits.float()
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:

@@ -28,7 +28,7 @@ from coldpress.serving.snapshot import Prefix, Snapshot, as_bytes, is_wording, r
 from coldpress.serving.wording import Message, prefix_ids
 from coldpress.stores.bits import KVBits
 
-__all__ = ["Snapshots"]
+__all__ = ["Snapshots", "compressed"]
 
 
 class _Own:
@@ -301,14 +301,8 @@ class Snapshots:
             pin=snapshot.pins or None,
         )
         cache.session._seed = int(snapshot.id[:15], 16)  # what is drawn is drawn again when it is made again
-        ids = torch.tensor([snapshot.ids], device=device_of(self.model) or self.model.device)
-        backbone: Any = getattr(self.model, self.model.base_model_prefix, self.model)
         with self._reading:
-            if cache.press is not None:
-                cache.session.press = cache.press.prepared(self.model, self.tokenizer)
-            with prefilling(self.model, cache):
-                prefill(backbone, ids, cache)
-        cache.session.check_claimed()  # raises what went wrong in the press
+            compressed(self.model, self.tokenizer, snapshot.ids, cache)
         return cache
 
     def _move_out(self) -> None:
@@ -362,6 +356,17 @@ class Snapshots:
         if not ids:
             raise InputError("A prefix needs at least one token; got none.")
         return ids, None
+
+
+def compressed(model: PreTrainedModel, tokenizer: Any, ids: Sequence[int], cache: PressedCache) -> None:
+    """Read a prefix into an empty cache, whose press compresses it. Raises what goes wrong in the press."""
+    given = torch.tensor([list(ids)], device=device_of(model) or model.device)
+    backbone: Any = getattr(model, model.base_model_prefix, model)
+    if cache.press is not None:
+        cache.session.press = cache.press.prepared(model, tokenizer)
+    with prefilling(model, cache):
+        prefill(backbone, given, cache)
+    cache.session.check_claimed()
 
 
 def _check_integer(name: str, value: int | None, least: int) -> None:
