@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from tests.snippets import for_installed
 from tests.tiny_folder import DEMO
 
 from coldpress import SnapKVPress
+from coldpress.cli import _parser
 from coldpress.commands.serve_options import byte_count
 from coldpress.eval.models import load_model
 
@@ -34,7 +36,8 @@ def server() -> Iterator[Running]:
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 def test_curl(server: Running, tmp_path: Path) -> None:
-    start, declare, *rest = blocks("bash")
+    start, declare, *rest, chat = blocks("bash")
+    assert chat.startswith("coldpress chat --model demo")
     assert "coldpress serve --model demo" in start
     script = "set -eu\n" + "\necho\necho =====\n".join([declare, *rest])
     script = script.replace("http://127.0.0.1:8000", server.url)
@@ -67,6 +70,13 @@ def test_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.chdir(tmp_path)
     exec(compile(for_installed(blocks("python")[1]), "serve.md", "exec"), {"MODEL": str(DEMO)})
     assert "'hits': 1, 'misses': 0" in capsys.readouterr().out
+
+
+def test_the_commands_of_the_guide_are_understood() -> None:
+    commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("coldpress ")]
+    assert len(commands) == 2
+    for command in commands:
+        _parser(None).parse_args(shlex.split(command)[1:])  # exits if it does not understand
 
 
 def test_numbers_of_bytes() -> None:

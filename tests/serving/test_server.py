@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -349,3 +351,30 @@ def test_keys_and_hosts(loaded: LoadedModel) -> None:
             assert response.status_code == 403 and response.json()["error"]["code"] == "wrong_host"
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="sesame", max_retries=0) as client:
             assert len(client.models.list().data) == 1
+
+
+def test_the_page_asks_nobody_else(server: Running, tmp_path: Path) -> None:
+    response = server.client.get("/")
+    assert response.status_code == 200 and response.headers["content-type"].startswith("text/html")
+    page = response.text
+    assert "default-src 'none'" in page and "connect-src 'self'" in page
+    assert not re.search(r"https?://|<script src|<link|@import|innerHTML", page)
+    names = set(re.findall(r"""at\("(\w+)"\)""", page))
+    assert names == set(re.findall(r""" id="(\w+)\"""", page))
+    for path in set(re.findall(r'call\("(/[^"]*)"', page)):
+        assert server.client.get(path.rstrip("/")).status_code in (200, 405), path
+    if shutil.which("node"):
+        script = tmp_path / "page.js"
+        script.write_text(re.findall(r"<script>\n(.*)</script>", page, re.S)[0])
+        subprocess.run(["node", "--check", str(script)], check=True)
+
+
+def test_the_page_of_what_is_kept(server: Running) -> None:
+    made = server.add(text=CONTEXT)
+    page = server.client.get(f"/v1/snapshots/{made['id']}/page")
+    assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
+    data = json.loads(re.findall(r'<script[^>]*type="application/json"[^>]*>(.*?)</script>', page.text, re.S)[0])
+    assert data["text"] == CONTEXT[: len(data["text"])] and len(data["text"]) > len(CONTEXT) - 10
+    assert data["presses"][0]["pairs"] == data["presses"][0]["before"] // 2 == made["tokens"] * 4
+    none = server.add(text=CONTEXT, press="no_press")
+    assert server.client.get(f"/v1/snapshots/{none['id']}/page").status_code == 400

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hmac
 import sys
 import traceback
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from importlib import resources
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from coldpress.errors import RequestError
@@ -19,12 +21,12 @@ from coldpress.serving.answering import Failure, Wanted
 from coldpress.serving.bodies import Body
 from coldpress.serving.meters import Meters
 from coldpress.serving.replies import GONE, Asked, Events, Line, own_fault, told
-from coldpress.serving.service import Service, refusal
+from coldpress.serving.service import Making, Service, refusal
 from coldpress.serving.shapes import ChatShape, TextShape, error_of
 
 __all__ = ["make_app"]
 
-_OPEN = ("/health",)  # paths that need no key
+_OPEN = ("/", "/health")  # paths that need no key
 _T = TypeVar("_T")
 
 
@@ -41,6 +43,7 @@ def make_app(service: Service, api_key: str | None = None, hosts: Iterable[str] 
     app.add_exception_handler(HTTPException, _of_http)
     app.add_exception_handler(RequestError, _of_request)
     app.add_exception_handler(Exception, _of_ours)
+    app.add_api_route("/", routes.page, methods=["GET"])
     app.add_api_route("/health", routes.health, methods=["GET"])
     app.add_api_route("/metrics", routes.metrics, methods=["GET"])
     app.add_api_route("/v1/models", routes.models, methods=["GET"])
@@ -50,6 +53,7 @@ def make_app(service: Service, api_key: str | None = None, hosts: Iterable[str] 
     app.add_api_route("/v1/snapshots", routes.snapshots, methods=["GET"])
     app.add_api_route("/v1/snapshots", routes.add_snapshot, methods=["POST"])
     app.add_api_route("/v1/snapshots/{key}", routes.snapshot, methods=["GET"])
+    app.add_api_route("/v1/snapshots/{key}/page", routes.snapshot_page, methods=["GET"])
     app.add_api_route("/v1/snapshots/{key}", routes.remove_snapshot, methods=["DELETE"])
     return _Guard(app, service, routes.meters, api_key, None if hosts is None else frozenset(hosts))
 
@@ -111,6 +115,10 @@ class _Routes:
         self.service, self.meters = service, Meters(service)
         self._readers = ThreadPoolExecutor(2, thread_name_prefix="coldpress-reader")  # tokenizing takes its time
 
+    async def page(self) -> Response:
+        """A page to ask with, for a browser."""
+        return HTMLResponse(_page(), headers={"content-security-policy": "frame-ancestors 'none'"})
+
     async def health(self) -> Response:
         """Whether requests are taken."""
         is_draining = self.service.desk.is_draining
@@ -153,19 +161,29 @@ class _Routes:
 
     async def add_snapshot(self, request: Request) -> Response:
         """A snapshot of a text or of messages, made unless it is there."""
-        body, line = await self._body(request), Line(request)
-        client = request.client.host if request.client else ""
+        body = await self._body(request)
+        made = await self._made(request, lambda tell, client: self.service.make(body, tell, client))
+        return Response(status_code=499) if made is GONE else JSONResponse(self.service.shown(made))
+
+    async def snapshot_page(self, request: Request, key: str) -> Response:
+        """A page that shows which tokens of a snapshot are kept."""
+        snapshot = self.service.found(key)
+        made = await self._made(request, lambda tell, client: self.service.page(snapshot, tell, client))
+        return Response(status_code=499) if made is GONE else HTMLResponse(made)
+
+    async def _made(self, request: Request, submit: Callable[[Any, str], Making]) -> Any:
+        """What a job of the desk makes, or ``GONE`` where its client is."""
+        line, client = Line(request), request.client.host if request.client else ""
         try:
-            job = await self._in_reader(lambda: self.service.make(body, line.tell, client))
-            event = await line.next()
-            if event is GONE:
-                self.service.desk.cancel(job)
-                return Response(status_code=499)
+            job = await self._in_reader(lambda: submit(line.tell, client))
+            made = await line.next()
         finally:
             line.close()
-        if isinstance(event, Failure):
-            raise told(event.error)
-        return JSONResponse(self.service.shown(event))
+        if made is GONE:
+            self.service.desk.cancel(job)
+        if isinstance(made, Failure):
+            raise told(made.error)
+        return made
 
     async def snapshot(self, key: str) -> Response:
         """One snapshot."""
@@ -229,6 +247,11 @@ class _Routes:
             "owned_by": "coldpress",
             "max_model_len": self.service.max_positions,
         }
+
+
+@functools.cache
+def _page() -> str:
+    return resources.files("coldpress").joinpath("assets", "serve.html").read_text(encoding="utf-8")
 
 
 def _streaming(body: Body) -> tuple[bool, bool]:

@@ -14,11 +14,13 @@ from coldpress.architecture.generating import switching_point
 from coldpress.core.press import Press
 from coldpress.errors import InputError, RequestError
 from coldpress.io.files import read_text
+from coldpress.models.inspection import inspection_of
 from coldpress.serving.answering import Answer, Failure, Wanted
 from coldpress.serving.bodies import Body
 from coldpress.serving.desk import Desk
 from coldpress.serving.snapshot import Snapshot
 from coldpress.serving.snapshots import Snapshots
+from coldpress.serving.streaming import parts_of
 from coldpress.serving.wording import Message, chat_ids, joined, text_ids
 from coldpress.stores.bits import BITS
 
@@ -54,9 +56,9 @@ class Limits:
 
 
 class Making:
-    """A job for the desk: make a snapshot. ``tell`` is called with it, or with a :class:`Failure`."""
+    """A job for the desk: make a snapshot or its page. ``tell`` is called with it, or with a :class:`Failure`."""
 
-    def __init__(self, make: Callable[[], Snapshot], tell: Callable[[Any], None], client: str, time_s: float):
+    def __init__(self, make: Callable[[], Any], tell: Callable[[Any], None], client: str, time_s: float):
         self.make, self.tell, self.client = make, tell, client
         self.ends_at, self.is_cancelled = time.monotonic() + time_s, False
 
@@ -198,6 +200,21 @@ class Service:
         if n_tokens >= self.max_positions:
             raise self._too_long(f"The snapshot has {n_tokens} tokens")
         job = Making(lambda: snapshots.add(source, **options), tell, client, self.limits.time_s)
+        self.desk.submit(job)
+        return job
+
+    def page(self, snapshot: Snapshot, tell: Callable[[Any], None], client: str) -> Making:
+        """Put the making of a page into the queue that shows which tokens of a snapshot are kept."""
+        press = snapshot.press
+        if press is None:
+            raise RequestError("The snapshot has no press, so all of its tokens are kept.", code="no_press")
+
+        def make() -> str:
+            text, ends = parts_of(self.tokenizer, snapshot.ids)
+            found = inspection_of(snapshot.fork(), press, text, snapshot.ids, ends)
+            return found.to_html(f"snapshot {snapshot.id}", [f"model: {self.name}"])
+
+        job = Making(make, tell, client, self.limits.time_s)
         self.desk.submit(job)
         return job
 

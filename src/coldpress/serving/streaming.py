@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["GrowingText"]
+__all__ = ["GrowingText", "parts_of"]
 
 _HALF = "�"  # what a tokenizer makes of the first bytes of a character
 
@@ -16,10 +16,11 @@ class GrowingText:
     Args:
         tokenizer: that the tokens are of.
         stop: texts that end the answer and are no part of it.
+        skips_special: leave special tokens out.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()):
-        self.tokenizer, self.stop = tokenizer, [text for text in stop if text]
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), skips_special: bool = True):
+        self.tokenizer, self.stop, self.skips_special = tokenizer, [text for text in stop if text], skips_special
         self.is_stopped = False
         self._ids: list[int] = []
         self._from = self._to = 0  # tokens that the next ones are decoded with, as spaces depend on what stands before
@@ -45,7 +46,8 @@ class GrowingText:
         return now[len(before) :]
 
     def _text(self, ids: list[int]) -> str:
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        options = {"skip_special_tokens": self.skips_special, "clean_up_tokenization_spaces": False}
+        text: str = self.tokenizer.decode(ids, **options)
         return text
 
     def _passed(self, piece: str, is_last: bool) -> str:
@@ -57,6 +59,20 @@ class GrowingText:
         n_held = 0 if is_last else max((_n_begun(text, stop) for stop in self.stop), default=0)
         self._held = text[len(text) - n_held :]
         return text[: len(text) - n_held]
+
+
+def parts_of(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[int]]:
+    """The text of tokens, and where the part of each one ends; tokens of one character share its end."""
+    growing, text, ends, n_open = GrowingText(tokenizer, skips_special=False), "", list[int](), 0
+    for token in ids:
+        piece = growing.add(token)
+        text += piece
+        n_open += 1
+        if piece:
+            ends += [len(text)] * n_open
+            n_open = 0
+    text += growing.finish()
+    return text, ends + [len(text)] * n_open
 
 
 def _n_begun(text: str, stop: str) -> int:
