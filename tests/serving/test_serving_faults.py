@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import re
@@ -24,7 +25,7 @@ from tests.serving.test_snapshots import digest
 from tests.tiny_folder import CONTEXT, QUESTIONS
 from tests.tiny_folder import folder as folder
 
-from coldpress import SnapKVPress
+from coldpress import PressedCache, SnapKVPress
 from coldpress.cli import main
 from coldpress.errors import RequestError
 from coldpress.eval.models import LoadedModel, load_model
@@ -115,6 +116,25 @@ def test_snapshots_are_the_same_after_many_answers(loaded: LoadedModel) -> None:
         assert [len(set(texts[i::3])) for i in range(3)] == [1, 1, 1]
 
 
+def test_nothing_is_left_of_answers(loaded: LoadedModel) -> None:
+    def n_caches() -> int:
+        return sum(type(one) is PressedCache for one in gc.get_objects())
+
+    with running(loaded, PRESS) as server:
+        made = server.add(text=CONTEXT)
+        asked = {"prompt": QUESTIONS[0], "snapshot": made["id"], "max_tokens": 3, "n": 2}
+        server.post("/v1/completions", asked)
+        gc.collect()
+        before = n_caches()
+        gc.disable()  # what is in a circle would wait for it
+        try:
+            for number in range(10):
+                server.post("/v1/completions", asked | {"stream": number % 2 == 0})
+            assert n_caches() <= before
+        finally:
+            gc.enable()
+
+
 class _Job:
     def __init__(self, client: str, done: list[str], gate: threading.Event, steps: int = 1, ends_at: float = 1e9):
         self.client, self.done, self.gate, self.steps = client, done, gate, steps
@@ -129,6 +149,9 @@ class _Job:
 
     def fail(self, error: Exception) -> None:
         self.error = error  # type: ignore[assignment]
+
+    def end(self) -> None:
+        self.gate = None  # type: ignore[assignment]
 
 
 def test_clients_have_their_turns() -> None:
@@ -411,7 +434,7 @@ def test_a_signal_ends_it_when_all_is_answered(tmp_path: Path) -> None:
         assert rest[-1] == "data: [DONE]"
         assert started.wait(20) == 0
         assert started.stdout is not None and started.stdout.read() == ""
-        assert [file.name for file in tmp_path.iterdir()] == [f"{made['id']}.safetensors"]
+        assert {file.name for file in tmp_path.iterdir()} == {f"{made['id']}.json", f"{made['id']}.safetensors"}
 
 
 @pytest.mark.slow

@@ -152,7 +152,7 @@ def test_the_least_recently_used_goes_to_disk_and_out_of_it(
     one = Snapshots(loaded.model, loaded.tokenizer, SnapKVPress(0.5))
     size = one.add(TEXTS[0]).memory_bytes
     Snapshots(loaded.model, loaded.tokenizer, SnapKVPress(0.5), folder=tmp_path / "one", budget_bytes=0).add(TEXTS[0])
-    (file,) = (tmp_path / "one").iterdir()
+    (file,) = (tmp_path / "one").glob("*.safetensors")
     snapshots = Snapshots(
         loaded.model, loaded.tokenizer, SnapKVPress(0.5), budget_bytes=int(size * 1.5), folder=tmp_path / "s",
         disk_budget_bytes=int(file.stat().st_size * 1.5),
@@ -160,7 +160,7 @@ def test_the_least_recently_used_goes_to_disk_and_out_of_it(
     made = [snapshots.add(text) for text in TEXTS]
     assert [s.tier for s in made] == ["declared", "disk", "memory"]
     assert snapshots.memory_bytes == made[2].memory_bytes and snapshots.disk_bytes == made[1].disk_bytes
-    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == [f"{made[1].id}.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == [f"{made[1].id}.json", f"{made[1].id}.safetensors"]
     expected = [answer(loaded, ids, one.add(t).fork()) for t in TEXTS for ids in [ids_of(loaded, t + QUESTIONS[0])]]
     fed.clear()
     for snapshot, text, tokens in list(zip(made, TEXTS, expected, strict=True))[::-1]:
@@ -177,6 +177,37 @@ def test_the_least_recently_used_goes_to_disk_and_out_of_it(
     assert another.add(TEXTS[0]).tier == "memory" and fed == [] and another.loaded == 1
 
 
+def test_another_process_knows_them(loaded: LoadedModel, folder: Path, fed: list[int], tmp_path: Path) -> None:
+    press = SnapKVPress(0.5, window_size=8)
+    snapshots = Snapshots(loaded.model, loaded.tokenizer, press, folder=tmp_path)
+    messages = [{"role": "user", "content": TEXTS[0]}]
+    made = [snapshots.add(messages, kv_bits=4, pin=[(0, 3)]), snapshots.add(TEXTS[1], press=None, chunk_tokens=50)]
+    snapshots.flush()
+    fed.clear()
+    other = Snapshots(loaded.model, loaded.tokenizer, folder=tmp_path)
+    for one in made:
+        found = other.get(one.id)
+        assert found is not None and found.tier == "disk" and found.source == one.source and found.ids == one.ids
+        assert (found.press, found.kv_bits, found.chunk_tokens, found.pins) == (
+            (one.press, one.kv_bits, one.chunk_tokens, one.pins)
+        )
+        assert other.find([*one.ids, 1]) is found and found.fork().seen_tokens == one.n_tokens
+    assert fed == [] and other.loaded == 2
+    late = snapshots.add(TEXTS[2])
+    snapshots.flush()
+    assert other.get(late.id) is not None and other.get("../x") is None and other.get("0" * 32) is None
+    model = load_model(str(folder), device="cpu").model
+    model.get_output_embeddings().weight[0, 0] += 1
+    assert len(Snapshots(model, loaded.tokenizer, folder=tmp_path)) == 0  # of another model
+    assert len(Snapshots(loaded.model, loaded.tokenizer, folder=tmp_path, max_snapshots=2)) == 2
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3
+    said = tmp_path / f"{late.id}.json"
+    assert said.stat().st_mode & 0o77 == 0  # it holds the text
+    for damaged in ("", "[]", "{}", said.read_text().replace('"ids": [', '"ids": [7, '), "[" * 99999):
+        said.write_text(damaged)
+        assert Snapshots(loaded.model, loaded.tokenizer, folder=tmp_path).get(late.id) is None
+
+
 def test_too_much_for_the_memory_and_no_folder(loaded: LoadedModel) -> None:
     snapshots = Snapshots(loaded.model, loaded.tokenizer, SnapKVPress(0.5), budget_bytes=100)
     with pytest.raises(InputError, match=r"takes [\d,]+ bytes and budget_bytes allows 100"):
@@ -190,7 +221,7 @@ def test_a_damaged_file_is_made_again(loaded: LoadedModel, tmp_path: Path, press
     snapshot = snapshots.add(TEXTS[0])
     ids = ids_of(loaded, TEXTS[0] + QUESTIONS[1])
     expected = answer(loaded, ids, snapshots.fork(ids))
-    (file,) = tmp_path.iterdir()
+    (file,) = tmp_path.glob("*.safetensors")
     whole = file.read_bytes()
     for damaged in (whole[:-1] + bytes([whole[-1] ^ 1]), whole[: len(whole) // 2], b"", b"{" * 9000):
         file.write_bytes(damaged)

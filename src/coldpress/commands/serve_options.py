@@ -53,6 +53,7 @@ def chat_options(parser: argparse.ArgumentParser) -> None:
 def serve_options(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what is served")
     add_model(what)
+    what.add_argument("--served_name", help="under which requests ask for the model (default: its own)")
     _add_press(what, "snapshots")
     room = parser.add_argument_group("where snapshots are")
     add = room.add_argument

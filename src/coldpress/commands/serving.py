@@ -46,6 +46,7 @@ def serve_given(args: argparse.Namespace, model_options: dict[str, Any]) -> int:
         args.port,
         args.api_key,
         args.allow_files,
+        args.served_name,
     )
 
 
@@ -58,6 +59,7 @@ def serve(
     port: int = 8000,
     api_key: str | None = None,
     allow_files: str | None = None,
+    served_name: str | None = None,
 ) -> int:
     """Answer requests until a signal comes; the exit code.
 
@@ -69,6 +71,7 @@ def serve(
         host, port: where to listen.
         api_key: that requests have to bring; None takes that of the environment.
         allow_files: the folder whose files a client may name; None: no file is opened for one.
+        served_name: under which requests ask for the model; None: its own, of a folder or file the last part.
 
     Raises:
         InputError: something that was asked for cannot work; before the model is loaded where that can be known.
@@ -154,7 +157,7 @@ def greeting(loaded: LoadedModel, service: Service, address: str, has_key: bool)
     room = "no limit" if snapshots.budget_bytes is None else f"{snapshots.budget_bytes:,} bytes"
     press = "no press" if snapshots.press is None else repr(snapshots.press)
     key = ' -H "Authorization: Bearer $COLDPRESS_API_KEY"' if has_key else ""
-    body = f'{{"model": "{loaded.name}", "messages": [{{"role": "user", "content": "Who?"}}]}}'
+    body = f'{{"model": "{service.name}", "messages": [{{"role": "user", "content": "Who?"}}]}}'
     return printable(
         f"coldpress serve: {address}/v1, {loaded.name} in {facts['dtype']} on {facts['device']}, "
         f"{'with a key' if has_key else 'for this machine alone, without a key'}\n"

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,16 +12,14 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
-from coldpress.architecture.cache_argument import cache_argument
-from coldpress.architecture.offloaded import device_of
-from coldpress.architecture.rope import stand_at
 from coldpress.cache.pressed import PressedCache
 from coldpress.models.prompts import pieces
+from coldpress.serving.reading import run
 from coldpress.serving.snapshot import Snapshot
 from coldpress.serving.snapshots import Snapshots
 from coldpress.serving.streaming import GrowingText
 
-__all__ = ["Answer", "End", "Failure", "Likely", "Piece", "Wanted", "end_tokens", "picked", "run"]
+__all__ = ["Answer", "End", "Failure", "Likely", "Piece", "Wanted", "end_tokens", "picked"]
 
 
 @dataclass(frozen=True)
@@ -155,6 +152,10 @@ class Answer:
         """Tell that there will be no more of it."""
         self.tell(Failure(error))
 
+    def end(self) -> None:
+        """Let go of the caches at once: whoever waits may hold the answer for long."""
+        self._cache, self._choices, self._prompt = None, [], []
+
     def _begin(self) -> None:
         wanted = self.wanted
         if wanted.echo:  # every token of the prompt is told, so the model has to read it
@@ -209,20 +210,6 @@ class Answer:
             self.tell(Piece(choice.index, text, tokens, reason))
         if not choice.is_done:
             choice.logits = run(self.model, choice.cache, [token])[-1]
-
-
-@torch.no_grad()
-def run(model: PreTrainedModel, cache: PressedCache, ids: Sequence[int], has_all: bool = False) -> Tensor:
-    """Read ``ids`` after what ``cache`` has seen: float32 logits ``[Q or 1, V]``, after all of them or the last one."""
-    called: Any = model
-    stand_at(model, cache.seen_tokens)
-    given = torch.tensor([list(ids)], device=device_of(model) or model.device)
-    options = {}
-    if not has_all and "logits_to_keep" in inspect.signature(called.forward).parameters:
-        options["logits_to_keep"] = 1
-    output = called(input_ids=given, **cache_argument(cache, model), use_cache=True, **options)
-    logits: Tensor = output.logits[0] if has_all else output.logits[0, -1:]
-    return logits.float()
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:

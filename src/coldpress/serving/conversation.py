@@ -16,9 +16,9 @@ from coldpress.core.press import Press
 from coldpress.errors import CacheError, InputError, OutputError, PressError
 from coldpress.io.files import path_of, read_text, replace_file
 from coldpress.models.supported import use_coldpress
-from coldpress.serving.answering import end_tokens, picked, run
+from coldpress.serving.answering import end_tokens, picked
+from coldpress.serving.reading import compressed, run
 from coldpress.serving.snapshot import is_wording
-from coldpress.serving.snapshots import compressed
 from coldpress.serving.streaming import GrowingText
 from coldpress.serving.wording import chat_ids, prefix_ids
 from coldpress.stores.bits import KVBits

@@ -32,6 +32,9 @@ class Job(Protocol):
     def fail(self, error: Exception) -> None:
         """Tell whoever waits what went wrong."""
 
+    def end(self) -> None:
+        """Let go of what the work needed; nothing is asked of the job after it."""
+
 
 class Desk:
     """One thread that does a step of each running job in turn, and a queue in which clients have equal shares.
@@ -137,8 +140,10 @@ class Desk:
                     job.fail(RequestError("The server has ended.", 503, "server_draining", retry_after_s=5))
                 return
             done = [job for job in running if self._step(job)]
+            del running, late
             with self._changed:
                 for job in done:
+                    job.end()
                     self._running.remove(job)
                     self._job_s += 0.1 * (time.monotonic() - begun.pop(id(job)) - self._job_s)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import threading
 import time
@@ -11,12 +12,17 @@ from pathlib import Path
 
 from transformers.modeling_utils import PreTrainedModel
 
+from coldpress.cache.pins import checked_pins
 from coldpress.cache.pressed import PressedCache
-from coldpress.errors import CacheError, OutputError, PressError
-from coldpress.io.files import path_of
+from coldpress.core.data import as_data, from_data
+from coldpress.errors import CacheError, InputError, OutputError, PressError
+from coldpress.io.files import path_of, read_text, replace_file
+from coldpress.serving.snapshot import Snapshot, is_wording, row
+from coldpress.stores.bits import KVBits
 
 __all__ = ["Folder"]
 
+_KEY = re.compile(r"[0-9a-f]{32}")
 _FILE = re.compile(r"[0-9a-f]{32}\.safetensors")
 _PART = re.compile(r"\.[0-9a-f]{16}\.tmp")  # of io/files.py, left by a process that was killed while it wrote
 _PART_LIVES_S = 3600.0  # another process may be writing a younger one
@@ -25,8 +31,9 @@ _PART_LIVES_S = 3600.0  # another process may be writing a younger one
 class Folder:
     """Files of snapshots by key, within a number of bytes; the least recently used ones go first.
 
-    Files of earlier processes are used, and count. Other processes may share the folder: a file that one of them has
-    removed is not there, and no harm is done. What is in the folder under other names is left alone.
+    Beside each file another one says what was declared. Files of earlier processes are used, and count. Other
+    processes may share the folder: a file that one of them has removed is not there, and no harm is done. What is in
+    the folder under other names is left alone.
 
     Args:
         path: made if need be.
@@ -66,16 +73,25 @@ class Folder:
         """Bytes of one file; 0 where there is none."""
         return self._sizes.get(key, 0)
 
-    def write(self, key: str, cache: PressedCache, model: PreTrainedModel) -> None:
-        """Write a cache, unless it is there: whole or not at all. One that is larger than the budget is not kept.
+    def keys(self) -> list[str]:
+        """Keys of the files, the least recently used first."""
+        return list(self._sizes)
+
+    def write(self, snapshot: Snapshot, model: PreTrainedModel) -> None:
+        """Write a snapshot and its declaration, unless they are there: whole or not at all.
+
+        One that is larger than the budget is not kept.
 
         Raises:
             OutputError: it cannot be written, for instance because the disk is full.
             CacheError: a file cannot hold it.
         """
-        path = self._path(key)
+        key, path = snapshot.id, self._path(snapshot.id)
         if not path.exists():
-            cache.save(path, model)
+            assert snapshot._cache is not None
+            snapshot._cache.save(path, model)
+        if not self._declaration(key).exists():
+            self._declare(snapshot)
         with self._lock, contextlib.suppress(FileNotFoundError):
             self._sizes[key] = path.stat().st_size
             self._sizes.move_to_end(key)
@@ -104,14 +120,59 @@ class Folder:
             path.touch()
         return cache
 
+    def declaration(self, key: str) -> Snapshot | None:
+        """What was declared under a key, by this process or another; None where that is not known, or damaged."""
+        if not _KEY.fullmatch(key) or not self._path(key).is_file():
+            return None
+        try:
+            said = json.loads(read_text(self._declaration(key)))
+            press = None if said["press"] is None else from_data(said["press"])
+            bits = None if said["kv_bits"] is None else KVBits(**said["kv_bits"])
+            source, ids = said["source"], row(said["ids"])
+            if not (source is None or is_wording(source)):
+                raise ValueError("the source is no wording")
+            found = Snapshot(key, ids, source, press, bits, said["chunk_tokens"], checked_pins(said["pins"] or None))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, InputError):
+            return None  # the prefix has to be declared anew
+        with self._lock, contextlib.suppress(OSError):
+            self._sizes.setdefault(key, self._path(key).stat().st_size)
+        return found
+
+    def _declare(self, snapshot: Snapshot) -> None:
+        """Write what was declared, for this user alone, as it holds the text."""
+        with contextlib.suppress(PressError, TypeError):  # a press that JSON cannot hold has to be declared anew
+            said = json.dumps(
+                {
+                    "source": snapshot.source,
+                    "ids": snapshot.ids,
+                    "press": None if snapshot.press is None else as_data(snapshot.press),
+                    "kv_bits": None if snapshot.kv_bits is None else vars(snapshot.kv_bits),
+                    "chunk_tokens": snapshot.chunk_tokens,
+                    "pins": snapshot.pins,
+                }
+            )
+
+            def write(part: Path) -> None:
+                part.chmod(0o600)
+                part.write_text(said, encoding="utf-8")
+
+            try:
+                replace_file(self._declaration(snapshot.id), write)
+            except OSError as error:
+                raise OutputError(f"{self.path} cannot be written to ({error}).") from error
+
     def remove(self, key: str) -> None:
-        """Delete a file, if it is there."""
-        with contextlib.suppress(OSError):
-            self._path(key).unlink(missing_ok=True)
+        """Delete the files of a snapshot, if they are there."""
+        for path in (self._declaration(key), self._path(key)):
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
         self._forget(key)
 
     def _path(self, key: str) -> Path:
         return self.path / f"{key}.safetensors"
+
+    def _declaration(self, key: str) -> Path:
+        return self.path / f"{key}.json"
 
     def _forget(self, key: str) -> None:
         with self._lock:

@@ -71,6 +71,9 @@ class Making:
         """Tell that it is not made."""
         self.tell(Failure(error))
 
+    def end(self) -> None:
+        """Nothing is held."""
+
 
 class Service:
     """A model, its snapshots, and the desk at which requests are answered.

@@ -9,26 +9,23 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
-from coldpress.architecture.offloaded import device_of
 from coldpress.cache.pins import Pins, Spans, checked_pins
 from coldpress.cache.pressed import PressedCache
 from coldpress.core.definition import as_given
 from coldpress.core.press import Press
 from coldpress.errors import CacheError, InputError, OutputError, PressError
-from coldpress.models.block import prefilling
-from coldpress.models.prompts import prefill
 from coldpress.models.supported import use_coldpress
 from coldpress.serving.folder import Folder
 from coldpress.serving.keys import key_of, origin_of
+from coldpress.serving.reading import compressed
 from coldpress.serving.snapshot import Prefix, Snapshot, as_bytes, is_wording, row
 from coldpress.serving.wording import Message, prefix_ids
 from coldpress.stores.bits import KVBits
 
-__all__ = ["Snapshots", "compressed"]
+__all__ = ["Snapshots"]
 
 
 class _Own:
@@ -62,7 +59,8 @@ class Snapshots:
         tokenizer: for texts and messages; None where only token ids are given.
         press: that compresses a prefix, unless :meth:`add` says otherwise; None keeps all.
         budget_bytes: of keys and values in memory; None: no limit. Forks that are under way are not counted.
-        folder: where snapshots go that memory has no room for; None: they are made again.
+        folder: where snapshots go that memory has no room for; None: they are made again. Those that another process
+            has written there, of the same model, are declared from the start.
         disk_budget_bytes: of the folder; None: no limit.
         chunk_tokens: a prefix is read in pieces of so many tokens, and compressed after each.
         kv_bits: 8, 4 or 2, or a KVBits: how pairs are stored.
@@ -110,6 +108,8 @@ class Snapshots:
         self._bytes_of: dict[str, bytes] = {}  # token ids as bytes, which are compared at once
         self._lock = threading.Lock()  # of these and of the counters; held for moments
         self._reading, self._moving = threading.Lock(), threading.Lock()
+        for key in [] if self._folder is None else self._folder.keys()[-max_snapshots:]:
+            self._restore(key)
         self.hits = self.misses = self.tokens_saved = 0
         self.built = self.loaded = self.damaged = self.unwritten = 0
 
@@ -139,16 +139,8 @@ class Snapshots:
         ids, source = self._ids(prefix)
         key = key_of(self._origin, ids, press, bits, chunk_tokens, pins)
         with self._lock:
-            found = self._by_id.get(key)
-            is_new = found is None
-            if found is None:
-                found = Snapshot(key, ids, source, press, bits, chunk_tokens, pins, _owner=self)
-                self._by_id[key] = found
-                self._bytes_of[key] = as_bytes(ids)
-            self._by_id.move_to_end(key)
-            surplus = list(self._by_id)[: max(0, len(self._by_id) - self.max_snapshots)]
-        for old in surplus:
-            self.remove(old)
+            is_new = key not in self._by_id
+        found = self._declared(Snapshot(key, ids, source, press, bits, chunk_tokens, pins))
         try:
             self._hold(found)
         except Exception:
@@ -187,8 +179,8 @@ class Snapshots:
         return found.fork()
 
     def get(self, key: str) -> Snapshot | None:
-        """The snapshot with this id, None without one."""
-        return self._by_id.get(key)
+        """The snapshot with this id, declared here or in the folder; None without one."""
+        return self._by_id.get(key) or self._restore(key)
 
     def __iter__(self) -> Iterator[Snapshot]:
         """All snapshots, the most recently used first."""
@@ -282,6 +274,27 @@ class Snapshots:
         self._move_out()
         return fork, was_read
 
+    def _declared(self, new: Snapshot) -> Snapshot:
+        """The snapshot with the key of ``new``, which is that one unless there is one."""
+        with self._lock:
+            found = self._by_id.setdefault(new.id, new)
+            if found is new:
+                new._owner = self
+                self._bytes_of[new.id] = as_bytes(new.ids)
+            self._by_id.move_to_end(new.id)
+            surplus = list(self._by_id)[: max(0, len(self._by_id) - self.max_snapshots)]
+        for old in surplus:
+            self.remove(old)
+        return found
+
+    def _restore(self, key: str) -> Snapshot | None:
+        """Declare what another process has written to the folder; None where that is of another model, or damaged."""
+        found = None if self._folder is None else self._folder.declaration(key)
+        if found is None:
+            return None
+        said = key_of(self._origin, found.ids, found.press, found.kv_bits, found.chunk_tokens, found.pins)
+        return self._declared(found) if said == key else None
+
     def _loaded(self, snapshot: Snapshot) -> PressedCache | None:
         if self._folder is None:
             return None
@@ -322,7 +335,7 @@ class Snapshots:
         if self._folder is None or snapshot._cache is None:
             return
         try:
-            self._folder.write(snapshot.id, snapshot._cache, self.model)
+            self._folder.write(snapshot, self.model)
         except (OutputError, CacheError) as error:
             with self._lock:
                 self.unwritten += 1
@@ -356,17 +369,6 @@ class Snapshots:
         if not ids:
             raise InputError("A prefix needs at least one token; got none.")
         return ids, None
-
-
-def compressed(model: PreTrainedModel, tokenizer: Any, ids: Sequence[int], cache: PressedCache) -> None:
-    """Read a prefix into an empty cache, whose press compresses it. Raises what goes wrong in the press."""
-    given = torch.tensor([list(ids)], device=device_of(model) or model.device)
-    backbone: Any = getattr(model, model.base_model_prefix, model)
-    if cache.press is not None:
-        cache.session.press = cache.press.prepared(model, tokenizer)
-    with prefilling(model, cache):
-        prefill(backbone, given, cache)
-    cache.session.check_claimed()
 
 
 def _check_integer(name: str, value: int | None, least: int) -> None:
