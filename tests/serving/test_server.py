@@ -234,7 +234,8 @@ CHAT = [
     ({"messages": SAY, "max_tokens": 5, "max_completion_tokens": 6}, "differ; give one"),
     ({"messages": SAY, "n": 17}, "n must be an integer from 1 to 16"),
     ({"messages": SAY, "top_logprobs": 2}, "top_logprobs needs logprobs: true"),
-    ({"messages": SAY, "tools": []}, 'Unknown option "tools"'),
+    ({"messages": SAY, "tools": [{"type": "function"}]}, r"tools is not supported; leave it out or give \[\]"),
+    ({"messages": SAY, "tool_choice": "required"}, 'tool_choice is not supported; leave it out or give "none" or give'),
     ({"messages": SAY, "temprature": 0}, "Did you mean 'temperature'"),
     ({"messages": SAY, "presence_penalty": 0.5}, "presence_penalty is not supported; leave it out or give 0"),
     ({"messages": SAY, "stop": ["a"] * 17}, "stop must be a text or a list of up to 16"),
@@ -295,6 +296,12 @@ def test_what_is_refused(server: Running, path: str, body: Any, message: str) ->
     error = response.json()["error"]
     assert error.keys() == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
     assert re.search(message, error["message"]), error["message"]
+
+
+def test_what_clients_send_without_meaning_it(server: Running) -> None:
+    idle = {"tools": [], "tool_choice": "auto", "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}}
+    idle |= {"response_format": {"type": "text"}, "store": False, "metadata": {}, "user": "me", "seed": None}
+    assert server.post("/v1/chat/completions", {"messages": SAY, "max_tokens": 1, **idle}).status_code == 200
 
 
 def test_openais_errors(client: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import socket
 from collections.abc import Callable
@@ -60,7 +61,7 @@ class Listener(uvicorn.Server):
             server_header=False,
             backlog=_BACKLOG,
             lifespan="off",
-            timeout_graceful_shutdown=int(service.limits.idle_s),
+            timeout_graceful_shutdown=math.ceil(service.limits.idle_s),
             timeout_keep_alive=30,
         )
         super().__init__(config)

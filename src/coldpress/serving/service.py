@@ -27,6 +27,14 @@ from coldpress.stores.bits import BITS
 __all__ = ["Limits", "Making", "Service", "refusal"]
 
 _PRESS_OPTIONS = ("press", "compression_ratio", "budget_tokens", "budget_bytes", "press_args")
+_NEUTRAL: dict[str, tuple[Any, ...]] = {  # options of a chat that mean nothing here, and what clients send all the same
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "modalities": (["text"],),
+    "metadata": ({},),
+    "service_tier": ("auto", "default"),
+}
 _SOURCES = ("text", "messages", "file")  # of a snapshot
 
 
@@ -119,6 +127,8 @@ class Service:
         has_logprobs = body.flag("logprobs")
         if n_likely is not None and not has_logprobs:
             raise RequestError("top_logprobs needs logprobs: true.", code="invalid_value", param="top_logprobs")
+        for name, values in _NEUTRAL.items():
+            body.neutral(name, *values)
         max_new = body.integer("max_completion_tokens", None, 1, 2**31)
         older = body.integer("max_tokens", None, 1, 2**31)
         if None not in (max_new, older) and max_new != older:
