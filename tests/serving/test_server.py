@@ -383,5 +383,6 @@ def test_the_page_of_what_is_kept(server: Running) -> None:
     data = json.loads(re.findall(r'<script[^>]*type="application/json"[^>]*>(.*?)</script>', page.text, re.S)[0])
     assert data["text"] == CONTEXT[: len(data["text"])] and len(data["text"]) > len(CONTEXT) - 10
     assert data["presses"][0]["pairs"] == data["presses"][0]["before"] // 2 == made["tokens"] * 4
+    assert server.client.get(f"/v1/snapshots/{made['id']}").json()["uses"] == made["uses"]
     none = server.add(text=CONTEXT, press="no_press")
     assert server.client.get(f"/v1/snapshots/{none['id']}/page").status_code == 400

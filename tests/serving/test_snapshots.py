@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -206,6 +207,36 @@ def test_another_process_knows_them(loaded: LoadedModel, folder: Path, fed: list
     for damaged in ("", "[]", "{}", said.read_text().replace('"ids": [', '"ids": [7, '), "[" * 99999):
         said.write_text(damaged)
         assert Snapshots(loaded.model, loaded.tokenizer, folder=tmp_path).get(late.id) is None
+
+
+def test_many_threads_and_little_room(loaded: LoadedModel, tmp_path: Path) -> None:
+    press = SnapKVPress(0.5, window_size=8)
+    size = Snapshots(loaded.model, press=press).add(list(range(1, 41))).memory_bytes
+    room = {"budget_bytes": 2 * size, "folder": tmp_path, "disk_budget_bytes": 60_000, "max_snapshots": 6}
+    snapshots = Snapshots(loaded.model, press=press, **room)
+    problems: list[BaseException] = []
+
+    def work(number: int) -> None:
+        try:
+            for turn in range(25):
+                first = (7 * turn + number) % 8 + 1
+                prefix = list(range(first, first + 40))
+                with contextlib.suppress(CacheError):  # one that another thread has removed
+                    if turn % 9 == 8:
+                        snapshots.remove(snapshots.add(prefix).id)
+                    else:
+                        assert snapshots.add(prefix).fork().token_ids.tolist() == [prefix]
+        except BaseException as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert problems == [] and len(snapshots) <= 6
+    assert snapshots.memory_bytes == sum(s.memory_bytes for s in snapshots if s.tier == "memory") <= 2 * size
+    assert snapshots.disk_bytes == sum(f.stat().st_size for f in tmp_path.glob("*.safetensors")) <= 60_000
 
 
 def test_too_much_for_the_memory_and_no_folder(loaded: LoadedModel) -> None:

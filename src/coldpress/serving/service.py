@@ -224,7 +224,7 @@ class Service:
 
         def make() -> str:
             text, ends = parts_of(self.tokenizer, snapshot.ids)
-            found = inspection_of(snapshot.fork(), press, text, snapshot.ids, ends)
+            found = inspection_of(self.snapshots.forked(snapshot, is_counted=False), press, text, snapshot.ids, ends)
             return found.to_html(f"snapshot {snapshot.id}", [f"model: {self.name}"])
 
         job = Making(make, tell, client, self.limits.time_s)

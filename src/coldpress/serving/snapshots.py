@@ -235,9 +235,11 @@ class Snapshots:
         """See :attr:`Snapshot.disk_bytes`."""
         return 0 if self._folder is None else self._folder.size(snapshot.id)
 
-    def forked(self, snapshot: Snapshot) -> PressedCache:
-        """See :meth:`Snapshot.fork`."""
+    def forked(self, snapshot: Snapshot, is_counted: bool = True) -> PressedCache:
+        """See :meth:`Snapshot.fork`; what is no request is not counted as one."""
         fork, was_read = self._hold(snapshot)
+        if not is_counted:
+            return fork
         with self._lock:
             self.hits += 1
             snapshot.uses += 1
@@ -336,6 +338,8 @@ class Snapshots:
             return
         try:
             self._folder.write(snapshot, self.model)
+            if snapshot._is_removed:  # meanwhile
+                self._folder.remove(snapshot.id)
         except (OutputError, CacheError) as error:
             with self._lock:
                 self.unwritten += 1
