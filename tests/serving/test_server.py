@@ -212,6 +212,16 @@ def test_snapshots_are_made_shown_and_removed(server: Running) -> None:
         assert response.status_code == 404 and response.json()["error"]["code"] == "snapshot_not_found"
 
 
+def test_what_is_made_again_was_not_there(loaded: LoadedModel) -> None:
+    with running(loaded, PRESS, budget_bytes=40_000) as server:
+        made = [server.add(text=f"{number} {CONTEXT}") for number in ("One.", "Two.")]
+        asked = {"prompt": "Who?", "max_tokens": 1, "temperature": 0}
+        assert server.client.get(f"/v1/snapshots/{made[0]['id']}").json()["tier"] == "declared"
+        found = [server.post("/v1/completions", asked | {"snapshot": made[0]["id"]}).json() for _ in range(2)]
+        cached = [one["usage"]["prompt_tokens_details"]["cached_tokens"] for one in found]
+        assert cached == [0, made[0]["tokens"]] and found[0]["choices"] == found[1]["choices"]
+
+
 def test_a_long_question_after_a_prefix_in_pieces(loaded: LoadedModel, server: Running) -> None:
     made = server.add(text=CONTEXT[:100], chunk_tokens=8)
     question = {"prompt": " " + CONTEXT[100:200], "snapshot": made["id"], "max_tokens": 3, "temperature": 0}

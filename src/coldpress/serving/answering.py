@@ -157,14 +157,15 @@ class Answer:
         self._cache, self._choices, self._prompt = None, [], []
 
     def _begin(self) -> None:
-        wanted = self.wanted
+        wanted, n_built = self.wanted, self.snapshots.built
         if wanted.echo:  # every token of the prompt is told, so the model has to read it
             self._cache = PressedCache()
         else:
             self._cache = self.snapshots.fork(wanted.ids) if wanted.snapshot is None else wanted.snapshot.fork()
-        self._n_cached = self._cache.seen_tokens
-        n_new = len(wanted.ids) - self._n_cached
-        self._left = [(self._n_cached + a, self._n_cached + b) for a, b in pieces(n_new, self._read_tokens)]
+        n_there = self._cache.seen_tokens
+        self._n_cached = n_there if self.snapshots.built == n_built else 0  # it may have had to be read once more
+        n_new = len(wanted.ids) - n_there
+        self._left = [(n_there + a, n_there + b) for a, b in pieces(n_new, self._read_tokens)]
 
     def _read(self, start: int, stop: int) -> None:
         """Read the tokens from ``start`` to ``stop``; the choices begin after the last ones."""

@@ -85,7 +85,7 @@ class Desk:
                     "server_draining",
                     retry_after_s=5,
                 )
-            if self.n_waiting >= self.most_waiting and (self.n_waiting or self.n_running >= self.most_running):
+            if self.n_running + self.n_waiting >= self.most_running + self.most_waiting:
                 raise RequestError(
                     f"{self.n_waiting} requests are waiting, which is the limit; ask again later.",
                     429,
