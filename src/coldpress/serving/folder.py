@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import threading
 import time
@@ -67,7 +68,8 @@ class Folder:
     @property
     def n_bytes(self) -> int:
         """Bytes of all files."""
-        return sum(self._sizes.values())
+        with self._lock:
+            return sum(self._sizes.values())
 
     def size(self, key: str) -> int:
         """Bytes of one file; 0 where there is none."""
@@ -75,7 +77,8 @@ class Folder:
 
     def keys(self) -> list[str]:
         """Keys of the files, the least recently used first."""
-        return list(self._sizes)
+        with self._lock:
+            return list(self._sizes)
 
     def write(self, snapshot: Snapshot, model: PreTrainedModel) -> None:
         """Write a snapshot and its declaration, unless they are there: whole or not at all.
@@ -92,9 +95,7 @@ class Folder:
             snapshot._cache.save(path, model)
         if not self._declaration(key).exists():
             self._declare(snapshot)
-        with self._lock, contextlib.suppress(FileNotFoundError):
-            self._sizes[key] = path.stat().st_size
-            self._sizes.move_to_end(key)
+        self._note(key)
         self._trim()
 
     def read(self, key: str, ids: list[int], model: PreTrainedModel) -> PressedCache | None:
@@ -112,12 +113,14 @@ class Folder:
             if cache.token_ids is None or cache.token_ids[0].tolist() != ids:
                 raise CacheError(f"{path} holds other tokens than its name says.")
         except (CacheError, PressError) as error:
+            is_there = path.is_file()
             self.remove(key)
+            if not is_there:  # somebody has just removed it
+                return None
             raise CacheError(str(error)) from error
-        with self._lock:
-            self._sizes[key] = self._sizes.pop(key, 0) or path.stat().st_size
+        self._note(key)
         with contextlib.suppress(OSError):
-            path.touch()
+            os.utime(path)  # which makes no file, as touch() would
         return cache
 
     def declaration(self, key: str) -> Snapshot | None:
@@ -174,10 +177,17 @@ class Folder:
     def _declaration(self, key: str) -> Path:
         return self.path / f"{key}.json"
 
+    def _note(self, key: str) -> None:
+        """Note that a file was just used, if it is still there."""
+        with self._lock, contextlib.suppress(FileNotFoundError):
+            self._sizes[key] = self._path(key).stat().st_size
+            self._sizes.move_to_end(key)
+
     def _forget(self, key: str) -> None:
         with self._lock:
             self._sizes.pop(key, None)
 
     def _trim(self) -> None:
         while self.budget_bytes is not None and self.n_bytes > self.budget_bytes:
-            self.remove(next(iter(self._sizes)))
+            for key in self.keys()[:1]:
+                self.remove(key)
