@@ -22,6 +22,7 @@ from coldpress.cli import main
 
 SRC = Path(__file__).parents[1] / "src"
 HEAVY = {"torch", "transformers", "numpy", "safetensors", "datasets", "pandas", "pyarrow", "matplotlib", "ray", "tqdm"}
+HEAVY |= {"fastapi", "uvicorn", "prometheus_client"}
 COMMANDS = [
     "ppl",
     "speed",
@@ -31,6 +32,8 @@ COMMANDS = [
     "calibrate",
     "compress",
     "ask",
+    "chat",
+    "serve",
     "inspect",
     "report",
     "presses",

@@ -87,6 +87,8 @@ __all__ = [
     "ScorerPress",
     "SimLayerKVPress",
     "SnapKVPress",
+    "Snapshot",
+    "Snapshots",
     "SparQPress",
     "StreamingLLMPress",
     "TOVAPress",

@@ -1,4 +1,5 @@
-"""The command ``coldpress``: ppl, speed, sweep, tasks, benchmark, calibrate, compress, ask, inspect, report, presses.
+"""The command ``coldpress``: ppl, speed, sweep, tasks, benchmark, calibrate, compress, ask, chat, serve, inspect,
+report, presses.
 
 Also what the scripts in evaluation/ run. Help and versions are printed without torch and transformers, whose import
 takes seconds.
@@ -14,14 +15,11 @@ import contextlib
 import json
 import os
 import shlex
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from importlib import import_module, metadata
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
 from coldpress.commands.options import (
@@ -35,6 +33,8 @@ from coldpress.commands.options import (
     sweep_options,
     task_options,
 )
+from coldpress.commands.serve_options import chat_options, serve_options
+from coldpress.commands.streams import interrupted_at_once, open_streams, output_problem
 from coldpress.errors import InputError, SelfCheckError, nearest
 from coldpress.io.files import is_utf8
 from coldpress.io.terminal import printable
@@ -42,7 +42,10 @@ from coldpress.io.terminal import printable
 __all__ = ["main"]
 
 # What may hold any bytes: names of files, which are checked where they are looked for.
-_FILES = ("config", "data", "dataset", "file", "folders", "model", "output", "output_dir", "text_file")
+_FILES = (
+    *("allow_files", "config", "data", "dataset", "file", "folder", "folders", "model", "output", "output_dir"),
+    "text_file",
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -79,7 +82,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         argv: the command and its options; None takes them from the command line.
         prog: how the user called it, for the record and the help.
     """
-    _open_streams()
+    open_streams()
     argv = list(sys.argv[1:] if argv is None else argv)
     with contextlib.suppress(AttributeError, ValueError):  # a terminal that has no Δ still gets its table
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
@@ -92,7 +95,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         return 2
     try:
         _check_utf8(args)
-        with _interrupted_at_once():
+        with interrupted_at_once():
             import_module("coldpress.public")  # all that takes seconds
         code: int = args.run(args, argv, prog)
         sys.stdout.flush()
@@ -107,7 +110,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError:
-        problem = _output_problem()
+        problem = output_problem()
         if problem is None:
             raise
         sys.stderr.write(f"error: standard output cannot be written ({problem}); results that are files are whole\n")
@@ -122,43 +125,6 @@ def _check_utf8(args: argparse.Namespace) -> None:
     for name, value in vars(args).items():
         if name not in _FILES and not is_utf8(json.dumps(value, ensure_ascii=False, default=str)):
             raise InputError(f"{name} holds bytes that are not UTF-8, {ascii(value)[:80]}; write it in UTF-8.")
-
-
-def _open_streams() -> None:
-    """Where standard output or error is closed, what is written goes nowhere, and into no file that is opened later."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 -- until the process ends
-
-
-def _output_problem() -> str | None:
-    """Why standard output takes nothing any more, such as a full disk; from then on what is written goes nowhere."""
-    try:
-        sys.stdout.write("\n")  # what failed is not tried again by a flush alone
-        sys.stdout.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return error.strerror
-    return None
-
-
-@contextlib.contextmanager
-def _interrupted_at_once() -> Iterator[None]:
-    """Ctrl-C ends the process: nothing has begun, and libraries swallow exceptions while they are imported."""
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
-        yield  # Ctrl-C is ignored, or somebody else's
-        return
-    signal.signal(signal.SIGINT, _leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _leave(number: int, frame: FrameType | None) -> NoReturn:
-    os.write(2, b"\ninterrupted\n")
-    os._exit(130)
 
 
 def _line(message: str) -> str:
@@ -206,6 +172,12 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     ask = commands.add_parser("ask", help="ask questions about a text that coldpress compress has saved")
     ask_options(ask)
     ask.set_defaults(options=ask.options, run=_run_ask)
+    chat = commands.add_parser("chat", help="talk to a model, whose earlier turns are compressed as they age")
+    chat_options(chat)
+    chat.set_defaults(options=chat.options, run=_run_chat)
+    serve = commands.add_parser("serve", help="answer questions over HTTP, as OpenAI's API, about compressed texts")
+    serve_options(serve)
+    serve.set_defaults(options=serve.options, run=_run_serve)
     look = commands.add_parser("inspect", help="a page that shows which tokens of a text a press keeps, and where")
     inspect_options(look)
     look.set_defaults(options=look.options, run=_run_inspect)
@@ -328,6 +300,18 @@ def _run_ask(args: argparse.Namespace, argv: list[str], prog: str | None) -> int
 
     ask(args.file, args.question, _model_options(args, None), args.any_model, max_new_tokens=args.max_new_tokens)
     return 0
+
+
+def _run_chat(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
+    from coldpress.commands.chatting import chat_given
+
+    return chat_given(args, _model_options(args))
+
+
+def _run_serve(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
+    from coldpress.commands.serving import serve_given
+
+    return serve_given(args, _model_options(args))
 
 
 def _run_inspect(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:

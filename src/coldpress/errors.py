@@ -11,6 +11,7 @@
     │   ├── DeviceError             the device is not there                    (also a ValueError)
     │   ├── OutputError             the result cannot be written               (also an OSError)
     │   ├── ClusterError            an engine that cannot do this work         (also a ValueError)
+    │   ├── RequestError            a request that the server refuses
     │   └── MissingDependencyError  an optional package is not installed       (also an ImportError)
     ├── LostWorkersError            a cluster has no worker left; commands exit with code 1
     └── SelfCheckError              a measurement contradicts itself; commands exit with code 1
@@ -39,6 +40,7 @@ __all__ = [
     "ModelError",
     "OutputError",
     "PressError",
+    "RequestError",
     "SelfCheckError",
     "UnreachableError",
     "UntestedVersionWarning",
@@ -92,6 +94,29 @@ class ClusterError(InputError, ValueError):
 
 class MissingDependencyError(InputError, ImportError):
     """An optional package is needed; the message says which, and how to install it."""
+
+
+class RequestError(InputError):
+    """A request that the server refuses, with what the answer in HTTP says beside the message.
+
+    Args:
+        message: one line.
+        status: of HTTP.
+        code: a word that programs look at, as OpenAI's API has them.
+        param: the option that is at fault.
+        retry_after_s: after which the same request may be answered; None where it never will be.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        status: int = 400,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after_s: int | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.code, self.param, self.retry_after_s = status, code, param, retry_after_s
 
 
 class LostWorkersError(ColdpressError):

@@ -80,5 +80,7 @@ from coldpress.presses.streaming_llm import StreamingLLMPress
 from coldpress.presses.think import ThinKPress
 from coldpress.presses.tova import TOVAPress
 from coldpress.presses.triattention import TriAttentionPress
+from coldpress.serving.snapshot import Snapshot
+from coldpress.serving.snapshots import Snapshots
 from coldpress.stores.bits import KVBits
 from coldpress.stores.codec import Codec

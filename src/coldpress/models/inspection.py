@@ -28,7 +28,7 @@ from coldpress.models.block import prefilling
 from coldpress.models.prompts import prefill
 from coldpress.models.supported import use_coldpress
 
-__all__ = ["MOST_PRESSES", "Inspection", "check_presses", "inspect"]
+__all__ = ["MOST_PRESSES", "Inspection", "check_presses", "inspect", "inspection_of"]
 
 MOST_PRESSES = 2  # that a page has room for
 
@@ -246,6 +246,26 @@ def inspect(
         n_before = sum(layer.n_pairs[0] for layer in cache.pressed_layers())
         found.append(_Survivors(press, name, kept, pairs, n_before, cache.achieved_ratio()))
     return Inspection(text[: ends[-1]], tuple(ids), tuple(ends), heads, kinds, tuple(found))
+
+
+def inspection_of(cache: PressedCache, press: Press, text: str, ids: Sequence[int], ends: Sequence[int]) -> Inspection:
+    """Which tokens a cache of one row stores, which ``press`` has compressed and nothing was added to.
+
+    Args:
+        text, ids, ends: as in :class:`Inspection`, of all tokens that the cache has seen.
+
+    Raises:
+        ModelError: no layer holds pairs that a press could choose among.
+    """
+    kinds = tuple(_kind([layer]) for layer in cache.layers)
+    stored = {i: cache.positions(i)[0].cpu() for i, kind in enumerate(kinds) if not kind}
+    if not stored:
+        raise ModelError("No layer of this cache holds pairs that a press has chosen among.")
+    heads = tuple(len(stored[i]) if i in stored else 0 for i in range(len(kinds)))
+    kept, pairs = _kept(len(kinds), max(heads), len(ids), stored)
+    n_before = sum(layer.n_pairs[0] for layer in cache.pressed_layers())
+    found = _Survivors(press, _name(press), kept, pairs, n_before, cache.achieved_ratio())
+    return Inspection(text, tuple(ids), tuple(ends), heads, kinds, (found,))
 
 
 def _name(press: Press) -> str:

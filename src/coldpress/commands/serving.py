@@ -1,0 +1,170 @@
+"""``coldpress serve``: answer questions over HTTP, about texts that were compressed once."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import warnings
+from typing import Any
+
+from coldpress.bases.registry import make_press, press_names
+from coldpress.bases.scorer import BUDGETS
+from coldpress.core.press import Press
+from coldpress.errors import InputError, MissingDependencyError
+from coldpress.eval.models import LoadedModel, load_model
+from coldpress.eval.press_args import check_types, read_press_args
+from coldpress.eval.progress import note
+from coldpress.io.files import path_of
+from coldpress.io.terminal import printable
+from coldpress.serving.service import Limits, Service
+from coldpress.serving.snapshots import Snapshots
+
+__all__ = ["press_of", "serve", "serve_given"]
+
+KEY_VARIABLE = "COLDPRESS_API_KEY"
+_LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+def serve_given(args: argparse.Namespace, model_options: dict[str, Any]) -> int:
+    """Serve as the command line says; see :func:`serve`."""
+    press = {name: getattr(args, name) for name in ("press", "compression_ratio", "budget_tokens", "press_args")}
+    snapshots = ("budget_bytes", "folder", "disk_budget_bytes", "chunk_tokens", "kv_bits")
+    limits = Limits(
+        running=args.max_running,
+        waiting=args.max_waiting,
+        new_tokens=args.max_new_tokens,
+        body_bytes=args.max_body_bytes,
+        time_s=float(args.max_seconds),
+    )
+    return serve(
+        model_options,
+        {name: value for name, value in press.items() if value is not None},
+        {name: getattr(args, name) for name in snapshots},
+        limits,
+        args.host,
+        args.port,
+        args.api_key,
+        args.allow_files,
+        args.served_name,
+    )
+
+
+def serve(
+    model_options: dict[str, Any],
+    press: dict[str, Any],
+    snapshots: dict[str, Any],
+    limits: Limits,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: str | None = None,
+    allow_files: str | None = None,
+    served_name: str | None = None,
+) -> int:
+    """Answer requests until a signal comes; the exit code.
+
+    Args:
+        model_options: of :func:`load_model`.
+        press: options of :func:`press_of`, for snapshots that say nothing else.
+        snapshots: options of :class:`Snapshots`.
+        limits: of requests.
+        host, port: where to listen.
+        api_key: that requests have to bring; None takes that of the environment.
+        allow_files: the folder whose files a client may name; None: no file is opened for one.
+        served_name: under which requests ask for the model; None: its own, of a folder or file the last part.
+
+    Raises:
+        InputError: something that was asked for cannot work; before the model is loaded where that can be known.
+    """
+    try:
+        from coldpress.serving.app import make_app
+        from coldpress.serving.listening import Listener, bound
+    except ImportError as error:
+        raise MissingDependencyError(
+            f'coldpress serve needs a package that is not installed ({error.name}): pip install "coldpress[serve]".'
+        ) from error
+    api_key = os.environ.get(KEY_VARIABLE) if api_key is None else api_key
+    if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):
+        raise InputError("The key must be ASCII letters without blanks around them; give another --api_key.")
+    is_local = host in _LOCAL
+    if not is_local and api_key is None:
+        raise InputError(f"--host {host} is open to other machines; give --api_key, or set {KEY_VARIABLE}.")
+    files = None if allow_files is None else path_of(allow_files)
+    if files is not None and not files.is_dir():
+        raise InputError(f"--allow_files {allow_files} is no folder; name the one whose files clients may ask about.")
+    chosen = press_of(press, {})
+    with bound(host, port) as at:
+        loaded = load_model(**model_options)
+        held = Snapshots(loaded.model, loaded.tokenizer, chosen, **snapshots)
+        service = Service(
+            loaded.model, loaded.tokenizer, loaded.name, held, limits, lambda given: press_of(press, given)
+        )
+        hosts = (*_LOCAL, "[::1]") if is_local and api_key is None else None
+        address = f"http://{f'[{host}]' if ':' in host else host}:{at.getsockname()[1]}"
+        lines = greeting(loaded, service, address, has_key=api_key is not None)
+        listener = Listener(make_app(service, api_key, hosts), service, lambda: print(lines, flush=True))
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", UserWarning)
+            warnings.showwarning = lambda message, *_, **__: note(str(message))
+            listener.listen(at)
+    note("ended; what was asked is answered")
+    return 130 if listener.is_interrupted else 0
+
+
+def press_of(own: dict[str, Any], given: dict[str, Any]) -> Press | None:
+    """The press of options that a client gives, of a server with a press of its own.
+
+    Another press has none of the server's options, another size takes the place of the server's.
+
+    Args:
+        own: ``press``, a registered name, and as far as they are given ``compression_ratio``, ``budget_tokens``,
+            ``budget_bytes`` and ``press_args``.
+        given: likewise, without what is as ``own`` says.
+
+    Raises:
+        InputError: there is no such press, or it does not take these.
+    """
+    sizes = ("compression_ratio", *BUDGETS)
+    if "press" not in given:
+        has_size = any(size in given for size in sizes)
+        given = {name: value for name, value in own.items() if not (has_size and name in sizes)} | given
+    name, ratio = given.get("press", "snapkv"), given.get("compression_ratio")
+    budget = {size: given[size] for size in BUDGETS if given.get(size) is not None}
+    if not isinstance(name, str):
+        raise InputError(f"press must be the name of a press, got {str(name)[:80]}.")
+    if ratio is not None and (isinstance(ratio, bool) or not isinstance(ratio, (int, float))):
+        raise InputError(f"compression_ratio must be a number in [0, 1), got {str(ratio)[:80]}.")
+    for size, value in budget.items():
+        if type(value) is not int or value < 1:
+            raise InputError(f"{size} must be an integer of at least 1, got {str(value)[:80]}.")
+    if ratio is not None and budget:
+        raise InputError(f"compression_ratio and {next(iter(budget))} both say how much is kept; give one of them.")
+    arguments = read_press_args(given.get("press_args"))
+    for size in sizes:
+        if size in arguments:
+            raise InputError(f"press_args cannot hold {size}; give it by itself.")
+    if ratio is None:
+        ratio = 0.5 if name in press_names(has_ratio=True) and not budget else 0.0
+    if name in press_names():
+        check_types(name, arguments)
+    return make_press(name, ratio, **budget, **arguments)
+
+
+def greeting(loaded: LoadedModel, service: Service, address: str, has_key: bool) -> str:
+    """Five lines: where the server listens, what it holds, what it allows, how to ask it, and how to end it."""
+    snapshots, limits = service.snapshots, service.limits
+    facts = loaded.facts()
+    room = "no limit" if snapshots.budget_bytes is None else f"{snapshots.budget_bytes:,} bytes"
+    press = "no press" if snapshots.press is None else repr(snapshots.press)
+    key = ' -H "Authorization: Bearer $COLDPRESS_API_KEY"' if has_key else ""
+    body = f'{{"model": "{service.name}", "messages": [{{"role": "user", "content": "Who?"}}]}}'
+    return printable(
+        f"coldpress serve: {address}/v1, {loaded.name} in {facts['dtype']} on {facts['device']}, "
+        f"{'with a key' if has_key else 'for this machine alone, without a key'}\n"
+        f"holds: snapshots in {room} of memory, {snapshots.disk_bytes:,} bytes on disk; {press}\n"
+        f"allows: {limits.running} answers at once, {limits.waiting} waiting, {service.max_positions:,} positions, "
+        f"{limits.new_tokens:,} new tokens\n"
+        f"ask: curl {address}/v1/chat/completions{key} -H 'Content-Type: application/json' -d {shlex.quote(body)}\n"
+        "end: Ctrl-C or SIGTERM; answers that have begun are finished",
+        keep="\n",
+    )
