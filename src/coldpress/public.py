@@ -79,4 +79,5 @@ from coldpress.presses.think import ThinKPress
 from coldpress.presses.tova import TOVAPress
 from coldpress.presses.triattention import TriAttentionPress
 from coldpress.stores.bits import KVBits
-from coldpress.stores.codec import Codec
+from coldpress.stores.codec import Codec, TokenCodec
+from coldpress.stores.rotated import RotatedBits

@@ -111,7 +111,7 @@ class PressedCache(MixedCache):
         self.session = Session(press, positions == "rerotate", storage_of(kv_bits, storage), checked_pins(pin))
         self.session.chunk_tokens = chunk_tokens
         self._tokens: list[Tensor] = []  # [B, n] each, as far as they are known
-        check_quantisable(press, self.session.storage)
+        check_quantisable(press, self.session.storage, self.session.rerotates)
         super().__init__(layer_class_to_replicate=partial(next_layer, self.session))
 
     @classmethod
