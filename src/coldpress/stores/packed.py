@@ -148,7 +148,8 @@ class PackedStore(Store):
         spans = [(front, front + m, n) for front, m, n in zip(fronts, n_new, exact.counts, strict=True)]
         oldest = exact.take([torch.arange(first, stop) for first, stop, _ in spans])
         keys, values = (oldest.flat(name).detach()[:, None] for name in ("keys", "values"))
-        self._codes.append({name: part[:, 0] for name, part in codec.encode(keys, values).items()}, n_new)
+        new = {name: part[:, 0] for name, part in codec.encode(keys, values).items()}
+        self._codes.append(new, n_new, None if self._codes.total else 0)
         self._exact = exact.take([torch.cat([torch.arange(a), torch.arange(b, n)]) for a, b, n in spans])
 
     def taken(self, slots: Tensor, keys: Tensor, values: Tensor) -> PackedStore:
