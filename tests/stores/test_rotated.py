@@ -29,6 +29,7 @@ from coldpress import (
 from coldpress.attend import packed as kernels
 from coldpress.attend.segments import attend_segments, segment_bias
 from coldpress.errors import CacheError, ColdpressError
+from coldpress.stores import rows
 from coldpress.stores.hadamard import hadamard, rotated
 from coldpress.stores.packed import PackedStore
 from coldpress.stores.rows import code_bytes, least_and_step, packed_codes, row_bytes, rows_of, unpacked_codes
@@ -63,12 +64,14 @@ def numbers(*shape: int, seed: int = 0, offset: float = 0.0) -> Tensor:
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
 @pytest.mark.parametrize("n", [1, 7, 64, 80])
-def test_codes_are_packed_as_integers_in_a_loop_are(bits: int, n: int) -> None:
+def test_codes_are_packed_as_integers_in_a_loop_are(bits: int, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     codes = torch.randint(0, 2**bits, (3, n), dtype=torch.uint8, generator=torch.Generator().manual_seed(n))
     packed = packed_codes(codes, bits)
     for row, own in zip(codes.tolist(), packed.tolist(), strict=True):
         whole = sum(code << (i * bits) for i, code in enumerate(row))  # the first channel in the lowest bits
         assert own == list(whole.to_bytes(code_bytes(n, bits), "little"))
+    assert torch.equal(unpacked_codes(packed, bits, n), codes.float())
+    monkeypatch.setattr(rows, "_can_unpack", lambda bits: False)
     assert torch.equal(unpacked_codes(packed, bits, n), codes.float())
 
 
@@ -97,12 +100,12 @@ def test_channels_that_are_no_power_of_two_are_mixed_in_blocks() -> None:
 @pytest.mark.parametrize("kind", [torch.float16, torch.float32])
 @pytest.mark.parametrize("size", [1e-7, 1e-3, 1.0, 3e4])
 def test_no_number_is_off_by_more_than_half_a_step(bits: int, kind: torch.dtype, size: float) -> None:
-    rows = numbers(200, 16, offset=9.0) * size / 12
-    codes, least, step = least_and_step(rows, bits, kind)
+    given = numbers(200, 16, offset=9.0) * size / 12
+    codes, least, step = least_and_step(given, bits, kind)
     assert least.dtype == step.dtype == kind and int(codes.max()) <= 2**bits - 1
-    error = least.double()[:, None] + step.double()[:, None] * codes - rows.double()
-    assert bool((error.abs() <= step.double()[:, None] / 2 * (1 + 1e-5) + 1e-6 * rows.abs().amax()).all())
-    wanted = (rows.amax(-1) - rows.amin(-1)) / (2**bits - 1)
+    error = least.double()[:, None] + step.double()[:, None] * codes - given.double()
+    assert bool((error.abs() <= step.double()[:, None] / 2 * (1 + 1e-5) + 1e-6 * given.abs().amax()).all())
+    wanted = (given.amax(-1) - given.amin(-1)) / (2**bits - 1)
     if size >= 1e-3:
         assert bool((step.float() <= wanted * 1.01 + 1e-3 * size).all())  # and no step is much larger than it must be
 
@@ -121,9 +124,9 @@ def test_numbers_beyond_the_range_of_a_step_are_refused() -> None:
         least_and_step(torch.tensor([[0.0, torch.nan]]), 8, torch.float32)
 
 
-def a_store(bits: tuple[int, int], n: int = 1400, dim: int = 64, is_ragged: bool = False) -> PackedStore:
-    """Two rows of two heads; of as many pairs, or of different numbers."""
-    first = torch.tensor([[n, n - 13], [n - 300, n]]) if is_ragged else torch.full((2, 2), n)
+def a_store(bits: tuple[int, int], n: int = 1500, dim: int = 64, is_ragged: bool = False) -> PackedStore:
+    """Two rows of two heads; of as many pairs, or of different numbers, one of them without any in codes."""
+    first = torch.tensor([[n, n - 13], [30, n - 300]]) if is_ragged else torch.full((2, 2), n)
     keys, values = numbers(2, 2, n + 5, dim, offset=9.0), numbers(2, 2, n + 5, dim, seed=1)
     return PackedStore(RotatedBits(*bits), keys, values, first, 5)
 
@@ -136,12 +139,13 @@ def test_products_and_sums_on_codes_are_those_of_unpacked_pairs(
     if not has_operations:
         monkeypatch.setattr(kernels, "_can_multiply_integers", lambda: False)
         monkeypatch.setattr(kernels, "_sums_are_right", lambda bits: False)
+        monkeypatch.setattr(rows, "_can_unpack", lambda bits: False)
     store, query = a_store(bits, is_ragged=True), numbers(4, 3, 64, seed=2)
     codec, held = store.codec, store._codes
     weights = [torch.rand(3, n, generator=torch.Generator().manual_seed(n)).softmax(-1) for n in held.counts]
     logits, sums = codec.logits(query, held), codec.sums(weights, held, 64)
     plain_logits, plain_sums = TokenCodec.logits(codec, query, held), TokenCodec.sums(codec, weights, held, 64)
-    torch.testing.assert_close(sums, plain_sums, atol=1e-5, rtol=0)
+    torch.testing.assert_close(sums, plain_sums, atol=1e-5 if bits[1] > 2 else 2e-5, rtol=0)
     for i, (own, plain) in enumerate(zip(logits, plain_logits, strict=True)):
         step = held.segment("keys.steps", i)[:, 0].float()
         # a query in two digits: in each channel off by so much, times codes of 8 bits less 128, or of fewer bits
@@ -184,6 +188,18 @@ def test_a_step_on_codes_is_attention_to_unpacked_pairs(
     wanted = slowly(own, query.to(dtype), bias)
     assert found.dtype == dtype
     torch.testing.assert_close(found, wanted, atol=2e-4 if dtype == torch.float32 else 0.03, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("is_ragged", [False, True])
+def test_a_device_gives_what_the_cpu_does(is_ragged: bool) -> None:
+    store, query = a_store((8, 4), is_ragged=is_ragged), numbers(2, 6, 1, 64, seed=3)
+    first = torch.tensor(store._n_first).view(2, 2)
+    own = PackedStore(store.codec, store.keys.cuda(), store.values.cuda(), first.cuda(), 5)
+    torch.testing.assert_close(
+        own.attend(query.cuda(), None, 0.125).cpu(), store.attend(query, None, 0.125), atol=1e-3, rtol=0
+    )
 
 
 # -- segments ---------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch import Tensor
 
 __all__ = ["bag_sums", "can_sum_bags", "code_products"]
 
-_LEAST_ROWS = 1024  # fewer are multiplied as fast when they are unpacked
+_LEAST_PRODUCTS = 4096  # of a head; fewer are as fast when its codes are unpacked
 _LEAST_DIM = 32
 _Places = tuple[tuple[int, int], ...]  # first row and number of rows of each segment
 
@@ -39,7 +39,7 @@ def code_products(
         bits == 2
         or query.device.type != "cpu"
         or dim % _LEAST_DIM
-        or max(len(own) for own in codes) < _LEAST_ROWS
+        or max(len(own) for own in codes) * query.shape[1] < _LEAST_PRODUCTS
         or not _can_multiply_integers()
     ):
         return [own @ unpack(code).T for own, code in zip(query, codes, strict=True)]
@@ -50,6 +50,9 @@ def code_products(
     parts = [digits] if bits == 8 else [digits[..., i::2].contiguous() for i in (0, 1)]
     found = []
     for i, code in enumerate(codes):
+        if not len(code):
+            found.append(query.new_empty(query.shape[1], 0))
+            continue
         if bits == 8:
             product = torch._int_mm(parts[0][i], code.view(torch.int8).T)
         else:

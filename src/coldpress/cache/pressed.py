@@ -298,7 +298,7 @@ class PressedCache(MixedCache):
     __copy__ = fork  # a copy that shared its layers would go wrong as soon as one of the two is used
 
     def branches(
-        self, presses: Sequence[Press | None], kv_bits: Sequence[int | KVBits | None] | None = None
+        self, presses: Sequence[Press | None], kv_bits: Sequence[int | Codec | None] | None = None
     ) -> list[PressedCache]:
         """One cache for each press, all filled from this cache's own prefill: one prefill serves them all.
 
@@ -308,7 +308,7 @@ class PressedCache(MixedCache):
 
         Args:
             presses: one for each cache; None keeps all.
-            kv_bits: how each of them stores its pairs; None: all as they are.
+            kv_bits: how each of them stores its pairs, in bits or by a Codec; None: all as they are.
 
         Raises:
             CacheError: this cache has a press or kv_bits, is not empty, or is filled in pieces: what the model
@@ -319,9 +319,9 @@ class PressedCache(MixedCache):
         if self.press is not None or self.storage is not None or self.seen_tokens:
             raise CacheError("branches() needs an empty cache without a press; start from PressedCache().")
         kv_bits = [None] * len(presses) if kv_bits is None else kv_bits
-        pairs = zip(presses, kv_bits, strict=True)
+        pairs = zip(presses, map(storage_of, kv_bits), strict=True)
         pins = self.session.pins or None
-        branches = [PressedCache(press, positions=self._places, kv_bits=bits, pin=pins) for press, bits in pairs]
+        branches = [PressedCache(press, positions=self._places, storage=how, pin=pins) for press, how in pairs]
         self.session.branches = [weakref.ref(branch) for branch in branches]
         return branches
 

@@ -67,7 +67,7 @@ class TokenCodec(Codec):
 
     Attributes:
         first_tokens: first pairs of each head that stay as they are, at least 0.
-        batch_tokens: pairs of a head that are encoded together, at least 1; until then they wait as they are.
+        batch_tokens: as long as fewer pairs of a head are older than the newest ones, they wait as they are.
     """
 
     evictable = True
@@ -79,7 +79,8 @@ class TokenCodec(Codec):
 
     def n_new(self, n_tail: int) -> int:
         """How many of a head's ``n_tail`` pairs after the first ones are encoded now."""
-        return max(0, n_tail - self.exact_tokens) // self.batch_tokens * self.batch_tokens
+        n_older = n_tail - self.exact_tokens
+        return n_older if n_older >= self.batch_tokens else 0
 
     def logits(self, query: Tensor, held: Segments) -> list[Tensor]:
         """Products of ``query [S, G, D]``, float32, and the keys of each segment: float32 ``[G, n]`` each."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from coldpress.attend.segments import attend_segments, segment_bias
 from coldpress.core.pick import pick
+from coldpress.errors import CacheError
 from coldpress.stores.base import Store
 from coldpress.stores.codec import TokenCodec, form_of
 from coldpress.stores.ragged import pad_segments
@@ -296,6 +297,9 @@ class PackedStore(Store):
         counts = (self._n_first, self._n_front, self._exact.counts, self._codes.counts)
         parts = {name: torch.tensor(n).view(self._shape) for name, n in zip(_COUNTS, counts, strict=True)}
         parts |= {f"exact.{name}": self._exact.flat(name) for name in ("keys", "values")}
+        taken = [name for name in self._codes.names() if name in parts]
+        if taken:
+            raise CacheError(f"{type(self.codec).__name__} calls a tensor {taken[0]!r}, which a file has already.")
         return parts | {name: self._codes.flat(name) for name in self._codes.names()}
 
     @classmethod

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -40,15 +42,36 @@ def packed_codes(codes: Tensor, bits: int) -> Tensor:
     return packed
 
 
-def unpacked_codes(packed: Tensor, bits: int, n: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The ``n`` codes of each row of bytes, ``[..., n]``."""
+def unpacked_codes(packed: Tensor, bits: int, n: int) -> Tensor:
+    """The ``n`` codes of each row of bytes, float32 ``[..., n]``."""
     if bits == 8:
-        return packed.to(dtype)
+        return packed.float()
+    if packed.device.type == "cpu" and packed.numel() and _can_unpack(bits):
+        return _unpacked_rows(packed, bits)[..., :n]
     per_byte = 8 // bits
-    out = torch.empty(*packed.shape, per_byte, dtype=dtype, device=packed.device)
+    out = torch.empty(*packed.shape, per_byte, device=packed.device)
     for i in range(per_byte):
         out[..., i] = (packed >> (i * bits)) & (2**bits - 1)
     return out.flatten(-2)[..., :n]
+
+
+def _unpacked_rows(packed: Tensor, bits: int) -> Tensor:
+    """As :func:`unpacked_codes`, by torch's operation on rows with steps; these are 1, and the least numbers 0."""
+    steps = torch.tensor([1.0, 0.0], dtype=torch.float16).view(torch.uint8)
+    rows = torch.cat([packed, steps.expand(*packed.shape[:-1], -1)], dim=-1)
+    operations = torch.ops.quantized
+    unpack = operations.embedding_bag_4bit_unpack if bits == 4 else operations.embedding_bag_2bit_unpack
+    return unpack(rows.flatten(0, -2)).view(*packed.shape[:-1], -1)
+
+
+@lru_cache(maxsize=2)
+def _can_unpack(bits: int) -> bool:
+    """Try the operation with codes that are known."""
+    codes = torch.arange(48, dtype=torch.uint8).view(3, 16) % 2**bits
+    try:
+        return torch.equal(_unpacked_rows(packed_codes(codes, bits), bits), codes.float())
+    except (RuntimeError, AttributeError, NotImplementedError):  # this torch, or this processor, has no such operation
+        return False
 
 
 def least_and_step(numbers: Tensor, bits: int, kind: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
