@@ -23,6 +23,7 @@ from benchmarks.decoding import ratios, spread, turns, write
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from coldpress.attend import packed
 from coldpress.attend.packed import bag_sums, code_products
 from coldpress.stores.rows import code_bytes, least_and_step, packed_codes, rows_of, steps_type, unpacked_codes
 
@@ -175,6 +176,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    packed._LEAST_PRODUCTS = 0  # the operation, however little there is to do
     record = measure(args)
     write(args, record)
     print(table(json.loads(json.dumps(record))))

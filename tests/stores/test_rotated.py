@@ -136,6 +136,7 @@ def a_store(bits: tuple[int, int], n: int = 1500, dim: int = 64, is_ragged: bool
 def test_products_and_sums_on_codes_are_those_of_unpacked_pairs(
     bits: tuple[int, int], has_operations: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(kernels, "_LEAST_PRODUCTS", 4096)
     if not has_operations:
         monkeypatch.setattr(kernels, "_can_multiply_integers", lambda: False)
         monkeypatch.setattr(kernels, "_sums_are_right", lambda bits: False)
@@ -147,7 +148,7 @@ def test_products_and_sums_on_codes_are_those_of_unpacked_pairs(
     plain_logits, plain_sums = TokenCodec.logits(codec, query, held), TokenCodec.sums(codec, weights, held, 64)
     torch.testing.assert_close(sums, plain_sums, atol=1e-5 if bits[1] > 2 else 2e-5, rtol=0)
     for i, (own, plain) in enumerate(zip(logits, plain_logits, strict=True)):
-        step = held.segment("keys.steps", i)[:, 0].float()
+        step = held.segment("keys.step", i).float()
         # a query in two digits: in each channel off by so much, times codes of 8 bits less 128, or of fewer bits
         off = rotated(query)[i].abs().amax(-1, keepdim=True) / 127 / 508 * step * 64 * (128 if bits[0] == 8 else 15)
         bound = 1e-4 + (off if has_operations else 0 * off)
@@ -172,6 +173,7 @@ def slowly(store: PackedStore, query: Tensor, bias: Tensor | None) -> Tensor:
 def test_a_step_on_codes_is_attention_to_unpacked_pairs(
     dtype: torch.dtype, is_ragged: bool, has_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(kernels, "_LEAST_PRODUCTS", 4096)
     store, query = a_store((8, 4), is_ragged=is_ragged), numbers(2, 6, 1, 64, seed=3)
     bias = torch.randn(1, 2, 1, store.n, generator=torch.Generator().manual_seed(4)) if has_bias else None
     expected = slowly(store, query, bias)

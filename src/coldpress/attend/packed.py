@@ -15,8 +15,8 @@ from torch import Tensor
 
 __all__ = ["bag_sums", "can_sum_bags", "code_products"]
 
-_LEAST_PRODUCTS = 4096  # of a head; fewer are as fast when its codes are unpacked
-_LEAST_DIM = 32
+_LEAST_PRODUCTS = 8192  # of a head; fewer are as fast when its codes are unpacked
+_CHANNELS = 32  # a multiple of which integers are multiplied in
 _Places = tuple[tuple[int, int], ...]  # first row and number of rows of each segment
 
 
@@ -25,8 +25,8 @@ def code_products(
 ) -> list[Tensor]:
     """Products of queries with codes: float32 ``[G, n]`` for each of S segments.
 
-    As integers, a query is two digits of base 254: it is off by max |q| / 127 / 508 in each channel at most, and a
-    product by that times the sum of its codes.
+    Where integers are multiplied, which takes a segment of enough products, a query is two digits of base 254: it is
+    off by max |q| / 127 / 508 in each channel at most, and a product by that times the sum of its codes.
 
     Args:
         query: float32 ``[S, G, D]``.
@@ -34,14 +34,8 @@ def code_products(
         bits: of a code.
         unpack: the codes of some rows, float32 ``[n, D]``.
     """
-    dim = query.shape[-1]
-    if (
-        bits == 2
-        or query.device.type != "cpu"
-        or dim % _LEAST_DIM
-        or max(len(own) for own in codes) * query.shape[1] < _LEAST_PRODUCTS
-        or not _can_multiply_integers()
-    ):
+    is_for_integers = bits > 2 and query.device.type == "cpu" and query.shape[-1] % _CHANNELS == 0
+    if not (is_for_integers and _can_multiply_integers()):
         return [own @ unpack(code).T for own, code in zip(query, codes, strict=True)]
     step = query.abs().amax(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny) / 127
     first = (query / step).round_()
@@ -50,8 +44,8 @@ def code_products(
     parts = [digits] if bits == 8 else [digits[..., i::2].contiguous() for i in (0, 1)]
     found = []
     for i, code in enumerate(codes):
-        if not len(code):
-            found.append(query.new_empty(query.shape[1], 0))
+        if len(code) * query.shape[1] < _LEAST_PRODUCTS:
+            found.append(query[i] @ unpack(code).T)
             continue
         if bits == 8:
             product = torch._int_mm(parts[0][i], code.view(torch.int8).T)

@@ -70,7 +70,7 @@ class PressedCache(MixedCache):
             distance is longer than what is stored, and with a decoding schedule a model reads on beyond the positions
             it was trained on, in constant memory.
         kv_bits: 8, 4 or 2 bits for each number of the older pairs, or a KVBits; None stores all as they are.
-        storage: how the older pairs are stored, a Codec of your own; instead of ``kv_bits``.
+        storage: how the older pairs are stored, RotatedBits(8, 4) or a Codec of your own; instead of ``kv_bits``.
         pin: spans of tokens that nothing may evict, ``[(0, 40)]`` for the first 40 of every row, or a list of such
             lists, one for each row. They are kept in every layer and head under every press, and count towards its
             budget; padding is not counted.

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from coldpress.attend.one_token import products, weighted_sums
 from coldpress.attend.segments import attend_segments, segment_bias
 from coldpress.core.pick import pick
 from coldpress.errors import CacheError
@@ -273,10 +274,9 @@ class PackedStore(Store):
         queries = query.reshape(n_segments, -1, query.shape[3]).float() * scaling  # [S, G, D]
         coded = self.codec.logits(queries, codes)
         if exact.is_even and codes.is_even and biases[0] is None:
-            logits = torch.cat([torch.bmm(queries, exact.even("keys").float().transpose(1, 2)), torch.stack(coded)], -1)
-            weights = logits.softmax(-1)
-            n = exact.counts[0]
-            output = torch.bmm(weights[..., :n], exact.even("values").float())
+            weights = torch.cat([products(queries, exact.even("keys").float()), torch.stack(coded)], -1).softmax(-1)
+            n, values = exact.counts[0], exact.even("values")
+            output = weighted_sums(weights[..., :n].to(values.dtype), values).float()
             output = output + self.codec.sums(weights[..., n:].unbind(0), codes, self._dims[1])
         else:
             outputs, of_codes = [], []

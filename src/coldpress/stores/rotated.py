@@ -79,25 +79,20 @@ class RotatedBits(TokenCodec):
         return self.sinks
 
     def encode(self, keys: Tensor, values: Tensor) -> Blocks:
-        """Codes and steps of ``keys [N, 1, D]``, rows of ``values [N, 1, Dv]``; see :mod:`coldpress.stores.rows`."""
+        """Codes, steps and least numbers of ``keys [N, 1, D]``, rows of ``values [N, 1, Dv]`` (``stores/rows.py``)."""
         parts = []
         for key, value in zip(keys[:, 0].split(_ROWS), values[:, 0].split(_ROWS), strict=True):
             codes, least, step = least_and_step(rotated(key), self.key_bits, torch.float16)
             if self.key_bits == 8:
                 codes = codes ^ 128  # int8 codes less 128
-            parts.append(
-                (
-                    packed_codes(codes, self.key_bits),
-                    torch.stack([step, least], dim=-1),
-                    rows_of(rotated(value), self.value_bits),
-                )
-            )
-        codes, steps, rows = (torch.cat(column)[:, None] for column in zip(*parts, strict=True))
-        return {"keys.codes": codes, "keys.steps": steps, "values.rows": rows}
+            rows = rows_of(rotated(value), self.value_bits)
+            parts.append((packed_codes(codes, self.key_bits), step, least, rows))
+        names = ("keys.codes", "keys.step", "keys.least", "values.rows")
+        return {name: torch.cat(own)[:, None] for name, own in zip(names, zip(*parts, strict=True), strict=True)}
 
     def decode_keys(self, blocks: Blocks, out: Tensor) -> None:
         codes = self._key_codes(blocks["keys.codes"].flatten(0, -2), out.shape[-1])
-        step, least = blocks["keys.steps"].flatten(0, -2).float().unbind(-1)
+        step, least = (blocks[name].flatten().float() for name in ("keys.step", "keys.least"))
         if self.key_bits == 8:
             least = least + 128 * step
         out.copy_(rotated(codes * step[:, None] + least[:, None]).view(out.shape))
@@ -110,11 +105,12 @@ class RotatedBits(TokenCodec):
         turned, dim = rotated(query), query.shape[-1]
         codes = [held.segment("keys.codes", i) for i in range(len(held.counts))]
         products = code_products(turned, codes, self.key_bits, lambda own: self._key_codes(own, dim))
-        offset = 128 if self.key_bits == 8 else 0
+        steps, leasts = (held.buffer(name).float() for name in ("keys.step", "keys.least"))
+        if self.key_bits == 8:
+            leasts.add_(steps, alpha=128)
         total = turned.sum(-1, keepdim=True)  # [S, G, 1]
-        for i, product in enumerate(products):
-            step, least = held.segment("keys.steps", i).T.contiguous().float()  # [n] each
-            product.mul_(step).addcmul_(total[i], torch.add(least, step, alpha=offset) if offset else least)
+        for product, own, span in zip(products, total, held.spans(), strict=True):
+            product.mul_(steps[span]).addcmul_(own, leasts[span])
         return products
 
     def sums(self, weights: Sequence[Tensor], held: Segments, dim: int) -> Tensor:
