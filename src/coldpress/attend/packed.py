@@ -35,7 +35,8 @@ def code_products(
         unpack: the codes of some rows, float32 ``[n, D]``.
     """
     is_for_integers = bits > 2 and query.device.type == "cpu" and query.shape[-1] % _CHANNELS == 0
-    if not (is_for_integers and _can_multiply_integers()):
+    is_long = max(map(len, codes)) * query.shape[1] >= _LEAST_PRODUCTS
+    if not (is_for_integers and is_long and _can_multiply_integers()):
         return [own @ unpack(code).T for own, code in zip(query, codes, strict=True)]
     step = query.abs().amax(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny) / 127
     first = (query / step).round_()
