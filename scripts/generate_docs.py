@@ -13,8 +13,8 @@ A generated part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->`
 - ``past_eviction``: KL, loss and bytes of fitted caches and of the presses that they go past;
 - ``parity``: the comparison with kvpress; ``faults``: the tests of kvpress's faults;
 - ``goals``: what the benchmarks of savings were to show, and what they do;
-- ``sweepcost``, ``overhead``, ``chunked``, ``quantised``, ``decode``, ``compiled``, ``headwise``, ``batch``,
-  ``stream``, ``far``, ``drift``, ``klbound`` or ``startup`` with a FILE: the table of FILE.json in the
+- ``sweepcost``, ``overhead``, ``chunked``, ``quantised``, ``packed``, ``decode``, ``compiled``, ``headwise``,
+  ``batch``, ``stream``, ``far``, ``drift``, ``klbound`` or ``startup`` with a FILE: the table of FILE.json in the
   results of that benchmark.
 """
 
@@ -49,6 +49,7 @@ DOCUMENTS = (
     "benchmarks/prefill_chunked/README.md",
     "benchmarks/long_stream/README.md",
     "benchmarks/quantised/README.md",
+    "benchmarks/packed/README.md",
     "benchmarks/decode_speed/README.md",
     "benchmarks/head_wise_memory/README.md",
     "benchmarks/batch/README.md",
@@ -280,6 +281,7 @@ def generated(name: str) -> str:
         "overhead": lambda: measured("press_overhead", "press_overhead.py", argument),
         "chunked": lambda: measured("prefill_chunked", "prefill_chunked.py", argument),
         "quantised": lambda: measured("quantised", "quantised.py", argument),
+        "packed": lambda: measured("packed", f"{argument.partition('-')[0]}.py", argument),
         "compiled": lambda: measured("decode_speed", "compiled.py", argument),
         "decode": lambda: measured("decode_speed", "decode_speed.py", argument),
         "headwise": lambda: measured("head_wise_memory", "head_wise_memory.py", argument),

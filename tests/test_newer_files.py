@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from tests.contract.architectures import tiny, tokens
 from torch import Tensor
 
-from coldpress import AdaKVPress, DecodingPress, Kept, KnormPress, KVBits, LayerView, PressedCache
+from coldpress import AdaKVPress, DecodingPress, Kept, KnormPress, KVBits, LayerView, PressedCache, RotatedBits
 from coldpress.architecture.cache_argument import cache_argument
 from coldpress.core.column import Column
 from coldpress.errors import CacheError, InputError
@@ -58,6 +58,18 @@ class Halves(Codec):
         out.copy_(blocks["v"].view(out.shape))
 
 
+@dataclass(frozen=True)
+class Early(RotatedBits):
+    """Encodes four pairs at a time, so that short texts have codes."""
+
+    batch_tokens: ClassVar[int] = 4  # type: ignore[misc]
+
+
+class Taking(Early):
+    def encode(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
+        return {"n_codes": keys, "v": values}
+
+
 class Reads(KnormPress):
     """Has queries read the newest 9 slots."""
 
@@ -75,6 +87,10 @@ CACHES: dict[str, Callable[[], PressedCache]] = {
     "bias": lambda: PressedCache(Sums(0.4)),
     "coded": lambda: PressedCache(KnormPress(0.5), storage=Halves()),
     "coded ragged": lambda: PressedCache(AdaKVPress(KnormPress(0.5)), storage=Halves()),
+    "coded singly": lambda: PressedCache(KnormPress(0.3), storage=Early(8, 4, 2, 6)),
+    "coded singly ragged": lambda: PressedCache(
+        DecodingPress(AdaKVPress(KnormPress()), 3, 14, 0), storage=Early(4, 8, 2, 6)
+    ),
     "pins": lambda: PressedCache(KnormPress(0.5), pin=[[(0, 4)], [(2, 3), (7, 9)]]),
     "all": lambda: PressedCache(AdaKVPress(KnormPress(0.5)), storage=Halves(), pin=[(0, 4)]),
 }
@@ -270,6 +286,10 @@ def test_a_codec_has_to_be_there_and_to_be_what_it_was(tmp_path: Path) -> None:
     past = PressedCache(storage=Colliding())
     read(past, 30)
     with pytest.raises(CacheError, match="Colliding calls a tensor 'counts', which a file has already"):
+        past.save(tmp_path / "a", tiny("llama"))
+    past = PressedCache(storage=Taking())
+    read(past, 30)
+    with pytest.raises(CacheError, match="Taking calls a tensor 'n_codes', which a file has already"):
         past.save(tmp_path / "a", tiny("llama"))
 
 

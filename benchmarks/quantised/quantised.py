@@ -91,7 +91,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     model, context = loaded.model, arguments.context_tokens
     corpus = load_corpus(arguments.dataset, subset=arguments.subset, split="test", sample_idx=arguments.sample_idx)
     width = context + arguments.target_tokens
-    ids = torch.cat([part for _, part in tokenize(corpus, loaded.tokenizer, arguments.windows * width)])
+    ids = torch.cat([part.ids for part in tokenize(corpus, loaded.tokenizer, arguments.windows * width)])
     windows = [ids[i * width : (i + 1) * width][None].to(loaded.device) for i in range(len(ids) // width)]
     makers = list(candidates(model.config, arguments.bits))
 

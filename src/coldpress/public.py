@@ -83,4 +83,5 @@ from coldpress.presses.triattention import TriAttentionPress
 from coldpress.serving.snapshot import Snapshot
 from coldpress.serving.snapshots import Snapshots
 from coldpress.stores.bits import KVBits
-from coldpress.stores.codec import Codec
+from coldpress.stores.codec import Codec, TokenCodec
+from coldpress.stores.rotated import RotatedBits

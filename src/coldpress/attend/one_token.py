@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-__all__ = ["attend_blocks", "attend_once", "can_attend_once"]
+__all__ = ["attend_blocks", "attend_once", "can_attend_once", "products", "weighted_sums"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FEWEST = 256  # pairs of a head from which on reading them takes longer than calling torch a few times more
@@ -46,12 +46,12 @@ def attend_once(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, 
     Returns:
         ``[S, G, Dv]``.
     """
-    logits = _products(query.float() * scaling, key.float())
+    logits = products(query.float() * scaling, key.float())
     if bias is not None:
         logits += bias
     weights = logits.softmax(-1)
     if value.stride(2) == 1 and value.stride(1) == value.shape[2]:
-        return _weighted_sums(weights.to(value.dtype), value)
+        return weighted_sums(weights.to(value.dtype), value)
     return torch.bmm(weights, value.float()).to(value.dtype)
 
 
@@ -122,7 +122,7 @@ def _block_rows(group: int, n_slots: int, n_blocks: int) -> tuple[Tensor, Tensor
         return rows, torch.arange(n_blocks * group, dtype=torch.int32) * n_slots
 
 
-def _products(query: Tensor, key: Tensor) -> Tensor:
+def products(query: Tensor, key: Tensor) -> Tensor:
     """``query [S, G, D]`` times ``key [S, n, D]``: ``[S, G, n]``.
 
     A batched product reads faster than that of one matrix and a vector, and faster in this order than in the other. So
@@ -134,11 +134,11 @@ def _products(query: Tensor, key: Tensor) -> Tensor:
         key = key.as_strided((2, n - half, dim), (half * key.stride(1), key.stride(1), key.stride(2)))
         query = query.expand(2, -1, -1)
     columns = query.contiguous().transpose(1, 2)  # [S, D, G]; with other strides bmm is slow
-    products = torch.bmm(key, columns).transpose(1, 2)
-    return products if n_segments > 1 else torch.cat([products[:1, :, :half], products[1:]], dim=2)
+    found = torch.bmm(key, columns).transpose(1, 2)
+    return found if n_segments > 1 else torch.cat([found[:1, :, :half], found[1:]], dim=2)
 
 
-def _weighted_sums(weights: Tensor, value: Tensor) -> Tensor:
+def weighted_sums(weights: Tensor, value: Tensor) -> Tensor:
     """``weights [S, G, n]`` times ``value [S, n, Dv]``, whose rows are whole: ``[S, G, Dv]``.
 
     The rows of all segments are those of one table, and embedding_bag, which adds up rows of a table with weights,

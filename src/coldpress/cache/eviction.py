@@ -23,7 +23,7 @@ from coldpress.core.call import LayerCall
 from coldpress.core.kept import Kept
 from coldpress.core.press import Press
 from coldpress.core.requirements import check_heads
-from coldpress.stores.coded import CodedStore
+from coldpress.stores.encoded import encoded
 
 __all__ = ["EvictingLayer"]
 
@@ -148,7 +148,7 @@ class EvictingLayer(CacheLayerMixin):
             return
         self.slots.put(RESIDUAL, None)  # nothing moves any more
         if store.takes_codec:
-            self.slots.store = CodedStore(store, codec)  # type: ignore[arg-type]
+            self.slots.store = encoded(store, codec, self.slots.kept)
         else:
             store.encode()
 

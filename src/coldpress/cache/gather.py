@@ -12,6 +12,7 @@ from coldpress.cache.slots import BIAS, CARRIED, RESIDUAL, Slots
 from coldpress.core.column import PINNED, Column
 from coldpress.core.kept import Kept
 from coldpress.errors import PressError
+from coldpress.stores.base import Store
 from coldpress.stores.thin import ThinKeys, ThinStore
 
 __all__ = ["gathered"]
@@ -52,7 +53,12 @@ def gathered(
         if not is_whole:
             k[group.rows, :, :n], v[group.rows, :, :n] = part.keys, part.values
         positions[group.rows, :, :n] = group.original(part.positions).int()
-    store = None
+    store: Store | None = None
+    if source.filled.keeps_codes:
+        at = positions.new_full(positions.shape, -1, dtype=torch.int64)
+        for group, part in zip(groups, parts, strict=True):
+            at[group.rows, :, : part.positions.shape[-1]] = group.stored_slots(part.positions)
+        store = source.filled.taken(at, k[:, :, :longest], v[:, :, :longest])
     if parts[0].channels is not None:
         channels = parts[0].channels.new_zeros(n_batch, n_heads, parts[0].channels.shape[2])
         for group, part in zip(groups, parts, strict=True):

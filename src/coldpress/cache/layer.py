@@ -161,8 +161,8 @@ class PressedLayer(EvictingLayer):
         if length < exact and self.session.storage is not None:
             raise CacheError(
                 f"Cannot crop to {length} tokens: those before {exact} are stored in few bits, in groups that cannot "
-                "be cut. Crop to that or more, fork() the cache before adding to it, or keep more of the newest "
-                "tokens as they are, with kv_bits=KVBits(bits, residual_tokens=...)."
+                "be cut. Crop to that or more, fork() the cache before adding to it, or keep more of the newest as "
+                "they are, with kv_bits=KVBits(bits, residual_tokens=...) or storage=RotatedBits(newest=...)."
             )
         return length
 

@@ -148,8 +148,7 @@ def selected(reader: Press, groups: Sequence[RowGroup], slots: Slots) -> Tensor 
         view = group.view
         if own is None:
             own = view.held(torch.arange(view.n_tokens, device=view.keys.device).expand(view.keys.shape[:3]))
-        stored = own if group.stored is None else group.stored.gather(2, own.clamp(min=0)).masked_fill(own < 0, -1)
-        found.append((group.rows, stored))
+        found.append((group.rows, own if group.stored is None else group.stored_slots(own)))
     n, like = max(own.shape[2] for _, own in found), found[0][1]
     read = like.new_full((slots.filled.n_rows, like.shape[1], max(n, 1)), -1)
     for rows, own in found:

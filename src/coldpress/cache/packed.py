@@ -17,6 +17,7 @@ from coldpress.stores.base import Store
 from coldpress.stores.bits import KVBits
 from coldpress.stores.coded import CodedStore
 from coldpress.stores.dense import DenseStore
+from coldpress.stores.encoded import encoded_from
 from coldpress.stores.ragged import RaggedStore
 from coldpress.stores.thin import ThinStore
 
@@ -117,4 +118,4 @@ def _store(name: str, parts: dict[str, Tensor], room: int, layer: EvictingLayer)
     if name in _PLAIN:
         return _PLAIN[name].unpacked(parts, room)
     assert layer.session.storage is not None
-    return CodedStore.unpacked(parts, room, layer.session.storage)
+    return encoded_from(parts, room, layer.session.storage)

@@ -70,7 +70,7 @@ class PressedCache(MixedCache):
             distance is longer than what is stored, and with a decoding schedule a model reads on beyond the positions
             it was trained on, in constant memory.
         kv_bits: 8, 4 or 2 bits for each number of the older pairs, or a KVBits; None stores all as they are.
-        storage: how the older pairs are stored, a Codec of your own; instead of ``kv_bits``.
+        storage: how the older pairs are stored, RotatedBits(8, 4) or a Codec of your own; instead of ``kv_bits``.
         pin: spans of tokens that nothing may evict, ``[(0, 40)]`` for the first 40 of every row, or a list of such
             lists, one for each row. They are kept in every layer and head under every press, and count towards its
             budget; padding is not counted.
@@ -111,7 +111,7 @@ class PressedCache(MixedCache):
         self.session = Session(press, positions == "rerotate", storage_of(kv_bits, storage), checked_pins(pin))
         self.session.chunk_tokens = chunk_tokens
         self._tokens: list[Tensor] = []  # [B, n] each, as far as they are known
-        check_quantisable(press, self.session.storage)
+        check_quantisable(press, self.session.storage, self.session.rerotates)
         super().__init__(layer_class_to_replicate=partial(next_layer, self.session))
 
     @classmethod
@@ -298,7 +298,7 @@ class PressedCache(MixedCache):
     __copy__ = fork  # a copy that shared its layers would go wrong as soon as one of the two is used
 
     def branches(
-        self, presses: Sequence[Press | None], kv_bits: Sequence[int | KVBits | None] | None = None
+        self, presses: Sequence[Press | None], kv_bits: Sequence[int | Codec | None] | None = None
     ) -> list[PressedCache]:
         """One cache for each press, all filled from this cache's own prefill: one prefill serves them all.
 
@@ -308,7 +308,7 @@ class PressedCache(MixedCache):
 
         Args:
             presses: one for each cache; None keeps all.
-            kv_bits: how each of them stores its pairs; None: all as they are.
+            kv_bits: how each of them stores its pairs, in bits or by a Codec; None: all as they are.
 
         Raises:
             CacheError: this cache has a press or kv_bits, is not empty, or is filled in pieces: what the model
@@ -319,9 +319,9 @@ class PressedCache(MixedCache):
         if self.press is not None or self.storage is not None or self.seen_tokens:
             raise CacheError("branches() needs an empty cache without a press; start from PressedCache().")
         kv_bits = [None] * len(presses) if kv_bits is None else kv_bits
-        pairs = zip(presses, kv_bits, strict=True)
+        pairs = zip(presses, map(storage_of, kv_bits), strict=True)
         pins = self.session.pins or None
-        branches = [PressedCache(press, positions=self._places, kv_bits=bits, pin=pins) for press, bits in pairs]
+        branches = [PressedCache(press, positions=self._places, storage=how, pin=pins) for press, how in pairs]
         self.session.branches = [weakref.ref(branch) for branch in branches]
         return branches
 

@@ -186,6 +186,14 @@ class RowGroup:
         slots = self.slots.expand(-1, positions.shape[1], -1)
         return torch.where(positions < 0, positions, slots.gather(2, positions.clamp(min=0)))
 
+    def stored_slots(self, positions: Tensor) -> Tensor:
+        """Slots of the view, ``[b, Hkv, n]`` with -1 for none, as slots of the layer."""
+        at = self.slots if self.stored is None else self.stored
+        if at is None:
+            return positions
+        at = at.expand(-1, positions.shape[1], -1)
+        return at.gather(2, positions.clamp(min=0)).masked_fill(positions < 0, -1)
+
     def scatter(self, column: Tensor, entries: Tensor) -> None:
         """Write entries ``[b, Hkv, T, ...]``, one for each token of the view, into a column of the layer's slots."""
         at = self.slots if self.stored is None else self.stored

@@ -116,7 +116,10 @@ def check_said(said: Any, own: dict[str, Any], version: int) -> None:
             need(after <= layer["seen"], f"layers.{index}: a place after the {layer['seen']} tokens that were seen")
             need(layer["pairs"][1] <= layer["pairs"][0], f"layers.{index}.pairs")
             need("quantised" not in layer["store"] or said["kv_bits"] is not None, f"layers.{index}.store")
-            need("coded" not in layer["store"] or "storage" in said, f"layers.{index}.store")
+            need(
+                not any(name in layer["store"] for name in ("coded", "packed")) or "storage" in said,
+                f"layers.{index}.store",
+            )
             need("columns" not in layer or (type(layer["columns"]) is dict and said.get("columns")), "columns")
     need(len({layer["seen"] for layer in layers if layer is not None}) == 1, "seen, which is one number")
 

@@ -11,17 +11,19 @@ from torch import Tensor
 
 from coldpress.cache.taken import MOST, Malformed, Taken, need
 from coldpress.stores.bits import KVBits
-from coldpress.stores.codec import Codec, form_of
+from coldpress.stores.codec import Blocks, Codec, TokenCodec, form_of
 
 __all__ = ["STORES", "Codes", "check_store", "codes_of"]
 
-STORES = ("dense", "ragged", "thin", "quantised", "quantised ragged", "coded", "coded ragged")
+STORES = ("dense", "ragged", "thin", "quantised", "quantised ragged", "coded", "coded ragged", "packed")
 # the layer, channels of keys and values, segments, dtype: how many pairs of each segment are encoded, int64 [segments]
 Codes = Callable[[Taken, list[int], int, torch.dtype], Tensor]
 
 
 def codes_of(kv_bits: dict[str, Any] | None, codec: Codec | None) -> Codes:
     """How encoded pairs are checked: those of ``kv_bits``, or of a codec that is no KVBits."""
+    if isinstance(codec, TokenCodec):
+        return partial(_check_rows, codec)
     return partial(_check_codes, kv_bits) if codec is None else partial(_check_blocks, codec)
 
 
@@ -35,6 +37,10 @@ def check_store(
         kept: int32 ``[B, Hkv, n]``, positions of what was kept, before ``n_tail`` later tokens; None: nothing was.
     """
     n = (0 if kept is None else kept.shape[2]) + n_tail
+    is_by_token = isinstance(codes, partial) and codes.func is _check_rows
+    need((store == "packed") == is_by_token or store in ("dense", "ragged", "thin"), "store")
+    if store == "packed":
+        return _check_packed(layer, kept, n_tail, dtype, codes)
     if "ragged" in store:
         return _check_ragged(layer, kept, n_tail, dtype, None if store == "ragged" else codes)
     if store in ("quantised", "coded"):
@@ -99,17 +105,48 @@ def _check_coded(layer: Taken, n: int, dtype: torch.dtype, codes: Codes) -> tupl
     return n_rows, n_heads, keys.shape[3], dim_v
 
 
+def _check_packed(
+    layer: Taken, kept: Tensor | None, n_tail: int, dtype: torch.dtype, codes: Codes
+) -> tuple[int, int, int, int]:
+    """Rows, heads and channels of keys and values of a store of pairs that were encoded one by one."""
+    first = layer.take("store.n_first", torch.int64, None, None)
+    need(first.numel() > 0, "store.n_first")
+    front, exact = (layer.take(f"store.{name}", torch.int64, *first.shape) for name in ("n_front", "n_exact"))
+    keys = layer.take("store.exact.keys", dtype, None, None)
+    values = layer.take("store.exact.values", dtype, keys.shape[0], None)
+    dims = [keys.shape[1], values.shape[1]]
+    need(min(dims) > 0, "store.exact.keys")
+    need(bool(((exact >= 0) & (exact <= len(keys))).all()) and int(exact.sum()) == len(keys), "store.n_exact")
+    need(bool(((front >= 0) & (front <= exact)).all()), "store.n_front")
+    need(torch.equal(first, torch.zeros_like(first) if kept is None else (kept >= 0).sum(-1)), "store.n_first")
+    n_codes = codes(layer, dims, first.numel(), dtype).view_as(first)
+    need(torch.equal(exact + n_codes, first + n_tail), "store.n_codes")
+    return first.shape[0], first.shape[1], dims[0], dims[1]
+
+
+def _check_rows(codec: Codec, layer: Taken, dims: list[int], n_segments: int, dtype: torch.dtype) -> Tensor:
+    """As :func:`_check_codes`, of a codec that encodes pairs one by one."""
+    n_codes = layer.take("store.n_codes", torch.int64, None, None).flatten()
+    need(len(n_codes) == n_segments and bool(((n_codes >= 0) & (n_codes <= MOST)).all()), "store.n_codes")
+    for name, one in _form(codec, dims, dtype).items():
+        layer.take(f"store.{name}", one.dtype, int(n_codes.sum()), *one.shape[2:])
+    return n_codes
+
+
+def _form(codec: Codec, dims: list[int], dtype: torch.dtype) -> Blocks:
+    try:
+        return form_of(codec, dims, dtype)
+    except Exception as error:  # any error of a codec with unchecked parameters
+        raise Malformed(f"storage that encodes ({' '.join(str(error).split())[:200]})") from error
+
+
 def _check_blocks(codec: Codec, layer: Taken, dims: list[int], n_segments: int, dtype: torch.dtype) -> Tensor:
     """As :func:`_check_codes`, of a codec: blocks are such as it makes of zeros."""
     blocks = layer.maybe("store.n_blocks", torch.int64, n_segments)
     if blocks is None:
         return torch.zeros(n_segments, dtype=torch.int64)
     need(bool(((blocks >= 0) & (blocks <= MOST // codec.block_tokens)).all()), "store.n_blocks")
-    try:
-        form = form_of(codec, dims, dtype)
-    except Exception as error:  # any error of a codec with unchecked parameters
-        raise Malformed(f"storage that encodes ({' '.join(str(error).split())[:200]})") from error
-    for name, one in form.items():
+    for name, one in _form(codec, dims, dtype).items():
         layer.take(f"store.{name}", one.dtype, int(blocks.sum()), *one.shape[1:])
     return blocks * codec.block_tokens
 

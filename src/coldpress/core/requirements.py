@@ -246,13 +246,24 @@ def check_chunks(press: Press | None, chunk_tokens: int | None) -> None:
     raise PressError(refusal("chunk_tokens", press, "again", instead))
 
 
-def check_quantisable(press: Press | None, kv_bits: object) -> None:
-    """Raise :class:`CacheError` if what ``press`` keeps cannot be stored in few bits."""
+def check_quantisable(press: Press | None, kv_bits: object, rerotates: bool = False) -> None:
+    """Raise :class:`CacheError` if what ``press`` keeps cannot be stored in few bits.
+
+    Args:
+        kv_bits: how pairs are stored; None: as they are.
+        rerotates: keys move up whenever pairs are evicted.
+    """
     if press is None or kv_bits is None:
         return
-    if press.evicts_while_decoding:
-        why = "groups of tokens cannot be taken apart without quantising them again: use another press, or no kv_bits"
+    if press.evicts_while_decoding and not getattr(kv_bits, "evictable", False):
+        why = (
+            "groups of tokens cannot be taken apart without quantising them again: use storage=RotatedBits(8, 4), "
+            "another press, or no kv_bits"
+        )
         raise CacheError(refusal("kv_bits", press, "stops", why))
+    if press.evicts_while_decoding and rerotates:
+        why = "keys in few bits would be quantised again whenever they move: leave positions out, or store them whole"
+        raise CacheError(refusal("positions='rerotate' with few bits", press, "stops", why))
     for part in parts(press):
         if "channels" in part.changes:
             raise CacheError(refusal("kv_bits", part, "channels"))

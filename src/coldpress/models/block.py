@@ -344,7 +344,7 @@ def _bind(cache: Any, press: Press, bound: list[Session]) -> PressedCache:
         session = _adopt(cache)
     if session.rerotates:
         require_rerotatable(press)
-    check_quantisable(press, session.storage)
+    check_quantisable(press, session.storage, session.rerotates)
     if session.press is None:
         is_filled = any(isinstance(layer, PressedLayer) and layer.is_initialized for layer in layers)
         if is_filled and not press.evicts_while_decoding and session.earlier_press != press:

@@ -39,6 +39,7 @@ class Store(ABC):
             what a compiled step writes to.
         takes_codec: a codec may take its older pairs.
         moves_pairs: pairs in the middle can go and others take their slots (:meth:`settle`).
+        keeps_codes: encoded pairs stay as they are when others are evicted (:meth:`taken`).
     """
 
     name: ClassVar[str]
@@ -46,6 +47,7 @@ class Store(ABC):
     is_plain: ClassVar[bool] = False
     takes_codec: ClassVar[bool] = False
     moves_pairs: ClassVar[bool] = False
+    keeps_codes: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -134,6 +136,16 @@ class Store(ABC):
 
     def encode(self) -> None:  # noqa: B027
         """Store the oldest of the pairs that are as they are by the codec, if there is one."""
+
+    def taken(self, slots: Tensor, keys: Tensor, values: Tensor) -> Store:
+        """A store of some of the slots, of a store that :attr:`keeps_codes`.
+
+        Args:
+            slots: int64 ``[B, Hkv, n]``, ascending; -1 in the last places of a head that keeps fewer.
+            keys, values: ``[B, Hkv, n, D]``, the pairs in these slots; those that are not what :attr:`keys` and
+                :attr:`values` have there are new ones, and are encoded in the place of the old.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is made again of what is kept")
 
     def settle(self, n_first: int, order: Tensor, to: Tensor, stays: Tensor, n: int) -> None:
         """Move some later slots into the empty ones of the first, and forget the others.

@@ -89,14 +89,14 @@ class KVBits(Codec):
         return Codes(blocks[f"{side}.packed"], blocks[f"{side}.scale"], blocks[f"{side}.zero"], self.bits)
 
 
-def storage_of(kv_bits: int | KVBits | None, storage: object) -> Codec | None:
+def storage_of(kv_bits: int | Codec | None, storage: object = None) -> Codec | None:
     """The codec of ``kv_bits=`` or ``storage=``.
 
     Raises:
         CacheError: both, or something that is no codec.
     """
     if storage is None:
-        return KVBits.of(kv_bits)
+        return check_codec(kv_bits) if isinstance(kv_bits, Codec) else KVBits.of(kv_bits)
     if kv_bits is not None or not isinstance(storage, Codec):
         raise CacheError(f"storage must be a coldpress.Codec, and no kv_bits beside it; got {storage!r}.")
     return check_codec(storage)

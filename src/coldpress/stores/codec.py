@@ -1,4 +1,4 @@
-"""Codec: how the older pairs of a cache are stored, in blocks that are encoded once."""
+"""Codec: how the older pairs of a cache are stored, in blocks that are encoded once. TokenCodec: one pair a block."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from coldpress.errors import CacheError
+from coldpress.stores.segments import Segments
 
-__all__ = ["Blocks", "Codec", "check_codec", "codec_of", "decoded", "form_of"]
+__all__ = ["Blocks", "Codec", "TokenCodec", "check_codec", "codec_of", "decoded", "form_of"]
 
 _MOST_TOKENS = 1 << 16  # of a block: no less of a head is decoded at once
 
@@ -27,8 +28,10 @@ class Codec(ABC):
     Attributes:
         block_tokens: pairs of one head that are encoded together, g.
         exact_tokens: newest pairs of each head that stay as they are, at least 0.
+        evictable: pairs are encoded one by one, so a press may evict some of them while decoding.
     """
 
+    evictable: ClassVar[bool] = False
     names: ClassVar[Mapping[bool, str]] = {False: "coded", True: "coded ragged"}  # in files: heads differ or not
 
     block_tokens: int
@@ -53,6 +56,53 @@ class Codec(ABC):
     def described(self) -> dict[str, Any]:
         """What a file says of it: the name of its class and its parameters."""
         return {"class": _name(type(self)), "parameters": dict(vars(self))}
+
+
+class TokenCodec(Codec):
+    """A codec whose blocks are single pairs, ``[N, 1, D]``: they come, go and move, and none is encoded twice.
+
+    Its pairs are in a :class:`~coldpress.stores.packed.PackedStore`. Of each head the first ones stay as they are too,
+    those that it stores when some of its pairs are encoded for the first time. Queries of a decoding step go to
+    :meth:`logits` and :meth:`sums`; what is here decodes the pairs of one head at a time.
+
+    Attributes:
+        first_tokens: first pairs of each head that stay as they are, at least 0.
+        batch_tokens: as long as fewer pairs of a head are older than the newest ones, they wait as they are.
+    """
+
+    evictable = True
+    names: ClassVar[Mapping[bool, str]] = {False: "packed", True: "packed"}
+
+    block_tokens = 1
+    first_tokens: int = 0
+    batch_tokens: int = 64
+
+    def n_new(self, n_tail: int) -> int:
+        """How many of a head's ``n_tail`` pairs after the first ones are encoded now."""
+        n_older = n_tail - self.exact_tokens
+        return n_older if n_older >= self.batch_tokens else 0
+
+    def logits(self, query: Tensor, held: Segments) -> list[Tensor]:
+        """Products of ``query [S, G, D]``, float32, and the keys of each segment: float32 ``[G, n]`` each."""
+        found = []
+        for i, own in enumerate(query):
+            key = query.new_empty(held.counts[i], 1, query.shape[-1])
+            self.decode_keys(_blocks_of(held, i), key)
+            found.append(own @ key[:, 0].T)
+        return found
+
+    def sums(self, weights: Sequence[Tensor], held: Segments, dim: int) -> Tensor:
+        """Sums of the values of each segment, ``[n, dim]``, with weights, float32 ``[G, n]``: ``[S, G, dim]``."""
+        found = []
+        for i, own in enumerate(weights):
+            value = own.new_empty(held.counts[i], 1, dim)
+            self.decode_values(_blocks_of(held, i), value)
+            found.append(own @ value[:, 0])
+        return torch.stack(found)
+
+
+def _blocks_of(held: Segments, i: int) -> Blocks:
+    return {name: held.segment(name, i)[:, None] for name in held.names()}
 
 
 def codec_of(said: Mapping[str, Any]) -> Codec:

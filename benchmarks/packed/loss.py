@@ -1,0 +1,133 @@
+#!/usr/bin/env python3
+"""What pairs in few bits cost in loss on real text: one by one and rotated, or in KIVI's groups.
+
+    python -m benchmarks.packed.loss --model FOLDER_OR_GGUF --dataset FOLDER --output FILE.json
+
+Every cache is given the pairs of one prefill, and the same tokens are scored after them in one forward pass: the
+differences are paired, with the window as the unit of sampling. Each head's newest 128 pairs are as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coldpress import Codec, KVBits, PressedCache, RotatedBits
+from coldpress.architecture.cache_argument import cache_argument
+from coldpress.eval.datasets import load_corpus
+from coldpress.eval.metrics import paired_difference
+from coldpress.eval.models import load_model
+from coldpress.eval.results import environment
+from coldpress.eval.tokens import tokenize
+
+CODECS: dict[str, Codec] = {
+    **{f"rotated, keys {k}, values {v}": RotatedBits(k, v) for k, v in ((8, 8), (8, 4), (4, 4), (8, 2), (4, 2))},
+    **{f"KIVI, {bits}": KVBits(bits) for bits in (8, 4, 2)},
+}
+
+
+@torch.inference_mode()
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    torch.set_num_threads(args.threads)
+    loaded = load_model(args.model, device="cpu", dtype=args.dtype)
+    model, context, width = loaded.model, args.context_tokens, args.context_tokens + args.target_tokens
+    corpus = load_corpus(args.dataset, subset=args.subset, split="test", sample_idx=args.sample_idx)
+    ids = torch.cat([part.ids for part in tokenize(corpus, loaded.tokenizer, args.windows * width)])
+    windows = [ids[i * width : (i + 1) * width][None] for i in range(min(args.windows, len(ids) // width))]
+    names = [name for name in CODECS if not args.only or name in args.only]
+    losses: dict[str, list[float]] = {name: [] for name in ("", *names)}
+    divergences: dict[str, list[float]] = {name: [] for name in names}
+    n_bytes: dict[str, int] = {}
+    for done, window in enumerate(windows, 1):
+        full = PressedCache()
+        caches = dict(zip(names, full.branches([None] * len(names), [CODECS[name] for name in names]), strict=True))
+        model.base_model(input_ids=window[:, :context], **cache_argument(full), use_cache=True)
+        expected = None
+        for name, cache in {"": full, **caches}.items():
+            n_bytes[name] = cache.kv_bytes()
+            found = model(window[:, context:-1], **cache_argument(cache), use_cache=True).logits[0].float()
+            found = found.log_softmax(-1)
+            losses[name].append(-float(found.gather(1, window[0, context + 1 :, None]).double().sum()))
+            if expected is None:
+                expected = found
+            else:
+                divergences[name].append(float((expected.exp() * (expected - found)).sum(-1).double().mean()))
+        print(f"{done}/{len(windows)} windows", file=sys.stderr, flush=True)
+    counts = [args.target_tokens - 1] * len(windows)
+    rows = []
+    for name in names:
+        paired = paired_difference(counts, losses[name], losses[""])
+        rows.append(
+            {
+                "cache": name,
+                "bytes": n_bytes[name],
+                "delta_nll": paired.delta,
+                "delta_nll_ci95": paired.ci95,
+                "kl": math.fsum(divergences[name]) / len(windows),
+                "nll_per_window": losses[name],
+            }
+        )
+    return {
+        "model": Path(args.model).name,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "text": Path(args.dataset).name + (f"/{args.subset}" if args.subset else ""),
+        "text_sha256": corpus.text_sha256,
+        "context_tokens": context,
+        "target_tokens": args.target_tokens,
+        "windows": len(windows),
+        "loss": math.fsum(losses[""]) / sum(counts),
+        "bytes": n_bytes[""],
+        "nll_per_window": losses[""],
+        "rows": rows,
+        "env": environment(),
+    }
+
+
+def table(record: dict[str, Any]) -> str:
+    """One line a cache."""
+    lines = ["| cache, bits | bytes | of all | ΔNLL ± 95 % CI | PPL | KL |", "|---|---:|---:|---:|---:|---:|"]
+    for row in record["rows"]:
+        low, high = row["delta_nll_ci95"]
+        lines.append(
+            f"| {row['cache']} | {row['bytes']:,} | {row['bytes'] / record['bytes']:.1%} | {row['delta_nll']:+.4f} ± "
+            f"{(high - low) / 2:.4f} | {math.expm1(row['delta_nll']):+.2%} | {row['kl']:.5f} |"
+        )
+    env = record["env"]
+    return "\n".join(lines) + (
+        f"\n\n{record['model']}, {record['dtype']}; {record['windows']} windows of {record['text']}, "
+        f"{record['context_tokens']} tokens of context and {record['target_tokens']} of targets; loss "
+        f"{record['loss']:.4f} and {record['bytes']:,} bytes as it is; torch {env['torch']}, transformers "
+        f"{env['transformers']}."
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--dataset", default="demo")
+    parser.add_argument("--subset")
+    parser.add_argument("--sample_idx", type=int)
+    parser.add_argument("--context_tokens", type=int, default=768)
+    parser.add_argument("--target_tokens", type=int, default=257)
+    parser.add_argument("--windows", type=int, default=20)
+    parser.add_argument("--only", nargs="+", choices=list(CODECS))
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    record = measure(args)
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(table(record))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""Arithmetic with packed rows as they are stored: products with codes, and sums of rows of codes.
+
+Two operations of torch do it without unpacking. Each is tried once with small integers, of which the result is known;
+where it is missing or wrong, on a device other than the CPU, and where it is known to be slow (products of integers
+without VNNI instructions), rows are unpacked one segment at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+__all__ = ["bag_sums", "can_sum_bags", "code_products"]
+
+_LEAST_PRODUCTS = 8192  # of a head; fewer are as fast when its codes are unpacked
+_CHANNELS = 32  # a multiple of which integers are multiplied in
+_Places = tuple[tuple[int, int], ...]  # first row and number of rows of each segment
+
+
+def code_products(
+    query: Tensor, codes: Sequence[Tensor], bits: int, unpack: Callable[[Tensor], Tensor]
+) -> list[Tensor]:
+    """Products of queries with codes: float32 ``[G, n]`` for each of S segments.
+
+    Where integers are multiplied, which takes a segment of enough products, a query is two digits of base 254: it is
+    off by max |q| / 127 / 508 in each channel at most, and a product by that times the sum of its codes.
+
+    Args:
+        query: float32 ``[S, G, D]``.
+        codes: of each segment, uint8 ``[n, W]``; of 8 bits, less 128 as int8.
+        bits: of a code.
+        unpack: the codes of some rows, float32 ``[n, D]``.
+    """
+    is_for_integers = bits > 2 and query.device.type == "cpu" and query.shape[-1] % _CHANNELS == 0
+    is_long = max(map(len, codes)) * query.shape[1] >= _LEAST_PRODUCTS
+    if not (is_for_integers and is_long and _can_multiply_integers()):
+        return [own @ unpack(code).T for own, code in zip(query, codes, strict=True)]
+    step = query.abs().amax(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny) / 127
+    first = (query / step).round_()
+    second = ((query / step - first) * 254).round_()
+    digits = torch.cat([first, second], dim=1).to(torch.int8)  # [S, 2 * G, D]
+    parts = [digits] if bits == 8 else [digits[..., i::2].contiguous() for i in (0, 1)]
+    found = []
+    for i, code in enumerate(codes):
+        if len(code) * query.shape[1] < _LEAST_PRODUCTS:
+            found.append(query[i] @ unpack(code).T)
+            continue
+        if bits == 8:
+            product = torch._int_mm(parts[0][i], code.view(torch.int8).T)
+        else:
+            product = torch._int_mm(parts[0][i], (code & 15).view(torch.int8).T)
+            product += torch._int_mm(parts[1][i], (code >> 4).view(torch.int8).T)
+        high, low = product.float().chunk(2)
+        found.append(low.div_(254).add_(high).mul_(step[i]))
+    return found
+
+
+def bag_sums(weights: Tensor, rows: Tensor, places: _Places, bits: int) -> Tensor:
+    """Sums of rows with weights: float32 ``[S, G, columns]``, of as many columns as the codes of a row's bytes.
+
+    Args:
+        weights: float32 ``[G, N]``, N rows of all segments one after the other.
+        rows: uint8 ``[rows, bytes]``: codes, a step and a least number, in the order that torch has them.
+        places: where the rows of each segment are.
+        bits: of a code; see :func:`can_sum_bags`.
+    """
+    at, starts = _bags(places)
+    sums = [_OPERATIONS[bits](rows, at, starts, False, 0, False, own.contiguous(), None, False) for own in weights]
+    return torch.stack(sums, dim=1)
+
+
+@lru_cache(maxsize=1)  # the layers of a model mostly ask for the same rows in turn
+def _bags(places: _Places) -> tuple[Tensor, Tensor]:
+    """The rows of all segments one after the other, and where each segment begins among them."""
+    with torch.inference_mode(False):
+        at = torch.cat([torch.arange(start, start + n, dtype=torch.int32) for start, n in places])
+        starts = torch.tensor([0, *(n for _, n in places[:-1])], dtype=torch.int32).cumsum(0).int()
+        return at, starts
+
+
+def can_sum_bags(rows: Tensor, bits: int) -> bool:
+    """Whether :func:`bag_sums` is for these rows: on the CPU, where torch's operation gives the right numbers."""
+    return rows.device.type == "cpu" and _sums_are_right(bits)
+
+
+_OPERATIONS: dict[int, Callable[..., Tensor]] = {
+    8: lambda *given: torch.ops.quantized.embedding_bag_byte_rowwise_offsets(*given),
+    4: lambda *given: torch.ops.quantized.embedding_bag_4bit_rowwise_offsets(*given),
+    2: lambda *given: torch.ops.quantized.embedding_bag_2bit_rowwise_offsets(*given),
+}
+
+
+@lru_cache(maxsize=3)
+def _sums_are_right(bits: int) -> bool:
+    """Try sums of rows whose codes, steps and least numbers are known."""
+    kind = torch.float32 if bits == 8 else torch.float16
+    codes = (torch.arange(7 * 16).view(7, 16) * 37 + 11) % 2**bits
+    steps = torch.tensor([[0.5, -1.0], [0.25, 2.0], [1.0, 0.0], [2.0, 3.0], [0.125, -4.0], [1.0, 1.0], [4.0, -8.0]])
+    per_byte = 8 // bits
+    shifts = torch.arange(per_byte) * bits
+    packed = (codes.view(7, -1, per_byte) << shifts).sum(-1).to(torch.uint8)
+    rows = torch.cat([packed, steps.to(kind).view(torch.uint8)], dim=1)
+    weights = torch.tensor([[1.0, -0.5, 2.0, 0.25, 1.0], [0.5, 3.0, -1.0, 1.0, 2.0]])
+    numbers = codes * steps[:, :1] + steps[:, 1:]
+    expected = torch.stack([weights[:, :2] @ numbers[:2], weights[:, 2:] @ numbers[4:]])
+    try:
+        found = bag_sums(weights, rows, ((0, 2), (4, 3)), bits)
+    except (RuntimeError, AttributeError, NotImplementedError):  # this torch, or this processor, has no such operation
+        return False
+    return found.shape == expected.shape and bool((found - expected).abs().max() < 1e-4)
+
+
+@lru_cache(maxsize=1)
+def _can_multiply_integers() -> bool:
+    """Whether products of int8 matrices are fast here, and right."""
+    if not getattr(torch.cpu, "_is_vnni_supported", lambda: False)():
+        return False
+    one, other = ((torch.arange(n * 64).view(n, 64) * k % 255 - 127).to(torch.int8) for n, k in ((2, 89), (1500, 31)))
+    try:
+        found = torch._int_mm(one, other.T)
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return False
+    return bool(torch.equal(found, one.int() @ other.int().T))
