@@ -92,7 +92,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                     {"kind": kind.partition("=")[0], "max_kl": kl, "kl": off, "ratio": cache.achieved_ratio()}
                 )
     file.unlink()
-    asked = vars(args) | {"output": args.output.name, "calibrate_on": own.name, "model": loaded.name}
+    asked = vars(args) | {
+        "output": args.output.name,
+        "calibrate_on": Path(own.name).name,
+        "model": Path(loaded.name).name,
+    }
     asked["check_on"] = [kind.partition("=")[0] for kind in args.check_on]
     record = {
         **asked,
@@ -119,7 +123,7 @@ def table(record: dict[str, Any]) -> str:
         )
     env = record["env"]
     return "\n".join(lines) + (
-        f"\n\n{Path(record['model']).name}, {record['press']}, risk {record['risk']:g}. {record['n_samples']} samples "
+        f"\n\n{record['model']}, {record['press']}, risk {record['risk']:g}. {record['n_samples']} samples "
         f"of {record['sample_tokens']} tokens of {record['calibrate_on']} ({record['split']}); an eighth is scored. "
         f"torch {env['torch']}, transformers {env['transformers']}."
     )

@@ -284,14 +284,14 @@ def test_declared_ends_stay_whatever_the_scores(name: str, monkeypatch: pytest.M
 
 
 def test_every_kind_of_press_meets_every_architecture_often() -> None:
-    """What ``make test`` runs of the product: several presses of each kind everywhere, every press in three places."""
+    """What ``make test`` runs of the product: a press of each kind everywhere, every press in two places."""
     names = [*WITH_RATIO, *IN_BLOCK, *OTHERS]
     fast = fast_pairs(names)
     for architecture in ARCHITECTURES:
         for own in {kind_of(name) for name in names}:
             mine = [name for name in names if kind_of(name) == own]
             met = [name for name in mine if (architecture.name, name) in fast]
-            assert len(met) >= min(2, len(mine)), (architecture, own)
+            assert met, (architecture, own)
     for name in names:
-        assert sum((architecture.name, name) in fast for architecture in ARCHITECTURES) >= 3, name
+        assert sum((architecture.name, name) in fast for architecture in ARCHITECTURES) >= 2, name
     assert len(fast) < len(names) * len(ARCHITECTURES) / 2
