@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +15,19 @@ from tests.presses.weights import given_weights as given_weights
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 settings.register_profile("coldpress", deadline=None, derandomize=True, database=None)
 settings.load_profile("coldpress")
+
+
+@pytest.hookimpl(tryfirst=True)  # before slow tests are deselected
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Make slow all but every n-th case of a test that is marked ``thinned(n)``; ``make test-slow`` runs the others."""
+    seen: Counter[tuple[str, str]] = Counter()
+    for item in items:
+        mark = item.get_closest_marker("thinned")
+        if mark is not None and item.get_closest_marker("slow") is None:
+            test = item.nodeid.partition("[")[0], item.name.partition("[")[0]
+            if seen[test] % mark.args[0]:
+                item.add_marker(pytest.mark.slow)
+            seen[test] += 1
 
 
 def pytest_collection_finish() -> None:

@@ -221,6 +221,7 @@ SLOWLY = [pytest.param(press, marks=pytest.mark.slow) for press in (None, AdaKVP
 
 
 @pytest.mark.parametrize("press", [PRESS, *SLOWLY], ids=repr)
+@pytest.mark.slow
 def test_torch_compile(press: BasePress | None) -> None:
     """Of the whole model: graphs break where the cache is filled and read, and the rest is compiled."""
     torch._dynamo.reset()

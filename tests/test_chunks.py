@@ -255,6 +255,7 @@ def test_memory_of_a_long_prompt_is_flat() -> None:
     ],
     ids=repr,
 )
+@pytest.mark.thinned(2)
 def test_what_a_press_was_shown_is_freed_at_once(press: BasePress) -> None:
     """E: views of single heads and of all of them held each other, and the pairs of many pieces, until garbage was
     collected."""

@@ -442,6 +442,7 @@ def test_runs_repeat_bit_for_bit(run: Run) -> None:
     assert other["kept_hash"] not in [record["kept_hash"] for record in first]
 
 
+@pytest.mark.slow
 def test_names_of_files_do_not_collide(run: Run, tiny: Path, data: Path, tmp_path: Path) -> None:
     twin = save_tiny(tmp_path / "elsewhere" / "tiny", 1)  # another model in a folder of the same name
     (tmp_path / "text.txt").write_text("Another text. " * 300)
@@ -1001,6 +1002,7 @@ def test_interrupted_it_keeps_what_is_finished_and_exits_with_130(tiny: Path, tm
     assert out.count("| interrupted |") == 10
 
 
+@pytest.mark.slow
 def test_interrupted_while_timing_it_keeps_finished_presses_as_finished(tiny: Path, tmp_path: Path) -> None:
     small = ["--repetitions", 1, "--warmup", 0, "--max_new_tokens", 4, "--context_limit", 40]
     arguments = [
@@ -1030,6 +1032,7 @@ def test_interrupted_while_timing_it_keeps_finished_presses_as_finished(tiny: Pa
         assert (record["peak_mem_bytes"] is not None) == (record["status"] == "ok")
 
 
+@pytest.mark.slow
 def test_killed_while_timing_it_has_kept_the_perplexity(tiny: Path, tmp_path: Path) -> None:
     arguments = ["--model", tiny, "--dataset", "demo", "--press", "no_press", "knorm", "snapkv", "--ppl_apply_press"]
     kill = "import coldpress.eval.speed as s; s.prefilling = lambda *a: os.kill(os.getpid(), signal.SIGKILL)"
@@ -1061,6 +1064,7 @@ def test_killed_while_timing_it_has_kept_the_perplexity(tiny: Path, tmp_path: Pa
     assert out.count("| knorm ") == 3  # in the table of the first part, and in both at the end
 
 
+@pytest.mark.slow
 def test_a_press_that_fails_while_timed_leaves_one_result(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     prefilling = speed.prefilling
 

@@ -402,6 +402,7 @@ def overheard() -> Iterator[None]:
 
 @pytest.mark.usefixtures("overheard")
 @seeds(N_PROGRAMS)
+@pytest.mark.thinned(3)
 def test_programs(seed: int, tmp_path: Path, at_once: pytest.MonkeyPatch) -> None:
     if seed % 2:
         at_once.undo()
@@ -421,6 +422,7 @@ def positions_of(past: PressedCache, mask: Tensor, row: int, index: int, first: 
 
 @seeds(N_BATCHES)
 @torch.no_grad()
+@pytest.mark.thinned(2)
 def test_rows_with_padding_are_what_they_are_alone(seed: int, at_once: pytest.MonkeyPatch) -> None:
     r = random.Random(seed)
     if seed % 2:

@@ -55,6 +55,7 @@ def decoded(model: PreTrainedModel, cache: PressedCache, n: int = 5) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["gpt_neox", "llama", "gpt2"])
+@pytest.mark.thinned(3)
 def test_as_outside(name: str) -> None:
     """Layers of different lengths; logits, cache and what follows are those of the same calls outside the block."""
     model = tiny(name)

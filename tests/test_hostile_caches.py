@@ -184,6 +184,7 @@ def check_changes(name: str, folder: Path, step: int) -> None:
 
 
 @pytest.mark.parametrize("name", CACHES)
+@pytest.mark.thinned(2)
 def test_some_changes_of_a_file(name: str, tmp_path: Path) -> None:
     check_changes(name, tmp_path, 61)
 

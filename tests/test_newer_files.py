@@ -196,6 +196,7 @@ def parts_of(said: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("name", CACHES)
+@pytest.mark.thinned(2)
 def test_what_they_say_is_checked(name: str, tmp_path: Path) -> None:
     saved(name, tmp_path / "a")
     _, said, tensors = contents(tmp_path / "a")

@@ -64,6 +64,7 @@ def check(model: PreTrainedModel, batch: Batch, press: BasePress | None, n_decod
     [*(("gpt_neox", layout) for layout in LAYOUTS), ("llama", "mixed"), ("mistral", "right"), ("mistral", "mixed")],
 )
 @pytest.mark.parametrize("press", [None, *WITH_RATIO, *OTHERS])
+@pytest.mark.thinned(4)
 def test_row_of_a_batch_is_the_row_alone(name: str, layout: str, press: str | None) -> None:
     made = None if press is None else other_press(press, name) if press in OTHERS else press_of(press, 0.5)
     check(tiny(name), Batch(60, LAYOUTS[layout]), made)
@@ -71,6 +72,7 @@ def test_row_of_a_batch_is_the_row_alone(name: str, layout: str, press: str | No
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("press", WITH_RATIO)
+@pytest.mark.thinned(3)
 def test_ratio_0_drops_the_padding_only(name: str, press: str) -> None:
     past = check(tiny(name), Batch(20, [(3, 0), (0, 0), (0, 15)]), press_of(press, 0.0))
     assert past.achieved_ratio() == 0
@@ -91,6 +93,7 @@ def test_rows_of_very_different_length(name: str, backend: str, press: BasePress
     ("name", "press"),
     [("mistral", None), ("mistral", "expected_attention"), ("gemma3", None), ("gemma3", "knorm"), ("gpt_oss", "knorm")],
 )
+@pytest.mark.thinned(2)
 def test_sliding_windows_count_real_tokens(name: str, press: str | None) -> None:
     """Long enough that sliding layers free what is out of reach, which differs from row to row."""
     batch = Batch(260, [(0, 0), (200, 0), (0, 200), (30, 30), (0, 259)])

@@ -122,6 +122,7 @@ def test_without_a_press_it_is_the_models_own_greedy_answer(
 
 @pytest.mark.usefixtures("given_artefacts", "given_weights")
 @pytest.mark.parametrize("name", [*WITH_RATIO, *IN_BLOCK, *OTHERS])
+@pytest.mark.thinned(4)
 def test_several_questions_are_answered_as_if_each_was_the_only_one(
     pipe: KVPressTextGenerationPipeline, name: str
 ) -> None:
@@ -559,6 +560,7 @@ READING: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("options", READING, ids=lambda options: next(iter(options)))
+@pytest.mark.thinned(3)
 def test_options_that_read_the_text_see_the_cached_context(
     tokenizer: Any, options: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -763,6 +765,7 @@ class _Fails(BasePress):
         return None
 
 
+@pytest.mark.slow
 def test_many_requests_leave_nothing_behind(pipe: KVPressTextGenerationPipeline) -> None:
     """The objects of one round are gone after it, whatever was asked for, and so is the memory of 96 requests."""
     presses: list[BasePress | None] = [None, *(small_press(name, "gpt_neox") for name in LEAKY), *SCHEDULES, _Fails()]

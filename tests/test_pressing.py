@@ -584,6 +584,7 @@ assert not attention._local_mapping and torch.equal(model(ids).logits, logits)
 """
 
 
+@pytest.mark.slow
 def test_importing_changes_nothing_for_other_models() -> None:
     """G1: the import patched attention for all models, and those that pass no dropout failed with a TypeError."""
     done = subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, text=True)

@@ -95,6 +95,7 @@ def positions_of(past: PressedCache) -> list[Tensor]:
 @every_model
 @pytest.mark.parametrize("inner", [StreamingLLMPress(), KnormPress(), SnapKVPress(window_size=4)], ids=repr)
 @pytest.mark.parametrize("chunk", [1, 3])
+@pytest.mark.thinned(2)
 def test_a_stream_is_read_as_from_a_compact_cache(model: str, inner: BasePress, chunk: int) -> None:
     ids, twin = tokens(2, 100), Twin(model)
     past = PressedCache(DecodingPress(inner, INTERVAL, TARGET), positions="rerotate")
@@ -110,6 +111,7 @@ def test_a_stream_is_read_as_from_a_compact_cache(model: str, inner: BasePress, 
 @pytest.mark.parametrize(
     "model", [name if name == "gpt_neox" else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
 )
+@pytest.mark.slow
 def test_a_thousand_steps_far_beyond_the_positions(model: str) -> None:
     """Past the trained 512; by hand: what is kept is sinks and the newest; bytes stay what they were."""
     own = BY_NAME[model].build(num_hidden_layers=1)
@@ -176,6 +178,7 @@ class Spy(DecodingPress):
 
 @pytest.mark.parametrize("inner", [KnormPress(), SnapKVPress(window_size=8), AdaKVPress(KnormPress())], ids=repr)
 @pytest.mark.parametrize(("before", "chunk"), [(None, None), (KnormPress(0.5), None), (KnormPress(0.5), 5)])
+@pytest.mark.thinned(2)
 def test_a_padded_row_reads_what_it_reads_alone(inner: BasePress, before: BasePress | None, chunk: int | None) -> None:
     random = torch.Generator().manual_seed(0)  # no token twice: two of one norm would be a tie
     ids, pad = torch.stack([3 + torch.randperm(90, generator=random)[:80] for _ in range(2)]), 7
@@ -235,6 +238,7 @@ def watched(model: str, past: PressedCache, ids: Tensor, n: int) -> tuple[list[L
 @pytest.mark.parametrize(
     ("before", "chunk"), [(None, None), (KnormPress(0.5), None), (AdaKVPress(KnormPress(0.5)), 5)], ids=repr
 )
+@pytest.mark.thinned(2)
 def test_scorers_see_keys_and_queries_where_they_stand(
     model: str, inner: BasePress, before: BasePress | None, chunk: int | None
 ) -> None:
@@ -304,6 +308,7 @@ def test_the_prompt_is_closed_up_too(name: str) -> None:
         assert torch.equal(a.positions(), b.positions())
 
 
+@pytest.mark.slow
 def test_keys_of_two_bytes_do_not_drift() -> None:
     """Sinks are moved a thousand times, and are then as near to the truth as keys that were moved once."""
     ids, model = tokens(1, 1_040), BY_NAME["llama"].build(dtype=torch.bfloat16, num_hidden_layers=1)

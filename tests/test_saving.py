@@ -59,6 +59,7 @@ def through_a_file(past: PressedCache, path: Path, model: PreTrainedModel | None
 
 @pytest.mark.usefixtures("given_artefacts", "given_weights")
 @pytest.mark.parametrize("name", [*press_names(at_prefill=True), "no_press"])
+@pytest.mark.thinned(2)
 def test_every_press_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
     press = None if name == "no_press" else small_press(name, "llama")
     past = prefilled(press)
@@ -74,6 +75,7 @@ def test_every_press_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "press", [SnapKVPress(0.5, window_size=8), AdaKVPress(KnormPress(0.5))], ids=["dense", "ragged"]
 )
+@pytest.mark.thinned(3)
 def test_every_architecture(architecture: Any, press: BasePress, tmp_path: Path) -> None:
     model, later = architecture.build(), architecture.build()
     past = prefilled(press, model)
@@ -325,6 +327,7 @@ def script(text: str, path: Path) -> str:
     return text.format(src=str(ROOT / "src"), root=str(ROOT), path=str(path))
 
 
+@pytest.mark.slow
 def test_a_file_of_another_process(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     subprocess.run([sys.executable, "-c", script(WRITER, path)], check=True, timeout=120)

@@ -21,6 +21,7 @@ def add(past: PressedCache, ids: Tensor, name: str) -> Tensor:
 
 @pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3", "cohere2", "gpt_oss"])
 @pytest.mark.parametrize("chunk", [1, 7, 150])
+@pytest.mark.thinned(3)
 def test_sliding_layers_forget_and_compute_the_same(name: str, chunk: int) -> None:
     ids, architecture, past = tokens(1, 450, seed=2), BY_NAME[name], PressedCache()
     expected = tiny(name, architecture.own)(ids, use_cache=False).logits

@@ -91,6 +91,7 @@ def check_close(actual: Tensor, expected: Tensor) -> None:
 @every_architecture
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", ["coldpress", "coldpress_eager"])
+@pytest.mark.thinned(2)
 def test_computes_what_the_model_computes(architecture: Architecture, dtype: torch.dtype, backend: str) -> None:
     model = tiny(architecture.name, backend, dtype)
     expected = own_logits(architecture, "eager" if backend == "coldpress_eager" else architecture.own, dtype)

@@ -260,6 +260,7 @@ def test_a_closed_port_is_out_of_reach_at_once() -> None:
     assert time.monotonic() - started < 5
 
 
+@pytest.mark.slow
 def test_who_listens_and_is_no_cluster_is_out_of_reach_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_connection, "PROBE_S", 1.0)
     started = time.monotonic()

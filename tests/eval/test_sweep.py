@@ -207,6 +207,7 @@ def test_nothing_at_all_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err == "" and str(caught.value).count("no such folder") == 1
 
 
+@pytest.mark.slow
 def test_what_is_given_twice_is_measured_once(tmp_path: Path) -> None:
     twice = {"models": ["demo", "demo"], "texts": ["demo", "demo"], "perplexity": [CONFIG["perplexity"]] * 2}
     outcome = sweep(SweepPlan.of(config(tmp_path, **twice)), "")

@@ -145,6 +145,7 @@ def test_every_case_is_there() -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.thinned(2)
 def test_kept(name: str) -> None:
     old, new = KEPT["cases"][name], kept(name)
     assert new.keys() == old.keys()

@@ -99,6 +99,7 @@ SCHEDULES: dict[str, tuple[BasePress, int, int, int]] = {
     "schedule",
     [name if name in ("decoding_by_head", "cam") else pytest.param(name, marks=pytest.mark.slow) for name in SCHEDULES],
 )
+@pytest.mark.thinned(2)
 def test_a_thousand_steps_stay_within_the_budget(schedule: str) -> None:
     press, interval, n_sink, n_window = SCHEDULES[schedule]
 
@@ -566,6 +567,7 @@ def test_cropped_tokens_are_forgotten_by_the_schedule_too() -> None:
 @pytest.mark.parametrize(
     "base", [SnapKVPress(window_size=4), AdaKVPress(KnormPress()), LeverageScorePress(sketch_dimension=6)]
 )
+@pytest.mark.thinned(3)
 def test_other_architectures(name: str, base: ScorerPress) -> None:
     past = decoded(DecodingPress(base, INTERVAL, 12, 8), 90, prompt=30, model=name)
     local = [

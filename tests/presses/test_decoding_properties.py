@@ -206,6 +206,7 @@ def turns_are_ragged(run: Run) -> bool:
 
 @settings(max_examples=150)
 @given(run=runs().filter(lambda run: len(run.pads) > 1 and not isinstance(run.base, SYMMETRIC)), data=st.data())
+@pytest.mark.slow
 def test_a_row_of_a_batch_decodes_as_it_does_alone(run: Run, data: st.DataObject) -> None:
     row = data.draw(st.integers(0, len(run.pads) - 1))
     together, alone = Turns(run, list(range(len(run.pads)))), Turns(run, [row])

@@ -212,6 +212,7 @@ def test_each_pair_goes_when_it_leaves_the_window(
     assert past.achieved_ratio() == pytest.approx(1 - n_pairs(past) / all_pairs)
 
 
+@pytest.mark.slow
 def test_a_thousand_steps() -> None:
     """The window and the sinks are always there, and memory follows what reaches the threshold."""
     model, window = tiny("llama"), 16

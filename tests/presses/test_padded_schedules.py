@@ -165,6 +165,7 @@ def test_sliding_windows(press: BasePress) -> None:
 
 
 @pytest.mark.parametrize("press", SCHEDULES, ids=repr)
+@pytest.mark.thinned(2)
 def test_reordered_cropped_forked_and_saved(press: BasePress, tmp_path: Path) -> None:
     """What is remembered of each row goes with it."""
     model, text = tiny("llama"), Text([30, 5, 1, 1], torch.ones(2, 60, dtype=torch.bool))

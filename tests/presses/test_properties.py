@@ -111,6 +111,7 @@ def random_views(draw: st.DrawFn) -> LayerView:
 @every_press
 @settings(max_examples=25)
 @given(view=random_views(), ratio=st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99]))
+@pytest.mark.thinned(2)
 def test_what_is_kept(name: str, view: LayerView, ratio: float) -> None:
     press = press_of(name, ratio)
     scores = view.keys.float().norm(dim=-1) if name == "composed" else press.scores(view)  # which has none of its own
@@ -200,6 +201,7 @@ def test_a_padded_row_keeps_what_it_keeps_alone(name: str, model: str) -> None:
     pads=st.lists(st.tuples(st.integers(0, 9), st.sampled_from([0, 2, 9])), min_size=2, max_size=4),
     ratio=st.sampled_from([0.0, 0.3, 0.5]),  # of two or three tokens some presses find neither better
 )
+@pytest.mark.thinned(2)
 def test_a_padded_row_equals_the_row_alone(name: str, model: str, pads: list[tuple[int, int]], ratio: float) -> None:
     """Through the model: what is kept of each row, and the answers to a question after it."""
     own, press, length = tiny(model), press_of(name, ratio), 37

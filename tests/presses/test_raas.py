@@ -86,6 +86,7 @@ def rule(alpha: float) -> Rule:
 @pytest.mark.parametrize("interval", [1, 3])
 @pytest.mark.parametrize("alpha", [0.0, 0.08, 0.15, 1.0])
 @pytest.mark.parametrize("keep_prompt", [False, True])
+@pytest.mark.thinned(3)
 def test_raas_step_by_step(keep_prompt: bool, alpha: float, interval: int, model: str) -> None:
     """In layer 0, whose queries and keys no eviction changes."""
     n_prompt = 6 if keep_prompt else 12

@@ -77,6 +77,7 @@ def kept(past: PressedCache) -> list[list[list[int]]]:
     ],
     ids=["kvzip", "kvzip_plus", "kvgrad"],
 )
+@pytest.mark.thinned(3)
 def test_kvzip(name: str, kind: str, press: KVzipPress) -> None:
     past, scores = compressed(name, press)
     expected = kvzip_scores(name, IDS[0].tolist(), chunk_size=9, n_sink=2, kind=kind)

@@ -105,6 +105,7 @@ class Restored(Twin):
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("kind", ["attention", "plus"])
+@pytest.mark.thinned(2)
 def test_what_is_stored(name: str, kind: str, tmp_path: Path) -> None:
     model, is_plus = tiny(name), kind == "plus"
     embeddings, parts = write_restorekv(tmp_path, model, N_NEW)
