@@ -15,6 +15,7 @@ import torch
 from benchmarks.parity.case import Case
 from benchmarks.parity.models import Setting
 from torch import Tensor
+from torch.nn.functional import pad
 
 from coldpress.architecture.cache_argument import cache_argument
 
@@ -131,6 +132,8 @@ def measure(
     seen = [scores(index) for index in range(len(kept))]
     first = cache.layers[0].keys.shape[2] if rerotated else start
     losses = _losses(setting, case, cache, start, first)
+    if case.decode:  # what came after the only cut was not scored, and is kept
+        seen = [None if s is None else pad(s, (0, max(0, start - s.shape[-1])), value=torch.inf) for s in seen]
     whole = [s for s in seen if s is not None and s.shape == kept[0].shape]
     scored = torch.stack(whole, 1) if len(whole) == len(kept) else None
     return Measurement(torch.stack(kept, 1), losses, scored, extra)
