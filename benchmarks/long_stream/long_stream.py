@@ -59,7 +59,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     corpus = load_corpus(args.dataset, sample_idx=args.sample_idx)
     loaded = load_model(args.model)
-    (doc_id, ids), *_ = tokenize(corpus, loaded.tokenizer, args.limit_tokens)
+    doc_id, ids, *_ = tokenize(corpus, loaded.tokenizer, args.limit_tokens)[0]
     trained = loaded.max_positions
     assert trained is not None
     budget = args.budget_tokens or trained - args.chunk
