@@ -191,12 +191,13 @@ def past_eviction() -> str:
     def cells(press: str, ratio: float) -> list[str]:
         r = found.get((press, ratio))
         if r is None:
-            return ["failed"] * 3
+            return ["failed"] * 4
         low, high = r["delta_nll_ci95"]
         loss = f"{r['delta_nll']:+.3f} [{low:.3f}, {high:.3f}]"
-        return [f"{r['kld']['mean']:.4f}", loss, f"{r['kv_bytes'] / r['kv_bytes_baseline']:.3f}"]
+        kl = [f"{r['kld'][name]:.4f}" for name in ("mean", "median")]
+        return [*kl, loss, f"{r['kv_bytes'] / r['kv_bytes_baseline']:.3f}"]
 
-    titles = [title.format(ratio) for ratio in ratios for title in ("KL at {}", "loss at {}", "bytes at {}")]
+    titles = [title.format(ratio) for ratio in ratios for title in ("KL at {}", "median", "loss at {}", "bytes at {}")]
     names = sorted({press for press, _ in found}, key=lambda press: found[press, ratios[0]]["kld"]["mean"])
     rows = [["press", *titles], ["---", *("---:" for _ in titles)]]
     rows += [[f"`{press}`", *(cell for ratio in ratios for cell in cells(press, ratio))] for press in names]

@@ -83,7 +83,8 @@ class MassMergingPress(MergingPress):
     """Merge as MergingPress does, and let a pair weigh in the softmax as much as what was merged into it.
 
     ln(1 + sum of w_e) is added to the logits of each kept pair, with the w_e of MergingPress: a pair that another one
-    just like it was merged into (w_e = 1/2, where their values are as long) weighs 3/2.
+    just like it was merged into (w_e = 1/2, where their values are as long) weighs 3/2. Measured on six books
+    (benchmarks/past_eviction), the median KL is lower than SnapKV's, and the mean is not.
 
     Source: MergingPress, with the bias of token merging, Bolya et al. 2022, arXiv:2210.09461, section 3, where ln of
     the number of merged tokens is added. Differs from it: each counts with the weight that its value has.

@@ -39,7 +39,8 @@ class MomentKVPress(WrapperPress):
     reference queries has the smallest squared error: a summary that does harm is not used. Reference queries are those
     of the last n_queries tokens, moved on by n_queries positions. The first n_sink tokens, the newest n_recent and
     pinned ones are kept as far as the budget has room, and left as they are. A layer with a sliding window keeps what
-    the inner press keeps: its pairs go out of sight one by one, and a sum of them could not.
+    the inner press keeps: its pairs go out of sight one by one, and a sum of them could not. Measured on six books
+    (benchmarks/past_eviction), the median KL is lower than SnapKV's, and the mean hardly.
 
     Source: arXiv:2606.01563 (MomentKV). Differs from the paper: its single entry, whose value is a function
     of the query, is replaced by sigma points (Julier and Uhlmann 1997), which are ordinary pairs with a bias, so that

@@ -216,15 +216,18 @@ class _Routes:
             raise RequestError("The header 'Content-Type: application/json' is missing.", 415, "wrong_content_type")
         too_large = RequestError(f"The body is larger than {limits.body_bytes:,} bytes.", 413, "body_too_large")
         length = request.headers.get("content-length", "0")
-        if not length.isdecimal() or len(length) > 15 or int(length) > limits.body_bytes:
-            raise too_large
+        is_too_large = not length.isdecimal() or len(length) > 15 or int(length) > limits.body_bytes
 
         async def content() -> bytes:
-            found = bytearray()
+            found, n = bytearray(), 0
             async for part in request.stream():
-                found += part
-                if len(found) > limits.body_bytes:
+                n += len(part)
+                if n > 2 * limits.body_bytes:
                     raise too_large
+                if n <= limits.body_bytes:  # the rest is read and dropped: a client that still sends misses the answer
+                    found += part
+            if is_too_large or n > limits.body_bytes:
+                raise too_large
             return bytes(found)
 
         try:
