@@ -77,6 +77,7 @@ def test_a_system_prompt_beside_pins_of_the_cache(pipe: KVPressTextGenerationPip
         ({"pin": [(0, 2)], "cache": PressedCache()}, CacheError, "give pin to the PressedCache"),
         ({"pin_system": " "}, InputError, "pin_system must be a text"),
         ({"pin_system": 5}, InputError, "pin_system must be a text"),
+        ({"pin_system": SYSTEM, "cache": PressedCache(pin=[[(0, 2)], [(0, 3)]])}, CacheError, "pins for several rows"),
         ({"pin": [(0, 20)], "press": KnormPress(0.99)}, PressError, "must stay"),
         ({"pin_system": SYSTEM, "max_context_length": 2}, InputError, "There is no room for a context"),
     ],

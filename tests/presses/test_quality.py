@@ -118,6 +118,20 @@ def test_what_makes_no_sense_is_refused(make: Any, message: str) -> None:
         make()
 
 
+def test_where_nothing_is_safe_it_is_said(tmp_path: Path) -> None:
+    press = QualityPress(SnapKVPress(window_size=8), risk=0.4)
+    calibration = press.calibration()
+    calibration.losses, calibration.n_layers = [[1.0] * 10] * 5, 2  # type: ignore[attr-defined]
+    with pytest.warns(UserWarning, match=r"No threshold is safe for max_kl of 0\.001, .*0\.2"):
+        found = calibration.tensors()
+    assert not found["thresholds"].any()
+    file = tmp_path / "none.safetensors"
+    Artefact("quality", found).save(file)
+    with pytest.warns(UserWarning, match="QualityPress keeps everything"):
+        ready = QualityPress(press.press, thresholds=file).prepared(tiny("llama"))
+    assert ready.compress(view_of("llama")) is None
+
+
 def test_thresholds_that_are_missing_name_the_command() -> None:
     with pytest.raises(PressError, match="coldpress calibrate quality"):
         QualityPress(SnapKVPress()).compress(view_of("llama"))

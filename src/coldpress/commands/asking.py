@@ -68,8 +68,7 @@ def compress(
     loaded = load_model(**model_options)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", UserWarning)
-        options = {} if pin_system is None else {"pin_system": pin_system}
-        _pipeline(loaded)(document.text, questions=[], cache=cache, max_new_tokens=_ROOM_TOKENS, **options)
+        _pipeline(loaded)(document.text, questions=[], cache=cache, max_new_tokens=_ROOM_TOKENS, pin_system=pin_system)
     for warning in said:
         note(str(warning.message))
     save_cache(cache, path, loaded.model, None, _lasting(loaded.name))

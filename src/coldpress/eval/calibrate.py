@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -87,7 +88,11 @@ def make_artefact(settings: CalibrationSettings) -> Path:
     samples = pick_samples(documents, s.n_samples, length)
     if len(samples) < s.n_samples:
         note(f"the text has {len(samples)} sample(s) of up to {length} tokens, not --n_samples {s.n_samples}.")
-    tensors = calibrate(press, loaded.model, samples, partial(progress, name="calibration"))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", UserWarning)
+        tensors = calibrate(press, loaded.model, samples, partial(progress, name="calibration"))
+    for warning in said:
+        note(str(warning.message))
     facts = loaded.facts() | {
         "n_layers": shape.n_layers,
         "n_heads": shape.n_heads,

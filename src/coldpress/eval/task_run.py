@@ -43,15 +43,15 @@ def match(answer: str, references: Sequence[str]) -> float:
 
 @dataclass(frozen=True)
 class TaskItem:
-    """One example, and the points to measure on it beside the baseline.
+    """One example, or context with questions, and the points to measure on it beside the baseline.
 
     Attributes:
-        index: of the example in the run.
+        index: of it in the run.
         is_checked: whether the check is made that needs a forward pass of its own.
     """
 
     index: int
-    example: Example
+    example: Any
     points: tuple[Point, ...]
     is_checked: bool
 

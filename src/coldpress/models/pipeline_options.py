@@ -95,6 +95,8 @@ def check_options(options: dict[str, Any]) -> None:
         raise InputError(f"pin_system must be a text, the system prompt; got {system!r}.")
     if system is not None and cache is not None and cache.seen_tokens:
         raise CacheError("The cache stores a context already, so no system prompt can come before it.")
+    if system is not None and cache is not None and len(cache.session.pins) > 1:
+        raise CacheError("The cache has pins for several rows, and a context is one; give spans for one row.")
     for name in ("max_new_tokens", "max_context_length"):
         value = options.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):

@@ -33,7 +33,7 @@ class MomentKVPress(WrapperPress):
     k = mu_k +- sqrt(r lambda_i) u_i, v = mu_v +- r c_i / sqrt(r lambda_i), each with the bias ln(n / 2r), have the
     same count, means, covariances of key and value, and variances along the u_i as the n pairs. With r = 0 it is one
     pair, the means, with the bias ln n. They take the slots of the kept pairs that the reference queries look at least,
-    so the cache is as small as the inner press makes it.
+    so there are as many pairs as the inner press keeps, with one number more for each.
 
     Each head takes the r of 0, 1, 2, 4, ..., rank, or no such pairs at all, whose attention output for the
     reference queries has the smallest squared error: a summary that does harm is not used. Reference queries are those

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.architecture.cache_argument import cache_argument
 from coldpress.architecture.rope import stand_at
@@ -26,6 +28,7 @@ from coldpress.learned.calibrated import Calibrated, Calibration
 from coldpress.models.block import prefilling
 from coldpress.presses.snapkv import SnapKVPress
 
+_Q = TypeVar("_Q", bound="QualityPress")
 LEVELS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)  # of max_kl, in nats a token
 _RATIOS = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 _THRESHOLDS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.18, 0.25)
@@ -46,7 +49,8 @@ class QualityPress(Calibrated):
     largest one up to which all keep the mean KL at most max_kl; of n samples' safe thresholds the
     floor(risk * (n + 1))-th smallest is taken. For a text drawn as the samples were, KL then exceeds max_kl with
     probability at most risk (split conformal prediction); for texts of another kind nothing is promised, so calibrate
-    on your own. Where no threshold is safe, everything is kept, and a calibration says so.
+    on your own. Where no threshold is safe, everything is kept; the calibration says so, and so does a press that is
+    about to be used.
 
     Source: conformal risk control, Angelopoulos et al. 2022, arXiv:2208.02814, for a loss of 0 or 1; the statistic is
     our own. Differs from the paper: thresholds are on a grid, and the loss is made monotone in them.
@@ -116,8 +120,23 @@ class QualityPress(Calibrated):
     def _threshold(self, view: LayerView) -> float:
         if self.threshold is not None:
             return self.threshold
-        level = max(i for i, kl in enumerate(LEVELS) if kl <= self.max_kl * (1 + 1e-9))
-        return float(self.of_layer(view)["thresholds"][level])
+        return float(self.of_layer(view)["thresholds"][self._level])
+
+    @property
+    def _level(self) -> int:
+        return max(i for i, kl in enumerate(LEVELS) if kl <= self.max_kl * (1 + 1e-9))
+
+    def prepared(self: _Q, model: PreTrainedModel, tokenizer: Any = None) -> _Q:
+        ready = super().prepared(model, tokenizer)
+        if self.needs_artefact():
+            thresholds = self.look_up(Shape.of_config(model.config)).tensors["thresholds"]
+            if not bool(thresholds[:, self._level].any()):
+                warnings.warn(
+                    f"QualityPress keeps everything: its calibration found nothing safe for max_kl={self.max_kl:g}; "
+                    "allow more KL or risk, or wrap a better press.",
+                    stacklevel=2,
+                )
+        return ready
 
     def needs_artefact(self) -> bool:
         return self.threshold is None
@@ -189,4 +208,7 @@ class _SafeThresholds:
     def tensors(self) -> dict[str, Tensor]:
         safe = [safe_threshold(self.losses, kl, self.press.risk) for kl in LEVELS]
         own = torch.tensor([0.0, *_THRESHOLDS])[safe]
+        unsafe = [f"{kl:g}" for kl, n in zip(LEVELS, safe, strict=True) if not n]
+        if unsafe:
+            warnings.warn(f"No threshold is safe for max_kl of {', '.join(unsafe)}: all is kept there.", stacklevel=2)
         return {"thresholds": own.expand(self.n_layers, -1).contiguous()}

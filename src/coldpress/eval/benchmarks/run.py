@@ -27,10 +27,10 @@ from coldpress.eval.perplexity import forward
 from coldpress.eval.point_run import PointRun
 from coldpress.eval.points import BASELINE, Point
 from coldpress.eval.task_ledger import ExampleLedger
-from coldpress.eval.task_run import ExampleWork, ends_of, greedy_tokens, sizes_of
+from coldpress.eval.task_run import ExampleWork, TaskItem, ends_of, greedy_tokens, sizes_of
 from coldpress.models.block import prefilling
 
-__all__ = ["AnswerLedger", "Answers", "BenchmarkRun", "ContextItem", "ContextWork"]
+__all__ = ["AnswerLedger", "Answers", "BenchmarkRun", "ContextWork"]
 
 SHOWN = 200  # characters of a question that a record holds
 
@@ -72,21 +72,6 @@ class AnswerLedger(ExampleLedger[Answers]):
     """The finished contexts of a run over a benchmark."""
 
     kind = Answers
-
-
-@dataclass(frozen=True)
-class ContextItem:
-    """One context, and the points to measure on it beside the baseline.
-
-    Attributes:
-        index: of the context in the run.
-        is_checked: whether the check is made that needs a forward pass of its own.
-    """
-
-    index: int
-    example: AskedContext
-    points: tuple[Point, ...]
-    is_checked: bool
 
 
 class ContextWork(ExampleWork):
@@ -154,8 +139,8 @@ class BenchmarkRun(PointRun[Answers]):
         self.work = ContextWork(chunk_tokens, None, frozenset(), ends_of(model, tokenizer), seed)
         super().__init__(model, [point for point in points if point != BASELINE], len(self.contexts))
 
-    def _item(self, index: int, points: tuple[Point, ...]) -> ContextItem:
-        return ContextItem(index, self.contexts[index], points, is_checked=index == 0)
+    def _item(self, index: int, points: tuple[Point, ...]) -> TaskItem:
+        return TaskItem(index, self.contexts[index], points, is_checked=index == 0)
 
     def _load(self, index: int) -> dict[str, Answers]:
         return {} if self.ledger is None else self.ledger.load(index, self._fingerprint(index))
