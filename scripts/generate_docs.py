@@ -7,6 +7,8 @@
 A generated part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->``. NAME is one of
 
 - ``presses DOCUMENT``: the table of presses, whose classes lead to their sections in that document;
+- ``ten DOCUMENT``: a short table of ten presses that differ in kind, which leads there too;
+- ``headline RATIO``: what presses cost at that ratio, in perplexity and in tasks, on the real model of benchmarks/quality;
 - ``press sections``: those sections;
 - ``results FOLDER``: the table of the JSON files in benchmarks/FOLDER;
 - ``quality RATIO``: what each press costs at that ratio on every model and text of benchmarks/quality;
@@ -30,6 +32,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import coldpress.presses  # noqa: F401  makes the presses known
 from coldpress.bases.listing import KINDS, keeps, python_only, traits
 from coldpress.bases.registry import PressInfo, catalogue, press_classes
 from coldpress.errors import ColdpressError
@@ -42,6 +45,7 @@ DOCUMENTS = (
     "README.zh-CN.md",
     "docs/presses.md",
     "docs/parity.md",
+    "benchmarks/README.md",
     "benchmarks/quality/README.md",
     "benchmarks/past_eviction/README.md",
     "benchmarks/sweep_cost/README.md",
@@ -72,6 +76,28 @@ def presses(document: str) -> str:
             f"| {name} | [{info.class_name}]({document}#{info.class_name.lower()}) | {_markdown(keeps(info))} "
             f"| {_paper(info)} | {info.kind.removeprefix('training-')} | {marks} |"
         )
+    return "\n".join(lines)
+
+
+TEN = (
+    *("snapkv", "adakv_snapkv", "expected_attention", "keydiff", "tova", "streaming_llm", "decoding_h2o"),
+    *("kvzip", "attention_matching_kvzip", "qfilter"),
+)
+
+
+def ten(document: str) -> str:
+    """Ten presses: what they keep, and what they need."""
+    found = {info.name: info for info in catalogue()}
+    lines = ["| press | keeps | needs |", "|---|---|---|"]
+    for name in TEN:
+        info = found[name]
+        needs = "nothing else"
+        if info.kind == "calibrated":
+            needs = "numbers of the model, measured once"
+        elif info.in_block:
+            needs = "a second pass over the prompt"
+        link = f"[`{name}`]({document}#{info.class_name.lower()})"
+        lines.append(f"| {link} | {_markdown(keeps(info))} | {needs} |")
     return "\n".join(lines)
 
 
@@ -178,6 +204,46 @@ def quality(ratio: str) -> str:
     return "\n".join([*lines, "", f"{'; '.join(about)}; torch {env['torch']}, transformers {env['transformers']}."])
 
 
+HEADLINE_TASKS = {"niah_single": "one needle", "niah_multikey": "one of several needles", "vt": "variables traced"}
+
+
+def headline(ratio: str) -> str:
+    """Perplexity and tasks of the presses that were measured in both, on SmolLM2-135M."""
+    folder = ROOT / "benchmarks" / "quality" / "results"
+    records = [r for r in read_results(folder) if "SmolLM2" in r["model"] and r["compression_ratio"] == float(ratio)]
+    texts = {"wikitext-103-v1": "WikiText-103", "pg19": "PG-19"}
+    ppl: dict[str, dict[str, dict[str, Any]]] = {}
+    tasks: dict[str, dict[str, dict[str, Any]]] = {}
+    about = ""
+    for r in records:
+        text = r["subset"] or Path(r["dataset"]).name
+        if r["protocol"].startswith("prefix") and text in texts:
+            ppl.setdefault(r["press"], {})[text] = r
+        elif r["protocol"].startswith("tasks"):
+            tasks[r["press"]] = {task["task"]: task for task in r["tasks"]}
+            about = f"tasks: {r['tasks'][0]['length']} tokens, {r['tasks'][0]['n']} questions each"
+    both = sorted(ppl.keys() & tasks, key=lambda press: ppl[press]["wikitext-103-v1"]["delta_nll"])
+    if not both:
+        return "Not measured yet."
+
+    def change(r: dict[str, Any]) -> str:
+        low, high = (100 * (end - 1) for end in r["ppl_ratio_ci95"])
+        return f"{100 * math.expm1(r['delta_nll']):+.0f} % [{low:.0f}, {high:.0f}]"
+
+    one = tasks[both[0]]
+    rows = [
+        [f"press at {ratio}", *(f"PPL, {title}" for title in texts.values()), *HEADLINE_TASKS.values()],
+        ["---", *("---:" for _ in (*texts, *HEADLINE_TASKS))],
+        ["no press", *(f"{ppl[both[0]][text]['baseline_ppl']:.1f}" for text in texts), *(f"{100 * one[task]['score_base']:.0f} %" for task in HEADLINE_TASKS)],
+    ]
+    for press in both:
+        scores = (f"{100 * tasks[press][task]['score']:.0f} %" for task in HEADLINE_TASKS)
+        rows.append([f"`{press}`", *(change(ppl[press][text]) for text in texts), *scores])
+    first = ppl[both[0]]["wikitext-103-v1"]
+    about = f"SmolLM2-135M-Instruct, {first['dtype']}; PPL: {first['context_tokens']:,} tokens of context; {about}."
+    return "\n".join([*(f"| {' | '.join(row)} |" for row in rows), "", about])
+
+
 def past_eviction() -> str:
     """KL and change of the loss, and bytes, of each press of benchmarks/past_eviction at each ratio."""
     folder = ROOT / "benchmarks" / "past_eviction" / "results"
@@ -271,6 +337,8 @@ def generated(name: str) -> str:
     kind, _, argument = name.partition(" ")
     makers = {
         "presses": lambda: presses(argument),
+        "ten": lambda: ten(argument),
+        "headline": lambda: headline(argument),
         "press": press_sections,
         "results": lambda: results(argument),
         "quality": lambda: quality(argument),

@@ -452,7 +452,7 @@ def test_errors_of_the_command_line_are_one_line(capsys: pytest.CaptureFixture[s
 
 
 def test_the_page_names_arguments_that_there_are() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "lm-eval.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "guide" / "lm-eval.md").read_text(encoding="utf-8")
     table = page.split("| argument | |\n|---|---|\n")[1].split("\n\n")[0]
     named = [name for line in table.splitlines() for name in re.findall(r"`(\w+)`", line.split("|")[1])]
     own, its = (inspect.signature(cls.__init__).parameters for cls in (ColdpressLM, HFLM))

@@ -14,7 +14,7 @@ KINDS = {
     "calibrated": "numbers of the model are needed, published ones or those of 'coldpress calibrate'",
     "trained": "weights are needed that were trained for the model",
 }
-MAX_WIDTH = 100  # columns
+MAX_WIDTH = 100  # columns; 80 where no terminal says how many there are
 _NAMES = 33  # columns of the longest name
 
 
@@ -98,4 +98,4 @@ def _hanging(first: str, text: str, width: int) -> str:
 
 
 def _width() -> int:
-    return max(60, min(MAX_WIDTH, shutil.get_terminal_size((MAX_WIDTH, 24)).columns))
+    return max(60, min(MAX_WIDTH, shutil.get_terminal_size((80, 24)).columns))

@@ -198,7 +198,7 @@ def inspect_options(parser: argparse.ArgumentParser) -> None:
 def sweep_options(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what is measured")
     add = what.add_argument
-    add("--config", help="YAML file (docs/sweeps.md); options given beside it take the place of what it says")
+    add("--config", help="YAML file (docs/guide/sweep.md); options given beside it take the place of what it says")
     several = partial(add, nargs="+", action=Several)
     several("--model", type=listed(str), help="hub ids, local folders, .gguf files, demo")
     add("--revision", help="branch, tag or commit of the models on the hub")

@@ -56,7 +56,7 @@ _T = TypeVar("_T")
 
 @register_model("coldpress")
 class ColdpressLM(HFLM):
-    """``lm_eval``'s model ``hf`` with contexts that a press compresses; see docs/lm-eval.md.
+    """``lm_eval``'s model ``hf`` with contexts that a press compresses; see docs/guide/lm-eval.md.
 
     Without a press and bits its log-likelihoods are those of ``hf``.
 
