@@ -227,8 +227,8 @@ def headline(ratio: str) -> str:
         return "Not measured yet."
 
     def change(r: dict[str, Any]) -> str:
-        low, high = (100 * (end - 1) for end in r["ppl_ratio_ci95"])
-        return f"{100 * math.expm1(r['delta_nll']):+.0f} % [{low:.0f}, {high:.0f}]"
+        low, high = (round(100 * (end - 1)) for end in r["ppl_ratio_ci95"])
+        return f"{100 * math.expm1(r['delta_nll']):+.0f} % [{low}, {high}]"
 
     one = tasks[both[0]]
     rows = [

@@ -884,7 +884,11 @@ def test_report_survives_any_value_of_any_field(run: Run, how: tuple[str, ...]) 
 
 
 def test_presses_are_listed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    for columns, width in (("80", 80), ("300", 100)):
+    def no_terminal(*_: int) -> os.terminal_size:
+        raise OSError
+
+    monkeypatch.setattr("os.get_terminal_size", no_terminal)
+    for columns, width in (("80", 80), ("300", 100), ("", 80)):
         monkeypatch.setenv("COLUMNS", columns)
         assert main(["presses"]) == 0
         lines = capsys.readouterr().out.splitlines()

@@ -7,6 +7,7 @@ import itertools
 import re
 import runpy
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -20,7 +21,12 @@ from coldpress.cli import _parser
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = ("README.md", "README.zh-CN.md")
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
+GUIDE = sorted(path.name for path in ROOT.glob("docs/guide/*.md"))
+RUN_ELSEWHERE = {"serve.md": "tests/serving/test_guide.py", "lm-eval.md": "tests/eval/test_harness.py"}
+FOLDERS = ("docs", "benchmarks", "examples")
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.md"))])
+DEMO = str(ROOT / "src" / "coldpress" / "assets" / "demo" / "model")
+LINK = re.compile(r"\]\((?!https?://)([^)#\s]*)(?:#([^)\s]+))?\)")
 
 
 def test_generated_parts_are_fresh(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -30,22 +36,57 @@ def test_generated_parts_are_fresh(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert found == 0, f"{capsys.readouterr().err}: run python scripts/generate_docs.py"
 
 
+def links(document: Path) -> list[tuple[str, str]]:
+    """Files that a document links to, as it names them, and headings in them."""
+    text = re.sub(r"^```.*?^```$", "", document.read_text(encoding="utf-8"), flags=re.M | re.S)
+    return LINK.findall(text)
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
-def test_relative_links_lead_somewhere(document: Path) -> None:
-    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", document.read_text(encoding="utf-8")):
-        assert (document.parent / target).exists(), f"{document.name} links to {target}"
+def test_links_lead_to_files_and_headings(document: Path) -> None:
+    for target, anchor in links(document):
+        where = document.parent / target if target else document
+        assert where.exists(), f"{document.name} links to {target}"
+        if anchor and where.suffix == ".md":
+            headings = re.findall(r"^#+ (.+)$", where.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert anchor in anchors, f"{document.name} links to {target}#{anchor}"
 
 
 def test_both_readmes_have_the_same_parts() -> None:
-    def shape(name: str) -> tuple[list[str], list[str], list[str]]:
+    def shape(name: str) -> tuple[list[str], ...]:
         text = (ROOT / name).read_text(encoding="utf-8")
         return (
             re.findall(r"^##+(?= )", text, re.M),
             re.findall(r"generated: (.+?) -->", text),
-            re.findall(r"^python .+$", text, re.M),
+            [len(row.split("|")) for row in re.findall(r"^\|.+$", text, re.M)],
+            shell_lines(name),
+            [target for target, _ in links(ROOT / name) if "README" not in target],
         )
 
     assert shape("README.md") == shape("README.zh-CN.md")
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_a_readme_is_short(name: str) -> None:
+    assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= 160
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_speed_ups_of_the_readmes_are_those_that_were_measured(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    goals = runpy.run_path(str(ROOT / "scripts" / "generate_docs.py"))["goals"]().splitlines()
+    halves = [row for row in goals if "decoded, ratio 0.5 against" in row]
+    medians = [f"{float(row.split('|')[3].split('(')[0]):.1f}" for row in halves]
+    assert len(medians) == 4  # two models, against transformers and against the same pairs
+    said = re.findall(r"\b\d\.\d\b", (ROOT / name).read_text(encoding="utf-8").split("generated: ten")[1].split("## ")[1])
+    assert sorted(said) == sorted(medians)
+
+
+def test_every_page_of_the_guide_is_listed() -> None:
+    for index in (ROOT / "docs" / "guide" / "README.md", ROOT / "README.md", ROOT / "mkdocs.yml"):
+        text = index.read_text(encoding="utf-8")
+        assert [name for name in GUIDE if name != "README.md" and name not in text] == [], index.name
 
 
 def test_every_registered_press_is_exported_and_described() -> None:
@@ -68,41 +109,80 @@ def code_of(name: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
+def shell_lines(name: str) -> list[str]:
+    """Lines of the blocks for a shell, joined where they go on, without comments."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    return [line.partition(" #")[0].strip() for line in "".join(blocks).replace("\\\n", "").splitlines()]
+
+
 def test_the_code_of_both_readmes_is_one() -> None:
     """But for its comments."""
     english, chinese = ([ast.dump(ast.parse(block)) for block in code_of(name)] for name in READMES)
     assert english == chinese
 
 
-def test_the_code_of_the_readmes_runs(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    blocks = code_of(READMES[0])
-    assert len(blocks) > 5
-    demo = str(ROOT / "src" / "coldpress" / "assets" / "demo" / "model")
-    names: dict[str, object] = {}
+def run(blocks: list[str], names: dict[str, object]) -> None:
     for block in blocks:  # one goes on from the other
-        exec(for_installed(block).replace("EleutherAI/pythia-70m", demo).replace(', device_map="auto"', ""), names)
+        exec(for_installed(block).replace("EleutherAI/pythia-70m", DEMO).replace(', device_map="auto"', ""), names)
+
+
+@pytest.fixture(scope="module")
+def after_the_readme() -> dict[str, object]:
+    """What the eight lines leave behind, from which the pages of the guide go on."""
+    names: dict[str, object] = {}
+    run(code_of("README.md"), names)
+    return names
+
+
+def test_the_readme_has_eight_lines() -> None:
+    (block,) = code_of("README.md")
+    assert len([line for line in block.splitlines() if line and "import" not in line]) <= 8
+
+
+def test_the_code_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    run(code_of("README.md"), {})
     out, said = capsys.readouterr()
     assert "olives" in out and "deprecated" not in said
-    (tokens, n_bytes), (_, most) = re.findall(r"^(\[.+\]) (\d+)$", out, re.MULTILINE)  # budgets in tokens, in bytes
-    assert tokens == str([128] * 6)
-    assert int(most) <= 1 << 20 < int(most) + int(n_bytes) // 128
-    assert re.search(r"^4\d\d \[1[234]\d(, 1[234]\d){5}\]$", out, re.MULTILINE)  # while decoding: 128 to 143 are held
 
 
-@pytest.mark.parametrize("name", READMES)
-def test_the_command_lines_of_the_readmes_are_understood(name: str) -> None:
-    text = (ROOT / name).read_text(encoding="utf-8")
-    lines = re.findall(r"^(?:coldpress |python evaluation/perplexity.py ).+$", text, re.MULTILINE)
-    assert len(lines) >= 9
-    for line in lines:
-        words = shlex.split(line.replace("python evaluation/perplexity.py", "coldpress ppl"))
-        args = _parser(None).parse_args(words[1:])  # exits if it does not understand
-        given = getattr(args, "press", None) or []
-        named = given if isinstance(given, list) else [given]
-        assert all(press in ("all", "no_press", *press_names()) for press in named)
+@pytest.mark.parametrize("page", [name for name in GUIDE if name not in RUN_ELSEWHERE and code_of(f"docs/guide/{name}")])
+def test_the_code_of_the_guide_runs(
+    page: str,
+    after_the_readme: dict[str, object],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "benchmarks" / "quality" / "results", tmp_path / "results" / "perplexity")
+    names = dict(after_the_readme)
+    run(code_of(f"docs/guide/{page}"), names)
+    out, said = capsys.readouterr()
+    assert "deprecated" not in said
+    if page == "budgets.md":
+        (tokens, n_bytes), (_, most) = re.findall(r"^(\[.+\]) (\d+)$", out, re.MULTILINE)  # in tokens, in bytes
+        assert tokens == str([128] * 6)
+        assert int(most) <= 1 << 20 < int(most) + int(n_bytes) // 128
+    if page == "decode.md":
+        assert re.search(r"^4\d\d \[1[234]\d(, 1[234]\d){5}\]$", out, re.MULTILINE)  # 128 to 143 are held
+
+
+@pytest.mark.parametrize("name", [*READMES, *(f"docs/guide/{name}" for name in GUIDE)])
+def test_the_command_lines_of_the_documents_are_understood(name: str) -> None:
+    for line in shell_lines(name):
+        line = line.replace("python evaluation/perplexity.py", "coldpress ppl")
+        if line.startswith("coldpress "):
+            args = _parser(None).parse_args(shlex.split(line)[1:])  # exits if it does not understand
+            given = getattr(args, "press", None) or []
+            named = given if isinstance(given, list) else [given]
+            assert all(press in ("all", "no_press", *press_names()) for press in named)
+
+
+def test_the_documents_show_the_commands() -> None:
+    lines = [line for name in GUIDE for line in shell_lines(f"docs/guide/{name}")]
+    shown = {line.split()[1] for line in lines if line.startswith("coldpress ")}
+    assert shown >= {"ppl", "sweep", "tasks", "benchmark", "calibrate", "compress", "ask", "chat", "serve", "inspect", "report"}
+    assert sum(line.startswith("python evaluation/") for line in lines) >= 9
 
 
 @pytest.mark.parametrize("document", ["README.md", "README.zh-CN.md", "docs/presses.md"])
@@ -115,14 +195,3 @@ def test_rows_of_a_table_have_its_columns(document: str) -> None:
             assert len(rows) > 1
             for row in rows:
                 assert len(re.findall(r"(?<!\\)\|", row)) == n_columns, row
-
-
-def test_links_within_the_documents_lead_to_headings() -> None:
-    for name in ("README.md", "README.zh-CN.md", "docs/presses.md"):
-        for target, anchor in re.findall(
-            r"\]\(((?!https?:)[^)#]*)#([^)]+)\)", (ROOT / name).read_text(encoding="utf-8")
-        ):
-            where = (ROOT / name).parent / target if target else ROOT / name
-            headings = re.findall(r"^#+ (.+)$", where.read_text(encoding="utf-8"), re.MULTILINE)
-            anchors = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
-            assert anchor in anchors, f"{name} links to #{anchor}"
