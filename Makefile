@@ -19,10 +19,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
 FAST := not slow and not gpu and not network
-.PHONY: help setup demo parity test test-old test-slow test-gpu check lint format clean
+.PHONY: help setup demo parity docs release-check test test-old test-slow test-gpu check lint format clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv and install coldpress and its tools (options: PYTHON=, TORCH=plain)
 
@@ -49,6 +49,23 @@ $(PARITY)/.installed: pyproject.toml constraints.txt benchmarks/parity/requireme
 	@echo "setup: installing kvpress and coldpress"
 	@$(PARITY)/bin/python -m pip install -qq -r benchmarks/parity/requirements.txt -e .
 	@touch $@
+
+docs: $(VENV)/.docs-installed ## the site of the documents, in site/; a link that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+$(VENV)/.docs-installed: $(STAMP)
+	@$(PY) -m pip install -qq -c constraints.txt -e ".[docs]"
+	@touch $@
+
+release-check: $(STAMP) ## build sdist and wheel, install the wheel in a fresh environment, run the README's eight lines
+	@rm -rf dist .venv-release
+	@$(PY) -m pip install -qq -c constraints.txt build
+	@$(PY) -m build --outdir dist > /dev/null
+	@sh scripts/make_venv.sh .venv-release $(PYTHON)
+	@.venv-release/bin/python -m pip install -qq "pip>=23.2"
+	@.venv-release/bin/python scripts/install_torch.py --build $(TORCH)
+	@.venv-release/bin/python -m pip install -qq dist/*.whl
+	@$(PY) scripts/release_check.py dist .venv-release/bin/python
 
 test: $(STAMP) ## the fast tests (more pytest arguments: ARGS=)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --maxprocesses 8 -m "$(FAST)" $(ARGS)
@@ -89,5 +106,5 @@ format: $(STAMP) ## let ruff format and repair what it can
 	$(PY) -m ruff check --fix .
 
 clean: ## remove .venv, the other environments, caches and builds; results/ stays
-	rm -rf $(VENV) $(PARITY) .venv-old-* build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PARITY) .venv-old-* .venv-release build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

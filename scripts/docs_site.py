@@ -1,4 +1,4 @@
-"""Hook of mkdocs: the site holds docs/, the README, and whatever else of the repository these link to.
+"""Hooks of mkdocs: the site holds docs/, the README, and whatever else of the repository these link to.
 
 Links are written for the repository, so that they work where its Markdown is shown. On the site the README is the first
 page, docs/ lies at the top, and a file outside docs/ keeps its path: Markdown is a page, a source file a page that
@@ -10,7 +10,9 @@ from __future__ import annotations
 import posixpath
 import re
 from pathlib import Path, PurePosixPath
+from typing import Any
 
+import griffe
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
@@ -20,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FIRST = ("README.md", "README.zh-CN.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")
 SOURCES = {".py": "python", ".sh": "bash", ".yaml": "yaml", ".txt": "text", "": "text"}
 LINK = re.compile(r"(?<=\]\()(?!https?:|#)([^)#\s]+)")
+WIDE = re.compile(r"^(\|[^|\n]*){7,}\|$", re.MULTILINE)  # a table that needs the room of the list of contents
 FENCE = re.compile(r"(^ *```.*?^ *```$)", re.MULTILINE | re.DOTALL)
 
 _origins: dict[str, str] = {}  # of a page of the site: where it lies in the repository
@@ -50,15 +53,27 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Turn links of the repository into links of the site."""
     here = page.file.src_uri
     origin = _origins[here]
+    if _is_source(origin) or WIDE.search(markdown):
+        page.meta["hide"] = ["toc"]
     if _is_source(origin):
         return markdown
 
     def moved(found: re.Match[str]) -> str:
         return posixpath.relpath(_uri(_target(origin, found[1])), posixpath.dirname(here) or ".")
 
-    parts = FENCE.split(markdown)
-    parts[::2] = [LINK.sub(moved, part) for part in parts[::2]]
+    parts = FENCE.split(markdown)  # Python's Markdown knows no escaped <
+    parts[::2] = [LINK.sub(moved, part).replace("\\<", "&lt;") for part in parts[::2]]
     return "".join(parts)
+
+
+class MarkdownDocstrings(griffe.Extension):
+    """Docstrings as Markdown: references are code, and a block of code follows one colon."""
+
+    def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Rewrite the docstring of ``obj``."""
+        if obj.docstring is not None:
+            text = re.sub(r":(?:class|func|meth|data|attr|mod):`~?([^`]+)`", r"``\1``", obj.docstring.value)
+            obj.docstring.value = re.sub(r"::$", ":", text, flags=re.MULTILINE)
 
 
 def _target(origin: str, link: str) -> str:
