@@ -8,7 +8,7 @@ A generated part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->`
 
 - ``presses DOCUMENT``: the table of presses, whose classes lead to their sections in that document;
 - ``ten DOCUMENT``: a short table of ten presses that differ in kind, which leads there too;
-- ``headline RATIO``: what presses cost at that ratio, in perplexity and in tasks, on the real model of benchmarks/quality;
+- ``headline RATIO``: what presses cost at that ratio, in perplexity and in tasks, on SmolLM2-135M;
 - ``press sections``: those sections;
 - ``results FOLDER``: the table of the JSON files in benchmarks/FOLDER;
 - ``quality RATIO``: what each press costs at that ratio on every model and text of benchmarks/quality;
@@ -234,7 +234,11 @@ def headline(ratio: str) -> str:
     rows = [
         [f"press at {ratio}", *(f"PPL, {title}" for title in texts.values()), *HEADLINE_TASKS.values()],
         ["---", *("---:" for _ in (*texts, *HEADLINE_TASKS))],
-        ["no press", *(f"{ppl[both[0]][text]['baseline_ppl']:.1f}" for text in texts), *(f"{100 * one[task]['score_base']:.0f} %" for task in HEADLINE_TASKS)],
+        [
+            "no press",
+            *(f"{ppl[both[0]][text]['baseline_ppl']:.1f}" for text in texts),
+            *(f"{100 * one[task]['score_base']:.0f} %" for task in HEADLINE_TASKS),
+        ],
     ]
     for press in both:
         scores = (f"{100 * tasks[press][task]['score']:.0f} %" for task in HEADLINE_TASKS)

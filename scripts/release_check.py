@@ -35,7 +35,9 @@ def problems(sdist: Path, wheel: Path) -> list[str]:
     found = []
     with tarfile.open(sdist) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
     missing = [name for name in tracked if name and name not in held and not name.startswith(LEFT_OUT)]
     if missing:
         found.append(f"{sdist.name} lacks {len(missing)} files, such as {', '.join(missing[:5])}")
@@ -44,7 +46,9 @@ def problems(sdist: Path, wheel: Path) -> list[str]:
         metadata = Parser().parsestr(
             archive.read(next(name for name in names if name.endswith(".dist-info/METADATA"))).decode()
         )
-    package = {str(path.relative_to(ROOT / "src")) for path in (ROOT / "src" / "coldpress").rglob("*") if path.is_file()}
+    package = {
+        str(path.relative_to(ROOT / "src")) for path in (ROOT / "src" / "coldpress").rglob("*") if path.is_file()
+    }
     missing = [name for name in sorted(package - {*names}) if "__pycache__" not in name]
     if missing or "coldpress/py.typed" not in names:
         found.append(f"{wheel.name} lacks {', '.join(missing[:5]) or 'py.typed'}")
@@ -54,7 +58,9 @@ def problems(sdist: Path, wheel: Path) -> list[str]:
         for version in PYTHONS
         if f"Programming Language :: Python :: {version}" not in classifiers
     ]
-    found += [f"{what} is not in {wheel.name}" for what in ("LICENSE", "NOTICE") if not any(n.endswith(what) for n in names)]
+    found += [
+        f"{what} is not in {wheel.name}" for what in ("LICENSE", "NOTICE") if not any(n.endswith(what) for n in names)
+    ]
     if not metadata.get_all("Project-URL"):
         print("note: [project.urls] of pyproject.toml is empty: name the repository there before an upload")
     return found
@@ -67,7 +73,11 @@ def main() -> int:
     (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
     with tempfile.TemporaryDirectory() as elsewhere:  # so that nothing of the checkout is imported
         print("the README's eight lines, on the embedded model in the place of EleutherAI/pythia-70m:", flush=True)
-        for arguments in (["-c", RUN], ["-m", "coldpress.cli", "--version"], ["-m", "coldpress.cli", "presses", "snapkv"]):
+        for arguments in (
+            ["-c", RUN],
+            ["-m", "coldpress.cli", "--version"],
+            ["-m", "coldpress.cli", "presses", "snapkv"],
+        ):
             done = subprocess.run([python, "-I", *arguments], cwd=elsewhere, input=code, text=True, capture_output=True)
             if done.returncode:
                 found.append(f"{' '.join(arguments)} failed: {done.stderr.strip().splitlines()[-1]}")

@@ -79,7 +79,9 @@ def test_speed_ups_of_the_readmes_are_those_that_were_measured(name: str, monkey
     halves = [row for row in goals if "decoded, ratio 0.5 against" in row]
     medians = [f"{float(row.split('|')[3].split('(')[0]):.1f}" for row in halves]
     assert len(medians) == 4  # two models, against transformers and against the same pairs
-    said = re.findall(r"\b\d\.\d\b", (ROOT / name).read_text(encoding="utf-8").split("generated: ten")[1].split("## ")[1])
+    said = re.findall(
+        r"\b\d\.\d\b", (ROOT / name).read_text(encoding="utf-8").split("generated: ten")[1].split("## ")[1]
+    )
     assert sorted(said) == sorted(medians)
 
 
@@ -145,7 +147,9 @@ def test_the_code_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None
     assert "olives" in out and "deprecated" not in said
 
 
-@pytest.mark.parametrize("page", [name for name in GUIDE if name not in RUN_ELSEWHERE and code_of(f"docs/guide/{name}")])
+@pytest.mark.parametrize(
+    "page", [name for name in GUIDE if name not in RUN_ELSEWHERE and code_of(f"docs/guide/{name}")]
+)
 def test_the_code_of_the_guide_runs(
     page: str,
     after_the_readme: dict[str, object],
@@ -181,7 +185,19 @@ def test_the_command_lines_of_the_documents_are_understood(name: str) -> None:
 def test_the_documents_show_the_commands() -> None:
     lines = [line for name in GUIDE for line in shell_lines(f"docs/guide/{name}")]
     shown = {line.split()[1] for line in lines if line.startswith("coldpress ")}
-    assert shown >= {"ppl", "sweep", "tasks", "benchmark", "calibrate", "compress", "ask", "chat", "serve", "inspect", "report"}
+    assert shown >= {
+        "ppl",
+        "sweep",
+        "tasks",
+        "benchmark",
+        "calibrate",
+        "compress",
+        "ask",
+        "chat",
+        "serve",
+        "inspect",
+        "report",
+    }
     assert sum(line.startswith("python evaluation/") for line in lines) >= 9
 
 

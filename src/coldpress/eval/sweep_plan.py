@@ -169,7 +169,9 @@ def read_config(path: str) -> dict[str, Any]:
     if twice is not None:
         raise DataError(f"{path!r} says {twice.value} twice, at line {twice.start_mark.line + 1} again: leave one out")
     if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
-        raise DataError(f"{path!r} holds no mapping of options; docs/guide/sweep.md shows what a sweep's file looks like")
+        raise DataError(
+            f"{path!r} holds no mapping of options; docs/guide/sweep.md shows what a sweep's file looks like"
+        )
     return config
 
 
