@@ -272,9 +272,9 @@ def test_every_class_parameter_and_default_of_kvpress_is_valid() -> None:
 
 def test_the_notes_on_the_command_line_name_options_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["ppl", "--help"])
+        main(["benchmark", "--help"])
     known = set(re.findall(r"--\w+", capsys.readouterr().out))
     table = PAGE.split("## The evaluation's command line")[1].split("## Names")[0]
     for line in table.splitlines():
-        if line.startswith("|") and "lm_eval" not in line:
+        if line.startswith("|"):
             assert set(re.findall(r"--\w+", line.split("|")[2])) <= known, line
