@@ -92,6 +92,14 @@ def test_every_page_of_the_guide_is_listed() -> None:
         assert [name for name in GUIDE if name != "README.md" and name not in text] == [], index.name
 
 
+def test_the_site_lists_pages_that_there_are() -> None:
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
+    pages = re.findall(r"(\S+\.md)$", nav, re.MULTILINE)
+    assert len(pages) > 30
+    for page in pages:
+        assert page == "index.md" or (ROOT / "docs" / page).exists() or (ROOT / page).exists(), page
+
+
 def test_every_registered_press_is_exported_and_described() -> None:
     exported = {getattr(coldpress, name) for name in coldpress.__all__}
     for info in catalogue():
