@@ -11,7 +11,7 @@ from coldpress.cache.file import model_options, save_cache
 from coldpress.cache.pressed import PressedCache
 from coldpress.errors import CacheError, InputError, ModelError, UnreachableError
 from coldpress.eval.datasets import load_corpus
-from coldpress.eval.models import DTYPES, LoadedModel, load_model
+from coldpress.eval.models import BY_NAME, DTYPES, LoadedModel, load_model
 from coldpress.eval.press_args import check_types
 from coldpress.eval.progress import note
 from coldpress.eval.results import check_output
@@ -101,7 +101,7 @@ def ask(
 def _lasting(name: str) -> str:
     """What :func:`load_model` is given for this model from another folder."""
     place = path_of(name)
-    return str(place.resolve()) if name != "demo" and place.exists() else name
+    return str(place.resolve()) if name not in BY_NAME and place.exists() else name
 
 
 def _model_of(file: str, given: dict[str, Any]) -> LoadedModel:

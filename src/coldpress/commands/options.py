@@ -33,7 +33,7 @@ MOST_ROUNDS = 1_000_000  # they are listed before the first is timed
 
 def add_model(group: Any, default: str = "EleutherAI/pythia-70m") -> None:
     add = group.add_argument
-    add("--model", help=f"hub id, local folder, .gguf file, or demo (default: {default})")
+    add("--model", help=f"hub id, local folder, .gguf file, smollm2 or demo (default: {default})")
     add("--revision", help="branch, tag or commit of the model on the hub")
 
 
@@ -200,7 +200,7 @@ def sweep_options(parser: argparse.ArgumentParser) -> None:
     add = what.add_argument
     add("--config", help="YAML file (docs/sweeps.md); options given beside it take the place of what it says")
     several = partial(add, nargs="+", action=Several)
-    several("--model", type=listed(str), help="hub ids, local folders, .gguf files, demo")
+    several("--model", type=listed(str), help="hub ids, local folders, .gguf files, smollm2, demo")
     add("--revision", help="branch, tag or commit of the models on the hub")
     several("--dataset", type=listed(str), help="names as in ppl, with a subset as in wikitext:wikitext-103-v1")
     several("--text_file", type=listed(str), help="UTF-8 files, texts beside the datasets or instead")
