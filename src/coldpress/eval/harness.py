@@ -13,7 +13,6 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from importlib import resources
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
