@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from coldpress.bases.registry import make_press, press_names
+from coldpress.bases.press_files import load_press_files
+from coldpress.bases.registry import make_press, takes_ratio
 from coldpress.bases.scorer import BUDGETS
 from coldpress.cache.file import model_options, save_cache
 from coldpress.cache.pressed import PressedCache
@@ -58,8 +59,9 @@ def compress(
     for name in ("compression_ratio", *BUDGETS):
         if name in press_args:
             raise InputError(f"--press_args cannot hold {name}; use --{name}.")
+    load_press_files([press])
     if compression_ratio is None:
-        compression_ratio = 0.5 if press in press_names(has_ratio=True) and not budget else 0.0
+        compression_ratio = 0.5 if takes_ratio(press) and not budget else 0.0
     check_types(press, press_args)
     chosen = make_press(press, compression_ratio, **budget, **press_args)
     cache = PressedCache(chosen, chunk_tokens=chunk_tokens, kv_bits=kv_bits)
