@@ -55,12 +55,18 @@ def main() -> int:
     sizes = Sizes(**{field.name: getattr(args, field.name) for field in fields(Sizes)})
     where = {name: _linked(name, getattr(args, name)) for name in ("wikitext", "pg19", "toy")}
     plans = lanes(where["wikitext"], where["pg19"], args.model, where["toy"], sizes, args.press)
-    begin = time.monotonic()
-    threads = [threading.Thread(target=_lane, args=(lane, begin, args.minutes * 60, args.output)) for lane in plans]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # sweeps of a job in the background would ignore it
+    begin, is_stopped = time.monotonic(), threading.Event()
+    of_all = begin, args.minutes * 60, args.output, is_stopped
+    threads = [threading.Thread(target=_lane, args=(lane, *of_all)) for lane in plans]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        try:
+            thread.join()
+        except KeyboardInterrupt:  # which the sweeps have heard of, too
+            is_stopped.set()
+            thread.join()
     records = [record for record in read_results(args.output) if record["press"] != "no_press"]
     document = condensed(records)
     html = args.output / "leaderboard.html"
@@ -86,13 +92,15 @@ def _linked(name: str, given: str) -> str:
     return str(link)
 
 
-def _lane(stages: list[Stage], begin: float, seconds: float, output: Path) -> None:
+def _lane(stages: list[Stage], begin: float, seconds: float, output: Path, is_stopped: threading.Event) -> None:
     """The sweeps of a lane, one after the other; each is stopped when its part of the time is over."""
     config = output / "config"
     config.mkdir(parents=True, exist_ok=True)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     for stage in stages:
         left = begin + seconds * SHARES[stage.share] - time.monotonic()
+        if is_stopped.is_set():
+            return
         if left < 5:
             print(f"{stage.name}: no time left", flush=True)
             continue
