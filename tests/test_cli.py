@@ -477,7 +477,7 @@ def test_names_of_files_do_not_collide(run: Run, tiny: Path, data: Path, tmp_pat
 
 
 def test_windows_with_and_without_a_bos_token_are_two_results(run: Run) -> None:
-    for how in (["--add_bos"], ["--add_bos", "no"], [], ["--add_bos", "yes"]):
+    for how in (["--add_bos"], ["--add_bos", "no"], [], ["--add_bos", "auto"], ["--add_bos", "yes"]):
         done = run("--press", "knorm", *QUALITY, *how)
         assert done.code == 0, done.err
     with_bos, without = sorted(done.records, key=lambda record: not record["add_bos"])
@@ -486,7 +486,7 @@ def test_windows_with_and_without_a_bos_token_are_two_results(run: Run) -> None:
     assert with_bos["scored_bytes"] == without["scored_bytes"]
     assert "add_bos" not in with_bos["settings"]
     done = run("--add_bos", "perhaps", *QUALITY)
-    assert done.code == 2 and "must be yes or no, got 'perhaps'" in done.err
+    assert done.code == 2 and "must be auto, yes or no, got 'perhaps'" in done.err
 
 
 def test_progress_and_notes_are_lines_where_there_is_no_terminal(run: Run) -> None:

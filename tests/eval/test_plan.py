@@ -30,6 +30,9 @@ class Characters:
         offsets = [*((0, 0) for _ in first), *((i, i + 1) for i in range(len(text)))]
         return {"input_ids": ids, "offset_mapping": offsets}
 
+    def decode(self, ids: list[int], **options: Any) -> str:
+        return "".join(map(chr, ids))
+
 
 def plan(*texts: str, positions: int | None = 64, tokenizer: Any = None, **settings: Any) -> Plan:
     documents = tuple(Document(f"doc {i}", text) for i, text in enumerate(texts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -24,6 +25,9 @@ __all__ = [
     "press_classes",
     "press_names",
     "register",
+    "register_file_press",
+    "registered_only",
+    "takes_ratio",
 ]
 
 NO_PRESS = "no_press"  # the uncompressed baseline: a name for the command line, no class
@@ -71,6 +75,7 @@ class _Entry:
 
 
 _BY_NAME: dict[str, _Entry] = {}
+_OF_FILES: dict[str, _Entry] = {}  # by the name of the file; no part of the catalogue
 
 
 class Parameter(NamedTuple):
@@ -145,6 +150,41 @@ def register(name: str, inner: type[BudgetPress] | None = None, **parameters: An
     return decorate
 
 
+@contextlib.contextmanager
+def registered_only() -> Iterator[None]:
+    """What is registered inside is no longer known after it."""
+    before = dict(_BY_NAME)
+    try:
+        yield
+    finally:
+        _BY_NAME.clear()
+        _BY_NAME.update(before)
+
+
+def register_file_press(name: str, cls: type[BasePress]) -> None:
+    """Make a press of a file known to :func:`make_press` by the file's name; see :mod:`coldpress.bases.press_files`.
+
+    Raises:
+        PressError: a class that cannot be made from a ratio and its own parameters.
+    """
+    if not hasattr(cls, "__dataclass_fields__") or any(f.name in ("press", "base_press") for f in fields(cls)):
+        raise PressError(
+            f"--press {name}: {cls.__name__} is made around another press; give a class that is made from a ratio and "
+            "parameters of its own."
+        )
+    _OF_FILES[name] = _Entry(cls)
+
+
+def takes_ratio(name: str) -> bool:
+    """Whether a press is made with a ratio; False for a name that is not known."""
+    entry = _entry(name)
+    return entry is not None and entry.has_ratio
+
+
+def _entry(name: str) -> _Entry | None:
+    return _BY_NAME.get(name) or _OF_FILES.get(name)
+
+
 def press_names(*, kind: str | None = None, has_ratio: bool | None = None, at_prefill: bool | None = None) -> list[str]:
     """The registered names, sorted: all, or those that match the arguments; ``no_press`` is none of them.
 
@@ -174,7 +214,7 @@ def make_press(name: str, compression_ratio: float, /, **parameters: Any) -> Bas
     """
     if name == NO_PRESS:
         return None
-    entry = _BY_NAME.get(name)
+    entry = _entry(name)
     if entry is None:
         known = [NO_PRESS, *press_names()]
         raise PressError(f"Unknown press {name!r}.{_of_class(name) or nearest(name, known)} Known: {', '.join(known)}.")
@@ -228,7 +268,7 @@ def parameters_of(name: str) -> dict[str, Field[Any]]:
 
     A parameter that both have is the wrapper's. Empty for a name that is not registered.
     """
-    entry = _BY_NAME.get(name)
+    entry = _entry(name)
     classes = entry.classes[::-1] if entry else []
     return {f.name: f for cls in classes for f in _parameters(cls)}
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from coldpress.bases.registry import make_press, press_names
+from coldpress.bases.press_files import load_press_files
+from coldpress.bases.registry import make_press, takes_ratio
 from coldpress.bases.scorer import BUDGETS
 from coldpress.cache.file import model_options, save_cache
 from coldpress.cache.pressed import PressedCache
 from coldpress.errors import CacheError, InputError, ModelError, UnreachableError
 from coldpress.eval.datasets import load_corpus
-from coldpress.eval.models import DTYPES, LoadedModel, load_model
+from coldpress.eval.models import BY_NAME, DTYPES, LoadedModel, load_model
 from coldpress.eval.press_args import check_types
 from coldpress.eval.progress import note
 from coldpress.eval.results import check_output
@@ -58,8 +59,9 @@ def compress(
     for name in ("compression_ratio", *BUDGETS):
         if name in press_args:
             raise InputError(f"--press_args cannot hold {name}; use --{name}.")
+    load_press_files([press])
     if compression_ratio is None:
-        compression_ratio = 0.5 if press in press_names(has_ratio=True) and not budget else 0.0
+        compression_ratio = 0.5 if takes_ratio(press) and not budget else 0.0
     check_types(press, press_args)
     chosen = make_press(press, compression_ratio, **budget, **press_args)
     cache = PressedCache(chosen, chunk_tokens=chunk_tokens, kv_bits=kv_bits)
@@ -101,7 +103,7 @@ def ask(
 def _lasting(name: str) -> str:
     """What :func:`load_model` is given for this model from another folder."""
     place = path_of(name)
-    return str(place.resolve()) if name != "demo" and place.exists() else name
+    return str(place.resolve()) if name not in BY_NAME and place.exists() else name
 
 
 def _model_of(file: str, given: dict[str, Any]) -> LoadedModel:

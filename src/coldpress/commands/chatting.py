@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from coldpress.bases.press_files import load_press_files
 from coldpress.commands.serving import press_of
 from coldpress.errors import InputError, nearest
 from coldpress.eval.models import load_model
@@ -38,6 +39,7 @@ def chat_given(args: argparse.Namespace, model_options: dict[str, Any]) -> int:
     if not 0 <= args.temperature <= 2 or not 0 <= args.top_p <= 1:
         raise InputError("--temperature must be in [0, 2] and --top_p in [0, 1].")
     names = ("press", "compression_ratio", "budget_tokens", "press_args")
+    load_press_files([args.press])
     press = press_of({name: getattr(args, name) for name in names if getattr(args, name) is not None}, {})
     loaded = load_model(**model_options)
 

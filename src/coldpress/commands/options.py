@@ -6,7 +6,7 @@ import argparse
 from functools import partial
 from typing import Any
 
-from coldpress.commands.values import Several, json_object, listed, not_negative, positive, yes_or_no
+from coldpress.commands.values import Several, auto_or_not, json_object, listed, not_negative, positive
 
 __all__ = [
     "BITS",
@@ -33,7 +33,7 @@ MOST_ROUNDS = 1_000_000  # they are listed before the first is timed
 
 def add_model(group: Any, default: str = "EleutherAI/pythia-70m") -> None:
     add = group.add_argument
-    add("--model", help=f"hub id, local folder, .gguf file, or demo (default: {default})")
+    add("--model", help=f"hub id, local folder, .gguf file, smollm2 or demo (default: {default})")
     add("--revision", help="branch, tag or commit of the model on the hub")
 
 
@@ -75,7 +75,9 @@ def _add_presses(group: Any) -> None:
     """The options that say which presses are measured, and at which sizes."""
     add = group.add_argument
     several = partial(add, nargs="+", action=Several)  # with blanks or commas between them
-    several("--press", type=listed(str), help="names of presses, no_press (the default), or all")
+    several(
+        "--press", type=listed(str), help="names of presses, no_press (the default), all, or a file's: file.py:MyPress"
+    )
     several("--compression_ratio", type=listed(float), help="fraction of the pairs to remove, in [0, 1) (default: 0.5)")
     several("--budget_tokens", type=listed(positive), help="instead of a ratio: pairs that a head keeps, on average")
     several("--budget_bytes", type=listed(positive), help="instead of a ratio: bytes of the kept pairs of one text")
@@ -96,9 +98,9 @@ def _add_windows(group: Any) -> None:
         "--add_bos",
         nargs="?",
         const=True,
-        type=yes_or_no,
-        metavar="yes|no",
-        help="begin each window or text with the BOS token (default: as the tokenizer begins a text)",
+        type=auto_or_not,
+        metavar="auto|yes|no",
+        help="begin each window or text with the BOS token (default: auto, as the tokenizer begins a text)",
     )
     add("--limit_tokens", type=positive, help="use only the first so many tokens of the text")
     add("--max_documents", type=positive, help="under presses or streaming: no more than the first so many texts")
@@ -200,7 +202,7 @@ def sweep_options(parser: argparse.ArgumentParser) -> None:
     add = what.add_argument
     add("--config", help="YAML file (docs/guide/sweep.md); options given beside it take the place of what it says")
     several = partial(add, nargs="+", action=Several)
-    several("--model", type=listed(str), help="hub ids, local folders, .gguf files, demo")
+    several("--model", type=listed(str), help="hub ids, local folders, .gguf files, smollm2, demo")
     add("--revision", help="branch, tag or commit of the models on the hub")
     several("--dataset", type=listed(str), help="names as in ppl, with a subset as in wikitext:wikitext-103-v1")
     several("--text_file", type=listed(str), help="UTF-8 files, texts beside the datasets or instead")

@@ -8,7 +8,8 @@ import shlex
 import warnings
 from typing import Any
 
-from coldpress.bases.registry import make_press, press_names
+from coldpress.bases.press_files import load_press_files
+from coldpress.bases.registry import make_press, press_names, takes_ratio
 from coldpress.bases.scorer import BUDGETS
 from coldpress.core.press import Press
 from coldpress.errors import InputError, MissingDependencyError
@@ -92,6 +93,7 @@ def serve(
     files = None if allow_files is None else path_of(allow_files)
     if files is not None and not files.is_dir():
         raise InputError(f"--allow_files {allow_files} is no folder; name the one whose files clients may ask about.")
+    load_press_files([str(press.get("press", ""))])  # requests name what is loaded, and load nothing
     chosen = press_of(press, {})
     with bound(host, port) as at:
         loaded = load_model(**model_options)
@@ -144,7 +146,7 @@ def press_of(own: dict[str, Any], given: dict[str, Any]) -> Press | None:
         if size in arguments:
             raise InputError(f"press_args cannot hold {size}; give it by itself.")
     if ratio is None:
-        ratio = 0.5 if name in press_names(has_ratio=True) and not budget else 0.0
+        ratio = 0.5 if takes_ratio(name) and not budget else 0.0
     if name in press_names():
         check_types(name, arguments)
     return make_press(name, ratio, **budget, **arguments)

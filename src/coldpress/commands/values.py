@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
-__all__ = ["Several", "integer", "json_object", "listed", "not_negative", "positive", "yes_or_no"]
+__all__ = ["Several", "auto_or_not", "integer", "json_object", "listed", "not_negative", "positive"]
 
 
 class Several(argparse.Action):
@@ -20,11 +20,11 @@ class Several(argparse.Action):
         setattr(namespace, self.dest, [value for part in values for value in part])
 
 
-def yes_or_no(text: str) -> bool:
-    """True for ``yes``, False for ``no``."""
-    if text not in ("yes", "no"):
-        raise argparse.ArgumentTypeError(f"must be yes or no, got {text!r}")
-    return text == "yes"
+def auto_or_not(text: str) -> bool | None:
+    """True for ``yes``, False for ``no``, None for ``auto``."""
+    if text not in ("auto", "yes", "no"):
+        raise argparse.ArgumentTypeError(f"must be auto, yes or no, got {text!r}")
+    return None if text == "auto" else text == "yes"
 
 
 def listed(one: Callable[[str], Any], choices: Sequence[Any] = ()) -> Callable[[str], list[Any]]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from coldpress.bases.registry import press_names
+from coldpress.bases.registry import NO_PRESS, takes_ratio
 from coldpress.errors import InputError, OutputError, SelfCheckError
 from coldpress.eval.datasets import load_corpus
 from coldpress.eval.engine import Engine
@@ -44,7 +44,7 @@ def evaluate(settings: Settings, command: str) -> tuple[list[dict[str, Any]], bo
     """
     jobs = make_jobs(settings)
     for job in jobs:
-        if job.name in settings.press and job.name in press_names(has_ratio=False):
+        if job.name in settings.press and job.name != NO_PRESS and not takes_ratio(job.name):
             note(f"{job.name} has no compression ratio: it is measured once, as its own parameters say.")
     alone = list(dict.fromkeys(left_out_of_batches(settings)))
     if alone:

@@ -13,7 +13,6 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from importlib import resources
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -28,6 +27,7 @@ from coldpress.eval.checks import check_stored_pairs
 from coldpress.eval.continuations import left_padded, predictions
 from coldpress.eval.model_args import integer, is_whole, press_of
 from coldpress.eval.press_args import read_press_args
+from coldpress.eval.smollm2 import SMOLLM2, smollm2_file
 from coldpress.io.files import path_of
 from coldpress.io.network import one_line
 from coldpress.models.block import prefilling
@@ -61,7 +61,7 @@ class ColdpressLM(HFLM):
     Without a press and bits its log-likelihoods are those of ``hf``.
 
     Args:
-        pretrained: hub id, local folder, ``.gguf`` file, ``demo``, or a model.
+        pretrained: hub id, local folder, ``.gguf`` file, ``demo``, ``smollm2``, or a model.
         press: name of a press (``coldpress presses``), or a press; None or ``no_press`` for none.
         compression_ratio: fraction of the pairs to remove, in [0, 1); 0.5 where nothing says how much.
         budget_tokens, budget_bytes: instead of a ratio, as in :class:`coldpress.ScorerPress`.
@@ -116,8 +116,9 @@ class ColdpressLM(HFLM):
             if pretrained == "demo":
                 shipped = resources.files("coldpress") / "assets" / "demo" / "model"
                 source = str(stack.enter_context(resources.as_file(shipped)))
-            elif isinstance(pretrained, str) and pretrained.endswith(".gguf"):
-                source, gguf_file = str(path_of(pretrained).parent), Path(pretrained).name
+            elif pretrained in SMOLLM2 or (isinstance(pretrained, str) and pretrained.endswith(".gguf")):
+                weights = smollm2_file() if pretrained in SMOLLM2 else path_of(pretrained)
+                source, gguf_file = str(weights.parent), weights.name
             super().__init__(source, device=device, dtype=dtype, batch_size=batch_size, gguf_file=gguf_file, **options)
         use_coldpress(self.model, attn_implementation)
         self.asked = {

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from coldpress.bases.press import BasePress
-from coldpress.bases.registry import NO_PRESS, make_press, press_names
+from coldpress.bases.press_files import load_press_files
+from coldpress.bases.registry import NO_PRESS, make_press, takes_ratio
 from coldpress.bases.scorer import BUDGETS
 from coldpress.errors import InputError, PressError
 from coldpress.eval.datasets import load_corpus
@@ -100,20 +101,21 @@ def _make_presses(
         raise PressError(f"A page shows one press or two side by side; {n} were asked for, by --press or {option}.")
     if len(press) not in (1, n) or len(sizes) not in (1, n):
         raise PressError(f"Give one {option} for all presses, or one for each.")
+    load_press_files(press)
     names, presses = [], []
     for name, size in zip(list(press) * (n // len(press)), sizes * (n // len(sizes)), strict=True):
         check_types(name, press_args)
         if name == NO_PRESS:
             raise PressError("no_press keeps every token, so there is nothing to see; name a press.")
-        has_ratio = name not in press_names(has_ratio=False)
+        has_ratio = takes_ratio(name)
         if budgets:  # make_press says if it takes none
             made, shown = make_press(name, 0.0, budget_tokens=size, **press_args), f"{name}, {size} tokens"
         elif has_ratio:
             made, shown = make_press(name, size, **press_args), f"{name} {size:g}"
         else:
+            made, shown = make_press(name, 0.0, **press_args), name
             if ratios:
                 note(f"{name} has no compression ratio: its own parameters say how much is kept.")
-            made, shown = make_press(name, 0.0, **press_args), name
         assert made is not None
         names.append(shown)
         presses.append(made)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from coldpress.bases.press import BasePress
-from coldpress.bases.registry import NO_PRESS, make_press, parameters_of, press_names
+from coldpress.bases.press_files import is_press_file, load_press_files
+from coldpress.bases.registry import NO_PRESS, make_press, parameters_of, press_names, takes_ratio
 from coldpress.bases.scorer import BUDGETS
 from coldpress.core.counts import check_ratio
 from coldpress.core.press import parts
@@ -52,6 +53,10 @@ def make_jobs(settings: Settings) -> list[Job]:
             was named and takes one text at a time.
         CacheError: bits that there are not, or that a press that was named cannot be stored in.
     """
+    files = [name for name in settings.press if is_press_file(name)]
+    if files and settings.engine != "local":
+        raise PressError(f"--engine {settings.engine} has workers that do not have {files[0]}; measure it without.")
+    load_press_files(files)
     if settings.ppl_mode == "streaming":
         return _make_stream_jobs(settings)
     for ratio in settings.compression_ratio:
@@ -76,7 +81,7 @@ def make_jobs(settings: Settings) -> list[Job]:
         if name == NO_PRESS:
             jobs.append(Job(name, None, 0.0))
             continue
-        if name in press_names(has_ratio=False):
+        if not takes_ratio(name):  # or is not known, which make_press says
             asked = budgets[0] if budgets and name in settings.press else {}  # make_press says that it has none
             jobs.append(Job(name, make_press(name, 0.0, **asked, **own)))
             check_chunks(jobs[-1].press, settings.chunk_tokens)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from coldpress.bases.press import BasePress
-from coldpress.bases.registry import NO_PRESS, make_press, parameters_of, press_names
+from coldpress.bases.press_files import load_press_files
+from coldpress.bases.registry import NO_PRESS, make_press, parameters_of, takes_ratio
 from coldpress.bases.scorer import BUDGETS
 from coldpress.core.definition import as_given
 from coldpress.errors import InputError, PressError
@@ -37,8 +38,9 @@ def press_of(
     for size in ("compression_ratio", *BUDGETS):
         if size in parameters:
             raise PressError(f"press_args cannot hold {size}; give {size}= beside press=.")
+    load_press_files([press])
     if ratio is None:
-        ratio = 0.0 if sizes or press in press_names(has_ratio=False) else 0.5
+        ratio = 0.5 if takes_ratio(press) and not sizes else 0.0
     if "seed" in parameters_of(press):
         parameters = {"seed": 0, **parameters}
     check_types(press, parameters)

@@ -1,4 +1,4 @@
-"""Load a model and its tokenizer from the hub, a folder, a GGUF file or the package; errors say what to do."""
+"""Load a model and its tokenizer from the hub, a folder, a GGUF file or a package; errors say what to do."""
 
 from __future__ import annotations
 
@@ -31,15 +31,17 @@ from coldpress.errors import (
     nearest,
 )
 from coldpress.eval.progress import note
+from coldpress.eval.smollm2 import SMOLLM2, smollm2_file, source_of
 from coldpress.io.files import is_utf8, path_of
 from coldpress.io.launched import check_launched
 from coldpress.io.network import hub_problem, one_line
 from coldpress.models.supported import use_coldpress
 
-__all__ = ["LoadedModel", "input_device", "load_model", "pick_device", "pick_dtype"]
+__all__ = ["BY_NAME", "LoadedModel", "input_device", "load_model", "pick_device", "pick_dtype"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+BY_NAME = ("demo", *SMOLLM2)  # whatever folders there are
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
 
 
@@ -171,7 +173,7 @@ def load_model(
     """Load ``name`` and put it on coldpress's attention backend.
 
     Args:
-        name: ``demo``, a local folder, a ``.gguf`` file, or a hub id.
+        name: ``demo``, ``smollm2``, a local folder, a ``.gguf`` file, or a hub id.
         device: see :func:`pick_device`.
         dtype: auto, float32, bfloat16 or float16.
         attn_implementation: the arithmetic underneath: sdpa, eager or flash_attention_2.
@@ -193,7 +195,7 @@ def load_model(
             raise ModelError(f"--model or --revision {given!r} is not UTF-8; give the model's folder another name.")
     on = pick_device(device)
     placement = _placement(device, device_map, max_memory, tp_plan)
-    if revision and (name == "demo" or os.path.exists(path_of(name))):
+    if revision and (name in BY_NAME or os.path.exists(path_of(name))):
         raise ModelError(f"--revision {revision} does not apply to {name}, which is on this machine; leave it out.")
     with contextlib.ExitStack() as stack:
         options: dict[str, Any] = {}
@@ -201,7 +203,7 @@ def load_model(
             shipped = resources.files("coldpress") / "assets" / "demo" / "model"
             source = str(stack.enter_context(resources.as_file(shipped)))
         else:
-            source, options = _locate(name, revision)
+            source, options = _locate(str(smollm2_file(name)) if name in SMOLLM2 else name, revision)
         options["trust_remote_code"] = False  # None would ask on the terminal
         stack.enter_context(_quiet())
         try:
@@ -233,7 +235,7 @@ def load_model(
             raise ModelError(f"{name} cannot be loaded ({type(error).__name__}: {one_line(error)})") from error
         use_coldpress(model, attn_implementation)
         commit = getattr(model.config, "_commit_hash", None) or options.get("revision")
-    return LoadedModel(model, tokenizer, name, "demo" if name == "demo" else name, commit, attn_implementation)
+    return LoadedModel(model, tokenizer, name, source_of() if name in SMOLLM2 else name, commit, attn_implementation)
 
 
 def _placement(
@@ -295,7 +297,9 @@ def _locate(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
             )
         return str(path), {}
     if name.count("/") > 1 or name.startswith((".", "~", "/")) or not name.strip():
-        raise ModelError(f"--model {name!r}: no such folder; give a hub id such as EleutherAI/pythia-70m, or demo.")
+        raise ModelError(
+            f"--model {name!r}: no such folder; give a hub id such as EleutherAI/pythia-70m, smollm2, or demo."
+        )
     options: dict[str, Any] = {"revision": revision} if revision else {}
     problem = hub_problem(f"{name}/resolve/{revision or 'main'}/config.json")
     if problem is None:

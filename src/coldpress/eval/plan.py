@@ -11,6 +11,7 @@ from torch import Tensor
 from coldpress.errors import DataError, InputError
 from coldpress.eval.datasets import Corpus
 from coldpress.eval.presets import adds_bos, plan_preset, prefixed
+from coldpress.eval.readable import check_readable
 from coldpress.eval.settings import Settings
 from coldpress.eval.tokens import Tokens, tokenize
 from coldpress.eval.windows import PrefixPlan, plan_prefix, plan_strided
@@ -69,11 +70,12 @@ def make_plan(settings: Settings, corpus: Corpus, tokenizer: Any, max_positions:
         tokenizer, max_positions: the model's.
 
     Raises:
-        DataError: the text has too few tokens.
+        DataError: the text has too few tokens, or is not what the tokenizer reads.
         InputError: sizes that cannot work.
     """
     s = settings
     limit = _Limit(s, max_positions)
+    limit.notes += check_readable(tokenizer, (document.text for document in corpus.documents), s.model)
     if s.ppl_preset is not None:
         return _preset(s, corpus, tokenizer, limit)
     documents = scored = tokenize(corpus, tokenizer, s.limit_tokens)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from coldpress.bases.press import BasePress
+from coldpress.bases.press_files import file_digest
 from coldpress.bases.scorer import BUDGETS
 from coldpress.stores.bits import KVBits
 
@@ -45,11 +46,16 @@ def _without_tokenizer(press: BasePress) -> BasePress:
 
 
 def config_of(press: BasePress | None) -> dict[str, Any] | None:
-    """The parameters of a press, without the budgets that it was not given, and without the model's tokenizer."""
+    """The parameters of a press, without the budgets that it was not given, and without the model's tokenizer.
+
+    Of one that was loaded from a file also the file's digest, as ``file_sha256``.
+    """
     if press is None:
         return None
     unset = (*BUDGETS, "tokenizer")
-    return asdict(
+    config: dict[str, Any] = asdict(
         _without_tokenizer(press),
         dict_factory=lambda items: {k: v for k, v in items if k not in unset or v is not None},
     )  # type: ignore[call-overload]
+    digest = file_digest(press)
+    return config if digest is None else config | {"file_sha256": digest}

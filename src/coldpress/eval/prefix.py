@@ -86,6 +86,7 @@ class PrefixRun(PointRun[Measured]):
         windows = [window for ids, plan in documents for window in plan.windows(ids)]
         self.window_bytes = _bytes_of_windows(documents, token_bytes)
         self.batches = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
+        self.places = [(i, start) for i, (_, plan) in enumerate(documents) for start in plan.starts]
         kv_bits = [None] * len(presses) if kv_bits is None else kv_bits
         points = [Point(press, bits) for press, bits in zip(presses, kv_bits, strict=True)]
         super().__init__(model, points, len(self.batches))
@@ -109,6 +110,12 @@ class PrefixRun(PointRun[Measured]):
             n_bytes = sum(itertools.islice(left, len(windows)))
             total += n_bytes if point.key in done else 0
         return total
+
+    def _places_of(self, point: Point) -> list[tuple[int, int]]:
+        """Of each window that a point was measured on, which document it is from and where it starts."""
+        left = iter(self.places)
+        parts = (list(itertools.islice(left, len(windows))) for windows in self.batches)
+        return [place for part, done in zip(parts, self.done, strict=True) if point.key in done for place in part]
 
     def _result(self, point: Point) -> dict[str, Any]:
         """The perplexity part of a result record, over the windows measured so far."""
@@ -146,7 +153,10 @@ class PrefixRun(PointRun[Measured]):
             "baseline_ppl": perplexity(base_loss),
             "top1_acc": float(own.is_top1.double().mean()),
             "nll_by_distance": {name: float(part.mean()) for name, part in _buckets(own.losses.double())},
-            "per_window": [{"id": i, "n": counts[i], "nll": nll[i], "nll_base": base_nll[i]} for i in range(n_windows)],
+            "per_window": [
+                {"id": i, "document": document, "start": start, "n": counts[i], "nll": nll[i], "nll_base": base_nll[i]}
+                for i, (document, start) in enumerate(self._places_of(point))
+            ],
             "kv_bytes": first.kv_bytes,
             "kv_bytes_baseline": first_base.kv_bytes,
             "kv_len_before": self.plan.context,
@@ -161,6 +171,8 @@ class PrefixRun(PointRun[Measured]):
         paired = paired_difference(counts, nll, base_nll)
         ci = paired.ci95
         kld, delta_p = own.kld.double(), own.delta_p.double()
+        for window, of_window in zip(record["per_window"], kld.mean(1).tolist(), strict=True):
+            window["kld"] = of_window
         p50, p90, p99 = quantiles(kld.flatten().tolist(), (0.5, 0.9, 0.99))
         record |= {
             "delta_nll": paired.delta,

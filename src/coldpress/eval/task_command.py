@@ -24,7 +24,8 @@ from coldpress.eval.ledger import UNFINISHED, versions
 from coldpress.eval.models import LoadedModel, load_model, pick_device
 from coldpress.eval.plan import UNKNOWN_POSITIONS
 from coldpress.eval.points import Point
-from coldpress.eval.progress import progress
+from coldpress.eval.progress import note, progress
+from coldpress.eval.readable import check_readable
 from coldpress.eval.records import blank_record
 from coldpress.eval.results import SCHEMA_VERSION, check_writable, environment
 from coldpress.eval.settings import Settings
@@ -245,6 +246,8 @@ def make_questions(
         for job in jobs
     ]
     text = None if corpus is None else "\n\n".join(document.text for document in corpus.documents)
+    for line in check_readable(loaded.tokenizer, [" ".join(SENTENCES) if text is None else text], loaded.name):
+        note(line)
     material = Material(loaded.tokenizer, text, settings.template == "chat", settings.pin_system)
     longest, limit = max(settings.task_tokens, default=0), loaded.max_positions or UNKNOWN_POSITIONS
     if longest > limit and not settings.allow_extrapolation:  # before so long a text is put together

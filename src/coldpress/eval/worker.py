@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from coldpress.errors import ClusterError
-from coldpress.eval.models import LoadedModel, load_model
+from coldpress.eval.models import BY_NAME, LoadedModel, load_model
 from coldpress.eval.transport import answer
 from coldpress.io.files import path_of
 from coldpress.version import VERSION
@@ -41,9 +41,9 @@ class Spec:
         if len(getattr(loaded.model, "hf_device_map", None) or ()) > 1 or getattr(loaded.model, "_tp_size", None):
             raise ClusterError("--engine ray gives every worker a whole model; leave --device_map and --tp_plan out.")
         path = path_of(loaded.name)
-        is_here = loaded.name == "demo" or path.exists()
+        is_here = loaded.name in BY_NAME or path.exists()
         return cls(
-            name=str(path.resolve()) if is_here and loaded.name != "demo" else loaded.name,
+            name=str(path.resolve()) if is_here and loaded.name not in BY_NAME else loaded.name,
             device=loaded.device.type,  # which of them, the cluster says
             dtype=str(loaded.model.dtype).removeprefix("torch."),
             attn_implementation=loaded.attn_implementation,

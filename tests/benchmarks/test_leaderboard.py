@@ -1,0 +1,146 @@
+"""The leaderboard: what it measures, how it ranks, what it does when its time is over."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from benchmarks.leaderboard.__main__ import _waited
+from benchmarks.leaderboard.board import markdown, page
+from benchmarks.leaderboard.plan import LEFT_OUT, SLOW, Sizes, lanes, presses
+from benchmarks.leaderboard.rank import boards, command_of, condensed, ranking
+
+from coldpress import press_names
+from coldpress.eval.sweep_plan import SweepPlan
+
+
+def record(press: str, klds: list[float], text: str = "pg19", ratio: float = 0.5, **more: Any) -> dict[str, Any]:
+    """A record as a sweep writes it, as far as the board looks at it."""
+    return {
+        "protocol": "prefix-C8-T4-S12",
+        "press": press,
+        "press_config": {},
+        "compression_ratio": ratio,
+        "status": "ok",
+        "model": "smollm2",
+        "dataset": text,
+        "subset": None,
+        "dtype": "float32",
+        "windows": len(klds),
+        "scored_tokens": 3 * len(klds),
+        "delta_nll": 0.5,
+        "delta_nll_ci95": [0.25, 0.75],
+        "same_top1": 0.9,
+        "kld": {"mean": sum(klds) / max(1, len(klds)), "median": 0.01},
+        "kv_bytes": 50,
+        "kv_bytes_baseline": 100,
+        "context_tokens": 8,
+        "target_tokens": 4,
+        "settings": {"model": "smollm2", "dataset": text, "context_tokens": 8, "max_windows": 4, "batch_size": 2},
+        "per_window": [{"document": 0, "start": 12 * i, "kld": kld} for i, kld in enumerate(klds)],
+        "env": {"torch": "2", "transformers": "5", "cpu": "none", "git_commit": None},
+        **more,
+    }
+
+
+def test_all_training_free_presses_of_prompts_are_on_it_or_left_out_with_a_reason() -> None:
+    fast, slow = presses()
+    every = set(press_names(kind="training-free", at_prefill=True))
+    assert set(fast) | set(slow) | set(LEFT_OUT) == every and len(fast) + len(slow) + len(LEFT_OUT) == len(every)
+    assert set(slow) == set(SLOW)
+
+
+def test_every_stage_is_a_sweep_and_slow_windows_are_among_the_others() -> None:
+    for stages in lanes("wiki", "books", "smollm2", "demo", Sizes()):
+        plans = [SweepPlan.of(stage.config) for stage in stages]
+        assert all(plan.evaluations for plan in plans)
+        fast, slow = (plan.evaluations[0].settings for plan in plans[:2])
+        assert fast.stride == slow.stride == 8192 and fast.context_tokens == slow.context_tokens  # type: ignore[union-attr]
+        n_windows = (fast.max_documents or 1) * fast.max_windows  # type: ignore[union-attr, operator]
+        assert n_windows >= 32
+
+
+def slow_ranks(kld: np.ndarray) -> list[int]:
+    """The obvious twin: each pair on the windows that both have."""
+    found = []
+    for own in kld:
+        better = 0
+        for other in kld:
+            both = ~np.isnan(own) & ~np.isnan(other)
+            better += other[both].sum() < own[both].sum()
+        found.append(1 + better)
+    return found
+
+
+def test_ranks_are_those_of_a_loop_over_pairs_on_shared_windows() -> None:
+    draw = np.random.default_rng(0)
+    kld = draw.random((7, 12))
+    kld[2, 4:] = np.nan
+    kld[5, :9] = np.nan
+    ranks, low, high = ranking(kld, np.array(["a"] * 6 + ["b"] * 6))
+    assert ranks.tolist() == slow_ranks(kld)
+    assert (low <= ranks).all() and (ranks <= high).all()
+
+
+def test_few_easy_windows_help_nobody_up_the_ranks() -> None:
+    """The mean of the second is the smallest by far; on the windows it has, it is the worst."""
+    kld = np.array([[0.1, 0.1, 9.0, 9.0], [0.2, 0.2, np.nan, np.nan], [0.15, 0.15, 9.5, 9.5]])
+    assert ranking(kld, np.array(["a"] * 4))[0].tolist() == [1, 3, 2]
+
+
+def test_the_interval_of_a_rank_is_narrow_where_windows_agree_and_wide_where_they_do_not() -> None:
+    draw = np.random.default_rng(0)
+    clear = np.array([[1.0], [2.0], [3.0]]) + 0.01 * draw.random((3, 32))
+    _, low, high = ranking(clear, np.array(["a"] * 32))
+    assert low.tolist() == high.tolist() == [1, 2, 3]
+    _, low, high = ranking(draw.random((3, 32)), np.array(["a"] * 32))
+    assert (high - low).max() == 2
+
+
+def test_the_same_windows_of_two_texts_are_two() -> None:
+    rows = condensed([record("a", [0.1, 0.3]), record("a", [0.2], "wiki"), record("b", [0.2, 0.1])])["rows"]
+    (board,) = boards(rows).values()
+    assert {row["press"]: (row["windows"], row["rank"]) for row in board} == {"a": (3, 2), "b": (2, 1)}
+    assert board[1]["kld"] == pytest.approx(0.2)
+
+
+def test_a_board_shows_scores_and_times_beside_kl(tmp_path: Path) -> None:
+    task = {"task": "niah_single", "n": 5, "score": 0.6}
+    records = [
+        record("<a>", [0.1, 0.3]),
+        record("b", [0.2, 0.1], status="interrupted"),
+        record("b", [], protocol="speed", ttft_s=1.25, tpot_ms=40.0, ratio=0.75),
+        record("b", [], protocol="tasks-v1", tasks=[task], ratio=0.75),
+    ]
+    document = json.loads(json.dumps(condensed(records)))
+    text, html = markdown(document), page(document)
+    (line,) = (line for line in text.splitlines() if "`b`" in line)
+    assert line == "| 1 [1, 2] | `b` | 0.1500 | 0.0100 | +0.500 [0.250, 0.750] | 0.900 | 0.500 | 2 | 0.60 | 1.25 | 40 |"
+    assert "its time ran out" in text and "2 windows (6 scored tokens) of pg19" in text
+    assert "&lt;a&gt;" in html and "<a>" not in html and "<svg" in html and "--compression_ratio 0.5" in html
+
+
+def test_a_row_s_command_is_its_settings() -> None:
+    assert command_of(record("snapkv", [0.1])) == (
+        "coldpress ppl --ppl_apply_press --ppl_only --model smollm2 --dataset pg19 --max_windows 4 --context_tokens 8 "
+        "--batch_size 2 --press snapkv --compression_ratio 0.5"
+    )
+
+
+def test_nothing_is_no_board() -> None:
+    assert markdown(condensed([])) == "Not measured yet." and "Not measured yet." in page(condensed([]))
+
+
+def test_a_sweep_out_of_time_is_told_as_by_ctrl_c() -> None:
+    code = "import time\ntry:\n print('on', flush=True)\n time.sleep(60)\nexcept KeyboardInterrupt:\n print('saved')"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"on\n"
+        assert _waited(process, 0.1) == "out of time"
+        assert process.stdout.read() == b"saved\n"
+    with subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"]) as process:
+        assert _waited(process, 60) == "exit code 3"

