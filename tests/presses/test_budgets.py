@@ -8,11 +8,19 @@ from tests.presses.others import IN_BLOCK
 
 from coldpress import (
     AdaKVPress,
+    AttentionMatchingPress,
+    Codec,
     ComposedPress,
     KnormPress,
+    KVBits,
+    KVComposePress,
+    MassMergingPress,
+    MergingPress,
+    MomentKVPress,
     PerLayerCompressionPress,
     PressedCache,
     PyramidKVPress,
+    RotatedBits,
     ScorerPress,
     SnapKVPress,
     make_press,
@@ -58,6 +66,55 @@ def test_a_budget_of_bytes_holds_for_each_row(press: type[ScorerPress]) -> None:
     assert sum(held(past)) == 2 * 20
     tensors = [t for layer in past.pressed_layers() for t in (layer.keys, layer.values) if t is not None]
     assert sum(t.numel() * t.element_size() for t in tensors) <= 3 * (20 * token_bytes + 5)
+
+
+@pytest.mark.parametrize(
+    "storage", [RotatedBits(4, 4, newest=8), RotatedBits(8, 2, sinks=0, newest=0), KVBits(4, 16, 16), KVBits(2, 32, 0)]
+)
+@pytest.mark.parametrize("press", [KnormPress, PyramidKVPress])
+def test_a_budget_of_bytes_is_of_what_few_bits_take(press: type[ScorerPress], storage: Codec) -> None:
+    def bytes_after(n_bytes: int) -> int:
+        past = PressedCache(press(budget_bytes=n_bytes), storage=storage)
+        tiny("gpt_neox")(tokens(1, 400), **cache_argument(past))
+        return past.kv_bytes()
+
+    whole = 400 * 2 * 4 * 2 * 16 * 4  # tokens, layers, heads, keys and values, dimensions, float32
+    least = bytes_after(whole // 8)
+    assert 0.9 * whole / 8 < least <= whole / 8
+    assert bytes_after(whole // 8 + 8 * 1024) > least + 4 * 1024  # or some pairs more would have fitted
+    assert bytes_after(whole) < 0.6 * whole  # all of them
+
+
+@pytest.mark.parametrize("press", [AttentionMatchingPress, MassMergingPress, MomentKVPress])
+def test_a_budget_of_bytes_counts_biases(press: type[MergingPress]) -> None:
+    pair = (2 * 16 + 1) * 4
+    past = prefilled(press(SnapKVPress(budget_bytes=2 * 4 * 30 * pair, window_size=8)))
+    assert past.stored_lengths() == [30, 30]
+    assert past.kv_bytes() == 2 * 4 * 30 * pair
+
+
+def test_branches_count_their_own_bits() -> None:
+    n_bytes = 100 * 2 * 4 * 2 * 16 * 4
+    codecs = [None, RotatedBits(8, 8, newest=8), RotatedBits(4, 4, newest=8)]
+    past = PressedCache()
+    branches = past.branches([KnormPress(budget_bytes=n_bytes)] * 3, codecs)
+    tiny("gpt_neox")(tokens(1, 400), **cache_argument(past))
+    for branch, codec in zip(branches, codecs, strict=True):
+        alone = PressedCache(KnormPress(budget_bytes=n_bytes), storage=codec)
+        tiny("gpt_neox")(tokens(1, 400), **cache_argument(alone))
+        assert branch.stored_lengths() == alone.stored_lengths()
+        assert branch.kv_bytes() == alone.kv_bytes() <= n_bytes
+
+
+@pytest.mark.parametrize("press", [KVComposePress, AdaKVPress])
+def test_presses_that_choose_among_all_heads_count_bits_too(press: type[ScorerPress]) -> None:
+    n_bytes = 100 * 2 * 4 * 2 * 16 * 4
+    inner = press(budget_bytes=n_bytes) if press is KVComposePress else press(KnormPress(budget_bytes=n_bytes))
+    past, model = PressedCache(inner, storage=RotatedBits(4, 4, newest=8)), tiny("gpt_neox")
+    with inner(model):
+        model(tokens(1, 400), **cache_argument(past))
+    assert past.stored_lengths()[0] > 150
+    assert past.kv_bytes() <= n_bytes + 2 * 4 * 63 * 2 * 16 * 4  # of each head up to 63 pairs wait
 
 
 def test_less_than_one_token_is_refused() -> None:

@@ -15,12 +15,13 @@ from coldpress.architecture.places import place_of
 from coldpress.architecture.projection import weight_of_heads
 from coldpress.architecture.rope import stand_at
 from coldpress.bases.scorer import BUDGETS, BudgetPress
+from coldpress.cache.costs import place_of_layer
 from coldpress.core.call import LayerCall
 from coldpress.core.choice import protect, select_counts
 from coldpress.core.column import PINNED
 from coldpress.core.counts import counts_together
 from coldpress.core.forced import must_keep
-from coldpress.core.kept import Kept, Place
+from coldpress.core.kept import Kept
 from coldpress.core.requirements import require_block
 from coldpress.core.view import LayerView
 from coldpress.errors import ModelError, PressError
@@ -96,9 +97,7 @@ class ReplayPress(BudgetPress):
         for layer in cache.pressed_layers():
             rank, n_layers, is_local = place_of(_config(model), layer.index)
             if not is_local and layer.keys is not None and layer.values is not None:
-                dims = layer.keys.shape[-1] + layer.values.shape[-1]
-                place = Place(rank, n_layers, layer.keys.shape[1] * dims * layer.keys.element_size())
-                n_keep = min(n_keep, self.keep_of(n_tokens, place))
+                n_keep = min(n_keep, self.keep_of(n_tokens, place_of_layer(layer, rank, n_layers)))
                 layers.append(layer)
         return layers, n_keep
 

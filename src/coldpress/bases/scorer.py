@@ -36,8 +36,9 @@ class BudgetPress(BasePress):
     Args:
         compression_ratio: fraction of the pairs to remove, in [0, 1).
         budget_tokens: pairs that a head keeps at most, on average over heads and layers; instead of a ratio.
-        budget_bytes: bytes that the kept keys and values of one row take at most, in all compressed layers together;
-            instead of a ratio.
+        budget_bytes: bytes that the kept pairs of one row take at most, in all compressed layers together, as the
+            cache stores them, few bits and biases included; instead of a ratio. Where heads differ and bits are few,
+            those of each head that wait to be encoded (:class:`~coldpress.Codec`) can take some more.
     """
 
     has_ratio = True
@@ -75,13 +76,14 @@ class BudgetPress(BasePress):
         if self.budget_tokens is not None:
             return min(n_tokens, self.budget_tokens)
         if self.budget_bytes is not None:
-            token_bytes = place.n_layers * place.token_bytes
-            if self.budget_bytes < token_bytes:
+            n_keep = place.n_within(self.budget_bytes, n_tokens)
+            if not n_keep:
+                one = place.token_bytes if place.stored_bytes is None else place.stored_bytes(1)
                 raise PressError(
-                    f"budget_bytes={self.budget_bytes} is less than the {token_bytes} bytes of one token in "
+                    f"budget_bytes={self.budget_bytes} is less than the {place.n_layers * one} bytes of one token in "
                     f"{place.n_layers} layers."
                 )
-            return min(n_tokens, self.budget_bytes // token_bytes)
+            return n_keep
         return keep_count(n_tokens, self.compression_ratio)
 
     def keep(self, view: LayerView) -> int:

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from coldpress.bases.scorer import BudgetPress
+from coldpress.cache.costs import place_of_layer
 from coldpress.core.choice import select_counts
 from coldpress.core.counts import counts_together
-from coldpress.core.kept import Kept, Place
+from coldpress.core.kept import Kept
 from coldpress.core.view import LayerView
 
 if TYPE_CHECKING:
@@ -48,12 +49,8 @@ def keep_best(press: BudgetPress, cache: PressedCache, counts: _Counts = counts_
             carried.append(own.masked_fill(own.isnan(), torch.inf).masked_fill(is_empty, -torch.inf))
     slots: list[list[Tensor]] = [[] for _ in layers]  # by layer, then by row: [Hkv, n]
     for row in range(len(carried[0]) if layers else 0):
-        first = layers[0]
-        keys, values = first.keys, first.values
-        assert keys is not None and values is not None
-        token_bytes = keys.shape[1] * (keys.shape[3] + values.shape[3]) * keys.element_size()
-        n_stored = int((first.positions()[row, 0] >= 0).sum())  # in every head
-        n_keep = press.keep_of(n_stored, Place(0, len(layers), token_bytes))
+        n_stored = int((layers[0].positions()[row, 0] >= 0).sum())  # in every head
+        n_keep = press.keep_of(n_stored, place_of_layer(layers[0], 0, len(layers)))
         scores = [own[row : row + 1] for own in carried]
         n_must = max(int((own == torch.inf).sum(-1).max()) for own in scores)
         for of_layer, part, n in zip(slots, scores, counts(scores, n_keep, n_must), strict=True):

@@ -14,7 +14,7 @@ from coldpress.architecture.rope import Rope
 from coldpress.cache.gather import gathered
 from coldpress.cache.masks import leaving
 from coldpress.cache.newest import Newest, Pending, newest_from
-from coldpress.cache.observation import carrying, declared, kept_by, note, observed, pinning
+from coldpress.cache.observation import carrying, declared, kept_by, note, observed, to_choose_from
 from coldpress.cache.phase import Phase
 from coldpress.cache.rows import Known, RowGroup, moved_up, view_of_newest
 from coldpress.cache.session import Session
@@ -187,7 +187,8 @@ class EvictingLayer(CacheLayerMixin):
         try:
             check_heads(press, groups[0].view.module, groups[0].view.queries.shape[1])
             groups, said = observed(press, groups)
-            kept = [kept_by(press, group, press.compress(group.view)) for group in pinning(press, groups)]
+            groups = to_choose_from(press, groups, session.storage)
+            kept = [kept_by(press, group, press.compress(group.view)) for group in groups]
         except Exception as error:
             session.error = error
             if source is self.slots:
@@ -223,7 +224,7 @@ class EvictingLayer(CacheLayerMixin):
             groups, said = observed(press, groups)
             kept = [  # nothing where a row has no new token
                 kept_by(press, group, press.compress(group.view)) if group.view.n_queries else None
-                for group in pinning(press, groups)
+                for group in to_choose_from(press, groups, self.session.storage)
             ]
         except Exception as error:
             self.session.error = error
@@ -352,12 +353,11 @@ class EvictingLayer(CacheLayerMixin):
         states = unseen.newest(max(n_new), padding) if unseen is not None and unseen.end == seen else None
         due = Pending(recent, states, n_new)
         groups = RowGroup.of_text_so_far(self.slots, call, padding, due, self._known(call))
-        groups = pinning(press, carrying(press, groups))
+        groups = to_choose_from(press, carrying(press, groups), self.session.storage)
+        due_now = [bool(group.view.n_queries) and press.is_due(group.view.n_new or 0) for group in groups]
         kept = [
-            kept_by(press, group, press.compress_again(group.view))
-            if group.view.n_queries and press.is_due(group.view.n_new or 0)
-            else None
-            for group in groups
+            kept_by(press, group, press.compress_again(group.view)) if is_due else None
+            for group, is_due in zip(groups, due_now, strict=True)
         ]
         if any(part is not None for part in kept):
             before = self.slots.positions()

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from coldpress.cache.costs import costing
 from coldpress.cache.rows import RowGroup
 from coldpress.cache.slots import OWN, Slots
 from coldpress.core.column import PINNED, Column
@@ -16,8 +17,9 @@ from coldpress.core.pick import column_at
 from coldpress.core.press import Press, parts
 from coldpress.core.view import LayerView
 from coldpress.errors import PressError
+from coldpress.stores.codec import Codec
 
-__all__ = ["Said", "carrying", "declared", "kept_by", "note", "observed", "pinning", "selected"]
+__all__ = ["Said", "carrying", "declared", "kept_by", "note", "observed", "selected", "to_choose_from"]
 
 Said = Sequence[Mapping[str, Tensor]]  # new values of columns, [b, Hkv, T, ...], for each group of rows
 
@@ -50,10 +52,13 @@ def carrying(press: Press | None, groups: Sequence[RowGroup]) -> list[RowGroup]:
     return found
 
 
-def pinning(press: Press, groups: Sequence[RowGroup]) -> list[RowGroup]:
-    """The groups with views in which that is pinned too which parts of the press let nothing evict."""
+def to_choose_from(press: Press, groups: Sequence[RowGroup], codec: Codec | None) -> list[RowGroup]:
+    """The groups with views in which that is pinned too which parts of the press let nothing evict.
+
+    They know as well what their pairs will take in memory, stored by ``codec``.
+    """
     found = []
-    for group in groups:
+    for group in costing(press, codec, groups):
         own = [pins for part in parts(press) if (pins := part.pins(group.view)) is not None]
         if own and PINNED in group.view.columns:
             own.append(group.view.columns[PINNED])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -73,9 +73,18 @@ class Place(NamedTuple):
 
     Attributes:
         layer_idx, n_layers: this layer among the layers that are compressed, counted from 0.
-        token_bytes: keys and values of one token of one row, in all heads of the layer.
+        token_bytes: keys and values of one token of one row, in all heads of the layer, as the model made them.
+        stored_bytes: of n pairs of every head of the layer, of one row, as the cache stores them; None: n times
+            ``token_bytes``.
     """
 
     layer_idx: int
     n_layers: int
     token_bytes: int
+    stored_bytes: Callable[[int], int] | None = None
+
+    def n_within(self, n_bytes: int, n_tokens: int) -> int:
+        """How many of ``n_tokens`` pairs every head can keep so that all layers take at most ``n_bytes``; 0 if none."""
+        if self.stored_bytes is None:
+            return min(n_tokens, n_bytes // (self.n_layers * self.token_bytes))
+        return next((n for n in range(n_tokens, 0, -1) if self.n_layers * self.stored_bytes(n) <= n_bytes), 0)

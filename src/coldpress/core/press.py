@@ -82,6 +82,11 @@ class Press(metaclass=PressType):
         return False
 
     @property
+    def adds_bytes(self) -> int:
+        """Bytes that it adds to each pair that a head keeps, beside key and value: 4 for a bias."""
+        return 0
+
+    @property
     def needs_model(self) -> bool:
         """Whether it runs the model by itself after the prefill (:meth:`finish`), inside ``with press(model):`` too."""
         return False

@@ -63,6 +63,7 @@ class LayerView:
         sliding_window: how many tokens back a query sees, or None for all.
         softcap: ``c`` where the model replaces attention logits by ``c * tanh(logits / c)``, else None.
         sinks: ``[Hq]``, a logit of each head that takes part in the softmax and belongs to no token, or None.
+        stored_bytes: of n pairs of every head, of one row, as the cache will store them; None: as they are here.
         find_rope, find_seed: give the layer's rotary embedding, None where it has none, and :attr:`seed`.
     """
 
@@ -92,6 +93,7 @@ class LayerView:
     find_rope: Callable[[], Rope | None] = lambda: None
     find_seed: Callable[[], int] = lambda: 0
     _memo: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+    stored_bytes: Callable[[int], int] | None = None
     columns: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -108,7 +110,8 @@ class LayerView:
     def place(self) -> Place:
         """This layer among the others, and what a token costs in it."""
         n_heads, dims = self.keys.shape[1], self.keys.shape[-1] + self.values.shape[-1]
-        return Place(self.layer_idx, self.n_layers, n_heads * dims * self.keys.element_size())
+        token_bytes = n_heads * dims * self.keys.element_size()
+        return Place(self.layer_idx, self.n_layers, token_bytes, self.stored_bytes)
 
     @property
     def n_queries(self) -> int:

@@ -11,8 +11,8 @@ from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.bases.press import BasePress
 from coldpress.bases.scorer import BudgetPress
+from coldpress.cache.costs import place_of_layer
 from coldpress.cache.pressed import PressedCache
-from coldpress.core.kept import Place
 from coldpress.errors import SelfCheckError
 from coldpress.eval.losses import loss_error, token_losses
 from coldpress.eval.perplexity import forward
@@ -48,9 +48,7 @@ def check_stored_pairs(
     stored = sum(int((p >= 0).sum()) for p in positions)
     wanted = 0
     for i, layer in enumerate(layers):
-        assert layer.keys is not None and layer.values is not None
-        n_heads, dims = layer.keys.shape[1], layer.keys.shape[-1] + layer.values.shape[-1]
-        place = Place(i, len(layers), n_heads * dims * layer.keys.element_size())
+        place = place_of_layer(layer, i, len(layers))
         wanted += press.keep_of(n_tokens, place) * positions[i].shape[:2].numel()
     if stored > wanted or (stored < wanted and cache.chunk_tokens is None):
         raise SelfCheckError(f"{press}: {wanted} pairs should have been stored, {stored} were.")

@@ -115,6 +115,10 @@ class AttentionMatchingPress(WrapperPress):
             object.__setattr__(self, name, getattr(self.press, name))
 
     @property
+    def adds_bytes(self) -> int:
+        return 4 if self.bias else 0
+
+    @property
     def needs_model(self) -> bool:
         return self.queries == "repeat"
 

@@ -95,6 +95,8 @@ class MassMergingPress(MergingPress):
         press, similarity_threshold, merge_fraction: as for MergingPress.
     """
 
+    adds_bytes = 4
+
     def compress(self, view: LayerView) -> Kept | None:
         kept = self.press.compress(view)
         if kept is None:

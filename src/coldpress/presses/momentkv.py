@@ -58,6 +58,7 @@ class MomentKVPress(WrapperPress):
 
     can_rechoose = False
     per_head_independent = True
+    adds_bytes = 4
     changes = frozenset({"keys", "values"})
     needs_inside = CHOICE
 

@@ -53,6 +53,10 @@ class Codec(ABC):
         """How many blocks of the first of ``n_tokens`` tokens are older than the newest ones that stay as they are."""
         return max(0, (n_tokens - self.exact_tokens) // self.block_tokens)
 
+    def n_encoded(self, n_tokens: int) -> int:
+        """How many of a head's ``n_tokens`` pairs are encoded when they are stored."""
+        return self.n_groups(n_tokens) * self.block_tokens
+
     def described(self) -> dict[str, Any]:
         """What a file says of it: the name of its class and its parameters."""
         return {"class": _name(type(self)), "parameters": dict(vars(self))}
@@ -81,6 +85,9 @@ class TokenCodec(Codec):
         """How many of a head's ``n_tail`` pairs after the first ones are encoded now."""
         n_older = n_tail - self.exact_tokens
         return n_older if n_older >= self.batch_tokens else 0
+
+    def n_encoded(self, n_tokens: int) -> int:
+        return self.n_new(n_tokens - min(self.first_tokens, n_tokens))
 
     def logits(self, query: Tensor, held: Segments) -> list[Tensor]:
         """Products of ``query [S, G, D]``, float32, and the keys of each segment: float32 ``[G, n]`` each."""

@@ -1,0 +1,63 @@
+"""Costs: what the pairs of a layer take in the memory of a cache, which a budget in bytes is of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from coldpress.cache.rows import RowGroup
+from coldpress.core.kept import Place
+from coldpress.core.press import Press, parts
+from coldpress.stores.codec import Codec, form_of
+
+if TYPE_CHECKING:
+    from coldpress.cache.layer import PressedLayer
+
+__all__ = ["costing", "place_of_layer"]
+
+
+def costing(press: Press, codec: Codec | None, groups: Sequence[RowGroup]) -> list[RowGroup]:
+    """The groups with views that know what their pairs will take."""
+    return [
+        replace(group, view=replace(view, stored_bytes=_stored_bytes(press, codec, view.keys, view.values)))
+        for group in groups
+        for view in (group.view,)
+    ]
+
+
+def place_of_layer(layer: PressedLayer, rank: int, n_layers: int) -> Place:
+    """The place of a layer whose pairs its press chooses when the prefill is over.
+
+    Args:
+        rank, n_layers: this layer among the layers that are compressed, counted from 0.
+    """
+    keys, values, session = layer.keys, layer.values, layer.session
+    assert keys is not None and values is not None
+    token_bytes = keys.shape[1] * (keys.shape[3] + values.shape[3]) * keys.element_size()
+    press = session.press or session.earlier_press
+    return Place(rank, n_layers, token_bytes, _stored_bytes(press, session.storage, keys, values))
+
+
+def _stored_bytes(
+    press: Press | None, codec: Codec | None, keys: Tensor, values: Tensor
+) -> Callable[[int], int] | None:
+    """What n pairs of every head take, of one row; None where each takes the same and nothing is added."""
+    added = 0 if press is None else sum(part.adds_bytes for part in parts(press))
+    if codec is None and not added:
+        return None
+    n_heads, dims, dtype = keys.shape[1], (keys.shape[3], values.shape[3]), keys.dtype
+    pair, block = sum(dims) * keys.element_size(), None
+
+    def stored_bytes(n: int) -> int:
+        nonlocal block
+        n_encoded = 0 if codec is None else codec.n_encoded(n)
+        if not n_encoded or codec is None:
+            return n_heads * n * (pair + added)
+        if block is None:  # asked for by budgets in bytes alone
+            block = sum(part.nbytes for part in form_of(codec, dims, dtype).values())
+        return n_heads * ((n - n_encoded) * pair + n_encoded // codec.block_tokens * block + n * added)
+
+    return stored_bytes
