@@ -2,6 +2,7 @@
 """What pairs in few bits cost in loss on real text: one by one and rotated, or in KIVI's groups.
 
     python -m benchmarks.packed.loss --model FOLDER_OR_GGUF --dataset FOLDER --output FILE.json
+    python -m benchmarks.packed.loss --share 0.125 ...    fewer pairs, fewer bits, and both, in as many bytes
 
 Every cache is given the pairs of one prefill, and the same tokens are scored after them in one forward pass: the
 differences are paired, with the window as the unit of sampling. Each head's newest 128 pairs are as they are.
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-from coldpress import Codec, KVBits, PressedCache, RotatedBits
+from coldpress import AdaKVPress, Codec, KVBits, PressedCache, RotatedBits, SnapKVPress
 from coldpress.architecture.cache_argument import cache_argument
 from coldpress.eval.datasets import load_corpus
 from coldpress.eval.metrics import paired_difference
@@ -30,6 +31,18 @@ CODECS: dict[str, Codec] = {
     **{f"rotated, keys {k}, values {v}": RotatedBits(k, v) for k, v in ((8, 8), (8, 4), (4, 4), (8, 2), (4, 2))},
     **{f"KIVI, {bits}": KVBits(bits) for bits in (8, 4, 2)},
 }
+# in one share of the bytes: the newest 32 pairs of each head are as they are, for 128 are more than a sixteenth
+IN_A_SHARE: dict[str, Codec | None] = {
+    "fewer pairs": None,
+    **{f"both, keys {k}, values {v}": RotatedBits(k, v, newest=32) for k, v in ((8, 8), (8, 4), (4, 4), (4, 2))},
+    "fewer bits, rotated, 2": RotatedBits(2, 2, newest=32),
+    "fewer bits, KIVI, 2": KVBits(2, residual_tokens=32),
+}
+
+
+def in_a_share(name: str, n_bytes: int) -> AdaKVPress | None:
+    """The press of a row of IN_A_SHARE: SnapKV among all heads of a layer, or none where bits alone are fewer."""
+    return None if name.startswith("fewer bits") else AdaKVPress(SnapKVPress(budget_bytes=n_bytes))
 
 
 @torch.inference_mode()
@@ -40,13 +53,19 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     corpus = load_corpus(args.dataset, subset=args.subset, split="test", sample_idx=args.sample_idx)
     ids = torch.cat([part.ids for part in tokenize(corpus, loaded.tokenizer, args.windows * width)])
     windows = [ids[i * width : (i + 1) * width][None] for i in range(min(args.windows, len(ids) // width))]
-    names = [name for name in CODECS if not args.only or name in args.only]
+    codecs: dict[str, Any] = CODECS if args.share is None else IN_A_SHARE
+    names = [name for name in codecs if not args.only or name in args.only]
+    presses: list[AdaKVPress | None] = [None] * len(names)
+    if args.share is not None:
+        whole = PressedCache()
+        model.base_model(input_ids=windows[0][:, :context], **cache_argument(whole), use_cache=True)
+        presses = [in_a_share(name, int(args.share * whole.kv_bytes())) for name in names]
     losses: dict[str, list[float]] = {name: [] for name in ("", *names)}
     divergences: dict[str, list[float]] = {name: [] for name in names}
     n_bytes: dict[str, int] = {}
     for done, window in enumerate(windows, 1):
         full = PressedCache()
-        caches = dict(zip(names, full.branches([None] * len(names), [CODECS[name] for name in names]), strict=True))
+        caches = dict(zip(names, full.branches(presses, [codecs[name] for name in names]), strict=True))
         model.base_model(input_ids=window[:, :context], **cache_argument(full), use_cache=True)
         expected = None
         for name, cache in {"": full, **caches}.items():
@@ -80,6 +99,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "text_sha256": corpus.text_sha256,
         "context_tokens": context,
         "target_tokens": args.target_tokens,
+        **({} if args.share is None else {"share": args.share}),
         "windows": len(windows),
         "loss": math.fsum(losses[""]) / sum(counts),
         "bytes": n_bytes[""],
@@ -116,7 +136,8 @@ def main() -> int:
     parser.add_argument("--context_tokens", type=int, default=768)
     parser.add_argument("--target_tokens", type=int, default=257)
     parser.add_argument("--windows", type=int, default=20)
-    parser.add_argument("--only", nargs="+", choices=list(CODECS))
+    parser.add_argument("--only", nargs="+", choices=[*CODECS, *IN_A_SHARE])
+    parser.add_argument("--share", type=float, help="of the bytes of all pairs, that each cache may take")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Any, NamedTuple, TypeVar
 
 from coldpress.bases.docstring import parse
@@ -167,7 +167,7 @@ def register_file_press(name: str, cls: type[BasePress]) -> None:
     Raises:
         PressError: a class that cannot be made from a ratio and its own parameters.
     """
-    if not hasattr(cls, "__dataclass_fields__") or any(f.name in ("press", "base_press") for f in fields(cls)):
+    if not is_dataclass(cls) or any(f.name in ("press", "base_press") for f in fields(cls)):
         raise PressError(
             f"--press {name}: {cls.__name__} is made around another press; give a class that is made from a ratio and "
             "parameters of its own."
