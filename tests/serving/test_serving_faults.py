@@ -136,6 +136,8 @@ def test_nothing_is_left_of_answers(loaded: LoadedModel) -> None:
 
 
 class _Job:
+    is_aside = is_reading = False
+
     def __init__(self, client: str, done: list[str], gate: threading.Event, steps: int = 1, ends_at: float = 1e9):
         self.client, self.done, self.gate, self.steps = client, done, gate, steps
         self.ends_at, self.is_cancelled, self.error = time.monotonic() + ends_at, False, None

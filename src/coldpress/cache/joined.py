@@ -33,7 +33,9 @@ class JoinedCache(Cache):
     """
 
     def __init__(self, caches: Sequence[PressedCache]):
-        super().__init__(layers=[_JoinedLayer(rows) for rows in zip(*(c.pressed_layers() for c in caches), strict=True)])
+        super().__init__(
+            layers=[_JoinedLayer(rows) for rows in zip(*(c.pressed_layers() for c in caches), strict=True)]
+        )
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

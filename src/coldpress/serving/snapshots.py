@@ -235,16 +235,16 @@ class Snapshots:
         """See :attr:`Snapshot.disk_bytes`."""
         return 0 if self._folder is None else self._folder.size(snapshot.id)
 
-    def forked(self, snapshot: Snapshot, is_counted: bool = True) -> PressedCache:
-        """See :meth:`Snapshot.fork`; what is no request is not counted as one."""
+    def forked(self, snapshot: Snapshot, is_counted: bool = True) -> tuple[PressedCache, bool]:
+        """See :meth:`Snapshot.fork`, and whether the model had to read it; what is no request is not counted as one."""
         fork, was_read = self._hold(snapshot)
         if not is_counted:
-            return fork
+            return fork, was_read
         with self._lock:
             self.hits += 1
             snapshot.uses += 1
             self.tokens_saved += 0 if was_read else snapshot.n_tokens
-        return fork
+        return fork, was_read
 
     # Making, keeping, moving
 
@@ -270,6 +270,7 @@ class Snapshots:
                     snapshot.achieved_ratio = cache.achieved_ratio()
                     self.built, self.loaded = self.built + was_read, self.loaded + (not was_read)
             fork = cache.fork()
+            fork.session.chunk_tokens = None  # what follows is no piece of the prefix
         with self._lock:
             if snapshot.id in self._by_id:
                 self._by_id.move_to_end(snapshot.id)
