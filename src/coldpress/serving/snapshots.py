@@ -143,7 +143,7 @@ class Snapshots:
         found = self._declared(Snapshot(key, ids, source, press, bits, chunk_tokens, pins))
         try:
             self._hold(found)
-        except Exception:
+        except BaseException:
             if is_new:
                 self.remove(key)
             raise
