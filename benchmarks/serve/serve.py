@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -77,9 +78,7 @@ def first(args: argparse.Namespace) -> dict[str, Any]:
     loaded, texts = _loaded(args, 1)
     text, times = texts[0], dict[str, list[float]]()
     with tempfile.TemporaryDirectory() as folder:
-        loaded.model.set_attn_implementation("sdpa")
-        loaded.model.save_pretrained(folder)
-        loaded.tokenizer.save_pretrained(folder)
+        _save(loaded, folder)
         del loaded
         command = [sys.executable, "-m", "coldpress.cli", "serve", "--port", "0", "--press", "snapkv"]
         command += ["--model", folder, "--served_name", "served", "--compression_ratio", "0.5", "--device", "cpu"]
@@ -102,6 +101,20 @@ def first(args: argparse.Namespace) -> dict[str, Any]:
                 ):
                     times.setdefault(name, []).append(ask())
     return {"samples_s": times, "snapshot": {name: made[name] for name in ("tokens", "bytes", "press")}}
+
+
+def _save(loaded: Any, folder: str) -> None:
+    """Write a model that may come from a GGUF file as what both servers read."""
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(loaded.model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=loaded.model.dtype)
+    plain.load_state_dict(loaded.model.state_dict())
+    plain.generation_config = loaded.model.generation_config
+    plain.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
 
 
 def _first_token_s(url: str, model: str, messages: Any, **more: Any) -> float:
@@ -206,7 +219,13 @@ def documents(args: argparse.Namespace) -> dict[str, Any]:
             )  # fmt: skip
     if args.llama:
         rows.append(_llama(args, texts))
-    return {"documents": len(texts), "budget_mib": args.budget_mib, "clients": args.clients, "made_s": made_s, "rows": rows}
+    return {
+        "documents": len(texts),
+        "budget_mib": args.budget_mib,
+        "clients": args.clients,
+        "made_s": made_s,
+        "rows": rows,
+    }
 
 
 def _asked(url: str, bodies: list[dict[str, Any]], args: argparse.Namespace) -> tuple[list[tuple[int, float]], float]:
@@ -297,7 +316,9 @@ def _loaded(args: argparse.Namespace, n: int) -> tuple[Any, list[str]]:
 
     loaded, texts = load_model(args.model, device="cpu"), list[str]()
     for document in load_corpus(args.dataset, split="test").documents:
-        ids = loaded.tokenizer(document.text[: 8 * n * args.tokens], add_special_tokens=False, verbose=False)["input_ids"]
+        ids = loaded.tokenizer(document.text[: 8 * n * args.tokens], add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]
         for start in range(0, len(ids) - args.tokens, args.tokens):
             texts.append(loaded.tokenizer.decode(ids[start : start + args.tokens]))
             if len(texts) == n:
@@ -331,7 +352,8 @@ def _served(loaded: Any, snapshots: Any, n_clients: int) -> Iterator[str]:
 def table(record: dict[str, Any]) -> str:
     """The record as a Markdown table."""
     env = record["env"]
-    said = f"{record['model']}, float32, {record['threads']} CPU threads; torch {env['torch']}, transformers {env['transformers']}."
+    said = f"{record['model']}, float32, {record['threads']} CPU threads; torch {env['torch']}"
+    said += f", transformers {env['transformers']}."
     return f"{_TABLES[record['part']](record)}\n\n{said}"
 
 

@@ -76,6 +76,11 @@ class Desk:
         return sum(map(len, self._waiting.values()))
 
     @property
+    def is_alive(self) -> bool:
+        """Whether its thread runs."""
+        return self._thread.is_alive()
+
+    @property
     def is_idle(self) -> bool:
         """Whether there is nothing to do."""
         with self._changed:

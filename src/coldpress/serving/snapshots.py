@@ -201,6 +201,16 @@ class Snapshots:
             self._folder.remove(key)
         return found is not None
 
+    def refresh(self) -> None:
+        """Know what other processes on the folder have declared since, and forget what they have removed."""
+        if self._folder is None:
+            return
+        there = self._folder.there()
+        for key in there - self._by_id.keys():
+            self._restore(key)
+        for key in set(self._folder.keys()) - there:
+            self.remove(key)
+
     def flush(self) -> None:
         """Write what is in memory alone to the folder, so that another process finds it there."""
         for snapshot in self:
