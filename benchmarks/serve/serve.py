@@ -19,6 +19,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
@@ -83,8 +84,9 @@ def first(args: argparse.Namespace) -> dict[str, Any]:
         command = [sys.executable, "-m", "coldpress.cli", "serve", "--port", "0", "--press", "snapkv"]
         command += ["--model", folder, "--served_name", "served", "--compression_ratio", "0.5", "--device", "cpu"]
         theirs = [shutil.which("transformers", path=str(Path(sys.executable).parent)) or "transformers", "serve"]
-        theirs += [folder, "--device", "cpu", "--dtype", "float32", "--port", "8765"]
-        with _process(command) as own, _process(theirs, "http://127.0.0.1:8765") as other:
+        port = _free_port()
+        theirs += [folder, "--device", "cpu", "--dtype", "float32", "--host", "127.0.0.1", "--port", str(port)]
+        with _process(command) as own, _process(theirs, f"http://127.0.0.1:{port}") as other:
             whole = [{"role": "user", "content": text + QUESTION}]
             times["coldpress, first question"] = [_first_token_s(own, "served", whole)]
             begun = time.perf_counter()
@@ -130,6 +132,12 @@ def _first_token_s(url: str, model: str, messages: Any, **more: Any) -> float:
                 if choices and choices[0]["delta"].get("content"):
                     return time.perf_counter() - begun
     raise SystemExit(f"{url} has answered without a text")
+
+
+def _free_port() -> int:
+    with socket.socket() as at:
+        at.bind(("127.0.0.1", 0))
+        return int(at.getsockname()[1])
 
 
 @contextlib.contextmanager
@@ -260,7 +268,7 @@ def _llama(args: argparse.Namespace, texts: list[str]) -> dict[str, Any]:
 
     params = xllamacpp.CommonParams()
     params.model.path = args.model
-    params.hostname, params.port = "127.0.0.1", 8766
+    params.hostname, params.port = "127.0.0.1", _free_port()
     params.n_parallel, params.n_ctx = args.clients, args.clients * (args.tokens + 512)
     params.cache_ram_mib = args.budget_mib
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = args.threads
@@ -385,8 +393,8 @@ def _documents_table(record: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        f"{record['documents']} documents of {record['tokens']:,} tokens under {record['budget_mib']:,} MiB, asked in turn by "
-        f"{record['clients']} clients; what is not in memory comes from files.",
+        f"{record['documents']} documents of {record['tokens']:,} tokens under {record['budget_mib']:,} MiB, asked in turn "
+        f"by {record['clients']} clients; what is not in memory comes from files.",
     ]
     return "\n".join(lines)
 

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,6 +42,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, subp
             started.wait(60)
         finally:
             started.kill()
+            started.communicate()
             errors.close()
 
 
@@ -67,7 +67,9 @@ def _is_replica(process: Any) -> bool:
 def test_a_lost_replica_costs_one_retry(server: tuple[str, subprocess.Popen[str]]) -> None:
     url, process = server
     with httpx.Client(base_url=url, timeout=120) as client:
-        made = [client.post("/v1/snapshots", json={"text": f"{n} {CONTEXT}"}).json() for n in ("One.", "Two.", "Three.")]
+        made = [
+            client.post("/v1/snapshots", json={"text": f"{n} {CONTEXT}"}).json() for n in ("One.", "Two.", "Three.")
+        ]
         keys = [one["id"] for one in made]
 
         def ask(key: str) -> Any:
@@ -85,7 +87,9 @@ def test_a_lost_replica_costs_one_retry(server: tuple[str, subprocess.Popen[str]
                 assert ask(key).json()["choices"] == first[keys.index(key)]["choices"]
             assert client.get(f"/v1/snapshots/{key}").json()["uses"] >= 4
         named = {"prompt": f"One. {CONTEXT} {QUESTIONS[0]}", "max_tokens": 3}
-        assert client.post("/v1/completions", json=named).json()["usage"]["prompt_tokens_details"]["cached_tokens"] > 100
+        assert (
+            client.post("/v1/completions", json=named).json()["usage"]["prompt_tokens_details"]["cached_tokens"] > 100
+        )
         with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=1) as own:
             stream = own.completions.create(model="demo", stream=True, extra_body={"snapshot": keys[0]}, **ASKED)
             assert "".join(part.choices[0].text for part in stream) == first[0]["choices"][0]["text"]
@@ -102,7 +106,10 @@ def test_a_lost_replica_costs_one_retry(server: tuple[str, subprocess.Popen[str]
             time.sleep(0.5)
         assert client.delete(f"/v1/snapshots/{keys[2]}").json()["deleted"]
         assert ask(keys[2]).status_code == 404
-        assert client.post("/v1/completions", content=b"{", headers={"content-type": "application/json"}).status_code == 400
+        assert (
+            client.post("/v1/completions", content=b"{", headers={"content-type": "application/json"}).status_code
+            == 400
+        )
 
 
 def test_what_ray_needs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -175,12 +175,13 @@ def greeting(service: Service, address: str, has_key: bool) -> str:
     """Five lines: where the server listens, what it holds, what it allows, how to ask it, and how to end it."""
     snapshots, limits = service.snapshots, service.limits
     model = service.model
+    dtype = str(model.dtype).removeprefix("torch.")
     room = "no limit" if snapshots.budget_bytes is None else f"{snapshots.budget_bytes:,} bytes"
     press = "no press" if snapshots.press is None else repr(snapshots.press)
     key = ' -H "Authorization: Bearer $COLDPRESS_API_KEY"' if has_key else ""
     body = f'{{"model": "{service.name}", "messages": [{{"role": "user", "content": "Who?"}}]}}'
     return printable(
-        f"coldpress serve: {address}/v1, {service.name} in {str(model.dtype).removeprefix('torch.')} on {model.device}, "
+        f"coldpress serve: {address}/v1, {service.name} in {dtype} on {model.device}, "
         f"{'with a key' if has_key else 'for this machine alone, without a key'}\n"
         f"holds: snapshots in {room} of memory, {snapshots.disk_bytes:,} bytes on disk; {press}\n"
         f"allows: {limits.running} answers at once, {limits.waiting} waiting, {service.max_positions:,} positions, "
