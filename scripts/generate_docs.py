@@ -14,9 +14,8 @@ A generated part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->`
 - ``parity``: the comparison with kvpress; ``faults``: the tests of kvpress's faults;
 - ``goals``: what the benchmarks of savings were to show, and what they do;
 - ``sweepcost``, ``overhead``, ``chunked``, ``quantised``, ``packed``, ``decode``, ``compiled``, ``headwise``,
-  ``batch``, ``stream``,
-  ``far``, ``drift``, ``klbound``, ``serve`` or ``startup`` with a FILE: the table of FILE.json in the results of that
-  benchmark.
+  ``batch``, ``stream``, ``far``, ``drift``, ``klbound``, ``serve`` or ``startup`` with a FILE: the table of FILE.json
+  in the results of that benchmark.
 """
 
 from __future__ import annotations

@@ -268,7 +268,7 @@ def _llama(args: argparse.Namespace, texts: list[str]) -> dict[str, Any]:
 
     params = xllamacpp.CommonParams()
     params.model.path = args.model
-    params.hostname, params.port = "127.0.0.1", _free_port()
+    params.port = _free_port()
     params.n_parallel, params.n_ctx = args.clients, args.clients * (args.tokens + 512)
     params.cache_ram_mib = args.budget_mib
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = args.threads
@@ -393,8 +393,8 @@ def _documents_table(record: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        f"{record['documents']} documents of {record['tokens']:,} tokens under {record['budget_mib']:,} MiB, asked in turn "
-        f"by {record['clients']} clients; what is not in memory comes from files.",
+        f"{record['documents']} documents of {record['tokens']:,} tokens under {record['budget_mib']:,} MiB, asked in "
+        f"turn by {record['clients']} clients; what is not in memory comes from files.",
     ]
     return "\n".join(lines)
 
