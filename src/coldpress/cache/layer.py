@@ -31,9 +31,9 @@ from coldpress.stores.base import Store
 
 __all__ = ["Arithmetic", "PressedLayer", "next_layer"]
 
-# query [B, Hq, Q, D], keys [B, Hkv, T, D], values, bias [B or 1, Hkv or 1, Q or 1, T] or None; output [B, Q, Hq, Dv],
-# weights or None
-Arithmetic = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+Attended = tuple[Tensor, Tensor | None]  # output [B, Q, Hq, Dv], weights or None
+# query [B, Hq, Q, D], keys [B, Hkv, T, D], values, bias [B or 1, Hkv or 1, Q or 1, T] or None
+Arithmetic = Callable[[Tensor, Tensor, Tensor, Tensor | None], Attended]
 
 
 class PressedLayer(EvictingLayer):
@@ -196,9 +196,7 @@ class PressedLayer(EvictingLayer):
         """A call of the model with ``n_new`` tokens begins, with a mask, bool ``[B, seen + n_new]``, or None."""
         self.session.begin(self.slots.seen, n_new, mask, self.shown)
 
-    def run(
-        self, call: LayerCall, mask: Tensor | None, arithmetic: Arithmetic, is_plain: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def run(self, call: LayerCall, mask: Tensor | None, arithmetic: Arithmetic, is_plain: bool) -> Attended:
         """Attention of the tokens that came with the last :meth:`update`, and then what the press makes of it.
 
         Args:
@@ -234,9 +232,7 @@ class PressedLayer(EvictingLayer):
             return selected(reader, groups, self.slots)
         return None
 
-    def _attend_to(
-        self, query: Tensor, read: Tensor, bias: Tensor | None, arithmetic: Arithmetic
-    ) -> tuple[Tensor, Tensor | None]:
+    def _attend_to(self, query: Tensor, read: Tensor, bias: Tensor | None, arithmetic: Arithmetic) -> Attended:
         """Attention over the slots ``read`` alone."""
         store, at = self.slots.filled, read.clamp(min=0)
         own = torch.zeros(read.shape, device=read.device) if bias is None else None
