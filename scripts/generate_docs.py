@@ -17,8 +17,8 @@ A generated part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->`
 - ``parity``: the comparison with kvpress; ``faults``: the tests of kvpress's faults;
 - ``goals``: what the benchmarks of savings were to show, and what they do;
 - ``sweepcost``, ``overhead``, ``chunked``, ``quantised``, ``packed``, ``decode``, ``compiled``, ``headwise``,
-  ``batch``, ``stream``, ``far``, ``drift``, ``klbound`` or ``startup`` with a FILE: the table of FILE.json in the
-  results of that benchmark.
+  ``batch``, ``stream``, ``far``, ``drift``, ``klbound``, ``serve`` or ``startup`` with a FILE: the table of FILE.json
+  in the results of that benchmark.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ DOCUMENTS = (
     "benchmarks/batch/README.md",
     "benchmarks/startup/README.md",
     "benchmarks/kl_bound/README.md",
+    "benchmarks/serve/README.md",
 )
 PART = re.compile(r"(<!-- generated: (?P<name>[^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -373,6 +374,7 @@ def generated(name: str) -> str:
         "stream": lambda: measured("long_stream", "long_stream.py", argument),
         "far": lambda: measured("long_stream", "precision.py", argument, "far"),
         "startup": lambda: measured("startup", "startup.py", argument),
+        "serve": lambda: measured("serve", "serve.py", argument),
         "klbound": lambda: measured("kl_bound", "kl_bound.py", argument),
         "drift": lambda: measured("long_stream", "precision.py", argument, "drift"),
     }

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from coldpress.errors import ModelError
 
-__all__ = ["INSTEAD", "Rope", "layer_type", "stand_at"]
+__all__ = ["INSTEAD", "Rope", "has_fixed_frequencies", "layer_type", "stand_at"]
 
 INSTEAD = "Use a press that neither undoes rotations nor moves keys, such as SnapKVPress, without positions='rerotate'."
 
@@ -230,6 +230,12 @@ def stand_at(model: nn.Module, n_tokens: int) -> None:
             if n_tokens > embed.original_max_seq_len:
                 end = torch.tensor([[n_tokens - 1]], device=now.device)
                 embed(torch.empty(0, device=now.device), end, *((kind,) if kind else ()))
+
+
+def has_fixed_frequencies(model: nn.Module) -> bool:
+    """Whether the rotary frequencies of ``model`` do not depend on the length of a text ("dynamic", "longrope")."""
+    kinds = [str(getattr(part, "rope_type", "")) for part in model.modules()]
+    return not any("dynamic" in kind or "longrope" in kind for kind in kinds)
 
 
 def _as_it_is(own: nn.Module, build: Callable[[], nn.Module], device: torch.device) -> Callable[[], nn.Module]:

@@ -29,10 +29,11 @@ from coldpress.core.pick import column_at, pick
 from coldpress.errors import CacheError
 from coldpress.stores.base import Store
 
-__all__ = ["PressedLayer", "next_layer"]
+__all__ = ["Arithmetic", "PressedLayer", "next_layer"]
 
-# keys [B, Hkv, T, D], values, bias [B or 1, Hkv or 1, Q or 1, T] or None; output [B, Q, Hq, Dv], weights or None
-Arithmetic = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+Attended = tuple[Tensor, Tensor | None]  # output [B, Q, Hq, Dv], weights or None
+# query [B, Hq, Q, D], keys [B, Hkv, T, D], values, bias [B or 1, Hkv or 1, Q or 1, T] or None
+Arithmetic = Callable[[Tensor, Tensor, Tensor, Tensor | None], Attended]
 
 
 class PressedLayer(EvictingLayer):
@@ -195,9 +196,7 @@ class PressedLayer(EvictingLayer):
         """A call of the model with ``n_new`` tokens begins, with a mask, bool ``[B, seen + n_new]``, or None."""
         self.session.begin(self.slots.seen, n_new, mask, self.shown)
 
-    def run(
-        self, call: LayerCall, mask: Tensor | None, arithmetic: Arithmetic, is_plain: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def run(self, call: LayerCall, mask: Tensor | None, arithmetic: Arithmetic, is_plain: bool) -> Attended:
         """Attention of the tokens that came with the last :meth:`update`, and then what the press makes of it.
 
         Args:
@@ -215,12 +214,12 @@ class PressedLayer(EvictingLayer):
         leaving = self._leaving(n_queries)
         bias = additive_mask(self.slots, n_queries, mask, call.sliding_window, own, leaving, by_head)
         if read is not None:
-            result = self._attend_to(read, bias, arithmetic)
+            result = self._attend_to(call.query, read, bias, arithmetic)
         elif by_head:
             result = store.attend(call.query, bias, call.scaling), None
         else:
             keys, values = (store.keys, store.values) if store.is_ragged or self._offered is None else self._offered
-            result = arithmetic(keys, values, bias)
+            result = arithmetic(call.query, keys, values, bias)
         self.after_attention(call)
         return result
 
@@ -233,7 +232,7 @@ class PressedLayer(EvictingLayer):
             return selected(reader, groups, self.slots)
         return None
 
-    def _attend_to(self, read: Tensor, bias: Tensor | None, arithmetic: Arithmetic) -> tuple[Tensor, Tensor | None]:
+    def _attend_to(self, query: Tensor, read: Tensor, bias: Tensor | None, arithmetic: Arithmetic) -> Attended:
         """Attention over the slots ``read`` alone."""
         store, at = self.slots.filled, read.clamp(min=0)
         own = torch.zeros(read.shape, device=read.device) if bias is None else None
@@ -243,7 +242,7 @@ class PressedLayer(EvictingLayer):
         own = own.masked_fill(read < 0, -torch.inf)
         self.n_read = self.n_read + (read >= 0).sum()
         self.n_readable += int(self.slots.n_kept_pairs + store.n_rows * store.n_heads * (store.n - self.slots.n_kept))
-        return arithmetic(pick(store.keys, at), pick(store.values, at), own[:, :, None])
+        return arithmetic(query, pick(store.keys, at), pick(store.values, at), own[:, :, None])
 
     # -- what coldpress adds --------------------------------------------------------------------------------------
 

@@ -64,9 +64,14 @@ def serve_options(parser: argparse.ArgumentParser) -> None:
     add("--port", type=partial(integer, minimum=0, maximum=65535), default=8000, help="0: any (default: 8000)")
     add("--api_key", help="that requests have to bring (default: COLDPRESS_API_KEY of the environment, or none)")
     add("--allow_files", metavar="FOLDER", help="snapshots may be of files in it (default: no file is opened)")
+    machines = parser.add_argument_group("more than one process")
+    add = machines.add_argument
+    add("--engine", choices=("local", "ray"), default="local", help="ray: replicas on a Ray cluster (default: local)")
+    add("--replicas", type=positive, help="processes that hold the model, with --engine ray (default: 2)")
+    add("--ray_address", help="host:port or auto of a cluster (default: one started for the server)")
     limits = parser.add_argument_group("limits")
     add = limits.add_argument
-    add("--max_running", type=positive, default=4, help="requests that are answered at once (default: 4)")
+    add("--max_running", type=positive, default=8, help="requests that are answered at once, in one batch (default: 8)")
     add("--max_waiting", type=positive, default=64, help="requests that wait, before others get 429 (default: 64)")
     add("--max_new_tokens", type=positive, default=1024, help="of an answer (default: 1024)")
     add("--max_body_bytes", type=byte_count, default=16 << 20, help="of a request (default: 16MiB)")

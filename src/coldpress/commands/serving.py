@@ -6,14 +6,18 @@ import argparse
 import os
 import shlex
 import warnings
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from coldpress.bases.press_files import load_press_files
 from coldpress.bases.registry import make_press, press_names, takes_ratio
 from coldpress.bases.scorer import BUDGETS
+from coldpress.commands.replicas import replicas
 from coldpress.core.press import Press
 from coldpress.errors import InputError, MissingDependencyError
-from coldpress.eval.models import LoadedModel, load_model
+from coldpress.eval.models import load_model
 from coldpress.eval.press_args import check_types, read_press_args
 from coldpress.eval.progress import note
 from coldpress.io.files import path_of
@@ -38,6 +42,8 @@ def serve_given(args: argparse.Namespace, model_options: dict[str, Any]) -> int:
         body_bytes=args.max_body_bytes,
         time_s=float(args.max_seconds),
     )
+    if args.engine == "local" and (args.replicas or args.ray_address):
+        raise InputError("--replicas and --ray_address are of --engine ray; give that too.")
     return serve(
         model_options,
         {name: value for name, value in press.items() if value is not None},
@@ -48,6 +54,7 @@ def serve_given(args: argparse.Namespace, model_options: dict[str, Any]) -> int:
         args.api_key,
         args.allow_files,
         args.served_name,
+        None if args.engine == "local" else (args.replicas or 2, args.ray_address),
     )
 
 
@@ -61,6 +68,7 @@ def serve(
     api_key: str | None = None,
     allow_files: str | None = None,
     served_name: str | None = None,
+    cluster: tuple[int, str | None] | None = None,
 ) -> int:
     """Answer requests until a signal comes; the exit code.
 
@@ -73,12 +81,14 @@ def serve(
         api_key: that requests have to bring; None takes that of the environment.
         allow_files: the folder whose files a client may name; None: no file is opened for one.
         served_name: under which requests ask for the model; None: its own, of a folder or file the last part.
+        cluster: how many replicas on a Ray cluster, and its address or None; None: this process alone.
 
     Raises:
         InputError: something that was asked for cannot work; before the model is loaded where that can be known.
     """
     try:
         from coldpress.serving.app import make_app
+        from coldpress.serving.guard import Guard
         from coldpress.serving.listening import Listener, bound
     except ImportError as error:
         raise MissingDependencyError(
@@ -95,20 +105,31 @@ def serve(
         raise InputError(f"--allow_files {allow_files} is no folder; name the one whose files clients may ask about.")
     load_press_files([str(press.get("press", ""))])  # requests name what is loaded, and load nothing
     chosen = press_of(press, {})
-    with bound(host, port) as at:
+    hosts = (*_LOCAL, "[::1]") if is_local and api_key is None else None
+
+    def service() -> Service:
         loaded = load_model(**model_options)
         held = Snapshots(loaded.model, loaded.tokenizer, chosen, **snapshots)
-        service = Service(
-            loaded.model, loaded.tokenizer, loaded.name, held, limits, lambda given: press_of(press, given)
-        )
-        hosts = (*_LOCAL, "[::1]") if is_local and api_key is None else None
+        name = served_name or Path(loaded.name).name
+        return Service(loaded.model, loaded.tokenizer, name, held, limits, partial(press_of, press), files)
+
+    with bound(host, port) as at, ExitStack() as stack:
         address = f"http://{f'[{host}]' if ':' in host else host}:{at.getsockname()[1]}"
-        lines = greeting(loaded, service, address, has_key=api_key is not None)
-        listener = Listener(make_app(service, api_key, hosts), service, lambda: print(lines, flush=True))
-        with warnings.catch_warnings():
-            warnings.simplefilter("always", UserWarning)
-            warnings.showwarning = lambda message, *_, **__: note(str(message))
-            listener.listen(at)
+        if cluster is None:
+            served = service()
+            app = make_app(served, api_key, hosts)
+            lines = greeting(served, address, api_key is not None)
+        else:
+            if snapshots["folder"] is None:
+                raise InputError("--engine ray needs a --folder that all replicas share, for their snapshots.")
+            served = stack.enter_context(replicas(service, *cluster, limits))
+            app = Guard(served, limits, api_key, hosts)
+            lines = f"coldpress serve: {address}/v1, {cluster[0]} replicas on Ray\nend: Ctrl-C or SIGTERM"
+        listener = Listener(app, served, lambda: print(lines, flush=True))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = lambda message, *_, **__: note(str(message))
+        listener.listen(at)
     note("ended; what was asked is answered")
     return 130 if listener.is_interrupted else 0
 
@@ -152,16 +173,17 @@ def press_of(own: dict[str, Any], given: dict[str, Any]) -> Press | None:
     return make_press(name, ratio, **budget, **arguments)
 
 
-def greeting(loaded: LoadedModel, service: Service, address: str, has_key: bool) -> str:
+def greeting(service: Service, address: str, has_key: bool) -> str:
     """Five lines: where the server listens, what it holds, what it allows, how to ask it, and how to end it."""
     snapshots, limits = service.snapshots, service.limits
-    facts = loaded.facts()
+    model = service.model
+    dtype = str(model.dtype).removeprefix("torch.")
     room = "no limit" if snapshots.budget_bytes is None else f"{snapshots.budget_bytes:,} bytes"
     press = "no press" if snapshots.press is None else repr(snapshots.press)
     key = ' -H "Authorization: Bearer $COLDPRESS_API_KEY"' if has_key else ""
     body = f'{{"model": "{service.name}", "messages": [{{"role": "user", "content": "Who?"}}]}}'
     return printable(
-        f"coldpress serve: {address}/v1, {loaded.name} in {facts['dtype']} on {facts['device']}, "
+        f"coldpress serve: {address}/v1, {service.name} in {dtype} on {model.device}, "
         f"{'with a key' if has_key else 'for this machine alone, without a key'}\n"
         f"holds: snapshots in {room} of memory, {snapshots.disk_bytes:,} bytes on disk; {press}\n"
         f"allows: {limits.running} answers at once, {limits.waiting} waiting, {service.max_positions:,} positions, "

@@ -174,8 +174,8 @@ def _attended(
     )
     compute = {"sdpa": sdpa, "flash_attention_2": flash}.get(native, eager)
 
-    def arithmetic(keys: Tensor, values: Tensor, bias: Tensor | None) -> Attended:
-        return compute(module, query, keys, values, bias, scaling, dropout, **kwargs)
+    def arithmetic(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Attended:
+        return compute(module, queries, keys, values, bias, scaling, dropout, **kwargs)
 
     attended: Attended = layer.run(call, attention_mask, arithmetic, native in _PLAIN and not dropout)
     return attended

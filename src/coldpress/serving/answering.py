@@ -13,7 +13,10 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.cache.pressed import PressedCache
+from coldpress.errors import CacheError, RequestError
 from coldpress.models.prompts import pieces
+from coldpress.serving.aside import Aside, Task
+from coldpress.serving.batch import Batch
 from coldpress.serving.reading import run
 from coldpress.serving.snapshot import Snapshot
 from coldpress.serving.snapshots import Snapshots
@@ -89,21 +92,33 @@ class Failure:
 
 
 class _Choice:
-    """One of the answers to a prompt."""
+    """One of the answers to a prompt: a row of the batch while the model makes its next token."""
 
-    def __init__(self, index: int, cache: PressedCache, logits: Tensor, text: GrowingText, wanted: Wanted):
-        self.index, self.cache, self.logits, self.text = index, cache, logits, text
-        seed = secrets.randbits(62) if wanted.seed is None else (wanted.seed * 1_000_003 + index) % 2**63
+    def __init__(self, answer: Answer, index: int, cache: PressedCache, logits: Tensor, text: GrowingText):
+        self.answer, self.index, self.cache, self.text = answer, index, cache, text
+        self.logits: Tensor | Exception = logits
+        given = answer.wanted.seed
+        seed = secrets.randbits(62) if given is None else (given * 1_000_003 + index) % 2**63
         self.generator = torch.Generator().manual_seed(seed)
         self.n_tokens, self.is_done = 0, False
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether somebody waits for the answer."""
+        return not self.answer.is_cancelled
+
+    def take(self, logits: Tensor | Exception) -> None:
+        """Take float32 logits ``[V]`` after the newest token, or what went wrong."""
+        self.logits = logits
 
 
 class Answer:
     """A job for the desk: reads what a snapshot lacks of a prompt, then makes a token of every choice in each step.
 
     Args:
-        model: that the snapshots are of.
-        snapshots: where the beginning of the prompt is looked for.
+        snapshots: where the beginning of the prompt is looked for, of the model that answers.
+        batch: where its tokens wait for the model.
+        aside: where a snapshot is made or read that is not in memory.
         wanted: of the request.
         tell: is called with each :class:`Piece`, and then with an :class:`End` or a :class:`Failure`, in the thread of
             the desk.
@@ -112,29 +127,39 @@ class Answer:
         read_tokens: that are read in one step at most, so that other answers go on meanwhile.
     """
 
+    is_aside = False
+
     def __init__(
         self,
-        model: PreTrainedModel,
         snapshots: Snapshots,
+        batch: Batch,
+        aside: Aside,
         wanted: Wanted,
         tell: Callable[[Any], None],
         client: str = "",
         time_s: float = 3600.0,
-        read_tokens: int = 2048,
+        read_tokens: int = 512,
     ):
-        self.model, self.snapshots, self.wanted, self.tell, self.client = model, snapshots, wanted, tell, client
+        self.snapshots, self.batch, self.aside = snapshots, batch, aside
+        self.wanted, self.tell, self.client = wanted, tell, client
         self.ends_at, self.is_cancelled = time.monotonic() + time_s, False
         self._read_tokens = read_tokens
-        self._ends = end_tokens(model, snapshots.tokenizer)
+        self._ends = end_tokens(snapshots.model, snapshots.tokenizer)
+        self._task: Task | None = None
         self._cache: PressedCache | None = None
         self._left: list[tuple[int, int]] = []  # pieces of the prompt to be read
         self._choices: list[_Choice] = []
         self._n_cached, self._n_made = 0, 0
         self._prompt: list[Likely] = []
 
+    @property
+    def is_reading(self) -> bool:
+        """Whether the next step reads a piece of the prompt, which takes longer than a token."""
+        return bool(self._left)
+
     @torch.no_grad()
     def step(self) -> bool:
-        """Read a piece of the prompt, or make a token of every choice; whether the answer is whole."""
+        """Read a piece of the prompt, or choose a token of every choice; whether the answer is whole."""
         if self._cache is None:
             self._begin()
         elif self._left:
@@ -154,25 +179,50 @@ class Answer:
 
     def end(self) -> None:
         """Let go of the caches at once: whoever waits may hold the answer for long."""
+        if self._task is not None:
+            self.aside.drop(self._task)
+        self._task = None
         self._cache, self._choices, self._prompt = None, [], []
 
     def _begin(self) -> None:
-        wanted, n_built = self.wanted, self.snapshots.built
-        if wanted.echo:  # every token of the prompt is told, so the model has to read it
+        """Fork the snapshot that the prompt begins with; one that is not in memory is made or read aside first."""
+        wanted, was_read = self.wanted, False
+        found = wanted.snapshot
+        if self._task is not None:
+            if not self._task.is_done:
+                return
+            self._cache, was_read = self._task.taken()
+        elif wanted.echo:  # every token of the prompt is told, so the model has to read it
             self._cache = PressedCache()
         else:
-            self._cache = self.snapshots.fork(wanted.ids) if wanted.snapshot is None else wanted.snapshot.fork()
+            found = self.snapshots.find(wanted.ids) if found is None else found
+            if found is None:
+                self._cache = self.snapshots.fork(wanted.ids)
+            elif found.tier == "memory":
+                self._cache, _ = self._forked(found)
+            else:
+                self._task = self.aside.submit(lambda: self._forked(found))
+                return
         n_there = self._cache.seen_tokens
-        self._n_cached = n_there if self.snapshots.built == n_built else 0  # it may have had to be read once more
+        self._n_cached = 0 if was_read else n_there  # it may have had to be read once more
         n_new = len(wanted.ids) - n_there
         self._left = [(n_there + a, n_there + b) for a, b in pieces(n_new, self._read_tokens)]
+
+    def _forked(self, snapshot: Snapshot) -> tuple[PressedCache, bool]:
+        """A fork of a snapshot, and whether the model had to read it."""
+        try:
+            return self.snapshots.forked(snapshot)
+        except CacheError as error:
+            if not snapshot.is_removed:
+                raise
+            raise RequestError(str(error), 404, "snapshot_not_found", "snapshot") from error
 
     def _read(self, start: int, stop: int) -> None:
         """Read the tokens from ``start`` to ``stop``; the choices begin after the last ones."""
         assert self._cache is not None
         wanted = self.wanted
         has_all = wanted.echo and wanted.n_likely is not None
-        logits = run(self.model, self._cache, wanted.ids[start:stop], has_all)
+        logits = run(self.snapshots.model, self._cache, wanted.ids[start:stop], has_all)
         if has_all:
             self._prompt += [] if start else [Likely(wanted.ids[0], None)]
             for row, token in zip(logits, wanted.ids[start + 1 : stop + 1], strict=False):
@@ -182,7 +232,7 @@ class Answer:
         tokenizer = self.snapshots.tokenizer
         for index in range(wanted.n):
             cache = self._cache if index == wanted.n - 1 else self._cache.fork()
-            choice = _Choice(index, cache, logits[-1], GrowingText(tokenizer, wanted.stop), wanted)
+            choice = _Choice(self, index, cache, logits[-1], GrowingText(tokenizer, wanted.stop))
             self._choices.append(choice)
             if wanted.echo:
                 text = tokenizer.decode(wanted.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -190,9 +240,11 @@ class Answer:
                 self.tell(Piece(index, text, tuple(self._prompt), "length" if choice.is_done else None))
 
     def _go_on(self, choice: _Choice) -> None:
-        """Make a token of a choice, and tell what is certain of its text."""
-        wanted = self.wanted
-        token = picked(choice.logits, wanted.temperature, wanted.top_p, choice.generator)
+        """Choose a token of a choice, tell what is certain of its text, and have the token read with the others."""
+        wanted, logits = self.wanted, choice.logits
+        if isinstance(logits, Exception):
+            raise logits
+        token = picked(logits, wanted.temperature, wanted.top_p, choice.generator)
         choice.n_tokens += 1
         self._n_made += 1
         tokens: tuple[Likely, ...] = ()
@@ -201,7 +253,7 @@ class Answer:
         else:
             text, reason = choice.text.add(token), None
             if wanted.n_likely is not None:
-                tokens = (_likely(choice.logits, token, wanted.n_likely),)
+                tokens = (_likely(logits, token, wanted.n_likely),)
             if choice.text.is_stopped:
                 reason = "stop"
             elif choice.n_tokens >= wanted.max_new_tokens:
@@ -210,7 +262,7 @@ class Answer:
         if text or tokens or reason:
             self.tell(Piece(choice.index, text, tokens, reason))
         if not choice.is_done:
-            choice.logits = run(self.model, choice.cache, [token])[-1]
+            self.batch.add(choice, token)
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:

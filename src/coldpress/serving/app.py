@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import hmac
-import sys
-import traceback
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
@@ -19,14 +16,14 @@ from starlette.exceptions import HTTPException
 from coldpress.errors import RequestError
 from coldpress.serving.answering import Failure, Wanted
 from coldpress.serving.bodies import Body
+from coldpress.serving.guard import Guard, refused
 from coldpress.serving.meters import Meters
 from coldpress.serving.replies import GONE, Asked, Events, Line, own_fault, told
 from coldpress.serving.service import Making, Service, refusal
-from coldpress.serving.shapes import ChatShape, TextShape, error_of
+from coldpress.serving.shapes import ChatShape, TextShape
 
 __all__ = ["make_app"]
 
-_OPEN = ("/", "/health")  # paths that need no key
 _T = TypeVar("_T")
 
 
@@ -55,57 +52,11 @@ def make_app(service: Service, api_key: str | None = None, hosts: Iterable[str] 
     app.add_api_route("/v1/snapshots/{key}", routes.snapshot, methods=["GET"])
     app.add_api_route("/v1/snapshots/{key}/page", routes.snapshot_page, methods=["GET"])
     app.add_api_route("/v1/snapshots/{key}", routes.remove_snapshot, methods=["DELETE"])
-    return _Guard(app, service, routes.meters, api_key, None if hosts is None else frozenset(hosts))
 
+    def count(route: str, status: int) -> None:
+        routes.meters.requests.labels(route, str(status)).inc()
 
-class _Guard:
-    """What every request passes: its host's name, its key, and a last net for errors. Counts what was answered."""
-
-    def __init__(self, app: Any, service: Service, meters: Meters, api_key: str | None, hosts: frozenset[str] | None):
-        self.app, self.service, self.meters, self.hosts = app, service, meters, hosts
-        self.api_key = None if api_key is None else api_key.encode()
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        status = 0
-
-        async def sent(message: Any) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await asyncio.wait_for(send(message), self.service.limits.idle_s)  # who stops reading is left
-
-        try:
-            self._check(scope)
-            await self.app(scope, receive, sent)
-        except RequestError as error:
-            await _refused(error)(scope, receive, sent)
-        except (asyncio.TimeoutError, OSError):
-            pass  # the client is gone, or takes nothing
-        except Exception:
-            traceback.print_exc(file=sys.stderr)
-            if not status:
-                await _refused(own_fault())(scope, receive, sent)
-        route = getattr(scope.get("route"), "path", "other")
-        self.meters.requests.labels(route, str(status or 499)).inc()  # 499: the client was gone
-
-    def _check(self, scope: Any) -> None:
-        """Raise :class:`RequestError` for a wrong host or key."""
-        headers = dict(scope["headers"])
-        if self.hosts is not None:
-            host = headers.get(b"host", b"").decode("latin-1").rpartition("@")[2]
-            name = host[: host.find("]") + 1] if host.startswith("[") else host.partition(":")[0]
-            if name.lower() not in self.hosts:
-                raise RequestError(f"This server is not {name[:80]!r}.", 403, "wrong_host")
-        if self.api_key is None or scope["path"] in _OPEN:
-            return
-        kind, _, key = headers.get(b"authorization", b"").partition(b" ")
-        if not hmac.compare_digest(key.strip(), self.api_key) or kind.lower() != b"bearer":
-            raise RequestError(
-                "The key is missing or wrong; send the header 'Authorization: Bearer KEY'.", 401, "invalid_api_key"
-            )
+    return Guard(app, service.limits, api_key, hosts, count)
 
 
 class _Routes:
@@ -268,24 +219,15 @@ def _streaming(body: Body) -> tuple[bool, bool]:
     return is_streamed, has_usage
 
 
-def _refused(error: RequestError) -> Response:
-    headers = {} if error.retry_after_s is None else {"retry-after": str(error.retry_after_s)}
-    if error.status == 401:
-        headers["www-authenticate"] = "Bearer"
-    if error.status == 413:
-        headers["connection"] = "close"
-    return JSONResponse(error_of(error), error.status, headers)
-
-
 async def _of_request(request: Request, error: Any) -> Response:
-    return _refused(error)
+    return refused(error)
 
 
 async def _of_ours(request: Request, error: Any) -> Response:
-    return _refused(own_fault())  # the guard prints it
+    return refused(own_fault())  # the guard prints it
 
 
 async def _of_http(request: Request, error: Any) -> Response:
     """No such path, or another method."""
     words = {404: f"There is nothing at {request.url.path[:80]}.", 405: "This path takes another method."}
-    return _refused(RequestError(words.get(error.status_code, str(error.detail)), error.status_code, "not_found"))
+    return refused(RequestError(words.get(error.status_code, str(error.detail)), error.status_code, "not_found"))

@@ -1,4 +1,4 @@
-"""The desk: requests wait here in a fair queue, and one thread answers several of them in turn."""
+"""The desk: requests wait here in a fair queue; one thread answers several, a step of each in every round."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import threading
 import time
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from typing import Protocol
 
 from coldpress.errors import RequestError
@@ -20,11 +21,19 @@ class Job(Protocol):
         client: who asks; clients are served in turn.
         ends_at: time on :func:`time.monotonic` after which it is given up.
         is_cancelled: nobody waits for it any more.
+        is_aside: its work is done aside, and it takes no place of those that are answered; one of these at a time.
+        is_reading: its next step takes long; one of these in each round.
     """
 
     client: str
     ends_at: float
     is_cancelled: bool
+
+    @property
+    def is_aside(self) -> bool: ...
+
+    @property
+    def is_reading(self) -> bool: ...
 
     def step(self) -> bool:
         """Do a part of the work; whether it was the last one."""
@@ -40,12 +49,13 @@ class Desk:
     """One thread that does a step of each running job in turn, and a queue in which clients have equal shares.
 
     Args:
-        most_running: jobs that are worked on at once.
+        most_running: jobs that are worked on at once, beside one whose work is done aside.
         most_waiting: jobs in the queue.
+        after_round: what the steps of a round have left to be done together.
     """
 
-    def __init__(self, most_running: int, most_waiting: int):
-        self.most_running, self.most_waiting = most_running, most_waiting
+    def __init__(self, most_running: int, most_waiting: int, after_round: Callable[[], object] = lambda: None):
+        self.most_running, self.most_waiting, self._after_round = most_running, most_waiting, after_round
         self.is_draining = False
         self._running: list[Job] = []
         self._waiting: OrderedDict[str, deque[Job]] = OrderedDict()  # by client, whose turn is next first
@@ -64,6 +74,11 @@ class Desk:
     def n_waiting(self) -> int:
         """Jobs in the queue."""
         return sum(map(len, self._waiting.values()))
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether its thread runs."""
+        return self._thread.is_alive()
 
     @property
     def is_idle(self) -> bool:
@@ -85,7 +100,8 @@ class Desk:
                     "server_draining",
                     retry_after_s=5,
                 )
-            if self.n_running + self.n_waiting >= self.most_running + self.most_waiting:
+            n_answered = sum(not running.is_aside for running in self._running)
+            if n_answered + self.n_waiting >= self.most_running + self.most_waiting:
                 raise RequestError(
                     f"{self.n_waiting} requests are waiting, which is the limit; ask again later.",
                     429,
@@ -128,8 +144,7 @@ class Desk:
                     left = [*self._running, *(job for line in self._waiting.values() for job in line)]
                     self._running, self._waiting = [], OrderedDict()
                 late = self._late()
-                while self._waiting and len(self._running) < self.most_running:
-                    job = self._next()
+                while (job := self._next()) is not None:
                     begun[id(job)] = time.monotonic()
                     self._running.append(job)
                 running = list(self._running)
@@ -139,8 +154,10 @@ class Desk:
                 for job in left:
                     job.fail(RequestError("The server has ended.", 503, "server_draining", retry_after_s=5))
                 return
-            done = [job for job in running if self._step(job)]
-            del running, late
+            reader = next((job for job in running if job.is_reading), None)
+            done = [job for job in running if self._is_in_turn(job, reader) and self._step(job)]
+            self._after_round()
+            del running, late, reader
             with self._changed:
                 for job in done:
                     job.end()
@@ -159,13 +176,24 @@ class Desk:
             job.fail(error)
             return True
 
-    def _next(self) -> Job:
-        """The job whose turn it is; its client is last in turn then."""
-        client, line = self._waiting.popitem(last=False)
-        job = line.popleft()
-        if line:
-            self._waiting[client] = line
-        return job
+    @staticmethod
+    def _is_in_turn(job: Job, reader: Job | None) -> bool:
+        """Whether a job has a step in this round: of those that read long texts the first one, and all others."""
+        return job is reader or not job.is_reading or job.is_cancelled or time.monotonic() > job.ends_at
+
+    def _next(self) -> Job | None:
+        """The job whose turn it is, if there is a place for it; its client is last in turn then."""
+        n_aside = sum(job.is_aside for job in self._running)
+        is_free = {True: not n_aside, False: len(self._running) - n_aside < self.most_running}
+        for client, line in self._waiting.items():
+            job = next((job for job in line if is_free[job.is_aside]), None)
+            if job is not None:
+                line.remove(job)
+                del self._waiting[client]
+                if line:
+                    self._waiting[client] = line
+                return job
+        return None
 
     def _late(self) -> list[Job]:
         """Take the jobs that have waited too long out of the queue."""

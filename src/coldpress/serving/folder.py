@@ -80,6 +80,13 @@ class Folder:
         with self._lock:
             return list(self._sizes)
 
+    def there(self) -> set[str]:
+        """Keys of the files that are there now, those of other processes too."""
+        try:
+            return {file.stem for file in self.path.iterdir() if _FILE.fullmatch(file.name)}
+        except OSError:
+            return set()
+
     def write(self, snapshot: Snapshot, model: PreTrainedModel) -> None:
         """Write a snapshot and its declaration, unless they are there: whole or not at all.
 

@@ -56,6 +56,8 @@ class Listener(uvicorn.Server):
     def __init__(self, app: Any, service: Service, when_listening: Callable[[], object] = lambda: None):
         config = uvicorn.Config(
             app,
+            http="h11",  # and no other that may be installed: what is tested
+            loop="asyncio",
             log_level="warning",
             access_log=False,
             server_header=False,

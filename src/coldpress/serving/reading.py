@@ -13,11 +13,12 @@ from transformers.modeling_utils import PreTrainedModel
 from coldpress.architecture.cache_argument import cache_argument
 from coldpress.architecture.offloaded import device_of
 from coldpress.architecture.rope import stand_at
+from coldpress.cache.joined import JoinedCache
 from coldpress.cache.pressed import PressedCache
 from coldpress.models.block import prefilling
 from coldpress.models.prompts import prefill
 
-__all__ = ["compressed", "run"]
+__all__ = ["compressed", "run", "run_together"]
 
 
 def compressed(model: PreTrainedModel, tokenizer: Any, ids: Sequence[int], cache: PressedCache) -> None:
@@ -42,4 +43,20 @@ def run(model: PreTrainedModel, cache: PressedCache, ids: Sequence[int], has_all
         options["logits_to_keep"] = 1
     output = called(input_ids=given, **cache_argument(cache, model), use_cache=True, **options)
     logits: Tensor = output.logits[0] if has_all else output.logits[0, -1:]
+    return logits.float()
+
+
+@torch.no_grad()
+def run_together(model: PreTrainedModel, caches: Sequence[PressedCache], tokens: Sequence[int]) -> Tensor:
+    """Read one token after what each cache has seen, in one call: float32 logits ``[rows, V]`` after each.
+
+    The caches are such as :func:`coldpress.cache.joined.can_join` allows, and the model takes position_ids. Products of
+    a matrix with several rows are other sums than those with one, so logits differ from :func:`run`'s in the last bits.
+    """
+    called: Any = model
+    device = device_of(model) or model.device
+    positions = torch.tensor([[cache.seen_tokens] for cache in caches], device=device)
+    given = torch.tensor([[token] for token in tokens], device=device)
+    joined = cache_argument(JoinedCache(caches), model)
+    logits: Tensor = called(input_ids=given, position_ids=positions, **joined, use_cache=True).logits[:, -1]
     return logits.float()

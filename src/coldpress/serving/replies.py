@@ -8,6 +8,7 @@ import json
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -27,10 +28,15 @@ _HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-con
 
 
 class Line:
-    """Events from the thread of the desk, for a coroutine that waits for them or for its client to go away."""
+    """Events from the thread of the desk, for a coroutine that waits for them or for its client to go away.
 
-    def __init__(self, request: Request):
-        self._loop, self._events = asyncio.get_running_loop(), asyncio.Queue[Any]()
+    Args:
+        request: whose client is watched.
+        when_gone: called at once when the client is gone, whatever events are still to be taken.
+    """
+
+    def __init__(self, request: Request, when_gone: Callable[[], object] = lambda: None):
+        self._loop, self._events, self._when_gone = asyncio.get_running_loop(), asyncio.Queue[Any](), when_gone
         self._watch = asyncio.ensure_future(self._watched(request))
 
     def tell(self, event: Any) -> None:
@@ -49,6 +55,7 @@ class Line:
     async def _watched(self, request: Request) -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
+        self._when_gone()
         self._events.put_nowait(GONE)
 
 
@@ -66,7 +73,7 @@ class Asked:
     ):
         self.service, self.meters, self.wanted, self.shape = service, meters, wanted, shape
         self.ends_with_usage, self.begun = ends_with_usage, time.monotonic()
-        self.line, self.jobs, self.ends = Line(request), list[Answer](), list[End]()
+        self.line, self.jobs, self.ends = Line(request, self._cancel), list[Answer](), list[End]()
         client = request.client.host if request.client else ""
         try:
             for number, one in enumerate(wanted):
@@ -103,11 +110,14 @@ class Asked:
     def leave(self) -> None:
         """Give up what is not done, and count what is."""
         self.line.close()
-        for job in self.jobs:
-            self.service.desk.cancel(job)
+        self._cancel()
         self.meters.prompt_tokens.inc(sum(end.prompt_tokens for end in self.ends))
         self.meters.cached_tokens.inc(sum(end.cached_tokens for end in self.ends))
         self.meters.completion_tokens.inc(sum(end.completion_tokens for end in self.ends))
+
+    def _cancel(self) -> None:
+        for job in self.jobs:
+            self.service.desk.cancel(job)
 
     @property
     def n_choices(self) -> int:

@@ -16,6 +16,8 @@ from coldpress.errors import InputError, RequestError
 from coldpress.io.files import read_text
 from coldpress.models.inspection import inspection_of
 from coldpress.serving.answering import Answer, Failure, Wanted
+from coldpress.serving.aside import Aside, Task
+from coldpress.serving.batch import Batch
 from coldpress.serving.bodies import Body
 from coldpress.serving.desk import Desk
 from coldpress.serving.snapshot import Snapshot
@@ -53,34 +55,42 @@ class Limits:
         idle_s: that a client may take to send its body, or to take a piece of its answer.
     """
 
-    running: int = 4
+    running: int = 8
     waiting: int = 64
     new_tokens: int = 1024
     choices: int = 16
     body_bytes: int = 16 << 20
     time_s: float = 600.0
-    read_tokens: int = 2048
+    read_tokens: int = 512
     idle_s: float = 60.0
 
 
 class Making:
-    """A job for the desk: make a snapshot or its page. ``tell`` is called with it, or with a :class:`Failure`."""
+    """A job for the desk: make a snapshot or its page aside. ``tell`` is called with it, or with a :class:`Failure`."""
 
-    def __init__(self, make: Callable[[], Any], tell: Callable[[Any], None], client: str, time_s: float):
-        self.make, self.tell, self.client = make, tell, client
+    is_aside, is_reading = True, False
+
+    def __init__(self, make: Callable[[], Any], aside: Aside, tell: Callable[[Any], None], client: str, time_s: float):
+        self.make, self.aside, self.tell, self.client = make, aside, tell, client
         self.ends_at, self.is_cancelled = time.monotonic() + time_s, False
+        self._task: Task | None = None
 
     def step(self) -> bool:
-        """Make all of it."""
-        self.tell(self.make())
-        return True
+        """Have it made; whether it is."""
+        self._task = self._task or self.aside.submit(self.make)
+        if self._task.is_done:
+            self.tell(self._task.taken())
+        return self._task.is_done
 
     def fail(self, error: Exception) -> None:
         """Tell that it is not made."""
         self.tell(Failure(error))
 
     def end(self) -> None:
-        """Nothing is held."""
+        """Give up what is not made."""
+        if self._task is not None:
+            self.aside.drop(self._task)
+        self._task = None
 
 
 class Service:
@@ -110,7 +120,8 @@ class Service:
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.snapshots, self.limits, self.press_of = snapshots, limits, press_of
         self.files = None if files is None else files.resolve()
-        self.desk = Desk(limits.running, limits.waiting)
+        self.batch, self.aside = Batch(model), Aside(model)
+        self.desk = Desk(limits.running, limits.waiting, self._run)
         self.started_at = int(time.time())
         config = model.config.get_text_config(decoder=True)
         positions = getattr(config, "max_position_embeddings", None) or 2**31
@@ -175,7 +186,7 @@ class Service:
         """Put a request into the queue. Raises :class:`RequestError` where there is no room."""
         limits = self.limits
         who = f"{client} {wanted.user}"
-        job = Answer(self.model, self.snapshots, wanted, tell, who, limits.time_s, limits.read_tokens)
+        job = Answer(self.snapshots, self.batch, self.aside, wanted, tell, who, limits.time_s, limits.read_tokens)
         self.desk.submit(job)
         return job
 
@@ -212,7 +223,7 @@ class Service:
             n_tokens = len(chat_ids(self.tokenizer, source))
         if n_tokens >= self.max_positions:
             raise self._too_long(f"The snapshot has {n_tokens} tokens")
-        job = Making(lambda: snapshots.add(source, **options), tell, client, self.limits.time_s)
+        job = Making(lambda: snapshots.add(source, **options), self.aside, tell, client, self.limits.time_s)
         self.desk.submit(job)
         return job
 
@@ -224,10 +235,10 @@ class Service:
 
         def make() -> str:
             text, ends = parts_of(self.tokenizer, snapshot.ids)
-            found = inspection_of(self.snapshots.forked(snapshot, is_counted=False), press, text, snapshot.ids, ends)
+            found = inspection_of(self.snapshots.forked(snapshot, is_counted=False)[0], press, text, snapshot.ids, ends)
             return found.to_html(f"snapshot {snapshot.id}", [f"model: {self.name}"])
 
-        job = Making(make, tell, client, self.limits.time_s)
+        job = Making(make, self.aside, tell, client, self.limits.time_s)
         self.desk.submit(job)
         return job
 
@@ -262,7 +273,13 @@ class Service:
     def close(self) -> None:
         """End the desk, and write snapshots that are in memory alone to their folder."""
         self.desk.close()
+        self.aside.close()
         self.snapshots.flush()
+
+    def _run(self) -> None:
+        """After each round of the desk: the model reads the newest tokens of all answers, and then what is aside."""
+        n_tokens = self.batch.run()
+        self.aside.go_on(is_alone=not n_tokens)
 
     def _file(self, name: str | None) -> str:
         """The text of a file in the folder of files.

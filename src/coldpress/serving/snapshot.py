@@ -66,6 +66,11 @@ class Snapshot:
         """``memory``, ``disk``, or ``declared``: neither, so that it is made again when it is asked next."""
         return "memory" if self._cache is not None else "disk" if self.disk_bytes else "declared"
 
+    @property
+    def is_removed(self) -> bool:
+        """Whether it was removed, so that it cannot be forked any more."""
+        return self._is_removed
+
     def fork(self) -> PressedCache:
         """A cache that stores the prefix and goes its own way; what follows the prefix is stored whole.
 
@@ -74,7 +79,7 @@ class Snapshot:
         Raises:
             CacheError: the snapshot was removed.
         """
-        found: PressedCache = self._owner.forked(self)
+        found: PressedCache = self._owner.forked(self)[0]
         return found
 
 

@@ -143,7 +143,7 @@ class Snapshots:
         found = self._declared(Snapshot(key, ids, source, press, bits, chunk_tokens, pins))
         try:
             self._hold(found)
-        except Exception:
+        except BaseException:
             if is_new:
                 self.remove(key)
             raise
@@ -201,6 +201,16 @@ class Snapshots:
             self._folder.remove(key)
         return found is not None
 
+    def refresh(self) -> None:
+        """Know what other processes on the folder have declared since, and forget what they have removed."""
+        if self._folder is None:
+            return
+        there = self._folder.there()
+        for key in there - self._by_id.keys():
+            self._restore(key)
+        for key in set(self._folder.keys()) - there:
+            self.remove(key)
+
     def flush(self) -> None:
         """Write what is in memory alone to the folder, so that another process finds it there."""
         for snapshot in self:
@@ -235,16 +245,16 @@ class Snapshots:
         """See :attr:`Snapshot.disk_bytes`."""
         return 0 if self._folder is None else self._folder.size(snapshot.id)
 
-    def forked(self, snapshot: Snapshot, is_counted: bool = True) -> PressedCache:
-        """See :meth:`Snapshot.fork`; what is no request is not counted as one."""
+    def forked(self, snapshot: Snapshot, is_counted: bool = True) -> tuple[PressedCache, bool]:
+        """See :meth:`Snapshot.fork`, and whether the model had to read it; what is no request is not counted as one."""
         fork, was_read = self._hold(snapshot)
         if not is_counted:
-            return fork
+            return fork, was_read
         with self._lock:
             self.hits += 1
             snapshot.uses += 1
             self.tokens_saved += 0 if was_read else snapshot.n_tokens
-        return fork
+        return fork, was_read
 
     # Making, keeping, moving
 
@@ -270,6 +280,7 @@ class Snapshots:
                     snapshot.achieved_ratio = cache.achieved_ratio()
                     self.built, self.loaded = self.built + was_read, self.loaded + (not was_read)
             fork = cache.fork()
+            fork.session.chunk_tokens = None  # what follows is no piece of the prefix
         with self._lock:
             if snapshot.id in self._by_id:
                 self._by_id.move_to_end(snapshot.id)
