@@ -27,6 +27,7 @@ from coldpress import (
 from coldpress.architecture.cache_argument import cache_argument, cache_of
 from coldpress.cache.layer import PressedLayer
 from coldpress.errors import CacheError, ModelError
+from coldpress.models import columns
 from coldpress.models import compiled as compiling
 
 COMPILE = torch.compile
@@ -130,7 +131,7 @@ def test_weights_by_columns() -> None:
 def test_linear_by_columns(n_parts: int, has_bias: bool) -> None:
     x, weight, bias = torch.randn(1, 1, 17), torch.randn(17, 9).t(), torch.randn(9) if has_bias else None
     expected = (weight.double() @ x[0, 0].double()).float() + (bias if has_bias else 0)
-    assert_close(compiling.OneRow(n_parts).linear(x, weight, bias), expected[None, None])
+    assert_close(columns.OneRow(n_parts).linear(x, weight, bias), expected[None, None])
 
 
 def test_other_threads_are_left_alone() -> None:

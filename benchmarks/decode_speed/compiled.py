@@ -39,7 +39,7 @@ from torch.nn.functional import linear
 
 from coldpress import PressedCache, SnapKVPress, compiled, use_coldpress
 from coldpress.architecture.cache_argument import cache_argument
-from coldpress.models.compiled import OneRow, by_columns
+from coldpress.models.columns import OneRow, by_columns
 
 TITLES = {
     "transformers, full": "DynamicCache, no press",

@@ -87,7 +87,7 @@ class EvictingLayer(CacheLayerMixin):
         live = session.live_branches() if is_first else []
         for own in (session, *(branch.session for branch in live)):
             if own.joins_calls or own.on_attention is not None or (is_first and own.press is not None):
-                own.note_steps(call.module, n_new, self.slots.seen, padding)
+                own.note_steps(call, self.slots.seen, padding)
         if session.on_attention is not None:
             session.on_attention(self, call)
         session.was_asked = session.was_asked or (session.press is not None and not call.is_local)
@@ -140,6 +140,12 @@ class EvictingLayer(CacheLayerMixin):
             rope.n_seen = self.slots.seen
             self.session.steps(call.module).check(type(call.module).__name__, rope.turn_by)
         return rope
+
+    def age(self) -> None:
+        """After the token of a compiled step: free what no later one will see, and encode what is no more the newest."""
+        if self.window is not None:
+            self._forget_unreachable(self.window, self._padding())
+        self.encode()
 
     def encode(self) -> None:
         """Store all but the newest pairs by the cache's codec, if it has one; encoded pairs are not encoded again."""

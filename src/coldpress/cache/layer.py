@@ -315,9 +315,16 @@ class PressedLayer(EvictingLayer):
         self.pending.hidden_states, self.pending.n_new = None, []
         self.n_pairs = before, self.slots.n_kept_pairs
 
-    def commit(self, n: int) -> None:
-        """Count ``n`` tokens that a compiled step wrote in place (``models/compiled.py``)."""
-        self.slots.commit(n)
+    def commit(self, call: LayerCall | None) -> None:
+        """Count the token that a compiled step wrote in place (``models/compiled.py``).
+
+        Args:
+            call: what the step knows of this layer, for what the press makes of it; None: nothing is to be made.
+        """
+        self.slots.commit(1)
+        self.phase, self.shown = Phase.LATER, self._padding()
+        if call is not None:
+            self.after_attention(call)
 
 
 def next_layer(session: Session) -> PressedLayer:
