@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -43,7 +43,6 @@ class DensePart(NamedTuple):
     at: Tensor
 
     def write(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the pair of one token for each head; what the model is to attend to."""
         self.keys.index_copy_(2, self.at, keys)
         self.values.index_copy_(2, self.at, values)
         return self.keys, self.values
@@ -58,7 +57,6 @@ class DensePart(NamedTuple):
         return bias.masked_fill(is_hidden, -torch.inf)[:, :, None]
 
     def attend(self, query: Tensor, sight: Sight, scaling: float) -> Tensor:
-        """Attention of ``query [B, Hq, 1, D]``: ``[B, 1, Hq, Dv]``."""
         return sdpa(None, query, self.keys, self.values, self.bias(sight), scaling, 0.0)[0]
 
 
@@ -96,4 +94,11 @@ class RaggedPart(NamedTuple):
         return output.reshape(query.shape[0], 1, query.shape[1], -1)
 
 
-Part = DensePart | RaggedPart
+class Part(Protocol):
+    """What a compiled step has of a layer: a named tuple of tensors, and of numbers that are the same in each step."""
+
+    def write(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the pair ``[B, Hkv, 1, D]`` of one token for each head; keys and values for the model to hand on."""
+
+    def attend(self, query: Tensor, sight: Sight, scaling: float) -> Tensor:
+        """Attention of ``query [B, Hq, 1, D]``: ``[B, 1, Hq, Dv]``."""
