@@ -97,7 +97,7 @@ class PressedCache(MixedCache):
         *,
         chunk_tokens: int | None = None,
         positions: Literal["original", "rerotate"] = "original",
-        kv_bits: int | KVBits | None = None,
+        kv_bits: int | str | Codec | None = None,
         storage: Codec | None = None,
         pin: Spans | Sequence[Spans] | None = None,
     ):

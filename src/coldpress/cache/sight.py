@@ -105,4 +105,3 @@ class Sights:
         positions = torch.cat([at.int().expand(*shape, -1), later.expand(*shape, -1)], dim=2)
         ahead = last + 1 - slots.seen
         return _Held(store, store.tensors()[1].data_ptr(), facts, part, Sight(own, positions), ahead)
-

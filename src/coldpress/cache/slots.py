@@ -114,7 +114,7 @@ class Slots:
         return _filled(own, self.n, self.kinds[name])
 
     def entries(self, name: str) -> Tensor | None:
-        """The entries of a column as they are held, of the first slots; the same tensor as long as they are the same."""
+        """The entries of a column, of the first slots; the same tensor as long as they are the same."""
         return self._columns.get(name)
 
     def columns(self) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ from coldpress.eval.speed_points import Sample, SpeedPoint
 from coldpress.models.block import prefilling
 from coldpress.models.compiled import compiled
 from coldpress.models.prompts import prefill
-from coldpress.stores.bits import KVBits
+from coldpress.stores.codec import Codec
 
 __all__ = ["SpeedRun", "now_ns"]
 
@@ -84,7 +84,7 @@ class SpeedRun:
         warmup: int = 1,
         seed: int = 0,
         chunk_tokens: int | None = None,
-        kv_bits: Sequence[KVBits | None] | None = None,
+        kv_bits: Sequence[Codec | None] | None = None,
         compile: bool = False,
     ):
         self.model, self.context_ids = model, context_ids
@@ -101,7 +101,7 @@ class SpeedRun:
     def device(self) -> torch.device:
         return self.context_ids.device
 
-    def point(self, press: BasePress | None, kv_bits: KVBits | None = None) -> SpeedPoint:
+    def point(self, press: BasePress | None, kv_bits: Codec | None = None) -> SpeedPoint:
         """The measurements of one of the presses."""
         return next(point for point in self.points if point.press is press and point.kv_bits == kv_bits)
 

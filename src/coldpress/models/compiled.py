@@ -194,7 +194,9 @@ class _Decoder:
         cache.session.check_claimed()
         press = cache.press
         if cache.session.roles.readers:
-            raise CacheError(f"{press!r} chooses what each query reads, which cannot be compiled; leave compiled() out.")
+            raise CacheError(
+                f"{press!r} chooses what each query reads, which cannot be compiled; leave compiled() out."
+            )
         if press is not None and self._goes_on(cache) and any(part.needs_hidden_states for part in parts_of(press)):
             raise CacheError(f"{press!r} looks at hidden states while decoding, which a compiled step does not tell.")
         layers = cache.pressed_layers()

@@ -29,7 +29,8 @@ from coldpress.models.chat import prompt_parts
 from coldpress.models.pipeline_options import OWN, check_config, check_options
 from coldpress.models.prompts import prefill
 from coldpress.models.supported import use_coldpress
-from coldpress.stores.bits import KVBits
+from coldpress.stores.bits import storage_of
+from coldpress.stores.codec import Codec
 
 __all__ = ["TASKS", "KVPressTextGenerationPipeline", "register"]
 
@@ -130,7 +131,7 @@ class KVPressTextGenerationPipeline(Pipeline):
         forward = {
             "press": kwargs.get("press"),
             "cache": cache,
-            "kv_bits": KVBits.of(kwargs.get("kv_bits")),
+            "kv_bits": storage_of(kwargs.get("kv_bits")),
             "pin": kwargs.get("pin"),
             "options": {"max_new_tokens": max_new_tokens, **options},
         }
@@ -198,7 +199,7 @@ class KVPressTextGenerationPipeline(Pipeline):
         inputs: dict[str, Any],
         press: Press | None,
         cache: PressedCache | None,
-        kv_bits: KVBits | None,
+        kv_bits: Codec | None,
         pin: Spans | None,
         options: dict[str, Any],
     ) -> list[str]:

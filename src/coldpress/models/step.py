@@ -11,9 +11,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import PreTrainedModel
 
-from coldpress.errors import ModelError
 from coldpress.models.columns import OneRow
-from coldpress.stores.parts import DensePart, Part, Sight
+from coldpress.stores.parts import Part, Sight
 
 __all__ = ["CURRENT", "Seen", "StepCache", "new_step"]
 

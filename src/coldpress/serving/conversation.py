@@ -21,7 +21,7 @@ from coldpress.serving.reading import compressed, run
 from coldpress.serving.snapshot import is_wording
 from coldpress.serving.streaming import GrowingText
 from coldpress.serving.wording import chat_ids, prefix_ids
-from coldpress.stores.bits import KVBits
+from coldpress.stores.bits import storage_of
 
 __all__ = ["Conversation"]
 
@@ -62,7 +62,7 @@ class Conversation:
     ):
         use_coldpress(model)
         self.model, self.tokenizer, self.recent_tokens = model, tokenizer, recent_tokens
-        self.kv_bits, self.chunk_tokens = KVBits.of(kv_bits), chunk_tokens
+        self.kv_bits, self.chunk_tokens = storage_of(kv_bits), chunk_tokens
         self.messages: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
         self.tokens_per_s: float | None = None
         self._open = ""  # a text that the next question goes on from

@@ -276,7 +276,7 @@ class PackedStore(Store):
         output = attend_packed(self.codec, queries, self._exact, self._codes, self._n_front, biases)
         return output.to(query.dtype).view(query.shape[0], 1, query.shape[1], -1)
 
-    # -- a compiled step ------------------------------------------------------------------------------------------------
+    # -- a compiled step ----------------------------------------------------------------------------------------------
 
     def part(self, n_more: int) -> Part | None:
         if self.device.type != "cpu" or not isinstance(self.codec, RotatedBits):
@@ -289,7 +289,8 @@ class PackedStore(Store):
         n_codes, n_front = (torch.tensor(counts) for counts in (codes.counts, self._n_front))
         assert exact.pitch is not None and codes.pitch is not None
         return PackedPart(
-            *(exact.buffer(name) for name in ("keys", "values")),
+            keys=exact.buffer("keys"),
+            values=exact.buffer("values"),
             at=self.next_slots(),
             codes=[codes.buffer(name) for name in CODES],
             n_codes=n_codes,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -96,6 +96,13 @@ class RaggedPart(NamedTuple):
 
 class Part(Protocol):
     """What a compiled step has of a layer: a named tuple of tensors, and of numbers that are the same in each step."""
+
+    @property
+    def keys(self) -> Tensor:
+        """The buffer of the keys."""
+
+    def _replace(self, **changes: Any) -> Any:
+        """The same with another ``at``, the slots of the new pairs."""
 
     def write(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store the pair ``[B, Hkv, 1, D]`` of one token for each head; keys and values for the model to hand on."""
