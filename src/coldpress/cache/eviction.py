@@ -142,7 +142,7 @@ class EvictingLayer(CacheLayerMixin):
         return rope
 
     def age(self) -> None:
-        """After the token of a compiled step: free what no later one sees, encode what is no longer among the newest."""
+        """After the token of a compiled step: free what no later one sees, and encode what is no longer new."""
         if self.window is not None:
             self._forget_unreachable(self.window, self._padding())
         self.encode()

@@ -194,7 +194,7 @@ class Service:
         if body.has("kv_bits"):
             options["kv_bits"] = body.take("kv_bits")
             if options["kv_bits"] not in (None, *BITS, *ROTATED) or isinstance(options["kv_bits"], bool):
-                known = "8, 4, 2, null, or k8v4 and its like"
+                known = "8, 4, 2 or null, or a name such as k8v4"
                 raise RequestError(f"kv_bits must be {known}.", code="invalid_value", param="kv_bits")
         if body.has("chunk_tokens"):
             options["chunk_tokens"] = body.integer("chunk_tokens", None, 1, 2**31)

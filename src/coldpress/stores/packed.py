@@ -281,13 +281,15 @@ class PackedStore(Store):
     def part(self, n_more: int) -> Part | None:
         if self.device.type != "cpu" or not isinstance(self.codec, RotatedBits):
             return None
-        exact, codes, waiting = self._exact, self._codes, self.codec.batch_tokens
+        exact, codes, codec = self._exact, self._codes, self.codec
         if exact.pitch is None or exact.room < 1:
-            exact.own([whole_blocks(max(exact.counts) + min(n_more, waiting))] * len(exact.counts))
+            most = codec.first_tokens + codec.exact_tokens + codec.batch_tokens  # then some are encoded
+            exact.own([whole_blocks(max(max(exact.counts) + 1, most))] * len(exact.counts))
         if codes.pitch is None or codes.is_borrowed:
             codes.own([whole_blocks(max(codes.counts) + n_more)] * len(codes.counts))
         n_codes, n_front = (torch.tensor(counts) for counts in (codes.counts, self._n_front))
-        assert exact.pitch is not None and codes.pitch is not None
+        for name in CODES:  # their number is a variable of the compiled step
+            torch._dynamo.maybe_mark_dynamic(codes.buffer(name), 0)
         return PackedPart(
             keys=exact.buffer("keys"),
             values=exact.buffer("values"),
@@ -295,7 +297,7 @@ class PackedStore(Store):
             codes=[codes.buffer(name) for name in CODES],
             n_codes=n_codes,
             n_front=n_front,
-            bits=(self.codec.key_bits, self.codec.value_bits),
+            bits=(codec.key_bits, codec.value_bits),
         )
 
     def next_slots(self) -> Tensor:

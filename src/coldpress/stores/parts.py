@@ -77,6 +77,13 @@ class RaggedPart(NamedTuple):
     first: Tensor
     n_slots: int
 
+    @classmethod
+    def of(cls, keys: Tensor, values: Tensor, at: Tensor, blocks: tuple[Tensor, Tensor], n_slots: int) -> RaggedPart:
+        """A part whose number of blocks is a variable of the compiled step: hardly two layers have the same."""
+        for tensor in (keys, values, *blocks):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return cls(keys, values, at, *blocks, n_slots)
+
     def write(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         self.keys.index_copy_(0, self.at, keys.reshape(-1, keys.shape[3]))
         self.values.index_copy_(0, self.at, values.reshape(-1, values.shape[3]))

@@ -206,7 +206,7 @@ class RaggedStore(Store):
         if self.room < 1 or self._blocks is None:
             self._move(self._n_later + n_more)
         assert self._blocks is not None
-        return RaggedPart(self._k, self._v, self._ends, *self._blocks, self._n_slots)
+        return RaggedPart.of(self._k, self._v, self._ends, self._blocks, self._n_slots)
 
     def next_slots(self) -> Tensor:
         return self._ends
