@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from coldpress.core.pick import pick
 from coldpress.stores.base import Store, is_frozen, room_for
-from coldpress.stores.parts import DensePart, whole_blocks
+from coldpress.stores.parts import DensePart, stays_in_place, whole_blocks
 
 __all__ = ["DenseStore"]
 
@@ -50,6 +50,7 @@ class DenseStore(Store):
             self.own(whole_blocks(self.n + n_more))
         for buffer in (self._k, self._v):
             buffer[:, :, self.n :] = 0  # hidden, but multiplied by zero, so they have to be finite
+            stays_in_place(buffer)
         return DensePart(self._k, self._v, self.next_slots())
 
     def next_slots(self) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from coldpress.attend.functions import sdpa
 from coldpress.attend.one_token import attend_blocks
 
-__all__ = ["DensePart", "Part", "RaggedPart", "Sight", "whole_blocks"]
+__all__ = ["DensePart", "Part", "RaggedPart", "Sight", "stays_in_place", "whole_blocks"]
 
 _SLOTS = 64  # buffers are whole multiples of this, so that texts of similar lengths share a compiled step
 
@@ -18,6 +18,12 @@ _SLOTS = 64  # buffers are whole multiples of this, so that texts of similar len
 def whole_blocks(n: int) -> int:
     """``n`` slots or a few more."""
     return -(-n // _SLOTS) * _SLOTS
+
+
+def stays_in_place(buffer: Tensor) -> None:
+    """Promise torch.compile that a buffer keeps its address, so that a graph on CUDA writes to it in place."""
+    if buffer.device.type == "cuda":
+        torch._dynamo.mark_static_address(buffer)
 
 
 class Sight(NamedTuple):

@@ -13,7 +13,7 @@ from coldpress.attend.one_token import attend_blocks, can_attend_once
 from coldpress.attend.segments import attend_group, causal_bias, segment_bias
 from coldpress.stores.base import Store, is_frozen, room_for
 from coldpress.stores.dense import DenseStore
-from coldpress.stores.parts import RaggedPart
+from coldpress.stores.parts import RaggedPart, stays_in_place
 
 __all__ = ["RaggedStore", "pad_segments"]
 
@@ -206,6 +206,8 @@ class RaggedStore(Store):
         if self.room < 1 or self._blocks is None:
             self._move(self._n_later + n_more)
         assert self._blocks is not None
+        for buffer in (self._k, self._v):
+            stays_in_place(buffer)
         return RaggedPart.of(self._k, self._v, self._ends, self._blocks, self._n_slots)
 
     def next_slots(self) -> Tensor:
