@@ -248,7 +248,7 @@ def test_kinds_of_caches(name: str, tmp_path: Path) -> None:
             cache.crop(-2)
             twin.crop(-2)
     assert done.steps > kind.steps
-    cache.save(tmp_path / "cache.safetensors", model)
+    cache.save(tmp_path / "cache.safetensors", model, attention_mask=text.of(cache.seen_tokens))
     for one in (cache, PressedCache.load(tmp_path / "cache.safetensors", model)):
         assert all(torch.equal(one.positions(i), twin.positions(i)) for i in range(len(twin.pressed_layers())))
         assert_close(text.logits(one.fork(), tokens(kind.rows, 3)), text.logits(twin.fork(), tokens(kind.rows, 3)))
@@ -261,9 +261,12 @@ class Text:
     model: PreTrainedModel
     mask: Tensor
 
+    def of(self, n: int) -> Tensor:
+        """The mask of the first ``n`` tokens, at least those of the prompt."""
+        return torch.nn.functional.pad(self.mask, (0, n - self.mask.shape[1]), value=1)
+
     def logits(self, cache: PressedCache, ids: Tensor) -> Tensor:
-        more = max(0, cache.seen_tokens + ids.shape[1] - self.mask.shape[1])
-        mask = torch.nn.functional.pad(self.mask, (0, more), value=1)
+        mask = self.of(cache.seen_tokens + ids.shape[1])
         position = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         given = {"attention_mask": mask, "position_ids": position}
         with torch.no_grad():
@@ -295,7 +298,7 @@ def test_what_is_compiled_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda graph, inputs, **options: graph.forward)
     model, lines = BY_NAME["gpt_neox"].build(), []
     with compiled(model, 8, tell=lines.append) as done:
-        for n in (40, 42, 90, 200):
+        for n in (40, 42, 90, 170):
             decoded(model, filled(model, n=n), 2)
     said = [line.partition(" of ")[0].partition(" in ")[0] for line in lines]
     ended = ["compiled"]
@@ -306,7 +309,7 @@ def test_what_is_compiled_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("press", "options", "message"),
     [
-        (SNAP, {"kv_bits": 8}, "groups of tokens, .* RotatedBits"),
+        (SNAP, {"kv_bits": 8}, "groups of tokens, .*RotatedBits"),
         (ThinKPress(0.5), {}, "fewer channels"),
         (QuestPress(), {}, "chooses what each query reads"),
     ],
@@ -370,7 +373,8 @@ def counted() -> Iterator[list[int]]:
 
 
 def assert_close(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+    """To 1e-5 of the largest number, which is more than one."""
+    torch.testing.assert_close(actual, expected, atol=1e-5 * max(1.0, float(expected.abs().max())), rtol=0)
 
 
 @pytest.mark.slow

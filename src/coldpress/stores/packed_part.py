@@ -1,8 +1,7 @@
 """Attention of one token over pairs of which the older ones are codes; for a compiled step, as one operation of torch.
 
-torch.compile leaves the operation as it is. Loops that it makes of the unpacking itself, which reads codes a number at
-a time, are slower than unpacking one head by torch's own operations: of 8,192 keys in 8 bits and of values in 4 bits
-more than four times each (``benchmarks/decode_speed/fused.py``).
+torch.compile leaves the operation as it is: loops that it makes of the unpacking itself are slower than torch's own
+operations, a head at a time (``benchmarks/packed/fused.py``).
 """
 
 from __future__ import annotations
