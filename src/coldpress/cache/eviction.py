@@ -141,12 +141,6 @@ class EvictingLayer(CacheLayerMixin):
             self.session.steps(call.module).check(type(call.module).__name__, rope.turn_by)
         return rope
 
-    def age(self) -> None:
-        """After the token of a compiled step: free what no later one sees, and encode what is no longer new."""
-        if self.window is not None:
-            self._forget_unreachable(self.window, self._padding())
-        self.encode()
-
     def encode(self) -> None:
         """Store all but the newest pairs by the cache's codec, if it has one; encoded pairs are not encoded again."""
         codec, store = self.session.storage, self.slots.store

@@ -319,12 +319,16 @@ class PressedLayer(EvictingLayer):
         """Count the token that a compiled step wrote in place (``models/compiled.py``).
 
         Args:
-            call: what the step knows of this layer, for what the press makes of it; None: nothing is to be made.
+            call: what the step knows of this layer, for what the press makes of it; None: the press leaves it alone.
         """
         self.slots.commit(1)
         self.phase, self.shown = Phase.LATER, self._padding()
         if call is not None:
             self.after_attention(call)
+            return
+        if self.window is not None:
+            self._forget_unreachable(self.window, self.shown)
+        self.encode()
 
 
 def next_layer(session: Session) -> PressedLayer:

@@ -62,7 +62,7 @@ class Sights:
             sight, window = held.sight, layer.window
             if held.ahead is not None and window is not None:
                 sight = sight._replace(oldest=held.ahead + (layer.slots.seen - window))
-            parts.append(held.part._replace(at=layer.slots.filled.next_slots()))
+            parts.append(held.part.going_to(layer.slots.filled.next_slots()))
             sights.append(sight)
         return parts, sights
 

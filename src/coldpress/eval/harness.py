@@ -68,7 +68,7 @@ class ColdpressLM(HFLM):
         budget_tokens, budget_bytes: instead of a ratio, as in :class:`coldpress.ScorerPress`.
         press_args: other parameters of a named press: a dictionary, or JSON.
         chunk_tokens: contexts are read in pieces of so many tokens, and compressed after each.
-        kv_bits: 8, 4 or 2: what is kept is stored in so few bits.
+        kv_bits: 8, 4, 2, or a name such as ``"k8v4"``: what is kept is stored in so few bits.
         min_context_tokens: contexts of which the press would get fewer tokens stay as they are; a warning says how
             many these were, and the results hold it.
         device: cuda where there is one, else cpu.

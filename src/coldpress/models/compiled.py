@@ -181,12 +181,7 @@ class _Decoder:
         logits, seen = self._run(ids, position, *found, goes_on)
         rotation = self._rotation(position) if goes_on else None
         for layer in layers:  # nothing has been counted before, so a step that fails has not been
-            call = self._call(layer, seen[layer.index], rotation) if goes_on else None
-            if call is None and (cache.storage is not None or layer.window is not None):
-                layer.commit(None)
-                layer.age()
-            else:
-                layer.commit(call)
+            layer.commit(self._call(layer, seen[layer.index], rotation) if goes_on else None)
         return CausalLMOutputWithPast(logits=logits.clone(), **cache_argument(cache))
 
     def _checked_layers(self, cache: PressedCache, n_rows: int) -> list[PressedLayer]:

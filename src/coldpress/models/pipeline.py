@@ -93,8 +93,9 @@ class KVPressTextGenerationPipeline(Pipeline):
         pin: spans of the context's tokens that nothing may evict, such as ``[(0, 40)]``; see :class:`PressedCache`.
         pin_system: a system prompt, put before the context and pinned: the system's turn of a chat template, or a
             paragraph of its own. An empty ``cache`` gets the pin; one with a context is past its beginning.
-        kv_bits: 8, 4 or 2, or a KVBits: store what is kept of the context, and what is answered, in so few bits. It
-            takes the place of kvpress's cache=QuantizedCache(...); with cache=, give it to that PressedCache instead.
+        kv_bits: 8, 4, 2, a name such as ``"k8v4"``, or a KVBits or RotatedBits: store what is kept of the context, and
+            what is answered, in so few bits. It takes the place of kvpress's cache=QuantizedCache(...); with cache=,
+            give it to that PressedCache instead.
         streamer and any option of ``generate``: passed on to it; decoding is greedy unless they say otherwise. Unknown
             options, and those that a compressed context rules out, are refused.
 

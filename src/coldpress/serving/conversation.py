@@ -39,7 +39,7 @@ class Conversation:
         press: that compresses earlier turns; None keeps all.
         system: the system prompt, which nothing may evict.
         recent_tokens: that are stored whole at least, before the turns before them are compressed again.
-        kv_bits: 8, 4 or 2: how pairs are stored.
+        kv_bits: 8, 4, 2, or a name such as ``"k8v4"``: how pairs are stored.
         chunk_tokens: earlier turns are read in pieces of so many tokens.
 
     Attributes:
@@ -57,7 +57,7 @@ class Conversation:
         press: Press | None = None,
         system: str | None = None,
         recent_tokens: int = 512,
-        kv_bits: int | None = None,
+        kv_bits: int | str | None = None,
         chunk_tokens: int | None = None,
     ):
         use_coldpress(model)

@@ -64,7 +64,7 @@ class Snapshots:
             has written there, of the same model, are declared from the start.
         disk_budget_bytes: of the folder; None: no limit.
         chunk_tokens: a prefix is read in pieces of so many tokens, and compressed after each.
-        kv_bits: 8, 4 or 2, or a KVBits: how pairs are stored.
+        kv_bits: 8, 4, 2, a name such as ``"k8v4"``, or a KVBits or RotatedBits: how pairs are stored.
         pin: spans of the tokens of every prefix that nothing may evict.
         max_snapshots: declarations; one more, and the least recently used one is removed.
 

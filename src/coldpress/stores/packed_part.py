@@ -104,6 +104,9 @@ class PackedPart(NamedTuple):
     n_front: Tensor
     bits: tuple[int, int]
 
+    def going_to(self, at: Tensor) -> PackedPart:
+        return self._replace(at=at)
+
     def write(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         self.keys.index_copy_(0, self.at, keys.reshape(-1, keys.shape[3]))
         self.values.index_copy_(0, self.at, values.reshape(-1, values.shape[3]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -48,6 +48,9 @@ class DensePart(NamedTuple):
     values: Tensor
     at: Tensor
 
+    def going_to(self, at: Tensor) -> DensePart:
+        return self._replace(at=at)
+
     def write(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         self.keys.index_copy_(2, self.at, keys)
         self.values.index_copy_(2, self.at, values)
@@ -90,6 +93,9 @@ class RaggedPart(NamedTuple):
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
         return cls(keys, values, at, *blocks, n_slots)
 
+    def going_to(self, at: Tensor) -> RaggedPart:
+        return self._replace(at=at)
+
     def write(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         self.keys.index_copy_(0, self.at, keys.reshape(-1, keys.shape[3]))
         self.values.index_copy_(0, self.at, values.reshape(-1, values.shape[3]))
@@ -114,8 +120,8 @@ class Part(Protocol):
     def keys(self) -> Tensor:
         """The buffer of the keys."""
 
-    def _replace(self, **changes: Any) -> Any:
-        """The same with another ``at``, the slots of the new pairs."""
+    def going_to(self, at: Tensor) -> Part:
+        """The same, with these slots for the new pairs."""
 
     def write(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store the pair ``[B, Hkv, 1, D]`` of one token for each head; keys and values for the model to hand on."""
