@@ -360,7 +360,7 @@ def test_models_it_refuses() -> None:
 def counted() -> Iterator[list[int]]:
     """Counts compiled steps."""
     steps: list[int] = []
-    own = PressedLayer.commit
+    own = compiling.commit
 
     def commit(layer: PressedLayer, call: Any) -> None:
         if not layer.index:
@@ -368,7 +368,7 @@ def counted() -> Iterator[list[int]]:
         own(layer, call)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PressedLayer, "commit", commit)
+        patch.setattr(compiling, "commit", commit)
         yield steps
 
 

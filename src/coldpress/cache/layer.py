@@ -229,7 +229,7 @@ class PressedLayer(EvictingLayer):
         if self.phase is not Phase.LATER or call.query.shape[2] > 1 or call.is_local:
             return None
         for reader in self.session.roles.readers:
-            groups = self._groups_of_call(call, self._padding())
+            groups = self._groups_of_call(call, self.padding())
             return selected(reader, groups, self.slots)
         return None
 
@@ -314,21 +314,6 @@ class PressedLayer(EvictingLayer):
         self.slots = self.slots.replaced(keys, values, positions.int(), columns or {}, self._padding_allowed())
         self.pending.hidden_states, self.pending.n_new = None, []
         self.n_pairs = before, self.slots.n_kept_pairs
-
-    def commit(self, call: LayerCall | None) -> None:
-        """Count the token that a compiled step wrote in place (``models/compiled.py``).
-
-        Args:
-            call: what the step knows of this layer, for what the press makes of it; None: the press leaves it alone.
-        """
-        self.slots.commit(1)
-        self.phase, self.shown = Phase.LATER, self._padding()
-        if call is not None:
-            self.after_attention(call)
-            return
-        if self.window is not None:
-            self._forget_unreachable(self.window, self.shown)
-        self.encode()
 
 
 def next_layer(session: Session) -> PressedLayer:

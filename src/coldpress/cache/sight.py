@@ -10,11 +10,13 @@ from torch import Tensor
 
 from coldpress.cache.layer import PressedLayer
 from coldpress.cache.masks import additive_mask, ranks
+from coldpress.cache.phase import Phase
 from coldpress.cache.slots import BIAS
+from coldpress.core.call import LayerCall
 from coldpress.stores.base import Store
 from coldpress.stores.parts import Part, Sight
 
-__all__ = ["Sights"]
+__all__ = ["Sights", "commit"]
 
 _Facts = tuple[Tensor | None, ...]  # what a sight is made of, beside the store; tensors that are never written to
 
@@ -105,3 +107,19 @@ class Sights:
         positions = torch.cat([at.int().expand(*shape, -1), later.expand(*shape, -1)], dim=2)
         ahead = last + 1 - slots.seen
         return _Held(store, store.tensors()[1].data_ptr(), facts, part, Sight(own, positions), ahead)
+
+
+def commit(layer: PressedLayer, call: LayerCall | None) -> None:
+    """Count the token that a compiled step wrote in place, and do what a layer does between two tokens.
+
+    Args:
+        call: what the step knows of the layer, for what its press makes of it; None: the press leaves it alone.
+    """
+    layer.slots.commit(1)
+    layer.phase, layer.shown = Phase.LATER, layer.padding()
+    if call is not None:
+        layer.after_attention(call)
+        return
+    if layer.window is not None:
+        layer.forget_unreachable(layer.window, layer.shown)
+    layer.encode()

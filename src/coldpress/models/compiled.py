@@ -30,7 +30,7 @@ from coldpress.architecture.places import place_of
 from coldpress.architecture.wrapped import transformers_model
 from coldpress.cache.layer import PressedLayer
 from coldpress.cache.pressed import PressedCache
-from coldpress.cache.sight import Sights
+from coldpress.cache.sight import Sights, commit
 from coldpress.core.call import LayerCall
 from coldpress.core.press import parts as parts_of
 from coldpress.errors import CacheError, ModelError
@@ -181,7 +181,7 @@ class _Decoder:
         logits, seen = self._run(ids, position, *found, goes_on)
         rotation = self._rotation(position) if goes_on else None
         for layer in layers:  # nothing has been counted before, so a step that fails has not been
-            layer.commit(self._call(layer, seen[layer.index], rotation) if goes_on else None)
+            commit(layer, self._call(layer, seen[layer.index], rotation) if goes_on else None)
         return CausalLMOutputWithPast(logits=logits.clone(), **cache_argument(cache))
 
     def _checked_layers(self, cache: PressedCache, n_rows: int) -> list[PressedLayer]:
