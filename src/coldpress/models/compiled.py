@@ -71,8 +71,8 @@ def compiled(model: nn.Module, new_tokens: int = 256, tell: Callable[[str], None
         What was compiled so far, and how long that took.
 
     Raises:
-        ModelError: rotary frequencies that depend on the length of the text, weights that are spread over devices,
-            float16 on the CPU, or something that torch.compile cannot compile.
+        ModelError: rotary frequencies that depend on the length of the text, weights that are spread over devices, or
+            something that torch.compile cannot compile.
         CacheError: at the call, a cache in groups of few bits (``kv_bits=4``) or fewer channels, one with a press that
             chooses what each query reads or looks at hidden states while decoding, a mask that hides the new token or
             one that an earlier call was shown, or a cache that is no PressedCache.
@@ -293,6 +293,6 @@ def _unfit(cache: PressedCache) -> str:
             "storage=RotatedBits(8, 4), or leave compiled() out."
         )
     return (
-        "compiled() needs pairs as the model made them, or in RotatedBits: not keys in fewer channels (ThinK), a codec "
-        "of your own, or heads of different lengths within a sliding window. Leave compiled() out."
+        "compiled() needs pairs as the model made them, or on the CPU in RotatedBits: not keys in fewer channels "
+        "(ThinK), a codec of your own, or heads of different lengths within a sliding window. Leave compiled() out."
     )
