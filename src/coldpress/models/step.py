@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
@@ -54,6 +55,7 @@ class _Current:
 
 
 CURRENT = _Current()
+_NUMBERS = itertools.count()
 
 
 def _step(
@@ -87,6 +89,11 @@ def _step(
 
 
 def new_step() -> Callable[..., tuple[Tensor, dict[int, Seen]]]:
-    """The step as a function of its own to torch.compile, which keeps eight compiled forms of each."""
+    """The step as a function of its own to torch.compile.
+
+    It keeps eight compiled forms of each function, and what has differed between calls of functions of one name and
+    place in a file it takes for a variable: the heads of two models, or the buffers of two kinds of layers.
+    """
     code: CodeType = _step.__code__
-    return FunctionType(code.replace(), _step.__globals__, "_step")
+    name = f"_step_{next(_NUMBERS)}"
+    return FunctionType(code.replace(co_name=name), _step.__globals__, name)

@@ -55,6 +55,11 @@ class KVBits(Codec):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise CacheError(f"KVBits: {name} must be an integer of at least {least}, got {value!r}.")
 
+    @classmethod
+    def of(cls, given: int | KVBits | None) -> KVBits | None:
+        """The KVBits of a number of bits."""
+        return given if given is None or isinstance(given, KVBits) else cls(given)
+
     @property
     def block_tokens(self) -> int:  # type: ignore[override]
         return self.group_size
