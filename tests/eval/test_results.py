@@ -58,6 +58,8 @@ def test_a_name_tells_the_setting(tmp_path: Path) -> None:
         assert name.split("__")[3:-1] == ["knorm", shown]
     name = result_path(tmp_path, {**RECORD, "kv_bits": 4, "kv_bits_config": {"bits": 4}}).name
     assert name.split("__")[3:-1] == ["knorm", "r0.50", "q4"]
+    name = result_path(tmp_path, {**RECORD, "kv_bits": "k8v4", "kv_bits_config": {"key_bits": 8}}).name
+    assert name.split("__")[3:-1] == ["knorm", "r0.50", "k8v4"]
 
 
 def test_every_setting_has_its_own_name(tmp_path: Path) -> None:

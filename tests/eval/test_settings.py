@@ -20,6 +20,7 @@ from coldpress import (
     PressedCache,
     PyramidKVPress,
     RandomPress,
+    RotatedBits,
     ScorerPress,
     SimLayerKVPress,
     SnapKVPress,
@@ -123,6 +124,16 @@ def test_bits_multiply_the_points() -> None:
             make_jobs(Settings(press=("no_press", name), kv_bits=(4,), speed_only=True))
     with pytest.raises(CacheError, match="8, 4 or 2"):
         make_jobs(Settings(kv_bits=(3,)))
+
+
+def test_names_of_bits_are_rotated_pairs() -> None:
+    """And these may go on being evicted."""
+    settings = Settings(press=("decoding_knorm",), kv_bits=("k8v4",), kv_residual_tokens=32, speed_only=True)
+    assert [job.kv_bits for job in make_jobs(settings)] == [RotatedBits(8, 4, newest=32)]
+    both = make_jobs(Settings(press=("knorm",), kv_bits=(4, "k4v4")))
+    assert [job.kv_bits for job in both] == [KVBits(4), RotatedBits(4, 4)]
+    with pytest.raises(CacheError, match="there are no groups"):
+        make_jobs(Settings(kv_bits=("k8v4",), kv_group_size=32))
 
 
 def test_all_is_every_press_that_needs_only_the_model() -> None:

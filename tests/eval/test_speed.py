@@ -13,8 +13,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from coldpress import AdaKVPress, KnormPress, KVBits, LayerView, PressedCache, RandomPress, SnapKVPress
-from coldpress.cache.layer import PressedLayer
+from coldpress import (
+    AdaKVPress,
+    DecodingPress,
+    KnormPress,
+    KVBits,
+    LayerView,
+    PressedCache,
+    RandomPress,
+    SnapKVPress,
+    ThinKPress,
+)
 from coldpress.errors import SelfCheckError
 from coldpress.eval import speed
 from coldpress.eval.speed import WARMUP_TOKENS, SpeedRun
@@ -129,19 +138,21 @@ def test_rounds_are_interleaved_in_a_seeded_random_order(
 def test_compiled_decoding_generates_the_same_ids(
     model: PreTrainedModel, text: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Traced and not compiled; what a compiled step refuses fails alone, with its reason."""
-    presses, own = [None, SnapKVPress(0.5), AdaKVPress(SnapKVPress(0.5, window_size=8))], torch.compile
-    fed = Fed(model)
-    run(model, text, presses[:2], repetitions=1)
+    """Traced and not compiled, heads of different lengths and a press that goes on too; refusals fail alone."""
+    goes_on = DecodingPress(KnormPress(), compression_interval=4, target_size=16)
+    presses = [None, SnapKVPress(0.5), AdaKVPress(SnapKVPress(0.5, window_size=8)), goes_on, ThinKPress(0.5)]
+    fed, own = Fed(model), torch.compile
+    run(model, text, presses[:4], repetitions=1)
     expected, fed.ids = fed.answers, []
-    steps: list[int] = []
-    count = PressedLayer.commit
-    monkeypatch.setattr(PressedLayer, "commit", lambda layer, n: (steps.append(n), count(layer, n))[1])
     monkeypatch.setattr(torch, "compile", lambda step, **options: own(step, backend="eager", fullgraph=True))
     measured = run(model, text, presses, repetitions=1, compile=True)
-    assert [a for a in fed.answers if len(a) == NEW - 1][:2] == expected[:2] and len(steps) > 2 * (NEW - 1)
-    assert [point.error is None for point in measured.points] == [True, True, False]
-    assert "equally many pairs" in str(measured.points[2].error)
+    answers, before = ({tuple(one) for one in each if len(one) == NEW - 1} for each in (fed.answers, expected))
+    assert answers == before
+    assert measured.compiled is not None and measured.compiled.steps > 4 * (NEW - 1)
+    assert [point.error is None for point in measured.points] == [True, True, True, True, False]
+    assert "keys in fewer channels" in str(measured.points[4].error)
+    record = measured.result(measured.points[2])
+    assert record["compiled_forms"] == measured.compiled.forms > 0 and record["compile_s"] > 0
 
 
 def test_a_press_that_fails_stops_no_other(model: PreTrainedModel, text: Tensor) -> None:

@@ -30,6 +30,7 @@ from coldpress.attend import packed as kernels
 from coldpress.attend.segments import attend_segments, segment_bias
 from coldpress.errors import CacheError, ColdpressError
 from coldpress.stores import rows
+from coldpress.stores.bits import BITS, ROTATED, KVBits, bits_from, bits_name, storage_of
 from coldpress.stores.hadamard import hadamard, rotated
 from coldpress.stores.packed import PackedStore
 from coldpress.stores.rows import code_bytes, least_and_step, packed_codes, row_bytes, rows_of, unpacked_codes
@@ -420,7 +421,26 @@ def test_what_does_not_go_together() -> None:
     decoding = DecodingPress(KnormPress(), **OFTEN)
     with pytest.raises(ColdpressError, match="quantised again whenever they move"):
         PressedCache(decoding, storage=EIGHT, positions="rerotate")
-    with pytest.raises(CacheError, match=r"use storage=RotatedBits\(8, 4\)"):
+    with pytest.raises(CacheError, match=r"give kv_bits k8v4, which is RotatedBits\(8, 4\)"):
         PressedCache(decoding, kv_bits=4)
+    assert PressedCache(decoding, kv_bits="k8v4").storage == RotatedBits(8, 4)
     with pytest.raises(CacheError, match="no kv_bits beside it"):
         PressedCache(kv_bits=4, storage=EIGHT)
+
+
+@pytest.mark.parametrize("name", [*BITS, *ROTATED])
+def test_names_of_bits(name: int | str) -> None:
+    """A number of bits is KIVI's, keys and values apart are rotated; a record's fields make the same again."""
+    codec = storage_of(name, newest=32)
+    bits = int(str(name)[1:2] or name)
+    expected = KVBits(bits, residual_tokens=32) if name in BITS else RotatedBits(bits, int(str(name)[3:]), newest=32)
+    assert codec is not None and codec == expected and bits_name(codec) == name
+    assert bits_from(dict(vars(codec))) == codec
+
+
+def test_names_that_there_are_not() -> None:
+    for name in ("k8v3", "k16v4", "8", "", True, 3, 8.0):
+        with pytest.raises(CacheError, match="8, 4 or 2, a name such as 'k8v4'"):
+            PressedCache(kv_bits=name)  # type: ignore[arg-type]
+    with pytest.raises(CacheError, match="k8v4 encodes pairs one by one, so there are no groups"):
+        storage_of("k8v4", group_size=32)

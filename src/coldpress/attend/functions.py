@@ -24,7 +24,7 @@ Attended = tuple[Tensor, Tensor | None]  # output [B, Q, Hq, Dv], weights [B, Hq
 
 
 def sdpa(
-    module: nn.Module,
+    module: nn.Module | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -35,7 +35,7 @@ def sdpa(
 ) -> Attended:
     n_batch, n_heads, n_queries, _ = query.shape
     n_kv_heads = key.shape[1]
-    is_causal = bias is None and n_queries > 1
+    is_causal, is_grouped = bias is None and n_queries > 1, bool(n_heads != n_kv_heads)
     if not dropout and can_attend_once(query, key, value):
         own = None if bias is None else _as_bias(bias).expand(n_batch, n_kv_heads, 1, -1).flatten(0, 1)
         grouped = query.reshape(n_batch * n_kv_heads, -1, query.shape[3])
@@ -44,7 +44,7 @@ def sdpa(
         return output.reshape(n_batch, 1, n_heads, -1), None
     if bias is not None and bias.is_floating_point():
         bias = bias.to(query.dtype)
-    if n_queries == 1 and n_heads != n_kv_heads:  # the heads of a group become queries: nothing is repeated
+    if n_queries == 1 and is_grouped:  # the heads of a group become queries: nothing is repeated
         output = nn.functional.scaled_dot_product_attention(
             query.reshape(n_batch, n_kv_heads, -1, query.shape[3]), key, value, bias, dropout, scale=scaling
         )
@@ -52,7 +52,7 @@ def sdpa(
     if bias is not None and bias.shape[1] > 1:
         bias = bias.repeat_interleave(n_heads // n_kv_heads, dim=1)
     output = nn.functional.scaled_dot_product_attention(
-        query, key, value, bias, dropout, is_causal, scale=scaling, enable_gqa=n_heads != n_kv_heads
+        query, key, value, bias, dropout, is_causal, scale=scaling, enable_gqa=is_grouped
     )
     return output.transpose(1, 2).contiguous(), None
 

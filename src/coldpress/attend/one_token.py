@@ -88,7 +88,7 @@ def attend_blocks(
     own = (query.float() * scaling).index_select(0, segment)
     logits = torch.bmm(own, key.view(n_blocks, n_slots, dim).float().transpose(1, 2))  # [N, G, c]
     if bias is None:
-        is_empty = torch.arange(n_slots) >= n_used[:, None]
+        is_empty = torch.arange(n_slots, device=key.device) >= n_used[:, None]
         logits.masked_fill_(is_empty[:, None], -torch.inf)
     else:
         logits += bias[:, None]
@@ -100,7 +100,10 @@ def attend_blocks(
     is_narrow = value.dtype == torch.float16  # embedding_bag's sums are in it too, and have to stay in its range
     if is_narrow:
         weights.div_(mass.clamp_min(torch.finfo(mass.dtype).tiny)[..., None])
-    rows, starts = _block_rows(group, n_slots, 1 << (n_blocks - 1).bit_length())
+    if torch.compiler.is_compiling():  # a compiled step has no use for the memory
+        rows, starts = _block_rows.__wrapped__(group, n_slots, n_blocks, key.device)
+    else:
+        rows, starts = _block_rows(group, n_slots, 1 << (n_blocks - 1).bit_length(), key.device)
     sums = embedding_bag(
         rows[: n_blocks * group * n_slots],
         value,
@@ -115,11 +118,12 @@ def attend_blocks(
 
 
 @lru_cache(maxsize=2)
-def _block_rows(group: int, n_slots: int, n_blocks: int) -> tuple[Tensor, Tensor]:
+def _block_rows(group: int, n_slots: int, n_blocks: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The rows of each block, ``group`` times, and where bags begin; those of fewer blocks are the first of these."""
     with torch.inference_mode(False):
-        rows = torch.arange(n_blocks * n_slots, dtype=torch.int32).view(-1, 1, n_slots).expand(-1, group, -1).flatten()
-        return rows, torch.arange(n_blocks * group, dtype=torch.int32) * n_slots
+        rows = torch.arange(n_blocks * n_slots, dtype=torch.int32, device=device).view(-1, 1, n_slots)
+        starts = torch.arange(n_blocks * group, dtype=torch.int32, device=device) * n_slots
+        return rows.expand(-1, group, -1).flatten(), starts
 
 
 def products(query: Tensor, key: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ class EvictingLayer(CacheLayerMixin):
         before, after = self.n_pairs
         return after < before
 
-    def _padding(self) -> Tensor | None:
+    def padding(self) -> Tensor | None:
         """Which of the tokens seen some call was shown, bool ``[B, seen]``; None if all were."""
         call = self.session.call
         return None if call is None or call.shown is None else call.shown.to(self.slots.filled.device)
@@ -81,13 +81,13 @@ class EvictingLayer(CacheLayerMixin):
             call: what the attention function knows of this layer.
         """
         session, phase, n_new = self.session, self.phase, call.query.shape[2]
-        padding = self._padding()
+        padding = self.padding()
         session.unclaimed = self._offered = None
         is_first = self.slots.seen == n_new
         live = session.live_branches() if is_first else []
         for own in (session, *(branch.session for branch in live)):
             if own.joins_calls or own.on_attention is not None or (is_first and own.press is not None):
-                own.note_steps(call.module, n_new, self.slots.seen, padding)
+                own.note_steps(call, self.slots.seen, padding)
         if session.on_attention is not None:
             session.on_attention(self, call)
         session.was_asked = session.was_asked or (session.press is not None and not call.is_local)
@@ -104,7 +104,7 @@ class EvictingLayer(CacheLayerMixin):
         elif phase.is_prefill and not call.is_local and session.press is not None:
             self._compress_piece(session.press, call, padding)
         if call.sliding_window is not None:
-            self._forget_unreachable(call.sliding_window, padding)
+            self.forget_unreachable(call.sliding_window, padding)
         if is_first and self.slots.store is not None:
             self.slots.store.own()
         for branch in sharing:
@@ -385,7 +385,7 @@ class EvictingLayer(CacheLayerMixin):
         self.slots, self.n_pairs, self._offered = other.slots.shared(), other.n_pairs, None
         self.pending = Pending(*(vars(other.pending).values()))
 
-    def _forget_unreachable(self, window: int, padding: Tensor | None) -> None:
+    def forget_unreachable(self, window: int, padding: Tensor | None) -> None:
         """Free the slots that no later token can see, as soon as there are enough to be worth the copy."""
         slots = self.slots
         oldest = slots.seen - (window - 1) - _SLACK_TOKENS  # position of the first slot that has to be kept

@@ -228,7 +228,7 @@ class PressedLayer(EvictingLayer):
         if self.phase is not Phase.LATER or call.query.shape[2] > 1 or call.is_local:
             return None
         for reader in self.session.roles.readers:
-            groups = self._groups_of_call(call, self._padding())
+            groups = self._groups_of_call(call, self.padding())
             return selected(reader, groups, self.slots)
         return None
 
@@ -313,10 +313,6 @@ class PressedLayer(EvictingLayer):
         self.slots = self.slots.replaced(keys, values, positions.int(), columns or {}, self._padding_allowed())
         self.pending.hidden_states, self.pending.n_new = None, []
         self.n_pairs = before, self.slots.n_kept_pairs
-
-    def commit(self, n: int) -> None:
-        """Count ``n`` tokens that a compiled step wrote in place (``models/compiled.py``)."""
-        self.slots.commit(n)
 
 
 def next_layer(session: Session) -> PressedLayer:

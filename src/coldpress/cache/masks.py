@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from coldpress.cache.newest import newest_from
 from coldpress.cache.slots import BIAS, STAYS, Slots
 
-__all__ = ["ModelCall", "additive_mask", "leaving"]
+__all__ = ["ModelCall", "additive_mask", "leaving", "ranks"]
 
 
 @dataclass(eq=False)
@@ -111,7 +111,7 @@ def additive_mask(
         hidden = shown & ~mask if call is not None and call.hides_shown and shown is not None else None
         visible = visible & _unhidden(slots, mask, hidden)[:, :, None]
     if sliding_window is not None:
-        position, query_at = _ranks(slots, shown)
+        position, query_at = ranks(slots, shown)
         visible = visible & (position[:, :, None] > query_at[..., -n_queries:, None] - sliding_window)
     if mask is not None and call is not None and call.hides_new:  # no softmax of nothing: who sees nothing sees itself
         visible = visible | ((slot == query_slot) & ~visible.any(-1, keepdim=True))
@@ -159,7 +159,7 @@ def _unhidden(slots: Slots, mask: Tensor, hidden: Tensor | None) -> Tensor:
     return torch.cat([kept, tail.expand(-1, n_heads, -1)], dim=-1)
 
 
-def _ranks(slots: Slots, shown: Tensor | None) -> tuple[Tensor, Tensor]:
+def ranks(slots: Slots, shown: Tensor | None) -> tuple[Tensor, Tensor]:
     """Positions of the slots ``[B or 1, Hkv or 1, T]`` and of all tokens seen ``[B or 1, 1, seen]``.
 
     Sliding windows count real tokens, as they would in each row alone: padding takes no position. A token that only

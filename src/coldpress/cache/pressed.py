@@ -69,8 +69,9 @@ class PressedCache(MixedCache):
             are evicted, the kept keys are rotated so that they stand side by side before the next token. Then no
             distance is longer than what is stored, and with a decoding schedule a model reads on beyond the positions
             it was trained on, in constant memory.
-        kv_bits: 8, 4 or 2 bits for each number of the older pairs, or a KVBits; None stores all as they are.
-        storage: how the older pairs are stored, RotatedBits(8, 4) or a Codec of your own; instead of ``kv_bits``.
+        kv_bits: how the older pairs are stored: 8, 4 or 2 bits for each number, in groups (KVBits), or a name such as
+            ``"k8v4"``, keys in 8 bits and values in 4, one by one (RotatedBits); None stores all as they are.
+        storage: a Codec, RotatedBits(8, 4) or one of your own; instead of ``kv_bits``.
         pin: spans of tokens that nothing may evict, ``[(0, 40)]`` for the first 40 of every row, or a list of such
             lists, one for each row. They are kept in every layer and head under every press, and count towards its
             budget; padding is not counted.
@@ -97,7 +98,7 @@ class PressedCache(MixedCache):
         *,
         chunk_tokens: int | None = None,
         positions: Literal["original", "rerotate"] = "original",
-        kv_bits: int | KVBits | None = None,
+        kv_bits: int | str | Codec | None = None,
         storage: Codec | None = None,
         pin: Spans | Sequence[Spans] | None = None,
     ):

@@ -175,14 +175,15 @@ class Session:
         """How tokens follow each other in the layers of ``module``'s kind, as far as it was noted."""
         return self._steps.setdefault(layer_type(module), Steps())
 
-    def note_steps(self, module: nn.Module, n_new: int, seen: int, padding: Tensor | None) -> None:
-        """Note how ``module``, whose forward is under way, was told to rotate; once for each call and kind of layer.
+    def note_steps(self, call: LayerCall, seen: int, padding: Tensor | None) -> None:
+        """Note how the module of ``call`` was told to rotate; once for each call of the model and kind of layer.
 
         The other arguments are those of :meth:`Steps.note`.
         """
-        steps = self.steps(module)
+        steps = self.steps(call.module)
         if steps.seen != seen:
-            steps.note(given_rotation(module), n_new, seen, padding)
+            rotation = given_rotation(call.module) if call.rotation is None else call.rotation
+            steps.note(rotation, call.query.shape[2], seen, padding)
 
     def forget_rows(self) -> None:
         """Forget which token stood before the next one of each row, as rows change places."""

@@ -113,6 +113,10 @@ class Slots:
             return None
         return _filled(own, self.n, self.kinds[name])
 
+    def entries(self, name: str) -> Tensor | None:
+        """The entries of a column, of the first slots; the same tensor as long as they are the same."""
+        return self._columns.get(name)
+
     def columns(self) -> dict[str, Tensor]:
         """All columns, by name."""
         return {name: column for name in self._columns if (column := self.column(name)) is not None}
@@ -145,8 +149,7 @@ class Slots:
 
     def commit(self, n: int) -> None:
         """Count ``n`` tokens that a compiled step wrote in place."""
-        assert isinstance(self.store, DenseStore)
-        self.store.commit(n)
+        self.filled.commit(n)
         self.seen += n
 
     def crop(self, length: int) -> None:

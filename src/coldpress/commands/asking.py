@@ -33,7 +33,7 @@ def compress(
     model_options: dict[str, Any],
     compression_ratio: float | None = None,
     chunk_tokens: int | None = None,
-    kv_bits: int | None = None,
+    kv_bits: int | str | None = None,
     pin_system: str | None = None,
     **budget: int | None,
 ) -> None:
@@ -46,7 +46,7 @@ def compress(
         model_options: of :func:`load_model`.
         compression_ratio: 0.5 if neither it nor a budget is given, and the press has a ratio.
         chunk_tokens: of the pieces that the text is read in; None for a text in one piece.
-        kv_bits: 8, 4 or 2: what is kept is stored in so few bits.
+        kv_bits: 8, 4, 2, or a name such as ``"k8v4"``: what is kept is stored in so few bits.
         pin_system: a system prompt, put before the text and pinned.
         budget: ``budget_tokens`` or ``budget_bytes``, instead of a ratio.
 

@@ -6,7 +6,7 @@ import argparse
 from functools import partial
 from typing import Any
 
-from coldpress.commands.values import Several, auto_or_not, json_object, listed, not_negative, positive
+from coldpress.commands.values import Several, auto_or_not, bits, json_object, listed, not_negative, positive
 
 __all__ = [
     "BITS",
@@ -23,7 +23,7 @@ __all__ = [
     "task_options",
 ]
 
-BITS = (8, 4, 2)  # those of coldpress.stores.quantised, which takes torch along
+BITS = "{8,4,2,k8v4,...}"  # numbers: in groups (KIVI); kKvV: keys in K bits and values in V, one by one, rotated
 PPL_PRESETS = ("hf-strided", "gptq", "llamacpp", "lm-eval")  # those of coldpress.eval.settings, likewise
 MOST_ROUNDS = 1_000_000  # they are listed before the first is timed
 
@@ -83,8 +83,7 @@ def _add_presses(group: Any) -> None:
     several("--budget_bytes", type=listed(positive), help="instead of a ratio: bytes of the kept pairs of one text")
     add("--press_args", type=json_object, help="parameters of a single press as JSON, such as '{\"window_size\": 32}'")
     add("--chunk_tokens", type=positive, help="read prompts in pieces of so many tokens, and compress after each")
-    bits, shown = listed(int, BITS), f"{{{','.join(map(str, BITS))}}}"
-    several("--kv_bits", type=bits, metavar=shown, help="hold what is kept in so few bits, its newest pairs not")
+    several("--kv_bits", type=listed(bits), metavar=BITS, help="hold what is kept in so few bits, its newest pairs not")
     add("--kv_group_size", type=positive, help="numbers that share a step then (default: 64)")
     add("--kv_residual_tokens", type=not_negative, help="newest pairs that stay as they are then (default: 128)")
 
@@ -163,7 +162,7 @@ def compress_options(parser: argparse.ArgumentParser) -> None:
     add("--press_args", type=json_object, default={}, help="parameters of the press as JSON")
     add("--pin_system", metavar="TEXT", help="a system prompt before the text, which nothing may evict")
     add("--chunk_tokens", type=positive, help="read the text in pieces of so many tokens, and compress after each")
-    add("--kv_bits", type=int, choices=BITS, help="store what is kept in so few bits")
+    add("--kv_bits", type=bits, metavar=BITS, help="store what is kept in so few bits")
     add_machinery(parser.add_argument_group("how"))
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from coldpress.commands.options import BITS, add_machinery, add_model
-from coldpress.commands.values import integer, json_object, positive
+from coldpress.commands.values import bits, integer, json_object, positive
 
 __all__ = ["byte_count", "chat_options", "serve_options"]
 
@@ -31,7 +31,7 @@ def _add_press(group: Any, what: str) -> None:
     add("--budget_tokens", type=positive, help="instead of a ratio: pairs that a head keeps, on average")
     add("--press_args", type=json_object, default={}, help="parameters of the press as JSON")
     add("--chunk_tokens", type=positive, help=f"read {what} in pieces of so many tokens, and compress after each")
-    add("--kv_bits", type=int, choices=BITS, help="store what is kept in so few bits")
+    add("--kv_bits", type=bits, metavar=BITS, help="store what is kept in so few bits")
 
 
 def chat_options(parser: argparse.ArgumentParser) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
-__all__ = ["Several", "auto_or_not", "integer", "json_object", "listed", "not_negative", "positive"]
+__all__ = ["Several", "auto_or_not", "bits", "integer", "json_object", "listed", "not_negative", "positive"]
 
 
 class Several(argparse.Action):
@@ -45,6 +46,16 @@ def listed(one: Callable[[str], Any], choices: Sequence[Any] = ()) -> Callable[[
         return values
 
     return read
+
+
+def bits(text: str) -> int | str:
+    """In how few bits pairs are stored: 8, 4 or 2, or a name such as ``k8v4``, keys in 8 bits and values in 4."""
+    name = text.strip()
+    if name in ("8", "4", "2"):
+        return int(name)
+    if re.fullmatch("k[842]v[842]", name):
+        return name
+    raise argparse.ArgumentTypeError(f"must be 8, 4, 2, or keys and values apart, such as k8v4; got {text[:40]!r}")
 
 
 def integer(text: str, minimum: int, maximum: int = 2**63 - 1) -> int:

@@ -28,3 +28,4 @@ class LayerCall:
     n_layers: int
     is_local: bool
     hidden_states: Tensor | None = None  # [B, Q, hidden]
+    rotation: tuple[Tensor, Tensor] | None = None  # cosines and sines [B or 1, Q, Drot], of a compiled step

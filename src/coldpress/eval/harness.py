@@ -33,7 +33,8 @@ from coldpress.io.network import one_line
 from coldpress.models.block import prefilling
 from coldpress.models.prompts import prefill
 from coldpress.models.supported import use_coldpress
-from coldpress.stores.bits import KVBits
+from coldpress.stores.bits import storage_of
+from coldpress.stores.codec import Codec
 
 try:
     from lm_eval.api.registry import register_model
@@ -67,7 +68,7 @@ class ColdpressLM(HFLM):
         budget_tokens, budget_bytes: instead of a ratio, as in :class:`coldpress.ScorerPress`.
         press_args: other parameters of a named press: a dictionary, or JSON.
         chunk_tokens: contexts are read in pieces of so many tokens, and compressed after each.
-        kv_bits: 8, 4 or 2: what is kept is stored in so few bits.
+        kv_bits: 8, 4, 2, or a name such as ``"k8v4"``: what is kept is stored in so few bits.
         min_context_tokens: contexts of which the press would get fewer tokens stay as they are; a warning says how
             many these were, and the results hold it.
         device: cuda where there is one, else cpu.
@@ -92,7 +93,7 @@ class ColdpressLM(HFLM):
         budget_bytes: int | None = None,
         press_args: dict[str, Any] | str | None = None,
         chunk_tokens: int | None = None,
-        kv_bits: int | KVBits | None = None,
+        kv_bits: int | str | Codec | None = None,
         min_context_tokens: int = 1,
         device: str | None = None,
         dtype: Any = None,
@@ -103,7 +104,7 @@ class ColdpressLM(HFLM):
     ):
         budgets = {"budget_tokens": budget_tokens, "budget_bytes": budget_bytes}
         self.press = press_of(press, compression_ratio, budgets, read_press_args(press_args))
-        self.kv_bits, self.chunk_tokens = KVBits.of(kv_bits), chunk_tokens
+        self.kv_bits, self.chunk_tokens = storage_of(kv_bits), chunk_tokens
         self.min_context_tokens = max(1, integer("min_context_tokens", min_context_tokens, 0))
         check_chunks(self.press, chunk_tokens)
         check_quantisable(self.press, self.kv_bits)

@@ -17,7 +17,8 @@ from coldpress.errors import CacheError, PressError
 from coldpress.eval.press_args import check_types
 from coldpress.eval.settings import Settings
 from coldpress.presses.decoding import DecodingPress
-from coldpress.stores.bits import KVBits
+from coldpress.stores.bits import KVBits, storage_of
+from coldpress.stores.codec import Codec
 
 __all__ = ["Job", "left_out_of_batches", "make_jobs"]
 
@@ -35,7 +36,7 @@ class Job:
     ratio: float | None = None
     budget_tokens: int | None = None
     budget_bytes: int | None = None
-    kv_bits: KVBits | None = None
+    kv_bits: Codec | None = None
 
 
 def make_jobs(settings: Settings) -> list[Job]:
@@ -96,7 +97,9 @@ def make_jobs(settings: Settings) -> list[Job]:
     jobs = list({(job.name, job.ratio, job.budget_tokens, job.budget_bytes): job for job in jobs}.values())
     jobs = [job for job in jobs if _takes_batch(job, settings)]
     bits = dict.fromkeys(settings.kv_bits)
-    return _in_bits(jobs, [KVBits(n, settings.kv_group_size, settings.kv_residual_tokens) for n in bits], settings)
+    group = None if settings.kv_group_size == KVBits.group_size else settings.kv_group_size
+    codecs = [storage_of(each, group_size=group, newest=settings.kv_residual_tokens) for each in bits]
+    return _in_bits(jobs, [codec for codec in codecs if codec is not None], settings)
 
 
 def left_out_of_batches(settings: Settings) -> list[str]:
@@ -127,19 +130,20 @@ def _takes_batch(job: Job, settings: Settings) -> bool:
     return True
 
 
-def _in_bits(jobs: list[Job], kv_bits: list[KVBits], settings: Settings) -> list[Job]:
+def _in_bits(jobs: list[Job], kv_bits: list[Codec], settings: Settings) -> list[Job]:
     """Each job at every number of bits; as it is where there are none."""
     if not kv_bits:
         return jobs
     found = []
     for job in jobs:
-        try:
-            check_quantisable(job.press, kv_bits[0])
-        except CacheError:
-            if job.name in settings.press:
-                raise
-            continue
-        found += [replace(job, kv_bits=each) for each in kv_bits]
+        for each in kv_bits:
+            try:
+                check_quantisable(job.press, each)
+            except CacheError:
+                if job.name in settings.press:
+                    raise
+                continue
+            found.append(replace(job, kv_bits=each))
     return found
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from coldpress.bases.press import BasePress
 from coldpress.bases.press_files import file_digest
 from coldpress.bases.scorer import BUDGETS
-from coldpress.stores.bits import KVBits
+from coldpress.stores.codec import Codec
 
 __all__ = ["BASELINE", "Point", "config_of"]
 
@@ -21,13 +21,13 @@ class Point:
     """One press of one size, in so many bits; without a press and bits, the uncompressed baseline."""
 
     press: BasePress | None
-    kv_bits: KVBits | None = None
+    kv_bits: Codec | None = None
 
     @functools.cached_property
     def key(self) -> str:
         """The same for points that measure the same, in this process or another: 16 hex digits."""
         name = None if self.press is None else type(self.press).__name__
-        bits = None if self.kv_bits is None else asdict(self.kv_bits)
+        bits = None if self.kv_bits is None else dict(vars(self.kv_bits))
         text = json.dumps([name, config_of(self.press), bits], sort_keys=True, default=repr)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -38,7 +38,8 @@ from coldpress.eval.points import BASELINE, Point
 from coldpress.eval.prefills import prefilled
 from coldpress.eval.scores import Scores
 from coldpress.eval.windows import PrefixPlan
-from coldpress.stores.bits import KVBits
+from coldpress.stores.bits import bits_name
+from coldpress.stores.codec import Codec
 
 __all__ = ["Batch", "PrefixRun", "WindowWork"]
 
@@ -74,7 +75,7 @@ class PrefixRun(PointRun[Measured]):
         documents: Sequence[tuple[Tensor, PrefixPlan]],
         batch_size: int = 1,
         chunk_tokens: int | None = None,
-        kv_bits: Sequence[KVBits | None] | None = None,
+        kv_bits: Sequence[Codec | None] | None = None,
         *,
         token_bytes: Sequence[Tensor | None] | None = None,
         greedy_tokens: int = 0,
@@ -131,7 +132,7 @@ class PrefixRun(PointRun[Measured]):
         asked = getattr(point.press, "compression_ratio", 0.0)
         is_smaller = point.kv_bits is not None and first.kv_bytes < first_base.kv_bytes
         if (asked > 0 or first.achieved_ratio > 0 or is_smaller) and torch.equal(own.losses, base.losses):
-            bits = "" if point.kv_bits is None else f" in {point.kv_bits.bits} bits"
+            bits = "" if point.kv_bits is None else f" in {bits_name(point.kv_bits)} bits"
             raise SelfCheckError(
                 f"{point.press}{bits}: all {n_tokens} losses are bit for bit those of the uncompressed cache: "
                 "nothing was compressed."

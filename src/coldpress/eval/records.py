@@ -12,6 +12,7 @@ from coldpress.eval.jobs import Job
 from coldpress.eval.points import config_of
 from coldpress.eval.results import SCHEMA_VERSION, environment
 from coldpress.eval.run import Run
+from coldpress.stores.bits import bits_name
 
 __all__ = ["METRICS", "blank_record", "finished_records", "make_records"]
 
@@ -96,8 +97,8 @@ def blank_record(common: dict[str, Any], job: Job) -> dict[str, Any]:
         "compression_ratio": job.ratio,
         "budget_tokens": job.budget_tokens,
         "budget_bytes": job.budget_bytes,
-        "kv_bits": None if job.kv_bits is None else job.kv_bits.bits,
-        "kv_bits_config": None if job.kv_bits is None else asdict(job.kv_bits),
+        "kv_bits": bits_name(job.kv_bits),
+        "kv_bits_config": None if job.kv_bits is None else dict(vars(job.kv_bits)),
         "status": "ok",
         "error": None,
     }

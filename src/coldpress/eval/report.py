@@ -217,7 +217,7 @@ _TEXTS = ("press", "status", "protocol", "model", "dataset", "dtype", "device", 
 _MAYBE_TEXTS = ("subset", "ppl_mode", "peak_mem_kind", "position_mode")
 _NUMBERS = ("num_params", "total_tokens")
 _MAYBE_NUMBERS = (
-    *("compression_ratio", *BUDGETS, "kv_bits", "windows", "scored_tokens", "loss", "ppl", "baseline_loss"),
+    *("compression_ratio", *BUDGETS, "windows", "scored_tokens", "loss", "ppl", "baseline_loss"),
     *("baseline_ppl", "delta_nll", "same_top1", "effective_compression_ratio", "context_tokens"),
     *("speed_context_tokens", "generated_tokens", "kv_bytes", "kv_bytes_baseline", "kv_bytes_max", "kv_len_before"),
     *("prefill_tokens_per_s", "ttft_s", "tpot_ms", "generation_tokens_per_s", "decode_speedup", "peak_mem_bytes"),
@@ -246,6 +246,8 @@ def check_record(record: Record) -> None:
     for name in (*_NUMBERS, *_MAYBE_NUMBERS):
         value = record.get(name)
         check(name, value, is_number(value) or (value is None and name in _MAYBE_NUMBERS), "a number")
+    bits = record.get("kv_bits")
+    check("kv_bits", bits, bits is None or is_number(bits) or isinstance(bits, str), "a number, or a name as k8v4")
     ci: Any = record.get("delta_nll_ci95")
     env: Any = record.get("env")
     settings: Any = record.get("settings")

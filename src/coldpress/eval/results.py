@@ -94,7 +94,7 @@ def environment() -> dict[str, Any]:
 def result_path(output_dir: Path, record: dict[str, Any]) -> Path:
     """Where `record` belongs: ``{protocol}__{model}__{dataset}__{press}__r0.50__{10 hex}.json`` in
     `output_dir`; ``t512`` instead of the ratio for a budget in tokens, ``b1048576`` for one in bytes; then ``q4`` where
-    pairs are stored in 4 bits.
+    pairs are stored in 4 bits, ``k8v4`` where they are in RotatedBits(8, 4).
 
     The hex digits are a hash over IDENTIFYING_FIELDS, where an absent field is as one that is None: equal
     settings share a name, others do not. A record that failed (status "failed" or "error", or an error in it) ends in
@@ -113,7 +113,8 @@ def result_path(output_dir: Path, record: dict[str, Any]) -> Path:
     parts = [protocol, record.get("model"), record.get("dataset"), record.get("press") or "no_press"]
     shown = [] if ratio is None else [f"r{ratio:.2f}" if round(ratio, 2) == ratio else f"r{ratio:g}"]
     shown += [f"{name.removeprefix('budget_')[0]}{record[name]}" for name in BUDGETS if record.get(name) is not None]
-    shown += [f"q{record['kv_bits']}"] if record.get("kv_bits") is not None else []
+    bits = record.get("kv_bits")
+    shown += [] if bits is None else [bits if isinstance(bits, str) else f"q{bits}"]
     return Path(output_dir) / ("__".join([*map(_slug, parts), *shown, digest]) + _suffix(record))
 
 

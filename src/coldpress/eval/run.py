@@ -28,7 +28,7 @@ from coldpress.eval.settings import Settings
 from coldpress.eval.speed import SpeedRun
 from coldpress.eval.speed_points import SpeedPoint
 from coldpress.eval.stream import StreamRun
-from coldpress.stores.bits import KVBits
+from coldpress.stores.codec import Codec
 
 __all__ = ["Run", "make_run"]
 
@@ -93,7 +93,7 @@ class Run:
         return any(isinstance(part, Exception) for part in self.scored.get((id(job.press), job.kv_bits), ()))
 
     @property
-    def compressed(self) -> tuple[list[BasePress | None], list[KVBits | None]]:
+    def compressed(self) -> tuple[list[BasePress | None], list[Codec | None]]:
         """The presses, and the bits that what they keep is stored in, without the uncompressed baseline."""
         pairs = [(job.press, job.kv_bits) for job in self.jobs if job.press is not None or job.kv_bits is not None]
         return [press for press, _ in pairs], [bits for _, bits in pairs]

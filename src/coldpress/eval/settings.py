@@ -39,7 +39,7 @@ class Settings:
     budget_bytes: tuple[int, ...] = ()
     press_args: tuple[tuple[str, Any], ...] = ()
     chunk_tokens: int | None = None
-    kv_bits: tuple[int, ...] = ()  # of the older pairs, instead of as they are
+    kv_bits: tuple[int | str, ...] = ()  # of the older pairs, instead of as they are
     kv_group_size: int = KVBits.group_size
     kv_residual_tokens: int = KVBits.residual_tokens
     ppl_apply_press: bool = False

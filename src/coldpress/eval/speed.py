@@ -26,6 +26,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.bases.press import BasePress
 from coldpress.cache.pressed import PressedCache
+from coldpress.core.press import parts
 from coldpress.errors import SelfCheckError
 from coldpress.eval.checks import check_stored_pairs, release
 from coldpress.eval.memory import MemoryMeter
@@ -34,8 +35,9 @@ from coldpress.eval.round_log import RoundLog
 from coldpress.eval.speed_points import Sample, SpeedPoint
 from coldpress.models.block import prefilling
 from coldpress.models.compiled import compiled
+from coldpress.models.compiling import Compiled
 from coldpress.models.prompts import prefill
-from coldpress.stores.bits import KVBits
+from coldpress.stores.codec import Codec
 
 __all__ = ["SpeedRun", "now_ns"]
 
@@ -84,7 +86,7 @@ class SpeedRun:
         warmup: int = 1,
         seed: int = 0,
         chunk_tokens: int | None = None,
-        kv_bits: Sequence[KVBits | None] | None = None,
+        kv_bits: Sequence[Codec | None] | None = None,
         compile: bool = False,
     ):
         self.model, self.context_ids = model, context_ids
@@ -96,12 +98,13 @@ class SpeedRun:
         self.repetitions, self.warmup = repetitions, warmup
         self.order = random.Random(seed)
         self.chunk_tokens, self.compile = chunk_tokens, compile
+        self.compiled: Compiled | None = None
 
     @property
     def device(self) -> torch.device:
         return self.context_ids.device
 
-    def point(self, press: BasePress | None, kv_bits: KVBits | None = None) -> SpeedPoint:
+    def point(self, press: BasePress | None, kv_bits: Codec | None = None) -> SpeedPoint:
         """The measurements of one of the presses."""
         return next(point for point in self.points if point.press is press and point.kv_bits == kv_bits)
 
@@ -135,7 +138,7 @@ class SpeedRun:
         gc.freeze()  # what is here now stays: the collections between the rounds need not look at it
         block = compiled(self.model, self.max_new_tokens) if self.compile else nullcontext()
         try:
-            with block:
+            with block as self.compiled:
                 for kind, point in progress(rounds):
                     self._measure(kind, point)
                     if kind == "last of a round" and log is not None:
@@ -206,6 +209,8 @@ class SpeedRun:
                 "peak_mem_delta_bytes": point.memory.delta_bytes,
                 "peak_reserved_bytes": point.memory.peak_reserved_bytes,
             }
+        if self.compiled is not None:
+            record |= {"compile_s": round(self.compiled.compile_s, 1), "compiled_forms": self.compiled.forms}
         if is_compared and baseline is not None:
             has_pair = number in speedups
             record |= {
@@ -240,8 +245,11 @@ class SpeedRun:
         with ExitStack() as stack:
             stack.enter_context(prefilling(self.model, cache))
             token = self._next(self.context_ids, cache, 0)
-            if cache.press is None or not cache.press.evicts_while_decoding:
+            press = cache.press
+            if press is None or not press.evicts_while_decoding:
                 stack.close()
+            elif self.compile and not any(part.needs_hidden_states for part in parts(press)):
+                stack.close()  # the step itself tells it what it needs
             yield token
 
     def _next(self, ids: Tensor, cache: PressedCache, n_generated: int) -> Tensor:

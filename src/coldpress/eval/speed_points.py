@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from coldpress.bases.press import BasePress
 from coldpress.eval.memory import MemoryReading
 from coldpress.eval.points import Point
-from coldpress.stores.bits import KVBits
+from coldpress.stores.codec import Codec
 
 __all__ = ["Sample", "SpeedPoint"]
 
@@ -45,7 +45,7 @@ class SpeedPoint:
     """One press (None: no press), in so many bits, and its measurements."""
 
     press: BasePress | None
-    kv_bits: KVBits | None = None
+    kv_bits: Codec | None = None
     samples: list[Sample] = field(default_factory=list)
     memory: MemoryReading | None = None
     kv_bytes: int | None = None

@@ -66,7 +66,11 @@ _MEANINGLESS = {  # what is meant for other sections when it stands above them a
 }
 _FROM_0 = ("seed", "warmup", "sample_idx", "kv_residual_tokens", "greedy_tokens")
 _MOST = {"repetitions": 1_000_000, "warmup": 1_000_000}  # they are listed before the first is timed
-_SORTS: dict[str, tuple[type, ...]] = {"str": (str,), "bool": (bool,), "int": (int,), "float": (int, float)}
+_SORTS: dict[str, tuple[type, ...]] = {
+    **{"str": (str,), "bool": (bool,), "int": (int,), "float": (int, float)},
+    "int | str": (int, str),  # bits, or the name of some
+}
+_WORDS = {"int | str": "a number or a name", "str": "a text", "bool": "true or false", "float": "a number"}
 _TOP = ("models", "texts", *KINDS, "output_dir")
 
 
@@ -381,9 +385,7 @@ def _check_types(kind: str, options: dict[str, Any]) -> None:
             least = 0 if name in _FROM_0 else 1
             most = _MOST.get(name, 2**63 - 1)
             if not is_sort or (wanted == "int" and one < least):
-                what = {"str": "a text", "bool": "true or false", "float": "a number"}.get(
-                    wanted, f"an integer >= {least}"
-                )
+                what = _WORDS.get(wanted, f"an integer >= {least}")
                 raise InputError(f"{kind}: {name} must be {what}, got {one!r}.")
             if wanted == "int" and one > most:
                 raise InputError(f"{kind}: {name} must be an integer <= {most}.")

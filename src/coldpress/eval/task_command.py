@@ -76,7 +76,7 @@ class TaskSettings:
     budget_bytes: tuple[int, ...] = ()
     press_args: tuple[tuple[str, Any], ...] = ()
     chunk_tokens: int | None = None
-    kv_bits: tuple[int, ...] = ()
+    kv_bits: tuple[int | str, ...] = ()
     kv_group_size: int = KVBits.group_size
     kv_residual_tokens: int = KVBits.residual_tokens
     task: tuple[str, ...] = TASKS

@@ -30,6 +30,7 @@ from coldpress.eval.points import BASELINE, Point
 from coldpress.eval.prefills import prefilled
 from coldpress.eval.task_ledger import Answered, TaskLedger
 from coldpress.eval.tasks import Example
+from coldpress.stores.bits import bits_name
 
 __all__ = ["ExampleWork", "TaskItem", "TaskRun", "ends_of", "greedy_tokens", "match", "sizes_of"]
 
@@ -120,7 +121,7 @@ class TaskRun(PointRun[Answered]):
         asked = getattr(point.press, "compression_ratio", 0.0)
         is_smaller = point.kv_bits is not None and first.kv_bytes < first_base.kv_bytes
         if (asked > 0 or first.achieved_ratio > 0 or is_smaller) and all(own == base for own, base in pairs):
-            bits = "" if point.kv_bits is None else f" in {point.kv_bits.bits} bits"
+            bits = "" if point.kv_bits is None else f" in {bits_name(point.kv_bits)} bits"
             raise SelfCheckError(
                 f"{point.press}{bits}: the losses of all {len(rows)} answers are bit for bit those of the uncompressed "
                 "cache: nothing was compressed."

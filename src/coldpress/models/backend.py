@@ -33,7 +33,9 @@ from coldpress.backends import BACKENDS
 from coldpress.cache.session import THREAD, uncompiled
 from coldpress.core.call import LayerCall
 from coldpress.errors import CacheError, ModelError
+from coldpress.models.step import CURRENT, Seen, StepCache
 from coldpress.models.supported import refuse
+from coldpress.stores.parts import DensePart
 
 __all__ = ["WATCHERS", "attention", "mask", "register"]
 
@@ -119,7 +121,8 @@ def attention(
 ) -> Attended:
     """Attention of one layer of a model: ``query [B, Hq, Q, D]``, ``key`` and ``value [B, Hkv, T, D]``, both final."""
     if torch.compiler.is_compiling() and attention_mask is not None and attention_mask.dtype == torch.uint8:
-        return _in_step(native, module, query, key, value, attention_mask, scaling, dropout, **kwargs)
+        assert CURRENT.cache is not None
+        return _in_step(native, module, query, scaling, dropout, CURRENT.cache, **kwargs)
     attend = _attended_outside if torch.compiler.is_compiling() and THREAD.updated is not None else _attended
     return attend(native, module, query, key, value, attention_mask, scaling, dropout, **kwargs)
 
@@ -188,26 +191,31 @@ def _in_step(
     native: str,
     module: nn.Module,
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    hidden: Tensor,
     scaling: float | None,
     dropout: float,
+    cache: StepCache,
     **kwargs: Any,
 ) -> Attended:
-    """Attention of one token over whole buffers, in a compiled step (``compiled.py``).
-
-    ``hidden``: uint8 ``[L, 1, 1, capacity]``, the slots of each layer that are empty; no other mask has this dtype.
-    """
-    for name in (*_UNKNOWN, "softcap", "s_aux", "sliding_window"):
+    """Attention of one token over the part of its layer, in a compiled step (``step.py``)."""
+    for name in _UNKNOWN:
         if kwargs.get(name) is not None:
-            raise ModelError(f"{type(module).__name__} attends with {name!r}, which a compiled step does not know.")
+            raise ModelError(f"{type(module).__name__} attends with {name!r}, which coldpress does not support.")
     if native not in BACKENDS.values() or (dropout and module.training):
         raise ModelError("A compiled step does not train; call model.eval().")
     index: Any = module.layer_idx
-    is_empty = hidden[index, :, :, : key.shape[2]][None] != 0
-    bias = torch.zeros(is_empty.shape, device=key.device).masked_fill_(is_empty, -torch.inf)
-    return sdpa(module, query, key, value, bias, scaling, 0.0)
+    part, sight = cache.parts[index], cache.sights[index]
+    softcap, sinks, window = kwargs.get("softcap"), kwargs.get("s_aux"), kwargs.pop("sliding_window", None)
+    factor = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if cache.is_watched:
+        cache.seen[index] = Seen(query, factor, softcap, sinks, window)
+    if softcap is None and sinks is None:
+        return part.attend(query, sight, factor), None
+    if not isinstance(part, DensePart):
+        raise ModelError(
+            f"{type(module).__name__} has soft caps or sinks, which a compiled step knows where all heads of a layer "
+            "store equally many pairs, as they are; leave compiled() out, or take another press."
+        )
+    return eager(module, query, part.keys, part.values, part.bias(sight), factor, 0.0, **kwargs)
 
 
 def _hidden_states(module: nn.Module) -> Tensor | None:

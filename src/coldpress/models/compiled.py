@@ -1,12 +1,12 @@
 """``with coldpress.compiled(model):`` decode by a step that torch.compile has made, over buffers of fixed shape.
 
 The step is one forward of the model for one token of each row. It writes the new pairs into the cache's own buffers, at
-a slot that is a tensor, and hides the slots that are empty; so no shape changes from token to token, and the cache is
-at all times what it would be without the block: it can be cropped, forked, saved and used by other calls.
+slots that are a tensor, and hides the slots that are empty; so no shape changes from token to token, and the cache is
+at all times what it would be without the block: it can be cropped, forked, saved and used by other calls. What a press
+does between tokens, and the encoding of pairs that are no longer the newest, is done outside of the step, as ever.
 
-One row on the CPU is a product of each weight matrix with a vector, which takes as long as the weights are read. A
-matrix whose columns are contiguous is read faster than one whose rows are: so inside the block the weights of linear
-layers lie in memory by columns. Their values and shapes are what they were.
+Inside the block, on the CPU, the weights of linear layers lie in memory by columns (``columns.py``). Their values and
+shapes are what they were.
 """
 
 from __future__ import annotations
@@ -14,41 +14,45 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding_bag, linear
-from torch.overrides import TorchFunctionMode
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.architecture.cache_argument import NAMES, argument_name, cache_argument, given_cache
+from coldpress.architecture.places import place_of
 from coldpress.architecture.wrapped import transformers_model
 from coldpress.cache.layer import PressedLayer
 from coldpress.cache.pressed import PressedCache
-from coldpress.cache.slots import BIAS
+from coldpress.cache.sight import Sights, commit
+from coldpress.core.call import LayerCall
+from coldpress.core.press import parts as parts_of
 from coldpress.errors import CacheError, ModelError
 from coldpress.models.block import is_inside
+from coldpress.models.columns import by_columns
+from coldpress.models.compiling import Compiled, Watch, inductor, say
 from coldpress.models.scope import Scope
+from coldpress.models.step import Seen, new_step
 from coldpress.models.supported import use_coldpress
-from coldpress.stores.dense import DenseStore
+from coldpress.stores.bits import KVBits
+from coldpress.stores.parts import Part, Sight
 
-__all__ = ["OneRow", "by_columns", "compiled"]
+__all__ = ["Compiled", "compiled"]
 
-_CAPACITY_TOKENS = 64  # buffers are whole multiples of this, so that texts of similar lengths share a compiled step
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SUFFICES = {"use_cache": (None, True), "return_dict": (None, True), "output_attentions": (None, False),
              "output_hidden_states": (None, False), "logits_to_keep": (0, 1)}  # fmt: skip
 _TAKEN = {"input_ids", "attention_mask", "position_ids", "cache_position", *NAMES, *_SUFFICES}
+_STEPS: WeakKeyDictionary[nn.Module, dict[Any, Callable[..., Any]]] = WeakKeyDictionary()  # what torch has compiled
 
 
 @contextmanager
-def compiled(model: nn.Module, new_tokens: int = 256) -> Iterator[None]:
+def compiled(model: nn.Module, new_tokens: int = 256, tell: Callable[[str], None] | None = say) -> Iterator[Compiled]:
     """Inside the block, calls of ``model`` with one new token a row and a filled PressedCache are compiled.
 
     That is what ``generate(..., cache=cache)`` does for each token after the first; the prompt and questions
@@ -61,12 +65,17 @@ def compiled(model: nn.Module, new_tokens: int = 256) -> Iterator[None]:
         model: a causal language model, or a wrapper that runs one; it is put on coldpress's backend.
         new_tokens: room in each buffer for so many tokens after those that are stored; when it is used up, the buffers
             move to larger ones, and the step may have to be compiled again.
+        tell: is given a line when torch.compile begins and when it has ended; None: nobody is told.
+
+    Returns:
+        What was compiled so far, and how long that took.
 
     Raises:
-        ModelError: sliding windows, soft caps, attention sinks, rotary frequencies that depend on the length of the
-            text, weights that are spread over devices, or something that torch.compile cannot compile.
-        CacheError: at the call, a cache whose heads store different numbers of pairs, in few bits or fewer channels,
-            one with padding, with a press that goes on while decoding, or one that is no PressedCache.
+        ModelError: rotary frequencies that depend on the length of the text, weights that are spread over devices, or
+            something that torch.compile cannot compile.
+        CacheError: at the call, a cache in groups of few bits (``kv_bits=4``) or fewer channels, one with a press that
+            chooses what each query reads or looks at hidden states while decoding, a mask that hides the new token or
+            one that an earlier call was shown, or a cache that is no PressedCache.
     """
     if isinstance(new_tokens, bool) or not isinstance(new_tokens, int) or new_tokens < 1:
         raise CacheError(f"new_tokens must be a whole number from 1 on, got {new_tokens!r}.")
@@ -77,13 +86,13 @@ def compiled(model: nn.Module, new_tokens: int = 256) -> Iterator[None]:
         raise ModelError(
             "This model's forward has been replaced already, by another compiled() block perhaps; leave that first."
         )
-    decoder = _Decoder(inner, new_tokens)
+    decoder = _Decoder(inner, new_tokens, tell)
     with ExitStack() as stack:
         if inner.device.type == "cpu":
             stack.enter_context(by_columns(inner))
         inner.forward = decoder.forward
         stack.callback(delattr, inner, "forward")
-        yield
+        yield decoder.done
         if decoder.n_eager and not decoder.n_steps:
             warnings.warn(
                 f"{type(inner).__name__} ran inside this compiled() block, and nothing was compiled: only calls with "
@@ -94,9 +103,9 @@ def compiled(model: nn.Module, new_tokens: int = 256) -> Iterator[None]:
 
 def _check_model(model: PreTrainedModel) -> None:
     name, config = type(model).__name__, model.config.get_text_config(decoder=True)
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
-        raise ModelError(f"{name} has layers of {', '.join(sorted(kinds))}; a compiled step knows full attention only.")
+        raise ModelError(f"{name} has layers of {', '.join(sorted(kinds))}, which a compiled step does not know.")
     rotary = getattr(config, "rope_scaling", None) or getattr(config, "rope_parameters", None) or {}
     kind = rotary.get("rope_type", rotary.get("type"))
     if kind in ("dynamic", "longrope"):
@@ -108,13 +117,16 @@ def _check_model(model: PreTrainedModel) -> None:
 class _Decoder:
     """The forward of one model in the threads of one block, instead of its own."""
 
-    def __init__(self, model: PreTrainedModel, new_tokens: int):
-        self.model, self.new_tokens, self.scope = model, new_tokens, Scope()
+    def __init__(self, model: PreTrainedModel, new_tokens: int, tell: Callable[[str], None] | None):
+        self.model, self.scope, self.tell, self.done = model, Scope(), tell, Compiled()
         self.eager = model.forward
         self.n_steps = self.n_eager = 0  # calls inside the block, for the step (it may refuse them) and others
-        self.buffers: WeakKeyDictionary[DenseStore, int] = WeakKeyDictionary()  # that are prepared, by their addresses
-        mode = "reduce-overhead" if model.device.type == "cuda" else None
-        self.step = torch.compile(_step, fullgraph=True, mode=mode)
+        self.sights = Sights(new_tokens)
+        self.modules: dict[int, nn.Module] = {
+            m.layer_idx: m
+            for m in model.modules()
+            if isinstance(getattr(m, "layer_idx", None), int) and hasattr(m, "config")
+        }
 
         @functools.wraps(self.eager)  # generate() looks at the signature
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -157,19 +169,82 @@ class _Decoder:
             )
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.model.parameters()):
             raise ModelError("A compiled step has no gradients; call it under torch.no_grad() or inference_mode().")
-        if mask is not None and (mask.dim() != 2 or not bool(mask.all())):
-            raise CacheError("compiled() decodes without padding and other masks; leave the block for such a batch.")
-        layers = self._static_layers(cache, ids.shape[0])
-        seen = cache.seen_tokens
+        layers = self._checked_layers(cache, ids.shape[0])
+        shown = self._begin(cache, layers, mask)
+        found = self.sights.of(layers, shown)
+        if found is None:
+            raise CacheError(_unfit(cache))
         position = given.get("position_ids")
         if position is None:
-            position = torch.full_like(ids, seen)
-        at = torch.tensor([layer.slots.n for layer in layers], device=ids.device)
-        keys, values = zip(*(layer.slots.filled.tensors() for layer in layers), strict=True)
-        name = argument_name(self.eager)
+            position = torch.full_like(ids, cache.seen_tokens)
+        goes_on = self._goes_on(cache)
+        logits, seen = self._run(ids, position, *found, goes_on)
+        rotation = self._rotation(position) if goes_on else None
+        for layer in layers:  # nothing has been counted before, so a step that fails has not been
+            commit(layer, self._call(layer, seen[layer.index], rotation) if goes_on else None)
+        return CausalLMOutputWithPast(logits=logits.clone(), **cache_argument(cache))
+
+    def _checked_layers(self, cache: PressedCache, n_rows: int) -> list[PressedLayer]:
+        """The layers, of a cache whose press leaves attention itself alone."""
+        cache.session.check_claimed()
+        press = cache.press
+        if cache.session.roles.readers:
+            raise CacheError(
+                f"{press!r} chooses what each query reads, which cannot be compiled; leave compiled() out."
+            )
+        if press is not None and self._goes_on(cache) and any(part.needs_hidden_states for part in parts_of(press)):
+            raise CacheError(f"{press!r} looks at hidden states while decoding, which a compiled step does not tell.")
+        layers = cache.pressed_layers()
+        if len(layers) != len(cache.layers):
+            raise CacheError("Layers that keep a state beside their pairs cannot be compiled; leave compiled() out.")
+        for layer in layers:
+            if layer.slots.filled.n_rows != n_rows:
+                raise CacheError(f"The cache holds {layer.slots.filled.n_rows} rows and the call has {n_rows}.")
+        return layers
+
+    def _goes_on(self, cache: PressedCache) -> bool:
+        """Whether the press has work to do after each token."""
+        press = cache.press
+        return press is not None and (press.evicts_while_decoding or bool(cache.session.roles.observers))
+
+    def _begin(self, cache: PressedCache, layers: list[PressedLayer], mask: Tensor | None) -> Tensor | None:
+        """Note the call and its mask; which of the tokens before it are none of padding, None if all are."""
+        session, seen = cache.session, cache.seen_tokens
+        if mask is not None:
+            if mask.dim() != 2 or mask.shape[1] != seen + 1 or mask.shape[0] != layers[0].slots.filled.n_rows:
+                raise CacheError(
+                    f"A compiled step takes a mask of all {seen + 1} tokens of each row, [rows, tokens], or none; "
+                    f"this one has the shape {tuple(mask.shape)}."
+                )
+            mask = None if bool(mask.all()) else mask.bool()
+        session.begin(seen, 1, mask, layers[0].shown)
+        call = session.call
+        assert call is not None
+        if call.hides_new or call.hides_shown:
+            raise CacheError(
+                "This mask hides the new token, or one that an earlier call was shown; compiled() decodes with the "
+                "padding of the prompt alone. Leave the block for such a call."
+            )
+        if call.shown is not None and cache.press is not None and cache.press.n_waiting:
+            raise CacheError(f"{cache.press!r} frees tokens of padded rows one by one; leave compiled() out.")
+        return None if call.shown is None else call.shown[:, :seen]
+
+    def _run(
+        self, ids: Tensor, position: Tensor, parts: list[Part], sights: list[Sight], is_watched: bool
+    ) -> tuple[Tensor, dict[int, Seen]]:
+        """A step, by what torch has compiled for such layers, or compiles now."""
+        kinds = tuple((type(p), *(part is None for part in s)) for p, s in zip(parts, sights, strict=True))
+        steps = _STEPS.setdefault(self.model, {})
+        is_new = (kinds, is_watched) not in steps
+        if is_new:
+            steps[kinds, is_watched] = torch.compile(new_step(), fullgraph=True, backend=inductor)
         n_parts = torch.get_num_threads() if ids.device.type == "cpu" else 0
+        name = argument_name(self.eager)
         try:
-            logits = self.step(self.model, self.eager, ids, position, at, list(keys), list(values), n_parts, name)
+            with Watch(self.done, type(self.model).__name__, self.tell, is_new):
+                output: tuple[Tensor, dict[int, Seen]] = steps[kinds, is_watched](
+                    self.model, self.eager, ids, position, parts, sights, is_watched, n_parts, name
+                )
         except Exception as error:
             if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise
@@ -177,139 +252,47 @@ class _Decoder:
             raise ModelError(
                 f"torch.compile cannot compile a step of {type(self.model).__name__}; leave compiled() out. ({reason})"
             ) from error
-        for layer in layers:  # nothing has been counted before, so a step that fails has not been
-            layer.commit(1)
-        return CausalLMOutputWithPast(logits=logits.clone(), **cache_argument(cache))
+        self.done.steps += 1
+        return output
 
-    def _static_layers(self, cache: PressedCache, n_rows: int) -> list[PressedLayer]:
-        """The layers, each with room for one token at least in buffers that are its own."""
-        cache.session.check_claimed()
-        cache.session.branches = []  # the prefill is over
-        if cache.press is not None and cache.press.evicts_while_decoding:
-            raise CacheError(f"{cache.press!r} goes on while decoding, which cannot be compiled; leave compiled() out.")
-        if cache.session.roles.readers or cache.session.roles.observers:
-            raise CacheError(f"{cache.press!r} is asked in each call, which cannot be compiled; leave compiled() out.")
-        layers = cache.pressed_layers()
-        if len(layers) != len(cache.layers):
-            raise CacheError("Layers that keep a state beside their pairs cannot be compiled; leave compiled() out.")
-        for layer in layers:
-            store = layer.slots.store
-            if not isinstance(store, DenseStore) or not store.is_plain or layer.slots.has_gaps:
-                raise CacheError(
-                    "compiled() needs heads that store equally many pairs, as they are: not AdaKV and its kind, padded "
-                    "batches, kv_bits or ThinK. Leave compiled() out, or take a press that keeps as many in each head."
-                )
-            if layer.slots.has(BIAS.name):
-                raise CacheError("Pairs that stand for several tokens cannot be compiled; leave compiled() out.")
-            if layer.window is not None:
-                raise ModelError(f"{type(self.model).__name__} has sliding windows; leave compiled() out.")
-            if store.n_rows != n_rows:
-                raise CacheError(f"The cache holds {store.n_rows} rows and the call has {n_rows}.")
-            if store.room < 1 or self.buffers.get(store) != store.tensors()[1].data_ptr():
-                store.own(-(-(store.n + self.new_tokens) // _CAPACITY_TOKENS) * _CAPACITY_TOKENS)
-                _prepare(store)
-                self.buffers[store] = store.tensors()[1].data_ptr()
-        return layers
+    def _rotation(self, position: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The cosines and sines of a step, as the model's own embedding makes them; None where it has none of its own.
 
+        A press that has to know how the tokens were rotated then refuses.
+        """
+        embedding = getattr(self.model.base_model, "rotary_emb", None)
+        if embedding is None or len(inspect.signature(embedding.forward).parameters) != 2:
+            return None
+        cos, sin = embedding(torch.empty(1, 1, 1, dtype=self.model.dtype, device=position.device), position)
+        return cos, sin
 
-def _prepare(store: DenseStore) -> None:
-    """Fill empty slots with zeros: they are hidden, but multiplied by zero, so they have to be finite."""
-    for buffer in store.tensors():
-        buffer[:, :, store.n :] = 0
-        if buffer.device.type == "cuda":
-            torch._dynamo.mark_static_address(buffer)  # a graph then writes to it in place
-
-
-def _step(
-    model: PreTrainedModel,
-    forward: Any,
-    ids: Tensor,
-    position: Tensor,
-    at: Tensor,
-    keys: list[Tensor],
-    values: list[Tensor],
-    n_parts: int,
-    cache_name: str,
-) -> Tensor:
-    """Logits ``[B, 1, V]`` of one token a row; its pairs are in slot ``at[layer]`` of every layer's buffers afterwards.
-
-    Which slots each layer hides goes through the model as a mask of its own kind, which the attention function knows.
-    """
-    capacity = max(buffer.shape[2] for buffer in keys)
-    hidden = torch.arange(capacity, device=ids.device) > at[:, None]  # [L, capacity]
-    cache = _StepCache(keys, values, at)
-    with OneRow(n_parts):
-        output = forward(
-            input_ids=ids,
-            attention_mask=hidden[:, None, None].to(torch.uint8),
-            position_ids=position,
-            use_cache=True,
-            **{cache_name: cache},
+    def _call(self, layer: PressedLayer, seen: Seen, rotation: tuple[Tensor, Tensor] | None) -> LayerCall:
+        """A call of a layer's attention, as the press is told of it."""
+        module = self.modules[layer.index]
+        config: Any = module.config
+        rank, n_layers, is_local = place_of(config, layer.index)
+        return LayerCall(
+            module=module,
+            query=seen.query.clone() if seen.query.device.type == "cuda" else seen.query,  # a graph's are its own
+            scaling=seen.scaling,
+            softcap=seen.softcap,
+            sinks=seen.sinks,
+            sliding_window=seen.sliding_window,
+            layer_idx=rank,
+            n_layers=n_layers,
+            is_local=is_local and seen.sliding_window is not None,
+            rotation=rotation,
         )
-    logits: Tensor = output.logits
-    return logits
 
 
-class _StepCache(Cache):
-    """A cache to the model: it writes one pair per head and returns whole buffers."""
-
-    def __init__(self, keys: list[Tensor], values: list[Tensor], at: Tensor):
-        self.layers: list[Any] = []
-        self.all_keys, self.all_values, self.at = keys, values, at
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        keys, values, at = self.all_keys[layer_idx], self.all_values[layer_idx], self.at[layer_idx : layer_idx + 1]
-        keys.index_copy_(2, at, key_states)
-        values.index_copy_(2, at, value_states)
-        return keys, values
-
-    def get_seq_length(self, *args: Any) -> int:
-        return 0  # not needed: positions and mask are given
-
-    def get_mask_sizes(self, *args: Any) -> tuple[int, int]:
-        return self.all_keys[0].shape[2], 0
-
-
-class OneRow(TorchFunctionMode):
-    """A linear layer of one row, whose weights lie by columns, is a sum of these columns with weights.
-
-    ``embedding_bag`` is the operation of torch that reads them fastest: it fetches ahead.
-    """
-
-    def __init__(self, n_parts: int):
-        super().__init__()
-        self.n_parts = n_parts  # each bag is added up by one thread
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is linear and self.n_parts and not kwargs:
-            return self.linear(*args)
-        return func(*args, **kwargs)
-
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        n = weight.shape[1]
-        if x.numel() != n or x.dtype != weight.dtype or weight.dtype not in _DTYPES or weight.stride(0) != 1:
-            return linear(x, weight, bias)
-        starts = torch.arange(self.n_parts) * (n // self.n_parts)
-        sums = embedding_bag(torch.arange(n), weight.t(), starts, mode="sum", per_sample_weights=x.reshape(n))
-        output = sums.sum(0) if self.n_parts > 1 else sums[0]
-        output = output if bias is None else output + bias
-        return output.reshape(*x.shape[:-1], weight.shape[0])
-
-
-@contextmanager
-def by_columns(model: PreTrainedModel) -> Iterator[None]:
-    """Store the weights of linear layers by columns inside the block; afterwards as before."""
-    weights = {id(m.weight): m.weight for m in model.modules() if type(m) is nn.Linear and m.weight.dtype in _DTYPES}
-    moved = []
-    try:
-        for weight in weights.values():
-            if weight.is_contiguous():
-                weight.data = weight.data.t().contiguous().t()
-                moved.append(weight)
-        yield
-    finally:
-        for weight in moved:
-            weight.data = weight.data.contiguous()
+def _unfit(cache: PressedCache) -> str:
+    """Why the pairs of a cache have no fixed shape."""
+    if isinstance(cache.storage, KVBits):
+        return (
+            f"kv_bits={cache.storage.bits} stores groups of tokens, which a compiled step cannot read; give "
+            "storage=RotatedBits(8, 4), or leave compiled() out."
+        )
+    return (
+        "compiled() needs pairs as the model made them, or on the CPU in RotatedBits: not keys in fewer channels "
+        "(ThinK), a codec of your own, or heads of different lengths within a sliding window. Leave compiled() out."
+    )

@@ -29,7 +29,8 @@ from coldpress.models.chat import prompt_parts
 from coldpress.models.pipeline_options import OWN, check_config, check_options
 from coldpress.models.prompts import prefill
 from coldpress.models.supported import use_coldpress
-from coldpress.stores.bits import KVBits
+from coldpress.stores.bits import storage_of
+from coldpress.stores.codec import Codec
 
 __all__ = ["TASKS", "KVPressTextGenerationPipeline", "register"]
 
@@ -92,8 +93,9 @@ class KVPressTextGenerationPipeline(Pipeline):
         pin: spans of the context's tokens that nothing may evict, such as ``[(0, 40)]``; see :class:`PressedCache`.
         pin_system: a system prompt, put before the context and pinned: the system's turn of a chat template, or a
             paragraph of its own. An empty ``cache`` gets the pin; one with a context is past its beginning.
-        kv_bits: 8, 4 or 2, or a KVBits: store what is kept of the context, and what is answered, in so few bits. It
-            takes the place of kvpress's cache=QuantizedCache(...); with cache=, give it to that PressedCache instead.
+        kv_bits: 8, 4, 2, a name such as ``"k8v4"``, or a KVBits or RotatedBits: store what is kept of the context, and
+            what is answered, in so few bits. It takes the place of kvpress's cache=QuantizedCache(...); with cache=,
+            give it to that PressedCache instead.
         streamer and any option of ``generate``: passed on to it; decoding is greedy unless they say otherwise. Unknown
             options, and those that a compressed context rules out, are refused.
 
@@ -130,7 +132,7 @@ class KVPressTextGenerationPipeline(Pipeline):
         forward = {
             "press": kwargs.get("press"),
             "cache": cache,
-            "kv_bits": KVBits.of(kwargs.get("kv_bits")),
+            "kv_bits": storage_of(kwargs.get("kv_bits")),
             "pin": kwargs.get("pin"),
             "options": {"max_new_tokens": max_new_tokens, **options},
         }
@@ -198,7 +200,7 @@ class KVPressTextGenerationPipeline(Pipeline):
         inputs: dict[str, Any],
         press: Press | None,
         cache: PressedCache | None,
-        kv_bits: KVBits | None,
+        kv_bits: Codec | None,
         pin: Spans | None,
         options: dict[str, Any],
     ) -> list[str]:

@@ -13,7 +13,7 @@ from coldpress.cache.pressed import PressedCache
 from coldpress.core.definition import as_given
 from coldpress.core.press import Press
 from coldpress.errors import CacheError, InputError, PressError, nearest
-from coldpress.stores.bits import BITS, KVBits
+from coldpress.stores.bits import BITS, storage_of
 
 __all__ = ["OWN", "check_config", "check_options"]
 
@@ -79,10 +79,10 @@ def check_options(options: dict[str, Any]) -> None:
         raise InputError(f"questions must be a list of texts, got {questions!r}; for a single one use question=.")
     if press is not None and not isinstance(press, Press):
         raise PressError(f"press must be a press such as coldpress.SnapKVPress(0.5), got {as_given(press)}.")
-    cache, kv_bits = options.get("cache"), KVBits.of(options.get("kv_bits"))
+    cache, kv_bits = options.get("cache"), storage_of(options.get("kv_bits"))
     if not isinstance(cache, (PressedCache, type(None))):
         raise CacheError(f"cache must be a coldpress.PressedCache, not {type(cache).__name__}.{_instead_of(cache)}")
-    if cache is not None and kv_bits not in (None, cache.kv_bits):
+    if cache is not None and kv_bits not in (None, cache.storage):
         raise CacheError(
             "The cache says how its pairs are stored: give kv_bits to the PressedCache, or leave cache= out."
         )

@@ -21,7 +21,7 @@ from coldpress.serving.reading import compressed, run
 from coldpress.serving.snapshot import is_wording
 from coldpress.serving.streaming import GrowingText
 from coldpress.serving.wording import chat_ids, prefix_ids
-from coldpress.stores.bits import KVBits
+from coldpress.stores.bits import storage_of
 
 __all__ = ["Conversation"]
 
@@ -39,7 +39,7 @@ class Conversation:
         press: that compresses earlier turns; None keeps all.
         system: the system prompt, which nothing may evict.
         recent_tokens: that are stored whole at least, before the turns before them are compressed again.
-        kv_bits: 8, 4 or 2: how pairs are stored.
+        kv_bits: 8, 4, 2, or a name such as ``"k8v4"``: how pairs are stored.
         chunk_tokens: earlier turns are read in pieces of so many tokens.
 
     Attributes:
@@ -57,12 +57,12 @@ class Conversation:
         press: Press | None = None,
         system: str | None = None,
         recent_tokens: int = 512,
-        kv_bits: int | None = None,
+        kv_bits: int | str | None = None,
         chunk_tokens: int | None = None,
     ):
         use_coldpress(model)
         self.model, self.tokenizer, self.recent_tokens = model, tokenizer, recent_tokens
-        self.kv_bits, self.chunk_tokens = KVBits.of(kv_bits), chunk_tokens
+        self.kv_bits, self.chunk_tokens = storage_of(kv_bits), chunk_tokens
         self.messages: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
         self.tokens_per_s: float | None = None
         self._open = ""  # a text that the next question goes on from

@@ -19,7 +19,7 @@ from coldpress.core.data import as_data, from_data
 from coldpress.errors import CacheError, InputError, OutputError, PressError
 from coldpress.io.files import path_of, read_text, replace_file
 from coldpress.serving.snapshot import Snapshot, is_wording, row
-from coldpress.stores.bits import KVBits
+from coldpress.stores.bits import bits_from
 
 __all__ = ["Folder"]
 
@@ -137,7 +137,7 @@ class Folder:
         try:
             said = json.loads(read_text(self._declaration(key)))
             press = None if said["press"] is None else from_data(said["press"])
-            bits = None if said["kv_bits"] is None else KVBits(**said["kv_bits"])
+            bits = None if said["kv_bits"] is None else bits_from(said["kv_bits"])
             source, ids = said["source"], row(said["ids"])
             if not (source is None or is_wording(source)):
                 raise ValueError("the source is no wording")

@@ -14,7 +14,7 @@ from coldpress.cache.pins import Pins
 from coldpress.core.data import as_data
 from coldpress.core.press import Press
 from coldpress.errors import PressError
-from coldpress.stores.bits import KVBits
+from coldpress.stores.codec import Codec
 from coldpress.version import VERSION
 
 __all__ = ["key_of", "origin_of"]
@@ -42,7 +42,7 @@ def key_of(
     origin: dict[str, Any],
     ids: Sequence[int],
     press: Press | None,
-    kv_bits: KVBits | None,
+    kv_bits: Codec | None,
     chunk_tokens: int | None,
     pins: Pins,
 ) -> str:

@@ -24,7 +24,7 @@ from coldpress.serving.snapshot import Snapshot
 from coldpress.serving.snapshots import Snapshots
 from coldpress.serving.streaming import parts_of
 from coldpress.serving.wording import Message, chat_ids, joined, text_ids
-from coldpress.stores.bits import BITS
+from coldpress.stores.bits import BITS, ROTATED, bits_name
 
 __all__ = ["Limits", "Making", "Service", "refusal"]
 
@@ -204,8 +204,9 @@ class Service:
             options["press"] = self.press_of({name: value for name, value in given.items() if value is not None})
         if body.has("kv_bits"):
             options["kv_bits"] = body.take("kv_bits")
-            if options["kv_bits"] not in (None, *BITS) or isinstance(options["kv_bits"], bool):
-                raise RequestError("kv_bits must be 8, 4, 2 or null.", code="invalid_value", param="kv_bits")
+            if options["kv_bits"] not in (None, *BITS, *ROTATED) or isinstance(options["kv_bits"], bool):
+                known = "8, 4, 2 or null, or a name such as k8v4"
+                raise RequestError(f"kv_bits must be {known}.", code="invalid_value", param="kv_bits")
         if body.has("chunk_tokens"):
             options["chunk_tokens"] = body.integer("chunk_tokens", None, 1, 2**31)
         for name in (*_PRESS_OPTIONS, *_SOURCES, "kv_bits", "chunk_tokens"):
@@ -252,7 +253,7 @@ class Service:
             "bytes": snapshot.memory_bytes,
             "disk_bytes": snapshot.disk_bytes,
             "press": None if snapshot.press is None else repr(snapshot.press),
-            "kv_bits": None if snapshot.kv_bits is None else snapshot.kv_bits.bits,
+            "kv_bits": bits_name(snapshot.kv_bits),
             "chunk_tokens": snapshot.chunk_tokens,
             "removed_ratio": None if snapshot.achieved_ratio is None else round(snapshot.achieved_ratio, 4),
             "uses": snapshot.uses,

@@ -15,7 +15,7 @@ from coldpress.cache.pressed import PressedCache
 from coldpress.core.press import Press
 from coldpress.errors import InputError
 from coldpress.serving.wording import Message
-from coldpress.stores.bits import KVBits
+from coldpress.stores.codec import Codec
 
 __all__ = ["Prefix", "Snapshot", "as_bytes", "is_wording", "row"]
 
@@ -40,7 +40,7 @@ class Snapshot:
     ids: list[int] = field(repr=False)
     source: str | Sequence[Message] | None = field(repr=False)
     press: Press | None
-    kv_bits: KVBits | None
+    kv_bits: Codec | None
     chunk_tokens: int | None
     pins: Pins
     memory_bytes: int = 0

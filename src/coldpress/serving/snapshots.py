@@ -23,7 +23,8 @@ from coldpress.serving.keys import key_of, origin_of
 from coldpress.serving.reading import compressed
 from coldpress.serving.snapshot import Prefix, Snapshot, as_bytes, is_wording, row
 from coldpress.serving.wording import Message, prefix_ids
-from coldpress.stores.bits import KVBits
+from coldpress.stores.bits import storage_of
+from coldpress.stores.codec import Codec
 
 __all__ = ["Snapshots"]
 
@@ -63,7 +64,7 @@ class Snapshots:
             has written there, of the same model, are declared from the start.
         disk_budget_bytes: of the folder; None: no limit.
         chunk_tokens: a prefix is read in pieces of so many tokens, and compressed after each.
-        kv_bits: 8, 4 or 2, or a KVBits: how pairs are stored.
+        kv_bits: 8, 4, 2, a name such as ``"k8v4"``, or a KVBits or RotatedBits: how pairs are stored.
         pin: spans of the tokens of every prefix that nothing may evict.
         max_snapshots: declarations; one more, and the least recently used one is removed.
 
@@ -88,7 +89,7 @@ class Snapshots:
         folder: str | Path | None = None,
         disk_budget_bytes: int | None = None,
         chunk_tokens: int | None = None,
-        kv_bits: int | KVBits | None = None,
+        kv_bits: int | str | Codec | None = None,
         pin: Spans | None = None,
         max_snapshots: int = 1024,
     ):
@@ -99,7 +100,7 @@ class Snapshots:
             raise InputError("disk_budget_bytes is of a folder; give folder= too.")
         use_coldpress(model)
         self.model, self.tokenizer = model, tokenizer
-        self.press, self.chunk_tokens, self.kv_bits, self.pin = press, chunk_tokens, KVBits.of(kv_bits), pin
+        self.press, self.chunk_tokens, self.kv_bits, self.pin = press, chunk_tokens, storage_of(kv_bits), pin
         self.budget_bytes, self.max_snapshots = budget_bytes, max_snapshots
         self._check(press, chunk_tokens, self.kv_bits, pin)
         self._folder = None if folder is None else Folder(folder, disk_budget_bytes)
@@ -119,7 +120,7 @@ class Snapshots:
         *,
         press: Press | None = OWN,
         chunk_tokens: int | None = OWN,
-        kv_bits: int | KVBits | None = OWN,
+        kv_bits: int | str | Codec | None = OWN,
         pin: Spans | None = OWN,
     ) -> Snapshot:
         """Declare a prefix, and read and compress it unless it is there.
@@ -134,7 +135,7 @@ class Snapshots:
         """
         press = self.press if press is OWN else press
         chunk_tokens = self.chunk_tokens if chunk_tokens is OWN else chunk_tokens
-        bits = self.kv_bits if kv_bits is OWN else KVBits.of(kv_bits)
+        bits = self.kv_bits if kv_bits is OWN else storage_of(kv_bits)
         pins = self._check(press, chunk_tokens, bits, self.pin if pin is OWN else pin)
         ids, source = self._ids(prefix)
         key = key_of(self._origin, ids, press, bits, chunk_tokens, pins)
@@ -361,7 +362,7 @@ class Snapshots:
         said = (snapshot.press, snapshot.chunk_tokens, snapshot.kv_bits, snapshot.pins)
         return snapshot.n_tokens, said == own
 
-    def _check(self, press: Press | None, chunk_tokens: int | None, kv_bits: KVBits | None, pin: Spans | None) -> Pins:
+    def _check(self, press: Press | None, chunk_tokens: int | None, kv_bits: Codec | None, pin: Spans | None) -> Pins:
         if press is not None and not isinstance(press, Press):
             raise PressError(f"press must be a press such as coldpress.SnapKVPress(0.5), got {as_given(press)}.")
         if press is not None and press.evicts_while_decoding:

@@ -8,6 +8,8 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from coldpress.stores.parts import Part
+
 __all__ = ["Store", "is_frozen", "room_for"]
 
 _GROW_MIN_TOKENS = 64
@@ -35,8 +37,6 @@ class Store(ABC):
         name: of the kind of store, in the file of a saved cache.
         is_ragged: heads store different numbers of pairs, and :meth:`attend` works head by head; ``keys`` and
             ``values`` are padded copies.
-        is_plain: keys and values are two buffers with all pairs as the model made them, ``[B, Hkv, capacity, D]``:
-            what a compiled step writes to.
         takes_codec: a codec may take its older pairs.
         moves_pairs: pairs in the middle can go and others take their slots (:meth:`settle`).
         keeps_codes: encoded pairs stay as they are when others are evicted (:meth:`taken`).
@@ -44,7 +44,6 @@ class Store(ABC):
 
     name: ClassVar[str]
     is_ragged: ClassVar[bool] = False
-    is_plain: ClassVar[bool] = False
     takes_codec: ClassVar[bool] = False
     moves_pairs: ClassVar[bool] = False
     keeps_codes: ClassVar[bool] = False
@@ -158,6 +157,26 @@ class Store(ABC):
             n: how many slots are the first ones afterwards.
         """
         raise NotImplementedError(f"{type(self).__name__} does not move pairs")
+
+    def part(self, n_more: int) -> Part | None:
+        """The pairs as a compiled step has them, in buffers of the store's own; None: they have no fixed shape.
+
+        Args:
+            n_more: tokens to make room for, where there is none for a single one.
+        """
+        return None
+
+    def next_slots(self) -> Tensor:
+        """Where the next pairs go: what a :meth:`part` has as ``at``."""
+        raise NotImplementedError(f"{type(self).__name__} has no part")
+
+    def part_bias(self, bias: Tensor) -> Tensor:
+        """A bias ``[B or 1, Hkv or 1, n]`` of the slots in use as its :meth:`part` has its slots; 0 in empty ones."""
+        raise NotImplementedError(f"{type(self).__name__} has no part")
+
+    def commit(self, n: int) -> None:
+        """Count ``n`` pairs of each head that a compiled step wrote in place, into the slots after those in use."""
+        raise NotImplementedError(f"{type(self).__name__} has no part")
 
     def attend(self, query: Tensor, bias: Tensor | None, scaling: float) -> Tensor:
         """Attention head by head, of a store that :attr:`is_ragged`.

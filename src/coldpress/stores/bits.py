@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
@@ -11,10 +11,12 @@ from torch import Tensor
 from coldpress.errors import CacheError
 from coldpress.stores.codec import Blocks, Codec, check_codec
 from coldpress.stores.codes import Codes
+from coldpress.stores.rotated import RotatedBits
 
-__all__ = ["BITS", "KVBits", "storage_of"]
+__all__ = ["BITS", "ROTATED", "KVBits", "bits_from", "bits_name", "storage_of"]
 
 BITS = (8, 4, 2)
+ROTATED = tuple(f"k{keys}v{values}" for keys in BITS for values in BITS)  # RotatedBits(keys, values)
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,10 @@ class KVBits(Codec):
 
     def __post_init__(self) -> None:
         if type(self.bits) is not int or self.bits not in BITS:
-            raise CacheError(f"kv_bits must be 8, 4 or 2, or a KVBits of these, got {self.bits!r}.")
+            raise CacheError(
+                "kv_bits must be 8, 4 or 2, a name such as 'k8v4' (RotatedBits: keys in 8 bits, values in 4), or a "
+                f"codec, got {self.bits!r}."
+            )
         for name, least in (("group_size", 1), ("residual_tokens", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -52,7 +57,7 @@ class KVBits(Codec):
 
     @classmethod
     def of(cls, given: int | KVBits | None) -> KVBits | None:
-        """The KVBits of ``kv_bits=``, which may be the number of bits alone."""
+        """The KVBits of a number of bits."""
         return given if given is None or isinstance(given, KVBits) else cls(given)
 
     @property
@@ -89,14 +94,44 @@ class KVBits(Codec):
         return Codes(blocks[f"{side}.packed"], blocks[f"{side}.scale"], blocks[f"{side}.zero"], self.bits)
 
 
-def storage_of(kv_bits: int | Codec | None, storage: object = None) -> Codec | None:
-    """The codec of ``kv_bits=`` or ``storage=``.
+def storage_of(
+    kv_bits: int | str | Codec | None,
+    storage: object = None,
+    *,
+    group_size: int | None = None,
+    newest: int | None = None,
+) -> Codec | None:
+    """The codec of ``kv_bits=`` or ``storage=``: 8, 4 or 2 are KVBits, ``"k8v4"`` and its like are RotatedBits.
+
+    Args:
+        group_size: of KVBits; None: as many numbers as by itself.
+        newest: pairs of each head that stay as they are; None: as many as by themselves.
 
     Raises:
-        CacheError: both, or something that is no codec.
+        CacheError: both, something that is no codec, no such bits, or groups in RotatedBits, which have none.
     """
-    if storage is None:
-        return check_codec(kv_bits) if isinstance(kv_bits, Codec) else KVBits.of(kv_bits)
-    if kv_bits is not None or not isinstance(storage, Codec):
-        raise CacheError(f"storage must be a coldpress.Codec, and no kv_bits beside it; got {storage!r}.")
-    return check_codec(storage)
+    if storage is not None:
+        if kv_bits is not None or not isinstance(storage, Codec):
+            raise CacheError(f"storage must be a coldpress.Codec, and no kv_bits beside it; got {storage!r}.")
+        return check_codec(storage)
+    if kv_bits is None or isinstance(kv_bits, Codec):
+        return kv_bits if kv_bits is None else check_codec(kv_bits)
+    if isinstance(kv_bits, str) and kv_bits in ROTATED:
+        if group_size is not None:
+            raise CacheError(f"{kv_bits} encodes pairs one by one, so there are no groups: leave their size out.")
+        rotated = RotatedBits(int(kv_bits[1]), int(kv_bits[3]))
+        return rotated if newest is None else replace(rotated, newest=newest)
+    given = {name: n for name, n in (("group_size", group_size), ("residual_tokens", newest)) if n is not None}
+    return KVBits(kv_bits, **given)  # type: ignore[arg-type]  # which says what it takes
+
+
+def bits_name(codec: Codec | None) -> int | str | None:
+    """What ``kv_bits=`` stands for a codec: 8, 4 or 2, or ``"k8v4"`` and its like; its class, for one of your own."""
+    if codec is None or isinstance(codec, KVBits):
+        return None if codec is None else codec.bits
+    return f"k{codec.key_bits}v{codec.value_bits}" if isinstance(codec, RotatedBits) else type(codec).__name__
+
+
+def bits_from(said: Mapping[str, int]) -> Codec:
+    """The codec of its parameters, as a record or a file has them."""
+    return RotatedBits(**said) if "key_bits" in said else KVBits(**said)

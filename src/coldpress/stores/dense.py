@@ -7,9 +7,11 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from coldpress.core.pick import pick
 from coldpress.stores.base import Store, is_frozen, room_for
+from coldpress.stores.parts import DensePart, stays_in_place, whole_blocks
 
 __all__ = ["DenseStore"]
 
@@ -27,7 +29,6 @@ class DenseStore(Store):
     """
 
     name = "dense"
-    is_plain = True
     takes_codec = True
     moves_pairs = True
 
@@ -42,8 +43,23 @@ class DenseStore(Store):
     def n(self) -> int:
         return self._n
 
+    def part(self, n_more: int) -> DensePart | None:
+        if self.n_apart:
+            return None
+        if self.room < 1:
+            self.own(whole_blocks(self.n + n_more))
+        for buffer in (self._k, self._v):
+            buffer[:, :, self.n :] = 0  # hidden, but multiplied by zero, so they have to be finite
+            stays_in_place(buffer)
+        return DensePart(self._k, self._v, self.next_slots())
+
+    def next_slots(self) -> Tensor:
+        return torch.tensor([self.n], device=self.device)
+
+    def part_bias(self, bias: Tensor) -> Tensor:
+        return pad(bias, (0, self._v.shape[2] - bias.shape[2]))
+
     def commit(self, n: int) -> None:
-        """Count ``n`` pairs that a compiled step wrote in place, into the slots after those in use."""
         self._n += n
 
     @property

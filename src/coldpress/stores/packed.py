@@ -8,13 +8,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from coldpress.attend.one_token import products, weighted_sums
 from coldpress.attend.segments import attend_segments, segment_bias
 from coldpress.core.pick import pick
 from coldpress.errors import CacheError
 from coldpress.stores.base import Store
 from coldpress.stores.codec import TokenCodec, form_of
+from coldpress.stores.packed_part import CODES, PackedPart, attend_packed
+from coldpress.stores.parts import Part, whole_blocks
 from coldpress.stores.ragged import pad_segments
+from coldpress.stores.rotated import RotatedBits
 from coldpress.stores.segments import Segments
 
 __all__ = ["PackedStore"]
@@ -270,26 +272,49 @@ class PackedStore(Store):
 
     def _attend_once(self, query: Tensor, biases: Sequence[Tensor | None], scaling: float) -> Tensor:
         """Attention of one query per head, over codes as they are."""
-        n_segments, exact, codes = len(self._n_first), self._exact, self._codes
-        queries = query.reshape(n_segments, -1, query.shape[3]).float() * scaling  # [S, G, D]
-        coded = self.codec.logits(queries, codes)
-        if exact.is_even and codes.is_even and biases[0] is None:
-            weights = torch.cat([products(queries, exact.even("keys").float()), torch.stack(coded)], -1).softmax(-1)
-            n, values = exact.counts[0], exact.even("values")
-            output = weighted_sums(weights[..., :n].to(values.dtype), values).float()
-            output = output + self.codec.sums(weights[..., n:].unbind(0), codes, self._dims[1])
-        else:
-            outputs, of_codes = [], []
-            for i, (own, middle, bias) in enumerate(zip(queries, coded, biases, strict=True)):
-                front, n = self._n_front[i], codes.counts[i]
-                first, last = (own @ exact.segment("keys", i).float().T).tensor_split([front], dim=1)
-                logits = torch.cat([first, middle, last], dim=1)
-                weights = (logits if bias is None else logits + bias).softmax(-1)
-                before, middle, after = weights.tensor_split([front, front + n], dim=1)
-                of_codes.append(middle)
-                outputs.append(torch.cat([before, after], dim=1) @ exact.segment("values", i).float())
-            output = torch.stack(outputs) + self.codec.sums(of_codes, codes, self._dims[1])
+        queries = query.reshape(len(self._n_first), -1, query.shape[3]).float() * scaling  # [S, G, D]
+        output = attend_packed(self.codec, queries, self._exact, self._codes, self._n_front, biases)
         return output.to(query.dtype).view(query.shape[0], 1, query.shape[1], -1)
+
+    # -- a compiled step ----------------------------------------------------------------------------------------------
+
+    def part(self, n_more: int) -> Part | None:
+        if self.device.type != "cpu" or not isinstance(self.codec, RotatedBits):
+            return None
+        exact, codes, codec = self._exact, self._codes, self.codec
+        if exact.pitch is None or exact.room < 1:
+            most = codec.first_tokens + codec.exact_tokens + codec.batch_tokens  # then some are encoded
+            exact.own([whole_blocks(max(max(exact.counts) + 1, most))] * len(exact.counts))
+        if codes.pitch is None or codes.is_borrowed:
+            codes.own([whole_blocks(max(codes.counts) + n_more)] * len(codes.counts))
+        n_codes, n_front = (torch.tensor(counts) for counts in (codes.counts, self._n_front))
+        for name in CODES:  # their number is a variable of the compiled step
+            torch._dynamo.maybe_mark_dynamic(codes.buffer(name), 0)
+        return PackedPart(
+            keys=exact.buffer("keys"),
+            values=exact.buffer("values"),
+            at=self.next_slots(),
+            codes=[codes.buffer(name) for name in CODES],
+            n_codes=n_codes,
+            n_front=n_front,
+            bits=(codec.key_bits, codec.value_bits),
+        )
+
+    def next_slots(self) -> Tensor:
+        return torch.tensor([span.stop for span in self._exact.spans()])
+
+    def part_bias(self, bias: Tensor) -> Tensor:
+        own = bias.expand(*self._shape, -1).flatten(0, 1)
+        longest, later = max(self._n_first), own[:, max(self._n_first) :]
+        assert self._exact.pitch is not None
+        flat = bias.new_zeros(len(own), longest + self._n_later + self._exact.pitch)
+        for i, n in enumerate(self._n_first):
+            flat[i, :n], flat[i, n : n + self._n_later] = own[i, :n], later[i]
+        return flat
+
+    def commit(self, n: int) -> None:
+        self._exact.commit(n)
+        self._n_later += n
 
     # -- files --------------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from coldpress.attend.one_token import attend_blocks, can_attend_once
 from coldpress.attend.segments import attend_group, causal_bias, segment_bias
 from coldpress.stores.base import Store, is_frozen, room_for
 from coldpress.stores.dense import DenseStore
+from coldpress.stores.parts import RaggedPart, stays_in_place
 
 __all__ = ["RaggedStore", "pad_segments"]
 
@@ -200,6 +201,29 @@ class RaggedStore(Store):
         """Later tokens to make room for, beside those that there are."""
         mean = sum(self._n_first) // len(self._n_first) + self._n_later
         return room_for(mean) - mean
+
+    def part(self, n_more: int) -> RaggedPart:
+        if self.room < 1 or self._blocks is None:
+            self._move(self._n_later + n_more)
+        assert self._blocks is not None
+        for buffer in (self._k, self._v):
+            stays_in_place(buffer)
+        return RaggedPart.of(self._k, self._v, self._ends, self._blocks, self._n_slots)
+
+    def next_slots(self) -> Tensor:
+        return self._ends
+
+    def part_bias(self, bias: Tensor) -> Tensor:
+        own = bias.expand(*self._shape, -1).flatten(0, 1)
+        flat = bias.new_zeros(len(self._v))
+        for i, span in enumerate(self.spans()):
+            n = self._n_first[i]
+            flat[span.start : span.start + n] = own[i, :n]
+            flat[span.start + n : span.stop] = own[i, self.n_first :]
+        return flat.unflatten(0, (-1, self._n_slots))
+
+    def commit(self, n: int) -> None:
+        self._ends, self._n_later = self._ends + n, self._n_later + n
 
     def _move(self, room: int, is_exact: bool = False) -> None:
         """Move to buffers of its own, with ``room`` for later tokens in each segment."""

@@ -89,6 +89,23 @@ class Segments:
         return tuple(zip(self._starts, self.counts, strict=False))
 
     @property
+    def pitch(self) -> int | None:
+        """Rows from one segment to the next, where that is the same for all."""
+        return self._rooms[0] if min(self._rooms) == max(self._rooms) else None
+
+    @classmethod
+    def held(cls, parts: Mapping[str, Tensor], counts: Sequence[int]) -> Segments:
+        """Segments that are equally far apart in ``parts``, of which the first ``counts[i]`` rows are in use."""
+        held = cls(parts, counts)
+        held._rooms = [len(next(iter(parts.values()))) // len(counts)] * len(counts)
+        held._settle()
+        return held
+
+    def commit(self, n: int) -> None:
+        """Count ``n`` rows of each segment that were written in place, after those in use."""
+        self.counts, self._rows = [count + n for count in self.counts], None
+
+    @property
     def is_even(self) -> bool:
         """Whether all segments have as many rows, equally far apart."""
         return min(self.counts) == max(self.counts) and min(self._rooms) == max(self._rooms)

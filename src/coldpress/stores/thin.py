@@ -87,7 +87,6 @@ class ThinStore(DenseStore):
     """The first keys in fewer channels; the values, and the keys of later tokens, as they are."""
 
     name = "thin"
-    is_plain = False
     moves_pairs = False
     takes_codec = False
 

@@ -65,7 +65,7 @@ class BenchmarkSettings:
     budget_bytes: tuple[int, ...] = ()
     press_args: tuple[tuple[str, Any], ...] = ()
     chunk_tokens: int | None = None
-    kv_bits: tuple[int, ...] = ()
+    kv_bits: tuple[int | str, ...] = ()
     kv_group_size: int = KVBits.group_size
     kv_residual_tokens: int = KVBits.residual_tokens
     allow_extrapolation: bool = False

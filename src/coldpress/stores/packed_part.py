@@ -1,0 +1,120 @@
+"""Attention of one token over pairs of which the older ones are codes; for a compiled step, as one operation of torch.
+
+torch.compile leaves the operation as it is: loops that it makes of the unpacking itself are slower than torch's own
+operations, a head at a time (``benchmarks/packed/fused.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from coldpress.attend.one_token import products, weighted_sums
+from coldpress.stores.codec import TokenCodec
+from coldpress.stores.parts import Sight
+from coldpress.stores.rotated import RotatedBits
+from coldpress.stores.segments import Segments
+
+__all__ = ["CODES", "PackedPart", "attend_packed"]
+
+CODES = ("keys.codes", "keys.step", "keys.least", "values.rows")
+
+
+def attend_packed(
+    codec: TokenCodec,
+    queries: Tensor,
+    exact: Segments,
+    codes: Segments,
+    n_front: Sequence[int],
+    biases: Sequence[Tensor | None],
+) -> Tensor:
+    """Attention of ``queries [S, G, D]``, float32 and scaled: ``[S, G, Dv]``.
+
+    Args:
+        codec: of the codes.
+        exact: keys and values of each segment as they are.
+        codes: those between the first ``n_front[i]`` of these and the others.
+        biases: float32 ``[1, n]`` of each segment in the order of its pairs, or None.
+    """
+    coded, dim = codec.logits(queries, codes), exact.buffer("values").shape[-1]
+    if exact.is_even and codes.is_even and biases[0] is None:
+        weights = torch.cat([products(queries, exact.even("keys").float()), torch.stack(coded)], -1).softmax(-1)
+        n, values = exact.counts[0], exact.even("values")
+        output = weighted_sums(weights[..., :n].to(values.dtype), values).float()
+        return output + codec.sums(weights[..., n:].unbind(0), codes, dim)
+    outputs, of_codes = [], []
+    for i, (own, middle, bias) in enumerate(zip(queries, coded, biases, strict=True)):
+        front, n = n_front[i], codes.counts[i]
+        first, last = (own @ exact.segment("keys", i).float().T).tensor_split([front], dim=1)
+        logits = torch.cat([first, middle, last], dim=1)
+        weights = (logits if bias is None else logits + bias).softmax(-1)
+        before, middle, after = weights.tensor_split([front, front + n], dim=1)
+        of_codes.append(middle)
+        outputs.append(torch.cat([before, after], dim=1) @ exact.segment("values", i).float())
+    return torch.stack(outputs) + codec.sums(of_codes, codes, dim)
+
+
+@torch.library.custom_op("coldpress::attend_packed", mutates_args=())
+def _attend(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    at: Tensor,
+    codes: list[Tensor],
+    n_codes: Tensor,
+    n_front: Tensor,
+    key_bits: int,
+    value_bits: int,
+    bias: Tensor | None,
+) -> Tensor:
+    n_segments = len(queries)
+    pitch = len(keys) // n_segments
+    counts = [end + 1 - i * pitch for i, end in enumerate(at.tolist())]
+    exact = Segments.held({"keys": keys, "values": values}, counts)
+    coded = Segments.held(dict(zip(CODES, codes, strict=True)), n_codes.tolist())
+    lengths = [n + m for n, m in zip(counts, coded.counts, strict=True)]
+    biases = [None if bias is None else bias[i, None, :n] for i, n in enumerate(lengths)]
+    return attend_packed(RotatedBits(key_bits, value_bits), queries, exact, coded, n_front.tolist(), biases)
+
+
+@_attend.register_fake
+def _(queries: Tensor, keys: Tensor, values: Tensor, *others: object) -> Tensor:
+    return queries.new_empty(*queries.shape[:2], values.shape[1])
+
+
+class PackedPart(NamedTuple):
+    """Segments of pairs, the older ones as codes of RotatedBits; equally far apart, whatever they store.
+
+    Attributes:
+        keys, values: ``[S * room, D]``, ``[S * room, Dv]``, those that are as they are.
+        at: int64 ``[S]``, the slot of each segment's new pair.
+        codes: the tensors of the codes, in the order of CODES.
+        n_codes, n_front: int64 ``[S]``, how many codes each segment has, and how many of its pairs come before them.
+        bits: of keys and of values.
+    """
+
+    keys: Tensor
+    values: Tensor
+    at: Tensor
+    codes: list[Tensor]
+    n_codes: Tensor
+    n_front: Tensor
+    bits: tuple[int, int]
+
+    def going_to(self, at: Tensor) -> PackedPart:
+        return self._replace(at=at)
+
+    def write(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        self.keys.index_copy_(0, self.at, keys.reshape(-1, keys.shape[3]))
+        self.values.index_copy_(0, self.at, values.reshape(-1, values.shape[3]))
+        return keys, values
+
+    def attend(self, query: Tensor, sight: Sight, scaling: float) -> Tensor:
+        queries = query.reshape(self.at.shape[0], -1, query.shape[3]).float() * scaling
+        output = _attend(
+            queries, self.keys, self.values, self.at, self.codes, self.n_codes, self.n_front, *self.bits, sight.bias
+        )
+        return output.to(query.dtype).reshape(query.shape[0], 1, query.shape[1], -1)
