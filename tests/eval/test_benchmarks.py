@@ -18,7 +18,7 @@ from coldpress.cli import main
 from coldpress.errors import InputError
 from coldpress.eval import load_results, task_run
 from coldpress.eval.benchmarks import Share, command, find_benchmark
-from coldpress.eval.benchmarks.command import BenchmarkSettings, benchmark_protocol
+from coldpress.eval.benchmarks.command import benchmark_protocol
 from coldpress.eval.benchmarks.comparison import bootstrap_interval, mcnemar, mean
 from coldpress.eval.benchmarks.contexts import make_contexts
 from coldpress.eval.benchmarks.needle_in_haystack import hide
@@ -27,6 +27,7 @@ from coldpress.eval.benchmarks.run import AnswerLedger, Answers
 from coldpress.eval.models import load_model
 from coldpress.eval.report import check_record
 from coldpress.eval.results import read_results
+from coldpress.eval.settings import BenchmarkSettings
 
 DATA = Path(__file__).parent / "benchmark_data"
 RULER = ("ruler", "--data", str(DATA / "ruler"), "--data_dir", "4096")

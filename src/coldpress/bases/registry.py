@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, NamedTuple, TypeVar
 
+from coldpress.backends import NO_PRESS
 from coldpress.bases.docstring import parse
 from coldpress.bases.press import BasePress
 from coldpress.bases.scorer import BUDGETS, BudgetPress
@@ -26,7 +27,6 @@ __all__ = [
     "register",
 ]
 
-NO_PRESS = "no_press"  # the uncompressed baseline: a name for the command line, no class
 
 _P = TypeVar("_P", bound=type[BasePress])
 

@@ -7,7 +7,6 @@ import traceback
 from dataclasses import asdict
 from typing import Any
 
-from coldpress.bases.scorer import BUDGETS
 from coldpress.eval.jobs import Job
 from coldpress.eval.points import config_of
 from coldpress.eval.results import SCHEMA_VERSION, environment
@@ -32,16 +31,6 @@ SIZES = (
     *("context_tokens", "kv_bytes", "kv_bytes_baseline", "kv_len_before", "kv_len_after"),
     "effective_compression_ratio",
 )
-_NOT_SETTINGS = (
-    "output_dir",
-    "press",
-    "compression_ratio",
-    *BUDGETS,
-    "press_args",
-    "add_bos",
-    *("kv_bits", "kv_group_size", "kv_residual_tokens"),
-    *("engine", "ray_address", "workers"),
-)  # elsewhere in the record, or beside it
 
 
 def make_records(run: Run) -> list[dict[str, Any]]:
@@ -143,7 +132,7 @@ def _common(run: Run) -> dict[str, Any]:
         "protocol": plan.protocol,
         "ppl_mode": s.ppl_mode,
         "ppl_preset": s.ppl_preset,
-        "settings": {key: value for key, value in asdict(s).items() if key not in _NOT_SETTINGS},
+        "settings": s.recorded(),
         "seed": s.seed,
         **run.loaded.facts(),
         "dataset": s.text_file or s.dataset,

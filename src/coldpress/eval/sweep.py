@@ -32,8 +32,9 @@ from coldpress.eval.records import finished_records
 from coldpress.eval.results import IDENTIFYING_FIELDS, check_writable, read_result, result_path
 from coldpress.eval.round_log import RoundLog
 from coldpress.eval.run import Run, make_run
+from coldpress.eval.settings import TaskSettings
 from coldpress.eval.sweep_plan import Evaluation, SweepPlan
-from coldpress.eval.task_command import Questions, TaskSettings, make_questions
+from coldpress.eval.task_command import Questions, make_questions
 from coldpress.eval.task_ledger import TaskLedger
 from coldpress.io.terminal import printable
 

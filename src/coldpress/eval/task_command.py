@@ -6,15 +6,13 @@ import hashlib
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from coldpress.bases.registry import NO_PRESS
-from coldpress.bases.scorer import BUDGETS
 from coldpress.errors import InputError, OutputError
 from coldpress.eval.datasets import Corpus, load_corpus
 from coldpress.eval.engine import Engine
@@ -27,114 +25,22 @@ from coldpress.eval.points import Point
 from coldpress.eval.progress import progress
 from coldpress.eval.records import blank_record
 from coldpress.eval.results import SCHEMA_VERSION, check_writable, environment
-from coldpress.eval.settings import Settings
+from coldpress.eval.settings import TaskSettings
 from coldpress.eval.task_ledger import TaskLedger
 from coldpress.eval.task_results import carry_out
 from coldpress.eval.task_run import TaskRun
-from coldpress.eval.tasks import Example, Material, find_task, make_examples
+from coldpress.eval.tasks import Example, Material, make_examples
 from coldpress.eval.tasks.words import SENTENCES
-from coldpress.stores.bits import KVBits
 
 __all__ = [
-    "TASKS",
-    "TEMPLATES",
     "Questions",
-    "TaskSettings",
     "check_task_positions",
     "make_questions",
     "measure_tasks",
     "task_protocol",
 ]
 
-TASKS = ("niah_single", "niah_multikey", "vt", "cwe", "passkey", "repeat_text")  # asked where none is named
-TEMPLATES = ("none", "chat")
-MOST_EXAMPLES = 10_000  # of a task; all are made before the first is asked
 FILLER = "filler"  # the haystack of our own sentences, where no text is given
-_ELSEWHERE = ("output_dir", "device_map", "engine", "ray_address", "workers")  # what changes no result
-_OF_JOBS = ("press", "compression_ratio", *BUDGETS, "press_args", "kv_bits", "kv_group_size", "kv_residual_tokens")
-
-
-@dataclass(frozen=True)
-class TaskSettings:
-    """Everything a run over tasks was asked for; the command line's options have these names.
-
-    Raises:
-        InputError: options that can never work.
-    """
-
-    model: str = "EleutherAI/pythia-70m"
-    revision: str | None = None
-    dataset: str | None = None  # the haystack; None for sentences of our own
-    subset: str | None = None
-    split: str = "test"
-    sample_idx: int | None = None
-    text_file: str | None = None
-    press: tuple[str, ...] = (NO_PRESS,)
-    compression_ratio: tuple[float, ...] = ()  # (0.5,) if no budget is given
-    budget_tokens: tuple[int, ...] = ()
-    budget_bytes: tuple[int, ...] = ()
-    press_args: tuple[tuple[str, Any], ...] = ()
-    chunk_tokens: int | None = None
-    kv_bits: tuple[int, ...] = ()
-    kv_group_size: int = KVBits.group_size
-    kv_residual_tokens: int = KVBits.residual_tokens
-    task: tuple[str, ...] = TASKS
-    task_tokens: tuple[int, ...] = (512, 1024)
-    task_examples: int = 20
-    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    template: str = "none"
-    pin_system: str | None = None
-    max_new_tokens: int | None = None  # what each task says
-    allow_extrapolation: bool = False
-    attn_implementation: str = "sdpa"
-    device: str = "auto"
-    dtype: str = "auto"
-    device_map: str | None = None
-    seed: int = 0
-    engine: str = "local"
-    ray_address: str | None = None
-    workers: int | None = None
-    output_dir: str = "results/tasks"
-
-    def __post_init__(self) -> None:
-        for name in self.task:
-            find_task(name)
-        if self.dataset is not None and self.text_file is not None:
-            raise InputError(
-                f"--text_file {self.text_file} and --dataset {self.dataset} are both the text; give one of them."
-            )
-        for name in ("subset", "split", "sample_idx"):
-            is_given = getattr(self, name) != getattr(TaskSettings, name)
-            if is_given and self.dataset is None and self.text_file is None:
-                raise InputError(f"--{name} belongs to a text; name one with --dataset, or leave it out.")
-        if self.task_examples > MOST_EXAMPLES:
-            raise InputError(f"--task_examples must be at most {MOST_EXAMPLES:,}, got {self.task_examples:,}.")
-        if self.template not in TEMPLATES:
-            raise InputError(f"--template must be {' or '.join(TEMPLATES)}, got {self.template!r}.")
-        if self.pin_system is not None and not self.pin_system.strip():
-            raise InputError("--pin_system is empty; give the system prompt, or leave it out.")
-        if not self.depths or not all(0 <= depth <= 1 for depth in self.depths):
-            raise InputError(f"--depths must be numbers from 0 (beginning) to 1 (end), got {list(self.depths)}.")
-
-    @property
-    def loading(self) -> dict[str, Any]:
-        """The options of load_model beside the name."""
-        names = ("device", "dtype", "attn_implementation", "revision", "device_map")
-        return {name: getattr(self, name) for name in names}
-
-    @property
-    def cluster(self) -> dict[str, Any]:
-        """The options of the engine."""
-        return {"ray_address": self.ray_address, "workers": self.workers}
-
-    def of_jobs(self) -> Settings:
-        """What says which presses are measured: of an evaluation with the same ones."""
-        chosen = {name: getattr(self, name) for name in (*_OF_JOBS, "chunk_tokens", "seed")}
-        return Settings(**chosen, ppl_apply_press=True, ppl_only=True)
-
-    def jobs(self) -> list[Job]:
-        """The presses to measure; see :func:`coldpress.eval.jobs.make_jobs`."""
-        return make_jobs(self.of_jobs())
 
 
 def task_protocol(
@@ -179,7 +85,7 @@ def measure_tasks(settings: TaskSettings, command: str) -> tuple[list[dict[str, 
         InputError: before any long work, when something that was asked for cannot work.
     """
     check_engine(settings.engine, **settings.cluster)
-    jobs = settings.jobs()
+    jobs = make_jobs(settings.of_jobs)
     pick_device(settings.device)
     if not settings.output_dir.strip():
         raise OutputError("--output_dir is empty; name a folder.")
@@ -278,16 +184,13 @@ def _common(
     """What the records of one run have in common."""
     own = hashlib.sha256("\n".join(SENTENCES).encode()).hexdigest()
     tokens = hashlib.sha256("".join(example.fingerprint for example in examples).encode()).hexdigest()
-    settings = {k: v for k, v in asdict(s).items() if k not in (*_OF_JOBS, *_ELSEWHERE)}
-    if s.pin_system is None:  # as before there was one, so that finished runs are found again
-        del settings["pin_system"]
     return {
         "schema_version": SCHEMA_VERSION,
         "run_id": secrets.token_hex(6),
         "timestamp": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": command,
         "protocol": task_protocol(s.task_tokens, s.task_examples, s.template, s.chunk_tokens, s.pin_system is not None),
-        "settings": settings,
+        "settings": s.recorded(),
         "seed": s.seed,
         **loaded.facts(),
         "dataset": FILLER if corpus is None else s.text_file or s.dataset,
