@@ -23,7 +23,7 @@ from coldpress.eval.benchmarks.comparison import bootstrap_interval, mcnemar, me
 from coldpress.eval.benchmarks.contexts import make_contexts
 from coldpress.eval.benchmarks.needle_in_haystack import hide
 from coldpress.eval.benchmarks.rows import choose, load_rows
-from coldpress.eval.benchmarks.run import AnswerLedger, Answers
+from coldpress.eval.ledger import Answers, Ledger
 from coldpress.eval.models import load_model
 from coldpress.eval.report import check_record
 from coldpress.eval.results import read_results
@@ -205,14 +205,16 @@ def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_damaged_ledger_is_as_good_as_none(tmp_path: Path) -> None:
-    ledger = AnswerLedger(tmp_path / "run")
-    found = {"key": Answers([[1, 2], [3]], 40, 1000, [20, 20], 0.5, "ab")}
-    ledger.save(0, "print", found)
-    assert ledger.load(0, "print") == found
-    assert ledger.load(0, "other") == {} == ledger.load(1, "print")
+    ledger = Ledger(tmp_path / "run")
+    found = {
+        "key": Answers(answers=[[1, 2], [3]], seen_tokens=40, kv_bytes=1000, kv_lengths=[20, 20], achieved_ratio=0.5)
+    }
+    ledger.save(0, found, "print")
+    assert ledger.load(Answers, 0, "print") == found
+    assert ledger.load(Answers, 0, "other") == {} == ledger.load(Answers, 1, "print")
     (path,) = (tmp_path / "run").iterdir()
     path.write_text(path.read_text().replace("[3]", "[4]"))
-    assert ledger.load(0, "print") == {}
+    assert ledger.load(Answers, 0, "print") == {}
 
 
 def test_scores_are_paired_with_the_uncompressed_cache_s(tmp_path: Path) -> None:

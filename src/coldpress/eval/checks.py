@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,8 +16,9 @@ from coldpress.core.kept import Place
 from coldpress.errors import SelfCheckError
 from coldpress.eval.losses import loss_error, token_losses
 from coldpress.eval.perplexity import forward
+from coldpress.eval.points import Point
 
-__all__ = ["check_baseline", "check_stored_pairs", "check_unchanged", "release"]
+__all__ = ["check_baseline", "check_removed", "check_stored_pairs", "check_unchanged", "release"]
 
 _E = TypeVar("_E", bound=BaseException | None)
 
@@ -95,6 +96,25 @@ def check_unchanged(press: BasePress, losses: Tensor, base: Tensor) -> None:
     change = (losses - base).abs()
     if not (change <= 2 * loss_error(base)).all():
         raise SelfCheckError(f"{press} removes nothing and yet changes a loss by {float(change.max()):.2g} nats.")
+
+
+def check_removed(point: Point, own: Any, base: Any, what: str) -> None:
+    """Where ``what`` is bit for bit the uncompressed cache's, nothing was to be removed.
+
+    Args:
+        point: what was measured.
+        own, base: what is noted of its first cache, and of the uncompressed one.
+        what: which losses are the same.
+
+    Raises:
+        SelfCheckError: something was.
+    """
+    is_smaller = point.kv_bits is not None and own.kv_bytes < base.kv_bytes
+    if getattr(point.press, "compression_ratio", 0.0) > 0 or own.achieved_ratio > 0 or is_smaller:
+        bits = "" if point.kv_bits is None else f" in {point.kv_bits.bits} bits"
+        raise SelfCheckError(
+            f"{point.press}{bits}: {what} are bit for bit those of the uncompressed cache: nothing was compressed."
+        )
 
 
 def release(error: _E) -> _E:

@@ -13,6 +13,7 @@ from coldpress.core.counts import check_ratio
 from coldpress.core.press import parts
 from coldpress.core.requirements import check_chunks, check_quantisable, require_rerotatable
 from coldpress.errors import CacheError, PressError
+from coldpress.eval.points import Point
 from coldpress.eval.press_args import check_types
 from coldpress.eval.settings import Settings
 from coldpress.presses.decoding import DecodingPress
@@ -35,6 +36,11 @@ class Job:
     budget_tokens: int | None = None
     budget_bytes: int | None = None
     kv_bits: KVBits | None = None
+
+    @property
+    def point(self) -> Point:
+        """What is measured."""
+        return Point(self.press, self.kv_bits)
 
 
 def make_jobs(settings: Settings) -> list[Job]:

@@ -1,8 +1,10 @@
-"""One prefill for many presses, or with a prompt in pieces one for each."""
+"""One prefill for many presses, or with a prompt in pieces one for each, and what is noted of the caches."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
@@ -15,7 +17,7 @@ from coldpress.eval.points import Point
 from coldpress.models.block import prefilling
 from coldpress.models.prompts import prefill
 
-__all__ = ["prefilled"]
+__all__ = ["prefilled", "sizes_of"]
 
 
 def prefilled(
@@ -53,3 +55,15 @@ def _alone(model: PreTrainedModel, context: Tensor, point: Point, chunk_tokens: 
     except Exception as error:
         cache.session.error = release(error)
     return cache
+
+
+def sizes_of(cache: PressedCache, with_hash: bool = False) -> dict[str, Any]:
+    """Sizes of the first row's cache, and a fingerprint of which pairs it keeps."""
+    positions = [layer.positions() for layer in cache.pressed_layers() if layer.is_initialized]
+    digest = hashlib.sha256(b"".join(p[0].cpu().numpy().tobytes() for p in positions)) if with_hash else None
+    return {
+        "kv_bytes": cache.kv_bytes() // positions[0].shape[0],
+        "kv_lengths": cache.stored_lengths(),
+        "achieved_ratio": cache.achieved_ratio(),
+        "kept_hash": None if digest is None else digest.hexdigest()[:16],
+    }

@@ -26,10 +26,10 @@ import torch
 
 from coldpress.bases.scorer import BUDGETS
 from coldpress.errors import DataError, OutputError, SelfCheckError
+from coldpress.eval.schema import IDENTIFYING
 from coldpress.io.files import path_of, read_text, replace_file
 
 __all__ = [
-    "IDENTIFYING_FIELDS",
     "SCHEMA_VERSION",
     "check_output",
     "check_writable",
@@ -43,25 +43,6 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 1
-
-# What was asked for and what it was asked of: a run that fails has the same name as one that finishes. Measured values
-# (loss, achieved ratio, ...) are in the record, not in its name.
-IDENTIFYING_FIELDS = (
-    *("protocol", "mode", "ppl_mode", "speed_only", "settings"),
-    *("model", "model_revision", "weights_fingerprint", "dtype", "device", "attn_implementation", "quantization"),
-    *("dataset", "dataset_revision", "subset", "split", "sample_idx", "text_file", "text_sha256", "add_bos"),
-    *(
-        "max_tokens",
-        "max_windows",
-        "max_documents",
-        "context_tokens",
-        "target_tokens",
-        "stride",
-        "chunk_size",
-    ),
-    *("batch_size", "position_mode", "press", "press_config", "compression_ratio", *BUDGETS, "kv_bits_config"),
-    *("max_new_tokens", "warmup", "repetitions", "threads", "seed"),
-)
 _LONGEST_NAME = 230  # of a result's file: a path that is too long for it is said before anything is measured
 PACKAGE_DIR = Path(__file__).resolve().parents[1]
 
@@ -96,11 +77,11 @@ def result_path(output_dir: Path, record: dict[str, Any]) -> Path:
     `output_dir`; ``t512`` instead of the ratio for a budget in tokens, ``b1048576`` for one in bytes; then ``q4`` where
     pairs are stored in 4 bits.
 
-    The hex digits are a hash over IDENTIFYING_FIELDS, where an absent field is as one that is None: equal
+    The hex digits are a hash over IDENTIFYING, where an absent field is as one that is None: equal
     settings share a name, others do not. A record that failed (status "failed" or "error", or an error in it) ends in
     ``.failed.json``, one of an interrupted run in ``.interrupted.json``.
     """
-    identity = {key: record[key] for key in IDENTIFYING_FIELDS if record.get(key) is not None}
+    identity = {key: record[key] for key in IDENTIFYING if record.get(key) is not None}
     settings = record.get("settings")
     if isinstance(settings, dict) and "repetitions" in settings:  # as asked: there are fewer, or none, of a part of it
         identity.pop("repetitions", None)

@@ -31,6 +31,12 @@ class Sample:
         return (self.prefill_ns or 0) + self.decode_ns
 
     @property
+    def is_timed(self) -> bool:
+        """Whether it may be one that was measured; it may come from a disk."""
+        times = [self.decode_ns, self.n_tokens, *([] if self.prefill_ns is None else [self.prefill_ns])]
+        return all(isinstance(n, int) and not isinstance(n, bool) and 0 < n < 2**63 for n in times)
+
+    @property
     def tokens_per_s(self) -> float:
         return self.timed_tokens * 1e9 / self.total_ns
 

@@ -7,10 +7,8 @@ the answers are of interest.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -22,56 +20,18 @@ from coldpress.eval.benchmarks.benchmark import Benchmark, Scores
 from coldpress.eval.benchmarks.comparison import bootstrap_interval, mcnemar, mean
 from coldpress.eval.benchmarks.contexts import AskedContext
 from coldpress.eval.checks import check_baseline
+from coldpress.eval.ledger import Answers, Ledger
 from coldpress.eval.losses import token_losses
 from coldpress.eval.perplexity import forward
 from coldpress.eval.point_run import PointRun
 from coldpress.eval.points import BASELINE, Point
-from coldpress.eval.task_ledger import ExampleLedger
-from coldpress.eval.task_run import ExampleWork, TaskItem, ends_of, greedy_tokens, sizes_of
+from coldpress.eval.prefills import sizes_of
+from coldpress.eval.task_run import ExampleWork, TaskItem, ends_of, greedy_tokens
 from coldpress.models.block import prefilling
 
-__all__ = ["AnswerLedger", "Answers", "BenchmarkRun", "ContextWork"]
+__all__ = ["BenchmarkRun", "ContextWork"]
 
 SHOWN = 200  # characters of a question that a record holds
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What one point made of one context.
-
-    Attributes:
-        answers: greedy tokens of each question.
-        seen_tokens: of the cache when it was measured.
-        kv_bytes, kv_lengths, achieved_ratio, kept_hash: of it right after the prefill, or after the first answer where
-            a press goes on while decoding.
-    """
-
-    answers: list[list[int]]
-    seen_tokens: int
-    kv_bytes: int
-    kv_lengths: list[int]
-    achieved_ratio: float
-    kept_hash: str | None = None
-
-    @classmethod
-    def of(cls, saved: dict[str, Any]) -> Answers:
-        """What was saved, or ValueError or TypeError where it cannot be."""
-        found = cls(**saved)
-        numbers = [found.seen_tokens, found.kv_bytes, found.achieved_ratio, *found.kv_lengths]
-        numbers += [token for answer in found.answers for token in answer]
-        if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
-            raise ValueError("not a number")
-        return found
-
-    def to_save(self) -> dict[str, Any]:
-        """What :meth:`of` takes."""
-        return asdict(self)
-
-
-class AnswerLedger(ExampleLedger[Answers]):
-    """The finished contexts of a run over a benchmark."""
-
-    kind = Answers
 
 
 class ContextWork(ExampleWork):
@@ -105,7 +65,7 @@ class ContextWork(ExampleWork):
                 answers.append(greedy_tokens(model, branch, logits, question.limit, self.ends))
             if goes_on and len(answers) == 1:
                 sizes = {"seen_tokens": branch.seen_tokens, **sizes_of(branch, with_hash)}
-        return Answers(answers, **sizes)
+        return Answers(answers=answers, **sizes)
 
 
 class BenchmarkRun(PointRun[Answers]):
@@ -122,6 +82,8 @@ class BenchmarkRun(PointRun[Answers]):
         ledger: what was finished by an earlier run, and where this one notes what it has finished; None: nowhere.
     """
 
+    kind = Answers
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -132,22 +94,15 @@ class BenchmarkRun(PointRun[Answers]):
         *,
         chunk_tokens: int | None = None,
         seed: int = 0,
-        ledger: AnswerLedger | None = None,
+        ledger: Ledger | None = None,
     ):
-        self.tokenizer, self.benchmark, self.ledger = tokenizer, benchmark, ledger
+        self.tokenizer, self.benchmark = tokenizer, benchmark
         self.contexts = list(contexts)
         self.work = ContextWork(chunk_tokens, None, frozenset(), ends_of(model, tokenizer), seed)
-        super().__init__(model, [point for point in points if point != BASELINE], len(self.contexts))
+        super().__init__(model, [point for point in points if point != BASELINE], len(self.contexts), ledger)
 
     def _item(self, index: int, points: tuple[Point, ...]) -> TaskItem:
         return TaskItem(index, self.contexts[index], points, is_checked=index == 0)
-
-    def _load(self, index: int) -> dict[str, Answers]:
-        return {} if self.ledger is None else self.ledger.load(index, self._fingerprint(index))
-
-    def _save(self, index: int) -> None:
-        if self.ledger is not None:
-            self.ledger.save(index, self._fingerprint(index), self.done[index])
 
     def _fingerprint(self, index: int) -> str:
         parts = self.contexts[index].fingerprint, self.work.chunk_tokens, self.work.seed
