@@ -37,8 +37,8 @@ from coldpress.cli import main
 from coldpress.errors import OutputError, SelfCheckError
 from coldpress.eval import evaluate as evaluate_module
 from coldpress.eval import speed
-from coldpress.eval.report import check_record, groups, show
-from coldpress.eval.schema import METRICS
+from coldpress.eval.report import groups, show
+from coldpress.eval.schema import METRICS, check_record
 from coldpress.eval.speed import SpeedRun
 
 ROOT = Path(__file__).parents[1]

@@ -323,9 +323,9 @@ def _model_options(args: argparse.Namespace, default: str | None = Settings.mode
 
 def _run_report(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
     from coldpress.errors import DataError, OutputError
-    from coldpress.eval.collect import collect
     from coldpress.eval.progress import note
     from coldpress.eval.report import groups, show
+    from coldpress.eval.results import collect
 
     folders = args.folders or ["results/perplexity"]
     if args.output is not None and not args.output.strip():

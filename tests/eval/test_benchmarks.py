@@ -25,8 +25,8 @@ from coldpress.eval.benchmarks.needle_in_haystack import hide
 from coldpress.eval.benchmarks.rows import choose, load_rows
 from coldpress.eval.ledger import Answers, Ledger
 from coldpress.eval.models import load_model
-from coldpress.eval.report import check_record
 from coldpress.eval.results import read_results
+from coldpress.eval.schema import check_record
 from coldpress.eval.settings import BenchmarkSettings
 
 DATA = Path(__file__).parent / "benchmark_data"

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from coldpress.errors import OutputError
-from coldpress.eval.collect import Collection
 from coldpress.eval.document import make_report
 from coldpress.eval.page import page
-from coldpress.eval.results import check_writable
+from coldpress.eval.results import Collection, check_writable
 from coldpress.eval.summary import summary
 from coldpress.io.files import replace_file
 

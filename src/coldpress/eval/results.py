@@ -19,6 +19,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,15 @@ import torch
 
 from coldpress.bases.scorer import BUDGETS
 from coldpress.errors import DataError, OutputError, SelfCheckError
-from coldpress.eval.schema import IDENTIFYING
+from coldpress.eval.schema import IDENTIFYING, check_record
 from coldpress.io.files import path_of, read_text, replace_file
 
 __all__ = [
     "SCHEMA_VERSION",
+    "Collection",
     "check_output",
     "check_writable",
+    "collect",
     "environment",
     "read_result",
     "read_results",
@@ -214,6 +217,51 @@ def read_result(path: Path) -> dict[str, Any]:
     if version != SCHEMA_VERSION:
         raise ValueError(f"schema_version is {version!r}, this version reads {SCHEMA_VERSION}")
     return record
+
+
+@dataclass(frozen=True)
+class Collection:
+    """The records of ``folders`` and their subfolders; ``skipped`` has a line for each file that holds none."""
+
+    folders: tuple[str, ...]
+    records: tuple[dict[str, Any], ...]
+    skipped: tuple[str, ...]
+
+
+def collect(folders: Iterable[str]) -> Collection:
+    """Read what lies in ``folders`` and below them; hidden folders are passed over, no folder is read twice.
+
+    Raises:
+        DataError: no such folder.
+    """
+    folders = tuple(folders)
+    records: list[dict[str, Any]] = []
+    skipped: list[str] = []
+    seen: set[Path] = set()
+    for folder in folders:
+        if not folder.strip():
+            raise DataError("The folder's name is empty; give the folder that a run wrote its results to.")
+        if not os.path.isdir(folder):
+            raise DataError(f"no folder {folder!r}: give the folder that a run wrote its results to")
+        for path in [Path(folder), *_below(Path(folder))]:
+            real = path.resolve()
+            if real in seen:
+                continue
+            seen.add(real)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                records += read_results(path, check_record)
+            skipped += [str(warning.message) for warning in caught]
+    return Collection(folders, tuple(records), tuple(skipped))
+
+
+def _below(folder: Path) -> list[Path]:
+    """Its subfolders, in the order of their names."""
+    found = []
+    for path, names, _ in os.walk(folder):
+        names[:] = sorted(name for name in names if not name.startswith(".") and not name.endswith(".json"))
+        found += [Path(path) / name for name in names]
+    return sorted(found)
 
 
 @contextlib.contextmanager
