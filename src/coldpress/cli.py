@@ -340,7 +340,7 @@ def _run_report(args: argparse.Namespace, argv: list[str], prog: str | None) -> 
     for group in groups(collection.records):  # numbers that were not measured alike do not share a table
         print(f"{show(group)}\n")
     if not args.table:
-        from coldpress.eval.report_files import write_report
+        from coldpress.eval.page import write_report
 
         paths = write_report(collection, Path(args.output or Path(folders[0]) / "report"))
         print(f"report: {paths[-1]}, report.md and {len(paths) - 2} plots beside it")

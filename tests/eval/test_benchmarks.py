@@ -19,10 +19,9 @@ from coldpress.errors import InputError
 from coldpress.eval import load_results, task_run
 from coldpress.eval.benchmarks import Share, command, find_benchmark
 from coldpress.eval.benchmarks.command import benchmark_protocol
-from coldpress.eval.benchmarks.comparison import bootstrap_interval, mcnemar, mean
-from coldpress.eval.benchmarks.contexts import make_contexts
-from coldpress.eval.benchmarks.needle_in_haystack import hide
-from coldpress.eval.benchmarks.rows import choose, load_rows
+from coldpress.eval.benchmarks.others import hide
+from coldpress.eval.benchmarks.rows import choose, load_rows, make_contexts
+from coldpress.eval.benchmarks.run import bootstrap_interval, mcnemar, mean
 from coldpress.eval.ledger import Answers, Ledger
 from coldpress.eval.models import load_model
 from coldpress.eval.results import read_results
@@ -444,7 +443,7 @@ def test_without_a_hub_it_says_what_to_do(tmp_path: Path, capsys: pytest.Capture
 def test_a_missing_package_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from coldpress.eval.benchmarks import texts
+    from coldpress.eval.benchmarks import benchmark as texts
 
     monkeypatch.setattr(texts.importlib.util, "find_spec", lambda name: None if name == "rouge" else object())
     assert run(tmp_path, "loogle", "--data", str(DATA / "loogle"), "--data_dir", "shortdep_qa") == 2

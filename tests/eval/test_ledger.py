@@ -22,8 +22,8 @@ from coldpress.errors import OutputError
 from coldpress.eval import results
 from coldpress.eval.evaluate import digest_of
 from coldpress.eval.ledger import Answered, Ledger, Measured, versions
+from coldpress.eval.losses import Scores
 from coldpress.eval.prefix import PrefixRun
-from coldpress.eval.scores import Scores
 from coldpress.eval.speed import SpeedRun
 from coldpress.eval.speed_points import Sample, SpeedPoint
 from coldpress.eval.sweep import _is_finished

@@ -27,8 +27,7 @@ from coldpress.architecture.cache_argument import cache_argument
 from coldpress.cli import main
 from coldpress.errors import InputError, PressError, SelfCheckError
 from coldpress.eval import stream as stream_module
-from coldpress.eval.jobs import make_jobs
-from coldpress.eval.points import BASELINE, Point
+from coldpress.eval.jobs import BASELINE, Point, make_jobs
 from coldpress.eval.report import table
 from coldpress.eval.settings import Settings
 from coldpress.eval.stream import StreamRun, by_position

@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from coldpress.errors import DataError, InputError, OutputError, SelfCheckError
 from coldpress.eval import prefix, speed, task_run
 from coldpress.eval.ledger import UNFINISHED, Ledger, Measured, checksum_of
+from coldpress.eval.losses import Scores
 from coldpress.eval.results import read_results
-from coldpress.eval.scores import Scores
 from coldpress.eval.sweep import Outcome, sweep
 from coldpress.eval.sweep_plan import SweepPlan
 from coldpress.presses.knorm import KnormPress

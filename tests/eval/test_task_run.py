@@ -29,10 +29,10 @@ from coldpress import (
 from coldpress.architecture.cache_argument import cache_argument
 from coldpress.bases.registry import make_press
 from coldpress.errors import SelfCheckError
+from coldpress.eval.jobs import BASELINE, Point
 from coldpress.eval.ledger import Ledger
 from coldpress.eval.metrics import paired_difference
 from coldpress.eval.models import LoadedModel, load_model
-from coldpress.eval.points import BASELINE, Point
 from coldpress.eval.task_run import ExampleWork, TaskRun, match
 from coldpress.eval.tasks import Example, Material, make_examples
 

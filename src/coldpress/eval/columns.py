@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from coldpress.eval.conclusions import task_name
 from coldpress.eval.memory import format_bytes
 from coldpress.eval.schema import BYTES, FIELDS
 from coldpress.eval.sections import Entry, Section
-from coldpress.eval.task_words import task_name
 from coldpress.eval.wording import clean, number
 
 __all__ = ["Cell", "Table", "tables"]

@@ -15,8 +15,7 @@ import torch
 
 from coldpress.bases.registry import press_names
 from coldpress.eval.datasets import Corpus, load_corpus
-from coldpress.eval.engine import Engine
-from coldpress.eval.engine_by_name import make_engine
+from coldpress.eval.engine import Engine, make_engine
 from coldpress.eval.jobs import Job, left_out_of_batches, make_jobs
 from coldpress.eval.ledger import versions
 from coldpress.eval.models import LoadedModel, load_model

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from coldpress.errors import OutputError
-from coldpress.eval.scores import Scores
+from coldpress.eval.losses import Scores
 from coldpress.io.files import read_text, replace_file
 
 __all__ = ["UNFINISHED", "UNREADABLE", "Answered", "Answers", "Ledger", "Measured", "checksum_of", "versions"]

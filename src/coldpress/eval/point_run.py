@@ -10,8 +10,8 @@ from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.errors import SelfCheckError
 from coldpress.eval.engine import Engine, LocalEngine
+from coldpress.eval.jobs import BASELINE, Point
 from coldpress.eval.ledger import Ledger
-from coldpress.eval.points import BASELINE, Point
 from coldpress.eval.progress import Sized
 
 __all__ = ["Item", "PointRun"]

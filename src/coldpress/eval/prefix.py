@@ -26,16 +26,22 @@ from coldpress.bases.press import BasePress
 from coldpress.bases.scorer import BudgetPress
 from coldpress.cache.pressed import PressedCache
 from coldpress.errors import SelfCheckError
-from coldpress.eval.checks import check_baseline, check_removed, check_stored_pairs, check_unchanged, release
+from coldpress.eval.checks import (
+    check_baseline,
+    check_removed,
+    check_stored_pairs,
+    check_unchanged,
+    prefilled,
+    release,
+    sizes_of,
+)
+from coldpress.eval.jobs import BASELINE, Point
 from coldpress.eval.ledger import Ledger, Measured
-from coldpress.eval.losses import token_losses
+from coldpress.eval.losses import Scores, token_losses
 from coldpress.eval.metrics import bits_per_byte, clustered_mean, paired_difference, perplexity, quantiles
 from coldpress.eval.models import input_device
 from coldpress.eval.perplexity import forward
 from coldpress.eval.point_run import PointRun
-from coldpress.eval.points import BASELINE, Point
-from coldpress.eval.prefills import prefilled, sizes_of
-from coldpress.eval.scores import Scores
 from coldpress.eval.windows import PrefixPlan
 from coldpress.stores.bits import KVBits
 

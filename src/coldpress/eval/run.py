@@ -20,13 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from coldpress.errors import InputError, OutputError, SelfCheckError
-from coldpress.eval.engine import Engine
-from coldpress.eval.engine_by_name import check_engine, make_engine
-from coldpress.eval.jobs import Job
+from coldpress.eval.engine import Engine, check_engine, make_engine
+from coldpress.eval.jobs import Job, config_of
 from coldpress.eval.ledger import UNFINISHED, Ledger, versions
 from coldpress.eval.models import LoadedModel, pick_device
 from coldpress.eval.point_run import PointRun
-from coldpress.eval.points import config_of
 from coldpress.eval.progress import note, progress
 from coldpress.eval.report import show, size_of
 from coldpress.eval.results import (
@@ -78,7 +76,7 @@ class Run(ABC):
     ledger: Ledger | None = field(default=None, init=False)  # what an earlier run of the same has finished
     seconds: dict[str, float] = field(default_factory=dict, init=False)  # wall time of each part
     error: Exception | None = field(default=None, init=False)  # what ended the run
-    show_progress: Callable[..., Any] = field(default=progress, init=False)
+    show_progress: Callable[..., Any] = field(default_factory=lambda: progress, init=False)
     run_id: str = field(default_factory=lambda: secrets.token_hex(6), init=False)
 
     @abstractmethod

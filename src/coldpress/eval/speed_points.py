@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from coldpress.bases.press import BasePress
+from coldpress.eval.jobs import Point
 from coldpress.eval.memory import MemoryReading
-from coldpress.eval.points import Point
 from coldpress.stores.bits import KVBits
 
 __all__ = ["Sample", "SpeedPoint"]

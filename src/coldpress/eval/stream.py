@@ -21,12 +21,12 @@ from coldpress.bases.press import BasePress
 from coldpress.cache.pressed import PressedCache
 from coldpress.errors import SelfCheckError
 from coldpress.eval.checks import release
+from coldpress.eval.jobs import BASELINE, Point
 from coldpress.eval.losses import token_losses
 from coldpress.eval.metrics import perplexity
 from coldpress.eval.models import input_device
 from coldpress.eval.perplexity import forward
 from coldpress.eval.point_run import PointRun
-from coldpress.eval.points import BASELINE, Point
 
 __all__ = ["StreamRun", "by_position", "read_stream"]
 

@@ -18,8 +18,7 @@ from typing import Any
 
 from coldpress.errors import InputError, OutputError, SelfCheckError
 from coldpress.eval.datasets import Corpus, load_corpus
-from coldpress.eval.engine import Engine
-from coldpress.eval.engine_by_name import check_engine, make_engine
+from coldpress.eval.engine import Engine, check_engine, make_engine
 from coldpress.eval.evaluate import make_run
 from coldpress.eval.ledger import Ledger
 from coldpress.eval.models import LoadedModel, load_model, pick_device

@@ -18,7 +18,7 @@ from coldpress.eval.run import DECODE_COST, ExampleRun, carry_out, checked_folde
 from coldpress.eval.settings import TaskSettings
 from coldpress.eval.task_run import TaskRun
 from coldpress.eval.tasks import Example, Material, make_examples
-from coldpress.eval.tasks.words import SENTENCES
+from coldpress.eval.tasks.material import SENTENCES
 
 __all__ = [
     "Questions",

@@ -21,14 +21,13 @@ from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.cache.pressed import PressedCache
 from coldpress.errors import SelfCheckError
-from coldpress.eval.checks import check_baseline, check_removed, check_stored_pairs, release
+from coldpress.eval.checks import check_baseline, check_removed, check_stored_pairs, prefilled, release, sizes_of
+from coldpress.eval.jobs import BASELINE, Point
 from coldpress.eval.ledger import Answered, Ledger
 from coldpress.eval.losses import token_losses
 from coldpress.eval.metrics import paired_difference
 from coldpress.eval.perplexity import forward
 from coldpress.eval.point_run import PointRun
-from coldpress.eval.points import BASELINE, Point
-from coldpress.eval.prefills import prefilled, sizes_of
 from coldpress.eval.tasks import Example
 
 __all__ = ["ExampleWork", "TaskItem", "TaskRun", "ends_of", "greedy_tokens", "match"]

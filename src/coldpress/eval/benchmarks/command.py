@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 from coldpress.eval.benchmarks import Row, find_benchmark
-from coldpress.eval.benchmarks.contexts import AskedContext, make_contexts
-from coldpress.eval.benchmarks.needle_in_haystack import hide
-from coldpress.eval.benchmarks.rows import LIMIT, Rows, check_rows, choose, load_rows
+from coldpress.eval.benchmarks.others import hide
+from coldpress.eval.benchmarks.rows import LIMIT, AskedContext, Rows, check_rows, choose, load_rows, make_contexts
 from coldpress.eval.benchmarks.run import BenchmarkRun
 from coldpress.eval.jobs import make_jobs
 from coldpress.eval.models import load_model
