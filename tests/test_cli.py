@@ -1149,7 +1149,7 @@ def test_the_command_of_the_package() -> None:
     assert 'coldpress = "coldpress_command:main"' in (ROOT / "pyproject.toml").read_text()
 
 
-@pytest.mark.parametrize("step", ["evaluate.load_corpus", "evaluate.load_model", "run.make_plan"])
+@pytest.mark.parametrize("step", ["evaluate.load_corpus", "evaluate.load_model", "evaluate.make_plan"])
 def test_interrupted_before_anything_is_measured(run: Run, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     def interrupted(*arguments: Any, **options: Any) -> None:
         raise KeyboardInterrupt
