@@ -113,11 +113,12 @@ test-gpu: $(STAMP) ## the tests that need a CUDA device
 
 check: lint test ## format, lint, types and the fast tests: what a change has to pass
 
-lint: $(STAMP) ## ruff format --check, ruff check, mypy, the layers of imports
+lint: $(STAMP) ## ruff format --check, ruff check, mypy, the layers of imports, their packages
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 	$(VENV)/bin/lint-imports
+	$(PY) -m deptry src
 
 format: $(STAMP) ## let ruff format and repair what it can
 	$(PY) -m ruff format .

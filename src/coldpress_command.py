@@ -11,8 +11,10 @@ __all__ = ["main"]
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """As :func:`coldpress.cli`; 130 when interrupted, be it before anything has begun."""
     try:
-        from coldpress.cli import main as run
+        from coldpress.commands.streams import interrupted_at_once
 
+        with interrupted_at_once():  # an import may turn a KeyboardInterrupt into another error
+            from coldpress.cli import main as run
         return run(argv, prog)
     except KeyboardInterrupt:
         sys.stderr.write("\ninterrupted\n")

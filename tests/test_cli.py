@@ -35,10 +35,10 @@ from coldpress.bases import registry
 from coldpress.bases.registry import press_names
 from coldpress.cli import main
 from coldpress.errors import OutputError, SelfCheckError
-from coldpress.eval import evaluate as evaluate_module
+from coldpress.eval import run as run_module
 from coldpress.eval import speed
-from coldpress.eval.records import METRICS
-from coldpress.eval.report import check_record, groups, show
+from coldpress.eval.report import groups, show
+from coldpress.eval.schema import METRICS, check_record
 from coldpress.eval.speed import SpeedRun
 
 ROOT = Path(__file__).parents[1]
@@ -1115,13 +1115,13 @@ def test_interrupted_it_leaves_an_earlier_result_alone(run: Run, monkeypatch: py
 def test_interrupted_again_while_the_results_are_written_it_still_writes_them(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = evaluate_module.write_result
+    write = run_module.write_result
 
     def interrupted(folder: Path, record: dict[str, Any]) -> Path:
         os.kill(os.getpid(), signal.SIGINT)
         return write(folder, record)
 
-    monkeypatch.setattr(evaluate_module, "write_result", interrupted)
+    monkeypatch.setattr(run_module, "write_result", interrupted)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         done = run("--press", "knorm", "snapkv", *QUALITY)
@@ -1153,7 +1153,7 @@ def test_the_command_of_the_package() -> None:
     assert 'coldpress = "coldpress_command:main"' in (ROOT / "pyproject.toml").read_text()
 
 
-@pytest.mark.parametrize("step", ["evaluate.load_corpus", "evaluate.load_model", "run.make_plan"])
+@pytest.mark.parametrize("step", ["evaluate.load_corpus", "evaluate.load_model", "evaluate.make_plan"])
 def test_interrupted_before_anything_is_measured(run: Run, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     def interrupted(*arguments: Any, **options: Any) -> None:
         raise KeyboardInterrupt

@@ -36,6 +36,7 @@ from coldpress.commands.options import (
 from coldpress.commands.serve_options import chat_options, serve_options
 from coldpress.commands.streams import interrupted_at_once, open_streams, output_problem
 from coldpress.errors import InputError, SelfCheckError, nearest
+from coldpress.eval.settings import BenchmarkSettings, CalibrationSettings, Settings, TaskSettings
 from coldpress.io.files import is_utf8
 from coldpress.io.terminal import printable
 
@@ -199,19 +200,11 @@ def _check_sources(args: argparse.Namespace) -> None:
 
 def _run_ppl(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
     _check_sources(args)
-    from coldpress.bases.scorer import BUDGETS
     from coldpress.eval.evaluate import evaluate
-    from coldpress.eval.settings import Settings
     from coldpress.io.launched import followers_silent
 
-    given = {f.name: getattr(args, f.name) for f in fields(Settings) if getattr(args, f.name, None) is not None}
-    for name in ("press", "compression_ratio", *BUDGETS, "kv_bits"):
-        if name in given:
-            given[name] = tuple(given[name])
-    if "press_args" in given:
-        given["press_args"] = tuple(given["press_args"].items())
     command = f"{prog or 'coldpress'} {shlex.join(argv[1:] if prog else argv)}"
-    settings = Settings(**given)
+    settings = Settings(**_given(args, Settings))
     if settings.tp_plan is None:
         records, is_interrupted = evaluate(settings, command)
     else:  # every process takes part, and the first one speaks
@@ -242,14 +235,14 @@ def _run_sweep(args: argparse.Namespace, argv: list[str], prog: str | None) -> i
 
 def _run_tasks(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
     _check_sources(args)
-    from coldpress.eval.task_command import TaskSettings, measure_tasks
+    from coldpress.eval.task_command import measure_tasks
 
     records, is_interrupted = measure_tasks(TaskSettings(**_given(args, TaskSettings)), _command(argv, prog))
     return _outcome(records, is_interrupted)
 
 
 def _run_benchmark(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
-    from coldpress.eval.benchmarks.command import BenchmarkSettings, measure_benchmark
+    from coldpress.eval.benchmarks.command import measure_benchmark
 
     settings = BenchmarkSettings(**_given(args, BenchmarkSettings))
     return _outcome(*measure_benchmark(settings, _command(argv, prog)))
@@ -276,13 +269,9 @@ def _outcome(records: list[dict[str, Any]], is_interrupted: bool) -> int:
 
 def _run_calibrate(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
     _check_sources(args)
-    from coldpress.eval.calibrate import CalibrationSettings, make_artefact
+    from coldpress.eval.calibrate import make_artefact
 
-    names = [f.name for f in fields(CalibrationSettings)]
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if "press_args" in given:
-        given["press_args"] = tuple(given["press_args"].items())
-    make_artefact(CalibrationSettings(**given))
+    make_artefact(CalibrationSettings(**_given(args, CalibrationSettings)))
     return 0
 
 
@@ -327,16 +316,16 @@ def _run_inspect(args: argparse.Namespace, argv: list[str], prog: str | None) ->
     return 0
 
 
-def _model_options(args: argparse.Namespace, default: str | None = "EleutherAI/pythia-70m") -> dict[str, Any]:
+def _model_options(args: argparse.Namespace, default: str | None = Settings.model) -> dict[str, Any]:
     given = {name: getattr(args, name) for name in ("device", "dtype", "attn_implementation", "revision")}
     return {k: v for k, v in ({"name": args.model or default} | given).items() if v is not None}
 
 
 def _run_report(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
     from coldpress.errors import DataError, OutputError
-    from coldpress.eval.collect import collect
     from coldpress.eval.progress import note
     from coldpress.eval.report import groups, show
+    from coldpress.eval.results import collect
 
     folders = args.folders or ["results/perplexity"]
     if args.output is not None and not args.output.strip():
@@ -351,7 +340,7 @@ def _run_report(args: argparse.Namespace, argv: list[str], prog: str | None) -> 
     for group in groups(collection.records):  # numbers that were not measured alike do not share a table
         print(f"{show(group)}\n")
     if not args.table:
-        from coldpress.eval.report_files import write_report
+        from coldpress.eval.page import write_report
 
         paths = write_report(collection, Path(args.output or Path(folders[0]) / "report"))
         print(f"report: {paths[-1]}, report.md and {len(paths) - 2} plots beside it")

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.parity.answers import BENCHMARKS, Case, cases, digest
 
 from coldpress.eval.benchmarks import Scores, Share, benchmark_names, find_benchmark
-from coldpress.eval.benchmarks.comparison import mean
+from coldpress.eval.benchmarks.run import mean
 
 EXPECTED: dict[str, Any] = json.loads((Path(__file__).parent / "benchmark_scores.json").read_text())["benchmarks"]
 CLOZE = "shortdep_cloze"

@@ -18,15 +18,15 @@ from coldpress.cli import main
 from coldpress.errors import InputError
 from coldpress.eval import load_results, task_run
 from coldpress.eval.benchmarks import Share, command, find_benchmark
-from coldpress.eval.benchmarks.command import BenchmarkSettings, benchmark_protocol
-from coldpress.eval.benchmarks.comparison import bootstrap_interval, mcnemar, mean
-from coldpress.eval.benchmarks.contexts import make_contexts
-from coldpress.eval.benchmarks.needle_in_haystack import hide
-from coldpress.eval.benchmarks.rows import choose, load_rows
-from coldpress.eval.benchmarks.run import AnswerLedger, Answers
+from coldpress.eval.benchmarks.command import benchmark_protocol
+from coldpress.eval.benchmarks.others import hide
+from coldpress.eval.benchmarks.rows import choose, load_rows, make_contexts
+from coldpress.eval.benchmarks.run import bootstrap_interval, mcnemar, mean
+from coldpress.eval.ledger import Answers, Ledger
 from coldpress.eval.models import load_model
-from coldpress.eval.report import check_record
 from coldpress.eval.results import read_results
+from coldpress.eval.schema import check_record
+from coldpress.eval.settings import BenchmarkSettings
 
 DATA = Path(__file__).parent / "benchmark_data"
 RULER = ("ruler", "--data", str(DATA / "ruler"), "--data_dir", "4096")
@@ -204,14 +204,16 @@ def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_damaged_ledger_is_as_good_as_none(tmp_path: Path) -> None:
-    ledger = AnswerLedger(tmp_path / "run")
-    found = {"key": Answers([[1, 2], [3]], 40, 1000, [20, 20], 0.5, "ab")}
-    ledger.save(0, "print", found)
-    assert ledger.load(0, "print") == found
-    assert ledger.load(0, "other") == {} == ledger.load(1, "print")
+    ledger = Ledger(tmp_path / "run")
+    found = {
+        "key": Answers(answers=[[1, 2], [3]], seen_tokens=40, kv_bytes=1000, kv_lengths=[20, 20], achieved_ratio=0.5)
+    }
+    ledger.save(0, found, "print")
+    assert ledger.load(Answers, 0, "print") == found
+    assert ledger.load(Answers, 0, "other") == {} == ledger.load(Answers, 1, "print")
     (path,) = (tmp_path / "run").iterdir()
     path.write_text(path.read_text().replace("[3]", "[4]"))
-    assert ledger.load(0, "print") == {}
+    assert ledger.load(Answers, 0, "print") == {}
 
 
 def test_scores_are_paired_with_the_uncompressed_cache_s(tmp_path: Path) -> None:
@@ -441,7 +443,7 @@ def test_without_a_hub_it_says_what_to_do(tmp_path: Path, capsys: pytest.Capture
 def test_a_missing_package_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from coldpress.eval.benchmarks import texts
+    from coldpress.eval.benchmarks import benchmark as texts
 
     monkeypatch.setattr(texts.importlib.util, "find_spec", lambda name: None if name == "rouge" else object())
     assert run(tmp_path, "loogle", "--data", str(DATA / "loogle"), "--data_dir", "shortdep_qa") == 2

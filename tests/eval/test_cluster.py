@@ -29,10 +29,10 @@ from coldpress.errors import (
     SelfCheckError,
     UnreachableError,
 )
-from coldpress.eval import cluster, ray_connection, transport
+from coldpress.eval import cluster, ray_connection
+from coldpress.eval import worker as transport
 from coldpress.eval.cluster import RayEngine
-from coldpress.eval.engine import LocalEngine
-from coldpress.eval.engine_by_name import check_engine, make_engine
+from coldpress.eval.engine import LocalEngine, check_engine, make_engine
 from coldpress.eval.models import LoadedModel, load_model
 from coldpress.eval.prefix import PrefixRun, WindowWork
 from coldpress.eval.windows import plan_prefix

@@ -12,8 +12,7 @@ import pytest
 
 import coldpress.eval
 from coldpress.errors import DataError, MissingDependencyError
-from coldpress.eval.collect import collect
-from coldpress.eval.results import SCHEMA_VERSION, write_result
+from coldpress.eval.results import SCHEMA_VERSION, collect, write_result
 
 pandas = pytest.importorskip("pandas")
 

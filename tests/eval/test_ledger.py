@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from coldpress import KnormPress, RandomPress
+from coldpress.errors import OutputError
 from coldpress.eval import results
-from coldpress.eval.ledger import Ledger, Measured, versions
+from coldpress.eval.evaluate import digest_of
+from coldpress.eval.ledger import Answered, Ledger, Measured, versions
+from coldpress.eval.losses import Scores
 from coldpress.eval.prefix import PrefixRun
-from coldpress.eval.round_log import RoundLog
-from coldpress.eval.scores import Scores
+from coldpress.eval.speed import SpeedRun
 from coldpress.eval.speed_points import Sample, SpeedPoint
-from coldpress.eval.sweep import _digest, _is_finished
-from coldpress.eval.task_ledger import Answered, TaskLedger
+from coldpress.eval.sweep import _is_finished
 from coldpress.eval.windows import plan_prefix
 from coldpress.io.files import replace_file
 
@@ -43,31 +46,41 @@ class Kept:
 
 
 def windows(folder: Path, place: int) -> Any:
-    found = Ledger(folder).load(place)
+    found = Ledger(folder).load(Measured, place)
     return {key: (m.scores.rows().tolist(), {**vars(m), "scores": None}) for key, m in found.items()}
 
 
 def tasks(folder: Path, place: int) -> Any:
-    return TaskLedger(folder).load(place, f"example {place}")
+    return Ledger(folder).load(Answered, place, f"example {place}")
 
 
 def rounds(folder: Path, place: int) -> Any:
-    points = [SpeedPoint(None), SpeedPoint(KnormPress(0.5))]
-    n = RoundLog(folder / "rounds.json").restore(points)
-    return [vars(sample) for point in points for sample in point.samples] if n else []
+    run = timed()
+    return [vars(sample) for point in run.points for sample in point.samples] if run._restore(Ledger(folder)) else []
+
+
+def timed(samples: Sequence[list[Sample]] = ((), ())) -> SpeedRun:  # type: ignore[assignment]
+    """The rounds of two points, with nothing measured but these samples."""
+    run = SpeedRun(None, torch.zeros(1, 8), [None, KnormPress(0.5)], max_new_tokens=4)  # type: ignore[arg-type]
+    run.points = [SpeedPoint(point.press, samples=list(own)) for point, own in zip(run.points, samples, strict=True)]
+    return run
 
 
 def fill(folder: Path, seed: int = 0) -> dict[str, Callable[[Path, int], Any]]:
     torch.manual_seed(seed)
     for place in range(PLACES):
         sizes: dict[str, Any] = {"kv_bytes": 4096 + place, "kv_lengths": [24, 24], "achieved_ratio": 0.5}
-        found = {key: Measured(Scores(*torch.rand(5, 2, 7)), **sizes, kept_hash=key) for key in ("a" * 16, "b" * 16)}
+        found = {
+            key: Measured(scores=Scores(*torch.rand(5, 2, 7)), **sizes, kept_hash=key) for key in ("a" * 16, "b" * 16)
+        }
         Ledger(folder / "windows").save(place, found)
-        answered = {key: Answered(torch.rand(3).tolist(), [5, 6, place], **sizes) for key in ("a" * 16, "b" * 16)}
-        TaskLedger(folder / "tasks").save(place, f"example {place}", answered)
+        answered = {
+            key: Answered(losses=torch.rand(3).tolist(), answer_ids=[5, 6, place], **sizes)
+            for key in ("a" * 16, "b" * 16)
+        }
+        Ledger(folder / "tasks").save(place, answered, f"example {place}")
     samples = [[Sample(int(ns), 2 * int(ns), 4) for ns in torch.randint(1000, 9000, (2,))] for _ in range(2)]
-    points = [SpeedPoint(None, samples=samples[0]), SpeedPoint(KnormPress(0.5), samples=samples[1])]
-    RoundLog(folder / "rounds" / "rounds.json").save(points)
+    timed(samples)._save(Ledger(folder / "rounds"))
     return {"windows": windows, "tasks": tasks, "rounds": rounds}
 
 
@@ -141,8 +154,8 @@ def test_versions_tell_ledgers_apart() -> None:
     env = {"torch": "2.13.0", "transformers": "5.24.0", "coldpress": "1.0.0", "threads": 2}
     record = {"env": env, "tokens_sha256": "0" * 64, "model": "demo"}
     assert versions(record) == ["2.13.0", "5.24.0", "1.0.0"]
-    digests = {_digest({**record, "env": {**env, package: "9"}}) for package in env}
-    assert len(digests) == 4 and _digest(record) in digests  # the number of threads is a setting, and no version
+    digests = {digest_of({**record, "env": {**env, package: "9"}}) for package in env}
+    assert len(digests) == 4 and digest_of(record) in digests  # the number of threads is a setting, and no version
 
 
 def test_another_s_result_under_the_name_of_this_one_is_no_result(tmp_path: Path) -> None:
@@ -176,20 +189,21 @@ def test_nobody_s_link_is_followed_and_nothing_is_left(tmp_path: Path, monkeypat
 
 def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
     """As two sweeps in one folder: the second writes, and clears the ledger, while the first one writes."""
-    log, points = RoundLog(tmp_path / "run" / "rounds.json"), [SpeedPoint(None, samples=[Sample(1, 2, 3)])]
+    ledger, run = Ledger(tmp_path / "run"), timed([[Sample(1, 2, 3)], []])
+    path = tmp_path / "run" / "rounds.json"
     n = 0
 
     def write(part: Path) -> None:
         nonlocal n
         n += 1
         part.write_text("first")
-        log.save(points)
+        run._save(ledger)
         if n == 1:
             Ledger(tmp_path / "run").clear()
 
-    replace_file(log.path, write)
-    assert n == 2 and log.path.read_text() == "first"
-    assert [file.name for file in log.path.parent.iterdir()] == ["rounds.json"]
+    replace_file(path, write)
+    assert n == 2 and path.read_text() == "first"
+    assert [file.name for file in path.parent.iterdir()] == ["rounds.json"]
 
 
 def test_what_fails_leaves_what_was_there(tmp_path: Path) -> None:
@@ -203,3 +217,26 @@ def test_what_fails_leaves_what_was_there(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="no more room"):
         replace_file(path, fails)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_another_process_at_the_same_ledger_is_a_clear_answer(tmp_path: Path) -> None:
+    """A second process is refused while one is at it, and let in when that was killed."""
+    code = "import sys, time, pathlib; from coldpress.eval.ledger import Ledger\n"
+    code += "with Ledger(pathlib.Path(sys.argv[1])).held():\n    print(flush=True); time.sleep(600)\n"
+    folder = tmp_path / "results" / ".unfinished" / "one"
+    first = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE)
+    try:
+        assert first.stdout is not None and first.stdout.readline()
+        with (
+            pytest.raises(OutputError, match=r"another process is measuring the same into .*results'"),
+            Ledger(folder).held(),
+        ):
+            raise AssertionError("two at one ledger")
+        with Ledger(folder.with_name("two")).held():  # of another run in the same folder
+            pass
+    finally:
+        first.kill()
+        first.communicate()
+    with Ledger(folder).held():
+        pass
+    assert not (tmp_path / "results" / ".unfinished").exists()

@@ -17,9 +17,8 @@ from transformers import AutoModelForCausalLM
 from coldpress import KnormPress, SnapKVPress
 from coldpress.errors import SelfCheckError
 from coldpress.eval.checks import check_unchanged
-from coldpress.eval.losses import loss_error, token_losses
+from coldpress.eval.losses import Scores, loss_error, token_losses
 from coldpress.eval.prefix import PrefixRun
-from coldpress.eval.scores import Scores
 from coldpress.eval.windows import plan_prefix
 
 VOCABULARY = 50_000

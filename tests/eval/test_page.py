@@ -12,12 +12,10 @@ from tests.eval.report_records import NASTY, Record, everything, failed, many, r
 
 from coldpress.cli import main
 from coldpress.errors import MissingDependencyError
-from coldpress.eval.collect import Collection
 from coldpress.eval.document import Report, make_report
 from coldpress.eval.figures import _inline
-from coldpress.eval.page import page
-from coldpress.eval.report_files import write_report
-from coldpress.eval.summary import escape, summary
+from coldpress.eval.page import escape, page, summary, write_report
+from coldpress.eval.results import Collection
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 

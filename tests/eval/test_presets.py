@@ -22,10 +22,11 @@ from coldpress.architecture.cache_argument import cache_argument
 from coldpress.errors import DataError, InputError
 from coldpress.eval import presets as module
 from coldpress.eval.datasets import Corpus, Document, load_corpus
+from coldpress.eval.options import PPL_PRESETS
 from coldpress.eval.perplexity import plain_perplexity
 from coldpress.eval.plan import Plan, make_plan
 from coldpress.eval.presets import PRESETS, detokenised, laid_out, pages, wiki_raw
-from coldpress.eval.settings import PPL_PRESETS, Settings
+from coldpress.eval.settings import Settings
 
 POSITIONS = 128
 DEMO = Path(coldpress.__file__).parent / "assets" / "demo"
@@ -342,10 +343,8 @@ def test_lm_eval_begins_with_bos_or_eos() -> None:
 # -- all of them --------------------------------------------------------------------------------------------------
 
 
-def test_the_names_are_those_of_the_settings() -> None:
-    from coldpress.commands import options
-
-    assert tuple(PRESETS) == PPL_PRESETS == options.PPL_PRESETS
+def test_the_names_are_those_of_the_options() -> None:
+    assert tuple(PRESETS) == PPL_PRESETS
 
 
 def test_models_of_few_positions_are_said_to_be() -> None:

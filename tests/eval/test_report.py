@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from coldpress.eval.report import check_record, describe, groups, show, table
+from coldpress.eval.report import describe, groups, show, table
+from coldpress.eval.schema import check_record
 
 ENV = {"transformers": "5.0", "torch": "2.0", "cpu": "a CPU", "threads": 2}
 RECORD: dict[str, Any] = {

@@ -15,7 +15,6 @@ import pytest
 from coldpress.errors import DataError, OutputError, SelfCheckError
 from coldpress.eval import results
 from coldpress.eval.results import (
-    IDENTIFYING_FIELDS,
     SCHEMA_VERSION,
     check_writable,
     environment,
@@ -25,6 +24,7 @@ from coldpress.eval.results import (
     write_result,
     write_results,
 )
+from coldpress.eval.schema import IDENTIFYING
 
 RECORD: dict[str, Any] = {
     "status": "ok",
@@ -63,7 +63,7 @@ def test_a_name_tells_the_setting(tmp_path: Path) -> None:
 
 
 def test_every_setting_has_its_own_name(tmp_path: Path) -> None:
-    changed = [{**RECORD, field: "other"} for field in IDENTIFYING_FIELDS if field != "compression_ratio"]
+    changed = [{**RECORD, field: "other"} for field in IDENTIFYING if field != "compression_ratio"]
     changed += [{**RECORD, "compression_ratio": ratio} for ratio in (0, 0.125, 0.12, 0.1251, None)]
     changed += [{**RECORD, "compression_ratio": None, "budget_tokens": n} for n in (512, 513)]
     changed += [{**RECORD, "compression_ratio": None, "budget_bytes": n} for n in (512, 513)]
@@ -308,7 +308,7 @@ def test_environment_without_git_or_nvidia_smi(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_identifying_fields_are_named_once() -> None:
-    repeated = [field for field, group in itertools.groupby(sorted(IDENTIFYING_FIELDS)) if len(list(group)) > 1]
+    repeated = [field for field, group in itertools.groupby(sorted(IDENTIFYING)) if len(list(group)) > 1]
     assert repeated == []
 
 

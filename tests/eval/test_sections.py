@@ -8,8 +8,9 @@ import pytest
 from tests.eval.report_records import MIB, everything, failed, many, record, spread, stream, tasked, timed, write
 
 from coldpress.errors import DataError
-from coldpress.eval.collect import check_fields, collect
 from coldpress.eval.plots import front
+from coldpress.eval.results import collect
+from coldpress.eval.schema import check_record
 from coldpress.eval.sections import Entry, sections
 
 
@@ -57,7 +58,7 @@ def test_whatever_the_check_lets_pass_has_a_section_and_words(make: object) -> N
         for value in ODD:
             changed = {**made, field: value}
             try:
-                check_fields(changed)
+                check_record(changed)
             except ValueError:
                 continue
             for section in sections([changed]):

@@ -27,7 +27,7 @@ from coldpress.architecture.cache_argument import cache_argument
 from coldpress.cli import main
 from coldpress.errors import InputError, PressError, SelfCheckError
 from coldpress.eval import stream as stream_module
-from coldpress.eval.jobs import make_jobs
+from coldpress.eval.jobs import BASELINE, Point, make_jobs
 from coldpress.eval.report import table
 from coldpress.eval.settings import Settings
 from coldpress.eval.stream import StreamRun, by_position
@@ -67,7 +67,7 @@ def test_losses_at_true_positions_are_those_of_a_mask() -> None:
     ids = tokens(1, 150)[0]
     run = StreamRun(tiny("gpt_neox"), [SCHEDULE], [ids], chunk=CHUNK, positions="original")
     run.run()
-    torch.testing.assert_close(run.readers[0].losses[0], torch.tensor(by_hand(ids)), atol=2e-4, rtol=0)
+    torch.testing.assert_close(run.losses(Point(SCHEDULE))[0], torch.tensor(by_hand(ids)), atol=2e-4, rtol=0)
 
 
 def test_nothing_is_cut_before_the_budget_is_full_and_then_positions_matter() -> None:
@@ -76,8 +76,8 @@ def test_nothing_is_cut_before_the_budget_is_full_and_then_positions_matter() ->
     for positions in ("original", "rerotate"):
         run = StreamRun(tiny("gpt_neox"), [SCHEDULE, None], [ids], chunk=CHUNK, positions=positions)  # type: ignore[arg-type]
         run.run()
-        losses[positions] = run.readers[0].losses[0]
-        torch.testing.assert_close(run.readers[0].losses[0][:BUDGET], run.readers[1].losses[0][:BUDGET])
+        losses[positions] = run.losses(Point(SCHEDULE))[0]
+        torch.testing.assert_close(run.losses(Point(SCHEDULE))[0][:BUDGET], run.losses(BASELINE)[0][:BUDGET])
     difference = (losses["original"] - losses["rerotate"]).abs()
     assert float(difference[: BUDGET + CHUNK].max()) < 1e-4 < 1e-2 < float(difference[BUDGET + CHUNK :].max())
 

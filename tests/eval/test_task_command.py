@@ -13,8 +13,9 @@ from coldpress.cli import main
 from coldpress.errors import InputError
 from coldpress.eval import task_command, task_run
 from coldpress.eval.models import load_model
-from coldpress.eval.report import check_record, groups, show
+from coldpress.eval.report import groups, show
 from coldpress.eval.results import read_results
+from coldpress.eval.schema import check_record
 from coldpress.eval.task_command import check_task_positions
 from coldpress.eval.tasks import Material, make_examples
 

@@ -29,10 +29,10 @@ from coldpress import (
 from coldpress.architecture.cache_argument import cache_argument
 from coldpress.bases.registry import make_press
 from coldpress.errors import SelfCheckError
+from coldpress.eval.jobs import BASELINE, Point
+from coldpress.eval.ledger import Ledger
 from coldpress.eval.metrics import paired_difference
 from coldpress.eval.models import LoadedModel, load_model
-from coldpress.eval.points import BASELINE, Point
-from coldpress.eval.task_ledger import TaskLedger
 from coldpress.eval.task_run import ExampleWork, TaskRun, match
 from coldpress.eval.tasks import Example, Material, make_examples
 
@@ -322,7 +322,7 @@ class Counting:
 
 
 def test_an_interrupted_run_goes_on_where_it_was(demo: LoadedModel, examples: list[Example], tmp_path: Path) -> None:
-    points, ledger = [Point(KnormPress(0.5)), Point(RandomPress(0.5))], TaskLedger(tmp_path / "all" / "one")
+    points, ledger = [Point(KnormPress(0.5)), Point(RandomPress(0.5))], Ledger(tmp_path / "all" / "one")
     expected = measured(demo, points, examples[:4])
     first = TaskRun(demo.model, demo.tokenizer, points[:1], examples[:4], ledger=ledger)
     with pytest.raises(Killed):
@@ -344,7 +344,7 @@ def test_an_interrupted_run_goes_on_where_it_was(demo: LoadedModel, examples: li
 def test_a_damaged_or_foreign_file_is_measured_again(
     demo: LoadedModel, examples: list[Example], tmp_path: Path
 ) -> None:
-    ledger, points = TaskLedger(tmp_path / "one"), [Point(KnormPress(0.5))]
+    ledger, points = Ledger(tmp_path / "one"), [Point(KnormPress(0.5))]
     expected = measured(demo, points, examples[:5], ledger=ledger)
     files = sorted((tmp_path / "one").iterdir())
     assert len(files) == 5

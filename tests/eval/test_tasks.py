@@ -13,7 +13,7 @@ from coldpress.errors import DataError, InputError
 from coldpress.eval.models import load_model
 from coldpress.eval.tasks import Example, Material, find_task, make_examples, task_names
 from coldpress.eval.tasks.example import make_example, register
-from coldpress.eval.tasks.words import ADJECTIVES, NOUNS, SENTENCES
+from coldpress.eval.tasks.material import ADJECTIVES, NOUNS, SENTENCES
 
 DEPTHS = (0.0, 0.3, 1.0)
 TEXT = "It was late. The mill stood still, and nobody came! Who could say why? A cart went by. Then it rained. " + (

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Any, NamedTuple, TypeVar
 
+from coldpress.backends import NO_PRESS
 from coldpress.bases.docstring import parse
 from coldpress.bases.press import BasePress
 from coldpress.bases.scorer import BUDGETS, BudgetPress
@@ -30,7 +31,6 @@ __all__ = [
     "takes_ratio",
 ]
 
-NO_PRESS = "no_press"  # the uncompressed baseline: a name for the command line, no class
 
 _P = TypeVar("_P", bound=type[BasePress])
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from coldpress.backends import BUDGETS
 from coldpress.bases.checks import check_at_least
 from coldpress.bases.press import BasePress
 from coldpress.core.choice import select
@@ -21,9 +22,6 @@ from coldpress.core.view import LayerView
 from coldpress.errors import PressError
 
 __all__ = ["BUDGETS", "BudgetPress", "ScorerPress", "check_budget"]
-
-
-BUDGETS = ("budget_tokens", "budget_bytes")  # what may say how much is kept, instead of a ratio
 
 
 _S = TypeVar("_S", bound="BudgetPress")

@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coldpress.bases.scorer import BUDGETS
+from coldpress.backends import BUDGETS
 from coldpress.errors import DataError, MissingDependencyError, nearest
-from coldpress.eval.results import read_results
 
 if TYPE_CHECKING:
     import pandas
@@ -67,6 +66,8 @@ def load_results(folder: str | Path, explode: str | None = None) -> pandas.DataF
 
 
 def _records(folder: Path) -> Iterator[dict[str, Any]]:
+    from coldpress.eval.results import read_results  # takes torch along, which the options of the command do without
+
     below = [path for path in folder.rglob("*") if path.is_dir()] if os.path.isdir(folder) else []
     for path in sorted([folder, *below]):
         inside = path.relative_to(folder)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,35 +19,14 @@ from coldpress.eval.plan import UNKNOWN_POSITIONS
 from coldpress.eval.press_args import check_types
 from coldpress.eval.progress import note, progress
 from coldpress.eval.results import check_output, check_writable
+from coldpress.eval.settings import CalibrationSettings
 from coldpress.eval.tokens import tokenize
 from coldpress.io.artefacts import Artefact, Shape, artefact_path
 from coldpress.learned.calibrated import Calibrated
 from coldpress.learned.calibration import calibrate
 from coldpress.version import VERSION
 
-__all__ = ["CalibrationSettings", "make_artefact"]
-
-
-@dataclass(frozen=True)
-class CalibrationSettings:
-    """Everything a calibration was asked for; the command line's options have these names."""
-
-    press: str
-    model: str = "EleutherAI/pythia-70m"
-    revision: str | None = None
-    dataset: str = "wikitext"
-    subset: str | None = None
-    split: str | None = None  # train, where the dataset has splits
-    sample_idx: int | None = None
-    text_file: str | None = None
-    press_args: tuple[tuple[str, Any], ...] = ()
-    limit_tokens: int | None = None
-    n_samples: int = 100
-    sample_tokens: int = 1000
-    attn_implementation: str = "sdpa"
-    device: str = "auto"
-    dtype: str = "auto"
-    output: str | None = None
+__all__ = ["make_artefact"]
 
 
 def make_artefact(settings: CalibrationSettings) -> Path:

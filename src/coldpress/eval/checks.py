@@ -1,9 +1,13 @@
-"""What more than one measurement does about a press that goes wrong."""
+"""One prefill for many presses, what is noted of the caches, and what more than one measurement does about a press that
+goes wrong.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import traceback
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,12 +16,25 @@ from transformers.modeling_utils import PreTrainedModel
 from coldpress.bases.press import BasePress
 from coldpress.bases.scorer import BudgetPress
 from coldpress.cache.costs import place_of_layer
+from coldpress.cache.pins import Spans
 from coldpress.cache.pressed import PressedCache
 from coldpress.errors import SelfCheckError
+from coldpress.eval.jobs import Point
 from coldpress.eval.losses import loss_error, token_losses
 from coldpress.eval.perplexity import forward
+from coldpress.models.block import prefilling
+from coldpress.models.prompts import prefill
+from coldpress.stores.bits import bits_name
 
-__all__ = ["check_baseline", "check_stored_pairs", "check_unchanged", "release"]
+__all__ = [
+    "check_baseline",
+    "check_removed",
+    "check_stored_pairs",
+    "check_unchanged",
+    "prefilled",
+    "release",
+    "sizes_of",
+]
 
 _E = TypeVar("_E", bound=BaseException | None)
 
@@ -95,6 +112,25 @@ def check_unchanged(press: BasePress, losses: Tensor, base: Tensor) -> None:
         raise SelfCheckError(f"{press} removes nothing and yet changes a loss by {float(change.max()):.2g} nats.")
 
 
+def check_removed(point: Point, own: Any, base: Any, what: str) -> None:
+    """Where ``what`` is bit for bit the uncompressed cache's, nothing was to be removed.
+
+    Args:
+        point: what was measured.
+        own, base: what is noted of its first cache, and of the uncompressed one.
+        what: which losses are the same.
+
+    Raises:
+        SelfCheckError: something was.
+    """
+    is_smaller = point.kv_bits is not None and own.kv_bytes < base.kv_bytes
+    if getattr(point.press, "compression_ratio", 0.0) > 0 or own.achieved_ratio > 0 or is_smaller:
+        bits = "" if point.kv_bits is None else f" in {bits_name(point.kv_bits)} bits"
+        raise SelfCheckError(
+            f"{point.press}{bits}: {what} are bit for bit those of the uncompressed cache: nothing was compressed."
+        )
+
+
 def release(error: _E) -> _E:
     """The same error, without the memory that the variables of its frames hold: the next press may need it."""
     cause: BaseException | None = error
@@ -102,3 +138,52 @@ def release(error: _E) -> _E:
         traceback.clear_frames(cause.__traceback__)
         cause = cause.__cause__ or cause.__context__
     return error
+
+
+def prefilled(
+    model: PreTrainedModel,
+    context: Tensor,
+    points: Sequence[Point],
+    chunk_tokens: int | None = None,
+    n_pinned: int = 0,
+) -> tuple[PressedCache, Iterator[PressedCache]]:
+    """The uncompressed cache of ``context [B, C]``, and that of each point.
+
+    A press that fails leaves a cache that raises the error when it is used. The caches are handed out one by one, so
+    that the memory of one is free before the next one grows.
+
+    Args:
+        n_pinned: tokens at the beginning that nothing may evict.
+    """
+    pin = [(0, n_pinned)] if n_pinned else None
+    full = PressedCache(chunk_tokens=chunk_tokens, pin=pin)
+    if chunk_tokens is not None:  # what is computed of the second piece depends on what was kept of the first
+        prefill(model, context, full)
+        return full, (_alone(model, context, point, chunk_tokens, pin) for point in points)
+    branches = full.branches([point.press for point in points], [point.kv_bits for point in points])
+    with prefilling(model, full, *branches):
+        forward(model, context, full, keep=1)
+    branches.reverse()
+    return full, (branches.pop() for _ in points)
+
+
+def _alone(model: PreTrainedModel, context: Tensor, point: Point, chunk_tokens: int, pin: Spans | None) -> PressedCache:
+    cache = PressedCache(point.press, chunk_tokens=chunk_tokens, kv_bits=point.kv_bits, pin=pin)
+    try:
+        with prefilling(model, cache):
+            prefill(model, context, cache)
+    except Exception as error:
+        cache.session.error = release(error)
+    return cache
+
+
+def sizes_of(cache: PressedCache, with_hash: bool = False) -> dict[str, Any]:
+    """Sizes of the first row's cache, and a fingerprint of which pairs it keeps."""
+    positions = [layer.positions() for layer in cache.pressed_layers() if layer.is_initialized]
+    digest = hashlib.sha256(b"".join(p[0].cpu().numpy().tobytes() for p in positions)) if with_hash else None
+    return {
+        "kv_bytes": cache.kv_bytes() // positions[0].shape[0],
+        "kv_lengths": cache.stored_lengths(),
+        "achieved_ratio": cache.achieved_ratio(),
+        "kept_hash": None if digest is None else digest.hexdigest()[:16],
+    }

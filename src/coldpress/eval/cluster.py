@@ -22,8 +22,7 @@ from coldpress.errors import ClusterError, ColdpressError, LostWorkersError
 from coldpress.eval.models import LoadedModel
 from coldpress.eval.progress import note
 from coldpress.eval.ray_connection import connect, import_ray
-from coldpress.eval.transport import opened
-from coldpress.eval.worker import Spec, Worker
+from coldpress.eval.worker import Spec, Worker, opened
 from coldpress.io.network import one_line
 
 __all__ = ["RayEngine"]

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from coldpress.eval.conclusions import task_name
 from coldpress.eval.memory import format_bytes
+from coldpress.eval.schema import BYTES, FIELDS
 from coldpress.eval.sections import Entry, Section
-from coldpress.eval.task_words import task_name
 from coldpress.eval.wording import clean, number
 
 __all__ = ["Cell", "Table", "tables"]
@@ -36,42 +37,29 @@ EMPTY = Cell("")
 _Column = tuple[str, str, Callable[[Entry], Cell]]
 
 
-def _plain(key: str, digits: int, factor: float = 1.0, unit: str = "") -> Callable[[Entry], Cell]:
-    def cell(entry: Entry) -> Cell:
-        value = entry.record.get(key)
-        return EMPTY if value is None else Cell(f"{number(value * factor, digits)}{unit}", value)
+def _of(name: str) -> _Column:
+    """The column of a registered field, with the smallest and the largest of its rounds where these are recorded."""
+    field = FIELDS[name]
 
-    return cell
-
-
-def _spread(key: str, digits: int, unit: str = "") -> Callable[[Entry], Cell]:
-    """A number with the smallest and the largest of its rounds, where these are recorded."""
+    def form(value: Any) -> str:
+        return format_bytes(value) if field.kind is BYTES else number(value * field.factor, field.digits)
 
     def cell(entry: Entry) -> Cell:
-        value, spread = entry.record.get(key), entry.record.get(f"{key}_spread")
-        if value is None or spread is None or spread["min"] == spread["max"]:
-            return _plain(key, digits, 1, unit)(entry)
-        return Cell(
-            f"{number(value, digits)}{unit} [{number(spread['min'], digits)}, {number(spread['max'], digits)}]", value
-        )
+        value, spread = entry.record.get(name), entry.record.get(f"{name}_spread") if field.has_spread else None
+        value = (value or {}).get(field.inner) if field.inner else value
+        if value is None:
+            return EMPTY
+        text = f"{form(value)}{field.unit[1]}"
+        if spread is not None and spread["min"] != spread["max"]:
+            text += f" [{form(spread['min'])}, {form(spread['max'])}]"
+        return Cell(text, value)
 
-    return cell
-
-
-def _inside(key: str, inner: str, digits: int) -> Callable[[Entry], Cell]:
-    def cell(entry: Entry) -> Cell:
-        value = (entry.record.get(key) or {}).get(inner)
-        return EMPTY if value is None else Cell(number(value, digits), value)
-
-    return cell
+    return field.page or field.head, field.about, cell
 
 
-def _count(key: str) -> Callable[[Entry], Cell]:
-    def cell(entry: Entry) -> Cell:
-        value = entry.record.get(key)
-        return EMPTY if value is None else Cell(format_bytes(value), value)
-
-    return cell
+def _p99(entry: Entry) -> Cell:
+    value = (entry.record.get("kld") or {}).get("p99")
+    return EMPTY if value is None else Cell(number(value, 3), value)
 
 
 def _with_ci(value: float | None, ci: Sequence[float] | None, digits: int, sign: str = "+") -> Cell:
@@ -127,39 +115,28 @@ _QUALITY: tuple[_Column, ...] = (
     ("ΔNLL [95 %]", "loss minus the uncompressed cache's, nats a token, paired", _delta),
     ("PPL", "perplexity, with its own interval where recorded", _plain_ppl),
     ("PPL ratio [95 %]", "perplexity over the uncompressed cache's, paired", _ratio),
-    ("bits/byte", "of the scored text", _plain("bits_per_byte", 4)),
-    ("KLD", "mean Kullback-Leibler divergence from the uncompressed model, nats", _inside("kld", "mean", 4)),
-    ("KLD p99", "its 99th percentile", _inside("kld", "p99", 3)),
-    ("same top-1", "tokens whose likeliest continuation is the same", _plain("same_top1", 1, 100, " %")),
+    _of("bits_per_byte"),
+    _of("kld"),
+    ("KLD p99", "its 99th percentile", _p99),
+    _of("same_top1"),
     ("greedy agreement", "mean of the greedy tokens before the first that differs", _agreement),
 )  # fmt: skip
-_SIZES: tuple[_Column, ...] = (
-    ("achieved", "fraction that was really removed", _plain("effective_compression_ratio", 3)),
-    ("read", "fraction of the stored pairs that a decoding query reads", _plain("read_ratio", 3)),
-    ("KV before", "bytes of the uncompressed cache", _count("kv_bytes_baseline")),
-    ("KV after", "bytes of the compressed cache", _count("kv_bytes")),
-    ("KV most", "most bytes stored while reading", _count("kv_bytes_max")),
-)
-_SPEED: tuple[_Column, ...] = (
-    ("decode tok/s", "tokens a second after the first", _plain("decode_tokens_per_s", 1)),
-    (
-        "speed-up [rounds]",
-        "of decoding against the uncompressed cache in the same round",
-        _spread("decode_speedup", 2, "×"),
-    ),
-    ("TPOT ms [rounds]", "time per output token after the first", _spread("tpot_ms", 2)),
-    ("TPOT uncompressed", "that of the uncompressed cache in the same round, ms", _plain("tpot_ms_baseline", 2)),
-    ("TTFT s", "time to the first token, compression included", _plain("ttft_s", 3)),
-    ("prefill tok/s", "tokens of the context a second", _plain("prefill_tokens_per_s", 0)),
-    ("peak", "peak memory", _count("peak_mem_bytes")),
-    ("peak above start", "peak memory above what was held before", _count("peak_mem_delta_bytes")),
+_SIZES = tuple(map(_of, ("effective_compression_ratio", "read_ratio", "kv_bytes_baseline", "kv_bytes", "kv_bytes_max")))
+_SPEED = tuple(
+    map(
+        _of,
+        (
+            *("decode_tokens_per_s", "decode_speedup", "tpot_ms", "tpot_ms_baseline", "ttft_s"),
+            *("prefill_tokens_per_s", "peak_mem_bytes", "peak_mem_delta_bytes"),
+        ),
+    )
 )
 _STATUS: tuple[_Column, ...] = (("status", "empty where all went well", _status),)
 _CONTEXT: tuple[_Column, ...] = (("context", "tokens of the timed context", _context),)
 _STREAM: tuple[_Column, ...] = (
     ("positions", "where kept keys stand", lambda p: Cell(clean(p.position_mode or ""))),
     ("tokens", "scored", lambda p: EMPTY if p.scored_tokens is None else Cell(f"{p.scored_tokens:,}", p.scored_tokens)),
-    ("loss", "nats a token", _plain("loss", 4)),
+    _of("loss"),
 )
 
 
@@ -171,7 +148,7 @@ def tables(section: Section) -> list[Table]:
         return _table("Press × ratio × context", [*_PRESS, *_CONTEXT, *_STATUS, *_SPEED, *_SIZES], section.all)
     own = [*_STREAM, *_QUALITY] if section.kind == "stream" else [*_QUALITY]
     if section.kind == "plain":
-        own = [("loss", "nats a token, of the uncompressed model", _plain("loss", 4)), *_QUALITY]
+        own = [_of("loss"), *_QUALITY]
     return _table(
         "Press × budget" if section.kind == "stream" else "Press × ratio",
         [*_PRESS, *_STATUS, *own, *_SIZES, *_SPEED],

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from coldpress.eval.collect import Collection
 from coldpress.eval.columns import Table, tables
 from coldpress.eval.conclusions import WITHIN, findings, headline, where
 from coldpress.eval.figures import Drawing, require_matplotlib
 from coldpress.eval.plots import draw
 from coldpress.eval.report import describe
+from coldpress.eval.results import Collection
 from coldpress.eval.sections import Section, sections
 from coldpress.eval.wording import clean, listed
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol, TypeVar
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
 
 from transformers.modeling_utils import PreTrainedModel
 
-__all__ = ["Engine", "LocalEngine"]
+from coldpress.errors import ClusterError, nearest
+from coldpress.eval.cluster import RayEngine
+from coldpress.eval.models import LoadedModel
+from coldpress.eval.ray_connection import check_address, import_ray
+
+__all__ = ["ENGINES", "Engine", "LocalEngine", "check_engine", "make_engine"]
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -39,3 +46,60 @@ class LocalEngine:
     ) -> Iterator[tuple[_Item, _Result]]:
         for item in items:
             yield item, work(self.model, item)
+
+
+ENGINES = ("local", "ray")
+
+
+def check_engine(name: str, ray_address: str | None = None, workers: int | None = None) -> None:
+    """Raise what :func:`make_engine` would, as far as it can be known before a model is loaded.
+
+    Raises:
+        ClusterError: no such engine, or an option that it does not have.
+        MissingDependencyError: Ray is not installed.
+        UnreachableError: no cluster answers at the address, within some 10 s.
+    """
+    if name not in ENGINES:
+        raise ClusterError(f"--engine {name!r}: allowed are {', '.join(ENGINES)}.{nearest(name, ENGINES)}")
+    if name == "local":
+        for option, value in (("--ray_address", ray_address), ("--workers", workers)):
+            if value is not None:
+                raise ClusterError(f"{option} is for --engine ray; add that, or leave {option} out.")
+        return
+    if workers is not None and workers < 1:
+        raise ClusterError(f"--workers must be at least 1, got {workers}.")
+    ray = import_ray()
+    address = ray_address or os.environ.get("RAY_ADDRESS")
+    if address is not None and not ray.is_initialized():
+        check_address(address)
+
+
+@contextmanager
+def make_engine(
+    name: str,
+    loaded: LoadedModel,
+    *,
+    ray_address: str | None = None,
+    workers: int | None = None,
+    **options: Any,
+) -> Iterator[Engine]:
+    """The engine called ``name`` for ``loaded``, closed at the end of the block.
+
+    Args:
+        name: ``local`` or ``ray``.
+        loaded: the model; workers load the same one.
+        ray_address, workers, options: see :class:`coldpress.eval.cluster.RayEngine`.
+
+    Raises:
+        ClusterError, MissingDependencyError, UnreachableError: see :func:`check_engine` and
+            :class:`coldpress.eval.cluster.RayEngine`.
+    """
+    check_engine(name, ray_address, workers)
+    if name == "local":
+        yield LocalEngine(loaded.model)
+        return
+    engine = RayEngine(loaded, address=ray_address, workers=workers, **options)
+    try:
+        yield engine
+    finally:
+        engine.close()

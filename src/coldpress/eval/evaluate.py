@@ -1,31 +1,38 @@
-"""One evaluation: load once, measure every press on the same tokens, write one result per press."""
+"""``coldpress ppl``: load once, measure the perplexity and the speed of every press on the same tokens."""
 
 from __future__ import annotations
 
 import contextlib
-from dataclasses import replace
-from pathlib import Path
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import torch
+
 from coldpress.bases.registry import NO_PRESS, takes_ratio
-from coldpress.errors import InputError, OutputError, SelfCheckError
-from coldpress.eval.datasets import load_corpus
-from coldpress.eval.engine import Engine
-from coldpress.eval.engine_by_name import check_engine
-from coldpress.eval.jobs import left_out_of_batches, make_jobs
-from coldpress.eval.ledger import Ledger
-from coldpress.eval.models import load_model, pick_device
+from coldpress.eval.datasets import Corpus, load_corpus
+from coldpress.eval.engine import Engine, make_engine
+from coldpress.eval.jobs import Job, left_out_of_batches, make_jobs
+from coldpress.eval.ledger import versions
+from coldpress.eval.models import LoadedModel, load_model
+from coldpress.eval.perplexity import plain_perplexity
+from coldpress.eval.plan import Plan, make_plan
+from coldpress.eval.point_run import PointRun
+from coldpress.eval.prefix import PrefixRun
 from coldpress.eval.presets import laid_out
 from coldpress.eval.progress import note
-from coldpress.eval.records import make_records
-from coldpress.eval.report import show, size_of
-from coldpress.eval.results import check_writable, result_path, uninterrupted, write_result, write_results
-from coldpress.eval.round_log import RoundLog
-from coldpress.eval.run import Run, make_run
+from coldpress.eval.run import DECODE_COST, Part, Run, carry_out, checked_folder, prepared
+from coldpress.eval.schema import IDENTIFYING, OF_A_POINT, SIZES
 from coldpress.eval.settings import Settings
+from coldpress.eval.speed import SpeedRun
 from coldpress.eval.speed_points import SpeedPoint
+from coldpress.eval.stream import StreamRun
 
-__all__ = ["carry_out", "evaluate"]
+__all__ = ["PressRun", "evaluate", "make_run"]
 
 
 def evaluate(settings: Settings, command: str) -> tuple[list[dict[str, Any]], bool]:
@@ -36,8 +43,7 @@ def evaluate(settings: Settings, command: str) -> tuple[list[dict[str, Any]], bo
         command: the command line, for the record.
 
     Returns:
-        The records, in the order of the table, and whether the user interrupted the run. Of an interrupted run, what
-        was finished has status ``ok`` and what was begun ``interrupted``; a press that failed has ``failed``.
+        See :func:`coldpress.eval.run.carry_out`.
 
     Raises:
         InputError: before any long work, when something that was asked for cannot work.
@@ -51,12 +57,7 @@ def evaluate(settings: Settings, command: str) -> tuple[list[dict[str, Any]], bo
         note(
             f"all leaves out what takes one text at a time, not --batch_size {settings.batch_size}: {', '.join(alone)}."
         )
-    pick_device(settings.device)
-    check_engine(settings.engine, settings.ray_address, settings.workers)
-    if not settings.output_dir.strip():
-        raise OutputError("--output_dir is empty; name a folder.")
-    output_dir = Path(settings.output_dir)
-    check_writable(output_dir)
+    folder = checked_folder(settings)
     corpus = load_corpus(
         settings.dataset,
         subset=settings.subset,
@@ -64,92 +65,212 @@ def evaluate(settings: Settings, command: str) -> tuple[list[dict[str, Any]], bo
         sample_idx=settings.sample_idx,
         text_file=settings.text_file,
     )
-    run = make_run(
-        settings, jobs, laid_out(corpus, settings.ppl_preset), load_model(settings.model, **settings.loading), command
-    )
-    for line in run.plan.notes:
+    run = make_run(settings, jobs, corpus, load_model(settings.model, **settings.loading), command)
+    for line in run.notes:
         note(line)
-    return carry_out(run, output_dir)
+    return carry_out(run, folder)
 
 
-def carry_out(
-    run: Run,
-    output_dir: Path,
-    *,
-    engine: Engine | None = None,
-    ledger: Ledger | None = None,
-    log: RoundLog | None = None,
-) -> tuple[list[dict[str, Any]], bool]:
-    """Measure all of a run, write its results, and print them.
+def make_run(settings: Settings, jobs: Sequence[Job], corpus: Corpus, loaded: LoadedModel, command: str) -> PressRun:
+    """A run of which everything is decided and nothing measured.
 
-    Args:
-        run: see :func:`coldpress.eval.run.make_run`.
-        output_dir: where the results belong.
-        engine: where windows under presses are measured; None: here.
-        ledger, log: what an earlier run of the same has finished of its windows and of its timed rounds.
-
-    Returns:
-        As :func:`evaluate`.
+    Raises:
+        InputError: the text or the sizes do not fit the model, or a press lacks what it needs of it.
     """
-    is_interrupted, stopped = False, None
-    early = _Early(run, output_dir)
-    try:
-        run.measure_perplexity(engine, ledger)
-        if run.seconds and run.plan.context_ids is not None:  # who kills the rest shall not lose this
-            early.save_perplexity()
-        run.measure_speed(early.save_speed, log)
-    except Exception as error:  # the model itself fails, without a press: so does everything that is compared with it
-        run.error = error
-        stopped = error if isinstance(error, InputError) else None
-    except KeyboardInterrupt:
-        is_interrupted = True
-    with uninterrupted():  # a second Ctrl-C shall not cost the results
-        records = make_records(run)
-        if stopped is not None:  # what was asked for cannot be done: no result but of what was measured before
-            records = [record for record in records if record.get("before_failure")]
+    corpus = laid_out(corpus, settings.ppl_preset)
+    plan = make_plan(settings, corpus, loaded.tokenizer, loaded.max_positions)
+    firsts = [window.bos for window in plan.windows or () if window.bos is not None]
+    loaded.check_ids([*plan.documents, *(torch.tensor([bos]) for bos in firsts)])
+    return PressRun(settings, prepared(jobs, loaded), loaded, command, corpus, plan)
+
+
+@dataclass
+class PressRun(Run):
+    """Perplexity of windows, of streams or of the uncompressed model, then speed and memory, as far as asked for."""
+
+    corpus: Corpus
+    plan: Plan
+    plain: dict[str, Any] | None = field(default=None, init=False)
+    scored: PointRun[Any] | None = field(default=None, init=False)  # windows or streams, point by point
+    speed: SpeedRun | None = field(default=None, init=False)
+    engine: dict[str, Any] = field(default_factory=dict, init=False)  # where windows were measured; empty: here
+    _said: dict[str, list[Part]] | None = field(default=None, init=False)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self.plan.notes
+
+    @property
+    def digest(self) -> str:
+        """The same for points whose windows and timed rounds are the same."""
+        return digest_of(self.finished_records()[0])
+
+    @property
+    def work(self) -> float:
+        plan, s, n_points = self.plan, self.settings, 1 + len(self.jobs)
+        if plan.windows is not None:
+            first = plan.windows[0]
+            n_windows = sum(len(p.starts) for p in plan.windows)
+            n_prefills = 1 if s.chunk_tokens is None else n_points
+            per_point = first.target + DECODE_COST * s.greedy_tokens
+            return self.n_parameters * n_windows * (first.context * n_prefills + per_point * n_points)
+        if plan.context_ids is not None:
+            tokens = plan.context_ids.shape[1] + DECODE_COST * s.max_new_tokens
+            return self.n_parameters * n_points * tokens * (s.repetitions + 1.3)
+        return self.n_parameters * plan.total_tokens * (len(self.jobs) if s.ppl_mode == "streaming" else 4)
+
+    def measure(self, engine: Engine | None, save: Callable[..., None]) -> None:
+        self._measure_perplexity(engine)
+        if self.seconds and self.plan.context_ids is not None:  # who kills the rest shall not lose this
+            save()
+        self._measure_speed(save)
+
+    def _measure_perplexity(self, engine: Engine | None) -> None:
+        s, plan, model = self.settings, self.plan, self.loaded.model
+        torch.manual_seed(s.seed)
+        pressed = [job for job in self.jobs if job.press is not None or job.kv_bits is not None]
+        if s.ppl_mode == "streaming":
+            assert s.stream_chunk is not None
+            presses, how = [job.press for job in self.jobs], {"positions": s.positions, "limit": plan.stream_limit}
+            self.scored = StreamRun(model, presses, plan.documents, chunk=s.stream_chunk, **how)
+            self._timed("perplexity", self.scored.run)
+        elif plan.windows is not None:
+            self.scored = PrefixRun(
+                model,
+                [job.press for job in pressed],
+                list(zip(plan.documents, plan.windows, strict=True)),
+                s.batch_size,
+                s.chunk_tokens,
+                [job.kv_bits for job in pressed],
+                token_bytes=plan.token_bytes,
+                greedy_tokens=s.greedy_tokens,
+                ledger=self.ledger,
+                seed=s.seed,
+            )
+            here = contextlib.nullcontext(engine)
+            with here if engine is not None else make_engine(s.engine, self.loaded, **s.cluster) as where:
+                self._timed("perplexity", partial(self.scored.run, engine=where))
+                self.engine = getattr(where, "facts", dict)()
+        elif plan.max_length is not None and plan.stride is not None:
+            if pressed:
+                note("this perplexity is the uncompressed model's; --ppl_apply_press measures it under the press.")
+            sizes: dict[str, Any] = {"max_length": plan.max_length, "stride": plan.stride, "batch_size": s.batch_size}
+            sizes |= {"preset": plan.preset, "token_bytes": plan.token_bytes, "units": plan.units}
+            self.plain = self._timed("perplexity", partial(plain_perplexity, model, plan.documents, **sizes))
+
+    def _measure_speed(self, save: Callable[..., None]) -> None:
+        """And memory; each press is saved when all of it is measured."""
+        s, plan, model = self.settings, self.plan, self.loaded.model
+        jobs = [job for job in self.jobs if not self._has_failed(job)]
+        if plan.context_ids is None or not jobs:
+            return
+        pressed = [job for job in jobs if job.press is not None or job.kv_bits is not None]
+        eos = getattr(model.generation_config, "eos_token_id", None)
+        self.speed = SpeedRun(
+            model,
+            plan.context_ids.to(self.loaded.device),
+            [None, *(job.press for job in pressed)],  # the baseline is always timed beside the presses
+            kv_bits=[None, *(job.kv_bits for job in pressed)],
+            max_new_tokens=s.max_new_tokens,
+            min_new_tokens=s.min_new_tokens,
+            eos_ids=[] if eos is None else eos if isinstance(eos, list) else [eos],
+            decode_only=s.speed_decode_only,
+            repetitions=s.repetitions,
+            warmup=s.warmup,
+            seed=s.seed,
+            chunk_tokens=s.chunk_tokens,
+            compile=s.compile,
+        )
+
+        def on_done(point: SpeedPoint) -> None:
+            save([job for job in self.jobs if job.point.key == point.key])
+
+        self._timed("speed", partial(self.speed.run, on_done=on_done, ledger=self.ledger))
+
+    def _timed(self, name: str, work: Callable[..., Any]) -> Any:
+        start = time.perf_counter()
         try:
-            early.replace(records)
+            return work(progress=partial(self.show_progress, name=name))
         finally:
-            if stopped is not None:
-                raise stopped
-    for record in records:
-        if record["status"] == "failed":
-            size = size_of(record)
-            note(f"{record['press']}{f' at {size}' if size else ''} failed: {record['error']}", kind="error")
-    if records:
-        print(f"\n{show(records)}\n")
-        print(f"{len(records)} result(s) in {output_dir}/", flush=True)
-    return records, is_interrupted
+            self.seconds[name] = time.perf_counter() - start
+
+    def parts(self, job: Job) -> list[Part]:
+        scored = list(self._of_perplexity(job))
+        if self.speed is None or self._has_failed(job):
+            return scored
+        point = self.speed.point(job.press, job.kv_bits)
+        if point.samples:
+            timed = self.speed.result(point)
+            if isinstance(self.scored, PrefixRun):  # it has a context of its own, and sizes of that
+                timed = {f"speed_{key}" if key in SIZES else key: value for key, value in timed.items()}
+            scored.append(timed)
+        return scored if point.error is None else [*scored, point.error]
+
+    def _of_perplexity(self, job: Job) -> list[Part]:
+        """Its perplexity under the press, and what failed of it; taken once when all is measured."""
+        if self.scored is None:
+            return [] if self.plain is None else [self.plain]
+        said = self._said or {point.key: parts for point, parts in self.scored.parts()}
+        self._said = said if self.scored.is_complete else None
+        return said.get(job.point.key, [])
+
+    def _has_failed(self, job: Job) -> bool:
+        """Whether its perplexity could not be measured; then it is not timed."""
+        return any(isinstance(part, Exception) for part in self._of_perplexity(job))
+
+    def is_complete(self, job: Job) -> bool:
+        plan = self.plan
+        is_scored = self.plain is not None or plan.protocol.startswith("speed")
+        if plan.windows is not None or self.scored is not None:
+            is_scored = self.scored is not None and self.scored.is_complete
+        is_timed = plan.context_ids is None
+        if self.speed is not None and not self._has_failed(job):
+            point = self.speed.point(job.press, job.kv_bits)
+            is_timed = len(point.samples) == self.settings.repetitions and point.memory is not None
+        return is_scored and is_timed
+
+    def finished_records(self) -> list[dict[str, Any]]:
+        records = super().finished_records()
+        for record, job in zip(records, self.jobs, strict=True):
+            if self.settings.ppl_mode == "streaming" and job.press is None:  # nothing is evicted: no gaps are closed
+                record["position_mode"] = "original"
+        return records
+
+    def facts(self) -> dict[str, Any]:
+        s, corpus, plan = self.settings, self.corpus, self.plan
+        record: dict[str, Any] = {
+            "protocol": plan.protocol,
+            "ppl_mode": s.ppl_mode,
+            "ppl_preset": s.ppl_preset,
+            "dataset": s.text_file or s.dataset,
+            "dataset_source": corpus.source,
+            "subset": corpus.subset,
+            "split": corpus.split,
+            "sample_idx": s.sample_idx,
+            "doc_ids": plan.doc_ids,
+            "join": corpus.join,
+            "add_bos": plan.add_bos,
+            "text_sha256": corpus.text_sha256,
+            "text_bytes": corpus.text_bytes,
+            "tokens_sha256": plan.tokens_sha256,
+            "total_tokens": plan.total_tokens,
+            "batch_size": s.batch_size,
+            "engine": {"name": s.engine, **self.engine},
+        }
+        if plan.context_ids is not None:
+            record["context_tokens"] = plan.context_ids.shape[1]
+        if plan.windows is not None:
+            sizes = plan.windows[0]
+            record |= {"context_tokens": sizes.context, "target_tokens": sizes.target, "stride": sizes.stride}
+        elif plan.max_length is not None:
+            record |= {"max_length": plan.max_length, "stride": plan.stride}
+        elif s.ppl_mode == "streaming":
+            record |= {"chunk_size": s.stream_chunk, "stream_limit": plan.stream_limit, "position_mode": s.positions}
+        return record
 
 
-class _Early:
-    """Writes what is finished while the run goes on; at its end the run has one file for each setting all the same."""
-
-    def __init__(self, run: Run, output_dir: Path):
-        self.run, self.output_dir = run, output_dir
-        self.written: set[Path] = set()
-
-    def save_perplexity(self) -> None:
-        """Write the records of all presses, ``interrupted`` until they are timed, and print their table."""
-        records = make_records(self.run)
-        self._save(records)
-        measured = [record if record["status"] == "failed" else {**record, "status": "ok"} for record in records]
-        with contextlib.suppress(OSError):  # nobody reads it: no reason to stop
-            print(f"\n{show(measured)}\n", flush=True)
-
-    def save_speed(self, point: SpeedPoint) -> None:
-        """Write the record of a press of which everything is measured now, or that has failed."""
-        jobs = [job for job in self.run.jobs if job.press is point.press and job.kv_bits == point.kv_bits]
-        self._save(make_records(replace(self.run, jobs=jobs)))
-
-    def _save(self, records: list[dict[str, Any]]) -> None:
-        for record in records:
-            self.written.add(result_path(self.output_dir, record))
-            with contextlib.suppress(SelfCheckError):  # the last word says what is wrong with it
-                write_result(self.output_dir, record)
-
-    def replace(self, records: list[dict[str, Any]]) -> None:
-        """Write the run's last word, and take back what it had said under other names."""
-        last = write_results(self.output_dir, records)
-        for path in self.written - last:
-            path.unlink(missing_ok=True)
+def digest_of(record: dict[str, Any]) -> str:
+    """The same for records of points whose windows and timed rounds are the same."""
+    asked = {name: record.get(name) for name in IDENTIFYING if name not in OF_A_POINT}
+    asked |= {"tokens": record["tokens_sha256"], "versions": versions(record)}
+    return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:12]

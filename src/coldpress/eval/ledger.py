@@ -1,9 +1,9 @@
 """What a run has finished, on disk, so that one that was killed goes on where it was.
 
-A ledger is a folder with one file for each batch of windows. A file is there whole or not at all, and tells of each
-point what it made of the batch; points that come later are added to it. A checksum says for which place a file was
-written and what stands in it: one that is damaged, or lies in another's place, is as good as none. When all results are
-written the ledger has done its work and is removed.
+A ledger is a folder with one file for each item: a batch of windows, an example, the timed rounds. A file is there
+whole or not at all, and tells of each point what it made of the item; points that come later are added to it. A
+checksum says for which place a file was written and what stands in it: one that is damaged, or lies in another's place,
+is as good as none. When all results are written the ledger has done its work and is removed.
 """
 
 from __future__ import annotations
@@ -11,50 +11,90 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from coldpress.errors import OutputError
-from coldpress.eval.scores import Scores
-from coldpress.io.files import replace_file
+from coldpress.eval.losses import Scores
+from coldpress.io.files import read_text, replace_file
 
-__all__ = ["UNFINISHED", "Ledger", "LedgerFolder", "Measured", "checksum_of", "replace_in_ledger", "versions"]
+__all__ = ["UNFINISHED", "UNREADABLE", "Answered", "Answers", "Ledger", "Measured", "checksum_of", "versions"]
 
 UNFINISHED = ".unfinished"  # folder of all ledgers, in that of the results
+# A file that is not there, or damaged: what it would tell is measured again.
+UNREADABLE = (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
 
 
-@dataclass(frozen=True)
-class Measured:
+@dataclass(frozen=True, kw_only=True)
+class _Cache:
+    """What is noted of the cache that a point has made.
+
+    Attributes:
+        kv_bytes: of the first row's cache, right after the prefill; of a benchmark's press that goes on while decoding,
+            after the first answer.
+        kv_lengths: stored tokens of each of its layers.
+        achieved_ratio: fraction of its pairs that were removed.
+        kept_hash: a fingerprint of which pairs it keeps; None for the baseline.
+    """
+
+    kv_bytes: int
+    kv_lengths: list[int]
+    achieved_ratio: float
+    kept_hash: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured(_Cache):
     """What one point made of one batch of windows.
 
     Attributes:
         scores: of the targets of each window.
-        kv_bytes: of the first window's cache, right after the prefill.
-        kv_lengths: stored tokens of each of its layers.
-        achieved_ratio: fraction of its pairs that were removed.
-        kept_hash: a fingerprint of which pairs it keeps; None for the baseline.
         agreement: of each window, greedy tokens that are the baseline's before the first that is not; None where
             nothing was generated.
         read_ratio: fraction of the stored pairs that were read for these targets.
     """
 
     scores: Scores
-    kv_bytes: int
-    kv_lengths: list[int]
-    achieved_ratio: float
-    kept_hash: str | None = None
     agreement: list[int] | None = None
     read_ratio: float = 1.0
 
 
-class LedgerFolder:
+@dataclass(frozen=True, kw_only=True)
+class Answered(_Cache):
+    """What one point made of one example.
+
+    Attributes:
+        losses: nats of each token of the answer, as float32 has them.
+        answer_ids: greedy tokens, up to the end of the answer; None where nothing was generated.
+    """
+
+    losses: list[float]
+    answer_ids: list[int] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers(_Cache):
+    """What one point made of one context.
+
+    Attributes:
+        answers: greedy tokens of each question.
+        seen_tokens: of the cache when it was measured.
+    """
+
+    answers: list[list[int]]
+    seen_tokens: int
+
+
+class Ledger:
     """A folder of what one run has finished.
 
     Args:
@@ -64,54 +104,121 @@ class LedgerFolder:
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def clear(self) -> None:
-        """Remove it from the disk."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        with contextlib.suppress(OSError):  # the last one takes the folder of all of them along
-            self.folder.parent.rmdir()
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """The block is the only one that works with this ledger, in any process.
 
-
-class Ledger(LedgerFolder):
-    """The finished batches of windows of one run."""
-
-    def load(self, index: int) -> dict[str, Measured]:
-        """What each point made of a batch, by the point's key; empty where nothing was saved or can be read."""
-        found = {}
+        Raises:
+            OutputError: another one is at it.
+        """
+        path = self.folder.with_name(f"{self.folder.name}.lock")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path, timeout=0)  # of the system: who is killed holds it no more
         try:
-            with safe_open(self._path(index), framework="pt") as file:
-                for key, text in (file.metadata() or {}).items():
-                    rows, (checksum, about) = file.get_tensor(key), json.loads(text)
-                    if checksum != self._checksum(index, key, rows, about):
-                        return {}
-                    found[key] = Measured(Scores.of_rows(rows), **about)
-        except (
-            OSError,
-            SafetensorError,
-            ValueError,
-            TypeError,
-            RecursionError,
-        ):  # damaged, or not there
-            return {}
-        return found
+            lock.acquire()
+        except Timeout as error:
+            raise OutputError(
+                f"another process is measuring the same into {str(self.folder.parents[1])!r}: wait for it, or give "
+                "another --output_dir"
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
+            with contextlib.suppress(OSError):
+                path.unlink()
+            self._leave()
 
-    def save(self, index: int, found: dict[str, Measured]) -> None:
-        """Replace what is known of a batch.
+    def load(self, kind: type[Any], index: int, fingerprint: str = "") -> dict[str, Any]:
+        """What each point made of an item, by the point's key; empty where nothing was saved or can be read.
+
+        Args:
+            kind: what is noted of each point.
+            index: of the item in the run.
+            fingerprint: of an example, and of how it is measured.
+        """
+        try:
+            if kind is Measured:
+                return {key: Measured(scores=Scores.of_rows(rows), **about) for key, rows, about in self._rows(index)}
+            saved = self.read(f"example-{index:06d}.json", "found", index, fingerprint)
+            return {str(key): kind(**_numbers(about)) for key, about in saved.items()}
+        except UNREADABLE:
+            return {}
+
+    def save(self, index: int, found: Mapping[str, Any], fingerprint: str = "") -> None:
+        """Replace what is known of an item.
 
         Raises:
             OutputError: the file cannot be written.
         """
-        tensors = {key: measured.scores.rows().contiguous() for key, measured in found.items()}
-        facts = {key: _without_scores(measured) for key, measured in found.items()}
-        about = {key: json.dumps([self._checksum(index, key, tensors[key], fact), fact]) for key, fact in facts.items()}
-        replace_in_ledger(self._path(index), lambda path: save_file(tensors, path, metadata=about))
+        if not all(isinstance(each, Measured) for each in found.values()):
+            saved = {key: asdict(each) for key, each in found.items()}
+            self.write(f"example-{index:06d}.json", "found", saved, index, fingerprint)
+            return
+        tensors, facts = {}, {}
+        for key, each in found.items():
+            about = {name: value for name, value in vars(each).items() if name != "scores"}
+            rows = tensors[key] = each.scores.rows().contiguous()
+            facts[key] = json.dumps([self._checksum(index, key, rows, about), about])
+        self._replace(f"batch-{index:06d}.safetensors", lambda path: save_file(tensors, path, metadata=facts))
 
-    def _path(self, index: int) -> Path:
-        return self.folder / f"batch-{index:06d}.safetensors"
+    def read(self, name: str, field: str, *place: Any) -> Any:
+        """What :meth:`write` has written; one of several errors where that is not there, or something else is."""
+        whole = json.loads(read_text(self.folder / name))
+        if whole["checksum"] != checksum_of(self.folder, [*place, whole[field]] if place else whole[field]):
+            raise ValueError("damaged")
+        return whole[field]
+
+    def write(self, name: str, field: str, saved: Any, *place: Any) -> None:
+        """Write JSON under a name, with what tells that it belongs there.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        checksum = checksum_of(self.folder, [*place, saved] if place else saved)
+        text = json.dumps({"checksum": checksum, field: saved})
+        self._replace(name, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def clear(self) -> None:
+        """Remove it from the disk."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self._leave()
+
+    def _leave(self) -> None:
+        with contextlib.suppress(OSError):  # the last one takes the folder of all of them along
+            self.folder.parent.rmdir()
+
+    def _rows(self, index: int) -> Iterable[tuple[str, Tensor, dict[str, Any]]]:
+        with safe_open(self.folder / f"batch-{index:06d}.safetensors", framework="pt") as file:
+            for key, text in (file.metadata() or {}).items():
+                rows, (checksum, about) = file.get_tensor(key), json.loads(text)
+                if checksum != self._checksum(index, key, rows, about):
+                    raise ValueError("damaged")
+                yield key, rows, about
 
     def _checksum(self, index: int, key: str, rows: Tensor, about: dict[str, Any]) -> str:
         """Of what is saved of one point."""
         said = [index, key, about, str(rows.dtype), list(rows.shape)]
         return checksum_of(self.folder, said, rows.numpy().tobytes())
+
+    def _replace(self, name: str, write: Callable[[Path], object]) -> None:
+        path = self.folder / name
+        try:
+            replace_file(path, write)
+        except (OSError, SafetensorError) as error:
+            raise OutputError(f"cannot write {str(path)!r} ({error}): make room, or choose another folder") from error
+
+
+def _numbers(about: dict[str, Any]) -> dict[str, Any]:
+    """What was read, or ValueError where a number is none."""
+    left = [value for name, value in about.items() if name != "kept_hash"]
+    while left:
+        value = left.pop()
+        if isinstance(value, list):
+            left += value
+        elif value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
+            raise ValueError("not a number")
+    return about
 
 
 def checksum_of(folder: Path, said: Any, numbers: bytes = b"") -> str:
@@ -128,19 +235,3 @@ def checksum_of(folder: Path, said: Any, numbers: bytes = b"") -> str:
 def versions(record: Mapping[str, Any]) -> list[Any]:
     """What may compute other numbers of the same: a ledger of other versions is not gone on with."""
     return [record["env"][package] for package in ("torch", "transformers", "coldpress")]
-
-
-def replace_in_ledger(path: Path, write: Callable[[Path], object]) -> None:
-    """As :func:`coldpress.io.files.replace_file`.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
-    try:
-        replace_file(path, write)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"cannot write {str(path)!r} ({error}): make room, or choose another folder") from error
-
-
-def _without_scores(measured: Measured) -> dict[str, Any]:
-    return {key: value for key, value in vars(measured).items() if key != "scores"}

@@ -1,19 +1,23 @@
-"""The HTML page of a report: one file, nothing fetched from anywhere, every text escaped."""
+"""A report as files: an HTML page, which fetches nothing and escapes every text, and a summary in Markdown."""
 
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from coldpress.eval.columns import Cell
-from coldpress.eval.document import Report
+from coldpress.errors import OutputError
+from coldpress.eval.columns import Cell, Table
+from coldpress.eval.document import Part, Report, make_report
 from coldpress.eval.figures import css_colours
+from coldpress.eval.results import Collection, check_writable
+from coldpress.io.files import replace_file
 
-__all__ = ["page"]
+__all__ = ["escape", "page", "summary", "write_report"]
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets" / "report"
 
@@ -38,3 +42,71 @@ def _template() -> Any:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"sort_key": _sort_key, "drawn": Markup}
     return environment.from_string((ASSETS / "page.html").read_text(encoding="utf-8"))
+
+
+def escape(text: str) -> str:
+    """Text that Markdown shows as it is, in a paragraph and in a table's cell."""
+    text = re.sub(r"([\\`*\[\]<>|#~$&!])", r"\\\1", " ".join(text.split()))
+    text = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)  # inside a word it is one
+    text = re.sub(r"(?i)\b(https?|ftp|mailto)(?=:)|\bwww(?=\.)", lambda m: f"{m[0]}\u200b", text)
+    return re.sub(r"^([-+=]|\d+[.)])(?=\s|$)", r"\\\1", text)
+
+
+def summary(report: Report) -> str:
+    """The whole text."""
+    lines = [f"# {escape(report.title)}", "", escape(report.counts), "", "## Conclusions", ""]
+    lines += [f"* {escape(part.headline)}" for part in report.parts] + [""]
+    for part in report.parts:
+        lines += _part(part)
+    lines += ["## How to read this", "", *(f"* {escape(sentence)}" for sentence in report.method), ""]
+    if report.skipped:
+        lines += ["## Files left out", "", *(f"* {escape(line)}" for line in report.skipped), ""]
+    lines += ["## How it was made", ""]
+    if report.commands:
+        longest = max(len(run) for run in re.findall("`*", "".join(report.commands)))
+        fence = "`" * max(3, longest + 1)
+        lines += [fence, *report.commands, fence, ""]
+    for environment in report.environments:
+        lines += ["* " + "; ".join(f"{escape(name)} {escape(value)}" for name, value in environment)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _part(part: Part) -> list[str]:
+    lines = [f"## {escape(part.title)}", "", escape(part.caption), ""]
+    lines += [f"* {escape(finding)}" for finding in part.findings]
+    lines += [""] if part.findings else []
+    for figure in part.figures:
+        caption = escape(figure.drawing.caption)
+        lines += [f"![{escape(figure.drawing.kind)}]({figure.file})", "", caption, ""]
+    for table in part.tables:
+        lines += [*_table(table), ""]
+    return lines
+
+
+def _table(table: Table) -> list[str]:
+    heads = [escape(head) for head, _ in table.heads]
+    rows = [[escape(cell.text) for cell in row] for row in table.rows]
+    rule = ["---", *("---:" for _ in heads[1:])]
+    return [f"| {' | '.join(row)} |" for row in [heads, rule, *rows]]
+
+
+def write_report(collection: Collection, folder: Path) -> list[Path]:
+    """Write ``report.html``, ``report.md`` and the plots into ``folder``; each whole or as it was before.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+        OutputError: the folder cannot be written to.
+    """
+    check_writable(folder)
+    report = make_report(collection)
+    files = {f.file: f.drawing.png for part in report.parts for f in part.figures}
+    files |= {"report.md": summary(report).encode(), "report.html": page(report).encode()}
+    return [_write(folder / name, content) for name, content in files.items()]
+
+
+def _write(path: Path, content: bytes) -> Path:
+    try:
+        replace_file(path, lambda part: part.write_bytes(content))
+    except OSError as error:
+        raise OutputError(f"cannot write {str(path)!r} ({error.strerror}): choose another --output") from error
+    return path

@@ -6,14 +6,15 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from coldpress.eval.figures import INK, Drawing, Style, drawing
-from coldpress.eval.plots_places import draw_distance, draw_positions
-from coldpress.eval.plots_speed import draw_speed
-from coldpress.eval.plots_tasks import draw_tasks
-from coldpress.eval.plotting import (
+from coldpress.eval.drawings import draw_distance, draw_positions, draw_speed, draw_tasks
+from coldpress.eval.figures import (
+    INK,
     REF,
+    Drawing,
+    Style,
     caption_tail,
     curve,
+    drawing,
     legend,
     plain_numbers,
     said_of_colours,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.errors import SelfCheckError
 from coldpress.eval.engine import Engine, LocalEngine
-from coldpress.eval.points import BASELINE, Point
+from coldpress.eval.jobs import BASELINE, Point
+from coldpress.eval.ledger import Ledger
 from coldpress.eval.progress import Sized
 
 __all__ = ["Item", "PointRun"]
@@ -35,14 +36,18 @@ class PointRun(ABC, Generic[_Measured]):
         points: to measure, without the baseline, which always is.
         n_items: windows in batches, or examples.
 
+        ledger: what was finished by an earlier run, and where this one notes what it has finished; None: nowhere.
+
     Attributes:
+        kind: what a ledger notes of each point.
         work: of an engine: gives for an item what each point made of it, by its key, or what went wrong.
     """
 
+    kind: ClassVar[type[Any]]
     work: Any
 
-    def __init__(self, model: PreTrainedModel, points: Sequence[Point], n_items: int):
-        self.model, self.points = model, list(points)
+    def __init__(self, model: PreTrainedModel, points: Sequence[Point], n_items: int, ledger: Ledger | None = None):
+        self.model, self.points, self.ledger = model, list(points), ledger
         self.done: list[dict[str, _Measured]] = [{} for _ in range(n_items)]  # by the key of the point
         self.errors: dict[str, Exception] = {}
 
@@ -51,16 +56,12 @@ class PointRun(ABC, Generic[_Measured]):
         """The item at ``index``, on which ``points`` are to be measured."""
 
     @abstractmethod
-    def _load(self, index: int) -> dict[str, _Measured]:
-        """What an earlier run has finished of an item."""
-
-    @abstractmethod
-    def _save(self, index: int) -> None:
-        """Note what is finished of an item, for a later run."""
-
-    @abstractmethod
     def _result(self, point: Point) -> dict[str, Any]:
         """The part of a result record, over the items measured so far; SelfCheckError if it contradicts itself."""
+
+    def _fingerprint(self, index: int) -> str:
+        """The same for items that are the same, and measured alike, where the ledger's name does not tell that."""
+        return ""
 
     @property
     def is_complete(self) -> bool:
@@ -73,8 +74,9 @@ class PointRun(ABC, Generic[_Measured]):
             progress: wraps the finished items, for a progress bar.
             engine: where the work is done; None: here.
         """
-        for index in range(len(self.done)):
-            self.done[index] |= self._load(index)
+        if self.ledger is not None:
+            for index, done in enumerate(self.done):
+                done |= self.ledger.load(self.kind, index, self._fingerprint(index))
         n_open = sum(bool(self._missing(index)) for index in range(len(self.done)))
         engine = LocalEngine(self.model) if engine is None else engine
         for item, found in progress(Sized(engine.map(self.work, self._open()), n_open)):
@@ -90,6 +92,12 @@ class PointRun(ABC, Generic[_Measured]):
                     yield point, self._result(point)
                 except SelfCheckError as error:
                     yield point, error
+
+    def parts(self) -> Iterator[tuple[Point, list[dict[str, Any] | Exception]]]:
+        """Each point of which there is something to say: what was measured of it, then what went wrong."""
+        for point, result in self.results():
+            measured = self.before_failure(point) if isinstance(result, Exception) else None
+            yield point, [part for part in (measured, result) if part is not None]
 
     def before_failure(self, point: Point) -> dict[str, Any] | None:
         """The part of a result record over the items measured before a point failed; None if there is nothing."""
@@ -119,4 +127,5 @@ class PointRun(ABC, Generic[_Measured]):
                 self.errors.setdefault(key, value)
             elif key not in done:  # the baseline is measured along with what comes later
                 done[key] = value
-        self._save(index)
+        if self.ledger is not None:
+            self.ledger.save(index, done, self._fingerprint(index))

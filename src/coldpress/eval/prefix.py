@@ -12,7 +12,6 @@ baseline, in the same pieces, is measured once for all of them.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -27,18 +26,23 @@ from coldpress.bases.press import BasePress
 from coldpress.bases.scorer import BudgetPress
 from coldpress.cache.pressed import PressedCache
 from coldpress.errors import SelfCheckError
-from coldpress.eval.checks import check_baseline, check_stored_pairs, check_unchanged, release
+from coldpress.eval.checks import (
+    check_baseline,
+    check_removed,
+    check_stored_pairs,
+    check_unchanged,
+    prefilled,
+    release,
+    sizes_of,
+)
+from coldpress.eval.jobs import BASELINE, Point
 from coldpress.eval.ledger import Ledger, Measured
-from coldpress.eval.losses import token_losses
+from coldpress.eval.losses import Scores, token_losses
 from coldpress.eval.metrics import bits_per_byte, clustered_mean, paired_difference, perplexity, quantiles
 from coldpress.eval.models import input_device
 from coldpress.eval.perplexity import forward
 from coldpress.eval.point_run import PointRun
-from coldpress.eval.points import BASELINE, Point
-from coldpress.eval.prefills import prefilled
-from coldpress.eval.scores import Scores
 from coldpress.eval.windows import PrefixPlan
-from coldpress.stores.bits import bits_name
 from coldpress.stores.codec import Codec
 
 __all__ = ["Batch", "PrefixRun", "WindowWork"]
@@ -68,6 +72,8 @@ class PrefixRun(PointRun[Measured]):
         SelfCheckError: from :meth:`run`, when the baseline contradicts a direct forward pass or is not finite.
     """
 
+    kind = Measured
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -82,7 +88,7 @@ class PrefixRun(PointRun[Measured]):
         ledger: Ledger | None = None,
         seed: int = 0,
     ):
-        self.ledger, self.plan = ledger, documents[0][1]
+        self.plan = documents[0][1]
         self.work = WindowWork(self.plan.context, self.plan.scored_per_window, chunk_tokens, greedy_tokens, seed)
         windows = [window for ids, plan in documents for window in plan.windows(ids)]
         self.window_bytes = _bytes_of_windows(documents, token_bytes)
@@ -90,17 +96,10 @@ class PrefixRun(PointRun[Measured]):
         self.places = [(i, start) for i, (_, plan) in enumerate(documents) for start in plan.starts]
         kv_bits = [None] * len(presses) if kv_bits is None else kv_bits
         points = [Point(press, bits) for press, bits in zip(presses, kv_bits, strict=True)]
-        super().__init__(model, points, len(self.batches))
+        super().__init__(model, points, len(self.batches), ledger)
 
     def _item(self, index: int, points: tuple[Point, ...]) -> Batch:
         return Batch(index, torch.stack(self.batches[index]), points, is_checked=index == 0)
-
-    def _load(self, index: int) -> dict[str, Measured]:
-        return {} if self.ledger is None else self.ledger.load(index)
-
-    def _save(self, index: int) -> None:
-        if self.ledger is not None:
-            self.ledger.save(index, self.done[index])
 
     def _bytes_of(self, point: Point) -> int | None:
         """UTF-8 bytes of what was scored of a point."""
@@ -129,14 +128,8 @@ class PrefixRun(PointRun[Measured]):
         expected = sum(measured) * self.plan.scored_per_window
         if n_tokens != expected:
             raise SelfCheckError(f"{n_tokens} tokens were scored, the windows' formula says {expected}.")
-        asked = getattr(point.press, "compression_ratio", 0.0)
-        is_smaller = point.kv_bits is not None and first.kv_bytes < first_base.kv_bytes
-        if (asked > 0 or first.achieved_ratio > 0 or is_smaller) and torch.equal(own.losses, base.losses):
-            bits = "" if point.kv_bits is None else f" in {bits_name(point.kv_bits)} bits"
-            raise SelfCheckError(
-                f"{point.press}{bits}: all {n_tokens} losses are bit for bit those of the uncompressed cache: "
-                "nothing was compressed."
-            )
+        if torch.equal(own.losses, base.losses):
+            check_removed(point, first, first_base, f"all {n_tokens} losses")
         counts = [self.plan.scored_per_window] * n_windows
         nll, base_nll = own.losses.double().sum(1).tolist(), base.losses.double().sum(1).tolist()
         loss, base_loss = math.fsum(nll) / n_tokens, math.fsum(base_nll) / n_tokens
@@ -277,20 +270,20 @@ class WindowWork:
         zeros = list(dict.fromkeys(press.with_ratio(0.0) for press in scorers)) if batch.is_checked else []
         full, branches = prefilled(model, ids[:, :context], [*points, *map(Point, zeros)], self.chunk_tokens)
         greedy = self._generate(model, full, inputs)
-        sizes = _sizes(full)
+        sizes = sizes_of(full)
         base, reference = Scores.of(forward(model, inputs, full), wanted)
         if batch.is_checked:
             check_baseline(model, ids, base.losses)
-        found: Found = {BASELINE.key: Measured(base, **sizes)}
+        found: Found = {BASELINE.key: Measured(scores=base, **sizes)}
         for point in points:
             branch = next(branches)  # its memory is free again before the next one grows
             try:
                 branch.get_seq_length()  # raises what the press raised
-                sizes = _sizes(branch, with_hash=True)
+                sizes = sizes_of(branch, with_hash=True)
                 check_stored_pairs(point.press, branch, context, full)
                 agreement = _agreement(greedy, self._generate(model, branch, inputs))
                 scores, _ = Scores.of(forward(model, inputs, branch), wanted, reference)
-                found[point.key] = Measured(scores, **sizes, agreement=agreement, read_ratio=branch.read_ratio())
+                found[point.key] = Measured(scores=scores, **sizes, agreement=agreement, read_ratio=branch.read_ratio())
             except Exception as error:
                 found[point.key] = release(error)
         measured: dict[Any, Tensor] = {}  # presses that keep everything share one cache, and its losses
@@ -319,18 +312,6 @@ class WindowWork:
             token = forward(model, token, cache, keep=1).argmax(-1)
             tokens.append(token)
         return torch.cat(tokens, dim=1).cpu()
-
-
-def _sizes(cache: PressedCache, with_hash: bool = False) -> dict[str, Any]:
-    """Sizes of the first window's cache, and a fingerprint of which pairs it keeps."""
-    positions = [layer.positions() for layer in cache.pressed_layers() if layer.is_initialized]
-    digest = hashlib.sha256(b"".join(p[0].cpu().numpy().tobytes() for p in positions)) if with_hash else None
-    return {
-        "kv_bytes": cache.kv_bytes() // positions[0].shape[0],
-        "kv_lengths": cache.stored_lengths(),
-        "achieved_ratio": cache.achieved_ratio(),
-        "kept_hash": None if digest is None else digest.hexdigest()[:16],
-    }
 
 
 def _agreement(base: Tensor | None, own: Tensor | None) -> list[int] | None:

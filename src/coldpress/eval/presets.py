@@ -23,7 +23,8 @@ from torch import Tensor
 
 from coldpress.errors import DataError, InputError
 from coldpress.eval.datasets import Corpus, Document
-from coldpress.eval.settings import PPL_PRESETS, Settings
+from coldpress.eval.options import PPL_PRESETS
+from coldpress.eval.settings import Settings
 from coldpress.eval.tokens import Tokens, tokenize
 from coldpress.eval.windows import Window, plan_disjoint, plan_rolling, plan_second_half, plan_strided
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from coldpress.bases.registry import NO_PRESS
 from coldpress.bases.scorer import BUDGETS
 from coldpress.eval.memory import format_bytes
-from coldpress.eval.task_columns import Column, task_columns
+from coldpress.eval.schema import BYTES, ENVIRONMENT, FIELDS, SPEED_SETTINGS
 from coldpress.io.terminal import printable
 
-__all__ = ["asked", "bits_of", "check_record", "describe", "groups", "is_number", "short", "show", "size_of", "table"]
+__all__ = ["asked", "bits_of", "describe", "groups", "short", "show", "size_of", "table"]
 
 Record = dict[str, Any]
+Column = tuple[str, Callable[[Record], str | None]]  # its head, and what stands in a record's line
+Kind = tuple[str, int]  # the name of a task, and its length in tokens
 
 
 def _interval(record: Record) -> str | None:
@@ -25,24 +28,34 @@ def _interval(record: Record) -> str | None:
     return f"{delta:+.4f}" if ci is None else f"{delta:+.4f} ± {(ci[1] - ci[0]) / 2:.4f}"
 
 
-def _number(key: str, form: str) -> Callable[[Record], str | None]:
-    return lambda record: None if record.get(key) is None else form.format(record[key])
+def _of(name: str) -> Column:
+    """The column of a registered field: its number, with the smallest and the largest of its rounds where recorded."""
+    field = FIELDS[name]
 
-
-def _spread(key: str, form: str) -> Callable[[Record], str | None]:
-    """A number with the smallest and the largest of its rounds, where these are recorded."""
+    def form(value: Any) -> str:
+        return format_bytes(value) if field.kind is BYTES else f"{value * field.factor:.{field.digits}f}{field.unit[0]}"
 
     def cell(record: Record) -> str | None:
-        value, spread = record.get(key), record.get(f"{key}_spread")
-        if value is None or spread is None or spread["min"] == spread["max"]:
-            return None if value is None else form.format(value)
-        return f"{form.format(value)} ({form.format(spread['min'])} to {form.format(spread['max'])})"
+        value = record.get(name)
+        value = (value or {}).get(field.inner) if field.inner else value
+        if value is None:
+            return None
+        spread = record.get(f"{name}_spread") if field.has_spread else None
+        if spread is None or spread["min"] == spread["max"]:
+            return form(value)
+        return f"{form(value)} ({form(spread['min'])} to {form(spread['max'])})"
 
-    return cell
+    return field.head, cell
 
 
-def _bytes(key: str) -> Callable[[Record], str | None]:
-    return lambda record: None if record.get(key) is None else format_bytes(record[key])
+def _plain(name: str, head: str, is_plain: bool, digits: int) -> Column:
+    """A number of records whose perplexity is the uncompressed model's own, or of the others."""
+
+    def cell(record: Record) -> str | None:
+        value = record.get(name)
+        return None if value is None or _is_plain(record) != is_plain else f"{value:.{digits}f}"
+
+    return head, cell
 
 
 def _is_plain(record: Record) -> bool:
@@ -75,48 +88,46 @@ def _size_name(records: Sequence[Record]) -> str:
 
 
 QUALITY: tuple[Column, ...] = (
-    ("achieved", _number("effective_compression_ratio", "{:.3f}")),
-    ("read", _number("read_ratio", "{:.3f}")),
-    ("loss", lambda r: None if _is_plain(r) else _number("loss", "{:.4f}")(r)),
-    ("loss uncompressed", lambda r: _number("loss", "{:.4f}")(r) if _is_plain(r) else None),
-    ("PPL", lambda r: None if _is_plain(r) else _number("ppl", "{:.3f}")(r)),
-    ("PPL uncompressed", lambda r: _number("ppl", "{:.3f}")(r) if _is_plain(r) else None),
+    _of("effective_compression_ratio"),
+    _of("read_ratio"),
+    _plain("loss", "loss", False, 4),
+    _plain("loss", "loss uncompressed", True, 4),
+    _plain("ppl", "PPL", False, 3),
+    _plain("ppl", "PPL uncompressed", True, 3),
     ("ΔNLL ± 95 % CI", _interval),
-    ("same top-1", _number("same_top1", "{:.1%}")),
-    ("KL", _number("kld_mean", "{:.4f}")),
-    ("KV before", _bytes("kv_bytes_baseline")),
-    ("KV after", _bytes("kv_bytes")),
+    _of("same_top1"),
+    _of("kld"),
+    _of("kv_bytes_baseline"),
+    _of("kv_bytes"),
     ("status", lambda r: None if r["status"] == "ok" else r["status"]),
 )
 STREAM: tuple[Column, ...] = (
     ("positions", lambda r: r.get("position_mode") if r.get("nll_by_position") else None),
     ("tokens", lambda r: f"{r['scored_tokens']:,}" if r.get("nll_by_position") else None),
-    ("KV most", _bytes("kv_bytes_max")),
+    _of("kv_bytes_max"),
 )
-SPEED: tuple[Column, ...] = (
-    ("prefill tok/s", _number("prefill_tokens_per_s", "{:.0f}")),
-    ("TTFT s", _number("ttft_s", "{:.3f}")),
-    ("TPOT ms", _spread("tpot_ms", "{:.2f}")),
-    ("TPOT uncompressed", _number("tpot_ms_baseline", "{:.2f}")),
-    ("decode speed-up", _spread("decode_speedup", "{:.2f}x")),
-    ("generation tok/s", _number("generation_tokens_per_s", "{:.1f}")),
-    ("peak memory", _bytes("peak_mem_bytes")),
-    ("above start", _bytes("peak_mem_delta_bytes")),
+SPEED = tuple(
+    map(
+        _of,
+        (
+            *("prefill_tokens_per_s", "ttft_s", "tpot_ms", "tpot_ms_baseline", "decode_speedup"),
+            *("generation_tokens_per_s", "peak_mem_bytes", "peak_mem_delta_bytes"),
+        ),
+    )
 )
 
 
 def table(records: Sequence[Record]) -> str:
     """Markdown tables, one line a record: quality and sizes, then speed and memory, as far as they were measured."""
-    flat = [{**r, "kld_mean": (r.get("kld") or {}).get("mean")} for r in records]
     quality = QUALITY
     if any(r.get("nll_by_position") for r in records):
         own = ("loss", "PPL", "status")
         quality = (*STREAM, *(column for column in QUALITY if column[0] in own))
     parts = (
-        _table(flat, quality),
-        _table(flat, _buckets(records)),
+        _table(records, quality),
+        _table(records, _buckets(records)),
         *(_table(records, own) for own in task_columns(records)),
-        _table(flat, SPEED),
+        _table(records, SPEED),
     )
     return "\n\n".join(text for text in parts if text)
 
@@ -213,87 +224,6 @@ def show(records: Sequence[Record]) -> str:
     return "\n\n".join(parts)
 
 
-_TEXTS = ("press", "status", "protocol", "model", "dataset", "dtype", "device", "attn_implementation", "text_sha256")
-_MAYBE_TEXTS = ("subset", "ppl_mode", "peak_mem_kind", "position_mode")
-_NUMBERS = ("num_params", "total_tokens")
-_MAYBE_NUMBERS = (
-    *("compression_ratio", *BUDGETS, "windows", "scored_tokens", "loss", "ppl", "baseline_loss"),
-    *("baseline_ppl", "delta_nll", "same_top1", "effective_compression_ratio", "context_tokens"),
-    *("speed_context_tokens", "generated_tokens", "kv_bytes", "kv_bytes_baseline", "kv_bytes_max", "kv_len_before"),
-    *("prefill_tokens_per_s", "ttft_s", "tpot_ms", "generation_tokens_per_s", "decode_speedup", "peak_mem_bytes"),
-    *("peak_mem_delta_bytes", "tpot_ms_baseline"),
-)
-_SPREADS = ("tpot_ms_spread", "decode_speedup_spread")
-_TOGETHER = {  # where the first is there, so is one of the others
-    "windows": ("scored_tokens",),
-    "nll_by_position": ("scored_tokens",),
-    "generated_tokens": ("speed_context_tokens", "context_tokens"),
-    "baseline_loss": ("baseline_ppl",),
-}
-_ENV = ("transformers", "torch", "cpu", "threads")
-
-
-def check_record(record: Record) -> None:
-    """Raise ValueError, with the field's name, where a table could not show what a file holds."""
-
-    def check(name: str, value: Any, fits: bool, wanted: str) -> None:
-        if not fits:
-            raise ValueError(f"{name} must be {wanted}, got {repr(value)[:40]}")
-
-    for name in (*_TEXTS, *_MAYBE_TEXTS):
-        value: Any = record.get(name)
-        check(name, value, isinstance(value, str) or (value is None and name in _MAYBE_TEXTS), "a text")
-    for name in (*_NUMBERS, *_MAYBE_NUMBERS):
-        value = record.get(name)
-        check(name, value, is_number(value) or (value is None and name in _MAYBE_NUMBERS), "a number")
-    bits = record.get("kv_bits")
-    check("kv_bits", bits, bits is None or is_number(bits) or isinstance(bits, str), "a number, or a name as k8v4")
-    ci: Any = record.get("delta_nll_ci95")
-    env: Any = record.get("env")
-    settings: Any = record.get("settings")
-    is_pair = isinstance(ci, list) and len(ci) == 2 and all(map(is_number, ci))
-    check("delta_nll_ci95", ci, ci is None or is_pair, "two numbers")
-    check("env", env, isinstance(env, dict) and all(_is_simple(env.get(key, ())) for key in _ENV), "an environment")
-    settings_fit = isinstance(settings, dict) and all(
-        value is None or isinstance(value, bool) or is_number(value) for value in _of_speed(settings)
-    )
-    check("settings", settings, settings is None or settings_fit, "an object of settings")
-    for name in _SPREADS:
-        value = record.get(name)
-        fits = isinstance(value, dict) and all(is_number(value.get(end)) for end in ("min", "max"))
-        check(name, value, value is None or fits, "an object with min and max")
-    for name in ("kld", "nll_by_position"):
-        value = record.get(name)
-        fits = isinstance(value, dict) and all(x is None or is_number(x) for x in value.values())
-        if name == "nll_by_position" and fits:
-            fits = all(key.partition("-")[0].isdecimal() and len(key) < 40 for key in value)
-        check(name, value, value is None or fits, "an object of numbers")
-    tasks: Any = record.get("tasks")
-    check("tasks", tasks, tasks is None or (isinstance(tasks, list) and all(map(_is_task, tasks))), "a list of tasks")
-    for name, others in _TOGETHER.items():
-        if record.get(name):
-            check(" or ".join(others), None, any(record.get(other) is not None for other in others), f"beside {name}")
-
-
-_COUNTED = ("same_answers", "gained", "lost", "mcnemar_p")
-
-
-def _is_task(entry: Any) -> bool:
-    if not isinstance(entry, dict) or not isinstance(entry.get("task"), str) or not is_number(entry.get("length")):
-        return False
-    return all(
-        entry.get(key) is None or is_number(entry[key]) for key in ("score", "score_base", "answer_nll", *_COUNTED)
-    )
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63
-
-
-def _is_simple(value: Any) -> bool:
-    return value is None or isinstance(value, str | bool) or is_number(value)
-
-
 def groups(records: Iterable[Record]) -> list[list[Record]]:
     """The records that may share a table: those of which :func:`describe` says the same; each group sorted.
 
@@ -322,21 +252,12 @@ def asked(record: Record) -> tuple[Any, ...]:
         *(record.get(k) for k in ("protocol", "model", "num_params", "dtype", "device", "attn_implementation")),
         *(record.get(k) for k in ("ppl_mode", "dataset", "subset", "text_sha256", "total_tokens")),
         *([] if settings.get("ppl_only") else _of_speed(settings)),
-        *(env[k] for k in _ENV),
+        *(env[k] for k in ENVIRONMENT),
     )
 
 
 def _of_speed(settings: dict[str, Any]) -> list[Any]:
-    names = (
-        "context_limit",
-        "max_new_tokens",
-        "min_new_tokens",
-        "repetitions",
-        "warmup",
-        "speed_decode_only",
-        "compile",
-    )
-    return [settings.get(name) for name in names]
+    return [settings.get(name) for name in SPEED_SETTINGS]
 
 
 def _order(record: Record) -> tuple[Any, ...]:
@@ -373,3 +294,45 @@ def _is_whole(record: Record) -> bool:
     asked = record["press"] != NO_PRESS and not bits_of(record) and record.get("compression_ratio") != 0
     is_same = record.get("kv_bytes") is not None and record["kv_bytes"] == record.get("kv_bytes_baseline")
     return asked and is_same and record.get("effective_compression_ratio") == 0
+
+
+# Tasks: a column for each, and each length
+
+
+def task_columns(records: Sequence[Record]) -> list[list[Column]]:
+    """The columns of three tables: scores, nats a token of the answers, answers against the uncompressed cache's."""
+    found = (entry for r in records for entry in r.get("tasks") or ())
+    kinds = list(dict.fromkeys((entry["task"], entry["length"]) for entry in found))
+    return [
+        [(f"{task} {length:,}", partial(_task_number, (task, length), "score", "{:.1%}")) for task, length in kinds],
+        [
+            (f"{task} {length:,} nats", partial(_task_number, (task, length), "answer_nll", "{:.3f}"))
+            for task, length in kinds
+        ],
+        [(f"{task} {length:,} against uncompressed", partial(_change, (task, length))) for task, length in kinds],
+    ]
+
+
+def _entry(kind: Kind, record: Record) -> Record:
+    """What a record says of a task; empty where it says nothing."""
+    return next((e for e in record.get("tasks") or () if (e["task"], e["length"]) == kind), {})
+
+
+def _task_number(kind: Kind, key: str, form: str, record: Record) -> str | None:
+    value = _entry(kind, record).get(key)
+    return None if value is None else form.format(value)
+
+
+def _change(kind: Kind, record: Record) -> str | None:
+    """How a benchmark's answers differ: scores with their interval, McNemar's counts and p, how many are the same."""
+    entry = _entry(kind, record)
+    is_baseline = record["press"] == NO_PRESS and record.get("kv_bits") is None
+    if entry.get("same_answers") is None or is_baseline:
+        return None
+    ci, said = entry.get("delta_score_ci95"), [f"{entry['same_answers']:.0%} same answers"]
+    if entry.get("gained") is not None:
+        said.insert(0, f"+{entry['gained']} -{entry['lost']} p {entry['mcnemar_p']:.2g}")
+    if entry.get("score") is not None and entry.get("score_base") is not None:
+        interval = "" if ci is None else f" [{ci[0]:+.1%}, {ci[1]:+.1%}]"
+        said.insert(0, f"{entry['score'] - entry['score_base']:+.1%}{interval}")
+    return "; ".join(said)

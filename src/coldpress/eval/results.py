@@ -19,6 +19,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,15 @@ import torch
 
 from coldpress.bases.scorer import BUDGETS
 from coldpress.errors import DataError, OutputError, SelfCheckError
+from coldpress.eval.schema import IDENTIFYING, check_record
 from coldpress.io.files import path_of, read_text, replace_file
 
 __all__ = [
-    "IDENTIFYING_FIELDS",
     "SCHEMA_VERSION",
+    "Collection",
     "check_output",
     "check_writable",
+    "collect",
     "environment",
     "read_result",
     "read_results",
@@ -43,25 +46,6 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 1
-
-# What was asked for and what it was asked of: a run that fails has the same name as one that finishes. Measured values
-# (loss, achieved ratio, ...) are in the record, not in its name.
-IDENTIFYING_FIELDS = (
-    *("protocol", "mode", "ppl_mode", "speed_only", "settings"),
-    *("model", "model_revision", "weights_fingerprint", "dtype", "device", "attn_implementation", "quantization"),
-    *("dataset", "dataset_revision", "subset", "split", "sample_idx", "text_file", "text_sha256", "add_bos"),
-    *(
-        "max_tokens",
-        "max_windows",
-        "max_documents",
-        "context_tokens",
-        "target_tokens",
-        "stride",
-        "chunk_size",
-    ),
-    *("batch_size", "position_mode", "press", "press_config", "compression_ratio", *BUDGETS, "kv_bits_config"),
-    *("max_new_tokens", "warmup", "repetitions", "threads", "seed"),
-)
 _LONGEST_NAME = 230  # of a result's file: a path that is too long for it is said before anything is measured
 PACKAGE_DIR = Path(__file__).resolve().parents[1]
 
@@ -96,11 +80,11 @@ def result_path(output_dir: Path, record: dict[str, Any]) -> Path:
     `output_dir`; ``t512`` instead of the ratio for a budget in tokens, ``b1048576`` for one in bytes; then ``q4`` where
     pairs are stored in 4 bits, ``k8v4`` where they are in RotatedBits(8, 4).
 
-    The hex digits are a hash over IDENTIFYING_FIELDS, where an absent field is as one that is None: equal
+    The hex digits are a hash over IDENTIFYING, where an absent field is as one that is None: equal
     settings share a name, others do not. A record that failed (status "failed" or "error", or an error in it) ends in
     ``.failed.json``, one of an interrupted run in ``.interrupted.json``.
     """
-    identity = {key: record[key] for key in IDENTIFYING_FIELDS if record.get(key) is not None}
+    identity = {key: record[key] for key in IDENTIFYING if record.get(key) is not None}
     settings = record.get("settings")
     if isinstance(settings, dict) and "repetitions" in settings:  # as asked: there are fewer, or none, of a part of it
         identity.pop("repetitions", None)
@@ -234,6 +218,51 @@ def read_result(path: Path) -> dict[str, Any]:
     if version != SCHEMA_VERSION:
         raise ValueError(f"schema_version is {version!r}, this version reads {SCHEMA_VERSION}")
     return record
+
+
+@dataclass(frozen=True)
+class Collection:
+    """The records of ``folders`` and their subfolders; ``skipped`` has a line for each file that holds none."""
+
+    folders: tuple[str, ...]
+    records: tuple[dict[str, Any], ...]
+    skipped: tuple[str, ...]
+
+
+def collect(folders: Iterable[str]) -> Collection:
+    """Read what lies in ``folders`` and below them; hidden folders are passed over, no folder is read twice.
+
+    Raises:
+        DataError: no such folder.
+    """
+    folders = tuple(folders)
+    records: list[dict[str, Any]] = []
+    skipped: list[str] = []
+    seen: set[Path] = set()
+    for folder in folders:
+        if not folder.strip():
+            raise DataError("The folder's name is empty; give the folder that a run wrote its results to.")
+        if not os.path.isdir(folder):
+            raise DataError(f"no folder {folder!r}: give the folder that a run wrote its results to")
+        for path in [Path(folder), *_below(Path(folder))]:
+            real = path.resolve()
+            if real in seen:
+                continue
+            seen.add(real)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                records += read_results(path, check_record)
+            skipped += [str(warning.message) for warning in caught]
+    return Collection(folders, tuple(records), tuple(skipped))
+
+
+def _below(folder: Path) -> list[Path]:
+    """Its subfolders, in the order of their names."""
+    found = []
+    for path, names, _ in os.walk(folder):
+        names[:] = sorted(name for name in names if not name.startswith(".") and not name.endswith(".json"))
+        found += [Path(path) / name for name in names]
+    return sorted(found)
 
 
 @contextlib.contextmanager

@@ -1,181 +1,295 @@
-"""What an evaluation works on and what it has measured so far; its parts are measured here, one after the other."""
+"""From what is asked for to result records: one way for windows, streams, timed rounds, tasks and benchmarks.
+
+A :class:`Run` has decided everything and measures point by point; :func:`carry_out` has it measure, writes what is
+finished while it goes on, and prints the tables. The metrics of a record that failed are null; what was measured until
+then is in ``before_failure``, under the same names.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import secrets
 import time
-from collections.abc import Callable
+import traceback
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-import torch
-
-from coldpress.bases.press import BasePress
-from coldpress.eval.datasets import Corpus
-from coldpress.eval.engine import Engine
-from coldpress.eval.engine_by_name import make_engine
-from coldpress.eval.jobs import Job
-from coldpress.eval.ledger import Ledger
-from coldpress.eval.models import LoadedModel
-from coldpress.eval.perplexity import plain_perplexity
-from coldpress.eval.plan import Plan, make_plan
-from coldpress.eval.prefix import PrefixRun
+from coldpress.errors import InputError, OutputError, SelfCheckError
+from coldpress.eval.engine import Engine, check_engine, make_engine
+from coldpress.eval.jobs import Job, config_of
+from coldpress.eval.ledger import UNFINISHED, Ledger, versions
+from coldpress.eval.models import LoadedModel, pick_device
+from coldpress.eval.point_run import PointRun
 from coldpress.eval.progress import note, progress
-from coldpress.eval.round_log import RoundLog
-from coldpress.eval.settings import Settings
-from coldpress.eval.speed import SpeedRun
-from coldpress.eval.speed_points import SpeedPoint
-from coldpress.eval.stream import StreamRun
-from coldpress.stores.codec import Codec
+from coldpress.eval.report import show, size_of
+from coldpress.eval.results import (
+    SCHEMA_VERSION,
+    check_writable,
+    environment,
+    result_path,
+    uninterrupted,
+    write_result,
+    write_results,
+)
+from coldpress.eval.schema import METRICS
+from coldpress.stores.bits import bits_name
 
-__all__ = ["Run", "make_run"]
+__all__ = ["DECODE_COST", "ExampleRun", "Run", "carry_out", "checked_folder", "prepared"]
+
+Part = dict[str, Any] | Exception  # of a record: what was measured, or what went wrong
+DECODE_COST = 30  # of a token that is fed alone, in tokens of a prefill; for the time that is left
 
 
-def make_run(settings: Settings, jobs: list[Job], corpus: Corpus, loaded: LoadedModel, command: str) -> Run:
-    """A run of which everything is decided and nothing measured.
+def checked_folder(settings: Any) -> Path:
+    """The folder of the results, where it, the device and the engine can be used.
 
     Raises:
-        InputError: the text or the sizes do not fit the model, or a press lacks what it needs of it.
+        InputError: one of them cannot.
     """
-    jobs = [
-        job if job.press is None else replace(job, press=job.press.prepared(loaded.model, loaded.tokenizer))
-        for job in jobs
-    ]
-    plan = make_plan(settings, corpus, loaded.tokenizer, loaded.max_positions)
-    firsts = [window.bos for window in plan.windows or () if window.bos is not None]
-    loaded.check_ids([*plan.documents, *(torch.tensor([bos]) for bos in firsts)])
-    return Run(settings, jobs, corpus, loaded, plan, command)
+    pick_device(settings.device)
+    check_engine(settings.engine, **settings.cluster)
+    if not settings.output_dir.strip():
+        raise OutputError("--output_dir is empty; name a folder.")
+    folder = Path(settings.output_dir)
+    check_writable(folder)
+    return folder
+
+
+def prepared(jobs: Sequence[Job], loaded: LoadedModel) -> list[Job]:
+    """The jobs with presses that have what they need of the model; raises InputError where one cannot."""
+    given = loaded.model, loaded.tokenizer
+    return [job if job.press is None else replace(job, press=job.press.prepared(*given)) for job in jobs]
 
 
 @dataclass
-class Run:
+class Run(ABC):
     """What was asked for, what it works on, and what has been measured so far."""
 
-    settings: Settings
+    settings: Any
     jobs: list[Job]
-    corpus: Corpus
     loaded: LoadedModel
-    plan: Plan
     command: str
-    plain: dict[str, Any] | None = None
-    prefix: PrefixRun | None = None
-    stream: StreamRun | None = None
-    speed: SpeedRun | None = None
-    seconds: dict[str, float] = field(default_factory=dict)  # wall time of each part
-    error: Exception | None = None  # what ended the run
-    engine: dict[str, Any] = field(default_factory=dict)  # where windows under presses were measured; empty: here
-    show_progress: Callable[..., Any] = progress
-    run_id: str = field(default_factory=lambda: secrets.token_hex(6))
-    _scored: dict[Any, list[Any]] | None = None
+    ledger: Ledger | None = field(default=None, init=False)  # what an earlier run of the same has finished
+    seconds: dict[str, float] = field(default_factory=dict, init=False)  # wall time of each part
+    error: Exception | None = field(default=None, init=False)  # what ended the run
+    show_progress: Callable[..., Any] = field(default_factory=lambda: progress, init=False)
+    run_id: str = field(default_factory=lambda: secrets.token_hex(6), init=False)
 
-    @property
-    def scored(self) -> dict[Any, list[Any]]:
-        """Parts of the record of each press and its bits: its perplexity under the press, and what failed of it.
-
-        Taken once when all is measured.
-        """
-        by_press: Any = self.prefix or self.stream
-        if by_press is None or self._scored is not None:
-            return self._scored or {}
-        found: dict[Any, list[Any]] = {}
-        for point, result in by_press.results():
-            measured = by_press.before_failure(point) if isinstance(result, Exception) else None
-            parts = [part for part in (measured, result) if part is not None]
-            found[id(point.press), getattr(point, "kv_bits", None)] = parts
-        if by_press.is_complete:
-            self._scored = found
-        return found
-
-    def has_failed(self, job: Job) -> bool:
-        """Whether its perplexity could not be measured; then it is not timed."""
-        return any(isinstance(part, Exception) for part in self.scored.get((id(job.press), job.kv_bits), ()))
-
-    @property
-    def compressed(self) -> tuple[list[BasePress | None], list[Codec | None]]:
-        """The presses, and the bits that what they keep is stored in, without the uncompressed baseline."""
-        pairs = [(job.press, job.kv_bits) for job in self.jobs if job.press is not None or job.kv_bits is not None]
-        return [press for press, _ in pairs], [bits for _, bits in pairs]
-
-    def measure_perplexity(self, engine: Engine | None = None, ledger: Ledger | None = None) -> None:
-        """If it was asked for.
+    @abstractmethod
+    def measure(self, engine: Engine | None, save: Callable[..., None]) -> None:
+        """Measure all.
 
         Args:
-            engine: where windows under presses are measured; None: here.
-            ledger: what an earlier run has finished of them; None: nothing.
+            engine: where windows and examples are measured; None: here.
+            save: writes the records of the jobs that it is given, or of all, while the run goes on.
         """
-        s, plan, model = self.settings, self.plan, self.loaded.model
-        torch.manual_seed(s.seed)
-        pressed, kv_bits = self.compressed
-        if s.ppl_mode == "streaming":
-            assert s.stream_chunk is not None
-            positions: Any = s.positions
-            self.stream = StreamRun(
-                model,
-                [job.press for job in self.jobs],
-                plan.documents,
-                chunk=s.stream_chunk,
-                positions=positions,
-                limit=plan.stream_limit,
-            )
-            self._timed("perplexity", self.stream.run)
-        elif plan.windows is not None:
-            documents = list(zip(plan.documents, plan.windows, strict=True))
-            self.prefix = PrefixRun(
-                model,
-                pressed,
-                documents,
-                s.batch_size,
-                s.chunk_tokens,
-                kv_bits,
-                token_bytes=plan.token_bytes,
-                greedy_tokens=s.greedy_tokens,
-                ledger=ledger,
-                seed=s.seed,
-            )
-            given = (
-                contextlib.nullcontext(engine)
-                if engine is not None
-                else make_engine(s.engine, self.loaded, **s.cluster)
-            )
-            with given as where:
-                self._timed("perplexity", partial(self.prefix.run, engine=where))
-                self.engine = getattr(where, "facts", dict)()
-        elif plan.max_length is not None and plan.stride is not None:
-            if pressed:
-                note("this perplexity is the uncompressed model's; --ppl_apply_press measures it under the press.")
-            sizes: dict[str, Any] = {"max_length": plan.max_length, "stride": plan.stride, "batch_size": s.batch_size}
-            sizes |= {"preset": plan.preset, "token_bytes": plan.token_bytes, "units": plan.units}
-            self.plain = self._timed("perplexity", partial(plain_perplexity, model, plan.documents, **sizes))
 
-    def measure_speed(self, on_done: Callable[[SpeedPoint], None], log: RoundLog | None = None) -> None:
-        """And memory, if they were asked for; ``on_done`` is told of each press of which all is measured."""
-        s, plan, model = self.settings, self.plan, self.loaded.model
-        jobs = [job for job in self.jobs if not self.has_failed(job)]
-        points = [(job.press, job.kv_bits) for job in jobs if job.press is not None or job.kv_bits is not None]
-        if plan.context_ids is not None and jobs:
-            eos = getattr(model.generation_config, "eos_token_id", None)
-            self.speed = SpeedRun(
-                model,
-                plan.context_ids.to(self.loaded.device),
-                [None, *(press for press, _ in points)],  # the baseline is always timed beside the presses
-                kv_bits=[None, *(bits for _, bits in points)],
-                max_new_tokens=s.max_new_tokens,
-                min_new_tokens=s.min_new_tokens,
-                eos_ids=[] if eos is None else eos if isinstance(eos, list) else [eos],
-                decode_only=s.speed_decode_only,
-                repetitions=s.repetitions,
-                warmup=s.warmup,
-                seed=s.seed,
-                chunk_tokens=s.chunk_tokens,
-                compile=s.compile,
-            )
-            self._timed("speed", partial(self.speed.run, on_done=on_done, log=log))
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """What the records have in common beside what those of every run have."""
 
-    def _timed(self, name: str, work: Callable[..., Any]) -> Any:
-        start = time.perf_counter()
+    @abstractmethod
+    def parts(self, job: Job) -> list[Part]:
+        """What has been measured of a job, and what went wrong with it."""
+
+    @abstractmethod
+    def is_complete(self, job: Job) -> bool:
+        """Whether everything that was asked for it has been measured."""
+
+    @property
+    @abstractmethod
+    def work(self) -> float:
+        """Tokens that the model will read, as many as matter, times its size."""
+
+    @property
+    def digest(self) -> str:
+        """The name of the ledger: the same for runs whose examples may be shared."""
+        names = ("weights_fingerprint", "dtype", "device", "attn_implementation", "protocol", "tokens_sha256", "seed")
+        common = self.common()
+        parts = [common.get(name) for name in names], versions(common)
+        kind = str(common["protocol"]).partition("-")[0]
+        return f"{kind}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:10]}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know about the meaning of the numbers."""
+        return ()
+
+    @property
+    def n_parameters(self) -> float:
+        return float(sum(p.numel() for p in self.loaded.model.parameters()))
+
+    def keep_in(self, folder: Path) -> None:
+        """Note what is finished in a ledger beside the results, and go on from what is there."""
+        self.ledger = Ledger(folder / UNFINISHED / self.digest)
+
+    def common(self) -> dict[str, Any]:
+        """What the records have in common."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "run_id": self.run_id,
+            "timestamp": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "command": self.command,
+            "settings": self.settings.recorded(),
+            "seed": self.settings.seed,
+            **self.loaded.facts(),
+            "batch_size": 1,
+            "position_mode": "original",
+            "seconds": self.seconds,
+            "env": environment(),
+            **self.facts(),
+        }
+
+    def records(self, jobs: Sequence[Job] | None = None) -> list[dict[str, Any]]:
+        """One record for each of ``jobs``, or of all, of which there is something to say.
+
+        ``status`` is ``ok`` when everything that was asked for is there, ``failed`` when the press or the run failed,
+        ``interrupted`` otherwise.
+        """
+        common, records = self.common(), []
+        for job in self.jobs if jobs is None else jobs:
+            parts = self.parts(job)
+            error = self.error or next((part for part in parts if isinstance(part, Exception)), None)
+            if not parts and error is None:
+                continue
+            record = _blank(common, job)
+            measured = {name: value for part in parts if isinstance(part, dict) for name, value in part.items()}
+            if error is None:
+                record |= measured | {"status": "ok" if self.is_complete(job) else "interrupted"}
+            else:
+                record |= {"before_failure": measured} if measured else {}
+                record["status"] = "failed"
+                record["error"] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                record["traceback"] = "".join(traceback.format_exception(error))
+            records.append(record)
+        return records
+
+    def finished_records(self) -> list[dict[str, Any]]:
+        """For each job, in order, what its record will look like if it succeeds, with nothing measured."""
+        common = self.common()
+        return [_blank(common, job) for job in self.jobs]
+
+
+class ExampleRun(Run):
+    """A run over tasks or benchmarks: points and examples."""
+
+    label: str  # of the progress
+    points: PointRun[Any] | None = None
+
+    @abstractmethod
+    def point_run(self) -> PointRun[Any]:
+        """What measures it."""
+
+    def measure(self, engine: Engine | None, save: Callable[..., None]) -> None:
+        start, self.points = time.perf_counter(), self.point_run()
         try:
-            return work(progress=partial(self.show_progress, name=name))
+            s = self.settings
+            here = contextlib.nullcontext(engine)
+            with here if engine is not None else make_engine(s.engine, self.loaded, **s.cluster) as where:
+                self.points.run(partial(self.show_progress, name=self.label), where)
         finally:
-            self.seconds[name] = time.perf_counter() - start
+            self.seconds["tasks"] = time.perf_counter() - start
+
+    def parts(self, job: Job) -> list[Part]:
+        found = {} if self.points is None else {point.key: parts for point, parts in self.points.parts()}
+        return found.get(job.point.key, [])
+
+    def is_complete(self, job: Job) -> bool:
+        return self.points is not None and self.points.is_complete
+
+
+def _blank(common: dict[str, Any], job: Job) -> dict[str, Any]:
+    """A record that says what was asked for, and nothing that was measured."""
+    return {
+        **dict.fromkeys(METRICS),
+        **common,
+        "press": job.name,
+        "press_config": config_of(job.press),
+        "compression_ratio": job.ratio,
+        "budget_tokens": job.budget_tokens,
+        "budget_bytes": job.budget_bytes,
+        "kv_bits": bits_name(job.kv_bits),
+        "kv_bits_config": None if job.kv_bits is None else dict(vars(job.kv_bits)),
+        "status": "ok",
+        "error": None,
+    }
+
+
+def carry_out(run: Run, folder: Path, engine: Engine | None = None) -> tuple[list[dict[str, Any]], bool]:
+    """Measure all of a run, write its results, and print them.
+
+    Args:
+        run: of which everything is decided and nothing measured.
+        folder: where the results belong.
+        engine: where windows and examples are measured; None: here.
+
+    Returns:
+        The records, in the order of the table, and whether the user interrupted the run. Of an interrupted run, what
+        was finished has status ``ok`` and what was begun ``interrupted``; a press that failed has ``failed``.
+
+    Raises:
+        InputError: what was asked for turns out not to work.
+    """
+    is_interrupted, stopped = False, None
+    early = _Early(run, folder)
+    with contextlib.nullcontext() if run.ledger is None else run.ledger.held():
+        try:
+            run.measure(engine, early.save)
+        except Exception as error:  # the model itself fails, without a press: so does all that is compared with it
+            run.error = error
+            stopped = error if isinstance(error, InputError) else None
+        except KeyboardInterrupt:
+            is_interrupted = True
+        with uninterrupted():  # a second Ctrl-C shall not cost the results
+            records = run.records()
+            if stopped is not None:  # what was asked for cannot be done: no result but of what was measured before
+                records = [record for record in records if record.get("before_failure")]
+            try:
+                early.replace(records)
+            finally:
+                if stopped is not None:
+                    raise stopped
+        if run.ledger is not None and not is_interrupted and run.error is None:
+            run.ledger.clear()  # if the model or its workers failed, what was finished is left for another try
+    for record in records:
+        if record["status"] == "failed":
+            size = size_of(record)
+            note(f"{record['press']}{f' at {size}' if size else ''} failed: {record['error']}", kind="error")
+    if records:
+        print(f"\n{show(records)}\n")
+        print(f"{len(records)} result(s) in {folder}/", flush=True)
+    return records, is_interrupted
+
+
+class _Early:
+    """Writes what is finished while the run goes on; at its end the run has one file for each setting all the same."""
+
+    def __init__(self, run: Run, folder: Path):
+        self.run, self.folder = run, folder
+        self.written: set[Path] = set()
+
+    def save(self, jobs: Sequence[Job] | None = None) -> None:
+        """Write the records of some jobs, or of all, which are ``interrupted`` until all of them is measured.
+
+        Of all, print their table.
+        """
+        records = self.run.records(jobs)
+        for record in records:
+            self.written.add(result_path(self.folder, record))
+            with contextlib.suppress(SelfCheckError):  # the last word says what is wrong with it
+                write_result(self.folder, record)
+        if jobs is None:
+            measured = [record if record["status"] == "failed" else {**record, "status": "ok"} for record in records]
+            with contextlib.suppress(OSError):  # nobody reads it: no reason to stop
+                print(f"\n{show(measured)}\n", flush=True)
+
+    def replace(self, records: list[dict[str, Any]]) -> None:
+        """Write the run's last word, and take back what it had said under other names."""
+        last = write_results(self.folder, records)
+        for path in self.written - last:
+            path.unlink(missing_ok=True)

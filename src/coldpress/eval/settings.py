@@ -1,85 +1,76 @@
-"""What an evaluation was asked for, and which options contradict each other."""
+"""What is asked of each command that measures, and which options contradict each other."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from coldpress.bases.registry import NO_PRESS
-from coldpress.bases.scorer import BUDGETS
+from coldpress.backends import NO_PRESS
 from coldpress.errors import InputError
-from coldpress.stores.bits import KVBits
+from coldpress.eval.options import (
+    SIZES,
+    OfBenchmark,
+    OfCalibration,
+    OfEngine,
+    OfLimits,
+    OfMachine,
+    OfModel,
+    OfPerplexity,
+    OfPlacement,
+    OfPresses,
+    OfSpeed,
+    OfTasks,
+    OfText,
+    OfTiming,
+    OfWindows,
+    Options,
+    but,
+    names_of,
+)
 
-PPL_MODES = ("prefix", "streaming")
-PPL_PRESETS = ("hf-strided", "gptq", "llamacpp", "lm-eval")
-POSITIONS = ("original", "rerotate")
+__all__ = ["BenchmarkSettings", "CalibrationSettings", "Settings", "TaskSettings"]
+
 STREAM_CHUNK = 64
+MOST_EXAMPLES = 10_000  # of a task; all are made before the first is asked
 
-__all__ = ["POSITIONS", "PPL_MODES", "PPL_PRESETS", "Settings"]
+
+# Bases are named from the last option to the first: that is the order in which dataclasses take their fields.
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Everything an evaluation was asked for; the command line's options have these names.
+class _Measured(OfLimits, OfEngine, OfMachine, OfPresses, OfModel, Options):
+    """What every measurement under presses has."""
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """The options of load_model beside the name."""
+        asked = ("revision", *names_of(OfMachine), *names_of(OfPlacement))
+        return {name: getattr(self, name) for name in asked if hasattr(self, name)}
+
+    @property
+    def cluster(self) -> dict[str, Any]:
+        """The options of the engine."""
+        return {"ray_address": self.ray_address, "workers": self.workers}
+
+    @property
+    def of_presses(self) -> dict[str, Any]:
+        """What says which presses are measured."""
+        return {name: getattr(self, name) for name in (*names_of(OfPresses), "seed")}
+
+
+@dataclass(frozen=True)
+class Settings(OfTiming, OfSpeed, OfWindows, OfPerplexity, OfPlacement, OfText, _Measured):
+    """Everything an evaluation of perplexity and speed was asked for; the command line's options have these names.
 
     Raises:
         InputError: options that contradict each other, or that can never work.
     """
 
-    model: str = "EleutherAI/pythia-70m"
-    revision: str | None = None
-    dataset: str = "wikitext"
-    subset: str | None = None
-    split: str = "test"
-    sample_idx: int | None = None
-    text_file: str | None = None
-    press: tuple[str, ...] = (NO_PRESS,)
-    compression_ratio: tuple[float, ...] = ()  # (0.5,) if no budget is given
-    budget_tokens: tuple[int, ...] = ()
-    budget_bytes: tuple[int, ...] = ()
-    press_args: tuple[tuple[str, Any], ...] = ()
-    chunk_tokens: int | None = None
-    kv_bits: tuple[int | str, ...] = ()  # of the older pairs, instead of as they are
-    kv_group_size: int = KVBits.group_size
-    kv_residual_tokens: int = KVBits.residual_tokens
-    ppl_apply_press: bool = False
-    ppl_mode: str | None = None  # prefix or streaming
-    ppl_preset: str | None = None  # how others measure the uncompressed model
-    add_bos: bool | None = None  # before windows and texts; None: as the tokenizer begins a text
-    stream_chunk: int | None = None
-    positions: str | None = None  # original or rerotate; rerotate if a stream is read
-    speed_only: bool = False
-    ppl_only: bool = False
-    speed_decode_only: bool = False
-    compile: bool = False  # the timed decoding
-    max_length: int | None = None
-    stride: int | None = None
-    context_tokens: int | None = None
-    target_tokens: int | None = None
-    limit_tokens: int | None = None
-    max_documents: int | None = None
-    max_windows: int | None = None  # of each document
-    greedy_tokens: int = 0
-    batch_size: int = 1
-    context_limit: int = 4096
-    max_new_tokens: int = 200
-    min_new_tokens: int | None = None
-    repetitions: int = 5
-    warmup: int = 1
-    allow_extrapolation: bool = False
-    attn_implementation: str = "sdpa"
-    device: str = "auto"
-    dtype: str = "auto"
-    device_map: str | None = None
-    tp_plan: str | None = None
-    engine: str = "local"
-    ray_address: str | None = None
-    workers: int | None = None
-    seed: int = 0
-    output_dir: str = "results/perplexity"
+    output_dir: str = but(OfLimits, "output_dir", "results/perplexity")
 
     def __post_init__(self) -> None:
-        sizes = [f"--{name}" for name in ("compression_ratio", *BUDGETS) if getattr(self, name)]
+        self.check_choices()
+        sizes = [f"--{name}" for name in SIZES if getattr(self, name)]
         if len(sizes) > 1:
             raise InputError(f"{' and '.join(sizes)} both say how much is kept; give one of them.")
         if not sizes:
@@ -89,8 +80,9 @@ class Settings:
         self._check_mode()
         if self.speed_only and (self.ppl_apply_press or self.ppl_only):
             raise InputError("--speed_only measures no perplexity; leave it out, or --ppl_apply_press and --ppl_only.")
-        if self.speed_only and self.add_bos is not None:
-            raise InputError("--add_bos is for perplexity, and --speed_only measures none; leave one of them out.")
+        for name in ("add_bos", "max_length", "stride", "batch_size") if self.speed_only else ():
+            if getattr(self, name) != getattr(Settings, name):
+                raise InputError(f"--{name} is for perplexity, and --speed_only measures none; leave one of them out.")
         if self.chunk_tokens is not None and not self.ppl_apply_press and self.ppl_only:
             raise InputError(
                 "--chunk_tokens cuts up the prompt that a press compresses; --ppl_only alone has none: add "
@@ -99,11 +91,6 @@ class Settings:
         for name in ("max_documents", "max_windows", "greedy_tokens", "context_tokens", "target_tokens"):
             if getattr(self, name) and not self.ppl_apply_press and (name != "max_documents" or self.ppl_mode is None):
                 raise InputError(f"--{name} is for perplexity under presses; add --ppl_apply_press, or leave it out.")
-        for name in ("max_length", "stride"):
-            if getattr(self, name) is not None and self.speed_only:
-                raise InputError(f"--{name} is for perplexity, and --speed_only measures none; leave one of them out.")
-        if self.speed_only and self.batch_size != 1:
-            raise InputError("--batch_size is for perplexity, and --speed_only measures none; leave one of them out.")
         for name in ("kv_group_size", "kv_residual_tokens"):
             if getattr(self, name) != getattr(Settings, name) and not self.kv_bits:
                 raise InputError(f"--{name} says how pairs are stored in few bits; add --kv_bits, or leave it out.")
@@ -125,21 +112,8 @@ class Settings:
                 f"--min_new_tokens {self.min_new_tokens} is more than --max_new_tokens {self.max_new_tokens}."
             )
 
-    @property
-    def loading(self) -> dict[str, Any]:
-        """The options of load_model beside the name."""
-        names = ("device", "dtype", "attn_implementation", "revision", "device_map", "tp_plan")
-        return {name: getattr(self, name) for name in names}
-
-    @property
-    def cluster(self) -> dict[str, Any]:
-        """The options of the engine."""
-        return {"ray_address": self.ray_address, "workers": self.workers}
-
     def _check_preset(self) -> None:
         """Fill in what follows from ``--ppl_preset``; raise :class:`InputError` if it contradicts other options."""
-        if self.ppl_preset not in PPL_PRESETS:
-            raise InputError(f"--ppl_preset must be one of {', '.join(PPL_PRESETS)}, got {self.ppl_preset!r}.")
         asked = [name for name in ("ppl_apply_press", "ppl_mode", "kv_bits") if getattr(self, name)]
         if tuple(self.press) != (NO_PRESS,) or asked:
             what = f"--{asked[0]}" if asked else f"--press {' '.join(self.press)}"
@@ -159,10 +133,6 @@ class Settings:
 
     def _check_mode(self) -> None:
         """Fill in what follows from ``--ppl_mode``; raise :class:`InputError` if it contradicts other options."""
-        if self.ppl_mode not in (None, *PPL_MODES):
-            raise InputError(f"--ppl_mode must be {' or '.join(PPL_MODES)}, got {self.ppl_mode!r}.")
-        if self.positions not in (None, *POSITIONS):
-            raise InputError(f"--positions must be {' or '.join(POSITIONS)}, got {self.positions!r}.")
         if self.ppl_mode == "streaming":
             if self.ppl_apply_press or self.speed_only or self.speed_decode_only:
                 raise InputError(
@@ -191,3 +161,98 @@ class Settings:
             object.__setattr__(self, "ppl_apply_press", True)
         elif self.ppl_apply_press:
             object.__setattr__(self, "ppl_mode", "prefix")
+
+
+@dataclass(frozen=True)
+class TaskSettings(OfTasks, OfText, _Measured):
+    """Everything a run over tasks was asked for; the command line's options have these names.
+
+    Raises:
+        InputError: options that can never work.
+    """
+
+    # the haystack; None for sentences of our own
+    dataset: str | None = but(OfText, "dataset", None)  # type: ignore[assignment]
+    device_map: str | None = but(OfPlacement, "device_map", None, is_recorded=False)
+    output_dir: str = but(OfLimits, "output_dir", "results/tasks")
+
+    def __post_init__(self) -> None:
+        from coldpress.eval.tasks import find_task
+
+        for name in self.task:
+            find_task(name)
+        if self.dataset is not None and self.text_file is not None:
+            raise InputError(
+                f"--text_file {self.text_file} and --dataset {self.dataset} are both the text; give one of them."
+            )
+        for name in ("subset", "split", "sample_idx"):
+            is_given = getattr(self, name) != getattr(TaskSettings, name)
+            if is_given and self.dataset is None and self.text_file is None:
+                raise InputError(f"--{name} belongs to a text; name one with --dataset, or leave it out.")
+        if self.task_examples > MOST_EXAMPLES:
+            raise InputError(f"--task_examples must be at most {MOST_EXAMPLES:,}, got {self.task_examples:,}.")
+        self.check_choices()
+        self.check_pin()
+        if not self.depths or not all(0 <= depth <= 1 for depth in self.depths):
+            raise InputError(f"--depths must be numbers from 0 (beginning) to 1 (end), got {list(self.depths)}.")
+
+    @property
+    def of_jobs(self) -> Settings:
+        """What says which presses are measured: of an evaluation with the same ones."""
+        return Settings(**self.of_presses, ppl_apply_press=True, ppl_only=True)
+
+    def recorded(self) -> dict[str, Any]:
+        found = super().recorded()
+        if self.pin_system is None:  # as before there was one, so that finished runs are found again
+            del found["pin_system"]
+        return found
+
+
+@dataclass(frozen=True)
+class BenchmarkSettings(_Measured, OfBenchmark):
+    """Everything a run over a benchmark was asked for; the command line's options have these names.
+
+    Raises:
+        InputError: options that can never work.
+    """
+
+    device_map: str | None = but(OfPlacement, "device_map", None, is_recorded=False)
+    seed: int = but(OfLimits, "seed", 42)  # kvpress's, so that a fraction is the same one
+    output_dir: str = but(OfLimits, "output_dir", "results/benchmarks")
+
+    def __post_init__(self) -> None:
+        from coldpress.eval.benchmarks import find_benchmark
+
+        benchmark = find_benchmark(self.name)
+        self.check_choices()
+        self.check_pin()
+        if not 0 < self.fraction <= 1:
+            raise InputError(f"--fraction must be more than 0 and at most 1, got {self.fraction:g}.")
+        if not benchmark.is_haystack:
+            if self.needle_depth:
+                raise InputError(f"--needle_depth belongs to needle_in_haystack; {self.name} hides nothing.")
+            return
+        if self.max_context_length is None or not self.needle_depth:
+            raise InputError(f"{self.name} needs --max_context_length and --needle_depth, such as 4096 and 0 50 100.")
+        if not all(0 <= depth <= 100 for depth in self.needle_depth):
+            raise InputError(f"--needle_depth must be per cents from 0 to 100, got {list(self.needle_depth)}.")
+        if self.fraction < 1:
+            raise InputError(f"{self.name} has one text; leave --fraction out.")
+
+    def of_jobs(self, longest_answer: int) -> Settings:
+        """What says which presses are measured: of an evaluation with the same ones.
+
+        Args:
+            longest_answer: tokens; a press that goes to work while decoding must find something to do.
+        """
+        if "finch" in self.press and not self.query_aware:
+            raise InputError("finch chooses by the question at the end of a text; add --query_aware, or leave it out.")
+        return Settings(**self.of_presses, speed_only=True, max_new_tokens=max(longest_answer, 2))
+
+
+@dataclass(frozen=True)
+class CalibrationSettings(OfMachine, OfText, OfModel, OfCalibration):
+    """Everything a calibration was asked for; the command line's options have these names."""
+
+    # train, where the dataset has splits
+    split: str | None = but(OfText, "split", None, help="split of the dataset (default: train)")  # type: ignore[assignment]

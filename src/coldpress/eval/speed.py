@@ -29,9 +29,9 @@ from coldpress.cache.pressed import PressedCache
 from coldpress.core.press import parts
 from coldpress.errors import SelfCheckError
 from coldpress.eval.checks import check_stored_pairs, release
+from coldpress.eval.ledger import UNREADABLE, Ledger
 from coldpress.eval.memory import MemoryMeter
 from coldpress.eval.perplexity import forward
-from coldpress.eval.round_log import RoundLog
 from coldpress.eval.speed_points import Sample, SpeedPoint
 from coldpress.models.block import prefilling
 from coldpress.models.compiled import compiled
@@ -42,6 +42,7 @@ from coldpress.stores.codec import Codec
 __all__ = ["SpeedRun", "now_ns"]
 
 WARMUP_TOKENS = 8
+ROUNDS = "rounds.json"  # in the ledger
 
 
 def now_ns(device: torch.device) -> int:
@@ -113,17 +114,17 @@ class SpeedRun:
         self,
         progress: Callable[[Any], Any] = iter,
         on_done: Callable[[SpeedPoint], None] | None = None,
-        log: RoundLog | None = None,
+        ledger: Ledger | None = None,
     ) -> None:
         """Warm up, time, then measure memory in a run of its own for each press.
 
         Args:
             progress: wraps the list of rounds, for a progress bar.
             on_done: told of each press when nothing of it is left to measure; nothing is timed any more then.
-            log: the rounds of an earlier run that was killed, which are not timed again, and where this run notes its
-                own; None: nowhere.
+            ledger: has the rounds of an earlier run that was killed, which are not timed again, and takes those of this
+                one; None: nowhere.
         """
-        n_done = 0 if log is None else min(log.restore(self.points), self.repetitions)
+        n_done = 0 if ledger is None else min(self._restore(ledger), self.repetitions)
         timed = []
         for _ in range(self.repetitions):
             shuffled = self.points.copy()
@@ -141,8 +142,8 @@ class SpeedRun:
             with block as self.compiled:
                 for kind, point in progress(rounds):
                     self._measure(kind, point)
-                    if kind == "last of a round" and log is not None:
-                        log.save(self.points)
+                    if kind == "last of a round" and ledger is not None:
+                        self._save(ledger)
                     if kind == "memory" and on_done is not None:
                         on_done(point)
         finally:
@@ -161,6 +162,37 @@ class SpeedRun:
                     point.samples.append(sample)
         except Exception as error:
             point.error = release(error)
+
+    def _save(self, ledger: Ledger) -> None:
+        """Write down the samples of all rounds until now."""
+        saved = [
+            {
+                "key": point.key,
+                "samples": [vars(sample) for sample in point.samples],
+                "error": None if point.error is None else str(point.error),
+            }
+            for point in self.points
+        ]
+        ledger.write(ROUNDS, "points", saved)
+
+    def _restore(self, ledger: Ledger) -> int:
+        """Take the samples that were saved; how many rounds these are, 0 if they were not of these points."""
+        try:
+            saved = ledger.read(ROUNDS, "points")
+            samples = {point["key"]: [Sample(**sample) for sample in point["samples"]] for point in saved}
+            failed = {point["key"]: point["error"] for point in saved if point["error"] is not None}
+            if not all(sample.is_timed for taken in samples.values() for sample in taken):
+                return 0
+        except UNREADABLE:  # not there, or damaged: they are timed again
+            return 0
+        lengths = {len(taken) for key, taken in samples.items() if key not in failed}
+        if set(samples) != {point.key for point in self.points} or len(lengths) > 1:
+            return 0
+        for point in self.points:
+            point.samples = samples[point.key]
+            if point.key in failed:
+                point.error = RuntimeError(failed[point.key])
+        return max(lengths, default=0)
 
     def result(self, point: SpeedPoint) -> dict[str, Any]:
         """The speed part of a result record: one round, the spread of all of them, and the raw samples.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from coldpress.bases.press import BasePress
+from coldpress.eval.jobs import Point
 from coldpress.eval.memory import MemoryReading
-from coldpress.eval.points import Point
 from coldpress.stores.codec import Codec
 
 __all__ = ["Sample", "SpeedPoint"]
@@ -29,6 +29,12 @@ class Sample:
     def total_ns(self) -> int:
         """What was timed of it."""
         return (self.prefill_ns or 0) + self.decode_ns
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether it may be one that was measured; it may come from a disk."""
+        times = [self.decode_ns, self.n_tokens, *([] if self.prefill_ns is None else [self.prefill_ns])]
+        return all(isinstance(n, int) and not isinstance(n, bool) and 0 < n < 2**63 for n in times)
 
     @property
     def tokens_per_s(self) -> float:

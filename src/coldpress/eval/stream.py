@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -21,12 +21,14 @@ from coldpress.bases.press import BasePress
 from coldpress.cache.pressed import PressedCache
 from coldpress.errors import SelfCheckError
 from coldpress.eval.checks import release
+from coldpress.eval.jobs import BASELINE, Point
 from coldpress.eval.losses import token_losses
 from coldpress.eval.metrics import perplexity
 from coldpress.eval.models import input_device
 from coldpress.eval.perplexity import forward
+from coldpress.eval.point_run import PointRun
 
-__all__ = ["Reader", "StreamRun", "by_position", "read_stream"]
+__all__ = ["StreamRun", "by_position", "read_stream"]
 
 FIRST_BUCKET = 256  # positions; each later bucket ends at twice the position
 
@@ -76,20 +78,36 @@ def by_position(documents: Sequence[Tensor]) -> dict[str, float]:
     return means
 
 
-@dataclass
-class Reader:
-    """One press (None: the uncompressed cache), and what it has made of the documents so far."""
+@dataclass(frozen=True)
+class Read:
+    """What one point made of one chunk: its losses, and the bytes and stored tokens of each layer after it."""
 
-    press: BasePress | None
-    losses: list[Tensor] = field(default_factory=list)  # [n] of each document, in order
-    kv_bytes_max: int = 0
-    kv_bytes: int = 0  # at the end of the last document
-    kv_lengths: list[int] = field(default_factory=list)  # likewise: stored tokens of each layer
-    error: Exception | None = None
+    losses: Tensor
+    kv_bytes: int
+    kv_lengths: list[int]
 
 
-class StreamRun:
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens of a document that one point reads at once, after those before them.
+
+    Attributes:
+        index: of it in the run.
+        point: reads it.
+        document, begin: of which document, and its first token.
+    """
+
+    index: int
+    point: Point
+    document: int
+    begin: int
+
+
+class StreamRun(PointRun[Read]):
     """Read documents with several presses; :meth:`results` can be asked for at any time.
+
+    A document is read to its end by one press after the other, in this process: each chunk follows from the cache that
+    the one before has left.
 
     Args:
         model: a causal language model on coldpress's backend.
@@ -99,6 +117,8 @@ class StreamRun:
         positions: of the presses' caches, as in :class:`PressedCache`.
         limit: tokens of each document that are read at original positions; None for all.
     """
+
+    kind = Read
 
     def __init__(
         self,
@@ -110,82 +130,72 @@ class StreamRun:
         positions: Literal["original", "rerotate"],
         limit: int | None = None,
     ):
-        self.model, self.chunk, self.positions = model, chunk, positions
-        self.readers = [Reader(press) for press in presses]
+        self.chunk, self.positions = chunk, positions
         self.whole = list(documents)
         self.within = [ids[:limit] for ids in documents]
-        self.is_complete = False
+        places = [
+            (point, i, begin)
+            for i in range(len(self.whole))
+            for point in map(Point, presses)
+            for begin in range(0, len(self.documents(point)[i]) - 1, chunk)
+        ]
+        self.chunks = [Chunk(index, *place) for index, place in enumerate(places)]
+        self.work, self.cache = self._read, PressedCache()
+        super().__init__(model, [Point(press) for press in presses if press is not None], len(self.chunks))
 
-    def position_mode(self, reader: Reader) -> Literal["original", "rerotate"]:
-        """Where this reader's keys stand."""
-        return "original" if reader.press is None else self.positions
+    def position_mode(self, point: Point) -> Literal["original", "rerotate"]:
+        """Where this point's keys stand."""
+        return "original" if point == BASELINE else self.positions
 
-    def documents(self, reader: Reader) -> list[Tensor]:
+    def documents(self, point: Point) -> list[Tensor]:
         """What it reads of the documents."""
-        return self.within if self.position_mode(reader) == "original" else self.whole
+        return self.within if self.position_mode(point) == "original" else self.whole
+
+    def losses(self, point: Point) -> list[Tensor]:
+        """What it has made of the documents: losses ``[n]`` of each that it has begun."""
+        found: dict[int, list[Tensor]] = {}
+        for chunk, done in zip(self.chunks, self.done, strict=True):
+            if point.key in done:
+                found.setdefault(chunk.document, []).append(done[point.key].losses)
+        return [torch.cat(parts) for parts in found.values()]
+
+    def _missing(self, index: int) -> list[Point]:
+        point = self.chunks[index].point
+        return [] if point.key in self.done[index] or point.key in self.errors else [point]
+
+    def _item(self, index: int, points: tuple[Point, ...]) -> Chunk:
+        return self.chunks[index]
 
     @torch.inference_mode()
-    def run(self, progress: Callable[[Any], Any] = iter) -> None:
-        """Read everything. Of an interrupted run, what was read until then stays."""
-        device = input_device(self.model)
-        steps = [
-            (reader, ids, begin)
-            for i in range(len(self.whole))
-            for reader in self.readers
-            for ids in [self.documents(reader)[i]]
-            for begin in range(0, len(ids) - 1, self.chunk)
-        ]
-        cache = PressedCache()
-        for reader, ids, begin in progress(steps):
-            if reader.error is not None:
-                continue
-            try:
-                if begin == 0:
-                    cache = PressedCache(reader.press, positions=self.position_mode(reader))
-                    reader.losses.append(torch.empty(0))
-                stop = min(begin + self.chunk + 1, len(ids))
-                for losses, n_bytes in read_stream(self.model, ids[:stop].to(device), cache, self.chunk, begin):
-                    reader.losses[-1] = torch.cat([reader.losses[-1], losses])
-                    reader.kv_bytes, reader.kv_bytes_max = n_bytes, max(n_bytes, reader.kv_bytes_max)
-                reader.kv_lengths = cache.stored_lengths()
-            except Exception as error:
-                if reader.press is None:
-                    raise
-                reader.error = release(error)
-                cache = PressedCache()
-        self.is_complete = True
+    def _read(self, model: PreTrainedModel, item: Chunk) -> dict[str, Read | Exception]:
+        point, begin, ids = item.point, item.begin, self.documents(item.point)[item.document]
+        try:
+            if begin == 0:
+                self.cache = PressedCache(point.press, positions=self.position_mode(point))
+            part = ids[: min(begin + self.chunk + 1, len(ids))].to(input_device(model))
+            ((losses, kv_bytes),) = read_stream(model, part, self.cache, self.chunk, begin)
+            return {point.key: Read(losses, kv_bytes, self.cache.stored_lengths())}
+        except Exception as error:
+            if point == BASELINE:
+                raise
+            self.cache = PressedCache()
+            return {point.key: release(error)}
 
-    def results(self) -> Iterator[tuple[Reader, dict[str, Any] | Exception]]:
-        """Each press that has read something, with its part of a result record or what went wrong."""
-        for reader in self.readers:
-            if reader.error is not None:
-                yield reader, reader.error
-            elif any(len(losses) for losses in reader.losses):
-                try:
-                    yield reader, self._result(reader)
-                except SelfCheckError as error:
-                    yield reader, error
-
-    def before_failure(self, reader: Reader) -> dict[str, Any] | None:
-        """The part of a result record over what was read before it failed; None if there is nothing."""
-        is_begun = reader.error is not None and any(len(losses) for losses in reader.losses)
-        return self._result(reader) if is_begun else None
-
-    def _result(self, reader: Reader) -> dict[str, Any]:
-        nll = [float(losses.double().sum()) for losses in reader.losses]
-        counts = [len(losses) for losses in reader.losses]
-        expected = sum(len(ids) - 1 for ids in self.documents(reader))
-        if self.is_complete and reader.error is None and sum(counts) != expected:
+    def _result(self, point: Point) -> dict[str, Any]:
+        read, losses = [done[point.key] for done in self.done if point.key in done], self.losses(point)
+        nll, counts = [float(own.double().sum()) for own in losses], [len(own) for own in losses]
+        expected = sum(len(ids) - 1 for ids in self.documents(point))
+        if self.is_complete and point.key not in self.errors and sum(counts) != expected:
             raise SelfCheckError(f"{sum(counts)} tokens were scored, of documents that have {expected} to score.")
         loss = math.fsum(nll) / sum(counts)
         return {
             "scored_tokens": sum(counts),
             "loss": loss,
             "ppl": perplexity(loss),
-            "nll_by_position": by_position(reader.losses),
+            "nll_by_position": by_position(losses),
             "per_document": [{"id": i, "n": n, "nll": own} for i, (n, own) in enumerate(zip(counts, nll, strict=True))],
-            "kv_bytes": reader.kv_bytes,
-            "kv_bytes_max": reader.kv_bytes_max,
-            "kv_len_after": reader.kv_lengths,
-            "position_mode": self.position_mode(reader),
+            "kv_bytes": read[-1].kv_bytes,
+            "kv_bytes_max": max(each.kv_bytes for each in read),
+            "kv_len_after": read[-1].kv_lengths,
+            "position_mode": self.position_mode(point),
         }

@@ -8,8 +8,6 @@ point whose result is there is not measured again; one that failed is.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -18,28 +16,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from coldpress.bases.scorer import BUDGETS
 from coldpress.errors import InputError, OutputError, SelfCheckError
 from coldpress.eval.datasets import Corpus, load_corpus
-from coldpress.eval.engine import Engine
-from coldpress.eval.engine_by_name import check_engine, make_engine
-from coldpress.eval.evaluate import carry_out
-from coldpress.eval.ledger import UNFINISHED, Ledger, versions
+from coldpress.eval.engine import Engine, check_engine, make_engine
+from coldpress.eval.evaluate import make_run
+from coldpress.eval.ledger import Ledger
 from coldpress.eval.models import LoadedModel, load_model, pick_device
-from coldpress.eval.presets import laid_out
 from coldpress.eval.progress import Countable, note, progress
-from coldpress.eval.records import finished_records
-from coldpress.eval.results import IDENTIFYING_FIELDS, check_writable, read_result, result_path
-from coldpress.eval.round_log import RoundLog
-from coldpress.eval.run import Run, make_run
+from coldpress.eval.results import check_writable, read_result, result_path
+from coldpress.eval.run import Run, carry_out
+from coldpress.eval.settings import TaskSettings
 from coldpress.eval.sweep_plan import Evaluation, SweepPlan
-from coldpress.eval.task_command import Questions, TaskSettings, make_questions
-from coldpress.eval.task_ledger import TaskLedger
+from coldpress.eval.task_command import make_questions
 from coldpress.io.terminal import printable
 
 __all__ = ["Outcome", "sweep"]
-
-_DECODE_COST = 30  # of a token that is fed alone, in tokens of a prefill; for the time that is left
 
 
 @dataclass
@@ -110,91 +101,68 @@ def _sweep_model(
 ) -> None:
     s = evaluations[0].settings
     loaded = load_model(s.model, **s.loading)
-    parts: list[_Part] = []
-    done: list[Ledger | TaskLedger] = []
+    runs: list[tuple[Evaluation, Run]] = []
+    done: list[Ledger] = []
     planned: set[Path] = set()  # a model, a text or a section that is given twice is measured once
     for evaluation in evaluations:
         try:
-            part = _part(evaluation, _corpus(evaluation, corpora), loaded, output_dir, command)
+            run = _run(evaluation, _corpus(evaluation, corpora), loaded, output_dir, command)
         except InputError as error:
             outcome.problems.append(f"{evaluation.name}: {error}")
             clock.plan(evaluation, 0.0)
             continue
-        paths = {result_path(output_dir, record): job for job, record in zip(part.run.jobs, part.records, strict=True)}
-        new = {path: job for path, job in paths.items() if path not in planned}
+        paths = [result_path(output_dir, record) for record in run.finished_records()]
+        new = {path: job for path, job in zip(paths, run.jobs, strict=True) if path not in planned}
         planned |= set(new)
-        part.run.jobs = [job for path, job in new.items() if not _is_finished(path)]
-        outcome.n_found += len(new) - len(part.run.jobs)
-        if not part.run.jobs:
-            done.append(part.ledger)
-            clock.plan(evaluation, 0.0)
+        run.jobs = [job for path, job in new.items() if not _is_finished(path)]
+        outcome.n_found += len(new) - len(run.jobs)
+        clock.plan(evaluation, run.work if run.jobs else 0.0)
+        assert run.ledger is not None
+        if not run.jobs:
+            done.append(run.ledger)
             continue
-        clock.plan(evaluation, _work(part.run))
-        parts.append(part)
-        for line in part.notes:
+        runs.append((evaluation, run))
+        for line in run.notes:
             note(f"{evaluation.name}: {line}")
+    going_on = {run.ledger.folder for _, run in runs if run.ledger is not None}
     for ledger in done:
-        if ledger.folder not in {part.ledger.folder for part in parts}:  # which goes on from it
+        if ledger.folder not in going_on:
             ledger.clear()
     with contextlib.ExitStack() as stack:
         engine: Engine | None = None
-        for part in parts:
-            s = part.evaluation.settings
-            if part.evaluation.kind in ("perplexity", "tasks") and engine is None:  # one for all texts of the model
+        for evaluation, run in runs:
+            s = evaluation.settings
+            if evaluation.kind in ("perplexity", "tasks") and engine is None:  # one for all texts of the model
                 engine = stack.enter_context(make_engine(s.engine, loaded, **s.cluster))
-            if part.evaluation.kind == "speed":  # no workers beside what is timed
+            if evaluation.kind == "speed":  # no workers beside what is timed
                 stack.close()
                 engine = None
-            _measure(part, output_dir, engine, outcome, clock)
+            _measure(run, evaluation, output_dir, engine, outcome, clock)
             if outcome.is_interrupted:
                 return
 
 
-@dataclass
-class _Part:
-    """One evaluation of which everything is decided.
-
-    Attributes:
-        run: what measures it.
-        records: of each of its jobs what it will look like.
-        ledger: what an earlier run has finished of it.
-        notes: what the user should know of it.
-    """
-
-    evaluation: Evaluation
-    run: Run | Questions
-    records: list[dict[str, Any]]
-    ledger: Ledger | TaskLedger
-    notes: tuple[str, ...] = ()
-
-
-def _part(evaluation: Evaluation, corpus: Corpus | None, loaded: LoadedModel, output_dir: Path, command: str) -> _Part:
-    settings, jobs = replace(evaluation.settings, output_dir=str(output_dir)), list(evaluation.jobs)
+def _run(evaluation: Evaluation, corpus: Corpus | None, loaded: LoadedModel, folder: Path, command: str) -> Run:
+    """One evaluation of which everything is decided."""
+    settings, jobs = replace(evaluation.settings, output_dir=str(folder)), evaluation.jobs
+    run: Run
     if isinstance(settings, TaskSettings):
-        questions = make_questions(settings, jobs, corpus, loaded, command)
-        ledger = TaskLedger(output_dir / UNFINISHED / questions.digest)
-        return _Part(evaluation, questions, questions.finished_records(), ledger)
-    assert corpus is not None
-    run = make_run(settings, jobs, laid_out(corpus, settings.ppl_preset), loaded, command)
-    records = finished_records(run)
-    return _Part(evaluation, run, records, Ledger(output_dir / UNFINISHED / _digest(records[0])), run.plan.notes)
+        run = make_questions(settings, jobs, corpus, loaded, command)
+    else:
+        assert corpus is not None
+        run = make_run(settings, jobs, corpus, loaded, command)
+    run.keep_in(folder)
+    return run
 
 
-def _measure(part: _Part, output_dir: Path, engine: Engine | None, outcome: Outcome, clock: _Clock) -> None:
+def _measure(
+    run: Run, evaluation: Evaluation, folder: Path, engine: Engine | None, outcome: Outcome, clock: _Clock
+) -> None:
     """Measure one evaluation, from where an earlier run was."""
     _tell_all(outcome)
-    print(f"## {printable(part.evaluation.name)}\n", flush=True)
-    run, ledger = part.run, part.ledger
-    run.show_progress = partial(clock.progress, evaluation=part.evaluation)
-    if isinstance(run, Questions):
-        assert isinstance(ledger, TaskLedger)
-        records, outcome.is_interrupted = run.carry_out(output_dir, ledger, engine)
-    else:
-        assert isinstance(ledger, Ledger)
-        rounds = RoundLog(ledger.folder / "rounds.json")
-        records, outcome.is_interrupted = carry_out(run, output_dir, engine=engine, ledger=ledger, log=rounds)
-    if not outcome.is_interrupted and (isinstance(run, Questions) or run.error is None):
-        ledger.clear()  # if the model or its workers failed, what was finished is left for another try
+    print(f"## {printable(evaluation.name)}\n", flush=True)
+    run.show_progress = partial(clock.progress, evaluation=evaluation)
+    records, outcome.is_interrupted = carry_out(run, folder, engine)
     outcome.n_failed += sum(record["status"] == "failed" for record in records)
     outcome.n_measured += sum(record["status"] != "interrupted" for record in records)
 
@@ -237,14 +205,6 @@ def _is_finished(path: Path) -> bool:
         return False
 
 
-def _digest(record: dict[str, Any]) -> str:
-    """The same for points whose windows and timed rounds are the same."""
-    of_a_point = ("press", "press_config", "compression_ratio", *BUDGETS, "kv_bits_config")
-    asked = {name: record.get(name) for name in IDENTIFYING_FIELDS if name not in of_a_point}
-    asked |= {"tokens": record["tokens_sha256"], "versions": versions(record)}
-    return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:12]
-
-
 class _Clock:
     """Shows how far a sweep is, and about how long it will take.
 
@@ -284,26 +244,6 @@ class _Clock:
             self.work_done = before + work * i / n
         self.work_done = before + work
         self.time_spent += time.monotonic() - start
-
-
-def _work(run: Run | Questions) -> float:
-    """Tokens that the model will read, as many as matter, times its size."""
-    if isinstance(run, Questions):
-        n_parameters = sum(p.numel() for p in run.loaded.model.parameters())
-        n_new = sum(len(e.question_ids) + _DECODE_COST * (e.answer_tokens or 1) for e in run.examples)
-        return float(n_parameters) * (sum(e.length for e in run.examples) + n_new * (1 + len(run.jobs)))
-    plan, s, n_points = run.plan, run.settings, 1 + len(run.jobs)
-    size = float(sum(p.numel() for p in run.loaded.model.parameters()))
-    if plan.windows is not None:
-        first = plan.windows[0]
-        n_windows = sum(len(p.starts) for p in plan.windows)
-        n_prefills = 1 if s.chunk_tokens is None else n_points
-        per_point = first.target + _DECODE_COST * s.greedy_tokens
-        return size * n_windows * (first.context * n_prefills + per_point * n_points)
-    if plan.context_ids is not None:
-        tokens = plan.context_ids.shape[1] + _DECODE_COST * s.max_new_tokens
-        return size * n_points * tokens * (s.repetitions + 1.3)
-    return size * plan.total_tokens * (len(run.jobs) if s.ppl_mode == "streaming" else 4)
 
 
 def _duration(seconds: float) -> str:

@@ -7,29 +7,16 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from coldpress.bases.registry import NO_PRESS
+from coldpress.backends import NO_PRESS
 from coldpress.errors import DataError, InputError, nearest
 from coldpress.eval.jobs import Job, make_jobs
-from coldpress.eval.settings import PPL_PRESETS, Settings
-from coldpress.eval.task_command import TaskSettings
+from coldpress.eval.options import KINDS, PPL_PRESETS, SIZES, OfModel, OfText, check_value, names_of
+from coldpress.eval.settings import Settings, TaskSettings
 from coldpress.io.files import read_text
 
 __all__ = ["KINDS", "Evaluation", "SweepPlan", "read_config", "with_options"]
 
-KINDS = (
-    "perplexity",
-    "tasks",
-    "streaming",
-    "baselines",
-    "speed",
-)  # sections of a configuration, in the order they are measured
-
-_MODEL = ("model", "revision", "device", "dtype", "attn_implementation", "device_map")
-_AMOUNTS = ("limit_tokens", "max_documents", "max_windows")  # of a text; for all texts, for one, or for one section
-_TEXT = ("dataset", "subset", "split", "sample_idx", "text_file", *_AMOUNTS)
-_PRESS = ("press", "compression_ratio", "budget_tokens", "budget_bytes", "kv_bits")
-_DEFAULT_MODEL = Settings.model
-_TASK_LISTS = ("task", "task_tokens", "depths")
+_LISTS = ("press", *SIZES, "kv_bits", "task", "task_tokens", "depths")  # what a file may say of one value alone
 _OWN: dict[str, dict[str, Any]] = {  # what a section sets by itself
     "perplexity": {"ppl_apply_press": True, "ppl_only": True},
     "tasks": {},
@@ -37,40 +24,10 @@ _OWN: dict[str, dict[str, Any]] = {  # what a section sets by itself
     "streaming": {"ppl_mode": "streaming"},
     "baselines": {"ppl_only": True},
 }
-_FIXED = {
-    *("ppl_apply_press", "ppl_mode", "ppl_only", "speed_only", "press_args", "output_dir", "tp_plan"),
-    *{*_MODEL, *_TEXT}.difference({*_AMOUNTS, "device", "dtype", "attn_implementation", "device_map"}),
-}
-_WINDOWS = ("max_windows", "greedy_tokens", "context_tokens", "target_tokens", "stride")
-_TIMES = ("min_new_tokens", "repetitions", "warmup", "speed_decode_only", "compile")
-_STREAM = ("stream_chunk", "positions")
-_ENGINE = ("engine", "ray_address", "workers")
-_BOS = ("add_bos",)
-_BITS = ("kv_bits", "kv_group_size", "kv_residual_tokens")
-_MEANINGLESS = {  # what is meant for other sections when it stands above them all
-    "perplexity": (),
-    "tasks": (
-        "context_limit",
-        "ppl_preset",
-        *_WINDOWS,
-        *_AMOUNTS,
-        *_STREAM,
-        *_TIMES,
-        *_BOS,
-        "batch_size",
-        "max_length",
-    ),
-    "speed": (*_WINDOWS, *_ENGINE, *_BOS, "max_documents", "max_length", "batch_size"),
-    "streaming": (*_WINDOWS, *_ENGINE, *_BITS, "compression_ratio", "chunk_tokens", "batch_size", "max_length"),
-    "baselines": (*_WINDOWS, *_ENGINE, *_BOS, *_PRESS, *_BITS, "chunk_tokens", "max_documents"),
-}
-_FROM_0 = ("seed", "warmup", "sample_idx", "kv_residual_tokens", "greedy_tokens")
-_MOST = {"repetitions": 1_000_000, "warmup": 1_000_000}  # they are listed before the first is timed
-_SORTS: dict[str, tuple[type, ...]] = {
-    **{"str": (str,), "bool": (bool,), "int": (int,), "float": (int, float)},
-    "int | str": (int, str),  # bits, or the name of some
-}
-_WORDS = {"int | str": "a number or a name", "str": "a text", "bool": "true or false", "float": "a number"}
+_OPTIONS = {kind: {f.name: f for f in fields(TaskSettings if kind == "tasks" else Settings)} for kind in KINDS}
+_EVERY = _OPTIONS["perplexity"] | {name: f for name, f in _OPTIONS["tasks"].items() if name not in _OPTIONS["speed"]}
+_COMMON = sorted(f.name for f in fields(Settings) if f.metadata["in_sweep"])  # what may stand above all sections
+_TEXT = (*names_of(OfText), "limit_tokens", "max_documents", "max_windows")
 _TOP = ("models", "texts", *KINDS, "output_dir")
 
 
@@ -120,14 +77,13 @@ class SweepPlan:
         Raises:
             InputError: a name or value that means nothing, with what is allowed; options that contradict each other.
         """
-        known = {field.name for field in fields(Settings)}
         common = {name: value for name, value in config.items() if name not in _TOP}
         for name in common:
-            if name not in known or name in _FIXED:
-                allowed = [*_TOP, *sorted(known - _FIXED)]
+            if name not in _COMMON:
+                allowed = [*_TOP, *_COMMON]
                 raise InputError(f"A sweep has no {name!r}.{nearest(name, allowed)} Allowed: {', '.join(allowed)}.")
-        of_models = ("model", "revision", *KINDS, *sorted(known - _FIXED))
-        models = [_mapping(item, "model", of_models) for item in _listed(config.get("models", _DEFAULT_MODEL))]
+        of_models = (*names_of(OfModel), *KINDS, *_COMMON)
+        models = [_mapping(item, "model", of_models) for item in _listed(config.get("models", Settings.model))]
         texts = [_text(item) for item in _listed(config.get("texts", ["wikitext"]))]
         for name, found in (("models", models), ("texts", texts)):
             if not found:
@@ -214,9 +170,9 @@ def with_options(config: Mapping[str, Any], options: Mapping[str, Any]) -> dict[
     of_rows = {name: left.pop(name) for name in ("split", "sample_idx") if name in left}
     models, datasets, files = (left.pop(name, None) for name in ("model", "dataset", "text_file"))
     if models is not None or of_models:
-        of_a_model = ("model", *(field.name for field in fields(Settings)))
         named = [
-            _mapping(item, "model", of_a_model) for item in _listed(models or merged.get("models", _DEFAULT_MODEL))
+            _mapping(item, "model", names_of(Settings))
+            for item in _listed(models or merged.get("models", Settings.model))
         ]
         merged["models"] = [{**model, **of_models} for model in named]
     if datasets is not None or files is not None or of_rows:
@@ -290,9 +246,8 @@ def _variants(kind: str, section: Any) -> list[dict[str, Any]]:
     for options in variants:
         if not isinstance(options, dict):
             raise InputError(f"{kind} is a mapping of options, a list of them, true or false; got {options!r}.")
-        allowed = [field.name for field in fields(Settings) if field.name not in _FIXED]
-        if kind == "tasks":
-            allowed = [field.name for field in fields(TaskSettings) if field.name not in _FIXED - {*_TEXT}]
+        own_text = names_of(OfText) if kind == "tasks" else ()
+        allowed = [name for name, f in _OPTIONS[kind].items() if f.metadata["in_sweep"] or name in own_text]
         for name in options:
             if name not in allowed:
                 raise InputError(f"{kind} has no option {name!r}.{nearest(str(name), allowed)}")
@@ -301,20 +256,14 @@ def _variants(kind: str, section: Any) -> list[dict[str, Any]]:
 
 def _evaluations(kind: str, options: dict[str, Any]) -> Iterator[Evaluation]:
     """The evaluations of one model, text and set of options: one for each timed context and each preset."""
-    for name in (*_PRESS, *_TASK_LISTS):
+    for name in (*_LISTS, "context_limit", "ppl_preset"):
         if name in options:
             options[name] = _listed(options[name])
-    if kind == "tasks":
-        yield _evaluation(kind, {name: value for name, value in options.items() if name not in _MEANINGLESS[kind]})
-        return
-    options = {**options, **_OWN[kind]}
-    for name in ("context_limit", "ppl_preset"):
-        if name in options:
-            options[name] = _listed(options[name])
-    contexts = options.pop("context_limit", [Settings.context_limit])
-    presets = options.pop("ppl_preset", list(PPL_PRESETS))
-    for name in _MEANINGLESS[kind]:
-        options.pop(name, None)
+    options |= _OWN[kind]
+    contexts = options.get("context_limit", [Settings.context_limit])
+    presets = options.get("ppl_preset", list(PPL_PRESETS))
+    useless = {name for name, f in _EVERY.items() if kind in f.metadata["useless"]}
+    options = {k: v for k, v in options.items() if k not in useless and k not in ("context_limit", "ppl_preset")}
     if kind == "speed":
         for context in contexts:
             yield _evaluation(kind, {**options, "context_limit": context})
@@ -332,13 +281,12 @@ def _evaluations(kind: str, options: dict[str, Any]) -> Iterator[Evaluation]:
 
 def _evaluation(kind: str, options: dict[str, Any]) -> Evaluation:
     """With a job for each press and size; a press may be a mapping of its name to its own parameters."""
-    _check_types(kind, options)
+    for name, value in options.items():
+        check_value(kind, _OPTIONS[kind].get(name) or _EVERY[name], value)
     entries = options.pop("press", [NO_PRESS] if kind == "baselines" else ["all"])
     plain = [entry for entry in entries if isinstance(entry, str)]
     with_parameters = [entry for entry in entries if not isinstance(entry, str)]
-    for name in (*_PRESS, *_TASK_LISTS):
-        if name in options:
-            options[name] = tuple(options[name])
+    options |= {name: tuple(options[name]) for name in _LISTS if name in options}
     names = tuple(dict.fromkeys([NO_PRESS, *plain]))
     try:
         settings, of_jobs = _settings(kind, options, names)
@@ -361,31 +309,9 @@ def _is_named(value: Any) -> bool:
 
 def _settings(kind: str, options: dict[str, Any], names: tuple[str, ...]) -> tuple[Settings | TaskSettings, Settings]:
     """The settings of an evaluation, and those that say which presses are measured."""
-    if kind != "tasks":
-        settings = Settings(**options, press=names)
-        return settings, settings
-    known = {field.name for field in fields(TaskSettings)}
-    tasks = TaskSettings(**{name: value for name, value in options.items() if name in known}, press=names)
-    return tasks, tasks.of_jobs()
-
-
-def _check_types(kind: str, options: dict[str, Any]) -> None:
-    """Values come from a file, where anything may stand for a number; raise :class:`InputError` with the option."""
-    sorts = {field.name: str(field.type) for field in fields(TaskSettings if kind == "tasks" else Settings)}
-    sorts |= {field.name: str(field.type) for field in fields(Settings) if field.name not in sorts}
-    for name, value in options.items():
-        wanted = sorts[name].removesuffix(" | None").removeprefix("tuple[").removesuffix(", ...]")
-        if name == "press" or (value is None and sorts[name].endswith("| None")):
-            continue
-        if wanted not in _SORTS:
-            raise InputError(f"{kind}: {name} cannot be given for a sweep.")
-        is_list = sorts[name].startswith("tuple[")
-        for one in value if is_list else [value]:
-            is_sort = isinstance(one, _SORTS[wanted]) and (wanted == "bool" or not isinstance(one, bool))
-            least = 0 if name in _FROM_0 else 1
-            most = _MOST.get(name, 2**63 - 1)
-            if not is_sort or (wanted == "int" and one < least):
-                what = _WORDS.get(wanted, f"an integer >= {least}")
-                raise InputError(f"{kind}: {name} must be {what}, got {one!r}.")
-            if wanted == "int" and one > most:
-                raise InputError(f"{kind}: {name} must be an integer <= {most}.")
+    options = {name: value for name, value in options.items() if name in _OPTIONS[kind]}
+    if kind == "tasks":
+        tasks = TaskSettings(**options, press=names)
+        return tasks, tasks.of_jobs
+    settings = Settings(**options, press=names)
+    return settings, settings

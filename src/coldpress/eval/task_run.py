@@ -21,18 +21,16 @@ from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.cache.pressed import PressedCache
 from coldpress.errors import SelfCheckError
-from coldpress.eval.checks import check_baseline, check_stored_pairs, release
+from coldpress.eval.checks import check_baseline, check_removed, check_stored_pairs, prefilled, release, sizes_of
+from coldpress.eval.jobs import BASELINE, Point
+from coldpress.eval.ledger import Answered, Ledger
 from coldpress.eval.losses import token_losses
 from coldpress.eval.metrics import paired_difference
 from coldpress.eval.perplexity import forward
 from coldpress.eval.point_run import PointRun
-from coldpress.eval.points import BASELINE, Point
-from coldpress.eval.prefills import prefilled
-from coldpress.eval.task_ledger import Answered, TaskLedger
 from coldpress.eval.tasks import Example
-from coldpress.stores.bits import bits_name
 
-__all__ = ["ExampleWork", "TaskItem", "TaskRun", "ends_of", "greedy_tokens", "match", "sizes_of"]
+__all__ = ["ExampleWork", "TaskItem", "TaskRun", "ends_of", "greedy_tokens", "match"]
 
 SHOWN = 80  # characters of an answer that a record holds
 
@@ -74,6 +72,8 @@ class TaskRun(PointRun[Answered]):
         SelfCheckError: from :meth:`run`, when the baseline contradicts a direct forward pass or is not finite.
     """
 
+    kind = Answered
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -84,9 +84,9 @@ class TaskRun(PointRun[Answered]):
         chunk_tokens: int | None = None,
         max_new_tokens: int | None = None,
         seed: int = 0,
-        ledger: TaskLedger | None = None,
+        ledger: Ledger | None = None,
     ):
-        self.tokenizer, self.examples, self.ledger = tokenizer, list(examples), ledger
+        self.tokenizer, self.examples = tokenizer, list(examples)
         is_asked = any(example.references for example in self.examples)
         self.work = ExampleWork(
             chunk_tokens,
@@ -96,17 +96,10 @@ class TaskRun(PointRun[Answered]):
             seed,
         )
         others = [point for point in points if point != BASELINE]
-        super().__init__(model, others, len(self.examples))
+        super().__init__(model, others, len(self.examples), ledger)
 
     def _item(self, index: int, points: tuple[Point, ...]) -> TaskItem:
         return TaskItem(index, self.examples[index], points, is_checked=index == 0)
-
-    def _load(self, index: int) -> dict[str, Answered]:
-        return {} if self.ledger is None else self.ledger.load(index, self._fingerprint(index))
-
-    def _save(self, index: int) -> None:
-        if self.ledger is not None:
-            self.ledger.save(index, self._fingerprint(index), self.done[index])
 
     def _fingerprint(self, index: int) -> str:
         parts = (self.examples[index].fingerprint, self.work.chunk_tokens, self.work.max_new_tokens, self.work.seed)
@@ -118,14 +111,8 @@ class TaskRun(PointRun[Answered]):
         rows = [self._row(i, self.done[i][point.key], self.done[i][BASELINE.key]) for i in measured]
         first, first_base = (self.done[measured[0]][key] for key in (point.key, BASELINE.key))
         pairs = ((self.done[i][point.key].losses, self.done[i][BASELINE.key].losses) for i in measured)
-        asked = getattr(point.press, "compression_ratio", 0.0)
-        is_smaller = point.kv_bits is not None and first.kv_bytes < first_base.kv_bytes
-        if (asked > 0 or first.achieved_ratio > 0 or is_smaller) and all(own == base for own, base in pairs):
-            bits = "" if point.kv_bits is None else f" in {bits_name(point.kv_bits)} bits"
-            raise SelfCheckError(
-                f"{point.press}{bits}: the losses of all {len(rows)} answers are bit for bit those of the uncompressed "
-                "cache: nothing was compressed."
-            )
+        if all(own == base for own, base in pairs):
+            check_removed(point, first, first_base, f"the losses of all {len(rows)} answers")
         kinds = itertools.groupby(
             sorted(rows, key=lambda row: (row["task"], row["length"])), key=lambda row: (row["task"], row["length"])
         )
@@ -256,7 +243,7 @@ class ExampleWork:
         losses = token_losses(logits, answer)[0].tolist()
         if not all(map(math.isfinite, losses)):
             raise SelfCheckError("A loss is not finite: the model's logits overflow in this dtype.")
-        return Answered(losses, greedy, **sizes)
+        return Answered(losses=losses, answer_ids=greedy, **sizes)
 
     def _generate(self, model: PreTrainedModel, cache: PressedCache, example: Example, logits: Tensor) -> list[int]:
         """Greedy tokens of the answer; a list, which more than one reference asks for, may have several lines."""
@@ -285,18 +272,6 @@ def greedy_tokens(
         if len(tokens) == limit or is_line or tokens[-1] in ends:
             return tokens
         logits = forward(model, token, cache, keep=1)
-
-
-def sizes_of(cache: PressedCache, with_hash: bool) -> dict[str, Any]:
-    """Sizes of the cache, and a fingerprint of which pairs it keeps."""
-    positions = [layer.positions() for layer in cache.pressed_layers() if layer.is_initialized]
-    digest = hashlib.sha256(b"".join(p[0].cpu().numpy().tobytes() for p in positions)) if with_hash else None
-    return {
-        "kv_bytes": cache.kv_bytes(),
-        "kv_lengths": cache.stored_lengths(),
-        "achieved_ratio": cache.achieved_ratio(),
-        "kept_hash": None if digest is None else digest.hexdigest()[:16],
-    }
 
 
 def _newlines(tokenizer: Any) -> frozenset[int]:

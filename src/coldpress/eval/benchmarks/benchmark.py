@@ -1,14 +1,134 @@
-"""What a benchmark is: where its rows are, what they hold, and how an answer is scored."""
+"""What a benchmark is: where its rows are, what they hold, how an answer is scored; measures of texts to score by."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+import importlib
+import importlib.util
+import logging
+import re
+import string
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from typing import Any, NamedTuple
 
-from coldpress.errors import InputError, nearest
+from coldpress.errors import InputError, MissingDependencyError, nearest
 
-__all__ = ["Benchmark", "Row", "Scores", "Share", "benchmark_names", "find_benchmark", "register", "task_of"]
+__all__ = [
+    "Benchmark",
+    "Row",
+    "Scores",
+    "Share",
+    "benchmark_names",
+    "bleu",
+    "chinese_characters",
+    "chinese_words",
+    "edit_similarity",
+    "english_words",
+    "f1",
+    "find_benchmark",
+    "register",
+    "require",
+    "rouge",
+    "task_of",
+    "words_between",
+]
+
+# Chinese marks beside those of ASCII, as the benchmarks list them
+_CHINESE_MARKS = (
+    "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿"
+    "–—‘’‛“”„‟…‧﹏."
+)
+_NO_MARKS = str.maketrans("", "", string.punctuation)
+_NO_CHINESE_MARKS = str.maketrans("", "", string.punctuation + _CHINESE_MARKS)
+_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+
+
+def require(packages: Iterable[str], what: str) -> None:
+    """Raise :class:`MissingDependencyError` if a package is not installed.
+
+    Args:
+        packages: names to import.
+        what: needs them.
+    """
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingDependencyError(f'{what} needs {" and ".join(missing)}: pip install "coldpress[benchmarks]".')
+
+
+def english_words(text: str) -> list[str]:
+    """The words of a text in small letters, without punctuation and articles."""
+    return _ARTICLES.sub(" ", text.lower().translate(_NO_MARKS)).split()
+
+
+def words_between(text: str, marks: str) -> list[str]:
+    """The words of a text, where ``marks`` are blanks."""
+    return text.translate(str.maketrans(marks, " " * len(marks))).split()
+
+
+def chinese_characters(text: str) -> list[str]:
+    """The characters of a text in small letters, without blanks and punctuation."""
+    return list("".join(text.lower().translate(_NO_CHINESE_MARKS).split()))
+
+
+def chinese_words(text: str) -> list[str]:
+    """The words of a text as jieba cuts them."""
+    return list(_jieba().cut(text, cut_all=False))
+
+
+def f1(answer: Sequence[str], reference: Sequence[str]) -> float:
+    """The harmonic mean of precision and recall of the tokens of an answer, each counted as often as it is there."""
+    common = sum((Counter(answer) & Counter(reference)).values())
+    if not common:
+        return 0.0
+    precision, recall = common / len(answer), common / len(reference)
+    return 2 * precision * recall / (precision + recall)
+
+
+def rouge(hypothesis: str, reference: str) -> dict[str, dict[str, float]] | None:
+    """``r``, ``p`` and ``f`` of ``rouge-1``, ``rouge-2`` and ``rouge-l``; None where a text is empty or too long."""
+    try:
+        scores: dict[str, dict[str, float]] = _rouge().get_scores(hypothesis, reference)[0]
+    except (ValueError, RecursionError):
+        return None
+    return scores
+
+
+def bleu(answer: str, reference: str, n: int) -> float:
+    """The BLEU of n-grams of one length alone, in words between blanks."""
+    weights = tuple(float(i == n) for i in range(1, 5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a text without a common n-gram is no surprise
+        from nltk.translate.bleu_score import sentence_bleu
+
+        return float(sentence_bleu([reference.split()], answer.split(), weights=weights))
+
+
+def edit_similarity(answer: str, reference: str) -> float:
+    """How much of two lines is alike, in whole hundredths: fuzzywuzzy's ratio, which is difflib's."""
+    if answer == reference:
+        return 1.0
+    if not answer or not reference:
+        return 0.0
+    return round(100 * SequenceMatcher(None, answer, reference).ratio()) / 100
+
+
+@functools.cache
+def _rouge() -> Any:
+    return importlib.import_module("rouge").Rouge()
+
+
+@functools.cache
+def _jieba() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its own syntax, on newer Pythons
+        jieba: Any = importlib.import_module("jieba")
+    jieba.setLogLevel(logging.WARNING)
+    return jieba
+
 
 Row = Mapping[str, Any]  # a line of a data set, by the names of its columns
 

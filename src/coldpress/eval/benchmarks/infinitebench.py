@@ -9,8 +9,17 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from coldpress.eval.benchmarks.benchmark import Benchmark, Row, Scores, Share, register
-from coldpress.eval.benchmarks.texts import chinese_characters, english_words, f1, words_between
+from coldpress.eval.benchmarks.benchmark import (
+    Benchmark,
+    Row,
+    Scores,
+    Share,
+    chinese_characters,
+    english_words,
+    f1,
+    register,
+    words_between,
+)
 
 __all__ = ["score"]
 

@@ -5,8 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from coldpress.eval.benchmarks.benchmark import Benchmark, Row, Scores, Share, register, task_of
-from coldpress.eval.benchmarks.texts import chinese_characters, chinese_words, edit_similarity, english_words, f1, rouge
+from coldpress.eval.benchmarks.benchmark import (
+    Benchmark,
+    Row,
+    Scores,
+    Share,
+    chinese_characters,
+    chinese_words,
+    edit_similarity,
+    english_words,
+    f1,
+    register,
+    rouge,
+    task_of,
+)
 
 __all__ = ["score", "score_e"]
 

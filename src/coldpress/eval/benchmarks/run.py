@@ -10,7 +10,6 @@ import hashlib
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -18,60 +17,82 @@ from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.cache.pressed import PressedCache
 from coldpress.errors import SelfCheckError
-from coldpress.eval.benchmarks.benchmark import Benchmark, Scores
-from coldpress.eval.benchmarks.comparison import bootstrap_interval, mcnemar, mean
-from coldpress.eval.benchmarks.contexts import AskedContext
-from coldpress.eval.checks import check_baseline
+from coldpress.eval.benchmarks.benchmark import Benchmark, Scores, Share
+from coldpress.eval.benchmarks.rows import AskedContext
+from coldpress.eval.checks import check_baseline, sizes_of
+from coldpress.eval.jobs import BASELINE, Point
+from coldpress.eval.ledger import Answers, Ledger
 from coldpress.eval.losses import token_losses
 from coldpress.eval.perplexity import forward
 from coldpress.eval.point_run import PointRun
-from coldpress.eval.points import BASELINE, Point
-from coldpress.eval.task_ledger import ExampleLedger
-from coldpress.eval.task_run import ExampleWork, TaskItem, ends_of, greedy_tokens, sizes_of
+from coldpress.eval.task_run import ExampleWork, TaskItem, ends_of, greedy_tokens
 from coldpress.models.block import prefilling
 
-__all__ = ["AnswerLedger", "Answers", "BenchmarkRun", "ContextWork"]
+__all__ = ["BenchmarkRun", "ContextWork", "bootstrap_interval", "mcnemar", "mean"]
+
+_AT_ONCE = 2_000_000  # drawn numbers that are held together
+
+
+def mean(shares: Sequence[Share]) -> float | None:
+    """What was reached out of all; None where nothing could be."""
+    total = math.fsum(share.of for share in shares)
+    return math.fsum(share.reached for share in shares) / total if total else None
+
+
+def bootstrap_interval(
+    own: Sequence[Share], base: Sequence[Share], contexts: Sequence[int], *, resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float] | None:
+    """95 % interval of the difference of two means, from contexts that are drawn anew, with all their questions.
+
+    Questions about one context share a compressed cache, so they are not independent; contexts are.
+
+    Args:
+        own, base: shares of each question, under a press and uncompressed.
+        contexts: which one each question is about.
+        resamples, seed: how often is drawn, and the seed of the drawing: the same every time.
+
+    Returns:
+        The 2.5 % and 97.5 % points; None with a single context, or where nothing could be reached.
+    """
+    places = {context: i for i, context in enumerate(dict.fromkeys(contexts))}
+    n = len(places)
+    if n < 2:
+        return None
+    sums = torch.zeros(4, n, dtype=torch.float64)
+    for mine, other, context in zip(own, base, contexts, strict=True):
+        sums[:, places[context]] += torch.tensor([*mine, *other], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    differences, step = [], max(1, _AT_ONCE // n)
+    for start in range(0, resamples, step):
+        drawn = torch.randint(n, (min(step, resamples - start), n), generator=generator)
+        reached, of, reached_base, of_base = sums[:, drawn].sum(-1)
+        differences.append(reached / of - reached_base / of_base)
+    found = torch.cat(differences)
+    found = found[found.isfinite()]
+    if not len(found):
+        return None
+    low, high = torch.quantile(found, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def mcnemar(own: Sequence[Share], base: Sequence[Share]) -> tuple[int, int, float] | None:
+    """Questions that a press gets right and the uncompressed cache wrong, the other way round, and the exact p.
+
+    The two-sided p of McNemar's test: how likely so uneven a split of the changed ones is if both sides are equally so.
+
+    Returns:
+        None where an answer can be right in part.
+    """
+    if any(share.of != 1 or share.reached not in (0, 1) for share in (*own, *base)):
+        return None
+    gained = sum(mine.reached > other.reached for mine, other in zip(own, base, strict=True))
+    lost = sum(mine.reached < other.reached for mine, other in zip(own, base, strict=True))
+    changed = gained + lost
+    tail = sum(math.comb(changed, k) for k in range(min(gained, lost) + 1))
+    return gained, lost, min(1.0, 2 * tail / 2**changed)
+
 
 SHOWN = 200  # characters of a question that a record holds
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What one point made of one context.
-
-    Attributes:
-        answers: greedy tokens of each question.
-        seen_tokens: of the cache when it was measured.
-        kv_bytes, kv_lengths, achieved_ratio, kept_hash: of it right after the prefill, or after the first answer where
-            a press goes on while decoding.
-    """
-
-    answers: list[list[int]]
-    seen_tokens: int
-    kv_bytes: int
-    kv_lengths: list[int]
-    achieved_ratio: float
-    kept_hash: str | None = None
-
-    @classmethod
-    def of(cls, saved: dict[str, Any]) -> Answers:
-        """What was saved, or ValueError or TypeError where it cannot be."""
-        found = cls(**saved)
-        numbers = [found.seen_tokens, found.kv_bytes, found.achieved_ratio, *found.kv_lengths]
-        numbers += [token for answer in found.answers for token in answer]
-        if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
-            raise ValueError("not a number")
-        return found
-
-    def to_save(self) -> dict[str, Any]:
-        """What :meth:`of` takes."""
-        return asdict(self)
-
-
-class AnswerLedger(ExampleLedger[Answers]):
-    """The finished contexts of a run over a benchmark."""
-
-    kind = Answers
 
 
 class ContextWork(ExampleWork):
@@ -105,7 +126,7 @@ class ContextWork(ExampleWork):
                 answers.append(greedy_tokens(model, branch, logits, question.limit, self.ends))
             if goes_on and len(answers) == 1:
                 sizes = {"seen_tokens": branch.seen_tokens, **sizes_of(branch, with_hash)}
-        return Answers(answers, **sizes)
+        return Answers(answers=answers, **sizes)
 
 
 class BenchmarkRun(PointRun[Answers]):
@@ -116,11 +137,13 @@ class BenchmarkRun(PointRun[Answers]):
         tokenizer: of the model.
         points: to measure; the uncompressed baseline is always measured too.
         benchmark: scores the answers.
-        contexts: see :func:`coldpress.eval.benchmarks.contexts.make_contexts`.
+        contexts: see :func:`coldpress.eval.benchmarks.rows.make_contexts`.
         chunk_tokens: tokens of a piece of the context; None for a context in one piece.
         seed: of what presses draw at random from torch's own generator.
         ledger: what was finished by an earlier run, and where this one notes what it has finished; None: nowhere.
     """
+
+    kind = Answers
 
     def __init__(
         self,
@@ -132,22 +155,15 @@ class BenchmarkRun(PointRun[Answers]):
         *,
         chunk_tokens: int | None = None,
         seed: int = 0,
-        ledger: AnswerLedger | None = None,
+        ledger: Ledger | None = None,
     ):
-        self.tokenizer, self.benchmark, self.ledger = tokenizer, benchmark, ledger
+        self.tokenizer, self.benchmark = tokenizer, benchmark
         self.contexts = list(contexts)
         self.work = ContextWork(chunk_tokens, None, frozenset(), ends_of(model, tokenizer), seed)
-        super().__init__(model, [point for point in points if point != BASELINE], len(self.contexts))
+        super().__init__(model, [point for point in points if point != BASELINE], len(self.contexts), ledger)
 
     def _item(self, index: int, points: tuple[Point, ...]) -> TaskItem:
         return TaskItem(index, self.contexts[index], points, is_checked=index == 0)
-
-    def _load(self, index: int) -> dict[str, Answers]:
-        return {} if self.ledger is None else self.ledger.load(index, self._fingerprint(index))
-
-    def _save(self, index: int) -> None:
-        if self.ledger is not None:
-            self.ledger.save(index, self._fingerprint(index), self.done[index])
 
     def _fingerprint(self, index: int) -> str:
         parts = self.contexts[index].fingerprint, self.work.chunk_tokens, self.work.seed

@@ -9,11 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from coldpress.errors import InputError
-from coldpress.eval.tasks import counting as counting
-from coldpress.eval.tasks import needles as needles
-from coldpress.eval.tasks import passkey as passkey
-from coldpress.eval.tasks import repeat as repeat
-from coldpress.eval.tasks import variables as variables
+from coldpress.eval.tasks import kinds as kinds
 from coldpress.eval.tasks.example import Example, Task, find_task, make_example, task_names
 from coldpress.eval.tasks.material import Material
 

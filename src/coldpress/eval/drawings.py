@@ -1,0 +1,343 @@
+"""Drawings of a section: where losses come from, speed, and tasks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from coldpress.eval.conclusions import task_name
+from coldpress.eval.figures import (
+    INK,
+    REF,
+    Drawing,
+    Style,
+    caption_tail,
+    curve,
+    drawing,
+    panels,
+    said_of_colours,
+    scale,
+    shared_legend,
+    title,
+)
+from coldpress.eval.sections import Entry, Section
+from coldpress.eval.wording import clean
+
+__all__ = ["draw_distance", "draw_positions", "draw_speed", "draw_tasks"]
+
+
+def draw_distance(section: Section, look: dict[str, Style], prefix: str) -> Drawing | None:
+    base = (section.baseline.nll_by_distance if section.baseline else None) or {}
+
+    def values(entry: Entry) -> dict[str, tuple[float, list[float] | None]]:
+        given = entry.delta_by_distance
+        if given:
+            return {k: (v["delta"], v["ci95"]) for k, v in given.items()}
+        own = entry.nll_by_distance or {}
+        return {k: (v - base[k], None) for k, v in own.items() if v is not None and base.get(k) is not None}
+
+    sizes = panels(section, values)
+    if not sizes:
+        return None
+    caption = (
+        "Loss against the distance from the compressed context: the difference to the uncompressed cache (dashed at 0) "
+        "for the tokens at these places after it, in nats a token; bars are 95 % intervals where they are recorded."
+        f"{said_of_colours(section)}"
+    )
+    return _small(section, look, sizes, values, {}, caption, ("distance", "tokens after the context", prefix), "Δ loss")
+
+
+def draw_positions(section: Section, look: dict[str, Style], prefix: str) -> Drawing | None:
+    def values(entry: Entry) -> dict[str, tuple[float, list[float] | None]]:
+        return {k: (v, None) for k, v in (entry.nll_by_position or {}).items() if v is not None}
+
+    sizes = panels(section, values)
+    if not sizes:
+        return None
+    base = values(section.baseline) if section.baseline else {}
+    caption = (
+        "Loss of a stream against the position in the text, in nats a token; dashed: no_press, as far as it reads."
+        f"{said_of_colours(section)}"
+    )
+    return _small(section, look, sizes, values, base, caption, ("positions", "position in the text", prefix), "loss")
+
+
+def _small(
+    section: Section, look: dict[str, Style], sizes: list[str], values: Any, base: dict[str, Any], caption: str,
+    names: tuple[str, str, str], what: str,
+) -> Drawing:  # fmt: skip
+    """A panel for each size, on one vertical axis."""
+    kind, across, prefix = names
+    buckets = list(dict.fromkeys(k for p in [*section.entries] if p.size in sizes for k in values(p)))
+    buckets = sorted(dict.fromkeys([*buckets, *base]), key=_first_number)
+    columns = 3 if len(sizes) == 3 and len(buckets) < 6 else min(2, len(sizes))
+    rows = -(-len(sizes) // columns)
+    with drawing(kind, "", caption_tail(section), (8.4, 1.1 + 2.6 * rows), prefix) as (done, figure):
+        axes = figure.subplots(rows, columns, sharey=True, squeeze=False)
+        flat = [axis for row in axes for axis in row]
+        everything = []
+        for axis, size in zip(flat, sizes, strict=False):
+            axis.set_title(title(size))
+            if base:
+                known = [i for i, b in enumerate(buckets) if b in base]
+                axis.plot(known, [base[buckets[i]][0] for i in known], "--", color=REF, label="no_press")
+            elif kind == "distance":
+                axis.axhline(0, color=REF, linestyle="--", linewidth=1.2, label="no_press (uncompressed)")
+            entries = sorted(section.at(size), key=lambda p: (look[p.label].rank, p.label))
+            for n, entry in enumerate(entries):
+                own = values(entry)
+                at = [i for i, b in enumerate(buckets) if b in own]
+                ys = [own[buckets[i]][0] for i in at]
+                everything += ys
+                cis = [own[buckets[i]][1] for i in at]
+                bars = None
+                if any(cis):
+                    low = [max(0.0, y - c[0]) if c else 0.0 for y, c in zip(ys, cis, strict=True)]
+                    high = [max(0.0, c[1] - y) if c else 0.0 for y, c in zip(ys, cis, strict=True)]
+                    bars = [low, high]
+                step = (n - len(entries) / 2) * 0.03 if bars and look[entry.label].is_coloured else 0
+                if at:
+                    curve(done, axis, look[entry.label], entry.label, [i + step for i in at], ys, bars)
+            axis.set_xticks(range(len(buckets)), buckets, rotation=30 if len(buckets) > 5 else 0, fontsize=8)
+            axis.set_xlim(-0.3, len(buckets) - 0.7)
+        for axis in flat[len(sizes) :]:
+            axis.set_visible(False)
+        note = scale(flat[0], everything) if kind == "distance" else ""
+        if note and min(everything) >= 0:
+            flat[0].set_ylim(bottom=-min(v for v in everything if v) / 2)
+        for row in axes:
+            row[0].set_ylabel(f"{what} (nats a token)")
+        for axis in flat[max(0, len(sizes) - columns) : len(sizes)]:
+            axis.set_xlabel(across)
+        shared_legend(figure, flat[: len(sizes)])
+        done.caption = f"{caption}{note} ({caption_tail(section)})"
+    return done
+
+
+def _first_number(bucket: str) -> tuple[int, str]:
+    digits = bucket.partition("-")[0]
+    return (int(digits) if digits.isdecimal() else 0), bucket
+
+
+MIB = 1 / (1 << 20)
+
+
+def _rate(entry: Entry) -> float | None:
+    return entry.decode_tokens_per_s or entry.generation_tokens_per_s
+
+
+def _peak(entry: Entry) -> float | None:
+    """Above what the process held before, where that is known."""
+    peak = entry.peak_mem_delta_bytes if entry.peak_mem_delta_bytes is not None else entry.peak_mem_bytes
+    return None if peak is None else peak * MIB
+
+
+def _rate_bars(entry: Entry) -> tuple[float, float] | None:
+    """What the slowest and the fastest round's time per token come to."""
+    spread = entry.tpot_ms_spread
+    if spread is None or not entry.decode_tokens_per_s or min(spread["min"], spread["max"]) <= 0:
+        return None
+    return 1000 / spread["max"], 1000 / spread["min"]
+
+
+def _ttft_bars(entry: Entry) -> tuple[float, float] | None:
+    spread = entry.ttft_s_spread
+    return None if spread is None else (spread["min"], spread["max"])
+
+
+_PANELS: tuple[tuple[str, Any, Any], ...] = (
+    ("decoding (tokens a second)", _rate, _rate_bars),
+    ("time to the first token (s)", lambda p: p.ttft_s, _ttft_bars),
+    ("peak memory above the start (MiB)", _peak, lambda p: None),
+)
+
+
+def draw_speed(section: Section, look: dict[str, Style], prefix: str) -> list[Drawing]:
+    """One picture of three panels for each size, where a section has several contexts; else its table says it all."""
+    timed = [p for p in section.entries if p.context and any(value(p) is not None for _, value, _ in _PANELS)]
+    contexts = sorted({p.context for p in timed})
+    if len(contexts) < 2:
+        return []
+    sizes = panels(section, lambda p: p in timed) or [""]
+    base = sorted((p for p in timed if p.is_baseline), key=lambda p: p.context)
+    used = [panel for panel in _PANELS if any(panel[1](p) is not None for p in timed)]
+    kinds = {p.peak_mem_kind for p in timed if p.peak_mem_kind}
+    measured = f" Peak memory is measured by {', '.join(map(clean, sorted(kinds)))}." if kinds else ""
+    caption = (
+        "Speed and memory against the length of the timed context, one row for each size; dashed: no_press. Bars span "
+        f"the rounds, from the slowest to the fastest.{measured}{said_of_colours(section)} ({caption_tail(section)})"
+    )
+    with drawing("speed", caption, caption_tail(section), (9.2, 0.9 + 2.7 * len(sizes)), prefix) as (done, figure):
+        axes = figure.subplots(len(sizes), len(used), sharex=True, sharey="col", squeeze=False)
+        for axis, (name, _, _) in zip(axes[0], used, strict=True):
+            axis.set_title(name)
+        for row, size in zip(axes, sizes, strict=True):
+            for axis, (_, value, spread) in zip(row, used, strict=True):
+                _line(done, axis, Style(REF, "", "--", 1.3, 2), "no_press", base, value, spread)
+                labels = sorted({p.label for p in section.at(size)}, key=lambda label: (look[label].rank, label))
+                for label in labels:
+                    own = sorted((p for p in timed if p.label == label and p.size == size), key=lambda p: p.context)
+                    _line(done, axis, look[label], label, own, value, spread)
+                if len(contexts) > 1 and contexts[-1] >= 4 * contexts[0]:
+                    axis.set_xscale("log", base=2)
+                    axis.minorticks_off()
+                axis.set_xticks(contexts, [f"{c:,}" for c in contexts], rotation=30, fontsize=8)
+            row[0].set_ylabel(title(size))
+        for axis in axes.flat:  # once all rows are drawn: they share an axis, which stands still from then on
+            axis.set_ylim(bottom=0)
+        for axis in axes[-1]:
+            axis.set_xlabel("tokens of context")
+        shared_legend(figure, [axis for row in axes for axis in row])
+    return [done]
+
+
+def _line(done: Drawing, axis: Any, style: Style, label: str, entries: list[Entry], value: Any, spread: Any) -> None:
+    entries = [p for p in entries if value(p) is not None]
+    if not entries:
+        return
+    ys = [value(p) for p in entries]
+    bars = None
+    if any(spread(p) for p in entries):
+        ends = [spread(p) or (y, y) for p, y in zip(entries, ys, strict=True)]
+        low = [max(0.0, y - e[0]) for y, e in zip(ys, ends, strict=True)]
+        bars = [low, [max(0.0, e[1] - y) for y, e in zip(ys, ends, strict=True)]]
+    curve(done, axis, style, label, [p.context for p in entries], ys, bars)
+
+
+MOST_TASKS = 12
+MOST_MAPS = 6  # tasks with a map of their own
+MOST_COLUMNS = 5
+
+
+def draw_tasks(section: Section, look: dict[str, Style], prefix: str) -> list[Drawing]:
+    tasks: dict[str, dict[str, Any]] = {}
+    for entry in section.entries:
+        for task in entry.tasks or []:
+            tasks.setdefault(task_name(task), task)
+    found = [_scores(section, look, [*tasks], f"{prefix}k")] if tasks else []
+    names = list(dict.fromkeys(task["task"] for task in tasks.values() if task.get("by_depth")))
+    for i, name in enumerate(names[:MOST_MAPS]):
+        drawn = _map(section, look, name, f"{prefix}m{i}-")
+        found += [drawn] if drawn is not None else []
+    return found
+
+
+def _value(task: dict[str, Any]) -> tuple[Any, Any, bool]:
+    """What is drawn of a task: its score, or nats more than the baseline; its interval; whether it is a score."""
+    score, base, ci = task.get("score"), task.get("score_base"), task.get("delta_score_ci95")
+    if score is not None:
+        return score, None if ci is None or base is None else (base + ci[0], base + ci[1]), True
+    more, ci = task.get("delta_answer_nll"), task.get("delta_answer_nll_ci95")
+    if more is None and task.get("answer_nll") is not None and task.get("answer_nll_base") is not None:
+        more = task["answer_nll"] - task["answer_nll_base"]
+    return more, None if ci is None else (ci[0], ci[1]), False
+
+
+def _task(entry: Entry, name: str) -> dict[str, Any] | None:
+    return next((task for task in entry.tasks or [] if task_name(task) == name), None)
+
+
+def _scores(section: Section, look: dict[str, Style], names: list[str], prefix: str) -> Drawing:
+    left_out = f" {len(names) - MOST_TASKS} further tasks are in the table." if len(names) > MOST_TASKS else ""
+    names = names[:MOST_TASKS]
+    columns = min(2, len(names))
+    rows = -(-len(names) // columns)
+    caption = (
+        "Scores against the fraction removed, with 95 % intervals of the difference to the uncompressed cache "
+        "(no_press, dashed). String matches lie between 0 and 1, more is better; where a task has none, nats a token "
+        "of the answer more than without a press, less is better."
+        f"{said_of_colours(section)}{left_out} ({caption_tail(section)})"
+    )
+    with drawing("tasks", caption, caption_tail(section), (8.4, 0.9 + 2.5 * rows), prefix) as (done, figure):
+        axes = [axis for row in figure.subplots(rows, columns, squeeze=False) for axis in row]
+        for axis, name in zip(axes, names, strict=False):
+            axis.set_title(clean(name))
+            is_score = False
+            pressed = [p for p in section.entries if not p.is_baseline]
+            labels = sorted({p.label for p in pressed}, key=lambda label: (look[label].rank, label))
+            bases = []
+            for label in labels:
+                own = [(p, task) for p in pressed if p.label == label and (task := _task(p, name)) is not None]
+                own = sorted((pair for pair in own if _value(pair[1])[0] is not None), key=lambda pair: pair[0].at or 0)
+                values = [_value(task) for _, task in own]
+                if not own:
+                    continue
+                is_score = values[0][2]
+                bases += [task["score_base"] for _, task in own if task.get("score_base") is not None]
+                low = [max(0.0, v - ci[0]) if ci else 0.0 for v, ci, _ in values]
+                high = [max(0.0, ci[1] - v) if ci else 0.0 for v, ci, _ in values]
+                curve(
+                    done, axis, look[label], label, [p.at or 0 for p, _ in own], [v for v, _, _ in values], [low, high]
+                )
+            level = (bases[0] if bases else None) if is_score else 0.0
+            if level is not None:
+                axis.axhline(level, color=REF, linestyle="--", linewidth=1.2, label="no_press (uncompressed)")
+            axis.set_ylabel("score" if is_score else "Δ nats a token")
+            if is_score:
+                axis.set_ylim(-0.04, 1.04)
+        for axis in axes[len(names) :]:
+            axis.set_visible(False)
+        for axis in axes[max(0, len(names) - columns) : len(names)]:
+            axis.set_xlabel("fraction of the cache removed")
+        shared_legend(figure, axes[: len(names)])
+    return done
+
+
+def _map(section: Section, look: dict[str, Style], name: str, prefix: str) -> Drawing | None:
+    """Depth by length, a small map for each press and size; all on one scale of colours."""
+
+    def cells(entry: Entry) -> dict[tuple[float, float], float]:
+        found = {}
+        for task in entry.tasks or []:
+            if task["task"] == name:
+                for cell in task.get("by_depth") or []:
+                    if cell.get("answer_nll") is not None and cell.get("answer_nll_base") is not None:
+                        key = cell["depth"], task.get("length") or 0
+                        found[key] = cell["answer_nll"] - cell["answer_nll_base"]
+        return found
+
+    sizes = panels(section, cells)
+    chosen = [label for label, style in look.items() if style.is_coloured and any(
+        cells(p) for p in section.entries if p.label == label
+    )]  # fmt: skip
+    chosen = sorted(set(chosen), key=lambda label: (look[label].color == REF, label))
+    left_out = f" Not shown: {len(chosen) - MOST_COLUMNS} presses." if len(chosen) > MOST_COLUMNS else ""
+    references = [label for label in chosen if look[label].color == REF]
+    chosen = [*[c for c in chosen if c not in references][: MOST_COLUMNS - len(references)], *references][:MOST_COLUMNS]
+    values = {(p.label, p.size): cells(p) for p in section.entries if p.label in chosen and p.size in sizes}
+    everything = [v for own in values.values() for v in own.values()]
+    if not everything:
+        return None
+    depths = sorted({depth for own in values.values() for depth, _ in own})
+    lengths = sorted({length for own in values.values() for _, length in own})
+    caption = (
+        f"{clean(name)}: what compression costs the answer, by where it stands in the text (depth, 0 is the beginning) "
+        "and by the length of the text, in nats a token more than the uncompressed cache; yellow is no cost."
+        f"{left_out} ({caption_tail(section)})"
+    )
+    height = 1.4 + len(sizes) * (1.0 + 0.2 * len(depths))
+    with drawing("depth", caption, caption_tail(section), (1.6 + 1.75 * len(chosen), height), prefix) as (done, figure):
+        axes = figure.subplots(len(sizes), len(chosen), sharex=True, sharey=True, squeeze=False)
+        top = max(max(everything), 1e-9)
+        mesh = None
+        for axis, label in zip(axes[0], chosen, strict=True):
+            axis.set_title(clean(label)[:26], fontsize=8.5)
+        for row, size in zip(axes, sizes, strict=True):
+            for axis, label in zip(row, chosen, strict=True):
+                own = values.get((label, size), {})
+                grid = [[own.get((depth, length), float("nan")) for length in lengths] for depth in depths]
+                mesh = axis.pcolormesh(
+                    grid, cmap="viridis_r", vmin=min(0.0, min(everything)), vmax=top, edgecolors="face", linewidth=0.4
+                )
+                axis.set_ylim(len(depths), 0)  # the beginning of the text on top
+                axis.grid(False)
+                axis.set_xticks([i + 0.5 for i in range(len(lengths))], [f"{n:,.0f}" for n in lengths], rotation=45)
+                axis.set_yticks([i + 0.5 for i in range(len(depths))], [f"{d:g}" for d in depths])
+                axis.tick_params(labelsize=7.5)
+            row[0].set_ylabel(f"{title(size)}\ndepth")
+        for axis in axes[-1]:
+            axis.set_xlabel("tokens", fontsize=8)
+        bar = figure.colorbar(mesh, ax=axes, shrink=0.8, pad=0.01)
+        bar.set_label("Δ nats a token of the answer", color=INK["ink"][0])
+        bar.solids.set_rasterized(False)  # a page takes no images
+        bar.solids.set_edgecolor("face")
+    return done

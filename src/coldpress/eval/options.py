@@ -1,0 +1,372 @@
+"""Every option of what is measured, declared once: its default, its range, its help, and who has no use for it.
+
+What the command line offers (``commands/options.py``), what a sweep's file may say, its ranges and its types, and what
+a record holds of the settings all follow from the fields of these classes. :mod:`coldpress.eval.settings` puts them
+together. Nothing here imports torch, so that help is printed without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any
+
+from coldpress.backends import BACKENDS, BUDGETS, NO_PRESS
+from coldpress.errors import InputError, nearest
+
+__all__ = ["KINDS", "Options", "but", "check_value", "names_of", "option", "sort_of"]
+
+KINDS = ("perplexity", "tasks", "streaming", "baselines", "speed")  # sections of a sweep, in the order of measuring
+BITS = "{8,4,2,k8v4,...}"  # numbers: in groups (KIVI); kKvV: keys in K bits and values in V, one by one, rotated
+PPL_PRESETS = ("hf-strided", "gptq", "llamacpp", "lm-eval")
+TASKS = ("niah_single", "niah_multikey", "vt", "cwe", "passkey", "repeat_text")  # asked where none is named
+MOST_ROUNDS = 1_000_000  # they are listed before the first is timed
+_ALL_BUT_PERPLEXITY = ("tasks", "speed", "streaming", "baselines")
+_NO_ENGINE = ("speed", "streaming", "baselines")
+
+
+def option(
+    default: Any = MISSING,
+    help: str = "",
+    *,
+    least: int = 1,
+    most: int = 2**63 - 1,
+    choices: tuple[Any, ...] = (),
+    metavar: str | None = None,
+    useless: tuple[str, ...] = (),
+    is_recorded: bool = True,
+    in_sweep: bool = True,
+) -> Any:
+    """A field of settings.
+
+    Args:
+        default: of the field; the help says it by itself where ``help`` does not speak of one.
+        help: for the command line.
+        least, most: of an integer, or of each of several.
+        choices: what is allowed, where not all is.
+        metavar: what the help calls the value.
+        useless: the kinds of measurement of a sweep that pass over what is said for others.
+        is_recorded: whether the settings of a record hold it; what is elsewhere in a record, or changes none, is not.
+        in_sweep: whether a sweep's file may say it beside its sections.
+    """
+    about = {name: value for name, value in locals().items() if name != "default"}
+    return field(default=default, metadata=about)
+
+
+class Options:
+    """What settings can tell of themselves."""
+
+    def recorded(self) -> dict[str, Any]:
+        """What a record holds of them."""
+        return {f.name: getattr(self, f.name) for f in _fields(self) if f.metadata["is_recorded"]}
+
+    def check_choices(self) -> None:
+        """Raise :class:`InputError` for a word that is none of those allowed."""
+        for f in _fields(self):
+            choices, value = f.metadata["choices"], getattr(self, f.name)
+            if choices and isinstance(value, str) and value not in choices:
+                what = " or ".join(choices) if len(choices) == 2 else f"one of {', '.join(choices)}"
+                raise InputError(f"--{f.name} must be {what}, got {value!r}.{nearest(value, choices)}")
+
+    def check_pin(self) -> None:
+        """Raise :class:`InputError` for a system prompt that says nothing."""
+        prompt: str | None = getattr(self, "pin_system", None)
+        if prompt is not None and not prompt.strip():
+            raise InputError("--pin_system is empty; give the system prompt, or leave it out.")
+
+
+def _fields(settings: Any) -> tuple[Field[Any], ...]:
+    return fields(settings)
+
+
+def names_of(*parts: Any) -> tuple[str, ...]:
+    """The names of the options of ``parts``, in order."""
+    return tuple(f.name for part in parts for f in fields(part))
+
+
+def but(part: Any, name: str, default: Any, **changes: Any) -> Any:
+    """The option ``name`` of ``part`` with another default, and other words about it."""
+    return option(default, **{**part.__dataclass_fields__[name].metadata, **changes})
+
+
+def sort_of(option: Field[Any]) -> tuple[str, bool, bool]:
+    """The type of an option's value, or of each of several; whether it takes several; whether it may be None."""
+    text = str(option.type)
+    bare = text.removesuffix(" | None")
+    one = bare.removeprefix("tuple[").removesuffix(", ...]")
+    return one, bare != one, text != bare
+
+
+_SORTS: Mapping[str, tuple[tuple[type, ...], str]] = {
+    "str": ((str,), "a text"),
+    "bool": ((bool,), "true or false"),
+    "int": ((int,), "an integer >= {least}"),
+    "float": ((int, float), "a number"),
+    "int | str": ((int, str), "a number or a name"),  # bits, or the name of some
+}
+
+
+def check_value(kind: str, option: Field[Any], value: Any) -> None:
+    """Values come from a file, where anything may stand for a number; raise :class:`InputError` with the option."""
+    wanted, is_list, may_be_none = sort_of(option)
+    if option.name == "press" or (value is None and may_be_none):
+        return
+    if wanted not in _SORTS:
+        raise InputError(f"{kind}: {option.name} cannot be given for a sweep.")
+    (types, what), least, most = _SORTS[wanted], option.metadata["least"], option.metadata["most"]
+    for one in value if is_list else [value]:
+        is_sort = isinstance(one, types) and (wanted == "bool" or not isinstance(one, bool))
+        if not is_sort or (wanted == "int" and one < least):
+            raise InputError(f"{kind}: {option.name} must be {what.format(least=least)}, got {one!r}.")
+        if wanted == "int" and one > most:
+            raise InputError(f"{kind}: {option.name} must be an integer <= {most}.")
+
+
+# What more than one command has
+
+
+@dataclass(frozen=True)
+class OfModel:
+    model: str = option("EleutherAI/pythia-70m", "hub id, local folder, .gguf file, smollm2 or demo", in_sweep=False)
+    revision: str | None = option(None, "branch, tag or commit of the model on the hub", in_sweep=False)
+
+
+@dataclass(frozen=True)
+class OfText:
+    dataset: str = option(
+        "wikitext", "wikitext, pg19, demo, a local folder or file, or a hub id (default: wikitext)", in_sweep=False
+    )
+    subset: str | None = option(None, "configuration of the dataset, such as wikitext-103-v1", in_sweep=False)
+    split: str = option("test", "split of the dataset", in_sweep=False)
+    sample_idx: int | None = option(
+        None, "take this row of the dataset as the only text (a book of pg19)", least=0, in_sweep=False
+    )
+    text_file: str | None = option(None, "take this UTF-8 file as the text instead of a dataset", in_sweep=False)
+
+
+@dataclass(frozen=True)
+class OfPresses:
+    press: tuple[str, ...] = option(
+        (NO_PRESS,),
+        "names of presses, no_press (the default), all, or a file's: file.py:MyPress",
+        useless=("baselines",),
+        is_recorded=False,
+    )
+    compression_ratio: tuple[float, ...] = option(
+        (),  # (0.5,) if no budget is given
+        "fraction of the pairs to remove, in [0, 1) (default: 0.5)",
+        useless=("streaming", "baselines"),
+        is_recorded=False,
+    )
+    budget_tokens: tuple[int, ...] = option(
+        (), "instead of a ratio: pairs that a head keeps, on average", useless=("baselines",), is_recorded=False
+    )
+    budget_bytes: tuple[int, ...] = option(
+        (), "instead of a ratio: bytes of the kept pairs of one text", useless=("baselines",), is_recorded=False
+    )
+    press_args: tuple[tuple[str, Any], ...] = option(
+        (), "parameters of a single press as JSON, such as '{\"window_size\": 32}'", is_recorded=False, in_sweep=False
+    )
+    chunk_tokens: int | None = option(
+        None, "read prompts in pieces of so many tokens, and compress after each", useless=("streaming", "baselines")
+    )
+    kv_bits: tuple[int | str, ...] = option(
+        (),
+        "hold what is kept in so few bits, its newest pairs not",
+        metavar=BITS,
+        useless=("streaming", "baselines"),
+        is_recorded=False,
+    )
+    kv_group_size: int = option(
+        64, "numbers that share a step then", useless=("streaming", "baselines"), is_recorded=False
+    )
+    kv_residual_tokens: int = option(
+        128,
+        "newest pairs that stay as they are then",
+        least=0,
+        useless=("streaming", "baselines"),
+        is_recorded=False,
+    )
+
+
+@dataclass(frozen=True)
+class OfMachine:
+    attn_implementation: str = option("sdpa", "arithmetic", choices=tuple(BACKENDS.values()))
+    device: str = option("auto", "auto, cpu, cuda, cuda:N")
+    dtype: str = option("auto", "default: float32 on the CPU", choices=("auto", "float32", "bfloat16", "float16"))
+
+
+@dataclass(frozen=True)
+class OfPlacement:
+    device_map: str | None = option(
+        None, "auto: share the layers out among this machine's devices, its memory and its disk"
+    )
+    tp_plan: str | None = option(
+        None, "auto: share every layer out among the processes that torchrun has started", in_sweep=False
+    )
+
+
+@dataclass(frozen=True)
+class OfEngine:
+    engine: str = option(
+        "local",
+        "local, or ray: windows under presses on the workers of a Ray cluster",
+        useless=_NO_ENGINE,
+        is_recorded=False,
+    )
+    ray_address: str | None = option(
+        None,
+        "host:port, auto or ray://host:port of a cluster (default: one started for the run)",
+        useless=_NO_ENGINE,
+        is_recorded=False,
+    )
+    workers: int | None = option(
+        None,
+        "of the Ray engine (default: what there is room for; 2 on this machine)",
+        useless=_NO_ENGINE,
+        is_recorded=False,
+    )
+
+
+@dataclass(frozen=True)
+class OfLimits:
+    allow_extrapolation: bool = option(False, "go past the positions the model was trained on")
+    seed: int = option(0, "of all that is drawn: presses, timings, examples", least=0)
+    output_dir: str = option("", "folder of the results", is_recorded=False, in_sweep=False)
+
+
+# Perplexity and speed
+
+
+@dataclass(frozen=True)
+class OfPerplexity:
+    ppl_apply_press: bool = option(False, "score targets against the compressed context", in_sweep=False)
+    ppl_mode: str | None = option(
+        None,
+        "prefix: as --ppl_apply_press; streaming: read each text to its end, the cache cut back on the way",
+        choices=("prefix", "streaming"),
+        in_sweep=False,
+    )
+    ppl_preset: str | None = option(
+        None,
+        "the uncompressed model's perplexity as others measure it (docs/measuring.md)",
+        choices=PPL_PRESETS,
+        useless=("tasks",),
+    )
+    stream_chunk: int | None = option(None, "streaming: tokens between two cuts (default: 64)", useless=("tasks",))
+    positions: str | None = option(
+        None,
+        "streaming: where kept keys stand, in the text or side by side (default: rerotate)",
+        choices=("original", "rerotate"),
+        useless=("tasks",),
+    )
+    ppl_only: bool = option(False, "do not measure speed", in_sweep=False)
+    max_length: int | None = option(
+        None, "tokens of a window (default: the model's positions)", useless=("tasks", "speed", "streaming")
+    )
+    stride: int | None = option(
+        None,
+        "tokens between windows (default: 512); with --ppl_apply_press at least the targets of a window, so that no "
+        "token is scored twice (default: side by side)",
+        useless=_ALL_BUT_PERPLEXITY,
+    )
+
+
+@dataclass(frozen=True)
+class OfWindows:
+    context_tokens: int | None = option(
+        None, "tokens compressed in each window (default: 3/4 of the positions)", useless=_ALL_BUT_PERPLEXITY
+    )
+    target_tokens: int | None = option(
+        None, "tokens scored after them (default: 1/4 of the positions)", useless=_ALL_BUT_PERPLEXITY
+    )
+    add_bos: bool | None = option(
+        None,
+        "begin each window or text with the BOS token (default: auto, as the tokenizer begins a text)",
+        useless=("tasks", "speed", "baselines"),
+        is_recorded=False,
+    )
+    limit_tokens: int | None = option(None, "use only the first so many tokens of the text", useless=("tasks",))
+    max_documents: int | None = option(
+        None,
+        "under presses or streaming: no more than the first so many texts",
+        useless=("tasks", "speed", "baselines"),
+    )
+    max_windows: int | None = option(
+        None, "under presses: no more than the first so many windows of each text", useless=_ALL_BUT_PERPLEXITY
+    )
+    greedy_tokens: int = option(
+        0,
+        "under presses: also generate so many tokens in each window, and count how many are the uncompressed ones "
+        "(default: none)",
+        least=0,
+        useless=_ALL_BUT_PERPLEXITY,
+    )
+    batch_size: int = option(1, "windows that are run together", useless=("tasks", "speed", "streaming"))
+
+
+@dataclass(frozen=True)
+class OfSpeed:
+    speed_only: bool = option(False, "do not measure perplexity", in_sweep=False)
+    speed_decode_only: bool = option(False, "leave prefill and compression out of the time", useless=("tasks",))
+    compile: bool = option(False, "decode by a step that torch.compile has made", useless=("tasks",))
+    context_limit: int = option(4096, "tokens of the timed context", useless=("tasks",))
+
+
+@dataclass(frozen=True)
+class OfTiming:
+    max_new_tokens: int = option(200, "tokens to generate")
+    min_new_tokens: int | None = option(
+        None, "no end of text before so many (default: --max_new_tokens)", useless=("tasks",)
+    )
+    repetitions: int = option(5, "timed rounds", most=MOST_ROUNDS, useless=("tasks",))
+    warmup: int = option(1, "untimed rounds before them", least=0, most=MOST_ROUNDS, useless=("tasks",))
+
+
+# Tasks, benchmarks, calibration
+
+
+@dataclass(frozen=True)
+class OfTasks:
+    task: tuple[str, ...] = option(
+        TASKS, "niah_single, niah_multikey, vt, cwe; passkey, repeat, repeat_text, which ask nothing"
+    )
+    task_tokens: tuple[int, ...] = option((512, 1024), "tokens of the contexts")
+    task_examples: int = option(20, "of each task and length, spread over the depths")
+    depths: tuple[float, ...] = option((0.0, 0.25, 0.5, 0.75, 1.0), "where the answer is hidden, 0 to 1")
+    template: str = option("none", "chat: questions in the model's chat template", choices=("none", "chat"))
+    pin_system: str | None = option(
+        None, "a system prompt before every context, which nothing may evict", metavar="TEXT"
+    )
+    max_new_tokens: int | None = option(None, "of an answer (default: what the task says)")
+
+
+@dataclass(frozen=True)
+class OfBenchmark:
+    name: str = option(help="ruler, loogle, infinitebench, longbench and others (docs/guide/benchmarks.md)")
+    data: str | None = option(
+        None, "a folder laid out as the benchmark's data set (default: that of the hub)", metavar="FOLDER"
+    )
+    data_dir: str | None = option(None, "folder of the data set to read, such as 4096 of ruler or qasper of longbench")
+    fraction: float = option(1.0, "of the questions, drawn with --seed as kvpress draws them (default: 1)")
+    limit: int | None = option(None, "no more than the first so many questions")
+    max_context_length: int | None = option(None, "cut contexts after so many tokens (default: as there is room)")
+    max_new_tokens: int | None = option(None, "of an answer (default: what the data set says)")
+    query_aware: bool = option(False, "compress each context together with its question")
+    needle_depth: tuple[int, ...] = option((), "per cents of the text before the needle", least=0)
+    pin_system: str | None = option(
+        None, "a system prompt before every context, which nothing may evict", metavar="TEXT"
+    )
+
+
+@dataclass(frozen=True)
+class OfCalibration:
+    press: str = option(help="a press that coldpress presses calls calibrated")
+    limit_tokens: int | None = option(None, "use only the first so many tokens of the text")
+    n_samples: int = option(100, "pieces of the text that the model reads")
+    sample_tokens: int = option(1000, "tokens of each")
+    press_args: tuple[tuple[str, Any], ...] = option((), "parameters of the press as JSON, such as '{\"n_sink\": 4}'")
+    output: str | None = option(None, "file to write (default: where presses look for it, see docs/presses.md)")
+
+
+SIZES = ("compression_ratio", *BUDGETS)  # of which one says how much is kept
