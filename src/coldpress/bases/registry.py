@@ -167,7 +167,10 @@ def register_file_press(name: str, cls: type[BasePress]) -> None:
     Raises:
         PressError: a class that cannot be made from a ratio and its own parameters.
     """
-    if not hasattr(cls, "__dataclass_fields__") or any(f.name in ("press", "base_press") for f in fields(cls)):
+    if not hasattr(cls, "__dataclass_fields__") or any(
+        f.name in ("press", "base_press")
+        for f in fields(cls)  # type: ignore[arg-type]
+    ):
         raise PressError(
             f"--press {name}: {cls.__name__} is made around another press; give a class that is made from a ratio and "
             "parameters of its own."

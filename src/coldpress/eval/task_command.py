@@ -130,7 +130,7 @@ class TaskSettings:
 
     def of_jobs(self) -> Settings:
         """What says which presses are measured: of an evaluation with the same ones."""
-        chosen = {name: getattr(self, name) for name in (*_OF_JOBS, "chunk_tokens", "seed")}
+        chosen = {name: getattr(self, name) for name in (*_OF_JOBS, "chunk_tokens", "seed", "engine")}
         return Settings(**chosen, ppl_apply_press=True, ppl_only=True)
 
     def jobs(self) -> list[Job]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from coldpress.bases.press_files import load_press_files
 from coldpress.bases.registry import NO_PRESS
 from coldpress.bases.scorer import BUDGETS
 from coldpress.errors import InputError, OutputError
@@ -120,6 +121,7 @@ class BenchmarkSettings:
         if "finch" in self.press and not self.query_aware:
             raise InputError("finch chooses by the question at the end of a text; add --query_aware, or leave it out.")
         chosen = {name: getattr(self, name) for name in (*_OF_JOBS, "chunk_tokens", "seed")}
+        load_press_files(self.press, self.engine)
         return make_jobs(Settings(**chosen, speed_only=True, max_new_tokens=max(longest_answer, 2)))
 
 
