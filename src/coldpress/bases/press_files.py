@@ -38,7 +38,8 @@ def load_press_files(names: Iterable[str], engine: str = "local") -> None:
         engine: where they will run; workers elsewhere have no file of ours.
 
     Raises:
-        PressError: there is no such file, the engine is not local, the file cannot be run, it has no such class, or several and none is named.
+        PressError: there is no such file, the engine is not local, the file cannot be run, it has no such class, or
+            several and none is named.
     """
     for name in names:
         found = _NAME.fullmatch(name)
