@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from coldpress.eval.points import Point, config_of
 
 from coldpress import PressedCache, make_press, press_names
 from coldpress.bases.press_files import file_digest, is_press_file, load_press_files
 from coldpress.bases.registry import parameters_of, takes_ratio
 from coldpress.errors import PressError
 from coldpress.eval.jobs import make_jobs
-from coldpress.eval.points import Point, config_of
 from coldpress.eval.settings import Settings
+from coldpress.eval.task_command import TaskSettings
 
 PRESS = '''
 from __future__ import annotations
@@ -107,6 +108,8 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 def test_workers_do_not_have_it(file: Path) -> None:
     with pytest.raises(PressError, match="--engine ray has workers that do not have"):
         make_jobs(Settings(press=(str(file),), ppl_apply_press=True, ppl_only=True, engine="ray"))
+    with pytest.raises(PressError, match="--engine ray has workers that do not have"):
+        TaskSettings(press=(str(file),), engine="ray").jobs()
 
 
 def test_a_request_cannot_have_a_file_run(file: Path) -> None:

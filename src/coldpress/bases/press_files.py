@@ -30,15 +30,22 @@ def is_press_file(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
-def load_press_files(names: Iterable[str]) -> None:
+def load_press_files(names: Iterable[str], engine: str = "local") -> None:
     """Run the files among ``names``, so that :func:`make_press` knows their presses by these names.
 
+    Args:
+        names: of presses, of files or not.
+        engine: where they will run; workers elsewhere have no file of ours.
+
     Raises:
-        PressError: there is no such file, it cannot be run, it has no such class, or several and none is named.
+        PressError: there is no such file, the engine is not local, the file cannot be run, it has no such class, or
+            several and none is named.
     """
     for name in names:
         found = _NAME.fullmatch(name)
         if found is not None:
+            if engine != "local":
+                raise PressError(f"--engine {engine} has workers that do not have {name}; leave --engine out.")
             register_file_press(name, _class(name, _module(name, Path(found["file"]).expanduser()), found["cls"]))
 
 

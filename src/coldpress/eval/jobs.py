@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from coldpress.bases.press import BasePress
-from coldpress.bases.press_files import file_digest, is_press_file, load_press_files
+from coldpress.bases.press_files import file_digest, load_press_files
 from coldpress.bases.registry import NO_PRESS, make_press, parameters_of, press_names, takes_ratio
 from coldpress.bases.scorer import BUDGETS
 from coldpress.core.counts import check_ratio
@@ -108,10 +108,7 @@ def make_jobs(settings: Settings) -> list[Job]:
             was named and takes one text at a time.
         CacheError: bits that there are not, or that a press that was named cannot be stored in.
     """
-    files = [name for name in settings.press if is_press_file(name)]
-    if files and settings.engine != "local":
-        raise PressError(f"--engine {settings.engine} has workers that do not have {files[0]}; measure it without.")
-    load_press_files(files)
+    load_press_files(settings.press, settings.engine)
     if settings.ppl_mode == "streaming":
         return _make_stream_jobs(settings)
     for ratio in settings.compression_ratio:

@@ -199,7 +199,7 @@ class TaskSettings(OfTasks, OfText, _Measured):
     @property
     def of_jobs(self) -> Settings:
         """What says which presses are measured: of an evaluation with the same ones."""
-        return Settings(**self.of_presses, ppl_apply_press=True, ppl_only=True)
+        return Settings(**self.of_presses, engine=self.engine, ppl_apply_press=True, ppl_only=True)
 
     def recorded(self) -> dict[str, Any]:
         found = super().recorded()

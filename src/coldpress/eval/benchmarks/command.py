@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from coldpress.bases.press_files import load_press_files
 from coldpress.eval.benchmarks import Row, find_benchmark
 from coldpress.eval.benchmarks.others import hide
 from coldpress.eval.benchmarks.rows import LIMIT, AskedContext, Rows, check_rows, choose, load_rows, make_contexts
@@ -49,6 +50,7 @@ def measure_benchmark(settings: BenchmarkSettings, command: str) -> tuple[list[d
         InputError: before any long work, when something that was asked for cannot work.
     """
     benchmark = find_benchmark(settings.name)
+    load_press_files(settings.press, settings.engine)  # an evaluation of speed knows no engine
     make_jobs(settings.of_jobs(2**31))  # presses that there are not, before anything is loaded
     data = load_rows(benchmark, settings.data, settings.data_dir)
     check_rows(benchmark, data, has_limit=settings.max_new_tokens is not None)
