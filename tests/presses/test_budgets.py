@@ -85,6 +85,26 @@ def test_a_budget_of_bytes_is_of_what_few_bits_take(press: type[ScorerPress], st
     assert bytes_after(whole) < 0.6 * whole  # all of them
 
 
+@pytest.mark.parametrize("n_tokens", [4, 20, 60])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_pairs_that_all_wait_to_be_encoded_take_what_they_are(n_tokens: int, rows: int) -> None:
+    """Where nothing is in codes yet, no code is held either."""
+    n_bytes = n_tokens * 2 * 4 * 2 * 16 * 4
+    past = PressedCache(KnormPress(budget_bytes=n_bytes), kv_bits="k8v4")
+    tiny("gpt_neox")(tokens(rows, 100), **cache_argument(past))
+    assert past.stored_lengths() == [n_tokens] * 2 and past.kv_bytes() == rows * n_bytes
+
+
+@pytest.mark.parametrize("of_all", [0.1, 0.25, 0.27, 0.4])
+def test_layers_that_keep_different_numbers_share_one_budget(of_all: float) -> None:
+    """The short layers of a pyramid may keep too few pairs to encode any."""
+    n_bytes = int(of_all * 200 * 2 * 4 * 2 * 16 * 4)
+    press = PyramidKVPress(budget_bytes=n_bytes, window_size=8)
+    past = PressedCache(press, storage=RotatedBits(4, 4, newest=32))
+    tiny("gpt_neox")(tokens(1, 200), **cache_argument(past))
+    assert 0.5 * n_bytes < past.kv_bytes() <= n_bytes
+
+
 @pytest.mark.parametrize("press", [AttentionMatchingPress, MassMergingPress, MomentKVPress])
 def test_a_budget_of_bytes_counts_biases(press: type[MergingPress]) -> None:
     pair = (2 * 16 + 1) * 4

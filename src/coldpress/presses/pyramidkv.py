@@ -45,4 +45,13 @@ class PyramidKVPress(SnapKVPress):
         mean: int | Fraction = self.mean_keep(n_tokens, place)
         if self.budget_tokens is None and self.budget_bytes is None:
             mean = exact_keep(n_tokens, self.compression_ratio)
-        return pyramid_counts(n_tokens, mean, place.n_layers, window=self.window_size, beta=self.beta)[place.layer_idx]
+        counts = self._counts(n_tokens, mean, place)
+        stored = place.stored_bytes
+        if self.budget_bytes is not None and stored is not None:  # short layers may keep all their bits
+            while mean > 1 and sum(map(stored, counts)) > self.budget_bytes:
+                mean -= 1
+                counts = self._counts(n_tokens, mean, place)
+        return counts[place.layer_idx]
+
+    def _counts(self, n_tokens: int, mean: int | Fraction, place: Place) -> list[int]:
+        return pyramid_counts(n_tokens, mean, place.n_layers, window=self.window_size, beta=self.beta)

@@ -52,7 +52,7 @@ class PackedStore(Store):
         counts = [n + n_later for n in self._n_first]
         self._exact = Segments({"keys": keys[is_used], "values": values[is_used]}, counts)
         form = form_of(codec, self._dims, keys.dtype)
-        nothing = {name: part[:0, 0].to(keys.device) for name, part in form.items()}
+        nothing = {name: part.new_empty(0, *part.shape[2:], device=keys.device) for name, part in form.items()}
         self._codes = Segments(nothing, [0] * len(counts))
         self._n_front = [0] * len(counts)
         self.encode()
