@@ -89,6 +89,20 @@ def test_refusals(
         pipe(CONTEXT, question="Who?", **options)
 
 
+def test_a_reset_cache_has_the_pins_that_it_was_made_with(pipe: KVPressTextGenerationPipeline) -> None:
+    cache = PressedCache(KnormPress(budget_tokens=20), pin=[(3, 5)])
+    pipe(CONTEXT, cache=cache, pin_system=SYSTEM)
+    assert cache.session.pins[0][0] == (3, 5) and len(cache.session.pins[0]) == 2
+    cache.reset()
+    assert cache.session.pins == (((3, 5),),)
+    pipe(CONTEXT, cache=cache, pin_system="Be.")
+    alone = PressedCache(KnormPress(budget_tokens=20), pin=[(3, 5)])
+    pipe(CONTEXT, cache=alone, pin_system="Be.")
+    assert [layer.positions().tolist() for layer in cache.pressed_layers()] == [
+        layer.positions().tolist() for layer in alone.pressed_layers()
+    ]
+
+
 def test_a_context_that_is_there_gets_no_system_prompt(pipe: KVPressTextGenerationPipeline) -> None:
     cache = PressedCache(KnormPress(0.5))
     pipe(CONTEXT, cache=cache)

@@ -74,7 +74,7 @@ class Session:
         self.prefill_end: int | None = None  # length of the prompt, while prefill() feeds it
         self.rerotates = rerotates  # kept keys move up, so that no gaps are left between positions
         self.storage = storage  # how older pairs are stored, None: as they are
-        self.pins = pins  # spans of tokens that nothing may evict
+        self.pins = self.given_pins = pins  # spans of tokens that nothing may evict; of this text, and of any
         self.branches: list[weakref.ref[Any]] = []  # caches that this one's prefill fills too
         self.unclaimed: Any = None  # the PressedLayer that was updated and has not attended yet
         self.error: Exception | None = None  # what the press of a branch raised during the shared prefill
@@ -118,6 +118,7 @@ class Session:
         self.branches = []
         self.unclaimed = self.error = self.call = self.prefill_end = self._seed = None
         self.was_asked, self.token_ids, self.earlier_press = False, None, None
+        self.pins = self.given_pins
         self.forget_steps()
         self._ropes = {}  # of the next text's frequencies, should they depend on the text
 
