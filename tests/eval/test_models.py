@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from coldpress.errors import DeviceError, ModelError
+from coldpress.eval import models
 from coldpress.eval.models import load_model, pick_device, pick_dtype
 
 
@@ -72,3 +73,13 @@ def test_a_model_that_needs_code_of_its_own_is_refused_without_asking(
     (tmp_path / "config.json").write_text(f'{{"model_type": "x", "auto_map": {auto}}}')
     with pytest.raises(ModelError, match="cannot be loaded"):
         load_model(str(tmp_path))
+
+
+def test_a_slow_type_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert models.times_slower(torch.float32) == 1
+    monkeypatch.setattr(models, "times_slower", lambda dtype: 1.0 if dtype == torch.float32 else 7.3)
+    load_model("demo", device="cpu")
+    assert "times slower" not in capsys.readouterr().err
+    load_model("demo", device="cpu", dtype="bfloat16")
+    said = capsys.readouterr().err
+    assert "this CPU multiplies bfloat16 matrices 7 times slower than float32: long prompts take long." in said

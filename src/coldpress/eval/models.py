@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import inspect
 import os
+import time
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -234,6 +235,11 @@ def load_model(
         except Exception as error:
             raise ModelError(f"{name} cannot be loaded ({type(error).__name__}: {one_line(error)})") from error
         use_coldpress(model, attn_implementation)
+        if model.device.type == "cpu" and (slower := times_slower(model.dtype)) >= 2:
+            short = str(model.dtype).removeprefix("torch.")
+            note(
+                f"this CPU multiplies {short} matrices {slower:.0f} times slower than float32: long prompts will wait."
+            )
         commit = getattr(model.config, "_commit_hash", None) or options.get("revision")
     return LoadedModel(model, tokenizer, name, source_of() if name in SMOLLM2 else name, commit, attn_implementation)
 
@@ -316,6 +322,25 @@ def _locate(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
             "(--model demo --dataset demo)"
         ) from error
     return name, options
+
+
+@functools.cache
+def times_slower(dtype: torch.dtype) -> float:
+    """How many times as long as in float32 a product of matrices takes on this CPU, by the shorter of two each."""
+    if dtype == torch.float32:
+        return 1.0
+
+    def seconds(x: torch.Tensor, w: torch.Tensor) -> float:
+        torch.nn.functional.linear(x, w)  # the first call makes the kernel ready
+        found = []
+        for _ in range(2):
+            start = time.process_time()
+            torch.nn.functional.linear(x, w)
+            found.append(time.process_time() - start)
+        return min(found)
+
+    x, w = torch.ones(512, 512), torch.ones(1024, 512)
+    return seconds(x.to(dtype), w.to(dtype)) / seconds(x, w)
 
 
 def _note_versions() -> None:
