@@ -82,4 +82,4 @@ def test_a_slow_type_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert "times slower" not in capsys.readouterr().err
     load_model("demo", device="cpu", dtype="bfloat16")
     said = capsys.readouterr().err
-    assert "this CPU multiplies bfloat16 matrices 7 times slower than float32: long prompts take long." in said
+    assert "this CPU multiplies bfloat16 matrices 7 times slower than float32: long prompts will wait." in said
