@@ -137,7 +137,10 @@ def test_nothing_is_no_board() -> None:
 
 
 def test_a_sweep_out_of_time_is_told_as_by_ctrl_c() -> None:
-    code = "import time\ntry:\n print('on', flush=True)\n time.sleep(60)\nexcept KeyboardInterrupt:\n print('saved')"
+    code = (
+        "import signal, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "try:\n print('on', flush=True)\n time.sleep(60)\nexcept KeyboardInterrupt:\n print('saved')"
+    )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdout.readline() == b"on\n"
         assert _waited(process, 0.1) == "out of time"

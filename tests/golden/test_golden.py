@@ -197,6 +197,9 @@ def test_results(name: str, tmp_path: Path) -> None:
     assert sorted(new) == list(map(asked, files))
     for old_file in files:
         old, (file, found) = load(f"records/{name}/{old_file}"), new[asked(old_file)]
+        for window in found.get("per_window") or []:
+            for added in ("document", "start", "kld"):  # where a window is from, and its own KL, for ranks
+                window.pop(added, None)
         if found["weights_fingerprint"] == old["weights_fingerprint"]:  # else this transformers orders them otherwise
             assert file == old_file
         assert set(record.keys_of(found)) == set(record.keys_of(old))

@@ -15,7 +15,7 @@ from coldpress.architecture.places import place_of
 from coldpress.architecture.projection import weight_of_heads
 from coldpress.architecture.rope import stand_at
 from coldpress.bases.scorer import BUDGETS, BudgetPress
-from coldpress.cache.costs import place_of_layer
+from coldpress.cache.place import place_of_layer
 from coldpress.core.call import LayerCall
 from coldpress.core.choice import protect, select_counts
 from coldpress.core.column import PINNED

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from coldpress.bases.scorer import BudgetPress
-from coldpress.cache.costs import place_of_layer
+from coldpress.cache.place import place_of_layer
 from coldpress.core.choice import select_counts
 from coldpress.core.counts import counts_together
 from coldpress.core.kept import Kept

@@ -4,46 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from coldpress.cache.rows import RowGroup
-from coldpress.core.kept import Place
 from coldpress.core.press import Press, parts
 from coldpress.stores.codec import Codec, form_of
 
-if TYPE_CHECKING:
-    from coldpress.cache.layer import PressedLayer
-
-__all__ = ["costing", "place_of_layer"]
+__all__ = ["costing", "stored_bytes"]
 
 
 def costing(press: Press, codec: Codec | None, groups: Sequence[RowGroup]) -> list[RowGroup]:
     """The groups with views that know what their pairs will take."""
     return [
-        replace(group, view=replace(view, stored_bytes=_stored_bytes(press, codec, view.keys, view.values)))
+        replace(group, view=replace(view, stored_bytes=stored_bytes(press, codec, view.keys, view.values)))
         for group in groups
         for view in (group.view,)
     ]
 
 
-def place_of_layer(layer: PressedLayer, rank: int, n_layers: int) -> Place:
-    """The place of a layer whose pairs its press chooses when the prefill is over.
-
-    Args:
-        rank, n_layers: this layer among the layers that are compressed, counted from 0.
-    """
-    keys, values, session = layer.keys, layer.values, layer.session
-    assert keys is not None and values is not None
-    token_bytes = keys.shape[1] * (keys.shape[3] + values.shape[3]) * keys.element_size()
-    press = session.press or session.earlier_press
-    return Place(rank, n_layers, token_bytes, _stored_bytes(press, session.storage, keys, values))
-
-
-def _stored_bytes(
-    press: Press | None, codec: Codec | None, keys: Tensor, values: Tensor
-) -> Callable[[int], int] | None:
+def stored_bytes(press: Press | None, codec: Codec | None, keys: Tensor, values: Tensor) -> Callable[[int], int] | None:
     """What n pairs of every head take, of one row; None where each takes the same and nothing is added."""
     added = 0 if press is None else sum(part.adds_bytes for part in parts(press))
     if codec is None and not added:

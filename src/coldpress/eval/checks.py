@@ -15,8 +15,8 @@ from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.bases.press import BasePress
 from coldpress.bases.scorer import BudgetPress
-from coldpress.cache.costs import place_of_layer
 from coldpress.cache.pins import Spans
+from coldpress.cache.place import place_of_layer
 from coldpress.cache.pressed import PressedCache
 from coldpress.errors import SelfCheckError
 from coldpress.eval.jobs import Point
