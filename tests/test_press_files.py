@@ -84,6 +84,7 @@ def test_another_content_is_another_point(file: Path) -> None:
         (PRESS + ANOTHER, "", r"defines Another, MyPress; say which, as .*mine\.py:Another"),
         ("x = 1", ":MyPress", "defines no press, a class such as"),
         ("import nowhere_at_all", ":MyPress", r"cannot be run \(ModuleNotFoundError: No module named"),
+        ("import argparse\nargparse.ArgumentParser().parse_args(['book.txt'])", "", r"cannot be run \(SystemExit: 2\)"),
         (PRESS.replace("(frozen=True)", ""), ":MyPress", "write @dataclass"),
         (
             "from dataclasses import dataclass\nfrom coldpress import AdaKVPress\n@dataclass(frozen=True)\n"

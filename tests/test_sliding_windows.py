@@ -65,6 +65,26 @@ def test_crop_of_a_sliding_layer_that_has_forgotten() -> None:
     torch.testing.assert_close(add(past, FURTHER[:, :3], "gemma3"), expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("n_short", [3, 30, 77, 150])
+def test_a_short_row_does_not_make_the_others_keep_everything(n_short: int) -> None:
+    """Padding before a text shorter than the window is nothing that its row looks back to."""
+    ids, mask, past, n = tokens(2, 200), torch.ones(2, 200, dtype=torch.long), PressedCache(), 40
+    mask[1, : 200 - n_short] = 0
+    model, further = tiny("gemma3"), tokens(2, n, seed=1)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    model(ids, attention_mask=mask, position_ids=positions, **cache_argument(past))
+    assert past.stored_lengths() == [WINDOW - 1 + SLACK, 200] * 2
+    whole = torch.cat([mask, torch.ones(2, n, dtype=torch.long)], dim=1)
+    found = []
+    for t in range(200, 200 + n):
+        at = {"attention_mask": whole[:, : t + 1], "position_ids": whole[:, : t + 1].sum(-1, keepdim=True) - 1}
+        found.append(model(further[:, t - 200 : t - 199], **at, **cache_argument(past)).logits)
+    for row, start in ((0, 0), (1, 200 - n_short)):
+        alone = torch.cat([ids[row : row + 1, start:], further[row : row + 1]], dim=1)
+        expected = tiny("gemma3", "sdpa")(alone, use_cache=False).logits[:, -n:]
+        torch.testing.assert_close(torch.cat(found, dim=1)[row : row + 1], expected, atol=2e-4, rtol=0)
+
+
 def test_first_tokens_out_of_reach_are_no_sinks() -> None:
     """The first tokens of what a window still reaches are ordinary ones."""
     ids, look, past = tokens(1, 60), Look(), PressedCache(StreamingLLMPress(0.5, n_sink=4))

@@ -72,7 +72,7 @@ def _module(name: str, file: Path) -> ModuleType:
     try:
         with registered_only():  # 'all' means the package's presses; those of a file have its name
             spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that ends the process, as argparse does
         del sys.modules[called]
         if isinstance(error, PressError):
             raise PressError(f"--press {name}: {error}") from error

@@ -393,8 +393,7 @@ class EvictingLayer(CacheLayerMixin):
         if oldest < slots.tail_start or n_free < max(_FORGET_MIN_TOKENS, window // 2):
             return
         if padding is not None:  # a row with padding in its window reaches further back
-            later = padding.sum(-1, keepdim=True) - padding.cumsum(-1)  # [B, seen] real tokens after each one
-            oldest = int((later < window - 1 + _SLACK_TOKENS).int().argmax(-1).min())
+            oldest = min(oldest, int(newest_from(padding, window - 1 + _SLACK_TOKENS).min()))
             if oldest <= slots.tail_start:
                 return
         slots.forget_first(slots.n_kept + oldest - slots.tail_start)
