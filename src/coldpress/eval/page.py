@@ -17,7 +17,7 @@ from coldpress.eval.figures import css_colours
 from coldpress.eval.results import Collection, check_writable
 from coldpress.io.files import replace_file
 
-__all__ = ["escape", "page", "summary", "write_report"]
+__all__ = ["escape", "page", "summary", "write_file", "write_report"]
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets" / "report"
 
@@ -101,10 +101,11 @@ def write_report(collection: Collection, folder: Path) -> list[Path]:
     report = make_report(collection)
     files = {f.file: f.drawing.png for part in report.parts for f in part.figures}
     files |= {"report.md": summary(report).encode(), "report.html": page(report).encode()}
-    return [_write(folder / name, content) for name, content in files.items()]
+    return [write_file(folder / name, content) for name, content in files.items()]
 
 
-def _write(path: Path, content: bytes) -> Path:
+def write_file(path: Path, content: bytes) -> Path:
+    """Write a file whole, or leave it as it was; raises OutputError where it cannot be."""
     try:
         replace_file(path, lambda part: part.write_bytes(content))
     except OSError as error:

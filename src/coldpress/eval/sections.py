@@ -216,12 +216,12 @@ def _tell_speed(found: Iterable[Section], timed: Iterable[Entry]) -> None:
     longest: dict[str, Entry] = {}
     for entry in timed:
         key = same(entry.record)
-        if entry.decode_speedup is not None and (entry.context or 0) >= (longest.get(key, entry).context or 0):
+        if entry.tpot_ms is not None and (entry.context or 0) >= (longest.get(key, entry).context or 0):
             longest[key] = entry
     for section in found:
         if section.kind == "quality":
             section.entries = [
-                p if p.decode_speedup is not None else replace(p, timed=longest.get(same(p.record)))
+                p if p.tpot_ms is not None else replace(p, timed=longest.get(same(p.record)))
                 for p in section.entries
             ]
 
