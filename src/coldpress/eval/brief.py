@@ -9,17 +9,17 @@ from typing import Any
 
 from coldpress.bases.registry import NO_PRESS, find_press
 from coldpress.errors import PressError
-from coldpress.eval.glance import Row, answer, chosen, rows
+from coldpress.eval.glance import answer, chosen, rows
 from coldpress.eval.page import escape, write_file
-from coldpress.eval.phrases import WORDS, contexts, memory, percent, sentences
+from coldpress.eval.phrases import WORDS, contexts, headed, memory, sentences
 from coldpress.eval.results import Collection, check_writable
 from coldpress.eval.sections import Section, sections, text_name
-from coldpress.eval.wording import clean, model_name, number, short_bytes, three_digits
+from coldpress.eval.wording import clean, model_name
 
-__all__ = ["brief", "headed", "told", "write_brief"]
+__all__ = ["brief", "write_brief"]
 
 
-def told(found: Sequence[Section]) -> list[Section]:
+def _told(found: Sequence[Section]) -> list[Section]:
     """The sections that a brief report shows: timings of a model only where no other table of it holds them."""
     holds = {_model(s.first) for s in found for p in s.entries if s.kind == "quality" and p.timed is not None}
     return [s for s in found if s.entries and not (s.kind == "speed" and _model(s.first) in holds)]
@@ -29,41 +29,9 @@ def _model(record: dict[str, Any]) -> tuple[Any, ...]:
     return record["model"], record["dtype"], record["device"], record["num_params"]
 
 
-def headed(found: Sequence[Row], language: str = "en") -> list[list[str]]:
-    """Heads and cells of the opening table, without the columns that no row fills: eight at most beside the status."""
-    heads = WORDS[language]["heads"].split("|")
-    lines = [
-        [
-            clean(row.press),
-            f"{100 * float(row.size):g} %" if re.fullmatch(r"[\d.]+", row.size) else row.size,
-            short_bytes(row.kv_bytes),
-            "" if row.kl is None else number(row.kl, 3),
-            "" if row.ppl is None else f"{row.ppl:.2f}" if row.ppl < 1e4 else f"{row.ppl:.3g}",
-            _change(row),
-            "" if row.score is None else f"{row.score:.2f}",
-            "" if row.ttft_s is None else f"{row.ttft_s:.3g} s",
-            "" if row.tokens_per_s is None else three_digits(row.tokens_per_s),
-            short_bytes(row.peak_bytes),
-            row.status,
-        ]
-        for row in found
-    ]
-    used = [i for i in range(len(heads)) if i < 2 or any(line[i] for line in lines)]
-    return [[line[i] for i in used] for line in [heads, *lines]]
-
-
-def _change(row: Row) -> str:
-    if row.change is None or row.press == NO_PRESS and not row.size:
-        return ""
-    if row.change > 9:
-        return f"×{1 + row.change:.3g}"
-    half = None if row.change_ci is None else (row.change_ci[1] - row.change_ci[0]) / 2
-    return percent(row.change) + ("" if half is None else f" ± {100 * half:.1f}")
-
-
 def brief(collection: Collection, language: str = "en") -> str:
     """The whole text."""
-    words, found = WORDS[language], told(sections(collection.records))
+    words, found = WORDS[language], _told(sections(collection.records))
     records = collection.records
     blocks = [f"# {words['title']}"]
     blocks += [f"## {words['models']}", _list(_model_words(r, words) for r in records)]
@@ -82,7 +50,9 @@ def brief(collection: Collection, language: str = "en") -> str:
     if commands:
         fence = "`" * max(3, 1 + max(len(run) for run in re.findall("`*", "".join(commands))))
         blocks += [f"## {words['commands']}", "\n".join([fence, *commands, fence])]
-    machines = {f"torch {e['torch']}, transformers {e['transformers']}, {e['cpu']}" for e in (r["env"] for r in records)}
+    machines = {
+        f"torch {e['torch']}, transformers {e['transformers']}, {e['cpu']}" for e in (r["env"] for r in records)
+    }
     blocks += [f"## {words['machine']}", _list(sorted(machines))]
     return "\n\n".join(blocks) + "\n"
 

@@ -10,7 +10,19 @@ from typing import Any
 from coldpress.bases.registry import NO_PRESS
 from coldpress.eval.sections import Entry, Section, paired
 
-__all__ = ["CHEAP", "FEWEST_WINDOWS", "Answer", "Row", "answer", "chosen", "kl_of", "n_windows", "quality_of", "rows", "standing"]
+__all__ = [
+    "CHEAP",
+    "FEWEST_WINDOWS",
+    "Answer",
+    "Row",
+    "answer",
+    "chosen",
+    "kl_of",
+    "n_windows",
+    "quality_of",
+    "rows",
+    "standing",
+]
 
 CHEAP = 0.01  # of perplexity
 FEWEST_WINDOWS = 8  # with fewer, presses are not ranked

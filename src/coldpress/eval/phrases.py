@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
-from coldpress.eval.glance import CHEAP, FEWEST_WINDOWS, Answer, answer, kl_of
+from coldpress.bases.registry import NO_PRESS
+from coldpress.eval.glance import CHEAP, FEWEST_WINDOWS, Answer, Row, answer, kl_of
 from coldpress.eval.memory import memory_words
 from coldpress.eval.sections import Entry, Section
-from coldpress.eval.wording import clean, number, short_bytes
+from coldpress.eval.wording import clean, number, short_bytes, three_digits
 
-__all__ = ["WORDS", "contexts", "memory", "percent", "sentences"]
+__all__ = ["WORDS", "contexts", "headed", "memory", "percent", "sentences"]
 
 _MEMORY = {
     "cuda_allocated": "设备上的张量",
@@ -23,8 +26,10 @@ WORDS: dict[str, dict[str, str]] = {
         "at_ratio": "with {size} of the cache removed",
         "at_size": "with a budget of {size}",
         "at_none": "at its own size",
-        "best": "{at}, {press} stays closest to the uncompressed model{numbers}; the cache shrinks from {before} to {after}.",
-        "level": "{at}, {press} stays closest to the uncompressed model{numbers}, though {others} cannot be told from it; "
+        "best": "{at}, {press} stays closest to the uncompressed model{numbers}; the cache shrinks from {before} to "
+        "{after}.",
+        "level": "{at}, {press} stays closest to the uncompressed model{numbers}, though {others} cannot be told from "
+        "it; "
         "the cache shrinks from {before} to {after}.",
         "more": "{n} others",
         "cheap": "The smallest cache that surely stays within +{cheap} % of PPL is {press} {at} ({after} of {before}).",
@@ -32,7 +37,8 @@ WORDS: dict[str, dict[str, str]] = {
         "few": "Too few windows ({n}) to say which press is better or what it costs; score at least {least}.",
         "not_compared": "No press was compared with the uncompressed cache.",
         "shrinks": "{at}, the smallest cache measured, the KV cache takes {after} of {before}.",
-        "plain": "The uncompressed model has PPL {ppl}; under this protocol no press touches the loss, so it says nothing "
+        "plain": "The uncompressed model has PPL {ppl}; under this protocol no press touches the loss, so it says "
+        "nothing "
         "about their quality.",
         "stream": "Read as a stream {at}, {press} has the lowest PPL ({ppl}).",
         "stream_few": "Read as a stream {at}, too few texts ({n}) to say which press is better.",
@@ -41,9 +47,11 @@ WORDS: dict[str, dict[str, str]] = {
         "same": "{n} are within the error bars of it",
         "better": "{n} are above it",
         "unknown": "{n} have no error bars",
-        "faster": "With {context} tokens of context, {press} {at} decodes {times} times as fast, in every one of {n} rounds "
+        "faster": "With {context} tokens of context, {press} {at} decodes {times} times as fast, in every one of {n} "
+        "rounds "
         "faster than the uncompressed cache.",
-        "not_faster": "With {context} tokens of context, no press decodes faster than the uncompressed cache in every round.",
+        "not_faster": "With {context} tokens of context, no press decodes faster than the uncompressed cache in every "
+        "round.",
         "once": "Decoding was timed in one round only, too few to call a press faster.",
         "not_timed": "Speed was not measured.",
         "title": "KV-cache compression: brief report",
@@ -56,15 +64,19 @@ WORDS: dict[str, dict[str, str]] = {
         "machine": "Machine",
         "model": "{name}: {n} M parameters, {dtype}, {device}, attention {attention}",
         "text": "{name}: {n} tokens, sha256 {sha}",
-        "no_press": "no_press: the uncompressed cache, which all presses are compared with. It is measured beside every "
+        "no_press": "no_press: the uncompressed cache, which all presses are compared with. It is measured beside "
+        "every "
         "press, also where one press only was asked for.",
-        "prefix": "Quality ({protocol}): {context} tokens of context are read and compressed; the loss is that of the next "
+        "prefix": "Quality ({protocol}): {context} tokens of context are read and compressed; the loss is that of the "
+        "next "
         "{target} tokens, the same ones for every press. {windows} windows.",
         "strided": "PPL ({protocol}): that of the uncompressed model over the whole text; no press touches it.",
         "other": "Protocol {protocol}.",
-        "timing": "Speed: {context} tokens of context, then {n} generated tokens, {rounds} rounds; each round times the "
+        "timing": "Speed: {context} tokens of context, then {n} generated tokens, {rounds} rounds; each round times "
+        "the "
         "uncompressed cache too.",
-        "metrics": "KL: mean divergence of the next-token distribution from the uncompressed model's, in nats; smaller is "
+        "metrics": "KL: mean divergence of the next-token distribution from the uncompressed model's, in nats; "
+        "smaller is "
         "better. PPL: exp of the loss; ± is half the paired 95 % interval over windows. tok/s: decoding.",
         "peak": "Peak memory is {kind}.",
         "left_out": "The best presses of each size; {n} of {of} rows. All: `coldpress report`.",
@@ -93,7 +105,8 @@ WORDS: dict[str, dict[str, str]] = {
         "same": "{n} 个在其误差范围内",
         "better": "{n} 个高于它",
         "unknown": "{n} 个没有误差范围",
-        "faster": "上下文为 {context} 个词元，{at}，{press} 的解码速度是未压缩缓存的 {times} 倍，{n} 轮中每一轮都更快。",
+        "faster": "上下文为 {context} 个词元，{at}，{press} 的解码速度是未压缩缓存的 {times} 倍，{n} "
+        "轮中每一轮都更快。",
         "not_faster": "上下文为 {context} 个词元时，没有方法在每一轮中都比未压缩缓存解码更快。",
         "once": "解码只计时了一轮，不足以判断是否更快。",
         "not_timed": "没有测量速度。",
@@ -108,11 +121,13 @@ WORDS: dict[str, dict[str, str]] = {
         "model": "{name}：{n} M 参数，{dtype}，{device}，注意力 {attention}",
         "text": "{name}：{n} 个词元，sha256 {sha}",
         "no_press": "no_press：未压缩的缓存，一切方法都与它比较。即使只要求一个方法，它也一同测量。",
-        "prefix": "质量（{protocol}）：读入并压缩 {context} 个词元的上下文，损失取其后 {target} 个词元，各方法相同。{windows} 个窗口。",
+        "prefix": "质量（{protocol}）：读入并压缩 {context} 个词元的上下文，损失取其后 {target} 个词元，各方法相同。"
+        "{windows} 个窗口。",
         "strided": "困惑度（{protocol}）：未压缩模型在全文上的困惑度，压缩方法不影响它。",
         "other": "协议 {protocol}。",
         "timing": "速度：{context} 个词元的上下文，再生成 {n} 个词元，{rounds} 轮；每一轮也给未压缩缓存计时。",
-        "metrics": "KL：下一词元分布相对未压缩模型的平均散度，单位 nat，越小越好。PPL：困惑度，即损失的指数；± 为按窗口配对的 95 % 区间的"
+        "metrics": "KL：下一词元分布相对未压缩模型的平均散度，单位 nat，越小越好。PPL：困惑度，即损失的指数；± "
+        "为按窗口配对的 95 % 区间的"
         "一半。tok/s：解码速度。",
         "peak": "峰值内存：{kind}。",
         "left_out": "每个大小只列最好的方法；{of} 行中的 {n} 行。全部见 `coldpress report`。",
@@ -132,6 +147,41 @@ def percent(value: float, digits: int = 1) -> str:
     """``+2.8 %``."""
     text = number(100 * value, digits)
     return f"{text if text.startswith('-') or not float(text) else f'+{text}'} %"
+
+
+def headed(found: Sequence[Row], language: str = "en", spells: bool = True) -> list[list[str]]:
+    """Heads and cells of the opening table, without the columns that no row fills: eight at most beside the status.
+
+    ``spells``: intervals are written after their numbers.
+    """
+    heads = WORDS[language]["heads"].split("|")
+    lines = [
+        [
+            clean(row.press),
+            f"{100 * float(row.size):g} %" if re.fullmatch(r"[\d.]+", row.size) else row.size,
+            short_bytes(row.kv_bytes),
+            "" if row.kl is None else number(row.kl, 3),
+            "" if row.ppl is None else f"{row.ppl:.2f}" if row.ppl < 1e4 else f"{row.ppl:.3g}",
+            _change(row, spells),
+            "" if row.score is None else f"{row.score:.2f}",
+            "" if row.ttft_s is None else f"{row.ttft_s:.3g} s",
+            "" if row.tokens_per_s is None else three_digits(row.tokens_per_s),
+            short_bytes(row.peak_bytes),
+            row.status,
+        ]
+        for row in found
+    ]
+    used = [i for i in range(len(heads)) if i < 2 or any(line[i] for line in lines)]
+    return [[line[i] for i in used] for line in [heads, *lines]]
+
+
+def _change(row: Row, spells: bool) -> str:
+    if row.change is None or (row.press == NO_PRESS and not row.size):
+        return ""
+    if row.change > 9:
+        return f"×{1 + row.change:.3g}"
+    half = None if row.change_ci is None or not spells else (row.change_ci[1] - row.change_ci[0]) / 2
+    return percent(row.change) + ("" if half is None else f" ± {100 * half:.1f}")
 
 
 def contexts(section: Section, language: str = "en") -> list[str]:

@@ -275,7 +275,9 @@ def _baseline(records: Sequence[Record]) -> list[str]:
             ]
         if record.get("delta_nll") is not None and record.get("baseline_loss") is not None:
             loss, ppl = record["baseline_loss"], record["baseline_ppl"]
-            said = f"ΔNLL is the difference to the uncompressed cache on the same tokens: loss {loss:.4f}, PPL {ppl:.3f}."
+            said = (
+                f"ΔNLL is the difference to the uncompressed cache on the same tokens: loss {loss:.4f}, PPL {ppl:.3f}."
+            )
             return [said]
     return []
 
