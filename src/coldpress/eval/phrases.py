@@ -23,6 +23,8 @@ _MEMORY = {
 WORDS: dict[str, dict[str, str]] = {
     "en": {
         "and": " and ",
+        "comma": ", ",
+        "brackets": " ({})",
         "at_ratio": "with {size} of the cache removed",
         "at_size": "with a budget of {size}",
         "at_none": "at its own size",
@@ -86,6 +88,8 @@ WORDS: dict[str, dict[str, str]] = {
     },
     "zh": {
         "and": "、",
+        "comma": "，",
+        "brackets": "（{}）",
         "at_ratio": "删去 {size} 的缓存时",
         "at_size": "预算为 {size} 时",
         "at_none": "按其自身大小",
@@ -241,8 +245,22 @@ def _quality(found: Answer, words: dict[str, str]) -> list[str]:
     numbers += [f"PPL {percent(change)}"] if change is not None else []
     others = [clean(name) for name in found.level[: 4 if len(found.level) < 5 else 3]]
     others += [words["more"].format(n=len(found.level) - 3)] if len(found.level) > 4 else []
-    joined = others[0] if len(others) == 1 else f"{', '.join(others[:-1])}{words['and']}{others[-1]}" if others else ""
-    said.append(of("level" if others else "best", best, numbers=f" ({', '.join(numbers)})", others=joined))
+    joined = (
+        others[0]
+        if len(others) == 1
+        else f"{words['comma'].join(others[:-1])}{words['and']}{others[-1]}"
+        if others
+        else ""
+    )
+    inside = words["comma"].join(numbers)
+    said.append(
+        of(
+            "level" if others else "best",
+            best,
+            numbers=words["brackets"].format(inside) if numbers else "",
+            others=joined,
+        )
+    )
     cheap = {"cheap": f"{100 * CHEAP:g}"}
     said.append(words["not_cheap"].format(**cheap) if found.cheap is None else of("cheap", found.cheap, **cheap))
     return said
@@ -253,7 +271,7 @@ def _counts(found: Answer, words: dict[str, str]) -> str:
         return ""
     named = zip(("worse", "same", "better", "unknown"), found.counts, strict=True)
     parts = [words[key].format(n=n) for key, n in named if n]
-    return words["counts"].format(n=sum(found.counts), parts=", ".join(parts))
+    return words["counts"].format(n=sum(found.counts), parts=words["comma"].join(parts))
 
 
 def _speed(found: Answer, words: dict[str, str]) -> list[str]:

@@ -20,6 +20,7 @@ from coldpress.eval.figures import (
     said_of_colours,
     scale,
     section_styles,
+    shared_legend,
 )
 from coldpress.eval.glance import quality_of
 from coldpress.eval.sections import Entry, Section
@@ -185,12 +186,14 @@ def _kl(section: Section, look: dict[str, Style], prefix: str) -> Drawing | None
     measure, values = quality_of(entries)
     entries = [p for p in entries if measure != "KL" or values[id(p)] > 0]
     ranked = [values[id(p)] for p in entries if p.record["press"] != "random"]
-    if len({p.size for p in entries}) < 2 or not ranked:
+    if not ranked:
         return None
+    if len({p.size for p in entries}) < 2:
+        return _kl_dots(section, look, prefix, entries)
     whole = max((b for p in section.entries if (b := p.kv_bytes_baseline)), default=None)
     what = "KL divergence from the uncompressed model" if measure == "KL" else "Loss more than uncompressed"
     caption = f"{what} against the memory of the KV cache: down and left is better.{said_of_colours(section)}"
-    with drawing("kl", "", caption_tail(section), (9.6, 4.6), prefix) as (done, figure):
+    with drawing("kl", "", caption_tail(section), (7.6, 5.0), prefix) as (done, figure):
         axis = figure.add_subplot()
         for label in sorted({p.label for p in entries}, key=lambda label: (look[label].rank, label)):
             own = sorted((p for p in entries if p.label == label), key=lambda p: p.kv_bytes)
@@ -209,7 +212,31 @@ def _kl(section: Section, look: dict[str, Style], prefix: str) -> Drawing | None
         axis.set_xlim(left=0)
         axis.set_xlabel(f"KV cache (MiB{f', {whole * MIB:.3g} uncompressed' if whole else ''})")
         axis.set_ylabel(f"{measure} (nats a token)")
-        smallest = {p.label: values[id(p)] for p in sorted(entries, key=lambda p: -p.kv_bytes)}
-        legend(figure, axis, lambda label: -smallest.get(label, 0.0))
+        shared_legend(figure, [axis])
+        done.caption = f"{caption} ({caption_tail(section)})"
+    return done
+
+
+def _kl_dots(section: Section, look: dict[str, Style], prefix: str, entries: list[Entry]) -> Drawing:
+    """Of one size: each press a line, the best on top; the axis is that of the others where random is far off."""
+    measure, values = quality_of(entries)
+    rows = sorted(entries, key=lambda p: -values[id(p)])
+    caption = f"{'KL divergence from the uncompressed model' if measure == 'KL' else 'Loss more than uncompressed'}, "
+    caption += f"with {rows[0].size if rows[0].compression_ratio is None else f'ratio {rows[0].size}'}: left is better."
+    with drawing("kl", "", caption_tail(section), (7.6, 1.3 + 0.3 * len(rows)), prefix) as (done, figure):
+        axis = figure.add_subplot()
+        for y, entry in enumerate(rows):
+            style = look[entry.label]
+            marker = style.marker if style.is_coloured else "o"
+            (dot,) = axis.plot([values[id(entry)]], [y], marker=marker, color=style.color, linestyle="none")
+            done.name(dot, f"{entry.label} {values[id(entry)]:.4f}")
+        axis.set_yticks(range(len(rows)), [clean(p.label) for p in rows])
+        axis.set_ylim(-0.6, len(rows) - 0.4)
+        others = [values[id(p)] for p in rows if p.record["press"] != "random"]
+        low, high = min(0.0, *others), max(0.0, *others)
+        axis.set_xlim(low * 1.15, high * 1.15)
+        off = [p for p in rows if values[id(p)] > axis.get_xlim()[1]]
+        caption += "".join(f" Off the right edge: {clean(p.label)} ({values[id(p)]:.2g})." for p in off)
+        axis.set_xlabel(f"{measure} (nats a token)")
         done.caption = f"{caption} ({caption_tail(section)})"
     return done
