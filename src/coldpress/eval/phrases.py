@@ -245,13 +245,7 @@ def _quality(found: Answer, words: dict[str, str]) -> list[str]:
     numbers += [f"PPL {percent(change)}"] if change is not None else []
     others = [clean(name) for name in found.level[: 4 if len(found.level) < 5 else 3]]
     others += [words["more"].format(n=len(found.level) - 3)] if len(found.level) > 4 else []
-    joined = (
-        others[0]
-        if len(others) == 1
-        else f"{words['comma'].join(others[:-1])}{words['and']}{others[-1]}"
-        if others
-        else ""
-    )
+    joined = words["and"].join(part for part in (words["comma"].join(others[:-1]), *others[-1:]) if part)
     inside = words["comma"].join(numbers)
     said.append(
         of(

@@ -212,7 +212,7 @@ def _kl(section: Section, look: dict[str, Style], prefix: str) -> Drawing | None
         axis.set_xlim(left=0)
         axis.set_xlabel(f"KV cache (MiB{f', {whole * MIB:.3g} uncompressed' if whole else ''})")
         axis.set_ylabel(f"{measure} (nats a token)")
-        shared_legend(figure, [axis])
+        shared_legend(figure, [axis], 3)
         done.caption = f"{caption} ({caption_tail(section)})"
     return done
 
