@@ -108,11 +108,11 @@ def make_report(collection: Collection) -> Report:
     records = collection.records
     found = sections(records)
     alike = Counter((where(section), section.kind) for section in found)
-    parts = tuple(
+    parts = [
         _part(section, i, alike[where(section), section.kind] == 1) for i, section in enumerate(found, start=1)
-    )
+    ]
     lead = found.index(lead_of(found))
-    opening, parts = _opening(found[lead], parts[lead], len(found) > 1), list(parts)
+    opening = _opening(found[lead], parts[lead], len(found) > 1)
     if opening.figure is not None:
         rest = tuple(figure for figure in parts[lead].figures if figure is not opening.figure)
         parts[lead] = replace(parts[lead], figures=rest)
