@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from coldpress.eval.points import Point, config_of
 
 from coldpress import PressedCache, make_press, press_names
 from coldpress.bases.press_files import file_digest, is_press_file, load_press_files
 from coldpress.bases.registry import parameters_of, takes_ratio
 from coldpress.errors import PressError
-from coldpress.eval.jobs import make_jobs
+from coldpress.eval.jobs import Point, config_of, make_jobs
 from coldpress.eval.settings import Settings
 from coldpress.eval.task_command import TaskSettings
 
