@@ -816,7 +816,8 @@ def test_report_prints_what_a_folder_holds(run: Run, capsys: pytest.CaptureFixtu
     run("--press", "knorm", "--ppl_only", "--limit_tokens", "300")
     assert main(["report", str(done.folder), "--table"]) == 0
     out = capsys.readouterr().out
-    assert out.count("| knorm") == 2 and out.count("protocol ") == 2  # two protocols do not share a table
+    assert out.count("| knorm") == 1 and out.count("protocol ") == 2  # the second measured no press
+    assert "The uncompressed model has loss" in out and "no press touches this" in out
     assert main(["report", str(done.folder / "nothing")]) == 2
     assert "no folder" in capsys.readouterr().err
 

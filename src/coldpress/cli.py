@@ -332,17 +332,29 @@ def _run_report(args: argparse.Namespace, argv: list[str], prog: str | None) -> 
         raise OutputError("--output is empty; give the folder that the report goes to.")
     if args.table and args.output is not None:
         raise InputError(f"--table writes no report to --output {args.output}; give one of them.")
+    if args.table and args.brief:
+        raise InputError("--table prints tables and --brief a report; give one of them.")
+    if args.lang is not None and not args.brief:
+        raise InputError(f"--lang {args.lang} is for the brief report; add --brief.")
     collection = collect(folders)
     for line in collection.skipped:
         note(line)
     if not collection.records:
         raise DataError(f"{' '.join(folders)} holds no results; run coldpress ppl first, or name another folder.")
+    output = Path(args.output or Path(folders[0]) / "report")
+    if args.brief:
+        from coldpress.eval.brief import write_brief
+
+        text, path = write_brief(collection, output, args.lang or "en")
+        print(text)
+        note(f"report: {path}")
+        return 0
     for group in groups(collection.records):  # numbers that were not measured alike do not share a table
         print(f"{show(group)}\n")
     if not args.table:
         from coldpress.eval.page import write_report
 
-        paths = write_report(collection, Path(args.output or Path(folders[0]) / "report"))
+        paths = write_report(collection, output)
         print(f"report: {paths[-1]}, report.md and {len(paths) - 2} plots beside it")
     return 0
 

@@ -12,6 +12,7 @@ from tests.eval.report_records import NASTY, Record, everything, failed, many, r
 
 from coldpress.cli import main
 from coldpress.errors import MissingDependencyError
+from coldpress.eval.brief import brief
 from coldpress.eval.document import Report, make_report
 from coldpress.eval.figures import _inline
 from coldpress.eval.page import escape, page, summary, write_report
@@ -104,7 +105,7 @@ def test_markdown_is_escaped() -> None:
 def test_no_cell_breaks_a_markdown_table(made: Report) -> None:
     lines = summary(made).splitlines()
     starts = [i for i, line in enumerate(lines) if line.startswith("| ---")]
-    assert len(starts) == sum(len(part.tables) for part in made.parts)
+    assert len(starts) == 1 + sum(len(part.tables) for part in made.parts)
     for start in starts:
         n = len(re.findall(r"(?<!\\)\|", lines[start]))
         end = next(i for i in range(start, len(lines)) if not lines[i].startswith("|"))
@@ -119,17 +120,53 @@ def test_numbers_are_those_of_the_records(html: str, made: Report) -> None:
     (row,) = (row for row in made.parts[0].tables[0].rows if row[0].text == "snapkv" and row[1].text == "0.25")
     (one,) = (r for r in records[:12] if r["press"] == "snapkv" and r["compression_ratio"] == 0.25)
     low, high = one["delta_nll_ci95"]
-    shown = dict(zip([head for head, _ in made.parts[0].tables[0].heads], [cell.text for cell in row], strict=True))
-    assert shown["ΔNLL [95 %]"] == f"{one['delta_nll']:+.4f} [{low:.4f}, {high:.4f}]"
-    assert shown["PPL"] == f"{one['ppl']:.3f}" and shown["KV after"] == "6.00 MiB" and shown["same top-1"] == "90.0 %"
+    shown = dict(zip([head for head, _ in made.parts[0].tables[0].heads], row, strict=True))
+    delta = shown["ΔNLL"]
+    assert (delta.text, delta.said) == (f"{one['delta_nll']:+.4f}", f"[{low:.4f}, {high:.4f}]")
+    assert shown["PPL"].text == f"{one['ppl']:.3f}" and shown["same top-1"].text == "90.0 %"
+    assert shown["KV after"].text == "6.00 MiB" and [head for head, _ in made.parts[0].tables[0].heads][3] == "KV after"
+
+
+def test_intervals_are_drawn_on_the_scale_of_their_column_and_spelled_for_a_pointer(made: Report, html: str) -> None:
+    rows = made.parts[0].tables[0].rows
+    at = [head for head, _ in made.parts[0].tables[0].heads].index("ΔNLL")
+    cells = {(row[0].text, row[1].text): row[at] for row in rows if row[at].span is not None}
+    ends = [end for name, cell in cells.items() if name[0] != "random" for end in cell.span or ()]
+    low, high = min(0, *ends), max(0, *ends)
+    for cell in cells.values():
+        assert cell.span is not None and cell.value is not None
+        wanted = [(x - low) / (high - low) for x in (*cell.span, cell.value, 0)]
+        assert cell.bar == pytest.approx(wanted) and f'title="{cell.text} {cell.said}"' in html
+    beyond = cells["random", "0.75"].bar
+    assert beyond is not None and beyond[1] > 1  # random does not stretch the scale
+
+
+def test_the_page_opens_with_three_sentences_a_table_of_eight_columns_and_a_plot(made: Report, html: str) -> None:
+    opening = made.opening
+    assert 0 < len(opening.sentences) <= 3 and len(opening.table.heads) <= 9  # eight, and what failed
+    assert opening.figure is not None and opening.figure.drawing.kind == "kl"
+    assert not any(figure is opening.figure for part in made.parts for figure in part.figures)
+    assert html.index('class="answer"') < html.index("<table") < html.index("<nav") < html.index("<details")
+    folded = re.findall(r'<details id="([^"]+)"', html)
+    assert [part.anchor for part in made.parts] == folded[: len(made.parts)]
+    assert all(f'href="#{anchor}"' in html for anchor in folded)
+
+
+def test_no_interval_of_a_score_leaves_0_to_1(made: Report) -> None:
+    spans = [
+        cell.span for part in made.parts for table in part.tables if table.title == "Task × press"
+        for row in table.rows for cell in row[2:] if cell.span is not None and "nats" not in cell.text
+    ]  # fmt: skip
+    assert spans and all(0 <= low <= high <= 1 for low, high in spans)
 
 
 def test_each_picture_has_one_protocol_and_one_text(made: Report) -> None:
     protocols = {r["protocol"] for r in everything()}
-    figures = [(part, figure) for part in made.parts for figure in part.figures]
+    assert made.opening.figure is not None
+    figures = [(made.parts[0], made.opening.figure), *((part, f) for part in made.parts for f in part.figures)]
     assert {f.drawing.kind for _, f in figures} == {
         "quality",
-        "pareto",
+        "kl",
         "distance",
         "positions",
         "speed",
@@ -167,7 +204,8 @@ def test_references_are_in_every_picture_of_losses(made: Report) -> None:
 def test_one_size_is_drawn_press_by_press_with_what_failed() -> None:
     rows = [record("no_press"), record("snapkv", 0.5, spread(0.1, 0.01)), failed("tova", 0.5), record("keydiff", 0.5)]
     (part,) = document(rows).parts
-    texts = re.findall(r"<text[^>]*>([^<]*)</text>", part.figures[0].drawing.svg)
+    (quality,) = (f.drawing for f in part.figures if f.drawing.kind == "quality")
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", quality.svg)
     assert {"snapkv", "tova", "× failed", "keydiff = baseline"} <= set(texts)
 
 
@@ -228,3 +266,57 @@ def test_the_command_prints_tables_and_writes_beside_them(
     (tmp_path / "empty").mkdir()
     assert main(["report", str(tmp_path / "empty")]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_the_brief_report_has_its_parts_in_both_languages(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast = {"decode_speedup": 1.2, "decode_speedup_spread": {"min": 1.1, "max": 1.3}, "repetitions": 5, "tpot_ms": 4.0}
+    fast |= {"decode_tokens_per_s": 250.0, "speed_context_tokens": 4096, "peak_mem_bytes": 5 << 30}
+    fast |= {"peak_mem_kind": "vmhwm", "generated_tokens": 8}
+    rows = [record("no_press"), record("snapkv", 0.5, spread(0.004, 0.003), **fast)]
+    rows += [record("knorm", 0.5, spread(0.2, 0.01), kld={"mean": 0.3}), record("random", 0.5, spread(0.001, 0.0001))]
+    folder = write(tmp_path / "results", rows)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # it draws nothing
+    assert main(["report", str(folder), "--brief"]) == 0
+    out = capsys.readouterr().out
+    assert out.rstrip("\n") == (folder / "report" / "brief.md").read_text(encoding="utf-8").rstrip("\n")
+    heads = [line[3:] for line in out.splitlines() if line.startswith("## ")]
+    assert heads == ["Models", "Data", "Methods", "Results", "Conclusion", "Commands", "Machine"]
+    (row,) = (line for line in out.splitlines() if line.startswith("| snapkv"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[:5] == ["snapkv", "50 %", "4.00 MiB", "0.010", f"{rows[1]['ppl']:.2f}"]
+    assert cells[5].startswith("+0.4 % ± 0.") and cells[6:] == ["250", "5.00 GiB"]
+    said = out.partition("## Conclusion")[2].partition("## ")[0]
+    assert "snapkv stays closest to the uncompressed model" in said and "random" not in said
+    assert "The smallest cache that surely stays within +1 % of PPL is snapkv" in said
+    assert "snapkv with 50 % of the cache removed decodes 1.20 times as fast, in every one of 5 rounds" in said
+    assert main(["report", str(folder), "--brief", "--lang", "zh"]) == 0
+    chinese = capsys.readouterr().out
+    assert "## 结论" in chinese and "snapkv 最接近未压缩模型（KL 0.010，PPL +0.4 %）" in chinese
+    assert [c for c in chinese.splitlines() if c.startswith("| snapkv")] == [row]
+    assert main(["report", str(folder), "--lang", "zh"]) == 2 and "add --brief" in capsys.readouterr().err
+    assert main(["report", str(folder), "--brief", "--table"]) == 2 and "one of them" in capsys.readouterr().err
+
+
+def test_the_brief_report_of_too_few_windows_or_of_no_press_says_so() -> None:
+    def words(*rows: Record) -> str:
+        return brief(Collection(("x",), rows, ())).partition("## Conclusion")[2]
+
+    few = words(record("no_press", 0.0, [0.0] * 4), record("snapkv", 0.5, spread(0.4, 0.9, n=4)))
+    assert "Too few windows (4)" in few and "snapkv" not in few.partition("## ")[0] and "±" not in few
+    plain = {"protocol": "strided-L1024-S512", "nll_by_distance": None}
+    none = dict.fromkeys(("delta_nll", "delta_nll_ci95", "per_window", "kld"))
+    text = brief(Collection(("x",), (record("knorm", 0.5) | none | plain,), ()))
+    assert "The uncompressed model has PPL 20.09" in text
+    lines = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith(("| no_press", "| knorm"))]
+    assert [cell.strip() for cell in lines[0]] == ["no_press", "", "8.00 MiB", "20.09"]
+    assert [cell.strip() for cell in lines[1]] == ["knorm", "50 %", "4.00 MiB", ""]
+
+
+def test_every_kind_of_record_has_a_brief_report() -> None:
+    for language in ("en", "zh"):
+        text = brief(Collection(("x",), tuple(everything()), ()), language)
+        assert (
+            "<script>" not in re.sub(r"```.*?```|\\<script", "", text, flags=re.DOTALL) and text.count("| no_press") > 4
+        )

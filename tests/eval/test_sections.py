@@ -8,7 +8,6 @@ import pytest
 from tests.eval.report_records import MIB, everything, failed, many, record, spread, stream, tasked, timed, write
 
 from coldpress.errors import DataError
-from coldpress.eval.plots import front
 from coldpress.eval.results import collect
 from coldpress.eval.schema import check_record
 from coldpress.eval.sections import Entry, sections
@@ -96,12 +95,6 @@ def test_where_a_point_stands_is_what_was_asked_for_unless_it_differs() -> None:
 
     assert at(0.5, 0.48) == 0.5 and at(0.5, 0.3) == 0.3 and at(None, 0.3) == 0.3
     assert at(0.5, 0.0, 0.75) == 0.25  # fewer channels, the same pairs
-
-
-def test_the_front_is_what_nothing_matches_in_both() -> None:
-    rows = [("a", 4, 0.1), ("b", 4, 0.2), ("c", 2, 0.3), ("d", 2, 0.3), ("e", 6, 0.1), ("f", 7, 0.05)]
-    entries = [Entry(record(n, 0.5, kv_bytes=b, delta_nll=d), n, "0.5") for n, b, d in rows]
-    assert [p.label for p in front(entries)] == ["c", "a", "f"]
 
 
 def test_of_many_presses_the_best_are_in_colour() -> None:

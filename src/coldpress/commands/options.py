@@ -193,6 +193,9 @@ def report_options(parser: argparse.ArgumentParser) -> None:
     add("folders", nargs="*", metavar="FOLDER", help="results, those in subfolders too (default: results/perplexity)")
     add("--output", metavar="DIR", help="where report.html, report.md and the plots go (default: FOLDER/report)")
     add("--table", action="store_true", help="print the tables and write nothing; needs no matplotlib")
+    text = "print a short report (models, data, methods, table, conclusion, commands), and write it to brief.md"
+    add("--brief", action="store_true", help=text)
+    add("--lang", choices=("en", "zh"), help="language of the brief report (default: en)")
 
 
 def ppl_options(parser: argparse.ArgumentParser) -> None:

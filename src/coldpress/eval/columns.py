@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from coldpress.bases.registry import NO_PRESS
 from coldpress.eval.conclusions import task_name
+from coldpress.eval.glance import Row
 from coldpress.eval.memory import format_bytes
+from coldpress.eval.metrics import wilson
+from coldpress.eval.phrases import headed, percent
 from coldpress.eval.schema import BYTES, FIELDS
 from coldpress.eval.sections import Entry, Section
 from coldpress.eval.wording import clean, number
 
-__all__ = ["Cell", "Table", "tables"]
+__all__ = ["Cell", "Table", "opening_table", "tables"]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What is shown, and the number behind it, if there is one."""
+    """What is shown, the number behind it, if there is one, and its interval.
+
+    ``bar`` is what a page draws of the interval: its ends, its middle and 0, as fractions of the column's scale; a
+    fraction outside of 0 to 1 is off the scale.
+    """
 
     text: str
     value: float | None = None
     is_bad: bool = False
+    span: tuple[float, float] | None = None
+    said: str = ""  # the interval in words
+    bar: tuple[float, float, float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -50,9 +62,10 @@ def _of(name: str) -> _Column:
         if value is None:
             return EMPTY
         text = f"{form(value)}{field.unit[1]}"
-        if spread is not None and spread["min"] != spread["max"]:
-            text += f" [{form(spread['min'])}, {form(spread['max'])}]"
-        return Cell(text, value)
+        if spread is None or spread["min"] == spread["max"]:
+            return Cell(text, value)
+        low, high = spread["min"], spread["max"]
+        return Cell(text, value, span=(low, high), said=f"[{form(low)}, {form(high)}]")
 
     return field.page or field.head, field.about, cell
 
@@ -66,13 +79,9 @@ def _with_ci(value: float | None, ci: Sequence[float] | None, digits: int, sign:
     if value is None:
         return EMPTY
     text = f"{value:{sign}.{digits}f}"
-    return Cell(text if ci is None else f"{text} [{number(ci[0], digits)}, {number(ci[1], digits)}]", value)
-
-
-def _ratio(entry: Entry) -> Cell:
-    """PPL over the baseline's."""
-    ci, change = entry.ppl_ratio_ci95, entry.ppl_change
-    return EMPTY if change is None else _with_ci(1 + change, ci, 4, "")
+    if ci is None:
+        return Cell(text, value)
+    return Cell(text, value, span=(ci[0], ci[1]), said=f"[{number(ci[0], digits)}, {number(ci[1], digits)}]")
 
 
 def _size(entry: Entry) -> Cell:
@@ -104,7 +113,7 @@ def _context(entry: Entry) -> Cell:
 
 
 def _plain_ppl(entry: Entry) -> Cell:
-    return _with_ci(entry.ppl, entry.ppl_ci95, 3, "")
+    return EMPTY if entry.ppl is None else Cell(f"{entry.ppl:.3f}", entry.ppl)
 
 
 _PRESS: tuple[_Column, ...] = (
@@ -112,27 +121,29 @@ _PRESS: tuple[_Column, ...] = (
     ("ratio or budget", "what was asked for: the fraction to remove, or what may be kept", _size),
 )
 _QUALITY: tuple[_Column, ...] = (
-    ("ΔNLL [95 %]", "loss minus the uncompressed cache's, nats a token, paired", _delta),
-    ("PPL", "perplexity, with its own interval where recorded", _plain_ppl),
-    ("PPL ratio [95 %]", "perplexity over the uncompressed cache's, paired", _ratio),
-    _of("bits_per_byte"),
     _of("kld"),
-    ("KLD p99", "its 99th percentile", _p99),
+    ("ΔNLL", "loss minus the uncompressed cache's, nats a token, paired, with its 95 % interval", _delta),
+    ("PPL", "perplexity", _plain_ppl),
     _of("same_top1"),
+    ("KLD p99", "99th percentile of the divergence", _p99),
     ("greedy agreement", "mean of the greedy tokens before the first that differs", _agreement),
-)  # fmt: skip
-_SIZES = tuple(map(_of, ("effective_compression_ratio", "read_ratio", "kv_bytes_baseline", "kv_bytes", "kv_bytes_max")))
+    _of("bits_per_byte"),
+)
+_KEPT = (_of("kv_bytes"), _of("effective_compression_ratio"))
+_SIZES = tuple(map(_of, ("kv_bytes_baseline", "read_ratio", "kv_bytes_max")))
 _SPEED = tuple(
     map(
         _of,
         (
-            *("decode_tokens_per_s", "decode_speedup", "tpot_ms", "tpot_ms_baseline", "ttft_s"),
-            *("prefill_tokens_per_s", "peak_mem_bytes", "peak_mem_delta_bytes"),
+            *("decode_tokens_per_s", "decode_speedup", "peak_mem_bytes", "ttft_s", "tpot_ms"),
+            *("tpot_ms_baseline", "prefill_tokens_per_s", "peak_mem_delta_bytes"),
         ),
     )
 )
 _STATUS: tuple[_Column, ...] = (("status", "empty where all went well", _status),)
 _CONTEXT: tuple[_Column, ...] = (("context", "tokens of the timed context", _context),)
+_UNPRESSED: _Column = ("press", "no press touches this loss", lambda p: Cell(NO_PRESS))
+_NO_SIZE: _Column = ("ratio or budget", "none", lambda p: EMPTY)
 _STREAM: tuple[_Column, ...] = (
     ("positions", "where kept keys stand", lambda p: Cell(clean(p.position_mode or ""))),
     ("tokens", "scored", lambda p: EMPTY if p.scored_tokens is None else Cell(f"{p.scored_tokens:,}", p.scored_tokens)),
@@ -141,29 +152,66 @@ _STREAM: tuple[_Column, ...] = (
 
 
 def tables(section: Section) -> list[Table]:
-    """One or two tables: of a prefix or a stream with its speed, of timings by context, of tasks."""
+    """Quality, the most wanted columns first, then memory and speed; of tasks a column for each."""
+    entries, has_base = section.all, section.baseline is not None
+    told = ("KV before", "TPOT uncompressed") if has_base else ()  # by the line of no_press
+    costs = [column for column in (*_SPEED, *_SIZES) if column[0] not in told]
     if section.kind == "tasks":
-        return [_task_table(section), *_table("", [*_PRESS, *_STATUS, *_SIZES, *_SPEED], section.all)]
+        return [_task_table(section), *_table("Memory and speed", [*_PRESS, *_KEPT, *costs], entries)]
     if section.kind == "speed":
-        return _table("Press × ratio × context", [*_PRESS, *_CONTEXT, *_STATUS, *_SPEED, *_SIZES], section.all)
-    own = [*_STREAM, *_QUALITY] if section.kind == "stream" else [*_QUALITY]
+        return _table("Press × ratio × context", [*_PRESS, *_CONTEXT, *_STATUS, *_KEPT, *costs], entries)
+    own: tuple[_Column, ...] = (*_STREAM, *_QUALITY) if section.kind == "stream" else _QUALITY
     if section.kind == "plain":
-        own = [_of("loss"), *_QUALITY]
-    return _table(
-        "Press × budget" if section.kind == "stream" else "Press × ratio",
-        [*_PRESS, *_STATUS, *own, *_SIZES, *_SPEED],
-        section.all,
-    )
+        entries = [p for p in entries if p.is_baseline] or entries[:1]
+        plain = _table("The uncompressed model", [_UNPRESSED, _NO_SIZE, _of("loss"), *own], entries)
+        return [*plain, *_table("Memory and speed", [*_PRESS, *_STATUS, *_KEPT, *costs], section.all)]
+    quality = _table("Quality", [*_PRESS, *_STATUS, _KEPT[0], *own, _KEPT[1]], entries)
+    return [*quality, *_table("Memory and speed", [*_PRESS, *costs], entries)]
+
+
+def opening_table(found: Sequence[Row]) -> Table:
+    """The table that a page opens with; the change of PPL with its interval drawn."""
+    heads, *lines = headed(found, spells=False)
+    rows = []
+    for row, line in zip(found, lines, strict=True):
+        cells = [Cell(text) for text in line]
+        at = heads.index("change of PPL") if "change of PPL" in heads else None
+        if at is not None and row.change_ci is not None and line[at]:
+            low, high = row.change_ci
+            said = f"[{percent(low)}, {percent(high)}]"
+            cells[at] = Cell(line[at], row.change, span=(low, high), said=said)
+        rows.append(tuple(cells))
+    return Table("", tuple((head, "") for head in heads), _drawn(rows))
 
 
 def _table(title: str, columns: Sequence[_Column], entries: Sequence[Entry]) -> list[Table]:
     """The columns that the entries fill; none if that is only the press."""
     cells = [[cell(entry) for _, _, cell in columns] for entry in entries]
     used = [i for i in range(len(columns)) if i < 2 or any(row[i].text for row in cells)]
+    filled = [row for row in cells if any(row[i].text for i in used[2:])]
     if len(used) < 3:
         return []
-    rows = tuple(tuple(row[i] for i in used) for row in cells)
-    return [Table(title, tuple(columns[i][:2] for i in used), rows)]
+    heads = tuple(columns[i][:2] for i in used)
+    return [Table(title, heads, _drawn([tuple(row[i] for i in used) for row in filled]))]
+
+
+def _drawn(rows: Sequence[tuple[Cell, ...]]) -> tuple[tuple[Cell, ...], ...]:
+    """The rows with their intervals on a scale of their column, which random does not stretch."""
+    scales: dict[int, tuple[float, float]] = {}
+    for i in range(len(rows[0]) if rows else 0):
+        spans = [row[i].span for row in rows if row[0].text != "random"] or [row[i].span for row in rows]
+        ends = [end for span in spans if span is not None for end in span if math.isfinite(end)]
+        if ends and max(*ends, 0.0) > min(*ends, 0.0):
+            scales[i] = min(*ends, 0.0), max(*ends, 0.0)
+
+    def bar(cell: Cell, i: int) -> Cell:
+        if cell.span is None or cell.value is None or i not in scales:
+            return cell
+        low, high = scales[i]
+        a, b, middle, zero = ((x - low) / (high - low) for x in (*cell.span, cell.value, 0.0))
+        return replace(cell, bar=(a, b, middle, zero))
+
+    return tuple(tuple(bar(cell, i) for i, cell in enumerate(row)) for row in rows)
 
 
 def _task_table(section: Section) -> Table:
@@ -185,15 +233,12 @@ def _task_table(section: Section) -> Table:
                     else Cell(f"{task['answer_nll']:.3f} nats", task["answer_nll"])
                 )
             shown = _with_ci(more, ci, 3)
-            return Cell(f"{shown.text} nats", shown.value)
-        ci, base = task.get("delta_score_ci95"), task.get("score_base")
-        text = f"{task['score']:.3f}"
-        if ci is not None and base is not None:
-            text += f" (Δ {task['score'] - base:+.3f} [{number(ci[0], 3)}, {number(ci[1], 3)}])"
-        return Cell(text, task["score"])
+            return replace(shown, text=f"{shown.text} nats")
+        score, n = task["score"], task.get("n")
+        return _with_ci(score, wilson(score, int(n)) if n and 0 <= score <= 1 else None, 2, "")
 
     heads = (("press", "the method"), ("ratio or budget", "what was asked for"))
     shown = [p for p in section.all if p.tasks]
-    rows = tuple((Cell(clean(p.label)), _size(p), *(cell(p, name) for name in names)) for p in shown)
-    explained = "string match in 0 to 1, or nats a token of the answer more than uncompressed; 95 % interval"
+    rows = _drawn([(Cell(clean(p.label)), _size(p), *(cell(p, name) for name in names)) for p in shown])
+    explained = "string match in 0 to 1 with Wilson's interval, or nats a token of the answer more than uncompressed"
     return Table("Task × press", (*heads, *((name, explained) for name in names)), rows)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from coldpress.eval.glance import CHEAP, FEWEST_WINDOWS, n_windows, standing
 from coldpress.eval.sections import REFERENCES, Entry, Section, paired, text_name
 from coldpress.eval.wording import (
     cache_words,
@@ -23,7 +24,7 @@ from coldpress.eval.wording import (
     speed_words,
 )
 
-__all__ = ["CHEAP", "findings", "headline", "task_findings", "task_name", "where"]
+__all__ = ["WITHIN", "findings", "headline", "task_findings", "task_name", "where"]
 
 Task = dict[str, Any]
 
@@ -72,27 +73,14 @@ def task_findings(section: Section) -> list[str]:
 
 
 def _verdict(entry: Entry, task: Task) -> tuple[str, str]:
-    """Whether it is worse than the baseline, and by how much; a larger score is good, a smaller loss is."""
-    score, base, ci = task.get("score"), task.get("score_base"), task.get("delta_score_ci95")
+    """Whether it is worse than the baseline, and by how much."""
+    kind, difference = standing(task)
+    score, base = task.get("score"), task.get("score_base")
     if score is not None:
-        difference = None if base is None else score - base
-        words = f"{entry.label} {score:.2f}" + ("" if base is None else f" against {base:.2f}")
-        sign = 1
-    else:
-        answer, before = task.get("answer_nll"), task.get("answer_nll_base")
-        difference, ci = task.get("delta_answer_nll"), task.get("delta_answer_nll_ci95")
-        if difference is None and answer is not None and before is not None:
-            difference = answer - before
-        words = f"{entry.label} {difference:+.3f} nats" if difference is not None else entry.label
-        sign = -1
-    if ci is None or difference is None:
-        return "unknown", words
-    words += f" [{ci[0]:+.2f}, {ci[1]:+.2f}]"
-    low, high = sorted((sign * ci[0], sign * ci[1]))
-    return ("worse" if high < 0 else "better" if low > 0 else "level"), words
+        return kind, f"{entry.label} {score:.2f}" + ("" if base is None else f" against {base:.2f}")
+    return kind, entry.label if difference is None else f"{entry.label} {difference:+.3f} nats"
 
 
-CHEAP = 0.01  # of perplexity
 WITHIN = f"+{CHEAP * 100:g} % of PPL"
 
 
@@ -129,10 +117,14 @@ def findings(section: Section) -> list[str]:
     """What can be said of each size, of speed, and of what went wrong."""
     said: list[str] = []
     if section.kind == "quality":
-        for size in section.sizes:
-            said += _at(section, size)
+        compared = _compared(p for p in section.entries if not p.is_baseline)
+        if compared and (few := _too_few(compared)):
+            said.append(f"{few[0].upper()}{few[1:]}: presses are not ranked; score {FEWEST_WINDOWS} at least.")
+        else:
+            for size in section.sizes:
+                said += _at(section, size)
         said += _oddities(section)
-        if not any(p.decode_speedup is not None or p.timed is not None for p in section.entries):
+        if not any(p.decode_speedup is not None or p.timed is not None for p in section.entries if not p.is_baseline):
             said.append("Speed was not measured in these runs.")
     elif section.kind == "stream":
         said += [sentence for p in _one_a_size(section) for sentence in _stream_at(section, p.size)]
@@ -169,12 +161,8 @@ def _quality_headline(section: Section) -> str:
     pressed = [p for p in pressed if p.kept_bytes is not None and p.kept_bytes < 0.95 and not p.equals_baseline]
     if not pressed:
         return "no press was compared with the uncompressed cache."
-    if all(p.ppl_change_ci is None for p in pressed):
-        least = pressed[0]
-        return (
-            f"{clean(least.name)} {_effect(least)}, the smallest change that was measured; a single window gives no "
-            "error bars, so nothing is said about what is better."
-        )
+    if few := _too_few(pressed):
+        return f"{few} to say which press is better or what it costs."
     cheap = sorted((p for p in pressed if _is_cheap(p)), key=lambda p: (round(p.kept_bytes or 0, 2), p.delta_nll))
     if cheap:
         best = cheap[0]
@@ -189,6 +177,12 @@ def _quality_headline(section: Section) -> str:
     above = all(p.ppl_change_ci is not None and p.ppl_change_ci[0] > CHEAP for p in pressed)
     words = "no press is cheap" if above else "no press is shown to be cheap"
     return f"{words} (whole interval within {WITHIN}); the smallest change: {clean(least.name)} {_effect(least)}."
+
+
+def _too_few(entries: Sequence[Entry]) -> str:
+    """``too few windows (4)``; an empty text where there are enough."""
+    n = n_windows(entries)
+    return f"too few windows ({n})" if n < FEWEST_WINDOWS else ""
 
 
 def _at(section: Section, size: str) -> list[str]:

@@ -6,16 +6,18 @@ import json
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from coldpress.eval.columns import Table, tables
+from coldpress.eval.columns import Table, opening_table, tables
 from coldpress.eval.conclusions import WITHIN, findings, headline, where
 from coldpress.eval.figures import Drawing, require_matplotlib
+from coldpress.eval.glance import answer, chosen, rows
+from coldpress.eval.phrases import contexts, sentences
 from coldpress.eval.plots import draw
 from coldpress.eval.report import describe
 from coldpress.eval.results import Collection
-from coldpress.eval.sections import Section, sections
+from coldpress.eval.sections import Section, lead_of, sections
 from coldpress.eval.wording import clean, listed
 
 __all__ = ["Figure", "Part", "Report", "make_report"]
@@ -24,10 +26,17 @@ MOST_SKIPPED = 30  # files that are named; the rest are counted
 METHOD = (
     "ΔNLL is the loss under a press minus the loss of the uncompressed cache on the same tokens, in nats a token; PPL "
     "is exp(loss), so that ΔNLL 0.01 is about +1 % of PPL.",
-    "Intervals in brackets are 95 % confidence intervals of paired differences, the window (or text) as the unit of "
+    "KL is the mean Kullback-Leibler divergence of the next-token distribution from the uncompressed model's, in "
+    "nats; it "
+    "sees changes that a perplexity averages away.",
+    "Intervals, drawn as bars or in brackets, are 95 % confidence intervals of paired differences, the window (or "
+    "text) as the unit of "
     "sampling, Student's t. One press is called ahead of another only where the interval of their paired difference "
     "excludes 0. Intervals are of one comparison each: among many presses some are ahead by chance.",
     f"Cheap: the whole interval lies below {WITHIN}. Speed is called a gain only where every round agrees.",
+    "Intervals of scores stay in 0 to 1: Wilson's of a score, Newcombe's of a paired difference.",
+    "no_press is measured beside every press, also where one press only was asked for: every number is compared with "
+    "it.",
     "Numbers of different protocols, texts or models are in different sections and are not comparable.",
 )
 METHOD_OF_BENCHMARKS = (
@@ -58,9 +67,21 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Opening:
+    """What a reader has a minute for: of one section three sentences, a table and a plot."""
+
+    title: str
+    sentences: tuple[str, ...]
+    table: Table
+    notes: str
+    figure: Figure | None
+
+
+@dataclass(frozen=True)
 class Report:
     title: str
     counts: str
+    opening: Opening
     parts: tuple[Part, ...]
     method: tuple[str, ...]
     commands: tuple[str, ...]
@@ -87,20 +108,37 @@ def make_report(collection: Collection) -> Report:
     records = collection.records
     found = sections(records)
     alike = Counter((where(section), section.kind) for section in found)
-    parts = tuple(
+    parts = [
         _part(section, i, alike[where(section), section.kind] == 1) for i, section in enumerate(found, start=1)
-    )
+    ]
+    lead = found.index(lead_of(found))
+    opening = _opening(found[lead], parts[lead], len(found) > 1)
+    if opening.figure is not None:
+        rest = tuple(figure for figure in parts[lead].figures if figure is not opening.figure)
+        parts[lead] = replace(parts[lead], figures=rest)
     names = list(dict.fromkeys(where(section).removeprefix("On ") for section in found))
     title = f"KV-cache compression: {names[0]}" if len(names) == 1 else "KV-cache compression report"
     return Report(
         title=title,
         counts=_counts(collection),
-        parts=parts,
+        opening=opening,
+        parts=tuple(parts),
         method=(*METHOD, *([METHOD_OF_BENCHMARKS] if any(map(_is_benchmark, records)) else [])),
         commands=tuple(dict.fromkeys(clean(r["command"]) for r in records if r.get("command"))),
         environments=_environments(records),
         skipped=tuple(map(clean, collection.skipped[:MOST_SKIPPED])),
     )
+
+
+def _opening(section: Section, part: Part, is_one_of_many: bool) -> Opening:
+    found = rows(section)
+    shown = chosen(found)
+    notes = contexts(section)
+    if len(shown) < len(found):
+        notes.append(f"The best presses of each size, {len(shown)} of {len(found)} rows; all are below.")
+    title = part.title if is_one_of_many else "In a minute"
+    figure = next((f for f in part.figures if f.drawing.kind == "kl"), next(iter(part.figures), None))
+    return Opening(title, tuple(sentences(answer(section))), opening_table(shown), " ".join(notes), figure)
 
 
 def _part(section: Section, number: int, is_alone: bool) -> Part:

@@ -19,6 +19,8 @@ from coldpress.eval.figures import (
     shared_legend,
     title,
 )
+from coldpress.eval.memory import memory_words
+from coldpress.eval.metrics import wilson
 from coldpress.eval.sections import Entry, Section
 from coldpress.eval.wording import clean
 
@@ -161,7 +163,7 @@ def draw_speed(section: Section, look: dict[str, Style], prefix: str) -> list[Dr
     base = sorted((p for p in timed if p.is_baseline), key=lambda p: p.context)
     used = [panel for panel in _PANELS if any(panel[1](p) is not None for p in timed)]
     kinds = {p.peak_mem_kind for p in timed if p.peak_mem_kind}
-    measured = f" Peak memory is measured by {', '.join(map(clean, sorted(kinds)))}." if kinds else ""
+    measured = f" Peak memory is {', '.join(memory_words(clean(kind)) for kind in sorted(kinds))}." if kinds else ""
     caption = (
         "Speed and memory against the length of the timed context, one row for each size; dashed: no_press. Bars span "
         f"the rounds, from the slowest to the fastest.{measured}{said_of_colours(section)} ({caption_tail(section)})"
@@ -223,9 +225,10 @@ def draw_tasks(section: Section, look: dict[str, Style], prefix: str) -> list[Dr
 
 def _value(task: dict[str, Any]) -> tuple[Any, Any, bool]:
     """What is drawn of a task: its score, or nats more than the baseline; its interval; whether it is a score."""
-    score, base, ci = task.get("score"), task.get("score_base"), task.get("delta_score_ci95")
+    score = task.get("score")
     if score is not None:
-        return score, None if ci is None or base is None else (base + ci[0], base + ci[1]), True
+        n = task.get("n")
+        return score, wilson(score, int(n)) if n and 0 <= score <= 1 else None, True
     more, ci = task.get("delta_answer_nll"), task.get("delta_answer_nll_ci95")
     if more is None and task.get("answer_nll") is not None and task.get("answer_nll_base") is not None:
         more = task["answer_nll"] - task["answer_nll_base"]
@@ -242,8 +245,8 @@ def _scores(section: Section, look: dict[str, Style], names: list[str], prefix: 
     columns = min(2, len(names))
     rows = -(-len(names) // columns)
     caption = (
-        "Scores against the fraction removed, with 95 % intervals of the difference to the uncompressed cache "
-        "(no_press, dashed). String matches lie between 0 and 1, more is better; where a task has none, nats a token "
+        "Scores against the fraction removed, with their 95 % intervals (Wilson); dashed: the uncompressed cache "
+        "(no_press). String matches lie between 0 and 1, more is better; where a task has none, nats a token "
         "of the answer more than without a press, less is better."
         f"{said_of_colours(section)}{left_out} ({caption_tail(section)})"
     )

@@ -276,13 +276,13 @@ def legend(figure: Any, axis: Any, order: Any) -> None:
     figure.legend([h for h, _ in pairs], [n for _, n in pairs], loc="outside right upper", handlelength=2.6)
 
 
-def shared_legend(figure: Any, axes: Sequence[Any]) -> None:
+def shared_legend(figure: Any, axes: Sequence[Any], columns: int = 5) -> None:
     """One legend for several panels, above them."""
     found: dict[str, Any] = {}
     for axis in axes:
         for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
             found.setdefault(name, handle)
-    figure.legend([*found.values()], [*found], loc="outside upper left", ncols=5, handlelength=2.4)
+    figure.legend([*found.values()], [*found], loc="outside upper left", ncols=columns, handlelength=2.4)
 
 
 def panels(section: Section, has: Any) -> list[str]:

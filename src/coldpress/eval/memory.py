@@ -22,12 +22,25 @@ import torch
 
 from coldpress.errors import DeviceError, MissingDependencyError
 
-__all__ = ["MemoryMeter", "MemoryReading", "format_bytes"]
+__all__ = ["KINDS", "MemoryMeter", "MemoryReading", "format_bytes", "memory_words"]
 
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
 RESET_SLACK_BYTES = 4 << 20  # a high-water mark further than this above the RSS was not reset
 POLL_INTERVAL_S = 0.002
+
+
+KINDS = {  # how a peak is measured, in words
+    "cuda_allocated": "that of the tensors on the device",
+    "vmhwm": "that of the process's resident memory, model included (VmHWM)",
+    "rss_polled": "that of the process's resident memory, model included, looked at every 2 ms",
+    "maxrss_process": "that of the process's resident memory since it started",
+}
+
+
+def memory_words(kind: str) -> str:
+    """What a peak of this kind is of; the kind itself where it is none of ours."""
+    return KINDS.get(kind, f"measured by {kind}")
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from markupsafe import Markup
 
 from coldpress.errors import OutputError
 from coldpress.eval.columns import Cell, Table
-from coldpress.eval.document import Part, Report, make_report
+from coldpress.eval.document import Figure, Part, Report, make_report
 from coldpress.eval.figures import css_colours
 from coldpress.eval.results import Collection, check_writable
 from coldpress.io.files import replace_file
 
-__all__ = ["escape", "page", "summary", "write_report"]
+__all__ = ["escape", "page", "summary", "write_file", "write_report"]
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets" / "report"
 
@@ -37,10 +37,28 @@ def _sort_key(cell: Cell) -> str:
     return "" if cell.value is None else repr(cell.value)
 
 
+def _bar(cell: Cell) -> Markup:
+    """An interval on its column's scale: a line with a dot, a thin line at 0, an arrow where it goes on."""
+    if cell.bar is None:
+        return Markup("")
+    low, high, middle, zero = (3 + 94 * min(max(x, 0.0), 1.0) for x in cell.bar)
+    ends = "".join(
+        f'<path d="M{at} 3l{step} 3l{-step} 3z" fill="var(--ref)"/>'
+        for at, step, is_off in ((3, -3, cell.bar[0] < 0), (97, 3, cell.bar[1] > 1))
+        if is_off
+    )
+    dot = f'<circle cx="{middle:.1f}" cy="6" r="2.6" fill="var(--s0)"/>' if 0 <= cell.bar[2] <= 1 else ""
+    return Markup(
+        '<svg class="bar" viewBox="0 0 100 12" preserveAspectRatio="none" aria-hidden="true">'
+        f'<path d="M{zero:.1f} 0v12" stroke="var(--faint)"/>'
+        f'<path d="M{low:.1f} 6H{high:.1f}" stroke="var(--ref)" stroke-width="1.5"/>{dot}{ends}</svg>'
+    )
+
+
 @functools.cache
 def _template() -> Any:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"sort_key": _sort_key, "drawn": Markup}
+    environment.filters |= {"bar": _bar, "sort_key": _sort_key, "drawn": Markup}
     return environment.from_string((ASSETS / "page.html").read_text(encoding="utf-8"))
 
 
@@ -54,8 +72,11 @@ def escape(text: str) -> str:
 
 def summary(report: Report) -> str:
     """The whole text."""
-    lines = [f"# {escape(report.title)}", "", escape(report.counts), "", "## Conclusions", ""]
-    lines += [f"* {escape(part.headline)}" for part in report.parts] + [""]
+    lines = [f"# {escape(report.title)}", "", escape(report.counts), "", "## " + escape(report.opening.title), ""]
+    lines += [escape(" ".join(report.opening.sentences)), "", *_table(report.opening.table), ""]
+    lines += [escape(report.opening.notes), ""] if report.opening.notes else []
+    lines += _figure(report.opening.figure) if report.opening.figure is not None else []
+    lines += ["## Conclusions", "", *(f"* {escape(part.headline)}" for part in report.parts), ""]
     for part in report.parts:
         lines += _part(part)
     lines += ["## How to read this", "", *(f"* {escape(sentence)}" for sentence in report.method), ""]
@@ -76,16 +97,19 @@ def _part(part: Part) -> list[str]:
     lines += [f"* {escape(finding)}" for finding in part.findings]
     lines += [""] if part.findings else []
     for figure in part.figures:
-        caption = escape(figure.drawing.caption)
-        lines += [f"![{escape(figure.drawing.kind)}]({figure.file})", "", caption, ""]
+        lines += _figure(figure)
     for table in part.tables:
         lines += [*_table(table), ""]
     return lines
 
 
+def _figure(figure: Figure) -> list[str]:
+    return [f"![{escape(figure.drawing.kind)}]({figure.file})", "", escape(figure.drawing.caption), ""]
+
+
 def _table(table: Table) -> list[str]:
     heads = [escape(head) for head, _ in table.heads]
-    rows = [[escape(cell.text) for cell in row] for row in table.rows]
+    rows = [[escape(f"{cell.text} {cell.said}".strip()) for cell in row] for row in table.rows]
     rule = ["---", *("---:" for _ in heads[1:])]
     return [f"| {' | '.join(row)} |" for row in [heads, rule, *rows]]
 
@@ -99,12 +123,14 @@ def write_report(collection: Collection, folder: Path) -> list[Path]:
     """
     check_writable(folder)
     report = make_report(collection)
-    files = {f.file: f.drawing.png for part in report.parts for f in part.figures}
+    figures = [*(f for part in report.parts for f in part.figures), report.opening.figure]
+    files = {f.file: f.drawing.png for f in figures if f is not None}
     files |= {"report.md": summary(report).encode(), "report.html": page(report).encode()}
-    return [_write(folder / name, content) for name, content in files.items()]
+    return [write_file(folder / name, content) for name, content in files.items()]
 
 
-def _write(path: Path, content: bytes) -> Path:
+def write_file(path: Path, content: bytes) -> Path:
+    """Write a file whole, or leave it as it was; raises OutputError where it cannot be."""
     try:
         replace_file(path, lambda part: part.write_bytes(content))
     except OSError as error:

@@ -20,12 +20,15 @@ from coldpress.eval.figures import (
     said_of_colours,
     scale,
     section_styles,
+    shared_legend,
 )
+from coldpress.eval.glance import quality_of
 from coldpress.eval.sections import Entry, Section
-from coldpress.eval.wording import clean
+from coldpress.eval.wording import clean, listed
 
-__all__ = ["draw", "front"]
+__all__ = ["draw"]
 
+MIB = 1 / (1 << 20)
 FADED, BAD = INK["faint"][0], INK["bad"][0]
 
 
@@ -36,7 +39,7 @@ def draw(section: Section, prefix: str) -> list[Drawing]:
         return draw_tasks(section, look, prefix)
     found: list[Drawing | None] = []
     if section.kind == "quality":
-        found = [_quality(section, look, f"{prefix}q"), _pareto(section, look, f"{prefix}p")]
+        found = [_kl(section, look, f"{prefix}k"), _quality(section, look, f"{prefix}q")]
         found.append(draw_distance(section, look, f"{prefix}d"))
     elif section.kind == "stream":
         found = [draw_positions(section, look, f"{prefix}n")]
@@ -176,68 +179,64 @@ def _forest(
     return done
 
 
-def front(entries: Sequence[Entry]) -> list[Entry]:
-    """Those that no other matches in both bytes and loss, the smallest cache first."""
-    found: list[Entry] = []
-    for entry in sorted(entries, key=lambda p: (p.kv_bytes, p.delta_nll, p.label)):
-        if not found or entry.delta_nll < found[-1].delta_nll:
-            found.append(entry)
-    return found
-
-
-def _pareto(section: Section, look: dict[str, Style], prefix: str) -> Drawing | None:
+def _kl(section: Section, look: dict[str, Style], prefix: str) -> Drawing | None:
+    """The plot that a report opens with: quality against the bytes of the cache, a line for each press."""
     entries = [p for p in section.entries if p.delta_nll is not None and p.kv_bytes and not p.is_baseline]
-    if len({p.kv_bytes for p in entries}) < 2:
+    entries = [p for p in entries if not p.equals_baseline]
+    measure, values = quality_of(entries)
+    entries = [p for p in entries if measure != "KL" or values[id(p)] > 0]
+    ranked = [values[id(p)] for p in entries if p.record["press"] != "random"]
+    if not ranked:
         return None
-    best = front([p for p in entries if not p.equals_baseline])
-    caption = (
-        "Loss against the bytes of the cache after compression. Coloured points, joined: no other press has both fewer "
-        "bytes and less loss, by the measured means; with their 95 % intervals, which may overlap those of others. The "
-        "rest is grey; × is random, + streaming_llm, the dashed line no_press, a red ring a press that has the loss of "
-        "the uncompressed cache in every window."
-    )
-    mib = 1 / (1 << 20)
-    with drawing("pareto", "", caption_tail(section), (8.4, 4.4), prefix) as (done, figure):
+    if len({p.size for p in entries}) < 2:
+        return _kl_dots(section, look, prefix, entries)
+    whole = max((b for p in section.entries if (b := p.kv_bytes_baseline)), default=None)
+    what = "KL divergence from the uncompressed model" if measure == "KL" else "Loss more than uncompressed"
+    caption = f"{what} against the memory of the KV cache: down and left is better.{said_of_colours(section)}"
+    with drawing("kl", "", caption_tail(section), (7.6, 5.0), prefix) as (done, figure):
         axis = figure.add_subplot()
-        axis.axhline(0, color=REF, linestyle="--", linewidth=1.2, zorder=2)
-        whole = [b for p in section.entries if (b := p.kv_bytes_baseline)]
-        if whole:
-            axis.plot([max(whole) * mib], [0], marker="o", color=REF, linestyle="none", zorder=4)
-            axis.annotate(
-                "no_press", (max(whole) * mib, 0), xytext=(-4, -12), textcoords="offset points", fontsize=8, ha="right"
-            )
-        for entry in entries:
-            if entry not in best:
-                marker = look[entry.label].marker if entry.is_reference else "o"
-                color = REF if entry.is_reference else FADED
-                face = {"markerfacecolor": "none", "markeredgecolor": BAD} if entry.equals_baseline else {}
-                (dot,) = axis.plot(
-                    [entry.kv_bytes * mib], [entry.delta_nll], marker=marker, color=color, markersize=5, **face
-                )
-                done.name(dot, f"{entry.name}: {entry.delta_nll:+.4f}")
-        axis.plot(
-            [p.kv_bytes * mib for p in best], [p.delta_nll for p in best], color=INK["axis"][0], linewidth=1, zorder=2
-        )
-        for entry in best:
+        for label in sorted({p.label for p in entries}, key=lambda label: (look[label].rank, label)):
+            own = sorted((p for p in entries if p.label == label), key=lambda p: p.kv_bytes)
+            curve(done, axis, look[label], label, [p.kv_bytes * MIB for p in own], [values[id(p)] for p in own], None)
+        low, high = min(ranked), max(ranked)
+        if measure == "KL":
+            axis.set_yscale("log")
+            axis.set_ylim(low / 1.5, high * 1.6)
+            plain_numbers(axis.yaxis)
+        else:
+            axis.axhline(0, color=REF, linestyle="--", linewidth=1.2, zorder=2)
+            axis.set_ylim(min(low, 0) - 0.06 * (high - low), max(high, 0) + 0.1 * (high - low))
+        above = [p for p in entries if values[id(p)] > axis.get_ylim()[1]]
+        if above:
+            caption += f" Off the top: {listed([f'{p.name} ({values[id(p)]:.2g})' for p in above])}."
+        axis.set_xlim(left=0)
+        axis.set_xlabel(f"KV cache (MiB{f', {whole * MIB:.3g} uncompressed' if whole else ''})")
+        axis.set_ylabel(f"{measure} (nats a token)")
+        shared_legend(figure, [axis], 3)
+        done.caption = f"{caption} ({caption_tail(section)})"
+    return done
+
+
+def _kl_dots(section: Section, look: dict[str, Style], prefix: str, entries: list[Entry]) -> Drawing:
+    """Of one size: each press a line, the best on top; the axis is that of the others where random is far off."""
+    measure, values = quality_of(entries)
+    rows = sorted(entries, key=lambda p: -values[id(p)])
+    caption = f"{'KL divergence from the uncompressed model' if measure == 'KL' else 'Loss more than uncompressed'}, "
+    caption += f"with {rows[0].size if rows[0].compression_ratio is None else f'ratio {rows[0].size}'}: left is better."
+    with drawing("kl", "", caption_tail(section), (7.6, 1.3 + 0.3 * len(rows)), prefix) as (done, figure):
+        axis = figure.add_subplot()
+        for y, entry in enumerate(rows):
             style = look[entry.label]
-            color = style.color if style.is_coloured else INK["axis"][0]
             marker = style.marker if style.is_coloured else "o"
-            drawn = axis.errorbar(
-                [entry.kv_bytes * mib], [entry.delta_nll], yerr=_bars(entry), color=color, marker=marker, markersize=7,
-                zorder=5,
-            )  # fmt: skip
-            done.name(drawn.lines[0], f"{entry.name}: {entry.delta_nll:+.4f}")
-            axis.annotate(
-                clean(entry.name), (entry.kv_bytes * mib, entry.delta_nll), xytext=(8, 5), textcoords="offset points",
-                fontsize=8, zorder=6,
-            )  # fmt: skip
-        note = scale(axis, [p.delta_nll for p in entries])
-        sizes = [p.kv_bytes for p in entries] + whole
-        if max(sizes) > 8 * min(sizes):
-            axis.set_xscale("log", base=2)
-            plain_numbers(axis.xaxis)
-        axis.margins(x=0.12)
-        axis.set_xlabel("KV cache after compression (MiB)")
-        axis.set_ylabel("Δ loss (nats a token)")
-        done.caption = f"{caption}{note} ({caption_tail(section)})"
+            (dot,) = axis.plot([values[id(entry)]], [y], marker=marker, color=style.color, linestyle="none")
+            done.name(dot, f"{entry.label} {values[id(entry)]:.4f}")
+        axis.set_yticks(range(len(rows)), [clean(p.label) for p in rows])
+        axis.set_ylim(-0.6, len(rows) - 0.4)
+        others = [values[id(p)] for p in rows if p.record["press"] != "random"]
+        low, high = min(0.0, *others), max(0.0, *others)
+        axis.set_xlim(low * 1.15, high * 1.15)
+        off = [p for p in rows if values[id(p)] > axis.get_xlim()[1]]
+        caption += "".join(f" Off the right edge: {clean(p.label)} ({values[id(p)]:.2g})." for p in off)
+        axis.set_xlabel(f"{measure} (nats a token)")
+        done.caption = f"{caption} ({caption_tail(section)})"
     return done

@@ -10,7 +10,7 @@ from typing import Any
 
 from coldpress.bases.registry import NO_PRESS
 from coldpress.bases.scorer import BUDGETS
-from coldpress.eval.memory import format_bytes
+from coldpress.eval.memory import format_bytes, memory_words
 from coldpress.eval.schema import BYTES, ENVIRONMENT, FIELDS, SPEED_SETTINGS
 from coldpress.io.terminal import printable
 
@@ -48,12 +48,12 @@ def _of(name: str) -> Column:
     return field.head, cell
 
 
-def _plain(name: str, head: str, is_plain: bool, digits: int) -> Column:
-    """A number of records whose perplexity is the uncompressed model's own, or of the others."""
+def _under(name: str, head: str, digits: int) -> Column:
+    """A number of the loss under a press; where it is the uncompressed model's own, a sentence says it."""
 
     def cell(record: Record) -> str | None:
         value = record.get(name)
-        return None if value is None or _is_plain(record) != is_plain else f"{value:.{digits}f}"
+        return None if value is None or _is_plain(record) else f"{value:.{digits}f}"
 
     return head, cell
 
@@ -90,10 +90,8 @@ def _size_name(records: Sequence[Record]) -> str:
 QUALITY: tuple[Column, ...] = (
     _of("effective_compression_ratio"),
     _of("read_ratio"),
-    _plain("loss", "loss", False, 4),
-    _plain("loss", "loss uncompressed", True, 4),
-    _plain("ppl", "PPL", False, 3),
-    _plain("ppl", "PPL uncompressed", True, 3),
+    _under("loss", "loss", 4),
+    _under("ppl", "PPL", 3),
     ("ΔNLL ± 95 % CI", _interval),
     _of("same_top1"),
     _of("kld"),
@@ -202,7 +200,7 @@ def describe(record: Record) -> str:
         timed += ", decoding only" if settings.get("speed_decode_only") else ""
         parts.append(f"{timed}, compiled" if settings.get("compile") else timed)
     if record.get("peak_mem_kind"):
-        parts.append(f"peak memory by {record['peak_mem_kind']}")
+        parts.append(f"peak memory is {memory_words(record['peak_mem_kind'])}")
     threads = f"{env['threads']} thread{'' if env['threads'] == 1 else 's'}"
     parts.append(f"transformers {env['transformers']}, torch {env['torch']}, {env['cpu']}, {threads}")
     return printable("; ".join(parts))
@@ -267,12 +265,21 @@ def _order(record: Record) -> tuple[Any, ...]:
 
 
 def _baseline(records: Sequence[Record]) -> list[str]:
-    """What the differences are differences to, where no line of the table says it."""
-    compared = [r for r in records if r.get("delta_nll") is not None and r.get("baseline_loss") is not None]
-    if not compared or any(r["press"] == NO_PRESS and r["status"] == "ok" for r in records):
+    """The uncompressed model's own loss, where no line of the table says it."""
+    if any(r["press"] == NO_PRESS and r["status"] == "ok" and not bits_of(r) for r in records):
         return []
-    loss, ppl = compared[0]["baseline_loss"], compared[0]["baseline_ppl"]
-    return [f"ΔNLL is the difference to the uncompressed cache on the same tokens: loss {loss:.4f}, PPL {ppl:.3f}."]
+    for record in records:
+        if _is_plain(record) and record.get("ppl") is not None:
+            return [
+                f"The uncompressed model has loss {record['loss']:.4f}, PPL {record['ppl']:.3f}; no press touches this."
+            ]
+        if record.get("delta_nll") is not None and record.get("baseline_loss") is not None:
+            loss, ppl = record["baseline_loss"], record["baseline_ppl"]
+            said = (
+                f"ΔNLL is the difference to the uncompressed cache on the same tokens: loss {loss:.4f}, PPL {ppl:.3f}."
+            )
+            return [said]
+    return []
 
 
 def _unanswered(records: Sequence[Record]) -> list[str]:

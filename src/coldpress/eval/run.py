@@ -261,7 +261,8 @@ def carry_out(run: Run, folder: Path, engine: Engine | None = None) -> tuple[lis
             size = size_of(record)
             note(f"{record['press']}{f' at {size}' if size else ''} failed: {record['error']}", kind="error")
     if records:
-        print(f"\n{show(records)}\n")
+        said = [text for text in show(records).split("\n\n") if text not in early.said]
+        print("\n" + "\n\n".join(said) + "\n")
         print(f"{len(records)} result(s) in {folder}/", flush=True)
     return records, is_interrupted
 
@@ -272,6 +273,7 @@ class _Early:
     def __init__(self, run: Run, folder: Path):
         self.run, self.folder = run, folder
         self.written: set[Path] = set()
+        self.said: set[str] = set()  # captions and tables that need not be printed again
 
     def save(self, jobs: Sequence[Job] | None = None) -> None:
         """Write the records of some jobs, or of all, which are ``interrupted`` until all of them is measured.
@@ -286,7 +288,9 @@ class _Early:
         if jobs is None:
             measured = [record if record["status"] == "failed" else {**record, "status": "ok"} for record in records]
             with contextlib.suppress(OSError):  # nobody reads it: no reason to stop
-                print(f"\n{show(measured)}\n", flush=True)
+                text = show(measured)
+                print(f"\n{text}\n", flush=True)
+                self.said |= set(text.split("\n\n"))
 
     def replace(self, records: list[dict[str, Any]]) -> None:
         """Write the run's last word, and take back what it had said under other names."""

@@ -14,7 +14,7 @@ from coldpress.bases.scorer import BUDGETS
 from coldpress.eval.metrics import Paired, paired_difference
 from coldpress.eval.report import asked, bits_of, groups, short, size_of
 
-__all__ = ["REFERENCES", "Entry", "Section", "paired", "sections", "text_name"]
+__all__ = ["REFERENCES", "Entry", "Section", "lead_of", "paired", "sections", "text_name"]
 
 Record = dict[str, Any]
 REFERENCES = ("random", "streaming_llm")  # what any method should be ahead of; no_press is the baseline
@@ -205,6 +205,17 @@ def sections(records: Iterable[Record]) -> list[Section]:
     return sorted(found, key=lambda s: (text_name(s.first), s.first["model"], order.index(s.kind), s.first["protocol"]))
 
 
+def lead_of(found: Sequence[Section]) -> Section:
+    """The section that a report opens with: a compressed context if there is one, of the largest model."""
+    order = ["quality", "stream", "tasks", "speed", "plain"]
+
+    def rank(section: Section) -> tuple[Any, ...]:
+        timed = sum(p.timed is not None or p.tpot_ms is not None for p in section.entries)
+        return not section.entries, order.index(section.kind), -section.first["num_params"], -timed, -len(section.all)
+
+    return min(found, key=rank)
+
+
 def _tell_speed(found: Iterable[Section], timed: Iterable[Entry]) -> None:
     """Give entries whose loss was measured in one run what another run of the same has timed, as in a sweep."""
 
@@ -216,13 +227,12 @@ def _tell_speed(found: Iterable[Section], timed: Iterable[Entry]) -> None:
     longest: dict[str, Entry] = {}
     for entry in timed:
         key = same(entry.record)
-        if entry.decode_speedup is not None and (entry.context or 0) >= (longest.get(key, entry).context or 0):
+        if entry.tpot_ms is not None and (entry.context or 0) >= (longest.get(key, entry).context or 0):
             longest[key] = entry
     for section in found:
         if section.kind == "quality":
             section.entries = [
-                p if p.decode_speedup is not None else replace(p, timed=longest.get(same(p.record)))
-                for p in section.entries
+                p if p.tpot_ms is not None else replace(p, timed=longest.get(same(p.record))) for p in section.entries
             ]
 
 

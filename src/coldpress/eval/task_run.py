@@ -25,7 +25,7 @@ from coldpress.eval.checks import check_baseline, check_removed, check_stored_pa
 from coldpress.eval.jobs import BASELINE, Point
 from coldpress.eval.ledger import Answered, Ledger
 from coldpress.eval.losses import token_losses
-from coldpress.eval.metrics import paired_difference
+from coldpress.eval.metrics import paired_difference, score_difference
 from coldpress.eval.perplexity import forward
 from coldpress.eval.point_run import PointRun
 from coldpress.eval.tasks import Example
@@ -163,7 +163,7 @@ def _task(task: str, length: int, rows: list[dict[str, Any]], is_baseline: bool)
     loss = paired_difference(counts, nll, nll_base)
     is_asked = not is_baseline and rows[0]["score"] is not None
     scores = [row["score"] for row in rows], [row["score_base"] for row in rows]
-    found["delta_score_ci95"] = paired_difference([1] * len(rows), *scores).ci95 if is_asked else None
+    found["delta_score_ci95"] = [*score_difference(*scores)] if is_asked else None
     found["delta_answer_nll"] = None if is_baseline else loss.delta
     found["delta_answer_nll_ci95"] = None if is_baseline else loss.ci95
     depths = dict.fromkeys(sorted(row["depth"] for row in rows if row["depth"] is not None))

@@ -21,7 +21,9 @@ __all__ = [
     "number",
     "ppl_words",
     "rounds_words",
+    "short_bytes",
     "speed_words",
+    "three_digits",
 ]
 
 
@@ -49,6 +51,23 @@ def number(value: float, digits: int = 4) -> str:
     """With so many decimals, and no minus before zero."""
     text = f"{value:.{digits}f}"
     return text.lstrip("-") if not float(text) else text
+
+
+def three_digits(value: float) -> str:
+    """``1.20``, ``67.5``, ``1,254``."""
+    digits = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
+    return f"{value:,.{digits}f}"
+
+
+def short_bytes(count: float | None) -> str:
+    """Three digits: ``67.5 MiB``."""
+    if count is None:
+        return ""
+    value, units = float(count), iter(("B", "KiB", "MiB", "GiB", "TiB"))
+    unit = next(units)
+    while abs(value) >= 999.5 and unit != "TiB":
+        value, unit = value / 1024, next(units)
+    return f"{three_digits(value)} {unit}"
 
 
 def _percent(value: float, decimals: int) -> str:

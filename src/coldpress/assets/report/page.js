@@ -1,3 +1,10 @@
+// A link into a folded part opens it.
+const unfold = () => {
+  const part = location.hash && document.getElementById(location.hash.slice(1));
+  if (part && part.tagName === "DETAILS") part.open = true;
+};
+addEventListener("hashchange", unfold);
+unfold();
 // Click on a column's head to sort by it; again to turn the order round. Empty cells stay at the end.
 for (const table of document.querySelectorAll("table")) {
   const heads = [...table.tHead.rows[0].cells];
