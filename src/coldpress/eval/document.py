@@ -108,9 +108,7 @@ def make_report(collection: Collection) -> Report:
     records = collection.records
     found = sections(records)
     alike = Counter((where(section), section.kind) for section in found)
-    parts = [
-        _part(section, i, alike[where(section), section.kind] == 1) for i, section in enumerate(found, start=1)
-    ]
+    parts = [_part(section, i, alike[where(section), section.kind] == 1) for i, section in enumerate(found, start=1)]
     lead = found.index(lead_of(found))
     opening = _opening(found[lead], parts[lead], len(found) > 1)
     if opening.figure is not None:
