@@ -94,6 +94,7 @@ def test_bytes_are_those_of_the_pairs(name: str) -> None:
     assert past.kv_bytes() == (27 + 64) * pair and fork.kv_bytes() == 26 * pair
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.usefixtures("given_weights")
 @pytest.mark.parametrize(
     ("name", "press"),
@@ -241,6 +242,7 @@ def through_a_file(past: PressedCache) -> PressedCache:
     return pickle.loads(pickle.dumps(past))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.usefixtures("given_artefacts", "given_weights")
 @pytest.mark.parametrize("name", press_names(at_prefill=True))
 def test_a_cache_of_every_press_can_be_copied_and_pickled(name: str) -> None:

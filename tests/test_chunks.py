@@ -154,6 +154,7 @@ def by_hand(model: str, score: Callable[..., list[float]], ids: Tensor, size: di
     return past
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("size", [{"compression_ratio": 0.6}, {"budget_tokens": 14}], ids=["ratio", "budget"])
 @pytest.mark.parametrize("model", ["gpt_neox", "llama", "mistral", "gemma3"])
 @pytest.mark.parametrize("name", SLOW)
@@ -178,6 +179,7 @@ def test_where_a_prompt_is_cut(n: int) -> None:
     assert pieces(n, None) == [(0, n)]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.usefixtures("given_weights")
 @pytest.mark.parametrize("chunk", [N, N + 1])
 @pytest.mark.parametrize("name", CHUNKED)
@@ -206,6 +208,7 @@ def test_without_compression_pieces_change_nothing(press: BasePress | None, mode
     assert past.seen_tokens == N + 5 and past.achieved_ratio() == 0
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.usefixtures("given_weights")
 @pytest.mark.parametrize("model", ["gpt_neox", "llama"])
 @pytest.mark.parametrize("name", CHUNKED)
@@ -307,6 +310,7 @@ def test_presses_see_the_queries_of_the_piece_and_what_is_kept() -> None:
 # Padding
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("model", ["gpt_neox", "llama", "mistral", "gpt2"])
 @pytest.mark.parametrize(
     "press",

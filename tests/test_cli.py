@@ -141,6 +141,7 @@ def run(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str], monkeypa
 # The user's command lines
 
 
+@pytest.mark.slow
 def test_all_leaves_out_what_takes_one_text_at_a_time_where_there_are_batches(run: Run) -> None:
     batches = ("--batch_size", "2", "--max_length", "40")
     done = run("--press", "all", *batches, *QUALITY)
@@ -200,9 +201,10 @@ def test_a_decoding_schedule_is_timed(run: Run) -> None:
             "--attn_implementation eager",
             1,
         ),
-        (
+        pytest.param(
             "--dataset {data}/wikitext --press all --speed_only",
             1 + len(press_names(kind="training-free", at_prefill=True)),
+            marks=pytest.mark.slow,
         ),
         ("--dataset {data}/wikitext --press snapkv --compression_ratio 0.5 --speed_only", 1),
         ("--dataset {data}/wikitext --press snapkv --compression_ratio 0.5 --ppl_apply_press", 1),
@@ -523,7 +525,9 @@ def breaks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("breaks")
-@pytest.mark.parametrize("how", [["--ppl_apply_press", "--ppl_only"], ["--speed_only"]])
+@pytest.mark.parametrize(
+    "how", [["--ppl_apply_press", "--ppl_only"], pytest.param(["--speed_only"], marks=pytest.mark.slow)]
+)
 def test_a_press_that_fails_is_recorded_as_failed_and_the_others_go_on(run: Run, how: list[str]) -> None:
     done = run("--press", "all", *how, *SMALL)
     assert done.code == 1
@@ -1165,6 +1169,7 @@ def test_interrupted_before_anything_is_measured(run: Run, monkeypatch: pytest.M
     assert not done.folder.exists()
 
 
+@pytest.mark.slow
 def test_killed_it_leaves_no_broken_file(run: Run, tiny: Path, tmp_path: Path) -> None:
     kill = "import coldpress.eval.results as r; r.os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)"
     arguments = ["--model", tiny, "--dataset", "demo", "--press", "knorm", "snapkv", *QUALITY, "--output_dir", tmp_path]
@@ -1175,6 +1180,7 @@ def test_killed_it_leaves_no_broken_file(run: Run, tiny: Path, tmp_path: Path) -
     assert len(run(*arguments).records) == 2  # and is not in the way of the next run
 
 
+@pytest.mark.slow
 def test_the_script_prints_the_table_and_only_progress_on_stderr(tiny: Path, tmp_path: Path) -> None:
     arguments = ["--model", tiny, "--dataset", "demo", "--press", "knorm", *SMALL, "--output_dir", tmp_path / "results"]
     process = start("", *arguments)

@@ -402,7 +402,7 @@ def overheard() -> Iterator[None]:
 
 @pytest.mark.usefixtures("overheard")
 @seeds(N_PROGRAMS)
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(7)
 def test_programs(seed: int, tmp_path: Path, at_once: pytest.MonkeyPatch) -> None:
     if seed % 2:
         at_once.undo()
@@ -422,7 +422,7 @@ def positions_of(past: PressedCache, mask: Tensor, row: int, index: int, first: 
 
 @seeds(N_BATCHES)
 @torch.no_grad()
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(5)
 def test_rows_with_padding_are_what_they_are_alone(seed: int, at_once: pytest.MonkeyPatch) -> None:
     r = random.Random(seed)
     if seed % 2:
@@ -471,6 +471,7 @@ def test_rows_with_padding_are_what_they_are_alone(seed: int, at_once: pytest.Mo
 # -- generate -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thinned(3)
 @seeds(N_ANSWERS)
 def test_answers(seed: int, at_once: pytest.MonkeyPatch) -> None:
     """A fork generates what its original does, and greedy generation is a loop."""

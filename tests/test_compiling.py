@@ -62,6 +62,7 @@ def decoded(model: PreTrainedModel, cache: PressedCache, n: int = 5) -> Tensor:
     return torch.cat(logits, dim=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt_neox", "llama", "gpt2"])
 @pytest.mark.thinned(3)
 def test_as_outside(name: str) -> None:
@@ -225,7 +226,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("name", KINDS)
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(6)
 def test_kinds_of_caches(name: str, tmp_path: Path) -> None:
     """Each token's logits are those outside, and so is the cache after it: forked, cropped, saved and loaded."""
     kind = KINDS[name]

@@ -172,7 +172,12 @@ def test_the_code_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.parametrize(
-    "page", [name for name in GUIDE if name not in RUN_ELSEWHERE and code_of(f"docs/guide/{name}")]
+    "page",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "compile.md" else ())  # half a minute
+        for name in GUIDE
+        if name not in RUN_ELSEWHERE and code_of(f"docs/guide/{name}")
+    ],
 )
 def test_the_code_of_the_guide_runs(
     page: str,

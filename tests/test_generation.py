@@ -276,6 +276,7 @@ def test_one_layer_at_a_time_is_whole(press: BasePress, monkeypatch: pytest.Monk
 # -- positions and masks ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.usefixtures("given_weights")
 @pytest.mark.parametrize("backend", ["coldpress", "coldpress_eager"])
 @pytest.mark.parametrize("name", ["gpt_neox", "gpt_neox_full_rotary", "llama"])
@@ -316,6 +317,7 @@ def test_a_question_of_several_tokens_where_layers_differ(name: str, press: Base
     torch.testing.assert_close(model(question, **cache_argument(past)).logits[0], expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.usefixtures("given_weights")
 @pytest.mark.parametrize("name", ["gpt_neox", "llama", "gpt2", "mistral"])
 @pytest.mark.parametrize(

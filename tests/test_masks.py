@@ -150,7 +150,7 @@ def no_gradients() -> Iterator[None]:
         yield
 
 
-@settings(max_examples=100)
+@settings(max_examples=40)
 @given(run=runs())
 def test_masks_hide_what_they_say(run: Run) -> None:
     twins = Twins(run.model, PressedCache(run.press, kv_bits=run.kv_bits), len(run.rows))

@@ -64,7 +64,7 @@ def check(model: PreTrainedModel, batch: Batch, press: BasePress | None, n_decod
     [*(("gpt_neox", layout) for layout in LAYOUTS), ("llama", "mixed"), ("mistral", "right"), ("mistral", "mixed")],
 )
 @pytest.mark.parametrize("press", [None, *WITH_RATIO, *OTHERS])
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(9)
 def test_row_of_a_batch_is_the_row_alone(name: str, layout: str, press: str | None) -> None:
     made = None if press is None else other_press(press, name) if press in OTHERS else press_of(press, 0.5)
     check(tiny(name), Batch(60, LAYOUTS[layout]), made)
@@ -72,7 +72,7 @@ def test_row_of_a_batch_is_the_row_alone(name: str, layout: str, press: str | No
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("press", WITH_RATIO)
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(7)
 def test_ratio_0_drops_the_padding_only(name: str, press: str) -> None:
     past = check(tiny(name), Batch(20, [(3, 0), (0, 0), (0, 15)]), press_of(press, 0.0))
     assert past.achieved_ratio() == 0
@@ -80,6 +80,7 @@ def test_ratio_0_drops_the_padding_only(name: str, press: str) -> None:
     assert (past.positions()[0, :, 17:20] == -1).all()
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("backend", ["coldpress", "coldpress_eager"])
 @pytest.mark.parametrize("press", [SnapKVPress(0.5), SnapKVPress(0.9), press_of("streaming_llm", 0.9)], ids=repr)
@@ -100,6 +101,7 @@ def test_sliding_windows_count_real_tokens(name: str, press: str | None) -> None
     check(tiny(name), batch, None if press is None else press_of(press, 0.5), n_decoded=70)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("press", [None, "snapkv", "pyramidkv", "expected_attention", "streaming_llm"])
 def test_generate(name: str, press: str | None) -> None:

@@ -122,7 +122,7 @@ def test_without_a_press_it_is_the_models_own_greedy_answer(
 
 @pytest.mark.usefixtures("given_artefacts", "given_weights")
 @pytest.mark.parametrize("name", [*WITH_RATIO, *IN_BLOCK, *OTHERS])
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(9)
 def test_several_questions_are_answered_as_if_each_was_the_only_one(
     pipe: KVPressTextGenerationPipeline, name: str
 ) -> None:

@@ -330,6 +330,7 @@ def test_generate_and_reset() -> None:
         assert beams.shape == (2, N + 12)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.usefixtures("given_artefacts", "given_weights")
 @pytest.mark.parametrize("name", [*WITH_RATIO, *IN_BLOCK, *OTHERS])
 def test_every_press_keeps_what_it_keeps_and_holds_it_in_few_bits(name: str) -> None:

@@ -59,7 +59,7 @@ def through_a_file(past: PressedCache, path: Path, model: PreTrainedModel | None
 
 @pytest.mark.usefixtures("given_artefacts", "given_weights")
 @pytest.mark.parametrize("name", [*press_names(at_prefill=True), "no_press"])
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(5)
 def test_every_press_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
     press = None if name == "no_press" else small_press(name, "llama")
     past = prefilled(press)
@@ -75,7 +75,7 @@ def test_every_press_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "press", [SnapKVPress(0.5, window_size=8), AdaKVPress(KnormPress(0.5))], ids=["dense", "ragged"]
 )
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(7)
 def test_every_architecture(architecture: Any, press: BasePress, tmp_path: Path) -> None:
     model, later = architecture.build(), architecture.build()
     past = prefilled(press, model)
@@ -336,6 +336,7 @@ def test_a_file_of_another_process(tmp_path: Path) -> None:
     assert torch.equal(tiny("llama")(tokens(1, 5, seed=7), **cache_argument(loaded)).logits, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no signals of that kind")
 def test_killed_while_saving_there_is_the_old_file_or_the_new_one(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"

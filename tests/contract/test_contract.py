@@ -91,7 +91,7 @@ def check_close(actual: Tensor, expected: Tensor) -> None:
 @every_architecture
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", ["coldpress", "coldpress_eager"])
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(5)
 def test_computes_what_the_model_computes(architecture: Architecture, dtype: torch.dtype, backend: str) -> None:
     model = tiny(architecture.name, backend, dtype)
     expected = own_logits(architecture, "eager" if backend == "coldpress_eager" else architecture.own, dtype)
@@ -103,6 +103,7 @@ def test_computes_what_the_model_computes(architecture: Architecture, dtype: tor
     assert pressed.seen_tokens == ids.shape[1]
 
 
+@pytest.mark.thinned(3)
 @every_pair(press_names(at_prefill=True))
 def test_ratio_0_changes_nothing(architecture: Architecture, name: str) -> None:
     model, past = tiny(architecture.name), PressedCache(press_of(name, 0.0))
@@ -112,6 +113,7 @@ def test_ratio_0_changes_nothing(architecture: Architecture, name: str) -> None:
     assert past.achieved_ratio() == 0
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.filterwarnings("ignore:The `sliding_window_pattern` attribute:FutureWarning")  # cohere2 of 4.56 itself
 @every_architecture
 def test_generate_gives_the_models_own_tokens(architecture: Architecture) -> None:
@@ -132,11 +134,13 @@ def expected_lengths(architecture: Architecture, model: PreTrainedModel, name: s
     return [keep_count(CONTEXT, 0.5) if kind == "full_attention" else CONTEXT for kind in types]
 
 
+@pytest.mark.thinned(3)
 @every_pair([*WITH_RATIO, *IN_BLOCK])
 def test_half_of_the_context(architecture: Architecture, name: str) -> None:
     check_half(architecture, name, torch.float32)
 
 
+@pytest.mark.thinned(3)
 @every_architecture
 @pytest.mark.parametrize("name", ["expected_attention", "snapkv"])
 def test_half_of_the_context_in_bfloat16(architecture: Architecture, name: str) -> None:
@@ -158,6 +162,7 @@ def test_without_a_ratio_in_bfloat16(architecture: Architecture, name: str) -> N
     assert 0.1 < past.achieved_ratio() < 1
 
 
+@pytest.mark.thinned(3)
 @every_pair(SCHEDULES)
 def test_schedules_compress_what_is_generated(architecture: Architecture, name: str) -> None:
     model, ids = tiny(architecture.name), tokens(1, CONTEXT + 4 * QUESTION)
@@ -178,6 +183,7 @@ def test_every_name_is_tested_here() -> None:
     assert {*WITH_RATIO, *IN_BLOCK, *OTHERS, *SCHEDULES} >= {*press_names()}
 
 
+@pytest.mark.thinned(3)
 @every_pair([*OTHERS])
 def test_without_a_ratio(architecture: Architecture, name: str) -> None:
     past, _ = check_compressed(architecture, name, other_press(name, architecture.name), torch.float32)

@@ -99,7 +99,7 @@ def made(architecture: Architecture, variant: str, ratio: float) -> tuple[PreTra
 @every_architecture
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if "ragged" not in name or name.endswith("on")])
 @torch.no_grad()
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(7)
 def test_ratio_0(architecture: Architecture, variant: str) -> None:
     """The model's own logits, or nearly those where pairs are rounded."""
     model, press, options = made(architecture, variant, 0.0)
@@ -115,7 +115,7 @@ def test_ratio_0(architecture: Architecture, variant: str) -> None:
 
 @every_pair
 @torch.no_grad()
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(5)
 def test_compressed(architecture: Architecture, variant: str) -> None:
     """Rows of a batch are what they are alone; forks and copies go on as their original does."""
     model, press, options = made(architecture, variant, 0.5)

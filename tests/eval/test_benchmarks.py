@@ -67,6 +67,7 @@ def written(folder: Path, some: list[dict[str, Any]]) -> Path:
     return folder
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("name", "folder", "data_dir", "options", "tasks"),
     [
@@ -179,6 +180,7 @@ def test_a_press_that_goes_on_while_decoding(tmp_path: Path) -> None:
     assert run(tmp_path, *few[:-1], "4", "--press", "decoding_snapkv", *interval) == 2  # it would do nothing
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, done = task_run.ExampleWork.__call__, []
 

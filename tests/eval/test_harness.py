@@ -403,6 +403,7 @@ def check(config: dict[str, Any], samples: list[dict[str, Any]], hf: HFLM) -> No
     assert found != pytest.approx(scores(hf, CHOICES).tolist(), abs=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # lm_eval's own
 def test_tasks_of_lm_eval(tmp_path: Path, hf: HFLM, monkeypatch: pytest.MonkeyPatch) -> None:
     import lm_eval

@@ -91,6 +91,7 @@ def test_the_baseline_is_one_forward_of_the_uncompressed_model(
     assert "delta_nll" not in record
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.usefixtures("given_artefacts")
 @pytest.mark.parametrize("name", [*WITH_RATIO, "kvcompose"])
 def test_a_press_is_scored_like_a_prefill_and_a_forward_of_its_own(

@@ -184,6 +184,7 @@ def of_llamacpp(model: PreTrainedModel, tokens: list[int], n_ctx: int, bos: int 
     return found, n_chunks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adds_bos", [False, True])
 def test_llamacpp(models: tuple[PreTrainedModel, PreTrainedModel], adds_bos: bool) -> None:
     tokenizer = tokenizer_of(adds_bos)

@@ -107,6 +107,7 @@ def test_the_end_of_text_is_suppressed_up_to_the_minimum_and_honoured_after_it(
     assert fed.answers[0] == [7] * (NEW - 1)
 
 
+@pytest.mark.slow
 def test_rounds_are_interleaved_in_a_seeded_random_order(
     model: PreTrainedModel, text: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

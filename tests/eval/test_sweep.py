@@ -88,6 +88,7 @@ def test_what_is_finished_is_not_measured_again(
     assert measured(tmp_path) == whole
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_where_it_was(
     tmp_path: Path, whole: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,6 +119,7 @@ def test_a_killed_sweep_goes_on_where_it_was(
     assert os.listdir(folder / UNFINISHED) == ["left-over"]
 
 
+@pytest.mark.slow
 def test_stopped_while_timing_it_keeps_the_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     timed = {"context_limit": [32], "max_new_tokens": 4, "repetitions": 4, "warmup": 1, "press": ["knorm"]}
     plan = SweepPlan.of(config(tmp_path, perplexity=False, speed=timed))
@@ -166,6 +168,7 @@ def test_a_press_that_failed_is_tried_again_and_the_others_are_not(
     assert measured(tmp_path) == whole
 
 
+@pytest.mark.slow
 def test_what_was_finished_before_the_model_failed_is_kept(
     tmp_path: Path, whole: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

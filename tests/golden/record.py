@@ -48,6 +48,7 @@ from coldpress import (
 )
 
 # All that is not public: what moves is changed here, and nowhere else below this folder.
+from coldpress.bases.registry import PressInfo
 from coldpress.core.data import as_data
 from coldpress.core.data import from_data as from_data
 from coldpress_command import main
@@ -282,24 +283,23 @@ class Case:
     start: int = 0  # of the prompt, in the tokens of the text
 
 
-def _small(name: str, ratio: float) -> BasePress:
-    info = next(info for info in catalogue() if info.name == name)
-    given = SMALL | OWN.get(name, {})
-    press = make_press(name, ratio, **{p.name: given[p.name] for p in info.parameters if p.name in given})
+def _small(info: PressInfo, ratio: float) -> BasePress:
+    given = SMALL | OWN.get(info.name, {})
+    press = make_press(info.name, ratio, **{p.name: given[p.name] for p in info.parameters if p.name in given})
     assert press is not None
     return press
 
 
 def _cases() -> dict[str, Case]:
-    cases = {}
-    for info in catalogue():
+    cases, infos = {}, {info.name: info for info in catalogue()}
+    for info in infos.values():
         if info.kind == "training-free":
             for ratio in RATIOS if info.has_ratio else (0.0,):
                 own = f" at {ratio}" if info.has_ratio else ""
-                cases[f"{info.name}{own}"] = Case(_small(info.name, ratio), in_block=info.in_block)
+                cases[f"{info.name}{own}"] = Case(_small(info, ratio), in_block=info.in_block)
     cases |= {name: Case(press) for name, press in MADE.items()}
     for name in HANDFUL:
-        press = _small(name, 0.5)
+        press = _small(infos[name], 0.5)
         cases |= {f"{name} {way}": Case(press, options) for way, options in WAYS.items()}
         cases[f"{name} padded"] = Case(press, is_padded=True)
     return {name: replace(case, start=STARTS.get(name, 0)) for name, case in cases.items()}

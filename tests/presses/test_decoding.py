@@ -95,6 +95,7 @@ SCHEDULES: dict[str, tuple[BasePress, int, int, int]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "schedule",
     [name if name in ("decoding_by_head", "cam") else pytest.param(name, marks=pytest.mark.slow) for name in SCHEDULES],
@@ -226,6 +227,7 @@ class Text:
         return torch.stack([rotated(self.model, unit, position) for unit in torch.eye(self.dim).double()], dim=1)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("model", ["gpt_neox", "gpt_neox_full_rotary"])
 @pytest.mark.parametrize("kind", ["fixed", "share", "after_a_press"])
 @pytest.mark.parametrize(

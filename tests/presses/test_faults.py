@@ -407,7 +407,7 @@ def test_critical_presses_find_every_output_projection(wrapper: type[ScorerPress
 @pytest.mark.usefixtures("given_artefacts", "given_weights")
 @pytest.mark.parametrize("name", press_names())
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(7)
 def test_short_prompts_on_any_backend(name: str, attention: str) -> None:
     """Table: presses asserted q_len > window, k_len > n_sink, eager attention or its absence; DMS failed in eager."""
     model = BY_NAME["gpt_neox"].build(attention)

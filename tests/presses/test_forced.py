@@ -94,6 +94,7 @@ def made(name: str, ratio: float, model: str) -> BasePress:
     return press_of(name, ratio)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.usefixtures("given_artefacts")
 @pytest.mark.parametrize("name", [*WITH_RATIO, *MORE, *COMPOSED, *OTHERS])
 @settings(max_examples=12, suppress_health_check=[HealthCheck.filter_too_much])

@@ -69,6 +69,7 @@ CASES = {
 }
 
 
+@pytest.mark.thinned(3)
 @every_check(CASES)
 def test_the_contract(name: str, check: str, tmp_path: Path) -> None:
     CHECKS[check](CASES[name], tmp_path)
@@ -123,6 +124,7 @@ def rule(press: H2OPress) -> Rule:
     return Rule(lambda t: 0.0, see, worth)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("interval", [1, 3])
 @pytest.mark.parametrize(

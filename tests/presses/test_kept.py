@@ -304,6 +304,7 @@ def check(model: str, press: BasePress | None, choose: Callable[[Projected], Hel
             torch.testing.assert_close(layer.values[0, h, :n], own.values[0, h, head], atol=1e-5, rtol=0)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("name", KEPT)
 def test_kept_by_every_registered_press(name: str, model: str) -> None:

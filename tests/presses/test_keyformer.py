@@ -48,6 +48,7 @@ CASES = {
 }
 
 
+@pytest.mark.thinned(3)
 @every_check(CASES)
 def test_the_contract(name: str, check: str, tmp_path: Path) -> None:
     CHECKS[check](CASES[name], tmp_path)
@@ -62,6 +63,7 @@ def gumbel(seed: int, layer: int, head: int, query: int, key: int) -> float:
     return -math.log(-math.log(((x >> 41) + 0.5) / 2**23))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("interval", [1, 3])
 @pytest.mark.parametrize(

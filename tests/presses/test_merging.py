@@ -76,7 +76,7 @@ def check(view: LayerView, press: MergingPress) -> None:
 @every_model
 @pytest.mark.parametrize("inner", INNER, ids=repr)
 @pytest.mark.parametrize(("threshold", "fraction"), [(0.0, 1.0), (0.0, 0.3), (0.5, 1.0), (0.4, 0.7)])
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(7)
 def test_merging(model: str, inner: ScorerPress, threshold: float, fraction: float) -> None:
     check(view_of(model), MergingPress(inner, threshold, fraction))
     check(view_of(model), MassMergingPress(inner, threshold, fraction))

@@ -260,6 +260,7 @@ def test_oracles_are_asked_with_partial_and_with_full_rotation() -> None:
         assert {"gpt_neox", "gpt_neox_full_rotary"} <= given, test.__name__
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(("press", "oracle"), CASES, ids=lambda x: repr(x) if isinstance(x, ScorerPress) else "")
 def test_scores(name: str, press: ScorerPress, oracle: Oracle) -> None:
@@ -329,6 +330,7 @@ def test_column_sums_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.usefixtures("given_artefacts")
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("press", WITH_RATIO)

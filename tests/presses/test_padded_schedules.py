@@ -140,6 +140,7 @@ def test_a_row_is_the_row_alone_in_more_texts(press: BasePress, text: Text, mode
     check(model, press, text)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("press", SCHEDULES, ids=repr)
 def test_a_row_that_ends_in_padding(press: BasePress) -> None:
     """E: the newest columns were remembered, padding included."""

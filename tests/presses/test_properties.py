@@ -111,7 +111,7 @@ def random_views(draw: st.DrawFn) -> LayerView:
 @every_press
 @settings(max_examples=25)
 @given(view=random_views(), ratio=st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99]))
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(5)
 def test_what_is_kept(name: str, view: LayerView, ratio: float) -> None:
     press = press_of(name, ratio)
     scores = view.keys.float().norm(dim=-1) if name == "composed" else press.scores(view)  # which has none of its own
@@ -138,6 +138,7 @@ def test_what_is_kept(name: str, view: LayerView, ratio: float) -> None:
 with_a_budget = pytest.mark.parametrize("name", [n for n in [*WITH_RATIO, *MORE] if n not in ("composed", "per_layer")])
 
 
+@pytest.mark.thinned(3)
 @with_a_budget
 @settings(max_examples=12)
 @given(view=random_views(), data=st.data())
@@ -162,6 +163,7 @@ def test_budgets_are_kept_to(name: str, view: LayerView, data: st.DataObject) ->
     assert by_tokens is None or n < n_tokens
 
 
+@pytest.mark.thinned(3)
 @every_press
 @settings(max_examples=10)
 @given(view=random_views(), ratio=st.sampled_from([0.25, 0.5, 0.9]), data=st.data())
@@ -179,6 +181,7 @@ def test_permuting_rows_permutes_results(name: str, view: LayerView, ratio: floa
         assert (kept[order] == again).float().mean() > 0.9  # scores in low precision tie now and then
 
 
+@pytest.mark.thinned(3)
 @every_press
 @pytest.mark.parametrize("model", ["gpt_neox", "llama"])
 def test_a_padded_row_keeps_what_it_keeps_alone(name: str, model: str) -> None:
@@ -201,7 +204,7 @@ def test_a_padded_row_keeps_what_it_keeps_alone(name: str, model: str) -> None:
     pads=st.lists(st.tuples(st.integers(0, 9), st.sampled_from([0, 2, 9])), min_size=2, max_size=4),
     ratio=st.sampled_from([0.0, 0.3, 0.5]),  # of two or three tokens some presses find neither better
 )
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(5)
 def test_a_padded_row_equals_the_row_alone(name: str, model: str, pads: list[tuple[int, int]], ratio: float) -> None:
     """Through the model: what is kept of each row, and the answers to a question after it."""
     own, press, length = tiny(model), press_of(name, ratio), 37
@@ -254,6 +257,7 @@ def test_a_wrapper_that_changes_nothing_changes_nothing(name: str, view: LayerVi
     assert (kept is None and plain is None) or torch.equal(kept, plain)
 
 
+@pytest.mark.thinned(3)
 @every_press
 @settings(max_examples=5)
 @given(view=random_views(), ratio=st.sampled_from([0.0, 0.3, 0.6, 0.9]))
@@ -325,6 +329,7 @@ def distinct(n_tokens: int, rows: int = 1) -> Tensor:
     return torch.stack([torch.randperm(90, generator=generator)[:n_tokens] + 3 for _ in range(rows)])
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.usefixtures("given_weights")
 @through_the_model
 @settings(max_examples=9, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -69,6 +69,7 @@ CASES = {
 }
 
 
+@pytest.mark.thinned(3)
 @every_check(CASES)
 def test_the_contract(name: str, check: str, tmp_path: Path) -> None:
     CHECKS[check](CASES[name], tmp_path)
@@ -86,7 +87,7 @@ def rule(alpha: float) -> Rule:
 @pytest.mark.parametrize("interval", [1, 3])
 @pytest.mark.parametrize("alpha", [0.0, 0.08, 0.15, 1.0])
 @pytest.mark.parametrize("keep_prompt", [False, True])
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(7)
 def test_raas_step_by_step(keep_prompt: bool, alpha: float, interval: int, model: str) -> None:
     """In layer 0, whose queries and keys no eviction changes."""
     n_prompt = 6 if keep_prompt else 12

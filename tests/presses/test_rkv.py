@@ -28,6 +28,7 @@ CASES = {
 }
 
 
+@pytest.mark.thinned(3)
 @every_check(CASES)
 def test_the_contract(name: str, check: str, tmp_path: Path) -> None:
     CHECKS[check](CASES[name], tmp_path)

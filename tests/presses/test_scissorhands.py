@@ -47,6 +47,7 @@ CASES = {
 }
 
 
+@pytest.mark.thinned(3)
 @every_check(CASES)
 def test_the_contract(name: str, check: str, tmp_path: Path) -> None:
     CHECKS[check](CASES[name], tmp_path)
@@ -66,6 +67,7 @@ def rule(history: int) -> Rule:
     return Rule(lambda t: [], see, lambda states, t, end: (-sum(states[t]), t))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("interval", [1, 3])
 @pytest.mark.parametrize("history", [1, 5, 64, 70])

@@ -43,6 +43,7 @@ def test_unrotated_keys_are_what_the_projection_gave(model: str) -> None:
 # -- LagKV --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thinned(3)
 @every_model
 @pytest.mark.parametrize("cross_scoring", [False, True])
 @pytest.mark.parametrize("lag", [6, 128])  # 128 is more than there is: two halves

@@ -52,6 +52,7 @@ def held_channels(view: LayerView, keys: Tensor, row: int, head: int, n_held: in
     return sorted(sorted(range(keys.shape[1]), key=lambda d: -scores[d])[:n_held])
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("inner", INNER, ids=repr)
 @pytest.mark.parametrize(("ratio", "window"), [(0.5, 8), (0.3, 1), (0.75, 100), (0.95, 4)])

@@ -274,6 +274,7 @@ CASES = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.usefixtures("given_artefacts")
 @every_check(CASES)
 def test_the_contract(name: str, check: str, tmp_path: Path) -> None:

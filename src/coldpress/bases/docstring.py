@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
+from functools import cache
 from typing import NamedTuple
 
 __all__ = ["Docstring", "parse"]
@@ -34,6 +35,7 @@ class Docstring(NamedTuple):
     arguments: dict[str, str]
 
 
+@cache
 def parse(cls: type) -> Docstring:
     """The parts of the class's own docstring."""
     text = _ROLE.sub(r"``\1``", inspect.cleandoc(cls.__doc__ or ""))
