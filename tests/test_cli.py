@@ -256,6 +256,7 @@ def test_presses_in_few_bits(run: Run) -> None:
     assert run("--kv_bits", "3").code == 2
 
 
+@pytest.mark.slow
 def test_budgets_stand_in_the_place_of_a_ratio(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     token = 2 * 2 * 32 * 4  # bytes: 2 layers, keys and values, 32 channels, float32
     done = run("--press", "no_press", "knorm", "--budget_tokens", "30", "20", *QUALITY)
@@ -287,6 +288,7 @@ def test_budgets_stand_in_the_place_of_a_ratio(run: Run, capsys: pytest.CaptureF
     assert sorted(sizes) == ["0.75", "12.00 KiB", "20 tokens", "30 tokens", "96 tokens"]
 
 
+@pytest.mark.slow
 def test_prompts_in_pieces(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     pieces = ("--chunk_tokens", "20")
     done = run("--press", "no_press", "knorm", "--budget_tokens", "24", *pieces, *QUALITY)
@@ -1152,6 +1154,7 @@ def test_interrupted_while_torch_is_imported(tiny: Path, tmp_path: Path, script:
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_the_command_of_the_package() -> None:
     code, out, err = finish(start("", "report", "", script=COMMAND))
     assert (code, out) == (2, "") and err.startswith("error: The folder's name is empty")

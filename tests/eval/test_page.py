@@ -224,6 +224,7 @@ def test_the_same_records_make_the_same_files(tmp_path: Path) -> None:
     assert sorted(images) == [name for name in names if name.endswith(".png")]
 
 
+@pytest.mark.slow
 def test_the_page_of_many_records_is_small() -> None:
     made = document(many())
     assert len(page(made).encode()) < 500_000

@@ -136,6 +136,7 @@ def test_rounds_are_interleaved_in_a_seeded_random_order(
     assert order(0) == log != order(1)
 
 
+@pytest.mark.slow
 def test_compiled_decoding_generates_the_same_ids(
     model: PreTrainedModel, text: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -188,6 +188,7 @@ def test_what_was_finished_before_the_model_failed_is_kept(
     assert measured(tmp_path) == whole
 
 
+@pytest.mark.slow
 def test_what_cannot_be_measured_stops_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     models = ["no/such-folder/here", {"model": "demo"}]
     text = tmp_path / "short.txt"

@@ -127,7 +127,7 @@ def check(model: str, press: BasePress, text: Text, **options: Any) -> None:
 anything = given(press=st.sampled_from(SCHEDULES), text=texts(), model=st.sampled_from(["gpt_neox", "llama"]))
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @anything
 def test_a_row_is_the_row_alone(press: BasePress, text: Text, model: str) -> None:
     check(model, press, text)
