@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 import statistics
 
 import pytest
@@ -18,7 +19,9 @@ from coldpress.eval.metrics import (
     paired_difference,
     perplexity,
     quantiles,
+    score_difference,
     student_t_975,
+    wilson,
 )
 
 
@@ -134,3 +137,60 @@ def test_quantiles_interpolate(values: list[float]) -> None:
     assert (low, high) == (min(values), max(values))
     assert median == pytest.approx(statistics.median(values), abs=1e-6)
     assert quantiles([3.0], (0.1, 0.9)) == [3.0, 3.0]
+
+
+def by_search(score: float, n: int) -> tuple[float, float]:
+    """Wilson's interval as it is defined: all means whose own standard error, times z, reaches to ``score``."""
+    z = statistics.NormalDist().inv_cdf(0.975)
+
+    def end(outside: float) -> float:
+        inside = score
+        for _ in range(200):
+            middle = (inside + outside) / 2
+            reaches = abs(score - middle) <= z * math.sqrt(middle * (1 - middle) / n)
+            inside, outside = (middle, outside) if reaches else (inside, middle)
+        return inside
+
+    return end(0.0), end(1.0)
+
+
+@pytest.mark.parametrize("n", [1, 2, 10, 500])
+@pytest.mark.parametrize("score", [0.0, 0.1, 0.5, 0.77, 1.0])
+def test_wilson_s_interval_is_what_it_is_defined_as(score: float, n: int) -> None:
+    assert wilson(score, n) == pytest.approx(by_search(score, n), abs=1e-9)
+
+
+def by_counts(both: int, first: int, second: int, neither: int) -> tuple[float, float]:
+    """Newcombe's interval of a paired difference from the four counts of a table, with phi of the table."""
+    n = both + first + second + neither
+    a, b = (both + first) / n, (both + second) / n
+    margins = (both + first) * (second + neither) * (both + second) * (first + neither)
+    phi = (both * neither - first * second) / math.sqrt(margins) if margins else 0.0
+    (l1, u1), (l2, u2) = by_search(a, n), by_search(b, n)
+    down = (a - l1) ** 2 - 2 * phi * (a - l1) * (u2 - b) + (u2 - b) ** 2
+    up = (b - l2) ** 2 - 2 * phi * (b - l2) * (u1 - a) + (u1 - a) ** 2
+    return a - b - math.sqrt(max(0, down)), a - b + math.sqrt(max(0, up))
+
+
+@pytest.mark.parametrize("counts", [*itertools.product([0, 1, 7], [0, 3, 8], [0, 2, 9], [1, 6])])
+def test_the_interval_of_a_paired_difference_is_that_of_its_table(counts: tuple[int, int, int, int]) -> None:
+    answers = [(1, 1), (1, 0), (0, 1), (0, 0)]
+    pairs = [pair for pair, n in zip(answers, counts, strict=True) for _ in range(n)]
+    low, high = score_difference(*([float(x) for x in column] for column in zip(*pairs, strict=True)))
+    assert (low, high) == pytest.approx(by_counts(*counts), abs=1e-9)
+    assert -1 <= low <= high <= 1
+
+
+def test_the_interval_of_a_paired_difference_covers_it() -> None:
+    """The true difference is inside for about 95 of 100 samples of 20 pairs, half of them alike."""
+    draw, inside = random.Random(0), 0
+    for _ in range(1000):
+        own, base = [], []
+        for _ in range(20):
+            a, b = draw.random(), draw.random()
+            alike = draw.random() < 0.5
+            own.append(float(a < 0.6))
+            base.append(float((a if alike else b) < 0.8))
+        low, high = score_difference(own, base)
+        inside += low <= -0.2 <= high
+    assert 930 <= inside <= 980
