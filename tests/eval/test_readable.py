@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import coldpress
+from coldpress.cli import main
 from coldpress.errors import DataError
 from coldpress.eval.datasets import load_corpus
 from coldpress.eval.models import load_model
@@ -18,6 +20,7 @@ from coldpress.eval.readable import check_readable
 from coldpress.eval.smollm2 import smollm2_is_installed
 
 DEMO = Path(coldpress.__file__).parent / "assets" / "demo" / "model"
+ROWS = Path(__file__).parent / "benchmark_data"
 TEXT = "The cat sat on the mat, and the dog sat on the cat. " * 20
 FOREIGN = (
     "The cat doesn't sit: 3,141 mats!\n\n\tA  double  blank.",
@@ -119,3 +122,32 @@ def test_a_plan_says_so_before_the_model_runs(demo: Any) -> None:
     with pytest.raises(DataError, match="does not know"):
         make_plan(Settings(ppl_apply_press=True, ppl_only=True), corpus, words(["cat"]), 128)
     assert not any("tokenizer" in note for note in make_plan(Settings(ppl_only=True), corpus, demo, 128).notes)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["compress", "--text_file", "{text}", "--output", "{folder}/a.safetensors"],
+        ["inspect", "--dataset", "demo", "--press", "knorm", "--output", "{folder}/a.html"],
+        ["calibrate", "qfilter", "--dataset", "demo", "--output", "{folder}/a.safetensors"],
+        ["benchmark", "ruler", "--data", "{rows}", "--data_dir", "4096", "--output_dir", "{folder}/results"],
+        ["tasks", "--task", "passkey", "--task_tokens", "64", "--output_dir", "{folder}/results"],
+        ["ppl", "--dataset", "demo", "--ppl_only", "--output_dir", "{folder}/results"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_every_command_refuses_what_a_tokenizer_loses(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, folder = tmp_path / "model", tmp_path / "made"
+    shutil.copytree(DEMO, model)
+    folder.mkdir()
+    saved = json.loads((DEMO / "tokenizer.json").read_text())
+    saved["pre_tokenizer"] = None
+    (model / "tokenizer.json").write_text(json.dumps(saved))
+    (tmp_path / "text.txt").write_text(TEXT)
+    places = {"text": tmp_path / "text.txt", "folder": folder, "rows": ROWS / "ruler"}
+    assert main([*(word.format(**places) for word in command), "--model", str(model)]) == 2
+    said = capsys.readouterr().err
+    assert "does not give the text back" in said or "does not know" in said
+    assert list(folder.iterdir()) == []
