@@ -369,6 +369,7 @@ def generated(name: str) -> str:
         "packed": lambda: measured("packed", f"{argument.partition('-')[0]}.py", argument),
         "compiled": lambda: measured("decode_speed", "compiled.py", argument),
         "decode": lambda: measured("decode_speed", "decode_speed.py", argument),
+        "lengths": lambda: measured("decode_speed", "lengths.py", argument),
         "headwise": lambda: measured("head_wise_memory", "head_wise_memory.py", argument),
         "batch": lambda: measured("batch", "batch.py", argument),
         "stream": lambda: measured("long_stream", "long_stream.py", argument),

@@ -15,6 +15,8 @@ for dtype in float32 bfloat16; do
 done
 smollm2=(--model smollm2-135m --tokens 4096 --new_tokens 6 ${1:+--gguf "$1"})
 "${measure[@]}" "${smollm2[@]}" --dtype float16 ${1:+--llamacpp} --output "$results/smollm2-135m-float16.json"
+"${measure[@]/decode_speed.decode_speed/decode_speed.lengths}" --rounds "${ROUNDS:-8}" --model smollm2-135m \
+    ${1:+--gguf "$1" --llamacpp} --output "$results/lengths.json"
 for dtype in bfloat16 float32; do
     "${measure[@]}" "${smollm2[@]}" --dtype "$dtype" --output "$results/smollm2-135m-$dtype.json"
 done

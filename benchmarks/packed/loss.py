@@ -118,6 +118,7 @@ def table(record: dict[str, Any]) -> str:
             f"| {row['cache']} | {row['bytes']:,} | {row['bytes'] / record['bytes']:.1%} | {row['delta_nll']:+.4f} ± "
             f"{(high - low) / 2:.4f} | {math.expm1(row['delta_nll']):+.2%} | {row['kl']:.5f} |"
         )
+    lines += compared(record) if "share" in record else []
     env = record["env"]
     return "\n".join(lines) + (
         f"\n\n{record['model']}, {record['dtype']}; {record['windows']} windows of {record['text']}, "
@@ -125,6 +126,21 @@ def table(record: dict[str, Any]) -> str:
         f"{record['loss']:.4f} and {record['bytes']:,} bytes as it is; torch {env['torch']}, transformers "
         f"{env['transformers']}."
     )
+
+
+def compared(record: dict[str, Any]) -> list[str]:
+    """Each cache that has fewer pairs and fewer bits against those that have one of the two alone, window by window."""
+    counts = [record["target_tokens"] - 1] * record["windows"]
+    losses = {row["cache"]: row["nll_per_window"] for row in record["rows"]}
+    alone = [name for name in losses if not name.startswith("both")]
+    lines = ["", f"| paired, nats a token | {' | '.join(f'against {name}' for name in alone)} |"]
+    lines.append("|---|" + "---:|" * len(alone))
+    for name in losses:
+        if name not in alone:
+            found = [paired_difference(counts, losses[name], losses[other]) for other in alone]
+            cells = [f"{one.delta:+.4f} [{one.ci95[0]:+.4f}, {one.ci95[1]:+.4f}]" for one in found if one.ci95]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
 
 
 def main() -> int:

@@ -71,7 +71,8 @@ class TokenCodec(Codec):
 
     Attributes:
         first_tokens: first pairs of each head that stay as they are, at least 0.
-        batch_tokens: as long as fewer pairs of a head are older than the newest ones, they wait as they are.
+        batch_tokens: as long as fewer pairs of a head that came one by one are older than the newest ones, they wait as
+            they are.
     """
 
     evictable = True
@@ -81,13 +82,13 @@ class TokenCodec(Codec):
     first_tokens: int = 0
     batch_tokens: int = 64
 
-    def n_new(self, n_tail: int) -> int:
+    def n_new(self, n_tail: int, waits: bool) -> int:
         """How many of a head's ``n_tail`` pairs after the first ones are encoded now."""
-        n_older = n_tail - self.exact_tokens
-        return n_older if n_older >= self.batch_tokens else 0
+        n_older = max(0, n_tail - self.exact_tokens)
+        return 0 if waits and n_older < self.batch_tokens else n_older
 
     def n_encoded(self, n_tokens: int) -> int:
-        return self.n_new(n_tokens - min(self.first_tokens, n_tokens))
+        return self.n_new(n_tokens - min(self.first_tokens, n_tokens), waits=False)
 
     def logits(self, query: Tensor, held: Segments) -> list[Tensor]:
         """Products of ``query [S, G, D]``, float32, and the keys of each segment: float32 ``[G, n]`` each."""

@@ -145,7 +145,8 @@ class PackedStore(Store):
             front if n_codes else min(codec.first_tokens, n)
             for front, n_codes, n in zip(self._n_front, self._codes.counts, exact.counts, strict=True)
         ]
-        n_new = [codec.n_new(n - front) for n, front in zip(exact.counts, fronts, strict=True)]
+        waits = self._n_later > 0
+        n_new = [codec.n_new(n - front, waits) for n, front in zip(exact.counts, fronts, strict=True)]
         if not any(n_new):
             return
         self._n_front = [front if n else old for front, n, old in zip(fronts, n_new, self._n_front, strict=True)]
