@@ -80,6 +80,9 @@ class Session:
         self.error: Exception | None = None  # what the press of a branch raised during the shared prefill
         self.call: ModelCall | None = None  # of the model, the latest
         self.token_ids: Tensor | None = None  # int64 [B, T] of the prefill, where they are known
+        self.is_to_finish = (
+            False  # after this prefill a block has the press choose, from what is stored whole until then
+        )
         self.find_model: Callable[[], nn.Module | None] = lambda: None  # what runs, inside 'with press(model):'
         self.on_attention: Callable[[Any, LayerCall], None] | None = None  # shown every call, before anything goes
         self.n_layers = 0  # that were made
@@ -104,7 +107,7 @@ class Session:
 
     def __getstate__(self) -> dict[str, Any]:
         """The state for a copy or a file: what belongs to a run or a model is left out, and found again."""
-        of_a_run = ("branches", "find_model", "on_attention", "_ropes")
+        of_a_run = ("branches", "is_to_finish", "find_model", "on_attention", "_ropes")
         return {name: value for name, value in vars(self).items() if name not in of_a_run}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
