@@ -24,9 +24,11 @@ from coldpress import (
     BasePress,
     DecodingPress,
     DMSPress,
+    FastKVzipPress,
     KnormPress,
     KVBits,
     KVzipPress,
+    LayerDefensiveKVPress,
     PrefillDecodingPress,
     PressedCache,
     SnapKVPress,
@@ -438,6 +440,15 @@ def test_presses_that_choose_when_the_prefill_is_over_see_full_precision() -> No
     for own, layer in zip(caches[1].pressed_layers(), caches[0].pressed_layers(), strict=True):
         assert torch.equal(own.positions(), layer.positions())
     assert caches[1].kv_bytes() < 0.6 * caches[0].kv_bytes()
+
+
+@pytest.mark.parametrize("press", [KVzipPress(0.0), FastKVzipPress(0.0), LayerDefensiveKVPress(0.0)], ids=repr)
+def test_what_evicts_nothing_is_in_few_bits_after_the_prefill(press: BasePress) -> None:
+    """Such a press waits for its block to have it choose; where there is no block, nothing is waited for."""
+    model, plain, past = tiny("llama"), PressedCache(kv_bits=how(2)), PressedCache(press, kv_bits=how(2))
+    for cache in (plain, past):
+        model(tokens(1, N), **cache_argument(cache))
+    assert past.kv_bytes() == plain.kv_bytes() and all(in_few_bits(layer) for layer in past.pressed_layers())
 
 
 def test_the_pipeline_says_what_to_give_instead_of_a_quantised_cache() -> None:

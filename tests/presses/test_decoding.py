@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -505,6 +508,30 @@ def test_rows_of_one_length_draw_what_they_draw_alone(press: BasePress) -> None:
     for layer in past.pressed_layers():
         assert torch.equal(layer.positions()[0], layer.positions()[2])
         torch.testing.assert_close(layer.values[0], layer.values[2])
+
+
+@pytest.mark.parametrize("copied", ["fork", "deepcopy", "pickle", "file"])
+def test_a_copy_draws_what_its_original_draws(copied: str, tmp_path: Path) -> None:
+    """Also where nothing was drawn before it was made."""
+    model, ids = tiny("gpt_neox"), tokens(1, 60)
+    past = PressedCache(CAMPress(KnormPress(), 4, 12, 4, merge_budget=3))
+    model(ids[:, :30], **cache_argument(past))
+    if copied == "file":
+        past.save(tmp_path / "cache", model)
+    other = {
+        "fork": lambda: past.fork().fork(),
+        "deepcopy": lambda: copy.deepcopy(past),
+        "pickle": lambda: pickle.loads(pickle.dumps(past)),
+        "file": lambda: PressedCache.load(tmp_path / "cache", model),
+    }[copied]()
+    for cache in (past, other):
+        for i in range(30, 60):
+            model(ids[:, i : i + 1], **cache_argument(cache))
+    for own, layer in zip(other.pressed_layers(), past.pressed_layers(), strict=True):
+        assert torch.equal(own.positions(), layer.positions()) and torch.equal(own.values, layer.values)
+    past.reset()
+    model(ids[:, :30], **cache_argument(past))
+    assert past.session.seed != other.session.seed
 
 
 def test_a_question_counts_its_tokens() -> None:

@@ -247,7 +247,7 @@ CHAT = [
     ({"messages": SAY, "tools": [{"type": "function"}]}, r"tools is not supported; leave it out or give \[\]"),
     ({"messages": SAY, "tool_choice": "required"}, 'tool_choice is not supported; leave it out or give "none" or give'),
     ({"messages": SAY, "temprature": 0}, "Did you mean 'temperature'"),
-    ({"messages": SAY, "presence_penalty": 0.5}, "presence_penalty is not supported; leave it out or give 0"),
+    ({"messages": SAY, "presence_penalty": 0.5}, r"presence_penalty is not supported; leave it out or give 0\.$"),
     ({"messages": SAY, "stop": ["a"] * 17}, "stop must be a text or a list of up to 16"),
     ({"messages": SAY, "stop": [""]}, "stop must be texts of 1 to 1000"),
     ({"messages": SAY, "stream_options": {"include_usage": True}}, "stream_options needs stream: true"),

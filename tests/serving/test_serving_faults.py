@@ -436,6 +436,10 @@ def test_a_signal_ends_it_when_all_is_answered(tmp_path: Path) -> None:
     texts, held = tmp_path / "texts", tmp_path / "held"
     texts.mkdir()
     (texts / "a.txt").write_text(CONTEXT)
+    held.mkdir()
+    damaged = [held / f"{'0' * 32}.{ending}" for ending in ("json", "safetensors")]
+    for file in damaged:
+        file.write_text("{}")
     options = ("--folder", str(held), "--served_name", "mine", "--allow_files", str(texts))
     with process("--model", "demo", *options) as (started, url, lines):
         assert lines[0].startswith("coldpress serve: http://127.0.0.1:") and "mine in float32 on cpu" in lines[0]
@@ -453,6 +457,10 @@ def test_a_signal_ends_it_when_all_is_answered(tmp_path: Path) -> None:
         assert rest[-1] == "data: [DONE]"
         assert started.wait(20) == 0
         assert started.stdout is not None and started.stdout.read() == ""
+        assert started.stderr is not None and (
+            f"\nnote: A snapshot is removed, and made again when it is declared again: {damaged[0]} is damaged.\n"
+            in f"\n{started.stderr.read()}"
+        )
         assert {file.name for file in held.iterdir()} == {f"{made['id']}.json", f"{made['id']}.safetensors"}
 
 

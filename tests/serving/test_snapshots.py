@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -55,6 +57,10 @@ def ids_of(loaded: LoadedModel, text: str) -> torch.Tensor:
 def answer(loaded: LoadedModel, ids: torch.Tensor, cache: PressedCache, n: int = 8) -> list[int]:
     output = loaded.model.generate(ids, **cache_argument(cache), max_new_tokens=n, do_sample=False, pad_token_id=1)
     return output[0, ids.shape[1] :].tolist()
+
+
+def bytes_in(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())
 
 
 def digest(snapshot: Snapshot) -> str:
@@ -153,10 +159,10 @@ def test_the_least_recently_used_goes_to_disk_and_out_of_it(
     one = Snapshots(loaded.model, loaded.tokenizer, SnapKVPress(0.5))
     size = one.add(TEXTS[0]).memory_bytes
     Snapshots(loaded.model, loaded.tokenizer, SnapKVPress(0.5), folder=tmp_path / "one", budget_bytes=0).add(TEXTS[0])
-    (file,) = (tmp_path / "one").glob("*.safetensors")
+    size_on_disk = bytes_in(tmp_path / "one")
     snapshots = Snapshots(
         loaded.model, loaded.tokenizer, SnapKVPress(0.5), budget_bytes=int(size * 1.5), folder=tmp_path / "s",
-        disk_budget_bytes=int(file.stat().st_size * 1.5),
+        disk_budget_bytes=int(size_on_disk * 1.5),
     )  # fmt: skip
     made = [snapshots.add(text) for text in TEXTS]
     assert [s.tier for s in made] == ["declared", "disk", "memory"]
@@ -204,9 +210,132 @@ def test_another_process_knows_them(loaded: LoadedModel, folder: Path, fed: list
     assert len(list(tmp_path.glob("*.safetensors"))) == 3
     said = tmp_path / f"{late.id}.json"
     assert said.stat().st_mode & 0o77 == 0  # it holds the text
-    for damaged in ("", "[]", "{}", said.read_text().replace('"ids": [', '"ids": [7, '), "[" * 99999):
-        said.write_text(damaged)
-        assert Snapshots(loaded.model, loaded.tokenizer, folder=tmp_path).get(late.id) is None
+
+
+@pytest.fixture
+def two(loaded: LoadedModel, tmp_path: Path) -> list[Snapshot]:
+    """Two snapshots whose files are in the folder."""
+    snapshots = Snapshots(loaded.model, loaded.tokenizer, SnapKVPress(0.5), folder=tmp_path)
+    made = [snapshots.add(text) for text in TEXTS[:2]]
+    snapshots.flush()
+    assert snapshots.disk_bytes == bytes_in(tmp_path)
+    return made
+
+
+DAMAGE = {
+    "empty": lambda said: "",
+    "cut off": lambda said: said[: len(said) // 2],
+    "no object": lambda said: "[]",
+    "nothing in it": lambda said: "{}",
+    "another number": lambda said: said.replace('"ids": [', '"ids": [7, '),
+    "another type": lambda said: said.replace('"pins": []', '"pins": 3'),
+    "without its source": lambda said: said.replace('"source"', '"sauce"'),
+    "deep": lambda said: "[" * 99999,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+@pytest.mark.parametrize("is_open", [False, True], ids=["found when opened", "found when asked for"])
+def test_a_damaged_declaration_goes_with_its_file(
+    loaded: LoadedModel, fed: list[int], tmp_path: Path, two: list[Snapshot], damage: Any, is_open: bool
+) -> None:
+    """It cannot be served, and would else fill the disk for ever."""
+    bad, good = two
+    said = tmp_path / f"{bad.id}.json"
+    whole = said.read_text()
+    gone = f"A snapshot is removed, and made again when it is declared again: {said} is damaged."
+    if is_open:
+        said.rename(tmp_path / "later")
+        snapshots = Snapshots(loaded.model, loaded.tokenizer, SnapKVPress(0.5), folder=tmp_path)
+        assert len(snapshots) == 1
+        (tmp_path / "later").unlink()
+        said.write_text(damage(whole))
+        with pytest.warns(UserWarning) as warned:
+            assert snapshots.get(bad.id) is None
+    else:
+        said.write_text(damage(whole))
+        with pytest.warns(UserWarning) as warned:
+            snapshots = Snapshots(loaded.model, loaded.tokenizer, SnapKVPress(0.5), folder=tmp_path)
+        assert [s.id for s in snapshots] == [good.id]
+    assert [str(w.message) for w in warned] == [gone] and snapshots.damaged == 1
+    assert {f.name for f in tmp_path.iterdir()} == {f"{good.id}.json", f"{good.id}.safetensors"}
+    assert snapshots.disk_bytes == bytes_in(tmp_path)
+    fed.clear()
+    assert snapshots.add(TEXTS[0]).id == bad.id and sum(fed) == bad.n_tokens  # made again
+    snapshots.flush()
+    assert said.read_text() == whole and snapshots.disk_bytes == bytes_in(tmp_path)
+
+
+def test_a_declaration_without_its_file(loaded: LoadedModel, tmp_path: Path, two: list[Snapshot]) -> None:
+    bad, good = two
+    (tmp_path / f"{bad.id}.safetensors").unlink()
+    said = tmp_path / f"{bad.id}.json"
+    whole = said.read_text()
+    with pytest.warns(UserWarning, match=r"\.json is removed, as the snapshot that it declares has no file any more"):
+        snapshots = Snapshots(loaded.model, loaded.tokenizer, SnapKVPress(0.5), folder=tmp_path)
+    assert [s.id for s in snapshots] == [good.id] and snapshots.disk_bytes == bytes_in(tmp_path)
+    said.write_text(whole)
+    with pytest.warns(UserWarning, match="has no file any more"):
+        assert snapshots.get(bad.id) is None
+    assert not said.exists() and snapshots.add(TEXTS[0]).id == bad.id
+
+
+def test_a_file_without_its_declaration(
+    loaded: LoadedModel, fed: list[int], tmp_path: Path, two: list[Snapshot]
+) -> None:
+    """It counts, is used when its prefix is declared, and goes when its turn comes."""
+    bad, good = two
+    (tmp_path / f"{bad.id}.json").unlink()
+    size = bytes_in(tmp_path)
+    for path in tmp_path.glob(f"{bad.id}*"):
+        os.utime(path, (1, 1))
+    snapshots = Snapshots(loaded.model, loaded.tokenizer, SnapKVPress(0.5), folder=tmp_path)
+    assert [s.id for s in snapshots] == [good.id] and snapshots.disk_bytes == size
+    fed.clear()
+    assert snapshots.add(TEXTS[0]).id == bad.id and fed == []
+    snapshots.flush()
+    assert snapshots.disk_bytes == bytes_in(tmp_path) > size  # declared again
+    (tmp_path / f"{bad.id}.json").unlink()
+    os.utime(tmp_path / f"{bad.id}.safetensors", (1, 1))
+    little = {"folder": tmp_path, "disk_budget_bytes": size - 1}
+    assert Snapshots(loaded.model, loaded.tokenizer, SnapKVPress(0.5), **little).disk_bytes == bytes_in(tmp_path)
+    assert {f.stem for f in tmp_path.iterdir()} == {good.id}
+
+
+def test_what_other_processes_write_counts_and_goes(
+    loaded: LoadedModel, folder: Path, tmp_path: Path, two: list[Snapshot]
+) -> None:
+    """Of another model too, and what one that was killed has left."""
+    model = load_model(str(folder), device="cpu").model
+    model.get_output_embeddings().weight[0, 0] += 1
+    budget = int(bytes_in(tmp_path) * 1.25)
+    own = Snapshots(loaded.model, press=SnapKVPress(0.5), folder=tmp_path, disk_budget_bytes=budget, budget_bytes=0)
+    other = Snapshots(model, loaded.tokenizer, SnapKVPress(0.5), folder=tmp_path)
+    assert len(other) == 0 and other.disk_bytes == bytes_in(tmp_path)
+    foreign = other.add(TEXTS[2])
+    other.flush()
+    assert own.get(foreign.id) is None and own.damaged == 0  # it is whole, and of another model
+    part = tmp_path / ".0123456789abcdef.tmp"
+    part.write_bytes(b"0" * 1000)
+    os.utime(part, (0, 0))
+    last = own.add(list(range(1, 60)))
+    assert last.tier == "disk" and not part.exists()
+    assert own.disk_bytes == bytes_in(tmp_path) <= budget
+    own.refresh()
+    for path in tmp_path.glob(f"{foreign.id}*"):
+        path.unlink()
+    own.refresh()
+    assert own.disk_bytes == bytes_in(tmp_path)
+
+
+def test_a_press_that_is_not_known_here_is_no_damage(loaded: LoadedModel, tmp_path: Path, two: list[Snapshot]) -> None:
+    said = tmp_path / f"{two[0].id}.json"
+    declared = {**json.loads(said.read_text()), "press": {"class": "theirs:TheirPress", "parameters": {}}}
+    del declared["sha256"]
+    text = json.dumps([two[0].id, declared], sort_keys=True)
+    said.write_text(json.dumps({**declared, "sha256": hashlib.sha256(text.encode()).hexdigest()}))
+    snapshots = Snapshots(loaded.model, loaded.tokenizer, folder=tmp_path)
+    assert len(snapshots) == 1 and said.exists() and snapshots.disk_bytes == bytes_in(tmp_path)
 
 
 def test_many_threads_and_little_room(loaded: LoadedModel, tmp_path: Path) -> None:
@@ -236,7 +365,7 @@ def test_many_threads_and_little_room(loaded: LoadedModel, tmp_path: Path) -> No
         thread.join(60)
     assert problems == [] and len(snapshots) <= 6
     assert snapshots.memory_bytes == sum(s.memory_bytes for s in snapshots if s.tier == "memory") <= 2 * size
-    assert snapshots.disk_bytes == sum(f.stat().st_size for f in tmp_path.glob("*.safetensors")) <= 60_000
+    assert snapshots.disk_bytes == bytes_in(tmp_path) <= 60_000
 
 
 def test_too_much_for_the_memory_and_no_folder(loaded: LoadedModel) -> None:
@@ -277,6 +406,11 @@ def test_a_full_disk_costs_time_and_no_answer(loaded: LoadedModel, tmp_path: Pat
         snapshot = snapshots.add(TEXTS[0])
     assert snapshot.tier == "declared" and snapshots.unwritten == 1 and list(tmp_path.iterdir()) == []
     monkeypatch.undo()
+    monkeypatch.setattr("coldpress.serving.folder.replace_file", full)
+    with pytest.warns(UserWarning, match="not written.*No space left"):
+        snapshot.fork()
+    assert snapshots.disk_bytes == bytes_in(tmp_path) > 0  # the pairs, without what was declared
+    monkeypatch.undo()
     assert snapshot.fork().seen_tokens == snapshot.n_tokens and snapshot.tier == "disk"
 
 
@@ -312,7 +446,7 @@ def test_killed_while_it_writes(folder: Path, loaded: LoadedModel, tmp_path: Pat
     part.touch()
     os.utime(part, (0, 0))
     snapshots = Snapshots(loaded.model, loaded.tokenizer, SnapKVPress(0.5), folder=tmp_path)
-    assert not part.exists() and snapshots.disk_bytes == sum(f.stat().st_size for f in files)
+    assert not part.exists() and snapshots.disk_bytes == bytes_in(tmp_path)
 
 
 def test_more_declarations_than_allowed(loaded: LoadedModel) -> None:

@@ -121,9 +121,8 @@ class EvictingLayer(CacheLayerMixin):
                 layer.session.error = error
                 traceback.clear_frames(error.__traceback__)
             press = layer.session.press
-            waits = press is not None and (press.needs_model or press.chooses_together)
-            if not phase.is_prefill or press is None or (phase.is_whole and not waits):
-                layer.encode()  # else when they have chosen
+            if not phase.is_prefill or press is None or (phase.is_whole and not layer.session.is_to_finish):
+                layer.encode()  # else when the press has chosen
 
     def _known(self, call: LayerCall) -> Known:
         session = self.session

@@ -95,6 +95,7 @@ def save_cache(
         tensors[TOKENS] = cache.token_ids.long()
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     newer = _newer(session, about)
+    session.settle_seed()
     said = json.dumps(
         newer
         | {

@@ -80,6 +80,9 @@ class Session:
         self.error: Exception | None = None  # what the press of a branch raised during the shared prefill
         self.call: ModelCall | None = None  # of the model, the latest
         self.token_ids: Tensor | None = None  # int64 [B, T] of the prefill, where they are known
+        self.is_to_finish = (
+            False  # after this prefill a block has the press choose, from what is stored whole until then
+        )
         self.find_model: Callable[[], nn.Module | None] = lambda: None  # what runs, inside 'with press(model):'
         self.on_attention: Callable[[Any, LayerCall], None] | None = None  # shown every call, before anything goes
         self.n_layers = 0  # that were made
@@ -95,6 +98,11 @@ class Session:
             self._seed = int(torch.randint(2**62, (1,)).item())
         return self._seed
 
+    def settle_seed(self) -> None:
+        """Draw the seed now if the press may need one later, so that a copy goes on as its original does."""
+        if self._seed is None and self.was_asked and self.joins_calls:
+            self._seed = self.seed
+
     @property
     def roles(self) -> Roles:
         """What the parts of the press do at each call."""
@@ -104,7 +112,8 @@ class Session:
 
     def __getstate__(self) -> dict[str, Any]:
         """The state for a copy or a file: what belongs to a run or a model is left out, and found again."""
-        of_a_run = ("branches", "find_model", "on_attention", "_ropes")
+        self.settle_seed()
+        of_a_run = ("branches", "is_to_finish", "find_model", "on_attention", "_ropes")
         return {name: value for name, value in vars(self).items() if name not in of_a_run}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -124,6 +133,7 @@ class Session:
 
     def follow(self, other: Session) -> None:
         """Take over what is known of the pairs of ``other``'s cache, which this session's cache stores too."""
+        other.settle_seed()
         self.rerotates, self._seed = other.rerotates, other._seed
         self.earlier_press, self.was_asked, self.switch_at = other.earlier_press, other.was_asked, other.switch_at
         self.find_model, self._ropes = other.find_model, dict(other._ropes)

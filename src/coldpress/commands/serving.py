@@ -114,6 +114,9 @@ def serve(
         return Service(loaded.model, loaded.tokenizer, name, held, limits, partial(press_of, press), files)
 
     with bound(host, port) as at, ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = lambda message, *_, **__: note(str(message))
         address = f"http://{f'[{host}]' if ':' in host else host}:{at.getsockname()[1]}"
         if cluster is None:
             served = service()
@@ -126,9 +129,6 @@ def serve(
             app = Guard(served, limits, api_key, hosts)
             lines = f"coldpress serve: {address}/v1, {cluster[0]} replicas on Ray\nend: Ctrl-C or SIGTERM"
         listener = Listener(app, served, lambda: print(lines, flush=True))
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = lambda message, *_, **__: note(str(message))
         listener.listen(at)
     note("ended; what was asked is answered")
     return 130 if listener.is_interrupted else 0

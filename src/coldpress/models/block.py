@@ -203,6 +203,11 @@ def prefilling(model: PreTrainedModel, *caches: PressedCache) -> AbstractContext
     return _Prefill(model, list(caches), looks_inside, raises=False)
 
 
+def _finishes(press: Press) -> bool:
+    """Whether a press chooses when the prefill is over, and so from pairs that are not in few bits yet."""
+    return press.needs_model or press.chooses_together
+
+
 def _looks_inside(press: Press) -> bool:
     return any(part.needs_hidden_states for part in parts(press))
 
@@ -281,10 +286,11 @@ class _Prefill:
     def _begin(self, caches: list[PressedCache], ids: Tensor | None) -> None:
         """Fill ``caches`` from ``ids`` from now on, and those of an earlier call no longer, even if it failed."""
         for cache in self.here.under_way:
-            cache.session.token_ids = None
+            cache.session.token_ids, cache.session.is_to_finish = None, False
         self.here.under_way = caches
         for cache in caches:
             cache.session.token_ids = ids
+            cache.session.is_to_finish = cache.press is not None and _finishes(cache.press)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.here.is_finishing:
@@ -296,7 +302,7 @@ class _Prefill:
         self._begin([], None)
         for cache, ids in done:
             press = cache.press
-            if press is None or not (press.needs_model or press.chooses_together) or cache.session.error is not None:
+            if press is None or not _finishes(press) or cache.session.error is not None:
                 continue
             self.here.is_finishing = True
             try:

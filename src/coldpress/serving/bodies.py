@@ -122,8 +122,9 @@ class Body:
         """An option of OpenAI's API that has one meaning here: it may be null, or one of ``values``."""
         value = self.take(name)
         if value is not None and not any(type(value) is type(one) and value == one for one in values):
+            allowed = [json.dumps(one) for i, one in enumerate(values) if one not in values[:i]]  # 0.0 is 0
             raise RequestError(
-                f"{name} is not supported; leave it out{''.join(f' or give {json.dumps(one)}' for one in values)}.",
+                f"{name} is not supported; {' or give '.join(['leave it out', *allowed])}.",
                 code="unsupported_parameter",
                 param=name,
             )

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
 import threading
 import time
+import warnings
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 from transformers.modeling_utils import PreTrainedModel
 
@@ -24,17 +27,20 @@ from coldpress.stores.bits import bits_from
 __all__ = ["Folder"]
 
 _KEY = re.compile(r"[0-9a-f]{32}")
-_FILE = re.compile(r"[0-9a-f]{32}\.safetensors")
+_FILE = re.compile(r"[0-9a-f]{32}\.(safetensors|json)")
 _PART = re.compile(r"\.[0-9a-f]{16}\.tmp")  # of io/files.py, left by a process that was killed while it wrote
+_CHECKSUM = "sha256"
 _PART_LIVES_S = 3600.0  # another process may be writing a younger one
 
 
 class Folder:
     """Files of snapshots by key, within a number of bytes; the least recently used ones go first.
 
-    Beside each file another one says what was declared. Files of earlier processes are used, and count. Other
-    processes may share the folder: a file that one of them has removed is not there, and no harm is done. What is in
-    the folder under other names is left alone.
+    A snapshot has two files: its pairs, and, written after them, what was declared. Files of earlier processes are
+    used, and count; those of other models and of declarations that are not known here count too, until it is their
+    turn to go. What is damaged, and a declaration without its pairs, are removed when they are found. Other processes
+    may share the folder: a file that one of them has removed is not there, and no harm is done. What is in the folder
+    under other names is left alone.
 
     Args:
         path: made if need be.
@@ -50,19 +56,11 @@ class Folder:
         self._sizes: OrderedDict[str, int] = OrderedDict()  # bytes by key, the least recently used first
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            there = []
-            for file in self.path.iterdir():
-                with contextlib.suppress(FileNotFoundError):
-                    state = file.stat()
-                    if _PART.fullmatch(file.name) and time.time() - state.st_mtime > _PART_LIVES_S:
-                        file.unlink()
-                    elif _FILE.fullmatch(file.name):
-                        there.append((state.st_mtime, file.stem, state.st_size))
+            self._look()
         except OSError as error:
             raise OutputError(
                 f"The folder {path} cannot be used ({error.strerror or error}); name another one."
             ) from error
-        self._sizes.update((key, size) for _, key, size in sorted(there))
         self._trim()
 
     @property
@@ -72,18 +70,18 @@ class Folder:
             return sum(self._sizes.values())
 
     def size(self, key: str) -> int:
-        """Bytes of one file; 0 where there is none."""
+        """Bytes of the files of one snapshot; 0 where there are none."""
         return self._sizes.get(key, 0)
 
     def keys(self) -> list[str]:
-        """Keys of the files, the least recently used first."""
+        """Keys of the snapshots, the least recently used first."""
         with self._lock:
             return list(self._sizes)
 
     def there(self) -> set[str]:
-        """Keys of the files that are there now, those of other processes too."""
+        """Keys of the snapshots that are there now, those of other processes too, which count from now on."""
         try:
-            return {file.stem for file in self.path.iterdir() if _FILE.fullmatch(file.name)}
+            return self._look()
         except OSError:
             return set()
 
@@ -100,10 +98,13 @@ class Folder:
         if not path.exists():
             assert snapshot._cache is not None
             snapshot._cache.save(path, model)
-        if not self._declaration(key).exists():
-            self._declare(snapshot)
-        self._note(key)
-        self._trim()
+        try:
+            if not self._declaration(key).exists():
+                self._declare(snapshot)
+        finally:  # the pairs are there
+            self.there()
+            self._note(key)
+            self._trim()
 
     def read(self, key: str, ids: list[int], model: PreTrainedModel) -> PressedCache | None:
         """The cache of the tokens ``ids``; None where there is no file.
@@ -131,36 +132,44 @@ class Folder:
         return cache
 
     def declaration(self, key: str) -> Snapshot | None:
-        """What was declared under a key, by this process or another; None where that is not known, or damaged."""
-        if not _KEY.fullmatch(key) or not self._path(key).is_file():
+        """What was declared under a key, by this process or another; None where that is not known here.
+
+        Raises:
+            CacheError: the files are damaged or not all there; they are gone now.
+        """
+        if not _KEY.fullmatch(key) or self._is_orphan(key):
             return None
+        path = self._declaration(key)
         try:
-            said = json.loads(read_text(self._declaration(key)))
+            said = _intact(read_text(path), key)
+        except OSError:  # a press that JSON cannot hold has none
+            return None
+        except (ValueError, RecursionError) as error:
+            self.remove(key)
+            raise CacheError(f"{path} is damaged.") from error
+        self._note(key, is_used=False)
+        try:
             press = None if said["press"] is None else from_data(said["press"])
             bits = None if said["kv_bits"] is None else bits_from(said["kv_bits"])
             source, ids = said["source"], row(said["ids"])
-            if not (source is None or is_wording(source)):
-                raise ValueError("the source is no wording")
-            found = Snapshot(key, ids, source, press, bits, said["chunk_tokens"], checked_pins(said["pins"] or None))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, InputError):
-            return None  # the prefix has to be declared anew
-        with self._lock, contextlib.suppress(OSError):
-            self._sizes.setdefault(key, self._path(key).stat().st_size)
-        return found
+            if source is not None and not is_wording(source):
+                return None
+            return Snapshot(key, ids, source, press, bits, said["chunk_tokens"], checked_pins(said["pins"] or None))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, InputError):
+            return None  # of a press, or of a version of coldpress, that is not known here
 
     def _declare(self, snapshot: Snapshot) -> None:
         """Write what was declared, for this user alone, as it holds the text."""
         with contextlib.suppress(PressError, TypeError):  # a press that JSON cannot hold has to be declared anew
-            said = json.dumps(
-                {
-                    "source": snapshot.source,
-                    "ids": snapshot.ids,
-                    "press": None if snapshot.press is None else as_data(snapshot.press),
-                    "kv_bits": None if snapshot.kv_bits is None else vars(snapshot.kv_bits),
-                    "chunk_tokens": snapshot.chunk_tokens,
-                    "pins": snapshot.pins,
-                }
-            )
+            declared = {
+                "source": snapshot.source,
+                "ids": snapshot.ids,
+                "press": None if snapshot.press is None else as_data(snapshot.press),
+                "kv_bits": None if snapshot.kv_bits is None else vars(snapshot.kv_bits),
+                "chunk_tokens": snapshot.chunk_tokens,
+                "pins": snapshot.pins,
+            }
+            said = json.dumps({**declared, _CHECKSUM: _checksum(snapshot.id, declared)})
 
             def write(part: Path) -> None:
                 part.chmod(0o600)
@@ -184,11 +193,50 @@ class Folder:
     def _declaration(self, key: str) -> Path:
         return self.path / f"{key}.json"
 
-    def _note(self, key: str) -> None:
-        """Note that a file was just used, if it is still there."""
+    def _look(self) -> set[str]:
+        """Count what is there and was not known, remove what a killed process has left, and return the keys.
+
+        Raises:
+            OSError: the folder cannot be read.
+        """
+        times: dict[str, float] = {}
+        declared = set()
+        for file in self.path.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                if _PART.fullmatch(file.name):
+                    if time.time() - file.stat().st_mtime > _PART_LIVES_S:
+                        file.unlink()
+                elif _FILE.fullmatch(file.name):
+                    if file.suffix == ".json":
+                        declared.add(file.stem)
+                    else:
+                        times[file.stem] = file.stat().st_mtime
+        for key in sorted(times, key=lambda key: (times[key], key)):
+            if not self.size(key):
+                self._note(key)
+        orphans = [key for key in sorted(declared - times.keys()) if self._is_orphan(key)]
+        return set(times) - set(orphans)
+
+    def _is_orphan(self, key: str) -> bool:
+        """Whether the pairs are not there; a declaration without them is removed, as nothing would ever use it."""
+        if self._path(key).is_file():
+            return False
+        path = self._declaration(key)
+        if path.exists():
+            warnings.warn(f"{path} is removed, as the snapshot that it declares has no file any more.", stacklevel=3)
+            self.remove(key)
+        return True
+
+    def _note(self, key: str, is_used: bool = True) -> None:
+        """Note the bytes of a snapshot if it is still there, and that it was just used."""
         with self._lock, contextlib.suppress(FileNotFoundError):
-            self._sizes[key] = self._path(key).stat().st_size
-            self._sizes.move_to_end(key)
+            n_bytes = self._path(key).stat().st_size
+            with contextlib.suppress(FileNotFoundError):
+                n_bytes += self._declaration(key).stat().st_size
+            is_used = is_used or key not in self._sizes
+            self._sizes[key] = n_bytes
+            if is_used:
+                self._sizes.move_to_end(key)
 
     def _forget(self, key: str) -> None:
         with self._lock:
@@ -198,3 +246,16 @@ class Folder:
         while self.budget_bytes is not None and self.n_bytes > self.budget_bytes:
             for key in self.keys()[:1]:
                 self.remove(key)
+
+
+def _checksum(key: str, declared: dict[str, Any]) -> str:
+    """What damage to a declaration changes, and what another one under the same key does not have."""
+    return hashlib.sha256(json.dumps([key, declared], sort_keys=True).encode()).hexdigest()
+
+
+def _intact(text: str, key: str) -> dict[str, Any]:
+    """The declaration that a file holds. Raises ValueError or RecursionError where it is not what was written."""
+    said = json.loads(text)
+    if not isinstance(said, dict) or said.pop(_CHECKSUM, None) != _checksum(key, said):
+        raise ValueError("not what was written")
+    return said

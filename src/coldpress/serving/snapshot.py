@@ -58,7 +58,7 @@ class Snapshot:
 
     @property
     def disk_bytes(self) -> int:
-        """Bytes of its file; 0 where there is none."""
+        """Bytes of its files; 0 where there are none."""
         return int(self._owner.disk_bytes_of(self))
 
     @property

@@ -109,10 +109,9 @@ class Snapshots:
         self._bytes_of: dict[str, bytes] = {}  # token ids as bytes, which are compared at once
         self._lock = threading.Lock()  # of these and of the counters; held for moments
         self._reading, self._moving = threading.Lock(), threading.Lock()
+        self.hits = self.misses = self.tokens_saved = self.built = self.loaded = self.damaged = self.unwritten = 0
         for key in [] if self._folder is None else self._folder.keys()[-max_snapshots:]:
             self._restore(key)
-        self.hits = self.misses = self.tokens_saved = 0
-        self.built = self.loaded = self.damaged = self.unwritten = 0
 
     def add(
         self,
@@ -206,11 +205,13 @@ class Snapshots:
         """Know what other processes on the folder have declared since, and forget what they have removed."""
         if self._folder is None:
             return
+        known = self._folder.keys()
         there = self._folder.there()
         for key in there - self._by_id.keys():
             self._restore(key)
-        for key in set(self._folder.keys()) - there:
+        for key in set(known) - there:
             self.remove(key)
+            self._folder.remove(key)  # of one that was not declared here, it is no longer counted
 
     def flush(self) -> None:
         """Write what is in memory alone to the folder, so that another process finds it there."""
@@ -303,7 +304,11 @@ class Snapshots:
 
     def _restore(self, key: str) -> Snapshot | None:
         """Declare what another process has written to the folder; None where that is of another model, or damaged."""
-        found = None if self._folder is None else self._folder.declaration(key)
+        try:
+            found = None if self._folder is None else self._folder.declaration(key)
+        except CacheError as error:
+            self._note_damage(error, "is removed, and made again when it is declared again")
+            return None
         if found is None:
             return None
         said = key_of(self._origin, found.ids, found.press, found.kv_bits, found.chunk_tokens, found.pins)
@@ -315,10 +320,13 @@ class Snapshots:
         try:
             return self._folder.read(snapshot.id, snapshot.ids, self.model)
         except CacheError as error:
-            with self._lock:
-                self.damaged += 1
-            warnings.warn(f"A snapshot is made again: {error}", UserWarning, stacklevel=2)
+            self._note_damage(error, "is made again")
             return None
+
+    def _note_damage(self, error: CacheError, what_follows: str) -> None:
+        with self._lock:
+            self.damaged += 1
+        warnings.warn(f"A snapshot {what_follows}: {error}", UserWarning, stacklevel=3)
 
     def _built(self, snapshot: Snapshot) -> PressedCache:
         cache = PressedCache(
