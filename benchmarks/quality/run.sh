@@ -15,5 +15,7 @@ ln -sfn "$(realpath "$1")" "$inputs/wikitext"
 ln -sfn "$(realpath "$2")" "$inputs/pg19"
 ln -sfn "$(realpath "$3")" "$inputs/tiny-neox"
 bash benchmarks/smollm2.sh "$inputs"
-exec "$python" src/coldpress_command.py sweep --config benchmarks/quality/sweep.yaml \
-    ${RESULTS:+--output_dir "$RESULTS"} "${@:4}"
+for sweep in sweep replays; do
+    "$python" src/coldpress_command.py sweep --config "benchmarks/quality/$sweep.yaml" \
+        ${RESULTS:+--output_dir "$RESULTS"} "${@:4}"
+done
