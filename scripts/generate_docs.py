@@ -17,8 +17,8 @@ A generated part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->`
 - ``parity``: the comparison with kvpress; ``faults``: the tests of kvpress's faults;
 - ``goals``: what the benchmarks of savings were to show, and what they do;
 - ``sweepcost``, ``overhead``, ``chunked``, ``quantised``, ``packed``, ``decode``, ``compiled``, ``headwise``,
-  ``batch``, ``stream``, ``far``, ``drift``, ``klbound``, ``serve`` or ``startup`` with a FILE: the table of FILE.json
-  in the results of that benchmark.
+  ``lengths``, ``batch``, ``stream``, ``decoding``, ``far``, ``drift``, ``klbound``, ``serve`` or ``startup`` with a
+  FILE: the table of FILE.json in the results of that benchmark.
 """
 
 from __future__ import annotations
@@ -373,6 +373,7 @@ def generated(name: str) -> str:
         "headwise": lambda: measured("head_wise_memory", "head_wise_memory.py", argument),
         "batch": lambda: measured("batch", "batch.py", argument),
         "stream": lambda: measured("long_stream", "long_stream.py", argument),
+        "decoding": lambda: measured("long_stream", "decoding.py", argument),
         "far": lambda: measured("long_stream", "precision.py", argument, "far"),
         "startup": lambda: measured("startup", "startup.py", argument),
         "serve": lambda: measured("serve", "serve.py", argument),

@@ -9,4 +9,6 @@ results=${RESULTS:-results/long_stream}
 "$python" benchmarks/long_stream/precision.py --output "$results/precision.json"
 "$python" benchmarks/long_stream/long_stream.py --dataset "${1:-pg19}" --sample_idx "${BOOK:-3}" \
     --output "$results/tiny_neox_pg19.json"
+PYTHONPATH=src:. "$python" -m benchmarks.long_stream.decoding --dataset "${1:-pg19}" --sample_idx "${LONG_BOOK:-1}" \
+    --output "$results/decoding_pg19.json"
 "$python" benchmarks/long_stream/long_stream.py --plot "$results/tiny_neox_pg19.json"
