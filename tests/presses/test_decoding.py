@@ -29,6 +29,7 @@ from coldpress import (
     ExpectedAttentionPress,
     Kept,
     KeyDiffPress,
+    KeyformerPress,
     KeyRerotationPress,
     KnormPress,
     LayerView,
@@ -510,11 +511,19 @@ def test_rows_of_one_length_draw_what_they_draw_alone(press: BasePress) -> None:
         torch.testing.assert_close(layer.values[0], layer.values[2])
 
 
+DRAWING = [
+    CAMPress(KnormPress(), 4, 12, 4, merge_budget=3),
+    DecodingPress(RandomPress(), 4, 12),
+    DecodingPress(KeyformerPress(n_sink=1, grace=2), 4, 12),
+]
+
+
 @pytest.mark.parametrize("copied", ["fork", "deepcopy", "pickle", "file"])
-def test_a_copy_draws_what_its_original_draws(copied: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("press", DRAWING, ids=["cam", "random", "keyformer"])
+def test_a_copy_draws_what_its_original_draws(press: DecodingPress, copied: str, tmp_path: Path) -> None:
     """Also where nothing was drawn before it was made."""
     model, ids = tiny("gpt_neox"), tokens(1, 60)
-    past = PressedCache(CAMPress(KnormPress(), 4, 12, 4, merge_budget=3))
+    past = PressedCache(press)
     model(ids[:, :30], **cache_argument(past))
     if copied == "file":
         past.save(tmp_path / "cache", model)

@@ -16,6 +16,7 @@ from tests.tiny_folder import CONTEXT, QUESTIONS
 from tests.tiny_folder import folder as folder
 
 from coldpress import AdaKVPress, DecodingPress, KnormPress, PressedCache, QuestPress, SnapKVPress, Snapshots
+from coldpress.architecture.cache_argument import cache_argument
 from coldpress.cache.joined import can_join
 from coldpress.core.press import Press
 from coldpress.eval.models import LoadedModel, load_model
@@ -104,13 +105,13 @@ def test_snapshots_are_left_alone(loaded: LoadedModel) -> None:
 def test_what_cannot_be_joined(loaded: LoadedModel) -> None:
     ids = torch.arange(1, 40)[None]
     decoding, padded, empty = PressedCache(DecodingPress(KnormPress(), target_size=30)), PressedCache(), PressedCache()
-    loaded.model(ids, cache=decoding)
+    loaded.model(ids, **cache_argument(decoding))
     mask = torch.ones_like(ids)
     mask[:, :3] = 0
-    loaded.model(ids, attention_mask=mask, cache=padded)
+    loaded.model(ids, attention_mask=mask, **cache_argument(padded))
     assert not any(map(can_join, (decoding, padded, empty)))
     moved = PressedCache(positions="rerotate")
-    loaded.model(ids, cache=moved)
+    loaded.model(ids, **cache_argument(moved))
     assert not can_join(moved)
 
 

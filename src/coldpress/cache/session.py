@@ -20,7 +20,7 @@ from coldpress.cache.masks import ModelCall
 from coldpress.cache.pins import Pins
 from coldpress.cache.roles import Roles
 from coldpress.core.call import LayerCall
-from coldpress.core.press import Press
+from coldpress.core.press import Press, parts
 from coldpress.errors import CacheError, ModelError
 from coldpress.stores.codec import Codec
 
@@ -80,9 +80,7 @@ class Session:
         self.error: Exception | None = None  # what the press of a branch raised during the shared prefill
         self.call: ModelCall | None = None  # of the model, the latest
         self.token_ids: Tensor | None = None  # int64 [B, T] of the prefill, where they are known
-        self.is_to_finish = (
-            False  # after this prefill a block has the press choose, from what is stored whole until then
-        )
+        self.is_to_finish = False  # a block has the press choose after this prefill; until then all is stored whole
         self.find_model: Callable[[], nn.Module | None] = lambda: None  # what runs, inside 'with press(model):'
         self.on_attention: Callable[[Any, LayerCall], None] | None = None  # shown every call, before anything goes
         self.n_layers = 0  # that were made
@@ -99,8 +97,9 @@ class Session:
         return self._seed
 
     def settle_seed(self) -> None:
-        """Draw the seed now if the press may need one later, so that a copy goes on as its original does."""
-        if self._seed is None and self.was_asked and self.joins_calls:
+        """Draw the seed now if the press draws numbers later, so that a copy goes on as its original does."""
+        draws = self.press is not None and any(part.draws for part in parts(self.press))
+        if self._seed is None and self.was_asked and self.joins_calls and draws:
             self._seed = self.seed
 
     @property

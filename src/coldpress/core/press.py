@@ -105,6 +105,11 @@ class Press(metaclass=PressType):
         return False
 
     @property
+    def draws(self) -> bool:
+        """Whether it draws numbers by ``view.seed``, so that a copy of a cache has to have its seed."""
+        return False
+
+    @property
     def changes(self) -> frozenset[str]:
         """What it changes of the pairs that the model made: ``keys``, ``values``, or ``channels`` of keys."""
         return frozenset()

@@ -36,6 +36,8 @@ class CAMPress(DecodingPress):
         merge_budget: how many of the kept tokens share a value, at least 1.
     """
 
+    draws = True
+
     merge_budget: int = 32
 
     def __post_init__(self) -> None:

@@ -67,6 +67,10 @@ class KeyformerPress(H2OPress):
         super().__post_init__()
         check_between(self, 0, float("inf"), "noise", "tau_step")
 
+    @property
+    def draws(self) -> bool:
+        return self.seed is None
+
     def observe(self, view: LayerView) -> Mapping[str, Tensor]:
         steps = view.columns["steps"]
         if not self.is_prompt(view):

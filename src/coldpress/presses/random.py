@@ -34,6 +34,10 @@ class RandomPress(ScorerPress):
 
     seed: int | None = None
 
+    @property
+    def draws(self) -> bool:
+        return self.seed is None
+
     def score(self, view: LayerView) -> Tensor:
         seed = view.seed if self.seed is None else self.seed
         _, head = view.row_head
