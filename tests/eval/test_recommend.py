@@ -78,6 +78,9 @@ def test_bytes_are_the_first_cost_or_time_is() -> None:
     small, quick = row("small", 0.0, 0.01, kv_bytes=400), row("quick", 0.0, 0.01, ttft_s=1.0, tpot_ms=5.0)
     assert advise(BASE, [small, quick], MARGIN).cheap is small
     assert advise(BASE, [small, quick], MARGIN, by_time=True).cheap is quick
+    slower = [dataclasses.replace(small, tpot_ms=99.0)]
+    said = words_of(BASE, slower, advise(BASE, slower, MARGIN, by_time=True), by_time=True)
+    assert said[2].startswith("None that fits is faster here than the uncompressed cache (12.0 ms a token)")
     near = row("near", 0.0, 0.001, ttft_s=1.01, tpot_ms=5.0)  # costs within 5 % are one: quality decides
     assert advise(BASE, [small, quick, near], MARGIN, by_time=True).cheap is near
 

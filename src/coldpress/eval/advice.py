@@ -203,10 +203,19 @@ def _number(value: float | None, digits: int, unit: str = "") -> str:
     return "-" if value is None else f"{value:.{digits}f}{unit}"
 
 
-def words_of(base: Row, rows: Sequence[Row], advice: Advice) -> list[str]:
-    """What a reader should take and why, a sentence or two for each, and what the rule left out."""
+def words_of(base: Row, rows: Sequence[Row], advice: Advice, by_time: bool = False) -> list[str]:
+    """What a reader should take and why, a sentence or two for each, and what the rule left out.
+
+    Args:
+        by_time: as that of :func:`advise`.
+    """
     n = f"{_count(len(rows[0].windows), 'window')} and {_count(len(base.right), 'question')}"
     said = [] if advice.cheap is None else [_best(base, advice, n), _cheapest(base, advice)]
+    if by_time and advice.cheap is not None and advice.cheap.seconds > base.seconds:
+        said.append(
+            f"None that fits is faster here than the uncompressed cache ({_number(base.tpot_ms, 1)} ms a token): take "
+            "one for its memory only, or measure a longer --context_tokens."
+        )
     names = listed([row.label for row in advice.open]) if advice.open else ""
     if advice.open and advice.cheap is not None:
         said.append(f"Not decided by {n}: {names}.")

@@ -38,7 +38,8 @@ def recommendation(settings: AdviceSettings, records: Sequence[Record], minutes:
     for record in records:
         if record not in streams:
             by_key.setdefault(tuple(record[name] for name in OF_A_POINT), []).append(record)
-    whole = [found for found in by_key.values() if len(found) == 2 and all(r["status"] != "failed" for r in found)]
+    failed = {record["press"] for record in records if record["status"] == "failed"}
+    whole = [found for found in by_key.values() if len(found) == 2 and found[0]["press"] not in failed]
     base = next((found for found in whole if _is_base(found[0])), None)
     if base is None or len(whole) < 2:
         return "Nothing was measured of which anything could be said; the errors above say why."
@@ -61,7 +62,7 @@ def recommendation(settings: AdviceSettings, records: Sequence[Record], minutes:
     ]
     if streams:
         said += ["Read on, with the kept keys moved side by side:", table(streams)]
-    said += [rule_of(plain, settings.margin), *words_of(plain, list(rows), advice)]
+    said += [rule_of(plain, settings.margin), *words_of(plain, list(rows), advice, use.by_time)]
     if advice.cheap is not None:
         named = dict.fromkeys([advice.best[0], advice.cheap])
         how = [f"  {line}" for row in named for line in _how(settings, rows[row])]
