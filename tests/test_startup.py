@@ -24,6 +24,7 @@ SRC = Path(__file__).parents[1] / "src"
 HEAVY = {"torch", "transformers", "numpy", "safetensors", "datasets", "pandas", "pyarrow", "matplotlib", "ray", "tqdm"}
 HEAVY |= {"fastapi", "uvicorn", "prometheus_client"}
 COMMANDS = [
+    "recommend",
     "ppl",
     "speed",
     "sweep",

@@ -1,5 +1,5 @@
-"""The command ``coldpress``: ppl, speed, sweep, tasks, benchmark, calibrate, compress, ask, chat, serve, inspect,
-report, presses.
+"""The command ``coldpress``: recommend, ppl, speed, sweep, tasks, benchmark, calibrate, compress, ask, chat, serve,
+inspect, report, presses.
 
 Also what the scripts in evaluation/ run. Help and versions are printed without torch and transformers, whose import
 takes seconds.
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from coldpress.commands.options import (
+    advice_options,
     ask_options,
     benchmark_options,
     calibration_options,
@@ -36,7 +37,7 @@ from coldpress.commands.options import (
 from coldpress.commands.serve_options import chat_options, serve_options
 from coldpress.commands.streams import interrupted_at_once, open_streams, output_problem
 from coldpress.errors import InputError, SelfCheckError, nearest
-from coldpress.eval.settings import BenchmarkSettings, CalibrationSettings, Settings, TaskSettings
+from coldpress.eval.settings import AdviceSettings, BenchmarkSettings, CalibrationSettings, Settings, TaskSettings
 from coldpress.io.files import is_utf8
 from coldpress.io.terminal import printable
 
@@ -147,6 +148,9 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     )
     parser.set_defaults(options=parser.options, run=None)
     commands = parser.add_subparsers(metavar="COMMAND", parser_class=_Parser)
+    advice = commands.add_parser("recommend", help="measure a few presses on your own text, and name two to take")
+    advice_options(advice)
+    advice.set_defaults(options=advice.options, run=_run_recommend)
     ppl = commands.add_parser("ppl", help="perplexity and speed of a model, with and without presses", prog=prog)
     ppl_options(ppl)
     ppl.set_defaults(options=ppl.options, run=_run_ppl)
@@ -196,6 +200,12 @@ def _check_sources(args: argparse.Namespace) -> None:
     """Raise :class:`InputError` if two texts are asked for."""
     if args.dataset is not None and args.text_file is not None:
         raise InputError("--dataset and --text_file both say which text is read; give one of them.")
+
+
+def _run_recommend(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
+    from coldpress.eval.recommend import recommend
+
+    return _outcome(*recommend(AdviceSettings(**_given(args, AdviceSettings)), _command(argv, prog)))
 
 
 def _run_ppl(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:

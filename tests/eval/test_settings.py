@@ -165,3 +165,10 @@ def test_stored_pairs_are_those_that_were_asked_for(press: ScorerPress) -> None:
     check_stored_pairs(press, cache, 37)
     with pytest.raises(SelfCheckError, match="pairs should have been stored"):
         check_stored_pairs(press.with_ratio(0.1), cache, 37)
+
+
+def test_wrappers_of_different_presses_are_different_points() -> None:
+    """Whose parameters are the same: one's windows and streams would be taken for the other's."""
+    names = ("streaming_llm", "tova", "keydiff", "knorm", "h2o")
+    jobs = make_jobs(Settings(press=names, ppl_mode="streaming", budget_tokens=(64,)))
+    assert len({job.point.key for job in jobs}) == len(names)

@@ -11,6 +11,7 @@ from typing import Any
 from coldpress.commands.values import Several, auto_or_not, bits, integer, json_object, listed, positive
 from coldpress.eval.options import (
     BITS,
+    OfAdvice,
     OfBenchmark,
     OfCalibration,
     OfEngine,
@@ -28,12 +29,13 @@ from coldpress.eval.options import (
     names_of,
     sort_of,
 )
-from coldpress.eval.settings import BenchmarkSettings, CalibrationSettings, Settings, TaskSettings
+from coldpress.eval.settings import AdviceSettings, BenchmarkSettings, CalibrationSettings, Settings, TaskSettings
 
 __all__ = [
     "BITS",
     "add_machinery",
     "add_model",
+    "advice_options",
     "ask_options",
     "benchmark_options",
     "calibration_options",
@@ -211,6 +213,12 @@ def task_options(parser: argparse.ArgumentParser) -> None:
     _add(parser.add_argument_group(text), TaskSettings, OfModel, OfText)
     how = parser.add_argument_group("what is compressed, and how")
     _add(how, TaskSettings, OfPresses, OfMachine, OfEngine, OfLimits)
+
+
+def advice_options(parser: argparse.ArgumentParser) -> None:
+    text = ("subset", "split", "sample_idx")
+    _add(parser.add_argument_group("what is measured"), AdviceSettings, OfModel, OfAdvice, *text, "template")
+    _add(parser.add_argument_group("how"), AdviceSettings, OfMachine, OfLimits)
 
 
 def benchmark_options(parser: argparse.ArgumentParser) -> None:

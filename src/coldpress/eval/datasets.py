@@ -27,7 +27,7 @@ from coldpress.errors import DataError, nearest
 from coldpress.eval.hub import load_hub, load_local
 from coldpress.io.files import MAX_TEXT_BYTES, is_utf8, path_of, read_bytes
 
-__all__ = ["Corpus", "Document", "load_corpus"]
+__all__ = ["SHORT_NAMES", "Corpus", "Document", "load_corpus"]
 
 HUB_IDS = {"wikitext": ("Salesforce/wikitext",), "pg19": ("emozilla/pg19-test", "emozilla/pg19")}
 SHORT_NAMES = ("wikitext", "pg19", "demo")

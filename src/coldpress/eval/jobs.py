@@ -37,9 +37,9 @@ class Point:
     @functools.cached_property
     def key(self) -> str:
         """The same for points that measure the same, in this process or another: 16 hex digits."""
-        name = None if self.press is None else type(self.press).__name__
+        names = [] if self.press is None else [type(part).__name__ for part in parts(self.press)]  # those inside too
         bits = None if self.kv_bits is None else dict(vars(self.kv_bits))
-        text = json.dumps([name, config_of(self.press), bits], sort_keys=True, default=repr)
+        text = json.dumps([names, config_of(self.press), bits], sort_keys=True, default=repr)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

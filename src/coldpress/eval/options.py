@@ -20,6 +20,7 @@ KINDS = ("perplexity", "tasks", "streaming", "baselines", "speed")  # sections o
 BITS = "{8,4,2,k8v4,...}"  # numbers: in groups (KIVI); kKvV: keys in K bits and values in V, one by one, rotated
 PPL_PRESETS = ("hf-strided", "gptq", "llamacpp", "lm-eval")
 TASKS = ("niah_single", "niah_multikey", "vt", "cwe", "passkey", "repeat_text")  # asked where none is named
+USES = ("qa", "chat", "streaming", "throughput")  # of coldpress recommend
 MOST_ROUNDS = 1_000_000  # they are listed before the first is timed
 _ALL_BUT_PERPLEXITY = ("tasks", "speed", "streaming", "baselines")
 _NO_ENGINE = ("speed", "streaming", "baselines")
@@ -367,6 +368,20 @@ class OfCalibration:
     sample_tokens: int = option(1000, "tokens of each")
     press_args: tuple[tuple[str, Any], ...] = option((), "parameters of the press as JSON, such as '{\"n_sink\": 4}'")
     output: str | None = option(None, "file to write (default: where presses look for it, see docs/presses.md)")
+
+
+@dataclass(frozen=True)
+class OfAdvice:
+    use: str = option("qa", "what the cache is for (docs/guide/choose.md)", choices=USES)
+    data: str | None = option(None, "your text: a UTF-8 file, or what --dataset of coldpress ppl takes, such as demo")
+    press: tuple[str, ...] = option((), "names of presses to measure (default: some for the use)")
+    compression_ratio: tuple[float, ...] = option((0.5,), "fraction of the pairs to remove, in (0, 1)")
+    budget_minutes: float = option(10.0, "when to stop measuring, once the model is loaded")
+    margin: float = option(0.05, "nats a token that a press may cost")
+    context_tokens: int | None = option(
+        None, "tokens of text that are compressed (default: 1024, fewer where the time is short)", least=64
+    )
+    max_windows: int = option(30, "no more windows, and no more questions, if the time allows as many", most=10_000)
 
 
 SIZES = ("compression_ratio", *BUDGETS)  # of which one says how much is kept

@@ -78,6 +78,7 @@ class Run(ABC):
     seconds: dict[str, float] = field(default_factory=dict, init=False)  # wall time of each part
     error: Exception | None = field(default=None, init=False)  # what ended the run
     show_progress: Callable[..., Any] = field(default_factory=lambda: progress, init=False)
+    is_cut: bool = field(default=False, init=False)  # its time was up before all was measured
     run_id: str = field(default_factory=lambda: secrets.token_hex(6), init=False)
 
     @abstractmethod
@@ -220,13 +221,16 @@ def _blank(common: dict[str, Any], job: Job) -> dict[str, Any]:
     }
 
 
-def carry_out(run: Run, folder: Path, engine: Engine | None = None) -> tuple[list[dict[str, Any]], bool]:
+def carry_out(
+    run: Run, folder: Path, engine: Engine | None = None, is_quiet: bool = False
+) -> tuple[list[dict[str, Any]], bool]:
     """Measure all of a run, write its results, and print them.
 
     Args:
         run: of which everything is decided and nothing measured.
         folder: where the results belong.
         engine: where windows and examples are measured; None: here.
+        is_quiet: print no tables.
 
     Returns:
         The records, in the order of the table, and whether the user interrupted the run. Of an interrupted run, what
@@ -236,7 +240,7 @@ def carry_out(run: Run, folder: Path, engine: Engine | None = None) -> tuple[lis
         InputError: what was asked for turns out not to work.
     """
     is_interrupted, stopped = False, None
-    early = _Early(run, folder)
+    early = _Early(run, folder, is_quiet)
     with contextlib.nullcontext() if run.ledger is None else run.ledger.held():
         try:
             run.measure(engine, early.save)
@@ -254,13 +258,13 @@ def carry_out(run: Run, folder: Path, engine: Engine | None = None) -> tuple[lis
             finally:
                 if stopped is not None:
                     raise stopped
-        if run.ledger is not None and not is_interrupted and run.error is None:
+        if run.ledger is not None and not is_interrupted and not run.is_cut and run.error is None:
             run.ledger.clear()  # if the model or its workers failed, what was finished is left for another try
     for record in records:
         if record["status"] == "failed":
             size = size_of(record)
             note(f"{record['press']}{f' at {size}' if size else ''} failed: {record['error']}", kind="error")
-    if records:
+    if records and not is_quiet:
         said = [text for text in show(records).split("\n\n") if text not in early.said]
         print("\n" + "\n\n".join(said) + "\n")
         print(f"{len(records)} result(s) in {folder}/", flush=True)
@@ -270,8 +274,8 @@ def carry_out(run: Run, folder: Path, engine: Engine | None = None) -> tuple[lis
 class _Early:
     """Writes what is finished while the run goes on; at its end the run has one file for each setting all the same."""
 
-    def __init__(self, run: Run, folder: Path):
-        self.run, self.folder = run, folder
+    def __init__(self, run: Run, folder: Path, is_quiet: bool = False):
+        self.run, self.folder, self.is_quiet = run, folder, is_quiet
         self.written: set[Path] = set()
         self.said: set[str] = set()  # captions and tables that need not be printed again
 
@@ -285,7 +289,7 @@ class _Early:
             self.written.add(result_path(self.folder, record))
             with contextlib.suppress(SelfCheckError):  # the last word says what is wrong with it
                 write_result(self.folder, record)
-        if jobs is None:
+        if jobs is None and not self.is_quiet:
             measured = [record if record["status"] == "failed" else {**record, "status": "ok"} for record in records]
             with contextlib.suppress(OSError):  # nobody reads it: no reason to stop
                 text = show(measured)

@@ -9,6 +9,7 @@ from coldpress.backends import NO_PRESS
 from coldpress.errors import InputError
 from coldpress.eval.options import (
     SIZES,
+    OfAdvice,
     OfBenchmark,
     OfCalibration,
     OfEngine,
@@ -28,7 +29,7 @@ from coldpress.eval.options import (
     names_of,
 )
 
-__all__ = ["BenchmarkSettings", "CalibrationSettings", "Settings", "TaskSettings"]
+__all__ = ["AdviceSettings", "BenchmarkSettings", "CalibrationSettings", "Settings", "TaskSettings"]
 
 STREAM_CHUNK = 64
 MOST_EXAMPLES = 10_000  # of a task; all are made before the first is asked
@@ -256,3 +257,31 @@ class CalibrationSettings(OfMachine, OfText, OfModel, OfCalibration):
 
     # train, where the dataset has splits
     split: str | None = but(OfText, "split", None, help="split of the dataset (default: train)")  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class AdviceSettings(OfLimits, OfMachine, OfModel, OfAdvice, Options):
+    """Everything a recommendation was asked for; the command line's options have these names.
+
+    Raises:
+        InputError: options that can never work.
+    """
+
+    subset: str | None = but(OfText, "subset", None)
+    split: str = but(OfText, "split", "test")
+    sample_idx: int | None = but(OfText, "sample_idx", None)
+    template: str | None = but(OfTasks, "template", None, help="of the questions (default: chat, where there is one)")
+    output_dir: str = but(OfLimits, "output_dir", "results/recommend")
+
+    def __post_init__(self) -> None:
+        self.check_choices()
+        if self.data is None or not self.data.strip():
+            raise InputError("--data is missing; name the text that you work with: a UTF-8 file, a dataset, or demo.")
+        for ratio in self.compression_ratio:
+            if not 0 < ratio < 1:
+                raise InputError(f"--compression_ratio must be more than 0 and less than 1, got {ratio:g}.")
+        for name, most in (("budget_minutes", 10_000), ("margin", 10)):
+            if not 0 < getattr(self, name) <= most:
+                raise InputError(f"--{name} must be more than 0 and at most {most:,}, got {getattr(self, name):g}.")
+        if NO_PRESS in self.press or "all" in self.press:
+            raise InputError("--press takes names of presses; the uncompressed cache is always measured beside them.")

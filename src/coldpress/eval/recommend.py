@@ -1,0 +1,193 @@
+"""``coldpress recommend``: measure a few presses on the user's text, and name two to take.
+
+Three runs of the same presses on the same model, as ``coldpress ppl`` and ``coldpress tasks`` make them, each until its
+share of the time is up: windows (loss and KL), timed rounds, and questions; for a stream also a long text that is read
+on. Their records are those of these commands. What follows from them is decided in :mod:`coldpress.eval.advice`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from coldpress.backends import NO_PRESS
+from coldpress.errors import InputError
+from coldpress.eval.datasets import Corpus, load_corpus
+from coldpress.eval.evaluate import PressRun, make_run
+from coldpress.eval.excerpts import excerpts, source_of
+from coldpress.eval.jobs import Job, make_jobs
+from coldpress.eval.models import LoadedModel, load_model
+from coldpress.eval.options import SIZES, OfLimits, OfMachine, OfModel, names_of
+from coldpress.eval.pace import Clock, Pace
+from coldpress.eval.plan import UNKNOWN_POSITIONS
+from coldpress.eval.progress import note
+from coldpress.eval.recommendation import recommendation
+from coldpress.eval.run import Run, carry_out, checked_folder, prepared
+from coldpress.eval.settings import AdviceSettings, Settings, TaskSettings
+from coldpress.eval.task_command import make_questions
+from coldpress.eval.uses import NEW_TOKENS, ROUNDS, USES, Use, target_of
+from coldpress.io.terminal import printable
+
+__all__ = ["recommend"]
+
+Record = dict[str, Any]
+TASKS = ("niah_single", "niah_multikey")
+DEPTHS = (0.5, 0.1, 0.9, 0.3, 0.7)
+TASK_ROOM = 192  # tokens that a context of questions has at least
+STREAMED = 4  # times the context: a text that is read on
+_SHARED = (*names_of(OfModel, OfMachine, OfLimits), *SIZES, "press")
+
+
+def recommend(settings: AdviceSettings, command: str) -> tuple[list[Record], bool]:
+    """Measure, write the records, and print a table and two names.
+
+    A run that was killed, or whose time was up, goes on where it was when it is started again.
+
+    Args:
+        settings: what was asked for.
+        command: the command line, for the record.
+
+    Returns:
+        The records, and whether the user interrupted the run.
+
+    Raises:
+        InputError: before any long work, when something that was asked for cannot work.
+    """
+    use = USES[settings.use]
+    of_presses = _of_presses(settings, use, settings.context_tokens or 1024)
+    jobs = _jobs(of_presses, use, settings)  # raises what cannot work before a model is loaded
+    folder = checked_folder(of_presses)
+    where = {name: getattr(settings, name) for name in ("subset", "split", "sample_idx")}
+    corpus = load_corpus(**{"dataset": "", **source_of(settings.data or "")}, **where)
+    loaded = load_model(settings.model, **of_presses.loading)
+    pace, jobs = Pace.of(loaded), _possible(jobs, loaded)
+    context = settings.context_tokens or pace.context(use, jobs, settings.budget_minutes)
+    runs = _runs(settings, use, context, corpus, loaded, command)
+    for line in pace.words(use, jobs, context, settings.max_windows, settings.budget_minutes):
+        note(line)
+    clock = Clock(60 * settings.budget_minutes)
+    records: list[Record] = []
+    for run, ends in runs:
+        run.keep_in(folder)
+        run.show_progress = clock.hook(run, ends)
+        found, is_interrupted = carry_out(run, folder, is_quiet=True)
+        records += found
+        if is_interrupted:
+            if settings.context_tokens is None:  # it depends on how busy the machine is
+                note(f"add --context_tokens {context} to go on with the same windows.")
+            return records, True
+    print(recommendation(settings, records, clock.spent / 60, clock.is_up))
+    print(f"\n{len(records)} result(s) in {printable(str(folder))}/", flush=True)
+    return records, False
+
+
+def _of_presses(settings: AdviceSettings, use: Use, context: int, **other: Any) -> Settings:
+    """An evaluation of the presses, on windows of one context, and timed."""
+    ratios = settings.compression_ratio
+    budgets = tuple(max(1, round((1 - ratio) * context)) for ratio in ratios)
+    given: dict[str, Any] = {"budget_tokens": budgets} if use.in_tokens else {"compression_ratio": ratios}
+    given |= {name: getattr(settings, name) for name in names_of(OfModel, OfMachine, OfLimits)} | source_of(
+        settings.data or ""
+    )
+    given |= {"press": (NO_PRESS, *(settings.press or use.presses)), "chunk_tokens": use.chunk_tokens}
+    given |= {"ppl_apply_press": True, "context_limit": context, "context_tokens": context, "max_windows": 1}
+    return Settings(**given | {"max_new_tokens": NEW_TOKENS, "repetitions": ROUNDS} | other)
+
+
+def _runs(
+    settings: AdviceSettings, use: Use, asked_context: int, corpus: Corpus, loaded: LoadedModel, command: str
+) -> list[tuple[Run, dict[str, float]]]:
+    """What is measured, with the share of the time at which each part of it ends."""
+    positions = loaded.max_positions or UNKNOWN_POSITIONS
+    wanted = min(asked_context + target_of(asked_context), positions)
+    parts, width = excerpts(corpus, loaded.tokenizer, wanted, settings.max_windows, settings.seed)
+    context = (
+        asked_context if width == asked_context + target_of(asked_context) else width - max(NEW_TOKENS, width // 9)
+    )
+    target = width - context
+    if context < asked_context:
+        why = f"the model has {positions} positions" if width == positions else "the text is short"
+        note(f"contexts have {context} tokens, not {asked_context}: {why}.")
+    of_windows = _of_presses(settings, use, context, target_tokens=target)
+    jobs = _possible(_jobs(of_windows, use, settings), loaded, is_said=False)
+    windows, timed, asked = use.shares
+    first = make_run(of_windows, jobs, parts, loaded, command)
+    for line in first.notes:
+        note(line)
+    has_template = getattr(loaded.tokenizer, "chat_template", None) is not None
+    task_tokens = max(min(max(context, TASK_ROOM), positions - TASK_ROOM // 2), 1)
+    of_tasks = TaskSettings(
+        **{name: getattr(of_windows, name) for name in _SHARED},
+        **source_of(settings.data or ""),
+        chunk_tokens=use.chunk_tokens,
+        task=TASKS,
+        task_tokens=(task_tokens,),
+        task_examples=-(-settings.max_windows // len(TASKS)),
+        depths=DEPTHS,
+        template=settings.template or ("chat" if has_template else "none"),
+    )
+    questions = make_questions(of_tasks, jobs, parts, loaded, command)
+    questions.examples.sort(key=lambda example: example.index)  # the tasks in turn: the time may be up before the last
+    runs: list[tuple[Run, dict[str, float]]] = [
+        (first, {"perplexity": windows, "speed": timed}),
+        (questions, {"tasks": asked}),
+    ]
+    if settings.use == "streaming":
+        stream = _stream(settings, corpus, loaded, of_windows, command)
+        runs += [] if stream is None else [(stream, {"perplexity": 1.0})]
+    return runs
+
+
+def _jobs(of_presses: Settings, use: Use, settings: AdviceSettings) -> list[Job]:
+    once = [job.name for job in make_jobs(replace(of_presses, chunk_tokens=None)) if _chooses_once(job)]
+    if use.chunk_tokens and once:
+        raise InputError(
+            f"{once[0]} chooses once, from a whole text, and --use {settings.use} compresses again and again: leave it "
+            "out, or name one that coldpress presses marks with a d."
+        )
+    jobs = make_jobs(of_presses)
+    if use.kv_bits and not settings.press:
+        jobs += make_jobs(replace(of_presses, press=(NO_PRESS,), kv_bits=use.kv_bits))
+    return jobs
+
+
+def _chooses_once(job: Job) -> bool:
+    return job.press is not None and not job.press.chooses_again
+
+
+def _possible(jobs: Sequence[Job], loaded: LoadedModel, is_said: bool = True) -> list[Job]:
+    """Those that have what they need of the model; of the others it is said what they lack."""
+    found = []
+    for job in jobs:
+        try:
+            prepared([job], loaded)
+        except InputError as error:
+            if is_said:
+                note(f"{job.name} is left out: {error}")
+        else:
+            found.append(job)
+    if len(found) < 2:
+        raise InputError("None of the presses can be measured on this model; name others with --press.")
+    return found
+
+
+def _stream(
+    settings: AdviceSettings, corpus: Corpus, loaded: LoadedModel, of_windows: Settings, command: str
+) -> PressRun | None:
+    """One long text, read on past the context; None where the model or the text cannot do that."""
+    n_tokens = STREAMED * (of_windows.context_tokens or 1)
+    longest = max(corpus.documents, key=lambda document: len(document.text))
+    of_stream = Settings(
+        **{name: getattr(of_windows, name) for name in _SHARED},
+        **source_of(settings.data or ""),
+        ppl_mode="streaming",
+        limit_tokens=n_tokens,
+        max_documents=1,
+    )
+    text = replace(longest, text=longest.text[: 16 * n_tokens])
+    try:
+        return make_run(of_stream, make_jobs(of_stream), replace(corpus, documents=(text,)), loaded, command)
+    except InputError as error:
+        note(f"no long text is read on: {error}")
+        return None

@@ -1,0 +1,284 @@
+"""``coldpress recommend``: the rule that names two presses, a run from end to end, and bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coldpress.cli import main
+from coldpress.errors import DataError
+from coldpress.eval import advice as advice_module
+from coldpress.eval import recommend, task_run
+from coldpress.eval.advice import Row, Scored, advise, rule_of, table_of, words_of
+from coldpress.eval.datasets import Corpus, Document
+from coldpress.eval.excerpts import excerpts
+from coldpress.eval.models import load_model
+from coldpress.eval.results import read_results
+from coldpress.eval.schema import check_record
+
+MARGIN = 0.05
+N = 12
+
+
+def row(label: str, delta: float, kl: float, n_right: int = N, n: int = N, **costs: Any) -> Row:
+    """A press whose loss is ``delta`` nats a token higher, more or less so from window to window."""
+    noise = random.Random(label)
+    windows = []
+    for i in range(n):
+        own = delta + noise.gauss(0, 0.002)
+        windows.append(Scored(100, 100 * (3 + own), 300.0, kl * (1 + 0.1 * (i % 3))))
+    costs = {"kv_bytes": 500, "ttft_s": 2.0, "tpot_ms": 10.0} | costs
+    return Row(label, tuple(windows), tuple(i < n_right for i in range(N)), **costs)
+
+
+BASE = Row("no_press", (), (True,) * N, kv_bytes=1000, ttft_s=1.0, tpot_ms=12.0)
+
+
+def test_the_best_and_the_cheapest_are_named() -> None:
+    slow, quick = row("slow", 0.001, 0.004, ttft_s=4.0), row("quick", 0.02, 0.02, ttft_s=1.1)
+    blind, poor = row("blind", 0.01, 0.01, n_right=2, ttft_s=1.0), row("poor", 0.3, 0.4)
+    advice = advise(BASE, [blind, quick, poor, slow], MARGIN)
+    assert (advice.fits, advice.best, advice.cheap) == ((slow, quick), (slow,), quick)
+    assert advice.lost == (blind,) and not advice.open
+    best, cheap, lost = words_of(BASE, [blind, quick, poor, slow], advice)
+    assert best.startswith(
+        "Best in quality: slow, the best of the 2 that fit: 12/12 questions right (uncompressed 12/12), a loss "
+        "difference of +0.0"
+    )
+    assert cheap.startswith(
+        "Cheapest that fits: quick, with 500 B (of 1000 B), 0.10 s to compress and 10.0 ms a token, against 500 B"
+    )
+    assert lost.startswith("Perplexity hides what is lost: blind (+1.") and "2/12 right, the uncompressed" in lost
+    assert "(here 11 of 12)" in rule_of(BASE, MARGIN)
+    lines = table_of(BASE, [blind, quick, poor, slow], advice).splitlines()
+    assert [line.split()[0] for line in lines] == ["press", "no_press", "slow", "quick", "poor", "blind"]
+    assert [line.split()[-1] for line in lines[2:]] == ["yes", "yes", "no", "no"]
+
+
+def test_one_answer_in_ten_may_be_lost() -> None:
+    rows = [row("eleven", 0.0, 0.01, n_right=11), row("ten", 0.0, 0.001, n_right=10)]
+    assert [found.label for found in advise(BASE, rows, MARGIN).fits] == ["eleven"]
+
+
+def test_two_that_are_not_told_apart_are_both_named() -> None:
+    one, other = row("one", 0.001, 0.0040), row("other", 0.001, 0.0041)
+    windows = tuple(w._replace(kld=w.kld + 0.001 * (-1) ** i) for i, w in enumerate(other.windows))
+    other = dataclasses.replace(other, windows=windows, ttft_s=1.5)
+    advice = advise(BASE, [one, other], MARGIN)
+    assert advice.best == (one, other) and advice.cheap is other
+    assert "do not tell one and other apart" in words_of(BASE, [one, other], advice)[0]
+
+
+def test_bytes_are_the_first_cost_or_time_is() -> None:
+    small, quick = row("small", 0.0, 0.01, kv_bytes=400), row("quick", 0.0, 0.01, ttft_s=1.0, tpot_ms=5.0)
+    assert advise(BASE, [small, quick], MARGIN).cheap is small
+    assert advise(BASE, [small, quick], MARGIN, by_time=True).cheap is quick
+    slower = [dataclasses.replace(small, tpot_ms=99.0)]
+    said = words_of(BASE, slower, advise(BASE, slower, MARGIN, by_time=True), by_time=True)
+    assert said[2].startswith("None that fits is faster here than the uncompressed cache (12.0 ms a token)")
+    near = row("near", 0.0, 0.001, ttft_s=1.01, tpot_ms=5.0)  # costs within 5 % are one: quality decides
+    assert advise(BASE, [small, quick, near], MARGIN, by_time=True).cheap is near
+
+
+def test_none_is_named_where_none_fits() -> None:
+    rows = [row("poor", 0.3, 0.4), row("blind", 0.0, 0.01, n_right=0)]
+    advice = advise(BASE, rows, MARGIN)
+    assert advice.cheap is None and advice.best == ()
+    none, lost = words_of(BASE, rows, advice)
+    assert none == "None of these 2 fits: keep the uncompressed cache, or ask for a smaller --compression_ratio."
+    assert "0/12" in lost
+
+
+@pytest.mark.parametrize("n", [1, 7])
+def test_too_few_windows_name_nothing(n: int) -> None:
+    rows = [row("good", 0.0, 0.001, n=n), row("other", 0.0, 0.01, n=n)]
+    advice = advise(BASE, rows, MARGIN)
+    assert advice.cheap is None and advice.open == tuple(rows)
+    said = words_of(BASE, rows, advice)[0]
+    assert said.startswith("Nothing is named:") and "too few to say whether good and other fit" in said
+    assert table_of(BASE, rows, advice).count("?") == 2
+
+
+def test_no_questions_name_nothing_and_a_model_without_answers_is_told() -> None:
+    rows = [dataclasses.replace(row("good", 0.0, 0.001), right=())]
+    unasked = dataclasses.replace(BASE, right=())
+    assert advise(unasked, rows, MARGIN).open == tuple(rows)
+    blind = dataclasses.replace(BASE, right=(False,) * N)
+    rows = [row("good", 0.0, 0.001, n_right=0)]
+    advice = advise(blind, rows, MARGIN)
+    assert advice.cheap is rows[0]
+    assert "decide nothing here" in rule_of(blind, MARGIN)
+    assert "say little about presses" in words_of(blind, rows, advice)[-1]
+
+
+# From the command line
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Any:
+    return load_model("demo", device="cpu")
+
+
+@pytest.fixture
+def one_model(monkeypatch: pytest.MonkeyPatch, loaded: Any) -> None:
+    monkeypatch.setattr(recommend, "load_model", lambda *args, **options: loaded)
+    monkeypatch.setattr(recommend, "ROUNDS", 1)
+    monkeypatch.setattr(recommend, "NEW_TOKENS", 2)
+
+
+def run(folder: Path, *options: str) -> int:
+    few = ("--context_tokens", "64", "--max_windows", "8", "--press", "snapkv", "knorm")
+    given = ("--model", "demo", "--device", "cpu", "--data", "demo", "--output_dir", str(folder))
+    return main(["recommend", *given, *few, *options])
+
+
+@pytest.mark.usefixtures("one_model")
+def test_a_use_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path, "--margin", "2") == 0
+    out, said = capsys.readouterr()
+    assert "8 windows of 64 + 24 tokens, 8 questions and 1 timed round, ratio 0.5" in out
+    assert max(map(len, out.split("To use")[0].splitlines())) <= 100
+    assert "Best in quality: " in out and "Cheapest that fits: " in out
+    assert "coldpress compress --model demo --press snapkv --compression_ratio 0.5 --text_file TEXT.txt" in out
+    assert "2 presses on 8 windows and 8 questions of 64 tokens take about" in said
+    records = read_results(tmp_path, check_record)
+    assert sorted((r["press"], r["protocol"].partition("-")[0]) for r in records) == [
+        (press, kind) for press in ("knorm", "no_press", "snapkv") for kind in ("prefix", "tasks")
+    ]
+    assert {r["status"] for r in records} == {"ok"}
+    assert {len(r["per_window"]) for r in records if r["per_window"]} == {8}
+    assert not (tmp_path / ".unfinished").exists()
+
+
+@pytest.mark.usefixtures("one_model")
+@pytest.mark.parametrize(
+    ("use", "line"),
+    [
+        ("chat", "coldpress chat --model demo --press snapkv --compression_ratio 0.5 --chunk_tokens 128"),
+        ("streaming", "DecodingPress(SnapKVPress("),
+        ("throughput", "coldpress serve --model demo --press snapkv --compression_ratio 0.5"),
+    ],
+)
+def test_other_uses(
+    use: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(advice_module, "FEWEST_WINDOWS", 2)
+    assert run(tmp_path, "--use", use, "--press", "snapkv", "--margin", "10", "--max_windows", "2") == 0
+    out = capsys.readouterr().out
+    assert line in out
+    assert ("loss at 1-255" in out) == (use == "streaming")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_model")
+def test_few_bits_are_measured_beside_presses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(advice_module, "FEWEST_WINDOWS", 2)
+    given = ("--model", "demo", "--data", "demo", "--output_dir", str(tmp_path), "--context_tokens", "160")
+    assert main(["recommend", *given, "--use", "throughput", "--max_windows", "2"]) == 0
+    out = capsys.readouterr().out
+    lines = {line.split()[0]: line.split() for line in out.splitlines() if line}
+    assert abs(float(lines["k8v4"][2])) < 0.02  # next to nothing is lost
+    assert "coldpress serve --model demo --press no_press --kv_bits k8v4" in out
+
+
+@pytest.mark.usefixtures("one_model")
+def test_the_time_ends_a_run_that_the_same_command_goes_on_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(tmp_path, "--budget_minutes", "1e-6", "--max_windows", "4") == 0
+    out, said = capsys.readouterr()
+    assert "2 windows of 64 + 24 tokens, 2 questions" in out and "the time was up" in out
+    assert "Nothing is named" in out
+    assert "with fewer than 8 windows nothing is named" in said
+    asked: list[int] = []
+    whole = task_run.ExampleWork.__call__
+
+    def counted(self: Any, model: Any, item: Any) -> Any:
+        asked.append(item.index)
+        return whole(self, model, item)
+
+    monkeypatch.setattr(task_run.ExampleWork, "__call__", counted)
+    assert run(tmp_path, "--max_windows", "4") == 0
+    assert "4 windows of 64 + 24 tokens, 4 questions" in capsys.readouterr().out
+    assert asked == [2, 3]
+    assert {r["status"] for r in read_results(tmp_path)} == {"ok"}
+
+
+@pytest.mark.usefixtures("one_model")
+def test_an_interrupted_run_keeps_what_it_has(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(self: Any, model: Any, item: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(task_run.ExampleWork, "__call__", stopped)
+    assert run(tmp_path) == 130
+    out, said = capsys.readouterr()
+    assert "the same command goes on from here" in said and "Best" not in out
+    assert {r["protocol"].partition("-")[0] for r in read_results(tmp_path)} == {"prefix"}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--use", "qa"], "--data is missing; name the text that you work with"),
+        (["--data", "demo", "--use", "poetry"], "invalid choice"),
+        (["--data", "demo", "--compression_ratio", "1"], "--compression_ratio must be more than 0 and less than 1"),
+        (["--data", "demo", "--budget_minutes", "0"], "--budget_minutes must be more than 0"),
+        (["--data", "demo", "--margin", "-1"], "--margin must be more than 0"),
+        (["--data", "demo", "--press", "no_press"], "the uncompressed cache is always measured beside them"),
+        (["--data", "demo", "--press", "snapvk"], "Did you mean 'snapkv'"),
+        (
+            ["--data", "demo", "--use", "chat", "--press", "kvzip"],
+            "kvzip chooses once, from a whole text, and --use chat",
+        ),
+        (["--data", "nowhere.txt"], "no file or folder 'nowhere.txt'"),
+    ],
+)
+def test_bad_input_is_one_line(options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = main(["recommend", "--model", "demo", *options])
+    except SystemExit as error:
+        code = int(str(error.code))
+    err = capsys.readouterr().err
+    assert code == 2 and said in err and err.count("\n") == 1, err
+
+
+# The text
+
+
+class Words:
+    """A tokenizer: a token for each four characters."""
+
+    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+        return {"input_ids": list(range(len(text) // 4))}
+
+
+def corpus(*lengths: int) -> Corpus:
+    documents = tuple(Document(f"text {i}", "word" * (n // 4)) for i, n in enumerate(lengths))
+    return Corpus("made up", "made up", None, "test", None, documents)
+
+
+def test_excerpts_do_not_overlap_and_come_from_all_texts() -> None:
+    found, n = excerpts(corpus(40_000, 40_000), Words(), 100, most=30, seed=0)
+    assert n == 100 and len(found.documents) == 30
+    places = [(d.doc_id.split(" at ")[0], int(d.doc_id.split(" at ")[1])) for d in found.documents]
+    assert len({text for text, _ in places}) == 2 and len(set(places)) == 30
+    assert all(len(d.text) >= 4 * 100 for d in found.documents)
+    starts = sorted(start for text, start in places if text == "text 0")
+    assert min(b - a for a, b in itertools.pairwise(starts)) >= len(found.documents[0].text)
+    assert excerpts(corpus(40_000, 40_000), Words(), 100, most=30, seed=0)[0] == found
+
+
+def test_a_short_text_gives_shorter_excerpts_or_none() -> None:
+    found, n = excerpts(corpus(10_000), Words(), 1024, most=30, seed=0)
+    assert 96 <= n < 1024 and len(found.documents) >= 8
+    with pytest.raises(DataError, match=r"at least .* are needed for two excerpts"):
+        excerpts(corpus(600), Words(), 1024, most=30, seed=0)
