@@ -155,6 +155,7 @@ def test_a_use_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert not (tmp_path / ".unfinished").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_model")
 @pytest.mark.parametrize(
     ("use", "line"),
@@ -188,6 +189,7 @@ def test_few_bits_are_measured_beside_presses(
     assert "coldpress serve --model demo --press no_press --kv_bits k8v4" in out
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_model")
 def test_the_time_ends_a_run_that_the_same_command_goes_on_with(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -211,6 +213,7 @@ def test_the_time_ends_a_run_that_the_same_command_goes_on_with(
     assert {r["status"] for r in read_results(tmp_path)} == {"ok"}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_model")
 def test_an_interrupted_run_keeps_what_it_has(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
