@@ -12,7 +12,7 @@ from tests.contract.architectures import tokens
 from tests.devices.device import Device, close, decoded, filled
 from tests.devices.test_stores import HEADS, KINDS, SNAP, bits
 
-from coldpress import PyramidKVPress, compiled
+from coldpress import PressedCache, PyramidKVPress, compiled
 from coldpress.architecture.cache_argument import cache_argument
 from coldpress.errors import CacheError
 from coldpress.stores.parts import stays_in_place
@@ -115,3 +115,30 @@ def run_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "compile", plain)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: runs[0])
+
+
+def test_no_logits_are_written_to_memory_for_a_mask(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA has no kernel for a mask over keys that heads share but the one that needs a number for every pair."""
+    own, shared = torch.nn.functional.scaled_dot_product_attention, []
+
+    def attend(*given: Any, **options: Any) -> torch.Tensor:
+        if options.get("enable_gqa"):
+            shared.append(given[3])
+        result: torch.Tensor = own(*given, **options)
+        return result
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+    (here, there), ids = device.models("llama"), tokens(2, 40)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    given = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    with torch.no_grad():
+        expected = here(ids, **given, **cache_argument(PressedCache())).logits
+        shared.clear()
+        found = there(
+            device.put(ids), **{name: device.put(own) for name, own in given.items()}, **cache_argument(PressedCache())
+        )
+        assert not shared
+        close(found.logits[:, 5:], expected[:, 5:])
+        there(device.put(ids), **cache_argument(PressedCache()))
+        assert shared == [None, None]

@@ -37,27 +37,29 @@ class Kind:
 
     press: BasePress | None = None
     options: dict[str, Any] = field(default_factory=dict)
-    tolerance: float = 1e-4
+    tolerance: float = 5e-4
 
 
 def bits(*given: int) -> dict[str, Any]:
     return {"storage": RotatedBits(*given, sinks=2, newest=8)}
 
 
+CODES = 5e-3
+
 KINDS = {
     "dense": Kind(),
     "dense, pressed": Kind(SNAP),
     "ragged": Kind(HEADS),
     "thin": Kind(ThinKPress(0.5, 8)),
-    "kivi 8": Kind(SNAP, {"kv_bits": KVBits(8, 8, 8)}),
-    "kivi 4": Kind(None, {"kv_bits": KVBits(4, 8, 8)}),
-    "kivi 2, ragged": Kind(HEADS, {"kv_bits": KVBits(2, 8, 8)}),
-    "k8v8": Kind(None, bits(8, 8)),
-    "k8v4": Kind(SNAP, bits(8, 4)),
-    "k4v4, ragged": Kind(HEADS, bits(4, 4)),
+    "kivi 8": Kind(SNAP, {"kv_bits": KVBits(8, 8, 8)}, CODES),
+    "kivi 4": Kind(None, {"kv_bits": KVBits(4, 8, 8)}, CODES),
+    "kivi 2, ragged": Kind(HEADS, {"kv_bits": KVBits(2, 8, 8)}, CODES),
+    "k8v8": Kind(None, bits(8, 8), CODES),
+    "k8v4": Kind(SNAP, bits(8, 4), CODES),
+    "k4v4, ragged": Kind(HEADS, bits(4, 4), CODES),
     "dense, goes on": Kind(GOES_ON),
     "ragged, goes on": Kind(DecodingPress(AdaKVPress(KnormPress()), compression_interval=5, target_size=24)),
-    "k8v4, goes on": Kind(GOES_ON, bits(8, 4)),
+    "k8v4, goes on": Kind(GOES_ON, bits(8, 4), CODES),
 }
 
 
@@ -135,12 +137,12 @@ def test_a_model_on_two_devices(device: Device) -> None:
     here, split = device.models("llama")
     split = split.cpu() if device.pretended is None else device.models("llama")[0]
     place(split, device)
-    for press, options in ((HEADS, {}), (SNAP, bits(8, 4))):
+    for press, options, tolerance in ((HEADS, {}, 5e-4), (SNAP, bits(8, 4), CODES)):
         own, twin = (filled(model, press, tokens(1, N), **options) for model in (split, here))
         kinds = [layer.slots.filled.device.type for layer in own.pressed_layers()]
         assert kinds == ["cuda", "cpu"]
         assert own.stored_lengths() == twin.stored_lengths()
-        close(decoded(split, own, 4), decoded(here, twin, 4))
+        close(decoded(split, own, 4), decoded(here, twin, 4), tolerance)
 
 
 def place(model: Any, device: Device) -> None:
