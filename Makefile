@@ -14,8 +14,11 @@ WIKITEXT ?= wikitext
 PG19 ?= pg19
 NEOX ?= demo
 MINUTES ?= 60
+# for gpu: the time, all parts together
+GPU_MINUTES ?= 12
 
 PY := $(VENV)/bin/python
+HAS_CUDA := import sys, accelerate, hypothesis, pytest, torch, transformers; sys.exit(not torch.cuda.is_available())
 HAS_SMOLLM2 := import sys; from coldpress.eval.smollm2 import smollm2_is_installed as there; sys.exit(not there())
 STAMP := $(VENV)/.installed
 PARITY := .venv-parity
@@ -25,7 +28,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
 FAST := not slow and not gpu and not network
-.PHONY: help setup demo smollm2 leaderboard parity docs release-check test test-old test-slow test-gpu check lint format clean
+.PHONY: help setup demo smollm2 leaderboard parity docs release-check test test-old test-slow test-gpu gpu check lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -110,6 +113,12 @@ test-slow: $(STAMP) ## the slow tests, the whole product of presses and architec
 
 test-gpu: $(STAMP) ## the tests that need a CUDA device
 	$(PY) -m pytest -m "gpu and not network" $(ARGS)
+
+gpu: ## in 12 minutes: the tests for a GPU, decoding, prompts, batches, memory (options: PYTHON= GPU_MINUTES=12)
+	@python=$(or $(PYTHON),python3); \
+	if $$python -c "$(HAS_CUDA)" 2>/dev/null; then echo "gpu: $$python has a torch that sees the GPU"; \
+	else $(MAKE) --no-print-directory $(STAMP) && python=$(PY); fi && \
+	PYTHONPATH=src:. $$python -m benchmarks.gpu --minutes $(GPU_MINUTES) $(ARGS)
 
 check: lint test ## format, lint, types and the fast tests: what a change has to pass
 

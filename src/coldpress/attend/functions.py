@@ -51,10 +51,21 @@ def sdpa(
         return output.reshape(n_batch, 1, n_heads, -1), None
     if bias is not None and bias.shape[1] > 1:
         bias = bias.repeat_interleave(n_heads // n_kv_heads, dim=1)
+    if is_grouped and not _shares_keys(key, value, bias):
+        key, value = (states.repeat_interleave(n_heads // n_kv_heads, dim=1) for states in (key, value))
+        is_grouped = False
     output = nn.functional.scaled_dot_product_attention(
         query, key, value, bias, dropout, is_causal, scale=scaling, enable_gqa=is_grouped
     )
     return output.transpose(1, 2).contiguous(), None
+
+
+def _shares_keys(key: Tensor, value: Tensor, bias: Tensor | None) -> bool:
+    """Whether torch has a kernel for query heads that share keys, beside the one that writes all logits to memory.
+
+    On CUDA there is none with a mask; transformers repeats keys there too (``integrations/sdpa_attention.py``).
+    """
+    return key.device.type != "cuda" or (bias is None and key.shape[3] == value.shape[3] <= 256)
 
 
 def eager(

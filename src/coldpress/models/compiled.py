@@ -57,9 +57,10 @@ def compiled(model: nn.Module, new_tokens: int = 256, tell: Callable[[str], None
 
     That is what ``generate(..., cache=cache)`` does for each token after the first; the prompt and questions
     of several tokens run as they do outside. The first such token waits for torch.compile (many seconds, and a C++
-    compiler on the CPU); another block, and caches of other lengths, use what is there. On CUDA the step is a graph.
-    The block holds for the thread that opens it and for threads that are started while it is open; calls from others
-    are left alone. A block in which the model runs and nothing is compiled warns when it ends.
+    compiler on the CPU); another block, and caches of other lengths, use what is there. On CUDA the step is a graph,
+    recorded again for the buffers of each cache. The block holds for the thread that opens it and for threads that are
+    started while it is open; calls from others are left alone. A block in which the model runs and nothing is compiled
+    warns when it ends.
 
     Args:
         model: a causal language model, or a wrapper that runs one; it is put on coldpress's backend.

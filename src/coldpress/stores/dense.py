@@ -54,7 +54,7 @@ class DenseStore(Store):
         return DensePart(self._k, self._v, self.next_slots())
 
     def next_slots(self) -> Tensor:
-        return torch.tensor([self.n], device=self.device)
+        return torch.full((1,), self.n, device=self.device)  # filled there: a copy from the host would wait
 
     def part_bias(self, bias: Tensor) -> Tensor:
         return pad(bias, (0, self._v.shape[2] - bias.shape[2]))

@@ -32,4 +32,11 @@ def hadamard(n: int) -> Tensor:
 
 def rotated(numbers: Tensor) -> Tensor:
     """``numbers [..., D]`` times :func:`hadamard`, in float32; twice is what there was before."""
-    return numbers.float() @ hadamard(numbers.shape[-1]).to(numbers.device)
+    return numbers.float() @ _on(numbers.shape[-1], numbers.device)
+
+
+@lru_cache(maxsize=16)
+def _on(n: int, device: torch.device) -> Tensor:
+    """The matrix on a device, where a decoding step asks for it again and again."""
+    with torch.inference_mode(False):
+        return hadamard(n).to(device)

@@ -21,9 +21,13 @@ def whole_blocks(n: int) -> int:
 
 
 def stays_in_place(buffer: Tensor) -> None:
-    """Promise torch.compile that a buffer keeps its address, so that a graph on CUDA writes to it in place."""
+    """Tell torch.compile that a buffer keeps its address, so that a graph on CUDA writes to it in place.
+
+    For a buffer at another address, of another cache or after a move, the graph is recorded again. With a guard, which
+    older versions of torch take by default, the whole step would be compiled again, and at most eight times.
+    """
     if buffer.device.type == "cuda":
-        torch._dynamo.mark_static_address(buffer)
+        torch._dynamo.mark_static_address(buffer, guard=False)
 
 
 class Sight(NamedTuple):

@@ -34,7 +34,11 @@ class Segments:
         self._starts = [0]
         for n in self._rooms:
             self._starts.append(self._starts[-1] + n)
+        self._forget_places()
+
+    def _forget_places(self) -> None:
         self._rows: Tensor | None = None
+        self._ends: Tensor | None = None  # int64 [S], where the next row of each segment goes
 
     @property
     def total(self) -> int:
@@ -103,7 +107,8 @@ class Segments:
 
     def commit(self, n: int) -> None:
         """Count ``n`` rows of each segment that were written in place, after those in use."""
-        self.counts, self._rows = [count + n for count in self.counts], None
+        self.counts = [count + n for count in self.counts]
+        self._forget_places()
 
     @property
     def is_even(self) -> bool:
@@ -125,17 +130,26 @@ class Segments:
         if self.is_borrowed or is_frozen_now or any(n > most for n, most in zip(after, self._rooms, strict=True)):
             mean = sum(after) // len(after)
             self.own([n + (room_for(mean) - mean if room is None else room) for n in after])
-        if self.is_even and len(set(counts)) == 1:
-            n, m = self.counts[0], counts[0]
+        n_each, ends = (counts[0] if len(set(counts)) == 1 else None), None
+        if self.is_even and n_each is not None:
+            n = self.counts[0]
             for name, part in self._parts.items():
                 whole = part.unflatten(0, (len(self.counts), self._rooms[0]))
-                whole[:, n : n + m] = new[name].unflatten(0, (len(self.counts), m))
+                whole[:, n : n + n_each] = new[name].unflatten(0, (len(self.counts), n_each))
         else:
-            places = zip(self._starts, self.counts, counts, strict=False)
-            at = torch.cat([torch.arange(start + n, start + n + m) for start, n, m in places]).to(self.device)
+            if n_each is not None:  # nothing is copied to the device, token after token
+                before = self._ends
+                if before is None:
+                    before = torch.tensor([span.stop for span in self.spans()], device=self.device)
+                at, ends = (before[:, None] + torch.arange(n_each, device=self.device)).flatten(), before + n_each
+            else:
+                places = zip(self._starts, self.counts, counts, strict=False)
+                at = torch.cat([torch.arange(start + n, start + n + m) for start, n, m in places]).to(self.device)
             for name, part in self._parts.items():
                 part.index_copy_(0, at, new[name])
-        self.counts, self._rows = after, None
+        self.counts = after
+        self._forget_places()
+        self._ends = ends
 
     def own(self, rooms: Sequence[int] | None = None) -> None:
         """Move to memory of its own with room for ``rooms`` rows; None: if it is shared, without room for more."""
@@ -155,7 +169,8 @@ class Segments:
 
     def crop(self, n: int) -> None:
         """Forget the last ``n`` rows of each segment."""
-        self.counts, self._rows = [count - n for count in self.counts], None
+        self.counts = [count - n for count in self.counts]
+        self._forget_places()
 
     def take(self, at: Sequence[Sequence[int] | Tensor]) -> Segments:
         """New segments of the rows ``at[i]`` of each segment i, in this order, without room for more."""
@@ -174,7 +189,8 @@ class Segments:
         """Forget rows of each segment; ``stays[i]`` says of the last rows of segment i whether they stay."""
         if self.is_borrowed or any(is_frozen(part) for part in self._parts.values()):
             self.own(self._rooms)
-        self.counts, self._rows = list(self.counts), None
+        self.counts = list(self.counts)
+        self._forget_places()
         for i, own in enumerate(stays):
             if all(own):
                 continue
