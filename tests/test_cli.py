@@ -192,6 +192,7 @@ def test_a_decoding_schedule_is_timed(run: Run) -> None:
     assert record["kv_bytes_baseline"] > baseline["kv_bytes_baseline"]
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("arguments", "presses"),
     [

@@ -171,6 +171,7 @@ def test_the_code_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None
     assert "olives" in out and "deprecated" not in said
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "page",
     [

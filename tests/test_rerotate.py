@@ -95,7 +95,7 @@ def positions_of(past: PressedCache) -> list[Tensor]:
 @every_model
 @pytest.mark.parametrize("inner", [StreamingLLMPress(), KnormPress(), SnapKVPress(window_size=4)], ids=repr)
 @pytest.mark.parametrize("chunk", [1, 3])
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(5)
 def test_a_stream_is_read_as_from_a_compact_cache(model: str, inner: BasePress, chunk: int) -> None:
     ids, twin = tokens(2, 100), Twin(model)
     past = PressedCache(DecodingPress(inner, INTERVAL, TARGET), positions="rerotate")
@@ -178,7 +178,7 @@ class Spy(DecodingPress):
 
 @pytest.mark.parametrize("inner", [KnormPress(), SnapKVPress(window_size=8), AdaKVPress(KnormPress())], ids=repr)
 @pytest.mark.parametrize(("before", "chunk"), [(None, None), (KnormPress(0.5), None), (KnormPress(0.5), 5)])
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(5)
 def test_a_padded_row_reads_what_it_reads_alone(inner: BasePress, before: BasePress | None, chunk: int | None) -> None:
     random = torch.Generator().manual_seed(0)  # no token twice: two of one norm would be a tie
     ids, pad = torch.stack([3 + torch.randperm(90, generator=random)[:80] for _ in range(2)]), 7

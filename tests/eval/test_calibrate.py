@@ -67,6 +67,7 @@ def evaluate(run: Run, press: str, *more: str) -> tuple[int, str, str]:
     return run("ppl", "--press", press, *how, *more)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", press_names(kind="calibrated", at_prefill=True))
 def test_what_is_calibrated_is_found(run: Run, tiny: Path, tmp_path: Path, name: str) -> None:
     given = {"duo_attention": '{"head_compression_ratio": 0.5}', "quality": '{"risk": 0.5}'}

@@ -141,7 +141,7 @@ def slow_score(lm: ColdpressLM, press: BasePress | None, request: Request) -> fl
     ids=lambda value: value if isinstance(value, str) else "",
 )
 @torch.inference_mode()
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 def test_scores_are_those_of_a_slow_loop(name: str, press: BasePress) -> None:
     requests = [*CHOICES[2:5], *CHOICES[12:17:2]]  # one context is left whole, two are shared
     wanted: list[float] = []

@@ -152,6 +152,7 @@ def test_stopped_while_timing_it_keeps_the_rounds(tmp_path: Path, monkeypatch: p
     assert not (tmp_path / UNFINISHED).exists()
 
 
+@pytest.mark.slow
 def test_a_press_that_failed_is_tried_again_and_the_others_are_not(
     tmp_path: Path, whole: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,7 +85,7 @@ def slowly(demo: LoadedModel, press: BasePress | None, example: Example) -> tupl
 
 
 @pytest.mark.parametrize("name", ["knorm", "adakv_snapkv", "kvzip", "compactor"])
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(5)
 def test_a_press_answers_like_a_prefill_and_a_decoding_of_its_own(
     demo: LoadedModel, examples: list[Example], name: str
 ) -> None:

@@ -21,6 +21,7 @@ def cells() -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*non-interactive")  # plt.show() without a screen
 def test_the_cells_run(
     cells: list[dict[str, Any]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -48,7 +48,7 @@ presses = functools.cache(record.presses)
 
 def test_there_are_the_same_names() -> None:
     assert not SIGNATURES["names"].keys() - signatures().keys()
-    assert list(commands()) == list(SIGNATURES["commands"])
+    assert not SIGNATURES["commands"].keys() - commands().keys()
     assert {part: list(entries) for part, entries in presses().items()} == {
         part: list(entries) for part, entries in PRESSES.items()
     }
@@ -145,7 +145,7 @@ def test_every_case_is_there() -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(5)
 def test_kept(name: str) -> None:
     old, new = KEPT["cases"][name], kept(name)
     assert new.keys() == old.keys()

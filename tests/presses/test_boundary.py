@@ -97,6 +97,7 @@ SCHEDULES: dict[str, tuple[BasePress, Callable[[int], int]]] = {
 N_EACH = {"share": 7, "twice": 6}  # floor(24 * 0.3); else floor(24 * 0.1)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_both_ends_stay_for_300_steps(name: str) -> None:
     n_steps = 300 if name in ("snapkv", "inside") else 60

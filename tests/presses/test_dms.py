@@ -244,6 +244,7 @@ def test_evicted_while_decoding_means_unseen() -> None:
     assert 0.2 < past.achieved_ratio() < 0.8
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", ["gpt_neox", "llama", "mistral", "gemma3"])
 def test_a_padded_row_decodes_as_it_does_alone(name: str) -> None:
     model, pads, length = tiny(name), [0, 3, 17], 60

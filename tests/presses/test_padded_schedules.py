@@ -149,6 +149,7 @@ def test_a_row_that_ends_in_padding(press: BasePress) -> None:
     check("llama", press, Text([40, *[1] * 24], real))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("press", [press for press in SCHEDULES if isinstance(press, DecodingPress)][:6], ids=repr)
 def test_with_keys_that_move_up(press: DecodingPress) -> None:
     if isinstance(press, CAMPress):
@@ -166,7 +167,7 @@ def test_sliding_windows(press: BasePress) -> None:
 
 
 @pytest.mark.parametrize("press", SCHEDULES, ids=repr)
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 def test_reordered_cropped_forked_and_saved(press: BasePress, tmp_path: Path) -> None:
     """What is remembered of each row goes with it."""
     model, text = tiny("llama"), Text([30, 5, 1, 1], torch.ones(2, 60, dtype=torch.bool))

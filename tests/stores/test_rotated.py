@@ -294,6 +294,7 @@ def pairs(past: PressedCache, layer: int) -> list[dict[int, tuple[float, ...]]]:
     ]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", PRESSES)
 def test_no_pair_is_quantised_twice(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted in what is encoded, and seen in numbers: a pair that stays changes once at most, when it ages."""
