@@ -15,6 +15,7 @@ A generated part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->`
 - ``past_eviction``: KL, loss and bytes of fitted caches and of the presses that they go past;
 - ``leaderboard``: the ranking of presses at each ratio;
 - ``parity``: the comparison with kvpress; ``faults``: the tests of kvpress's faults;
+- ``saves``: what compression saves in time and memory, as ratios within one run;
 - ``goals``: what the benchmarks of savings were to show, and what they do;
 - ``sweepcost``, ``overhead``, ``chunked``, ``quantised``, ``packed``, ``decode``, ``compiled``, ``headwise``,
   ``lengths``, ``batch``, ``stream``, ``decoding``, ``far``, ``drift``, ``klbound``, ``serve`` or ``startup`` with a
@@ -348,6 +349,48 @@ def goals() -> str:
     return "\n".join(lines) if len(lines) > 2 else "Not measured yet."
 
 
+def saves() -> str:
+    """What compression saves, as ratios within one run: the README's short table."""
+    from benchmarks.decoding import ratios, spread
+    from benchmarks.prefill_chunked.prefill_chunked import of
+
+    def record(benchmark: str, name: str) -> dict[str, Any]:
+        path = ROOT / "benchmarks" / benchmark / "results" / f"{name}.json"
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+
+    small, inside = record("decode_speed", "pythia-70m"), record("decode_speed", "compiled_float32")
+    real, batch = record("decode_speed", "smollm2-135m-float16"), record("batch", "pythia-70m")
+    long, served = record("prefill_chunked", "smollm2-135m"), record("serve", "first-smollm2-135m")["samples_s"]
+    pieces = {"tokens": 32_768, "press": "snapkv"}
+    whole, own = (of(long, "peak_bytes", method=method, **pieces) for method in ("whole", "pieces"))
+    later = served["coldpress, later question"]
+    waits = [a / b for a, b in zip(served["transformers serve, whole text"], later, strict=True)]
+    all_pairs, same, half = "transformers, full", "transformers, 0.5", "coldpress, 0.5"
+    rows: list[tuple[str, list[float], list[float]]] = [
+        (
+            "a token behind 8,192 tokens, Pythia-70M's shape, float32",
+            *(ratios(small, slow, half) for slow in (all_pairs, same)),
+        ),
+        ("the same, in a compiled step", *(ratios(inside, slow, "compiled") for slow in (all_pairs, same))),
+        (
+            "a token behind 4,096 tokens, SmolLM2-135M, float16",
+            *(ratios(real, slow, half) for slow in (all_pairs, same)),
+        ),
+        ("the same, against llama.cpp in 16 bits", ratios(real, "llama.cpp, full", half), []),
+        ("a batch of 32 prompts of 512 to 1,024 tokens", ratios(batch, f"32: {all_pairs}", f"32: {half}"), []),
+        (
+            "peak memory of a prefill of 32,768 tokens, in pieces",
+            [a / b for a, b in zip(whole, own, strict=True)],
+            [],
+        ),
+        ("the wait for an answer about 6,000 tokens that are a snapshot", waits, []),
+    ]
+    lines = ["| half of the pairs, two CPU cores | times better: median (least to most) | with the same pairs |"]
+    lines.append("|---|---:|---:|")
+    return "\n".join([*lines, *(f"| {what} | {spread(values)} | {spread(rest)} |" for what, values, rest in rows)])
+
+
 def generated(name: str) -> str:
     kind, _, argument = name.partition(" ")
     makers = {
@@ -362,6 +405,7 @@ def generated(name: str) -> str:
         "parity": parity,
         "leaderboard": leaderboard,
         "goals": goals,
+        "saves": saves,
         "faults": faults,
         "overhead": lambda: measured("press_overhead", "press_overhead.py", argument),
         "chunked": lambda: measured("prefill_chunked", "prefill_chunked.py", argument),
