@@ -73,19 +73,6 @@ def test_a_readme_is_short(name: str) -> None:
     assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= 160
 
 
-@pytest.mark.parametrize("name", READMES)
-def test_speed_ups_of_the_readmes_are_those_that_were_measured(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT))
-    goals = runpy.run_path(str(ROOT / "scripts" / "generate_docs.py"))["goals"]().splitlines()
-    halves = [row for row in goals if "decoded, ratio 0.5 against" in row]
-    medians = [f"{float(row.split('|')[3].split('(')[0]):.1f}" for row in halves]
-    assert len(medians) == 4  # two models, against transformers and against the same pairs
-    said = re.findall(
-        r"\b\d\.\d\b", (ROOT / name).read_text(encoding="utf-8").split("generated: ten")[1].split("## ")[1]
-    )
-    assert sorted(said) == sorted(medians)
-
-
 def test_every_page_of_the_guide_is_listed() -> None:
     for index in (ROOT / "docs" / "guide" / "README.md", ROOT / "README.md", ROOT / "mkdocs.yml"):
         text = index.read_text(encoding="utf-8")
