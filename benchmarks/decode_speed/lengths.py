@@ -57,7 +57,7 @@ LIMIT = "reading SnapKV's pairs and the weights once, at the memory's speed"
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add_arguments(parser)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048, 4096, 8192], help="of context")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048, 4096, 7168], help="of context")
     parser.add_argument("--new_tokens", type=int, default=6, help="timed in each sample")
     parser.add_argument("--llamacpp", action="store_true", help="llama.cpp too, on --gguf's weights in 16 bits")
     parser.add_argument("--plot", type=Path, nargs=2, metavar=("RECORD", "PICTURE"), help="draw a record, and no more")
