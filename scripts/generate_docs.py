@@ -329,7 +329,7 @@ def measured(benchmark: str, script: str, name: str, *parts: str) -> str:
 
 GOALS = (
     ("decode_speed", "decode_speed.py", "pythia-70m"),
-    ("decode_speed", "compiled.py", "compiled_float32"),
+    *(("decode_speed", "compiled.py", f"compiled_{dtype}") for dtype in ("float32", "bfloat16")),
     ("decode_speed", "decode_speed.py", "smollm2-135m-float16"),
     *(("prefill_chunked", "prefill_chunked.py", name) for name in ("pythia-70m", "smollm2-135m")),
     ("head_wise_memory", "head_wise_memory.py", "smollm2-135m"),
