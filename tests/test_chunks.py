@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tests.batches import Batch, is_local
-from tests.contract.architectures import VERSION, WINDOW, tiny, tokens
+from tests.contract.architectures import GENERATES_IN_PIECES, VERSION, WINDOW, tiny, tokens
 from tests.presses.others import small_press
 from torch import Tensor
 from transformers import DynamicCache
@@ -356,6 +356,7 @@ def test_padding_on_the_right_is_dropped_too() -> None:
 # Who may cut a prompt up
 
 
+@pytest.mark.skipif(not GENERATES_IN_PIECES, reason="transformers")
 @torch.no_grad()
 def test_generate_cuts_it_up_from_its_start() -> None:
     for n in (40, 48):

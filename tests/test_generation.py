@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.contract.architectures import BY_NAME, ROTARY_VARIANTS, VERSION, Look, tiny, tokens
+from tests.contract.architectures import BY_NAME, GENERATES_IN_PIECES, ROTARY_VARIANTS, VERSION, Look, tiny, tokens
 from tests.oracles.models import oracle_logits
 from tests.presses.others import block, small_press
 from tests.presses.words import Words
@@ -200,6 +200,7 @@ def test_assisted_generation_under_a_press(name: str, guess: str) -> None:
         assert torch.equal(answer[:, : expected.shape[1]], expected)
 
 
+@pytest.mark.skipif(not GENERATES_IN_PIECES, reason="transformers")
 def test_prefill_in_chunks_compresses_the_first_one_only() -> None:
     """As PressedCache says; what generate computes with the later chunks is right all the same."""
     past, by_hand = PressedCache(KnormPress(0.5)), PressedCache(KnormPress(0.5))
@@ -210,6 +211,7 @@ def test_prefill_in_chunks_compresses_the_first_one_only() -> None:
     assert answer[0, N] == logits[0, -1].argmax()
 
 
+@pytest.mark.skipif(not GENERATES_IN_PIECES, reason="transformers")
 @pytest.mark.usefixtures("given_weights")
 @pytest.mark.parametrize(
     "press",

@@ -86,6 +86,10 @@ def test_the_embedding_may_be_offloaded_too(whole: LoadedModel, text: Tensor) ->
         with pytest.raises(ModelError, match="device disk is invalid"):
             load_model("demo", device_map="auto", max_memory={"cpu": "1MB"})
         return
+    if VERSION == (5, 2):  # nothing brings the weights back from the disk
+        with pytest.raises(ModelError, match="leaves the weights of demo nowhere"):
+            load_model("demo", device_map="auto", max_memory={"cpu": "1MB"})
+        return
     loaded = load_model("demo", device_map="auto", max_memory={"cpu": "1MB"})
     assert next(loaded.model.parameters()).is_meta and loaded.device == torch.device("cpu")
     press = SnapKVPress(0.5, window_size=8)

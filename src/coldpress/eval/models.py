@@ -16,7 +16,7 @@ from importlib import resources
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, __version__
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -227,6 +227,11 @@ def load_model(
                 raise ModelError(f"{name} has no tokenizer; put the model's tokenizer files into its folder.")
             if not placement:
                 model.to(on)
+            elif input_device(model).type == "meta":  # transformers 5.2 puts a whole model on the disk, and leaves it
+                raise ModelError(
+                    f"transformers {__version__} leaves the weights of {name} nowhere with this "
+                    "--device_map: give another one or more memory, or update transformers."
+                )
             model.eval().requires_grad_(False)
         except (InputError, KeyboardInterrupt, MemoryError):
             raise
