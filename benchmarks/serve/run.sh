@@ -12,4 +12,4 @@ measure() {
 MODEL=$1 TEXTS=$2
 measure first
 measure documents --llama
-measure steady
+measure steady --new_tokens 4
