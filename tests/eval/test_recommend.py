@@ -108,12 +108,16 @@ def test_no_questions_name_nothing_and_a_model_without_answers_is_told() -> None
     rows = [dataclasses.replace(row("good", 0.0, 0.001), right=())]
     unasked = dataclasses.replace(BASE, right=())
     assert advise(unasked, rows, MARGIN).open == tuple(rows)
+    rows = [dataclasses.replace(row("good", 0.0, 0.001), right=(True,) * 3)]
+    few = dataclasses.replace(BASE, right=(True,) * 3)
+    advice = advise(few, rows, MARGIN)
+    assert advice.cheap is None and "12 windows and 3 questions are too few" in words_of(few, rows, advice)[0]
     blind = dataclasses.replace(BASE, right=(False,) * N)
     rows = [row("good", 0.0, 0.001, n_right=0)]
     advice = advise(blind, rows, MARGIN)
     assert advice.cheap is rows[0]
     assert "decide nothing here" in rule_of(blind, MARGIN)
-    assert "say little about presses" in words_of(blind, rows, advice)[-1]
+    assert "say little about presses" in words_of(blind, rows, advice)[0]
 
 
 # From the command line

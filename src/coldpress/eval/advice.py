@@ -18,6 +18,7 @@ from coldpress.eval.wording import listed
 __all__ = ["ANSWER_TOKENS", "Advice", "Row", "Scored", "advise", "rule_of", "table_of", "words_of"]
 
 LOST = 0.1  # of the questions that the uncompressed cache answers: so many may be lost
+FEWEST_QUESTIONS = 8  # that name a press
 ALIKE = 1.05  # costs within this factor are one
 ANSWER_TOKENS = 100  # of an answer, where time is compared
 
@@ -126,7 +127,7 @@ def advise(base: Row, rows: Sequence[Row], margin: float, by_time: bool = False)
     lost = [row for row in rows if row not in answers and row.loss.delta < margin]
     fits = sorted((row for row in answers if _below(row, margin)), key=_quality)
     undecided = [row for row in answers if row not in fits and not _above(row, margin)]
-    if not base.right:  # nothing was asked yet
+    if len(base.right) < FEWEST_QUESTIONS:  # so few say nothing
         fits, undecided = [], [*fits, *undecided]
     best = [row for row in fits if row is fits[0] or not _is_ahead(fits[0], row)]
     left = fits
@@ -210,7 +211,14 @@ def words_of(base: Row, rows: Sequence[Row], advice: Advice, by_time: bool = Fal
         by_time: as that of :func:`advise`.
     """
     n = f"{_count(len(rows[0].windows), 'window')} and {_count(len(base.right), 'question')}"
-    said = [] if advice.cheap is None else [_best(base, advice, n), _cheapest(base, advice)]
+    said = []
+    if base.right and 2 * base.n_right < len(base.right):
+        said.append(
+            f"The uncompressed cache has only {_right(base)} questions right: they say little about presses, and the "
+            "loss decides."
+        )
+    if advice.cheap is not None:
+        said += [_best(base, advice, n), _cheapest(base, advice)]
     if by_time and advice.cheap is not None and advice.cheap.seconds > base.seconds:
         said.append(
             f"None that fits is faster here than the uncompressed cache ({_number(base.tpot_ms, 1)} ms a token): take "
@@ -231,11 +239,6 @@ def words_of(base: Row, rows: Sequence[Row], advice: Advice, by_time: bool = Fal
     if advice.lost:
         each = listed([f"{row.label} ({_percent(row)}) {_right(row)}" for row in advice.lost])
         said.append(f"Perplexity hides what is lost: {each} right, the uncompressed cache {_right(base)}.")
-    if base.right and 2 * base.n_right < len(base.right):
-        said.append(
-            f"The uncompressed cache has only {_right(base)} questions right: they say little about presses, and the "
-            "loss decides."
-        )
     return said
 
 

@@ -82,10 +82,10 @@ class Pace:
         whole = f"{what} take about {needed:.1f} min"
         if needed <= limit:
             return [f"{whole} (at most {limit:g}, --budget_minutes)."]
-        said = [f"{whole}; in --budget_minutes {limit:g} there is time for about {max(2, fitting)} of each."]
+        said = [f"{whole}; in --budget_minutes {limit:g} there may be time for about {max(2, fitting)} of each."]
         if fitting < FEWEST_WINDOWS:
-            few = f"with fewer than {FEWEST_WINDOWS} windows nothing is named"
-            said.append(f"{few}: give more minutes, or name fewer presses with --press.")
+            few = f"if it comes to fewer than {FEWEST_WINDOWS} windows and questions, nothing is named"
+            said.append(f"{few}; then run the same command again, or name fewer presses with --press.")
         return said
 
 

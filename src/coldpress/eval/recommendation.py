@@ -58,7 +58,7 @@ def recommendation(settings: AdviceSettings, records: Sequence[Record], minutes:
         f"{counts}, {n_questions} questions and {n_rounds} timed round{'' if n_rounds == 1 else 's'}, "
         f"{_sizes(settings, rows.values())}, in {minutes:.1f} min{up}.",
         table_of(plain, list(rows), advice),
-        "compress: that the first token comes later than without a press; ms: for each token after the first.",
+        "compress: seconds that the first token comes later than without a press; ms: of each token after the first.",
     ]
     if streams:
         said += ["Read on, with the kept keys moved side by side:", table(streams)]
@@ -67,6 +67,8 @@ def recommendation(settings: AdviceSettings, records: Sequence[Record], minutes:
         named = dict.fromkeys([advice.best[0], advice.cheap])
         how = [f"  {line}" for row in named for line in _how(settings, rows[row])]
         said.append("\n".join(["To use it:" if len(named) == 1 else "To use them:", *how]))
+        if settings.use == "qa":
+            said.append("compress reads as much of a text as the model was trained on, and says where it cuts it.")
     return "\n\n".join(part if "\n" in part else fill(printable(part), WIDTH) for part in said)
 
 
