@@ -13,6 +13,6 @@ bash benchmarks/smollm2.sh "$inputs"
 "$python" src/coldpress_command.py sweep --config benchmarks/past_eviction/sweep.yaml \
     ${RESULTS:+--output_dir "$RESULTS"} "${@:2}"
 "$python" src/coldpress_command.py tasks --model "$inputs/SmolLM2-135M-Instruct.Q4_1.gguf" \
-    --task niah_single niah_multikey --task_tokens 2048 --task_examples 20 --compression_ratio 0.8 \
-    --press snapkv adakv_snapkv defensive layer_defensive attention_matching_defensive kvzip \
+    --task niah_single --task_tokens 2048 --task_examples 10 --compression_ratio 0.8 \
+    --press adakv_snapkv defensive layer_defensive kvzip \
     --output_dir "${NEEDLES:-results/needles}"
