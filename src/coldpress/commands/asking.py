@@ -15,7 +15,7 @@ from coldpress.eval.datasets import load_corpus
 from coldpress.eval.models import BY_NAME, DTYPES, LoadedModel, load_model
 from coldpress.eval.press_args import check_types
 from coldpress.eval.progress import note
-from coldpress.eval.readable import check_readable
+from coldpress.eval.readable import note_unreadable
 from coldpress.eval.results import check_output
 from coldpress.io.files import path_of
 from coldpress.io.terminal import printable
@@ -69,8 +69,7 @@ def compress(
     path = check_output(output, "context.safetensors")
     (document,) = load_corpus("demo", text_file=text_file).documents
     loaded = load_model(**model_options)
-    for line in check_readable(loaded.tokenizer, [document.text], loaded.name):
-        note(line)
+    note_unreadable(loaded.tokenizer, [document.text], loaded.name)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", UserWarning)
         _pipeline(loaded)(document.text, questions=[], cache=cache, max_new_tokens=_ROOM_TOKENS, pin_system=pin_system)

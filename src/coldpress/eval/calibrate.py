@@ -18,7 +18,7 @@ from coldpress.eval.models import load_model, pick_device
 from coldpress.eval.plan import UNKNOWN_POSITIONS
 from coldpress.eval.press_args import check_types
 from coldpress.eval.progress import note, progress
-from coldpress.eval.readable import check_readable
+from coldpress.eval.readable import note_unreadable
 from coldpress.eval.results import check_output, check_writable
 from coldpress.eval.settings import CalibrationSettings
 from coldpress.eval.tokens import tokenize
@@ -57,8 +57,7 @@ def make_artefact(settings: CalibrationSettings) -> Path:
     shape = Shape.of_config(loaded.model.config)
     path = artefact_path(press.artefact, shape.name, press.variant()) if given is None else given
     check_writable(path.parent)
-    for line in check_readable(loaded.tokenizer, (document.text for document in corpus.documents), loaded.name):
-        note(line)
+    note_unreadable(loaded.tokenizer, (document.text for document in corpus.documents), loaded.name)
     documents = [tokens.ids for tokens in tokenize(corpus, loaded.tokenizer, s.limit_tokens)]
     loaded.check_ids(documents)
     longest, length = loaded.max_positions or UNKNOWN_POSITIONS, s.sample_tokens

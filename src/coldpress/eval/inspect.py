@@ -17,7 +17,7 @@ from coldpress.eval.datasets import load_corpus
 from coldpress.eval.models import load_model, pick_device
 from coldpress.eval.press_args import check_types
 from coldpress.eval.progress import note
-from coldpress.eval.readable import check_readable
+from coldpress.eval.readable import note_unreadable
 from coldpress.eval.results import check_output
 from coldpress.io.terminal import printable
 from coldpress.models.inspection import MOST_PRESSES, check_presses, inspect
@@ -62,8 +62,7 @@ def make_page(
     if len(corpus.documents) > 1:
         note(f"the first of {len(corpus.documents)} texts is read, {document.doc_id}; --sample_idx reads another.")
     loaded = load_model(**model_options)
-    for line in check_readable(loaded.tokenizer, [document.text], loaded.name):
-        note(line)
+    note_unreadable(loaded.tokenizer, [document.text], loaded.name)
     limit = _limit(limit_tokens, loaded.max_positions, loaded.name)
     torch.manual_seed(0)  # of presses that draw numbers
     found = inspect(

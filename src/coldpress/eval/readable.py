@@ -14,8 +14,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from coldpress.errors import DataError
+from coldpress.eval.progress import note
 
-__all__ = ["check_readable"]
+__all__ = ["check_readable", "note_unreadable"]
 
 SAMPLE_CHARS = 10_000  # of each text that is looked at, from its middle
 SAMPLE_TEXTS = 8
@@ -59,6 +60,12 @@ def check_readable(tokenizer: Any, texts: Iterable[str], model: str) -> list[str
         what = "changes case or accents of" if folded <= MOST_LOST[1] else "does not give back"
         notes.append(f"the tokenizer of {model} {what} {lost:.1%} of the text's words, such as {example!r}.")
     return notes
+
+
+def note_unreadable(tokenizer: Any, texts: Iterable[str], model: str) -> None:
+    """Say what :func:`check_readable` finds, a line each. Raises as that does."""
+    for line in check_readable(tokenizer, texts, model):
+        note(line)
 
 
 def _remedy(tokenizer: Any) -> str:

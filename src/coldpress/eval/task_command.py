@@ -14,8 +14,7 @@ from coldpress.eval.datasets import Corpus, load_corpus
 from coldpress.eval.jobs import Job, make_jobs
 from coldpress.eval.models import LoadedModel, load_model
 from coldpress.eval.plan import UNKNOWN_POSITIONS
-from coldpress.eval.progress import note
-from coldpress.eval.readable import check_readable
+from coldpress.eval.readable import note_unreadable
 from coldpress.eval.run import DECODE_COST, ExampleRun, carry_out, checked_folder, prepared
 from coldpress.eval.settings import TaskSettings
 from coldpress.eval.task_run import TaskRun
@@ -136,8 +135,7 @@ def make_questions(
     """
     jobs = prepared(jobs, loaded)
     text = None if corpus is None else "\n\n".join(document.text for document in corpus.documents)
-    for line in check_readable(loaded.tokenizer, [" ".join(SENTENCES) if text is None else text], loaded.name):
-        note(line)
+    note_unreadable(loaded.tokenizer, [" ".join(SENTENCES) if text is None else text], loaded.name)
     material = Material(loaded.tokenizer, text, settings.template == "chat", settings.pin_system)
     longest, limit = max(settings.task_tokens, default=0), loaded.max_positions or UNKNOWN_POSITIONS
     if longest > limit and not settings.allow_extrapolation:  # before so long a text is put together

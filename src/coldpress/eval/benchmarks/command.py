@@ -18,7 +18,7 @@ from coldpress.eval.jobs import make_jobs
 from coldpress.eval.models import load_model
 from coldpress.eval.plan import UNKNOWN_POSITIONS
 from coldpress.eval.progress import note
-from coldpress.eval.readable import check_readable
+from coldpress.eval.readable import note_unreadable
 from coldpress.eval.run import DECODE_COST, ExampleRun, carry_out, checked_folder, prepared
 from coldpress.eval.settings import BenchmarkSettings
 
@@ -63,8 +63,7 @@ def measure_benchmark(settings: BenchmarkSettings, command: str) -> tuple[list[d
         assert settings.max_context_length is not None
         rows = hide(rows, loaded.tokenizer, settings.max_context_length, settings.needle_depth)
     rows = choose(rows, settings.fraction, settings.limit, settings.seed)
-    for line in check_readable(loaded.tokenizer, (row["context"] for row in rows), loaded.name):
-        note(line)
+    note_unreadable(loaded.tokenizer, (row["context"] for row in rows), loaded.name)
     contexts = make_contexts(
         rows,
         loaded.tokenizer,
