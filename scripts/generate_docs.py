@@ -18,8 +18,8 @@ A generated part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->`
 - ``saves``: what compression saves in time and memory, as ratios within one run;
 - ``goals``: what the benchmarks of savings were to show, and what they do;
 - ``sweepcost``, ``overhead``, ``chunked``, ``quantised``, ``packed``, ``decode``, ``compiled``, ``headwise``,
-  ``lengths``, ``batch``, ``stream``, ``decoding``, ``far``, ``drift``, ``klbound``, ``serve`` or ``startup`` with a
-  FILE: the table of FILE.json in the results of that benchmark.
+  ``lengths``, ``batch``, ``budget``, ``stream``, ``decoding``, ``far``, ``drift``, ``klbound``, ``serve`` or
+  ``startup`` with a FILE: the table of FILE.json in the results of that benchmark.
 """
 
 from __future__ import annotations
@@ -416,6 +416,7 @@ def generated(name: str) -> str:
         "lengths": lambda: measured("decode_speed", "lengths.py", argument),
         "headwise": lambda: measured("head_wise_memory", "head_wise_memory.py", argument),
         "batch": lambda: measured("batch", "batch.py", argument),
+        "budget": lambda: measured("batch", "budget.py", argument),
         "stream": lambda: measured("long_stream", "long_stream.py", argument),
         "decoding": lambda: measured("long_stream", "decoding.py", argument),
         "far": lambda: measured("long_stream", "precision.py", argument, "far"),

@@ -33,6 +33,7 @@ from coldpress.backends import BACKENDS
 from coldpress.cache.session import THREAD, uncompiled
 from coldpress.core.call import LayerCall
 from coldpress.errors import CacheError, ModelError
+from coldpress.models.half import note_float16
 from coldpress.models.step import CURRENT, Seen, StepCache
 from coldpress.models.supported import refuse
 from coldpress.stores.parts import DensePart
@@ -139,6 +140,7 @@ def _attended(
     **kwargs: Any,
 ) -> Attended:
     """As :func:`attention`, outside of a compiled step."""
+    note_float16(query)
     watched(query, key)
     layer, THREAD.updated = THREAD.updated, None
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
