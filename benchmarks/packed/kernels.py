@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from coldpress.attend import packed
-from coldpress.attend.packed import bag_sums, code_products
+from coldpress.attend.packed import Digits, bag_sums, code_products
 from coldpress.stores.rows import code_bytes, least_and_step, packed_codes, rows_of, steps_type, unpacked_codes
 
 HEADS, DIM = 3, 64
@@ -99,11 +99,11 @@ def ways(n: int, group: int, dtype: torch.dtype, seed: int) -> dict[str, Callabl
         "keys 8 unpack": lambda: torch.bmm(unpacked8(codes8), columns).transpose(1, 2) * symmetric[:, None],
         "keys 8 int8pack": lambda: int8pack(torch.float32),
         "keys 8 int8pack bfloat16": lambda: int8pack(torch.bfloat16),
-        "keys 8 int": lambda: torch.stack(code_products(query, list(codes8), 8, unpacked8)) * symmetric[:, None],
+        "keys 8 int": lambda: code_products(Digits.of(query), codes8, 8, unpacked8) * symmetric[:, None],
         "keys 4 unpack": lambda: with_steps(torch.bmm(unpacked_codes(packed4, 4, DIM), columns).transpose(1, 2)),
         "keys 4 shifts": shifted,
         "keys 4 int": lambda: with_steps(
-            torch.stack(code_products(query, list(packed4), 4, lambda own: unpacked_codes(own, 4, DIM)))
+            code_products(Digits.of(query), packed4, 4, lambda own: unpacked_codes(own, 4, DIM))
         ),
         "values": plain_sums,
         "values 8 unpack": lambda: unpacked_sums(8),

@@ -7,55 +7,73 @@ without VNNI instructions), rows are unpacked one segment at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["bag_sums", "can_sum_bags", "code_products"]
+__all__ = ["Digits", "bag_sums", "can_sum_bags", "code_products"]
 
-_LEAST_PRODUCTS = 8192  # of a head; fewer are as fast when its codes are unpacked
+_LEAST_PRODUCTS = 1024  # of a head; fewer are as fast when its codes are unpacked
 _CHANNELS = 32  # a multiple of which integers are multiplied in
 _Places = tuple[tuple[int, int], ...]  # first row and number of rows of each segment
 
 
-def code_products(
-    query: Tensor, codes: Sequence[Tensor], bits: int, unpack: Callable[[Tensor], Tensor]
-) -> list[Tensor]:
-    """Products of queries with codes: float32 ``[G, n]`` for each of S segments.
+class Digits(NamedTuple):
+    """Queries as they are, and as integers: step * (first digit + second digit / 254).
 
-    Where integers are multiplied, which takes a segment of enough products, a query is two digits of base 254: it is
-    off by max |q| / 127 / 508 in each channel at most, and a product by that times the sum of its codes.
+    So a query is off by max |q| / 127 / 508 in each channel at most, and a product by that times the sum of its codes.
+
+    Attributes:
+        query: float32 ``[S, G, D]``.
+        step: float32 ``[S, G, 1]``.
+        numbers: int8 ``[S, 2 * G, D]``, the first digits of all queries of a segment and then the second ones.
+    """
+
+    query: Tensor
+    step: Tensor
+    numbers: Tensor
+
+    @classmethod
+    def of(cls, query: Tensor) -> Digits:
+        """Those of ``query [S, G, D]``, float32."""
+        step = query.abs().amax(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny) / 127
+        first = (query / step).round_()
+        second = ((query / step - first) * 254).round_()
+        return cls(query, step, torch.cat([first, second], dim=1).to(torch.int8))
+
+    def segment(self, i: int) -> Digits:
+        """Those of the queries of one segment."""
+        return Digits(self.query[i : i + 1], self.step[i : i + 1], self.numbers[i : i + 1])
+
+
+def code_products(digits: Digits, codes: Tensor, bits: int, unpack: Callable[[Tensor], Tensor]) -> Tensor:
+    """Products of queries with the codes of segments of one length: float32 ``[S, G, n]``.
 
     Args:
-        query: float32 ``[S, G, D]``.
-        codes: of each segment, uint8 ``[n, W]``; of 8 bits, less 128 as int8.
+        digits: of the queries; those that are multiplied where integers are, which takes enough products.
+        codes: uint8 ``[S, n, W]``; of 8 bits, less 128 as int8.
         bits: of a code.
         unpack: the codes of some rows, float32 ``[n, D]``.
     """
+    query, step, numbers = digits
     is_for_integers = bits > 2 and query.device.type == "cpu" and query.shape[-1] % _CHANNELS == 0
-    is_long = max(map(len, codes)) * query.shape[1] >= _LEAST_PRODUCTS
+    is_long = codes.shape[1] * query.shape[1] >= _LEAST_PRODUCTS
     if not (is_for_integers and is_long and _can_multiply_integers()):
-        return [own @ unpack(code).T for own, code in zip(query, codes, strict=True)]
-    step = query.abs().amax(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny) / 127
-    first = (query / step).round_()
-    second = ((query / step - first) * 254).round_()
-    digits = torch.cat([first, second], dim=1).to(torch.int8)  # [S, 2 * G, D]
-    parts = [digits] if bits == 8 else [digits[..., i::2].contiguous() for i in (0, 1)]
-    found = []
-    for i, code in enumerate(codes):
-        if len(code) * query.shape[1] < _LEAST_PRODUCTS:
-            found.append(query[i] @ unpack(code).T)
-            continue
-        if bits == 8:
-            product = torch._int_mm(parts[0][i], code.view(torch.int8).T)
-        else:
-            product = torch._int_mm(parts[0][i], (code & 15).view(torch.int8).T)
-            product += torch._int_mm(parts[1][i], (code >> 4).view(torch.int8).T)
-        high, low = product.float().chunk(2)
-        found.append(low.div_(254).add_(high).mul_(step[i]))
-    return found
+        return torch.stack([own @ unpack(code).T for own, code in zip(query, codes, strict=True)])
+    found = numbers.new_empty(*numbers.shape[:2], codes.shape[1], dtype=torch.int32)
+    if bits == 8:
+        for own, code, out in zip(numbers, codes.view(torch.int8), found, strict=True):
+            torch._int_mm(own, code.T, out=out)
+    else:
+        even, odd = (numbers[..., i::2].contiguous() for i in (0, 1))
+        for first, second, code, out in zip(even, odd, codes, found, strict=True):
+            torch._int_mm(first, (code & 15).view(torch.int8).T, out=out)
+            out += torch._int_mm(second, (code >> 4).view(torch.int8).T)
+    high, low = found.float().chunk(2, dim=1)
+    return torch.add(high, low, alpha=1 / 254).mul_(step)
 
 
 def bag_sums(weights: Tensor, rows: Tensor, places: _Places, bits: int) -> Tensor:

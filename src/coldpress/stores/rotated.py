@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coldpress.attend.packed import bag_sums, can_sum_bags, code_products
+from coldpress.attend.packed import Digits, bag_sums, can_sum_bags, code_products
 from coldpress.errors import CacheError
 from coldpress.stores.codec import Blocks, TokenCodec
 from coldpress.stores.hadamard import rotated
@@ -102,16 +102,23 @@ class RotatedBits(TokenCodec):
         out.copy_(rotated(codes * step[:, None] + least[:, None]).view(out.shape))
 
     def logits(self, query: Tensor, held: Segments) -> list[Tensor]:
-        turned, dim = rotated(query), query.shape[-1]
-        codes = [held.segment("keys.codes", i) for i in range(len(held.counts))]
-        products = code_products(turned, codes, self.key_bits, lambda own: self._key_codes(own, dim))
+        digits, dim = Digits.of(rotated(query)), query.shape[-1]
+        total = digits.query.sum(-1, keepdim=True)  # [S, G, 1]
         steps, leasts = (held.buffer(name).float() for name in ("keys.step", "keys.least"))
         if self.key_bits == 8:
             leasts.add_(steps, alpha=128)
-        total = turned.sum(-1, keepdim=True)  # [S, G, 1]
-        for product, own, span in zip(products, total, held.spans(), strict=True):
-            product.mul_(steps[span]).addcmul_(own, leasts[span])
-        return products
+
+        def products(own: Digits, codes: Tensor) -> Tensor:
+            return code_products(own, codes, self.key_bits, lambda rows: self._key_codes(rows, dim))
+
+        if held.is_even:  # all segments at once
+            steps, leasts = (part.view(len(query), 1, -1)[..., : held.counts[0]] for part in (steps, leasts))
+            return list(products(digits, held.even("keys.codes")).mul_(steps).addcmul_(total, leasts))
+        found = []
+        for i, span in enumerate(held.spans()):
+            own = products(digits.segment(i), held.segment("keys.codes", i)[None])[0]
+            found.append(own.mul_(steps[span]).addcmul_(total[i], leasts[span]))
+        return found
 
     def sums(self, weights: Sequence[Tensor], held: Segments, dim: int) -> Tensor:
         rows, bits = held.buffer("values.rows"), self.value_bits
