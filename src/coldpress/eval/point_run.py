@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, TypeVar
 
 from transformers.modeling_utils import PreTrainedModel
 
@@ -19,11 +20,21 @@ __all__ = ["Item", "PointRun"]
 _Measured = TypeVar("_Measured")
 
 
-class Item(Protocol):
-    """What work is done on: it says which one of the run's it is."""
+@dataclass(frozen=True, eq=False)
+class Item:
+    """What work is done on.
 
-    @property
-    def index(self) -> int: ...
+    Attributes:
+        index: of it in the run.
+        given: a batch of windows, an example, a context with questions, or a chunk of a document.
+        points: to measure on it beside the baseline.
+        is_checked: whether the checks are made that need forward passes of their own.
+    """
+
+    index: int
+    given: Any
+    points: tuple[Point, ...]
+    is_checked: bool
 
 
 class PointRun(ABC, Generic[_Measured]):
@@ -33,9 +44,8 @@ class PointRun(ABC, Generic[_Measured]):
 
     Args:
         model: a causal language model on coldpress's backend.
-        points: to measure, without the baseline, which always is.
-        n_items: windows in batches, or examples.
-
+        points: to measure; the baseline always is.
+        given: what they are measured on, one item for each.
         ledger: what was finished by an earlier run, and where this one notes what it has finished; None: nowhere.
 
     Attributes:
@@ -46,14 +56,13 @@ class PointRun(ABC, Generic[_Measured]):
     kind: ClassVar[type[Any]]
     work: Any
 
-    def __init__(self, model: PreTrainedModel, points: Sequence[Point], n_items: int, ledger: Ledger | None = None):
-        self.model, self.points, self.ledger = model, list(points), ledger
-        self.done: list[dict[str, _Measured]] = [{} for _ in range(n_items)]  # by the key of the point
+    def __init__(
+        self, model: PreTrainedModel, points: Sequence[Point], given: Sequence[Any], ledger: Ledger | None = None
+    ):
+        self.model, self.given, self.ledger = model, given, ledger
+        self.points = [point for point in points if point != BASELINE]
+        self.done: list[dict[str, _Measured]] = [{} for _ in given]  # by the key of the point
         self.errors: dict[str, Exception] = {}
-
-    @abstractmethod
-    def _item(self, index: int, points: tuple[Point, ...]) -> Item:
-        """The item at ``index``, on which ``points`` are to be measured."""
 
     @abstractmethod
     def _result(self, point: Point) -> dict[str, Any]:
@@ -118,7 +127,8 @@ class PointRun(ABC, Generic[_Measured]):
         for index in range(len(self.done)):
             missing = self._missing(index)
             if missing:
-                yield self._item(index, tuple(point for point in missing if point != BASELINE))
+                points = tuple(point for point in missing if point != BASELINE)
+                yield Item(index, self.given[index], points, is_checked=index == 0)
 
     def _keep(self, index: int, found: dict[str, _Measured | Exception]) -> None:
         done = self.done[index]

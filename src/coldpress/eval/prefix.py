@@ -41,11 +41,11 @@ from coldpress.eval.losses import Scores, token_losses
 from coldpress.eval.metrics import bits_per_byte, clustered_mean, paired_difference, perplexity, quantiles
 from coldpress.eval.models import input_device
 from coldpress.eval.perplexity import forward
-from coldpress.eval.point_run import PointRun
+from coldpress.eval.point_run import Item, PointRun
 from coldpress.eval.windows import PrefixPlan
 from coldpress.stores.codec import Codec
 
-__all__ = ["Batch", "PrefixRun", "WindowWork"]
+__all__ = ["PrefixRun", "WindowWork"]
 
 DISTANCES = (16, 64, 256)  # upper ends of the buckets of distance to the compressed context, in tokens
 
@@ -92,21 +92,18 @@ class PrefixRun(PointRun[Measured]):
         self.work = WindowWork(self.plan.context, self.plan.scored_per_window, chunk_tokens, greedy_tokens, seed)
         windows = [window for ids, plan in documents for window in plan.windows(ids)]
         self.window_bytes = _bytes_of_windows(documents, token_bytes)
-        self.batches = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
         self.places = [(i, start) for i, (_, plan) in enumerate(documents) for start in plan.starts]
         kv_bits = [None] * len(presses) if kv_bits is None else kv_bits
         points = [Point(press, bits) for press, bits in zip(presses, kv_bits, strict=True)]
-        super().__init__(model, points, len(self.batches), ledger)
-
-    def _item(self, index: int, points: tuple[Point, ...]) -> Batch:
-        return Batch(index, torch.stack(self.batches[index]), points, is_checked=index == 0)
+        batches = [torch.stack(windows[i : i + batch_size]) for i in range(0, len(windows), batch_size)]
+        super().__init__(model, points, batches, ledger)
 
     def _bytes_of(self, point: Point) -> int | None:
         """UTF-8 bytes of what was scored of a point."""
         if self.window_bytes is None:
             return None
         left, total = iter(self.window_bytes), 0
-        for windows, done in zip(self.batches, self.done, strict=True):
+        for windows, done in zip(self.given, self.done, strict=True):
             n_bytes = sum(itertools.islice(left, len(windows)))
             total += n_bytes if point.key in done else 0
         return total
@@ -114,7 +111,7 @@ class PrefixRun(PointRun[Measured]):
     def _places_of(self, point: Point) -> list[tuple[int, int]]:
         """Of each window that a point was measured on, which document it is from and where it starts."""
         left = iter(self.places)
-        parts = (list(itertools.islice(left, len(windows))) for windows in self.batches)
+        parts = (list(itertools.islice(left, len(windows))) for windows in self.given)
         return [place for part, done in zip(parts, self.done, strict=True) if point.key in done for place in part]
 
     def _result(self, point: Point) -> dict[str, Any]:
@@ -124,7 +121,7 @@ class PrefixRun(PointRun[Measured]):
         own = Scores.join(mine.scores for mine, _ in pairs)
         base = Scores.join(its.scores for _, its in pairs)
         n_windows, n_tokens = own.losses.shape[0], own.losses.numel()
-        measured = (len(ids) for ids, done in zip(self.batches, self.done, strict=True) if point.key in done)
+        measured = (len(ids) for ids, done in zip(self.given, self.done, strict=True) if point.key in done)
         expected = sum(measured) * self.plan.scored_per_window
         if n_tokens != expected:
             raise SelfCheckError(f"{n_tokens} tokens were scored, the windows' formula says {expected}.")
@@ -221,25 +218,9 @@ def _deltas_by_distance(own: Tensor, base: Tensor) -> dict[str, dict[str, Any]]:
     return deltas
 
 
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """Windows that are run together, and the points to measure on them beside the baseline.
-
-    Attributes:
-        index: of the batch in the run.
-        ids: int64 ``[W, context + target]``.
-        is_checked: whether the checks are made that need forward passes of their own.
-    """
-
-    index: int
-    ids: Tensor
-    points: tuple[Point, ...]
-    is_checked: bool
-
-
 @dataclass(frozen=True)
 class WindowWork:
-    """Measures one batch of windows: work for an engine.
+    """Measures one batch of windows, int64 ``[W, context + target]``: work for an engine.
 
     Attributes:
         context: tokens that are prefilled.
@@ -256,7 +237,7 @@ class WindowWork:
     seed: int = 0
 
     @torch.inference_mode()
-    def __call__(self, model: PreTrainedModel, batch: Batch) -> Found:
+    def __call__(self, model: PreTrainedModel, batch: Item) -> Found:
         """What each point, and the baseline, made of the batch, or what went wrong with it.
 
         Raises:
@@ -264,7 +245,7 @@ class WindowWork:
         """
         torch.manual_seed(self.seed + batch.index)
         context, points = self.context, batch.points
-        ids = batch.ids.to(input_device(model))
+        ids = batch.given.to(input_device(model))
         inputs, wanted = ids[:, context:-1], ids[:, context + 1 :]
         scorers = [p.press for p in points if isinstance(p.press, BudgetPress) and p.press.exact_at_0]
         zeros = list(dict.fromkeys(press.with_ratio(0.0) for press in scorers)) if batch.is_checked else []

@@ -27,10 +27,10 @@ from coldpress.eval.ledger import Answered, Ledger
 from coldpress.eval.losses import token_losses
 from coldpress.eval.metrics import paired_difference, score_difference
 from coldpress.eval.perplexity import forward
-from coldpress.eval.point_run import PointRun
+from coldpress.eval.point_run import Item, PointRun
 from coldpress.eval.tasks import Example
 
-__all__ = ["ExampleWork", "TaskItem", "TaskRun", "ends_of", "greedy_tokens", "match"]
+__all__ = ["ExampleWork", "TaskRun", "ends_of", "greedy_tokens", "match"]
 
 SHOWN = 80  # characters of an answer that a record holds
 
@@ -38,21 +38,6 @@ SHOWN = 80  # characters of an answer that a record holds
 def match(answer: str, references: Sequence[str]) -> float:
     """The fraction of the references that an answer holds, in 0..1; capitals do not matter (RULER's string match)."""
     return sum(reference.lower() in answer.lower() for reference in references) / len(references)
-
-
-@dataclass(frozen=True)
-class TaskItem:
-    """One example, or context with questions, and the points to measure on it beside the baseline.
-
-    Attributes:
-        index: of it in the run.
-        is_checked: whether the check is made that needs a forward pass of its own.
-    """
-
-    index: int
-    example: Any
-    points: tuple[Point, ...]
-    is_checked: bool
 
 
 class TaskRun(PointRun[Answered]):
@@ -86,8 +71,8 @@ class TaskRun(PointRun[Answered]):
         seed: int = 0,
         ledger: Ledger | None = None,
     ):
-        self.tokenizer, self.examples = tokenizer, list(examples)
-        is_asked = any(example.references for example in self.examples)
+        self.tokenizer = tokenizer
+        is_asked = any(example.references for example in examples)
         self.work = ExampleWork(
             chunk_tokens,
             max_new_tokens,
@@ -95,14 +80,10 @@ class TaskRun(PointRun[Answered]):
             ends_of(model, tokenizer),
             seed,
         )
-        others = [point for point in points if point != BASELINE]
-        super().__init__(model, others, len(self.examples), ledger)
-
-    def _item(self, index: int, points: tuple[Point, ...]) -> TaskItem:
-        return TaskItem(index, self.examples[index], points, is_checked=index == 0)
+        super().__init__(model, points, examples, ledger)
 
     def _fingerprint(self, index: int) -> str:
-        parts = (self.examples[index].fingerprint, self.work.chunk_tokens, self.work.max_new_tokens, self.work.seed)
+        parts = (self.given[index].fingerprint, self.work.chunk_tokens, self.work.max_new_tokens, self.work.seed)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def _result(self, point: Point) -> dict[str, Any]:
@@ -121,7 +102,7 @@ class TaskRun(PointRun[Answered]):
             "per_example": rows,
             "kv_bytes": first.kv_bytes,
             "kv_bytes_baseline": first_base.kv_bytes,
-            "kv_len_before": self.examples[measured[0]].length,
+            "kv_len_before": self.given[measured[0]].length,
             "kv_len_after": first.kv_lengths,
             "effective_compression_ratio": first.achieved_ratio,
             "kept_hash": first.kept_hash,
@@ -129,7 +110,7 @@ class TaskRun(PointRun[Answered]):
 
     def _row(self, index: int, own: Answered, base: Answered) -> dict[str, Any]:
         """What a record says of one example; losses in nats a token."""
-        example = self.examples[index]
+        example = self.given[index]
         n, answer = len(example.answer_ids), self._text(own, example)
         if len(own.losses) != n or len(base.losses) != n:
             raise SelfCheckError(f"{len(own.losses)} tokens of an answer were scored; it has {n}.")
@@ -201,14 +182,14 @@ class ExampleWork:
     seed: int = 0
 
     @torch.inference_mode()
-    def __call__(self, model: PreTrainedModel, item: Any) -> dict[str, Any]:
+    def __call__(self, model: PreTrainedModel, item: Item) -> dict[str, Any]:
         """What each point, and the baseline, made of the example, or what went wrong with it.
 
         Raises:
             SelfCheckError: the baseline contradicts a direct forward pass, or is not finite.
         """
         torch.manual_seed(self.seed + item.index)
-        example = item.example
+        example = item.given
         context = torch.tensor([example.context_ids], device=next(model.parameters()).device)
         full, branches = prefilled(model, context, item.points, self.chunk_tokens, example.n_pinned)
         base = self._ask(model, full, example)

@@ -25,7 +25,7 @@ from coldpress.eval.ledger import Answers, Ledger
 from coldpress.eval.losses import token_losses
 from coldpress.eval.perplexity import forward
 from coldpress.eval.point_run import PointRun
-from coldpress.eval.task_run import ExampleWork, TaskItem, ends_of, greedy_tokens
+from coldpress.eval.task_run import ExampleWork, ends_of, greedy_tokens
 from coldpress.models.block import prefilling
 
 __all__ = ["BenchmarkRun", "ContextWork", "bootstrap_interval", "mcnemar", "mean"]
@@ -158,15 +158,11 @@ class BenchmarkRun(PointRun[Answers]):
         ledger: Ledger | None = None,
     ):
         self.tokenizer, self.benchmark = tokenizer, benchmark
-        self.contexts = list(contexts)
         self.work = ContextWork(chunk_tokens, None, frozenset(), ends_of(model, tokenizer), seed)
-        super().__init__(model, [point for point in points if point != BASELINE], len(self.contexts), ledger)
-
-    def _item(self, index: int, points: tuple[Point, ...]) -> TaskItem:
-        return TaskItem(index, self.contexts[index], points, is_checked=index == 0)
+        super().__init__(model, points, contexts, ledger)
 
     def _fingerprint(self, index: int) -> str:
-        parts = self.contexts[index].fingerprint, self.work.chunk_tokens, self.work.seed
+        parts = self.given[index].fingerprint, self.work.chunk_tokens, self.work.seed
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def _result(self, point: Point) -> dict[str, Any]:
@@ -190,7 +186,7 @@ class BenchmarkRun(PointRun[Answers]):
 
     def _rows(self, index: int, point: Point) -> list[dict[str, Any]]:
         """What a record says of each question about a context, and what it is summed up from."""
-        context, done = self.contexts[index], self.done[index]
+        context, done = self.given[index], self.done[index]
         found = []
         for question, own, base in zip(
             context.questions, done[point.key].answers, done[BASELINE.key].answers, strict=True
@@ -223,7 +219,7 @@ class BenchmarkRun(PointRun[Answers]):
     def _groups(self, rows: list[dict[str, Any]], is_baseline: bool) -> list[dict[str, Any]]:
         """What a record says of each group and measure."""
         lengths: dict[str, list[int]] = {}
-        for context in self.contexts:  # of all, so that runs which were interrupted compare
+        for context in self.given:  # of all, so that runs which were interrupted compare
             for question in context.questions:
                 for name in self.benchmark.groups(question.row):
                     lengths.setdefault(name, []).append(context.length)
