@@ -12,7 +12,7 @@ from torch import Tensor
 from coldpress.errors import DataError
 from coldpress.eval.datasets import Corpus
 
-__all__ = ["Tokens", "encode", "token_bytes", "tokenize"]
+__all__ = ["Tokens", "adds_bos", "encode", "prefixed", "token_bytes", "tokenize"]
 
 
 class Tokens(NamedTuple):
@@ -104,3 +104,24 @@ def _bytes(text: str, offsets: Sequence[tuple[int, int]]) -> Tensor | None:
         return None
     counts[last[-1] if len(last) else -1] += before[-1] - reached[-1]  # of blanks alone, some say nothing
     return counts
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer puts the token for the beginning of a text before each text."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    if bos is None:
+        return False
+    alone, with_special = (
+        tokenizer("a", add_special_tokens=special, verbose=False)["input_ids"] for special in (False, True)
+    )
+    return len(with_special) > len(alone) and with_special[0] == bos
+
+
+def prefixed(tokens: Tokens, token: int) -> Tokens:
+    """The same text after a token that stands for no bytes."""
+
+    def before(column: Tensor, value: int) -> Tensor:
+        return torch.cat([torch.tensor([value]), column])
+
+    n_bytes = None if tokens.n_bytes is None else before(tokens.n_bytes, 0)
+    return Tokens(tokens.doc_id, before(tokens.ids, token), n_bytes)
