@@ -20,35 +20,46 @@ from typing import NamedTuple
 
 from coldpress.eval.datasets import Corpus, Document
 from coldpress.eval.options import PPL_PRESETS
-from coldpress.eval.windows import Window, plan_disjoint, plan_rolling, plan_second_half, plan_strided
+from coldpress.eval.windows import (
+    Window,
+    plan_disjoint,
+    plan_rolling,
+    plan_second_half,
+    plan_strided,
+    strided_scored_tokens,
+)
 
-__all__ = ["PRESETS", "Preset", "detokenised", "laid_out", "pages", "wiki_raw"]
+__all__ = ["PRESETS", "STRIDED", "Preset", "detokenised", "laid_out", "pages", "wiki_raw"]
 
 
 class Preset(NamedTuple):
     """length: tokens of a window where the model has as many positions; None: all it has. version: of the protocol.
 
-    windows: what cuts ``(tokens, length, stride)``. scored: how many tokens it must score, by a formula of its own.
+    windows: what cuts ``(tokens, length, stride)``. scored: how many of them it must score, by a formula of its own.
     """
 
     length: int | None
     version: int
     windows: Callable[[int, int, int], list[Window]]
-    scored: Callable[[int, int], int]
+    scored: Callable[[int, int, int], int]
 
 
+STRIDED = Preset(None, 1, plan_strided, strided_scored_tokens)  # where no preset is asked for
 PRESETS = {
-    "hf-strided": Preset(2048, 1, plan_strided, lambda n, length: n - 1),
+    "hf-strided": STRIDED._replace(length=2048),
     "gptq": Preset(
-        2048, 1, lambda n, length, stride: plan_disjoint(n, length), lambda n, length: n // length * (length - 1)
+        2048,
+        1,
+        lambda n, length, stride: plan_disjoint(n, length),
+        lambda n, length, stride: n // length * (length - 1),
     ),
     "llamacpp": Preset(
         512,
         1,
         lambda n, length, stride: plan_second_half(n, length),
-        lambda n, length: n // length * (length - 1 - length // 2) if n >= 2 * length else 0,
+        lambda n, length, stride: n // length * (length - 1 - length // 2) if n >= 2 * length else 0,
     ),
-    "lm-eval": Preset(None, 1, lambda n, length, stride: plan_rolling(n, length), lambda n, length: n - 1),
+    "lm-eval": Preset(None, 1, lambda n, length, stride: plan_rolling(n, length), lambda n, length, stride: n - 1),
 }
 assert tuple(PRESETS) == PPL_PRESETS
 
