@@ -58,13 +58,7 @@ def evaluate(settings: Settings, command: str) -> tuple[list[dict[str, Any]], bo
             f"all leaves out what takes one text at a time, not --batch_size {settings.batch_size}: {', '.join(alone)}."
         )
     folder = checked_folder(settings)
-    corpus = load_corpus(
-        settings.dataset,
-        subset=settings.subset,
-        split=settings.split,
-        sample_idx=settings.sample_idx,
-        text_file=settings.text_file,
-    )
+    corpus = load_corpus(**settings.reading)
     run = make_run(settings, jobs, corpus, load_model(settings.model, **settings.loading), command)
     for line in run.notes:
         note(line)

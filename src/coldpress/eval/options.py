@@ -61,6 +61,12 @@ class Options:
         """What a record holds of them."""
         return {f.name: getattr(self, f.name) for f in _fields(self) if f.metadata["is_recorded"]}
 
+    @property
+    def loading(self) -> dict[str, Any]:
+        """The options of load_model beside the name."""
+        asked = ("revision", *names_of(OfMachine, OfPlacement))
+        return {name: getattr(self, name) for name in asked if hasattr(self, name)}
+
     def check_choices(self) -> None:
         """Raise :class:`InputError` for a word that is none of those allowed."""
         for f in _fields(self):
@@ -143,6 +149,13 @@ class OfText:
         None, "take this row of the dataset as the only text (a book of pg19)", least=0, in_sweep=False
     )
     text_file: str | None = option(None, "take this UTF-8 file as the text instead of a dataset", in_sweep=False)
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """The options of load_corpus; empty where no text is named, as tasks allow it."""
+        if self.dataset is None and self.text_file is None:
+            return {}
+        return {name: getattr(self, name) for name in names_of(OfText)} | {"dataset": self.dataset or ""}
 
 
 @dataclass(frozen=True)

@@ -43,12 +43,6 @@ class _Measured(OfLimits, OfEngine, OfMachine, OfPresses, OfModel, Options):
     """What every measurement under presses has."""
 
     @property
-    def loading(self) -> dict[str, Any]:
-        """The options of load_model beside the name."""
-        asked = ("revision", *names_of(OfMachine), *names_of(OfPlacement))
-        return {name: getattr(self, name) for name in asked if hasattr(self, name)}
-
-    @property
     def cluster(self) -> dict[str, Any]:
         """The options of the engine."""
         return {"ray_address": self.ray_address, "workers": self.workers}
@@ -188,7 +182,7 @@ class TaskSettings(OfTasks, OfText, _Measured):
             )
         for name in ("subset", "split", "sample_idx"):
             is_given = getattr(self, name) != getattr(TaskSettings, name)
-            if is_given and self.dataset is None and self.text_file is None:
+            if is_given and not self.reading:
                 raise InputError(f"--{name} belongs to a text; name one with --dataset, or leave it out.")
         if self.task_examples > MOST_EXAMPLES:
             raise InputError(f"--task_examples must be at most {MOST_EXAMPLES:,}, got {self.task_examples:,}.")
@@ -252,7 +246,7 @@ class BenchmarkSettings(_Measured, OfBenchmark):
 
 
 @dataclass(frozen=True)
-class CalibrationSettings(OfMachine, OfText, OfModel, OfCalibration):
+class CalibrationSettings(OfMachine, OfText, OfModel, OfCalibration, Options):
     """Everything a calibration was asked for; the command line's options have these names."""
 
     # train, where the dataset has splits

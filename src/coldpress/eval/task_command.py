@@ -75,7 +75,7 @@ def measure_tasks(settings: TaskSettings, command: str) -> tuple[list[dict[str, 
     """
     jobs = make_jobs(settings.of_jobs)
     folder = checked_folder(settings)
-    corpus = load_haystack(settings)
+    corpus = load_corpus(**settings.reading) if settings.reading else None
     run = make_questions(settings, jobs, corpus, load_model(settings.model, **settings.loading), command)
     run.keep_in(folder)
     return carry_out(run, folder)
@@ -148,16 +148,3 @@ def make_questions(
     check_task_positions(examples, loaded.max_positions, settings.allow_extrapolation)
     loaded.check_ids([torch.tensor(example.context_ids) for example in examples])
     return Questions(settings, jobs, loaded, command, corpus, examples)
-
-
-def load_haystack(settings: TaskSettings) -> Corpus | None:
-    """The text that answers are hidden in; None for sentences of our own."""
-    if settings.dataset is None and settings.text_file is None:
-        return None
-    return load_corpus(
-        settings.dataset or "",
-        subset=settings.subset,
-        split=settings.split,
-        sample_idx=settings.sample_idx,
-        text_file=settings.text_file,
-    )
