@@ -24,8 +24,7 @@ from coldpress.eval.evaluate import digest_of
 from coldpress.eval.ledger import Answered, Ledger, Measured, versions
 from coldpress.eval.losses import Scores
 from coldpress.eval.prefix import PrefixRun
-from coldpress.eval.speed import SpeedRun
-from coldpress.eval.speed_points import Sample, SpeedPoint
+from coldpress.eval.speed import Sample, SpeedPoint, SpeedRun
 from coldpress.eval.sweep import _is_finished
 from coldpress.eval.windows import plan_prefix
 from coldpress.io.files import replace_file

@@ -26,8 +26,7 @@ from coldpress import (
 )
 from coldpress.errors import SelfCheckError
 from coldpress.eval import speed
-from coldpress.eval.speed import WARMUP_TOKENS, SpeedRun
-from coldpress.eval.speed_points import Sample, SpeedPoint
+from coldpress.eval.speed import WARMUP_TOKENS, Sample, SpeedPoint, SpeedRun
 
 CONTEXT, NEW = 40, 12
 KV_BYTES = 2 * 2 * CONTEXT * 32 * 4  # layers, keys and values, tokens, hidden size, float32

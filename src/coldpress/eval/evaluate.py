@@ -28,8 +28,7 @@ from coldpress.eval.progress import note
 from coldpress.eval.run import DECODE_COST, Part, Run, carry_out, checked_folder, prepared
 from coldpress.eval.schema import IDENTIFYING, OF_A_POINT, SIZES
 from coldpress.eval.settings import Settings
-from coldpress.eval.speed import SpeedRun
-from coldpress.eval.speed_points import SpeedPoint
+from coldpress.eval.speed import SpeedPoint, SpeedRun
 from coldpress.eval.stream import StreamRun
 
 __all__ = ["PressRun", "evaluate", "make_run"]
