@@ -72,6 +72,10 @@ class PointRun(ABC, Generic[_Measured]):
         """The same for items that are the same, and measured alike, where the ledger's name does not tell that."""
         return ""
 
+    def measured(self, point: Point) -> list[tuple[int, _Measured, _Measured]]:
+        """The items that a point was measured on: index, what the point made of it, and what the baseline did."""
+        return [(i, done[point.key], done[BASELINE.key]) for i, done in enumerate(self.done) if point.key in done]
+
     @property
     def is_complete(self) -> bool:
         return not any(self._missing(index) for index in range(len(self.done)))

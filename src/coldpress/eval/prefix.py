@@ -91,38 +91,24 @@ class PrefixRun(PointRun[Measured]):
         self.plan = documents[0][1]
         self.work = WindowWork(self.plan.context, self.plan.scored_per_window, chunk_tokens, greedy_tokens, seed)
         windows = [window for ids, plan in documents for window in plan.windows(ids)]
-        self.window_bytes = _bytes_of_windows(documents, token_bytes)
-        self.places = [(i, start) for i, (_, plan) in enumerate(documents) for start in plan.starts]
+        places = [(i, start) for i, (_, plan) in enumerate(documents) for start in plan.starts]
+        n_bytes = _bytes_of_windows(documents, token_bytes)
+        batches = range(0, len(windows), batch_size)
+        self.places = [places[i : i + batch_size] for i in batches]  # of each window: document, and start in it
+        self.n_bytes = None if n_bytes is None else [sum(n_bytes[i : i + batch_size]) for i in batches]
         kv_bits = [None] * len(presses) if kv_bits is None else kv_bits
         points = [Point(press, bits) for press, bits in zip(presses, kv_bits, strict=True)]
-        batches = [torch.stack(windows[i : i + batch_size]) for i in range(0, len(windows), batch_size)]
-        super().__init__(model, points, batches, ledger)
-
-    def _bytes_of(self, point: Point) -> int | None:
-        """UTF-8 bytes of what was scored of a point."""
-        if self.window_bytes is None:
-            return None
-        left, total = iter(self.window_bytes), 0
-        for windows, done in zip(self.given, self.done, strict=True):
-            n_bytes = sum(itertools.islice(left, len(windows)))
-            total += n_bytes if point.key in done else 0
-        return total
-
-    def _places_of(self, point: Point) -> list[tuple[int, int]]:
-        """Of each window that a point was measured on, which document it is from and where it starts."""
-        left = iter(self.places)
-        parts = (list(itertools.islice(left, len(windows))) for windows in self.given)
-        return [place for part, done in zip(parts, self.done, strict=True) if point.key in done for place in part]
+        super().__init__(model, points, [torch.stack(windows[i : i + batch_size]) for i in batches], ledger)
 
     def _result(self, point: Point) -> dict[str, Any]:
         """The perplexity part of a result record, over the windows measured so far."""
-        pairs = [(batch[point.key], batch[BASELINE.key]) for batch in self.done if point.key in batch]
-        first, first_base = pairs[0]
-        own = Scores.join(mine.scores for mine, _ in pairs)
-        base = Scores.join(its.scores for _, its in pairs)
+        measured = self.measured(point)
+        _, first, first_base = measured[0]
+        own = Scores.join(mine.scores for _, mine, _ in measured)
+        base = Scores.join(its.scores for _, _, its in measured)
         n_windows, n_tokens = own.losses.shape[0], own.losses.numel()
-        measured = (len(ids) for ids, done in zip(self.given, self.done, strict=True) if point.key in done)
-        expected = sum(measured) * self.plan.scored_per_window
+        places = [place for i, *_ in measured for place in self.places[i]]
+        expected = len(places) * self.plan.scored_per_window
         if n_tokens != expected:
             raise SelfCheckError(f"{n_tokens} tokens were scored, the windows' formula says {expected}.")
         if torch.equal(own.losses, base.losses):
@@ -131,7 +117,7 @@ class PrefixRun(PointRun[Measured]):
         nll, base_nll = own.losses.double().sum(1).tolist(), base.losses.double().sum(1).tolist()
         loss, base_loss = math.fsum(nll) / n_tokens, math.fsum(base_nll) / n_tokens
         mean = clustered_mean(counts, nll)
-        n_bytes = self._bytes_of(point)
+        n_bytes = None if self.n_bytes is None else sum(self.n_bytes[i] for i, *_ in measured)
         record: dict[str, Any] = {
             "scored_tokens": n_tokens,
             "windows": n_windows,
@@ -146,14 +132,9 @@ class PrefixRun(PointRun[Measured]):
             "nll_by_distance": {name: float(part.mean()) for name, part in _buckets(own.losses.double())},
             "per_window": [
                 {"id": i, "document": document, "start": start, "n": counts[i], "nll": nll[i], "nll_base": base_nll[i]}
-                for i, (document, start) in enumerate(self._places_of(point))
+                for i, (document, start) in enumerate(places)
             ],
-            "kv_bytes": first.kv_bytes,
-            "kv_bytes_baseline": first_base.kv_bytes,
-            "kv_len_before": self.plan.context,
-            "kv_len_after": first.kv_lengths,
-            "effective_compression_ratio": first.achieved_ratio,
-            "kept_hash": first.kept_hash,
+            **first.facts(first_base, self.plan.context),
         }
         if first.read_ratio < 1:
             record["read_ratio"] = first.read_ratio
@@ -175,7 +156,7 @@ class PrefixRun(PointRun[Measured]):
             "delta_p": {"mean": float(delta_p.mean()), "rms": math.sqrt(float(delta_p.square().mean()))},
             "delta_by_distance": _deltas_by_distance(own.losses.double(), base.losses.double()),
         }
-        agreement = [n for mine, _ in pairs for n in mine.agreement or ()]
+        agreement = [n for _, mine, _ in measured for n in mine.agreement or ()]
         if agreement:
             record["greedy_agreement"] = {
                 "mean": math.fsum(agreement) / len(agreement),

@@ -88,11 +88,10 @@ class TaskRun(PointRun[Answered]):
 
     def _result(self, point: Point) -> dict[str, Any]:
         """The part of a result record that is about tasks, over the examples measured so far."""
-        measured = [i for i, done in enumerate(self.done) if point.key in done]
-        rows = [self._row(i, self.done[i][point.key], self.done[i][BASELINE.key]) for i in measured]
-        first, first_base = (self.done[measured[0]][key] for key in (point.key, BASELINE.key))
-        pairs = ((self.done[i][point.key].losses, self.done[i][BASELINE.key].losses) for i in measured)
-        if all(own == base for own, base in pairs):
+        measured = self.measured(point)
+        rows = [self._row(*each) for each in measured]
+        index, first, first_base = measured[0]
+        if all(own.losses == base.losses for _, own, base in measured):
             check_removed(point, first, first_base, f"the losses of all {len(rows)} answers")
         kinds = itertools.groupby(
             sorted(rows, key=lambda row: (row["task"], row["length"])), key=lambda row: (row["task"], row["length"])
@@ -100,12 +99,7 @@ class TaskRun(PointRun[Answered]):
         return {
             "tasks": [_task(task, length, list(own), point == BASELINE) for (task, length), own in kinds],
             "per_example": rows,
-            "kv_bytes": first.kv_bytes,
-            "kv_bytes_baseline": first_base.kv_bytes,
-            "kv_len_before": self.given[measured[0]].length,
-            "kv_len_after": first.kv_lengths,
-            "effective_compression_ratio": first.achieved_ratio,
-            "kept_hash": first.kept_hash,
+            **first.facts(first_base, self.given[index].length),
         }
 
     def _row(self, index: int, own: Answered, base: Answered) -> dict[str, Any]:

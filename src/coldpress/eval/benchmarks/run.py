@@ -167,31 +167,24 @@ class BenchmarkRun(PointRun[Answers]):
 
     def _result(self, point: Point) -> dict[str, Any]:
         """The part of a result record that is about the benchmark, over the contexts measured so far."""
-        measured = [i for i, done in enumerate(self.done) if point.key in done]
-        own, base = ([self.done[i][key] for i in measured] for key in (point.key, BASELINE.key))
-        per_token = [each.kv_bytes / each.seen_tokens for each in base]
-        rows = [row for i in measured for row in self._rows(i, point)]
+        measured = self.measured(point)
+        _, first, first_base = measured[0]
+        grown = [base.kv_bytes / base.seen_tokens * own.seen_tokens for _, own, base in measured]
+        rows = [row for each in measured for row in self._rows(*each)]
         return {
             "tasks": self._groups(rows, point == BASELINE),
             "per_example": [{name: value for name, value in row.items() if name[0] != "_"} for row in rows],
-            "kv_bytes": round(sum(each.kv_bytes for each in own) / len(own)),
-            "kv_bytes_baseline": round(
-                sum(size * each.seen_tokens for size, each in zip(per_token, own, strict=True)) / len(own)
-            ),
-            "kv_len_before": own[0].seen_tokens,
-            "kv_len_after": own[0].kv_lengths,
-            "effective_compression_ratio": sum(each.achieved_ratio for each in own) / len(own),
-            "kept_hash": own[0].kept_hash,
+            **first.facts(first_base, first.seen_tokens),
+            "kv_bytes": round(sum(own.kv_bytes for _, own, _ in measured) / len(measured)),
+            "kv_bytes_baseline": round(sum(grown) / len(measured)),
+            "effective_compression_ratio": sum(own.achieved_ratio for _, own, _ in measured) / len(measured),
         }
 
-    def _rows(self, index: int, point: Point) -> list[dict[str, Any]]:
+    def _rows(self, index: int, own: Answers, base: Answers) -> list[dict[str, Any]]:
         """What a record says of each question about a context, and what it is summed up from."""
-        context, done = self.given[index], self.done[index]
-        found = []
-        for question, own, base in zip(
-            context.questions, done[point.key].answers, done[BASELINE.key].answers, strict=True
-        ):
-            answer, other = self._text(own), self._text(base)
+        context, found = self.given[index], []
+        for question, ids, other_ids in zip(context.questions, own.answers, base.answers, strict=True):
+            answer, other = self._text(ids), self._text(other_ids)
             scores = self.benchmark.score(answer, question.row), self.benchmark.score(other, question.row)
             depth, first = question.row.get("needle_depth"), next(iter(scores[0]), None)
             found.append(
@@ -204,7 +197,7 @@ class BenchmarkRun(PointRun[Answers]):
                     "depth": None if depth is None else depth / 100,
                     "question": question.row["question"].strip()[:SHOWN],
                     "answer": answer,
-                    "is_same_answer": own == base,
+                    "is_same_answer": ids == other_ids,
                     **{
                         name: None if first is None else mean([each[first]])
                         for name, each in zip(("score", "score_base"), scores, strict=True)
