@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -100,26 +101,24 @@ class PointRun(ABC, Generic[_Measured]):
         for point in (BASELINE, *self.points):
             if point.key in self.errors:
                 yield point, self.errors[point.key]
-            elif any(point.key in done for done in self.done):
+            elif self._is_measured(point):
                 try:
                     yield point, self._result(point)
                 except SelfCheckError as error:
                     yield point, error
 
-    def parts(self) -> Iterator[tuple[Point, list[dict[str, Any] | Exception]]]:
-        """Each point of which there is something to say: what was measured of it, then what went wrong."""
+    def parts(self) -> dict[str, list[dict[str, Any] | Exception]]:
+        """By the key of each point of which there is something to say: what was measured, then what went wrong."""
+        found: dict[str, list[dict[str, Any] | Exception]] = {}
         for point, result in self.results():
-            measured = self.before_failure(point) if isinstance(result, Exception) else None
-            yield point, [part for part in (measured, result) if part is not None]
+            found[point.key] = [result]
+            if point.key in self.errors and self._is_measured(point):
+                with contextlib.suppress(SelfCheckError):
+                    found[point.key].insert(0, self._result(point))
+        return found
 
-    def before_failure(self, point: Point) -> dict[str, Any] | None:
-        """The part of a result record over the items measured before a point failed; None if there is nothing."""
-        if point.key not in self.errors or not any(point.key in done for done in self.done):
-            return None
-        try:
-            return self._result(point)
-        except SelfCheckError:
-            return None
+    def _is_measured(self, point: Point) -> bool:
+        return any(point.key in done for done in self.done)
 
     def _missing(self, index: int) -> list[Point]:
         """The points that have not been measured on an item, and have not failed."""
