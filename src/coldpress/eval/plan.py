@@ -40,7 +40,7 @@ class Plan:
         notes: what the user should know about the meaning of the numbers.
         stream_limit: of a stream, how much of each document is read at original positions; None for all.
         token_bytes: UTF-8 bytes that each token of ``documents`` stands for, int64 ``[N]`` each, or None where the
-            tokenizer does not say (:func:`coldpress.eval.tokens.token_bytes`).
+            tokenizer does not say (:func:`coldpress.eval.tokens.encode`).
         preset: the name of the preset (:mod:`coldpress.eval.presets`) that cuts the documents; None without one.
         add_bos: whether the tokenizer's BOS token begins them, or each of the windows.
         units: words and bytes of each document, as lm-eval counts them; None but for that preset.
