@@ -24,7 +24,7 @@ from coldpress.errors import SelfCheckError
 from coldpress.eval.checks import check_baseline, check_removed, check_stored_pairs, prefilled, release, sizes_of
 from coldpress.eval.jobs import BASELINE, Point
 from coldpress.eval.ledger import Answered, Ledger
-from coldpress.eval.losses import token_losses
+from coldpress.eval.losses import finite, token_losses
 from coldpress.eval.metrics import paired_difference, score_difference
 from coldpress.eval.perplexity import forward
 from coldpress.eval.point_run import Item, PointRun
@@ -215,9 +215,7 @@ class ExampleWork:
         last = forward(model, question, cache, keep=1)
         greedy = self._generate(model, cache.fork(), example, last) if example.references else None
         logits = last if answer.shape[1] == 1 else torch.cat([last, forward(model, answer[:, :-1], cache)], dim=1)
-        losses = token_losses(logits, answer)[0].tolist()
-        if not all(map(math.isfinite, losses)):
-            raise SelfCheckError("A loss is not finite: the model's logits overflow in this dtype.")
+        losses = finite(token_losses(logits, answer)[0].cpu()).tolist()
         return Answered(losses=losses, answer_ids=greedy, **sizes)
 
     def _generate(self, model: PreTrainedModel, cache: PressedCache, example: Example, logits: Tensor) -> list[int]:

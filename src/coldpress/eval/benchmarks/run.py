@@ -16,13 +16,12 @@ import torch
 from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.cache.pressed import PressedCache
-from coldpress.errors import SelfCheckError
 from coldpress.eval.benchmarks.benchmark import Benchmark, Scores, Share
 from coldpress.eval.benchmarks.rows import AskedContext
 from coldpress.eval.checks import check_baseline, sizes_of
 from coldpress.eval.jobs import BASELINE, Point
 from coldpress.eval.ledger import Answers, Ledger
-from coldpress.eval.losses import token_losses
+from coldpress.eval.losses import finite, token_losses
 from coldpress.eval.perplexity import forward
 from coldpress.eval.point_run import PointRun
 from coldpress.eval.task_run import ExampleWork, ends_of, greedy_tokens
@@ -106,9 +105,7 @@ class ContextWork(ExampleWork):
         cache, n = PressedCache(), example.length
         forward(model, tokens[:, :n], cache, keep=1)
         losses = token_losses(forward(model, tokens[:, n:-1], cache, keep=len(answer)), tokens[:, -len(answer) :])
-        if not losses.isfinite().all():
-            raise SelfCheckError("A loss is not finite: the model's logits overflow in this dtype.")
-        check_baseline(model, tokens, losses.cpu())
+        check_baseline(model, tokens, finite(losses.cpu()))
 
     def _ask(
         self, model: PreTrainedModel, cache: PressedCache, example: AskedContext, with_hash: bool = False
