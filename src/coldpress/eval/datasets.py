@@ -60,7 +60,7 @@ class Corpus:
     name: str
     source: str
     subset: str | None
-    split: str
+    split: str | None
     join: str | None
     documents: tuple[Document, ...]
     rows: tuple[str, ...] | None = field(default=None, repr=False)
