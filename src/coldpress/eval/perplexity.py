@@ -130,9 +130,8 @@ def _error_bars(
         "ppl_ci95": None if ci is None else [perplexity(ci[0]), perplexity(ci[1])],
         "ppl_se": None if se is None else se * perplexity(mean),
     }
-    if 1 < len(counts) < FEW_WINDOWS:
-        drawn = bootstrap_difference(counts, nll)
-        assert drawn is not None
+    drawn = bootstrap_difference(counts, nll) if len(counts) < FEW_WINDOWS else None
+    if drawn is not None:
         found["ppl_bootstrap_ci95"] = [perplexity(drawn[0]), perplexity(drawn[1])]
     return found
 

@@ -56,17 +56,14 @@ class PrefixRun(PointRun[Measured]):
     """Score targets against compressed contexts, window by window; :meth:`results` can be asked for at any time.
 
     Args:
-        model: a causal language model on coldpress's backend.
+        model, ledger: see :class:`coldpress.eval.point_run.PointRun`.
         presses: the points to measure; the uncompressed baseline is always measured too.
         kv_bits: how what each of them keeps is stored; None: all as it is.
         documents: token ids, int64 ``[N]`` each, with the plan of their windows; all plans have the same sizes.
         batch_size: windows that are run together.
-        chunk_tokens: tokens of a piece of the context; None for a context in one piece.
         token_bytes: UTF-8 bytes that each token of the documents stands for, int64 ``[N]`` each, for bits per byte;
             None where that is not known.
-        greedy_tokens: also generate so many tokens from each cache, and count how many are the baseline's.
-        seed: of what presses draw at random from torch's own generator.
-        ledger: what was finished by an earlier run, and where this one notes what it has finished; None: nowhere.
+        chunk_tokens, greedy_tokens, seed: see :class:`WindowWork`.
 
     Raises:
         SelfCheckError: from :meth:`run`, when the baseline contradicts a direct forward pass or is not finite.
@@ -172,11 +169,11 @@ def _bytes_of_windows(
     documents: Sequence[tuple[Tensor, PrefixPlan]], token_bytes: Sequence[Tensor | None] | None
 ) -> list[int] | None:
     """UTF-8 bytes of the scored tokens of each window; None unless they are known of all."""
-    if token_bytes is None or any(n is None for n in token_bytes):
+    known = [n_bytes for n_bytes in token_bytes or () if n_bytes is not None]
+    if len(known) < len(documents):
         return None
     found = []
-    for n_bytes, (_, plan) in zip(token_bytes, documents, strict=True):
-        assert n_bytes is not None
+    for n_bytes, (_, plan) in zip(known, documents, strict=True):
         ends = (start + plan.context + plan.target for start in plan.starts)
         found += [int(n_bytes[end - plan.scored_per_window : end].sum()) for end in ends]
     return found
@@ -207,8 +204,8 @@ class WindowWork:
         context: tokens that are prefilled.
         n_scored: tokens scored in each window, its last ones.
         chunk_tokens: tokens of a piece of the context; None for a context in one piece.
-        greedy_tokens: tokens to generate from each cache.
-        seed: with the batch's index, of torch's generator: what is drawn depends on no other batch.
+        greedy_tokens: tokens to generate from each cache, to count how many are the baseline's.
+        seed: with the batch's index, of torch's generator: what presses draw depends on no other batch.
     """
 
     context: int

@@ -193,8 +193,12 @@ class Run(ABC):
 class ExampleRun(Run):
     """A run over tasks or benchmarks: points and examples."""
 
-    label: str  # of the progress
     points: PointRun[Any] | None = None
+
+    @property
+    def label(self) -> str:
+        """Of the progress."""
+        return "tasks"
 
     @abstractmethod
     def point_run(self) -> PointRun[Any]:

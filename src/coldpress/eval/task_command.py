@@ -76,7 +76,6 @@ class Questions(ExampleRun):
 
     corpus: Corpus | None
     examples: list[Example]
-    label = "tasks"
 
     def point_run(self) -> TaskRun:
         s = self.settings

@@ -44,14 +44,10 @@ class TaskRun(PointRun[Answered]):
     """Answer questions about compressed contexts, one by one; :meth:`results` can be asked for at any time.
 
     Args:
-        model: a causal language model on coldpress's backend.
+        model, points, ledger: see :class:`coldpress.eval.point_run.PointRun`.
         tokenizer: of the model.
-        points: to measure; the uncompressed baseline is always measured too.
         examples: see :func:`coldpress.eval.tasks.make_examples`.
-        chunk_tokens: tokens of a piece of the context; None for a context in one piece.
-        max_new_tokens: of an answer at most, instead of what its task says.
-        seed: of what presses draw at random from torch's own generator.
-        ledger: what was finished by an earlier run, and where this one notes what it has finished; None: nowhere.
+        chunk_tokens, max_new_tokens, seed: see :class:`ExampleWork`.
 
     Raises:
         SelfCheckError: from :meth:`run`, when the baseline contradicts a direct forward pass or is not finite.
@@ -166,7 +162,7 @@ class ExampleWork:
         max_new_tokens: of an answer at most; None for what the example says.
         newlines: tokens with which a line ends.
         ends: tokens with which a text ends.
-        seed: with the example's index, of torch's generator: what is drawn depends on no other example.
+        seed: with the example's index, of torch's generator: what presses draw depends on no other example.
     """
 
     chunk_tokens: int | None

@@ -130,14 +130,11 @@ class BenchmarkRun(PointRun[Answers]):
     """Answer the questions of a benchmark, context by context; :meth:`results` can be asked for at any time.
 
     Args:
-        model: a causal language model on coldpress's backend.
+        model, points, ledger: see :class:`coldpress.eval.point_run.PointRun`.
         tokenizer: of the model.
-        points: to measure; the uncompressed baseline is always measured too.
         benchmark: scores the answers.
         contexts: see :func:`coldpress.eval.benchmarks.rows.make_contexts`.
-        chunk_tokens: tokens of a piece of the context; None for a context in one piece.
-        seed: of what presses draw at random from torch's own generator.
-        ledger: what was finished by an earlier run, and where this one notes what it has finished; None: nowhere.
+        chunk_tokens, seed: see :class:`coldpress.eval.task_run.ExampleWork`.
     """
 
     kind = Answers
@@ -195,10 +192,8 @@ class BenchmarkRun(PointRun[Answers]):
                     "question": question.row["question"].strip()[:SHOWN],
                     "answer": answer,
                     "is_same_answer": ids == other_ids,
-                    **{
-                        name: None if first is None else mean([each[first]])
-                        for name, each in zip(("score", "score_base"), scores, strict=True)
-                    },
+                    "score": None if first is None else mean([scores[0][first]]),
+                    "score_base": None if first is None else mean([scores[1][first]]),
                 }
             )
         return found
