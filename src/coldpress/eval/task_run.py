@@ -26,11 +26,12 @@ from coldpress.eval.jobs import BASELINE, Point
 from coldpress.eval.ledger import Answered, Ledger
 from coldpress.eval.losses import finite, token_losses
 from coldpress.eval.metrics import paired_difference, score_difference
+from coldpress.eval.models import input_device
 from coldpress.eval.perplexity import forward
 from coldpress.eval.point_run import Item, PointRun
 from coldpress.eval.tasks import Example
 
-__all__ = ["ExampleWork", "TaskRun", "ends_of", "greedy_tokens", "match"]
+__all__ = ["ExampleWork", "TaskRun", "ends_of", "greedy_tokens", "match", "row_of"]
 
 SHOWN = 80  # characters of an answer that a record holds
 
@@ -180,8 +181,9 @@ class ExampleWork:
         """
         torch.manual_seed(self.seed + item.index)
         example = item.given
-        context = torch.tensor([example.context_ids], device=next(model.parameters()).device)
-        full, branches = prefilled(model, context, item.points, self.chunk_tokens, example.n_pinned)
+        full, branches = prefilled(
+            model, row_of(model, example.context_ids), item.points, self.chunk_tokens, example.n_pinned
+        )
         base = self._ask(model, full, example)
         if item.is_checked:
             self._check(model, example, base)
@@ -199,16 +201,13 @@ class ExampleWork:
 
     def _check(self, model: PreTrainedModel, example: Any, base: Any) -> None:
         """Raise :class:`SelfCheckError` if the baseline's losses are not those of a direct forward pass."""
-        whole = [*example.context_ids, *example.question_ids, *example.answer_ids]
-        device = next(model.parameters()).device
-        check_baseline(model, torch.tensor([whole], device=device), torch.tensor([base.losses]))
+        whole = row_of(model, example.context_ids, example.question_ids, example.answer_ids)
+        check_baseline(model, whole, torch.tensor([base.losses]))
 
     def _ask(self, model: PreTrainedModel, cache: PressedCache, example: Any, with_hash: bool = False) -> Any:
         """What ``cache``, right after its prefill, makes of the example's question and answer."""
-        device = next(model.parameters()).device
-        question, answer = (torch.tensor([ids], device=device) for ids in (example.question_ids, example.answer_ids))
-        sizes = sizes_of(cache, with_hash)
-        last = forward(model, question, cache, keep=1)
+        answer, sizes = row_of(model, example.answer_ids), sizes_of(cache, with_hash)
+        last = forward(model, row_of(model, example.question_ids), cache, keep=1)
         greedy = self._generate(model, cache.fork(), example, last) if example.references else None
         logits = last if answer.shape[1] == 1 else torch.cat([last, forward(model, answer[:, :-1], cache)], dim=1)
         losses = finite(token_losses(logits, answer)[0].cpu()).tolist()
@@ -219,6 +218,11 @@ class ExampleWork:
         limit = self.max_new_tokens or example.answer_tokens or 1
         newlines = self.newlines if len(example.references) == 1 else frozenset()
         return greedy_tokens(model, cache, logits, limit, self.ends, newlines)
+
+
+def row_of(model: PreTrainedModel, *parts: Sequence[int]) -> Tensor:
+    """Token ids ``[1, n]`` of some parts, one after the other, where ``model`` expects them."""
+    return torch.tensor([list(itertools.chain(*parts))], device=input_device(model))
 
 
 def greedy_tokens(

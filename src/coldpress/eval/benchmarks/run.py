@@ -24,7 +24,7 @@ from coldpress.eval.ledger import Answers, Ledger
 from coldpress.eval.losses import finite, token_losses
 from coldpress.eval.perplexity import forward
 from coldpress.eval.point_run import PointRun
-from coldpress.eval.task_run import ExampleWork, ends_of, greedy_tokens
+from coldpress.eval.task_run import ExampleWork, ends_of, greedy_tokens, row_of
 from coldpress.models.block import prefilling
 
 __all__ = ["BenchmarkRun", "ContextWork", "bootstrap_interval", "mcnemar", "mean"]
@@ -99,9 +99,8 @@ class ContextWork(ExampleWork):
 
     def _check(self, model: PreTrainedModel, example: AskedContext, base: Answers) -> None:
         """Raise SelfCheckError if the uncompressed cache's losses are not those of a direct forward pass."""
-        device = next(model.parameters()).device
-        question, answer = example.questions[0].ids, base.answers[0]
-        tokens = torch.tensor([[*example.context_ids, *question, *answer]], device=device)
+        answer = base.answers[0]
+        tokens = row_of(model, example.context_ids, example.questions[0].ids, answer)
         cache, n = PressedCache(), example.length
         forward(model, tokens[:, :n], cache, keep=1)
         losses = token_losses(forward(model, tokens[:, n:-1], cache, keep=len(answer)), tokens[:, -len(answer) :])
@@ -118,8 +117,7 @@ class ContextWork(ExampleWork):
             branch = cache.fork()
             block: AbstractContextManager[Any] = prefilling(model, branch) if goes_on else nullcontext()
             with block:
-                ids = torch.tensor([question.ids], device=next(model.parameters()).device)
-                logits = forward(model, ids, branch, keep=1)
+                logits = forward(model, row_of(model, question.ids), branch, keep=1)
                 answers.append(greedy_tokens(model, branch, logits, question.limit, self.ends))
             if goes_on and len(answers) == 1:
                 sizes = {"seen_tokens": branch.seen_tokens, **sizes_of(branch, with_hash)}
