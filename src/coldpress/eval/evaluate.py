@@ -118,20 +118,20 @@ class PressRun(Run):
 
     def _measure_perplexity(self, engine: Engine | None) -> None:
         s, plan, model = self.settings, self.plan, self.loaded.model
+        points = [job.point for job in self.jobs]
         torch.manual_seed(s.seed)
         if s.ppl_mode == "streaming":
             assert s.stream_chunk is not None
-            presses, how = [job.press for job in self.jobs], {"positions": s.positions, "limit": plan.stream_limit}
-            self.scored = StreamRun(model, presses, plan.documents, chunk=s.stream_chunk, **how)
+            how: dict[str, Any] = {"positions": s.positions, "limit": plan.stream_limit}
+            self.scored = StreamRun(model, points, plan.documents, chunk=s.stream_chunk, **how)
             self.timed("perplexity", self.scored.run)
         elif plan.windows is not None:
             self.scored = PrefixRun(
                 model,
-                [job.press for job in self.jobs],
+                points,
                 list(zip(plan.documents, plan.windows, strict=True)),
                 s.batch_size,
                 s.chunk_tokens,
-                [job.kv_bits for job in self.jobs],
                 token_bytes=plan.token_bytes,
                 greedy_tokens=s.greedy_tokens,
                 ledger=self.ledger,
@@ -141,7 +141,7 @@ class PressRun(Run):
                 self.timed("perplexity", partial(self.scored.run, engine=where))
                 self.engine = getattr(where, "facts", dict)()
         elif plan.max_length is not None and plan.stride is not None:
-            if any(job.point != BASELINE for job in self.jobs):
+            if any(point != BASELINE for point in points):
                 note("this perplexity is the uncompressed model's; --ppl_apply_press measures it under the press.")
             sizes: dict[str, Any] = {"max_length": plan.max_length, "stride": plan.stride, "batch_size": s.batch_size}
             sizes |= {"preset": plan.preset, "token_bytes": plan.token_bytes, "units": plan.units}
@@ -153,13 +153,11 @@ class PressRun(Run):
         jobs = [job for job in self.jobs if not self._has_failed(job)]
         if plan.context_ids is None or not jobs:
             return
-        pressed = [job for job in jobs if job.point != BASELINE]
         eos = getattr(model.generation_config, "eos_token_id", None)
         self.speed = SpeedRun(
             model,
             plan.context_ids.to(self.loaded.device),
-            [None, *(job.press for job in pressed)],  # the baseline is always timed beside the presses
-            kv_bits=[None, *(job.kv_bits for job in pressed)],
+            [BASELINE, *(job.point for job in jobs if job.point != BASELINE)],  # it is always timed beside the others
             max_new_tokens=s.max_new_tokens,
             min_new_tokens=s.min_new_tokens,
             eos_ids=[] if eos is None else eos if isinstance(eos, list) else [eos],

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
-from coldpress.bases.press import BasePress
 from coldpress.bases.scorer import BudgetPress
 from coldpress.cache.pressed import PressedCache
 from coldpress.errors import SelfCheckError
@@ -43,7 +42,6 @@ from coldpress.eval.models import input_device
 from coldpress.eval.perplexity import forward
 from coldpress.eval.point_run import Item, PointRun
 from coldpress.eval.windows import PrefixPlan
-from coldpress.stores.codec import Codec
 
 __all__ = ["PrefixRun", "WindowWork"]
 
@@ -56,9 +54,7 @@ class PrefixRun(PointRun[Measured]):
     """Score targets against compressed contexts, window by window; :meth:`results` can be asked for at any time.
 
     Args:
-        model, ledger: see :class:`coldpress.eval.point_run.PointRun`.
-        presses: the points to measure; the uncompressed baseline is always measured too.
-        kv_bits: how what each of them keeps is stored; None: all as it is.
+        model, points, ledger: see :class:`coldpress.eval.point_run.PointRun`.
         documents: token ids, int64 ``[N]`` each, with the plan of their windows; all plans have the same sizes.
         batch_size: windows that are run together.
         token_bytes: UTF-8 bytes that each token of the documents stands for, int64 ``[N]`` each, for bits per byte;
@@ -74,11 +70,10 @@ class PrefixRun(PointRun[Measured]):
     def __init__(
         self,
         model: PreTrainedModel,
-        presses: Sequence[BasePress | None],
+        points: Sequence[Point],
         documents: Sequence[tuple[Tensor, PrefixPlan]],
         batch_size: int = 1,
         chunk_tokens: int | None = None,
-        kv_bits: Sequence[Codec | None] | None = None,
         *,
         token_bytes: Sequence[Tensor | None] | None = None,
         greedy_tokens: int = 0,
@@ -93,8 +88,6 @@ class PrefixRun(PointRun[Measured]):
         batches = range(0, len(windows), batch_size)
         self.places = [places[i : i + batch_size] for i in batches]  # of each window: document, and start in it
         self.n_bytes = None if n_bytes is None else [sum(n_bytes[i : i + batch_size]) for i in batches]
-        kv_bits = [None] * len(presses) if kv_bits is None else kv_bits
-        points = [Point(press, bits) for press, bits in zip(presses, kv_bits, strict=True)]
         super().__init__(model, points, [torch.stack(windows[i : i + batch_size]) for i in batches], ledger)
 
     def _result(self, point: Point) -> dict[str, Any]:

@@ -140,8 +140,7 @@ class SpeedRun:
     Args:
         model: a causal language model on coldpress's backend.
         context_ids: int64 ``[1, C]``.
-        presses: what to time; None stands for no press.
-        kv_bits: how what each of them keeps is stored; None: all as it is.
+        points: what to time.
         max_new_tokens: ids to generate, at least 2.
         min_new_tokens: no end of text before so many ids; None means ``max_new_tokens``, so that every run generates
             the same number.
@@ -157,7 +156,7 @@ class SpeedRun:
         self,
         model: PreTrainedModel,
         context_ids: Tensor,
-        presses: Sequence[BasePress | None],
+        points: Sequence[Point],
         *,
         max_new_tokens: int,
         min_new_tokens: int | None = None,
@@ -167,12 +166,10 @@ class SpeedRun:
         warmup: int = 1,
         seed: int = 0,
         chunk_tokens: int | None = None,
-        kv_bits: Sequence[Codec | None] | None = None,
         compile: bool = False,
     ):
         self.model, self.context_ids = model, context_ids
-        kv_bits = [None] * len(presses) if kv_bits is None else kv_bits
-        self.points = [SpeedPoint(press, bits) for press, bits in zip(presses, kv_bits, strict=True)]
+        self.points = [SpeedPoint(point.press, point.kv_bits) for point in points]
         self.max_new_tokens = max_new_tokens
         self.min_new_tokens = max_new_tokens if min_new_tokens is None else min(min_new_tokens, max_new_tokens)
         self.eos_ids, self.decode_only = tuple(eos_ids), decode_only

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
-from coldpress.bases.press import BasePress
 from coldpress.cache.pressed import PressedCache
 from coldpress.errors import SelfCheckError
 from coldpress.eval.checks import release
@@ -101,7 +100,7 @@ class StreamRun(PointRun[Read]):
 
     Args:
         model: a causal language model on coldpress's backend.
-        presses: decoding schedules, or None for the uncompressed cache, which keeps original positions.
+        points: decoding schedules, or the uncompressed baseline, which keeps original positions.
         documents: token ids, int64 ``[N]`` each.
         chunk: tokens that are fed in together.
         positions: of the presses' caches, as in :class:`PressedCache`.
@@ -113,7 +112,7 @@ class StreamRun(PointRun[Read]):
     def __init__(
         self,
         model: PreTrainedModel,
-        presses: Sequence[BasePress | None],
+        points: Sequence[Point],
         documents: Sequence[Tensor],
         *,
         chunk: int,
@@ -126,11 +125,11 @@ class StreamRun(PointRun[Read]):
         chunks = [
             Chunk(point, i, begin)
             for i in range(len(self.whole))
-            for point in map(Point, presses)
+            for point in points
             for begin in range(0, len(self.documents(point)[i]) - 1, chunk)
         ]
         self.work, self.cache = self._read, PressedCache()
-        super().__init__(model, [Point(press) for press in presses], chunks)
+        super().__init__(model, points, chunks)
 
     def position_mode(self, point: Point) -> Literal["original", "rerotate"]:
         """Where this point's keys stand."""
