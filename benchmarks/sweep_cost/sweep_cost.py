@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from coldpress import BasePress, PressedCache
 from coldpress.bases.registry import make_press
+from coldpress.eval.jobs import Point
 from coldpress.eval.losses import token_losses
 from coldpress.eval.perplexity import forward
 from coldpress.eval.prefix import PrefixRun
@@ -50,7 +51,7 @@ def one_by_one(model: PreTrainedModel, window: Tensor, context: int, presses: li
 
 def in_a_sweep(model: PreTrainedModel, window: Tensor, context: int, presses: list[BasePress]) -> list[float]:
     plan = plan_prefix(window.shape[1], context, window.shape[1] - context)
-    run = PrefixRun(model, presses, [(window[0], plan)])
+    run = PrefixRun(model, list(map(Point, presses)), [(window[0], plan)])
     run.run()
     results = [result for _, result in run.results()][1:]
     failed = [result for result in results if isinstance(result, Exception)]

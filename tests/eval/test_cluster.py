@@ -33,6 +33,7 @@ from coldpress.eval import cluster, ray_connection
 from coldpress.eval import worker as transport
 from coldpress.eval.cluster import RayEngine
 from coldpress.eval.engine import LocalEngine, check_engine, make_engine
+from coldpress.eval.jobs import Point
 from coldpress.eval.models import LoadedModel, load_model
 from coldpress.eval.prefix import PrefixRun, WindowWork
 from coldpress.eval.windows import plan_prefix
@@ -58,7 +59,7 @@ def engine(loaded: LoadedModel) -> Iterator[RayEngine]:
 
 def run(model: PreTrainedModel, text: Tensor, engine: Any = None, presses: Any = None) -> PrefixRun:
     presses = presses or [KnormPress(0.5), SnapKVPress(0.3, window_size=8), AdaKVPress(KnormPress(0.6))]
-    run = PrefixRun(model, presses, [(text, plan_prefix(len(text), CONTEXT, TARGET))])
+    run = PrefixRun(model, list(map(Point, presses)), [(text, plan_prefix(len(text), CONTEXT, TARGET))])
     run.run(engine=engine)
     return run
 
@@ -113,7 +114,7 @@ def test_two_workers_one_of_them_killed_give_the_local_results(
 ) -> None:
     local = run(loaded.model, text)
     assert_same(run(loaded.model, text, engine), local)
-    hurt = PrefixRun(loaded.model, [p.press for p in local.points], [(text, local.plan)])
+    hurt = PrefixRun(loaded.model, local.points, [(text, local.plan)])
     hurt.work = Fatal(hurt.work, tmp_path / "flag")  # type: ignore[assignment]
     hurt.run(engine=engine)
     assert (tmp_path / "flag").exists() and engine.facts()["lost_workers"] == 1
@@ -191,7 +192,7 @@ def test_items_are_asked_for_as_they_are_needed(engine: RayEngine) -> None:
 def test_work_that_no_worker_survives_ends_the_run_and_leaves_what_was_finished(
     loaded: LoadedModel, engine: RayEngine, text: Tensor, tmp_path: Path
 ) -> None:
-    hurt = PrefixRun(loaded.model, [KnormPress(0.5)], [(text, plan_prefix(len(text), CONTEXT, TARGET))])
+    hurt = PrefixRun(loaded.model, [Point(KnormPress(0.5))], [(text, plan_prefix(len(text), CONTEXT, TARGET))])
     hurt.work = Fatal(hurt.work, tmp_path / "flag", is_always=True)  # type: ignore[assignment]
     with pytest.raises(LostWorkersError, match="workers were lost one after the other at the same piece of work"):
         hurt.run(engine=engine)

@@ -21,11 +21,11 @@ from coldpress import KnormPress, RandomPress
 from coldpress.errors import OutputError
 from coldpress.eval import results
 from coldpress.eval.evaluate import digest_of
+from coldpress.eval.jobs import BASELINE, Point
 from coldpress.eval.ledger import Answered, Ledger, Measured, versions
 from coldpress.eval.losses import Scores
 from coldpress.eval.prefix import PrefixRun
-from coldpress.eval.speed import SpeedRun
-from coldpress.eval.speed_points import Sample, SpeedPoint
+from coldpress.eval.speed import Sample, SpeedPoint, SpeedRun
 from coldpress.eval.sweep import _is_finished
 from coldpress.eval.windows import plan_prefix
 from coldpress.io.files import replace_file
@@ -61,7 +61,7 @@ def rounds(folder: Path, place: int) -> Any:
 
 def timed(samples: Sequence[list[Sample]] = ((), ())) -> SpeedRun:  # type: ignore[assignment]
     """The rounds of two points, with nothing measured but these samples."""
-    run = SpeedRun(None, torch.zeros(1, 8), [None, KnormPress(0.5)], max_new_tokens=4)  # type: ignore[arg-type]
+    run = SpeedRun(None, torch.zeros(1, 8), [BASELINE, Point(KnormPress(0.5))], max_new_tokens=4)  # type: ignore[arg-type]
     run.points = [SpeedPoint(point.press, samples=list(own)) for point, own in zip(run.points, samples, strict=True)]
     return run
 
@@ -137,7 +137,9 @@ def test_what_one_point_made_is_not_taken_for_another_s(tmp_path: Path) -> None:
 def test_a_run_goes_on_from_damage_to_the_same_result(model: PreTrainedModel, text: Tensor, tmp_path: Path) -> None:
     def measured() -> list[Any]:
         presses = [KnormPress(0.5), RandomPress(0.5)]
-        run = PrefixRun(model, presses, [(text, plan_prefix(len(text), 48, 32))], ledger=Ledger(tmp_path / "one"))
+        run = PrefixRun(
+            model, list(map(Point, presses)), [(text, plan_prefix(len(text), 48, 32))], ledger=Ledger(tmp_path / "one")
+        )
         run.run()
         return [result for _, result in run.results()]
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from coldpress import KnormPress, SnapKVPress
 from coldpress.errors import SelfCheckError
 from coldpress.eval.checks import check_unchanged
+from coldpress.eval.jobs import Point
 from coldpress.eval.losses import Scores, loss_error, token_losses
 from coldpress.eval.prefix import PrefixRun
 from coldpress.eval.windows import plan_prefix
@@ -67,7 +68,7 @@ def small_windows(dtype: torch.dtype) -> list[str]:
 def failures(model: object, ids: Tensor, context: int, target: int) -> list[str]:
     """What went wrong when the windows of ``ids`` were measured under two presses."""
     presses = [KnormPress(0.5), SnapKVPress(0.5, window_size=8)]
-    run = PrefixRun(model, presses, [(ids, plan_prefix(len(ids), context, target))])  # type: ignore[arg-type]
+    run = PrefixRun(model, list(map(Point, presses)), [(ids, plan_prefix(len(ids), context, target))])
     run.run()
     found = [result for _, result in run.results()]
     assert len(found) == 3

@@ -114,7 +114,7 @@ def test_losses_are_taken_in_float32_and_in_blocks() -> None:
 def test_the_number_of_scored_tokens_is_checked(
     model: PreTrainedModel, text: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "strided_scored_tokens", lambda *sizes: 498)
+    monkeypatch.setattr(module, "STRIDED", module.STRIDED._replace(scored=lambda *sizes: 498))
     with pytest.raises(SelfCheckError, match="499 tokens were scored, the windows' formula says 498"):
         plain_perplexity(model, [text], max_length=64, stride=32)
 

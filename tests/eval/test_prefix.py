@@ -34,6 +34,7 @@ from coldpress import (
 from coldpress.architecture.cache_argument import cache_argument
 from coldpress.bases.registry import make_press
 from coldpress.errors import PressError, SelfCheckError
+from coldpress.eval.jobs import Point
 from coldpress.eval.ledger import Ledger
 from coldpress.eval.prefix import PrefixRun
 from coldpress.eval.windows import plan_prefix
@@ -50,7 +51,7 @@ def measure(
     chunk_tokens: int | None = None,
 ) -> tuple[PrefixRun, list[Result | Exception]]:
     plans = [(ids, plan_prefix(len(ids), CONTEXT, TARGET)) for ids in documents]
-    run = PrefixRun(model, presses, plans, batch_size, chunk_tokens)
+    run = PrefixRun(model, list(map(Point, presses)), plans, batch_size, chunk_tokens)
     run.run()
     return run, [result for _, result in run.results()]
 
@@ -202,7 +203,7 @@ def test_presses_in_few_bits(model: PreTrainedModel, text: Tensor) -> None:
     """Also no press at all, which is no baseline then; and ratio 0, whose check is about pairs as they are."""
     presses: list[Any] = [None, None, KnormPress(0.5), KnormPress(0.5), KnormPress(0.0)]
     bits = [KVBits(8, 8, 8), KVBits(2, 8, 8), None, KVBits(4, 8, 8), KVBits(4, 8, 8)]
-    run = PrefixRun(model, presses, [(text, plan_prefix(len(text), CONTEXT, TARGET))], 1, kv_bits=bits)
+    run = PrefixRun(model, list(map(Point, presses, bits)), [(text, plan_prefix(len(text), CONTEXT, TARGET))])
     run.run()
     points, found = zip(*run.results(), strict=True)
     assert [(point.press, point.kv_bits) for point in points] == [(None, None), *zip(presses, bits, strict=True)]
@@ -217,7 +218,7 @@ def test_presses_in_few_bits(model: PreTrainedModel, text: Tensor) -> None:
 
 def test_bits_that_nothing_is_held_in_are_no_error_and_change_nothing(model: PreTrainedModel, text: Tensor) -> None:
     """A context of no more than the newest tokens; and bits that change nothing are one, where bytes were saved."""
-    run = PrefixRun(model, [None], [(text, plan_prefix(len(text), CONTEXT, TARGET))], 1, kv_bits=[KVBits(4)])
+    run = PrefixRun(model, [Point(None, KVBits(4))], [(text, plan_prefix(len(text), CONTEXT, TARGET))])
     run.run()
     baseline, same = (only(result) for _, result in run.results())
     assert nlls(same) == nlls(baseline) and same["kv_bytes"] == baseline["kv_bytes"]
@@ -399,7 +400,7 @@ def test_a_press_that_fails_half_way_stops_no_other(model: PreTrainedModel, text
 def test_an_interruption_between_windows_leaves_whole_windows(model: PreTrainedModel, text: Tensor) -> None:
     _, whole = measure(model, [KnormPress(0.5)], [text])
     plan = plan_prefix(500, CONTEXT, TARGET)
-    run = PrefixRun(model, [KnormPress(0.5)], [(text, plan)])
+    run = PrefixRun(model, [Point(KnormPress(0.5))], [(text, plan)])
 
     def interrupted(batches: Iterator[Any]) -> Iterator[Any]:
         yield from itertools.islice(batches, 2)
@@ -417,7 +418,7 @@ def test_an_interruption_between_windows_leaves_whole_windows(model: PreTrainedM
 def test_an_interruption_within_a_window_leaves_the_windows_before_it(model: PreTrainedModel, text: Tensor) -> None:
     plan = plan_prefix(500, CONTEXT, TARGET)
     presses = [KnormPress(0.5), Breaking(0.5, 5, KeyboardInterrupt), KnormPress(0.25)]
-    run = PrefixRun(model, presses, [(text, plan)])
+    run = PrefixRun(model, list(map(Point, presses)), [(text, plan)])
     with pytest.raises(KeyboardInterrupt):
         run.run()
     assert [only(result)["windows"] for _, result in run.results()] == [2, 2, 2, 2]
@@ -428,7 +429,7 @@ def test_windows_with_a_bos_token_are_measured_with_it(model: PreTrainedModel, t
     replaced = text.clone()
     replaced[::width] = bos
     expected = measure(model, [KnormPress(0.5)], [replaced])[1]
-    run = PrefixRun(model, [KnormPress(0.5)], [(text, plan_prefix(len(text), CONTEXT, TARGET, bos=bos))])
+    run = PrefixRun(model, [Point(KnormPress(0.5))], [(text, plan_prefix(len(text), CONTEXT, TARGET, bos=bos))])
     run.run()
     assert [result for _, result in run.results()] == expected
     assert expected != measure(model, [KnormPress(0.5)], [text])[1]
@@ -515,7 +516,7 @@ def test_a_run_goes_on_from_its_ledger(model: PreTrainedModel, text: Tensor, tmp
     documents = [(text, plan_prefix(len(text), CONTEXT, TARGET))]
     _, whole = measure(model, presses, [text])
     ledger = Ledger(tmp_path / "ledger")
-    first = PrefixRun(model, presses, documents, ledger=ledger)
+    first = PrefixRun(model, list(map(Point, presses)), documents, ledger=ledger)
 
     def killed(batches: Iterator[Any]) -> Iterator[Any]:
         yield from itertools.islice(batches, 3)
@@ -524,12 +525,12 @@ def test_a_run_goes_on_from_its_ledger(model: PreTrainedModel, text: Tensor, tmp
     with pytest.raises(KeyboardInterrupt):
         first.run(killed)
     lengths = counting(model)
-    again = PrefixRun(model, presses, documents, ledger=ledger)
+    again = PrefixRun(model, list(map(Point, presses)), documents, ledger=ledger)
     again.run()
     assert lengths.count(CONTEXT) == 2 and again.is_complete  # of five windows
     assert [result for _, result in again.results()] == whole
     lengths.clear()
-    more = PrefixRun(model, [*presses, KnormPress(0.25)], documents, ledger=ledger)
+    more = PrefixRun(model, list(map(Point, [*presses, KnormPress(0.25)])), documents, ledger=ledger)
     more.run()
     assert lengths.count(TARGET - 1) == 5 * 2 + 1  # the baseline and the new one, and that at ratio 0
     assert [result for _, result in more.results()][:3] == whole
@@ -542,12 +543,12 @@ def test_a_damaged_ledger_is_measured_again(
     model: PreTrainedModel, text: Tensor, tmp_path: Path, damage: bytes | None
 ) -> None:
     documents = [(text[:200], plan_prefix(200, CONTEXT, TARGET))]
-    run = PrefixRun(model, [KnormPress(0.5)], documents, ledger=Ledger(tmp_path))
+    run = PrefixRun(model, [Point(KnormPress(0.5))], documents, ledger=Ledger(tmp_path))
     run.run()
     file = sorted(tmp_path.iterdir())[1]
     file.write_bytes(file.read_bytes()[:-9] if damage is None else damage)
     lengths = counting(model)
-    again = PrefixRun(model, [KnormPress(0.5)], documents, ledger=Ledger(tmp_path))
+    again = PrefixRun(model, [Point(KnormPress(0.5))], documents, ledger=Ledger(tmp_path))
     again.run()
     assert lengths.count(CONTEXT) == 1
     assert list(map(str, again.results())) == list(map(str, run.results()))
@@ -560,7 +561,7 @@ def test_greedy_agreement_counts_the_tokens_before_the_first_that_differs(
     model: PreTrainedModel, plain: PreTrainedModel, text: Tensor
 ) -> None:
     press, n_tokens = KnormPress(0.05), 12
-    run = PrefixRun(model, [press], [(text, plan_prefix(500, CONTEXT, TARGET))], greedy_tokens=n_tokens)
+    run = PrefixRun(model, [Point(press)], [(text, plan_prefix(500, CONTEXT, TARGET))], greedy_tokens=n_tokens)
     run.run()
     (_, baseline), (_, result) = run.results()
     assert "greedy_agreement" not in only(baseline)
@@ -598,7 +599,7 @@ def test_differences_by_distance_add_up_to_the_whole(model: PreTrainedModel, tex
 def test_bits_per_byte_count_the_scored_tokens(model: PreTrainedModel, text: Tensor) -> None:
     n_bytes = text % 5  # a token that shares a character with the one before stands for none
     documents = [(text[:200], plan_prefix(200, CONTEXT, TARGET)), (text[200:], plan_prefix(300, CONTEXT, TARGET))]
-    run = PrefixRun(model, [KnormPress(0.5)], documents, 2, token_bytes=[n_bytes[:200], n_bytes[200:]])
+    run = PrefixRun(model, [Point(KnormPress(0.5))], documents, 2, token_bytes=[n_bytes[:200], n_bytes[200:]])
     run.run()
     starts = [0, 84, 200, 284, 368]
     expected = sum(int(n_bytes[start + CONTEXT + 1 : start + CONTEXT + TARGET].sum()) for start in starts)

@@ -20,7 +20,6 @@ from transformers import PreTrainedTokenizerFast as Fast
 import coldpress
 from coldpress.architecture.cache_argument import cache_argument
 from coldpress.errors import DataError, InputError
-from coldpress.eval import presets as module
 from coldpress.eval.datasets import Corpus, Document, load_corpus
 from coldpress.eval.options import PPL_PRESETS
 from coldpress.eval.perplexity import plain_perplexity
@@ -354,7 +353,9 @@ def test_models_of_few_positions_are_said_to_be() -> None:
     long = Corpus("c", "c", None, "test", None, (Document("d", "a " * 9000),), ("",))
     plan = make_plan(Settings(ppl_preset="gptq"), long, tokenizer_of(False), 4096)
     assert (plan.protocol, plan.notes) == ("gptq-L2048-v1", ())
-    assert module._stride(2048) == module._stride(1024) == 512
+    for length in (2048, 1024):
+        asked = Settings(ppl_preset="hf-strided", max_length=length)
+        assert make_plan(asked, long, tokenizer_of(False), 4096).stride == 512
 
 
 def test_other_texts_are_taken_as_they_are(models: tuple[PreTrainedModel, PreTrainedModel]) -> None:

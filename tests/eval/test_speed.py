@@ -26,8 +26,8 @@ from coldpress import (
 )
 from coldpress.errors import SelfCheckError
 from coldpress.eval import speed
-from coldpress.eval.speed import WARMUP_TOKENS, SpeedRun
-from coldpress.eval.speed_points import Sample, SpeedPoint
+from coldpress.eval.jobs import BASELINE, Point
+from coldpress.eval.speed import WARMUP_TOKENS, Sample, SpeedPoint, SpeedRun
 
 CONTEXT, NEW = 40, 12
 KV_BYTES = 2 * 2 * CONTEXT * 32 * 4  # layers, keys and values, tokens, hidden size, float32
@@ -60,8 +60,9 @@ class Fed:
 
 
 def run(model: PreTrainedModel, text: Tensor, presses: list[Any], **options: Any) -> SpeedRun:
+    bits = options.pop("kv_bits", [None] * len(presses))
     settings = {"max_new_tokens": NEW, "repetitions": 2, "warmup": 0, **options}
-    measured = SpeedRun(model, text[None, :CONTEXT], presses, **settings)
+    measured = SpeedRun(model, text[None, :CONTEXT], list(map(Point, presses, bits)), **settings)
     measured.run()
     return measured
 
@@ -225,7 +226,7 @@ def test_decode_only_leaves_the_prefill_out(
 
 
 def test_the_speed_up_is_that_of_a_token_in_the_same_round(model: PreTrainedModel, text: Tensor) -> None:
-    measured = SpeedRun(model, text[None, :CONTEXT], [None, KnormPress(0.5)], max_new_tokens=NEW)
+    measured = SpeedRun(model, text[None, :CONTEXT], [BASELINE, Point(KnormPress(0.5))], max_new_tokens=NEW)
     base, press = measured.points
     base.samples = [Sample(1, 100, 11), Sample(1, 300, 11)]
     press.samples = [Sample(1, 40, 5), Sample(1, 100, 11)]  # an early end of text is not a speed-up
@@ -240,7 +241,7 @@ def test_the_speed_up_is_that_of_a_token_in_the_same_round(model: PreTrainedMode
 
 
 def test_rounds_are_paired_though_one_ended_at_its_first_token(model: PreTrainedModel, text: Tensor) -> None:
-    measured = SpeedRun(model, text[None, :CONTEXT], [None, KnormPress(0.5)], max_new_tokens=NEW)
+    measured = SpeedRun(model, text[None, :CONTEXT], [BASELINE, Point(KnormPress(0.5))], max_new_tokens=NEW)
     base, press = measured.points
     base.samples = [Sample(1, 100, 1), Sample(1, 300, 11)]
     press.samples = [Sample(1, 100, 11), Sample(1, 100, 11)]
@@ -257,7 +258,7 @@ ROUND = st.tuples(NS, NS, NS, NS, st.integers(2, 300))
 @given(rounds=st.lists(ROUND, min_size=1, max_size=9), decode_only=st.booleans())
 def test_the_numbers_of_a_row_agree(rounds: list[tuple[int, int, int, int, int]], decode_only: bool) -> None:
     """What a row shows of TTFT, TPOT, total, throughput and speed-up follows from one another by arithmetic."""
-    measured = SpeedRun(None, torch.zeros(1, CONTEXT), [None, KnormPress(0.5)], max_new_tokens=NEW)  # type: ignore[arg-type]
+    measured = SpeedRun(None, torch.zeros(1, CONTEXT), [BASELINE, Point(KnormPress(0.5))], max_new_tokens=NEW)  # type: ignore[arg-type]
     base, press = measured.points
     base.samples = [Sample(None if decode_only else a, b, n) for a, b, _, _, n in rounds]
     press.samples = [Sample(None if decode_only else c, d, n) for _, _, c, d, n in rounds]

@@ -39,7 +39,9 @@ SCHEDULE = DecodingPress(StreamingLLMPress(), CHUNK, BUDGET)
 def measure(
     presses: list[BasePress | None], documents: list[Tensor], **options: Any
 ) -> list[dict[str, Any] | Exception]:
-    run = StreamRun(tiny("gpt_neox"), presses, documents, **{"chunk": CHUNK, "positions": "rerotate"} | options)
+    run = StreamRun(
+        tiny("gpt_neox"), list(map(Point, presses)), documents, **{"chunk": CHUNK, "positions": "rerotate"} | options
+    )
     run.run()
     return [result for _, result in run.results()]
 
@@ -65,7 +67,7 @@ def by_hand(ids: Tensor) -> list[float]:
 
 def test_losses_at_true_positions_are_those_of_a_mask() -> None:
     ids = tokens(1, 150)[0]
-    run = StreamRun(tiny("gpt_neox"), [SCHEDULE], [ids], chunk=CHUNK, positions="original")
+    run = StreamRun(tiny("gpt_neox"), [Point(SCHEDULE)], [ids], chunk=CHUNK, positions="original")
     run.run()
     torch.testing.assert_close(run.losses(Point(SCHEDULE))[0], torch.tensor(by_hand(ids)), atol=2e-4, rtol=0)
 
@@ -74,7 +76,7 @@ def test_nothing_is_cut_before_the_budget_is_full_and_then_positions_matter() ->
     ids = tokens(1, 150)[0]
     losses = {}
     for positions in ("original", "rerotate"):
-        run = StreamRun(tiny("gpt_neox"), [SCHEDULE, None], [ids], chunk=CHUNK, positions=positions)  # type: ignore[arg-type]
+        run = StreamRun(tiny("gpt_neox"), [Point(SCHEDULE), BASELINE], [ids], chunk=CHUNK, positions=positions)  # type: ignore[arg-type]
         run.run()
         losses[positions] = run.losses(Point(SCHEDULE))[0]
         torch.testing.assert_close(run.losses(Point(SCHEDULE))[0][:BUDGET], run.losses(BASELINE)[0][:BUDGET])

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from coldpress.errors import DataError, InputError, OutputError, SelfCheckError
 from coldpress.eval import prefix, speed, task_run
+from coldpress.eval.jobs import BASELINE
 from coldpress.eval.ledger import UNFINISHED, Ledger, Measured, checksum_of
 from coldpress.eval.losses import Scores
 from coldpress.eval.results import read_results
@@ -268,7 +269,7 @@ def test_a_damaged_ledger_is_as_good_as_none(tmp_path: Path, damage: str) -> Non
 @pytest.mark.parametrize("text", ["[" * 90_000, '{"prefill_ns": "x", "decode_ns": 1, "n_tokens": 2}'])
 def test_damaged_rounds_are_timed_again(tmp_path: Path, text: str) -> None:
     path = tmp_path / "rounds.json"
-    run = speed.SpeedRun(None, torch.zeros(1, 8), [None], max_new_tokens=4)  # type: ignore[arg-type]
+    run = speed.SpeedRun(None, torch.zeros(1, 8), [BASELINE], max_new_tokens=4)  # type: ignore[arg-type]
     (point,) = run.points
     whole = f'[{{"key": {json.dumps(point.key)}, "samples": [{text}], "error": null}}]'
     if not text.startswith("["):

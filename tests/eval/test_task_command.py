@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from coldpress.eval.models import load_model
 from coldpress.eval.report import groups, show
 from coldpress.eval.results import read_results
 from coldpress.eval.schema import check_record
-from coldpress.eval.task_command import check_task_positions
-from coldpress.eval.tasks import Material, make_examples
+from coldpress.eval.settings import TaskSettings
+from coldpress.eval.task_command import make_questions
 
 FEW = ("--task", "niah_single", "repeat_text", "--task_tokens", "96", "--task_examples", "2", "--depths", "0", "1")
 
@@ -129,10 +130,11 @@ def test_what_cannot_work_gets_one_line(
 
 
 def test_longer_than_the_model_s_positions_is_possible_if_asked_for(loaded: Any) -> None:
-    examples = make_examples(Material(loaded.tokenizer), ["niah_single"], [1020], [0.5], 1)
-    with pytest.raises(InputError, match="--allow_extrapolation"):
-        check_task_positions(examples, 1024)
-    check_task_positions(examples, 1024, may_pass=True)
+    asked = TaskSettings(task=("niah_single",), task_tokens=(loaded.max_positions - 4,), task_examples=1)
+    with pytest.raises(InputError, match=r"positions with question and answer.*--allow_extrapolation"):
+        make_questions(asked, [], None, loaded, "")
+    (example,) = make_questions(replace(asked, allow_extrapolation=True), [], None, loaded, "").examples
+    assert example.length == loaded.max_positions - 4
 
 
 def test_a_damaged_record_is_refused_and_tables_do_not_mix(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from coldpress.eval.datasets import Corpus, Document
 from coldpress.eval.metrics import bits_per_byte
-from coldpress.eval.tokens import encode, token_bytes, tokenize
+from coldpress.eval.tokens import encode, tokenize
 
 SAMPLE = ["The miller weighed the olives, naïve é 油 🫒🫒 and so on.\n\n = A = \n"] * 9
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=30) | st.text("aé油🫒\u0301\u200d \n\tÅ", max_size=30)
@@ -90,16 +90,8 @@ def test_up_to_the_end_of_a_character_they_are_those_that_the_tokens_spell(
 
 
 def test_a_character_in_several_tokens_belongs_to_the_first() -> None:
-    n_bytes = token_bytes(PLAIN, "a𝄞b", encode(PLAIN, "a𝄞b")[0])
+    _, n_bytes = encode(PLAIN, "a𝄞b")
     assert n_bytes is not None and n_bytes.tolist() == [1, 4, 0, 0, 0, 1]
-
-
-def test_the_first_tokens_of_a_text() -> None:
-    text = "naïve 🙂 olives"
-    ids, whole = encode(PLAIN, text)
-    part = token_bytes(PLAIN, text, ids[:4])
-    assert whole is not None and part is not None and part.tolist() == whole[:4].tolist()
-    assert token_bytes(PLAIN, text, ids.flip(0)) is None
 
 
 def test_special_tokens_have_no_bytes() -> None:
@@ -133,7 +125,6 @@ class Lost(Slow):
 def test_a_tokenizer_that_does_not_say_where(tokenizer: Any) -> None:
     ids, n_bytes = encode(tokenizer, "abc")
     assert ids.tolist() == [97, 98, 99] and n_bytes is None
-    assert token_bytes(tokenizer, "abc", ids) is None
     corpus = Corpus("c", "c", None, "test", None, (Document("d", "abc"),))
     assert tokenize(corpus, tokenizer, 2)[0].n_bytes is None
 

@@ -7,13 +7,12 @@ from typing import Any
 
 from coldpress.bases.press_files import load_press_files
 from coldpress.bases.registry import make_press, takes_ratio
-from coldpress.bases.scorer import BUDGETS
 from coldpress.cache.file import model_options, save_cache
 from coldpress.cache.pressed import PressedCache
 from coldpress.errors import CacheError, InputError, ModelError, UnreachableError
 from coldpress.eval.datasets import load_corpus
 from coldpress.eval.models import BY_NAME, DTYPES, LoadedModel, load_model
-from coldpress.eval.press_args import check_types
+from coldpress.eval.press_args import check_no_size, check_types
 from coldpress.eval.progress import note
 from coldpress.eval.readable import note_unreadable
 from coldpress.eval.results import check_output
@@ -57,9 +56,7 @@ def compress(
     budget = {name: size for name, size in budget.items() if size is not None}
     if compression_ratio is not None and budget:
         raise InputError(f"--compression_ratio and --{next(iter(budget))} both say how much is kept; give one of them.")
-    for name in ("compression_ratio", *BUDGETS):
-        if name in press_args:
-            raise InputError(f"--press_args cannot hold {name}; use --{name}.")
+    check_no_size(press_args)
     load_press_files([press])
     if compression_ratio is None:
         compression_ratio = 0.5 if takes_ratio(press) and not budget else 0.0

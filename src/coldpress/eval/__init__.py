@@ -6,7 +6,6 @@ its own. Everything else is in modules, one for each idea.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,14 +65,14 @@ def load_results(folder: str | Path, explode: str | None = None) -> pandas.DataF
 
 
 def _records(folder: Path) -> Iterator[dict[str, Any]]:
-    from coldpress.eval.results import read_results  # takes torch along, which the options of the command do without
+    from coldpress.eval.results import (
+        read_results,
+        with_subfolders,
+    )  # takes torch along, which the options of the command do without
 
-    below = [path for path in folder.rglob("*") if path.is_dir()] if os.path.isdir(folder) else []
-    for path in sorted([folder, *below]):
-        inside = path.relative_to(folder)
-        if not any(part.startswith(".") for part in inside.parts):
-            for record in read_results(path):
-                yield {"folder": str(inside), **record}
+    for path in with_subfolders(folder):
+        for record in read_results(path):
+            yield {"folder": str(path.relative_to(folder)), **record}
 
 
 def _flat(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

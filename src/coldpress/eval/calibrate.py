@@ -43,17 +43,8 @@ def make_artefact(settings: CalibrationSettings) -> Path:
     press = _press(s)
     pick_device(s.device)
     given = None if s.output is None else check_output(s.output, "filters.safetensors")
-    corpus = load_corpus(
-        s.dataset,
-        subset=s.subset,
-        split=s.split or "train",
-        sample_idx=s.sample_idx,
-        text_file=s.text_file,
-        default_split="train",
-    )
-    loaded = load_model(
-        s.model, device=s.device, dtype=s.dtype, attn_implementation=s.attn_implementation, revision=s.revision
-    )
+    corpus = load_corpus(**s.reading | {"split": s.split or "train"}, default_split="train")
+    loaded = load_model(s.model, **s.loading)
     shape = Shape.of_config(loaded.model.config)
     path = artefact_path(press.artefact, shape.name, press.variant()) if given is None else given
     check_writable(path.parent)

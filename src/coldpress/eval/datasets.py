@@ -60,7 +60,7 @@ class Corpus:
     name: str
     source: str
     subset: str | None
-    split: str
+    split: str | None
     join: str | None
     documents: tuple[Document, ...]
     rows: tuple[str, ...] | None = field(default=None, repr=False)
@@ -101,12 +101,10 @@ def load_corpus(
         if value is not None and not is_utf8(value):
             raise DataError(f"{name} {value!r} is not UTF-8; give it another name")
     if text_file is not None:
-        _refuse(text_file, subset=subset, revision=revision)
-        _check_single(text_file, split, default_split)
+        _check_single(text_file, split, default_split, subset=subset, revision=revision)
         return _one_text(text_file, Path(text_file), sample_idx)
     if dataset == "demo":
-        _refuse(dataset, subset=subset, revision=revision)
-        _check_single(dataset, split, default_split)
+        _check_single(dataset, split, default_split, subset=subset, revision=revision)
         demo = _demo_file()
         return replace(_one_text(dataset, demo, sample_idx), source=f"{DEMO_FOLDER}/{demo.name}")
     path = path_of(dataset)
@@ -129,12 +127,10 @@ def load_corpus(
                 subset = WIKITEXT_SUBSET
             rows = load_local(str(path.resolve()), dataset, subset, split)
         elif path.suffix == ".txt":
-            _refuse(dataset, subset=subset)
-            _check_single(dataset, split, default_split)
+            _check_single(dataset, split, default_split, subset=subset)
             return _one_text(dataset, path, sample_idx)
         elif path.suffix in FILE_BUILDERS:
-            _refuse(dataset, subset=subset)
-            _check_single(dataset, split, default_split)
+            _check_single(dataset, split, default_split, subset=subset)
             rows = load_local(FILE_BUILDERS[path.suffix], dataset, None, "train", data_files=str(path.resolve()))
             split = WHOLE
         else:
@@ -166,8 +162,9 @@ def _refuse(name: str, **given: str | None) -> None:
             raise DataError(f"{option}={value!r} does not apply to {name!r}: leave {option} out")
 
 
-def _check_single(name: str, split: str, default: str) -> None:
-    """A single text has no splits."""
+def _check_single(name: str, split: str, default: str, **given: str | None) -> None:
+    """A single text has no splits, and none of what is ``given``."""
+    _refuse(name, **given)
     if split not in (WHOLE, default):
         raise DataError(
             f"unknown split {split!r} of {name!r}, which is a single text: allowed is {WHOLE!r}, or leave --split out."

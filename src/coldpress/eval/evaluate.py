@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,8 +13,8 @@ import torch
 
 from coldpress.bases.registry import NO_PRESS, takes_ratio
 from coldpress.eval.datasets import Corpus, load_corpus
-from coldpress.eval.engine import Engine, make_engine
-from coldpress.eval.jobs import Job, left_out_of_batches, make_jobs
+from coldpress.eval.engine import Engine
+from coldpress.eval.jobs import BASELINE, Job, left_out_of_batches, make_jobs
 from coldpress.eval.ledger import versions
 from coldpress.eval.models import LoadedModel, load_model
 from coldpress.eval.perplexity import plain_perplexity
@@ -28,8 +26,7 @@ from coldpress.eval.progress import note
 from coldpress.eval.run import DECODE_COST, Part, Run, carry_out, checked_folder, prepared
 from coldpress.eval.schema import IDENTIFYING, OF_A_POINT, SIZES
 from coldpress.eval.settings import Settings
-from coldpress.eval.speed import SpeedRun
-from coldpress.eval.speed_points import SpeedPoint
+from coldpress.eval.speed import SpeedPoint, SpeedRun
 from coldpress.eval.stream import StreamRun
 
 __all__ = ["PressRun", "evaluate", "make_run"]
@@ -58,13 +55,7 @@ def evaluate(settings: Settings, command: str) -> tuple[list[dict[str, Any]], bo
             f"all leaves out what takes one text at a time, not --batch_size {settings.batch_size}: {', '.join(alone)}."
         )
     folder = checked_folder(settings)
-    corpus = load_corpus(
-        settings.dataset,
-        subset=settings.subset,
-        split=settings.split,
-        sample_idx=settings.sample_idx,
-        text_file=settings.text_file,
-    )
+    corpus = load_corpus(**settings.reading)
     run = make_run(settings, jobs, corpus, load_model(settings.model, **settings.loading), command)
     for line in run.notes:
         note(line)
@@ -127,36 +118,34 @@ class PressRun(Run):
 
     def _measure_perplexity(self, engine: Engine | None) -> None:
         s, plan, model = self.settings, self.plan, self.loaded.model
+        points = [job.point for job in self.jobs]
         torch.manual_seed(s.seed)
-        pressed = [job for job in self.jobs if job.press is not None or job.kv_bits is not None]
         if s.ppl_mode == "streaming":
             assert s.stream_chunk is not None
-            presses, how = [job.press for job in self.jobs], {"positions": s.positions, "limit": plan.stream_limit}
-            self.scored = StreamRun(model, presses, plan.documents, chunk=s.stream_chunk, **how)
-            self._timed("perplexity", self.scored.run)
+            how: dict[str, Any] = {"positions": s.positions, "limit": plan.stream_limit}
+            self.scored = StreamRun(model, points, plan.documents, chunk=s.stream_chunk, **how)
+            self.timed("perplexity", self.scored.run)
         elif plan.windows is not None:
             self.scored = PrefixRun(
                 model,
-                [job.press for job in pressed],
+                points,
                 list(zip(plan.documents, plan.windows, strict=True)),
                 s.batch_size,
                 s.chunk_tokens,
-                [job.kv_bits for job in pressed],
                 token_bytes=plan.token_bytes,
                 greedy_tokens=s.greedy_tokens,
                 ledger=self.ledger,
                 seed=s.seed,
             )
-            here = contextlib.nullcontext(engine)
-            with here if engine is not None else make_engine(s.engine, self.loaded, **s.cluster) as where:
-                self._timed("perplexity", partial(self.scored.run, engine=where))
+            with self.where(engine) as where:
+                self.timed("perplexity", partial(self.scored.run, engine=where))
                 self.engine = getattr(where, "facts", dict)()
         elif plan.max_length is not None and plan.stride is not None:
-            if pressed:
+            if any(point != BASELINE for point in points):
                 note("this perplexity is the uncompressed model's; --ppl_apply_press measures it under the press.")
             sizes: dict[str, Any] = {"max_length": plan.max_length, "stride": plan.stride, "batch_size": s.batch_size}
             sizes |= {"preset": plan.preset, "token_bytes": plan.token_bytes, "units": plan.units}
-            self.plain = self._timed("perplexity", partial(plain_perplexity, model, plan.documents, **sizes))
+            self.plain = self.timed("perplexity", partial(plain_perplexity, model, plan.documents, **sizes))
 
     def _measure_speed(self, save: Callable[..., None]) -> None:
         """And memory; each press is saved when all of it is measured."""
@@ -164,13 +153,11 @@ class PressRun(Run):
         jobs = [job for job in self.jobs if not self._has_failed(job)]
         if plan.context_ids is None or not jobs:
             return
-        pressed = [job for job in jobs if job.press is not None or job.kv_bits is not None]
         eos = getattr(model.generation_config, "eos_token_id", None)
         self.speed = SpeedRun(
             model,
             plan.context_ids.to(self.loaded.device),
-            [None, *(job.press for job in pressed)],  # the baseline is always timed beside the presses
-            kv_bits=[None, *(job.kv_bits for job in pressed)],
+            [BASELINE, *(job.point for job in jobs if job.point != BASELINE)],  # it is always timed beside the others
             max_new_tokens=s.max_new_tokens,
             min_new_tokens=s.min_new_tokens,
             eos_ids=[] if eos is None else eos if isinstance(eos, list) else [eos],
@@ -185,14 +172,7 @@ class PressRun(Run):
         def on_done(point: SpeedPoint) -> None:
             save([job for job in self.jobs if job.point.key == point.key])
 
-        self._timed("speed", partial(self.speed.run, on_done=on_done, ledger=self.ledger))
-
-    def _timed(self, name: str, work: Callable[..., Any]) -> Any:
-        start = time.perf_counter()
-        try:
-            return work(progress=partial(self.show_progress, name=name))
-        finally:
-            self.seconds[name] = time.perf_counter() - start
+        self.timed("speed", partial(self.speed.run, on_done=on_done, ledger=self.ledger))
 
     def parts(self, job: Job) -> list[Part]:
         scored = list(self._of_perplexity(job))
@@ -210,7 +190,7 @@ class PressRun(Run):
         """Its perplexity under the press, and what failed of it; taken once when all is measured."""
         if self.scored is None:
             return [] if self.plain is None else [self.plain]
-        said = self._said or {point.key: parts for point, parts in self.scored.parts()}
+        said = self._said or self.scored.parts()
         self._said = said if self.scored.is_complete else None
         return said.get(job.point.key, [])
 

@@ -11,11 +11,10 @@ import torch
 from coldpress.bases.press import BasePress
 from coldpress.bases.press_files import load_press_files
 from coldpress.bases.registry import NO_PRESS, make_press, takes_ratio
-from coldpress.bases.scorer import BUDGETS
 from coldpress.errors import InputError, PressError
 from coldpress.eval.datasets import load_corpus
 from coldpress.eval.models import load_model, pick_device
-from coldpress.eval.press_args import check_types
+from coldpress.eval.press_args import check_no_size, check_one_press, check_types
 from coldpress.eval.progress import note
 from coldpress.eval.readable import note_unreadable
 from coldpress.eval.results import check_output
@@ -89,11 +88,8 @@ def _make_presses(
     """What to call each press, and the presses."""
     if ratios and budgets:
         raise InputError("--compression_ratio and --budget_tokens both say how much is kept; give one of them.")
-    if press_args and len(press) > 1:
-        raise PressError("--press_args belongs to one press; name a single one with --press.")
-    for size in ("compression_ratio", *BUDGETS):
-        if size in press_args:
-            raise PressError(f"--press_args cannot hold {size}; use --{size}.")
+    check_one_press(press, press_args)
+    check_no_size(press_args)
     sizes: list[Any]
     option, sizes = "--compression_ratio", list(ratios) or [0.5]
     if budgets:

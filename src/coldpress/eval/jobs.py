@@ -18,7 +18,7 @@ from coldpress.core.counts import check_ratio
 from coldpress.core.press import parts
 from coldpress.core.requirements import check_chunks, check_quantisable, require_rerotatable
 from coldpress.errors import CacheError, PressError
-from coldpress.eval.press_args import check_types
+from coldpress.eval.press_args import check_no_size, check_one_press, check_types
 from coldpress.eval.settings import Settings
 from coldpress.presses.decoding import DecodingPress
 from coldpress.stores.bits import KVBits, storage_of
@@ -118,21 +118,15 @@ def make_jobs(settings: Settings) -> list[Job]:
         names += [NO_PRESS, *_all_presses(settings)] if name == "all" else [name]
     names = list(dict.fromkeys(names))
     parameters = dict(settings.press_args)
-    if parameters and len([name for name in names if name != NO_PRESS]) != 1:
-        raise PressError("--press_args belongs to one press; name a single one with --press.")
-    for size in ("compression_ratio", *BUDGETS):
-        if size in parameters:
-            raise PressError(f"--press_args cannot hold {size}; use --{size}.")
+    check_one_press(names, parameters)
+    check_no_size(parameters)
     budgets = [{size: value} for size in BUDGETS for value in getattr(settings, size)]
     jobs: list[Job] = []
     for name in names:
-        own = {} if name == NO_PRESS else parameters
-        if "seed" in parameters_of(name):
-            own = {"seed": settings.seed, **own}
-        check_types(name, own)
         if name == NO_PRESS:
             jobs.append(Job(name, None, 0.0))
             continue
+        own = _own_parameters(name, settings)
         if not takes_ratio(name):  # or is not known, which make_press says
             asked = budgets[0] if budgets and name in settings.press else {}  # make_press says that it has none
             jobs.append(Job(name, make_press(name, 0.0, **asked, **own)))
@@ -151,6 +145,15 @@ def make_jobs(settings: Settings) -> list[Job]:
     group = None if settings.kv_group_size == KVBits.group_size else settings.kv_group_size
     codecs = [storage_of(each, group_size=group, newest=settings.kv_residual_tokens) for each in bits]
     return _in_bits(jobs, [codec for codec in codecs if codec is not None], settings)
+
+
+def _own_parameters(name: str, settings: Settings) -> dict[str, Any]:
+    """The parameters of a press: those that were given, and the seed where it draws numbers."""
+    own = dict(settings.press_args)
+    if "seed" in parameters_of(name):
+        own = {"seed": settings.seed, **own}
+    check_types(name, own)
+    return own
 
 
 def left_out_of_batches(settings: Settings) -> list[str]:
@@ -212,9 +215,8 @@ def _make_stream_jobs(settings: Settings) -> list[Job]:
     Raises:
         PressError: a press that cannot choose again and again among what is left of a text, or no number of tokens.
     """
-    names, parameters = list(dict.fromkeys(settings.press)), dict(settings.press_args)
-    if parameters and len([name for name in names if name != NO_PRESS]) != 1:
-        raise PressError("--press_args belongs to one press; name a single one with --press.")
+    names = list(dict.fromkeys(settings.press))
+    check_one_press(names, dict(settings.press_args))
     if not settings.budget_tokens and names != [NO_PRESS]:
         raise PressError(
             "A stream has no length that a ratio could be taken of; say how much is stored: --budget_tokens."
@@ -225,15 +227,11 @@ def _make_stream_jobs(settings: Settings) -> list[Job]:
         names.remove("all")
     jobs = []
     for name in names:
-        own = {} if name == NO_PRESS else parameters
-        if "seed" in parameters_of(name):
-            own = {"seed": settings.seed, **own}
-        check_types(name, own)
         if name == NO_PRESS:
             jobs.append(Job(name, None))
             continue
         assert settings.stream_chunk is not None
-        scorer = make_press(name, 0.0, **own)
+        scorer = make_press(name, 0.0, **_own_parameters(name, settings))
         for n in settings.budget_tokens:
             press = DecodingPress(scorer, compression_interval=settings.stream_chunk, target_size=n)  # type: ignore[arg-type]
             if settings.positions == "rerotate":

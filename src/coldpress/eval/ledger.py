@@ -51,6 +51,17 @@ class _Cache:
     achieved_ratio: float
     kept_hash: str | None = None
 
+    def facts(self, base: _Cache, n_tokens: int) -> dict[str, Any]:
+        """What a record says of it, beside the baseline's cache of so many tokens."""
+        return {
+            "kv_bytes": self.kv_bytes,
+            "kv_bytes_baseline": base.kv_bytes,
+            "kv_len_before": n_tokens,
+            "kv_len_after": self.kv_lengths,
+            "effective_compression_ratio": self.achieved_ratio,
+            "kept_hash": self.kept_hash,
+        }
+
 
 @dataclass(frozen=True, kw_only=True)
 class Measured(_Cache):

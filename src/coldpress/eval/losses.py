@@ -11,7 +11,7 @@ from torch import Tensor
 
 from coldpress.errors import SelfCheckError
 
-__all__ = ["Rows", "Scores", "blocks", "loss_error", "token_losses"]
+__all__ = ["Rows", "Scores", "blocks", "finite", "loss_error", "token_losses"]
 
 BLOCK_NUMBERS = 1 << 19  # of a block of rows, few enough to stay in a processor's cache while they are looked at
 
@@ -57,6 +57,13 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     They are within :func:`loss_error` of what float64 makes of the same logits. The same logits give the same bits.
     """
     return torch.cat([Rows.of(rows).losses(wanted) for rows, wanted in blocks(logits, targets)], dim=1)
+
+
+def finite(losses: Tensor) -> Tensor:
+    """The same losses; raises :class:`SelfCheckError` if one of them is not finite."""
+    if not losses.isfinite().all():
+        raise SelfCheckError("A loss is not finite: the model's logits overflow in this dtype.")
+    return losses
 
 
 def loss_error(losses: Tensor) -> Tensor:
@@ -123,8 +130,7 @@ class Scores:
             is_top1, is_same_top1 = top == targets, top == base.top
             parts.append(torch.stack([losses, kld, delta_p, is_top1.float(), is_same_top1.float()]))
         scores = cls(*torch.cat(parts, dim=-1).cpu())
-        if not torch.isfinite(scores.losses).all():
-            raise SelfCheckError("A loss is not finite: the model's logits overflow in this dtype.")
+        finite(scores.losses)
         return scores, kept
 
     @classmethod

@@ -62,6 +62,16 @@ class MemoryReading:
     delta_bytes: int | None
     peak_reserved_bytes: int | None = None
 
+    def facts(self) -> dict[str, Any]:
+        """The memory's part of a result record."""
+        return {
+            "peak_mem_bytes": self.peak_bytes,
+            "peak_mem_kind": self.kind,
+            "peak_mem_baseline_bytes": self.baseline_bytes,
+            "peak_mem_delta_bytes": self.delta_bytes,
+            "peak_reserved_bytes": self.peak_reserved_bytes,
+        }
+
 
 class _Backend(Protocol):
     def start(self) -> None: ...

@@ -43,7 +43,6 @@ __all__ = ["BY_NAME", "LoadedModel", "input_device", "load_model", "pick_device"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 BY_NAME = ("demo", *SMOLLM2)  # whatever folders there are
-ATTENTION = ("sdpa", "eager", "flash_attention_2")
 
 
 @dataclass(frozen=True)

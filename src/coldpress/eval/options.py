@@ -24,6 +24,7 @@ USES = ("qa", "chat", "streaming", "throughput")  # of coldpress recommend
 MOST_ROUNDS = 1_000_000  # they are listed before the first is timed
 _ALL_BUT_PERPLEXITY = ("tasks", "speed", "streaming", "baselines")
 _NO_ENGINE = ("speed", "streaming", "baselines")
+_NO_RATIO = ("streaming", "baselines")
 
 
 def option(
@@ -61,6 +62,12 @@ class Options:
         """What a record holds of them."""
         return {f.name: getattr(self, f.name) for f in _fields(self) if f.metadata["is_recorded"]}
 
+    @property
+    def loading(self) -> dict[str, Any]:
+        """The options of load_model beside the name."""
+        asked = ("revision", *names_of(OfMachine, OfPlacement))
+        return {name: getattr(self, name) for name in asked if hasattr(self, name)}
+
     def check_choices(self) -> None:
         """Raise :class:`InputError` for a word that is none of those allowed."""
         for f in _fields(self):
@@ -68,6 +75,12 @@ class Options:
             if choices and isinstance(value, str) and value not in choices:
                 what = " or ".join(choices) if len(choices) == 2 else f"one of {', '.join(choices)}"
                 raise InputError(f"--{f.name} must be {what}, got {value!r}.{nearest(value, choices)}")
+
+    def refuse(self, why: str, *names: str) -> None:
+        """Raise :class:`InputError` if one of these options was given; ``why`` has {} in the place of its name."""
+        for name in names:
+            if getattr(self, name) != getattr(type(self), name):
+                raise InputError(why.format(name))
 
     def check_pin(self) -> None:
         """Raise :class:`InputError` for a system prompt that says nothing."""
@@ -144,6 +157,13 @@ class OfText:
     )
     text_file: str | None = option(None, "take this UTF-8 file as the text instead of a dataset", in_sweep=False)
 
+    @property
+    def reading(self) -> dict[str, Any]:
+        """The options of load_corpus; empty where no text is named, as tasks allow it."""
+        if self.dataset is None and self.text_file is None:
+            return {}
+        return {name: getattr(self, name) for name in names_of(OfText)} | {"dataset": self.dataset or ""}
+
 
 @dataclass(frozen=True)
 class OfPresses:
@@ -156,7 +176,7 @@ class OfPresses:
     compression_ratio: tuple[float, ...] = option(
         (),  # (0.5,) if no budget is given
         "fraction of the pairs to remove, in [0, 1) (default: 0.5)",
-        useless=("streaming", "baselines"),
+        useless=_NO_RATIO,
         is_recorded=False,
     )
     budget_tokens: tuple[int, ...] = option(
@@ -169,24 +189,18 @@ class OfPresses:
         (), "parameters of a single press as JSON, such as '{\"window_size\": 32}'", is_recorded=False, in_sweep=False
     )
     chunk_tokens: int | None = option(
-        None, "read prompts in pieces of so many tokens, and compress after each", useless=("streaming", "baselines")
+        None, "read prompts in pieces of so many tokens, and compress after each", useless=_NO_RATIO
     )
     kv_bits: tuple[int | str, ...] = option(
         (),
         "hold what is kept in so few bits, its newest pairs not",
         metavar=BITS,
-        useless=("streaming", "baselines"),
+        useless=_NO_RATIO,
         is_recorded=False,
     )
-    kv_group_size: int = option(
-        64, "numbers that share a step then", useless=("streaming", "baselines"), is_recorded=False
-    )
+    kv_group_size: int = option(64, "numbers that share a step then", useless=_NO_RATIO, is_recorded=False)
     kv_residual_tokens: int = option(
-        128,
-        "newest pairs that stay as they are then",
-        least=0,
-        useless=("streaming", "baselines"),
-        is_recorded=False,
+        128, "newest pairs that stay as they are then", least=0, useless=_NO_RATIO, is_recorded=False
     )
 
 
@@ -355,9 +369,7 @@ class OfBenchmark:
     max_new_tokens: int | None = option(None, "of an answer (default: what the data set says)")
     query_aware: bool = option(False, "compress each context together with its question")
     needle_depth: tuple[int, ...] = option((), "per cents of the text before the needle", least=0)
-    pin_system: str | None = option(
-        None, "a system prompt before every context, which nothing may evict", metavar="TEXT"
-    )
+    pin_system: str | None = but(OfTasks, "pin_system", None)
 
 
 @dataclass(frozen=True)

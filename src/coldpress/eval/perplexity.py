@@ -26,8 +26,8 @@ from coldpress.eval.metrics import (
     perplexity,
 )
 from coldpress.eval.models import input_device
-from coldpress.eval.presets import PRESETS
-from coldpress.eval.windows import Window, plan_strided, strided_scored_tokens
+from coldpress.eval.presets import PRESETS, STRIDED
+from coldpress.eval.windows import Window
 
 __all__ = ["forward", "plain_perplexity"]
 
@@ -87,8 +87,8 @@ def plain_perplexity(
         SelfCheckError: a loss is not finite, or the number of scored tokens is not what the formula says.
     """
     device = input_device(model)
-    cut = plan_strided if preset is None else PRESETS[preset].windows
-    jobs = [(i, window) for i, ids in enumerate(documents) for window in cut(len(ids), max_length, stride)]
+    how = STRIDED if preset is None else PRESETS[preset]
+    jobs = [(i, window) for i, ids in enumerate(documents) for window in how.windows(len(ids), max_length, stride)]
     rows: list[Tensor] = []  # losses of each window, in the order of the jobs
     for batch in progress(list(_batches(jobs, batch_size))):
         ids = torch.stack([documents[i][window.begin : window.end] for i, window in batch]).to(device)
@@ -96,7 +96,7 @@ def plain_perplexity(
         losses = token_losses(forward(model, ids[:, :-1], None, keep=n), ids[:, -n:])
         rows += losses.cpu()
     scored = sum(len(row) for row in rows)
-    expected = sum(_scored_tokens(len(ids), max_length, stride, preset) for ids in documents)
+    expected = sum(how.scored(len(ids), max_length, stride) for ids in documents)
     if scored != expected:
         raise SelfCheckError(f"{scored} tokens were scored, the windows' formula says {expected}.")
     sums = [float(row.double().sum()) for row in rows]
@@ -115,13 +115,6 @@ def plain_perplexity(
     return result | {"scored_bytes": n_bytes, "bits_per_byte": bits_per_byte(total, n_bytes or 0)}
 
 
-def _scored_tokens(n_tokens: int, length: int, stride: int, preset: str | None) -> int:
-    """How many tokens of a document must be scored, by a formula of its own."""
-    return (
-        strided_scored_tokens(n_tokens, length, stride) if preset is None else PRESETS[preset].scored(n_tokens, length)
-    )
-
-
 def _error_bars(
     jobs: Sequence[_Job], rows: Sequence[Tensor], sums: Sequence[float], by_document: bool
 ) -> dict[str, Any]:
@@ -137,9 +130,8 @@ def _error_bars(
         "ppl_ci95": None if ci is None else [perplexity(ci[0]), perplexity(ci[1])],
         "ppl_se": None if se is None else se * perplexity(mean),
     }
-    if 1 < len(counts) < FEW_WINDOWS:
-        drawn = bootstrap_difference(counts, nll)
-        assert drawn is not None
+    drawn = bootstrap_difference(counts, nll) if len(counts) < FEW_WINDOWS else None
+    if drawn is not None:
         found["ppl_bootstrap_ci95"] = [perplexity(drawn[0]), perplexity(drawn[1])]
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,15 +11,16 @@ from torch import Tensor
 
 from coldpress.errors import DataError, InputError
 from coldpress.eval.datasets import Corpus
-from coldpress.eval.presets import adds_bos, plan_preset, prefixed
+from coldpress.eval.presets import PRESETS, Preset
 from coldpress.eval.readable import check_readable
 from coldpress.eval.settings import Settings
-from coldpress.eval.tokens import Tokens, tokenize
+from coldpress.eval.tokens import Tokens, adds_bos, prefixed, tokenize
 from coldpress.eval.windows import PrefixPlan, plan_prefix, plan_strided
 
 __all__ = ["UNKNOWN_POSITIONS", "Plan", "make_plan"]
 
 UNKNOWN_POSITIONS = 2048  # assumed where a model's configuration does not say
+STRIDE = 512  # where nothing else is asked for
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Plan:
         notes: what the user should know about the meaning of the numbers.
         stream_limit: of a stream, how much of each document is read at original positions; None for all.
         token_bytes: UTF-8 bytes that each token of ``documents`` stands for, int64 ``[N]`` each, or None where the
-            tokenizer does not say (:func:`coldpress.eval.tokens.token_bytes`).
+            tokenizer does not say (:func:`coldpress.eval.tokens.encode`).
         preset: the name of the preset (:mod:`coldpress.eval.presets`) that cuts the documents; None without one.
         add_bos: whether the tokenizer's BOS token begins them, or each of the windows.
         units: words and bytes of each document, as lm-eval counts them; None but for that preset.
@@ -77,7 +79,7 @@ def make_plan(settings: Settings, corpus: Corpus, tokenizer: Any, max_positions:
     limit = _Limit(s, max_positions)
     limit.notes += check_readable(tokenizer, (document.text for document in corpus.documents), s.model)
     if s.ppl_preset is not None:
-        return _preset(s, corpus, tokenizer, limit)
+        return _plan_preset(s, s.ppl_preset, corpus, tokenizer, limit)
     documents = scored = tokenize(corpus, tokenizer, s.limit_tokens)
     bos = _bos(s, tokenizer, limit)
     max_length = stride = windows = context_ids = None
@@ -94,7 +96,7 @@ def make_plan(settings: Settings, corpus: Corpus, tokenizer: Any, max_positions:
         protocol = f"prefix-C{first.context}-T{first.target}-S{first.stride}"
     elif not s.speed_only:
         max_length = limit.within(s.max_length or limit.positions, "--max_length")
-        stride = s.stride or min(512, max_length)
+        stride = s.stride or min(STRIDE, max_length)
         protocol = f"strided-L{max_length}-S{stride}"
         scored = [_begun(tokens, bos) for tokens in documents]
         for tokens in scored:
@@ -141,24 +143,100 @@ def _begun(tokens: Tokens, bos: int | None) -> Tokens:
     return tokens if bos is None else prefixed(tokens, bos)
 
 
-def _preset(s: Settings, corpus: Corpus, tokenizer: Any, limit: _Limit) -> Plan:
-    """The plan of ``--ppl_preset``."""
-    made = plan_preset(s, corpus, tokenizer, limit)
-    if made.units is None:
-        _note_bytes(made.documents, limit)
+def _plan_preset(s: Settings, name: str, corpus: Corpus, tokenizer: Any, limit: _Limit) -> Plan:
+    """The plan of ``--ppl_preset``, here ``name``."""
+    preset = PRESETS[name]
+    length = _length(s, preset, limit)
+    if corpus.rows is None:
+        limit.notes.append(
+            f"the text did not come as rows of WikiText; {name} takes it as it is, each document by itself"
+            f"{', and does not detokenise it' if name == 'lm-eval' else ''}."
+        )
+    units, add_bos = None, adds_bos(tokenizer)
+    if name == "lm-eval":
+        documents, units = _after_a_prefix(s, corpus, tokenizer)
+    elif name == "llamacpp":
+        documents = tokenize(corpus, tokenizer, s.limit_tokens)
+        if add_bos:
+            documents = [_with_bos(tokens, tokenizer.bos_token_id, length) for tokens in documents]
+    else:
+        documents = tokenize(corpus, tokenizer, s.limit_tokens, special_tokens=True)
+    stride, sizes = length, f"L{length}"
+    if name == "hf-strided":
+        stride = STRIDE if length > STRIDE else max(1, length // 4)
+        sizes += f"-S{stride}"
+    elif name == "llamacpp":
+        sizes = f"n{length}"
+    fitting = [tokens for tokens in documents if preset.windows(len(tokens.ids), length, stride)]
+    if not fitting:
+        longest, needed = max(len(tokens.ids) for tokens in documents), length * (2 if name == "llamacpp" else 1)
+        raise DataError(
+            f"The text has {longest} tokens, and --ppl_preset {name} needs {needed}. Use a longer text, or a smaller "
+            "--max_length."
+        )
+    if len(fitting) < len(documents):
+        limit.notes.append(f"{len(documents) - len(fitting)} document(s) too short for a window are left out.")
+    if units is None:
+        _note_bytes(fitting, limit)
     return Plan(
-        protocol=made.protocol,
-        **_about(made.documents, made.documents),
-        total_tokens=made.total_tokens,
-        max_length=made.max_length,
-        stride=made.stride,
+        protocol=f"{name}-{sizes}-v{preset.version}",
+        **_about(fitting, fitting),
+        total_tokens=sum(len(tokens.ids) - (name == "lm-eval") for tokens in documents),
+        max_length=length,
+        stride=stride,
         windows=None,
         context_ids=None,
         notes=tuple(limit.notes),
-        preset=s.ppl_preset,
-        add_bos=made.add_bos,
-        units=made.units,
+        preset=name,
+        add_bos=add_bos,
+        units=units,
     )
+
+
+def _length(s: Settings, preset: Preset, limit: _Limit) -> int:
+    """Tokens of a window: the preset's own, or --max_length, and no more than the positions."""
+    own = preset.length or limit.positions
+    if s.max_length is None:
+        length = limit.within(own, f"the window of --ppl_preset {s.ppl_preset},")
+    else:
+        length = limit.within(s.max_length, "--max_length")
+    if preset.length not in (None, length):
+        limit.notes.append(
+            f"--ppl_preset {s.ppl_preset} usually has windows of {own} tokens; here they have {length}, which the "
+            "protocol's name says. Compare the number with those of such windows only."
+        )
+    return length
+
+
+def _with_bos(tokens: Tokens, bos: int, length: int) -> Tokens:
+    """``bos`` before the text and, afterwards, in the place of the first token of each window, which is not scored."""
+    tokens = prefixed(tokens, bos)
+    ids = tokens.ids.clone()
+    ids[::length] = bos
+    return tokens._replace(ids=ids)
+
+
+def _after_a_prefix(s: Settings, corpus: Corpus, tokenizer: Any) -> tuple[list[Tokens], tuple[tuple[int, int], ...]]:
+    """Whole documents after the token that lm-eval begins with, and their words and bytes."""
+    first = getattr(tokenizer, "bos_token_id", None)
+    first = getattr(tokenizer, "eos_token_id", None) if first is None else first
+    if first is None:
+        raise InputError("--ppl_preset lm-eval begins each text with the tokenizer's BOS or EOS token; it has neither.")
+    every = tokenize(corpus, tokenizer, None, special_tokens=True, at_least=1)
+    kept, left = [], s.limit_tokens
+    for tokens in every:
+        if left is not None and len(tokens.ids) > left:
+            break
+        left = None if left is None else left - len(tokens.ids)
+        kept.append(prefixed(tokens, first))
+    if not kept:
+        raise DataError(
+            f"--ppl_preset lm-eval scores whole documents, and the first has {len(every[0].ids)} tokens; give a larger "
+            "--limit_tokens."
+        )
+    texts = {document.doc_id: document.original or document.text for document in corpus.documents}
+    counts = [(len(re.split(r"\s+", texts[t.doc_id])), len(texts[t.doc_id].encode())) for t in kept]
+    return kept, tuple(counts)
 
 
 def _about(scored: list[Tokens], every: list[Tokens]) -> dict[str, Any]:

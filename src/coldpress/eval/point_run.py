@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, TypeVar
 
 from transformers.modeling_utils import PreTrainedModel
 
@@ -19,11 +21,21 @@ __all__ = ["Item", "PointRun"]
 _Measured = TypeVar("_Measured")
 
 
-class Item(Protocol):
-    """What work is done on: it says which one of the run's it is."""
+@dataclass(frozen=True, eq=False)
+class Item:
+    """What work is done on.
 
-    @property
-    def index(self) -> int: ...
+    Attributes:
+        index: of it in the run.
+        given: a batch of windows, an example, a context with questions, or a chunk of a document.
+        points: to measure on it beside the baseline.
+        is_checked: whether the checks are made that need forward passes of their own.
+    """
+
+    index: int
+    given: Any
+    points: tuple[Point, ...]
+    is_checked: bool
 
 
 class PointRun(ABC, Generic[_Measured]):
@@ -33,9 +45,8 @@ class PointRun(ABC, Generic[_Measured]):
 
     Args:
         model: a causal language model on coldpress's backend.
-        points: to measure, without the baseline, which always is.
-        n_items: windows in batches, or examples.
-
+        points: to measure; the baseline always is.
+        given: what they are measured on, one item for each.
         ledger: what was finished by an earlier run, and where this one notes what it has finished; None: nowhere.
 
     Attributes:
@@ -46,14 +57,13 @@ class PointRun(ABC, Generic[_Measured]):
     kind: ClassVar[type[Any]]
     work: Any
 
-    def __init__(self, model: PreTrainedModel, points: Sequence[Point], n_items: int, ledger: Ledger | None = None):
-        self.model, self.points, self.ledger = model, list(points), ledger
-        self.done: list[dict[str, _Measured]] = [{} for _ in range(n_items)]  # by the key of the point
+    def __init__(
+        self, model: PreTrainedModel, points: Sequence[Point], given: Sequence[Any], ledger: Ledger | None = None
+    ):
+        self.model, self.given, self.ledger = model, given, ledger
+        self.points = [point for point in points if point != BASELINE]
+        self.done: list[dict[str, _Measured]] = [{} for _ in given]  # by the key of the point
         self.errors: dict[str, Exception] = {}
-
-    @abstractmethod
-    def _item(self, index: int, points: tuple[Point, ...]) -> Item:
-        """The item at ``index``, on which ``points`` are to be measured."""
 
     @abstractmethod
     def _result(self, point: Point) -> dict[str, Any]:
@@ -62,6 +72,10 @@ class PointRun(ABC, Generic[_Measured]):
     def _fingerprint(self, index: int) -> str:
         """The same for items that are the same, and measured alike, where the ledger's name does not tell that."""
         return ""
+
+    def measured(self, point: Point) -> list[tuple[int, _Measured, _Measured]]:
+        """The items that a point was measured on: index, what the point made of it, and what the baseline did."""
+        return [(i, done[point.key], done[BASELINE.key]) for i, done in enumerate(self.done) if point.key in done]
 
     @property
     def is_complete(self) -> bool:
@@ -87,26 +101,24 @@ class PointRun(ABC, Generic[_Measured]):
         for point in (BASELINE, *self.points):
             if point.key in self.errors:
                 yield point, self.errors[point.key]
-            elif any(point.key in done for done in self.done):
+            elif self._is_measured(point):
                 try:
                     yield point, self._result(point)
                 except SelfCheckError as error:
                     yield point, error
 
-    def parts(self) -> Iterator[tuple[Point, list[dict[str, Any] | Exception]]]:
-        """Each point of which there is something to say: what was measured of it, then what went wrong."""
+    def parts(self) -> dict[str, list[dict[str, Any] | Exception]]:
+        """By the key of each point of which there is something to say: what was measured, then what went wrong."""
+        found: dict[str, list[dict[str, Any] | Exception]] = {}
         for point, result in self.results():
-            measured = self.before_failure(point) if isinstance(result, Exception) else None
-            yield point, [part for part in (measured, result) if part is not None]
+            found[point.key] = [result]
+            if point.key in self.errors and self._is_measured(point):
+                with contextlib.suppress(SelfCheckError):
+                    found[point.key].insert(0, self._result(point))
+        return found
 
-    def before_failure(self, point: Point) -> dict[str, Any] | None:
-        """The part of a result record over the items measured before a point failed; None if there is nothing."""
-        if point.key not in self.errors or not any(point.key in done for done in self.done):
-            return None
-        try:
-            return self._result(point)
-        except SelfCheckError:
-            return None
+    def _is_measured(self, point: Point) -> bool:
+        return any(point.key in done for done in self.done)
 
     def _missing(self, index: int) -> list[Point]:
         """The points that have not been measured on an item, and have not failed."""
@@ -118,7 +130,8 @@ class PointRun(ABC, Generic[_Measured]):
         for index in range(len(self.done)):
             missing = self._missing(index)
             if missing:
-                yield self._item(index, tuple(point for point in missing if point != BASELINE))
+                points = tuple(point for point in missing if point != BASELINE)
+                yield Item(index, self.given[index], points, is_checked=index == 0)
 
     def _keep(self, index: int, found: dict[str, _Measured | Exception]) -> None:
         done = self.done[index]

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
-from coldpress.bases.press import BasePress
 from coldpress.bases.scorer import BudgetPress
 from coldpress.cache.pressed import PressedCache
 from coldpress.errors import SelfCheckError
@@ -41,11 +40,10 @@ from coldpress.eval.losses import Scores, token_losses
 from coldpress.eval.metrics import bits_per_byte, clustered_mean, paired_difference, perplexity, quantiles
 from coldpress.eval.models import input_device
 from coldpress.eval.perplexity import forward
-from coldpress.eval.point_run import PointRun
+from coldpress.eval.point_run import Item, PointRun
 from coldpress.eval.windows import PrefixPlan
-from coldpress.stores.codec import Codec
 
-__all__ = ["Batch", "PrefixRun", "WindowWork"]
+__all__ = ["PrefixRun", "WindowWork"]
 
 DISTANCES = (16, 64, 256)  # upper ends of the buckets of distance to the compressed context, in tokens
 
@@ -56,17 +54,12 @@ class PrefixRun(PointRun[Measured]):
     """Score targets against compressed contexts, window by window; :meth:`results` can be asked for at any time.
 
     Args:
-        model: a causal language model on coldpress's backend.
-        presses: the points to measure; the uncompressed baseline is always measured too.
-        kv_bits: how what each of them keeps is stored; None: all as it is.
+        model, points, ledger: see :class:`coldpress.eval.point_run.PointRun`.
         documents: token ids, int64 ``[N]`` each, with the plan of their windows; all plans have the same sizes.
         batch_size: windows that are run together.
-        chunk_tokens: tokens of a piece of the context; None for a context in one piece.
         token_bytes: UTF-8 bytes that each token of the documents stands for, int64 ``[N]`` each, for bits per byte;
             None where that is not known.
-        greedy_tokens: also generate so many tokens from each cache, and count how many are the baseline's.
-        seed: of what presses draw at random from torch's own generator.
-        ledger: what was finished by an earlier run, and where this one notes what it has finished; None: nowhere.
+        chunk_tokens, greedy_tokens, seed: see :class:`WindowWork`.
 
     Raises:
         SelfCheckError: from :meth:`run`, when the baseline contradicts a direct forward pass or is not finite.
@@ -77,11 +70,10 @@ class PrefixRun(PointRun[Measured]):
     def __init__(
         self,
         model: PreTrainedModel,
-        presses: Sequence[BasePress | None],
+        points: Sequence[Point],
         documents: Sequence[tuple[Tensor, PrefixPlan]],
         batch_size: int = 1,
         chunk_tokens: int | None = None,
-        kv_bits: Sequence[Codec | None] | None = None,
         *,
         token_bytes: Sequence[Tensor | None] | None = None,
         greedy_tokens: int = 0,
@@ -91,41 +83,22 @@ class PrefixRun(PointRun[Measured]):
         self.plan = documents[0][1]
         self.work = WindowWork(self.plan.context, self.plan.scored_per_window, chunk_tokens, greedy_tokens, seed)
         windows = [window for ids, plan in documents for window in plan.windows(ids)]
-        self.window_bytes = _bytes_of_windows(documents, token_bytes)
-        self.batches = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
-        self.places = [(i, start) for i, (_, plan) in enumerate(documents) for start in plan.starts]
-        kv_bits = [None] * len(presses) if kv_bits is None else kv_bits
-        points = [Point(press, bits) for press, bits in zip(presses, kv_bits, strict=True)]
-        super().__init__(model, points, len(self.batches), ledger)
-
-    def _item(self, index: int, points: tuple[Point, ...]) -> Batch:
-        return Batch(index, torch.stack(self.batches[index]), points, is_checked=index == 0)
-
-    def _bytes_of(self, point: Point) -> int | None:
-        """UTF-8 bytes of what was scored of a point."""
-        if self.window_bytes is None:
-            return None
-        left, total = iter(self.window_bytes), 0
-        for windows, done in zip(self.batches, self.done, strict=True):
-            n_bytes = sum(itertools.islice(left, len(windows)))
-            total += n_bytes if point.key in done else 0
-        return total
-
-    def _places_of(self, point: Point) -> list[tuple[int, int]]:
-        """Of each window that a point was measured on, which document it is from and where it starts."""
-        left = iter(self.places)
-        parts = (list(itertools.islice(left, len(windows))) for windows in self.batches)
-        return [place for part, done in zip(parts, self.done, strict=True) if point.key in done for place in part]
+        places = [(i, start) for i, (_, plan) in enumerate(documents) for start in plan.starts]
+        n_bytes = _bytes_of_windows(documents, token_bytes)
+        batches = range(0, len(windows), batch_size)
+        self.places = [places[i : i + batch_size] for i in batches]  # of each window: document, and start in it
+        self.n_bytes = None if n_bytes is None else [sum(n_bytes[i : i + batch_size]) for i in batches]
+        super().__init__(model, points, [torch.stack(windows[i : i + batch_size]) for i in batches], ledger)
 
     def _result(self, point: Point) -> dict[str, Any]:
         """The perplexity part of a result record, over the windows measured so far."""
-        pairs = [(batch[point.key], batch[BASELINE.key]) for batch in self.done if point.key in batch]
-        first, first_base = pairs[0]
-        own = Scores.join(mine.scores for mine, _ in pairs)
-        base = Scores.join(its.scores for _, its in pairs)
+        measured = self.measured(point)
+        _, first, first_base = measured[0]
+        own = Scores.join(mine.scores for _, mine, _ in measured)
+        base = Scores.join(its.scores for _, _, its in measured)
         n_windows, n_tokens = own.losses.shape[0], own.losses.numel()
-        measured = (len(ids) for ids, done in zip(self.batches, self.done, strict=True) if point.key in done)
-        expected = sum(measured) * self.plan.scored_per_window
+        places = [place for i, *_ in measured for place in self.places[i]]
+        expected = len(places) * self.plan.scored_per_window
         if n_tokens != expected:
             raise SelfCheckError(f"{n_tokens} tokens were scored, the windows' formula says {expected}.")
         if torch.equal(own.losses, base.losses):
@@ -134,7 +107,7 @@ class PrefixRun(PointRun[Measured]):
         nll, base_nll = own.losses.double().sum(1).tolist(), base.losses.double().sum(1).tolist()
         loss, base_loss = math.fsum(nll) / n_tokens, math.fsum(base_nll) / n_tokens
         mean = clustered_mean(counts, nll)
-        n_bytes = self._bytes_of(point)
+        n_bytes = None if self.n_bytes is None else sum(self.n_bytes[i] for i, *_ in measured)
         record: dict[str, Any] = {
             "scored_tokens": n_tokens,
             "windows": n_windows,
@@ -149,14 +122,9 @@ class PrefixRun(PointRun[Measured]):
             "nll_by_distance": {name: float(part.mean()) for name, part in _buckets(own.losses.double())},
             "per_window": [
                 {"id": i, "document": document, "start": start, "n": counts[i], "nll": nll[i], "nll_base": base_nll[i]}
-                for i, (document, start) in enumerate(self._places_of(point))
+                for i, (document, start) in enumerate(places)
             ],
-            "kv_bytes": first.kv_bytes,
-            "kv_bytes_baseline": first_base.kv_bytes,
-            "kv_len_before": self.plan.context,
-            "kv_len_after": first.kv_lengths,
-            "effective_compression_ratio": first.achieved_ratio,
-            "kept_hash": first.kept_hash,
+            **first.facts(first_base, self.plan.context),
         }
         if first.read_ratio < 1:
             record["read_ratio"] = first.read_ratio
@@ -178,7 +146,7 @@ class PrefixRun(PointRun[Measured]):
             "delta_p": {"mean": float(delta_p.mean()), "rms": math.sqrt(float(delta_p.square().mean()))},
             "delta_by_distance": _deltas_by_distance(own.losses.double(), base.losses.double()),
         }
-        agreement = [n for mine, _ in pairs for n in mine.agreement or ()]
+        agreement = [n for _, mine, _ in measured for n in mine.agreement or ()]
         if agreement:
             record["greedy_agreement"] = {
                 "mean": math.fsum(agreement) / len(agreement),
@@ -194,11 +162,11 @@ def _bytes_of_windows(
     documents: Sequence[tuple[Tensor, PrefixPlan]], token_bytes: Sequence[Tensor | None] | None
 ) -> list[int] | None:
     """UTF-8 bytes of the scored tokens of each window; None unless they are known of all."""
-    if token_bytes is None or any(n is None for n in token_bytes):
+    known = [n_bytes for n_bytes in token_bytes or () if n_bytes is not None]
+    if len(known) < len(documents):
         return None
     found = []
-    for n_bytes, (_, plan) in zip(token_bytes, documents, strict=True):
-        assert n_bytes is not None
+    for n_bytes, (_, plan) in zip(known, documents, strict=True):
         ends = (start + plan.context + plan.target for start in plan.starts)
         found += [int(n_bytes[end - plan.scored_per_window : end].sum()) for end in ends]
     return found
@@ -221,32 +189,16 @@ def _deltas_by_distance(own: Tensor, base: Tensor) -> dict[str, dict[str, Any]]:
     return deltas
 
 
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """Windows that are run together, and the points to measure on them beside the baseline.
-
-    Attributes:
-        index: of the batch in the run.
-        ids: int64 ``[W, context + target]``.
-        is_checked: whether the checks are made that need forward passes of their own.
-    """
-
-    index: int
-    ids: Tensor
-    points: tuple[Point, ...]
-    is_checked: bool
-
-
 @dataclass(frozen=True)
 class WindowWork:
-    """Measures one batch of windows: work for an engine.
+    """Measures one batch of windows, int64 ``[W, context + target]``: work for an engine.
 
     Attributes:
         context: tokens that are prefilled.
         n_scored: tokens scored in each window, its last ones.
         chunk_tokens: tokens of a piece of the context; None for a context in one piece.
-        greedy_tokens: tokens to generate from each cache.
-        seed: with the batch's index, of torch's generator: what is drawn depends on no other batch.
+        greedy_tokens: tokens to generate from each cache, to count how many are the baseline's.
+        seed: with the batch's index, of torch's generator: what presses draw depends on no other batch.
     """
 
     context: int
@@ -256,7 +208,7 @@ class WindowWork:
     seed: int = 0
 
     @torch.inference_mode()
-    def __call__(self, model: PreTrainedModel, batch: Batch) -> Found:
+    def __call__(self, model: PreTrainedModel, batch: Item) -> Found:
         """What each point, and the baseline, made of the batch, or what went wrong with it.
 
         Raises:
@@ -264,7 +216,7 @@ class WindowWork:
         """
         torch.manual_seed(self.seed + batch.index)
         context, points = self.context, batch.points
-        ids = batch.ids.to(input_device(model))
+        ids = batch.given.to(input_device(model))
         inputs, wanted = ids[:, context:-1], ids[:, context + 1 :]
         scorers = [p.press for p in points if isinstance(p.press, BudgetPress) and p.press.exact_at_0]
         zeros = list(dict.fromkeys(press.with_ratio(0.0) for press in scorers)) if batch.is_checked else []

@@ -41,6 +41,7 @@ __all__ = [
     "read_results",
     "result_path",
     "uninterrupted",
+    "with_subfolders",
     "write_result",
     "write_results",
 ]
@@ -244,7 +245,7 @@ def collect(folders: Iterable[str]) -> Collection:
             raise DataError("The folder's name is empty; give the folder that a run wrote its results to.")
         if not os.path.isdir(folder):
             raise DataError(f"no folder {folder!r}: give the folder that a run wrote its results to")
-        for path in [Path(folder), *_below(Path(folder))]:
+        for path in with_subfolders(Path(folder)):
             real = path.resolve()
             if real in seen:
                 continue
@@ -256,13 +257,13 @@ def collect(folders: Iterable[str]) -> Collection:
     return Collection(folders, tuple(records), tuple(skipped))
 
 
-def _below(folder: Path) -> list[Path]:
-    """Its subfolders, in the order of their names."""
+def with_subfolders(folder: Path) -> list[Path]:
+    """A folder and, in the order of their names, those in it that are not hidden."""
     found = []
-    for path, names, _ in os.walk(folder):
+    for path, names, _ in os.walk(folder) if os.path.isdir(folder) else ():  # a name with a NUL ends os.walk
         names[:] = sorted(name for name in names if not name.startswith(".") and not name.endswith(".json"))
         found += [Path(path) / name for name in names]
-    return sorted(found)
+    return [folder, *sorted(found)]
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import time
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -129,6 +130,19 @@ class Run(ABC):
         """Note what is finished in a ledger beside the results, and go on from what is there."""
         self.ledger = Ledger(folder / UNFINISHED / self.digest)
 
+    def where(self, engine: Engine | None) -> AbstractContextManager[Engine]:
+        """``engine`` or, where there is none yet, the one that was asked for, until the block ends."""
+        s = self.settings
+        return make_engine(s.engine, self.loaded, **s.cluster) if engine is None else contextlib.nullcontext(engine)
+
+    def timed(self, part: str, work: Callable[..., Any], label: str = "") -> Any:
+        """What a part of the work gives; its wall time is noted, and its progress shown under the label."""
+        start = time.perf_counter()
+        try:
+            return work(progress=partial(self.show_progress, name=label or part))
+        finally:
+            self.seconds[part] = time.perf_counter() - start
+
     def common(self) -> dict[str, Any]:
         """What the records have in common."""
         return {
@@ -179,26 +193,24 @@ class Run(ABC):
 class ExampleRun(Run):
     """A run over tasks or benchmarks: points and examples."""
 
-    label: str  # of the progress
     points: PointRun[Any] | None = None
+
+    @property
+    def label(self) -> str:
+        """Of the progress."""
+        return "tasks"
 
     @abstractmethod
     def point_run(self) -> PointRun[Any]:
         """What measures it."""
 
     def measure(self, engine: Engine | None, save: Callable[..., None]) -> None:
-        start, self.points = time.perf_counter(), self.point_run()
-        try:
-            s = self.settings
-            here = contextlib.nullcontext(engine)
-            with here if engine is not None else make_engine(s.engine, self.loaded, **s.cluster) as where:
-                self.points.run(partial(self.show_progress, name=self.label), where)
-        finally:
-            self.seconds["tasks"] = time.perf_counter() - start
+        self.points = self.point_run()
+        with self.where(engine) as where:
+            self.timed("tasks", partial(self.points.run, engine=where), self.label)
 
     def parts(self, job: Job) -> list[Part]:
-        found = {} if self.points is None else {point.key: parts for point, parts in self.points.parts()}
-        return found.get(job.point.key, [])
+        return [] if self.points is None else self.points.parts().get(job.point.key, [])
 
     def is_complete(self, job: Job) -> bool:
         return self.points is not None and self.points.is_complete

@@ -43,12 +43,6 @@ class _Measured(OfLimits, OfEngine, OfMachine, OfPresses, OfModel, Options):
     """What every measurement under presses has."""
 
     @property
-    def loading(self) -> dict[str, Any]:
-        """The options of load_model beside the name."""
-        asked = ("revision", *names_of(OfMachine), *names_of(OfPlacement))
-        return {name: getattr(self, name) for name in asked if hasattr(self, name)}
-
-    @property
     def cluster(self) -> dict[str, Any]:
         """The options of the engine."""
         return {"ray_address": self.ray_address, "workers": self.workers}
@@ -81,20 +75,22 @@ class Settings(OfTiming, OfSpeed, OfWindows, OfPerplexity, OfPlacement, OfText, 
         self._check_mode()
         if self.speed_only and (self.ppl_apply_press or self.ppl_only):
             raise InputError("--speed_only measures no perplexity; leave it out, or --ppl_apply_press and --ppl_only.")
-        for name in ("add_bos", "max_length", "stride", "batch_size") if self.speed_only else ():
-            if getattr(self, name) != getattr(Settings, name):
-                raise InputError(f"--{name} is for perplexity, and --speed_only measures none; leave one of them out.")
+        if self.speed_only:
+            why = "--{} is for perplexity, and --speed_only measures none; leave one of them out."
+            self.refuse(why, "add_bos", "max_length", "stride", "batch_size")
         if self.chunk_tokens is not None and not self.ppl_apply_press and self.ppl_only:
             raise InputError(
                 "--chunk_tokens cuts up the prompt that a press compresses; --ppl_only alone has none: add "
                 "--ppl_apply_press."
             )
-        for name in ("max_documents", "max_windows", "greedy_tokens", "context_tokens", "target_tokens"):
-            if getattr(self, name) and not self.ppl_apply_press and (name != "max_documents" or self.ppl_mode is None):
-                raise InputError(f"--{name} is for perplexity under presses; add --ppl_apply_press, or leave it out.")
-        for name in ("kv_group_size", "kv_residual_tokens"):
-            if getattr(self, name) != getattr(Settings, name) and not self.kv_bits:
-                raise InputError(f"--{name} says how pairs are stored in few bits; add --kv_bits, or leave it out.")
+        if not self.ppl_apply_press:
+            why = "--{} is for perplexity under presses; add --ppl_apply_press, or leave it out."
+            if self.ppl_mode is None:
+                self.refuse(why, "max_documents")
+            self.refuse(why, "max_windows", "greedy_tokens", "context_tokens", "target_tokens")
+        if not self.kv_bits:
+            why = "--{} says how pairs are stored in few bits; add --kv_bits, or leave it out."
+            self.refuse(why, "kv_group_size", "kv_residual_tokens")
         if self.engine != "local" and not self.ppl_apply_press:
             raise InputError(
                 f"--engine {self.engine} measures windows under presses, and none are asked for; add "
@@ -122,14 +118,10 @@ class Settings(OfTiming, OfSpeed, OfWindows, OfPerplexity, OfPlacement, OfText, 
                 f"--ppl_preset {self.ppl_preset} is the uncompressed model's perplexity, as others measure it; leave "
                 f"{what} out, or measure presses with --ppl_apply_press and without a preset."
             )
-        for name in ("stride", "context_tokens", "target_tokens"):
-            if getattr(self, name) is not None:
-                raise InputError(f"--ppl_preset {self.ppl_preset} says how windows lie; leave --{name} out.")
-        if self.add_bos is not None:
-            raise InputError(f"--ppl_preset {self.ppl_preset} says how texts begin; leave --add_bos out.")
-        for name in ("speed_only", "speed_decode_only", "compile"):
-            if getattr(self, name):
-                raise InputError(f"--ppl_preset {self.ppl_preset} measures no speed; leave --{name} out.")
+        preset = f"--ppl_preset {self.ppl_preset}"
+        self.refuse(preset + " says how windows lie; leave --{} out.", "stride", "context_tokens", "target_tokens")
+        self.refuse(preset + " says how texts begin; leave --{} out.", "add_bos")
+        self.refuse(preset + " measures no speed; leave --{} out.", "speed_only", "speed_decode_only", "compile")
         object.__setattr__(self, "ppl_only", True)
 
     def _check_mode(self) -> None:
@@ -140,24 +132,16 @@ class Settings(OfTiming, OfSpeed, OfWindows, OfPerplexity, OfPlacement, OfText, 
                     "--ppl_mode streaming reads whole texts and measures no speed; leave --ppl_apply_press, "
                     "--speed_only and --speed_decode_only out."
                 )
-            for name in ("context_tokens", "target_tokens", "stride", "max_length"):
-                if getattr(self, name) is not None:
-                    raise InputError(f"--ppl_mode streaming has no windows; leave --{name} out.")
-            if self.chunk_tokens is not None:
-                raise InputError(
-                    "--ppl_mode streaming reads --stream_chunk tokens at a time; leave --chunk_tokens out."
-                )
-            if self.kv_bits:
-                raise InputError("--ppl_mode streaming evicts again and again, and --kv_bits cannot; leave one out.")
-            if self.batch_size != 1:
-                raise InputError("--ppl_mode streaming reads one text after the other; leave --batch_size out.")
+            mode, of_windows = "--ppl_mode streaming", ("context_tokens", "target_tokens", "stride", "max_length")
+            self.refuse(mode + " has no windows; leave --{} out.", *of_windows)
+            self.refuse(mode + " reads --stream_chunk tokens at a time; leave --{} out.", "chunk_tokens")
+            self.refuse(mode + " evicts again and again, and --{} cannot; leave one out.", "kv_bits")
+            self.refuse(mode + " reads one text after the other; leave --{} out.", "batch_size")
             object.__setattr__(self, "ppl_only", True)
             object.__setattr__(self, "stream_chunk", self.stream_chunk or STREAM_CHUNK)
             object.__setattr__(self, "positions", self.positions or "rerotate")
             return
-        for name in ("stream_chunk", "positions"):
-            if getattr(self, name) is not None:
-                raise InputError(f"--{name} belongs to --ppl_mode streaming.")
+        self.refuse("--{} belongs to --ppl_mode streaming.", "stream_chunk", "positions")
         if self.ppl_mode == "prefix":
             object.__setattr__(self, "ppl_apply_press", True)
         elif self.ppl_apply_press:
@@ -186,10 +170,9 @@ class TaskSettings(OfTasks, OfText, _Measured):
             raise InputError(
                 f"--text_file {self.text_file} and --dataset {self.dataset} are both the text; give one of them."
             )
-        for name in ("subset", "split", "sample_idx"):
-            is_given = getattr(self, name) != getattr(TaskSettings, name)
-            if is_given and self.dataset is None and self.text_file is None:
-                raise InputError(f"--{name} belongs to a text; name one with --dataset, or leave it out.")
+        if not self.reading:
+            why = "--{} belongs to a text; name one with --dataset, or leave it out."
+            self.refuse(why, "subset", "split", "sample_idx")
         if self.task_examples > MOST_EXAMPLES:
             raise InputError(f"--task_examples must be at most {MOST_EXAMPLES:,}, got {self.task_examples:,}.")
         self.check_choices()
@@ -252,7 +235,7 @@ class BenchmarkSettings(_Measured, OfBenchmark):
 
 
 @dataclass(frozen=True)
-class CalibrationSettings(OfMachine, OfText, OfModel, OfCalibration):
+class CalibrationSettings(OfMachine, OfText, OfModel, OfCalibration, Options):
     """Everything a calibration was asked for; the command line's options have these names."""
 
     # train, where the dataset has splits

@@ -18,6 +18,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,17 +30,17 @@ from coldpress.cache.pressed import PressedCache
 from coldpress.core.press import parts
 from coldpress.errors import SelfCheckError
 from coldpress.eval.checks import check_stored_pairs, release
+from coldpress.eval.jobs import Point
 from coldpress.eval.ledger import UNREADABLE, Ledger
-from coldpress.eval.memory import MemoryMeter
+from coldpress.eval.memory import MemoryMeter, MemoryReading
 from coldpress.eval.perplexity import forward
-from coldpress.eval.speed_points import Sample, SpeedPoint
 from coldpress.models.block import prefilling
 from coldpress.models.compiled import compiled
 from coldpress.models.compiling import Compiled
 from coldpress.models.prompts import prefill
 from coldpress.stores.codec import Codec
 
-__all__ = ["SpeedRun", "now_ns"]
+__all__ = ["Sample", "SpeedPoint", "SpeedRun", "now_ns"]
 
 WARMUP_TOKENS = 8
 ROUNDS = "rounds.json"  # in the ledger
@@ -54,14 +55,92 @@ def now_ns(device: torch.device) -> int:
     return time.perf_counter_ns()
 
 
+@dataclass(frozen=True)
+class Sample:
+    """One repetition. ``prefill_ns`` (start to first token) is None when only decoding was timed."""
+
+    prefill_ns: int | None
+    decode_ns: int
+    n_tokens: int  # generated ids
+
+    @property
+    def timed_tokens(self) -> int:
+        """Ids that were generated within the time: the first one comes from the prefill."""
+        return self.n_tokens if self.prefill_ns is not None else self.n_tokens - 1
+
+    @property
+    def total_ns(self) -> int:
+        """What was timed of it."""
+        return (self.prefill_ns or 0) + self.decode_ns
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether it may be one that was measured; it may come from a disk."""
+        times = [self.decode_ns, self.n_tokens, *([] if self.prefill_ns is None else [self.prefill_ns])]
+        return all(isinstance(n, int) and not isinstance(n, bool) and 0 < n < 2**63 for n in times)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.timed_tokens * 1e9 / self.total_ns
+
+    @property
+    def tpot_ms(self) -> float | None:
+        """Time per output token after the first; None if no more than one was generated."""
+        return self.decode_ns / (self.n_tokens - 1) / 1e6 if self.n_tokens > 1 else None
+
+
+@dataclass
+class SpeedPoint:
+    """One press (None: no press), in so many bits, and its measurements: samples of rounds, sizes of a cache."""
+
+    press: BasePress | None
+    kv_bits: Codec | None = None
+    samples: list[Sample] = field(default_factory=list)
+    memory: MemoryReading | None = None
+    kv_bytes: int | None = None
+    kv_lengths: list[int] = field(default_factory=list)
+    achieved_ratio: float = 0.0
+    kv_bytes_at_end: int | None = None  # after generation: of the baseline, where a press goes on while decoding
+    error: Exception | None = None
+
+    @property
+    def key(self) -> str:
+        """The same for points that measure the same, in this process or another."""
+        return Point(self.press, self.kv_bits).key
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether there is neither a press nor few bits."""
+        return self.press is None and self.kv_bits is None
+
+    @property
+    def evicts_while_decoding(self) -> bool:
+        """Whether the press goes on while decoding: then its cache is that of the end of generation."""
+        return self.press is not None and self.press.evicts_while_decoding
+
+    @property
+    def tpot_ms(self) -> list[float]:
+        """Time per output token after the first, of each repetition that generated more than one."""
+        return [s.tpot_ms for s in self.samples if s.tpot_ms is not None]
+
+    def note(self, cache: PressedCache) -> None:
+        """Note the sizes of its cache."""
+        self.kv_bytes, self.kv_lengths = cache.kv_bytes(), cache.stored_lengths()
+        self.achieved_ratio = cache.achieved_ratio()
+
+    def speedups(self, baseline: SpeedPoint) -> dict[int, float]:
+        """By round: the baseline's time per output token over this one's, where both generated more than one."""
+        pairs = enumerate(zip(self.samples, baseline.samples, strict=False))
+        return {i: b.tpot_ms / own.tpot_ms for i, (own, b) in pairs if own.tpot_ms and b.tpot_ms}
+
+
 class SpeedRun:
     """Time presses side by side on the same context.
 
     Args:
         model: a causal language model on coldpress's backend.
         context_ids: int64 ``[1, C]``.
-        presses: what to time; None stands for no press.
-        kv_bits: how what each of them keeps is stored; None: all as it is.
+        points: what to time.
         max_new_tokens: ids to generate, at least 2.
         min_new_tokens: no end of text before so many ids; None means ``max_new_tokens``, so that every run generates
             the same number.
@@ -77,7 +156,7 @@ class SpeedRun:
         self,
         model: PreTrainedModel,
         context_ids: Tensor,
-        presses: Sequence[BasePress | None],
+        points: Sequence[Point],
         *,
         max_new_tokens: int,
         min_new_tokens: int | None = None,
@@ -87,12 +166,10 @@ class SpeedRun:
         warmup: int = 1,
         seed: int = 0,
         chunk_tokens: int | None = None,
-        kv_bits: Sequence[Codec | None] | None = None,
         compile: bool = False,
     ):
         self.model, self.context_ids = model, context_ids
-        kv_bits = [None] * len(presses) if kv_bits is None else kv_bits
-        self.points = [SpeedPoint(press, bits) for press, bits in zip(presses, kv_bits, strict=True)]
+        self.points = [SpeedPoint(point.press, point.kv_bits) for point in points]
         self.max_new_tokens = max_new_tokens
         self.min_new_tokens = max_new_tokens if min_new_tokens is None else min(min_new_tokens, max_new_tokens)
         self.eos_ids, self.decode_only = tuple(eos_ids), decode_only
@@ -195,37 +272,37 @@ class SpeedRun:
         return max(lengths, default=0)
 
     def result(self, point: SpeedPoint) -> dict[str, Any]:
-        """The speed part of a result record: one round, the spread of all of them, and the raw samples.
+        """The speed part of a result record of a point that has samples: one round, the spread of all, and the samples.
 
         It is the round whose speed-up over the baseline is the median, for the baseline itself the one whose time per
         output token is; of two in the middle the smaller. ``timed_round`` is its number from 1.
         """
         baseline = next((p for p in self.points if p.is_baseline), None)
         context_tokens = self.context_ids.shape[1]
-        is_compared = baseline is not None and baseline is not point and baseline.error is None
-        speedups = point.speedups(baseline) if is_compared and baseline is not None else {}
+        compared = None if baseline is None or baseline is point or baseline.error is not None else baseline
+        speedups = {} if compared is None else point.speedups(compared)
         number = _middle(speedups or {i: s.tpot_ms or s.total_ns for i, s in enumerate(point.samples)})
-        shown = None if number is None else point.samples[number]
+        shown = point.samples[number]
         kv_tokens = context_tokens + (self.max_new_tokens - 1 if point.evicts_while_decoding else 0)
         kv_baseline = (
             None if baseline is None else baseline.kv_bytes_at_end if point.evicts_while_decoding else baseline.kv_bytes
         )
-        ttft_s = None if shown is None or shown.prefill_ns is None else shown.prefill_ns / 1e9
-        tpot_ms = None if shown is None else shown.tpot_ms
+        ttft_s = None if shown.prefill_ns is None else shown.prefill_ns / 1e9
+        tokens_per_s = 1e3 / shown.tpot_ms if shown.tpot_ms else None
         record: dict[str, Any] = {
             "context_tokens": context_tokens,
             "repetitions": len(point.samples),
-            "timed_round": None if number is None else number + 1,
-            "generated_tokens": None if shown is None else shown.n_tokens,
-            "total_s": None if shown is None else shown.total_ns / 1e9,
-            "tpot_ms": tpot_ms,
+            "timed_round": number + 1,
+            "generated_tokens": shown.n_tokens,
+            "total_s": shown.total_ns / 1e9,
+            "tpot_ms": shown.tpot_ms,
             "tpot_ms_spread": _spread(point.tpot_ms),
-            "decode_tokens_per_s": 1e3 / tpot_ms if tpot_ms else None,
-            "speed_tokens_per_s": 1e3 / tpot_ms if tpot_ms else None,  # the name other tools look for
+            "decode_tokens_per_s": tokens_per_s,
+            "speed_tokens_per_s": tokens_per_s,  # the name other tools look for
             "ttft_s": ttft_s,
             "ttft_s_spread": _spread([s.prefill_ns / 1e9 for s in point.samples if s.prefill_ns is not None]),
             "prefill_tokens_per_s": context_tokens / ttft_s if ttft_s else None,
-            "generation_tokens_per_s": None if shown is None or not shown.timed_tokens else shown.tokens_per_s,
+            "generation_tokens_per_s": shown.tokens_per_s if shown.timed_tokens else None,
             "samples": [vars(s) for s in point.samples],
             "kv_bytes": point.kv_bytes,
             "kv_bytes_baseline": kv_baseline,
@@ -234,21 +311,14 @@ class SpeedRun:
             "effective_compression_ratio": point.achieved_ratio,
         }
         if point.memory is not None:
-            record |= {
-                "peak_mem_bytes": point.memory.peak_bytes,
-                "peak_mem_kind": point.memory.kind,
-                "peak_mem_baseline_bytes": point.memory.baseline_bytes,
-                "peak_mem_delta_bytes": point.memory.delta_bytes,
-                "peak_reserved_bytes": point.memory.peak_reserved_bytes,
-            }
+            record |= point.memory.facts()
         if self.compiled is not None:
             record |= {"compile_s": round(self.compiled.compile_s, 1), "compiled_forms": self.compiled.forms}
-        if is_compared and baseline is not None:
-            has_pair = number in speedups
+        if compared is not None:
             record |= {
-                "decode_speedup": speedups[number] if number is not None and has_pair else None,
+                "decode_speedup": speedups.get(number),
                 "decode_speedup_spread": _spread(list(speedups.values())),
-                "tpot_ms_baseline": baseline.samples[number].tpot_ms if number is not None and has_pair else None,
+                "tpot_ms_baseline": compared.samples[number].tpot_ms if speedups else None,
             }
         return record
 
@@ -299,26 +369,22 @@ class SpeedRun:
         n_metered = min(self.max_new_tokens, WARMUP_TOKENS)
         with meter:
             with self._prefilled(cache) as token:
-                point.kv_bytes, point.kv_lengths = cache.kv_bytes(), cache.stored_lengths()
-                point.achieved_ratio = cache.achieved_ratio()
+                point.note(cache)
                 check_stored_pairs(point.press, cache, self.context_ids.shape[1])
                 for i in range(1, self.max_new_tokens if point.evicts_while_decoding else n_metered):
                     token = self._next(token, cache, i)
             if point.evicts_while_decoding:
-                point.kv_bytes, point.kv_lengths = cache.kv_bytes(), cache.stored_lengths()
-                point.achieved_ratio = cache.achieved_ratio()
+                point.note(cache)
         point.memory = meter.result
-        if point.is_baseline and any(
-            other.evicts_while_decoding for other in self.points
-        ):  # what these are compared with
+        if point.is_baseline and any(other.evicts_while_decoding for other in self.points):  # compared with these
             for i in range(n_metered, self.max_new_tokens):
                 token = self._next(token, cache, i)
             point.kv_bytes_at_end = cache.kv_bytes()
 
 
-def _middle(values: dict[int, float]) -> int | None:
-    """The key of the median, of two in the middle that of the smaller; None if there are none."""
-    return sorted(values, key=values.__getitem__)[(len(values) - 1) // 2] if values else None
+def _middle(values: dict[int, float]) -> int:
+    """The key of the median, of two in the middle that of the smaller."""
+    return sorted(values, key=values.__getitem__)[(len(values) - 1) // 2]
 
 
 def _spread(values: Sequence[float]) -> dict[str, float] | None:

@@ -11,22 +11,21 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
-from coldpress.bases.press import BasePress
 from coldpress.cache.pressed import PressedCache
 from coldpress.errors import SelfCheckError
 from coldpress.eval.checks import release
 from coldpress.eval.jobs import BASELINE, Point
-from coldpress.eval.losses import token_losses
+from coldpress.eval.losses import finite, token_losses
 from coldpress.eval.metrics import perplexity
 from coldpress.eval.models import input_device
 from coldpress.eval.perplexity import forward
-from coldpress.eval.point_run import PointRun
+from coldpress.eval.point_run import Item, PointRun
 
 __all__ = ["StreamRun", "by_position", "read_stream"]
 
@@ -55,9 +54,7 @@ def read_stream(
         part = ids[begin : min(begin + chunk, len(ids) - 1)]
         logits = forward(model, part[None], cache)
         losses = token_losses(logits, ids[None, begin + 1 : begin + 1 + len(part)])[0].cpu()
-        if not torch.isfinite(losses).all():
-            raise SelfCheckError("A loss is not finite: the model's logits overflow in this dtype.")
-        yield losses, cache.kv_bytes()
+        yield finite(losses), cache.kv_bytes()
 
 
 def by_position(documents: Sequence[Tensor]) -> dict[str, float]:
@@ -87,17 +84,9 @@ class Read:
     kv_lengths: list[int]
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Tokens of a document that one point reads at once, after those before them.
+class Chunk(NamedTuple):
+    """Tokens that ``point`` reads at once, after those before them: of which document, and from which token on."""
 
-    Attributes:
-        index: of it in the run.
-        point: reads it.
-        document, begin: of which document, and its first token.
-    """
-
-    index: int
     point: Point
     document: int
     begin: int
@@ -111,7 +100,7 @@ class StreamRun(PointRun[Read]):
 
     Args:
         model: a causal language model on coldpress's backend.
-        presses: decoding schedules, or None for the uncompressed cache, which keeps original positions.
+        points: decoding schedules, or the uncompressed baseline, which keeps original positions.
         documents: token ids, int64 ``[N]`` each.
         chunk: tokens that are fed in together.
         positions: of the presses' caches, as in :class:`PressedCache`.
@@ -123,7 +112,7 @@ class StreamRun(PointRun[Read]):
     def __init__(
         self,
         model: PreTrainedModel,
-        presses: Sequence[BasePress | None],
+        points: Sequence[Point],
         documents: Sequence[Tensor],
         *,
         chunk: int,
@@ -133,15 +122,14 @@ class StreamRun(PointRun[Read]):
         self.chunk, self.positions = chunk, positions
         self.whole = list(documents)
         self.within = [ids[:limit] for ids in documents]
-        places = [
-            (point, i, begin)
+        chunks = [
+            Chunk(point, i, begin)
             for i in range(len(self.whole))
-            for point in map(Point, presses)
+            for point in points
             for begin in range(0, len(self.documents(point)[i]) - 1, chunk)
         ]
-        self.chunks = [Chunk(index, *place) for index, place in enumerate(places)]
         self.work, self.cache = self._read, PressedCache()
-        super().__init__(model, [Point(press) for press in presses if press is not None], len(self.chunks))
+        super().__init__(model, points, chunks)
 
     def position_mode(self, point: Point) -> Literal["original", "rerotate"]:
         """Where this point's keys stand."""
@@ -154,21 +142,19 @@ class StreamRun(PointRun[Read]):
     def losses(self, point: Point) -> list[Tensor]:
         """What it has made of the documents: losses ``[n]`` of each that it has begun."""
         found: dict[int, list[Tensor]] = {}
-        for chunk, done in zip(self.chunks, self.done, strict=True):
+        for chunk, done in zip(self.given, self.done, strict=True):
             if point.key in done:
                 found.setdefault(chunk.document, []).append(done[point.key].losses)
         return [torch.cat(parts) for parts in found.values()]
 
     def _missing(self, index: int) -> list[Point]:
-        point = self.chunks[index].point
+        point = self.given[index].point
         return [] if point.key in self.done[index] or point.key in self.errors else [point]
 
-    def _item(self, index: int, points: tuple[Point, ...]) -> Chunk:
-        return self.chunks[index]
-
     @torch.inference_mode()
-    def _read(self, model: PreTrainedModel, item: Chunk) -> dict[str, Read | Exception]:
-        point, begin, ids = item.point, item.begin, self.documents(item.point)[item.document]
+    def _read(self, model: PreTrainedModel, item: Item) -> dict[str, Read | Exception]:
+        point, document, begin = item.given
+        ids = self.documents(point)[document]
         try:
             if begin == 0:
                 self.cache = PressedCache(point.press, positions=self.position_mode(point))

@@ -186,13 +186,12 @@ def _by_model(evaluations: tuple[Evaluation, ...]) -> Iterator[list[Evaluation]]
 
 def _corpus(evaluation: Evaluation, corpora: dict[Any, Corpus]) -> Corpus | None:
     """The text of an evaluation, loaded once; None for tasks in sentences of our own."""
-    s = evaluation.settings
-    if s.dataset is None and s.text_file is None:
+    asked = evaluation.settings.reading
+    if not asked:
         return None
-    asked: dict[str, Any] = {"subset": s.subset, "split": s.split, "sample_idx": s.sample_idx}
-    key = (s.dataset, s.text_file, *asked.values())
+    key = tuple(asked.values())
     if key not in corpora:
-        corpora[key] = load_corpus(s.dataset or "", **asked, text_file=s.text_file)
+        corpora[key] = load_corpus(**asked)
     return corpora[key]
 
 

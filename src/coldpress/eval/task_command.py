@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from coldpress.errors import InputError
-from coldpress.eval.datasets import Corpus, load_corpus
+from coldpress.eval.datasets import Corpus, Document, load_corpus
 from coldpress.eval.jobs import Job, make_jobs
 from coldpress.eval.models import LoadedModel, load_model
 from coldpress.eval.plan import UNKNOWN_POSITIONS
@@ -21,36 +21,25 @@ from coldpress.eval.task_run import TaskRun
 from coldpress.eval.tasks import Example, Material, make_examples
 from coldpress.eval.tasks.material import SENTENCES
 
-__all__ = [
-    "Questions",
-    "check_task_positions",
-    "make_questions",
-    "measure_tasks",
-    "task_protocol",
-]
+__all__ = ["Questions", "make_questions", "measure_tasks"]
 
-FILLER = "filler"  # the haystack of our own sentences, where no text is given
+# The haystack of our own sentences, where no text is given
+OWN_TEXT = Corpus("filler", "filler", None, None, None, (Document("filler", "\n".join(SENTENCES)),))
 
 
-def task_protocol(
-    lengths: Sequence[int],
-    n_examples: int,
-    template: str = "none",
-    chunk_tokens: int | None = None,
-    is_pinned: bool = False,
-) -> str:
+def _protocol(settings: TaskSettings) -> str:
     """The name of the way tasks are measured; numbers of different names are not compared."""
-    protocol = f"tasks-v1-C{'+'.join(map(str, lengths))}-n{n_examples}"
-    protocol += "" if template == "none" else f"-{template}"
-    protocol += "-pinned" if is_pinned else ""
-    return protocol if chunk_tokens is None else f"{protocol}-chunk{chunk_tokens}"
+    parts = [f"tasks-v1-C{'+'.join(map(str, settings.task_tokens))}-n{settings.task_examples}"]
+    parts += [] if settings.template == "none" else [settings.template]
+    parts += [] if settings.pin_system is None else ["pinned"]
+    parts += [] if settings.chunk_tokens is None else [f"chunk{settings.chunk_tokens}"]
+    return "-".join(parts)
 
 
-def check_task_positions(examples: Sequence[Example], max_positions: int | None, may_pass: bool = False) -> None:
-    """Raise :class:`InputError` if an example with its answer is longer than what the model was trained on."""
-    limit = max_positions or UNKNOWN_POSITIONS
+def _check_positions(examples: Sequence[Example], limit: int) -> None:
+    """Raise :class:`InputError` if an example with its answer is longer than the ``limit`` of trained positions."""
     needed = [len(e.question_ids) + max(len(e.answer_ids), e.answer_tokens or 0) + e.length for e in examples]
-    if max(needed) > limit and not may_pass:
+    if max(needed) > limit:
         longest = examples[needed.index(max(needed))]
         raise InputError(
             f"Task {longest.task} of {longest.length} tokens needs {max(needed)} positions with question and answer; "
@@ -75,7 +64,7 @@ def measure_tasks(settings: TaskSettings, command: str) -> tuple[list[dict[str, 
     """
     jobs = make_jobs(settings.of_jobs)
     folder = checked_folder(settings)
-    corpus = load_haystack(settings)
+    corpus = load_corpus(**settings.reading) if settings.reading else None
     run = make_questions(settings, jobs, corpus, load_model(settings.model, **settings.loading), command)
     run.keep_in(folder)
     return carry_out(run, folder)
@@ -87,7 +76,6 @@ class Questions(ExampleRun):
 
     corpus: Corpus | None
     examples: list[Example]
-    label = "tasks"
 
     def point_run(self) -> TaskRun:
         s = self.settings
@@ -108,17 +96,15 @@ class Questions(ExampleRun):
         return self.n_parameters * (sum(e.length for e in self.examples) + n_new * (1 + len(self.jobs)))
 
     def facts(self) -> dict[str, Any]:
-        s, corpus = self.settings, self.corpus
-        own = hashlib.sha256("\n".join(SENTENCES).encode()).hexdigest()
+        s, corpus = self.settings, self.corpus or OWN_TEXT
         tokens = hashlib.sha256("".join(example.fingerprint for example in self.examples).encode()).hexdigest()
-        sizes = s.task_tokens, s.task_examples, s.template, s.chunk_tokens, s.pin_system is not None
         return {
-            "protocol": task_protocol(*sizes),
-            "dataset": FILLER if corpus is None else s.text_file or s.dataset,
-            "dataset_source": FILLER if corpus is None else corpus.source,
-            "subset": None if corpus is None else corpus.subset,
-            "split": None if corpus is None else corpus.split,
-            "text_sha256": own if corpus is None else corpus.text_sha256,
+            "protocol": _protocol(s),
+            "dataset": s.text_file or s.dataset or corpus.name,
+            "dataset_source": corpus.source,
+            "subset": corpus.subset,
+            "split": corpus.split,
+            "text_sha256": corpus.text_sha256,
             "tokens_sha256": tokens,
             "total_tokens": sum(example.length for example in self.examples),
             "context_tokens": s.task_tokens[0] if len(s.task_tokens) == 1 else None,
@@ -145,19 +131,7 @@ def make_questions(
         )
     sizes = settings.task, settings.task_tokens, settings.depths, settings.task_examples
     examples = make_examples(material, *sizes, seed=settings.seed)
-    check_task_positions(examples, loaded.max_positions, settings.allow_extrapolation)
+    if not settings.allow_extrapolation:
+        _check_positions(examples, limit)
     loaded.check_ids([torch.tensor(example.context_ids) for example in examples])
     return Questions(settings, jobs, loaded, command, corpus, examples)
-
-
-def load_haystack(settings: TaskSettings) -> Corpus | None:
-    """The text that answers are hidden in; None for sentences of our own."""
-    if settings.dataset is None and settings.text_file is None:
-        return None
-    return load_corpus(
-        settings.dataset or "",
-        subset=settings.subset,
-        split=settings.split,
-        sample_idx=settings.sample_idx,
-        text_file=settings.text_file,
-    )

@@ -24,13 +24,14 @@ from coldpress.errors import SelfCheckError
 from coldpress.eval.checks import check_baseline, check_removed, check_stored_pairs, prefilled, release, sizes_of
 from coldpress.eval.jobs import BASELINE, Point
 from coldpress.eval.ledger import Answered, Ledger
-from coldpress.eval.losses import token_losses
+from coldpress.eval.losses import finite, token_losses
 from coldpress.eval.metrics import paired_difference, score_difference
+from coldpress.eval.models import input_device
 from coldpress.eval.perplexity import forward
-from coldpress.eval.point_run import PointRun
+from coldpress.eval.point_run import Item, PointRun
 from coldpress.eval.tasks import Example
 
-__all__ = ["ExampleWork", "TaskItem", "TaskRun", "ends_of", "greedy_tokens", "match"]
+__all__ = ["ExampleWork", "TaskRun", "ends_of", "greedy_tokens", "match", "row_of"]
 
 SHOWN = 80  # characters of an answer that a record holds
 
@@ -40,33 +41,14 @@ def match(answer: str, references: Sequence[str]) -> float:
     return sum(reference.lower() in answer.lower() for reference in references) / len(references)
 
 
-@dataclass(frozen=True)
-class TaskItem:
-    """One example, or context with questions, and the points to measure on it beside the baseline.
-
-    Attributes:
-        index: of it in the run.
-        is_checked: whether the check is made that needs a forward pass of its own.
-    """
-
-    index: int
-    example: Any
-    points: tuple[Point, ...]
-    is_checked: bool
-
-
 class TaskRun(PointRun[Answered]):
     """Answer questions about compressed contexts, one by one; :meth:`results` can be asked for at any time.
 
     Args:
-        model: a causal language model on coldpress's backend.
+        model, points, ledger: see :class:`coldpress.eval.point_run.PointRun`.
         tokenizer: of the model.
-        points: to measure; the uncompressed baseline is always measured too.
         examples: see :func:`coldpress.eval.tasks.make_examples`.
-        chunk_tokens: tokens of a piece of the context; None for a context in one piece.
-        max_new_tokens: of an answer at most, instead of what its task says.
-        seed: of what presses draw at random from torch's own generator.
-        ledger: what was finished by an earlier run, and where this one notes what it has finished; None: nowhere.
+        chunk_tokens, max_new_tokens, seed: see :class:`ExampleWork`.
 
     Raises:
         SelfCheckError: from :meth:`run`, when the baseline contradicts a direct forward pass or is not finite.
@@ -86,8 +68,8 @@ class TaskRun(PointRun[Answered]):
         seed: int = 0,
         ledger: Ledger | None = None,
     ):
-        self.tokenizer, self.examples = tokenizer, list(examples)
-        is_asked = any(example.references for example in self.examples)
+        self.tokenizer = tokenizer
+        is_asked = any(example.references for example in examples)
         self.work = ExampleWork(
             chunk_tokens,
             max_new_tokens,
@@ -95,23 +77,18 @@ class TaskRun(PointRun[Answered]):
             ends_of(model, tokenizer),
             seed,
         )
-        others = [point for point in points if point != BASELINE]
-        super().__init__(model, others, len(self.examples), ledger)
-
-    def _item(self, index: int, points: tuple[Point, ...]) -> TaskItem:
-        return TaskItem(index, self.examples[index], points, is_checked=index == 0)
+        super().__init__(model, points, examples, ledger)
 
     def _fingerprint(self, index: int) -> str:
-        parts = (self.examples[index].fingerprint, self.work.chunk_tokens, self.work.max_new_tokens, self.work.seed)
+        parts = (self.given[index].fingerprint, self.work.chunk_tokens, self.work.max_new_tokens, self.work.seed)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def _result(self, point: Point) -> dict[str, Any]:
         """The part of a result record that is about tasks, over the examples measured so far."""
-        measured = [i for i, done in enumerate(self.done) if point.key in done]
-        rows = [self._row(i, self.done[i][point.key], self.done[i][BASELINE.key]) for i in measured]
-        first, first_base = (self.done[measured[0]][key] for key in (point.key, BASELINE.key))
-        pairs = ((self.done[i][point.key].losses, self.done[i][BASELINE.key].losses) for i in measured)
-        if all(own == base for own, base in pairs):
+        measured = self.measured(point)
+        rows = [self._row(*each) for each in measured]
+        index, first, first_base = measured[0]
+        if all(own.losses == base.losses for _, own, base in measured):
             check_removed(point, first, first_base, f"the losses of all {len(rows)} answers")
         kinds = itertools.groupby(
             sorted(rows, key=lambda row: (row["task"], row["length"])), key=lambda row: (row["task"], row["length"])
@@ -119,17 +96,12 @@ class TaskRun(PointRun[Answered]):
         return {
             "tasks": [_task(task, length, list(own), point == BASELINE) for (task, length), own in kinds],
             "per_example": rows,
-            "kv_bytes": first.kv_bytes,
-            "kv_bytes_baseline": first_base.kv_bytes,
-            "kv_len_before": self.examples[measured[0]].length,
-            "kv_len_after": first.kv_lengths,
-            "effective_compression_ratio": first.achieved_ratio,
-            "kept_hash": first.kept_hash,
+            **first.facts(first_base, self.given[index].length),
         }
 
     def _row(self, index: int, own: Answered, base: Answered) -> dict[str, Any]:
         """What a record says of one example; losses in nats a token."""
-        example = self.examples[index]
+        example = self.given[index]
         n, answer = len(example.answer_ids), self._text(own, example)
         if len(own.losses) != n or len(base.losses) != n:
             raise SelfCheckError(f"{len(own.losses)} tokens of an answer were scored; it has {n}.")
@@ -191,7 +163,7 @@ class ExampleWork:
         max_new_tokens: of an answer at most; None for what the example says.
         newlines: tokens with which a line ends.
         ends: tokens with which a text ends.
-        seed: with the example's index, of torch's generator: what is drawn depends on no other example.
+        seed: with the example's index, of torch's generator: what presses draw depends on no other example.
     """
 
     chunk_tokens: int | None
@@ -201,16 +173,17 @@ class ExampleWork:
     seed: int = 0
 
     @torch.inference_mode()
-    def __call__(self, model: PreTrainedModel, item: Any) -> dict[str, Any]:
+    def __call__(self, model: PreTrainedModel, item: Item) -> dict[str, Any]:
         """What each point, and the baseline, made of the example, or what went wrong with it.
 
         Raises:
             SelfCheckError: the baseline contradicts a direct forward pass, or is not finite.
         """
         torch.manual_seed(self.seed + item.index)
-        example = item.example
-        context = torch.tensor([example.context_ids], device=next(model.parameters()).device)
-        full, branches = prefilled(model, context, item.points, self.chunk_tokens, example.n_pinned)
+        example = item.given
+        full, branches = prefilled(
+            model, row_of(model, example.context_ids), item.points, self.chunk_tokens, example.n_pinned
+        )
         base = self._ask(model, full, example)
         if item.is_checked:
             self._check(model, example, base)
@@ -228,21 +201,16 @@ class ExampleWork:
 
     def _check(self, model: PreTrainedModel, example: Any, base: Any) -> None:
         """Raise :class:`SelfCheckError` if the baseline's losses are not those of a direct forward pass."""
-        whole = [*example.context_ids, *example.question_ids, *example.answer_ids]
-        device = next(model.parameters()).device
-        check_baseline(model, torch.tensor([whole], device=device), torch.tensor([base.losses]))
+        whole = row_of(model, example.context_ids, example.question_ids, example.answer_ids)
+        check_baseline(model, whole, torch.tensor([base.losses]))
 
     def _ask(self, model: PreTrainedModel, cache: PressedCache, example: Any, with_hash: bool = False) -> Any:
         """What ``cache``, right after its prefill, makes of the example's question and answer."""
-        device = next(model.parameters()).device
-        question, answer = (torch.tensor([ids], device=device) for ids in (example.question_ids, example.answer_ids))
-        sizes = sizes_of(cache, with_hash)
-        last = forward(model, question, cache, keep=1)
+        answer, sizes = row_of(model, example.answer_ids), sizes_of(cache, with_hash)
+        last = forward(model, row_of(model, example.question_ids), cache, keep=1)
         greedy = self._generate(model, cache.fork(), example, last) if example.references else None
         logits = last if answer.shape[1] == 1 else torch.cat([last, forward(model, answer[:, :-1], cache)], dim=1)
-        losses = token_losses(logits, answer)[0].tolist()
-        if not all(map(math.isfinite, losses)):
-            raise SelfCheckError("A loss is not finite: the model's logits overflow in this dtype.")
+        losses = finite(token_losses(logits, answer)[0].cpu()).tolist()
         return Answered(losses=losses, answer_ids=greedy, **sizes)
 
     def _generate(self, model: PreTrainedModel, cache: PressedCache, example: Example, logits: Tensor) -> list[int]:
@@ -250,6 +218,11 @@ class ExampleWork:
         limit = self.max_new_tokens or example.answer_tokens or 1
         newlines = self.newlines if len(example.references) == 1 else frozenset()
         return greedy_tokens(model, cache, logits, limit, self.ends, newlines)
+
+
+def row_of(model: PreTrainedModel, *parts: Sequence[int]) -> Tensor:
+    """Token ids ``[1, n]`` of some parts, one after the other, where ``model`` expects them."""
+    return torch.tensor([list(itertools.chain(*parts))], device=input_device(model))
 
 
 def greedy_tokens(

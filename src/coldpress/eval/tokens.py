@@ -12,7 +12,7 @@ from torch import Tensor
 from coldpress.errors import DataError
 from coldpress.eval.datasets import Corpus
 
-__all__ = ["Tokens", "encode", "token_bytes", "tokenize"]
+__all__ = ["Tokens", "adds_bos", "encode", "prefixed", "tokenize"]
 
 
 class Tokens(NamedTuple):
@@ -61,32 +61,17 @@ def tokenize(
 
 
 def encode(tokenizer: Any, text: str, *, special_tokens: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Token ids of ``text``, int64 ``[N]``, and :func:`token_bytes` of them."""
+    """Token ids of ``text``, int64 ``[N]``, and how many of its UTF-8 bytes each stands for, int64 ``[N]``.
+
+    Every byte belongs to one token. Where several tokens share a character, the first of them takes it whole and the
+    others stand for 0 bytes. What lies between two tokens, such as a blank that the tokenizer drops, belongs to the
+    later one, and what lies after the last to the last. Special tokens stand for 0 bytes. The bytes are None if the
+    tokenizer is a slow one, or its offsets say nothing.
+    """
     options = {"return_offsets_mapping": True} if getattr(tokenizer, "is_fast", False) else {}
     encoded = tokenizer(text, add_special_tokens=special_tokens, verbose=False, **options)
     ids = torch.tensor(encoded["input_ids"], dtype=torch.long)
     return ids, _bytes(text, encoded["offset_mapping"]) if options else None
-
-
-def token_bytes(tokenizer: Any, text: str, ids: Tensor) -> Tensor | None:
-    """How many UTF-8 bytes of ``text`` each token stands for, int64 ``[N]``; their sum is the length of the text.
-
-    Every byte belongs to one token. Where several tokens share a character, the first of them takes it whole and the
-    others stand for 0 bytes. What lies between two tokens, such as a blank that the tokenizer drops, belongs to the
-    later one, and what lies after the last to the last. Special tokens stand for 0 bytes.
-
-    Args:
-        tokenizer: a fast one, which says where in the text each token stands.
-        text: the text, as it is.
-        ids: all its tokens, or the first of them, without special tokens.
-
-    Returns:
-        None if the tokenizer is a slow one, its offsets say nothing, or ``ids`` are not what it makes of the text.
-    """
-    whole, n_bytes = encode(tokenizer, text)
-    if n_bytes is None or not torch.equal(whole[: len(ids)], ids.cpu()):
-        return None
-    return n_bytes[: len(ids)]
 
 
 def _bytes(text: str, offsets: Sequence[tuple[int, int]]) -> Tensor | None:
@@ -104,3 +89,24 @@ def _bytes(text: str, offsets: Sequence[tuple[int, int]]) -> Tensor | None:
         return None
     counts[last[-1] if len(last) else -1] += before[-1] - reached[-1]  # of blanks alone, some say nothing
     return counts
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer puts the token for the beginning of a text before each text."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    if bos is None:
+        return False
+    alone, with_special = (
+        tokenizer("a", add_special_tokens=special, verbose=False)["input_ids"] for special in (False, True)
+    )
+    return len(with_special) > len(alone) and with_special[0] == bos
+
+
+def prefixed(tokens: Tokens, token: int) -> Tokens:
+    """The same text after a token that stands for no bytes."""
+
+    def before(column: Tensor, value: int) -> Tensor:
+        return torch.cat([torch.tensor([value]), column])
+
+    n_bytes = None if tokens.n_bytes is None else before(tokens.n_bytes, 0)
+    return Tokens(tokens.doc_id, before(tokens.ids, token), n_bytes)

@@ -95,9 +95,7 @@ class Spec:
 
     name: str
     device: str
-    dtype: str
-    attn_implementation: str
-    revision: str | None
+    loading: dict[str, Any]  # the options of load_model beside these
     fingerprint: str
     about: dict[str, Any]  # of the driver
 
@@ -110,9 +108,11 @@ class Spec:
         return cls(
             name=str(path.resolve()) if is_here and loaded.name not in BY_NAME else loaded.name,
             device=loaded.device.type,  # which of them, the cluster says
-            dtype=str(loaded.model.dtype).removeprefix("torch."),
-            attn_implementation=loaded.attn_implementation,
-            revision=None if is_here else loaded.revision,
+            loading={
+                "dtype": str(loaded.model.dtype).removeprefix("torch."),
+                "attn_implementation": loaded.attn_implementation,
+                "revision": None if is_here else loaded.revision,
+            },
             fingerprint=loaded.weights_fingerprint,
             about=_about(),
         )
@@ -145,13 +145,7 @@ class Worker:
 
     def load(self, spec: Spec) -> bytes:
         def work() -> str:
-            loaded = load_model(
-                spec.name,
-                device=spec.device,
-                dtype=spec.dtype,
-                attn_implementation=spec.attn_implementation,
-                revision=spec.revision,
-            )
+            loaded = load_model(spec.name, device=spec.device, **spec.loading)
             self.model = loaded.model
             return loaded.weights_fingerprint
 

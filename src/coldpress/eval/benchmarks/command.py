@@ -36,20 +36,7 @@ def benchmark_protocol(settings: BenchmarkSettings, data_dir: str | None) -> str
 
 
 def measure_benchmark(settings: BenchmarkSettings, command: str) -> tuple[list[dict[str, Any]], bool]:
-    """Run a benchmark under presses, write the results, and print them.
-
-    A run that was killed goes on where it was when it is started again with the same settings.
-
-    Args:
-        settings: what to measure.
-        command: the command line, for the record.
-
-    Returns:
-        The records, in the order of the table, and whether the user interrupted the run.
-
-    Raises:
-        InputError: before any long work, when something that was asked for cannot work.
-    """
+    """Run a benchmark under presses as :func:`coldpress.eval.task_command.measure_tasks` runs tasks."""
     benchmark = find_benchmark(settings.name)
     load_press_files(settings.press, settings.engine)  # an evaluation of speed knows no engine
     make_jobs(settings.of_jobs(2**31))  # presses that there are not, before anything is loaded
@@ -59,8 +46,7 @@ def measure_benchmark(settings: BenchmarkSettings, command: str) -> tuple[list[d
     folder = checked_folder(settings)
     loaded = load_model(settings.model, **settings.loading)
     rows = data.rows
-    if benchmark.is_haystack:
-        assert settings.max_context_length is not None
+    if benchmark.is_haystack and settings.max_context_length is not None:
         rows = hide(rows, loaded.tokenizer, settings.max_context_length, settings.needle_depth)
     rows = choose(rows, settings.fraction, settings.limit, settings.seed)
     note_unreadable(loaded.tokenizer, (row["context"] for row in rows), loaded.name)
@@ -93,7 +79,7 @@ class BenchmarkCommand(ExampleRun):
     contexts: Sequence[AskedContext]
 
     @property
-    def label(self) -> str:  # type: ignore[override]
+    def label(self) -> str:
         return str(self.settings.name)
 
     def point_run(self) -> BenchmarkRun:

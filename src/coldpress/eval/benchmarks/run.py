@@ -16,16 +16,15 @@ import torch
 from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.cache.pressed import PressedCache
-from coldpress.errors import SelfCheckError
 from coldpress.eval.benchmarks.benchmark import Benchmark, Scores, Share
 from coldpress.eval.benchmarks.rows import AskedContext
 from coldpress.eval.checks import check_baseline, sizes_of
 from coldpress.eval.jobs import BASELINE, Point
 from coldpress.eval.ledger import Answers, Ledger
-from coldpress.eval.losses import token_losses
+from coldpress.eval.losses import finite, token_losses
 from coldpress.eval.perplexity import forward
 from coldpress.eval.point_run import PointRun
-from coldpress.eval.task_run import ExampleWork, TaskItem, ends_of, greedy_tokens
+from coldpress.eval.task_run import ExampleWork, ends_of, greedy_tokens, row_of
 from coldpress.models.block import prefilling
 
 __all__ = ["BenchmarkRun", "ContextWork", "bootstrap_interval", "mcnemar", "mean"]
@@ -100,15 +99,12 @@ class ContextWork(ExampleWork):
 
     def _check(self, model: PreTrainedModel, example: AskedContext, base: Answers) -> None:
         """Raise SelfCheckError if the uncompressed cache's losses are not those of a direct forward pass."""
-        device = next(model.parameters()).device
-        question, answer = example.questions[0].ids, base.answers[0]
-        tokens = torch.tensor([[*example.context_ids, *question, *answer]], device=device)
+        answer = base.answers[0]
+        tokens = row_of(model, example.context_ids, example.questions[0].ids, answer)
         cache, n = PressedCache(), example.length
         forward(model, tokens[:, :n], cache, keep=1)
         losses = token_losses(forward(model, tokens[:, n:-1], cache, keep=len(answer)), tokens[:, -len(answer) :])
-        if not losses.isfinite().all():
-            raise SelfCheckError("A loss is not finite: the model's logits overflow in this dtype.")
-        check_baseline(model, tokens, losses.cpu())
+        check_baseline(model, tokens, finite(losses.cpu()))
 
     def _ask(
         self, model: PreTrainedModel, cache: PressedCache, example: AskedContext, with_hash: bool = False
@@ -121,8 +117,7 @@ class ContextWork(ExampleWork):
             branch = cache.fork()
             block: AbstractContextManager[Any] = prefilling(model, branch) if goes_on else nullcontext()
             with block:
-                ids = torch.tensor([question.ids], device=next(model.parameters()).device)
-                logits = forward(model, ids, branch, keep=1)
+                logits = forward(model, row_of(model, question.ids), branch, keep=1)
                 answers.append(greedy_tokens(model, branch, logits, question.limit, self.ends))
             if goes_on and len(answers) == 1:
                 sizes = {"seen_tokens": branch.seen_tokens, **sizes_of(branch, with_hash)}
@@ -133,14 +128,11 @@ class BenchmarkRun(PointRun[Answers]):
     """Answer the questions of a benchmark, context by context; :meth:`results` can be asked for at any time.
 
     Args:
-        model: a causal language model on coldpress's backend.
+        model, points, ledger: see :class:`coldpress.eval.point_run.PointRun`.
         tokenizer: of the model.
-        points: to measure; the uncompressed baseline is always measured too.
         benchmark: scores the answers.
         contexts: see :func:`coldpress.eval.benchmarks.rows.make_contexts`.
-        chunk_tokens: tokens of a piece of the context; None for a context in one piece.
-        seed: of what presses draw at random from torch's own generator.
-        ledger: what was finished by an earlier run, and where this one notes what it has finished; None: nowhere.
+        chunk_tokens, seed: see :class:`coldpress.eval.task_run.ExampleWork`.
     """
 
     kind = Answers
@@ -158,44 +150,33 @@ class BenchmarkRun(PointRun[Answers]):
         ledger: Ledger | None = None,
     ):
         self.tokenizer, self.benchmark = tokenizer, benchmark
-        self.contexts = list(contexts)
         self.work = ContextWork(chunk_tokens, None, frozenset(), ends_of(model, tokenizer), seed)
-        super().__init__(model, [point for point in points if point != BASELINE], len(self.contexts), ledger)
-
-    def _item(self, index: int, points: tuple[Point, ...]) -> TaskItem:
-        return TaskItem(index, self.contexts[index], points, is_checked=index == 0)
+        super().__init__(model, points, contexts, ledger)
 
     def _fingerprint(self, index: int) -> str:
-        parts = self.contexts[index].fingerprint, self.work.chunk_tokens, self.work.seed
+        parts = self.given[index].fingerprint, self.work.chunk_tokens, self.work.seed
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def _result(self, point: Point) -> dict[str, Any]:
         """The part of a result record that is about the benchmark, over the contexts measured so far."""
-        measured = [i for i, done in enumerate(self.done) if point.key in done]
-        own, base = ([self.done[i][key] for i in measured] for key in (point.key, BASELINE.key))
-        per_token = [each.kv_bytes / each.seen_tokens for each in base]
-        rows = [row for i in measured for row in self._rows(i, point)]
+        measured = self.measured(point)
+        _, first, first_base = measured[0]
+        grown = [base.kv_bytes / base.seen_tokens * own.seen_tokens for _, own, base in measured]
+        rows = [row for each in measured for row in self._rows(*each)]
         return {
             "tasks": self._groups(rows, point == BASELINE),
             "per_example": [{name: value for name, value in row.items() if name[0] != "_"} for row in rows],
-            "kv_bytes": round(sum(each.kv_bytes for each in own) / len(own)),
-            "kv_bytes_baseline": round(
-                sum(size * each.seen_tokens for size, each in zip(per_token, own, strict=True)) / len(own)
-            ),
-            "kv_len_before": own[0].seen_tokens,
-            "kv_len_after": own[0].kv_lengths,
-            "effective_compression_ratio": sum(each.achieved_ratio for each in own) / len(own),
-            "kept_hash": own[0].kept_hash,
+            **first.facts(first_base, first.seen_tokens),
+            "kv_bytes": round(sum(own.kv_bytes for _, own, _ in measured) / len(measured)),
+            "kv_bytes_baseline": round(sum(grown) / len(measured)),
+            "effective_compression_ratio": sum(own.achieved_ratio for _, own, _ in measured) / len(measured),
         }
 
-    def _rows(self, index: int, point: Point) -> list[dict[str, Any]]:
+    def _rows(self, index: int, own: Answers, base: Answers) -> list[dict[str, Any]]:
         """What a record says of each question about a context, and what it is summed up from."""
-        context, done = self.contexts[index], self.done[index]
-        found = []
-        for question, own, base in zip(
-            context.questions, done[point.key].answers, done[BASELINE.key].answers, strict=True
-        ):
-            answer, other = self._text(own), self._text(base)
+        context, found = self.given[index], []
+        for question, ids, other_ids in zip(context.questions, own.answers, base.answers, strict=True):
+            answer, other = self._text(ids), self._text(other_ids)
             scores = self.benchmark.score(answer, question.row), self.benchmark.score(other, question.row)
             depth, first = question.row.get("needle_depth"), next(iter(scores[0]), None)
             found.append(
@@ -208,11 +189,9 @@ class BenchmarkRun(PointRun[Answers]):
                     "depth": None if depth is None else depth / 100,
                     "question": question.row["question"].strip()[:SHOWN],
                     "answer": answer,
-                    "is_same_answer": own == base,
-                    **{
-                        name: None if first is None else mean([each[first]])
-                        for name, each in zip(("score", "score_base"), scores, strict=True)
-                    },
+                    "is_same_answer": ids == other_ids,
+                    "score": None if first is None else mean([scores[0][first]]),
+                    "score_base": None if first is None else mean([scores[1][first]]),
                 }
             )
         return found
@@ -223,7 +202,7 @@ class BenchmarkRun(PointRun[Answers]):
     def _groups(self, rows: list[dict[str, Any]], is_baseline: bool) -> list[dict[str, Any]]:
         """What a record says of each group and measure."""
         lengths: dict[str, list[int]] = {}
-        for context in self.contexts:  # of all, so that runs which were interrupted compare
+        for context in self.given:  # of all, so that runs which were interrupted compare
             for question in context.questions:
                 for name in self.benchmark.groups(question.row):
                     lengths.setdefault(name, []).append(context.length)
