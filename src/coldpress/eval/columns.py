@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from coldpress.bases.registry import NO_PRESS
+from coldpress.backends import NO_PRESS
 from coldpress.eval.conclusions import task_name
 from coldpress.eval.glance import Row
 from coldpress.eval.memory import format_bytes

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from coldpress.bases.registry import NO_PRESS
+from coldpress.backends import NO_PRESS
 from coldpress.eval.sections import Entry, Section, paired
 
 __all__ = [

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from coldpress.bases.registry import NO_PRESS
+from coldpress.backends import NO_PRESS
 from coldpress.eval.glance import CHEAP, FEWEST_WINDOWS, Answer, Row, answer, kl_of
 from coldpress.eval.memory import memory_words
 from coldpress.eval.sections import Entry, Section

@@ -8,8 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from coldpress.bases.registry import NO_PRESS
-from coldpress.bases.scorer import BUDGETS
+from coldpress.backends import BUDGETS, NO_PRESS
 from coldpress.eval.memory import format_bytes, memory_words
 from coldpress.eval.schema import BYTES, ENVIRONMENT, FIELDS, SPEED_SETTINGS
 from coldpress.io.terminal import printable

@@ -9,8 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from coldpress.bases.registry import NO_PRESS
-from coldpress.bases.scorer import BUDGETS
+from coldpress.backends import BUDGETS, NO_PRESS
 from coldpress.eval.metrics import Paired, paired_difference
 from coldpress.eval.report import asked, bits_of, groups, short, size_of
 
