@@ -12,6 +12,7 @@ from typing import Any
 from coldpress.eval.glance import CHEAP, FEWEST_WINDOWS, n_windows, standing
 from coldpress.eval.sections import REFERENCES, Entry, Section, paired, text_name
 from coldpress.eval.wording import (
+    at_words,
     cache_words,
     clean,
     error_words,
@@ -136,10 +137,6 @@ def findings(section: Section) -> list[str]:
     return said
 
 
-def _at_words(size: str) -> str:
-    return f"at ratio {size}" if size.replace(".", "", 1).isdigit() else f"with {size}" if size else "at no set size"
-
-
 def _effect(entry: Entry) -> str:
     """What it does to the loss, the cache and the speed."""
     parts = [part for part in (ppl_words(entry), cache_words(entry), speed_words(entry)) if part]
@@ -192,7 +189,7 @@ def _at(section: Section, size: str) -> list[str]:
     compared = _compared(p for p in entries if p not in uneven)
     ranked = [p for p in compared if p.record["press"] != "random" or p.kv_bits is not None]
     said = []
-    at = _at_words(size)
+    at = at_words(size)
     apart = "" if len(ranked) == len(compared) else " but random"  # of which the next sentence speaks
     if ranked:
         best = ranked[0]
@@ -292,7 +289,7 @@ def _oddities(section: Section) -> list[str]:
                 alike.setdefault(repr([w["nll"] for w in entry.per_window]), []).append(entry)
         for same in alike.values():
             if len(same) > 1:
-                said.append(f"{listed([p.label for p in same])} have the same loss in every window {_at_words(size)}.")
+                said.append(f"{listed([p.label for p in same])} have the same loss in every window {at_words(size)}.")
     return said
 
 
@@ -305,7 +302,7 @@ def _stream_at(section: Section, size: str) -> list[str]:
     entries = sorted((p for p in section.at(size) if p.loss is not None), key=lambda p: (p.loss, p.label))
     if not entries:
         return []
-    at = _at_words(size)
+    at = at_words(size)
     base = section.baseline
     shown = [*entries, *([base] if base is not None and base.scored_tokens == entries[0].scored_tokens else [])]
     values = listed([f"{p.label} {p.ppl:.2f}" for p in shown if p.ppl is not None], most=12)

@@ -10,9 +10,10 @@ from coldpress.eval.figures import (
     REF,
     Drawing,
     Style,
-    caption_tail,
+    bars,
     curve,
     drawing,
+    grid,
     panels,
     said_of_colours,
     scale,
@@ -69,15 +70,14 @@ def _small(
 ) -> Drawing:  # fmt: skip
     """A panel for each size, on one vertical axis."""
     kind, across, prefix = names
-    buckets = list(dict.fromkeys(k for p in [*section.entries] if p.size in sizes for k in values(p)))
+    buckets = list(dict.fromkeys(k for p in section.entries if p.size in sizes for k in values(p)))
     buckets = sorted(dict.fromkeys([*buckets, *base]), key=_first_number)
     columns = 3 if len(sizes) == 3 and len(buckets) < 6 else min(2, len(sizes))
-    rows = -(-len(sizes) // columns)
-    with drawing(kind, "", caption_tail(section), (8.4, 1.1 + 2.6 * rows), prefix) as (done, figure):
-        axes = figure.subplots(rows, columns, sharey=True, squeeze=False)
-        flat = [axis for row in axes for axis in row]
+    size_in = (8.4, 1.1 + 2.6 * -(-len(sizes) // columns))
+    with drawing(kind, caption, section, size_in, prefix) as (done, figure):
+        axes = grid(figure, len(sizes), columns, across, sharey=True)
         everything = []
-        for axis, size in zip(flat, sizes, strict=False):
+        for axis, size in zip(axes, sizes, strict=True):
             axis.set_title(title(size))
             if base:
                 known = [i for i, b in enumerate(buckets) if b in base]
@@ -90,28 +90,19 @@ def _small(
                 at = [i for i, b in enumerate(buckets) if b in own]
                 ys = [own[buckets[i]][0] for i in at]
                 everything += ys
-                cis = [own[buckets[i]][1] for i in at]
-                bars = None
-                if any(cis):
-                    low = [max(0.0, y - c[0]) if c else 0.0 for y, c in zip(ys, cis, strict=True)]
-                    high = [max(0.0, c[1] - y) if c else 0.0 for y, c in zip(ys, cis, strict=True)]
-                    bars = [low, high]
-                step = (n - len(entries) / 2) * 0.03 if bars and look[entry.label].is_coloured else 0
+                spans = bars(ys, [own[buckets[i]][1] for i in at])
+                step = (n - len(entries) / 2) * 0.03 if spans and look[entry.label].is_coloured else 0
                 if at:
-                    curve(done, axis, look[entry.label], entry.label, [i + step for i in at], ys, bars)
+                    curve(done, axis, look[entry.label], entry.label, [i + step for i in at], ys, spans)
             axis.set_xticks(range(len(buckets)), buckets, rotation=30 if len(buckets) > 5 else 0, fontsize=8)
             axis.set_xlim(-0.3, len(buckets) - 0.7)
-        for axis in flat[len(sizes) :]:
-            axis.set_visible(False)
-        note = scale(flat[0], everything) if kind == "distance" else ""
+        note = scale(axes[0], everything) if kind == "distance" else ""
         if note and min(everything) >= 0:
-            flat[0].set_ylim(bottom=-min(v for v in everything if v) / 2)
-        for row in axes:
-            row[0].set_ylabel(f"{what} (nats a token)")
-        for axis in flat[max(0, len(sizes) - columns) : len(sizes)]:
-            axis.set_xlabel(across)
-        shared_legend(figure, flat[: len(sizes)])
-        done.caption = f"{caption}{note} ({caption_tail(section)})"
+            axes[0].set_ylim(bottom=-min(v for v in everything if v) / 2)
+        for axis in axes[::columns]:
+            axis.set_ylabel(f"{what} (nats a token)")
+        shared_legend(figure, axes)
+        done.caption += note
     return done
 
 
@@ -166,9 +157,9 @@ def draw_speed(section: Section, look: dict[str, Style], prefix: str) -> list[Dr
     measured = f" Peak memory is {', '.join(memory_words(clean(kind)) for kind in sorted(kinds))}." if kinds else ""
     caption = (
         "Speed and memory against the length of the timed context, one row for each size; dashed: no_press. Bars span "
-        f"the rounds, from the slowest to the fastest.{measured}{said_of_colours(section)} ({caption_tail(section)})"
+        f"the rounds, from the slowest to the fastest.{measured}{said_of_colours(section)}"
     )
-    with drawing("speed", caption, caption_tail(section), (9.2, 0.9 + 2.7 * len(sizes)), prefix) as (done, figure):
+    with drawing("speed", caption, section, (9.2, 0.9 + 2.7 * len(sizes)), prefix) as (done, figure):
         axes = figure.subplots(len(sizes), len(used), sharex=True, sharey="col", squeeze=False)
         for axis, (name, _, _) in zip(axes[0], used, strict=True):
             axis.set_title(name)
@@ -197,12 +188,7 @@ def _line(done: Drawing, axis: Any, style: Style, label: str, entries: list[Entr
     if not entries:
         return
     ys = [value(p) for p in entries]
-    bars = None
-    if any(spread(p) for p in entries):
-        ends = [spread(p) or (y, y) for p, y in zip(entries, ys, strict=True)]
-        low = [max(0.0, y - e[0]) for y, e in zip(ys, ends, strict=True)]
-        bars = [low, [max(0.0, e[1] - y) for y, e in zip(ys, ends, strict=True)]]
-    curve(done, axis, style, label, [p.context for p in entries], ys, bars)
+    curve(done, axis, style, label, [p.context for p in entries], ys, bars(ys, [spread(p) for p in entries]))
 
 
 MOST_TASKS = 12
@@ -243,16 +229,16 @@ def _scores(section: Section, look: dict[str, Style], names: list[str], prefix: 
     left_out = f" {len(names) - MOST_TASKS} further tasks are in the table." if len(names) > MOST_TASKS else ""
     names = names[:MOST_TASKS]
     columns = min(2, len(names))
-    rows = -(-len(names) // columns)
     caption = (
         "Scores against the fraction removed, with their 95 % intervals (Wilson); dashed: the uncompressed cache "
         "(no_press). String matches lie between 0 and 1, more is better; where a task has none, nats a token "
         "of the answer more than without a press, less is better."
-        f"{said_of_colours(section)}{left_out} ({caption_tail(section)})"
+        f"{said_of_colours(section)}{left_out}"
     )
-    with drawing("tasks", caption, caption_tail(section), (8.4, 0.9 + 2.5 * rows), prefix) as (done, figure):
-        axes = [axis for row in figure.subplots(rows, columns, squeeze=False) for axis in row]
-        for axis, name in zip(axes, names, strict=False):
+    size = (8.4, 0.9 + 2.5 * -(-len(names) // columns))
+    with drawing("tasks", caption, section, size, prefix) as (done, figure):
+        axes = grid(figure, len(names), columns, "fraction of the cache removed")
+        for axis, name in zip(axes, names, strict=True):
             axis.set_title(clean(name))
             is_score = False
             pressed = [p for p in section.entries if not p.is_baseline]
@@ -266,22 +252,15 @@ def _scores(section: Section, look: dict[str, Style], names: list[str], prefix: 
                     continue
                 is_score = values[0][2]
                 bases += [task["score_base"] for _, task in own if task.get("score_base") is not None]
-                low = [max(0.0, v - ci[0]) if ci else 0.0 for v, ci, _ in values]
-                high = [max(0.0, ci[1] - v) if ci else 0.0 for v, ci, _ in values]
-                curve(
-                    done, axis, look[label], label, [p.at or 0 for p, _ in own], [v for v, _, _ in values], [low, high]
-                )
+                ys, spans = [v for v, _, _ in values], [ci for _, ci, _ in values]
+                curve(done, axis, look[label], label, [p.at or 0 for p, _ in own], ys, bars(ys, spans))
             level = (bases[0] if bases else None) if is_score else 0.0
             if level is not None:
                 axis.axhline(level, color=REF, linestyle="--", linewidth=1.2, label="no_press (uncompressed)")
             axis.set_ylabel("score" if is_score else "Δ nats a token")
             if is_score:
                 axis.set_ylim(-0.04, 1.04)
-        for axis in axes[len(names) :]:
-            axis.set_visible(False)
-        for axis in axes[max(0, len(names) - columns) : len(names)]:
-            axis.set_xlabel("fraction of the cache removed")
-        shared_legend(figure, axes[: len(names)])
+        shared_legend(figure, axes)
     return done
 
 
@@ -315,10 +294,10 @@ def _map(section: Section, look: dict[str, Style], name: str, prefix: str) -> Dr
     caption = (
         f"{clean(name)}: what compression costs the answer, by where it stands in the text (depth, 0 is the beginning) "
         "and by the length of the text, in nats a token more than the uncompressed cache; yellow is no cost."
-        f"{left_out} ({caption_tail(section)})"
+        f"{left_out}"
     )
     height = 1.4 + len(sizes) * (1.0 + 0.2 * len(depths))
-    with drawing("depth", caption, caption_tail(section), (1.6 + 1.75 * len(chosen), height), prefix) as (done, figure):
+    with drawing("depth", caption, section, (1.6 + 1.75 * len(chosen), height), prefix) as (done, figure):
         axes = figure.subplots(len(sizes), len(chosen), sharex=True, sharey=True, squeeze=False)
         top = max(max(everything), 1e-9)
         mesh = None

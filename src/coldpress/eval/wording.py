@@ -12,6 +12,7 @@ from coldpress.eval.sections import Entry
 from coldpress.io.terminal import UNSAFE
 
 __all__ = [
+    "at_words",
     "cache_words",
     "clean",
     "error_words",
@@ -45,6 +46,11 @@ def listed(names: Sequence[str], most: int = 6) -> str:
     if len(names) > most + 1:
         names = [*names[:most], f"{len(names) - most} more"]
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def at_words(size: str) -> str:
+    """``at ratio 0.5``, ``with 128 tokens``."""
+    return f"at ratio {size}" if size.replace(".", "", 1).isdigit() else f"with {size}" if size else "at no set size"
 
 
 def number(value: float, digits: int = 4) -> str:
