@@ -12,10 +12,10 @@ from coldpress.eval.conclusions import task_name
 from coldpress.eval.glance import Row
 from coldpress.eval.memory import format_bytes
 from coldpress.eval.metrics import wilson
-from coldpress.eval.phrases import headed, percent
+from coldpress.eval.phrases import headed
 from coldpress.eval.schema import BYTES, FIELDS
 from coldpress.eval.sections import Entry, Section
-from coldpress.eval.wording import clean, number
+from coldpress.eval.wording import clean, number, percent
 
 __all__ = ["Cell", "Table", "opening_table", "tables"]
 

@@ -192,8 +192,8 @@ def answer(section: Section) -> Answer:
     elif section.kind == "plain":
         found.uncompressed = next((p.ppl for p in section.entries if p.ppl is not None), None)
     timed = [t for p in pressed if (t := _timed(p, found.context)) is not None and t.decode_speedup is not None]
-    found.n_rounds = max((int(t.record.get("repetitions") or 1) for t in timed), default=0)
-    sure = [p for p in timed if (s := p.decode_speedup_spread) is not None and 1 < s["min"] < s["max"]]
+    found.n_rounds = max((t.repetitions if isinstance(t.repetitions, int) else 1 for t in timed), default=0)
+    sure = [p for p in timed if p.is_surely_faster]
     found.fastest = max(sure, key=lambda p: p.decode_speedup, default=None)
     return found
 

@@ -10,9 +10,9 @@ from coldpress.backends import NO_PRESS
 from coldpress.eval.glance import CHEAP, FEWEST_WINDOWS, Answer, Row, answer, kl_of
 from coldpress.eval.memory import memory_words
 from coldpress.eval.sections import Entry, Section
-from coldpress.eval.wording import clean, number, short_bytes, three_digits
+from coldpress.eval.wording import clean, number, percent, short_bytes, three_digits
 
-__all__ = ["WORDS", "contexts", "headed", "memory", "percent", "sentences"]
+__all__ = ["WORDS", "contexts", "headed", "memory", "sentences"]
 
 _MEMORY = {
     "cuda_allocated": "设备上的张量",
@@ -145,12 +145,6 @@ WORDS: dict[str, dict[str, str]] = {
 def memory(kind: str, language: str) -> str:
     """What a peak of memory is of."""
     return _MEMORY.get(kind, kind) if language == "zh" else memory_words(kind)
-
-
-def percent(value: float, digits: int = 1) -> str:
-    """``+2.8 %``."""
-    text = number(100 * value, digits)
-    return f"{text if text.startswith('-') or not float(text) else f'+{text}'} %"
 
 
 def headed(found: Sequence[Row], language: str = "en", spells: bool = True) -> list[list[str]]:

@@ -95,6 +95,17 @@ class Entry:
         return None if ci is None else (_expm1(ci[0]), _expm1(ci[1]))
 
     @property
+    def has_rounds(self) -> bool:
+        """Whether its decoding was timed more than once, against that of the baseline."""
+        spread = self.record.get("decode_speedup_spread")
+        return spread is not None and bool(spread["min"] < spread["max"])
+
+    @property
+    def is_surely_faster(self) -> bool:
+        """Whether it decoded faster than the baseline in each of several rounds."""
+        return self.has_rounds and bool(self.record["decode_speedup_spread"]["min"] > 1)
+
+    @property
     def equals_baseline(self) -> bool:
         """Whether each window has the baseline's loss to the last digit: nothing was compressed, or nothing noticed."""
         windows = self.record.get("per_window") or []
