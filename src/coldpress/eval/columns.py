@@ -8,10 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from coldpress.backends import NO_PRESS
-from coldpress.eval.conclusions import task_name
-from coldpress.eval.glance import Row
+from coldpress.eval.glance import Row, task_name, task_of, value_of
 from coldpress.eval.memory import format_bytes
-from coldpress.eval.metrics import wilson
 from coldpress.eval.phrases import headed
 from coldpress.eval.schema import BYTES, FIELDS
 from coldpress.eval.sections import Entry, Section
@@ -219,23 +217,17 @@ def _task_table(section: Section) -> Table:
     names = list(dict.fromkeys(task_name(task) for p in section.entries for task in p.tasks or []))
 
     def cell(entry: Entry, name: str) -> Cell:
-        task: dict[str, Any] | None = next((t for t in entry.tasks or [] if task_name(t) == name), None)
-        if task is None:
-            return EMPTY
-        if task.get("score") is None:
-            more, ci = task.get("delta_answer_nll"), task.get("delta_answer_nll_ci95")
-            if more is None and task.get("same_answers") is not None:
-                return Cell(f"{task['same_answers']:.0%} same answers", task["same_answers"])
-            if more is None:
-                return (
-                    EMPTY
-                    if task.get("answer_nll") is None
-                    else Cell(f"{task['answer_nll']:.3f} nats", task["answer_nll"])
-                )
-            shown = _with_ci(more, ci, 3)
+        task = task_of(entry, name)
+        value, span, is_score = value_of(task)
+        if is_score:
+            return _with_ci(value, span, 2, "")
+        if value is not None and not entry.is_baseline:
+            shown = _with_ci(value, span, 3)
             return replace(shown, text=f"{shown.text} nats")
-        score, n = task["score"], task.get("n")
-        return _with_ci(score, wilson(score, int(n)) if n and 0 <= score <= 1 else None, 2, "")
+        if task.get("same_answers") is not None:
+            return Cell(f"{task['same_answers']:.0%} same answers", task["same_answers"])
+        loss = task.get("answer_nll")
+        return EMPTY if loss is None else Cell(f"{loss:.3f} nats", loss)
 
     heads = (("press", "the method"), ("ratio or budget", "what was asked for"))
     shown = [p for p in section.all if p.tasks]

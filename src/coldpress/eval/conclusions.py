@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
 
-from coldpress.eval.glance import CHEAP, FEWEST_WINDOWS, answer, n_windows, standing
+from coldpress.eval.glance import CHEAP, FEWEST_WINDOWS, Task, answer, n_windows, standing, task_name
 from coldpress.eval.memory import format_bytes
 from coldpress.eval.phrases import sentences
 from coldpress.eval.sections import REFERENCES, Entry, Section, paired, text_name
 from coldpress.eval.wording import at_words, clean, listed, model_name, number, percent
 
-__all__ = ["WITHIN", "findings", "headline", "task_name", "where"]
+__all__ = ["WITHIN", "findings", "headline", "where"]
 
-Task = dict[str, Any]
 WITHIN = f"+{CHEAP * 100:g} % of PPL"
 _STANDING = {
     "worse": "below the uncompressed cache",
@@ -26,12 +24,6 @@ _STANDING = {
     "better": "above it",
     "unknown": "without error bars",
 }
-
-
-def task_name(task: Task) -> str:
-    """``needle at 4,096 tokens``."""
-    length = task.get("length")
-    return clean(task["task"]) + (f" at {length:,.0f} tokens" if length is not None else "")
 
 
 def _task_findings(section: Section) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from coldpress.eval.conclusions import task_name
 from coldpress.eval.figures import (
     INK,
     REF,
@@ -20,8 +19,8 @@ from coldpress.eval.figures import (
     shared_legend,
     title,
 )
+from coldpress.eval.glance import task_name, task_of, value_of
 from coldpress.eval.memory import memory_words
-from coldpress.eval.metrics import wilson
 from coldpress.eval.sections import Entry, Section
 from coldpress.eval.wording import clean
 
@@ -209,22 +208,6 @@ def draw_tasks(section: Section, look: dict[str, Style], prefix: str) -> list[Dr
     return found
 
 
-def _value(task: dict[str, Any]) -> tuple[Any, Any, bool]:
-    """What is drawn of a task: its score, or nats more than the baseline; its interval; whether it is a score."""
-    score = task.get("score")
-    if score is not None:
-        n = task.get("n")
-        return score, wilson(score, int(n)) if n and 0 <= score <= 1 else None, True
-    more, ci = task.get("delta_answer_nll"), task.get("delta_answer_nll_ci95")
-    if more is None and task.get("answer_nll") is not None and task.get("answer_nll_base") is not None:
-        more = task["answer_nll"] - task["answer_nll_base"]
-    return more, None if ci is None else (ci[0], ci[1]), False
-
-
-def _task(entry: Entry, name: str) -> dict[str, Any] | None:
-    return next((task for task in entry.tasks or [] if task_name(task) == name), None)
-
-
 def _scores(section: Section, look: dict[str, Style], names: list[str], prefix: str) -> Drawing:
     left_out = f" {len(names) - MOST_TASKS} further tasks are in the table." if len(names) > MOST_TASKS else ""
     names = names[:MOST_TASKS]
@@ -240,21 +223,15 @@ def _scores(section: Section, look: dict[str, Style], names: list[str], prefix: 
         axes = grid(figure, len(names), columns, "fraction of the cache removed")
         for axis, name in zip(axes, names, strict=True):
             axis.set_title(clean(name))
-            is_score = False
-            pressed = [p for p in section.entries if not p.is_baseline]
-            labels = sorted({p.label for p in pressed}, key=lambda label: (look[label].rank, label))
-            bases = []
-            for label in labels:
-                own = [(p, task) for p in pressed if p.label == label and (task := _task(p, name)) is not None]
-                own = sorted((pair for pair in own if _value(pair[1])[0] is not None), key=lambda pair: pair[0].at or 0)
-                values = [_value(task) for _, task in own]
-                if not own:
-                    continue
-                is_score = values[0][2]
-                bases += [task["score_base"] for _, task in own if task.get("score_base") is not None]
-                ys, spans = [v for v, _, _ in values], [ci for _, ci, _ in values]
-                curve(done, axis, look[label], label, [p.at or 0 for p, _ in own], ys, bars(ys, spans))
-            level = (bases[0] if bases else None) if is_score else 0.0
+            pressed = [p for p in section.entries if not p.is_baseline and value_of(task_of(p, name))[0] is not None]
+            for label in sorted({p.label for p in pressed}, key=lambda label: (look[label].rank, label)):
+                own = sorted((p for p in pressed if p.label == label), key=lambda p: p.at or 0)
+                ys, spans, _ = zip(*(value_of(task_of(p, name)) for p in own), strict=True)
+                curve(done, axis, look[label], label, [p.at or 0 for p in own], [*ys], bars(ys, spans))
+            tasks = [task_of(p, name) for p in pressed]
+            is_score = any(task.get("score") is not None for task in tasks)
+            bases = [task["score_base"] for task in tasks if task.get("score_base") is not None]
+            level = next(iter(bases), None) if is_score else 0.0
             if level is not None:
                 axis.axhline(level, color=REF, linestyle="--", linewidth=1.2, label="no_press (uncompressed)")
             axis.set_ylabel("score" if is_score else "Δ nats a token")

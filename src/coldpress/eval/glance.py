@@ -8,13 +8,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from coldpress.backends import NO_PRESS
+from coldpress.eval.metrics import wilson
 from coldpress.eval.sections import Entry, Section, paired
+from coldpress.eval.wording import clean
 
 __all__ = [
     "CHEAP",
     "FEWEST_WINDOWS",
     "Answer",
     "Row",
+    "Task",
     "answer",
     "chosen",
     "kl_of",
@@ -22,8 +25,12 @@ __all__ = [
     "quality_of",
     "rows",
     "standing",
+    "task_name",
+    "task_of",
+    "value_of",
 ]
 
+Task = dict[str, Any]  # of a record: what was measured of a task
 CHEAP = 0.01  # of perplexity
 FEWEST_WINDOWS = 8  # with fewer, presses are not ranked
 MOST_ROWS = 12  # beside no_press; of more, the best of each size
@@ -198,17 +205,43 @@ def answer(section: Section) -> Answer:
     return found
 
 
-def standing(task: dict[str, Any]) -> tuple[str, float | None]:
+def task_name(task: Task) -> str:
+    """``needle at 4,096 tokens``."""
+    length = task.get("length")
+    return clean(task["task"]) + (f" at {length:,.0f} tokens" if length is not None else "")
+
+
+def task_of(entry: Entry, name: str) -> Task:
+    """What was measured of the task of this name; empty where nothing was."""
+    return next((task for task in entry.tasks or [] if task_name(task) == name), {})
+
+
+def value_of(task: Task) -> tuple[Any, Any, bool]:
+    """What is shown of a task: its score, or nats more than uncompressed; the interval; and whether it is a score."""
+    score, n = task.get("score"), task.get("n")
+    if score is None:
+        return *_cost_of(task), False
+    return score, wilson(score, int(n)) if n and 0 <= score <= 1 else None, True
+
+
+def _cost_of(task: Task) -> tuple[Any, Any]:
+    """Nats a token of the answer more than uncompressed, and their interval."""
+    more, loss, base = (task.get(name) for name in ("delta_answer_nll", "answer_nll", "answer_nll_base"))
+    if more is None and loss is not None and base is not None:
+        more = loss - base
+    return more, task.get("delta_answer_nll_ci95")
+
+
+def standing(task: Task) -> tuple[str, float | None]:
     """Whether an answer is ``worse``, ``level`` or ``better`` by its paired interval, or ``unknown``; and by how much.
 
     A large score is good, a small loss is: the second is a score's difference, or a loss's in nats a token.
     """
-    score, base, ci = task.get("score"), task.get("score_base"), task.get("delta_score_ci95")
-    sign, difference = 1, None if score is None or base is None else score - base
+    score, base = task.get("score"), task.get("score_base")
     if score is None:
-        sign, ci, difference = -1, task.get("delta_answer_nll_ci95"), task.get("delta_answer_nll")
-        if difference is None and task.get("answer_nll") is not None and task.get("answer_nll_base") is not None:
-            difference = task["answer_nll"] - task["answer_nll_base"]
+        sign, (difference, ci) = -1, _cost_of(task)
+    else:
+        sign, difference, ci = 1, None if base is None else score - base, task.get("delta_score_ci95")
     if ci is None or difference is None:
         return "unknown", difference
     low, high = sorted((sign * ci[0], sign * ci[1]))
