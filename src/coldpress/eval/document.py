@@ -27,12 +27,10 @@ METHOD = (
     "ΔNLL is the loss under a press minus the loss of the uncompressed cache on the same tokens, in nats a token; PPL "
     "is exp(loss), so that ΔNLL 0.01 is about +1 % of PPL.",
     "KL is the mean Kullback-Leibler divergence of the next-token distribution from the uncompressed model's, in "
-    "nats; it "
-    "sees changes that a perplexity averages away.",
+    "nats; it sees changes that a perplexity averages away.",
     "Intervals, drawn as bars or in brackets, are 95 % confidence intervals of paired differences, the window (or "
-    "text) as the unit of "
-    "sampling, Student's t. One press is called ahead of another only where the interval of their paired difference "
-    "excludes 0. Intervals are of one comparison each: among many presses some are ahead by chance.",
+    "text) as the unit of sampling, Student's t. One press is called ahead of another only where the interval of their "
+    "paired difference excludes 0. Intervals are of one comparison each: among many presses some are ahead by chance.",
     f"Cheap: the whole interval lies below {WITHIN}. Speed is called a gain only where every round agrees.",
     "Intervals of scores stay in 0 to 1: Wilson's of a score, Newcombe's of a paired difference.",
     "no_press is measured beside every press, also where one press only was asked for: every number is compared with "
