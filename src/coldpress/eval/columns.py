@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from coldpress.backends import NO_PRESS
 from coldpress.eval.glance import Row, task_name, task_of, value_of
-from coldpress.eval.memory import format_bytes
 from coldpress.eval.phrases import headed
-from coldpress.eval.schema import BYTES, FIELDS
+from coldpress.eval.report import measured, written
+from coldpress.eval.schema import FIELDS
 from coldpress.eval.sections import Entry, Section
 from coldpress.eval.wording import clean, number, percent
 
@@ -51,19 +50,12 @@ def _of(name: str) -> _Column:
     """The column of a registered field, with the smallest and the largest of its rounds where these are recorded."""
     field = FIELDS[name]
 
-    def form(value: Any) -> str:
-        return format_bytes(value) if field.kind is BYTES else number(value * field.factor, field.digits)
-
     def cell(entry: Entry) -> Cell:
-        value, spread = entry.record.get(name), entry.record.get(f"{name}_spread") if field.has_spread else None
-        value = (value or {}).get(field.inner) if field.inner else value
+        value, spread = measured(entry.record, name)
         if value is None:
             return EMPTY
-        text = f"{form(value)}{field.unit[1]}"
-        if spread is None or spread["min"] == spread["max"]:
-            return Cell(text, value)
-        low, high = spread["min"], spread["max"]
-        return Cell(text, value, span=(low, high), said=f"[{form(low)}, {form(high)}]")
+        said = "" if spread is None else f"[{', '.join(written(name, end) for end in spread)}]"
+        return Cell(f"{written(name, value)}{field.unit[1]}", value, span=spread, said=said)
 
     return field.page or field.head, field.about, cell
 

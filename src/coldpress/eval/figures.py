@@ -16,9 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from coldpress.errors import MissingDependencyError
-from coldpress.eval.report import short
 from coldpress.eval.sections import Section
-from coldpress.eval.wording import clean
+from coldpress.eval.wording import clean, short
 
 __all__ = [
     "COLOURS",

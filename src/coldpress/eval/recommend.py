@@ -26,11 +26,12 @@ from coldpress.eval.options import SIZES, OfLimits, OfMachine, OfModel, names_of
 from coldpress.eval.pace import Clock, Pace
 from coldpress.eval.plan import UNKNOWN_POSITIONS
 from coldpress.eval.progress import note
-from coldpress.eval.report import short, table
+from coldpress.eval.report import table
 from coldpress.eval.run import Run, carry_out, checked_folder, prepared
 from coldpress.eval.settings import STREAM_CHUNK, AdviceSettings, Settings, TaskSettings
 from coldpress.eval.task_command import make_questions
 from coldpress.eval.uses import NEW_TOKENS, ROUNDS, USES, Use, target_of
+from coldpress.eval.wording import short
 from coldpress.io.terminal import printable
 
 __all__ = ["recommend"]

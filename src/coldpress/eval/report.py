@@ -5,15 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from coldpress.backends import BUDGETS, NO_PRESS
 from coldpress.eval.memory import format_bytes, memory_words
 from coldpress.eval.schema import BYTES, ENVIRONMENT, FIELDS, SPEED_SETTINGS
+from coldpress.eval.wording import number, short
 from coldpress.io.terminal import printable
 
-__all__ = ["asked", "bits_of", "describe", "groups", "short", "show", "size_of", "table"]
+__all__ = ["asked", "bits_of", "describe", "groups", "measured", "show", "size_of", "table", "written"]
 
 Record = dict[str, Any]
 Column = tuple[str, Callable[[Record], str | None]]  # its head, and what stands in a record's line
@@ -27,24 +27,32 @@ def _interval(record: Record) -> str | None:
     return f"{delta:+.4f}" if ci is None else f"{delta:+.4f} ± {(ci[1] - ci[0]) / 2:.4f}"
 
 
-def _of(name: str) -> Column:
-    """The column of a registered field: its number, with the smallest and the largest of its rounds where recorded."""
-    field = FIELDS[name]
+def measured(record: Record, name: str) -> tuple[Any, tuple[Any, Any] | None]:
+    """The number of a registered field, and the smallest and the largest of its rounds where they are recorded."""
+    field, value = FIELDS[name], record.get(name)
+    value = (value or {}).get(field.inner) if field.inner else value
+    spread = record.get(f"{name}_spread") if field.has_spread else None
+    return value, None if spread is None or spread["min"] == spread["max"] else (spread["min"], spread["max"])
 
-    def form(value: Any) -> str:
-        return format_bytes(value) if field.kind is BYTES else f"{value * field.factor:.{field.digits}f}{field.unit[0]}"
+
+def written(name: str, value: Any) -> str:
+    """A number of a registered field, without its unit."""
+    field = FIELDS[name]
+    return format_bytes(value) if field.kind is BYTES else number(value * field.factor, field.digits)
+
+
+def _of(name: str) -> Column:
+    """The column of a registered field."""
+    unit = FIELDS[name].unit[0]
 
     def cell(record: Record) -> str | None:
-        value = record.get(name)
-        value = (value or {}).get(field.inner) if field.inner else value
+        value, spread = measured(record, name)
         if value is None:
             return None
-        spread = record.get(f"{name}_spread") if field.has_spread else None
-        if spread is None or spread["min"] == spread["max"]:
-            return form(value)
-        return f"{form(value)} ({form(spread['min'])} to {form(spread['max'])})"
+        ends = "" if spread is None else f" ({' to '.join(f'{written(name, end)}{unit}' for end in spread)})"
+        return f"{written(name, value)}{unit}{ends}"
 
-    return field.head, cell
+    return FIELDS[name].head, cell
 
 
 def _under(name: str, head: str, digits: int) -> Column:
@@ -168,11 +176,6 @@ def _table(records: Sequence[Record], columns: Sequence[Column]) -> str:
 
     rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
     return "\n".join([line(header), rule, *map(line, body)])
-
-
-def short(name: str) -> str:
-    """The last part of a path; hub ids and short names as they are."""
-    return Path(name).name if name.startswith((".", "/", "~")) or name.count("/") > 1 else name
 
 
 def describe(record: Record) -> str:

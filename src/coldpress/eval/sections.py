@@ -11,7 +11,8 @@ from typing import Any
 
 from coldpress.backends import BUDGETS, NO_PRESS
 from coldpress.eval.metrics import Paired, paired_difference
-from coldpress.eval.report import asked, bits_of, groups, short, size_of
+from coldpress.eval.report import asked, bits_of, groups, size_of
+from coldpress.eval.wording import short
 
 __all__ = ["REFERENCES", "Entry", "Section", "lead_of", "paired", "sections", "text_name"]
 

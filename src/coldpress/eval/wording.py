@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from coldpress.eval.report import short
 from coldpress.io.terminal import UNSAFE
 
-__all__ = ["at_words", "clean", "listed", "model_name", "number", "percent", "short_bytes", "three_digits"]
+__all__ = ["at_words", "clean", "listed", "model_name", "number", "percent", "short", "short_bytes", "three_digits"]
 
 
 def clean(text: Any) -> str:
@@ -17,6 +17,11 @@ def clean(text: Any) -> str:
     The line of a page is no place for direction marks either, which could turn the words around them.
     """
     return UNSAFE.sub("\ufffd", " ".join(str(text).split()))
+
+
+def short(name: str) -> str:
+    """The last part of a path; hub ids and short names as they are."""
+    return Path(name).name if name.startswith((".", "/", "~")) or name.count("/") > 1 else name
 
 
 def model_name(record: dict[str, Any]) -> str:
