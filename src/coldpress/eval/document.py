@@ -17,10 +17,10 @@ from coldpress.eval.phrases import contexts, sentences
 from coldpress.eval.plots import draw
 from coldpress.eval.report import describe
 from coldpress.eval.results import Collection
-from coldpress.eval.sections import Section, lead_of, sections
+from coldpress.eval.sections import KINDS, Section, lead_of, sections
 from coldpress.eval.wording import clean, listed
 
-__all__ = ["Figure", "Part", "Report", "make_report"]
+__all__ = ["Part", "Report", "make_report"]
 
 MOST_SKIPPED = 30  # files that are named; the rest are counted
 METHOD = (
@@ -44,14 +44,6 @@ METHOD_OF_BENCHMARKS = (
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A drawing and the name of its PNG."""
-
-    drawing: Drawing
-    file: str
-
-
-@dataclass(frozen=True)
 class Part:
     """A section, ready to be shown; plain texts, escaped by whoever shows them."""
 
@@ -61,7 +53,7 @@ class Part:
     headline: str
     findings: tuple[str, ...]
     tables: tuple[Table, ...]
-    figures: tuple[Figure, ...]
+    figures: tuple[Drawing, ...]
 
 
 @dataclass(frozen=True)
@@ -72,7 +64,7 @@ class Opening:
     sentences: tuple[str, ...]
     table: Table
     notes: str
-    figure: Figure | None
+    figure: Drawing | None
 
 
 @dataclass(frozen=True)
@@ -85,15 +77,6 @@ class Report:
     commands: tuple[str, ...]
     environments: tuple[tuple[tuple[str, str], ...], ...]
     skipped: tuple[str, ...]
-
-
-_KINDS = {
-    "quality": "compressed context",
-    "stream": "streams",
-    "tasks": "tasks and probes",
-    "speed": "speed and memory",
-    "plain": "the uncompressed model",
-}
 
 
 def make_report(collection: Collection) -> Report:
@@ -133,7 +116,7 @@ def _opening(section: Section, part: Part, is_one_of_many: bool) -> Opening:
     if len(shown) < len(found):
         notes.append(f"The best presses of each size, {len(shown)} of {len(found)} rows; all are below.")
     title = part.title if is_one_of_many else "In a minute"
-    figure = next((f for f in part.figures if f.drawing.kind == "kl"), next(iter(part.figures), None))
+    figure = next((f for f in part.figures if f.kind == "kl"), next(iter(part.figures), None))
     return Opening(title, tuple(sentences(answer(section))), opening_table(shown), " ".join(notes), figure)
 
 
@@ -146,14 +129,13 @@ def _part(section: Section, number: int, is_alone: bool) -> Part:
         caption = re.sub(r"timed with [\d,]+ tokens of context", said, caption)
     if first.get("ppl_preset"):
         caption += f"; preset {clean(first['ppl_preset'])}"
-    drawn = draw(section, f"p{number}")
-    figures: list[Figure] = []
-    for one in drawn:
-        same = sum(f.drawing.kind == one.kind for f in figures)
-        figures.append(Figure(one, f"{number}-{one.kind}{f'-{same + 1}' if same else ''}.png"))
+    figures = draw(section, f"p{number}")
+    for i, figure in enumerate(figures):
+        same = sum(other.kind == figure.kind for other in figures[:i])
+        figure.file = f"{number}-{figure.kind}{f'-{same + 1}' if same else ''}.png"
     return Part(
         anchor=f"part-{number}",
-        title=f"{where(section).removeprefix('On ')}: {_KINDS[section.kind]}, {clean(section.first['protocol'])}",
+        title=f"{where(section).removeprefix('On ')}: {KINDS[section.kind]}, {clean(section.first['protocol'])}",
         caption=caption[0].upper() + caption[1:] + ".",
         headline=headline(section, is_alone),
         findings=tuple(findings(section)),

@@ -115,12 +115,14 @@ class Drawing:
         caption: what it shows in words, with protocol and text; not escaped.
         svg: for a page, colours as CSS variables, ids begun with ``prefix`` when asked for.
         png: its bytes on a light ground.
+        file: the name of the PNG beside a report.
     """
 
     kind: str
     caption: str
     svg: str = ""
     png: bytes = b""
+    file: str = ""
     titles: dict[str, str] = field(default_factory=dict)
 
     def name(self, artist: Any, title: str) -> None:

@@ -14,10 +14,17 @@ from coldpress.eval.metrics import Paired, paired_difference
 from coldpress.eval.report import asked, bits_of, groups, size_of
 from coldpress.eval.wording import short
 
-__all__ = ["REFERENCES", "Entry", "Section", "lead_of", "paired", "sections", "text_name"]
+__all__ = ["KINDS", "REFERENCES", "Entry", "Section", "lead_of", "paired", "sections", "text_name"]
 
 Record = dict[str, Any]
 REFERENCES = ("random", "streaming_llm")  # what any method should be ahead of; no_press is the baseline
+KINDS = {  # of sections, in the order of a report
+    "quality": "compressed context",
+    "stream": "streams",
+    "tasks": "tasks and probes",
+    "speed": "speed and memory",
+    "plain": "the uncompressed model",
+}
 BEST = 6  # presses that are drawn in colour
 
 
@@ -122,7 +129,7 @@ def _expm1(value: float) -> float:
 class Section:
     """Points that share protocol, model and text. ``unfinished`` ones failed or were interrupted on the way."""
 
-    kind: str  # quality, stream, tasks, speed, plain
+    kind: str  # one of KINDS
     entries: list[Entry]
     unfinished: list[Entry] = field(default_factory=list)
 
@@ -212,13 +219,13 @@ def sections(records: Iterable[Record]) -> list[Section]:
     timed = [_parted(_named(sorted(group, key=_timed_order))) for group in together.values()]
     _tell_speed(found, [entry for done, _ in timed for entry in done])
     found += [Section("speed", done, undone) for done, undone in timed]
-    order = ["quality", "stream", "tasks", "speed", "plain"]
+    order = [*KINDS]
     return sorted(found, key=lambda s: (text_name(s.first), s.first["model"], order.index(s.kind), s.first["protocol"]))
 
 
 def lead_of(found: Sequence[Section]) -> Section:
     """The section that a report opens with: a compressed context if there is one, of the largest model."""
-    order = ["quality", "stream", "tasks", "speed", "plain"]
+    order = [*KINDS]
 
     def rank(section: Section) -> tuple[Any, ...]:
         timed = sum(p.timed is not None or p.tpot_ms is not None for p in section.entries)
