@@ -33,7 +33,7 @@ def test_the_headline_is_the_minutes_answer() -> None:
     )
     low, high = (100 * (x - 1) for x in cheap["ppl_ratio_ci95"])
     assert findings(one(BASE, cheap))[0] == (
-        f"At ratio 0.5, snapkv changes PPL by +0.4 % [{low:.1f}, {high:.1f}], halves the KV cache (8.00 MiB to "
+        f"At ratio 0.5, snapkv changes PPL by +0.4 % [{low:.1f}, {high:.1f}], leaves 50 % of the KV cache (8.00 MiB to "
         "4.00 MiB) and decodes 1.20 times as fast with 4,096 tokens of context (5 rounds from 1.15 to 1.30)."
     )
 
@@ -58,7 +58,7 @@ def test_the_smallest_cheap_cache_is_in_the_headline_and_all_of_its_size_are_nam
     section = one(BASE, *quarter, *more)
     assert "within +1 % of PPL is knorm with 75 % of the cache removed" in headline(section)
     words = "\n".join(findings(section))
-    assert "snapkv changes PPL by +0.50 %" in words and "cuts the KV cache to a quarter" in words
+    assert "snapkv changes PPL by +0.50 %" in words and "leaves 25 % of the KV cache" in words
     assert "Cheap at ratio 0.75 (whole interval within +1 % of PPL): snapkv and knorm." in words
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from coldpress.eval.glance import CHEAP, FEWEST_WINDOWS, Task, answer, n_windows, standing, task_name
+from coldpress.eval.glance import CHEAP, FEWEST_WINDOWS, Task, answer, is_cheap, n_windows, standing, task_name
 from coldpress.eval.memory import format_bytes
 from coldpress.eval.phrases import sentences
 from coldpress.eval.sections import REFERENCES, Entry, Section, paired, text_name
-from coldpress.eval.wording import at_words, clean, listed, model_name, number, percent
+from coldpress.eval.wording import at_words, capital, clean, listed, model_name, number, percent
 
 __all__ = ["WITHIN", "findings", "headline", "where"]
 
@@ -75,9 +75,9 @@ def findings(section: Section) -> list[str]:
                 said += _at(section, size)
         said += _oddities(section)
     elif section.kind == "stream":
-        said += [sentence for p in _one_a_size(section) for sentence in _stream_at(section, p.size)]
+        said += [sentence for size in section.sizes for sentence in _stream_at(section, size)]
     elif section.kind == "speed":
-        said += [_speed_at(section, context) for context in _contexts(section)]
+        said += [_speed_at(section, context) for context in section.contexts]
     elif section.kind == "tasks":
         said += _task_findings(section)
     said += [f"{clean(p.name)} {_error_words(p)}." for p in section.unfinished]
@@ -86,13 +86,7 @@ def findings(section: Section) -> list[str]:
 
 def _effect(entry: Entry) -> str:
     """What it does to the loss, the cache and the speed."""
-    parts = [part for part in (_ppl_words(entry), _cache_words(entry), _speed_words(entry)) if part]
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-
-
-def _is_cheap(entry: Entry) -> bool:
-    ci = entry.ppl_change_ci
-    return ci is not None and ci[1] <= CHEAP
+    return listed([part for part in (_ppl_words(entry), _cache_words(entry), _speed_words(entry)) if part])
 
 
 def _compared(entries: Iterable[Entry]) -> list[Entry]:
@@ -111,19 +105,15 @@ def _at(section: Section, size: str) -> list[str]:
     apart = "" if len(ranked) == len(compared) else " but random"  # of which the next sentence speaks
     if ranked:
         best = ranked[0]
-        said.append(
-            f"{at[0].upper()}{at[1:]}, {clean(best.label)} {_effect(best)}{_standing(best, ranked[1:], apart)}."
-        )
+        said.append(f"{capital(at)}, {clean(best.label)} {_effect(best)}{_standing(best, ranked[1:], apart)}.")
         said += [s for name in REFERENCES if name != best.label and (s := _against(compared, name, at))]
         said.append(_cheap_words(ranked, at))
     elif compared:
-        said.append(
-            f"{at[0].upper()}{at[1:]}, only {clean(compared[0].label)} was measured: it {_effect(compared[0])}."
-        )
+        said.append(f"{capital(at)}, only {clean(compared[0].label)} was measured: it {_effect(compared[0])}.")
     more = [p for p in uneven if p.keeps_more and not p.equals_baseline]
     if more:
         kept = listed([f"{p.label} ({p.removed:.2f})" for p in more])
-        said.append(f"{at[0].upper()}{at[1:]}, less than that was removed by {kept}; left out of the comparison.")
+        said.append(f"{capital(at)}, less than that was removed by {kept}; left out of the comparison.")
     return said
 
 
@@ -178,7 +168,7 @@ def _against(compared: Sequence[Entry], name: str, at: str) -> str | None:
 
 
 def _cheap_words(ranked: Sequence[Entry], at: str) -> str:
-    cheap = [p for p in ranked if _is_cheap(p)]
+    cheap = [p for p in ranked if is_cheap(p)]
     known = [ci for p in ranked if (ci := p.ppl_change_ci) is not None]
     if cheap:
         return f"Cheap {at} (whole interval within {WITHIN}): {listed([p.label for p in cheap])}."
@@ -211,10 +201,6 @@ def _oddities(section: Section) -> list[str]:
     return said
 
 
-def _one_a_size(section: Section) -> list[Entry]:
-    return [section.at(size)[0] for size in section.sizes if section.at(size)]
-
-
 def _stream_at(section: Section, size: str) -> list[str]:
     """Of one budget: the losses, and who is ahead where there are several texts."""
     entries = sorted((p for p in section.at(size) if p.loss is not None), key=lambda p: (p.loss, p.label))
@@ -224,7 +210,7 @@ def _stream_at(section: Section, size: str) -> list[str]:
     base = section.baseline
     shown = [*entries, *([base] if base is not None and base.scored_tokens == entries[0].scored_tokens else [])]
     values = listed([f"{p.label} {p.ppl:.2f}" for p in shown if p.ppl is not None], most=12)
-    said = [f"{at[0].upper()}{at[1:]}, PPL is {values}."]
+    said = [f"{capital(at)}, PPL is {values}."]
     best, others = entries[0], entries[1:]
     if others:
         more, level, less = _told_apart(best, others)
@@ -239,20 +225,11 @@ def _stream_at(section: Section, size: str) -> list[str]:
     return said
 
 
-def _contexts(section: Section) -> list[int]:
-    return sorted({p.context for p in section.entries if p.context})
-
-
-def _fastest(section: Section, context: int) -> tuple[list[Entry], list[Entry]]:
-    """What was timed at a context, the fastest first, and those of it that were faster in every round."""
+def _speed_at(section: Section, context: int) -> str:
+    """Of one context: what was faster in every round, the fastest first."""
     timed = [p for p in section.entries if p.context == context and p.decode_speedup is not None and not p.is_baseline]
     timed.sort(key=lambda p: (-p.decode_speedup, p.label))
     surely = [p for p in timed if p.is_surely_faster]
-    return timed, surely
-
-
-def _speed_at(section: Section, context: int) -> str:
-    timed, surely = _fastest(section, context)
     at = f"With {context:,} tokens of context"
     if not timed:
         return f"{at} no press was compared with the uncompressed cache."
@@ -295,24 +272,14 @@ def _ppl_words(entry: Entry) -> str:
     return f"changes PPL by {percent(change, decimals)}{between}{level}"
 
 
-_SHARES = (
-    (1 / 2, "halves the KV cache"),
-    (1 / 4, "cuts the KV cache to a quarter"),
-    (1 / 10, "cuts the KV cache to a tenth"),
-)
-
-
 def _cache_words(entry: Entry) -> str | None:
-    """``halves the KV cache``; None where its bytes are not known."""
+    """``leaves 50 % of the KV cache``; None where its bytes are not known."""
     kept = entry.kept_bytes
     if kept is None:
         return None
     sizes = f"({format_bytes(entry.kv_bytes_baseline)} to {format_bytes(entry.kv_bytes)})"
     if kept >= 0.995:
         return "leaves the KV cache as large as it was"
-    for share, words in _SHARES:
-        if abs(kept - share) <= 0.02 * share:
-            return f"{words} {sizes}"
     return f"leaves {100 * kept:.0f} % of the KV cache {sizes}"
 
 

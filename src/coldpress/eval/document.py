@@ -123,9 +123,8 @@ def _opening(section: Section, part: Part, is_one_of_many: bool) -> Opening:
 def _part(section: Section, number: int, is_alone: bool) -> Part:
     first = next((p.record for p in section.entries), section.first)
     caption = clean(describe(first))
-    contexts = sorted({p.context for p in section.entries if p.context}) if section.kind == "speed" else []
-    if len(contexts) > 1:  # of which the first record knows its own
-        said = f"timed with {listed([f'{n:,}' for n in contexts])} tokens of context"
+    if section.kind == "speed" and len(section.contexts) > 1:  # of which the first record knows its own
+        said = f"timed with {listed([f'{n:,}' for n in section.contexts])} tokens of context"
         caption = re.sub(r"timed with [\d,]+ tokens of context", said, caption)
     if first.get("ppl_preset"):
         caption += f"; preset {clean(first['ppl_preset'])}"

@@ -20,6 +20,7 @@ __all__ = [
     "Task",
     "answer",
     "chosen",
+    "is_cheap",
     "kl_of",
     "n_windows",
     "quality_of",
@@ -90,6 +91,12 @@ def kl_of(entry: Entry) -> float | None:
     """Mean Kullback-Leibler divergence from the uncompressed model, nats a token."""
     value = (entry.record.get("kld") or {}).get("mean")
     return None if value is None else float(value)
+
+
+def is_cheap(entry: Entry) -> bool:
+    """Whether its whole interval stays within :data:`CHEAP`."""
+    ci = entry.ppl_change_ci
+    return ci is not None and ci[1] <= CHEAP
 
 
 def quality_of(entries: Sequence[Entry]) -> tuple[str, dict[int, float]]:
@@ -274,7 +281,7 @@ def _rank(found: Answer, pressed: Sequence[Entry]) -> None:
         difference = None if other is best else paired(other, best)
         if difference is not None and difference.ci95 is not None and difference.ci95[0] <= 0:
             found.level.append(other.label)
-    small = [p for p in fair if (ci := p.ppl_change_ci) is not None and ci[1] <= CHEAP and (p.kept_bytes or 1) < 0.95]
+    small = [p for p in fair if is_cheap(p) and (p.kept_bytes or 1) < 0.95]
     found.cheap = min(small, key=lambda p: (round(p.kept_bytes or 1, 2), quality_of(small)[1][id(p)]), default=None)
 
 

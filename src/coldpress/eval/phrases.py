@@ -10,7 +10,7 @@ from coldpress.backends import NO_PRESS
 from coldpress.eval.glance import CHEAP, FEWEST_WINDOWS, Answer, Row, answer, kl_of
 from coldpress.eval.memory import memory_words
 from coldpress.eval.sections import Entry, Section
-from coldpress.eval.wording import clean, number, percent, short_bytes, three_digits
+from coldpress.eval.wording import capital, clean, number, percent, short_bytes, three_digits
 
 __all__ = ["WORDS", "contexts", "headed", "memory", "sentences"]
 
@@ -191,15 +191,11 @@ def _at(entry: Entry, words: dict[str, str]) -> str:
     return words["at_ratio"].format(size=f"{100 * ratio:g} %") if ratio else words["at_none"]
 
 
-def _capital(text: str) -> str:
-    return text[0].upper() + text[1:]
-
-
 def sentences(found: Answer, language: str = "en") -> list[str]:
     """Quality, memory and speed: at most three sentences."""
     words = WORDS[language]
     said = [*_quality(found, words), *_speed(found, words)]
-    return [_capital(sentence) for sentence in said]
+    return [capital(sentence) for sentence in said]
 
 
 def _quality(found: Answer, words: dict[str, str]) -> list[str]:

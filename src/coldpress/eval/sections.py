@@ -150,6 +150,11 @@ class Section:
         """The sizes that presses were asked for, small ratios first."""
         return list(dict.fromkeys(p.size for p in sorted(self.all, key=_size_key) if not p.is_baseline))
 
+    @property
+    def contexts(self) -> list[int]:
+        """Tokens of the timed contexts, the shortest first."""
+        return sorted({p.context for p in self.entries if p.context})
+
     def at(self, size: str) -> list[Entry]:
         return [p for p in self.entries if p.size == size and not p.is_baseline]
 

@@ -8,7 +8,18 @@ from typing import Any
 
 from coldpress.io.terminal import UNSAFE
 
-__all__ = ["at_words", "clean", "listed", "model_name", "number", "percent", "short", "short_bytes", "three_digits"]
+__all__ = [
+    "at_words",
+    "capital",
+    "clean",
+    "listed",
+    "model_name",
+    "number",
+    "percent",
+    "short",
+    "short_bytes",
+    "three_digits",
+]
 
 
 def clean(text: Any) -> str:
@@ -17,6 +28,11 @@ def clean(text: Any) -> str:
     The line of a page is no place for direction marks either, which could turn the words around them.
     """
     return UNSAFE.sub("\ufffd", " ".join(str(text).split()))
+
+
+def capital(text: str) -> str:
+    """With a large first letter."""
+    return text[0].upper() + text[1:]
 
 
 def short(name: str) -> str:
