@@ -11,7 +11,7 @@ from typing import Any
 
 from coldpress.backends import BUDGETS, NO_PRESS
 from coldpress.eval.metrics import Paired, paired_difference
-from coldpress.eval.report import asked, bits_of, groups, size_of
+from coldpress.eval.report import asked, bits_of, groups, size_of, size_order
 from coldpress.eval.wording import short
 
 __all__ = ["KINDS", "REFERENCES", "Entry", "Section", "lead_of", "paired", "sections", "text_name"]
@@ -148,7 +148,9 @@ class Section:
     @property
     def sizes(self) -> list[str]:
         """The sizes that presses were asked for, small ratios first."""
-        return list(dict.fromkeys(p.size for p in sorted(self.all, key=_size_key) if not p.is_baseline))
+        return list(
+            dict.fromkeys(p.size for p in sorted(self.all, key=lambda p: size_order(p.record)) if not p.is_baseline)
+        )
 
     @property
     def contexts(self) -> list[int]:
@@ -189,11 +191,6 @@ def _cost(entry: Entry) -> float | None:
         if entry.record.get(name) is not None:
             return float(entry.record[name])
     return None
-
-
-def _size_key(entry: Entry) -> tuple[Any, ...]:
-    sizes = [entry.record.get(name) for name in ("compression_ratio", *BUDGETS)]
-    return tuple((size is None, size or 0) for size in sizes)
 
 
 def sections(records: Iterable[Record]) -> list[Section]:

@@ -9,6 +9,7 @@ from typing import Any
 from coldpress.io.terminal import UNSAFE
 
 __all__ = [
+    "aligned",
     "at_words",
     "capital",
     "clean",
@@ -84,3 +85,12 @@ def short_bytes(count: float | None) -> str:
     while abs(value) >= 999.5 and unit != "TiB":
         value, unit = value / 1024, next(units)
     return f"{three_digits(value)} {unit}"
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> list[list[str]]:
+    """The cells of a table, as wide as their columns: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        [cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))]
+        for line in lines
+    ]
