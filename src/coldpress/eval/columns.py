@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from coldpress.backends import NO_PRESS
 from coldpress.eval.glance import Row, task_name, task_of, value_of
@@ -60,9 +61,8 @@ def _of(name: str) -> _Column:
     return field.page or field.head, field.about, cell
 
 
-def _p99(entry: Entry) -> Cell:
-    value = (entry.record.get("kld") or {}).get("p99")
-    return EMPTY if value is None else Cell(number(value, 3), value)
+def _plain(value: Any, form: str) -> Cell:
+    return EMPTY if value is None else Cell(format(value, form), value)
 
 
 def _with_ci(value: float | None, ci: Sequence[float] | None, digits: int, sign: str = "+") -> Cell:
@@ -94,28 +94,20 @@ def _agreement(entry: Entry) -> Cell:
     return Cell(f"{number(agreement['mean'], 1)}{of}", agreement["mean"])
 
 
-def _delta(entry: Entry) -> Cell:
-    return _with_ci(entry.delta_nll, entry.delta_nll_ci95, 4)
-
-
-def _context(entry: Entry) -> Cell:
-    return EMPTY if entry.context is None else Cell(f"{entry.context:,}", entry.context)
-
-
-def _plain_ppl(entry: Entry) -> Cell:
-    return EMPTY if entry.ppl is None else Cell(f"{entry.ppl:.3f}", entry.ppl)
-
-
 _PRESS: tuple[_Column, ...] = (
     ("press", "the method", lambda p: Cell(clean(p.label))),
     ("ratio or budget", "what was asked for: the fraction to remove, or what may be kept", _size),
 )
 _QUALITY: tuple[_Column, ...] = (
     _of("kld"),
-    ("ΔNLL", "loss minus the uncompressed cache's, nats a token, paired, with its 95 % interval", _delta),
-    ("PPL", "perplexity", _plain_ppl),
+    (
+        "ΔNLL",
+        "loss minus the uncompressed cache's, nats a token, paired, with its 95 % interval",
+        lambda p: _with_ci(p.delta_nll, p.delta_nll_ci95, 4),
+    ),
+    ("PPL", "perplexity", lambda p: _plain(p.ppl, ".3f")),
     _of("same_top1"),
-    ("KLD p99", "99th percentile of the divergence", _p99),
+    ("KLD p99", "99th percentile of the divergence", lambda p: _plain((p.kld or {}).get("p99"), ".3f")),
     ("greedy agreement", "mean of the greedy tokens before the first that differs", _agreement),
     _of("bits_per_byte"),
 )
@@ -131,12 +123,12 @@ _SPEED = tuple(
     )
 )
 _STATUS: tuple[_Column, ...] = (("status", "empty where all went well", _status),)
-_CONTEXT: tuple[_Column, ...] = (("context", "tokens of the timed context", _context),)
+_CONTEXT: tuple[_Column, ...] = (("context", "tokens of the timed context", lambda p: _plain(p.context, ",")),)
 _UNPRESSED: _Column = ("press", "no press touches this loss", lambda p: Cell(NO_PRESS))
 _NO_SIZE: _Column = ("ratio or budget", "none", lambda p: EMPTY)
 _STREAM: tuple[_Column, ...] = (
     ("positions", "where kept keys stand", lambda p: Cell(clean(p.position_mode or ""))),
-    ("tokens", "scored", lambda p: EMPTY if p.scored_tokens is None else Cell(f"{p.scored_tokens:,}", p.scored_tokens)),
+    ("tokens", "scored", lambda p: _plain(p.scored_tokens, ",")),
     _of("loss"),
 )
 

@@ -20,7 +20,7 @@ __all__ = ["WITHIN", "findings", "headline", "where"]
 WITHIN = f"+{CHEAP * 100:g} % of PPL"
 _STANDING = {
     "worse": "below the uncompressed cache",
-    "level": "within the error bars of it",
+    "same": "within the error bars of it",
     "better": "above it",
     "unknown": "without error bars",
 }

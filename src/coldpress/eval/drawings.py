@@ -6,6 +6,7 @@ from typing import Any
 
 from coldpress.eval.figures import (
     INK,
+    MIB,
     REF,
     Drawing,
     Style,
@@ -108,9 +109,6 @@ def _small(
 def _first_number(bucket: str) -> tuple[int, str]:
     digits = bucket.partition("-")[0]
     return (int(digits) if digits.isdecimal() else 0), bucket
-
-
-MIB = 1 / (1 << 20)
 
 
 def _rate(entry: Entry) -> float | None:

@@ -23,7 +23,9 @@ __all__ = [
     "COLOURS",
     "INK",
     "MARKERS",
+    "MIB",
     "REF",
+    "VARIABLES",
     "Drawing",
     "Style",
     "bars",
@@ -54,9 +56,10 @@ INK = {  # light, dark; where it is used
     "paper": ("#fefefe", "#15191e"),
     "bad": ("#b3261e", "#ff8a80"),
 }
-_VARIABLES = {
-    **{light: f"--{name}" for name, (light, _) in INK.items()},
-    **{light: f"--s{i}" for i, light in enumerate(COLOURS)},
+# What a page calls each colour: its light and its dark shade.
+VARIABLES = {
+    **{f"--{name}": pair for name, pair in INK.items()},
+    **{f"--s{i}": pair for i, pair in enumerate(zip(COLOURS, DARK, strict=True))},
 }
 _RC = {
     **{"font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 9.0, "text.parse_math": False},
@@ -69,13 +72,7 @@ _RC = {
     **{"errorbar.capsize": 2.5, "figure.facecolor": "none", "axes.titlesize": 9.5, "axes.titlelocation": "left"},
 }
 DPI = 144
-
-
-def css_colours() -> tuple[dict[str, str], dict[str, str]]:
-    """The variables of a light page and of a dark one."""
-    pairs = {**{f"--{name}": pair for name, pair in INK.items()}}
-    pairs |= {f"--s{i}": pair for i, pair in enumerate(zip(COLOURS, DARK, strict=True))}
-    return {name: light for name, (light, _) in pairs.items()}, {name: dark for name, (_, dark) in pairs.items()}
+MIB = 1 / (1 << 20)
 
 
 @dataclass(frozen=True)
@@ -206,7 +203,7 @@ def _inline(svg: str, prefix: str, titles: dict[str, str], label: str) -> str:
             tag = tag.replace(key[0], f' id="{prefix}-{key[1]}"' if key[1] in used else "")
             title = f"<title>{escape(titles[key[1]])}</title>" if key[1] in titles and not tag.endswith("/>") else ""
         tag = re.sub(r'(href="#|url\(#)([^")]+)', rf"\g<1>{prefix}-\g<2>", tag)
-        for light, variable in _VARIABLES.items():
+        for variable, (light, _) in VARIABLES.items():
             colour = "currentColor" if variable == "--ink" else f"var({variable})"
             tag = re.sub(re.escape(light), colour, tag, flags=re.IGNORECASE)
         tag = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px var(--font)", tag)

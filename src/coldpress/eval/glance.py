@@ -70,7 +70,7 @@ class Answer:
         n_rounds: the most rounds of a timing; 0 where none was timed.
         uncompressed: PPL of the uncompressed model where no press touches the loss that was measured.
         smallest: the smallest cache that was measured.
-        counts: scores below, level with and above the uncompressed cache's, and those without an interval.
+        counts: how many scores stand how to the uncompressed cache's, by what :func:`standing` says.
     """
 
     section: Section
@@ -84,7 +84,7 @@ class Answer:
     n_rounds: int = 0
     uncompressed: float | None = None
     smallest: Entry | None = None
-    counts: tuple[int, int, int, int] | None = None
+    counts: dict[str, int] = field(default_factory=dict)
 
 
 def kl_of(entry: Entry) -> float | None:
@@ -201,8 +201,7 @@ def answer(section: Section) -> Answer:
         _rank_stream(found, pressed)
     elif section.kind == "tasks":
         stood = [standing(task)[0] for p in pressed for task in p.tasks or []]
-        counted = [stood.count(kind) for kind in ("worse", "level", "better", "unknown")]
-        found.counts = (counted[0], counted[1], counted[2], counted[3]) if stood else None
+        found.counts = {kind: stood.count(kind) for kind in dict.fromkeys(stood)}
     elif section.kind == "plain":
         found.uncompressed = next((p.ppl for p in section.entries if p.ppl is not None), None)
     timed = [t for p in pressed if (t := _timed(p, found.context)) is not None and t.decode_speedup is not None]
@@ -240,7 +239,7 @@ def _cost_of(task: Task) -> tuple[Any, Any]:
 
 
 def standing(task: Task) -> tuple[str, float | None]:
-    """Whether an answer is ``worse``, ``level`` or ``better`` by its paired interval, or ``unknown``; and by how much.
+    """Whether an answer is ``worse``, ``same`` or ``better`` by its paired interval, or ``unknown``; and by how much.
 
     A large score is good, a small loss is: the second is a score's difference, or a loss's in nats a token.
     """
@@ -252,7 +251,7 @@ def standing(task: Task) -> tuple[str, float | None]:
     if ci is None or difference is None:
         return "unknown", difference
     low, high = sorted((sign * ci[0], sign * ci[1]))
-    return ("worse" if high < 0 else "better" if low > 0 else "level"), difference
+    return ("worse" if high < 0 else "better" if low > 0 else "same"), difference
 
 
 def _rank(found: Answer, pressed: Sequence[Entry]) -> None:

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from coldpress.errors import OutputError
 from coldpress.eval.columns import Cell, Table
 from coldpress.eval.document import Part, Report, make_report
-from coldpress.eval.figures import Drawing, css_colours
+from coldpress.eval.figures import VARIABLES, Drawing
 from coldpress.eval.results import Collection, check_writable
 from coldpress.io.files import replace_file
 
@@ -25,7 +25,7 @@ ASSETS = Path(__file__).resolve().parents[1] / "assets" / "report"
 
 def page(report: Report) -> str:
     """The whole page."""
-    light, dark = ({k: Markup(v) for k, v in colours.items()} for colours in css_colours())
+    light, dark = ({name: Markup(pair[i]) for name, pair in VARIABLES.items()} for i in (0, 1))
     return _template().render(report=report, light=light, dark=dark, style=_text("page.css"), script=_text("page.js"))
 
 

@@ -207,7 +207,7 @@ def _quality(found: Answer, words: dict[str, str]) -> list[str]:
     kind, least, said = found.section.kind, found.smallest, list[str]()
     shrinks = [of("shrinks", least)] if least is not None else []
     if kind == "tasks":
-        return [*([counted] if (counted := _counts(found, words)) else []), *shrinks]
+        return [*_counts(found, words), *shrinks]
     if kind == "stream" and found.best is not None:
         at = _at(found.best, words)
         few = words["stream_few"].format(at=at, n=found.few)
@@ -242,12 +242,11 @@ def _quality(found: Answer, words: dict[str, str]) -> list[str]:
     return said
 
 
-def _counts(found: Answer, words: dict[str, str]) -> str:
-    if found.counts is None:
-        return ""
-    named = zip(("worse", "same", "better", "unknown"), found.counts, strict=True)
-    parts = [words[key].format(n=n) for key, n in named if n]
-    return words["counts"].format(n=sum(found.counts), parts=words["comma"].join(parts))
+def _counts(found: Answer, words: dict[str, str]) -> list[str]:
+    counts = found.counts
+    parts = [words[kind].format(n=counts[kind]) for kind in ("worse", "same", "better", "unknown") if kind in counts]
+    said = words["counts"].format(n=sum(counts.values()), parts=words["comma"].join(parts))
+    return [said] if parts else []
 
 
 def _speed(found: Answer, words: dict[str, str]) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 from coldpress.eval.drawings import draw_distance, draw_positions, draw_speed, draw_tasks
 from coldpress.eval.figures import (
     INK,
+    MIB,
     REF,
     Drawing,
     Style,
@@ -27,7 +28,6 @@ from coldpress.eval.wording import at_words, clean, listed
 
 __all__ = ["draw"]
 
-MIB = 1 / (1 << 20)
 BAD = INK["bad"][0]
 _ABOUT = {"KL": "KL divergence from the uncompressed model", "Δ loss": "Loss more than uncompressed"}
 

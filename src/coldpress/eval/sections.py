@@ -148,9 +148,8 @@ class Section:
     @property
     def sizes(self) -> list[str]:
         """The sizes that presses were asked for, small ratios first."""
-        return list(
-            dict.fromkeys(p.size for p in sorted(self.all, key=lambda p: size_order(p.record)) if not p.is_baseline)
-        )
+        pressed = [p for p in self.all if not p.is_baseline]
+        return list(dict.fromkeys(p.size for p in sorted(pressed, key=lambda p: size_order(p.record))))
 
     @property
     def contexts(self) -> list[int]:
