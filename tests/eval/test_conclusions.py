@@ -205,7 +205,7 @@ def test_timings_at_several_contexts_share_a_section() -> None:
 def test_streams_are_ranked_by_text() -> None:
     texts = [stream("no_press", None, [3.0, 3.1]), stream("snapkv", 128, [3.1, 3.2]), stream("knorm", 128, [3.5, 3.6])]
     assert "PPL is snapkv 23.34, knorm 34.81 and no_press 21.12." in said(*texts)
-    assert "behind snapkv: knorm" in said(*texts)
+    assert "of snapkv: no press is ahead of it; behind it: knorm." in said(*texts)
     single = [stream("snapkv", 128, [3.1]), stream("knorm", 128, [3.5])]
     assert "nothing is said about who is better" in said(*single) and "behind" not in said(*single)
 

@@ -158,13 +158,19 @@ def _against(compared: Sequence[Entry], name: str, at: str) -> str | None:
     others = [p for p in compared if p is not reference and p.record["press"] not in REFERENCES]
     if reference is None or not others:
         return None
-    worse, level, better = _told_apart(reference, others)
-    parts = [f"ahead of it: {listed([p.label for p in better])}" if better else "no press is ahead of it"]
+    apart = _apart_words(reference, others) or "no windows in common, so nothing is said about who is better"
+    return f"The reference {name} {at} {_ppl_words(reference)}; {apart}."
+
+
+def _apart_words(entry: Entry, others: Sequence[Entry]) -> str:
+    """Who is ahead of an entry, who within its error bars and who behind it; nothing where none can be compared."""
+    more, level, less = _told_apart(entry, others)
+    if not more and not level and not less:
+        return ""
+    parts = [f"ahead of it: {listed([p.label for p in less])}" if less else "no press is ahead of it"]
     parts += [f"within the error bars: {listed([p.label for p in level])}"] if level else []
-    parts += [f"behind it: {listed([p.label for p in worse])}"] if worse else []
-    if not (worse or level or better):
-        parts = ["no windows in common, so nothing is said about who is better"]
-    return f"The reference {name} {at} {_ppl_words(reference)}; {'; '.join(parts)}."
+    parts += [f"behind it: {listed([p.label for p in more])}"] if more else []
+    return "; ".join(parts)
 
 
 def _cheap_words(ranked: Sequence[Entry], at: str) -> str:
@@ -212,16 +218,10 @@ def _stream_at(section: Section, size: str) -> list[str]:
     values = listed([f"{p.label} {p.ppl:.2f}" for p in shown if p.ppl is not None], most=12)
     said = [f"{capital(at)}, PPL is {values}."]
     best, others = entries[0], entries[1:]
-    if others:
-        more, level, less = _told_apart(best, others)
-        if more or level or less:
-            behind = f"behind {clean(best.label)}: {listed([p.label for p in more])}" if more else ""
-            within = f"within its error bars: {listed([p.label for p in [*level, *less]])}" if level or less else ""
-            said.append(f"Paired by text {at}, {'; '.join(part for part in (behind, within) if part)}.")
-        else:
-            said.append(
-                f"The texts {at} are too few for error bars, or not the same; nothing is said about who is better."
-            )
+    if apart := _apart_words(best, others):
+        said.append(f"Paired by text {at}, of {clean(best.label)}: {apart}.")
+    elif others:
+        said.append(f"The texts {at} are too few for error bars, or not the same; nothing is said about who is better.")
     return said
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -97,12 +96,13 @@ def make_report(collection: Collection) -> Report:
         parts[lead] = replace(parts[lead], figures=rest)
     names = list(dict.fromkeys(where(section).removeprefix("On ") for section in found))
     title = f"KV-cache compression: {names[0]}" if len(names) == 1 else "KV-cache compression report"
+    has_benchmarks = any(str(record["protocol"]).startswith("benchmark") for record in records)
     return Report(
         title=title,
         counts=_counts(collection),
         opening=opening,
         parts=tuple(parts),
-        method=(*METHOD, *([METHOD_OF_BENCHMARKS] if any(map(_is_benchmark, records)) else [])),
+        method=(*METHOD, *([METHOD_OF_BENCHMARKS] if has_benchmarks else [])),
         commands=tuple(dict.fromkeys(clean(r["command"]) for r in records if r.get("command"))),
         environments=_environments(records),
         skipped=tuple(map(clean, collection.skipped[:MOST_SKIPPED])),
@@ -159,15 +159,12 @@ def _counts(collection: Collection) -> str:
 
 def _environments(records: Sequence[dict[str, Any]]) -> tuple[tuple[tuple[str, str], ...], ...]:
     """Each different machine and its versions, once; how busy it was changes all the time and is left out."""
-    found = {}
-    for record in records:
-        env = {k: v for k, v in record["env"].items() if v is not None and k != "loadavg"}
-        found[json.dumps(env, sort_keys=True, default=str)] = env
-    return tuple(
-        tuple((clean(k), clean(", ".join(map(str, v)) if isinstance(v, list) else v)) for k, v in env.items())
-        for env in found.values()
+    found = (
+        tuple(
+            (clean(name), clean(", ".join(map(str, value)) if isinstance(value, list) else value))
+            for name, value in record["env"].items()
+            if value is not None and name != "loadavg"
+        )
+        for record in records
     )
-
-
-def _is_benchmark(record: dict[str, Any]) -> bool:
-    return str(record["protocol"]).startswith("benchmark")
+    return tuple({frozenset(env): env for env in found}.values())

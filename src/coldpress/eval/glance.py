@@ -64,7 +64,6 @@ class Answer:
         best: the press that stays closest to the uncompressed model at the size most presses were measured at.
         level: presses that are not told apart from it by the paired interval of their losses.
         cheap: the smallest cache whose whole interval stays within :data:`CHEAP`.
-        compared: whether any press was compared with the uncompressed cache.
         context: tokens of the timed context.
         fastest: the largest speed-up that every round confirms.
         n_rounds: the most rounds of a timing; 0 where none was timed.
@@ -78,7 +77,6 @@ class Answer:
     best: Entry | None = None
     level: list[str] = field(default_factory=list)
     cheap: Entry | None = None
-    compared: bool = False
     context: int | None = None
     fastest: Entry | None = None
     n_rounds: int = 0
@@ -257,7 +255,6 @@ def standing(task: Task) -> tuple[str, float | None]:
 def _rank(found: Answer, pressed: Sequence[Entry]) -> None:
     """The best of one size, what cannot be told from it, and the smallest cheap cache."""
     compared = [p for p in pressed if p.delta_nll is not None]
-    found.compared = bool(compared)
     if n_windows(compared) < FEWEST_WINDOWS:
         found.few = n_windows(compared) if compared else None
         return

@@ -209,13 +209,8 @@ def sections(records: Iterable[Record]) -> list[Section]:
         section = Section(_kind(group), done, undone)
         by_key.setdefault(asked(group[0]), []).append(section)
     for own in by_key.values():  # the interrupted beside the finished, though they have fewer windows
-        whole = [section for section in own if section.entries]
-        if not whole:
-            found += own
-            continue
-        for section in own:
-            if section not in whole:
-                whole[0].unfinished += section.unfinished
+        whole = [section for section in own if section.entries] or own
+        whole[0].unfinished += [p for section in own if section not in whole for p in section.unfinished]
         found += whole
     timed = [_parted(_named(sorted(group, key=_timed_order))) for group in together.values()]
     _tell_speed(found, [entry for done, _ in timed for entry in done])
