@@ -38,44 +38,42 @@ def draw_distance(section: Section, look: dict[str, Style], prefix: str) -> Draw
         own = entry.nll_by_distance or {}
         return {k: (v - base[k], None) for k, v in own.items() if v is not None and base.get(k) is not None}
 
-    sizes = panels(section, values)
-    if not sizes:
-        return None
     caption = (
         "Loss against the distance from the compressed context: the difference to the uncompressed cache (dashed at 0) "
         "for the tokens at these places after it, in nats a token; bars are 95 % intervals where they are recorded."
-        f"{said_of_colours(section)}"
     )
-    return _small(section, look, sizes, values, {}, caption, ("distance", "tokens after the context", prefix), "Δ loss")
+    return _small(section, look, prefix, "distance", values, {}, caption)
 
 
 def draw_positions(section: Section, look: dict[str, Style], prefix: str) -> Drawing | None:
     def values(entry: Entry) -> dict[str, tuple[float, list[float] | None]]:
         return {k: (v, None) for k, v in (entry.nll_by_position or {}).items() if v is not None}
 
-    sizes = panels(section, values)
-    if not sizes:
-        return None
     base = values(section.baseline) if section.baseline else {}
-    caption = (
-        "Loss of a stream against the position in the text, in nats a token; dashed: no_press, as far as it reads."
-        f"{said_of_colours(section)}"
-    )
-    return _small(section, look, sizes, values, base, caption, ("positions", "position in the text", prefix), "loss")
+    caption = "Loss of a stream against the position in the text, nats a token; dashed: no_press, as far as it reads."
+    return _small(section, look, prefix, "positions", values, base, caption)
+
+
+_AXES = {  # what is along them and up
+    "distance": ("tokens after the context", "Δ loss (nats a token)"),
+    "positions": ("position in the text", "loss (nats a token)"),
+}
 
 
 def _small(
-    section: Section, look: dict[str, Style], sizes: list[str], values: Any, base: dict[str, Any], caption: str,
-    names: tuple[str, str, str], what: str,
-) -> Drawing:  # fmt: skip
+    section: Section, look: dict[str, Style], prefix: str, kind: str, values: Any, base: dict[str, Any], caption: str
+) -> Drawing | None:
     """A panel for each size, on one vertical axis."""
-    kind, across, prefix = names
+    sizes = panels(section, values)
+    if not sizes:
+        return None
+    along, up = _AXES[kind]
     buckets = list(dict.fromkeys(k for p in section.entries if p.size in sizes for k in values(p)))
     buckets = sorted(dict.fromkeys([*buckets, *base]), key=_first_number)
     columns = 3 if len(sizes) == 3 and len(buckets) < 6 else min(2, len(sizes))
     size_in = (8.4, 1.1 + 2.6 * -(-len(sizes) // columns))
-    with drawing(kind, caption, section, size_in, prefix) as (done, figure):
-        axes = grid(figure, len(sizes), columns, across, sharey=True)
+    with drawing(kind, caption + said_of_colours(section), section, size_in, prefix) as (done, figure):
+        axes = grid(figure, len(sizes), columns, along, sharey=True)
         everything = []
         for axis, size in zip(axes, sizes, strict=True):
             axis.set_title(title(size))
@@ -100,7 +98,7 @@ def _small(
         if note and min(everything) >= 0:
             axes[0].set_ylim(bottom=-min(v for v in everything if v) / 2)
         for axis in axes[::columns]:
-            axis.set_ylabel(f"{what} (nats a token)")
+            axis.set_ylabel(up)
         shared_legend(figure, axes)
         done.caption += note
     return done
