@@ -66,7 +66,7 @@ def load_results(folder: str | Path, explode: str | None = None) -> pandas.DataF
 
 
 def _records(folder: Path) -> Iterator[dict[str, Any]]:
-    from coldpress.eval.results import read_results  # takes torch along, which the options of the command do without
+    from coldpress.eval.results import read_results  # which the options of the command do without
 
     below = [path for path in folder.rglob("*") if path.is_dir()] if os.path.isdir(folder) else []
     for path in sorted([folder, *below]):

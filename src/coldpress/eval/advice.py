@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from coldpress.eval.glance import FEWEST_WINDOWS
-from coldpress.eval.memory import format_bytes
 from coldpress.eval.metrics import Paired, paired_difference, score_difference
-from coldpress.eval.wording import aligned, listed, percent
+from coldpress.eval.wording import aligned, format_bytes, listed, percent
 
 __all__ = ["ANSWER_TOKENS", "Advice", "Row", "Scored", "advise", "rule_of", "table_of", "words_of"]
 

@@ -10,10 +10,9 @@ import math
 from collections.abc import Iterable, Sequence
 
 from coldpress.eval.glance import CHEAP, FEWEST_WINDOWS, Task, answer, is_cheap, n_windows, standing, task_name
-from coldpress.eval.memory import format_bytes
 from coldpress.eval.phrases import sentences
 from coldpress.eval.sections import REFERENCES, Entry, Section, paired, text_name
-from coldpress.eval.wording import at_words, capital, clean, listed, model_name, number, percent
+from coldpress.eval.wording import at_words, capital, clean, format_bytes, listed, model_name, number, percent
 
 __all__ = ["WITHIN", "findings", "headline", "where"]
 

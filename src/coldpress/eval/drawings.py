@@ -21,9 +21,8 @@ from coldpress.eval.figures import (
     title,
 )
 from coldpress.eval.glance import task_name, task_of, value_of
-from coldpress.eval.memory import memory_words
 from coldpress.eval.sections import Entry, Section
-from coldpress.eval.wording import clean
+from coldpress.eval.wording import clean, memory_words
 
 __all__ = ["draw_distance", "draw_positions", "draw_speed", "draw_tasks"]
 

@@ -8,9 +8,8 @@ from typing import Any
 
 from coldpress.backends import NO_PRESS
 from coldpress.eval.glance import CHEAP, FEWEST_WINDOWS, Answer, Row, answer, kl_of
-from coldpress.eval.memory import memory_words
 from coldpress.eval.sections import Entry, Section
-from coldpress.eval.wording import capital, clean, number, percent, short_bytes, three_digits
+from coldpress.eval.wording import capital, clean, memory_words, number, percent, short_bytes, three_digits
 
 __all__ = ["WORDS", "contexts", "headed", "memory", "sentences"]
 

@@ -8,9 +8,8 @@ from functools import partial
 from typing import Any
 
 from coldpress.backends import BUDGETS, NO_PRESS
-from coldpress.eval.memory import format_bytes, memory_words
 from coldpress.eval.schema import BYTES, ENVIRONMENT, FIELDS, SPEED_SETTINGS
-from coldpress.eval.wording import aligned, number, short
+from coldpress.eval.wording import aligned, format_bytes, memory_words, number, short
 from coldpress.io.terminal import printable
 
 __all__ = ["asked", "bits_of", "describe", "groups", "measured", "show", "size_of", "size_order", "table", "written"]

@@ -13,7 +13,9 @@ __all__ = [
     "at_words",
     "capital",
     "clean",
+    "format_bytes",
     "listed",
+    "memory_words",
     "model_name",
     "number",
     "percent",
@@ -21,6 +23,13 @@ __all__ = [
     "short_bytes",
     "three_digits",
 ]
+
+_PEAKS = {  # how a peak is measured, in words
+    "cuda_allocated": "that of the tensors on the device",
+    "vmhwm": "that of the process's resident memory, model included (VmHWM)",
+    "rss_polled": "that of the process's resident memory, model included, looked at every 2 ms",
+    "maxrss_process": "that of the process's resident memory since it started",
+}
 
 
 def clean(text: Any) -> str:
@@ -76,6 +85,20 @@ def three_digits(value: float) -> str:
     return f"{value:,.{digits}f}"
 
 
+def format_bytes(count: int | None) -> str:
+    """``1536`` -> ``'1.50 KiB'``, in powers of 1024; ``'n/a'`` for None."""
+    if count is None:
+        return "n/a"
+    if abs(count) < 1024:
+        return f"{count} B"
+    value = float(count)
+    for unit in ("KiB", "MiB", "GiB", "TiB"):
+        value /= 1024
+        if abs(value) < 1024 or unit == "TiB":
+            break
+    return f"{value:.2f} {unit}"
+
+
 def short_bytes(count: float | None) -> str:
     """Three digits: ``67.5 MiB``."""
     if count is None:
@@ -94,3 +117,8 @@ def aligned(lines: Sequence[Sequence[str]]) -> list[list[str]]:
         [cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))]
         for line in lines
     ]
+
+
+def memory_words(kind: str) -> str:
+    """What a peak of this kind is of; the kind itself where it is none of ours."""
+    return _PEAKS.get(kind, f"measured by {kind}")
