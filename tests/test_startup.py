@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from tests.eval.report_records import record, spread, write
 
 import coldpress
 from coldpress import public, registration
@@ -69,6 +70,13 @@ for arguments in {commands!r}:
 def test_help_and_versions_need_neither_torch_nor_transformers() -> None:
     asked = [[], ["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)]
     assert not imported(RUN.format(commands=asked)) & HEAVY
+
+
+def test_a_report_only_reads_and_a_brief_one_says_what_presses_do(tmp_path: Path) -> None:
+    write(tmp_path, [record("no_press"), record("knorm", 0.5, spread(0.1, 0.01))])
+    commands = [["report", str(tmp_path), "--table"], ["report", str(tmp_path)]]
+    assert not imported(RUN.format(commands=commands)) & {"torch", "transformers"}
+    assert "arXiv:2406.11430" in python(RUN.format(commands=[["report", str(tmp_path), "--brief"]])).stdout
 
 
 def test_the_help_of_every_command_was_asked_for(capsys: pytest.CaptureFixture[str]) -> None:

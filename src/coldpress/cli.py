@@ -98,7 +98,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     try:
         _check_utf8(args)
         with interrupted_at_once():
-            import_module("coldpress.public")  # all that takes seconds
+            if args.run is not _run_report or args.brief:  # a report only reads; a brief one says what presses do
+                import_module("coldpress.public")  # all that takes seconds
         code: int = args.run(args, argv, prog)
         sys.stdout.flush()
         return code

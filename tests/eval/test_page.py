@@ -144,7 +144,7 @@ def test_intervals_are_drawn_on_the_scale_of_their_column_and_spelled_for_a_poin
 def test_the_page_opens_with_three_sentences_a_table_of_eight_columns_and_a_plot(made: Report, html: str) -> None:
     opening = made.opening
     assert 0 < len(opening.sentences) <= 3 and len(opening.table.heads) <= 9  # eight, and what failed
-    assert opening.figure is not None and opening.figure.drawing.kind == "kl"
+    assert opening.figure is not None and opening.figure.kind == "kl"
     assert not any(figure is opening.figure for part in made.parts for figure in part.figures)
     assert html.index('class="answer"') < html.index("<table") < html.index("<nav") < html.index("<details")
     folded = re.findall(r'<details id="([^"]+)"', html)
@@ -164,7 +164,7 @@ def test_each_picture_has_one_protocol_and_one_text(made: Report) -> None:
     protocols = {r["protocol"] for r in everything()}
     assert made.opening.figure is not None
     figures = [(made.parts[0], made.opening.figure), *((part, f) for part in made.parts for f in part.figures)]
-    assert {f.drawing.kind for _, f in figures} == {
+    assert {f.kind for _, f in figures} == {
         "quality",
         "kl",
         "distance",
@@ -174,15 +174,15 @@ def test_each_picture_has_one_protocol_and_one_text(made: Report) -> None:
         "depth",
     }
     for part, figure in figures:
-        named = [p for p in protocols if f"protocol {p};" in figure.drawing.caption]
-        assert len(named) == 1 and part.title.endswith(named[0]) and "sha256 abababababab" in figure.drawing.caption
-        assert figure.drawing.png.startswith(b"\x89PNG")
+        named = [p for p in protocols if f"protocol {p};" in figure.caption]
+        assert len(named) == 1 and part.title.endswith(named[0]) and "sha256 abababababab" in figure.caption
+        assert figure.png.startswith(b"\x89PNG")
     assert len({f.file for _, f in figures}) == len(figures)
 
 
 def test_what_failed_is_drawn_and_told(made: Report) -> None:
     part = made.parts[0]
-    (quality,) = (f.drawing for f in part.figures if f.drawing.kind == "quality")
+    (quality,) = (f for f in part.figures if f.kind == "quality")
     texts = re.findall(r"<text[^>]*>([^<]*)</text>", quality.svg)
     assert {"failed", "interrupted", "= baseline", "tova", "cur", "keydiff"} <= set(texts)
     bad = [cell.text for row in part.tables[0].rows for cell in row if cell.is_bad]
@@ -198,13 +198,13 @@ def test_a_caption_of_timings_names_all_contexts(made: Report) -> None:
 def test_references_are_in_every_picture_of_losses(made: Report) -> None:
     for figure in made.parts[0].figures:
         for name in ("no_press", "random", "streaming_llm"):
-            assert name in figure.drawing.svg, (figure.drawing.kind, name)
+            assert name in figure.svg, (figure.kind, name)
 
 
 def test_one_size_is_drawn_press_by_press_with_what_failed() -> None:
     rows = [record("no_press"), record("snapkv", 0.5, spread(0.1, 0.01)), failed("tova", 0.5), record("keydiff", 0.5)]
     (part,) = document(rows).parts
-    (quality,) = (f.drawing for f in part.figures if f.drawing.kind == "quality")
+    (quality,) = (f for f in part.figures if f.kind == "quality")
     texts = re.findall(r"<text[^>]*>([^<]*)</text>", quality.svg)
     assert {"snapkv", "tova", "× failed", "keydiff = baseline"} <= set(texts)
 
@@ -228,7 +228,7 @@ def test_the_same_records_make_the_same_files(tmp_path: Path) -> None:
 def test_the_page_of_many_records_is_small() -> None:
     made = document(many())
     assert len(page(made).encode()) < 500_000
-    assert "the 28 others thin grey" in made.parts[0].figures[0].drawing.caption
+    assert "the 28 others thin grey" in made.parts[0].figures[0].caption
 
 
 def test_a_picture_takes_the_colours_of_its_page_and_keeps_its_texts() -> None:

@@ -65,10 +65,7 @@ def load_results(folder: str | Path, explode: str | None = None) -> pandas.DataF
 
 
 def _records(folder: Path) -> Iterator[dict[str, Any]]:
-    from coldpress.eval.results import (
-        read_results,
-        with_subfolders,
-    )  # takes torch along, which the options of the command do without
+    from coldpress.eval.results import read_results, with_subfolders  # which the options do without
 
     for path in with_subfolders(folder):
         for record in read_results(path):

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from coldpress.eval.glance import FEWEST_WINDOWS
-from coldpress.eval.memory import format_bytes
 from coldpress.eval.metrics import Paired, paired_difference, score_difference
-from coldpress.eval.wording import listed
+from coldpress.eval.wording import aligned, format_bytes, listed, percent
 
 __all__ = ["ANSWER_TOKENS", "Advice", "Row", "Scored", "advise", "rule_of", "table_of", "words_of"]
 
@@ -125,8 +124,8 @@ def advise(base: Row, rows: Sequence[Row], margin: float, by_time: bool = False)
     """
     answers = [row for row in rows if row.n_right >= fewest_right(base)]
     lost = [row for row in rows if row not in answers and row.loss.delta < margin]
-    fits = sorted((row for row in answers if _below(row, margin)), key=_quality)
-    undecided = [row for row in answers if row not in fits and not _above(row, margin)]
+    fits = sorted((row for row in answers if _interval(row)[1] < margin), key=_quality)
+    undecided = [row for row in answers if row not in fits and _interval(row)[0] < margin]
     if len(base.right) < FEWEST_QUESTIONS:  # so few say nothing
         fits, undecided = [], [*fits, *undecided]
     best = [row for row in fits if row is fits[0] or not _is_ahead(fits[0], row)]
@@ -148,14 +147,10 @@ def _seconds(row: Row) -> float:
     return row.seconds
 
 
-def _below(row: Row, margin: float) -> bool:
+def _interval(row: Row) -> tuple[float, float]:
+    """Of its loss difference; without an end where too little was measured."""
     ci = row.loss.ci95
-    return ci is not None and len(row.windows) >= FEWEST_WINDOWS and ci[1] < margin
-
-
-def _above(row: Row, margin: float) -> bool:
-    ci = row.loss.ci95
-    return ci is not None and len(row.windows) >= FEWEST_WINDOWS and ci[0] >= margin
+    return (-math.inf, math.inf) if ci is None or len(row.windows) < FEWEST_WINDOWS else ci
 
 
 def _quality(row: Row) -> tuple[int, float]:
@@ -184,11 +179,7 @@ def table_of(base: Row, rows: Sequence[Row], advice: Advice) -> str:
         fit = "yes" if row in advice.fits else "?" if row in advice.open else "no"
         times = _number(row.later_s(base), 2, " s"), _number(row.tpot_ms, 1)
         lines.append((row.label, f"{row.kl:.4f}", _loss(row), _right(row), format_bytes(row.kv_bytes), *times, fit))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
-        for line in lines
-    )
+    return "\n".join("  ".join(line) for line in aligned(lines))
 
 
 def _loss(row: Row) -> str:
@@ -237,7 +228,7 @@ def words_of(base: Row, rows: Sequence[Row], advice: Advice, by_time: bool = Fal
             f"None of these {len(rows)} fits: keep the uncompressed cache, or ask for a smaller --compression_ratio."
         )
     if advice.lost:
-        each = listed([f"{row.label} ({_percent(row)}) {_right(row)}" for row in advice.lost])
+        each = listed([f"{row.label} ({percent(math.expm1(row.loss.delta))}) {_right(row)}" for row in advice.lost])
         said.append(f"Perplexity hides what is lost: {each} right, the uncompressed cache {_right(base)}.")
     return said
 
@@ -272,10 +263,6 @@ def _costs(row: Row, base: Row) -> str:
     if math.isinf(row.seconds):
         return f"{left}, not timed"
     return f"{left}, {_number(row.later_s(base), 2)} s to compress and {_number(row.tpot_ms, 1)} ms a token"
-
-
-def _percent(row: Row) -> str:
-    return f"{100 * math.expm1(row.loss.delta):+.1f} %"
 
 
 def _count(n: int, what: str) -> str:

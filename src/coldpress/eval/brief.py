@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from coldpress.bases.registry import NO_PRESS, find_press
 from coldpress.errors import PressError
 from coldpress.eval.glance import answer, chosen, rows
-from coldpress.eval.page import escape, write_file
+from coldpress.eval.page import escape, fenced, table_lines, write_file
 from coldpress.eval.phrases import WORDS, contexts, headed, memory, sentences
 from coldpress.eval.results import Collection, check_writable
 from coldpress.eval.sections import Section, sections, text_name
@@ -48,8 +47,7 @@ def brief(collection: Collection, language: str = "en") -> str:
         blocks.append(f"{'* ' if len(found) > 1 else ''}{title}{escape(space.join(said))}")
     commands = dict.fromkeys(clean(r["command"]) for r in records if r.get("command"))
     if commands:
-        fence = "`" * max(3, 1 + max(len(run) for run in re.findall("`*", "".join(commands))))
-        blocks += [f"## {words['commands']}", "\n".join([fence, *commands, fence])]
+        blocks += [f"## {words['commands']}", "\n".join(fenced([*commands]))]
     machines = {
         f"torch {e['torch']}, transformers {e['transformers']}, {e['cpu']}" for e in (r["env"] for r in records)
     }
@@ -111,13 +109,14 @@ def _methods(records: Sequence[dict[str, Any]], language: str) -> list[str]:
 def _results(section: Section, language: str) -> list[str]:
     found = rows(section)
     shown = chosen(found)
-    table = [[escape(cell) for cell in line] for line in headed(shown, language)]
-    rule = ["---", *("---:" for _ in table[0][1:])]
-    lines = "\n".join(f"| {' | '.join(line)} |" for line in [table[0], rule, *table[1:]])
     notes = contexts(section, language)
     if len(shown) < len(found):
         notes.append(WORDS[language]["left_out"].format(n=len(shown), of=len(found)))
-    return [f"### {escape(_title(section))}", lines, *([" ".join(notes)] if notes else [])]
+    return [
+        f"### {escape(_title(section))}",
+        "\n".join(table_lines(headed(shown, language))),
+        *([" ".join(notes)] if notes else []),
+    ]
 
 
 def write_brief(collection: Collection, folder: Path, language: str) -> tuple[str, Path]:

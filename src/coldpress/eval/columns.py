@@ -7,15 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from coldpress.bases.registry import NO_PRESS
-from coldpress.eval.conclusions import task_name
-from coldpress.eval.glance import Row
-from coldpress.eval.memory import format_bytes
-from coldpress.eval.metrics import wilson
-from coldpress.eval.phrases import headed, percent
-from coldpress.eval.schema import BYTES, FIELDS
+from coldpress.backends import NO_PRESS
+from coldpress.eval.glance import Row, task_name, task_of, value_of
+from coldpress.eval.phrases import headed
+from coldpress.eval.report import measured, written
+from coldpress.eval.schema import FIELDS
 from coldpress.eval.sections import Entry, Section
-from coldpress.eval.wording import clean, number
+from coldpress.eval.wording import clean, number, percent
 
 __all__ = ["Cell", "Table", "opening_table", "tables"]
 
@@ -53,26 +51,18 @@ def _of(name: str) -> _Column:
     """The column of a registered field, with the smallest and the largest of its rounds where these are recorded."""
     field = FIELDS[name]
 
-    def form(value: Any) -> str:
-        return format_bytes(value) if field.kind is BYTES else number(value * field.factor, field.digits)
-
     def cell(entry: Entry) -> Cell:
-        value, spread = entry.record.get(name), entry.record.get(f"{name}_spread") if field.has_spread else None
-        value = (value or {}).get(field.inner) if field.inner else value
+        value, spread = measured(entry.record, name)
         if value is None:
             return EMPTY
-        text = f"{form(value)}{field.unit[1]}"
-        if spread is None or spread["min"] == spread["max"]:
-            return Cell(text, value)
-        low, high = spread["min"], spread["max"]
-        return Cell(text, value, span=(low, high), said=f"[{form(low)}, {form(high)}]")
+        said = "" if spread is None else f"[{', '.join(written(name, end) for end in spread)}]"
+        return Cell(f"{written(name, value)}{field.unit[1]}", value, span=spread, said=said)
 
     return field.page or field.head, field.about, cell
 
 
-def _p99(entry: Entry) -> Cell:
-    value = (entry.record.get("kld") or {}).get("p99")
-    return EMPTY if value is None else Cell(number(value, 3), value)
+def _plain(value: Any, form: str) -> Cell:
+    return EMPTY if value is None else Cell(format(value, form), value)
 
 
 def _with_ci(value: float | None, ci: Sequence[float] | None, digits: int, sign: str = "+") -> Cell:
@@ -104,28 +94,20 @@ def _agreement(entry: Entry) -> Cell:
     return Cell(f"{number(agreement['mean'], 1)}{of}", agreement["mean"])
 
 
-def _delta(entry: Entry) -> Cell:
-    return _with_ci(entry.delta_nll, entry.delta_nll_ci95, 4)
-
-
-def _context(entry: Entry) -> Cell:
-    return EMPTY if entry.context is None else Cell(f"{entry.context:,}", entry.context)
-
-
-def _plain_ppl(entry: Entry) -> Cell:
-    return EMPTY if entry.ppl is None else Cell(f"{entry.ppl:.3f}", entry.ppl)
-
-
 _PRESS: tuple[_Column, ...] = (
     ("press", "the method", lambda p: Cell(clean(p.label))),
     ("ratio or budget", "what was asked for: the fraction to remove, or what may be kept", _size),
 )
 _QUALITY: tuple[_Column, ...] = (
     _of("kld"),
-    ("ΔNLL", "loss minus the uncompressed cache's, nats a token, paired, with its 95 % interval", _delta),
-    ("PPL", "perplexity", _plain_ppl),
+    (
+        "ΔNLL",
+        "loss minus the uncompressed cache's, nats a token, paired, with its 95 % interval",
+        lambda p: _with_ci(p.delta_nll, p.delta_nll_ci95, 4),
+    ),
+    ("PPL", "perplexity", lambda p: _plain(p.ppl, ".3f")),
     _of("same_top1"),
-    ("KLD p99", "99th percentile of the divergence", _p99),
+    ("KLD p99", "99th percentile of the divergence", lambda p: _plain((p.kld or {}).get("p99"), ".3f")),
     ("greedy agreement", "mean of the greedy tokens before the first that differs", _agreement),
     _of("bits_per_byte"),
 )
@@ -141,12 +123,12 @@ _SPEED = tuple(
     )
 )
 _STATUS: tuple[_Column, ...] = (("status", "empty where all went well", _status),)
-_CONTEXT: tuple[_Column, ...] = (("context", "tokens of the timed context", _context),)
+_CONTEXT: tuple[_Column, ...] = (("context", "tokens of the timed context", lambda p: _plain(p.context, ",")),)
 _UNPRESSED: _Column = ("press", "no press touches this loss", lambda p: Cell(NO_PRESS))
 _NO_SIZE: _Column = ("ratio or budget", "none", lambda p: EMPTY)
 _STREAM: tuple[_Column, ...] = (
     ("positions", "where kept keys stand", lambda p: Cell(clean(p.position_mode or ""))),
-    ("tokens", "scored", lambda p: EMPTY if p.scored_tokens is None else Cell(f"{p.scored_tokens:,}", p.scored_tokens)),
+    ("tokens", "scored", lambda p: _plain(p.scored_tokens, ",")),
     _of("loss"),
 )
 
@@ -219,23 +201,17 @@ def _task_table(section: Section) -> Table:
     names = list(dict.fromkeys(task_name(task) for p in section.entries for task in p.tasks or []))
 
     def cell(entry: Entry, name: str) -> Cell:
-        task: dict[str, Any] | None = next((t for t in entry.tasks or [] if task_name(t) == name), None)
-        if task is None:
-            return EMPTY
-        if task.get("score") is None:
-            more, ci = task.get("delta_answer_nll"), task.get("delta_answer_nll_ci95")
-            if more is None and task.get("same_answers") is not None:
-                return Cell(f"{task['same_answers']:.0%} same answers", task["same_answers"])
-            if more is None:
-                return (
-                    EMPTY
-                    if task.get("answer_nll") is None
-                    else Cell(f"{task['answer_nll']:.3f} nats", task["answer_nll"])
-                )
-            shown = _with_ci(more, ci, 3)
+        task = task_of(entry, name)
+        value, span, is_score = value_of(task)
+        if is_score:
+            return _with_ci(value, span, 2, "")
+        if value is not None and not entry.is_baseline:
+            shown = _with_ci(value, span, 3)
             return replace(shown, text=f"{shown.text} nats")
-        score, n = task["score"], task.get("n")
-        return _with_ci(score, wilson(score, int(n)) if n and 0 <= score <= 1 else None, 2, "")
+        if task.get("same_answers") is not None:
+            return Cell(f"{task['same_answers']:.0%} same answers", task["same_answers"])
+        loss = task.get("answer_nll")
+        return EMPTY if loss is None else Cell(f"{loss:.3f} nats", loss)
 
     heads = (("press", "the method"), ("ratio or budget", "what was asked for"))
     shown = [p for p in section.all if p.tasks]

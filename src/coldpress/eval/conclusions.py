@@ -6,68 +6,35 @@ comparison each: they are not widened for the number of presses that were compar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
-from typing import Any
 
-from coldpress.eval.glance import CHEAP, FEWEST_WINDOWS, n_windows, standing
+from coldpress.eval.glance import CHEAP, FEWEST_WINDOWS, Task, answer, is_cheap, n_windows, standing, task_name
+from coldpress.eval.phrases import sentences
 from coldpress.eval.sections import REFERENCES, Entry, Section, paired, text_name
-from coldpress.eval.wording import (
-    cache_words,
-    clean,
-    error_words,
-    has_rounds,
-    listed,
-    model_name,
-    number,
-    ppl_words,
-    rounds_words,
-    speed_words,
-)
+from coldpress.eval.wording import at_words, capital, clean, format_bytes, listed, model_name, number, percent
 
-__all__ = ["WITHIN", "findings", "headline", "task_findings", "task_name", "where"]
+__all__ = ["WITHIN", "findings", "headline", "where"]
 
-Task = dict[str, Any]
+WITHIN = f"+{CHEAP * 100:g} % of PPL"
+_STANDING = {
+    "worse": "below the uncompressed cache",
+    "same": "within the error bars of it",
+    "better": "above it",
+    "unknown": "without error bars",
+}
 
 
-def task_name(task: Task) -> str:
-    """``needle at 4,096 tokens``."""
-    length = task.get("length")
-    return clean(task["task"]) + (f" at {length:,.0f} tokens" if length is not None else "")
-
-
-def task_findings(section: Section) -> list[str]:
-    """First a headline without its beginning, then a sentence for each task and size."""
+def _task_findings(section: Section) -> list[str]:
+    """A sentence for each task and size."""
     verdicts: dict[tuple[str, str], dict[str, list[str]]] = {}
     for entry in section.entries:
         for task in [] if entry.is_baseline else entry.tasks or []:
             kind, words = _verdict(entry, task)
             verdicts.setdefault((entry.size, task_name(task)), {}).setdefault(kind, []).append(words)
-    if not verdicts:
-        return ["no press was scored on a task."]
-    counted = [kind for kinds in verdicts.values() for kind, names in kinds.items() for _ in names]
-    n = len(counted)
-    parts = [
-        f"{counted.count(kind)} {words}"
-        for kind, words in (
-            ("worse", "are below the uncompressed cache"),
-            ("level", "are within the error bars of it"),
-            ("better", "are above it"),
-            ("unknown", "have no error bars"),
-        )
-        if kind in counted
-    ]
-    said = [f"of {n} scores (a press, a size and a task each), {', '.join(parts)}."]
+    said = []
     for (size, task), kinds in verdicts.items():
-        parts = [
-            f"{words}: {listed(kinds[kind])}"
-            for kind, words in (
-                ("worse", "below the uncompressed cache"),
-                ("level", "within the error bars of it"),
-                ("better", "above it"),
-                ("unknown", "without error bars"),
-            )
-            if kind in kinds
-        ]
+        parts = [f"{words}: {listed(kinds[kind])}" for kind, words in _STANDING.items() if kind in kinds]
         said.append(f"{task}{f', presses at {size}' if size else ''}: {'; '.join(parts)}.")
     return said
 
@@ -81,36 +48,18 @@ def _verdict(entry: Entry, task: Task) -> tuple[str, str]:
     return kind, entry.label if difference is None else f"{entry.label} {difference:+.3f} nats"
 
 
-WITHIN = f"+{CHEAP * 100:g} % of PPL"
-
-
 def where(section: Section) -> str:
     """``On WikiText-103 with pythia-70m``."""
     return f"On {clean(text_name(section.first))} with {model_name(section.first)}"
 
 
 def headline(section: Section, is_alone: bool = True) -> str:
-    """The one sentence to quote from a section; with its protocol where another has the same text and model."""
-    lead = where(section) + ("" if is_alone else f" (protocol {clean(section.first['protocol'])})")
+    """What to quote from a section; with its protocol where another has the same text and model."""
+    protocol = clean(section.first["protocol"])
+    lead = where(section) + ("" if is_alone else f" (protocol {protocol})")
     if not section.entries:
-        return f"{lead}, nothing was finished under {clean(section.first['protocol'])}."
-    if section.kind == "quality":
-        return f"{lead}, {_quality_headline(section)}"
-    if section.kind == "stream":
-        said = [sentence for p in _one_a_size(section)[-1:] for sentence in _stream_at(section, p.size)]
-        said = said or ["No press read a text to its end."]
-        return f"{lead}, read as a stream: {' '.join([said[0][0].lower() + said[0][1:], *said[1:]])}"
-    if section.kind == "speed":
-        return f"{lead}, {_speed_headline(section)}"
-    if section.kind == "tasks":
-        return f"{lead}, {task_findings(section)[0]}"
-    plain = [p for p in section.entries if p.ppl is not None]
-    if not plain:
-        return f"{lead}, no perplexity was measured."
-    return (
-        f"{lead}, the uncompressed model has PPL {plain[0].ppl:.3f} under {clean(section.first['protocol'])}; "
-        "no press touches this number."
-    )
+        return f"{lead}, nothing was finished under {protocol}."
+    return f"{lead}: {' '.join(sentences(answer(section)))}"
 
 
 def findings(section: Section) -> list[str]:
@@ -118,71 +67,30 @@ def findings(section: Section) -> list[str]:
     said: list[str] = []
     if section.kind == "quality":
         compared = _compared(p for p in section.entries if not p.is_baseline)
-        if compared and (few := _too_few(compared)):
-            said.append(f"{few[0].upper()}{few[1:]}: presses are not ranked; score {FEWEST_WINDOWS} at least.")
+        if compared and (n := n_windows(compared)) < FEWEST_WINDOWS:
+            said.append(f"Too few windows ({n}): presses are not ranked; score {FEWEST_WINDOWS} at least.")
         else:
             for size in section.sizes:
                 said += _at(section, size)
         said += _oddities(section)
-        if not any(p.decode_speedup is not None or p.timed is not None for p in section.entries if not p.is_baseline):
-            said.append("Speed was not measured in these runs.")
     elif section.kind == "stream":
-        said += [sentence for p in _one_a_size(section) for sentence in _stream_at(section, p.size)]
+        said += [sentence for size in section.sizes for sentence in _stream_at(section, size)]
     elif section.kind == "speed":
-        said += [_speed_at(section, context) for context in _contexts(section)]
+        said += [_speed_at(section, context) for context in section.contexts]
     elif section.kind == "tasks":
-        said += task_findings(section)[1:]
-    said += [f"{clean(p.name)} {error_words(p)}." for p in section.unfinished]
+        said += _task_findings(section)
+    said += [f"{clean(p.name)} {_error_words(p)}." for p in section.unfinished]
     return said
-
-
-def _at_words(size: str) -> str:
-    return f"at ratio {size}" if size.replace(".", "", 1).isdigit() else f"with {size}" if size else "at no set size"
 
 
 def _effect(entry: Entry) -> str:
     """What it does to the loss, the cache and the speed."""
-    parts = [part for part in (ppl_words(entry), cache_words(entry), speed_words(entry)) if part]
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-
-
-def _is_cheap(entry: Entry) -> bool:
-    ci = entry.ppl_change_ci
-    return ci is not None and ci[1] <= CHEAP
+    return listed([part for part in (_ppl_words(entry), _cache_words(entry), _speed_words(entry)) if part])
 
 
 def _compared(entries: Iterable[Entry]) -> list[Entry]:
     """Those with a difference to the baseline, the smallest first."""
     return sorted((p for p in entries if p.delta_nll is not None), key=lambda p: (p.delta_nll, p.label))
-
-
-def _quality_headline(section: Section) -> str:
-    pressed = [p for p in _compared(section.entries) if not p.is_baseline and p.record["press"] != "random"]
-    pressed = [p for p in pressed if p.kept_bytes is not None and p.kept_bytes < 0.95 and not p.equals_baseline]
-    if not pressed:
-        return "no press was compared with the uncompressed cache."
-    if few := _too_few(pressed):
-        return f"{few} to say which press is better or what it costs."
-    cheap = sorted((p for p in pressed if _is_cheap(p)), key=lambda p: (round(p.kept_bytes or 0, 2), p.delta_nll))
-    if cheap:
-        best = cheap[0]
-        others = [p.label for p in cheap[1:] if round(p.kept_bytes or 0, 2) == round(best.kept_bytes or 0, 2)]
-        also = (
-            f"; {listed(others)} {'stays' if len(others) == 1 else 'stay'} within it at this size too" if others else ""
-        )
-        return (
-            f"{clean(best.name)} {_effect(best)}: the smallest cache whose whole interval stays within {WITHIN}{also}."
-        )
-    least = pressed[0]
-    above = all(p.ppl_change_ci is not None and p.ppl_change_ci[0] > CHEAP for p in pressed)
-    words = "no press is cheap" if above else "no press is shown to be cheap"
-    return f"{words} (whole interval within {WITHIN}); the smallest change: {clean(least.name)} {_effect(least)}."
-
-
-def _too_few(entries: Sequence[Entry]) -> str:
-    """``too few windows (4)``; an empty text where there are enough."""
-    n = n_windows(entries)
-    return f"too few windows ({n})" if n < FEWEST_WINDOWS else ""
 
 
 def _at(section: Section, size: str) -> list[str]:
@@ -192,23 +100,19 @@ def _at(section: Section, size: str) -> list[str]:
     compared = _compared(p for p in entries if p not in uneven)
     ranked = [p for p in compared if p.record["press"] != "random" or p.kv_bits is not None]
     said = []
-    at = _at_words(size)
+    at = at_words(size)
     apart = "" if len(ranked) == len(compared) else " but random"  # of which the next sentence speaks
     if ranked:
         best = ranked[0]
-        said.append(
-            f"{at[0].upper()}{at[1:]}, {clean(best.label)} {_effect(best)}{_standing(best, ranked[1:], apart)}."
-        )
+        said.append(f"{capital(at)}, {clean(best.label)} {_effect(best)}{_standing(best, ranked[1:], apart)}.")
         said += [s for name in REFERENCES if name != best.label and (s := _against(compared, name, at))]
         said.append(_cheap_words(ranked, at))
     elif compared:
-        said.append(
-            f"{at[0].upper()}{at[1:]}, only {clean(compared[0].label)} was measured: it {_effect(compared[0])}."
-        )
+        said.append(f"{capital(at)}, only {clean(compared[0].label)} was measured: it {_effect(compared[0])}.")
     more = [p for p in uneven if p.keeps_more and not p.equals_baseline]
     if more:
         kept = listed([f"{p.label} ({p.removed:.2f})" for p in more])
-        said.append(f"{at[0].upper()}{at[1:]}, less than that was removed by {kept}; left out of the comparison.")
+        said.append(f"{capital(at)}, less than that was removed by {kept}; left out of the comparison.")
     return said
 
 
@@ -253,17 +157,23 @@ def _against(compared: Sequence[Entry], name: str, at: str) -> str | None:
     others = [p for p in compared if p is not reference and p.record["press"] not in REFERENCES]
     if reference is None or not others:
         return None
-    worse, level, better = _told_apart(reference, others)
-    parts = [f"ahead of it: {listed([p.label for p in better])}" if better else "no press is ahead of it"]
+    apart = _apart_words(reference, others) or "no windows in common, so nothing is said about who is better"
+    return f"The reference {name} {at} {_ppl_words(reference)}; {apart}."
+
+
+def _apart_words(entry: Entry, others: Sequence[Entry]) -> str:
+    """Who is ahead of an entry, who within its error bars and who behind it; nothing where none can be compared."""
+    more, level, less = _told_apart(entry, others)
+    if not more and not level and not less:
+        return ""
+    parts = [f"ahead of it: {listed([p.label for p in less])}" if less else "no press is ahead of it"]
     parts += [f"within the error bars: {listed([p.label for p in level])}"] if level else []
-    parts += [f"behind it: {listed([p.label for p in worse])}"] if worse else []
-    if not (worse or level or better):
-        parts = ["no windows in common, so nothing is said about who is better"]
-    return f"The reference {name} {at} {ppl_words(reference)}; {'; '.join(parts)}."
+    parts += [f"behind it: {listed([p.label for p in more])}"] if more else []
+    return "; ".join(parts)
 
 
 def _cheap_words(ranked: Sequence[Entry], at: str) -> str:
-    cheap = [p for p in ranked if _is_cheap(p)]
+    cheap = [p for p in ranked if is_cheap(p)]
     known = [ci for p in ranked if (ci := p.ppl_change_ci) is not None]
     if cheap:
         return f"Cheap {at} (whole interval within {WITHIN}): {listed([p.label for p in cheap])}."
@@ -292,12 +202,8 @@ def _oddities(section: Section) -> list[str]:
                 alike.setdefault(repr([w["nll"] for w in entry.per_window]), []).append(entry)
         for same in alike.values():
             if len(same) > 1:
-                said.append(f"{listed([p.label for p in same])} have the same loss in every window {_at_words(size)}.")
+                said.append(f"{listed([p.label for p in same])} have the same loss in every window {at_words(size)}.")
     return said
-
-
-def _one_a_size(section: Section) -> list[Entry]:
-    return [section.at(size)[0] for size in section.sizes if section.at(size)]
 
 
 def _stream_at(section: Section, size: str) -> list[str]:
@@ -305,56 +211,29 @@ def _stream_at(section: Section, size: str) -> list[str]:
     entries = sorted((p for p in section.at(size) if p.loss is not None), key=lambda p: (p.loss, p.label))
     if not entries:
         return []
-    at = _at_words(size)
+    at = at_words(size)
     base = section.baseline
     shown = [*entries, *([base] if base is not None and base.scored_tokens == entries[0].scored_tokens else [])]
     values = listed([f"{p.label} {p.ppl:.2f}" for p in shown if p.ppl is not None], most=12)
-    said = [f"{at[0].upper()}{at[1:]}, PPL is {values}."]
+    said = [f"{capital(at)}, PPL is {values}."]
     best, others = entries[0], entries[1:]
-    if others:
-        more, level, less = _told_apart(best, others)
-        if more or level or less:
-            behind = f"behind {clean(best.label)}: {listed([p.label for p in more])}" if more else ""
-            within = f"within its error bars: {listed([p.label for p in [*level, *less]])}" if level or less else ""
-            said.append(f"Paired by text {at}, {'; '.join(part for part in (behind, within) if part)}.")
-        else:
-            said.append(
-                f"The texts {at} are too few for error bars, or not the same; nothing is said about who is better."
-            )
+    if apart := _apart_words(best, others):
+        said.append(f"Paired by text {at}, of {clean(best.label)}: {apart}.")
+    elif others:
+        said.append(f"The texts {at} are too few for error bars, or not the same; nothing is said about who is better.")
     return said
 
 
-def _contexts(section: Section) -> list[int]:
-    return sorted({p.context for p in section.entries if p.context})
-
-
-def _fastest(section: Section, context: int) -> tuple[list[Entry], list[Entry]]:
-    """What was timed at a context, the fastest first, and those of it that were faster in every round."""
+def _speed_at(section: Section, context: int) -> str:
+    """Of one context: what was faster in every round, the fastest first."""
     timed = [p for p in section.entries if p.context == context and p.decode_speedup is not None and not p.is_baseline]
     timed.sort(key=lambda p: (-p.decode_speedup, p.label))
-    surely = [p for p in timed if has_rounds(p) and p.decode_speedup_spread["min"] > 1]
-    return timed, surely
-
-
-def _speed_headline(section: Section) -> str:
-    contexts = _contexts(section)
-    if not contexts:
-        return "nothing was timed."
-    return _speed_words(section, contexts[-1])
-
-
-def _speed_at(section: Section, context: int) -> str:
-    words = _speed_words(section, context)
-    return words[0].upper() + words[1:]
-
-
-def _speed_words(section: Section, context: int) -> str:
-    timed, surely = _fastest(section, context)
-    at = f"with {context:,} tokens of context"
+    surely = [p for p in timed if p.is_surely_faster]
+    at = f"With {context:,} tokens of context"
     if not timed:
         return f"{at} no press was compared with the uncompressed cache."
     if not surely:
-        known = any(map(has_rounds, timed))
+        known = any(p.has_rounds for p in timed)
         because = "by more than the rounds differ" if known else "for certain: no spread of several rounds is recorded"
         return f"{at} no press decodes faster than the uncompressed cache {because}."
     best = surely[0]
@@ -366,5 +245,69 @@ def _speed_words(section: Section, context: int) -> str:
         first = f", first token after {best.ttft_s:.3f} s against {base.ttft_s:.3f} s"
     return (
         f"{at} {clean(best.name)} decodes {best.decode_speedup:.2f} times as fast as the uncompressed cache "
-        f"({rounds_words(best)}){first}{also}."
+        f"({_rounds_words(best)}){first}{also}."
     )
+
+
+# What is said of one press at one size
+
+
+def _ppl_words(entry: Entry) -> str:
+    """``changes PPL by +0.4 % [0.1, 0.7]``, the brackets holding the 95 % interval."""
+    change, ci = entry.ppl_change, entry.ppl_change_ci
+    if change is None:
+        return "has no loss to compare"
+    if entry.equals_baseline:
+        return "leaves every loss exactly as it was"
+    if not math.isfinite(change):
+        return "multiplies PPL beyond all bounds"
+    if change > 9:  # percentages of thousands say less
+        low_high = "" if ci is None else f" [{1 + ci[0]:.3g}, {1 + ci[1]:.3g}]"
+        return f"multiplies PPL by {1 + change:.3g}{low_high}"
+    width = abs(change) if ci is None else (ci[1] - ci[0]) / 2
+    decimals = 1 if width >= 0.001 else 2 if width >= 0.0001 else 3
+    between = "" if ci is None else f" [{number(100 * ci[0], decimals)}, {number(100 * ci[1], decimals)}]"
+    level = ", within the error bars of no change" if ci is not None and ci[0] <= 0 <= ci[1] else ""
+    return f"changes PPL by {percent(change, decimals)}{between}{level}"
+
+
+def _cache_words(entry: Entry) -> str | None:
+    """``leaves 50 % of the KV cache``; None where its bytes are not known."""
+    kept = entry.kept_bytes
+    if kept is None:
+        return None
+    sizes = f"({format_bytes(entry.kv_bytes_baseline)} to {format_bytes(entry.kv_bytes)})"
+    if kept >= 0.995:
+        return "leaves the KV cache as large as it was"
+    return f"leaves {100 * kept:.0f} % of the KV cache {sizes}"
+
+
+def _speed_words(entry: Entry) -> str | None:
+    """``decodes 1.2 times as fast``, if all rounds agree that it is faster; None where it was not timed."""
+    times = entry.decode_speedup
+    if times is None:
+        return None if entry.timed is None else _speed_words(entry.timed)
+    context = f" with {entry.context:,} tokens of context" if entry.context else ""
+    if not entry.has_rounds:
+        return f"was {times:.2f} times as fast in the one round that is recorded{context}"
+    rounds, spread = _rounds_words(entry), entry.decode_speedup_spread
+    if spread["min"] <= 1 <= spread["max"]:
+        return f"decodes as fast as before{context}, to within the rounds ({times:.2f} times; {rounds})"
+    return f"decodes {times:.2f} times as fast{context} ({rounds})"
+
+
+def _rounds_words(entry: Entry) -> str:
+    """How far the rounds of a timing lie apart; those with a spread only."""
+    spread, n = entry.decode_speedup_spread, entry.record.get("repetitions")
+    return f"{f'{n} ' if isinstance(n, int) else ''}rounds from {spread['min']:.2f} to {spread['max']:.2f}"
+
+
+def _error_words(entry: Entry) -> str:
+    """``failed: ValueError: ...`` or how far an interrupted run came."""
+    if entry.record["status"] == "failed":
+        said = clean(entry.record.get("error") or "no error is recorded")
+        return f"failed: {said if len(said) <= 200 else said[:197] + '...'}"
+    if entry.record["status"] == "interrupted":
+        windows = entry.record.get("windows")
+        return "was interrupted" + (f" after {windows:g} windows" if windows else "")
+    return f"has the status {clean(entry.record['status'])[:40]}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -17,22 +16,20 @@ from coldpress.eval.phrases import contexts, sentences
 from coldpress.eval.plots import draw
 from coldpress.eval.report import describe
 from coldpress.eval.results import Collection
-from coldpress.eval.sections import Section, lead_of, sections
+from coldpress.eval.sections import KINDS, Section, lead_of, sections
 from coldpress.eval.wording import clean, listed
 
-__all__ = ["Figure", "Part", "Report", "make_report"]
+__all__ = ["Part", "Report", "make_report"]
 
 MOST_SKIPPED = 30  # files that are named; the rest are counted
 METHOD = (
     "ΔNLL is the loss under a press minus the loss of the uncompressed cache on the same tokens, in nats a token; PPL "
     "is exp(loss), so that ΔNLL 0.01 is about +1 % of PPL.",
     "KL is the mean Kullback-Leibler divergence of the next-token distribution from the uncompressed model's, in "
-    "nats; it "
-    "sees changes that a perplexity averages away.",
+    "nats; it sees changes that a perplexity averages away.",
     "Intervals, drawn as bars or in brackets, are 95 % confidence intervals of paired differences, the window (or "
-    "text) as the unit of "
-    "sampling, Student's t. One press is called ahead of another only where the interval of their paired difference "
-    "excludes 0. Intervals are of one comparison each: among many presses some are ahead by chance.",
+    "text) as the unit of sampling, Student's t. One press is called ahead of another only where the interval of their "
+    "paired difference excludes 0. Intervals are of one comparison each: among many presses some are ahead by chance.",
     f"Cheap: the whole interval lies below {WITHIN}. Speed is called a gain only where every round agrees.",
     "Intervals of scores stay in 0 to 1: Wilson's of a score, Newcombe's of a paired difference.",
     "no_press is measured beside every press, also where one press only was asked for: every number is compared with "
@@ -46,14 +43,6 @@ METHOD_OF_BENCHMARKS = (
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A drawing and the name of its PNG."""
-
-    drawing: Drawing
-    file: str
-
-
-@dataclass(frozen=True)
 class Part:
     """A section, ready to be shown; plain texts, escaped by whoever shows them."""
 
@@ -63,7 +52,7 @@ class Part:
     headline: str
     findings: tuple[str, ...]
     tables: tuple[Table, ...]
-    figures: tuple[Figure, ...]
+    figures: tuple[Drawing, ...]
 
 
 @dataclass(frozen=True)
@@ -74,7 +63,7 @@ class Opening:
     sentences: tuple[str, ...]
     table: Table
     notes: str
-    figure: Figure | None
+    figure: Drawing | None
 
 
 @dataclass(frozen=True)
@@ -87,15 +76,6 @@ class Report:
     commands: tuple[str, ...]
     environments: tuple[tuple[tuple[str, str], ...], ...]
     skipped: tuple[str, ...]
-
-
-_KINDS = {
-    "quality": "compressed context",
-    "stream": "streams",
-    "tasks": "tasks and probes",
-    "speed": "speed and memory",
-    "plain": "the uncompressed model",
-}
 
 
 def make_report(collection: Collection) -> Report:
@@ -116,12 +96,13 @@ def make_report(collection: Collection) -> Report:
         parts[lead] = replace(parts[lead], figures=rest)
     names = list(dict.fromkeys(where(section).removeprefix("On ") for section in found))
     title = f"KV-cache compression: {names[0]}" if len(names) == 1 else "KV-cache compression report"
+    has_benchmarks = any(str(record["protocol"]).startswith("benchmark") for record in records)
     return Report(
         title=title,
         counts=_counts(collection),
         opening=opening,
         parts=tuple(parts),
-        method=(*METHOD, *([METHOD_OF_BENCHMARKS] if any(map(_is_benchmark, records)) else [])),
+        method=(*METHOD, *([METHOD_OF_BENCHMARKS] if has_benchmarks else [])),
         commands=tuple(dict.fromkeys(clean(r["command"]) for r in records if r.get("command"))),
         environments=_environments(records),
         skipped=tuple(map(clean, collection.skipped[:MOST_SKIPPED])),
@@ -135,27 +116,25 @@ def _opening(section: Section, part: Part, is_one_of_many: bool) -> Opening:
     if len(shown) < len(found):
         notes.append(f"The best presses of each size, {len(shown)} of {len(found)} rows; all are below.")
     title = part.title if is_one_of_many else "In a minute"
-    figure = next((f for f in part.figures if f.drawing.kind == "kl"), next(iter(part.figures), None))
+    figure = next((f for f in part.figures if f.kind == "kl"), next(iter(part.figures), None))
     return Opening(title, tuple(sentences(answer(section))), opening_table(shown), " ".join(notes), figure)
 
 
 def _part(section: Section, number: int, is_alone: bool) -> Part:
     first = next((p.record for p in section.entries), section.first)
     caption = clean(describe(first))
-    contexts = sorted({p.context for p in section.entries if p.context}) if section.kind == "speed" else []
-    if len(contexts) > 1:  # of which the first record knows its own
-        said = f"timed with {listed([f'{n:,}' for n in contexts])} tokens of context"
+    if section.kind == "speed" and len(section.contexts) > 1:  # of which the first record knows its own
+        said = f"timed with {listed([f'{n:,}' for n in section.contexts])} tokens of context"
         caption = re.sub(r"timed with [\d,]+ tokens of context", said, caption)
     if first.get("ppl_preset"):
         caption += f"; preset {clean(first['ppl_preset'])}"
-    drawn = draw(section, f"p{number}")
-    figures: list[Figure] = []
-    for one in drawn:
-        same = sum(f.drawing.kind == one.kind for f in figures)
-        figures.append(Figure(one, f"{number}-{one.kind}{f'-{same + 1}' if same else ''}.png"))
+    figures = draw(section, f"p{number}")
+    for i, figure in enumerate(figures):
+        same = sum(other.kind == figure.kind for other in figures[:i])
+        figure.file = f"{number}-{figure.kind}{f'-{same + 1}' if same else ''}.png"
     return Part(
         anchor=f"part-{number}",
-        title=f"{where(section).removeprefix('On ')}: {_KINDS[section.kind]}, {clean(section.first['protocol'])}",
+        title=f"{where(section).removeprefix('On ')}: {KINDS[section.kind]}, {clean(section.first['protocol'])}",
         caption=caption[0].upper() + caption[1:] + ".",
         headline=headline(section, is_alone),
         findings=tuple(findings(section)),
@@ -180,15 +159,12 @@ def _counts(collection: Collection) -> str:
 
 def _environments(records: Sequence[dict[str, Any]]) -> tuple[tuple[tuple[str, str], ...], ...]:
     """Each different machine and its versions, once; how busy it was changes all the time and is left out."""
-    found = {}
-    for record in records:
-        env = {k: v for k, v in record["env"].items() if v is not None and k != "loadavg"}
-        found[json.dumps(env, sort_keys=True, default=str)] = env
-    return tuple(
-        tuple((clean(k), clean(", ".join(map(str, v)) if isinstance(v, list) else v)) for k, v in env.items())
-        for env in found.values()
+    found = (
+        tuple(
+            (clean(name), clean(", ".join(map(str, value)) if isinstance(value, list) else value))
+            for name, value in record["env"].items()
+            if value is not None and name != "loadavg"
+        )
+        for record in records
     )
-
-
-def _is_benchmark(record: dict[str, Any]) -> bool:
-    return str(record["protocol"]).startswith("benchmark")
+    return tuple({frozenset(env): env for env in found}.values())

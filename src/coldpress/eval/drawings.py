@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
-from coldpress.eval.conclusions import task_name
 from coldpress.eval.figures import (
     INK,
+    MIB,
     REF,
     Drawing,
     Style,
-    caption_tail,
+    bars,
     curve,
     drawing,
+    grid,
     panels,
     said_of_colours,
     scale,
     shared_legend,
     title,
 )
-from coldpress.eval.memory import memory_words
-from coldpress.eval.metrics import wilson
+from coldpress.eval.glance import task_name, task_of, value_of
 from coldpress.eval.sections import Entry, Section
-from coldpress.eval.wording import clean
+from coldpress.eval.wording import clean, memory_words
 
 __all__ = ["draw_distance", "draw_positions", "draw_speed", "draw_tasks"]
 
@@ -37,47 +37,44 @@ def draw_distance(section: Section, look: dict[str, Style], prefix: str) -> Draw
         own = entry.nll_by_distance or {}
         return {k: (v - base[k], None) for k, v in own.items() if v is not None and base.get(k) is not None}
 
-    sizes = panels(section, values)
-    if not sizes:
-        return None
     caption = (
         "Loss against the distance from the compressed context: the difference to the uncompressed cache (dashed at 0) "
         "for the tokens at these places after it, in nats a token; bars are 95 % intervals where they are recorded."
-        f"{said_of_colours(section)}"
     )
-    return _small(section, look, sizes, values, {}, caption, ("distance", "tokens after the context", prefix), "Δ loss")
+    return _small(section, look, prefix, "distance", values, {}, caption)
 
 
 def draw_positions(section: Section, look: dict[str, Style], prefix: str) -> Drawing | None:
     def values(entry: Entry) -> dict[str, tuple[float, list[float] | None]]:
         return {k: (v, None) for k, v in (entry.nll_by_position or {}).items() if v is not None}
 
-    sizes = panels(section, values)
-    if not sizes:
-        return None
     base = values(section.baseline) if section.baseline else {}
-    caption = (
-        "Loss of a stream against the position in the text, in nats a token; dashed: no_press, as far as it reads."
-        f"{said_of_colours(section)}"
-    )
-    return _small(section, look, sizes, values, base, caption, ("positions", "position in the text", prefix), "loss")
+    caption = "Loss of a stream against the position in the text, nats a token; dashed: no_press, as far as it reads."
+    return _small(section, look, prefix, "positions", values, base, caption)
+
+
+_AXES = {  # what is along them and up
+    "distance": ("tokens after the context", "Δ loss (nats a token)"),
+    "positions": ("position in the text", "loss (nats a token)"),
+}
 
 
 def _small(
-    section: Section, look: dict[str, Style], sizes: list[str], values: Any, base: dict[str, Any], caption: str,
-    names: tuple[str, str, str], what: str,
-) -> Drawing:  # fmt: skip
+    section: Section, look: dict[str, Style], prefix: str, kind: str, values: Any, base: dict[str, Any], caption: str
+) -> Drawing | None:
     """A panel for each size, on one vertical axis."""
-    kind, across, prefix = names
-    buckets = list(dict.fromkeys(k for p in [*section.entries] if p.size in sizes for k in values(p)))
+    sizes = panels(section, values)
+    if not sizes:
+        return None
+    along, up = _AXES[kind]
+    buckets = list(dict.fromkeys(k for p in section.entries if p.size in sizes for k in values(p)))
     buckets = sorted(dict.fromkeys([*buckets, *base]), key=_first_number)
     columns = 3 if len(sizes) == 3 and len(buckets) < 6 else min(2, len(sizes))
-    rows = -(-len(sizes) // columns)
-    with drawing(kind, "", caption_tail(section), (8.4, 1.1 + 2.6 * rows), prefix) as (done, figure):
-        axes = figure.subplots(rows, columns, sharey=True, squeeze=False)
-        flat = [axis for row in axes for axis in row]
+    size_in = (8.4, 1.1 + 2.6 * -(-len(sizes) // columns))
+    with drawing(kind, caption + said_of_colours(section), section, size_in, prefix) as (done, figure):
+        axes = grid(figure, len(sizes), columns, along, sharey=True)
         everything = []
-        for axis, size in zip(flat, sizes, strict=False):
+        for axis, size in zip(axes, sizes, strict=True):
             axis.set_title(title(size))
             if base:
                 known = [i for i, b in enumerate(buckets) if b in base]
@@ -90,37 +87,25 @@ def _small(
                 at = [i for i, b in enumerate(buckets) if b in own]
                 ys = [own[buckets[i]][0] for i in at]
                 everything += ys
-                cis = [own[buckets[i]][1] for i in at]
-                bars = None
-                if any(cis):
-                    low = [max(0.0, y - c[0]) if c else 0.0 for y, c in zip(ys, cis, strict=True)]
-                    high = [max(0.0, c[1] - y) if c else 0.0 for y, c in zip(ys, cis, strict=True)]
-                    bars = [low, high]
-                step = (n - len(entries) / 2) * 0.03 if bars and look[entry.label].is_coloured else 0
+                spans = bars(ys, [own[buckets[i]][1] for i in at])
+                step = (n - len(entries) / 2) * 0.03 if spans and look[entry.label].is_coloured else 0
                 if at:
-                    curve(done, axis, look[entry.label], entry.label, [i + step for i in at], ys, bars)
+                    curve(done, axis, look[entry.label], entry.label, [i + step for i in at], ys, spans)
             axis.set_xticks(range(len(buckets)), buckets, rotation=30 if len(buckets) > 5 else 0, fontsize=8)
             axis.set_xlim(-0.3, len(buckets) - 0.7)
-        for axis in flat[len(sizes) :]:
-            axis.set_visible(False)
-        note = scale(flat[0], everything) if kind == "distance" else ""
+        note = scale(axes[0], everything) if kind == "distance" else ""
         if note and min(everything) >= 0:
-            flat[0].set_ylim(bottom=-min(v for v in everything if v) / 2)
-        for row in axes:
-            row[0].set_ylabel(f"{what} (nats a token)")
-        for axis in flat[max(0, len(sizes) - columns) : len(sizes)]:
-            axis.set_xlabel(across)
-        shared_legend(figure, flat[: len(sizes)])
-        done.caption = f"{caption}{note} ({caption_tail(section)})"
+            axes[0].set_ylim(bottom=-min(v for v in everything if v) / 2)
+        for axis in axes[::columns]:
+            axis.set_ylabel(up)
+        shared_legend(figure, axes)
+        done.caption += note
     return done
 
 
 def _first_number(bucket: str) -> tuple[int, str]:
     digits = bucket.partition("-")[0]
     return (int(digits) if digits.isdecimal() else 0), bucket
-
-
-MIB = 1 / (1 << 20)
 
 
 def _rate(entry: Entry) -> float | None:
@@ -166,9 +151,9 @@ def draw_speed(section: Section, look: dict[str, Style], prefix: str) -> list[Dr
     measured = f" Peak memory is {', '.join(memory_words(clean(kind)) for kind in sorted(kinds))}." if kinds else ""
     caption = (
         "Speed and memory against the length of the timed context, one row for each size; dashed: no_press. Bars span "
-        f"the rounds, from the slowest to the fastest.{measured}{said_of_colours(section)} ({caption_tail(section)})"
+        f"the rounds, from the slowest to the fastest.{measured}{said_of_colours(section)}"
     )
-    with drawing("speed", caption, caption_tail(section), (9.2, 0.9 + 2.7 * len(sizes)), prefix) as (done, figure):
+    with drawing("speed", caption, section, (9.2, 0.9 + 2.7 * len(sizes)), prefix) as (done, figure):
         axes = figure.subplots(len(sizes), len(used), sharex=True, sharey="col", squeeze=False)
         for axis, (name, _, _) in zip(axes[0], used, strict=True):
             axis.set_title(name)
@@ -197,12 +182,7 @@ def _line(done: Drawing, axis: Any, style: Style, label: str, entries: list[Entr
     if not entries:
         return
     ys = [value(p) for p in entries]
-    bars = None
-    if any(spread(p) for p in entries):
-        ends = [spread(p) or (y, y) for p, y in zip(entries, ys, strict=True)]
-        low = [max(0.0, y - e[0]) for y, e in zip(ys, ends, strict=True)]
-        bars = [low, [max(0.0, e[1] - y) for y, e in zip(ys, ends, strict=True)]]
-    curve(done, axis, style, label, [p.context for p in entries], ys, bars)
+    curve(done, axis, style, label, [p.context for p in entries], ys, bars(ys, [spread(p) for p in entries]))
 
 
 MOST_TASKS = 12
@@ -223,65 +203,36 @@ def draw_tasks(section: Section, look: dict[str, Style], prefix: str) -> list[Dr
     return found
 
 
-def _value(task: dict[str, Any]) -> tuple[Any, Any, bool]:
-    """What is drawn of a task: its score, or nats more than the baseline; its interval; whether it is a score."""
-    score = task.get("score")
-    if score is not None:
-        n = task.get("n")
-        return score, wilson(score, int(n)) if n and 0 <= score <= 1 else None, True
-    more, ci = task.get("delta_answer_nll"), task.get("delta_answer_nll_ci95")
-    if more is None and task.get("answer_nll") is not None and task.get("answer_nll_base") is not None:
-        more = task["answer_nll"] - task["answer_nll_base"]
-    return more, None if ci is None else (ci[0], ci[1]), False
-
-
-def _task(entry: Entry, name: str) -> dict[str, Any] | None:
-    return next((task for task in entry.tasks or [] if task_name(task) == name), None)
-
-
 def _scores(section: Section, look: dict[str, Style], names: list[str], prefix: str) -> Drawing:
     left_out = f" {len(names) - MOST_TASKS} further tasks are in the table." if len(names) > MOST_TASKS else ""
     names = names[:MOST_TASKS]
     columns = min(2, len(names))
-    rows = -(-len(names) // columns)
     caption = (
         "Scores against the fraction removed, with their 95 % intervals (Wilson); dashed: the uncompressed cache "
         "(no_press). String matches lie between 0 and 1, more is better; where a task has none, nats a token "
         "of the answer more than without a press, less is better."
-        f"{said_of_colours(section)}{left_out} ({caption_tail(section)})"
+        f"{said_of_colours(section)}{left_out}"
     )
-    with drawing("tasks", caption, caption_tail(section), (8.4, 0.9 + 2.5 * rows), prefix) as (done, figure):
-        axes = [axis for row in figure.subplots(rows, columns, squeeze=False) for axis in row]
-        for axis, name in zip(axes, names, strict=False):
+    size = (8.4, 0.9 + 2.5 * -(-len(names) // columns))
+    with drawing("tasks", caption, section, size, prefix) as (done, figure):
+        axes = grid(figure, len(names), columns, "fraction of the cache removed")
+        for axis, name in zip(axes, names, strict=True):
             axis.set_title(clean(name))
-            is_score = False
-            pressed = [p for p in section.entries if not p.is_baseline]
-            labels = sorted({p.label for p in pressed}, key=lambda label: (look[label].rank, label))
-            bases = []
-            for label in labels:
-                own = [(p, task) for p in pressed if p.label == label and (task := _task(p, name)) is not None]
-                own = sorted((pair for pair in own if _value(pair[1])[0] is not None), key=lambda pair: pair[0].at or 0)
-                values = [_value(task) for _, task in own]
-                if not own:
-                    continue
-                is_score = values[0][2]
-                bases += [task["score_base"] for _, task in own if task.get("score_base") is not None]
-                low = [max(0.0, v - ci[0]) if ci else 0.0 for v, ci, _ in values]
-                high = [max(0.0, ci[1] - v) if ci else 0.0 for v, ci, _ in values]
-                curve(
-                    done, axis, look[label], label, [p.at or 0 for p, _ in own], [v for v, _, _ in values], [low, high]
-                )
-            level = (bases[0] if bases else None) if is_score else 0.0
+            pressed = [p for p in section.entries if not p.is_baseline and value_of(task_of(p, name))[0] is not None]
+            for label in sorted({p.label for p in pressed}, key=lambda label: (look[label].rank, label)):
+                own = sorted((p for p in pressed if p.label == label), key=lambda p: p.at or 0)
+                ys, spans, _ = zip(*(value_of(task_of(p, name)) for p in own), strict=True)
+                curve(done, axis, look[label], label, [p.at or 0 for p in own], [*ys], bars(ys, spans))
+            tasks = [task_of(p, name) for p in pressed]
+            is_score = any(task.get("score") is not None for task in tasks)
+            bases = [task["score_base"] for task in tasks if task.get("score_base") is not None]
+            level = next(iter(bases), None) if is_score else 0.0
             if level is not None:
                 axis.axhline(level, color=REF, linestyle="--", linewidth=1.2, label="no_press (uncompressed)")
             axis.set_ylabel("score" if is_score else "Δ nats a token")
             if is_score:
                 axis.set_ylim(-0.04, 1.04)
-        for axis in axes[len(names) :]:
-            axis.set_visible(False)
-        for axis in axes[max(0, len(names) - columns) : len(names)]:
-            axis.set_xlabel("fraction of the cache removed")
-        shared_legend(figure, axes[: len(names)])
+        shared_legend(figure, axes)
     return done
 
 
@@ -315,10 +266,10 @@ def _map(section: Section, look: dict[str, Style], name: str, prefix: str) -> Dr
     caption = (
         f"{clean(name)}: what compression costs the answer, by where it stands in the text (depth, 0 is the beginning) "
         "and by the length of the text, in nats a token more than the uncompressed cache; yellow is no cost."
-        f"{left_out} ({caption_tail(section)})"
+        f"{left_out}"
     )
     height = 1.4 + len(sizes) * (1.0 + 0.2 * len(depths))
-    with drawing("depth", caption, caption_tail(section), (1.6 + 1.75 * len(chosen), height), prefix) as (done, figure):
+    with drawing("depth", caption, section, (1.6 + 1.75 * len(chosen), height), prefix) as (done, figure):
         axes = figure.subplots(len(sizes), len(chosen), sharex=True, sharey=True, squeeze=False)
         top = max(max(everything), 1e-9)
         mesh = None

@@ -16,27 +16,28 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from coldpress.errors import MissingDependencyError
-from coldpress.eval.report import short
 from coldpress.eval.sections import Section
-from coldpress.eval.wording import clean
+from coldpress.eval.wording import clean, short
 
 __all__ = [
     "COLOURS",
     "INK",
     "MARKERS",
+    "MIB",
     "REF",
+    "VARIABLES",
     "Drawing",
     "Style",
-    "caption_tail",
+    "bars",
     "curve",
     "drawing",
+    "grid",
     "legend",
     "panels",
     "plain_numbers",
     "require_matplotlib",
     "said_of_colours",
     "scale",
-    "section_styles",
     "shared_legend",
     "styles",
     "title",
@@ -55,9 +56,10 @@ INK = {  # light, dark; where it is used
     "paper": ("#fefefe", "#15191e"),
     "bad": ("#b3261e", "#ff8a80"),
 }
-_VARIABLES = {
-    **{light: f"--{name}" for name, (light, _) in INK.items()},
-    **{light: f"--s{i}" for i, light in enumerate(COLOURS)},
+# What a page calls each colour: its light and its dark shade.
+VARIABLES = {
+    **{f"--{name}": pair for name, pair in INK.items()},
+    **{f"--s{i}": pair for i, pair in enumerate(zip(COLOURS, DARK, strict=True))},
 }
 _RC = {
     **{"font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 9.0, "text.parse_math": False},
@@ -70,13 +72,7 @@ _RC = {
     **{"errorbar.capsize": 2.5, "figure.facecolor": "none", "axes.titlesize": 9.5, "axes.titlelocation": "left"},
 }
 DPI = 144
-
-
-def css_colours() -> tuple[dict[str, str], dict[str, str]]:
-    """The variables of a light page and of a dark one."""
-    pairs = {**{f"--{name}": pair for name, pair in INK.items()}}
-    pairs |= {f"--s{i}": pair for i, pair in enumerate(zip(COLOURS, DARK, strict=True))}
-    return {name: light for name, (light, _) in pairs.items()}, {name: dark for name, (_, dark) in pairs.items()}
+MIB = 1 / (1 << 20)
 
 
 @dataclass(frozen=True)
@@ -91,18 +87,19 @@ class Style:
     is_coloured: bool = True
 
 
+REF = INK["ref"][0]
 FAINT = Style(INK["faint"][0], ".", "-", 0.8, 1, False)
 
 
-def styles(labels: Sequence[str], best: Sequence[str], references: Sequence[str]) -> dict[str, Style]:
+def styles(section: Section) -> dict[str, Style]:
     """The style of each series of a section: the same in all its plots."""
-    found = dict.fromkeys(labels, FAINT)
-    for i, label in enumerate(best):
+    found = {p.label: FAINT for p in section.all if not p.is_baseline}
+    for i, label in enumerate(section.best()):
         found[label] = Style(COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)])
     lines = (("random", ":", "x"), ("streaming_llm", "-.", "+"))
-    for label in references:
+    for label in [p.label for p in section.all if p.is_reference]:
         line, marker = next(((line, marker) for name, line, marker in lines if label.startswith(name)), ("--", "1"))
-        found[label] = Style(INK["ref"][0], marker, line, 1.3, 2)
+        found[label] = Style(REF, marker, line, 1.3, 2)
     return found
 
 
@@ -115,12 +112,14 @@ class Drawing:
         caption: what it shows in words, with protocol and text; not escaped.
         svg: for a page, colours as CSS variables, ids begun with ``prefix`` when asked for.
         png: its bytes on a light ground.
+        file: the name of the PNG beside a report.
     """
 
     kind: str
     caption: str
     svg: str = ""
     png: bytes = b""
+    file: str = ""
     titles: dict[str, str] = field(default_factory=dict)
 
     def name(self, artist: Any, title: str) -> None:
@@ -143,15 +142,18 @@ def require_matplotlib() -> None:
 
 @contextmanager
 def drawing(
-    kind: str, caption: str, footer: str, size: tuple[float, float], prefix: str
+    kind: str, caption: str, section: Section, size: tuple[float, float], prefix: str
 ) -> Iterator[tuple[Drawing, Any]]:
-    """A figure of ``size`` inches to draw on, which the :class:`Drawing` holds in the end."""
+    """A figure of ``size`` inches to draw on, which the :class:`Drawing` holds in the end.
+
+    ``caption`` may be added to until then; protocol, text and model follow it.
+    """
     require_matplotlib()
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    done = Drawing(kind, caption)
+    done, footer = Drawing(kind, caption), _footer(section)
     with matplotlib.rc_context(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # letters that the font does not have, axes without any value
         matplotlib.rcdefaults()
@@ -160,10 +162,11 @@ def drawing(
         FigureCanvasAgg(figure)
         below = figure.supxlabel(clean(footer), fontsize=7, color=INK["axis"][0], x=0.01, ha="left")
         yield done, figure
+        done.caption += f" ({footer})"
         below.set_visible(False)  # a page has its caption beside the plot, a lone PNG has this line
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-        done.svg = _inline(buffer.getvalue().decode("utf-8"), prefix, done.titles, f"{kind}: {caption}")
+        done.svg = _inline(buffer.getvalue().decode("utf-8"), prefix, done.titles, f"{kind}: {done.caption}")
         below.set_visible(True)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=DPI, facecolor=INK["paper"][0], metadata={"Software": None})
@@ -200,7 +203,7 @@ def _inline(svg: str, prefix: str, titles: dict[str, str], label: str) -> str:
             tag = tag.replace(key[0], f' id="{prefix}-{key[1]}"' if key[1] in used else "")
             title = f"<title>{escape(titles[key[1]])}</title>" if key[1] in titles and not tag.endswith("/>") else ""
         tag = re.sub(r'(href="#|url\(#)([^")]+)', rf"\g<1>{prefix}-\g<2>", tag)
-        for light, variable in _VARIABLES.items():
+        for variable, (light, _) in VARIABLES.items():
             colour = "currentColor" if variable == "--ink" else f"var({variable})"
             tag = re.sub(re.escape(light), colour, tag, flags=re.IGNORECASE)
         tag = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px var(--font)", tag)
@@ -215,10 +218,9 @@ def _inline(svg: str, prefix: str, titles: dict[str, str], label: str) -> str:
 
 
 MOST_PANELS = 4
-REF = INK["ref"][0]
 
 
-def caption_tail(section: Section) -> str:
+def _footer(section: Section) -> str:
     """Protocol, text and model: what every number of a section depends on."""
     first = section.first
     subset = f"/{first['subset']}" if first.get("subset") else ""
@@ -228,32 +230,39 @@ def caption_tail(section: Section) -> str:
     )
 
 
-def section_styles(section: Section) -> dict[str, Style]:
-    references = [p.label for p in section.all if p.is_reference]
-    return styles([p.label for p in section.all if not p.is_baseline], section.best(), references)
-
-
 def said_of_colours(section: Section) -> str:
     rest = len(section.labels) - len(section.best())
     faint = f" The {len(section.best())} presses of the best mean rank are in colour, the {rest} others thin grey."
     return faint if rest else ""
 
 
-def scale(axis: Any, values: Sequence[float]) -> str:
+def scale(axis: Any, values: Sequence[float], which: str = "y") -> str:
     """A symmetric logarithmic axis where one press would flatten the rest; what to say of it in a caption."""
     sizes = [abs(v) for v in values if v]
     if len(sizes) < 4 or max(sizes) < 15 * statistics.median(sizes):
         return ""
     limit = float(f"{statistics.median(sizes):.0e}")
-    axis.set_yscale("symlog", linthresh=limit)
-    plain_numbers(axis.yaxis)
-    return f" The vertical axis is linear up to {limit:g} and logarithmic above."
+    if which == "x":
+        axis.set_xscale("symlog", linthresh=limit)
+    else:
+        axis.set_yscale("symlog", linthresh=limit)
+    plain_numbers(axis.xaxis if which == "x" else axis.yaxis)
+    return f" The axis of losses is linear up to {limit:g} and logarithmic above."
 
 
 def plain_numbers(axis: Any) -> None:
     """``0.01`` beside a logarithmic axis; the formulas that matplotlib writes there are not drawn."""
     axis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_minor_formatter(lambda value, _: "")
+
+
+def bars(values: Sequence[float], spans: Sequence[Sequence[float] | None]) -> list[list[float]] | None:
+    """Error bars as matplotlib wants them, from the ends of intervals; None where no value has one."""
+    if not any(spans):
+        return None
+    ends = [span or (value, value) for value, span in zip(values, spans, strict=True)]
+    low = [max(0.0, value - end[0]) for value, end in zip(values, ends, strict=True)]
+    return [low, [max(0.0, end[1] - value) for value, end in zip(values, ends, strict=True)]]
 
 
 def curve(done: Drawing, axis: Any, style: Style, label: str, xs: list[Any], ys: list[float], bars: Any) -> Any:
@@ -283,6 +292,17 @@ def shared_legend(figure: Any, axes: Sequence[Any], columns: int = 5) -> None:
         for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
             found.setdefault(name, handle)
     figure.legend([*found.values()], [*found], loc="outside upper left", ncols=columns, handlelength=2.4)
+
+
+def grid(figure: Any, n: int, columns: int, across: str, **options: Any) -> list[Any]:
+    """The axes of ``n`` panels, row by row, the lowest of each column with ``across`` below it."""
+    rows = -(-n // columns)
+    axes = list(figure.subplots(rows, columns, squeeze=False, **options).flat)
+    for axis in axes[n:]:
+        axis.set_visible(False)
+    for axis in axes[max(0, n - columns) : n]:
+        axis.set_xlabel(across)
+    return axes[:n]
 
 
 def panels(section: Section, has: Any) -> list[str]:

@@ -7,23 +7,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from coldpress.bases.registry import NO_PRESS
+from coldpress.backends import NO_PRESS
+from coldpress.eval.metrics import wilson
 from coldpress.eval.sections import Entry, Section, paired
+from coldpress.eval.wording import clean
 
 __all__ = [
     "CHEAP",
     "FEWEST_WINDOWS",
     "Answer",
     "Row",
+    "Task",
     "answer",
     "chosen",
+    "is_cheap",
     "kl_of",
     "n_windows",
     "quality_of",
     "rows",
     "standing",
+    "task_name",
+    "task_of",
+    "value_of",
 ]
 
+Task = dict[str, Any]  # of a record: what was measured of a task
 CHEAP = 0.01  # of perplexity
 FEWEST_WINDOWS = 8  # with fewer, presses are not ranked
 MOST_ROWS = 12  # beside no_press; of more, the best of each size
@@ -56,13 +64,12 @@ class Answer:
         best: the press that stays closest to the uncompressed model at the size most presses were measured at.
         level: presses that are not told apart from it by the paired interval of their losses.
         cheap: the smallest cache whose whole interval stays within :data:`CHEAP`.
-        compared: whether any press was compared with the uncompressed cache.
         context: tokens of the timed context.
         fastest: the largest speed-up that every round confirms.
         n_rounds: the most rounds of a timing; 0 where none was timed.
         uncompressed: PPL of the uncompressed model where no press touches the loss that was measured.
         smallest: the smallest cache that was measured.
-        counts: scores below, level with and above the uncompressed cache's, and those without an interval.
+        counts: how many scores stand how to the uncompressed cache's, by what :func:`standing` says.
     """
 
     section: Section
@@ -70,19 +77,24 @@ class Answer:
     best: Entry | None = None
     level: list[str] = field(default_factory=list)
     cheap: Entry | None = None
-    compared: bool = False
     context: int | None = None
     fastest: Entry | None = None
     n_rounds: int = 0
     uncompressed: float | None = None
     smallest: Entry | None = None
-    counts: tuple[int, int, int, int] | None = None
+    counts: dict[str, int] = field(default_factory=dict)
 
 
 def kl_of(entry: Entry) -> float | None:
     """Mean Kullback-Leibler divergence from the uncompressed model, nats a token."""
     value = (entry.record.get("kld") or {}).get("mean")
     return None if value is None else float(value)
+
+
+def is_cheap(entry: Entry) -> bool:
+    """Whether its whole interval stays within :data:`CHEAP`."""
+    ci = entry.ppl_change_ci
+    return ci is not None and ci[1] <= CHEAP
 
 
 def quality_of(entries: Sequence[Entry]) -> tuple[str, dict[int, float]]:
@@ -187,38 +199,62 @@ def answer(section: Section) -> Answer:
         _rank_stream(found, pressed)
     elif section.kind == "tasks":
         stood = [standing(task)[0] for p in pressed for task in p.tasks or []]
-        counted = [stood.count(kind) for kind in ("worse", "level", "better", "unknown")]
-        found.counts = (counted[0], counted[1], counted[2], counted[3]) if stood else None
+        found.counts = {kind: stood.count(kind) for kind in dict.fromkeys(stood)}
     elif section.kind == "plain":
         found.uncompressed = next((p.ppl for p in section.entries if p.ppl is not None), None)
     timed = [t for p in pressed if (t := _timed(p, found.context)) is not None and t.decode_speedup is not None]
-    found.n_rounds = max((int(t.record.get("repetitions") or 1) for t in timed), default=0)
-    sure = [p for p in timed if (s := p.decode_speedup_spread) is not None and 1 < s["min"] < s["max"]]
+    found.n_rounds = max((t.repetitions if isinstance(t.repetitions, int) else 1 for t in timed), default=0)
+    sure = [p for p in timed if p.is_surely_faster]
     found.fastest = max(sure, key=lambda p: p.decode_speedup, default=None)
     return found
 
 
-def standing(task: dict[str, Any]) -> tuple[str, float | None]:
-    """Whether an answer is ``worse``, ``level`` or ``better`` by its paired interval, or ``unknown``; and by how much.
+def task_name(task: Task) -> str:
+    """``needle at 4,096 tokens``."""
+    length = task.get("length")
+    return clean(task["task"]) + (f" at {length:,.0f} tokens" if length is not None else "")
+
+
+def task_of(entry: Entry, name: str) -> Task:
+    """What was measured of the task of this name; empty where nothing was."""
+    return next((task for task in entry.tasks or [] if task_name(task) == name), {})
+
+
+def value_of(task: Task) -> tuple[Any, Any, bool]:
+    """What is shown of a task: its score, or nats more than uncompressed; the interval; and whether it is a score."""
+    score, n = task.get("score"), task.get("n")
+    if score is None:
+        return *_cost_of(task), False
+    return score, wilson(score, int(n)) if n and 0 <= score <= 1 else None, True
+
+
+def _cost_of(task: Task) -> tuple[Any, Any]:
+    """Nats a token of the answer more than uncompressed, and their interval."""
+    more, loss, base = (task.get(name) for name in ("delta_answer_nll", "answer_nll", "answer_nll_base"))
+    if more is None and loss is not None and base is not None:
+        more = loss - base
+    return more, task.get("delta_answer_nll_ci95")
+
+
+def standing(task: Task) -> tuple[str, float | None]:
+    """Whether an answer is ``worse``, ``same`` or ``better`` by its paired interval, or ``unknown``; and by how much.
 
     A large score is good, a small loss is: the second is a score's difference, or a loss's in nats a token.
     """
-    score, base, ci = task.get("score"), task.get("score_base"), task.get("delta_score_ci95")
-    sign, difference = 1, None if score is None or base is None else score - base
+    score, base = task.get("score"), task.get("score_base")
     if score is None:
-        sign, ci, difference = -1, task.get("delta_answer_nll_ci95"), task.get("delta_answer_nll")
-        if difference is None and task.get("answer_nll") is not None and task.get("answer_nll_base") is not None:
-            difference = task["answer_nll"] - task["answer_nll_base"]
+        sign, (difference, ci) = -1, _cost_of(task)
+    else:
+        sign, difference, ci = 1, None if base is None else score - base, task.get("delta_score_ci95")
     if ci is None or difference is None:
         return "unknown", difference
     low, high = sorted((sign * ci[0], sign * ci[1]))
-    return ("worse" if high < 0 else "better" if low > 0 else "level"), difference
+    return ("worse" if high < 0 else "better" if low > 0 else "same"), difference
 
 
 def _rank(found: Answer, pressed: Sequence[Entry]) -> None:
     """The best of one size, what cannot be told from it, and the smallest cheap cache."""
     compared = [p for p in pressed if p.delta_nll is not None]
-    found.compared = bool(compared)
     if n_windows(compared) < FEWEST_WINDOWS:
         found.few = n_windows(compared) if compared else None
         return
@@ -241,7 +277,7 @@ def _rank(found: Answer, pressed: Sequence[Entry]) -> None:
         difference = None if other is best else paired(other, best)
         if difference is not None and difference.ci95 is not None and difference.ci95[0] <= 0:
             found.level.append(other.label)
-    small = [p for p in fair if (ci := p.ppl_change_ci) is not None and ci[1] <= CHEAP and (p.kept_bytes or 1) < 0.95]
+    small = [p for p in fair if is_cheap(p) and (p.kept_bytes or 1) < 0.95]
     found.cheap = min(small, key=lambda p: (round(p.kept_bytes or 1, 2), quality_of(small)[1][id(p)]), default=None)
 
 

@@ -22,25 +22,12 @@ import torch
 
 from coldpress.errors import DeviceError, MissingDependencyError
 
-__all__ = ["KINDS", "MemoryMeter", "MemoryReading", "format_bytes", "memory_words"]
+__all__ = ["MemoryMeter", "MemoryReading"]
 
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
 RESET_SLACK_BYTES = 4 << 20  # a high-water mark further than this above the RSS was not reset
 POLL_INTERVAL_S = 0.002
-
-
-KINDS = {  # how a peak is measured, in words
-    "cuda_allocated": "that of the tensors on the device",
-    "vmhwm": "that of the process's resident memory, model included (VmHWM)",
-    "rss_polled": "that of the process's resident memory, model included, looked at every 2 ms",
-    "maxrss_process": "that of the process's resident memory since it started",
-}
-
-
-def memory_words(kind: str) -> str:
-    """What a peak of this kind is of; the kind itself where it is none of ours."""
-    return KINDS.get(kind, f"measured by {kind}")
 
 
 @dataclass(frozen=True)
@@ -111,20 +98,6 @@ class MemoryMeter:
         if self._result is None:
             raise RuntimeError("no reading yet: read result after the block `with meter:` has ended")
         return self._result
-
-
-def format_bytes(count: int | None) -> str:
-    """``1536`` -> ``'1.50 KiB'``, in powers of 1024; ``'n/a'`` for None."""
-    if count is None:
-        return "n/a"
-    if abs(count) < 1024:
-        return f"{count} B"
-    value = float(count)
-    for unit in ("KiB", "MiB", "GiB", "TiB"):
-        value /= 1024
-        if abs(value) < 1024 or unit == "TiB":
-            break
-    return f"{value:.2f} {unit}"
 
 
 def _choose_backend(device: torch.device) -> _Backend:

@@ -9,15 +9,15 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "FEW_WINDOWS",
-    "ClusteredMean",
     "Paired",
     "bits_per_byte",
     "bootstrap_difference",
@@ -34,9 +34,8 @@ __all__ = [
 FEW_WINDOWS = 30  # with fewer, the bootstrap stands beside Student's t
 
 
-@dataclass(frozen=True)
-class Paired:
-    """Mean difference of losses to the baseline, in nats a token.
+class Paired(NamedTuple):
+    """Mean difference of losses to the baseline, in nats a token; to a baseline of 0, the mean loss itself.
 
     Attributes:
         delta: mean over tokens of (loss - baseline loss).
@@ -76,26 +75,14 @@ def paired_difference(counts: Sequence[int], losses: Sequence[float], baseline: 
     return Paired(delta, se, (delta - half, delta + half))
 
 
-class ClusteredMean(NamedTuple):
-    """Mean loss in nats a token, its standard error clustered by window, and its 95 % confidence interval.
-
-    The last two are None with a single window. exp of the interval's ends is that of the perplexity.
-    """
-
-    mean: float
-    se: float | None
-    ci95: tuple[float, float] | None
-
-
-def clustered_mean(counts: Sequence[int], losses: Sequence[float]) -> ClusteredMean:
-    """Mean of the losses themselves: :func:`paired_difference` to a baseline of 0.
+def clustered_mean(counts: Sequence[int], losses: Sequence[float]) -> Paired:
+    """Mean of the losses themselves; exp of the interval's ends is that of the perplexity.
 
     Args:
         counts: scored tokens of each window.
         losses: sums of their losses, in nats.
     """
-    found = paired_difference(counts, losses, [0.0] * len(counts))
-    return ClusteredMean(found.delta, found.se, found.ci95)
+    return paired_difference(counts, losses, [0.0] * len(counts))
 
 
 def bootstrap_difference(
@@ -122,6 +109,8 @@ def bootstrap_difference(
     differences = [a - b for a, b in zip(losses, baseline or [0.0] * n_windows, strict=True)]
     if n_windows < 2:
         return None
+    import torch  # which a report does without
+
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(n_windows, (resamples, n_windows), generator=generator)
     d, n = (torch.tensor(column, dtype=torch.float64)[drawn].sum(1) for column in (differences, counts))
@@ -178,14 +167,8 @@ def student_t_975(degrees: int) -> float:
 
 def quantiles(values: Sequence[float], points: Sequence[float]) -> list[float]:
     """Linearly interpolated quantiles of ``values`` at ``points`` in [0, 1]."""
-    ordered = sorted(values)
-    result = []
-    for point in points:
-        at = point * (len(ordered) - 1)
-        low = math.floor(at)
-        high = min(low + 1, len(ordered) - 1)
-        result.append(ordered[low] + (ordered[high] - ordered[low]) * (at - low))
-    return result
+    found: list[float] = np.quantile(values, points).tolist()
+    return found
 
 
 Z = 1.959963984540054  # the 97.5 % point of the normal distribution

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,19 @@ from markupsafe import Markup
 
 from coldpress.errors import OutputError
 from coldpress.eval.columns import Cell, Table
-from coldpress.eval.document import Figure, Part, Report, make_report
-from coldpress.eval.figures import css_colours
+from coldpress.eval.document import Part, Report, make_report
+from coldpress.eval.figures import VARIABLES, Drawing
 from coldpress.eval.results import Collection, check_writable
 from coldpress.io.files import replace_file
 
-__all__ = ["escape", "page", "summary", "write_file", "write_report"]
+__all__ = ["escape", "fenced", "page", "summary", "table_lines", "write_file", "write_report"]
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets" / "report"
 
 
 def page(report: Report) -> str:
     """The whole page."""
-    light, dark = ({k: Markup(v) for k, v in colours.items()} for colours in css_colours())
+    light, dark = ({name: Markup(pair[i]) for name, pair in VARIABLES.items()} for i in (0, 1))
     return _template().render(report=report, light=light, dark=dark, style=_text("page.css"), script=_text("page.js"))
 
 
@@ -83,10 +84,7 @@ def summary(report: Report) -> str:
     if report.skipped:
         lines += ["## Files left out", "", *(f"* {escape(line)}" for line in report.skipped), ""]
     lines += ["## How it was made", ""]
-    if report.commands:
-        longest = max(len(run) for run in re.findall("`*", "".join(report.commands)))
-        fence = "`" * max(3, longest + 1)
-        lines += [fence, *report.commands, fence, ""]
+    lines += [*fenced(report.commands), ""] if report.commands else []
     for environment in report.environments:
         lines += ["* " + "; ".join(f"{escape(name)} {escape(value)}" for name, value in environment)]
     return "\n".join(lines).rstrip() + "\n"
@@ -103,15 +101,26 @@ def _part(part: Part) -> list[str]:
     return lines
 
 
-def _figure(figure: Figure) -> list[str]:
-    return [f"![{escape(figure.drawing.kind)}]({figure.file})", "", escape(figure.drawing.caption), ""]
+def _figure(figure: Drawing) -> list[str]:
+    return [f"![{escape(figure.kind)}]({figure.file})", "", escape(figure.caption), ""]
 
 
 def _table(table: Table) -> list[str]:
-    heads = [escape(head) for head, _ in table.heads]
-    rows = [[escape(f"{cell.text} {cell.said}".strip()) for cell in row] for row in table.rows]
-    rule = ["---", *("---:" for _ in heads[1:])]
-    return [f"| {' | '.join(row)} |" for row in [heads, rule, *rows]]
+    rows = [[f"{cell.text} {cell.said}".strip() for cell in row] for row in table.rows]
+    return table_lines([[head for head, _ in table.heads], *rows])
+
+
+def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table in Markdown, of which the first row is the head and the first column a text."""
+    rule = ["---", *("---:" for _ in rows[0][1:])]
+    head, *body = [[escape(cell) for cell in row] for row in rows]
+    return [f"| {' | '.join(row)} |" for row in [head, rule, *body]]
+
+
+def fenced(lines: Sequence[str]) -> list[str]:
+    """Code in Markdown, whatever backticks are in it."""
+    fence = "`" * max(3, 1 + max(len(run) for run in re.findall("`*", "".join(lines))))
+    return [fence, *lines, fence]
 
 
 def write_report(collection: Collection, folder: Path) -> list[Path]:
@@ -124,7 +133,7 @@ def write_report(collection: Collection, folder: Path) -> list[Path]:
     check_writable(folder)
     report = make_report(collection)
     figures = [*(f for part in report.parts for f in part.figures), report.opening.figure]
-    files = {f.file: f.drawing.png for f in figures if f is not None}
+    files = {f.file: f.png for f in figures if f is not None}
     files |= {"report.md": summary(report).encode(), "report.html": page(report).encode()}
     return [write_file(folder / name, content) for name, content in files.items()]
 

@@ -6,13 +6,12 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from coldpress.bases.registry import NO_PRESS
+from coldpress.backends import NO_PRESS
 from coldpress.eval.glance import CHEAP, FEWEST_WINDOWS, Answer, Row, answer, kl_of
-from coldpress.eval.memory import memory_words
 from coldpress.eval.sections import Entry, Section
-from coldpress.eval.wording import clean, number, short_bytes, three_digits
+from coldpress.eval.wording import capital, clean, memory_words, number, percent, short_bytes, three_digits
 
-__all__ = ["WORDS", "contexts", "headed", "memory", "percent", "sentences"]
+__all__ = ["WORDS", "contexts", "headed", "memory", "sentences"]
 
 _MEMORY = {
     "cuda_allocated": "设备上的张量",
@@ -31,8 +30,7 @@ WORDS: dict[str, dict[str, str]] = {
         "best": "{at}, {press} stays closest to the uncompressed model{numbers}; the cache shrinks from {before} to "
         "{after}.",
         "level": "{at}, {press} stays closest to the uncompressed model{numbers}, though {others} cannot be told from "
-        "it; "
-        "the cache shrinks from {before} to {after}.",
+        "it; the cache shrinks from {before} to {after}.",
         "more": "{n} others",
         "cheap": "The smallest cache that surely stays within +{cheap} % of PPL is {press} {at} ({after} of {before}).",
         "not_cheap": "No press is shown to stay within +{cheap} % of PPL.",
@@ -40,8 +38,7 @@ WORDS: dict[str, dict[str, str]] = {
         "not_compared": "No press was compared with the uncompressed cache.",
         "shrinks": "{at}, the smallest cache measured, the KV cache takes {after} of {before}.",
         "plain": "The uncompressed model has PPL {ppl}; under this protocol no press touches the loss, so it says "
-        "nothing "
-        "about their quality.",
+        "nothing about their quality.",
         "stream": "Read as a stream {at}, {press} has the lowest PPL ({ppl}).",
         "stream_few": "Read as a stream {at}, too few texts ({n}) to say which press is better.",
         "counts": "Of {n} scores (a press, a size and a task each), {parts}.",
@@ -50,8 +47,7 @@ WORDS: dict[str, dict[str, str]] = {
         "better": "{n} are above it",
         "unknown": "{n} have no error bars",
         "faster": "With {context} tokens of context, {press} {at} decodes {times} times as fast, in every one of {n} "
-        "rounds "
-        "faster than the uncompressed cache.",
+        "rounds faster than the uncompressed cache.",
         "not_faster": "With {context} tokens of context, no press decodes faster than the uncompressed cache in every "
         "round.",
         "once": "Decoding was timed in one round only, too few to call a press faster.",
@@ -67,19 +63,15 @@ WORDS: dict[str, dict[str, str]] = {
         "model": "{name}: {n} M parameters, {dtype}, {device}, attention {attention}",
         "text": "{name}: {n} tokens, sha256 {sha}",
         "no_press": "no_press: the uncompressed cache, which all presses are compared with. It is measured beside "
-        "every "
-        "press, also where one press only was asked for.",
+        "every press, also where one press only was asked for.",
         "prefix": "Quality ({protocol}): {context} tokens of context are read and compressed; the loss is that of the "
-        "next "
-        "{target} tokens, the same ones for every press. {windows} windows.",
+        "next {target} tokens, the same ones for every press. {windows} windows.",
         "strided": "PPL ({protocol}): that of the uncompressed model over the whole text; no press touches it.",
         "other": "Protocol {protocol}.",
         "timing": "Speed: {context} tokens of context, then {n} generated tokens, {rounds} rounds; each round times "
-        "the "
-        "uncompressed cache too.",
+        "the uncompressed cache too.",
         "metrics": "KL: mean divergence of the next-token distribution from the uncompressed model's, in nats; "
-        "smaller is "
-        "better. PPL: exp of the loss; ± is half the paired 95 % interval over windows. tok/s: decoding.",
+        "smaller is better. PPL: exp of the loss; ± is half the paired 95 % interval over windows. tok/s: decoding.",
         "peak": "Peak memory is {kind}.",
         "left_out": "The best presses of each size; {n} of {of} rows. All: `coldpress report`.",
         "sizes": "KV cache: of {context} tokens of context.",
@@ -109,8 +101,8 @@ WORDS: dict[str, dict[str, str]] = {
         "same": "{n} 个在其误差范围内",
         "better": "{n} 个高于它",
         "unknown": "{n} 个没有误差范围",
-        "faster": "上下文为 {context} 个词元，{at}，{press} 的解码速度是未压缩缓存的 {times} 倍，{n} "
-        "轮中每一轮都更快。",
+        "faster": "上下文为 {context} 个词元，{at}，{press} 的解码速度是未压缩缓存的 {times} 倍，{n} 轮中每一轮都更"
+        "快。",
         "not_faster": "上下文为 {context} 个词元时，没有方法在每一轮中都比未压缩缓存解码更快。",
         "once": "解码只计时了一轮，不足以判断是否更快。",
         "not_timed": "没有测量速度。",
@@ -130,9 +122,8 @@ WORDS: dict[str, dict[str, str]] = {
         "strided": "困惑度（{protocol}）：未压缩模型在全文上的困惑度，压缩方法不影响它。",
         "other": "协议 {protocol}。",
         "timing": "速度：{context} 个词元的上下文，再生成 {n} 个词元，{rounds} 轮；每一轮也给未压缩缓存计时。",
-        "metrics": "KL：下一词元分布相对未压缩模型的平均散度，单位 nat，越小越好。PPL：困惑度，即损失的指数；± "
-        "为按窗口配对的 95 % 区间的"
-        "一半。tok/s：解码速度。",
+        "metrics": "KL：下一词元分布相对未压缩模型的平均散度，单位 nat，越小越好。PPL：困惑度，即损失的指数；± 为按窗"
+        "口配对的 95 % 区间的一半。tok/s：解码速度。",
         "peak": "峰值内存：{kind}。",
         "left_out": "每个大小只列最好的方法；{of} 行中的 {n} 行。全部见 `coldpress report`。",
         "sizes": "KV 缓存：{context} 个词元的上下文。",
@@ -145,12 +136,6 @@ WORDS: dict[str, dict[str, str]] = {
 def memory(kind: str, language: str) -> str:
     """What a peak of memory is of."""
     return _MEMORY.get(kind, kind) if language == "zh" else memory_words(kind)
-
-
-def percent(value: float, digits: int = 1) -> str:
-    """``+2.8 %``."""
-    text = number(100 * value, digits)
-    return f"{text if text.startswith('-') or not float(text) else f'+{text}'} %"
 
 
 def headed(found: Sequence[Row], language: str = "en", spells: bool = True) -> list[list[str]]:
@@ -205,15 +190,11 @@ def _at(entry: Entry, words: dict[str, str]) -> str:
     return words["at_ratio"].format(size=f"{100 * ratio:g} %") if ratio else words["at_none"]
 
 
-def _capital(text: str) -> str:
-    return text[0].upper() + text[1:]
-
-
 def sentences(found: Answer, language: str = "en") -> list[str]:
     """Quality, memory and speed: at most three sentences."""
     words = WORDS[language]
     said = [*_quality(found, words), *_speed(found, words)]
-    return [_capital(sentence) for sentence in said]
+    return [capital(sentence) for sentence in said]
 
 
 def _quality(found: Answer, words: dict[str, str]) -> list[str]:
@@ -225,7 +206,7 @@ def _quality(found: Answer, words: dict[str, str]) -> list[str]:
     kind, least, said = found.section.kind, found.smallest, list[str]()
     shrinks = [of("shrinks", least)] if least is not None else []
     if kind == "tasks":
-        return [*([counted] if (counted := _counts(found, words)) else []), *shrinks]
+        return [*_counts(found, words), *shrinks]
     if kind == "stream" and found.best is not None:
         at = _at(found.best, words)
         few = words["stream_few"].format(at=at, n=found.few)
@@ -260,12 +241,11 @@ def _quality(found: Answer, words: dict[str, str]) -> list[str]:
     return said
 
 
-def _counts(found: Answer, words: dict[str, str]) -> str:
-    if found.counts is None:
-        return ""
-    named = zip(("worse", "same", "better", "unknown"), found.counts, strict=True)
-    parts = [words[key].format(n=n) for key, n in named if n]
-    return words["counts"].format(n=sum(found.counts), parts=words["comma"].join(parts))
+def _counts(found: Answer, words: dict[str, str]) -> list[str]:
+    counts = found.counts
+    parts = [words[kind].format(n=counts[kind]) for kind in ("worse", "same", "better", "unknown") if kind in counts]
+    said = words["counts"].format(n=sum(counts.values()), parts=words["comma"].join(parts))
+    return [said] if parts else []
 
 
 def _speed(found: Answer, words: dict[str, str]) -> list[str]:

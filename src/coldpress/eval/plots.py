@@ -2,39 +2,39 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from typing import Any
 
 from coldpress.eval.drawings import draw_distance, draw_positions, draw_speed, draw_tasks
 from coldpress.eval.figures import (
     INK,
+    MIB,
     REF,
     Drawing,
     Style,
-    caption_tail,
+    bars,
     curve,
     drawing,
     legend,
     plain_numbers,
     said_of_colours,
     scale,
-    section_styles,
     shared_legend,
+    styles,
 )
 from coldpress.eval.glance import quality_of
 from coldpress.eval.sections import Entry, Section
-from coldpress.eval.wording import clean, listed
+from coldpress.eval.wording import at_words, clean, listed
 
 __all__ = ["draw"]
 
-MIB = 1 / (1 << 20)
-FADED, BAD = INK["faint"][0], INK["bad"][0]
+BAD = INK["bad"][0]
+_ABOUT = {"KL": "KL divergence from the uncompressed model", "Δ loss": "Loss more than uncompressed"}
 
 
 def draw(section: Section, prefix: str) -> list[Drawing]:
     """All plots that the records of a section allow."""
-    look = section_styles(section)
+    look = styles(section)
     if section.kind == "tasks":
         return draw_tasks(section, look, prefix)
     found: list[Drawing | None] = []
@@ -45,13 +45,6 @@ def draw(section: Section, prefix: str) -> list[Drawing]:
         found = [draw_positions(section, look, f"{prefix}n")]
     found += draw_speed(section, look, f"{prefix}s")
     return [one for one in found if one is not None]
-
-
-def _bars(entry: Entry) -> list[list[float]] | None:
-    ci = entry.delta_nll_ci95
-    if ci is None:
-        return None
-    return [[max(0.0, entry.delta_nll - ci[0])], [max(0.0, ci[1] - entry.delta_nll)]]
 
 
 def _quality(section: Section, look: dict[str, Style], prefix: str) -> Drawing | None:
@@ -66,33 +59,30 @@ def _quality(section: Section, look: dict[str, Style], prefix: str) -> Drawing |
         "token, with paired 95 % intervals; lower is better. Small sideways steps only keep bars apart."
         f"{said_of_colours(section)}"
     )
-    with drawing("quality", "", caption_tail(section), (8.4, 4.6 + 0.3 * bool(strip)), prefix) as (done, figure):
-        grid = figure.add_gridspec(
-            2 if strip else 1, 1, height_ratios=[1, 0.13 + 0.05 * bool(strip)][: 2 if strip else 1]
-        )
-        axis = figure.add_subplot(grid[0])
+    with drawing("quality", caption, section, (8.4, 4.6 + 0.3 * bool(strip)), prefix) as (done, figure):
+        rows = figure.add_gridspec(2, 1, height_ratios=[1, 0.18]) if strip else figure.add_gridspec(1, 1)
+        axis = figure.add_subplot(rows[0])
         axis.axhline(0, color=REF, linestyle="--", linewidth=1.2, label="no_press (uncompressed)", zorder=2)
         labels = sorted({p.label for p in compared}, key=lambda name: (look[name].rank, name))
         coloured = [name for name in labels if look[name].is_coloured]
+        last = {}
         for name in labels:
             own = sorted((p for p in compared if p.label == name), key=lambda p: p.at or 0)
             step = 0.0 if name not in coloured else (coloured.index(name) - (len(coloured) - 1) / 2) * 0.0035
-            bars = [_bars(p) or [[0.0], [0.0]] for p in own]
-            joined = [[b[0][0] for b in bars], [b[1][0] for b in bars]]
-            curve(done, axis, look[name], name, [p.at + step for p in own], [p.delta_nll for p in own], joined)
+            losses = [p.delta_nll for p in own]
+            spans = bars(losses, [p.delta_nll_ci95 for p in own])
+            curve(done, axis, look[name], name, [p.at + step for p in own], losses, spans)
+            last[name] = losses[-1]
         note = scale(axis, [p.delta_nll for p in compared])
         axis.set_ylabel("Δ loss (nats a token)")
         if not note and compared:
             _percent_axis(axis)
-        last = {
-            name: max((p for p in compared if p.label == name), key=lambda p: p.at or 0).delta_nll for name in labels
-        }
         legend(figure, axis, lambda name: -last.get(name, 0.0))
         if strip:
-            note += _strip(figure.add_subplot(grid[1], sharex=axis), strip)
+            note += _strip(figure.add_subplot(rows[1], sharex=axis), strip)
             axis.tick_params(labelbottom=False)
         figure.axes[-1 if strip else 0].set_xlabel("fraction of the cache removed")
-        done.caption = f"{caption}{note} ({caption_tail(section)})"
+        done.caption += note
     return done
 
 
@@ -138,32 +128,18 @@ def _forest(
     """One size only: each press a line, the best on top."""
     rows = sorted(compared, key=lambda p: -p.delta_nll)
     undone = [p for p in strip if not p.is_ok]
-    size = (compared or undone)[0].size
     caption = (
-        f"Loss {'at ratio ' if size.replace('.', '').isdigit() else 'with '}{size}: the difference to the uncompressed "
-        "cache (no_press, dashed at 0) in nats a token, with paired 95 % intervals; further left is better. random and "
-        "streaming_llm are references, in grey."
+        f"Loss {at_words((compared or undone)[0].size)}: the difference to the uncompressed cache (no_press, dashed at "
+        "0) in nats a token, with paired 95 % intervals; further left is better. random and streaming_llm are "
+        "references, in grey."
     )
-    with drawing("quality", "", caption_tail(section), (8.4, 1.5 + 0.27 * len(rows + undone)), prefix) as (
-        done,
-        figure,
-    ):
+    with drawing("quality", caption, section, (8.4, 1.5 + 0.27 * len(rows + undone)), prefix) as (done, figure):
         axis = figure.add_subplot()
         axis.axvline(0, color=REF, linestyle="--", linewidth=1.2, zorder=2)
-        note = ""
-        sizes = [abs(p.delta_nll) for p in rows if p.delta_nll]
-        if len(sizes) > 3 and max(sizes) > 15 * statistics.median(sizes):
-            limit = float(f"{statistics.median(sizes):.0e}")
-            axis.set_xscale("symlog", linthresh=limit)
-            plain_numbers(axis.xaxis)
-            note = f" The axis is linear up to {limit:g} and logarithmic beyond."
+        done.caption += scale(axis, [p.delta_nll for p in rows], "x")
         for y, entry in enumerate(rows):
-            style = look[entry.label]
-            color = style.color if style.is_coloured else INK["axis"][0]
-            marker = "D" if entry.equals_baseline else style.marker if style.is_coloured else "o"
-            face = {"markerfacecolor": "none"} if entry.equals_baseline else {}
-            drawn = axis.errorbar([entry.delta_nll], [y], xerr=_bars(entry), color=color, marker=marker, **face)
-            done.name(drawn.lines[0], f"{entry.label} {entry.delta_nll:+.4f}")
+            spans = bars([entry.delta_nll], [entry.delta_nll_ci95])
+            _dot(done, axis, look[entry.label], entry, entry.delta_nll, y, spans)
         for y, entry in enumerate(undone):
             axis.text(
                 0.01, -1 - y, f"× {clean(entry.record['status'])}", color=BAD, fontsize=8.5, va="center",
@@ -175,8 +151,16 @@ def _forest(
         )
         axis.set_ylim(-0.7 - len(undone), len(rows) - 0.3)
         axis.set_xlabel("Δ loss (nats a token)")
-        done.caption = f"{caption}{note} ({caption_tail(section)})"
     return done
+
+
+def _dot(done: Drawing, axis: Any, style: Style, entry: Entry, value: float, y: int, spans: Any = None) -> None:
+    """A press on its line; hollow where it is the baseline."""
+    color = style.color if style.is_coloured else INK["axis"][0]
+    marker = "D" if entry.equals_baseline else style.marker if style.is_coloured else "o"
+    face = "none" if entry.equals_baseline else color
+    drawn = axis.errorbar([value], [y], xerr=spans, color=color, marker=marker, markerfacecolor=face)
+    done.name(drawn.lines[0], f"{entry.label} {value:.4f}")
 
 
 def _kl(section: Section, look: dict[str, Style], prefix: str) -> Drawing | None:
@@ -191,9 +175,9 @@ def _kl(section: Section, look: dict[str, Style], prefix: str) -> Drawing | None
     if len({p.size for p in entries}) < 2:
         return _kl_dots(section, look, prefix, entries)
     whole = max((b for p in section.entries if (b := p.kv_bytes_baseline)), default=None)
-    what = "KL divergence from the uncompressed model" if measure == "KL" else "Loss more than uncompressed"
-    caption = f"{what} against the memory of the KV cache: down and left is better.{said_of_colours(section)}"
-    with drawing("kl", "", caption_tail(section), (7.6, 5.0), prefix) as (done, figure):
+    caption = f"{_ABOUT[measure]} against the memory of the KV cache: down and left is better."
+    caption += said_of_colours(section)
+    with drawing("kl", caption, section, (7.6, 5.0), prefix) as (done, figure):
         axis = figure.add_subplot()
         for label in sorted({p.label for p in entries}, key=lambda label: (look[label].rank, label)):
             own = sorted((p for p in entries if p.label == label), key=lambda p: p.kv_bytes)
@@ -208,12 +192,11 @@ def _kl(section: Section, look: dict[str, Style], prefix: str) -> Drawing | None
             axis.set_ylim(min(low, 0) - 0.06 * (high - low), max(high, 0) + 0.1 * (high - low))
         above = [p for p in entries if values[id(p)] > axis.get_ylim()[1]]
         if above:
-            caption += f" Off the top: {listed([f'{p.name} ({values[id(p)]:.2g})' for p in above])}."
+            done.caption += f" Off the top: {listed([f'{p.name} ({values[id(p)]:.2g})' for p in above])}."
         axis.set_xlim(left=0)
         axis.set_xlabel(f"KV cache (MiB{f', {whole * MIB:.3g} uncompressed' if whole else ''})")
         axis.set_ylabel(f"{measure} (nats a token)")
         shared_legend(figure, [axis], 3)
-        done.caption = f"{caption} ({caption_tail(section)})"
     return done
 
 
@@ -221,22 +204,17 @@ def _kl_dots(section: Section, look: dict[str, Style], prefix: str, entries: lis
     """Of one size: each press a line, the best on top; the axis is that of the others where random is far off."""
     measure, values = quality_of(entries)
     rows = sorted(entries, key=lambda p: -values[id(p)])
-    caption = f"{'KL divergence from the uncompressed model' if measure == 'KL' else 'Loss more than uncompressed'}, "
-    caption += f"with {rows[0].size if rows[0].compression_ratio is None else f'ratio {rows[0].size}'}: left is better."
-    with drawing("kl", "", caption_tail(section), (7.6, 1.3 + 0.3 * len(rows)), prefix) as (done, figure):
+    caption = f"{_ABOUT[measure]}, {at_words(rows[0].size)}: left is better."
+    with drawing("kl", caption, section, (7.6, 1.3 + 0.3 * len(rows)), prefix) as (done, figure):
         axis = figure.add_subplot()
         for y, entry in enumerate(rows):
-            style = look[entry.label]
-            marker = style.marker if style.is_coloured else "o"
-            (dot,) = axis.plot([values[id(entry)]], [y], marker=marker, color=style.color, linestyle="none")
-            done.name(dot, f"{entry.label} {values[id(entry)]:.4f}")
+            _dot(done, axis, look[entry.label], entry, values[id(entry)], y)
         axis.set_yticks(range(len(rows)), [clean(p.label) for p in rows])
         axis.set_ylim(-0.6, len(rows) - 0.4)
         others = [values[id(p)] for p in rows if p.record["press"] != "random"]
         low, high = min(0.0, *others), max(0.0, *others)
         axis.set_xlim(low * 1.15, high * 1.15)
         off = [p for p in rows if values[id(p)] > axis.get_xlim()[1]]
-        caption += "".join(f" Off the right edge: {clean(p.label)} ({values[id(p)]:.2g})." for p in off)
+        done.caption += "".join(f" Off the right edge: {clean(p.label)} ({values[id(p)]:.2g})." for p in off)
         axis.set_xlabel(f"{measure} (nats a token)")
-        done.caption = f"{caption} ({caption_tail(section)})"
     return done

@@ -5,16 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from coldpress.bases.registry import NO_PRESS
-from coldpress.bases.scorer import BUDGETS
-from coldpress.eval.memory import format_bytes, memory_words
+from coldpress.backends import BUDGETS, NO_PRESS
 from coldpress.eval.schema import BYTES, ENVIRONMENT, FIELDS, SPEED_SETTINGS
+from coldpress.eval.wording import aligned, format_bytes, memory_words, number, short
 from coldpress.io.terminal import printable
 
-__all__ = ["asked", "bits_of", "describe", "groups", "short", "show", "size_of", "table"]
+__all__ = ["asked", "bits_of", "describe", "groups", "measured", "show", "size_of", "size_order", "table", "written"]
 
 Record = dict[str, Any]
 Column = tuple[str, Callable[[Record], str | None]]  # its head, and what stands in a record's line
@@ -28,24 +26,32 @@ def _interval(record: Record) -> str | None:
     return f"{delta:+.4f}" if ci is None else f"{delta:+.4f} ± {(ci[1] - ci[0]) / 2:.4f}"
 
 
-def _of(name: str) -> Column:
-    """The column of a registered field: its number, with the smallest and the largest of its rounds where recorded."""
-    field = FIELDS[name]
+def measured(record: Record, name: str) -> tuple[Any, tuple[Any, Any] | None]:
+    """The number of a registered field, and the smallest and the largest of its rounds where they are recorded."""
+    field, value = FIELDS[name], record.get(name)
+    value = (value or {}).get(field.inner) if field.inner else value
+    spread = record.get(f"{name}_spread") if field.has_spread else None
+    return value, None if spread is None or spread["min"] == spread["max"] else (spread["min"], spread["max"])
 
-    def form(value: Any) -> str:
-        return format_bytes(value) if field.kind is BYTES else f"{value * field.factor:.{field.digits}f}{field.unit[0]}"
+
+def written(name: str, value: Any) -> str:
+    """A number of a registered field, without its unit."""
+    field = FIELDS[name]
+    return format_bytes(value) if field.kind is BYTES else number(value * field.factor, field.digits)
+
+
+def _of(name: str) -> Column:
+    """The column of a registered field."""
+    unit = FIELDS[name].unit[0]
 
     def cell(record: Record) -> str | None:
-        value = record.get(name)
-        value = (value or {}).get(field.inner) if field.inner else value
+        value, spread = measured(record, name)
         if value is None:
             return None
-        spread = record.get(f"{name}_spread") if field.has_spread else None
-        if spread is None or spread["min"] == spread["max"]:
-            return form(value)
-        return f"{form(value)} ({form(spread['min'])} to {form(spread['max'])})"
+        ends = "" if spread is None else f" ({' to '.join(f'{written(name, end)}{unit}' for end in spread)})"
+        return f"{written(name, value)}{unit}{ends}"
 
-    return field.head, cell
+    return FIELDS[name].head, cell
 
 
 def _under(name: str, head: str, digits: int) -> Column:
@@ -161,19 +167,10 @@ def _table(records: Sequence[Record], columns: Sequence[Column]) -> str:
         for record, row in zip(records, cells, strict=True)
         if any(row)
     ]
-    widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
-        return "| " + " | ".join(padded) + " |"
-
-    rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
-    return "\n".join([line(header), rule, *map(line, body)])
-
-
-def short(name: str) -> str:
-    """The last part of a path; hub ids and short names as they are."""
-    return Path(name).name if name.startswith((".", "/", "~")) or name.count("/") > 1 else name
+    lines = aligned([header, *body])
+    rule = ["-" * (len(cell) + 1) + (":" if i else "-") for i, cell in enumerate(lines[0])]
+    head, *rest = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([head, f"|{'|'.join(rule)}|", *rest])
 
 
 def describe(record: Record) -> str:
@@ -249,19 +246,20 @@ def asked(record: Record) -> tuple[Any, ...]:
     return (
         *(record.get(k) for k in ("protocol", "model", "num_params", "dtype", "device", "attn_implementation")),
         *(record.get(k) for k in ("ppl_mode", "dataset", "subset", "text_sha256", "total_tokens")),
-        *([] if settings.get("ppl_only") else _of_speed(settings)),
+        *(settings.get(k) for k in (() if settings.get("ppl_only") else SPEED_SETTINGS)),
         *(env[k] for k in ENVIRONMENT),
     )
 
 
-def _of_speed(settings: dict[str, Any]) -> list[Any]:
-    return [settings.get(name) for name in SPEED_SETTINGS]
+def size_order(record: Record) -> tuple[Any, ...]:
+    """Sizes as numbers, ratios before budgets."""
+    sizes = [record.get(name) for name in ("compression_ratio", *BUDGETS)]
+    return tuple((size is None, size or 0) for size in sizes)
 
 
 def _order(record: Record) -> tuple[Any, ...]:
-    """No press before the presses, these by name; sizes as numbers, ratios before budgets."""
-    sizes = [record.get(name) for name in ("compression_ratio", *BUDGETS)]
-    return record["press"] != NO_PRESS, record["press"], [(size is None, size or 0) for size in sizes]
+    """No press before the presses, these by name and size."""
+    return record["press"] != NO_PRESS, record["press"], size_order(record)
 
 
 def _baseline(records: Sequence[Record]) -> list[str]:
@@ -270,15 +268,11 @@ def _baseline(records: Sequence[Record]) -> list[str]:
         return []
     for record in records:
         if _is_plain(record) and record.get("ppl") is not None:
-            return [
-                f"The uncompressed model has loss {record['loss']:.4f}, PPL {record['ppl']:.3f}; no press touches this."
-            ]
+            loss, ppl = record["loss"], record["ppl"]
+            return [f"The uncompressed model has loss {loss:.4f}, PPL {ppl:.3f}; no press touches this."]
         if record.get("delta_nll") is not None and record.get("baseline_loss") is not None:
-            loss, ppl = record["baseline_loss"], record["baseline_ppl"]
-            said = (
-                f"ΔNLL is the difference to the uncompressed cache on the same tokens: loss {loss:.4f}, PPL {ppl:.3f}."
-            )
-            return [said]
+            said = "ΔNLL is the difference to the uncompressed cache on the same tokens"
+            return [f"{said}: loss {record['baseline_loss']:.4f}, PPL {record['baseline_ppl']:.3f}."]
     return []
 
 
@@ -309,14 +303,11 @@ def _is_whole(record: Record) -> bool:
 def task_columns(records: Sequence[Record]) -> list[list[Column]]:
     """The columns of three tables: scores, nats a token of the answers, answers against the uncompressed cache's."""
     found = (entry for r in records for entry in r.get("tasks") or ())
-    kinds = list(dict.fromkeys((entry["task"], entry["length"]) for entry in found))
+    names = {(entry["task"], entry["length"]): f"{entry['task']} {entry['length']:,}" for entry in found}
     return [
-        [(f"{task} {length:,}", partial(_task_number, (task, length), "score", "{:.1%}")) for task, length in kinds],
-        [
-            (f"{task} {length:,} nats", partial(_task_number, (task, length), "answer_nll", "{:.3f}"))
-            for task, length in kinds
-        ],
-        [(f"{task} {length:,} against uncompressed", partial(_change, (task, length))) for task, length in kinds],
+        [(name, partial(_task_number, kind, "score", "{:.1%}")) for kind, name in names.items()],
+        [(f"{name} nats", partial(_task_number, kind, "answer_nll", "{:.3f}")) for kind, name in names.items()],
+        [(f"{name} against uncompressed", partial(_change, kind)) for kind, name in names.items()],
     ]
 
 

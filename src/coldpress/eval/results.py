@@ -23,9 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from coldpress.bases.scorer import BUDGETS
+from coldpress.backends import BUDGETS
 from coldpress.errors import DataError, OutputError, SelfCheckError
 from coldpress.eval.schema import IDENTIFYING, check_record
 from coldpress.io.files import path_of, read_text, replace_file
@@ -57,6 +55,8 @@ def environment() -> dict[str, Any]:
     git_commit, git_dirty: of the checkout this package is part of (not of the folder the user stands in);
     dirty looks at the package's own files. loadavg: over 1, 5 and 15 minutes.
     """
+    import torch  # which reading records does without
+
     commit, dirty = _git()
     names, driver = _gpu()
     return {
@@ -355,6 +355,8 @@ def _git() -> tuple[str | None, bool | None]:
 
 @functools.cache
 def _gpu() -> tuple[list[str] | None, str | None]:
+    import torch
+
     if not torch.cuda.is_available():
         return None, None
     names = [torch.cuda.get_device_name(device) for device in range(torch.cuda.device_count())]

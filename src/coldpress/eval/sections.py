@@ -9,15 +9,22 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from coldpress.bases.registry import NO_PRESS
-from coldpress.bases.scorer import BUDGETS
+from coldpress.backends import BUDGETS, NO_PRESS
 from coldpress.eval.metrics import Paired, paired_difference
-from coldpress.eval.report import asked, bits_of, groups, short, size_of
+from coldpress.eval.report import asked, bits_of, groups, size_of, size_order
+from coldpress.eval.wording import short
 
-__all__ = ["REFERENCES", "Entry", "Section", "lead_of", "paired", "sections", "text_name"]
+__all__ = ["KINDS", "REFERENCES", "Entry", "Section", "lead_of", "paired", "sections", "text_name"]
 
 Record = dict[str, Any]
 REFERENCES = ("random", "streaming_llm")  # what any method should be ahead of; no_press is the baseline
+KINDS = {  # of sections, in the order of a report
+    "quality": "compressed context",
+    "stream": "streams",
+    "tasks": "tasks and probes",
+    "speed": "speed and memory",
+    "plain": "the uncompressed model",
+}
 BEST = 6  # presses that are drawn in colour
 
 
@@ -96,6 +103,17 @@ class Entry:
         return None if ci is None else (_expm1(ci[0]), _expm1(ci[1]))
 
     @property
+    def has_rounds(self) -> bool:
+        """Whether its decoding was timed more than once, against that of the baseline."""
+        spread = self.record.get("decode_speedup_spread")
+        return spread is not None and bool(spread["min"] < spread["max"])
+
+    @property
+    def is_surely_faster(self) -> bool:
+        """Whether it decoded faster than the baseline in each of several rounds."""
+        return self.has_rounds and bool(self.record["decode_speedup_spread"]["min"] > 1)
+
+    @property
     def equals_baseline(self) -> bool:
         """Whether each window has the baseline's loss to the last digit: nothing was compressed, or nothing noticed."""
         windows = self.record.get("per_window") or []
@@ -111,7 +129,7 @@ def _expm1(value: float) -> float:
 class Section:
     """Points that share protocol, model and text. ``unfinished`` ones failed or were interrupted on the way."""
 
-    kind: str  # quality, stream, tasks, speed, plain
+    kind: str  # one of KINDS
     entries: list[Entry]
     unfinished: list[Entry] = field(default_factory=list)
 
@@ -130,7 +148,13 @@ class Section:
     @property
     def sizes(self) -> list[str]:
         """The sizes that presses were asked for, small ratios first."""
-        return list(dict.fromkeys(p.size for p in sorted(self.all, key=_size_key) if not p.is_baseline))
+        pressed = [p for p in self.all if not p.is_baseline]
+        return list(dict.fromkeys(p.size for p in sorted(pressed, key=lambda p: size_order(p.record))))
+
+    @property
+    def contexts(self) -> list[int]:
+        """Tokens of the timed contexts, the shortest first."""
+        return sorted({p.context for p in self.entries if p.context})
 
     def at(self, size: str) -> list[Entry]:
         return [p for p in self.entries if p.size == size and not p.is_baseline]
@@ -168,11 +192,6 @@ def _cost(entry: Entry) -> float | None:
     return None
 
 
-def _size_key(entry: Entry) -> tuple[Any, ...]:
-    sizes = [entry.record.get(name) for name in ("compression_ratio", *BUDGETS)]
-    return tuple((size is None, size or 0) for size in sizes)
-
-
 def sections(records: Iterable[Record]) -> list[Section]:
     """The sections of a report. Only timed runs that differ in nothing but their context share one."""
     together: dict[tuple[Any, ...], list[Record]] = {}
@@ -190,24 +209,19 @@ def sections(records: Iterable[Record]) -> list[Section]:
         section = Section(_kind(group), done, undone)
         by_key.setdefault(asked(group[0]), []).append(section)
     for own in by_key.values():  # the interrupted beside the finished, though they have fewer windows
-        whole = [section for section in own if section.entries]
-        if not whole:
-            found += own
-            continue
-        for section in own:
-            if section not in whole:
-                whole[0].unfinished += section.unfinished
+        whole = [section for section in own if section.entries] or own
+        whole[0].unfinished += [p for section in own if section not in whole for p in section.unfinished]
         found += whole
     timed = [_parted(_named(sorted(group, key=_timed_order))) for group in together.values()]
     _tell_speed(found, [entry for done, _ in timed for entry in done])
     found += [Section("speed", done, undone) for done, undone in timed]
-    order = ["quality", "stream", "tasks", "speed", "plain"]
+    order = [*KINDS]
     return sorted(found, key=lambda s: (text_name(s.first), s.first["model"], order.index(s.kind), s.first["protocol"]))
 
 
 def lead_of(found: Sequence[Section]) -> Section:
     """The section that a report opens with: a compressed context if there is one, of the largest model."""
-    order = ["quality", "stream", "tasks", "speed", "plain"]
+    order = [*KINDS]
 
     def rank(section: Section) -> tuple[Any, ...]:
         timed = sum(p.timed is not None or p.tpot_ms is not None for p in section.entries)
