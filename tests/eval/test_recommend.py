@@ -172,7 +172,8 @@ def test_a_use_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_other_uses(
     use: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(advice_module, "FEWEST_WINDOWS", 2)
+    for name in ("FEWEST_WINDOWS", "FEWEST_QUESTIONS"):
+        monkeypatch.setattr(advice_module, name, 2)
     assert run(tmp_path, "--use", use, "--press", "snapkv", "--margin", "10", "--max_windows", "2") == 0
     out = capsys.readouterr().out
     assert line in out
@@ -184,7 +185,8 @@ def test_other_uses(
 def test_few_bits_are_measured_beside_presses(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(advice_module, "FEWEST_WINDOWS", 2)
+    for name in ("FEWEST_WINDOWS", "FEWEST_QUESTIONS"):
+        monkeypatch.setattr(advice_module, name, 2)
     given = ("--model", "demo", "--data", "demo", "--output_dir", str(tmp_path), "--context_tokens", "160")
     assert main(["recommend", *given, "--use", "throughput", "--max_windows", "2"]) == 0
     out = capsys.readouterr().out
@@ -202,7 +204,7 @@ def test_the_time_ends_a_run_that_the_same_command_goes_on_with(
     out, said = capsys.readouterr()
     assert "2 windows of 64 + 24 tokens, 2 questions" in out and "the time was up" in out
     assert "Nothing is named" in out
-    assert "with fewer than 8 windows nothing is named" in said
+    assert "if it comes to fewer than 8 windows and questions, nothing is named" in said
     asked: list[int] = []
     whole = task_run.ExampleWork.__call__
 
