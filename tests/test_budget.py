@@ -10,7 +10,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from coldpress.core.choice import best, select, select_counts
+from coldpress.core.choice import best, pack, select, select_counts, unpack
 from coldpress.core.counts import adaptive_counts, apportion, check_ratio, exact_keep, keep_count, pyramid_counts
 from coldpress.core.forced import must_keep, shrink_protected
 from coldpress.errors import PressError
@@ -189,3 +189,10 @@ def test_two_layers_are_a_pyramid_too() -> None:
 def test_all_places_are_given_out_where_shares_differ_most() -> None:
     assert apportion(30, [1.0, 0.1, 0.001], 0, 10) == [10, 10, 10]
     assert apportion(29, [0.001, 1.0, 0.1], 1, 10) == [9, 10, 10]
+
+
+def test_packed_positions_end_with_minus_one() -> None:
+    is_kept = torch.tensor([[[True, False, True, True], [False, False, True, False]]])
+    positions = pack(is_kept)
+    assert positions.tolist() == [[[0, 2, 3], [2, -1, -1]]]
+    assert torch.equal(unpack(positions, 4), is_kept)
