@@ -190,6 +190,13 @@ def test_what_failed_is_drawn_and_told(made: Report) -> None:
     assert "2 failed, 1 interrupted" in made.counts and "1 other file that is no record was left out" in made.counts
 
 
+def test_parts_of_one_text_are_told_apart() -> None:
+    older = [record("no_press"), record("snapkv", 0.5, spread(0.1, 0.01))]
+    newer = [one | {"env": one["env"] | {"transformers": "9.9"}} for one in older]
+    titles = [part.title for part in document(older + newer).parts]
+    assert len(titles) == 2 and titles[1].endswith(", transformers 9.9") and ", transformers" in titles[0]
+
+
 def test_a_caption_of_timings_names_all_contexts(made: Report) -> None:
     (part,) = (part for part in made.parts if part.title.endswith("speed"))
     assert "timed with 256 and 1,024 tokens of context" in part.caption

@@ -88,7 +88,9 @@ def make_report(collection: Collection) -> Report:
     records = collection.records
     found = sections(records)
     alike = Counter((where(section), section.kind) for section in found)
-    parts = [_part(section, i, alike[where(section), section.kind] == 1) for i, section in enumerate(found, start=1)]
+    parts = _told_apart(
+        [_part(section, i, alike[where(section), section.kind] == 1) for i, section in enumerate(found, start=1)], found
+    )
     lead = found.index(lead_of(found))
     opening = _opening(found[lead], parts[lead], len(found) > 1)
     if opening.figure is not None:
@@ -107,6 +109,20 @@ def make_report(collection: Collection) -> Report:
         environments=_environments(records),
         skipped=tuple(map(clean, collection.skipped[:MOST_SKIPPED])),
     )
+
+
+def _told_apart(parts: list[Part], found: Sequence[Section]) -> list[Part]:
+    """Parts of which no two have the same title: transformers' version or, where it is the same, a number is added."""
+    apart = []
+    for part, section in zip(parts, found, strict=True):
+        twins = [other for own, other in zip(parts, found, strict=True) if own.title == part.title]
+        if len(twins) > 1:
+            versions = [str(other.first["env"].get("transformers")) for other in twins]
+            i = twins.index(section)
+            added = f"transformers {versions[i]}" if len(set(versions)) == len(twins) else f"part {i + 1}"
+            part = replace(part, title=f"{part.title}, {clean(added)}")
+        apart.append(part)
+    return apart
 
 
 def _opening(section: Section, part: Part, is_one_of_many: bool) -> Opening:
