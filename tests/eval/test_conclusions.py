@@ -216,7 +216,7 @@ def test_tasks_are_compared_with_the_uncompressed_cache() -> None:
     assert "needle at 512 tokens, presses at 0.5: below the uncompressed cache: snapkv 0.70 against 1.00; " in words
     assert "within the error bars of it: knorm 0.99 against 1.00." in words
     assert "span at 512 tokens, presses at 0.5: below the uncompressed cache: snapkv +0.300 nats;" in words
-    assert "Beside the uncompressed cache, of 8 scores (a press, a size and a task each) 4 are below it" in headline(section)
+    assert "of 8 scores (a press, a size and a task each) 4 are below it" in headline(section)
 
 
 def test_names_are_listed_and_long_lists_are_cut() -> None:
