@@ -46,7 +46,7 @@ $(STAMP): pyproject.toml constraints.txt scripts/make_venv.sh scripts/install_to
 
 demo: $(STAMP) ## perplexity of the embedded model on the embedded text, under every press
 	$(PY) evaluation/perplexity.py --model demo --dataset demo --press all --ppl_apply_press \
-		--limit_tokens 8192 --context_limit 896 --max_new_tokens 16 --repetitions 2 --output_dir results/demo
+		--limit_tokens 8192 --context_limit 896 --max_new_tokens 16 --repetitions 3 --output_dir results/demo
 	@if $(PY) -c "$(HAS_SMOLLM2)"; then \
 		echo; echo "A real model beside it, SmolLM2-135M-Instruct:"; \
 		$(PY) evaluation/perplexity.py --model smollm2 --dataset demo --press no_press random streaming_llm knorm snapkv \
