@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -22,6 +23,7 @@ def not_yet_warned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     took = {torch.float16: 9.0, torch.float32: 3.0, torch.bfloat16: 2.0}
     monkeypatch.setattr(half, "seconds", took.__getitem__)
     half.warn_if_slow.cache_clear()
+    warnings.simplefilter("error")
     yield
     half.warn_if_slow.cache_clear()
 
