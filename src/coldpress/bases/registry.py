@@ -217,7 +217,8 @@ def make_press(name: str, compression_ratio: float, /, **parameters: Any) -> Bas
     entry = _entry(name)
     if entry is None:
         known = [NO_PRESS, *press_names()]
-        raise PressError(f"Unknown press {name!r}.{_of_class(name) or nearest(name, known)} Known: {', '.join(known)}.")
+        meant = _of_class(name) or nearest(name, known)
+        raise PressError(f"Unknown press {name!r}.{meant} 'coldpress presses' lists the names.")
     allowed = sorted(parameters_of(name))
     budget = {k: v for k, v in parameters.items() if k in BUDGETS and v is not None}
     if budget and not entry.has_ratio:
