@@ -7,8 +7,9 @@ import math
 from importlib import resources
 from typing import Any
 
+from benchmarks.leaderboard.goals import goals
 from benchmarks.leaderboard.plan import AT_ONE_RATIO, LEFT_OUT
-from benchmarks.leaderboard.rank import boards
+from benchmarks.leaderboard.rank import boards, windows_of
 
 HOW = (
     "Ranks are by mean KL, in nats a token, between the next-token distributions behind the compressed and behind "
@@ -33,7 +34,7 @@ def markdown(document: dict[str, Any]) -> str:
     found = boards(document["rows"])
     if not found:
         return "Not measured yet."
-    parts = []
+    parts = _goals(document["rows"], next(iter(found))[0])
     for (model, ratio), board in found.items():
         texts = _texts(board)
         parts += [f"### {_title(model, ratio)}", ""]
@@ -44,6 +45,19 @@ def markdown(document: dict[str, Any]) -> str:
             parts.append(f"| {' | '.join(shown)} |")
         parts.append("")
     return "\n".join([*parts, *(f"{said}\n" for said in HOW), _about(document)])
+
+
+def _goals(rows: list[dict[str, Any]], model: str) -> list[str]:
+    """What is new here beside the best that kvpress has, on the model that the board is about."""
+    found = goals(windows_of(rows, model))
+    if not found:
+        return []
+    lines = [f"### {_name(model)}: KL of what is new here, as a part of that of the best that kvpress has", ""]
+    lines += [
+        "| at | best of kvpress | best of the new | part [95 % interval] | goal |",
+        "| --- | --- | --- | ---: | ---: |",
+    ]
+    return [*lines, *(f"| {' | '.join(row)} |" for row in found), ""]
 
 
 def page(document: dict[str, Any]) -> str:

@@ -74,6 +74,16 @@ def boards(rows: list[dict[str, Any]]) -> dict[tuple[str, float], list[dict[str,
     return {at: _board(scored[at], lambda press, model=at[0]: others[model, press]) for at in order}
 
 
+def windows_of(rows: list[dict[str, Any]], model: str) -> dict[float, dict[str, dict[tuple[str, int, int], float]]]:
+    """By ratio and press of a model the KL of each window."""
+    found: dict[float, dict[str, dict[tuple[str, int, int], float]]] = {}
+    for row in rows:
+        if row["model"] == model and row["protocol"].startswith("prefix"):
+            own = found.setdefault(row.get("compression_ratio") or 0.0, {}).setdefault(row["press"], {})
+            own.update({_place(row, window): window[2] for window in row.get("per_window") or ()})
+    return found
+
+
 def _board(by_press: dict[str, list[dict[str, Any]]], others: Any) -> list[dict[str, Any]]:
     names = sorted(by_press)
     windows = {press: {_place(row, w): w[2] for row in by_press[press] for w in row["per_window"]} for press in names}

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from benchmarks.leaderboard.__main__ import _waited
 from benchmarks.leaderboard.board import markdown, page
+from benchmarks.leaderboard.goals import GOALS, OWN, READS_TWICE, goals, part_of
 from benchmarks.leaderboard.plan import LEFT_OUT, SLOW, Sizes, lanes, presses
 from benchmarks.leaderboard.rank import boards, command_of, condensed, ranking
 
@@ -130,6 +131,30 @@ def test_a_row_s_command_is_its_settings() -> None:
         "coldpress ppl --ppl_apply_press --ppl_only --model smollm2 --dataset pg19 --max_windows 4 --context_tokens 8 "
         "--batch_size 2 --press snapkv --compression_ratio 0.5"
     )
+
+
+def test_goals_compare_the_best_of_both_sides_on_shared_windows() -> None:
+    klds = {
+        "snapkv": {0: 0.2, 1: 0.4},
+        "adakv_snapkv": {0: 0.1, 1: 0.2},
+        "kvzip": {1: 0.1},  # reads twice
+        "defensive": {0: 0.9, 1: 0.9},
+        "layer_defensive": {0: 0.06, 1: 0.09, 2: 5.0},
+        "attention_matching_kvzip": {1: 0.02},
+    }
+    found = goals({0.75: klds})
+    assert [row[1:3] for row in found] == [
+        ["`kvzip`", "`attention_matching_kvzip`"],
+        ["`adakv_snapkv`", "`layer_defensive`"],
+    ]
+    assert found[0][3] == "0.20 [0.20, 0.20], 1 windows" and found[1][3].startswith("0.50 [")
+    part, low, high = part_of(klds["layer_defensive"], klds["adakv_snapkv"])
+    assert part == pytest.approx(0.5) and (low, high) == pytest.approx((0.45, 0.6))
+
+
+def test_goals_name_presses_that_there_are() -> None:
+    named = {*OWN, *READS_TWICE, *(press for goal in GOALS for press in goal.of)}
+    assert named <= set(press_names()) and {*READS_TWICE} <= {*SLOW}
 
 
 def test_nothing_is_no_board() -> None:
