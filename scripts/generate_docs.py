@@ -36,7 +36,8 @@ from typing import Any
 
 import coldpress.presses  # noqa: F401  makes the presses known
 from coldpress.bases.listing import KINDS, keeps, python_only, traits
-from coldpress.bases.registry import PressInfo, catalogue, press_classes
+from coldpress.bases.registry import PressInfo, catalogue, make_press, press_classes
+from coldpress.core.press import parts as parts_of
 from coldpress.errors import ColdpressError
 from coldpress.eval.report import describe, table
 from coldpress.eval.results import read_results
@@ -84,7 +85,7 @@ def presses(document: str) -> str:
 
 
 TEN = (
-    *("snapkv", "adakv_snapkv", "expected_attention", "keydiff", "tova", "streaming_llm", "decoding_h2o"),
+    *("snapkv", "adakv_snapkv", "expected_attention", "layer_defensive", "keydiff", "streaming_llm", "decoding_h2o"),
     *("kvzip", "attention_matching_kvzip", "qfilter"),
 )
 
@@ -99,7 +100,8 @@ def ten(document: str) -> str:
         if info.kind == "calibrated":
             needs = "numbers of the model, measured once"
         elif info.in_block:
-            needs = "a second pass over the prompt"
+            runs_again = any(part.needs_model for part in parts_of(make_press(name, 0.5)))
+            needs = "a second pass over the prompt" if runs_again else "all layers of a prompt at once"
         link = f"[`{name}`]({document}#{info.class_name.lower()})"
         lines.append(f"| {link} | {_markdown(keeps(info))} | {needs} |")
     return "\n".join(lines)

@@ -132,7 +132,7 @@ class DefensiveKVPress(SnapKVPress):
 @register("layer_defensive")
 @dataclass(frozen=True)
 class LayerDefensiveKVPress(DefensiveKVPress):
-    """Keep the pairs that DefensiveKVPress would, whatever layer and head they are in.
+    """Keep the pairs that some query of the last window needed most, whatever layer and head they are in.
 
     Scores and both stages are those of DefensiveKVPress; the other places of all layers together go to the largest
     scores in any layer and head, once all layers are there. So layers keep different numbers.
