@@ -31,7 +31,7 @@ SHARES = {"fast": 0.68, "slow": 0.83, "toy": 0.92, "rest": 1.0}  # of the time, 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured; the defaults are what 60 minutes on two quiet cores are enough for.
+    """How much is measured, where the time is enough: 60 minutes on two quiet cores end some windows earlier.
 
     Attributes:
         context, target: tokens that are compressed, and that are scored after them (but for the first of them).
