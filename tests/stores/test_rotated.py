@@ -125,9 +125,14 @@ def test_numbers_beyond_the_range_of_a_step_are_refused() -> None:
         least_and_step(torch.tensor([[0.0, torch.nan]]), 8, torch.float32)
 
 
-def a_store(bits: tuple[int, int], n: int = 1500, dim: int = 64, is_ragged: bool = False) -> PackedStore:
-    """Two rows of two heads; of as many pairs, or of different numbers, one of them without any in codes."""
-    first = torch.tensor([[n, n - 13], [30, n - 300]]) if is_ragged else torch.full((2, 2), n)
+def a_store(bits: tuple[int, int], n: int = 1500, dim: int = 64, is_ragged: bool | str = False) -> PackedStore:
+    """Two rows of two heads; of as many pairs, or of different numbers ("rows": the same in the heads of a row).
+
+    Of different numbers, one has none in codes.
+    """
+    first = torch.full((2, 2), n)
+    if is_ragged:
+        first = torch.tensor([[n, n], [n - 300, n - 300]] if is_ragged == "rows" else [[n, n - 13], [30, n - 300]])
     keys, values = numbers(2, 2, n + 5, dim, offset=9.0), numbers(2, 2, n + 5, dim, seed=1)
     return PackedStore(RotatedBits(*bits), keys, values, first, 5)
 
@@ -169,10 +174,10 @@ def slowly(store: PackedStore, query: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("is_ragged", [False, True])
+@pytest.mark.parametrize("is_ragged", [False, True, "rows"])
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_a_step_on_codes_is_attention_to_unpacked_pairs(
-    dtype: torch.dtype, is_ragged: bool, has_bias: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, is_ragged: bool | str, has_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernels, "_LEAST_PRODUCTS", 4096)
     store, query = a_store((8, 4), is_ragged=is_ragged), numbers(2, 6, 1, 64, seed=3)

@@ -161,7 +161,7 @@ def weighted_sums(weights: Tensor, value: Tensor) -> Tensor:
     return sums.view(n_segments, group, dim) if n_parts == 1 else sums.sum(0)[None, None]
 
 
-@lru_cache(maxsize=1)  # the layers of a model mostly ask for the same rows in turn
+@lru_cache(maxsize=16)  # the layers of a model ask for the same rows in turn, one for each length of a batch's rows
 def _rows(n_segments: int, group: int, pitch: int, n: int, n_parts: int) -> tuple[Tensor, Tensor]:
     """Where the first n of every ``pitch`` rows are in the table, ``group`` times, and where bags begin in the list."""
     with torch.inference_mode(False):

@@ -90,7 +90,7 @@ def bag_sums(weights: Tensor, rows: Tensor, places: _Places, bits: int) -> Tenso
     return torch.stack(sums, dim=1)
 
 
-@lru_cache(maxsize=1)  # the layers of a model mostly ask for the same rows in turn
+@lru_cache(maxsize=16)  # the layers of a model ask for the same rows in turn, one for each length of a batch's rows
 def _bags(places: _Places) -> tuple[Tensor, Tensor]:
     """The rows of all segments one after the other, and where each segment begins among them."""
     with torch.inference_mode(False):

@@ -20,6 +20,7 @@ from coldpress.stores.segments import Segments
 
 __all__ = ["CODES", "PackedPart", "attend_packed"]
 
+_FEWEST_ALIKE = 2  # segments of a run, on average: fewer are as fast one by one
 CODES = ("keys.codes", "keys.step", "keys.least", "values.rows")
 
 
@@ -39,12 +40,17 @@ def attend_packed(
         codes: those between the first ``n_front[i]`` of these and the others.
         biases: float32 ``[1, n]`` of each segment in the order of its pairs, or None.
     """
+    runs = exact.runs(codes, n_front)
+    if len(runs) == 1:
+        return _attend_alike(codec, queries, exact, codes, n_front[0], biases)
+    if len(runs) <= len(queries) // _FEWEST_ALIKE:  # the heads of a row, mostly
+        return torch.cat(
+            [
+                _attend_alike(codec, queries[i:j], exact.part(i, j), codes.part(i, j), n_front[i], biases[i:j])
+                for i, j in runs
+            ]
+        )
     coded, dim = codec.logits(queries, codes), exact.buffer("values").shape[-1]
-    if exact.is_even and codes.is_even and biases[0] is None:
-        weights = torch.cat([products(queries, exact.even("keys").float()), torch.stack(coded)], -1).softmax(-1)
-        n, values = exact.counts[0], exact.even("values")
-        output = weighted_sums(weights[..., :n].to(values.dtype), values).float()
-        return output + codec.sums(weights[..., n:].unbind(0), codes, dim)
     outputs, of_codes = [], []
     for i, (own, middle, bias) in enumerate(zip(queries, coded, biases, strict=True)):
         front, n = n_front[i], codes.counts[i]
@@ -55,6 +61,28 @@ def attend_packed(
         of_codes.append(middle)
         outputs.append(torch.cat([before, after], dim=1) @ exact.segment("values", i).float())
     return torch.stack(outputs) + codec.sums(of_codes, codes, dim)
+
+
+def _attend_alike(
+    codec: TokenCodec,
+    queries: Tensor,
+    exact: Segments,
+    codes: Segments,
+    n_front: int,
+    biases: Sequence[Tensor | None],
+) -> Tensor:
+    """As :func:`attend_packed`, of segments that store as much as each other, in one product for all."""
+    n, n_codes, values = exact.counts[0], codes.counts[0], exact.even("values")
+    coded = torch.stack(codec.logits(queries, codes))
+    logits = torch.cat([products(queries, exact.even("keys").float()), coded], dim=-1)
+    if biases[0] is not None:
+        first, middle, last = torch.stack([b for b in biases if b is not None]).tensor_split(
+            [n_front, n_front + n_codes], dim=-1
+        )
+        logits = logits + torch.cat([first, last, middle], dim=-1)
+    weights = logits.softmax(-1)
+    output = weighted_sums(weights[..., :n].to(values.dtype), values).float()
+    return output + codec.sums(weights[..., n:].unbind(0), codes, values.shape[-1])
 
 
 @torch.library.custom_op("coldpress::attend_packed", mutates_args=())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -114,6 +115,25 @@ class Segments:
     def is_even(self) -> bool:
         """Whether all segments have as many rows, equally far apart."""
         return min(self.counts) == max(self.counts) and min(self._rooms) == max(self._rooms)
+
+    def runs(self, other: Segments, *numbers: Sequence[int]) -> list[tuple[int, int]]:
+        """Runs of segments that are even here and in ``other`` and alike in ``numbers``: first, one after the last."""
+        found = [0]
+        own = zip(self.counts, self._rooms, other.counts, other._rooms, *numbers, strict=True)
+        before: tuple[int, ...] | None = None
+        for i, alike in enumerate(own):
+            if before is not None and alike != before:
+                found.append(i)
+            before = alike
+        return list(itertools.pairwise([*found, len(self.counts)]))
+
+    def part(self, first: int, stop: int) -> Segments:
+        """Some segments, with views of the same rows: to be read, not to be added to."""
+        span = slice(self._starts[first], self._starts[stop])
+        other = Segments({name: part[span] for name, part in self._parts.items()}, self.counts[first:stop])
+        other._rooms = self._rooms[first:stop]
+        other._settle()
+        return other
 
     def even(self, name: str) -> Tensor:
         """The rows of segments that are :attr:`is_even`, side by side: a view ``[S, n, ...]``."""
