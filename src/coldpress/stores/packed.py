@@ -21,7 +21,7 @@ from coldpress.stores.segments import Segments
 
 __all__ = ["PackedStore"]
 
-_FEWEST = 256  # encoded pairs of a head from which on a decoding step reads them as they are
+_FEWEST = 16  # encoded pairs of a head, on average, from which on a decoding step reads them as they are
 _COUNTS = ("n_first", "n_front", "n_exact", "n_codes")
 
 
