@@ -25,7 +25,7 @@ HOW = (
     + "; ".join(f"{name} ({why})" for name, why in LEFT_OUT.items())
     + ".",
 )
-_STYLE = "td,th{padding:.15em .6em;text-align:right}code{font-size:85%}details{max-width:60em}"
+_STYLE = "table{font-size:75%}td,th{padding:.15em .45em;text-align:right}code{font-size:85%}details{max-width:60em}"
 _COLUMNS = "rank", "press", "KL", "median", "loss", "agree", "bytes", "windows", "needles", "prefill, s", "token, ms"
 
 
