@@ -58,3 +58,9 @@ def test_fast_float16_is_not_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_types_are_timed() -> None:
     assert all(half.seconds(dtype) > 0 for dtype in (torch.float16, torch.float32))
+
+
+def test_a_compiled_model_has_nothing_of_it_in_its_graph() -> None:
+    model = copy.deepcopy(tiny("gpt_neox")).half()
+    ids = tokens(1, half.MANY)
+    torch.compile(model, backend="eager", fullgraph=True)(ids, use_cache=False)

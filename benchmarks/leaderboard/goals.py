@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+from benchmarks.leaderboard.rank import N_RESAMPLES
 
-N_RESAMPLES = 2000
 # presses of this board that kvpress 0.5.5 has no like of
 OWN = (
     "attention_matching_defensive",

@@ -198,6 +198,17 @@ def test_a_step_on_codes_is_attention_to_unpacked_pairs(
     torch.testing.assert_close(found, wanted, atol=2e-4 if dtype == torch.float32 else 0.03, rtol=0)
 
 
+@pytest.mark.parametrize("first", [[[400, 400], [60, 60]], [[60, 60], [400, 400]], [[400, 400], [400, 400]]])
+@pytest.mark.parametrize("n_exact", [0, 4])
+@pytest.mark.parametrize("later", [1, 5])
+def test_rows_without_codes_or_with_nothing_but_codes(first: list[list[int]], n_exact: int, later: int) -> None:
+    keys, values = (numbers(2, 2, 400 + later, 64, seed=seed) for seed in (0, 1))
+    codec = RotatedBits(8, 4, sinks=n_exact, newest=32 * n_exact)
+    store, query = PackedStore(codec, keys, values, torch.tensor(first), later), numbers(2, 6, 1, 64, seed=2)
+    assert store._reads_codes(query)
+    torch.testing.assert_close(store.attend(query, None, 64**-0.5), slowly(store, query, None), atol=2e-4, rtol=0)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("is_ragged", [False, True])

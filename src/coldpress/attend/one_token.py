@@ -149,6 +149,8 @@ def weighted_sums(weights: Tensor, value: Tensor) -> Tensor:
     fetches them ahead; a matrix product with few rows does not.
     """
     (n_segments, n, dim), group = value.shape, weights.shape[1]
+    if not n:
+        return value.new_zeros(n_segments, group, dim)
     pitch = value.stride(0) // dim if n_segments > 1 else n
     if pitch * dim != value.stride(0) and n_segments > 1:
         return torch.bmm(weights.float(), value.float()).to(value.dtype)

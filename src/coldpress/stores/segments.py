@@ -118,14 +118,9 @@ class Segments:
 
     def runs(self, other: Segments, *numbers: Sequence[int]) -> list[tuple[int, int]]:
         """Runs of segments that are even here and in ``other`` and alike in ``numbers``: first, one after the last."""
-        found = [0]
         own = zip(self.counts, self._rooms, other.counts, other._rooms, *numbers, strict=True)
-        before: tuple[int, ...] | None = None
-        for i, alike in enumerate(own):
-            if before is not None and alike != before:
-                found.append(i)
-            before = alike
-        return list(itertools.pairwise([*found, len(self.counts)]))
+        stops = itertools.accumulate(len(list(run)) for _, run in itertools.groupby(own))
+        return list(itertools.pairwise([0, *stops]))
 
     def part(self, first: int, stop: int) -> Segments:
         """Some segments, with views of the same rows: to be read, not to be added to."""
