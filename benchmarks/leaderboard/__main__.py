@@ -17,6 +17,7 @@ import threading
 import time
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import yaml
 from benchmarks.leaderboard.board import page
@@ -46,7 +47,7 @@ def main() -> int:
         help="a smaller model beside it: a folder such as tiny-neox (default: the embedded one)",
     )
     add("--minutes", type=float, default=60.0)
-    add("--press", nargs="+", help="only these")
+    add("--press", nargs="+", help="only these; with --publish the other rows that are there stay")
     add("--output", type=Path, default=Path("results/leaderboard"), help="folder of the records, the page and the logs")
     add("--publish", action="store_true", help="also write what docs/leaderboard.md is generated from")
     for field in fields(Sizes):
@@ -69,6 +70,8 @@ def main() -> int:
             thread.join()
     records = [record for record in read_results(args.output) if record["press"] != "no_press"]
     document = condensed(records)
+    if args.publish and args.press:
+        document = beside(document, json.loads((RESULTS / "leaderboard.json").read_text(encoding="utf-8")), args.press)
     html = args.output / "leaderboard.html"
     html.write_text(page(document), encoding="utf-8")
     if args.publish:
@@ -79,6 +82,17 @@ def main() -> int:
     n_failed = sum(record["status"] == "failed" for record in records)
     print(f"{len(records)} records, {n_failed} failed, {(time.monotonic() - begin) / 60:.0f} minutes; {html}")
     return 1 if n_failed or not records else 0
+
+
+def beside(document: dict[str, Any], before: dict[str, Any], presses: list[str]) -> dict[str, Any]:
+    """Rows of ``presses`` in ``document`` and those of all others in ``before``, measured under the same versions."""
+    for name in ("torch", "transformers"):
+        if document["env"][name] != before["env"][name]:
+            raise SystemExit(
+                f"The board was measured under {name} {before['env'][name]} and these presses under "
+                f"{document['env'][name]}: measure all of them, without --press."
+            )
+    return {**document, "rows": document["rows"] + [row for row in before["rows"] if row["press"] not in presses]}
 
 
 def _linked(name: str, given: str) -> str:

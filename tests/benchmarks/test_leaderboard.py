@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from benchmarks.leaderboard.__main__ import _waited
+from benchmarks.leaderboard.__main__ import _waited, beside
 from benchmarks.leaderboard.board import markdown, page
 from benchmarks.leaderboard.goals import GOALS, OWN, READS_TWICE, goals, part_of
 from benchmarks.leaderboard.plan import LEFT_OUT, SLOW, Sizes, lanes, presses
@@ -172,3 +172,13 @@ def test_a_sweep_out_of_time_is_told_as_by_ctrl_c() -> None:
         assert process.stdout.read() == b"saved\n"
     with subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"]) as process:
         assert _waited(process, 60) == "exit code 3"
+
+
+def test_presses_measured_again_stand_beside_the_others() -> None:
+    before = condensed([record("snapkv", [1.0, 2.0]), record("knorm", [3.0, 4.0])])
+    again = condensed([record("knorm", [5.0, 6.0])])
+    both = beside(again, before, ["knorm"])
+    assert [(row["press"], row["per_window"][0][2]) for row in both["rows"]] == [("knorm", 5.0), ("snapkv", 1.0)]
+    again["env"]["torch"] = "3"
+    with pytest.raises(SystemExit, match="measure all of them"):
+        beside(again, before, ["knorm"])

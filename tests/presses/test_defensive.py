@@ -110,6 +110,16 @@ def test_what_all_layers_keep(model: str, options: dict[str, Any], ratio: float)
             assert torch.equal(layer.values[0, h, : len(at)], view.values[0, h, at])  # type: ignore[index]
 
 
+@pytest.mark.parametrize(
+    "press", [DefensiveKVPress(0.9), LayerDefensiveKVPress(0.9)], ids=lambda press: type(press).__name__
+)
+def test_heads_keep_the_first_tokens(press: Any) -> None:
+    """Where a few pairs are kept, a head without them is far off what it said."""
+    for layer in prefilled(press, tokens(1, 400)).pressed_layers():
+        for head in layer.positions()[0].tolist():
+            assert head[:4] == [0, 1, 2, 3]
+
+
 # -- properties -------------------------------------------------------------------------------------------------------
 
 
@@ -133,7 +143,7 @@ def test_a_pair_that_one_query_needs_stays() -> None:
     queries[:, :, 30] = queries[:, :, 30].roll(1, -1)
     view = replace(view, keys=keys, queries=queries, values=torch.ones_like(view.values), scaling=0.1, _memo={})
     given: dict[str, Any] = {"budget_tokens": window + 1, "window_size": window, "kernel_size": 1}
-    press = DefensiveKVPress(**given, first_stage_mass=0.0)
+    press = DefensiveKVPress(**given, n_sink=0, first_stage_mass=0.0)
     assert {tuple(head) for row in heads_of(press.choose(view)) for head in row} == {(7, *range(24, 40))}
     mean = {tuple(head) for row in heads_of(SnapKVPress(**given).choose(view)) for head in row}
     assert mean == {(9, *range(24, 40))}
@@ -157,7 +167,7 @@ def test_the_first_stage_keeps_what_the_mean_looks_at() -> None:
     heaviest = mean[..., :-8].argmax(-1)
     values.scatter_(2, heaviest[..., None, None].expand(-1, -1, 1, values.shape[3]), 0.0)
     light = replace(view, values=values, _memo={})
-    press = DefensiveKVPress(0.5, 8)
+    press = DefensiveKVPress(0.5, 8, n_sink=0)
     for row, heads in enumerate(heads_of(press.choose(light))):
         for h, head in enumerate(heads):
             assert int(heaviest[row, h]) in head
@@ -171,7 +181,7 @@ def test_the_first_stage_keeps_what_the_mean_looks_at() -> None:
 def test_heads_share_exactly_what_the_ratio_says(ratio: float) -> None:
     view, differ = view_of("llama", 80), []
     for alpha in (0.0, 0.2, 1.0):
-        press = DefensiveKVPress(ratio, 4, first_stage_mass=0.2, alpha_safeguard=alpha)
+        press = DefensiveKVPress(ratio, 4, n_sink=0, first_stage_mass=0.2, alpha_safeguard=alpha)
         counts = torch.tensor([[len(head) for head in row] for row in heads_of(press.choose(view))])
         n_keep = keep_count(80, ratio)
         assert counts.sum(-1).tolist() == [2 * n_keep] * 2

@@ -39,6 +39,7 @@ _RIDGES = (1e-2, 1e-3)  # of the largest eigenvalue, for the values
 _MASS_RIDGE = 1e-2  # likewise, for the bias
 _LEAST_WEIGHT, _MOST_WEIGHT = math.exp(-3), 20.0  # of a kept pair: e to the power of its bias
 _ROWS = 768  # reference queries of a KV head, at most
+_RECENT_PART = 8  # the newest tokens that stay are at most one in so many of what is kept
 
 
 @register("attention_matching_defensive", DefensiveKVPress)
@@ -53,7 +54,8 @@ class AttentionMatchingPress(WrapperPress):
     sum over q of |A V - X C|^2 + ridge * |C - V_S|^2. With bias each pair weighs w_s = e^b_s in the softmax,
     X[q, s] = A[q, s] w_s / (sum over S of A[q, s] w_s), where w minimises sum over q of (1 - sum over S of A[q, s]
     w_s)^2 + ridge * |w - 1|^2: what was kept then has the mass of the whole. The first n_sink tokens, the newest
-    n_recent and pinned ones are kept as far as the budget has room, and left as they are.
+    n_recent, at most an eighth of what is kept, and pinned ones are kept as far as the budget has room, and left as
+    they are.
 
     Fitting can overfit. So every fourth block of 8 reference queries is left out at first, and the head takes what has
     the smallest error on these: no fit, or values with one of two ridges (1e-2 and 1e-3 of the largest
@@ -79,7 +81,8 @@ class AttentionMatchingPress(WrapperPress):
         bias: fit one number more for each pair, which is added to its logits. Without it the cache holds keys and
             values alone.
         n_queries: newest tokens whose queries are the window, at least 4.
-        n_sink, n_recent: first and newest tokens that are kept and left as they are.
+        n_sink, n_recent: first and newest tokens that are kept and left as they are; of the newest no more than an
+            eighth of what is kept, as more of them would take the places of what the inner press needs.
         tokenizer: the model's, for queries="repeat". The pipeline and the commands hand theirs over.
     """
 
@@ -137,7 +140,7 @@ class AttentionMatchingPress(WrapperPress):
         if self.queries == "repeat":
             require_block(self, view.token_ids)
             return carrying(view, unpack(positions, view.n_tokens).float())
-        fixed = ends(view, (self.n_sink, self.n_recent))
+        fixed = ends(view, (self.n_sink, self._n_recent(self.keep(view))))
         n = min(self.n_queries, view.n_queries)
         newest = replace(view, queries=view.queries[:, :, -n:], _memo={})
         return self._fitted(
@@ -148,7 +151,11 @@ class AttentionMatchingPress(WrapperPress):
         if isinstance(self.press, ReplayPress):
             return 0, 0
         n_first, n_last = self.press.protected(view)
-        return max(self.n_sink, n_first), max(self.n_recent, n_last)
+        return max(self.n_sink, n_first), max(self._n_recent(self.keep(view)), n_last)
+
+    def _n_recent(self, n_keep: int) -> int:
+        """How many of the newest tokens stay as they are when a head keeps ``n_keep``."""
+        return min(self.n_recent, n_keep // _RECENT_PART)
 
     def chosen(self, view: LayerView, n_keep: int, must: Tensor) -> Tensor | None:
         return self.press.chosen(view, n_keep, must)
@@ -159,7 +166,8 @@ class AttentionMatchingPress(WrapperPress):
 
     def finish(self, cache: PressedCache, model: nn.Module, token_ids: Tensor) -> None:
         n_tokens, session = token_ids.shape[1], cache.session
-        if isinstance(self.press, ReplayPress) and self.press.budget(cache, model, token_ids)[1] >= n_tokens:
+        n_keep = self.press.budget(cache, model, token_ids)[1] if isinstance(self.press, ReplayPress) else 0
+        if n_keep >= n_tokens:
             return
         layers = {layer.index: layer for layer in cache.pressed_layers() if layer.keys is not None}
         pairs: dict[int, Any] = {index: (layer.keys, layer.values) for index, layer in layers.items()}
@@ -175,9 +183,10 @@ class AttentionMatchingPress(WrapperPress):
             if isinstance(self.press, ReplayPress):
                 session.on_attention = listen
                 own = pins[0] if pins else ()
-                added = (0, self.n_sink), (max(0, n_tokens - self.n_recent), n_tokens)
-                n_most = self.n_sink + self.n_recent + self.press.n_first(token_ids) + sum(b - a for a, b in own)
-                if n_most <= self.press.budget(cache, model, token_ids)[1]:
+                n_recent = self._n_recent(n_keep)
+                added = (0, self.n_sink), (n_tokens - n_recent, n_tokens)
+                n_most = self.n_sink + n_recent + self.press.n_first(token_ids) + sum(b - a for a, b in own)
+                if n_most <= n_keep:
                     session.pins = (tuple(span for span in (*own, *added) if span[0] < span[1]),)
                 self.press.finish(cache, model, token_ids)
             elif any(layer.carried() is not None for layer in layers.values()):
@@ -201,7 +210,7 @@ class AttentionMatchingPress(WrapperPress):
             keys, values, torch.cat([call.query for call in calls], dim=2), call.module, call.scaling, call.layer_idx,
             call.n_layers, softcap=call.softcap, sinks=call.sinks,
         )  # fmt: skip
-        fixed = ends(view, (self.n_sink, self.n_recent))
+        fixed = ends(view, (self.n_sink, self._n_recent(int((positions >= 0).sum(-1).float().mean()))))
         if pinned is not None:
             fixed = fixed | unpack(positions.masked_fill(~pinned, -1), view.n_tokens)
         kept = Kept(layer.keys, layer.values, positions, columns=columns)  # type: ignore[arg-type]

@@ -54,7 +54,7 @@ class DefensiveKVPress(SnapKVPress):
         compression_ratio: fraction of the pairs to remove, in [0, 1).
         window_size: last tokens that score the others and are kept, at least 1.
         kernel_size: width of the pooling in tokens, odd.
-        n_sink: first tokens that are kept.
+        n_sink: first tokens that are kept; at 0, as in the paper, heads lose them where few pairs are kept.
         first_stage_mass: share of a head's attention that goes before the scores, in [0, 1]; at 0 scores decide alone.
         alpha_safeguard: share of the mean budget that no head falls below, in [0, 1]; at 1 all heads keep the same.
         norms_over: what the norms of values are divided by: "tokens", their mean over the head's tokens, or "heads",
@@ -69,7 +69,7 @@ class DefensiveKVPress(SnapKVPress):
     per_head_independent = False
 
     window_size: int = 32
-    n_sink: int = 0
+    n_sink: int = 4
     first_stage_mass: float = 0.9
     alpha_safeguard: float = 0.0
     norms_over: str = "tokens"
