@@ -263,6 +263,16 @@ def test_what_was_finished_before_an_interrupted_part_is_not_measured_again(
 
 
 @pytest.mark.usefixtures("one_model")
+def test_the_time_is_told_of_what_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of windows as long as the model can read, and as many as the text has."""
+    assert run(tmp_path, "--context_tokens", "1024", "--max_windows", "40", "--budget_minutes", "0.001") == 0
+    out, said = capsys.readouterr()
+    assert "contexts have 911 tokens, not 1024" in said
+    assert "2 presses on 17 windows and 40 questions of 911 tokens take about" in said
+    assert "windows of 911 + 113 tokens" in out
+
+
+@pytest.mark.usefixtures("one_model")
 def test_what_to_do_after_an_interruption_is_said_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

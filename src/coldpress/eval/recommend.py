@@ -73,8 +73,8 @@ def recommend(settings: AdviceSettings, command: str) -> tuple[list[Record], boo
     loaded = load_model(settings.model, **of_presses.loading)
     pace, jobs = Pace.of(loaded), _possible(jobs, loaded)
     context = settings.context_tokens or pace.context(use, jobs, settings.budget_minutes)
-    runs = _runs(settings, use, context, corpus, loaded, command)
-    for line in pace.words(use, jobs, context, settings.max_windows, settings.budget_minutes):
+    runs, sizes = _runs(settings, use, context, corpus, loaded, command)
+    for line in pace.words(use, jobs, *sizes, settings.budget_minutes):
         note(line)
     again = "the same command"
     if settings.context_tokens is None:  # it depends on how busy the machine is
@@ -120,8 +120,8 @@ def _of_presses(settings: AdviceSettings, use: Use, context: int, **other: Any) 
 
 def _runs(
     settings: AdviceSettings, use: Use, asked_context: int, corpus: Corpus, loaded: LoadedModel, command: str
-) -> list[tuple[Run, dict[str, float]]]:
-    """What is measured, with the share of the time at which each part of it ends."""
+) -> tuple[list[tuple[Run, dict[str, float]]], tuple[int, int, int]]:
+    """What is measured, with the share of the time at which each part of it ends; tokens, windows and questions."""
     positions = loaded.max_positions or UNKNOWN_POSITIONS
     wanted = min(asked_context + target_of(asked_context), positions)
     parts, width = excerpts(corpus, loaded.tokenizer, wanted, settings.max_windows, settings.seed)
@@ -159,7 +159,7 @@ def _runs(
     if settings.use == "streaming":
         stream = _stream(settings, corpus, loaded, of_windows, command)
         runs += [] if stream is None else [(stream, {"perplexity": 1.0})]
-    return runs
+    return runs, (context, sum(len(own.starts) for own in first.plan.windows or ()), len(questions.examples))
 
 
 def _jobs(of_presses: Settings, use: Use, settings: AdviceSettings) -> list[Job]:
