@@ -407,6 +407,22 @@ def test_a_press_that_is_not_known_here_is_no_damage(loaded: LoadedModel, tmp_pa
     assert len(snapshots) == 1 and said.exists() and snapshots.disk_bytes == bytes_in(tmp_path)
 
 
+def test_one_that_is_removed_as_it_is_written_is_not_there(
+    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshots = Snapshots(loaded.model, loaded.tokenizer, KnormPress(0.5), folder=tmp_path)
+    made = snapshots.add(TEXTS[0])
+    write = folder_module.Folder.write
+
+    def late(self: Any, snapshot: Snapshot, model: Any) -> None:
+        assert snapshots.remove(snapshot.id)
+        write(self, snapshot, model)
+
+    monkeypatch.setattr(folder_module.Folder, "write", late)
+    snapshots.flush()
+    assert made.is_removed and not list(tmp_path.iterdir()) and snapshots.unwritten == 0
+
+
 def test_many_threads_and_little_room(loaded: LoadedModel, tmp_path: Path) -> None:
     press = SnapKVPress(0.5, window_size=8)
     size = Snapshots(loaded.model, press=press).add(list(range(1, 41))).memory_bytes

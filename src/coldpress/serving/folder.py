@@ -101,10 +101,11 @@ class Folder:
             OutputError: it cannot be written, for instance because the disk is full.
             CacheError: a file cannot hold it.
         """
-        key, path = snapshot.id, self._path(snapshot.id)
+        key, path, cache = snapshot.id, self._path(snapshot.id), snapshot._cache
         if not path.exists():
-            assert snapshot._cache is not None
-            snapshot._cache.save(path, model)
+            if cache is None:  # another thread has just removed it
+                return
+            cache.save(path, model)
         try:
             if not self._declaration(key).exists():
                 self._declare(snapshot)
