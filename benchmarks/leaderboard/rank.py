@@ -61,7 +61,10 @@ def command_of(record: dict[str, Any]) -> str:
 
 
 def boards(rows: list[dict[str, Any]]) -> dict[tuple[str, float], list[dict[str, Any]]]:
-    """The rows of each model and ratio: one a press, best first; ratio 0 stands for presses without a ratio."""
+    """The rows of each model and ratio: one a press, best first; ratio 0 stands for presses without a ratio.
+
+    Presses that removed nothing of any text come last; their ``rank`` and its interval are None.
+    """
     scored: dict[tuple[str, float], dict[str, list[dict[str, Any]]]] = {}
     for row in rows:
         if row["protocol"].startswith("prefix") and row.get("per_window"):
@@ -85,12 +88,13 @@ def windows_of(rows: list[dict[str, Any]], model: str) -> dict[float, dict[str, 
 
 
 def _board(by_press: dict[str, list[dict[str, Any]]], others: Any) -> list[dict[str, Any]]:
-    names = sorted(by_press)
+    whole = {press for press, rows in by_press.items() if all(r["kv_bytes"] >= r["kv_bytes_baseline"] for r in rows)}
+    names = sorted(by_press, key=lambda press: (press in whole, press))
     windows = {press: {_place(row, w): w[2] for row in by_press[press] for w in row["per_window"]} for press in names}
     places = sorted({place for own in windows.values() for place in own})
     kld = np.array([[windows[press].get(place, np.nan) for place in places] for press in names])
     texts = np.array([place[0] for place in places])
-    ranks, low, high = ranking(kld, texts)
+    ranks, low, high = ranking(kld[: len(names) - len(whole)], texts)
     found = []
     for i, press in enumerate(names):
         of_texts = {_text(row): row for row in by_press[press]}
@@ -100,8 +104,8 @@ def _board(by_press: dict[str, list[dict[str, Any]]], others: Any) -> list[dict[
         found.append(
             {
                 "press": press,
-                "rank": int(ranks[i]),
-                "rank_ci95": [int(low[i]), int(high[i])],
+                "rank": None if press in whole else int(ranks[i]),
+                "rank_ci95": None if press in whole else [int(low[i]), int(high[i])],
                 "kld": float(np.nanmean(kld[i])),
                 "windows": int((~np.isnan(kld[i])).sum()),
                 "texts": of_texts,
@@ -112,7 +116,7 @@ def _board(by_press: dict[str, list[dict[str, Any]]], others: Any) -> list[dict[
                 "tpot_ms": speed.get("tpot_ms"),
             }
         )
-    return sorted(found, key=lambda row: (row["rank"], row["kld"]))
+    return sorted(found, key=lambda row: (row["rank"] is None, row["rank"] or 0, row["kld"]))
 
 
 def ranking(kld: np.ndarray, texts: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -222,10 +222,7 @@ def _run_ppl(args: argparse.Namespace, argv: list[str], prog: str | None) -> int
         with followers_silent() as folder:
             settings = settings if folder is None else replace(settings, output_dir=folder)
             records, is_interrupted = evaluate(settings, command)
-    if is_interrupted:
-        sys.stderr.write(f"\ninterrupted; {len(records)} result(s) kept\n")
-        return 130
-    return 1 if any(record["status"] == "failed" for record in records) else 0
+    return _outcome(records, is_interrupted, again="")
 
 
 def _run_sweep(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
@@ -270,12 +267,16 @@ def _command(argv: list[str], prog: str | None) -> str:
     return f"{prog or 'coldpress'} {shlex.join(argv)}"
 
 
-def _outcome(records: list[dict[str, Any]], is_interrupted: bool) -> int:
-    """The exit code of a run that the same command goes on with."""
-    if is_interrupted:
-        sys.stderr.write(f"\ninterrupted; {len(records)} result(s) kept; the same command goes on from here\n")
-        return 130
-    return 1 if any(record["status"] == "failed" for record in records) else 0
+def _outcome(records: list[dict[str, Any]], is_interrupted: bool, again: str = "the same command") -> int:
+    """The exit code. Of an interrupted run it is said what is kept, and what goes on from there, if anything does."""
+    n, n_open = len(records), sum(record["status"] == "interrupted" for record in records)
+    if is_interrupted and not records:
+        sys.stderr.write("\ninterrupted before anything was measured\n")
+    elif is_interrupted:
+        unfinished = "" if not n_open else ", unfinished" if n_open == n else f", {n_open} of them unfinished"
+        goes_on = f"; {again} goes on from here" if again else ""
+        sys.stderr.write(f"\ninterrupted; {n} result(s) kept{unfinished}{goes_on}\n")
+    return 130 if is_interrupted else 1 if any(record["status"] == "failed" for record in records) else 0
 
 
 def _run_calibrate(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:

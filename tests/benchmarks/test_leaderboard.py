@@ -126,6 +126,36 @@ def test_a_board_shows_scores_and_times_beside_kl(tmp_path: Path) -> None:
     assert "&lt;a&gt;" in html and "<a>" not in html and "<svg" in html and "--compression_ratio 0.5" in html
 
 
+def test_a_press_that_removed_nothing_is_last_and_said_to_be_whole() -> None:
+    whole = {"kv_bytes": 100, "ratio": 0.0}
+    records = [
+        record("<w>", [0.0, 0.0], **whole),
+        record("a", [0.3, 0.4], ratio=0.0),
+        record("b", [0.1, 0.2], ratio=0.0),
+    ]
+    document = json.loads(json.dumps(condensed(records)))
+    (board,) = boards(document["rows"]).values()
+    assert [(row["press"], row["rank"]) for row in board] == [("b", 1), ("a", 2), ("<w>", None)]
+    text, html = markdown(document), page(document)
+    lines = text.splitlines()
+    assert lines[lines.index("") + 3].startswith("| 1 [1, 1] | `b` |")
+    assert "|  | `<w>` | 0.0000 |" in text and "\n\n`<w>` removed nothing of these texts: it has no rank.\n" in text
+    assert "<p>&lt;w&gt; removed nothing of these texts: it has no rank.</p>" in html
+
+
+def test_a_press_that_removed_something_of_one_text_has_a_rank() -> None:
+    rows = condensed([record("a", [0.0], kv_bytes=100), record("a", [0.1], "wiki", kv_bytes=99)])["rows"]
+    (board,) = boards(rows).values()
+    assert board[0]["rank"] == 1 and "removed nothing" not in markdown(condensed([record("b", [0.1])]))
+
+
+def test_a_board_of_presses_that_removed_nothing_has_no_rank() -> None:
+    document = condensed([record("a", [0.0], kv_bytes=100), record("b", [0.0], kv_bytes=101)])
+    (board,) = boards(document["rows"]).values()
+    assert [row["rank"] for row in board] == [None, None]
+    assert "`a` and `b` removed nothing of these texts: they have no rank." in markdown(document)
+
+
 def test_a_row_s_command_is_its_settings() -> None:
     assert command_of(record("snapkv", [0.1])) == (
         "coldpress ppl --ppl_apply_press --ppl_only --model smollm2 --dataset pg19 --max_windows 4 --context_tokens 8 "

@@ -13,11 +13,12 @@ import pytest
 from coldpress.cli import main
 from coldpress.errors import DataError
 from coldpress.eval import advice as advice_module
-from coldpress.eval import recommend, task_run
+from coldpress.eval import prefix, recommend, task_run
 from coldpress.eval.advice import Row, Scored, advise, rule_of, table_of, words_of
 from coldpress.eval.datasets import Corpus, Document
 from coldpress.eval.excerpts import excerpts
 from coldpress.eval.models import load_model
+from coldpress.eval.pace import Pace
 from coldpress.eval.results import read_results
 from coldpress.eval.schema import check_record
 
@@ -230,8 +231,87 @@ def test_an_interrupted_run_keeps_what_it_has(
     monkeypatch.setattr(task_run.ExampleWork, "__call__", stopped)
     assert run(tmp_path) == 130
     out, said = capsys.readouterr()
-    assert "the same command goes on from here" in said and "Best" not in out
+    assert "interrupted; 3 result(s) kept; the same command goes on from here" in said and "Best" not in out
     assert {r["protocol"].partition("-")[0] for r in read_results(tmp_path)} == {"prefix"}
+
+
+@pytest.mark.usefixtures("one_model")
+def test_what_was_finished_before_an_interrupted_part_is_not_measured_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = ("--max_windows", "2", "--press", "knorm")
+    whole = task_run.ExampleWork.__call__
+
+    def stopped(self: Any, model: Any, item: Any) -> Any:
+        if item.index:
+            raise KeyboardInterrupt
+        return whole(self, model, item)
+
+    def measured(self: Any, model: Any, item: Any) -> Any:
+        raise AssertionError("windows are there")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(task_run.ExampleWork, "__call__", stopped)
+        assert run(tmp_path, *few) == 130
+    said = capsys.readouterr().err
+    assert "interrupted; 4 result(s) kept, 2 of them unfinished; the same command goes on from here" in said
+    monkeypatch.setattr(prefix.WindowWork, "__call__", measured)
+    assert run(tmp_path, *few) == 0
+    assert "2 windows of 64 + 24 tokens, 2 questions and 1 timed round" in capsys.readouterr().out
+    assert {r["status"] for r in read_results(tmp_path)} == {"ok"}
+    assert not (tmp_path / ".unfinished").exists()
+
+
+@pytest.mark.usefixtures("one_model")
+def test_the_time_is_told_of_what_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of windows as long as the model can read, and as many as the text has."""
+    assert run(tmp_path, "--context_tokens", "1024", "--max_windows", "40", "--budget_minutes", "0.001") == 0
+    out, said = capsys.readouterr()
+    assert "contexts have 911 tokens, not 1024" in said
+    assert "2 presses on 17 windows and 40 questions of 911 tokens take about" in said
+    assert "windows of 911 + 113 tokens" in out
+
+
+@pytest.mark.usefixtures("one_model")
+def test_what_to_do_after_an_interruption_is_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The context that was chosen depends on how fast the machine is; the same windows need it to be named."""
+    monkeypatch.setattr(Pace, "context", lambda *args: 64)
+    given = ["recommend", "--model", "demo", "--data", "demo", "--output_dir", str(tmp_path), "--press", "knorm"]
+    whole, seen = prefix.WindowWork.__call__, []
+
+    def stopped(self: Any, model: Any, item: Any) -> Any:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(item.index)
+        return whole(self, model, item)
+
+    monkeypatch.setattr(prefix.WindowWork, "__call__", stopped)
+    assert main([*given, "--max_windows", "2"]) == 130
+    said = capsys.readouterr().err
+    more = "the same command with --context_tokens 64 goes on from here"
+    assert f"interrupted; 2 result(s) kept, unfinished; {more}\n" in said
+    assert said.count("--context_tokens") == 1
+    assert main([*given, "--max_windows", "3"]) == 130  # other windows: nothing is there
+    said = capsys.readouterr().err
+    assert said.endswith("\ninterrupted before anything was measured\n") and "goes on" not in said
+
+
+@pytest.mark.usefixtures("one_model")
+def test_an_interruption_while_the_result_is_reckoned_keeps_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*args: Any) -> str:
+        raise KeyboardInterrupt
+
+    few = ("--max_windows", "2", "--press", "knorm")
+    with monkeypatch.context() as patch:
+        patch.setattr(recommend, "_recommendation", stopped)
+        assert run(tmp_path, *few) == 130
+    assert "interrupted; 4 result(s) kept; the same command goes on from here" in capsys.readouterr().err
+    monkeypatch.setattr(task_run.ExampleWork, "__call__", stopped)
+    assert run(tmp_path, *few) == 0 and not (tmp_path / ".unfinished").exists()
 
 
 @pytest.mark.parametrize(

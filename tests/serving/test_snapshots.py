@@ -26,6 +26,7 @@ from coldpress.architecture.cache_argument import cache_argument
 from coldpress.errors import CacheError, InputError, PressError
 from coldpress.eval.models import LoadedModel, load_model
 from coldpress.io.artefacts import digest_of
+from coldpress.serving import folder as folder_module
 from coldpress.serving.snapshot import Snapshot
 from coldpress.serving.wording import chat_ids, joined, prefix_ids
 
@@ -328,6 +329,74 @@ def test_what_other_processes_write_counts_and_goes(
     assert own.disk_bytes == bytes_in(tmp_path)
 
 
+def test_a_declaration_is_read_again_only_where_it_is_another_file(
+    loaded: LoadedModel, folder: Path, tmp_path: Path, two: list[Snapshot], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    whole = folder_module.read_text
+
+    def noted(path: Path) -> str:
+        read.append(path.stem)
+        return whole(path)
+
+    monkeypatch.setattr(folder_module, "read_text", noted)
+    model = load_model(str(folder), device="cpu").model
+    model.get_output_embeddings().weight[0, 0] += 1
+    other = Snapshots(model, loaded.tokenizer, folder=tmp_path)
+    assert sorted(read) == sorted(one.id for one in two)
+    for _ in range(3):
+        other.refresh()
+    assert len(read) == 2 and len(other) == 0  # of another model
+    theirs = Snapshots(model, loaded.tokenizer, folder=tmp_path)
+    late = theirs.add(TEXTS[2], press=KnormPress(0.5))
+    theirs.flush()
+    read.clear()
+    other.refresh()
+    other.refresh()
+    assert read == [late.id] and [one.id for one in other] == [late.id]
+    first, second = two
+    said = tmp_path / f"{first.id}.json"
+    text = said.read_bytes()
+    (tmp_path / "new").write_bytes(text)
+    os.replace(tmp_path / "new", said)  # of the same size
+    other.refresh()
+    other.refresh()
+    assert read == [late.id, first.id]
+    time_of = said.stat().st_mtime_ns
+    said.write_bytes(text[:-1] + b"!")
+    os.utime(said, ns=(time_of, time_of))
+    with pytest.warns(UserWarning, match="is damaged"):
+        other.refresh()
+    assert not said.exists() and other.damaged == 1
+    (tmp_path / f"{second.id}.json").unlink()
+    (tmp_path / f"{second.id}.safetensors").unlink()
+    other.refresh()
+    assert other.disk_bytes == bytes_in(tmp_path)
+    own = Snapshots(loaded.model, loaded.tokenizer, SnapKVPress(0.5, window_size=8), folder=tmp_path)
+    read.clear()
+    again = [own.add(one.ids, press=one.press) for one in two]
+    own.flush()
+    other.refresh()
+    other.refresh()
+    assert sorted(read) == sorted(one.id for one in again) == sorted(one.id for one in two)
+    assert other.disk_bytes == bytes_in(tmp_path)
+
+
+def test_a_press_that_becomes_known_is_found(
+    loaded: LoadedModel, tmp_path: Path, two: list[Snapshot], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(data: Any) -> Any:
+        raise PressError("There is no such press here.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder_module, "from_data", unknown)
+        snapshots = Snapshots(loaded.model, loaded.tokenizer, folder=tmp_path)
+        snapshots.refresh()
+        assert len(snapshots) == 0
+    snapshots.refresh()
+    assert {one.id for one in snapshots} == {one.id for one in two}
+
+
 def test_a_press_that_is_not_known_here_is_no_damage(loaded: LoadedModel, tmp_path: Path, two: list[Snapshot]) -> None:
     said = tmp_path / f"{two[0].id}.json"
     declared = {**json.loads(said.read_text()), "press": {"class": "theirs:TheirPress", "parameters": {}}}
@@ -336,6 +405,22 @@ def test_a_press_that_is_not_known_here_is_no_damage(loaded: LoadedModel, tmp_pa
     said.write_text(json.dumps({**declared, "sha256": hashlib.sha256(text.encode()).hexdigest()}))
     snapshots = Snapshots(loaded.model, loaded.tokenizer, folder=tmp_path)
     assert len(snapshots) == 1 and said.exists() and snapshots.disk_bytes == bytes_in(tmp_path)
+
+
+def test_one_that_is_removed_as_it_is_written_is_not_there(
+    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshots = Snapshots(loaded.model, loaded.tokenizer, KnormPress(0.5), folder=tmp_path)
+    made = snapshots.add(TEXTS[0])
+    write = folder_module.Folder.write
+
+    def late(self: Any, snapshot: Snapshot, model: Any) -> None:
+        assert snapshots.remove(snapshot.id)
+        write(self, snapshot, model)
+
+    monkeypatch.setattr(folder_module.Folder, "write", late)
+    snapshots.flush()
+    assert made.is_removed and not list(tmp_path.iterdir()) and snapshots.unwritten == 0
 
 
 def test_many_threads_and_little_room(loaded: LoadedModel, tmp_path: Path) -> None:

@@ -53,12 +53,11 @@ def where(section: Section) -> str:
     return f"On {clean(text_name(section.first))} with {model_name(section.first)}"
 
 
-def headline(section: Section, is_alone: bool = True) -> str:
-    """What to quote from a section; with its protocol where another has the same text and model."""
-    protocol = clean(section.first["protocol"])
-    lead = where(section) + ("" if is_alone else f" (protocol {protocol})")
+def headline(section: Section, apart: str = "") -> str:
+    """What to quote from a section; ``apart`` tells it from another of the same text and model."""
+    lead = where(section) + (f" ({apart})" if apart else "")
     if not section.entries:
-        return f"{lead}, nothing was finished under {protocol}."
+        return f"{lead}, nothing was finished under {clean(section.first['protocol'])}."
     return f"{lead}: {' '.join(sentences(answer(section)))}"
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from coldpress.eval.apart import added
 from coldpress.eval.columns import Table, opening_table, tables
 from coldpress.eval.conclusions import WITHIN, findings, headline, where
 from coldpress.eval.figures import Drawing, require_matplotlib
@@ -87,10 +87,9 @@ def make_report(collection: Collection) -> Report:
     require_matplotlib()
     records = collection.records
     found = sections(records)
-    alike = Counter((where(section), section.kind) for section in found)
-    parts = _told_apart(
-        [_part(section, i, alike[where(section), section.kind] == 1) for i, section in enumerate(found, start=1)], found
-    )
+    of_headline = added(found, lambda section: (where(section), section.kind))
+    of_title = added(found, _title)
+    parts = [_part(section, i, of_title[id(section)], of_headline[id(section)]) for i, section in enumerate(found, 1)]
     lead = found.index(lead_of(found))
     opening = _opening(found[lead], parts[lead], len(found) > 1)
     if opening.figure is not None:
@@ -111,20 +110,6 @@ def make_report(collection: Collection) -> Report:
     )
 
 
-def _told_apart(parts: list[Part], found: Sequence[Section]) -> list[Part]:
-    """Parts of which no two have the same title: transformers' version or, where it is the same, a number is added."""
-    apart = []
-    for part, section in zip(parts, found, strict=True):
-        twins = [other for own, other in zip(parts, found, strict=True) if own.title == part.title]
-        if len(twins) > 1:
-            versions = [str(other.first["env"].get("transformers")) for other in twins]
-            i = twins.index(section)
-            added = f"transformers {versions[i]}" if len(set(versions)) == len(twins) else f"part {i + 1}"
-            part = replace(part, title=f"{part.title}, {clean(added)}")
-        apart.append(part)
-    return apart
-
-
 def _opening(section: Section, part: Part, is_one_of_many: bool) -> Opening:
     found = rows(section)
     shown = chosen(found)
@@ -136,7 +121,11 @@ def _opening(section: Section, part: Part, is_one_of_many: bool) -> Opening:
     return Opening(title, tuple(sentences(answer(section))), opening_table(shown), " ".join(notes), figure)
 
 
-def _part(section: Section, number: int, is_alone: bool) -> Part:
+def _title(section: Section) -> str:
+    return f"{where(section).removeprefix('On ')}: {KINDS[section.kind]}, {clean(section.first['protocol'])}"
+
+
+def _part(section: Section, number: int, of_title: str, of_headline: str) -> Part:
     first = next((p.record for p in section.entries), section.first)
     caption = clean(describe(first))
     if section.kind == "speed" and len(section.contexts) > 1:  # of which the first record knows its own
@@ -150,9 +139,9 @@ def _part(section: Section, number: int, is_alone: bool) -> Part:
         figure.file = f"{number}-{figure.kind}{f'-{same + 1}' if same else ''}.png"
     return Part(
         anchor=f"part-{number}",
-        title=f"{where(section).removeprefix('On ')}: {KINDS[section.kind]}, {clean(section.first['protocol'])}",
+        title=_title(section) + (f", {of_title}" if of_title else ""),
         caption=caption[0].upper() + caption[1:] + ".",
-        headline=headline(section, is_alone),
+        headline=headline(section, of_headline),
         findings=tuple(findings(section)),
         tables=tuple(tables(section)),
         figures=tuple(figures),

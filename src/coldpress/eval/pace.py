@@ -55,15 +55,16 @@ class Pace:
             forward(loaded.model, ids[:, :1], cache, keep=1)
         return cls((read - start) / 1e9 / PACE_TOKENS, (now_ns(device) - read) / 1e9 / PACE_STEPS)
 
-    def minutes(self, use: Use, jobs: Sequence[Job], context: int, n: float) -> float:
-        """What ``n`` windows and ``n`` questions take, about, with all that is timed."""
+    def minutes(self, use: Use, jobs: Sequence[Job], context: int, n: float, n_questions: float | None = None) -> float:
+        """What ``n`` windows and so many questions (None: as many) take, about, with all that is timed."""
+        n_questions = n if n_questions is None else n_questions
         again = sum(map(_reads_again, jobs))
         read = context * ((len(jobs) if use.chunk_tokens else 1) + again)
         window = read + target_of(context) * len(jobs)
         question = read + QUESTION_TOKENS * len(jobs)
         timed = (ROUNDS + 2) * context * (len(jobs) + again)
-        steps = n * ANSWER_STEPS * len(jobs) + (ROUNDS + 1) * NEW_TOKENS * len(jobs)
-        return (self.read_s * (n * (window + question) + timed) + self.step_s * steps) / 60
+        steps = n_questions * ANSWER_STEPS * len(jobs) + (ROUNDS + 1) * NEW_TOKENS * len(jobs)
+        return (self.read_s * (n * window + n_questions * question + timed) + self.step_s * steps) / 60
 
     def fitting(self, use: Use, jobs: Sequence[Job], context: int, minutes: float) -> float:
         """How many windows and questions there is time for."""
@@ -75,10 +76,11 @@ class Pace:
         fits = (c for c in CONTEXTS if self.fitting(use, jobs, c, minutes) >= 2 * FEWEST_WINDOWS)
         return next(fits, CONTEXTS[-1])
 
-    def words(self, use: Use, jobs: Sequence[Job], context: int, n: int, limit: float) -> list[str]:
-        """What to tell before ``n`` windows and questions are measured in ``limit`` minutes at most."""
-        needed, fitting = self.minutes(use, jobs, context, n), int(self.fitting(use, jobs, context, limit))
-        what = f"{len(jobs) - 1} presses on {n} windows and {n} questions of {context:,} tokens"
+    def words(self, use: Use, jobs: Sequence[Job], context: int, n: int, n_questions: int, limit: float) -> list[str]:
+        """What to tell before ``n`` windows and so many questions are measured in ``limit`` minutes at most."""
+        needed = self.minutes(use, jobs, context, n, n_questions)
+        fitting = int(self.fitting(use, jobs, context, limit))
+        what = f"{len(jobs) - 1} presses on {n} windows and {n_questions} questions of {context:,} tokens"
         whole = f"{what} take about {needed:.1f} min"
         if needed <= limit:
             return [f"{whole} (at most {limit:g}, --budget_minutes)."]

@@ -7,6 +7,7 @@ on. Their records are those of these commands. What follows from them is decided
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -15,12 +16,13 @@ from typing import Any
 
 from coldpress.backends import NO_PRESS
 from coldpress.bases.registry import make_press
-from coldpress.errors import InputError
+from coldpress.errors import InputError, OutputError
 from coldpress.eval.advice import Row, Scored, advise, rule_of, table_of, words_of
 from coldpress.eval.datasets import Corpus, load_corpus
 from coldpress.eval.evaluate import PressRun, make_run
 from coldpress.eval.excerpts import excerpts, source_of
 from coldpress.eval.jobs import Job, make_jobs
+from coldpress.eval.ledger import Ledger
 from coldpress.eval.models import LoadedModel, load_model
 from coldpress.eval.options import SIZES, OfLimits, OfMachine, OfModel, names_of
 from coldpress.eval.pace import Clock, Pace
@@ -46,7 +48,7 @@ OF_A_POINT = ("press", "compression_ratio", "budget_tokens", "kv_bits")
 _SHARED = (*names_of(OfModel, OfMachine, OfLimits), *SIZES, "press")
 
 
-def recommend(settings: AdviceSettings, command: str) -> tuple[list[Record], bool]:
+def recommend(settings: AdviceSettings, command: str) -> tuple[list[Record], bool, str]:
     """Measure, write the records, and print a table and two names.
 
     A run that was killed, or whose time was up, goes on where it was when it is started again.
@@ -56,7 +58,8 @@ def recommend(settings: AdviceSettings, command: str) -> tuple[list[Record], boo
         command: the command line, for the record.
 
     Returns:
-        The records, and whether the user interrupted the run.
+        The records, whether the user interrupted the run, and what goes on from there: the same command, and what it
+        has to be given beside.
 
     Raises:
         InputError: before any long work, when something that was asked for cannot work.
@@ -70,23 +73,36 @@ def recommend(settings: AdviceSettings, command: str) -> tuple[list[Record], boo
     loaded = load_model(settings.model, **of_presses.loading)
     pace, jobs = Pace.of(loaded), _possible(jobs, loaded)
     context = settings.context_tokens or pace.context(use, jobs, settings.budget_minutes)
-    runs = _runs(settings, use, context, corpus, loaded, command)
-    for line in pace.words(use, jobs, context, settings.max_windows, settings.budget_minutes):
+    runs, sizes = _runs(settings, use, context, corpus, loaded, command)
+    for line in pace.words(use, jobs, *sizes, settings.budget_minutes):
         note(line)
+    again = "the same command"
+    if settings.context_tokens is None:  # it depends on how busy the machine is
+        again += f" with --context_tokens {context}"
     clock = Clock(60 * settings.budget_minutes)
     records: list[Record] = []
-    for run, ends in runs:
-        run.keep_in(folder)
-        run.show_progress = clock.hook(run, ends)
-        found, is_interrupted = carry_out(run, folder, is_quiet=True)
-        records += found
-        if is_interrupted:
-            if settings.context_tokens is None:  # it depends on how busy the machine is
-                note(f"add --context_tokens {context} to go on with the same windows.")
-            return records, True
-    print(_recommendation(settings, records, clock.spent / 60, clock.is_up))
-    print(f"\n{len(records)} result(s) in {printable(str(folder))}/", flush=True)
-    return records, False
+    try:
+        for run, ends in runs:
+            run.keep_in(folder)
+            run.show_progress = clock.hook(run, ends)
+            found, is_interrupted = carry_out(run, folder, is_quiet=True, keeps_ledger=True)
+            records += found
+            if is_interrupted:
+                return records, True, again
+        print(_recommendation(settings, records, clock.spent / 60, again if clock.is_up else ""))
+        print(f"\n{len(records)} result(s) in {printable(str(folder))}/", flush=True)
+    except KeyboardInterrupt:  # between two of them, or while the result is reckoned
+        return records, True, again
+    if all(run.is_over for run, _ in runs):
+        _clear([run.ledger for run, _ in runs if run.ledger is not None])
+    return records, False, again
+
+
+def _clear(ledgers: Iterable[Ledger]) -> None:
+    """Remove what was kept of each part for another try; what another process has begun with is left to it."""
+    for ledger in ledgers:
+        with contextlib.suppress(OutputError), ledger.held():
+            ledger.clear()
 
 
 def _of_presses(settings: AdviceSettings, use: Use, context: int, **other: Any) -> Settings:
@@ -104,8 +120,8 @@ def _of_presses(settings: AdviceSettings, use: Use, context: int, **other: Any) 
 
 def _runs(
     settings: AdviceSettings, use: Use, asked_context: int, corpus: Corpus, loaded: LoadedModel, command: str
-) -> list[tuple[Run, dict[str, float]]]:
-    """What is measured, with the share of the time at which each part of it ends."""
+) -> tuple[list[tuple[Run, dict[str, float]]], tuple[int, int, int]]:
+    """What is measured, with the share of the time at which each part of it ends; tokens, windows and questions."""
     positions = loaded.max_positions or UNKNOWN_POSITIONS
     wanted = min(asked_context + target_of(asked_context), positions)
     parts, width = excerpts(corpus, loaded.tokenizer, wanted, settings.max_windows, settings.seed)
@@ -143,7 +159,7 @@ def _runs(
     if settings.use == "streaming":
         stream = _stream(settings, corpus, loaded, of_windows, command)
         runs += [] if stream is None else [(stream, {"perplexity": 1.0})]
-    return runs
+    return runs, (context, sum(len(own.starts) for own in first.plan.windows or ()), len(questions.examples))
 
 
 def _jobs(of_presses: Settings, use: Use, settings: AdviceSettings) -> list[Job]:
@@ -203,14 +219,14 @@ def _stream(
 # What is printed: the table, the rule, two names, and how to use them
 
 
-def _recommendation(settings: AdviceSettings, records: Sequence[Record], minutes: float, is_cut: bool) -> str:
+def _recommendation(settings: AdviceSettings, records: Sequence[Record], minutes: float, again: str) -> str:
     """The table and the two names.
 
     Args:
         settings: what was asked for.
         records: of the windows and of the questions of each press, and of streams.
         minutes: that it took.
-        is_cut: whether the time was up before all was measured.
+        again: what measures more, where the time was up before all was measured; else an empty text.
     """
     use = USES[settings.use]
     streams = [record for record in records if record["protocol"].startswith("stream")]
@@ -230,8 +246,7 @@ def _recommendation(settings: AdviceSettings, records: Sequence[Record], minutes
     advice = advise(plain, list(rows), settings.margin, use.by_time)
     first = base[0]
     n_windows, n_questions = len(next(iter(rows)).windows), len(plain.right)
-    size = "" if settings.context_tokens else f" with --context_tokens {first['context_tokens']}"
-    up = f"; the time was up, the same command{size} adds more" if is_cut else ""
+    up = f"; the time was up, {again} adds more" if again else ""
     counts = f"{n_windows} windows of {first['context_tokens']:,} + {first['target_tokens']} tokens"
     said = [
         f"{short(first['model'])} on {short(settings.data or '')}, for {settings.use}: {use.about}.",

@@ -130,6 +130,11 @@ class Run(ABC):
         """Note what is finished in a ledger beside the results, and go on from what is there."""
         self.ledger = Ledger(folder / UNFINISHED / self.digest)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is left for another try, if nobody interrupted it."""
+        return not self.is_cut and self.error is None
+
     def where(self, engine: Engine | None) -> AbstractContextManager[Engine]:
         """``engine`` or, where there is none yet, the one that was asked for, until the block ends."""
         s = self.settings
@@ -234,7 +239,7 @@ def _blank(common: dict[str, Any], job: Job) -> dict[str, Any]:
 
 
 def carry_out(
-    run: Run, folder: Path, engine: Engine | None = None, is_quiet: bool = False
+    run: Run, folder: Path, engine: Engine | None = None, is_quiet: bool = False, keeps_ledger: bool = False
 ) -> tuple[list[dict[str, Any]], bool]:
     """Measure all of a run, write its results, and print them.
 
@@ -243,6 +248,7 @@ def carry_out(
         folder: where the results belong.
         engine: where windows and examples are measured; None: here.
         is_quiet: print no tables.
+        keeps_ledger: leave it there when all is measured: the run is a part of something that may be interrupted yet.
 
     Returns:
         The records, in the order of the table, and whether the user interrupted the run. Of an interrupted run, what
@@ -270,7 +276,7 @@ def carry_out(
             finally:
                 if stopped is not None:
                     raise stopped
-        if run.ledger is not None and not is_interrupted and not run.is_cut and run.error is None:
+        if run.ledger is not None and not is_interrupted and not keeps_ledger and run.is_over:
             run.ledger.clear()  # if the model or its workers failed, what was finished is left for another try
     for record in records:
         if record["status"] == "failed":

@@ -121,10 +121,11 @@ def attention(
     **kwargs: Any,
 ) -> Attended:
     """Attention of one layer of a model: ``query [B, Hq, Q, D]``, ``key`` and ``value [B, Hkv, T, D]``, both final."""
-    if torch.compiler.is_compiling() and attention_mask is not None and attention_mask.dtype == torch.uint8:
-        assert CURRENT.cache is not None
+    is_compiling = torch.compiler.is_compiling()
+    is_of_bytes = is_compiling and attention_mask is not None and attention_mask.dtype == torch.uint8
+    if is_of_bytes and CURRENT.cache is not None:  # without a step it is somebody's own, which the attention refuses
         return _in_step(native, module, query, scaling, dropout, CURRENT.cache, **kwargs)
-    attend = _attended_outside if torch.compiler.is_compiling() and THREAD.updated is not None else _attended
+    attend = _attended_outside if is_compiling and THREAD.updated is not None else _attended
     return attend(native, module, query, key, value, attention_mask, scaling, dropout, **kwargs)
 
 

@@ -11,6 +11,7 @@ import threading
 import time
 import warnings
 from collections import OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ class Folder:
         self.path, self.budget_bytes = path_of(path), budget_bytes
         self._lock = threading.Lock()
         self._sizes: OrderedDict[str, int] = OrderedDict()  # bytes by key, the least recently used first
+        self._stamps: dict[str, tuple[int, ...]] = {}  # by key, of the declarations that were read and understood
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._look()
@@ -85,6 +87,11 @@ class Folder:
         except OSError:
             return set()
 
+    def unread(self, keys: Iterable[str]) -> list[str]:
+        """Those of ``keys`` whose declarations were not read and understood yet, or are other files since."""
+        stamps = {key: _stamp(self._declaration(key)) for key in sorted(keys)}
+        return [key for key, stamp in stamps.items() if stamp is not None and stamp != self._stamps.get(key)]
+
     def write(self, snapshot: Snapshot, model: PreTrainedModel) -> None:
         """Write a snapshot and its declaration, unless they are there: whole or not at all.
 
@@ -94,10 +101,11 @@ class Folder:
             OutputError: it cannot be written, for instance because the disk is full.
             CacheError: a file cannot hold it.
         """
-        key, path = snapshot.id, self._path(snapshot.id)
+        key, path, cache = snapshot.id, self._path(snapshot.id), snapshot._cache
         if not path.exists():
-            assert snapshot._cache is not None
-            snapshot._cache.save(path, model)
+            if cache is None:  # another thread has just removed it
+                return
+            cache.save(path, model)
         try:
             if not self._declaration(key).exists():
                 self._declare(snapshot)
@@ -140,6 +148,7 @@ class Folder:
         if not _KEY.fullmatch(key) or self._is_orphan(key):
             return None
         path = self._declaration(key)
+        stamp = _stamp(path)
         try:
             said = _intact(read_text(path), key)
         except OSError:  # a press that JSON cannot hold has none
@@ -154,9 +163,13 @@ class Folder:
             source, ids = said["source"], row(said["ids"])
             if source is not None and not is_wording(source):
                 return None
-            return Snapshot(key, ids, source, press, bits, said["chunk_tokens"], checked_pins(said["pins"] or None))
+            pins = checked_pins(said["pins"] or None)
+            found = Snapshot(key, ids, source, press, bits, said["chunk_tokens"], pins)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, InputError):
-            return None  # of a press, or of a version of coldpress, that is not known here
+            return None  # of a press, or of a version of coldpress, that is not known here, or not yet
+        if stamp is not None:
+            self._stamps[key] = stamp
+        return found
 
     def _declare(self, snapshot: Snapshot) -> None:
         """Write what was declared, for this user alone, as it holds the text."""
@@ -241,11 +254,21 @@ class Folder:
     def _forget(self, key: str) -> None:
         with self._lock:
             self._sizes.pop(key, None)
+            self._stamps.pop(key, None)
 
     def _trim(self) -> None:
         while self.budget_bytes is not None and self.n_bytes > self.budget_bytes:
             for key in self.keys()[:1]:
                 self.remove(key)
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """What is another of another file, and after a change; None where there is no file."""
+    try:
+        state = path.stat()
+    except OSError:
+        return None
+    return state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
 
 
 def _checksum(key: str, declared: dict[str, Any]) -> str:

@@ -207,7 +207,7 @@ class Snapshots:
             return
         known = self._folder.keys()
         there = self._folder.there()
-        for key in there - self._by_id.keys():
+        for key in self._folder.unread(there - self._by_id.keys()):
             self._restore(key)
         for key in set(known) - there:
             self.remove(key)
