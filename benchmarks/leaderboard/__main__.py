@@ -47,7 +47,7 @@ def main() -> int:
         help="a smaller model beside it: a folder such as tiny-neox (default: the embedded one)",
     )
     add("--minutes", type=float, default=60.0)
-    add("--press", nargs="+", help="only these; with --publish the other rows that are there stay")
+    add("--press", nargs="+", help="only these; with --publish the other rows of the published board stay")
     add("--output", type=Path, default=Path("results/leaderboard"), help="folder of the records, the page and the logs")
     add("--publish", action="store_true", help="also write what docs/leaderboard.md is generated from")
     for field in fields(Sizes):
@@ -71,7 +71,7 @@ def main() -> int:
     records = [record for record in read_results(args.output) if record["press"] != "no_press"]
     document = condensed(records)
     if args.publish and args.press:
-        document = beside(document, json.loads((RESULTS / "leaderboard.json").read_text(encoding="utf-8")), args.press)
+        document = beside(document, json.loads((RESULTS / "leaderboard.json").read_text(encoding="utf-8")))
     html = args.output / "leaderboard.html"
     html.write_text(page(document), encoding="utf-8")
     if args.publish:
@@ -84,15 +84,20 @@ def main() -> int:
     return 1 if n_failed or not records else 0
 
 
-def beside(document: dict[str, Any], before: dict[str, Any], presses: list[str]) -> dict[str, Any]:
-    """Rows of ``presses`` in ``document`` and those of all others in ``before``, measured under the same versions."""
+def beside(document: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """The rows of ``document``, and of ``before`` those of what it has not measured, under the same versions."""
+
+    def what(row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(row.get(name) for name in ("press", "compression_ratio", "protocol", "model", "dataset", "subset"))
+
     for name in ("torch", "transformers"):
         if document["env"][name] != before["env"][name]:
             raise SystemExit(
                 f"The board was measured under {name} {before['env'][name]} and these presses under "
                 f"{document['env'][name]}: measure all of them, without --press."
             )
-    return {**document, "rows": document["rows"] + [row for row in before["rows"] if row["press"] not in presses]}
+    again = {what(row) for row in document["rows"]}
+    return {**document, "rows": document["rows"] + [row for row in before["rows"] if what(row) not in again]}
 
 
 def _linked(name: str, given: str) -> str:

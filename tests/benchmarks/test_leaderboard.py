@@ -205,10 +205,15 @@ def test_a_sweep_out_of_time_is_told_as_by_ctrl_c() -> None:
 
 
 def test_presses_measured_again_stand_beside_the_others() -> None:
-    before = condensed([record("snapkv", [1.0, 2.0]), record("knorm", [3.0, 4.0])])
-    again = condensed([record("knorm", [5.0, 6.0])])
-    both = beside(again, before, ["knorm"])
-    assert [(row["press"], row["per_window"][0][2]) for row in both["rows"]] == [("knorm", 5.0), ("snapkv", 1.0)]
+    timed = {"protocol": "speed", "per_window": [], "ttft_s": 2.0}
+    before = condensed([record("snapkv", [1.0]), record("knorm", [3.0]), record("knorm", [], **timed)])
+    again = condensed([record("knorm", [5.0])])
+    both = beside(again, before)["rows"]
+    assert [(row["press"], row.get("ttft_s") or row["per_window"][0][2]) for row in both] == [
+        ("knorm", 5.0),
+        ("snapkv", 1.0),
+        ("knorm", 2.0),
+    ]
     again["env"]["torch"] = "3"
     with pytest.raises(SystemExit, match="measure all of them"):
-        beside(again, before, ["knorm"])
+        beside(again, before)
