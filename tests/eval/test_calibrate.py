@@ -128,12 +128,12 @@ def test_a_press_inside_another_one_is_calibrated_for_it(run: Run, tiny: Path, m
     assert run("calibrate", "lukv", *FEW)[0] == 0
     variant = coldpress.LUKVPress(ExpectedAttentionPress(epsilon=2e-2)).variant()
     assert artefact_path("lukv", str(tiny), variant).is_file()
-    monkeypatch.setitem(registry._BY_NAME, "lukv_knorm", registry._Entry(coldpress.LUKVPress, KnormPress))
+    monkeypatch.setitem(registry._BY_NAME, "lukv_knorm", registry._Entry(coldpress.LUKVPress, (KnormPress,)))
     code, _, err = evaluate(run, "lukv_knorm")
     assert code == 2 and "LUKVPress needs budget curves" in err
     assert run("calibrate", "lukv_knorm", *FEW)[0] == 0
     assert evaluate(run, "lukv_knorm")[0] == 0
-    wrapped = registry._Entry(coldpress.ChunkKVPress, coldpress.QFilterPress)
+    wrapped = registry._Entry(coldpress.ChunkKVPress, (coldpress.QFilterPress,))
     monkeypatch.setitem(registry._BY_NAME, "chunkkv_qfilter", wrapped)
     code, _, err = evaluate(run, "chunkkv_qfilter")
     assert code == 2 and "QFilterPress needs filters" in err

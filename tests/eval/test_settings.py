@@ -8,6 +8,7 @@ from tests.contract.architectures import tiny, tokens
 import coldpress
 from coldpress import (
     AdaKVPress,
+    BoundaryPress,
     CompactorPress,
     ComposedPress,
     CompressionRatioDecodingPress,
@@ -59,7 +60,8 @@ def test_a_press_without_a_ratio_is_measured_once() -> None:
 
 def test_schedules_are_measured_where_they_compress_something() -> None:
     (press,) = presses(press=("decoding_snapkv",), press_args=(("window_size", 8),))
-    assert press == CompressionRatioDecodingPress(SnapKVPress(window_size=8), 64, target_compression_ratio=0.5)
+    inside = BoundaryPress(SnapKVPress(window_size=8))
+    assert press == CompressionRatioDecodingPress(inside, 64, target_compression_ratio=0.5)
     assert not {"decoding_knorm", "decoding_snapkv"} & {job.name for job in make_jobs(Settings(press=("all",)))}
     for how in ({"ppl_apply_press": True}, {"ppl_only": True}):
         with pytest.raises(
@@ -75,7 +77,12 @@ def test_names_of_schedules() -> None:
     info = next(info for info in catalogue() if info.name == "decoding_knorm")
     assert (info.kind, info.at_prefill, info.can_rechoose, info.has_ratio) == ("training-free", False, True, True)
     made = eval(info.call, vars(coldpress.public) | {"compression_ratio": 0.3})
-    assert made == make_press("decoding_knorm", 0.3) and made.target_compression_ratio == 0.3
+    assert made == make_press("decoding_knorm", 0.3) and made.base_press == BoundaryPress(KnormPress(), share=0.1)
+    assert make_press("decoding_knorm", 0.3, share=0.2).base_press.share == 0.2
+    for name in press_names(at_prefill=False):
+        if name.startswith("decoding_"):
+            assert isinstance(make_press(name, 0.3).base_press, BoundaryPress), name
+    assert made.target_compression_ratio == 0.3
     assert make_press("decoding_knorm", 0.3, compression_interval=5).compression_interval == 5
     with pytest.raises(PressError, match=r"share of the text so far; .*DecodingPress\(KnormPress\(\), target_size"):
         make_press("decoding_knorm", 0.0, budget_tokens=9)

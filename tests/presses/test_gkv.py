@@ -14,7 +14,16 @@ from tests.presses.test_decoding import Text, decode, decoded, held
 from tests.presses.views import MODELS, view_of
 from torch import Tensor
 
-from coldpress import AdaKVPress, DecodingPress, GKVPress, LayerView, PrefillDecodingPress, SnapKVPress, make_press
+from coldpress import (
+    AdaKVPress,
+    BoundaryPress,
+    DecodingPress,
+    GKVPress,
+    LayerView,
+    PrefillDecodingPress,
+    SnapKVPress,
+    make_press,
+)
 from coldpress.errors import PressError
 from coldpress.presses.rkv import redundancy
 
@@ -158,4 +167,4 @@ def test_bad_arguments_are_refused() -> None:
         with pytest.raises(PressError, match=rf"^GKVPress: {name} {said}\.$"):
             GKVPress(**{name: value})  # type: ignore[arg-type]
     press = make_press("decoding_gkv", 0.5)
-    assert isinstance(press, DecodingPress) and press.base_press == GKVPress()
+    assert isinstance(press, DecodingPress) and press.base_press == BoundaryPress(GKVPress())

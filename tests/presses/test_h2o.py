@@ -16,6 +16,7 @@ from torch import Tensor
 from coldpress import (
     AdaKVPress,
     BlockPress,
+    BoundaryPress,
     ComposedPress,
     CompressionRatioDecodingPress,
     CriticalAdaKVPress,
@@ -224,7 +225,7 @@ def test_a_critical_press_takes_its_sums() -> None:
 
 def test_names() -> None:
     assert make_press("h2o", 0.5, grace=3) == H2OPress(0.5, grace=3)
-    expected = CompressionRatioDecodingPress(H2OPress(decay=1.0), 64, target_compression_ratio=0.4)
+    expected = CompressionRatioDecodingPress(BoundaryPress(H2OPress(decay=1.0)), 64, target_compression_ratio=0.4)
     assert make_press("decoding_h2o", 0.4, decay=1.0) == expected
 
 

@@ -15,6 +15,7 @@ from tests.presses.views import MODELS
 
 from coldpress import (
     AdaKVPress,
+    BoundaryPress,
     CompressionRatioDecodingPress,
     DecodingPress,
     H2OPress,
@@ -165,7 +166,7 @@ def test_a_cache_goes_on_with_its_own_seed(how: str, tmp_path: Path) -> None:
 
 
 def test_names() -> None:
-    expected = CompressionRatioDecodingPress(KeyformerPress(seed=2), 64, target_compression_ratio=0.4)
+    expected = CompressionRatioDecodingPress(BoundaryPress(KeyformerPress(seed=2)), 64, target_compression_ratio=0.4)
     assert make_press("decoding_keyformer", 0.4, seed=2) == expected
 
 

@@ -18,6 +18,7 @@ from coldpress import (
     AdaKVPress,
     BasePress,
     BlockPress,
+    BoundaryPress,
     ChunkKVPress,
     ComposedPress,
     CompressionRatioDecodingPress,
@@ -226,7 +227,9 @@ def test_what_a_press_pins_stays_in_any_wrapper(press: BasePress, n_kept: int) -
 
 
 def test_names() -> None:
-    expected = CompressionRatioDecodingPress(RaaSPress(keep_prompt=False), 64, target_compression_ratio=0.4)
+    expected = CompressionRatioDecodingPress(
+        BoundaryPress(RaaSPress(keep_prompt=False)), 64, target_compression_ratio=0.4
+    )
     assert make_press("decoding_raas", 0.4) == expected
 
 

@@ -12,7 +12,16 @@ from tests.oracles.windows import by_head, redundancy, rkv
 from tests.presses.views import MODELS, view_of
 from torch import Tensor
 
-from coldpress import AdaKVPress, DecodingPress, LayerView, PrefillDecodingPress, RKVPress, SnapKVPress, make_press
+from coldpress import (
+    AdaKVPress,
+    BoundaryPress,
+    DecodingPress,
+    LayerView,
+    PrefillDecodingPress,
+    RKVPress,
+    SnapKVPress,
+    make_press,
+)
 from coldpress.errors import PressError
 from coldpress.presses import rkv as module
 
@@ -111,4 +120,8 @@ def test_bad_arguments_are_refused() -> None:
         with pytest.raises(PressError, match=rf"^RKVPress: {name} {said}\.$"):
             RKVPress(**{name: value})  # type: ignore[arg-type]
     press = make_press("decoding_rkv", 0.5)
-    assert isinstance(press, DecodingPress) and press.base_press == RKVPress() and press.compression_interval == 64
+    assert (
+        isinstance(press, DecodingPress)
+        and press.base_press == BoundaryPress(RKVPress())
+        and press.compression_interval == 64
+    )

@@ -14,6 +14,7 @@ from tests.presses.views import MODELS
 
 from coldpress import (
     AdaKVPress,
+    BoundaryPress,
     CompressionRatioDecodingPress,
     DecodingPress,
     PrefillDecodingPress,
@@ -139,7 +140,9 @@ def test_of_equal_numbers_the_newer_one_stays() -> None:
 
 
 def test_names() -> None:
-    expected = CompressionRatioDecodingPress(ScissorhandsPress(history=9), 64, target_compression_ratio=0.4)
+    expected = CompressionRatioDecodingPress(
+        BoundaryPress(ScissorhandsPress(history=9)), 64, target_compression_ratio=0.4
+    )
     assert make_press("decoding_scissorhands", 0.4, history=9) == expected
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from coldpress import (
     AdaKVPress,
+    BoundaryPress,
     CompressionRatioDecodingPress,
     CriticalKVPress,
     DecodingPress,
@@ -235,7 +236,7 @@ def test_while_decoding(model: str, tmp_path: Path) -> None:
 
 def test_names() -> None:
     assert make_press("triattention", 0.5) == TriAttentionPress(0.5)
-    expected = CompressionRatioDecodingPress(TriAttentionPress(), 64, target_compression_ratio=0.7)
+    expected = CompressionRatioDecodingPress(BoundaryPress(TriAttentionPress()), 64, target_compression_ratio=0.7)
     assert make_press("decoding_triattention", 0.7) == expected
 
 

@@ -37,22 +37,22 @@ _P = TypeVar("_P", bound=type[BasePress])
 
 @dataclass(frozen=True)
 class _Entry:
-    """The press of a name: a press, or a wrapper around a press, with some parameters that are not the defaults."""
+    """The press of a name: a press, or wrappers around a press, with some parameters that are not the defaults."""
 
     cls: type[BasePress]
-    inner: type[BudgetPress] | None = None
-    changed: dict[str, Any] = field(default_factory=dict)  # the press's own, or those of the press inside it
+    inner: tuple[type[BudgetPress], ...] = ()  # from the outside to the inside
+    changed: dict[str, Any] = field(default_factory=dict)  # the press's own, or those of a press inside it
 
     @property
-    def classes(self) -> list[type[BasePress]]:
-        """The press and the one inside it."""
-        return [cls for cls in (self.cls, self.inner) if cls]
+    def classes(self) -> tuple[type[BasePress], ...]:
+        """The press and those inside it."""
+        return self.cls, *self.inner
 
     @property
     def has_ratio(self) -> bool:
         """Whether the press, or the one inside it, is made with a ratio."""
         own = any(f.name == "compression_ratio" and f.init for f in fields(self.cls))  # type: ignore[arg-type]
-        return self.cls.has_ratio and (own or self.inner is not None)
+        return self.cls.has_ratio and (own or bool(self.inner))
 
     @property
     def schedule_ratio(self) -> str | None:
@@ -65,13 +65,13 @@ class _Entry:
         kinds = {cls.kind for cls in self.classes}
         return next((kind for kind in ("trained", "calibrated") if kind in kinds), "training-free")
 
-    def split(self, parameters: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The press's own parameters, and those of the press inside it; one that both have is the press's own."""
-        if self.inner is None:
-            return parameters, {}
-        own = {f.name for f in _parameters(self.cls)}
-        outer = {name: value for name, value in parameters.items() if name in own}
-        return outer, {name: value for name, value in parameters.items() if name not in own}
+    def split(self, parameters: dict[str, Any]) -> list[dict[str, Any]]:
+        """The parameters of each of ``classes``; one that several have is the outermost's."""
+        found, left = [], dict(parameters)
+        for cls in self.classes[:-1]:
+            own = {f.name for f in _parameters(cls)}
+            found.append({name: left.pop(name) for name in parameters if name in own and name in left})
+        return [*found, left]
 
 
 _BY_NAME: dict[str, _Entry] = {}
@@ -128,12 +128,12 @@ class PressInfo:
     in_block: bool
 
 
-def register(name: str, inner: type[BudgetPress] | None = None, **parameters: Any) -> Callable[[_P], _P]:
+def register(name: str, *inner: type[BudgetPress], **parameters: Any) -> Callable[[_P], _P]:
     """Class decorator: register a press under ``name``.
 
     Args:
         name: how the command line and :func:`make_press` call it.
-        inner: for a wrapper, the class of the press inside it.
+        inner: for a wrapper, the classes of the presses inside it, the innermost one last.
         parameters: the class's own that differ from its defaults, and those of ``inner``.
 
     Raises:
@@ -226,7 +226,7 @@ def make_press(name: str, compression_ratio: float, /, **parameters: Any) -> Bas
     if budget and entry.schedule_ratio:
         raise PressError(
             f"{name} keeps a share of the text so far; for a fixed number of tokens make "
-            f"DecodingPress({_named(entry.inner)}(), target_size=...) in Python."
+            f"DecodingPress({entry.classes[-1].__name__}(), target_size=...) in Python."
         )
     parameters = {k: v for k, v in parameters.items() if k not in BUDGETS}
     for parameter in parameters:
@@ -243,14 +243,16 @@ def make_press(name: str, compression_ratio: float, /, **parameters: Any) -> Bas
                 f"Give it the ratio 0, got {compression_ratio}."
             )
     own_ratio: dict[str, Any] = {"compression_ratio": compression_ratio} if entry.has_ratio else {}
-    outer, inner = entry.split(entry.changed | parameters)
-    if entry.inner is None:
-        return entry.cls(**own_ratio, **budget, **outer)
-    if entry.schedule_ratio:
+    *outside, inside = entry.split(entry.changed | parameters)
+    if entry.inner and entry.schedule_ratio:
         check_ratio(compression_ratio)
-        outer[entry.schedule_ratio] = compression_ratio
-        return entry.cls(base_press=entry.inner(**inner), **outer)  # type: ignore[call-arg]
-    return entry.cls(press=entry.inner(compression_ratio=compression_ratio, **budget, **inner), **outer)  # type: ignore[call-arg]
+        outside[0][entry.schedule_ratio] = compression_ratio
+    else:
+        inside |= own_ratio | budget
+    press = entry.classes[-1](**inside)
+    for cls, own in zip(entry.classes[-2::-1], reversed(outside), strict=True):
+        press = cls(**{"press" if cls.at_prefill else "base_press": press}, **own)
+    return press
 
 
 def _of_class(name: str) -> str:
@@ -312,10 +314,6 @@ def _parameters(cls: type[BasePress]) -> list[Field[Any]]:
     return [f for f in fields(cls) if f.init and f.repr and f.name not in budget]  # type: ignore[arg-type]
 
 
-def _named(cls: type[BasePress] | None) -> str:
-    return "" if cls is None else cls.__name__
-
-
 def _default(f: Field[Any]) -> Any:
     return f.default_factory() if f.default_factory is not MISSING else f.default
 
@@ -324,29 +322,29 @@ def _info(name: str, entry: _Entry) -> PressInfo:
     """The entry of a name; of the class alone for an empty one, with all that its constructor takes."""
     cls, doc = entry.cls, parse(entry.cls)
     ratio = ["compression_ratio"] if entry.has_ratio else []
-    outer, inner = entry.split(entry.changed)
     if not name:
         parameters = _constructor(cls)
-        call = ", ".join(f"{p.name}={p.default}" if p.default else p.name for p in parameters)
-    elif entry.inner is None:
-        parameters = _described(cls, outer)
-        call = ", ".join([*ratio, *_written(cls, outer)])
+        call = f"{cls.__name__}({', '.join(f'{p.name}={p.default}' if p.default else p.name for p in parameters)})"
     else:
-        given = [] if entry.schedule_ratio else ratio
-        inside = f"{entry.inner.__name__}({', '.join([*given, *_written(entry.inner, inner)])})"
-        is_keyword = any(f.name == "press" and f.kw_only is True for f in fields(cls))  # type: ignore[arg-type]
-        mine = _described(cls, outer)
-        names = {p.name for p in mine}
-        parameters = mine + tuple(p for p in _described(entry.inner, inner) if p.name not in names)
-        written = _written(cls, outer)
-        if entry.schedule_ratio:
-            written.append(f"{entry.schedule_ratio}=compression_ratio")
-        call = ", ".join([*written, f"press={inside}"] if is_keyword else [inside, *written])
+        described = [_described(*part) for part in zip(entry.classes, entry.split(entry.changed), strict=True)]
+        parameters = tuple({p.name: p for part in reversed(described) for p in part}[n] for n in _names(described))
+        call = ""
+        for part, own in zip(reversed(entry.classes), reversed(described), strict=True):
+            written = [f"{p.name}={p.default}" for p in own]
+            if not call:
+                written = written if entry.inner and entry.schedule_ratio else [*ratio, *written]
+            elif any(f.name == "press" and f.kw_only is True for f in fields(part)):  # type: ignore[arg-type]
+                written.append(f"press={call}")
+            else:
+                written.insert(0, call)
+            if part is cls and entry.inner and entry.schedule_ratio:
+                written.append(f"{entry.schedule_ratio}=compression_ratio")
+            call = f"{part.__name__}({', '.join(written)})"
     found = re.search(r"arXiv:(\d{4}\.\d{5})|(https://[^\s,;]+)", doc.source)
     return PressInfo(
         name=name,
         class_name=cls.__name__,
-        title=f"{cls.__name__}({entry.inner.__name__})" if entry.inner else cls.__name__,
+        title="(".join(part.__name__ for part in entry.classes) + ")" * len(entry.inner),
         summary=doc.summary,
         details=doc.details,
         source=doc.source,
@@ -354,7 +352,7 @@ def _info(name: str, entry: _Entry) -> PressInfo:
         differs=doc.differs,
         needs=doc.needs,
         cost=doc.cost,
-        call=f"{cls.__name__}({call})",
+        call=call,
         parameters=parameters,
         kind=entry.kind,
         at_prefill=entry.cls.at_prefill,
@@ -378,8 +376,9 @@ def _described(cls: type[BasePress], changed: dict[str, Any]) -> tuple[Parameter
     )
 
 
-def _written(cls: type[BasePress], changed: dict[str, Any]) -> list[str]:
-    return [f"{p.name}={p.default}" for p in _described(cls, changed)]
+def _names(described: list[tuple[Parameter, ...]]) -> list[str]:
+    """Of the parameters of a press and those inside it, each name once."""
+    return list(dict.fromkeys(p.name for part in described for p in part))
 
 
 def _constructor(cls: type[BasePress]) -> tuple[Parameter, ...]:

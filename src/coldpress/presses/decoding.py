@@ -17,6 +17,7 @@ from coldpress.core.kept import Kept
 from coldpress.core.requirements import PRESS, refusal, require
 from coldpress.core.view import LayerView
 from coldpress.errors import PressError
+from coldpress.presses.boundary import BoundaryPress
 from coldpress.presses.keydiff import KeyDiffPress
 from coldpress.presses.knorm import KnormPress
 from coldpress.presses.snapkv import SnapKVPress
@@ -84,19 +85,19 @@ class DecodingPress(BasePress):
         return self.base_press.with_budget(budget_tokens=self.target(view)).compress(view)
 
 
-@register("decoding_knorm", KnormPress, compression_interval=64)
-@register("decoding_keydiff", KeyDiffPress, compression_interval=64)
-@register("decoding_snapkv", SnapKVPress, compression_interval=64)
-@register("decoding_streaming_llm", StreamingLLMPress, compression_interval=64)
-@register("decoding_tova", TOVAPress, compression_interval=64)
-@register("decoding_triattention", TriAttentionPress, compression_interval=64)
+@register("decoding_knorm", BoundaryPress, KnormPress, compression_interval=64)
+@register("decoding_keydiff", BoundaryPress, KeyDiffPress, compression_interval=64)
+@register("decoding_snapkv", BoundaryPress, SnapKVPress, compression_interval=64)
+@register("decoding_streaming_llm", BoundaryPress, StreamingLLMPress, compression_interval=64)
+@register("decoding_tova", BoundaryPress, TOVAPress, compression_interval=64)
+@register("decoding_triattention", BoundaryPress, TriAttentionPress, compression_interval=64)
 @dataclass(frozen=True)
 class CompressionRatioDecodingPress(DecodingPress):
     """Keep everything of the prompt; while decoding, cut the cache back to a share of the text so far.
 
     As DecodingPress, but the base press chooses floor(n * (1 - target_compression_ratio)) pairs where n is the length
-    of the text so far, prompt included. The registered names compress every 64 tokens, and their ratio is
-    target_compression_ratio.
+    of the text so far, prompt included. The registered names compress every 64 tokens, keep a tenth of that at each end
+    of the prompt (BoundaryPress, share), and their ratio is target_compression_ratio.
 
     Source: kvpress's CompressionRatioDecodingPress, https://github.com/NVIDIA/kvpress; no paper. Differs from kvpress:
     as DecodingPress does; the length of the text is the cache's own, not read from position_ids.

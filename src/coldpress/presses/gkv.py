@@ -15,6 +15,7 @@ from coldpress.bases.window import WindowPress
 from coldpress.core.column import Column
 from coldpress.core.view import LayerView
 from coldpress.errors import PressError
+from coldpress.presses.boundary import BoundaryPress
 from coldpress.presses.decoding import CompressionRatioDecodingPress
 from coldpress.presses.rkv import redundancy
 
@@ -87,4 +88,4 @@ class GKVPress(WindowPress):
         return torch.where(before < 0, now, self.decay * before + (1 - self.decay) * now)
 
 
-register("decoding_gkv", GKVPress, compression_interval=64)(CompressionRatioDecodingPress)
+register("decoding_gkv", BoundaryPress, GKVPress, compression_interval=64)(CompressionRatioDecodingPress)

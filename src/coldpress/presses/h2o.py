@@ -17,6 +17,7 @@ from coldpress.core.counts import share_of
 from coldpress.core.forced import positions_of
 from coldpress.core.view import LayerView
 from coldpress.errors import PressError
+from coldpress.presses.boundary import BoundaryPress
 from coldpress.presses.decoding import CompressionRatioDecodingPress
 
 
@@ -94,4 +95,4 @@ class H2OPress(ObserverPress):
         return received / (view.end - positions_of(view)) if self.by_lifetime else received
 
 
-register("decoding_h2o", H2OPress, compression_interval=64)(CompressionRatioDecodingPress)
+register("decoding_h2o", BoundaryPress, H2OPress, compression_interval=64)(CompressionRatioDecodingPress)

@@ -14,6 +14,7 @@ from coldpress.bases.registry import register
 from coldpress.core.column import Column
 from coldpress.core.forced import positions_of
 from coldpress.core.view import LayerView
+from coldpress.presses.boundary import BoundaryPress
 from coldpress.presses.decoding import CompressionRatioDecodingPress
 from coldpress.presses.h2o import H2OPress
 
@@ -122,4 +123,4 @@ def _signed(number: int) -> int:
     return (number + 2**63) % 2**64 - 2**63
 
 
-register("decoding_keyformer", KeyformerPress, compression_interval=64)(CompressionRatioDecodingPress)
+register("decoding_keyformer", BoundaryPress, KeyformerPress, compression_interval=64)(CompressionRatioDecodingPress)

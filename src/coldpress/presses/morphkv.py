@@ -10,6 +10,7 @@ from coldpress.bases.registry import register
 from coldpress.bases.window import WindowPress
 from coldpress.core.view import LayerView
 from coldpress.errors import PressError
+from coldpress.presses.boundary import BoundaryPress
 from coldpress.presses.decoding import CompressionRatioDecodingPress
 
 
@@ -53,4 +54,4 @@ class MorphKVPress(WindowPress):
         return weights.amax(2) if self.fusion == "max" else weights.sum(2)
 
 
-register("decoding_morphkv", MorphKVPress, compression_interval=64)(CompressionRatioDecodingPress)
+register("decoding_morphkv", BoundaryPress, MorphKVPress, compression_interval=64)(CompressionRatioDecodingPress)

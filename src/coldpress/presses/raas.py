@@ -16,6 +16,7 @@ from coldpress.core.column import PINNED, Column
 from coldpress.core.forced import forced, positions_of
 from coldpress.core.view import LayerView
 from coldpress.errors import PressError
+from coldpress.presses.boundary import BoundaryPress
 from coldpress.presses.decoding import CompressionRatioDecodingPress
 
 
@@ -106,4 +107,6 @@ class RaaSPress(ObserverPress):
         return super().forced(view, n_keep)
 
 
-register("decoding_raas", RaaSPress, compression_interval=64, keep_prompt=False)(CompressionRatioDecodingPress)
+register("decoding_raas", BoundaryPress, RaaSPress, compression_interval=64, keep_prompt=False)(
+    CompressionRatioDecodingPress
+)

@@ -14,6 +14,7 @@ from coldpress.bases.window import WindowPress
 from coldpress.core.pick import at_once
 from coldpress.core.view import LayerView
 from coldpress.errors import PressError
+from coldpress.presses.boundary import BoundaryPress
 from coldpress.presses.decoding import CompressionRatioDecodingPress
 
 
@@ -84,4 +85,4 @@ def redundancy(keys: Tensor, threshold: float) -> Tensor:
     return (sums / keys.shape[2]).softmax(-1)
 
 
-register("decoding_rkv", RKVPress, compression_interval=64)(CompressionRatioDecodingPress)
+register("decoding_rkv", BoundaryPress, RKVPress, compression_interval=64)(CompressionRatioDecodingPress)

@@ -14,6 +14,7 @@ from coldpress.bases.registry import register
 from coldpress.core.column import Column
 from coldpress.core.forced import positions_of
 from coldpress.core.view import LayerView
+from coldpress.presses.boundary import BoundaryPress
 from coldpress.presses.decoding import CompressionRatioDecodingPress
 
 _BITS = 64  # queries in a word
@@ -96,4 +97,6 @@ def _ones(words: Tensor) -> Tensor:
     return ((words * 0x0101010101010101) >> 56) & 0xFF
 
 
-register("decoding_scissorhands", ScissorhandsPress, compression_interval=64)(CompressionRatioDecodingPress)
+register("decoding_scissorhands", BoundaryPress, ScissorhandsPress, compression_interval=64)(
+    CompressionRatioDecodingPress
+)
