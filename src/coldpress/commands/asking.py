@@ -14,8 +14,8 @@ from coldpress.eval.datasets import load_corpus
 from coldpress.eval.models import BY_NAME, DTYPES, LoadedModel, load_model
 from coldpress.eval.press_args import check_no_size, check_types
 from coldpress.eval.progress import note
-from coldpress.eval.readable import note_unreadable
 from coldpress.eval.results import check_output
+from coldpress.eval.tokens import note_unreadable
 from coldpress.io.files import path_of
 from coldpress.io.terminal import printable
 from coldpress.models.pipeline import KVPressTextGenerationPipeline

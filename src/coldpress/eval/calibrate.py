@@ -18,10 +18,9 @@ from coldpress.eval.models import load_model, pick_device
 from coldpress.eval.plan import UNKNOWN_POSITIONS
 from coldpress.eval.press_args import check_types
 from coldpress.eval.progress import note, progress
-from coldpress.eval.readable import note_unreadable
 from coldpress.eval.results import check_output, check_writable
 from coldpress.eval.settings import CalibrationSettings
-from coldpress.eval.tokens import tokenize
+from coldpress.eval.tokens import note_unreadable, tokenize
 from coldpress.io.artefacts import Artefact, Shape, artefact_path
 from coldpress.learned.calibrated import Calibrated
 from coldpress.learned.calibration import calibrate

@@ -21,13 +21,13 @@ from coldpress.eval.perplexity import plain_perplexity
 from coldpress.eval.plan import Plan, make_plan
 from coldpress.eval.point_run import PointRun
 from coldpress.eval.prefix import PrefixRun
-from coldpress.eval.presets import laid_out
 from coldpress.eval.progress import note
 from coldpress.eval.run import DECODE_COST, Part, Run, carry_out, checked_folder, prepared
 from coldpress.eval.schema import IDENTIFYING, OF_A_POINT, SIZES
 from coldpress.eval.settings import Settings
 from coldpress.eval.speed import SpeedPoint, SpeedRun
 from coldpress.eval.stream import StreamRun
+from coldpress.eval.windows import laid_out
 
 __all__ = ["PressRun", "evaluate", "make_run"]
 

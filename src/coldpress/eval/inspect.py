@@ -16,8 +16,8 @@ from coldpress.eval.datasets import load_corpus
 from coldpress.eval.models import load_model, pick_device
 from coldpress.eval.press_args import check_no_size, check_one_press, check_types
 from coldpress.eval.progress import note
-from coldpress.eval.readable import note_unreadable
 from coldpress.eval.results import check_output
+from coldpress.eval.tokens import note_unreadable
 from coldpress.io.terminal import printable
 from coldpress.models.inspection import MOST_PRESSES, check_presses, inspect
 

@@ -26,8 +26,7 @@ from coldpress.eval.metrics import (
     perplexity,
 )
 from coldpress.eval.models import input_device
-from coldpress.eval.presets import PRESETS, STRIDED
-from coldpress.eval.windows import Window
+from coldpress.eval.windows import PRESETS, STRIDED, Window
 
 __all__ = ["forward", "plain_perplexity"]
 

@@ -11,11 +11,9 @@ from torch import Tensor
 
 from coldpress.errors import DataError, InputError
 from coldpress.eval.datasets import Corpus
-from coldpress.eval.presets import PRESETS, Preset
-from coldpress.eval.readable import check_readable
 from coldpress.eval.settings import Settings
-from coldpress.eval.tokens import Tokens, adds_bos, prefixed, tokenize
-from coldpress.eval.windows import PrefixPlan, plan_prefix, plan_strided
+from coldpress.eval.tokens import Tokens, adds_bos, check_readable, prefixed, tokenize
+from coldpress.eval.windows import PRESETS, PrefixPlan, Preset, plan_prefix, plan_strided
 
 __all__ = ["UNKNOWN_POSITIONS", "Plan", "make_plan"]
 
@@ -41,7 +39,7 @@ class Plan:
         stream_limit: of a stream, how much of each document is read at original positions; None for all.
         token_bytes: UTF-8 bytes that each token of ``documents`` stands for, int64 ``[N]`` each, or None where the
             tokenizer does not say (:func:`coldpress.eval.tokens.encode`).
-        preset: the name of the preset (:mod:`coldpress.eval.presets`) that cuts the documents; None without one.
+        preset: the name of the preset (:mod:`coldpress.eval.windows`) that cuts the documents; None without one.
         add_bos: whether the tokenizer's BOS token begins them, or each of the windows.
         units: words and bytes of each document, as lm-eval counts them; None but for that preset.
     """

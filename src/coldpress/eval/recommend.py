@@ -17,20 +17,18 @@ from coldpress.backends import NO_PRESS
 from coldpress.bases.registry import make_press
 from coldpress.errors import InputError
 from coldpress.eval.advice import Row, Scored, advise, rule_of, table_of, words_of
-from coldpress.eval.datasets import Corpus, load_corpus
+from coldpress.eval.datasets import Corpus, excerpts, load_corpus, source_of
 from coldpress.eval.evaluate import PressRun, make_run
-from coldpress.eval.excerpts import excerpts, source_of
 from coldpress.eval.jobs import Job, make_jobs
 from coldpress.eval.models import LoadedModel, load_model
 from coldpress.eval.options import SIZES, OfLimits, OfMachine, OfModel, names_of
-from coldpress.eval.pace import Clock, Pace
+from coldpress.eval.pace import NEW_TOKENS, ROUNDS, USES, Clock, Pace, Use, target_of
 from coldpress.eval.plan import UNKNOWN_POSITIONS
 from coldpress.eval.progress import note
 from coldpress.eval.report import table
 from coldpress.eval.run import Run, carry_out, checked_folder, prepared
 from coldpress.eval.settings import STREAM_CHUNK, AdviceSettings, Settings, TaskSettings
 from coldpress.eval.task_command import make_questions
-from coldpress.eval.uses import NEW_TOKENS, ROUNDS, USES, Use, target_of
 from coldpress.eval.wording import short
 from coldpress.io.terminal import printable
 

@@ -14,12 +14,12 @@ from coldpress.eval.datasets import Corpus, Document, load_corpus
 from coldpress.eval.jobs import Job, make_jobs
 from coldpress.eval.models import LoadedModel, load_model
 from coldpress.eval.plan import UNKNOWN_POSITIONS
-from coldpress.eval.readable import note_unreadable
 from coldpress.eval.run import DECODE_COST, ExampleRun, carry_out, checked_folder, prepared
 from coldpress.eval.settings import TaskSettings
 from coldpress.eval.task_run import TaskRun
 from coldpress.eval.tasks import Example, Material, make_examples
 from coldpress.eval.tasks.material import SENTENCES
+from coldpress.eval.tokens import note_unreadable
 
 __all__ = ["Questions", "make_questions", "measure_tasks"]
 

@@ -18,9 +18,9 @@ from coldpress.eval.jobs import make_jobs
 from coldpress.eval.models import load_model
 from coldpress.eval.plan import UNKNOWN_POSITIONS
 from coldpress.eval.progress import note
-from coldpress.eval.readable import note_unreadable
 from coldpress.eval.run import DECODE_COST, ExampleRun, carry_out, checked_folder, prepared
 from coldpress.eval.settings import BenchmarkSettings
+from coldpress.eval.tokens import note_unreadable
 
 __all__ = ["benchmark_protocol", "measure_benchmark"]
 
