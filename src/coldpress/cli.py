@@ -246,14 +246,14 @@ def _run_sweep(args: argparse.Namespace, argv: list[str], prog: str | None) -> i
 
 def _run_tasks(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
     _check_sources(args)
-    from coldpress.eval.task_command import measure_tasks
+    from coldpress.eval.task_run import measure_tasks
 
     records, is_interrupted = measure_tasks(TaskSettings(**_given(args, TaskSettings)), _command(argv, prog))
     return _outcome(records, is_interrupted)
 
 
 def _run_benchmark(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
-    from coldpress.eval.benchmarks.command import measure_benchmark
+    from coldpress.eval.benchmarks.run import measure_benchmark
 
     settings = BenchmarkSettings(**_given(args, BenchmarkSettings))
     return _outcome(*measure_benchmark(settings, _command(argv, prog)))

@@ -11,8 +11,8 @@ from coldpress.cache.file import model_options, save_cache
 from coldpress.cache.pressed import PressedCache
 from coldpress.errors import CacheError, InputError, ModelError, UnreachableError
 from coldpress.eval.datasets import load_corpus
+from coldpress.eval.jobs import check_no_size, check_types
 from coldpress.eval.models import BY_NAME, DTYPES, LoadedModel, load_model
-from coldpress.eval.press_args import check_no_size, check_types
 from coldpress.eval.progress import note
 from coldpress.eval.results import check_output
 from coldpress.eval.tokens import note_unreadable

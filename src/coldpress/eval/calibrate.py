@@ -14,9 +14,9 @@ from coldpress.bases.registry import catalogue, make_press, press_names
 from coldpress.core.press import parts
 from coldpress.errors import DataError, PressError
 from coldpress.eval.datasets import load_corpus
+from coldpress.eval.jobs import check_types
 from coldpress.eval.models import load_model, pick_device
 from coldpress.eval.plan import UNKNOWN_POSITIONS
-from coldpress.eval.press_args import check_types
 from coldpress.eval.progress import note, progress
 from coldpress.eval.results import check_output, check_writable
 from coldpress.eval.settings import CalibrationSettings

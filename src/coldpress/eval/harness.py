@@ -25,7 +25,7 @@ from coldpress.core.requirements import check_chunks, check_quantisable
 from coldpress.errors import InputError, MissingDependencyError, PressError, SelfCheckError
 from coldpress.eval.checks import check_stored_pairs
 from coldpress.eval.continuations import left_padded, predictions
-from coldpress.eval.press_args import integer, is_whole, press_of, read_press_args
+from coldpress.eval.jobs import integer, is_whole, press_of, read_press_args
 from coldpress.eval.smollm2 import SMOLLM2, smollm2_file
 from coldpress.io.files import path_of
 from coldpress.io.network import one_line

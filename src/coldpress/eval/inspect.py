@@ -13,8 +13,8 @@ from coldpress.bases.press_files import load_press_files
 from coldpress.bases.registry import NO_PRESS, make_press, takes_ratio
 from coldpress.errors import InputError, PressError
 from coldpress.eval.datasets import load_corpus
+from coldpress.eval.jobs import check_no_size, check_one_press, check_types
 from coldpress.eval.models import load_model, pick_device
-from coldpress.eval.press_args import check_no_size, check_one_press, check_types
 from coldpress.eval.progress import note
 from coldpress.eval.results import check_output
 from coldpress.eval.tokens import note_unreadable

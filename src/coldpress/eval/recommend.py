@@ -28,7 +28,7 @@ from coldpress.eval.progress import note
 from coldpress.eval.report import table
 from coldpress.eval.run import Run, carry_out, checked_folder, prepared
 from coldpress.eval.settings import STREAM_CHUNK, AdviceSettings, Settings, TaskSettings
-from coldpress.eval.task_command import make_questions
+from coldpress.eval.task_run import make_questions
 from coldpress.eval.wording import short
 from coldpress.io.terminal import printable
 

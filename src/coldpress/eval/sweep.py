@@ -27,7 +27,7 @@ from coldpress.eval.results import check_writable, read_result, result_path
 from coldpress.eval.run import Run, carry_out
 from coldpress.eval.settings import TaskSettings
 from coldpress.eval.sweep_plan import Evaluation, SweepPlan
-from coldpress.eval.task_command import make_questions
+from coldpress.eval.task_run import make_questions
 from coldpress.io.terminal import printable
 
 __all__ = ["Outcome", "sweep"]
