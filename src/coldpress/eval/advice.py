@@ -196,11 +196,7 @@ def _number(value: float | None, digits: int, unit: str = "") -> str:
 
 
 def words_of(base: Row, rows: Sequence[Row], advice: Advice, by_time: bool = False) -> list[str]:
-    """What a reader should take and why, a sentence or two for each, and what the rule left out.
-
-    Args:
-        by_time: as that of :func:`advise`.
-    """
+    """What a reader should take and why, a sentence or two for each, and what the rule left out."""
     n = f"{_count(len(rows[0].windows), 'window')} and {_count(len(base.right), 'question')}"
     said = []
     if base.right and 2 * base.n_right < len(base.right):

@@ -120,11 +120,7 @@ def _results(section: Section, language: str) -> list[str]:
 
 
 def write_brief(collection: Collection, folder: Path, language: str) -> tuple[str, Path]:
-    """Write ``brief.md`` into ``folder``; the text and where it went.
-
-    Raises:
-        OutputError: the folder cannot be written to.
-    """
+    """Write ``brief.md`` into ``folder``; the text and where it went."""
     check_writable(folder)
     text = brief(collection, language)
     return text, write_file(folder / "brief.md", text.encode())

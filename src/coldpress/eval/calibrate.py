@@ -30,14 +30,7 @@ __all__ = ["make_artefact"]
 
 
 def make_artefact(settings: CalibrationSettings) -> Path:
-    """Calibrate, save, and say where.
-
-    Returns:
-        The file.
-
-    Raises:
-        InputError: something that was asked for cannot work; before any long work.
-    """
+    """Calibrate, save, and say where; :class:`InputError`, before any long work, where that cannot work."""
     s = settings
     press = _press(s)
     pick_device(s.device)
@@ -86,10 +79,7 @@ def make_artefact(settings: CalibrationSettings) -> Path:
 def pick_samples(documents: list[Tensor], n_samples: int, length: int) -> list[Tensor]:
     """Up to ``n_samples`` pieces of ``length`` tokens, evenly spread over the text, none across two documents.
 
-    Shorter documents serve only where no document is long enough.
-
-    Raises:
-        DataError: there is no piece of at least 2 tokens.
+    Shorter documents serve only where no document is long enough; DataError where none has 2 tokens.
     """
     pieces = [piece for ids in documents for piece in ids.split(length) if len(piece) == length]
     pieces = pieces or [ids for ids in documents if len(ids) >= 2]
@@ -100,11 +90,7 @@ def pick_samples(documents: list[Tensor], n_samples: int, length: int) -> list[T
 
 
 def _press(s: CalibrationSettings) -> Calibrated:
-    """The press that is calibrated.
-
-    Raises:
-        PressError: it needs no calibration, or something else.
-    """
+    """The press that is calibrated; :class:`PressError` if it needs no calibration, or something else."""
     parameters = dict(s.press_args)
     check_types(s.press, parameters)
     press = make_press(s.press, 0.0, **parameters)

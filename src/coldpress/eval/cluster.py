@@ -170,9 +170,7 @@ class RayEngine:
     def _greet(self, hand: _Hand) -> None:
         """Take the next step with a worker that starts: it has begun, then it has loaded the model.
 
-        Raises:
-            ClusterError: it runs other code, or has other weights.
-            RayError: it is lost, or does not start.
+        ClusterError where it runs other code or has other weights, RayError where it is lost or does not start.
         """
         if not self.ray.wait([hand.greeting], timeout=0)[0]:
             return
@@ -195,12 +193,7 @@ class RayEngine:
     def map(
         self, work: Callable[[PreTrainedModel, _Item], _Result], items: Iterable[_Item]
     ) -> Iterator[tuple[_Item, _Result]]:
-        """See :meth:`coldpress.eval.engine.Engine.map`.
-
-        Raises:
-            LostWorkersError: no worker is left, or one item has ended several of them.
-            Exception: whatever ``work`` raises.
-        """
+        """As :class:`coldpress.eval.engine.Engine`; LostWorkersError if none is left, or an item has ended several."""
         source = iter(items)
         again: deque[_WorkItem] = deque()  # of workers that were lost
         for hand in self._crew:

@@ -258,18 +258,10 @@ def source_of(data: str) -> dict[str, Any]:
 def excerpts(corpus: Corpus, tokenizer: Any, n_tokens: int, most: int, seed: int) -> tuple[Corpus, int]:
     """Up to ``most`` excerpts of ``n_tokens`` tokens or some more, which do not overlap, in random order.
 
-    Args:
-        corpus: the texts.
-        tokenizer: of the model.
-        n_tokens: wanted of each; a text too short for FEWEST of them gets shorter ones.
-        most: excerpts.
-        seed: of which they are, and of their order.
+    A text too short for FEWEST of them gets shorter ones; DataError where it has less than two of the shortest length.
 
     Returns:
         The excerpts, each a document, and how many tokens each has at least.
-
-    Raises:
-        DataError: the text has less than two excerpts of the shortest length.
     """
     per_token = _chars_per_token([document.text for document in corpus.documents], tokenizer)
     while True:

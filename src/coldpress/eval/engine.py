@@ -52,13 +52,7 @@ ENGINES = ("local", "ray")
 
 
 def check_engine(name: str, ray_address: str | None = None, workers: int | None = None) -> None:
-    """Raise what :func:`make_engine` would, as far as it can be known before a model is loaded.
-
-    Raises:
-        ClusterError: no such engine, or an option that it does not have.
-        MissingDependencyError: Ray is not installed.
-        UnreachableError: no cluster answers at the address, within some 10 s.
-    """
+    """Raise the InputError of :func:`make_engine` as far as it can be known, in some 10 s, before a model is loaded."""
     if name not in ENGINES:
         raise ClusterError(f"--engine {name!r}: allowed are {', '.join(ENGINES)}.{nearest(name, ENGINES)}")
     if name == "local":
@@ -83,17 +77,7 @@ def make_engine(
     workers: int | None = None,
     **options: Any,
 ) -> Iterator[Engine]:
-    """The engine called ``name`` for ``loaded``, closed at the end of the block.
-
-    Args:
-        name: ``local`` or ``ray``.
-        loaded: the model; workers load the same one.
-        ray_address, workers, options: see :class:`coldpress.eval.cluster.RayEngine`.
-
-    Raises:
-        ClusterError, MissingDependencyError, UnreachableError: see :func:`check_engine` and
-            :class:`coldpress.eval.cluster.RayEngine`.
-    """
+    """The engine called ``name`` for ``loaded``, closed at the end of the block; see :class:`RayEngine`."""
     check_engine(name, ray_address, workers)
     if name == "local":
         yield LocalEngine(loaded.model)

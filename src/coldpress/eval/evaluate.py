@@ -33,17 +33,9 @@ __all__ = ["PressRun", "evaluate", "make_run"]
 
 
 def evaluate(settings: Settings, command: str) -> tuple[list[dict[str, Any]], bool]:
-    """Run an evaluation, write its results, and print them.
+    """Run an evaluation, write its results, and print them; see :func:`coldpress.eval.run.carry_out`.
 
-    Args:
-        settings: what to measure.
-        command: the command line, for the record.
-
-    Returns:
-        See :func:`coldpress.eval.run.carry_out`.
-
-    Raises:
-        InputError: before any long work, when something that was asked for cannot work.
+    :class:`InputError`, before any long work, where something that was asked for cannot work.
     """
     jobs = make_jobs(settings)
     for job in jobs:
@@ -63,11 +55,7 @@ def evaluate(settings: Settings, command: str) -> tuple[list[dict[str, Any]], bo
 
 
 def make_run(settings: Settings, jobs: Sequence[Job], corpus: Corpus, loaded: LoadedModel, command: str) -> PressRun:
-    """A run of which everything is decided and nothing measured.
-
-    Raises:
-        InputError: the text or the sizes do not fit the model, or a press lacks what it needs of it.
-    """
+    """A run of which everything is decided and nothing measured; InputError where text, sizes or a press do not fit."""
     corpus = laid_out(corpus, settings.ppl_preset)
     plan = make_plan(settings, corpus, loaded.tokenizer, loaded.max_positions)
     firsts = [window.bos for window in plan.windows or () if window.bos is not None]

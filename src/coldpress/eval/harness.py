@@ -152,11 +152,7 @@ class ColdpressLM(HFLM):
         return {**super().get_model_info(), "coldpress": {**self.asked, **measured}}
 
     def set_cache_hook(self, cache_hook: Any) -> None:
-        """Answers that ``--use_cache`` has stored belong to a press; those of another one are not taken for ours.
-
-        Raises:
-            InputError: the file holds answers of other settings.
-        """
+        """Answers that ``--use_cache`` has stored belong to a press; InputError where they are those of another one."""
         super().set_cache_hook(cache_hook)
         store = cache_hook.dbdict
         if store is not None:
@@ -203,10 +199,8 @@ class ColdpressLM(HFLM):
     ) -> list[tuple[float, bool]]:
         """Sum of log-probabilities of each continuation, and whether it is what greedy decoding would write.
 
-        Continuations of one context share its prefill, and do not see each other.
-
-        Args:
-            requests: what the answer is stored under, tokens of a context, those of a continuation.
+        Continuations of one context share its prefill, and do not see each other. A request is what the answer is
+        stored under, the tokens of a context, and those of a continuation.
         """
         jobs: dict[_Context, list[tuple[int, _Context]]] = {}
         n_cut = 0

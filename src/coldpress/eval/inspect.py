@@ -42,16 +42,11 @@ def make_page(
 
     Args:
         press: one or two registered names.
-        press_args: parameters of a single press.
         source: what :func:`load_corpus` is given.
-        model_options: of :func:`load_model`.
         compression_ratio: one for all presses or one for each, 0.5 if neither it nor a budget is given. Two of them
             show a single press twice.
         budget_tokens: likewise, instead of a ratio.
         command: the command line, for the page.
-
-    Raises:
-        InputError: something that was asked for cannot work; before any long work.
     """
     names, presses = _make_presses(press, press_args, compression_ratio, budget_tokens)
     pick_device(model_options.get("device", "auto"))

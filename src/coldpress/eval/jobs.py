@@ -88,11 +88,7 @@ def check_types(name: str, parameters: dict[str, Any]) -> None:
 def press_of(
     press: str | BasePress | None, ratio: float | None, budgets: dict[str, int | None], parameters: dict[str, Any]
 ) -> BasePress | None:
-    """The press that is asked for, None for none; half of the pairs go where nothing says how much.
-
-    Raises:
-        PressError: an unknown press or parameter, or sizes and parameters that do not belong together.
-    """
+    """The press that is asked for, None for none; half of the pairs go where nothing says how much."""
     sizes = {name: value for name, value in budgets.items() if value is not None}
     given = [*([] if ratio is None else ["compression_ratio"]), *sizes, *(["press_args"] if parameters else [])]
     if isinstance(press, BasePress) or press in (None, NO_PRESS):
@@ -276,11 +272,7 @@ def left_out_of_batches(settings: Settings) -> list[str]:
 
 
 def _takes_batch(job: Job, settings: Settings) -> bool:
-    """Whether its perplexity can be measured on so many texts at once.
-
-    Raises:
-        PressError: it cannot, and was named.
-    """
+    """Whether its perplexity can be measured on so many texts at once; PressError if it cannot, and was named."""
     if job.press is None or not settings.ppl_apply_press or settings.batch_size == 1:
         return True
     try:
@@ -323,8 +315,7 @@ def _all_presses(settings: Settings) -> list[str]:
 def _make_stream_jobs(settings: Settings) -> list[Job]:
     """Each named scorer at each number of tokens, cut back to them after every chunk; ``no_press`` is measured once.
 
-    Raises:
-        PressError: a press that cannot choose again and again among what is left of a text, or no number of tokens.
+    PressError for one that cannot choose again and again among what is left of a text, and without a number of tokens.
     """
     names = list(dict.fromkeys(settings.press))
     check_one_press(names, dict(settings.press_args))

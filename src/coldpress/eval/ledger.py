@@ -106,22 +106,14 @@ class Answers(_Cache):
 
 
 class Ledger:
-    """A folder of what one run has finished.
-
-    Args:
-        folder: of this ledger alone; made when something is saved first.
-    """
+    """A folder of what one run has finished, of this ledger alone; made when something is saved first."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """The block is the only one that works with this ledger, in any process.
-
-        Raises:
-            OutputError: another one is at it.
-        """
+        """The block is the only one that works with this ledger, in any process; OutputError if another is at it."""
         path = self.folder.with_name(f"{self.folder.name}.lock")
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path, timeout=0)  # of the system: who is killed holds it no more
@@ -143,10 +135,7 @@ class Ledger:
     def load(self, kind: type[Any], index: int, fingerprint: str = "") -> dict[str, Any]:
         """What each point made of an item, by the point's key; empty where nothing was saved or can be read.
 
-        Args:
-            kind: what is noted of each point.
-            index: of the item in the run.
-            fingerprint: of an example, and of how it is measured.
+        ``fingerprint``: of an example, and of how it is measured.
         """
         try:
             if kind is Measured:
@@ -157,11 +146,7 @@ class Ledger:
             return {}
 
     def save(self, index: int, found: Mapping[str, Any], fingerprint: str = "") -> None:
-        """Replace what is known of an item.
-
-        Raises:
-            OutputError: the file cannot be written.
-        """
+        """Replace what is known of an item; OutputError where the file cannot be written."""
         if not all(isinstance(each, Measured) for each in found.values()):
             saved = {key: asdict(each) for key, each in found.items()}
             self.write(f"example-{index:06d}.json", "found", saved, index, fingerprint)
@@ -181,11 +166,7 @@ class Ledger:
         return whole[field]
 
     def write(self, name: str, field: str, saved: Any, *place: Any) -> None:
-        """Write JSON under a name, with what tells that it belongs there.
-
-        Raises:
-            OutputError: the file cannot be written.
-        """
+        """Write JSON under a name, with what tells that it belongs there; OutputError where that cannot be written."""
         checksum = checksum_of(self.folder, [*place, saved] if place else saved)
         text = json.dumps({"checksum": checksum, field: saved})
         self._replace(name, lambda path: path.write_text(text, encoding="utf-8"))
@@ -235,10 +216,8 @@ def _numbers(about: dict[str, Any]) -> dict[str, Any]:
 def checksum_of(folder: Path, said: Any, numbers: bytes = b"") -> str:
     """Of one entry of a ledger: a disk that changes a byte shall not change a result, nor a file in a wrong place.
 
-    Args:
-        folder: of the ledger; its name tells runs apart.
-        said: what is saved, with its place in the ledger; as JSON holds it.
-        numbers: what is saved beside it.
+    It is of what is ``said`` as JSON, its place included, of the ``numbers`` beside it, and of the folder's name, which
+    tells runs apart.
     """
     return hashlib.sha256(json.dumps([folder.name, said], sort_keys=True).encode() + numbers).hexdigest()[:16]
 

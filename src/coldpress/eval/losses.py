@@ -101,17 +101,11 @@ class Scores:
     def of(
         cls, logits: Tensor, wanted: Tensor, reference: Sequence[Reference] | None = None
     ) -> tuple[Scores, list[Reference]]:
-        """Scores of ``wanted [W, n]`` under ``logits [W, n, V]``.
+        """Scores of ``wanted [W, n]`` under ``logits [W, n, V]``; SelfCheckError where a loss is not finite.
 
         Args:
-            logits, wanted: predictions, and the tokens that came.
-            reference: the baseline's distributions in blocks of tokens; None for the baseline itself.
-
-        Returns:
-            The scores and, without a reference, the distributions, to be the reference of others.
-
-        Raises:
-            SelfCheckError: a loss is not finite.
+            reference: the baseline's distributions in blocks of tokens; None for the baseline itself, of which they
+                come back, to be the reference of others.
         """
         parts, kept = [], []
         for i, (block, targets) in enumerate(blocks(logits, wanted)):

@@ -98,12 +98,7 @@ def bootstrap_difference(
     The ends are the 2.5 % and 97.5 % points of sum d_w / sum n_w over the draws: no normal distribution is assumed, as
     by Student's t. With very few windows it is too narrow, because it never sees a window that was not drawn.
 
-    Args:
-        counts, losses, baseline: as those of :func:`paired_difference`; no baseline is one of 0.
-        resamples, seed: how often is drawn, and the seed of the drawing: the same every time.
-
-    Returns:
-        None with a single window.
+    ``counts``, ``losses`` and ``baseline`` are those of :func:`paired_difference`. None with a single window.
     """
     n_windows = len(counts)
     differences = [a - b for a, b in zip(losses, baseline or [0.0] * n_windows, strict=True)]
@@ -138,9 +133,7 @@ def iid_se(values: Tensor) -> float | None:
 def bits_per_byte(nll: float, n_bytes: int) -> float | None:
     """Bits for each byte of text, ``nll / (n_bytes * ln 2)``: comparable between tokenizers, as perplexity is not.
 
-    Args:
-        nll: sum of the losses of the scored tokens, in nats.
-        n_bytes: bytes of the text these tokens stand for; None comes back if there are none.
+    ``nll``: sum of the losses of the tokens that stand for ``n_bytes``, in nats. None without any bytes.
     """
     return nll / (n_bytes * math.log(2)) if n_bytes else None
 

@@ -127,11 +127,7 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps`` as a device that is there.
-
-    Raises:
-        DeviceError: it is not there, or the name means nothing.
-    """
+    """``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps`` as a device; :class:`DeviceError` if it is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -254,12 +250,7 @@ def _placement(
     max_memory: dict[int | str, int | str] | None,
     tp_plan: str | None,
 ) -> dict[str, Any]:
-    """Options of ``from_pretrained`` for a model on several devices; none for one on a single device.
-
-    Raises:
-        ModelError: options that contradict each other or mean nothing.
-        MissingDependencyError: accelerate is not installed.
-    """
+    """Options of ``from_pretrained`` for a model on several devices; none for one on a single device."""
     if device_map is None and tp_plan is None:
         return {}
     if device_map is not None and tp_plan is not None:

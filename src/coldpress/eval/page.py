@@ -97,11 +97,7 @@ class Report:
 
 
 def make_report(collection: Collection) -> Report:
-    """Everything a report shows.
-
-    Raises:
-        MissingDependencyError: matplotlib is not installed.
-    """
+    """Everything a report shows."""
     require_matplotlib()
     records = collection.records
     found = sections(records)
@@ -314,12 +310,7 @@ def fenced(lines: Sequence[str]) -> list[str]:
 
 
 def write_report(collection: Collection, folder: Path) -> list[Path]:
-    """Write ``report.html``, ``report.md`` and the plots into ``folder``; each whole or as it was before.
-
-    Raises:
-        MissingDependencyError: matplotlib is not installed.
-        OutputError: the folder cannot be written to.
-    """
+    """Write ``report.html``, ``report.md`` and the plots into ``folder``; each whole or as it was before."""
     check_writable(folder)
     report = make_report(collection)
     figures = [*(f for part in report.parts for f in part.figures), report.opening.figure]

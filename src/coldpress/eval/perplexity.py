@@ -65,16 +65,14 @@ def plain_perplexity(
     """Perplexity of the uncompressed model: with a strided sliding window, or as a preset cuts the documents.
 
     Args:
-        model: a causal language model.
         documents: token ids, int64 ``[N]`` each; windows never cross from one to the next.
         max_length, stride: see :func:`coldpress.eval.windows.plan_strided`.
-        preset: one of :data:`coldpress.eval.presets.PRESETS`; None for a strided window, where every token but the
+        preset: one of :data:`coldpress.eval.windows.PRESETS`; None for a strided window, where every token but the
             first is scored once.
         token_bytes: what each token of each document stands for, int64 ``[N]``, for bits per byte; None or nothing
             where that is unknown.
         units: words and bytes of each document, by which lm-eval divides.
         batch_size: windows that are run together; those of another length than their neighbours run alone.
-        progress: wraps the list of batches, for a progress bar.
 
     Returns:
         ``scored_tokens``, ``windows``, ``loss`` (nats a token), ``ppl``, ``nll`` (the sum), ``ppl_ci95`` (clustered by

@@ -62,16 +62,9 @@ class Plan:
 
 
 def make_plan(settings: Settings, corpus: Corpus, tokenizer: Any, max_positions: int | None) -> Plan:
-    """Decide everything that can be decided before the model runs.
+    """Decide everything that can be decided before the model runs; InputError where text or sizes cannot work.
 
-    Args:
-        settings: what was asked for.
-        corpus: the text; for a preset, as :func:`coldpress.eval.presets.laid_out` has it.
-        tokenizer, max_positions: the model's.
-
-    Raises:
-        DataError: the text has too few tokens, or is not what the tokenizer reads.
-        InputError: sizes that cannot work.
+    The text for a preset is as :func:`coldpress.eval.windows.laid_out` has it.
     """
     s = settings
     limit = _Limit(s, max_positions)

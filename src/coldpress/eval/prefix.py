@@ -53,16 +53,13 @@ Found = dict[str, Measured | Exception]  # of each point, by its key
 class PrefixRun(PointRun[Measured]):
     """Score targets against compressed contexts, window by window; :meth:`results` can be asked for at any time.
 
+    See also :class:`coldpress.eval.point_run.PointRun` and :class:`WindowWork`.
+
     Args:
-        model, points, ledger: see :class:`coldpress.eval.point_run.PointRun`.
         documents: token ids, int64 ``[N]`` each, with the plan of their windows; all plans have the same sizes.
         batch_size: windows that are run together.
         token_bytes: UTF-8 bytes that each token of the documents stands for, int64 ``[N]`` each, for bits per byte;
             None where that is not known.
-        chunk_tokens, greedy_tokens, seed: see :class:`WindowWork`.
-
-    Raises:
-        SelfCheckError: from :meth:`run`, when the baseline contradicts a direct forward pass or is not finite.
     """
 
     kind = Measured
@@ -211,8 +208,7 @@ class WindowWork:
     def __call__(self, model: PreTrainedModel, batch: Item) -> Found:
         """What each point, and the baseline, made of the batch, or what went wrong with it.
 
-        Raises:
-            SelfCheckError: the baseline contradicts a direct forward pass, or is not finite.
+        SelfCheckError where the baseline contradicts a direct forward pass, or is not finite.
         """
         torch.manual_seed(self.seed + batch.index)
         context, points = self.context, batch.points

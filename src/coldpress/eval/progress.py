@@ -49,10 +49,7 @@ def note(message: str, kind: str = "note") -> None:
 def progress(items: Countable[_T], name: str, more: Callable[[], str] = str) -> Iterator[_T]:
     """``items``, with a progress bar on a terminal; elsewhere, as in a log file, a line every 10 s and a last one.
 
-    Args:
-        items: what there is to do.
-        name: of the work.
-        more: what else to say at any time, such as the time left of something larger.
+    ``more`` gives what else to say at any time, such as the time left of something larger.
     """
     if sys.stderr.isatty():
         bar = tqdm(items, desc=name, file=sys.stderr, dynamic_ncols=True, smoothing=0.05)

@@ -36,16 +36,11 @@ def connect(ray: Any, address: str | None, cores: int | None) -> bool:
     """Connect to the cluster at ``address``, or start one that listens on 127.0.0.1 alone.
 
     Args:
-        ray: the module.
         address: None starts a cluster on this machine, unless this process is connected to one.
         cores: of a cluster that is started here; None: all.
 
     Returns:
         Whether there was no connection before, so that it is the caller's to end.
-
-    Raises:
-        UnreachableError: no cluster answers there, or none can be started here.
-        ClusterError: not an address, or this version of Ray cannot be kept on the loopback interface.
     """
     if ray.is_initialized():
         return False

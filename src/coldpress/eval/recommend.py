@@ -45,19 +45,9 @@ _SHARED = (*names_of(OfModel, OfMachine, OfLimits), *SIZES, "press")
 
 
 def recommend(settings: AdviceSettings, command: str) -> tuple[list[Record], bool]:
-    """Measure, write the records, and print a table and two names.
+    """Measure, write the records, and print a table and two names; see :func:`coldpress.eval.evaluate.evaluate`.
 
     A run that was killed, or whose time was up, goes on where it was when it is started again.
-
-    Args:
-        settings: what was asked for.
-        command: the command line, for the record.
-
-    Returns:
-        The records, and whether the user interrupted the run.
-
-    Raises:
-        InputError: before any long work, when something that was asked for cannot work.
     """
     use = USES[settings.use]
     of_presses = _of_presses(settings, use, settings.context_tokens or 1024)
@@ -202,13 +192,9 @@ def _stream(
 
 
 def _recommendation(settings: AdviceSettings, records: Sequence[Record], minutes: float, is_cut: bool) -> str:
-    """The table and the two names.
+    """The table and the two names, from the windows and the questions of each press, and from streams.
 
-    Args:
-        settings: what was asked for.
-        records: of the windows and of the questions of each press, and of streams.
-        minutes: that it took.
-        is_cut: whether the time was up before all was measured.
+    ``is_cut``: whether the time was up before all was measured.
     """
     use = USES[settings.use]
     streams = [record for record in records if record["protocol"].startswith("stream")]

@@ -231,11 +231,7 @@ class Collection:
 
 
 def collect(folders: Iterable[str]) -> Collection:
-    """Read what lies in ``folders`` and below them; hidden folders are passed over, no folder is read twice.
-
-    Raises:
-        DataError: no such folder.
-    """
+    """Read what lies in ``folders`` and below them; hidden folders are passed over, no folder is read twice."""
     folders = tuple(folders)
     records: list[dict[str, Any]] = []
     skipped: list[str] = []

@@ -47,11 +47,7 @@ DECODE_COST = 30  # of a token that is fed alone, in tokens of a prefill; for th
 
 
 def checked_folder(settings: Any) -> Path:
-    """The folder of the results, where it, the device and the engine can be used.
-
-    Raises:
-        InputError: one of them cannot.
-    """
+    """The folder of the results, where it, the device and the engine can be used; :class:`InputError` elsewhere."""
     pick_device(settings.device)
     check_engine(settings.engine, **settings.cluster)
     if not settings.output_dir.strip():
@@ -84,12 +80,7 @@ class Run(ABC):
 
     @abstractmethod
     def measure(self, engine: Engine | None, save: Callable[..., None]) -> None:
-        """Measure all.
-
-        Args:
-            engine: where windows and examples are measured; None: here.
-            save: writes the records of the jobs that it is given, or of all, while the run goes on.
-        """
+        """Measure all, on an engine or here; ``save`` writes the records of some jobs, or of all, meanwhile."""
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:
@@ -236,13 +227,7 @@ def _blank(common: dict[str, Any], job: Job) -> dict[str, Any]:
 def carry_out(
     run: Run, folder: Path, engine: Engine | None = None, is_quiet: bool = False
 ) -> tuple[list[dict[str, Any]], bool]:
-    """Measure all of a run, write its results, and print them.
-
-    Args:
-        run: of which everything is decided and nothing measured.
-        folder: where the results belong.
-        engine: where windows and examples are measured; None: here.
-        is_quiet: print no tables.
+    """Measure all of a run, on ``engine`` or here, write its results into a folder, and print them unless it is quiet.
 
     Returns:
         The records, in the order of the table, and whether the user interrupted the run. Of an interrupted run, what

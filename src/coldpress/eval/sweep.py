@@ -56,12 +56,7 @@ class Outcome:
 def sweep(plan: SweepPlan, command: str) -> Outcome:
     """Measure what is not measured yet, one evaluation after the other, and write the results.
 
-    Args:
-        plan: the evaluations.
-        command: the command line, for the records.
-
-    Raises:
-        InputError: before any work, when a text or the folder cannot be used, or nothing at all could be measured.
+    InputError before any work where a text or the folder cannot be used, and where nothing at all could be measured.
     """
     if not plan.output_dir.strip():
         raise OutputError("--output_dir is empty; name a folder.")

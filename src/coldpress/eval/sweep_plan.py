@@ -109,11 +109,7 @@ class SweepPlan:
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """The mapping in a YAML file.
-
-    Raises:
-        DataError: it cannot be read, or holds no mapping.
-    """
+    """The mapping in a YAML file; :class:`DataError` where there is none."""
     import yaml
 
     try:
@@ -157,13 +153,8 @@ def _named_twice(root: Any) -> Any:
 def with_options(config: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration in which the options of the command line take the place of what it says.
 
-    Args:
-        config: see :meth:`SweepPlan.of`.
-        options: by their names, those that were given; ``model``, ``dataset``, ``text_file``, ``context_limit`` and
-            ``ppl_preset`` are lists.
-
-    Raises:
-        InputError: ``press_args`` without a single press.
+    Options are those that were given, by their names; ``model``, ``dataset``, ``text_file``, ``context_limit`` and
+    ``ppl_preset`` are lists.
     """
     merged, left = dict(config), dict(options)
     of_models = {name: left.pop(name) for name in ("revision",) if name in left}

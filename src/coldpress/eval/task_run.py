@@ -60,14 +60,7 @@ def match(answer: str, references: Sequence[str]) -> float:
 class TaskRun(PointRun[Answered]):
     """Answer questions about compressed contexts, one by one; :meth:`results` can be asked for at any time.
 
-    Args:
-        model, points, ledger: see :class:`coldpress.eval.point_run.PointRun`.
-        tokenizer: of the model.
-        examples: see :func:`coldpress.eval.tasks.make_examples`.
-        chunk_tokens, max_new_tokens, seed: see :class:`ExampleWork`.
-
-    Raises:
-        SelfCheckError: from :meth:`run`, when the baseline contradicts a direct forward pass or is not finite.
+    See also :class:`coldpress.eval.point_run.PointRun` and :class:`ExampleWork`.
     """
 
     kind = Answered
@@ -192,8 +185,7 @@ class ExampleWork:
     def __call__(self, model: PreTrainedModel, item: Item) -> dict[str, Any]:
         """What each point, and the baseline, made of the example, or what went wrong with it.
 
-        Raises:
-            SelfCheckError: the baseline contradicts a direct forward pass, or is not finite.
+        SelfCheckError where the baseline contradicts a direct forward pass, or is not finite.
         """
         torch.manual_seed(self.seed + item.index)
         example = item.given
@@ -306,19 +298,9 @@ def _check_positions(examples: Sequence[Example], limit: int) -> None:
 
 
 def measure_tasks(settings: TaskSettings, command: str) -> tuple[list[dict[str, Any]], bool]:
-    """Run tasks under presses, write the results, and print them.
+    """Run tasks under presses, write the results, and print them; see :func:`coldpress.eval.evaluate.evaluate`.
 
     A run that was killed goes on where it was when it is started again with the same settings.
-
-    Args:
-        settings: what to measure.
-        command: the command line, for the record.
-
-    Returns:
-        The records, in the order of the table, and whether the user interrupted the run.
-
-    Raises:
-        InputError: before any long work, when something that was asked for cannot work.
     """
     jobs = make_jobs(settings.of_jobs)
     folder = checked_folder(settings)
@@ -372,11 +354,7 @@ class Questions(ExampleRun):
 def make_questions(
     settings: TaskSettings, jobs: Sequence[Job], corpus: Corpus | None, loaded: LoadedModel, command: str
 ) -> Questions:
-    """Decide everything that can be decided before the model runs.
-
-    Raises:
-        InputError: sizes that do not fit the model, or a press lacks what it needs of it.
-    """
+    """Decide everything that can be decided before the model runs; InputError where sizes or a press do not fit it."""
     jobs = prepared(jobs, loaded)
     text = None if corpus is None else "\n\n".join(document.text for document in corpus.documents)
     note_unreadable(loaded.tokenizer, [" ".join(SENTENCES) if text is None else text], loaded.name)

@@ -43,13 +43,10 @@ def tokenize(
     """The documents as tokens until ``--limit_tokens`` is reached; what has fewer than ``at_least`` is left out.
 
     Args:
-        corpus, tokenizer: the texts and what cuts them up.
         limit_tokens: of all documents together; None takes all.
         special_tokens: whether the tokenizer adds what it adds by itself, such as a token for the beginning of a text.
         at_least: 2, because a token is scored from the one before it; 1 where something else comes before the first.
-
-    Raises:
-        DataError: no document has as many tokens.
+            DataError where no document has as many.
     """
     left = limit_tokens if limit_tokens is not None else sys.maxsize
     documents = []
@@ -134,9 +131,6 @@ def check_readable(tokenizer: Any, texts: Iterable[str], model: str) -> list[str
     """What a user should know of ``texts`` as ``tokenizer`` reads them; nothing where they come back as they are.
 
     Looks at up to SAMPLE_CHARS of up to SAMPLE_TEXTS texts.
-
-    Args:
-        model: whose tokenizer it is, for the sentences.
 
     Raises:
         DataError: more than a tenth of the tokens are the unknown token, or of the words do not come back, letters

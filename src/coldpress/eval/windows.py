@@ -54,10 +54,6 @@ def plan_strided(n_tokens: int, length: int, stride: int) -> list[Window]:
     Each window has up to ``length`` tokens and starts ``stride`` after the one before, so a scored token has at least
     ``length - stride`` tokens of context once the text is that far in. With ``stride == length`` the first token of
     every window has no predecessor in it and is not scored.
-
-    Raises:
-        DataError: fewer than two tokens.
-        InputError: a length below 2, or a stride outside 1..length.
     """
     if n_tokens < 2:
         raise DataError(
@@ -83,11 +79,7 @@ def strided_scored_tokens(n_tokens: int, length: int, stride: int) -> int:
 
 
 def plan_disjoint(n_tokens: int, length: int) -> list[Window]:
-    """Chunks of exactly ``length`` tokens side by side, all but the first of each scored; a shorter rest is out.
-
-    Raises:
-        InputError: a length below 2.
-    """
+    """Chunks of exactly ``length`` tokens side by side, all but the first of each scored; a shorter rest is out."""
     if length < 2:
         raise InputError(f"--max_length must be at least 2, so that a chunk has a token to score; got {length}.")
     return [Window(i, i + length, i + 1) for i in range(0, n_tokens - length + 1, length)]
@@ -97,9 +89,6 @@ def plan_second_half(n_tokens: int, length: int) -> list[Window]:
     """Chunks as those of :func:`plan_disjoint`, of which the tokens after number ``length // 2 + 1`` are scored.
 
     So a scored token has at least ``length // 2 + 1`` tokens of context. A text of less than two chunks has none.
-
-    Raises:
-        InputError: a length below 4.
     """
     if length < 4:
         raise InputError(f"--max_length must be at least 4, so that half a chunk has a token to score; got {length}.")
@@ -113,9 +102,6 @@ def plan_rolling(n_tokens: int, length: int) -> list[Window]:
 
     Full windows lie side by side: the token before is all the context of a window's first scored token. The last one,
     if fewer are left to score, reaches back until it is full, too.
-
-    Raises:
-        InputError: a length below 1.
     """
     if length < 1:
         raise InputError(f"--max_length must be at least 1; got {length}.")
@@ -174,10 +160,6 @@ def plan_prefix(
         max_windows: stop after so many.
         bos: the token that takes the place of each window's first one, so that a window with it scores the same
             targets; None leaves windows as they are.
-
-    Raises:
-        DataError: the text is shorter than one window.
-        InputError: sizes that cannot work.
     """
     stride = context + target if stride is None else stride
     if context < 2 or target < 2 or stride < 1:

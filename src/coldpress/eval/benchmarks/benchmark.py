@@ -48,12 +48,7 @@ _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 
 
 def require(packages: Iterable[str], what: str) -> None:
-    """Raise :class:`MissingDependencyError` if a package is not installed.
-
-    Args:
-        packages: names to import.
-        what: needs them.
-    """
+    """Raise :class:`MissingDependencyError` if one of the packages that ``what`` imports is not installed."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingDependencyError(f'{what} needs {" and ".join(missing)}: pip install "coldpress[benchmarks]".')
@@ -192,11 +187,7 @@ def benchmark_names() -> list[str]:
 
 
 def find_benchmark(name: str) -> Benchmark:
-    """A benchmark by its name.
-
-    Raises:
-        InputError: there is none of that name.
-    """
+    """A benchmark by its name; :class:`InputError` if there is none of that name."""
     if name not in _BENCHMARKS:
         known = benchmark_names()
         raise InputError(f"Unknown benchmark {name!r}; allowed: {', '.join(known)}.{nearest(name, known)}")

@@ -154,16 +154,11 @@ def score_needle(answer: str, row: Row) -> Scores:
 
 
 def hide(rows: Sequence[Row], tokenizer: Any, max_context_length: int, depths: Sequence[int]) -> list[Row]:
-    """The first row's text with its needle at each depth, in so many tokens.
+    """The first row's text with its needle at each depth, in so many tokens; InputError if there is no room for a text.
 
     Args:
-        rows: of the data set; the first one has the text, the needle and the question.
-        tokenizer: of the model.
         max_context_length: tokens of the context at most; 150 and those of the needle are left free.
         depths: per cent of the text that stand before the needle.
-
-    Raises:
-        InputError: there is no room for a text.
     """
     row = rows[0]
 

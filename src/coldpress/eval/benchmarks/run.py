@@ -66,7 +66,6 @@ def bootstrap_interval(
     Args:
         own, base: shares of each question, under a press and uncompressed.
         contexts: which one each question is about.
-        resamples, seed: how often is drawn, and the seed of the drawing: the same every time.
 
     Returns:
         The 2.5 % and 97.5 % points; None with a single context, or where nothing could be reached.
@@ -96,9 +95,7 @@ def mcnemar(own: Sequence[Share], base: Sequence[Share]) -> tuple[int, int, floa
     """Questions that a press gets right and the uncompressed cache wrong, the other way round, and the exact p.
 
     The two-sided p of McNemar's test: how likely so uneven a split of the changed ones is if both sides are equally so.
-
-    Returns:
-        None where an answer can be right in part.
+    None where an answer can be right in part.
     """
     if any(share.of != 1 or share.reached not in (0, 1) for share in (*own, *base)):
         return None
@@ -145,12 +142,7 @@ class ContextWork(ExampleWork):
 class BenchmarkRun(PointRun[Answers]):
     """Answer the questions of a benchmark, context by context; :meth:`results` can be asked for at any time.
 
-    Args:
-        model, points, ledger: see :class:`coldpress.eval.point_run.PointRun`.
-        tokenizer: of the model.
-        benchmark: scores the answers.
-        contexts: see :func:`coldpress.eval.benchmarks.rows.make_contexts`.
-        chunk_tokens, seed: see :class:`coldpress.eval.task_run.ExampleWork`.
+    ``contexts`` are those of :func:`make_contexts`; for the rest see :class:`PointRun` and :class:`ExampleWork`.
     """
 
     kind = Answers
@@ -285,7 +277,7 @@ def benchmark_protocol(settings: BenchmarkSettings, data_dir: str | None) -> str
 
 
 def measure_benchmark(settings: BenchmarkSettings, command: str) -> tuple[list[dict[str, Any]], bool]:
-    """Run a benchmark under presses as :func:`coldpress.eval.task_command.measure_tasks` runs tasks."""
+    """Run a benchmark under presses as :func:`coldpress.eval.task_run.measure_tasks` runs tasks."""
     benchmark = find_benchmark(settings.name)
     load_press_files(settings.press, settings.engine)  # an evaluation of speed knows no engine
     make_jobs(settings.of_jobs(2**31))  # presses that there are not, before anything is loaded

@@ -26,17 +26,8 @@ def make_examples(
 ) -> list[Example]:
     """``n_examples`` of each task at each length; those of a task with a depth take the depths in turn.
 
-    Args:
-        material: of the model.
-        tasks: names.
-        lengths: of contexts, in tokens.
-        depths: in [0, 1].
-        n_examples: at least 1.
-        seed: of all random choices.
-
-    Raises:
-        InputError: an unknown task, or numbers out of range.
-        DataError: a length too short for a task.
+    ``lengths`` of contexts are in tokens, ``depths`` in [0, 1]. InputError where there is no such task, where numbers
+    are out of range, or a length is too short for a task.
     """
     if not depths or not all(0 <= depth <= 1 for depth in depths):
         raise InputError(f"--depths must be numbers from 0 (beginning) to 1 (end), got {list(depths)}.")

@@ -120,11 +120,7 @@ def task_names() -> list[str]:
 
 
 def find_task(name: str) -> Task:
-    """A task by its name.
-
-    Raises:
-        InputError: there is none of that name.
-    """
+    """A task by its name; :class:`InputError` if there is none of that name."""
     if name not in _TASKS:
         known = task_names()
         raise InputError(f"Unknown task {name!r}; allowed: {', '.join(known)}.{nearest(name, known)}")
@@ -135,10 +131,7 @@ def make_example(task: Task, material: Material, length: int, depth: float, seed
     """One example, which depends on nothing but the arguments.
 
     The context has exactly ``length`` tokens: pieces of filler are taken until there are enough, and the first one
-    loses its beginning, as when a text is read from somewhere in its middle.
-
-    Raises:
-        DataError: ``length`` leaves no room for filler.
+    loses its beginning, as when a text is read from somewhere in its middle. DataError where there is no room for any.
     """
     own_depth = depth if task.has_depth else None
     rng = random.Random(f"coldpress {seed} {task.name} {length} {own_depth} {index}")

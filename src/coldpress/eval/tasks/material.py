@@ -120,12 +120,7 @@ class Material:
     def pieces(self, rng: random.Random, without: Container[str] = ()) -> Iterator[str]:
         """Sentences without end: of a text from anywhere on, of our own in one random order after the other.
 
-        Args:
-            rng: decides where, and in which order.
-            without: pieces to leave out.
-
-        Raises:
-            DataError: none is left.
+        Those in ``without`` are left out; DataError where none is left.
         """
         n = len(self.sentences)
         if all(f" {sentence}" in without for sentence in self.sentences):
