@@ -12,20 +12,22 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from transformers.modeling_utils import PreTrainedModel
 
-from coldpress.errors import ClusterError, ColdpressError, LostWorkersError
+from coldpress.errors import ClusterError, ColdpressError, LostWorkersError, nearest
 from coldpress.eval.models import LoadedModel
+from coldpress.eval.point_run import Engine
 from coldpress.eval.progress import note
-from coldpress.eval.ray_connection import connect, import_ray
+from coldpress.eval.ray_connection import check_address, connect, import_ray
 from coldpress.eval.worker import Spec, Worker, opened
 from coldpress.io.network import one_line
 
-__all__ = ["RayEngine"]
+__all__ = ["RayEngine", "check_engine", "make_engine"]
 
 IN_HAND = 2  # items a worker has at most: one that it does, and one so that it need not wait
 PATIENCE_S = 180.0  # for a cluster to find room for a worker, and to start it on a busy machine
@@ -36,7 +38,7 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
-class RayEngine:
+class RayEngine(Engine):
     """Workers on a Ray cluster, each with a model of its own.
 
     Args:
@@ -69,6 +71,7 @@ class RayEngine:
         max_restarts: int | None = None,
         patience_s: float = PATIENCE_S,
     ):
+        super().__init__(loaded.model)
         self.ray = import_ray()
         self.patience_s = patience_s
         self.spec = Spec.of(loaded)
@@ -193,7 +196,7 @@ class RayEngine:
     def map(
         self, work: Callable[[PreTrainedModel, _Item], _Result], items: Iterable[_Item]
     ) -> Iterator[tuple[_Item, _Result]]:
-        """As :class:`coldpress.eval.engine.Engine`; LostWorkersError if none is left, or an item has ended several."""
+        """Raises what ``work`` does, and LostWorkersError if no worker is left, or one item has ended several."""
         source = iter(items)
         again: deque[_WorkItem] = deque()  # of workers that were lost
         for hand in self._crew:
@@ -308,3 +311,44 @@ def _gist(error: BaseException) -> str:
 
 def _shown(resources: dict[str, float]) -> str:
     return ", ".join(f"{resources.get(name, 0):g} {name}" for name in ("CPU", "GPU"))
+
+
+ENGINES = ("local", "ray")
+
+
+def check_engine(name: str, ray_address: str | None = None, workers: int | None = None) -> None:
+    """Raise the InputError of :func:`make_engine` as far as it can be known, in some 10 s, before a model is loaded."""
+    if name not in ENGINES:
+        raise ClusterError(f"--engine {name!r}: allowed are {', '.join(ENGINES)}.{nearest(name, ENGINES)}")
+    if name == "local":
+        for option, value in (("--ray_address", ray_address), ("--workers", workers)):
+            if value is not None:
+                raise ClusterError(f"{option} is for --engine ray; add that, or leave {option} out.")
+        return
+    if workers is not None and workers < 1:
+        raise ClusterError(f"--workers must be at least 1, got {workers}.")
+    ray = import_ray()
+    address = ray_address or os.environ.get("RAY_ADDRESS")
+    if address is not None and not ray.is_initialized():
+        check_address(address)
+
+
+@contextmanager
+def make_engine(
+    name: str,
+    loaded: LoadedModel,
+    *,
+    ray_address: str | None = None,
+    workers: int | None = None,
+    **options: Any,
+) -> Iterator[Engine]:
+    """The engine called ``name`` for ``loaded``, closed at the end of the block; see :class:`RayEngine`."""
+    check_engine(name, ray_address, workers)
+    if name == "local":
+        yield Engine(loaded.model)
+        return
+    engine = RayEngine(loaded, address=ray_address, workers=workers, **options)
+    try:
+        yield engine
+    finally:
+        engine.close()

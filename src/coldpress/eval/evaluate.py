@@ -13,13 +13,12 @@ import torch
 
 from coldpress.bases.registry import NO_PRESS, takes_ratio
 from coldpress.eval.datasets import Corpus, load_corpus
-from coldpress.eval.engine import Engine
 from coldpress.eval.jobs import BASELINE, Job, left_out_of_batches, make_jobs
 from coldpress.eval.ledger import versions
 from coldpress.eval.models import LoadedModel, load_model
 from coldpress.eval.perplexity import plain_perplexity
 from coldpress.eval.plan import Plan, make_plan
-from coldpress.eval.point_run import PointRun
+from coldpress.eval.point_run import Engine, PointRun
 from coldpress.eval.prefix import PrefixRun
 from coldpress.eval.progress import note
 from coldpress.eval.run import DECODE_COST, Part, Run, carry_out, checked_folder, prepared

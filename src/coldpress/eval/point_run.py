@@ -4,21 +4,41 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
 from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.errors import SelfCheckError
-from coldpress.eval.engine import Engine, LocalEngine
 from coldpress.eval.jobs import BASELINE, Point
 from coldpress.eval.ledger import Ledger
 from coldpress.eval.progress import Sized
 
-__all__ = ["Item", "PointRun"]
+__all__ = ["Engine", "Item", "PointRun"]
 
+_Item = TypeVar("_Item")
 _Measured = TypeVar("_Measured")
+_Result = TypeVar("_Result")
+
+
+class Engine:
+    """Does the same work on many items: here one after the other, in this process.
+
+    Work is a function of a model and an item that keeps nothing: any worker can do any item, in any order, and again
+    if it was lost. Items are asked for one by one, as they are needed, so that what has turned out not to be worth
+    doing is not handed out.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+
+    def map(
+        self, work: Callable[[PreTrainedModel, _Item], _Result], items: Iterable[_Item]
+    ) -> Iterator[tuple[_Item, _Result]]:
+        """Each item with what came of it, in the order in which they are finished."""
+        for item in items:
+            yield item, work(self.model, item)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +112,7 @@ class PointRun(ABC, Generic[_Measured]):
             for index, done in enumerate(self.done):
                 done |= self.ledger.load(self.kind, index, self._fingerprint(index))
         n_open = sum(bool(self._missing(index)) for index in range(len(self.done)))
-        engine = LocalEngine(self.model) if engine is None else engine
+        engine = Engine(self.model) if engine is None else engine
         for item, found in progress(Sized(engine.map(self.work, self._open()), n_open)):
             self._keep(item.index, found)
 

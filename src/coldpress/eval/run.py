@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from coldpress.errors import InputError, OutputError, SelfCheckError
-from coldpress.eval.engine import Engine, check_engine, make_engine
+from coldpress.eval.cluster import check_engine, make_engine
 from coldpress.eval.jobs import Job, config_of
 from coldpress.eval.ledger import UNFINISHED, Ledger, versions
 from coldpress.eval.models import LoadedModel, pick_device
-from coldpress.eval.point_run import PointRun
+from coldpress.eval.point_run import Engine, PointRun
 from coldpress.eval.progress import note, progress
 from coldpress.eval.report import show, size_of
 from coldpress.eval.results import (

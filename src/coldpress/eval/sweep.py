@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from coldpress.errors import InputError, OutputError, SelfCheckError
+from coldpress.eval.cluster import check_engine, make_engine
 from coldpress.eval.datasets import Corpus, load_corpus
-from coldpress.eval.engine import Engine, check_engine, make_engine
 from coldpress.eval.evaluate import make_run
 from coldpress.eval.ledger import Ledger
 from coldpress.eval.models import LoadedModel, load_model, pick_device
+from coldpress.eval.point_run import Engine
 from coldpress.eval.progress import Countable, note, progress
 from coldpress.eval.results import check_writable, read_result, result_path
 from coldpress.eval.run import Run, carry_out
