@@ -21,8 +21,8 @@ from coldpress.eval.metrics import (
     FEW_WINDOWS,
     bits_per_byte,
     bootstrap_difference,
-    clustered_mean,
     iid_se,
+    paired_difference,
     perplexity,
 )
 from coldpress.eval.models import input_device
@@ -121,7 +121,7 @@ def _error_bars(
         clusters.setdefault(document if by_document else (document, window.begin), []).append(number)
     counts = [sum(len(rows[i]) for i in members) for members in clusters.values()]
     nll = [math.fsum(sums[i] for i in members) for members in clusters.values()]
-    mean, _, ci = clustered_mean(counts, nll)
+    mean, _, ci = paired_difference(counts, nll)
     se = iid_se(torch.cat(list(rows)))
     found: dict[str, Any] = {
         "ppl_ci95": None if ci is None else [perplexity(ci[0]), perplexity(ci[1])],

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
@@ -37,7 +39,7 @@ from coldpress.eval.checks import (
 from coldpress.eval.jobs import BASELINE, Point
 from coldpress.eval.ledger import Ledger, Measured
 from coldpress.eval.losses import Scores, token_losses
-from coldpress.eval.metrics import bits_per_byte, clustered_mean, paired_difference, perplexity, quantiles
+from coldpress.eval.metrics import bits_per_byte, paired_difference, perplexity
 from coldpress.eval.models import input_device
 from coldpress.eval.perplexity import forward
 from coldpress.eval.point_run import Item, PointRun
@@ -103,7 +105,7 @@ class PrefixRun(PointRun[Measured]):
         counts = [self.plan.scored_per_window] * n_windows
         nll, base_nll = own.losses.double().sum(1).tolist(), base.losses.double().sum(1).tolist()
         loss, base_loss = math.fsum(nll) / n_tokens, math.fsum(base_nll) / n_tokens
-        mean = clustered_mean(counts, nll)
+        mean = paired_difference(counts, nll)
         n_bytes = None if self.n_bytes is None else sum(self.n_bytes[i] for i, *_ in measured)
         record: dict[str, Any] = {
             "scored_tokens": n_tokens,
@@ -132,7 +134,7 @@ class PrefixRun(PointRun[Measured]):
         kld, delta_p = own.kld.double(), own.delta_p.double()
         for window, of_window in zip(record["per_window"], kld.mean(1).tolist(), strict=True):
             window["kld"] = of_window
-        p50, p90, p99 = quantiles(kld.flatten().tolist(), (0.5, 0.9, 0.99))
+        p50, p90, p99 = numpy.quantile(kld.numpy(), (0.5, 0.9, 0.99)).tolist()
         record |= {
             "delta_nll": paired.delta,
             "delta_nll_se": paired.se,
@@ -147,7 +149,7 @@ class PrefixRun(PointRun[Measured]):
         if agreement:
             record["greedy_agreement"] = {
                 "mean": math.fsum(agreement) / len(agreement),
-                "median": quantiles(agreement, (0.5,))[0],
+                "median": float(statistics.median(agreement)),
                 "n_tokens": self.work.greedy_tokens,
                 "windows": len(agreement),
                 "lengths": agreement,

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 from transformers.modeling_utils import PreTrainedModel
 
@@ -26,6 +27,7 @@ from coldpress.eval.checks import check_baseline, sizes_of
 from coldpress.eval.jobs import BASELINE, Point, make_jobs
 from coldpress.eval.ledger import Answers, Ledger
 from coldpress.eval.losses import finite, token_losses
+from coldpress.eval.metrics import bootstrap
 from coldpress.eval.models import load_model
 from coldpress.eval.perplexity import forward
 from coldpress.eval.plan import UNKNOWN_POSITIONS
@@ -47,8 +49,6 @@ __all__ = [
     "measure_benchmark",
 ]
 
-_AT_ONCE = 2_000_000  # drawn numbers that are held together
-
 
 def mean(shares: Sequence[Share]) -> float | None:
     """What was reached out of all; None where nothing could be."""
@@ -57,7 +57,7 @@ def mean(shares: Sequence[Share]) -> float | None:
 
 
 def bootstrap_interval(
-    own: Sequence[Share], base: Sequence[Share], contexts: Sequence[int], *, resamples: int = 10_000, seed: int = 0
+    own: Sequence[Share], base: Sequence[Share], contexts: Sequence[int], **options: int
 ) -> tuple[float, float] | None:
     """95 % interval of the difference of two means, from contexts that are drawn anew, with all their questions.
 
@@ -66,29 +66,15 @@ def bootstrap_interval(
     Args:
         own, base: shares of each question, under a press and uncompressed.
         contexts: which one each question is about.
-
-    Returns:
-        The 2.5 % and 97.5 % points; None with a single context, or where nothing could be reached.
+        options: of :func:`coldpress.eval.metrics.bootstrap`.
     """
-    places = {context: i for i, context in enumerate(dict.fromkeys(contexts))}
-    n = len(places)
-    if n < 2:
-        return None
-    sums = torch.zeros(4, n, dtype=torch.float64)
+    sums = {context: numpy.zeros(4) for context in contexts}
     for mine, other, context in zip(own, base, contexts, strict=True):
-        sums[:, places[context]] += torch.tensor([*mine, *other], dtype=torch.float64)
-    generator = torch.Generator().manual_seed(seed)
-    differences, step = [], max(1, _AT_ONCE // n)
-    for start in range(0, resamples, step):
-        drawn = torch.randint(n, (min(step, resamples - start), n), generator=generator)
-        reached, of, reached_base, of_base = sums[:, drawn].sum(-1)
-        differences.append(reached / of - reached_base / of_base)
-    found = torch.cat(differences)
-    found = found[found.isfinite()]
-    if not len(found):
-        return None
-    low, high = torch.quantile(found, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
+        sums[context] += [*mine, *other]
+    columns = list(zip(*sums.values(), strict=True))
+    return bootstrap(
+        columns, lambda reached, of, reached_base, of_base: reached / of - reached_base / of_base, **options
+    )
 
 
 def mcnemar(own: Sequence[Share], base: Sequence[Share]) -> tuple[int, int, float] | None:
