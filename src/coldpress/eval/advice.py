@@ -130,21 +130,10 @@ def advise(base: Row, rows: Sequence[Row], margin: float, by_time: bool = False)
         fits, undecided = [], [*fits, *undecided]
     best = [row for row in fits if row is fits[0] or not _is_ahead(fits[0], row)]
     left = fits
-    for cost in (_seconds, _bytes) if by_time else (_bytes, _first):
-        left = [row for row in left if cost(row) <= ALIKE * min(map(cost, left))]
+    for name in ("seconds", "kv_bytes") if by_time else ("kv_bytes", "ttft_s"):
+        costs = {row: math.inf if getattr(row, name) is None else getattr(row, name) for row in left}
+        left = [row for row, cost in costs.items() if cost <= ALIKE * min(costs.values())]
     return Advice(tuple(fits), tuple(best), next(iter(left), None), tuple(undecided), tuple(lost))
-
-
-def _bytes(row: Row) -> float:
-    return math.inf if row.kv_bytes is None else row.kv_bytes
-
-
-def _first(row: Row) -> float:
-    return math.inf if row.ttft_s is None else row.ttft_s
-
-
-def _seconds(row: Row) -> float:
-    return row.seconds
 
 
 def _interval(row: Row) -> tuple[float, float]:

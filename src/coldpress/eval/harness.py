@@ -13,7 +13,7 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from importlib import resources
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +51,6 @@ LOG = logging.getLogger(__name__)
 PROOF_CONTEXTS = 16  # compressed contexts that may score as uncompressed ones do before a run is given up
 
 _Context = tuple[int, ...]
-_T = TypeVar("_T")
 
 
 @register_model("coldpress")
@@ -271,7 +270,8 @@ class ColdpressLM(HFLM):
             cache = self._prefilled(ids, mask, is_pressed, stack)
             self._count(contexts, cache, is_pressed)
             full = self._prefilled(ids, mask, False, stack) if is_pressed and self._is_to_be_proved else None
-            for keys in _pieces(list(fed), int(self.batch_size)):
+            for start in range(0, len(fed), int(self.batch_size)):
+                keys = list(fed)[start : start + int(self.batch_size)]
                 rows = torch.tensor([row for row, _ in keys], device=self.device)
                 tokens = [tokens for _, tokens in keys]
                 found = predictions(self.model, cache, mask, rows, tokens)
@@ -375,8 +375,3 @@ class ColdpressLM(HFLM):
         else:
             why = "all scores are bit for bit those of the uncompressed contexts"
         raise SelfCheckError(f"{self.press}, kv_bits={self.kv_bits}: nothing was compressed, {why}.")
-
-
-def _pieces(items: list[_T], size: int) -> Iterator[list[_T]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]

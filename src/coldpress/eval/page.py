@@ -216,11 +216,6 @@ def _text(name: str) -> Markup:
     return Markup((ASSETS / name).read_text(encoding="utf-8"))
 
 
-def _sort_key(cell: Cell) -> str:
-    """The number that a column is sorted by, as it is in the record."""
-    return "" if cell.value is None else repr(cell.value)
-
-
 def _bar(cell: Cell) -> Markup:
     """An interval on its column's scale: a line with a dot, a thin line at 0, an arrow where it goes on."""
     if cell.bar is None:
@@ -242,7 +237,8 @@ def _bar(cell: Cell) -> Markup:
 @functools.cache
 def _template() -> Any:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"bar": _bar, "sort_key": _sort_key, "drawn": Markup}
+    environment.filters |= {"bar": _bar, "drawn": Markup}
+    environment.filters["sort_key"] = lambda cell: "" if cell.value is None else repr(cell.value)  # as in the record
     return environment.from_string((ASSETS / "page.html").read_text(encoding="utf-8"))
 
 

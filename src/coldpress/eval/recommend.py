@@ -135,7 +135,8 @@ def _runs(
 
 
 def _jobs(of_presses: Settings, use: Use, settings: AdviceSettings) -> list[Job]:
-    once = [job.name for job in make_jobs(replace(of_presses, chunk_tokens=None)) if _chooses_once(job)]
+    whole = make_jobs(replace(of_presses, chunk_tokens=None))
+    once = [job.name for job in whole if job.press is not None and not job.press.chooses_again]
     if use.chunk_tokens and once:
         raise InputError(
             f"{once[0]} chooses once, from a whole text, and --use {settings.use} compresses again and again: leave it "
@@ -145,10 +146,6 @@ def _jobs(of_presses: Settings, use: Use, settings: AdviceSettings) -> list[Job]
     if use.kv_bits and not settings.press:
         jobs += make_jobs(replace(of_presses, press=(NO_PRESS,), kv_bits=use.kv_bits))
     return jobs
-
-
-def _chooses_once(job: Job) -> bool:
-    return job.press is not None and not job.press.chooses_again
 
 
 def _possible(jobs: Sequence[Job], loaded: LoadedModel, is_said: bool = True) -> list[Job]:
@@ -204,7 +201,7 @@ def _recommendation(settings: AdviceSettings, records: Sequence[Record], minutes
             by_key.setdefault(tuple(record[name] for name in OF_A_POINT), []).append(record)
     failed = {record["press"] for record in records if record["status"] == "failed"}
     whole = [found for found in by_key.values() if len(found) == 2 and found[0]["press"] not in failed]
-    base = next((found for found in whole if _is_base(found[0])), None)
+    base = next((found for found in whole if found[0]["press"] == NO_PRESS and found[0]["kv_bits"] is None), None)
     if base is None or len(whole) < 2:
         return "Nothing was measured of which anything could be said; the errors above say why."
     has_sizes = len(settings.compression_ratio) > 1
@@ -234,10 +231,6 @@ def _recommendation(settings: AdviceSettings, records: Sequence[Record], minutes
         if settings.use == "qa":
             said.append("compress reads as much of a text as the model was trained on, and says where it cuts it.")
     return "\n\n".join(part if "\n" in part else fill(printable(part), WIDTH) for part in said)
-
-
-def _is_base(record: Record) -> bool:
-    return record["press"] == NO_PRESS and record["kv_bits"] is None
 
 
 def _sizes(settings: AdviceSettings, records: Iterable[Record]) -> str:

@@ -17,7 +17,6 @@ from coldpress.eval.benchmarks.benchmark import (
     f1,
     register,
     rouge,
-    task_of,
 )
 
 __all__ = ["score", "score_e"]
@@ -143,7 +142,7 @@ def _packages(row: Row) -> tuple[str, ...]:
 
 
 _HUB, _COLUMNS = "Xnhyacinth/LongBench", ("answers", "all_classes", "task")
-register(Benchmark("longbench", _HUB, score, tuple(_MEASURES), columns=_COLUMNS, groups=task_of, packages=_packages))
+register(Benchmark("longbench", _HUB, score, tuple(_MEASURES), columns=_COLUMNS, packages=_packages))
 register(
     Benchmark(
         "longbench-e",
