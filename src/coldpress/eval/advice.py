@@ -33,22 +33,14 @@ class Scored(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one press of one size; of the uncompressed cache without ``windows``.
+    """What was measured of one press of one size; of the uncompressed cache without ``windows``."""
 
-    Attributes:
-        label: of the table: the press, and its size where there are several.
-        windows: the same ones in every row.
-        right: whether each question was answered right, the same ones in every row.
-        ttft_s: seconds to the first token: the context is read and compressed.
-        tpot_ms: milliseconds for each token after the first.
-    """
-
-    label: str
-    windows: tuple[Scored, ...] = ()
-    right: tuple[bool, ...] = ()
+    label: str  # of the table: the press, and its size where there are several
+    windows: tuple[Scored, ...] = ()  # the same ones in every row
+    right: tuple[bool, ...] = ()  # whether each question was answered right, the same ones in every row
     kv_bytes: int | None = None
-    ttft_s: float | None = None
-    tpot_ms: float | None = None
+    ttft_s: float | None = None  # seconds to the first token: the context is read and compressed
+    tpot_ms: float | None = None  # milliseconds for each token after the first
 
     @property
     def loss(self) -> Paired:
@@ -77,21 +69,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Advice:
-    """What the rule says of the rows.
+    """What the rule says of the rows."""
 
-    Attributes:
-        fits: the rows that keep to the rule, the best in quality first: most right answers, then the lowest KL.
-        best: the first of them, and those that were not told apart from it.
-        cheap: the cheapest of them; None if none fits.
-        open: rows of which there is too little to say whether they fit.
-        lost: rows whose loss is below the margin, as far as is known, and that lose too many answers.
-    """
-
+    # the rows that keep to the rule, the best in quality first: most right answers, then the lowest KL
     fits: tuple[Row, ...]
-    best: tuple[Row, ...]
-    cheap: Row | None
-    open: tuple[Row, ...]
-    lost: tuple[Row, ...]
+    best: tuple[Row, ...]  # the first of them, and those that were not told apart from it
+    cheap: Row | None  # the cheapest of them; None if none fits
+    open: tuple[Row, ...]  # rows of which there is too little to say whether they fit
+    lost: tuple[Row, ...]  # rows whose loss is below the margin, as far as is known, and that lose too many answers
 
 
 def fewest_right(base: Row) -> int:

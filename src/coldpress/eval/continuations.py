@@ -22,17 +22,11 @@ __all__ = ["Prediction", "left_padded", "predictions"]
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What was predicted while some tokens were fed: log-probabilities in nats, float32.
+    """What was predicted while some tokens were fed: log-probabilities in nats, float32."""
 
-    Attributes:
-        fed: of each token but the first.
-        is_greedy: whether each of these was the most likely one.
-        last: ``[V]``, of what may follow.
-    """
-
-    fed: list[float]
-    is_greedy: bool
-    last: Tensor
+    fed: list[float]  # of each token but the first
+    is_greedy: bool  # whether each of these was the most likely one
+    last: Tensor  # ``[V]``, of what may follow
 
     def of(self, token: int) -> tuple[float, bool]:
         """The answer for these tokens and another one after them."""

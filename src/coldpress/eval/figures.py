@@ -105,21 +105,13 @@ def styles(section: Section) -> dict[str, Style]:
 
 @dataclass
 class Drawing:
-    """A finished picture.
+    """A finished picture."""
 
-    Attributes:
-        kind: what it shows, a word for its file name.
-        caption: what it shows in words, with protocol and text; not escaped.
-        svg: for a page, colours as CSS variables, ids begun with ``prefix`` when asked for.
-        png: its bytes on a light ground.
-        file: the name of the PNG beside a report.
-    """
-
-    kind: str
-    caption: str
-    svg: str = ""
-    png: bytes = b""
-    file: str = ""
+    kind: str  # what it shows, a word for its file name
+    caption: str  # what it shows in words, with protocol and text; not escaped
+    svg: str = ""  # for a page, colours as CSS variables, ids begun with ``prefix`` when asked for
+    png: bytes = b""  # its bytes on a light ground
+    file: str = ""  # the name of the PNG beside a report
     titles: dict[str, str] = field(default_factory=dict)
 
     def name(self, artist: Any, title: str) -> None:

@@ -36,20 +36,14 @@ UNREADABLE = (OSError, SafetensorError, ValueError, TypeError, KeyError, Attribu
 
 @dataclass(frozen=True, kw_only=True)
 class _Cache:
-    """What is noted of the cache that a point has made.
+    """What is noted of the cache that a point has made."""
 
-    Attributes:
-        kv_bytes: of the first row's cache, right after the prefill; of a benchmark's press that goes on while decoding,
-            after the first answer.
-        kv_lengths: stored tokens of each of its layers.
-        achieved_ratio: fraction of its pairs that were removed.
-        kept_hash: a fingerprint of which pairs it keeps; None for the baseline.
-    """
-
+    # of the first row's cache, right after the prefill; of a benchmark's press that goes on while decoding, after
+    # the first answer
     kv_bytes: int
-    kv_lengths: list[int]
-    achieved_ratio: float
-    kept_hash: str | None = None
+    kv_lengths: list[int]  # stored tokens of each of its layers
+    achieved_ratio: float  # fraction of its pairs that were removed
+    kept_hash: str | None = None  # a fingerprint of which pairs it keeps; None for the baseline
 
     def facts(self, base: _Cache, n_tokens: int) -> dict[str, Any]:
         """What a record says of it, beside the baseline's cache of so many tokens."""
@@ -65,44 +59,29 @@ class _Cache:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured(_Cache):
-    """What one point made of one batch of windows.
+    """What one point made of one batch of windows."""
 
-    Attributes:
-        scores: of the targets of each window.
-        agreement: of each window, greedy tokens that are the baseline's before the first that is not; None where
-            nothing was generated.
-        read_ratio: fraction of the stored pairs that were read for these targets.
-    """
-
-    scores: Scores
+    scores: Scores  # of the targets of each window
+    # of each window, greedy tokens that are the baseline's before the first that is not; None where nothing was
+    # generated
     agreement: list[int] | None = None
-    read_ratio: float = 1.0
+    read_ratio: float = 1.0  # fraction of the stored pairs that were read for these targets
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answered(_Cache):
-    """What one point made of one example.
+    """What one point made of one example."""
 
-    Attributes:
-        losses: nats of each token of the answer, as float32 has them.
-        answer_ids: greedy tokens, up to the end of the answer; None where nothing was generated.
-    """
-
-    losses: list[float]
-    answer_ids: list[int] | None
+    losses: list[float]  # nats of each token of the answer, as float32 has them
+    answer_ids: list[int] | None  # greedy tokens, up to the end of the answer; None where nothing was generated
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answers(_Cache):
-    """What one point made of one context.
+    """What one point made of one context."""
 
-    Attributes:
-        answers: greedy tokens of each question.
-        seen_tokens: of the cache when it was measured.
-    """
-
-    answers: list[list[int]]
-    seen_tokens: int
+    answers: list[list[int]]  # greedy tokens of each question
+    seen_tokens: int  # of the cache when it was measured
 
 
 class Ledger:

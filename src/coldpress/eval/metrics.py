@@ -33,16 +33,11 @@ FEW_WINDOWS = 30  # with fewer, the bootstrap stands beside Student's t
 
 
 class Paired(NamedTuple):
-    """Mean difference of losses to the baseline, in nats a token; to a baseline of 0, the mean loss itself.
+    """Mean difference of losses to the baseline, in nats a token; to a baseline of 0, the mean loss itself."""
 
-    Attributes:
-        delta: mean over tokens of (loss - baseline loss).
-        se: its standard error, clustered by window; None with a single window.
-        ci95: two-sided 95 % confidence interval (Student's t, windows - 1 degrees of freedom); None likewise.
-    """
-
-    delta: float
-    se: float | None
+    delta: float  # mean over tokens of (loss - baseline loss)
+    se: float | None  # its standard error, clustered by window; None with a single window
+    # two-sided 95 % confidence interval (Student's t, windows - 1 degrees of freedom); None likewise
     ci95: tuple[float, float] | None
 
 

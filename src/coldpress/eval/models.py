@@ -47,23 +47,14 @@ BY_NAME = ("demo", *SMOLLM2)  # whatever folders there are
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model on coldpress's backend, with what a result needs to name it.
+    """A model on coldpress's backend, with what a result needs to name it."""
 
-    Attributes:
-        model: in evaluation mode, on its device.
-        tokenizer: the model's tokenizer.
-        name: what the user asked for.
-        source: the hub id or the folder or file it came from.
-        revision: the commit of the hub, where it is known.
-        attn_implementation: the arithmetic underneath (sdpa, eager or flash_attention_2).
-    """
-
-    model: PreTrainedModel
+    model: PreTrainedModel  # in evaluation mode, on its device
     tokenizer: Any
-    name: str
-    source: str
-    revision: str | None
-    attn_implementation: str
+    name: str  # what the user asked for
+    source: str  # the hub id or the folder or file it came from
+    revision: str | None  # the commit of the hub, where it is known
+    attn_implementation: str  # the arithmetic underneath (sdpa, eager or flash_attention_2)
 
     @property
     def device(self) -> torch.device:

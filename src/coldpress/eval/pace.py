@@ -32,24 +32,15 @@ def target_of(context: int) -> int:
 
 @dataclass(frozen=True)
 class Use:
-    """What a cache is for, and how that is measured.
+    """What a cache is for, and how that is measured."""
 
-    Attributes:
-        about: the use, in a few words.
-        presses: measured where none is named.
-        chunk_tokens: the context comes in pieces of so many tokens, and is compressed after each.
-        kv_bits: also measured, without a press.
-        in_tokens: a budget in tokens instead of a ratio: constant memory.
-        by_time: time is the first cost, bytes the second.
-        shares: until which part of the time windows, timed rounds and questions are measured.
-    """
-
-    about: str
-    presses: tuple[str, ...]
-    chunk_tokens: int | None = None
-    kv_bits: tuple[int | str, ...] = ()
-    in_tokens: bool = False
-    by_time: bool = False
+    about: str  # the use, in a few words
+    presses: tuple[str, ...]  # measured where none is named
+    chunk_tokens: int | None = None  # the context comes in pieces of so many tokens, and is compressed after each
+    kv_bits: tuple[int | str, ...] = ()  # also measured, without a press
+    in_tokens: bool = False  # a budget in tokens instead of a ratio: constant memory
+    by_time: bool = False  # time is the first cost, bytes the second
+    # until which part of the time windows, timed rounds and questions are measured
     shares: tuple[float, float, float] = (0.4, 0.55, 1.0)
 
 

@@ -23,42 +23,26 @@ STRIDE = 512  # where nothing else is asked for
 
 @dataclass(frozen=True)
 class Plan:
-    """What an evaluation will do.
+    """What an evaluation will do."""
 
-    Attributes:
-        protocol: the name of the way perplexity is measured, its sizes included; ``speed`` when it is not; ends in
-            ``-bos`` where windows or texts begin with the BOS token, then ``-chunkN`` where prompts come in pieces.
-        doc_ids: the documents that are scored, or timed when nothing is scored.
-        documents: their token ids, int64 ``[N]`` each.
-        total_tokens: of the whole text, after ``--limit_tokens``.
-        tokens_sha256: of its token ids, as little-endian 64-bit integers.
-        max_length, stride: of the strided windows; None without them.
-        windows: of the prefix protocol, for each document; None without it.
-        context_ids: what is prefilled when speed is measured, int64 ``[1, C]``; None when it is not.
-        notes: what the user should know about the meaning of the numbers.
-        stream_limit: of a stream, how much of each document is read at original positions; None for all.
-        token_bytes: UTF-8 bytes that each token of ``documents`` stands for, int64 ``[N]`` each, or None where the
-            tokenizer does not say (:func:`coldpress.eval.tokens.encode`).
-        preset: the name of the preset (:mod:`coldpress.eval.windows`) that cuts the documents; None without one.
-        add_bos: whether the tokenizer's BOS token begins them, or each of the windows.
-        units: words and bytes of each document, as lm-eval counts them; None but for that preset.
-    """
-
+    # The name of the way perplexity is measured, its sizes included; ``speed`` when it is not; ends in ``-bos`` where
+    # windows or texts begin with the BOS token, then ``-chunkN`` where prompts come in pieces
     protocol: str
-    doc_ids: tuple[str, ...]
-    documents: tuple[Tensor, ...]
-    total_tokens: int
-    tokens_sha256: str
-    max_length: int | None
+    doc_ids: tuple[str, ...]  # of the documents that are scored, or timed when nothing is scored
+    documents: tuple[Tensor, ...]  # their token ids, int64 ``[N]`` each
+    total_tokens: int  # of the whole text, after ``--limit_tokens``
+    tokens_sha256: str  # of its token ids, as little-endian 64-bit integers
+    max_length: int | None  # of the strided windows, as is the stride; None without them
     stride: int | None
-    windows: tuple[PrefixPlan, ...] | None
-    context_ids: Tensor | None
-    notes: tuple[str, ...]
-    stream_limit: int | None = None
+    windows: tuple[PrefixPlan, ...] | None  # of the prefix protocol, for each document; None without it
+    context_ids: Tensor | None  # what is prefilled when speed is measured, int64 ``[1, C]``; None when it is not
+    notes: tuple[str, ...]  # what the user should know about the meaning of the numbers
+    stream_limit: int | None = None  # how much of each document is read at original positions; None for all
+    # UTF-8 bytes that each token stands for, int64 ``[N]`` each; None where the tokenizer does not say
     token_bytes: tuple[Tensor | None, ...] = ()
-    preset: str | None = None
-    add_bos: bool = False
-    units: tuple[tuple[int, int], ...] | None = None
+    preset: str | None = None  # the name of the preset (:class:`coldpress.eval.windows.Preset`) that cuts the documents
+    add_bos: bool = False  # whether the tokenizer's BOS token begins them, or each of the windows
+    units: tuple[tuple[int, int], ...] | None = None  # words and bytes of each, as lm-eval counts them; None elsewhere
 
 
 def make_plan(settings: Settings, corpus: Corpus, tokenizer: Any, max_positions: int | None) -> Plan:

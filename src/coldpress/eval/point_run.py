@@ -43,19 +43,12 @@ class Engine:
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """What work is done on.
+    """What work is done on."""
 
-    Attributes:
-        index: of it in the run.
-        given: a batch of windows, an example, a context with questions, or a chunk of a document.
-        points: to measure on it beside the baseline.
-        is_checked: whether the checks are made that need forward passes of their own.
-    """
-
-    index: int
-    given: Any
-    points: tuple[Point, ...]
-    is_checked: bool
+    index: int  # of it in the run
+    given: Any  # a batch of windows, an example, a context with questions, or a chunk of a document
+    points: tuple[Point, ...]  # to measure on it beside the baseline
+    is_checked: bool  # whether the checks are made that need forward passes of their own
 
 
 class PointRun(ABC, Generic[_Measured]):
@@ -68,14 +61,10 @@ class PointRun(ABC, Generic[_Measured]):
         points: to measure; the baseline always is.
         given: what they are measured on, one item for each.
         ledger: what was finished by an earlier run, and where this one notes what it has finished; None: nowhere.
-
-    Attributes:
-        kind: what a ledger notes of each point.
-        work: of an engine: gives for an item what each point made of it, by its key, or what went wrong.
     """
 
-    kind: ClassVar[type[Any]]
-    work: Any
+    kind: ClassVar[type[Any]]  # what a ledger notes of each point
+    work: Any  # of an engine: gives for an item what each point made of it, by its key, or what went wrong
 
     def __init__(
         self, model: PreTrainedModel, points: Sequence[Point], given: Sequence[Any], ledger: Ledger | None = None

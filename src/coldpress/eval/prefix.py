@@ -190,21 +190,13 @@ def _deltas_by_distance(own: Tensor, base: Tensor) -> dict[str, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class WindowWork:
-    """Measures one batch of windows, int64 ``[W, context + target]``: work for an engine.
+    """Measures one batch of windows, int64 ``[W, context + target]``: work for an engine."""
 
-    Attributes:
-        context: tokens that are prefilled.
-        n_scored: tokens scored in each window, its last ones.
-        chunk_tokens: tokens of a piece of the context; None for a context in one piece.
-        greedy_tokens: tokens to generate from each cache, to count how many are the baseline's.
-        seed: with the batch's index, of torch's generator: what presses draw depends on no other batch.
-    """
-
-    context: int
-    n_scored: int
-    chunk_tokens: int | None = None
-    greedy_tokens: int = 0
-    seed: int = 0
+    context: int  # tokens that are prefilled
+    n_scored: int  # tokens scored in each window, its last ones
+    chunk_tokens: int | None = None  # tokens of a piece of the context; None for a context in one piece
+    greedy_tokens: int = 0  # tokens to generate from each cache, to count how many are the baseline's
+    seed: int = 0  # with the batch's index, of torch's generator: what presses draw depends on no other batch
 
     @torch.inference_mode()
     def __call__(self, model: PreTrainedModel, batch: Item) -> Found:

@@ -36,22 +36,14 @@ __all__ = ["Outcome", "sweep"]
 
 @dataclass
 class Outcome:
-    """What became of a sweep.
+    """What became of a sweep."""
 
-    Attributes:
-        n_measured, n_found: points that were measured now, and those whose results were there already.
-        n_failed: of those measured now.
-        problems: what kept whole evaluations from being measured.
-        is_interrupted: whether the user stopped it.
-        n_told: of the problems, that the user has been told of.
-    """
-
-    n_measured: int = 0
-    n_found: int = 0
-    n_failed: int = 0
-    problems: list[str] = field(default_factory=list)
-    is_interrupted: bool = False
-    n_told: int = 0  # of the problems
+    n_measured: int = 0  # points that were measured now
+    n_found: int = 0  # and those whose results were there already
+    n_failed: int = 0  # of those measured now
+    problems: list[str] = field(default_factory=list)  # what kept whole evaluations from being measured
+    is_interrupted: bool = False  # whether the user stopped it
+    n_told: int = 0  # of the problems, that the user has been told of
 
 
 def sweep(plan: SweepPlan, command: str) -> Outcome:

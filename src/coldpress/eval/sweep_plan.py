@@ -33,15 +33,9 @@ _TOP = ("models", "texts", *KINDS, "output_dir")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One model, one text, one kind of measurement: what shares a prefill and a protocol.
+    """One model, one text, one kind of measurement: what shares a prefill and a protocol."""
 
-    Attributes:
-        kind: one of KINDS.
-        settings: of the evaluation.
-        jobs: its points.
-    """
-
-    kind: str
+    kind: str  # one of KINDS
     settings: Settings | TaskSettings
     jobs: tuple[Job, ...]
 

@@ -165,21 +165,13 @@ def _means(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ExampleWork:
-    """Measures one example: work for an engine.
+    """Measures one example: work for an engine."""
 
-    Attributes:
-        chunk_tokens: tokens of a piece of the context; None for a context in one piece.
-        max_new_tokens: of an answer at most; None for what the example says.
-        newlines: tokens with which a line ends.
-        ends: tokens with which a text ends.
-        seed: with the example's index, of torch's generator: what presses draw depends on no other example.
-    """
-
-    chunk_tokens: int | None
-    max_new_tokens: int | None
-    newlines: frozenset[int]
-    ends: frozenset[int]
-    seed: int = 0
+    chunk_tokens: int | None  # tokens of a piece of the context; None for a context in one piece
+    max_new_tokens: int | None  # of an answer at most; None for what the example says
+    newlines: frozenset[int]  # tokens with which a line ends
+    ends: frozenset[int]  # tokens with which a text ends
+    seed: int = 0  # with the example's index, of torch's generator: what presses draw depends on no other example
 
     @torch.inference_mode()
     def __call__(self, model: PreTrainedModel, item: Item) -> dict[str, Any]:

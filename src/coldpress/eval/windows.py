@@ -194,18 +194,12 @@ class Preset(NamedTuple):
     A tokenizer that puts a token before each text does so in all of them; in llamacpp that token also replaces the
     first of each window, and in lm-eval each article comes after the tokenizer's BOS token (or its EOS token if it has
     none). A protocol's name holds its sizes and a version, which changes when its numbers do.
-
-    Attributes:
-        length: tokens of a window where the model has as many positions; None: all it has.
-        version: of the protocol.
-        windows: what cuts ``(tokens, length, stride)``.
-        scored: how many of them it must score, by a formula of its own.
     """
 
-    length: int | None
-    version: int
-    windows: Callable[[int, int, int], list[Window]]
-    scored: Callable[[int, int, int], int]
+    length: int | None  # tokens of a window where the model has as many positions; None: all it has
+    version: int  # of the protocol
+    windows: Callable[[int, int, int], list[Window]]  # what cuts ``(tokens, length, stride)``
+    scored: Callable[[int, int, int], int]  # how many of them it must score, by a formula of its own
 
 
 STRIDED = Preset(None, 1, plan_strided, strided_scored_tokens)  # where no preset is asked for

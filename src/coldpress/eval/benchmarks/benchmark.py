@@ -145,29 +145,18 @@ def task_of(row: Row) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Questions about contexts.
+    """Questions about contexts."""
 
-    Attributes:
-        name: it is asked for by.
-        hub_id: of its data set.
-        score: of an answer and its row.
-        data_dirs: folders of the data set, of which one is read; empty where it is not divided.
-        data_dir: the folder that is read where none is named.
-        columns: that a row must have beside the context, the question and what is put before the answer.
-        groups: names under which a row's scores are averaged.
-        is_haystack: whether the rows are texts in which a needle is put.
-        packages: that scoring a row needs beside coldpress itself.
-    """
-
-    name: str
-    hub_id: str
-    score: Callable[[str, Row], Scores]
-    data_dirs: tuple[str, ...] = ()
-    data_dir: str | None = None
+    name: str  # it is asked for by
+    hub_id: str  # of its data set
+    score: Callable[[str, Row], Scores]  # of an answer and its row
+    data_dirs: tuple[str, ...] = ()  # folders of the data set, of which one is read; empty where it is not divided
+    data_dir: str | None = None  # the folder that is read where none is named
+    # that a row must have beside the context, the question and what is put before the answer
     columns: tuple[str, ...] = ("answer", "task")
-    groups: Callable[[Row], tuple[str, ...]] = task_of
-    is_haystack: bool = False
-    packages: Callable[[Row], tuple[str, ...]] = lambda row: ()
+    groups: Callable[[Row], tuple[str, ...]] = task_of  # names under which a row's scores are averaged
+    is_haystack: bool = False  # whether the rows are texts in which a needle is put
+    packages: Callable[[Row], tuple[str, ...]] = lambda row: ()  # that scoring a row needs beside coldpress itself
 
 
 _BENCHMARKS: dict[str, Benchmark] = {}

@@ -137,34 +137,21 @@ Ids = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Question:
-    """One question about a context.
+    """One question about a context."""
 
-    Attributes:
-        ids: of the question, what the chat template puts after it, and the beginning of the answer.
-        limit: tokens of the answer at most.
-        row: its other columns, by which it is scored.
-    """
-
-    ids: Ids
-    limit: int
-    row: Row
+    ids: Ids  # of the question, what the chat template puts after it, and the beginning of the answer
+    limit: int  # tokens of the answer at most
+    row: Row  # its other columns, by which it is scored
 
 
 @dataclass(frozen=True)
 class AskedContext:
-    """One context, which is compressed once, and the questions about it.
+    """One context, which is compressed once, and the questions about it."""
 
-    Attributes:
-        context_ids: read and compressed.
-        questions: each asked of what is left of the context, and of no other question.
-        n_whole: tokens before the context was cut to its length.
-        n_pinned: tokens at the beginning that nothing may evict.
-    """
-
-    context_ids: Ids
-    questions: tuple[Question, ...]
-    n_whole: int
-    n_pinned: int
+    context_ids: Ids  # read and compressed
+    questions: tuple[Question, ...]  # each asked of what is left of the context, and of no other question
+    n_whole: int  # tokens before the context was cut to its length
+    n_pinned: int  # tokens at the beginning that nothing may evict
 
     @property
     def length(self) -> int:

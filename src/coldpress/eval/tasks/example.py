@@ -15,77 +15,47 @@ __all__ = ["Draft", "Example", "Task", "find_task", "make_example", "register", 
 
 @dataclass(frozen=True)
 class Draft:
-    """One example before it has a length.
+    """One example before it has a length."""
 
-    Attributes:
-        opening: what the context begins with.
-        filler: pieces of text, as many as anybody asks for; what is hidden goes between two of them.
-        hidden: what is hidden among them, as text or token ids, with its depth: 0 before all of them, 1 after.
-        question: asked after the compression.
-        lead: the beginning of the answer, which the model does not have to find.
-        answer: how it goes on; its tokens are scored.
-        references: texts that a right answer holds; empty where nothing is generated.
-    """
-
-    opening: str
-    filler: Iterable[str]
+    opening: str  # what the context begins with
+    filler: Iterable[str]  # pieces of text, as many as anybody asks for; what is hidden goes between two of them
+    # what is hidden among them, as text or token ids, with its depth: 0 before all of them, 1 after
     hidden: tuple[tuple[float, str | Ids], ...]
-    question: str | Ids
-    lead: str
-    answer: str | Ids
-    references: tuple[str, ...] = ()
+    question: str | Ids  # asked after the compression
+    lead: str  # the beginning of the answer, which the model does not have to find
+    answer: str | Ids  # how it goes on; its tokens are scored
+    references: tuple[str, ...] = ()  # texts that a right answer holds; empty where nothing is generated
 
 
 @dataclass(frozen=True)
 class Task:
-    """A kind of example.
+    """A kind of example."""
 
-    Attributes:
-        name: it is asked for by.
-        summary: a line about it.
-        draft: makes one example, from the random numbers, the depth and the material that it is given.
-        has_depth: whether what is asked for stands at one place.
-        answer_tokens: how many to generate at most; None for a probe, of which only log-probabilities are taken.
-        takes_template: whether a chat template may go around it.
-    """
-
-    name: str
-    summary: str
+    name: str  # it is asked for by
+    summary: str  # a line about it
+    # makes one example, from the random numbers, the depth and the material that it is given
     draft: Callable[[random.Random, float, Material], Draft]
-    has_depth: bool
+    has_depth: bool  # whether what is asked for stands at one place
+    # how many to generate at most; None for a probe, of which only log-probabilities are taken
     answer_tokens: int | None
-    takes_template: bool
+    takes_template: bool  # whether a chat template may go around it
 
 
 @dataclass(frozen=True)
 class Example:
-    """One context, one question about it, and the answer.
-
-    Attributes:
-        task: its name.
-        index: of the example, among those of its task and length.
-        length: tokens of the context, all counted, also what a chat template or a tokenizer puts before the text.
-        depth: fraction of the filler that stands before what is asked for; None where it is in many places.
-        hidden_at: first token of each hidden part, and of what follows it.
-        context_ids: read and compressed.
-        question_ids: fed after the compression, at the positions that follow the context's; not scored.
-        answer_ids: scored, each from what stands before it.
-        references: texts that a right answer holds; empty where nothing is generated.
-        answer_tokens: how many to generate at most; None where nothing is.
-        n_pinned: tokens at the beginning of the context that nothing may evict.
-    """
+    """One context, one question about it, and the answer."""
 
     task: str
-    index: int
-    length: int
-    depth: float | None
-    hidden_at: tuple[tuple[int, int], ...]
-    context_ids: Ids
-    question_ids: Ids
-    answer_ids: Ids
-    references: tuple[str, ...]
-    answer_tokens: int | None
-    n_pinned: int = 0
+    index: int  # of the example, among those of its task and length
+    length: int  # tokens of the context, all counted, also what a chat template or a tokenizer puts before the text
+    depth: float | None  # fraction of the filler that stands before what is asked for; None where it is in many places
+    hidden_at: tuple[tuple[int, int], ...]  # first token of each hidden part, and of what follows it
+    context_ids: Ids  # read and compressed
+    question_ids: Ids  # fed after the compression, at the positions that follow the context's; not scored
+    answer_ids: Ids  # scored, each from what stands before it
+    references: tuple[str, ...]  # texts that a right answer holds; empty where nothing is generated
+    answer_tokens: int | None  # how many to generate at most; None where nothing is
+    n_pinned: int = 0  # tokens at the beginning of the context that nothing may evict
 
     @property
     def fingerprint(self) -> str:
