@@ -60,7 +60,7 @@ def match(answer: str, references: Sequence[str]) -> float:
 class TaskRun(PointRun[Answered]):
     """Answer questions about compressed contexts, one by one; :meth:`results` can be asked for at any time.
 
-    See also :class:`coldpress.eval.point_run.PointRun` and :class:`ExampleWork`.
+    See also :class:`coldpress.eval.point_run.PointRun`; the options are those of :class:`ExampleWork`.
     """
 
     kind = Answered
@@ -71,21 +71,12 @@ class TaskRun(PointRun[Answered]):
         tokenizer: Any,
         points: Sequence[Point],
         examples: Sequence[Example],
-        *,
-        chunk_tokens: int | None = None,
-        max_new_tokens: int | None = None,
-        seed: int = 0,
         ledger: Ledger | None = None,
+        **options: Any,
     ):
         self.tokenizer = tokenizer
-        is_asked = any(example.references for example in examples)
-        self.work = ExampleWork(
-            chunk_tokens,
-            max_new_tokens,
-            _newlines(tokenizer) if is_asked else frozenset(),
-            ends_of(model, tokenizer),
-            seed,
-        )
+        newlines = _newlines(tokenizer) if any(example.references for example in examples) else frozenset()
+        self.work = ExampleWork(ends_of(model, tokenizer), newlines, **options)
         super().__init__(model, points, examples, ledger)
 
     def _fingerprint(self, index: int) -> str:
@@ -167,10 +158,10 @@ def _means(rows: list[dict[str, Any]]) -> dict[str, Any]:
 class ExampleWork:
     """Measures one example: work for an engine."""
 
-    chunk_tokens: int | None  # tokens of a piece of the context; None for a context in one piece
-    max_new_tokens: int | None  # of an answer at most; None for what the example says
-    newlines: frozenset[int]  # tokens with which a line ends
     ends: frozenset[int]  # tokens with which a text ends
+    newlines: frozenset[int] = frozenset()  # tokens with which a line ends
+    chunk_tokens: int | None = None  # tokens of a piece of the context; None for a context in one piece
+    max_new_tokens: int | None = None  # of an answer at most; None for what the example says
     seed: int = 0  # with the example's index, of torch's generator: what presses draw depends on no other example
 
     @torch.inference_mode()

@@ -140,13 +140,11 @@ class BenchmarkRun(PointRun[Answers]):
         points: Sequence[Point],
         benchmark: Benchmark,
         contexts: Sequence[AskedContext],
-        *,
-        chunk_tokens: int | None = None,
-        seed: int = 0,
         ledger: Ledger | None = None,
+        **options: Any,
     ):
         self.tokenizer, self.benchmark = tokenizer, benchmark
-        self.work = ContextWork(chunk_tokens, None, frozenset(), ends_of(model, tokenizer), seed)
+        self.work = ContextWork(ends_of(model, tokenizer), **options)
         super().__init__(model, points, contexts, ledger)
 
     def _fingerprint(self, index: int) -> str:
