@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from coldpress.eval.datasets import load_corpus
 from coldpress.eval.jobs import check_types
 from coldpress.eval.models import load_model, pick_device
 from coldpress.eval.plan import UNKNOWN_POSITIONS
-from coldpress.eval.progress import note, progress
+from coldpress.eval.progress import note, progress, warnings_noted
 from coldpress.eval.results import check_output, check_writable
 from coldpress.eval.settings import CalibrationSettings
 from coldpress.eval.tokens import note_unreadable, tokenize
@@ -50,11 +49,8 @@ def make_artefact(settings: CalibrationSettings) -> Path:
     samples = pick_samples(documents, s.n_samples, length)
     if len(samples) < s.n_samples:
         note(f"the text has {len(samples)} sample(s) of up to {length} tokens, not --n_samples {s.n_samples}.")
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always", UserWarning)
+    with warnings_noted():
         tensors = calibrate(press, loaded.model, samples, partial(progress, name="calibration"))
-    for warning in said:
-        note(str(warning.message))
     facts = loaded.facts() | {
         "n_layers": shape.n_layers,
         "n_heads": shape.n_heads,

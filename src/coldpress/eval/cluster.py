@@ -197,14 +197,14 @@ class RayEngine(Engine):
         self, work: Callable[[PreTrainedModel, _Item], _Result], items: Iterable[_Item]
     ) -> Iterator[tuple[_Item, _Result]]:
         """Raises what ``work`` does, and LostWorkersError if no worker is left, or one item has ended several."""
-        source = iter(items)
+        packed = (_WorkItem(item, self.ray.cloudpickle.dumps((work, item))) for item in items)
         again: deque[_WorkItem] = deque()  # of workers that were lost
         for hand in self._crew:
             hand.work_items.clear()  # of a loop that was left
         while True:
             for in_hand, hand in itertools.product(range(IN_HAND), self._crew):  # one for each before a second one
                 if hand.is_ready and len(hand.work_items) <= in_hand:
-                    work_item = again.popleft() if again else _next(source, work)
+                    work_item = again.popleft() if again else next(packed, None)
                     if work_item is None:
                         break
                     hand.work_items.append(work_item)
@@ -271,15 +271,6 @@ class _WorkItem:
     packed: bytes  # work and item
     tries: int = 0  # that a worker did not survive
     answer: Any = None
-
-
-def _next(source: Iterator[Any], work: Callable[..., Any]) -> _WorkItem | None:
-    """The next item, packed; None if there is none."""
-    from ray import cloudpickle
-
-    for item in source:
-        return _WorkItem(item, cloudpickle.dumps((work, item)))
-    return None
 
 
 @dataclass(eq=False)

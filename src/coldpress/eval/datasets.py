@@ -33,6 +33,7 @@ __all__ = ["FEWEST", "SHORT_NAMES", "Corpus", "Document", "excerpts", "load_corp
 
 HUB_IDS = {"wikitext": ("Salesforce/wikitext",), "pg19": ("emozilla/pg19-test", "emozilla/pg19")}
 SHORT_NAMES = ("wikitext", "pg19", "demo")
+_SHORT = ", ".join(SHORT_NAMES)
 DEMO_FOLDER = "coldpress/assets/demo/text"
 WIKITEXT_SUBSET = "wikitext-2-raw-v1"
 WHOLE = "all"  # the split of a source that has none: a single file
@@ -141,20 +142,16 @@ def load_corpus(
         source, rows = load_hub((dataset,), subset, split, revision)
         joined = "wikitext" in dataset.lower()
     elif "/" in dataset or path.suffix in {*FILE_BUILDERS, ".txt"}:
-        raise DataError(f"no file or folder {dataset!r}: give an existing path, a hub id 'org/name', or {_short()}")
+        raise DataError(f"no file or folder {dataset!r}: give an existing path, a hub id 'org/name', or {_SHORT}")
     else:
         raise DataError(
-            f"unknown dataset {dataset!r}: allowed are {_short()}, a hub id 'org/name', or an existing path."
+            f"unknown dataset {dataset!r}: allowed are {_SHORT}, a hub id 'org/name', or an existing path."
             + nearest(dataset, SHORT_NAMES)
         )
     what = dataset if source == dataset or path.exists() else f"{dataset} ({source})"
     documents, join = _documents(rows, what, joined, sample_idx)
     lines = None if join is None else tuple(text or "" for text in _column(rows, "text", what))
     return Corpus(dataset, source, subset, split, join, documents, lines)
-
-
-def _short() -> str:
-    return ", ".join(SHORT_NAMES)
 
 
 def _refuse(name: str, **given: str | None) -> None:

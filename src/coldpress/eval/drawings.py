@@ -108,10 +108,6 @@ def _first_number(bucket: str) -> tuple[int, str]:
     return (int(digits) if digits.isdecimal() else 0), bucket
 
 
-def _rate(entry: Entry) -> float | None:
-    return entry.decode_tokens_per_s or entry.generation_tokens_per_s
-
-
 def _peak(entry: Entry) -> float | None:
     """Above what the process held before, where that is known."""
     peak = entry.peak_mem_delta_bytes if entry.peak_mem_delta_bytes is not None else entry.peak_mem_bytes
@@ -126,14 +122,9 @@ def _rate_bars(entry: Entry) -> tuple[float, float] | None:
     return 1000 / spread["max"], 1000 / spread["min"]
 
 
-def _ttft_bars(entry: Entry) -> tuple[float, float] | None:
-    spread = entry.ttft_s_spread
-    return None if spread is None else (spread["min"], spread["max"])
-
-
 _PANELS: tuple[tuple[str, Any, Any], ...] = (
-    ("decoding (tokens a second)", _rate, _rate_bars),
-    ("time to the first token (s)", lambda p: p.ttft_s, _ttft_bars),
+    ("decoding (tokens a second)", lambda p: p.decode_tokens_per_s or p.generation_tokens_per_s, _rate_bars),
+    ("time to the first token (s)", lambda p: p.ttft_s, lambda p: (s := p.ttft_s_spread) and (s["min"], s["max"])),
     ("peak memory above the start (MiB)", _peak, lambda p: None),
 )
 

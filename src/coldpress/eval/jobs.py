@@ -105,10 +105,14 @@ def press_of(
     load_press_files([press])
     if ratio is None:
         ratio = 0.5 if takes_ratio(press) and not sizes else 0.0
-    if "seed" in parameters_of(press):
-        parameters = {"seed": 0, **parameters}
-    check_types(press, parameters)
-    return make_press(press, ratio, **sizes, **parameters)
+    return make_press(press, ratio, **sizes, **_own_parameters(press, parameters, 0))
+
+
+def _own_parameters(name: str, given: dict[str, Any], seed: int) -> dict[str, Any]:
+    """The parameters of a press: those that were given, and the seed where it draws numbers."""
+    own = {"seed": seed, **given} if "seed" in parameters_of(name) else given
+    check_types(name, own)
+    return own
 
 
 def integer(name: str, value: Any, minimum: int) -> int:
@@ -233,7 +237,7 @@ def make_jobs(settings: Settings) -> list[Job]:
         if name == NO_PRESS:
             jobs.append(Job(name, None, 0.0))
             continue
-        own = _own_parameters(name, settings)
+        own = _own_parameters(name, parameters, settings.seed)
         if not takes_ratio(name):  # or is not known, which make_press says
             asked = budgets[0] if budgets and name in settings.press else {}  # make_press says that it has none
             jobs.append(Job(name, make_press(name, 0.0, **asked, **own)))
@@ -252,15 +256,6 @@ def make_jobs(settings: Settings) -> list[Job]:
     group = None if settings.kv_group_size == KVBits.group_size else settings.kv_group_size
     codecs = [storage_of(each, group_size=group, newest=settings.kv_residual_tokens) for each in bits]
     return _in_bits(jobs, [codec for codec in codecs if codec is not None], settings)
-
-
-def _own_parameters(name: str, settings: Settings) -> dict[str, Any]:
-    """The parameters of a press: those that were given, and the seed where it draws numbers."""
-    own = dict(settings.press_args)
-    if "seed" in parameters_of(name):
-        own = {"seed": settings.seed, **own}
-    check_types(name, own)
-    return own
 
 
 def left_out_of_batches(settings: Settings) -> list[str]:
@@ -333,7 +328,7 @@ def _make_stream_jobs(settings: Settings) -> list[Job]:
             jobs.append(Job(name, None))
             continue
         assert settings.stream_chunk is not None
-        scorer = make_press(name, 0.0, **_own_parameters(name, settings))
+        scorer = make_press(name, 0.0, **_own_parameters(name, dict(settings.press_args), settings.seed))
         for n in settings.budget_tokens:
             press = DecodingPress(scorer, compression_interval=settings.stream_chunk, target_size=n)  # type: ignore[arg-type]
             if settings.positions == "rerotate":

@@ -9,7 +9,6 @@ import importlib.util
 import inspect
 import os
 import time
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import resources
@@ -31,7 +30,7 @@ from coldpress.errors import (
     UntestedVersionWarning,
     nearest,
 )
-from coldpress.eval.progress import note
+from coldpress.eval.progress import note, warnings_noted
 from coldpress.eval.smollm2 import SMOLLM2, smollm2_file, source_of
 from coldpress.io.files import is_utf8, path_of
 from coldpress.io.launched import check_launched
@@ -176,7 +175,8 @@ def load_model(
         DeviceError: the device is not there.
         MissingDependencyError: a package that this model or arithmetic needs is not installed.
     """
-    _note_versions()
+    with warnings_noted(UntestedVersionWarning):  # of a transformers that is newer than what is tested
+        check_versions()
     for given in (name, revision or ""):
         if not is_utf8(given):
             raise ModelError(f"--model or --revision {given!r} is not UTF-8; give the model's folder another name.")
@@ -327,15 +327,6 @@ def times_slower(dtype: torch.dtype) -> float:
 
     x, w = torch.ones(512, 512), torch.ones(1024, 512)
     return seconds(x.to(dtype), w.to(dtype)) / seconds(x, w)
-
-
-def _note_versions() -> None:
-    """A transformers that is newer than what is tested, in the one line of the commands."""
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always", UntestedVersionWarning)
-        check_versions()
-    for warning in said:
-        note(str(warning.message))
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Generic, Protocol, TypeVar
 
@@ -12,7 +13,7 @@ from tqdm import tqdm
 
 from coldpress.io.terminal import printable
 
-__all__ = ["Countable", "Sized", "note", "progress"]
+__all__ = ["Countable", "Sized", "note", "progress", "warnings_noted"]
 
 LINE_EVERY_S = 10.0
 
@@ -44,6 +45,16 @@ def note(message: str, kind: str = "note") -> None:
     """One line on stderr, above a progress bar if there is one; where stderr is full or gone, none."""
     with contextlib.suppress(OSError):  # nobody reads it: no reason to stop
         tqdm.write(printable(f"{kind}: {message}"), file=sys.stderr)
+
+
+@contextlib.contextmanager
+def warnings_noted(kind: type[Warning] = UserWarning) -> Iterator[None]:
+    """The warnings of a block as notes, once it has ended."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", kind)
+        yield
+    for warning in said:
+        note(str(warning.message))
 
 
 def progress(items: Countable[_T], name: str, more: Callable[[], str] = str) -> Iterator[_T]:

@@ -186,11 +186,6 @@ class ExampleRun(Run):
 
     points: PointRun[Any] | None = None
 
-    @property
-    def label(self) -> str:
-        """Of the progress."""
-        return "tasks"
-
     @abstractmethod
     def point_run(self) -> PointRun[Any]:
         """What measures it."""
@@ -198,7 +193,7 @@ class ExampleRun(Run):
     def measure(self, engine: Engine | None, save: Callable[..., None]) -> None:
         self.points = self.point_run()
         with self.where(engine) as where:
-            self.timed("tasks", partial(self.points.run, engine=where), self.label)
+            self.timed("tasks", partial(self.points.run, engine=where), getattr(self.settings, "name", "tasks"))
 
     def parts(self, job: Job) -> list[Part]:
         return [] if self.points is None else self.points.parts().get(job.point.key, [])

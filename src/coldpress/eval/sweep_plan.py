@@ -274,10 +274,13 @@ def _evaluation(kind: str, options: dict[str, Any]) -> Evaluation:
     options |= {name: tuple(options[name]) for name in _LISTS if name in options}
     names = tuple(dict.fromkeys([NO_PRESS, *plain]))
     try:
-        settings, of_jobs = _settings(kind, options, names)
+        own = {name: value for name, value in options.items() if name in _OPTIONS[kind]}
+        settings = TaskSettings(**own, press=names) if kind == "tasks" else Settings(**own, press=names)
+        of_jobs = settings.of_jobs if isinstance(settings, TaskSettings) else settings
         jobs = make_jobs(of_jobs)
         for entry in with_parameters:
-            if not (isinstance(entry, dict) and all(_is_named(value) for value in entry.values())):
+            values = entry.values() if isinstance(entry, dict) else [None]
+            if not all(isinstance(value, dict) and all(isinstance(name, str) for name in value) for value in values):
                 raise InputError(f"A press is a name, or a name with its parameters as a mapping; got {entry!r}.")
             for name, parameters in entry.items():
                 jobs += make_jobs(replace(of_jobs, press=(str(name),), press_args=tuple(parameters.items())))
@@ -286,17 +289,3 @@ def _evaluation(kind: str, options: dict[str, Any]) -> Evaluation:
             raise
         raise InputError(f"{kind}: {error}") from error
     return Evaluation(kind, settings, tuple(jobs))
-
-
-def _is_named(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(name, str) for name in value)
-
-
-def _settings(kind: str, options: dict[str, Any], names: tuple[str, ...]) -> tuple[Settings | TaskSettings, Settings]:
-    """The settings of an evaluation, and those that say which presses are measured."""
-    options = {name: value for name, value in options.items() if name in _OPTIONS[kind]}
-    if kind == "tasks":
-        tasks = TaskSettings(**options, press=names)
-        return tasks, tasks.of_jobs
-    settings = Settings(**options, press=names)
-    return settings, settings

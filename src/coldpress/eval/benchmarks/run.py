@@ -303,10 +303,6 @@ class BenchmarkCommand(ExampleRun):
     rows: Sequence[Row]
     contexts: Sequence[AskedContext]
 
-    @property
-    def label(self) -> str:
-        return str(self.settings.name)
-
     def point_run(self) -> BenchmarkRun:
         return BenchmarkRun(
             self.loaded.model,
