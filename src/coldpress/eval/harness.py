@@ -23,8 +23,8 @@ from coldpress.bases.press import BasePress
 from coldpress.cache.pressed import PressedCache
 from coldpress.core.requirements import check_chunks, check_quantisable
 from coldpress.errors import InputError, MissingDependencyError, PressError, SelfCheckError
-from coldpress.eval.jobs import integer, is_whole, press_of, read_press_args
 from coldpress.eval.continuations import left_padded, predictions
+from coldpress.eval.jobs import integer, is_whole, press_of, read_press_args
 from coldpress.eval.point_run import check_stored_pairs
 from coldpress.eval.smollm2 import SMOLLM2, smollm2_file
 from coldpress.io.files import path_of
