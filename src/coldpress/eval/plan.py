@@ -63,7 +63,7 @@ def make_plan(settings: Settings, corpus: Corpus, tokenizer: Any, max_positions:
     if s.ppl_mode == "streaming":
         protocol = f"stream-K{s.stream_chunk}"
         documents = documents[: s.max_documents]
-        scored = [_begun(tokens, bos) for tokens in documents]
+        scored = [prefixed(tokens, bos) for tokens in documents]
         stream_limit = _stream_limit(s, max(len(tokens.ids) for tokens in scored), limit)
     elif s.ppl_apply_press:
         scored, windows = _prefix_windows(s, documents, limit, bos)
@@ -73,7 +73,7 @@ def make_plan(settings: Settings, corpus: Corpus, tokenizer: Any, max_positions:
         max_length = limit.within(s.max_length or limit.positions, "--max_length")
         stride = s.stride or min(STRIDE, max_length)
         protocol = f"strided-L{max_length}-S{stride}"
-        scored = [_begun(tokens, bos) for tokens in documents]
+        scored = [prefixed(tokens, bos) for tokens in documents]
         for tokens in scored:
             plan_strided(len(tokens.ids), max_length, stride)  # raises what the run would raise
     protocol += "-bos" if bos is not None else ""
@@ -112,10 +112,6 @@ def _bos(s: Settings, tokenizer: Any, limit: _Limit) -> int | None:
     elif bos is None:
         raise InputError(f"--add_bos needs a BOS token, and the tokenizer of {s.model} has none; leave --add_bos out.")
     return bos
-
-
-def _begun(tokens: Tokens, bos: int | None) -> Tokens:
-    return tokens if bos is None else prefixed(tokens, bos)
 
 
 def _plan_preset(s: Settings, name: str, corpus: Corpus, tokenizer: Any, limit: _Limit) -> Plan:

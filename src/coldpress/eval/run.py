@@ -263,13 +263,15 @@ def carry_out(
     return records, is_interrupted
 
 
+@dataclass
 class _Early:
     """Writes what is finished while the run goes on; at its end the run has one file for each setting all the same."""
 
-    def __init__(self, run: Run, folder: Path, is_quiet: bool = False):
-        self.run, self.folder, self.is_quiet = run, folder, is_quiet
-        self.written: set[Path] = set()
-        self.said: set[str] = set()  # captions and tables that need not be printed again
+    run: Run
+    folder: Path
+    is_quiet: bool
+    written: set[Path] = field(default_factory=set)
+    said: set[str] = field(default_factory=set)  # captions and tables that need not be printed again
 
     def save(self, jobs: Sequence[Job] | None = None) -> None:
         """Write the records of some jobs, or of all, which are ``interrupted`` until all of them is measured.

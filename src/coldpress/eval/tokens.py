@@ -108,8 +108,10 @@ def adds_bos(tokenizer: Any) -> bool:
     return len(with_special) > len(alone) and with_special[0] == bos
 
 
-def prefixed(tokens: Tokens, token: int) -> Tokens:
-    """The same text after a token that stands for no bytes."""
+def prefixed(tokens: Tokens, token: int | None) -> Tokens:
+    """The same text after a token that stands for no bytes, if there is one."""
+    if token is None:
+        return tokens
 
     def before(column: Tensor, value: int) -> Tensor:
         return torch.cat([torch.tensor([value]), column])
