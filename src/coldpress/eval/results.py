@@ -223,16 +223,14 @@ def read_result(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Collection:
-    """The records of ``folders`` and their subfolders; ``skipped`` has a line for each file that holds none."""
+    """The records of some folders and their subfolders; ``skipped`` has a line for each file that holds none."""
 
-    folders: tuple[str, ...]
     records: tuple[dict[str, Any], ...]
     skipped: tuple[str, ...]
 
 
 def collect(folders: Iterable[str]) -> Collection:
     """Read what lies in ``folders`` and below them; hidden folders are passed over, no folder is read twice."""
-    folders = tuple(folders)
     records: list[dict[str, Any]] = []
     skipped: list[str] = []
     seen: set[Path] = set()
@@ -250,7 +248,7 @@ def collect(folders: Iterable[str]) -> Collection:
                 warnings.simplefilter("always")
                 records += read_results(path, check_record)
             skipped += [str(warning.message) for warning in caught]
-    return Collection(folders, tuple(records), tuple(skipped))
+    return Collection(tuple(records), tuple(skipped))
 
 
 def with_subfolders(folder: Path) -> list[Path]:
