@@ -6,26 +6,18 @@ import contextlib
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Generic, TypeVar
 
 from tqdm import tqdm
 
 from coldpress.io.terminal import printable
 
-__all__ = ["Countable", "Sized", "note", "progress", "warnings_noted"]
+__all__ = ["Sized", "note", "progress", "warnings_noted"]
 
 LINE_EVERY_S = 10.0
 
 _T = TypeVar("_T")
-_Co = TypeVar("_Co", covariant=True)
-
-
-class Countable(Protocol[_Co]):
-    """What can be gone through, and says how much it is."""
-
-    def __iter__(self) -> Iterator[_Co]: ...
-    def __len__(self) -> int: ...
 
 
 class Sized(Generic[_T]):
@@ -57,7 +49,7 @@ def warnings_noted(kind: type[Warning] = UserWarning) -> Iterator[None]:
         note(str(warning.message))
 
 
-def progress(items: Countable[_T], name: str, more: Callable[[], str] = str) -> Iterator[_T]:
+def progress(items: Sequence[_T] | Sized[_T], name: str, more: Callable[[], str] = str) -> Iterator[_T]:
     """``items``, with a progress bar on a terminal; elsewhere, as in a log file, a line every 10 s and a last one.
 
     ``more`` gives what else to say at any time, such as the time left of something larger.

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from coldpress.eval.evaluate import make_run
 from coldpress.eval.ledger import Ledger
 from coldpress.eval.models import LoadedModel, load_model
 from coldpress.eval.point_run import Engine
-from coldpress.eval.progress import Countable, note, progress
+from coldpress.eval.progress import Sized, note, progress
 from coldpress.eval.results import read_result, result_path
 from coldpress.eval.run import Run, carry_out, checked_folder
 from coldpress.eval.settings import TaskSettings
@@ -201,7 +201,7 @@ class _Clock:
         if work:
             self.open[id(evaluation)] = work
 
-    def progress(self, items: Countable[Any], name: str, evaluation: Evaluation) -> Iterator[Any]:
+    def progress(self, items: Sequence[Any] | Sized[Any], name: str, evaluation: Evaluation) -> Iterator[Any]:
         """The items of the work of an evaluation, with a bar or lines on stderr."""
         n, work = len(items), self.open.pop(id(evaluation))
         start, before = time.monotonic(), self.work_done
