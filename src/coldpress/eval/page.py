@@ -13,7 +13,6 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from coldpress.errors import OutputError
 from coldpress.eval.columns import Cell, Table, opening_table, tables
 from coldpress.eval.conclusions import WITHIN, findings, headline, where
 from coldpress.eval.figures import VARIABLES, Drawing, require_matplotlib
@@ -21,21 +20,16 @@ from coldpress.eval.glance import answer, chosen, rows
 from coldpress.eval.phrases import contexts, sentences
 from coldpress.eval.plots import draw
 from coldpress.eval.report import describe
-from coldpress.eval.results import Collection, check_writable
+from coldpress.eval.results import Collection, check_writable, write_file
 from coldpress.eval.sections import KINDS, Section, lead_of, sections
-from coldpress.eval.wording import clean, listed
-from coldpress.io.files import replace_file
+from coldpress.eval.wording import clean, escape, fenced, listed, table_lines
 
 __all__ = [
     "Part",
     "Report",
-    "escape",
-    "fenced",
     "make_report",
     "page",
     "summary",
-    "table_lines",
-    "write_file",
     "write_report",
 ]
 
@@ -245,14 +239,6 @@ def _template() -> Any:
 # Markdown, and the files
 
 
-def escape(text: str) -> str:
-    """Text that Markdown shows as it is, in a paragraph and in a table's cell."""
-    text = re.sub(r"([\\`*\[\]<>|#~$&!])", r"\\\1", " ".join(text.split()))
-    text = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)  # inside a word it is one
-    text = re.sub(r"(?i)\b(https?|ftp|mailto)(?=:)|\bwww(?=\.)", lambda m: f"{m[0]}\u200b", text)
-    return re.sub(r"^([-+=]|\d+[.)])(?=\s|$)", r"\\\1", text)
-
-
 def summary(report: Report) -> str:
     """The whole text."""
     lines = [f"# {escape(report.title)}", "", escape(report.counts), "", "## " + escape(report.opening.title), ""]
@@ -292,19 +278,6 @@ def _table(table: Table) -> list[str]:
     return table_lines([[head for head, _ in table.heads], *rows])
 
 
-def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
-    """A table in Markdown, of which the first row is the head and the first column a text."""
-    rule = ["---", *("---:" for _ in rows[0][1:])]
-    head, *body = [[escape(cell) for cell in row] for row in rows]
-    return [f"| {' | '.join(row)} |" for row in [head, rule, *body]]
-
-
-def fenced(lines: Sequence[str]) -> list[str]:
-    """Code in Markdown, whatever backticks are in it."""
-    fence = "`" * max(3, 1 + max(len(run) for run in re.findall("`*", "".join(lines))))
-    return [fence, *lines, fence]
-
-
 def write_report(collection: Collection, folder: Path) -> list[Path]:
     """Write ``report.html``, ``report.md`` and the plots into ``folder``; each whole or as it was before."""
     check_writable(folder)
@@ -313,12 +286,3 @@ def write_report(collection: Collection, folder: Path) -> list[Path]:
     files = {f.file: f.png for f in figures if f is not None}
     files |= {"report.md": summary(report).encode(), "report.html": page(report).encode()}
     return [write_file(folder / name, content) for name, content in files.items()]
-
-
-def write_file(path: Path, content: bytes) -> Path:
-    """Write a file whole, or leave it as it was; raises OutputError where it cannot be."""
-    try:
-        replace_file(path, lambda part: part.write_bytes(content))
-    except OSError as error:
-        raise OutputError(f"cannot write {str(path)!r} ({error.strerror}): choose another --output") from error
-    return path

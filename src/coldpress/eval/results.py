@@ -40,6 +40,7 @@ __all__ = [
     "result_path",
     "uninterrupted",
     "with_subfolders",
+    "write_file",
     "write_result",
     "write_results",
 ]
@@ -121,6 +122,15 @@ def write_result(output_dir: Path, record: dict[str, Any]) -> Path:
                 result_path(output_dir, {**record, "status": status}).unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(f"cannot write {str(path)!r} ({error.strerror}): choose another folder") from error
+    return path
+
+
+def write_file(path: Path, content: bytes) -> Path:
+    """Write a file whole, or leave it as it was; raises OutputError where it cannot be."""
+    try:
+        replace_file(path, lambda part: part.write_bytes(content))
+    except OSError as error:
+        raise OutputError(f"cannot write {str(path)!r} ({error.strerror}): choose another --output") from error
     return path
 
 
