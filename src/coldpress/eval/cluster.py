@@ -326,12 +326,7 @@ def check_engine(name: str, ray_address: str | None = None, workers: int | None 
 
 @contextmanager
 def make_engine(
-    name: str,
-    loaded: LoadedModel,
-    *,
-    ray_address: str | None = None,
-    workers: int | None = None,
-    **options: Any,
+    name: str, loaded: LoadedModel, *, ray_address: str | None = None, workers: int | None = None, **options: Any
 ) -> Iterator[Engine]:
     """The engine called ``name`` for ``loaded``, closed at the end of the block; see :class:`RayEngine`."""
     check_engine(name, ray_address, workers)

@@ -202,13 +202,7 @@ def _hub_problem(repo: str) -> str | None:
 
 
 def _load_cached(
-    datasets: Any,
-    repo: str,
-    subset: str | None,
-    split: str,
-    revision: str | None,
-    part: dict[str, str],
-    column: str,
+    datasets: Any, repo: str, subset: str | None, split: str, revision: str | None, part: dict[str, str], column: str
 ) -> Any | None:
     """A copy on this machine: a snapshot of the hub (`hf download`), or what `datasets` prepared before."""
     from huggingface_hub import snapshot_download

@@ -24,14 +24,7 @@ from coldpress.eval.results import Collection, check_writable, write_file
 from coldpress.eval.sections import KINDS, Section, lead_of, sections
 from coldpress.eval.wording import clean, escape, fenced, listed, table_lines
 
-__all__ = [
-    "Part",
-    "Report",
-    "make_report",
-    "page",
-    "summary",
-    "write_report",
-]
+__all__ = ["Part", "Report", "make_report", "page", "summary", "write_report"]
 
 MOST_SKIPPED = 30  # files that are named; the rest are counted
 METHOD = (

@@ -127,11 +127,7 @@ def release(error: _E) -> _E:
 
 
 def prefilled(
-    model: PreTrainedModel,
-    context: Tensor,
-    points: Sequence[Point],
-    chunk_tokens: int | None = None,
-    n_pinned: int = 0,
+    model: PreTrainedModel, context: Tensor, points: Sequence[Point], chunk_tokens: int | None = None, n_pinned: int = 0
 ) -> tuple[PressedCache, Iterator[PressedCache]]:
     """The uncompressed cache of ``context [B, C]``, whose first ``n_pinned`` nothing may evict, and that of each point.
 

@@ -33,12 +33,7 @@ class Tokens(NamedTuple):
 
 
 def tokenize(
-    corpus: Corpus,
-    tokenizer: Any,
-    limit_tokens: int | None,
-    *,
-    special_tokens: bool = False,
-    at_least: int = 2,
+    corpus: Corpus, tokenizer: Any, limit_tokens: int | None, *, special_tokens: bool = False, at_least: int = 2
 ) -> list[Tokens]:
     """The documents as tokens until ``--limit_tokens`` is reached; what has fewer than ``at_least`` is left out.
 
