@@ -99,7 +99,7 @@ def bootstrap(
     """
     import torch  # which a report does without
 
-    n = len(columns[0])
+    n = min(map(len, columns), default=0)
     if n < 2:
         return None
     numbers = [torch.tensor(column, dtype=torch.float64) for column in columns]
