@@ -17,7 +17,7 @@ from coldpress import KnormPress, PressedCache, SnapKVPress, prefill
 from coldpress.architecture.cache_argument import cache_argument
 from coldpress.architecture.rope import stand_at
 from coldpress.eval.jobs import Point
-from coldpress.eval.perplexity import forward
+from coldpress.eval.losses import forward
 from coldpress.eval.point_run import prefilled
 
 N = 40  # tokens; the model was trained on 32

@@ -22,8 +22,8 @@ from coldpress.bases.press import BasePress
 from coldpress.cache.pressed import PressedCache
 from coldpress.core.requirements import check_chunks, check_quantisable
 from coldpress.errors import InputError, MissingDependencyError, PressError, SelfCheckError
-from coldpress.eval.continuations import left_padded, predictions
 from coldpress.eval.jobs import integer, is_whole, press_of, read_press_args
+from coldpress.eval.losses import left_padded, predictions
 from coldpress.eval.models import packaged
 from coldpress.eval.point_run import check_stored_pairs
 from coldpress.io.files import path_of

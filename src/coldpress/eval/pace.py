@@ -13,8 +13,8 @@ from coldpress.bases.registry import find_press, press_names
 from coldpress.cache.pressed import PressedCache
 from coldpress.eval.glance import FEWEST_WINDOWS
 from coldpress.eval.jobs import Job
+from coldpress.eval.losses import forward
 from coldpress.eval.models import LoadedModel, input_device
-from coldpress.eval.perplexity import forward
 from coldpress.eval.progress import progress
 from coldpress.eval.run import Run
 from coldpress.eval.settings import STREAM_CHUNK

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -12,11 +11,8 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
-from coldpress.architecture.cache_argument import cache_argument
-from coldpress.architecture.rope import stand_at
-from coldpress.cache.pressed import PressedCache
 from coldpress.errors import SelfCheckError
-from coldpress.eval.losses import token_losses
+from coldpress.eval.losses import forward, token_losses
 from coldpress.eval.metrics import (
     FEW_WINDOWS,
     bits_per_byte,
@@ -28,25 +24,9 @@ from coldpress.eval.metrics import (
 from coldpress.eval.models import input_device
 from coldpress.eval.windows import PRESETS, STRIDED, Window
 
-__all__ = ["forward", "plain_perplexity"]
+__all__ = ["plain_perplexity"]
 
 _Job = tuple[int, Window]  # number of a document, and one of its windows
-
-
-def forward(model: PreTrainedModel, input_ids: Tensor, cache: PressedCache | None, keep: int = 0) -> Tensor:
-    """Logits ``[B, keep, V]`` of the last ``keep`` tokens (0: of all) of ``input_ids`` after what ``cache`` stores.
-
-    Where a press chooses what each query reads, tokens are fed one by one, as they are when they are generated.
-    """
-    if cache is not None and cache.reads_part and input_ids.shape[1] > 1:
-        steps = torch.cat([forward(model, token, cache) for token in input_ids.split(1, dim=1)], dim=1)
-        return steps[:, -keep:] if keep else steps
-    stand_at(model, 0 if cache is None else cache.seen_tokens)
-    options: dict[str, Any] = {"use_cache": False} if cache is None else cache_argument(cache, model)
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        options["logits_to_keep"] = keep
-    logits: Tensor = model(input_ids, **options).logits
-    return logits[:, -keep:] if keep else logits
 
 
 @torch.inference_mode()

@@ -22,8 +22,7 @@ from coldpress.cache.pressed import PressedCache
 from coldpress.errors import SelfCheckError
 from coldpress.eval.jobs import BASELINE, Point
 from coldpress.eval.ledger import Ledger
-from coldpress.eval.losses import loss_error, token_losses
-from coldpress.eval.perplexity import forward
+from coldpress.eval.losses import forward, loss_error, token_losses
 from coldpress.eval.progress import Sized
 from coldpress.models.block import prefilling
 from coldpress.models.prompts import prefill

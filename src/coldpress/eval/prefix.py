@@ -29,10 +29,9 @@ from coldpress.cache.pressed import PressedCache
 from coldpress.errors import SelfCheckError
 from coldpress.eval.jobs import BASELINE, Point
 from coldpress.eval.ledger import Ledger, Measured
-from coldpress.eval.losses import Scores, token_losses
+from coldpress.eval.losses import Scores, forward, token_losses
 from coldpress.eval.metrics import bits_per_byte, paired_difference, perplexity
 from coldpress.eval.models import input_device
-from coldpress.eval.perplexity import forward
 from coldpress.eval.point_run import (
     Item,
     PointRun,

@@ -31,8 +31,8 @@ from coldpress.core.press import parts
 from coldpress.errors import SelfCheckError
 from coldpress.eval.jobs import Point
 from coldpress.eval.ledger import UNREADABLE, Ledger
+from coldpress.eval.losses import forward
 from coldpress.eval.memory import MemoryMeter, MemoryReading
-from coldpress.eval.perplexity import forward
 from coldpress.eval.point_run import check_stored_pairs, release
 from coldpress.models.block import prefilling
 from coldpress.models.compiled import compiled

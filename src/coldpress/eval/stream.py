@@ -20,10 +20,9 @@ from transformers.modeling_utils import PreTrainedModel
 from coldpress.cache.pressed import PressedCache
 from coldpress.errors import SelfCheckError
 from coldpress.eval.jobs import BASELINE, Point
-from coldpress.eval.losses import finite, token_losses
+from coldpress.eval.losses import finite, forward, token_losses
 from coldpress.eval.metrics import perplexity
 from coldpress.eval.models import input_device
-from coldpress.eval.perplexity import forward
 from coldpress.eval.point_run import Item, PointRun, release
 
 __all__ = ["StreamRun", "by_position", "read_stream"]

@@ -24,10 +24,9 @@ from coldpress.errors import InputError, SelfCheckError
 from coldpress.eval.datasets import Corpus, Document, load_corpus
 from coldpress.eval.jobs import BASELINE, Job, Point, make_jobs
 from coldpress.eval.ledger import Answered, Ledger
-from coldpress.eval.losses import finite, token_losses
+from coldpress.eval.losses import finite, forward, token_losses
 from coldpress.eval.metrics import paired_difference, score_difference
 from coldpress.eval.models import LoadedModel, input_device, load_model
-from coldpress.eval.perplexity import forward
 from coldpress.eval.plan import UNKNOWN_POSITIONS
 from coldpress.eval.point_run import (
     Item,

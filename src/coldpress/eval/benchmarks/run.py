@@ -25,10 +25,9 @@ from coldpress.eval.benchmarks.others import hide
 from coldpress.eval.benchmarks.rows import LIMIT, AskedContext, Rows, check_rows, choose, load_rows, make_contexts
 from coldpress.eval.jobs import BASELINE, Point, make_jobs
 from coldpress.eval.ledger import Answers, Ledger
-from coldpress.eval.losses import finite, token_losses
+from coldpress.eval.losses import finite, forward, token_losses
 from coldpress.eval.metrics import bootstrap
 from coldpress.eval.models import load_model
-from coldpress.eval.perplexity import forward
 from coldpress.eval.plan import UNKNOWN_POSITIONS
 from coldpress.eval.point_run import PointRun, check_baseline, sizes_of
 from coldpress.eval.progress import note
