@@ -12,7 +12,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -139,10 +139,8 @@ class RayEngine(Engine):
         return _Hand(actor, actor.begin.remote(self.threads), time.monotonic() + self.patience_s)
 
     def _dismiss(self, hand: _Hand) -> None:
-        try:
+        with suppress(Exception):  # the connection is gone, and the workers with it
             self.ray.kill(hand.actor)
-        except Exception:  # the connection is gone, and the workers with it
-            return
 
     def _first_crew(self) -> list[_Hand]:
         """Workers that have loaded the model, at least one; those that the cluster has no room for are sent away."""
@@ -333,8 +331,5 @@ def make_engine(
     if name == "local":
         yield Engine(loaded.model)
         return
-    engine = RayEngine(loaded, address=ray_address, workers=workers, **options)
-    try:
+    with closing(RayEngine(loaded, address=ray_address, workers=workers, **options)) as engine:
         yield engine
-    finally:
-        engine.close()

@@ -78,14 +78,14 @@ def strided_scored_tokens(n_tokens: int, length: int, stride: int) -> int:
     return n_tokens - 1 if stride < length or n_tokens <= length else n_tokens - -(-n_tokens // length)
 
 
-def plan_disjoint(n_tokens: int, length: int) -> list[Window]:
+def plan_disjoint(n_tokens: int, length: int, _: int) -> list[Window]:
     """Chunks of exactly ``length`` tokens side by side, all but the first of each scored; a shorter rest is out."""
     if length < 2:
         raise InputError(f"--max_length must be at least 2, so that a chunk has a token to score; got {length}.")
     return [Window(i, i + length, i + 1) for i in range(0, n_tokens - length + 1, length)]
 
 
-def plan_second_half(n_tokens: int, length: int) -> list[Window]:
+def plan_second_half(n_tokens: int, length: int, _: int) -> list[Window]:
     """Chunks as those of :func:`plan_disjoint`, of which the tokens after number ``length // 2 + 1`` are scored.
 
     So a scored token has at least ``length // 2 + 1`` tokens of context. A text of less than two chunks has none.
@@ -97,7 +97,7 @@ def plan_second_half(n_tokens: int, length: int) -> list[Window]:
     return [Window(i, i + length, i + length // 2 + 1) for i in range(0, n_tokens - length + 1, length)]
 
 
-def plan_rolling(n_tokens: int, length: int) -> list[Window]:
+def plan_rolling(n_tokens: int, length: int, _: int) -> list[Window]:
     """Windows that feed in up to ``length`` tokens and score each token but the first once.
 
     Full windows lie side by side: the token before is all the context of a window's first scored token. The last one,
@@ -198,26 +198,19 @@ class Preset(NamedTuple):
 
     length: int | None  # tokens of a window where the model has as many positions; None: all it has
     version: int  # of the protocol
-    windows: Callable[[int, int, int], list[Window]]  # what cuts ``(tokens, length, stride)``
+    windows: Callable[[int, int, int], list[Window]]  # what cuts ``(tokens, length, stride)``, which some do not need
     scored: Callable[[int, int, int], int]  # how many of them it must score, by a formula of its own
 
 
 STRIDED = Preset(None, 1, plan_strided, strided_scored_tokens)  # where no preset is asked for
 PRESETS = {
     "hf-strided": STRIDED._replace(length=2048),
-    "gptq": Preset(
-        2048,
-        1,
-        lambda n, length, stride: plan_disjoint(n, length),
-        lambda n, length, stride: n // length * (length - 1),
-    ),
+    "gptq": Preset(2048, 1, plan_disjoint, lambda n, length, _: n // length * (length - 1)),
     "llamacpp": Preset(
-        512,
-        1,
-        lambda n, length, stride: plan_second_half(n, length),
-        lambda n, length, stride: n // length * (length - 1 - length // 2) if n >= 2 * length else 0,
+        *(512, 1, plan_second_half),
+        lambda n, length, _: n // length * (length - 1 - length // 2) if n >= 2 * length else 0,
     ),
-    "lm-eval": Preset(None, 1, lambda n, length, stride: plan_rolling(n, length), lambda n, length, stride: n - 1),
+    "lm-eval": Preset(None, 1, plan_rolling, lambda n, length, _: n - 1),
 }
 assert tuple(PRESETS) == PPL_PRESETS
 
