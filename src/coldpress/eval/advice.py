@@ -14,8 +14,6 @@ from coldpress.eval.glance import FEWEST_WINDOWS
 from coldpress.eval.metrics import Paired, paired_difference, score_difference
 from coldpress.eval.wording import aligned, format_bytes, listed, percent
 
-__all__ = ["ANSWER_TOKENS", "Advice", "Row", "Scored", "advise", "rule_of", "table_of", "words_of"]
-
 LOST = 0.1  # of the questions that the uncompressed cache answers: so many may be lost
 FEWEST_QUESTIONS = 8  # that name a press
 ALIKE = 1.05  # costs within this factor are one

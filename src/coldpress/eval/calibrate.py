@@ -25,8 +25,6 @@ from coldpress.learned.calibrated import Calibrated
 from coldpress.learned.calibration import calibrate
 from coldpress.version import VERSION
 
-__all__ = ["make_artefact"]
-
 
 def make_artefact(settings: CalibrationSettings) -> Path:
     """Calibrate, save, and say where; :class:`InputError`, before any long work, where that cannot work."""

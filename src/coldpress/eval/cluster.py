@@ -27,8 +27,6 @@ from coldpress.eval.ray_connection import check_address, connect, import_ray
 from coldpress.eval.worker import Spec, Worker, opened
 from coldpress.io.network import one_line
 
-__all__ = ["RayEngine", "check_engine", "make_engine"]
-
 IN_HAND = 2  # items a worker has at most: one that it does, and one so that it need not wait
 PATIENCE_S = 180.0  # for a cluster to find room for a worker, and to start it on a busy machine
 MOST_TRIES = 3  # of an item whose workers die

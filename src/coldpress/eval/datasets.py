@@ -29,8 +29,6 @@ from coldpress.errors import DataError, nearest
 from coldpress.eval.hub import load_hub, load_local
 from coldpress.io.files import MAX_TEXT_BYTES, is_utf8, path_of, read_bytes
 
-__all__ = ["FEWEST", "SHORT_NAMES", "Corpus", "Document", "excerpts", "load_corpus", "source_of"]
-
 HUB_IDS = {"wikitext": ("Salesforce/wikitext",), "pg19": ("emozilla/pg19-test", "emozilla/pg19")}
 SHORT_NAMES = ("wikitext", "pg19", "demo")
 _SHORT = ", ".join(SHORT_NAMES)

@@ -24,8 +24,6 @@ from coldpress.eval.glance import task_name, task_of, value_of
 from coldpress.eval.sections import Entry, Section
 from coldpress.eval.wording import clean, memory_words
 
-__all__ = ["draw_distance", "draw_positions", "draw_speed", "draw_tasks"]
-
 
 def draw_distance(section: Section, look: dict[str, Style], prefix: str) -> Drawing | None:
     base = (section.baseline.nll_by_distance if section.baseline else None) or {}

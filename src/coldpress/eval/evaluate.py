@@ -28,8 +28,6 @@ from coldpress.eval.speed import SpeedPoint, SpeedRun
 from coldpress.eval.stream import StreamRun
 from coldpress.eval.windows import laid_out
 
-__all__ = ["PressRun", "evaluate", "make_run"]
-
 
 def evaluate(settings: Settings, command: str) -> tuple[list[dict[str, Any]], bool]:
     """Run an evaluation, write its results, and print them; see :func:`coldpress.eval.run.carry_out`.

@@ -19,30 +19,6 @@ from coldpress.errors import MissingDependencyError
 from coldpress.eval.sections import Section
 from coldpress.eval.wording import clean, short
 
-__all__ = [
-    "COLOURS",
-    "INK",
-    "MARKERS",
-    "MIB",
-    "REF",
-    "VARIABLES",
-    "Drawing",
-    "Style",
-    "bars",
-    "curve",
-    "drawing",
-    "grid",
-    "legend",
-    "panels",
-    "plain_numbers",
-    "require_matplotlib",
-    "said_of_colours",
-    "scale",
-    "shared_legend",
-    "styles",
-    "title",
-]
-
 # Series colours that stay apart for colour-blind readers, each with a marker of its own.
 COLOURS = ("#0072b2", "#c84e00", "#00805c", "#a83f86", "#94690a", "#2b8fd0", "#5f4bb6", "#5c6b00")
 DARK = ("#56b4f0", "#ff8c42", "#2fd1a0", "#f090c8", "#f0c050", "#9fd6ff", "#b3a5ff", "#cfd94a")

@@ -12,25 +12,6 @@ from coldpress.eval.metrics import wilson
 from coldpress.eval.sections import Entry, Section, paired
 from coldpress.eval.wording import clean
 
-__all__ = [
-    "CHEAP",
-    "FEWEST_WINDOWS",
-    "Answer",
-    "Row",
-    "Task",
-    "answer",
-    "chosen",
-    "is_cheap",
-    "kl_of",
-    "n_windows",
-    "quality_of",
-    "rows",
-    "standing",
-    "task_name",
-    "task_of",
-    "value_of",
-]
-
 Task = dict[str, Any]  # of a record: what was measured of a task
 CHEAP = 0.01  # of perplexity
 FEWEST_WINDOWS = 8  # with fewer, presses are not ranked

@@ -44,7 +44,6 @@ except ImportError as error:
         'coldpress[lm-eval]".'
     ) from error
 
-__all__ = ["ColdpressLM"]
 
 LOG = logging.getLogger(__name__)
 PROOF_CONTEXTS = 16  # compressed contexts that may score as uncompressed ones do before a run is given up

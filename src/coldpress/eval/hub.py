@@ -16,8 +16,6 @@ from typing import Any
 from coldpress.errors import DataError, MissingDependencyError, UnreachableError, nearest
 from coldpress.io.network import hub_problem, network_problem, one_line
 
-__all__ = ["load_hub", "load_local"]
-
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text"}
 TEXT = "text"  # the column of a text to read
 

@@ -21,8 +21,6 @@ from coldpress.eval.tokens import note_unreadable
 from coldpress.io.terminal import printable
 from coldpress.models.inspection import MOST_PRESSES, check_presses, inspect
 
-__all__ = ["make_page"]
-
 LIMIT_TOKENS = 4096  # of a page, unless asked otherwise
 
 

@@ -25,22 +25,6 @@ from coldpress.presses.decoding import DecodingPress
 from coldpress.stores.bits import KVBits, storage_of
 from coldpress.stores.codec import Codec
 
-__all__ = [
-    "BASELINE",
-    "Job",
-    "Point",
-    "check_no_size",
-    "check_one_press",
-    "check_types",
-    "config_of",
-    "integer",
-    "is_whole",
-    "left_out_of_batches",
-    "make_jobs",
-    "press_of",
-    "read_press_args",
-]
-
 # A press and its parameters as JSON and the ``model_args`` of lm-evaluation-harness give them
 
 _KINDS: dict[str, tuple[type, ...]] = {"bool": (bool,), "int": (int,), "float": (int, float), "str": (str,)}

@@ -27,8 +27,6 @@ from coldpress.errors import OutputError
 from coldpress.eval.losses import Scores
 from coldpress.io.files import read_text, replace_file
 
-__all__ = ["UNFINISHED", "UNREADABLE", "Answered", "Answers", "Ledger", "Measured", "checksum_of", "versions"]
-
 UNFINISHED = ".unfinished"  # folder of all ledgers, in that of the results
 # A file that is not there, or damaged: what it would tell is measured again.
 UNREADABLE = (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError, RecursionError)

@@ -17,19 +17,6 @@ from coldpress.architecture.rope import stand_at
 from coldpress.cache.pressed import PressedCache
 from coldpress.errors import SelfCheckError
 
-__all__ = [
-    "Prediction",
-    "Rows",
-    "Scores",
-    "blocks",
-    "finite",
-    "forward",
-    "left_padded",
-    "loss_error",
-    "predictions",
-    "token_losses",
-]
-
 BLOCK_NUMBERS = 1 << 19  # of a block of rows, few enough to stay in a processor's cache while they are looked at
 
 

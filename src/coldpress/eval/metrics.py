@@ -14,19 +14,6 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = [
-    "FEW_WINDOWS",
-    "Paired",
-    "bits_per_byte",
-    "bootstrap",
-    "bootstrap_difference",
-    "iid_se",
-    "paired_difference",
-    "perplexity",
-    "score_difference",
-    "student_t_975",
-    "wilson",
-]
 
 _AT_ONCE = 2_000_000  # drawn numbers that are held together
 FEW_WINDOWS = 30  # with fewer, the bootstrap stands beside Student's t

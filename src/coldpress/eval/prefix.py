@@ -45,8 +45,6 @@ from coldpress.eval.point_run import (
 )
 from coldpress.eval.windows import PrefixPlan
 
-__all__ = ["PrefixRun", "WindowWork"]
-
 DISTANCES = (16, 64, 256)  # upper ends of the buckets of distance to the compressed context, in tokens
 
 Found = dict[str, Measured | Exception]  # of each point, by its key

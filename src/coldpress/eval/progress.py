@@ -13,8 +13,6 @@ from tqdm import tqdm
 
 from coldpress.io.terminal import printable
 
-__all__ = ["Sized", "note", "progress", "warnings_noted"]
-
 LINE_EVERY_S = 10.0
 
 _T = TypeVar("_T")

@@ -15,8 +15,6 @@ from typing import Any
 from coldpress.errors import ClusterError, MissingDependencyError, UnreachableError
 from coldpress.io.network import one_line, within
 
-__all__ = ["check_address", "connect", "import_ray"]
-
 LOOPBACK = "127.0.0.1"  # what a cluster that is started here listens on
 PROBE_S = 10.0  # for a cluster to answer
 

@@ -32,8 +32,6 @@ from coldpress.eval.task_run import make_questions
 from coldpress.eval.wording import short
 from coldpress.io.terminal import printable
 
-__all__ = ["recommend"]
-
 Record = dict[str, Any]
 TASKS = ("niah_single", "niah_multikey")
 DEPTHS = (0.5, 0.1, 0.9, 0.3, 0.7)

@@ -28,23 +28,6 @@ from coldpress.errors import DataError, OutputError, SelfCheckError
 from coldpress.eval.schema import IDENTIFYING, check_record
 from coldpress.io.files import path_of, read_text, replace_file
 
-__all__ = [
-    "SCHEMA_VERSION",
-    "Collection",
-    "check_output",
-    "check_writable",
-    "collect",
-    "environment",
-    "read_result",
-    "read_results",
-    "result_path",
-    "uninterrupted",
-    "with_subfolders",
-    "write_file",
-    "write_result",
-    "write_results",
-]
-
 SCHEMA_VERSION = 1
 _LONGEST_NAME = 230  # of a result's file: a path that is too long for it is said before anything is measured
 PACKAGE_DIR = Path(__file__).resolve().parents[1]

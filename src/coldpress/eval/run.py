@@ -40,8 +40,6 @@ from coldpress.eval.results import (
 from coldpress.eval.schema import METRICS
 from coldpress.stores.bits import bits_name
 
-__all__ = ["DECODE_COST", "ExampleRun", "Run", "carry_out", "checked_folder", "prepared"]
-
 Part = dict[str, Any] | Exception  # of a record: what was measured, or what went wrong
 DECODE_COST = 30  # of a token that is fed alone, in tokens of a prefill; for the time that is left
 

@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 
 from coldpress.backends import BUDGETS
 
-__all__ = ["FIELDS", "IDENTIFYING", "METRICS", "OF_A_POINT", "SIZES", "SPEED_SETTINGS", "Field", "check_record"]
-
 Fits = Callable[[Any], bool]
 OF_A_POINT = ("press", "press_config", "compression_ratio", *BUDGETS, "kv_bits_config")
 # What was asked for and what it was asked of: a run that fails has the same name as one that finishes. Measured values

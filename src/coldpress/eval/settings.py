@@ -32,8 +32,6 @@ from coldpress.eval.options import (
     names_of,
 )
 
-__all__ = ["AdviceSettings", "BenchmarkSettings", "CalibrationSettings", "Settings", "TaskSettings"]
-
 STREAM_CHUNK = 64
 MOST_EXAMPLES = 10_000  # of a task; all are made before the first is asked
 

@@ -40,8 +40,6 @@ from coldpress.models.compiling import Compiled
 from coldpress.models.prompts import prefill
 from coldpress.stores.codec import Codec
 
-__all__ = ["Sample", "SpeedPoint", "SpeedRun", "now_ns"]
-
 WARMUP_TOKENS = 8
 ROUNDS = "rounds.json"  # in the ledger
 

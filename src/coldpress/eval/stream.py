@@ -25,8 +25,6 @@ from coldpress.eval.metrics import perplexity
 from coldpress.eval.models import input_device
 from coldpress.eval.point_run import Item, PointRun, release
 
-__all__ = ["StreamRun", "by_position", "read_stream"]
-
 FIRST_BUCKET = 256  # positions; each later bucket ends at twice the position
 
 

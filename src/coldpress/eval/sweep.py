@@ -31,8 +31,6 @@ from coldpress.eval.sweep_plan import Evaluation, SweepPlan
 from coldpress.eval.task_run import make_questions
 from coldpress.io.terminal import printable
 
-__all__ = ["Outcome", "sweep"]
-
 
 @dataclass
 class Outcome:

@@ -14,8 +14,6 @@ from coldpress.eval.options import KINDS, PPL_PRESETS, SIZES, OfModel, OfText, c
 from coldpress.eval.settings import Settings, TaskSettings
 from coldpress.io.files import read_text
 
-__all__ = ["KINDS", "Evaluation", "SweepPlan", "read_config", "with_options"]
-
 _LISTS = ("press", *SIZES, "kv_bits", "task", "task_tokens", "depths")  # what a file may say of one value alone
 _OWN: dict[str, dict[str, Any]] = {  # what a section sets by itself
     "perplexity": {"ppl_apply_press": True, "ppl_only": True},

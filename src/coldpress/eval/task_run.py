@@ -44,18 +44,6 @@ from coldpress.eval.tasks import Example, Material, make_examples
 from coldpress.eval.tasks.material import SENTENCES
 from coldpress.eval.tokens import note_unreadable
 
-__all__ = [
-    "ExampleWork",
-    "Questions",
-    "TaskRun",
-    "ends_of",
-    "greedy_tokens",
-    "make_questions",
-    "match",
-    "measure_tasks",
-    "row_of",
-]
-
 SHOWN = 80  # characters of an answer that a record holds
 
 

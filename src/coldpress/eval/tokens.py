@@ -21,8 +21,6 @@ from coldpress.errors import DataError
 from coldpress.eval.datasets import Corpus
 from coldpress.eval.progress import note
 
-__all__ = ["Tokens", "adds_bos", "check_readable", "encode", "note_unreadable", "prefixed", "tokenize"]
-
 
 class Tokens(NamedTuple):
     """One document: its token ids, int64 ``[N]``, and the bytes of text they stand for, int64 ``[N]``, if known."""

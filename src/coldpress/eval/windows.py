@@ -13,24 +13,6 @@ from coldpress.errors import DataError, InputError
 from coldpress.eval.datasets import Corpus, Document
 from coldpress.eval.options import PPL_PRESETS
 
-__all__ = [
-    "PRESETS",
-    "STRIDED",
-    "PrefixPlan",
-    "Preset",
-    "Window",
-    "detokenised",
-    "laid_out",
-    "pages",
-    "plan_disjoint",
-    "plan_prefix",
-    "plan_rolling",
-    "plan_second_half",
-    "plan_strided",
-    "strided_scored_tokens",
-    "wiki_raw",
-]
-
 
 @dataclass(frozen=True)
 class Window:

@@ -9,25 +9,6 @@ from typing import Any
 
 from coldpress.io.terminal import UNSAFE
 
-__all__ = [
-    "aligned",
-    "at_words",
-    "capital",
-    "clean",
-    "escape",
-    "fenced",
-    "format_bytes",
-    "listed",
-    "memory_words",
-    "model_name",
-    "number",
-    "percent",
-    "short",
-    "short_bytes",
-    "table_lines",
-    "three_digits",
-]
-
 _PEAKS = {  # how a peak is measured, in words
     "cuda_allocated": "that of the tensors on the device",
     "vmhwm": "that of the process's resident memory, model included (VmHWM)",

@@ -26,8 +26,6 @@ from coldpress.eval.point_run import release
 from coldpress.io.files import path_of
 from coldpress.version import VERSION
 
-__all__ = ["Spec", "Worker", "answer", "opened"]
-
 
 def answer(work: Callable[[], Any]) -> bytes:
     """What ``work()`` returns, or the exception that it raises, in bytes that can be read elsewhere."""

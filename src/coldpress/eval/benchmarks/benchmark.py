@@ -17,26 +17,6 @@ from typing import Any, NamedTuple
 
 from coldpress.errors import InputError, MissingDependencyError, nearest
 
-__all__ = [
-    "Benchmark",
-    "Row",
-    "Scores",
-    "Share",
-    "benchmark_names",
-    "bleu",
-    "chinese_characters",
-    "chinese_words",
-    "edit_similarity",
-    "english_words",
-    "f1",
-    "find_benchmark",
-    "register",
-    "require",
-    "rouge",
-    "task_of",
-    "words_between",
-]
-
 # Chinese marks beside those of ASCII, as the benchmarks list them
 _CHINESE_MARKS = (
     "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿"

@@ -12,8 +12,6 @@ from typing import Any
 from coldpress.eval.benchmarks import benchmark as texts
 from coldpress.eval.benchmarks.benchmark import Benchmark, Row, Scores, Share, register
 
-__all__ = ["score"]
-
 _MARKS = "\n:\"'.,?!{}"
 _NUMBER = re.compile(r"\d+\.\d+|\d+")
 Label = list[Any]

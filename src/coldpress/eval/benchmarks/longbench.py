@@ -8,8 +8,6 @@ from collections.abc import Callable
 from coldpress.eval.benchmarks import benchmark as texts
 from coldpress.eval.benchmarks.benchmark import Benchmark, Row, Scores, Share, register
 
-__all__ = ["score", "score_e"]
-
 _FIRST_LINE = ("trec", "triviaqa", "samsum", "lsht")  # after examples a model goes on with examples of its own
 _NO_CODE = ("`", "#", "//")
 Score = Callable[[str, str, Row], float]

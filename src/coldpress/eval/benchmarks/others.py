@@ -11,17 +11,6 @@ from typing import Any
 from coldpress.errors import InputError
 from coldpress.eval.benchmarks.benchmark import Benchmark, Row, Scores, Share, bleu, register, rouge
 
-__all__ = [
-    "hide",
-    "score_aime",
-    "score_longbench_v2",
-    "score_loogle",
-    "score_math",
-    "score_needle",
-    "score_ruler",
-    "score_zero_scrolls",
-]
-
 # RULER: needles, tracking, counting and questions, scored by whether an answer holds the references
 
 _CONTROL = re.compile(r"[\x00-\x1f]")

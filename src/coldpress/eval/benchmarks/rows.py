@@ -16,8 +16,6 @@ from coldpress.eval.hub import load_hub, load_local
 from coldpress.io.files import path_of
 from coldpress.models.chat import prompt_parts
 
-__all__ = ["AskedContext", "Question", "Rows", "check_rows", "choose", "load_rows", "make_contexts"]
-
 SPLIT = "test"
 PROMPT = ("context", "question", "answer_prefix")
 LIMIT = "max_new_tokens"

@@ -37,16 +37,6 @@ from coldpress.eval.task_run import ExampleWork, ends_of, greedy_tokens, row_of
 from coldpress.eval.tokens import note_unreadable
 from coldpress.models.block import prefilling
 
-__all__ = [
-    "BenchmarkRun",
-    "ContextWork",
-    "benchmark_protocol",
-    "bootstrap_interval",
-    "mcnemar",
-    "mean",
-    "measure_benchmark",
-]
-
 
 def mean(shares: Sequence[Share]) -> float | None:
     """What was reached out of all; None where nothing could be."""

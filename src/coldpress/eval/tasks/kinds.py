@@ -12,24 +12,6 @@ from dataclasses import dataclass
 from coldpress.errors import DataError, InputError, nearest
 from coldpress.eval.tasks.material import ADJECTIVES, NOUNS, Ids, Material
 
-__all__ = [
-    "Draft",
-    "Example",
-    "Task",
-    "cwe",
-    "find_task",
-    "make_example",
-    "make_examples",
-    "niah_multikey",
-    "niah_single",
-    "passkey",
-    "register",
-    "repeat",
-    "repeat_text",
-    "task_names",
-    "vt",
-]
-
 
 @dataclass(frozen=True)
 class Draft:

@@ -11,8 +11,6 @@ from typing import Any
 from coldpress.errors import DataError, InputError
 from coldpress.models.chat import user_turn
 
-__all__ = ["ADJECTIVES", "NOUNS", "SENTENCES", "Ids", "Material"]
-
 # No two of them are the same idea, none holds a number or a word of ADJECTIVES or NOUNS, and any order will do.
 SENTENCES = (
     "The ferry left the quay before the fog had gone.",
