@@ -233,7 +233,7 @@ def bars(values: Sequence[float], spans: Sequence[Sequence[float] | None]) -> li
     return [low, [max(0.0, end[1] - value) for value, end in zip(values, ends, strict=True)]]
 
 
-def curve(done: Drawing, axis: Any, style: Style, label: str, xs: list[Any], ys: list[float], bars: Any) -> Any:
+def curve(done: Drawing, axis: Any, style: Style, label: str, xs: list[Any], ys: list[float], bars: Any = None) -> Any:
     """A series with its error bars; those in grey have none, and say their name when pointed at."""
     options = {"color": style.color, "marker": style.marker, "linestyle": style.line, "linewidth": style.width}
     if not style.is_coloured:
