@@ -52,12 +52,13 @@ def option(
     return field(default=default, metadata=about)
 
 
+@dataclass(frozen=True)
 class Options:
     """What settings can tell of themselves."""
 
     def recorded(self) -> dict[str, Any]:
         """What a record holds of them."""
-        return {f.name: getattr(self, f.name) for f in _fields(self) if f.metadata["is_recorded"]}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["is_recorded"]}
 
     @property
     def loading(self) -> dict[str, Any]:
@@ -67,7 +68,7 @@ class Options:
 
     def check_choices(self) -> None:
         """Raise :class:`InputError` for a word that is none of those allowed."""
-        for f in _fields(self):
+        for f in fields(self):
             choices, value = f.metadata["choices"], getattr(self, f.name)
             if choices and isinstance(value, str) and value not in choices:
                 what = " or ".join(choices) if len(choices) == 2 else f"one of {', '.join(choices)}"
@@ -84,10 +85,6 @@ class Options:
         prompt: str | None = getattr(self, "pin_system", None)
         if prompt is not None and not prompt.strip():
             raise InputError("--pin_system is empty; give the system prompt, or leave it out.")
-
-
-def _fields(settings: Any) -> tuple[Field[Any], ...]:
-    return fields(settings)
 
 
 def names_of(*parts: Any) -> tuple[str, ...]:
