@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from coldpress.eval.benchmarks import benchmark as texts
+import coldpress.eval.benchmarks.benchmark as texts
 from coldpress.eval.benchmarks.benchmark import Benchmark, Row, Scores, Share, register
 
 _MARKS = "\n:\"'.,?!{}"

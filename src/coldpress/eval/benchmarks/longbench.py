@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from coldpress.eval.benchmarks import benchmark as texts
+import coldpress.eval.benchmarks.benchmark as texts
 from coldpress.eval.benchmarks.benchmark import Benchmark, Row, Scores, Share, register
 
 _FIRST_LINE = ("trec", "triviaqa", "samsum", "lsht")  # after examples a model goes on with examples of its own
