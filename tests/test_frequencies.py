@@ -16,9 +16,9 @@ import coldpress
 from coldpress import KnormPress, PressedCache, SnapKVPress, prefill
 from coldpress.architecture.cache_argument import cache_argument
 from coldpress.architecture.rope import stand_at
-from coldpress.eval.checks import prefilled
 from coldpress.eval.jobs import Point
-from coldpress.eval.perplexity import forward
+from coldpress.eval.losses import forward
+from coldpress.eval.point_run import prefilled
 
 N = 40  # tokens; the model was trained on 32
 CONTEXT, REST, LONG = tokens(1, N), tokens(1, 12, seed=1), tokens(1, 300, seed=2)

@@ -17,7 +17,7 @@ from coldpress.commands import asking
 from coldpress.errors import CacheError, InputError, PressError
 from coldpress.eval import task_run
 from coldpress.eval.tasks import Material, find_task
-from coldpress.eval.tasks.example import make_example
+from coldpress.eval.tasks.kinds import make_example
 from coldpress.models.pipeline import KVPressTextGenerationPipeline
 
 SYSTEM = "You answer in one word."

@@ -14,7 +14,7 @@ from coldpress.bases.registry import parameters_of, takes_ratio
 from coldpress.errors import PressError
 from coldpress.eval.jobs import Point, config_of, make_jobs
 from coldpress.eval.settings import Settings
-from coldpress.eval.task_command import TaskSettings
+from coldpress.eval.task_run import TaskSettings
 
 PRESS = '''
 from __future__ import annotations

@@ -22,8 +22,7 @@ from transformers import PreTrainedModel
 from coldpress import BasePress, PressedCache
 from coldpress.bases.registry import make_press
 from coldpress.eval.jobs import Point
-from coldpress.eval.losses import token_losses
-from coldpress.eval.perplexity import forward
+from coldpress.eval.losses import forward, token_losses
 from coldpress.eval.prefix import PrefixRun
 from coldpress.eval.windows import plan_prefix
 from coldpress.models.supported import use_coldpress

@@ -243,14 +243,14 @@ def _run_sweep(args: argparse.Namespace, argv: list[str], prog: str | None) -> i
 
 def _run_tasks(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
     _check_sources(args)
-    from coldpress.eval.task_command import measure_tasks
+    from coldpress.eval.task_run import measure_tasks
 
     records, is_interrupted = measure_tasks(TaskSettings(**_given(args, TaskSettings)), _command(argv, prog))
     return _outcome(records, is_interrupted)
 
 
 def _run_benchmark(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
-    from coldpress.eval.benchmarks.command import measure_benchmark
+    from coldpress.eval.benchmarks.run import measure_benchmark
 
     settings = BenchmarkSettings(**_given(args, BenchmarkSettings))
     return _outcome(*measure_benchmark(settings, _command(argv, prog)))
@@ -355,7 +355,7 @@ def _run_report(args: argparse.Namespace, argv: list[str], prog: str | None) -> 
         raise DataError(f"{' '.join(folders)} holds no results; run coldpress ppl first, or name another folder.")
     output = Path(args.output or Path(folders[0]) / "report")
     if args.brief:
-        from coldpress.eval.brief import write_brief
+        from coldpress.eval.phrases import write_brief
 
         text, path = write_brief(collection, output, args.lang or "en")
         print(text)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tests.eval.report_records import COMMON, ENV, Record, record, spread, timed
 
-from coldpress.eval.document import Report, make_report
+from coldpress.eval.page import Report, make_report
 from coldpress.eval.results import Collection
 
 pytest.importorskip("matplotlib")

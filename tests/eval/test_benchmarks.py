@@ -17,11 +17,10 @@ from coldpress import SnapKVPress
 from coldpress.cli import main
 from coldpress.errors import InputError
 from coldpress.eval import load_results, task_run
-from coldpress.eval.benchmarks import Share, command, find_benchmark
-from coldpress.eval.benchmarks.command import benchmark_protocol
+from coldpress.eval.benchmarks import Share, find_benchmark
 from coldpress.eval.benchmarks.others import hide
 from coldpress.eval.benchmarks.rows import choose, load_rows, make_contexts
-from coldpress.eval.benchmarks.run import bootstrap_interval, mcnemar, mean
+from coldpress.eval.benchmarks.run import benchmark_protocol, bootstrap_interval, mcnemar, mean
 from coldpress.eval.ledger import Answers, Ledger
 from coldpress.eval.models import load_model
 from coldpress.eval.results import read_results
@@ -39,7 +38,7 @@ def loaded() -> Any:
 
 @pytest.fixture(autouse=True)
 def one_model(monkeypatch: pytest.MonkeyPatch, loaded: Any) -> None:
-    monkeypatch.setattr(command, "load_model", lambda *args, **options: loaded)
+    monkeypatch.setattr("coldpress.eval.benchmarks.run.load_model", lambda *args, **options: loaded)
 
 
 @pytest.fixture(autouse=True)

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from coldpress import KnormPress, SnapKVPress
 from coldpress.errors import SelfCheckError
-from coldpress.eval.checks import check_unchanged
 from coldpress.eval.jobs import Point
 from coldpress.eval.losses import Scores, loss_error, token_losses
+from coldpress.eval.point_run import check_unchanged
 from coldpress.eval.prefix import PrefixRun
 from coldpress.eval.windows import plan_prefix
 

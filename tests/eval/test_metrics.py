@@ -7,6 +7,7 @@ import math
 import random
 import statistics
 
+import numpy
 import pytest
 import torch
 from hypothesis import given
@@ -14,11 +15,9 @@ from hypothesis import strategies as st
 
 from coldpress.eval.metrics import (
     bootstrap_difference,
-    clustered_mean,
     iid_se,
     paired_difference,
     perplexity,
-    quantiles,
     score_difference,
     student_t_975,
     wilson,
@@ -79,16 +78,16 @@ def test_a_clustered_mean_has_the_error_of_a_ratio(windows: list[tuple[int, floa
     ratio, n = sum(losses) / sum(counts), len(counts)
     residuals = [loss - ratio * count for count, loss in windows]
     variance = n * statistics.variance(residuals, 0.0) / sum(counts) ** 2  # the residuals sum to zero
-    mean, se, ci = clustered_mean(counts, losses)
+    mean, se, ci = paired_difference(counts, losses)
     assert mean == pytest.approx(ratio, abs=1e-9)
     assert se == pytest.approx(math.sqrt(variance), abs=1e-7)
     assert ci is not None and ci[1] - ci[0] == pytest.approx(2 * student_t_975(n - 1) * math.sqrt(variance), abs=1e-6)
-    assert clustered_mean(counts[:1], losses[:1]) == (losses[0] / counts[0], None, None)
+    assert paired_difference(counts[:1], losses[:1]) == (losses[0] / counts[0], None, None)
 
 
 def test_windows_of_one_token_have_the_error_of_a_plain_mean() -> None:
     losses = [2.0, 3.5, 1.0, 4.0, 2.5]
-    assert clustered_mean([1] * 5, losses).se == pytest.approx(statistics.stdev(losses) / math.sqrt(5))
+    assert paired_difference([1] * 5, losses).se == pytest.approx(statistics.stdev(losses) / math.sqrt(5))
 
 
 def test_the_bootstrap_draws_from_all_that_can_be_drawn() -> None:
@@ -98,7 +97,7 @@ def test_the_bootstrap_draws_from_all_that_can_be_drawn() -> None:
         sum(losses[i] - baseline[i] for i in draw) / sum(counts[i] for i in draw)
         for draw in itertools.product(range(5), repeat=5)
     ]
-    low, high = quantiles(drawn, (0.025, 0.975))
+    low, high = numpy.quantile(drawn, (0.025, 0.975))
     found = bootstrap_difference(counts, losses, baseline, resamples=40_000)
     assert found == pytest.approx((low, high), abs=0.02)
     many = [1.7**i for i in range(20)]
@@ -129,14 +128,6 @@ def test_the_error_of_independent_tokens_is_that_of_the_log_ratio(pairs: list[tu
 def test_perplexity_does_not_overflow() -> None:
     assert perplexity(math.log(20)) == pytest.approx(20)
     assert perplexity(1e6) == math.inf
-
-
-@given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=50))
-def test_quantiles_interpolate(values: list[float]) -> None:
-    low, median, high = quantiles(values, (0.0, 0.5, 1.0))
-    assert (low, high) == (min(values), max(values))
-    assert median == pytest.approx(statistics.median(values), abs=1e-6)
-    assert quantiles([3.0], (0.1, 0.9)) == [3.0, 3.0]
 
 
 def by_search(score: float, n: int) -> tuple[float, float]:

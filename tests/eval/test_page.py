@@ -12,10 +12,9 @@ from tests.eval.report_records import NASTY, Record, everything, failed, many, r
 
 from coldpress.cli import main
 from coldpress.errors import MissingDependencyError
-from coldpress.eval.brief import brief
-from coldpress.eval.document import Report, make_report
 from coldpress.eval.figures import _inline
-from coldpress.eval.page import escape, page, summary, write_report
+from coldpress.eval.page import Report, escape, make_report, page, summary, write_report
+from coldpress.eval.phrases import brief
 from coldpress.eval.results import Collection
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
@@ -50,7 +49,7 @@ class Parsed(HTMLParser):
 
 
 def document(records: list[Record], skipped: tuple[str, ...] = ()) -> Report:
-    return make_report(Collection(("results",), tuple(records), skipped))
+    return make_report(Collection(tuple(records), skipped))
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +219,7 @@ def test_the_same_records_make_the_same_files(tmp_path: Path) -> None:
     records = tuple(everything()[:16])
     first, second = (tmp_path / name for name in "ab")
     for folder in (first, second):
-        write_report(Collection(("x",), records, ()), folder)
+        write_report(Collection(records, ()), folder)
     names = sorted(path.name for path in first.iterdir())
     assert {"report.html", "report.md", "1-quality.png"} <= set(names) and names == sorted(
         p.name for p in second.iterdir()
@@ -309,13 +308,13 @@ def test_the_brief_report_has_its_parts_in_both_languages(
 
 def test_the_brief_report_of_too_few_windows_or_of_no_press_says_so() -> None:
     def words(*rows: Record) -> str:
-        return brief(Collection(("x",), rows, ())).partition("## Conclusion")[2]
+        return brief(Collection(rows, ())).partition("## Conclusion")[2]
 
     few = words(record("no_press", 0.0, [0.0] * 4), record("snapkv", 0.5, spread(0.4, 0.9, n=4)))
     assert "Too few windows (4)" in few and "snapkv" not in few.partition("## ")[0] and "±" not in few
     plain = {"protocol": "strided-L1024-S512", "nll_by_distance": None}
     none = dict.fromkeys(("delta_nll", "delta_nll_ci95", "per_window", "kld"))
-    text = brief(Collection(("x",), (record("knorm", 0.5) | none | plain,), ()))
+    text = brief(Collection((record("knorm", 0.5) | none | plain,), ()))
     assert "The uncompressed model has PPL 20.09" in text
     lines = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith(("| no_press", "| knorm"))]
     assert [cell.strip() for cell in lines[0]] == ["no_press", "", "8.00 MiB", "20.09"]
@@ -324,7 +323,7 @@ def test_the_brief_report_of_too_few_windows_or_of_no_press_says_so() -> None:
 
 def test_every_kind_of_record_has_a_brief_report() -> None:
     for language in ("en", "zh"):
-        text = brief(Collection(("x",), tuple(everything()), ()), language)
+        text = brief(Collection(tuple(everything()), ()), language)
         assert (
             "<script>" not in re.sub(r"```.*?```|\\<script", "", text, flags=re.DOTALL) and text.count("| no_press") > 4
         )

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from coldpress.errors import SelfCheckError
 from coldpress.eval import perplexity as module
 from coldpress.eval.losses import token_losses
-from coldpress.eval.metrics import clustered_mean
+from coldpress.eval.metrics import paired_difference
 from coldpress.eval.perplexity import plain_perplexity
 
 
@@ -80,7 +80,7 @@ def test_error_bars_take_windows_for_independent(model: PreTrainedModel, text: T
         counts.append(len(losses))
         sums.append(float(losses.sum()))
         squares += float((losses**2).sum())
-    mean, _, ci = clustered_mean(counts, sums)
+    mean, _, ci = paired_difference(counts, sums)
     assert ci is not None
     assert result["ppl_ci95"] == pytest.approx([math.exp(ci[0]), math.exp(ci[1])], rel=1e-4)
     n = sum(counts)

@@ -345,7 +345,7 @@ def test_ratio_zero_that_changes_a_loss_is_an_error_for_every_ratio(model: PreTr
 def test_a_baseline_that_contradicts_a_direct_forward_ends_the_run(
     model: PreTrainedModel, text: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import coldpress.eval.checks as module
+    import coldpress.eval.point_run as module
 
     monkeypatch.setattr(module, "token_losses", lambda logits, targets: torch.zeros(targets.shape))
     with pytest.raises(SelfCheckError, match="without a cache differ"):

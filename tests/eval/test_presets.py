@@ -24,8 +24,8 @@ from coldpress.eval.datasets import Corpus, Document, load_corpus
 from coldpress.eval.options import PPL_PRESETS
 from coldpress.eval.perplexity import plain_perplexity
 from coldpress.eval.plan import Plan, make_plan
-from coldpress.eval.presets import PRESETS, detokenised, laid_out, pages, wiki_raw
 from coldpress.eval.settings import Settings
+from coldpress.eval.windows import PRESETS, detokenised, laid_out, pages, wiki_raw
 
 POSITIONS = 128
 DEMO = Path(coldpress.__file__).parent / "assets" / "demo"

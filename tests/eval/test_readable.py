@@ -15,9 +15,8 @@ import coldpress
 from coldpress.cli import main
 from coldpress.errors import DataError
 from coldpress.eval.datasets import load_corpus
-from coldpress.eval.models import load_model
-from coldpress.eval.readable import check_readable
-from coldpress.eval.smollm2 import smollm2_is_installed
+from coldpress.eval.models import load_model, smollm2_is_installed
+from coldpress.eval.tokens import check_readable
 
 DEMO = Path(coldpress.__file__).parent / "assets" / "demo" / "model"
 ROWS = Path(__file__).parent / "benchmark_data"

@@ -15,8 +15,7 @@ from coldpress.errors import DataError
 from coldpress.eval import advice as advice_module
 from coldpress.eval import prefix, recommend, task_run
 from coldpress.eval.advice import Row, Scored, advise, rule_of, table_of, words_of
-from coldpress.eval.datasets import Corpus, Document
-from coldpress.eval.excerpts import excerpts
+from coldpress.eval.datasets import Corpus, Document, excerpts
 from coldpress.eval.models import load_model
 from coldpress.eval.pace import Pace
 from coldpress.eval.results import read_results

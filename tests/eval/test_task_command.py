@@ -12,20 +12,20 @@ import pytest
 
 from coldpress.cli import main
 from coldpress.errors import InputError
-from coldpress.eval import task_command, task_run
+from coldpress.eval import task_run
 from coldpress.eval.models import load_model
 from coldpress.eval.report import groups, show
 from coldpress.eval.results import read_results
 from coldpress.eval.schema import check_record
 from coldpress.eval.settings import TaskSettings
-from coldpress.eval.task_command import make_questions
+from coldpress.eval.task_run import make_questions
 
 FEW = ("--task", "niah_single", "repeat_text", "--task_tokens", "96", "--task_examples", "2", "--depths", "0", "1")
 
 
 @pytest.fixture(autouse=True)
 def one_model(monkeypatch: pytest.MonkeyPatch, loaded: Any) -> None:
-    monkeypatch.setattr(task_command, "load_model", lambda *args, **options: loaded)
+    monkeypatch.setattr(task_run, "load_model", lambda *args, **options: loaded)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 from coldpress.errors import DataError, InputError
 from coldpress.eval.models import load_model
 from coldpress.eval.tasks import Example, Material, find_task, make_examples, task_names
-from coldpress.eval.tasks.example import make_example, register
+from coldpress.eval.tasks.kinds import make_example, register
 from coldpress.eval.tasks.material import ADJECTIVES, NOUNS, SENTENCES
 
 DEPTHS = (0.0, 0.3, 1.0)

@@ -22,7 +22,7 @@ from coldpress import BasePress, KnormPress, PressedCache, SnapKVPress, ThinKPre
 from coldpress.bases.registry import parameters_of
 from coldpress.core.press import parts
 from coldpress.errors import PressError
-from coldpress.eval.perplexity import forward
+from coldpress.eval.losses import forward
 from coldpress.models.block import prefilling
 
 SMALL = {"window_size": 8, "chunk_length": 10, "block_size": 10, "lag_size": 5}

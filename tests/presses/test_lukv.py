@@ -28,7 +28,7 @@ from coldpress import (
 from coldpress.architecture.cache_argument import cache_argument
 from coldpress.core.counts import apportion, keep_count
 from coldpress.errors import PressError
-from coldpress.eval.checks import check_stored_pairs
+from coldpress.eval.point_run import check_stored_pairs
 
 N_TOKENS = 37
 

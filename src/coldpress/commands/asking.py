@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from coldpress.bases.press_files import load_press_files
@@ -11,11 +10,11 @@ from coldpress.cache.file import model_options, save_cache
 from coldpress.cache.pressed import PressedCache
 from coldpress.errors import CacheError, InputError, ModelError, UnreachableError
 from coldpress.eval.datasets import load_corpus
+from coldpress.eval.jobs import check_no_size, check_types
 from coldpress.eval.models import BY_NAME, DTYPES, LoadedModel, load_model
-from coldpress.eval.press_args import check_no_size, check_types
-from coldpress.eval.progress import note
-from coldpress.eval.readable import note_unreadable
+from coldpress.eval.progress import warnings_noted
 from coldpress.eval.results import check_output
+from coldpress.eval.tokens import note_unreadable
 from coldpress.io.files import path_of
 from coldpress.io.terminal import printable
 from coldpress.models.pipeline import KVPressTextGenerationPipeline
@@ -67,11 +66,8 @@ def compress(
     (document,) = load_corpus("demo", text_file=text_file).documents
     loaded = load_model(**model_options)
     note_unreadable(loaded.tokenizer, [document.text], loaded.name)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always", UserWarning)
+    with warnings_noted():
         _pipeline(loaded)(document.text, questions=[], cache=cache, max_new_tokens=_ROOM_TOKENS, pin_system=pin_system)
-    for warning in said:
-        note(str(warning.message))
     save_cache(cache, path, loaded.model, None, _lasting(loaded.name))
     sizes = f"{cache.seen_tokens:,} tokens, {cache.achieved_ratio():.1%} removed, {path.stat().st_size:,} bytes"
     print(printable(f"{path}: {sizes}, of {loaded.name}"))

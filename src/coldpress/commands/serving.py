@@ -17,8 +17,8 @@ from coldpress.bases.scorer import BUDGETS
 from coldpress.commands.replicas import replicas
 from coldpress.core.press import Press
 from coldpress.errors import InputError, MissingDependencyError
+from coldpress.eval.jobs import check_types, read_press_args
 from coldpress.eval.models import load_model
-from coldpress.eval.press_args import check_types, read_press_args
 from coldpress.eval.progress import note
 from coldpress.io.files import path_of
 from coldpress.io.terminal import printable

@@ -48,7 +48,13 @@ def load_results(folder: str | Path, explode: str | None = None) -> pandas.DataF
         import pandas
     except ImportError as error:
         raise MissingDependencyError('load_results needs pandas: pip install "coldpress[report]".') from error
-    records = list(_records(Path(folder)))
+    from coldpress.eval.results import read_results, with_subfolders  # which the options do without
+
+    records: list[dict[str, Any]] = [
+        {"folder": str(path.relative_to(folder)), **record}
+        for path in with_subfolders(Path(folder))
+        for record in read_results(path)
+    ]
     if not records:
         raise DataError(f"{str(folder)!r} holds no results; run coldpress ppl first, or name another folder.")
     rows = [dict(_flat(record)) for record in records]
@@ -62,14 +68,6 @@ def load_results(folder: str | Path, explode: str | None = None) -> pandas.DataF
             )
     names = dict.fromkeys([*FIRST, *(name for row in rows for name in row)])
     return pandas.DataFrame(rows, columns=list(names))
-
-
-def _records(folder: Path) -> Iterator[dict[str, Any]]:
-    from coldpress.eval.results import read_results, with_subfolders  # which the options do without
-
-    for path in with_subfolders(folder):
-        for record in read_results(path):
-            yield {"folder": str(path.relative_to(folder)), **record}
 
 
 def _flat(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -14,8 +14,6 @@ from coldpress.eval.glance import FEWEST_WINDOWS
 from coldpress.eval.metrics import Paired, paired_difference, score_difference
 from coldpress.eval.wording import aligned, format_bytes, listed, percent
 
-__all__ = ["ANSWER_TOKENS", "Advice", "Row", "Scored", "advise", "rule_of", "table_of", "words_of"]
-
 LOST = 0.1  # of the questions that the uncompressed cache answers: so many may be lost
 FEWEST_QUESTIONS = 8  # that name a press
 ALIKE = 1.05  # costs within this factor are one
@@ -33,22 +31,14 @@ class Scored(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one press of one size; of the uncompressed cache without ``windows``.
+    """What was measured of one press of one size; of the uncompressed cache without ``windows``."""
 
-    Attributes:
-        label: of the table: the press, and its size where there are several.
-        windows: the same ones in every row.
-        right: whether each question was answered right, the same ones in every row.
-        ttft_s: seconds to the first token: the context is read and compressed.
-        tpot_ms: milliseconds for each token after the first.
-    """
-
-    label: str
-    windows: tuple[Scored, ...] = ()
-    right: tuple[bool, ...] = ()
+    label: str  # of the table: the press, and its size where there are several
+    windows: tuple[Scored, ...] = ()  # the same ones in every row
+    right: tuple[bool, ...] = ()  # whether each question was answered right, the same ones in every row
     kv_bytes: int | None = None
-    ttft_s: float | None = None
-    tpot_ms: float | None = None
+    ttft_s: float | None = None  # seconds to the first token: the context is read and compressed
+    tpot_ms: float | None = None  # milliseconds for each token after the first
 
     @property
     def loss(self) -> Paired:
@@ -77,21 +67,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Advice:
-    """What the rule says of the rows.
+    """What the rule says of the rows."""
 
-    Attributes:
-        fits: the rows that keep to the rule, the best in quality first: most right answers, then the lowest KL.
-        best: the first of them, and those that were not told apart from it.
-        cheap: the cheapest of them; None if none fits.
-        open: rows of which there is too little to say whether they fit.
-        lost: rows whose loss is below the margin, as far as is known, and that lose too many answers.
-    """
-
+    # the rows that keep to the rule, the best in quality first: most right answers, then the lowest KL
     fits: tuple[Row, ...]
-    best: tuple[Row, ...]
-    cheap: Row | None
-    open: tuple[Row, ...]
-    lost: tuple[Row, ...]
+    best: tuple[Row, ...]  # the first of them, and those that were not told apart from it
+    cheap: Row | None  # the cheapest of them; None if none fits
+    open: tuple[Row, ...]  # rows of which there is too little to say whether they fit
+    lost: tuple[Row, ...]  # rows whose loss is below the margin, as far as is known, and that lose too many answers
 
 
 def fewest_right(base: Row) -> int:
@@ -130,21 +113,10 @@ def advise(base: Row, rows: Sequence[Row], margin: float, by_time: bool = False)
         fits, undecided = [], [*fits, *undecided]
     best = [row for row in fits if row is fits[0] or not _is_ahead(fits[0], row)]
     left = fits
-    for cost in (_seconds, _bytes) if by_time else (_bytes, _first):
-        left = [row for row in left if cost(row) <= ALIKE * min(map(cost, left))]
+    for name in ("seconds", "kv_bytes") if by_time else ("kv_bytes", "ttft_s"):
+        costs = {row: math.inf if getattr(row, name) is None else getattr(row, name) for row in left}
+        left = [row for row, cost in costs.items() if cost <= ALIKE * min(costs.values())]
     return Advice(tuple(fits), tuple(best), next(iter(left), None), tuple(undecided), tuple(lost))
-
-
-def _bytes(row: Row) -> float:
-    return math.inf if row.kv_bytes is None else row.kv_bytes
-
-
-def _first(row: Row) -> float:
-    return math.inf if row.ttft_s is None else row.ttft_s
-
-
-def _seconds(row: Row) -> float:
-    return row.seconds
 
 
 def _interval(row: Row) -> tuple[float, float]:
@@ -196,11 +168,7 @@ def _number(value: float | None, digits: int, unit: str = "") -> str:
 
 
 def words_of(base: Row, rows: Sequence[Row], advice: Advice, by_time: bool = False) -> list[str]:
-    """What a reader should take and why, a sentence or two for each, and what the rule left out.
-
-    Args:
-        by_time: as that of :func:`advise`.
-    """
+    """What a reader should take and why, a sentence or two for each, and what the rule left out."""
     n = f"{_count(len(rows[0].windows), 'window')} and {_count(len(base.right), 'question')}"
     said = []
     if base.right and 2 * base.n_right < len(base.right):

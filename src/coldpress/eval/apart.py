@@ -8,8 +8,6 @@ from coldpress.eval.schema import ENVIRONMENT, SPEED_SETTINGS
 from coldpress.eval.sections import Section
 from coldpress.eval.wording import clean
 
-__all__ = ["added"]
-
 
 def added(found: Iterable[Section], named: Callable[[Section], object]) -> dict[int, str]:
     """By the ``id`` of each section what to add to its name; an empty text where no other has the name."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from functools import partial
 from pathlib import Path
 
@@ -14,31 +13,21 @@ from coldpress.bases.registry import catalogue, make_press, press_names
 from coldpress.core.press import parts
 from coldpress.errors import DataError, PressError
 from coldpress.eval.datasets import load_corpus
+from coldpress.eval.jobs import check_types
 from coldpress.eval.models import load_model, pick_device
 from coldpress.eval.plan import UNKNOWN_POSITIONS
-from coldpress.eval.press_args import check_types
-from coldpress.eval.progress import note, progress
-from coldpress.eval.readable import note_unreadable
+from coldpress.eval.progress import note, progress, warnings_noted
 from coldpress.eval.results import check_output, check_writable
 from coldpress.eval.settings import CalibrationSettings
-from coldpress.eval.tokens import tokenize
+from coldpress.eval.tokens import note_unreadable, tokenize
 from coldpress.io.artefacts import Artefact, Shape, artefact_path
 from coldpress.learned.calibrated import Calibrated
 from coldpress.learned.calibration import calibrate
 from coldpress.version import VERSION
 
-__all__ = ["make_artefact"]
-
 
 def make_artefact(settings: CalibrationSettings) -> Path:
-    """Calibrate, save, and say where.
-
-    Returns:
-        The file.
-
-    Raises:
-        InputError: something that was asked for cannot work; before any long work.
-    """
+    """Calibrate, save, and say where; :class:`InputError`, before any long work, where that cannot work."""
     s = settings
     press = _press(s)
     pick_device(s.device)
@@ -58,11 +47,8 @@ def make_artefact(settings: CalibrationSettings) -> Path:
     samples = pick_samples(documents, s.n_samples, length)
     if len(samples) < s.n_samples:
         note(f"the text has {len(samples)} sample(s) of up to {length} tokens, not --n_samples {s.n_samples}.")
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always", UserWarning)
+    with warnings_noted():
         tensors = calibrate(press, loaded.model, samples, partial(progress, name="calibration"))
-    for warning in said:
-        note(str(warning.message))
     facts = loaded.facts() | {
         "n_layers": shape.n_layers,
         "n_heads": shape.n_heads,
@@ -87,10 +73,7 @@ def make_artefact(settings: CalibrationSettings) -> Path:
 def pick_samples(documents: list[Tensor], n_samples: int, length: int) -> list[Tensor]:
     """Up to ``n_samples`` pieces of ``length`` tokens, evenly spread over the text, none across two documents.
 
-    Shorter documents serve only where no document is long enough.
-
-    Raises:
-        DataError: there is no piece of at least 2 tokens.
+    Shorter documents serve only where no document is long enough; DataError where none has 2 tokens.
     """
     pieces = [piece for ids in documents for piece in ids.split(length) if len(piece) == length]
     pieces = pieces or [ids for ids in documents if len(ids) >= 2]
@@ -101,11 +84,7 @@ def pick_samples(documents: list[Tensor], n_samples: int, length: int) -> list[T
 
 
 def _press(s: CalibrationSettings) -> Calibrated:
-    """The press that is calibrated.
-
-    Raises:
-        PressError: it needs no calibration, or something else.
-    """
+    """The press that is calibrated; :class:`PressError` if it needs no calibration, or something else."""
     parameters = dict(s.press_args)
     check_types(s.press, parameters)
     press = make_press(s.press, 0.0, **parameters)

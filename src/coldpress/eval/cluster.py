@@ -12,20 +12,20 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from transformers.modeling_utils import PreTrainedModel
 
-from coldpress.errors import ClusterError, ColdpressError, LostWorkersError
+from coldpress.errors import ClusterError, ColdpressError, LostWorkersError, nearest
 from coldpress.eval.models import LoadedModel
+from coldpress.eval.point_run import Engine
 from coldpress.eval.progress import note
-from coldpress.eval.ray_connection import connect, import_ray
+from coldpress.eval.ray_connection import check_address, connect, import_ray
 from coldpress.eval.worker import Spec, Worker, opened
 from coldpress.io.network import one_line
-
-__all__ = ["RayEngine"]
 
 IN_HAND = 2  # items a worker has at most: one that it does, and one so that it need not wait
 PATIENCE_S = 180.0  # for a cluster to find room for a worker, and to start it on a busy machine
@@ -36,7 +36,7 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
-class RayEngine:
+class RayEngine(Engine):
     """Workers on a Ray cluster, each with a model of its own.
 
     Args:
@@ -69,6 +69,7 @@ class RayEngine:
         max_restarts: int | None = None,
         patience_s: float = PATIENCE_S,
     ):
+        super().__init__(loaded.model)
         self.ray = import_ray()
         self.patience_s = patience_s
         self.spec = Spec.of(loaded)
@@ -136,10 +137,8 @@ class RayEngine:
         return _Hand(actor, actor.begin.remote(self.threads), time.monotonic() + self.patience_s)
 
     def _dismiss(self, hand: _Hand) -> None:
-        try:
+        with suppress(Exception):  # the connection is gone, and the workers with it
             self.ray.kill(hand.actor)
-        except Exception:  # the connection is gone, and the workers with it
-            return
 
     def _first_crew(self) -> list[_Hand]:
         """Workers that have loaded the model, at least one; those that the cluster has no room for are sent away."""
@@ -170,9 +169,7 @@ class RayEngine:
     def _greet(self, hand: _Hand) -> None:
         """Take the next step with a worker that starts: it has begun, then it has loaded the model.
 
-        Raises:
-            ClusterError: it runs other code, or has other weights.
-            RayError: it is lost, or does not start.
+        ClusterError where it runs other code or has other weights, RayError where it is lost or does not start.
         """
         if not self.ray.wait([hand.greeting], timeout=0)[0]:
             return
@@ -195,20 +192,15 @@ class RayEngine:
     def map(
         self, work: Callable[[PreTrainedModel, _Item], _Result], items: Iterable[_Item]
     ) -> Iterator[tuple[_Item, _Result]]:
-        """See :meth:`coldpress.eval.engine.Engine.map`.
-
-        Raises:
-            LostWorkersError: no worker is left, or one item has ended several of them.
-            Exception: whatever ``work`` raises.
-        """
-        source = iter(items)
+        """Raises what ``work`` does, and LostWorkersError if no worker is left, or one item has ended several."""
+        packed = (_WorkItem(item, self.ray.cloudpickle.dumps((work, item))) for item in items)
         again: deque[_WorkItem] = deque()  # of workers that were lost
         for hand in self._crew:
             hand.work_items.clear()  # of a loop that was left
         while True:
             for in_hand, hand in itertools.product(range(IN_HAND), self._crew):  # one for each before a second one
                 if hand.is_ready and len(hand.work_items) <= in_hand:
-                    work_item = again.popleft() if again else _next(source, work)
+                    work_item = again.popleft() if again else next(packed, None)
                     if work_item is None:
                         break
                     hand.work_items.append(work_item)
@@ -277,15 +269,6 @@ class _WorkItem:
     answer: Any = None
 
 
-def _next(source: Iterator[Any], work: Callable[..., Any]) -> _WorkItem | None:
-    """The next item, packed; None if there is none."""
-    from ray import cloudpickle
-
-    for item in source:
-        return _WorkItem(item, cloudpickle.dumps((work, item)))
-    return None
-
-
 @dataclass(eq=False)
 class _Hand:
     """A worker as the driver sees it."""
@@ -315,3 +298,36 @@ def _gist(error: BaseException) -> str:
 
 def _shown(resources: dict[str, float]) -> str:
     return ", ".join(f"{resources.get(name, 0):g} {name}" for name in ("CPU", "GPU"))
+
+
+ENGINES = ("local", "ray")
+
+
+def check_engine(name: str, ray_address: str | None = None, workers: int | None = None) -> None:
+    """Raise the InputError of :func:`make_engine` as far as it can be known, in some 10 s, before a model is loaded."""
+    if name not in ENGINES:
+        raise ClusterError(f"--engine {name!r}: allowed are {', '.join(ENGINES)}.{nearest(name, ENGINES)}")
+    if name == "local":
+        for option, value in (("--ray_address", ray_address), ("--workers", workers)):
+            if value is not None:
+                raise ClusterError(f"{option} is for --engine ray; add that, or leave {option} out.")
+        return
+    if workers is not None and workers < 1:
+        raise ClusterError(f"--workers must be at least 1, got {workers}.")
+    ray = import_ray()
+    address = ray_address or os.environ.get("RAY_ADDRESS")
+    if address is not None and not ray.is_initialized():
+        check_address(address)
+
+
+@contextmanager
+def make_engine(
+    name: str, loaded: LoadedModel, *, ray_address: str | None = None, workers: int | None = None, **options: Any
+) -> Iterator[Engine]:
+    """The engine called ``name`` for ``loaded``, closed at the end of the block; see :class:`RayEngine`."""
+    check_engine(name, ray_address, workers)
+    if name == "local":
+        yield Engine(loaded.model)
+        return
+    with closing(RayEngine(loaded, address=ray_address, workers=workers, **options)) as engine:
+        yield engine

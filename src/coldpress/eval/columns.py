@@ -15,8 +15,6 @@ from coldpress.eval.schema import FIELDS
 from coldpress.eval.sections import Entry, Section
 from coldpress.eval.wording import clean, number, percent
 
-__all__ = ["Cell", "Table", "opening_table", "tables"]
-
 
 @dataclass(frozen=True)
 class Cell:

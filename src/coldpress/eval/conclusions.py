@@ -14,8 +14,6 @@ from coldpress.eval.phrases import sentences
 from coldpress.eval.sections import REFERENCES, Entry, Section, paired, text_name
 from coldpress.eval.wording import at_words, capital, clean, format_bytes, listed, model_name, number, percent
 
-__all__ = ["WITHIN", "findings", "headline", "where"]
-
 WITHIN = f"+{CHEAP * 100:g} % of PPL"
 _STANDING = {
     "worse": "below the uncompressed cache",

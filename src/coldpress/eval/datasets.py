@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib.resources
+import random
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,10 +29,9 @@ from coldpress.errors import DataError, nearest
 from coldpress.eval.hub import load_hub, load_local
 from coldpress.io.files import MAX_TEXT_BYTES, is_utf8, path_of, read_bytes
 
-__all__ = ["SHORT_NAMES", "Corpus", "Document", "load_corpus"]
-
 HUB_IDS = {"wikitext": ("Salesforce/wikitext",), "pg19": ("emozilla/pg19-test", "emozilla/pg19")}
 SHORT_NAMES = ("wikitext", "pg19", "demo")
+_SHORT = ", ".join(SHORT_NAMES)
 DEMO_FOLDER = "coldpress/assets/demo/text"
 WIKITEXT_SUBSET = "wikitext-2-raw-v1"
 WHOLE = "all"  # the split of a source that has none: a single file
@@ -139,20 +140,16 @@ def load_corpus(
         source, rows = load_hub((dataset,), subset, split, revision)
         joined = "wikitext" in dataset.lower()
     elif "/" in dataset or path.suffix in {*FILE_BUILDERS, ".txt"}:
-        raise DataError(f"no file or folder {dataset!r}: give an existing path, a hub id 'org/name', or {_short()}")
+        raise DataError(f"no file or folder {dataset!r}: give an existing path, a hub id 'org/name', or {_SHORT}")
     else:
         raise DataError(
-            f"unknown dataset {dataset!r}: allowed are {_short()}, a hub id 'org/name', or an existing path."
+            f"unknown dataset {dataset!r}: allowed are {_SHORT}, a hub id 'org/name', or an existing path."
             + nearest(dataset, SHORT_NAMES)
         )
     what = dataset if source == dataset or path.exists() else f"{dataset} ({source})"
     documents, join = _documents(rows, what, joined, sample_idx)
     lines = None if join is None else tuple(text or "" for text in _column(rows, "text", what))
     return Corpus(dataset, source, subset, split, join, documents, lines)
-
-
-def _short() -> str:
-    return ", ".join(SHORT_NAMES)
 
 
 def _refuse(name: str, **given: str | None) -> None:
@@ -237,3 +234,50 @@ def _documents(rows: Any, what: str, joined: bool, sample_idx: int | None) -> tu
     ids = [f"{t}#{row}" if count[t] > 1 and t else t or str(row) for row, t in enumerate(titles)]
     chosen = filled if sample_idx is None else [sample_idx]
     return tuple(Document(ids[row], texts[row]) for row in chosen), None
+
+
+# Excerpts, spread over all of a text: as much as a measurement of a few minutes can read
+
+SAMPLE_CHARS = 20_000  # that tell how many of them a token takes
+SPARE = 1.3  # times the characters that so many tokens take on average: tokens differ from place to place
+FEWEST = 8  # excerpts, where shorter ones make as many
+SHORTEST = 96  # tokens of an excerpt
+
+
+def source_of(data: str) -> dict[str, Any]:
+    """What ``--data`` names, as other commands are given it: a text file, or a dataset."""
+    is_text = data not in SHORT_NAMES and path_of(data).is_file() and not data.endswith((".parquet", ".jsonl"))
+    return {"text_file": data} if is_text else {"dataset": data}
+
+
+def excerpts(corpus: Corpus, tokenizer: Any, n_tokens: int, most: int, seed: int) -> tuple[Corpus, int]:
+    """Up to ``most`` excerpts of ``n_tokens`` tokens or some more, which do not overlap, in random order.
+
+    A text too short for FEWEST of them gets shorter ones; DataError where it has less than two of the shortest length.
+
+    Returns:
+        The excerpts, each a document, and how many tokens each has at least.
+    """
+    per_token = _chars_per_token([document.text for document in corpus.documents], tokenizer)
+    while True:
+        span = int(per_token * n_tokens * SPARE) + 1
+        places = [(d, i) for d in corpus.documents for i in range(0, len(d.text) - span + 1, span)]
+        if len(places) >= FEWEST or n_tokens <= SHORTEST:
+            break
+        n_tokens = max(SHORTEST, n_tokens * 3 // 4)
+    if len(places) < 2:
+        n_chars = max(len(document.text) for document in corpus.documents)
+        raise DataError(
+            f"The text has {n_chars:,} characters; at least {2 * span:,} are needed for two excerpts: take more."
+        )
+    chosen = random.Random(seed).sample(places, min(most, len(places)))
+    documents = tuple(Document(f"{d.doc_id} at {i}", d.text[i : i + span]) for d, i in chosen)
+    return replace(corpus, documents=documents, rows=None, join=None), n_tokens
+
+
+def _chars_per_token(texts: Sequence[str], tokenizer: Any) -> float:
+    """Of the longest text, from its middle."""
+    text = max(texts, key=len)
+    start = max(0, (len(text) - SAMPLE_CHARS) // 2)
+    sample = text[start : start + SAMPLE_CHARS]
+    return len(sample) / max(1, len(tokenizer(sample, add_special_tokens=False, verbose=False)["input_ids"]))

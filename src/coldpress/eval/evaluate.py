@@ -13,37 +13,26 @@ import torch
 
 from coldpress.bases.registry import NO_PRESS, takes_ratio
 from coldpress.eval.datasets import Corpus, load_corpus
-from coldpress.eval.engine import Engine
 from coldpress.eval.jobs import BASELINE, Job, left_out_of_batches, make_jobs
 from coldpress.eval.ledger import versions
 from coldpress.eval.models import LoadedModel, load_model
 from coldpress.eval.perplexity import plain_perplexity
 from coldpress.eval.plan import Plan, make_plan
-from coldpress.eval.point_run import PointRun
+from coldpress.eval.point_run import Engine, PointRun
 from coldpress.eval.prefix import PrefixRun
-from coldpress.eval.presets import laid_out
 from coldpress.eval.progress import note
 from coldpress.eval.run import DECODE_COST, Part, Run, carry_out, checked_folder, prepared
 from coldpress.eval.schema import IDENTIFYING, OF_A_POINT, SIZES
 from coldpress.eval.settings import Settings
 from coldpress.eval.speed import SpeedPoint, SpeedRun
 from coldpress.eval.stream import StreamRun
-
-__all__ = ["PressRun", "evaluate", "make_run"]
+from coldpress.eval.windows import laid_out
 
 
 def evaluate(settings: Settings, command: str) -> tuple[list[dict[str, Any]], bool]:
-    """Run an evaluation, write its results, and print them.
+    """Run an evaluation, write its results, and print them; see :func:`coldpress.eval.run.carry_out`.
 
-    Args:
-        settings: what to measure.
-        command: the command line, for the record.
-
-    Returns:
-        See :func:`coldpress.eval.run.carry_out`.
-
-    Raises:
-        InputError: before any long work, when something that was asked for cannot work.
+    :class:`InputError`, before any long work, where something that was asked for cannot work.
     """
     jobs = make_jobs(settings)
     for job in jobs:
@@ -63,11 +52,7 @@ def evaluate(settings: Settings, command: str) -> tuple[list[dict[str, Any]], bo
 
 
 def make_run(settings: Settings, jobs: Sequence[Job], corpus: Corpus, loaded: LoadedModel, command: str) -> PressRun:
-    """A run of which everything is decided and nothing measured.
-
-    Raises:
-        InputError: the text or the sizes do not fit the model, or a press lacks what it needs of it.
-    """
+    """A run of which everything is decided and nothing measured; InputError where text, sizes or a press do not fit."""
     corpus = laid_out(corpus, settings.ppl_preset)
     plan = make_plan(settings, corpus, loaded.tokenizer, loaded.max_positions)
     firsts = [window.bos for window in plan.windows or () if window.bos is not None]

@@ -19,30 +19,6 @@ from coldpress.errors import MissingDependencyError
 from coldpress.eval.sections import Section
 from coldpress.eval.wording import clean, short
 
-__all__ = [
-    "COLOURS",
-    "INK",
-    "MARKERS",
-    "MIB",
-    "REF",
-    "VARIABLES",
-    "Drawing",
-    "Style",
-    "bars",
-    "curve",
-    "drawing",
-    "grid",
-    "legend",
-    "panels",
-    "plain_numbers",
-    "require_matplotlib",
-    "said_of_colours",
-    "scale",
-    "shared_legend",
-    "styles",
-    "title",
-]
-
 # Series colours that stay apart for colour-blind readers, each with a marker of its own.
 COLOURS = ("#0072b2", "#c84e00", "#00805c", "#a83f86", "#94690a", "#2b8fd0", "#5f4bb6", "#5c6b00")
 DARK = ("#56b4f0", "#ff8c42", "#2fd1a0", "#f090c8", "#f0c050", "#9fd6ff", "#b3a5ff", "#cfd94a")
@@ -105,21 +81,13 @@ def styles(section: Section) -> dict[str, Style]:
 
 @dataclass
 class Drawing:
-    """A finished picture.
+    """A finished picture."""
 
-    Attributes:
-        kind: what it shows, a word for its file name.
-        caption: what it shows in words, with protocol and text; not escaped.
-        svg: for a page, colours as CSS variables, ids begun with ``prefix`` when asked for.
-        png: its bytes on a light ground.
-        file: the name of the PNG beside a report.
-    """
-
-    kind: str
-    caption: str
-    svg: str = ""
-    png: bytes = b""
-    file: str = ""
+    kind: str  # what it shows, a word for its file name
+    caption: str  # what it shows in words, with protocol and text; not escaped
+    svg: str = ""  # for a page, colours as CSS variables, ids begun with ``prefix`` when asked for
+    png: bytes = b""  # its bytes on a light ground
+    file: str = ""  # the name of the PNG beside a report
     titles: dict[str, str] = field(default_factory=dict)
 
     def name(self, artist: Any, title: str) -> None:
@@ -265,7 +233,7 @@ def bars(values: Sequence[float], spans: Sequence[Sequence[float] | None]) -> li
     return [low, [max(0.0, end[1] - value) for value, end in zip(values, ends, strict=True)]]
 
 
-def curve(done: Drawing, axis: Any, style: Style, label: str, xs: list[Any], ys: list[float], bars: Any) -> Any:
+def curve(done: Drawing, axis: Any, style: Style, label: str, xs: list[Any], ys: list[float], bars: Any = None) -> Any:
     """A series with its error bars; those in grey have none, and say their name when pointed at."""
     options = {"color": style.color, "marker": style.marker, "linestyle": style.line, "linewidth": style.width}
     if not style.is_coloured:

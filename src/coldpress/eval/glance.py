@@ -12,25 +12,6 @@ from coldpress.eval.metrics import wilson
 from coldpress.eval.sections import Entry, Section, paired
 from coldpress.eval.wording import clean
 
-__all__ = [
-    "CHEAP",
-    "FEWEST_WINDOWS",
-    "Answer",
-    "Row",
-    "Task",
-    "answer",
-    "chosen",
-    "is_cheap",
-    "kl_of",
-    "n_windows",
-    "quality_of",
-    "rows",
-    "standing",
-    "task_name",
-    "task_of",
-    "value_of",
-]
-
 Task = dict[str, Any]  # of a record: what was measured of a task
 CHEAP = 0.01  # of perplexity
 FEWEST_WINDOWS = 8  # with fewer, presses are not ranked
@@ -57,31 +38,21 @@ class Row:
 
 @dataclass
 class Answer:
-    """What three sentences say of a section.
-
-    Attributes:
-        few: windows, where they are too few to rank presses.
-        best: the press that stays closest to the uncompressed model at the size most presses were measured at.
-        level: presses that are not told apart from it by the paired interval of their losses.
-        cheap: the smallest cache whose whole interval stays within :data:`CHEAP`.
-        context: tokens of the timed context.
-        fastest: the largest speed-up that every round confirms.
-        n_rounds: the most rounds of a timing; 0 where none was timed.
-        uncompressed: PPL of the uncompressed model where no press touches the loss that was measured.
-        smallest: the smallest cache that was measured.
-        counts: how many scores stand how to the uncompressed cache's, by what :func:`standing` says.
-    """
+    """What three sentences say of a section."""
 
     section: Section
-    few: int | None = None
+    few: int | None = None  # windows, where they are too few to rank presses
+    # the press that stays closest to the uncompressed model at the size most presses were measured at
     best: Entry | None = None
+    # presses that are not told apart from it by the paired interval of their losses
     level: list[str] = field(default_factory=list)
-    cheap: Entry | None = None
-    context: int | None = None
-    fastest: Entry | None = None
-    n_rounds: int = 0
-    uncompressed: float | None = None
-    smallest: Entry | None = None
+    cheap: Entry | None = None  # the smallest cache whose whole interval stays within :data:`CHEAP`
+    context: int | None = None  # tokens of the timed context
+    fastest: Entry | None = None  # the largest speed-up that every round confirms
+    n_rounds: int = 0  # the most rounds of a timing; 0 where none was timed
+    uncompressed: float | None = None  # PPL of the uncompressed model where no press touches the loss that was measured
+    smallest: Entry | None = None  # the smallest cache that was measured
+    # how many scores stand how to the uncompressed cache's, by what :func:`standing` says
     counts: dict[str, int] = field(default_factory=dict)
 
 

@@ -12,8 +12,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from importlib import resources
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,10 +22,10 @@ from coldpress.bases.press import BasePress
 from coldpress.cache.pressed import PressedCache
 from coldpress.core.requirements import check_chunks, check_quantisable
 from coldpress.errors import InputError, MissingDependencyError, PressError, SelfCheckError
-from coldpress.eval.checks import check_stored_pairs
-from coldpress.eval.continuations import left_padded, predictions
-from coldpress.eval.press_args import integer, is_whole, press_of, read_press_args
-from coldpress.eval.smollm2 import SMOLLM2, smollm2_file
+from coldpress.eval.jobs import integer, is_whole, press_of, read_press_args
+from coldpress.eval.losses import left_padded, predictions
+from coldpress.eval.models import packaged
+from coldpress.eval.point_run import check_stored_pairs
 from coldpress.io.files import path_of
 from coldpress.io.network import one_line
 from coldpress.models.block import prefilling
@@ -45,13 +44,11 @@ except ImportError as error:
         'coldpress[lm-eval]".'
     ) from error
 
-__all__ = ["ColdpressLM"]
 
 LOG = logging.getLogger(__name__)
 PROOF_CONTEXTS = 16  # compressed contexts that may score as uncompressed ones do before a run is given up
 
 _Context = tuple[int, ...]
-_T = TypeVar("_T")
 
 
 @register_model("coldpress")
@@ -112,12 +109,9 @@ class ColdpressLM(HFLM):
         if dtype is None:
             dtype = "float32" if str(device) == "cpu" or not torch.cuda.is_available() else "auto"
         with ExitStack() as stack:
-            source = pretrained
-            if pretrained == "demo":
-                shipped = resources.files("coldpress") / "assets" / "demo" / "model"
-                source = str(stack.enter_context(resources.as_file(shipped)))
-            elif pretrained in SMOLLM2 or (isinstance(pretrained, str) and pretrained.endswith(".gguf")):
-                weights = smollm2_file() if pretrained in SMOLLM2 else path_of(pretrained)
+            source = packaged(pretrained, stack)
+            if isinstance(source, str) and source.endswith(".gguf"):
+                weights = path_of(source)
                 source, gguf_file = str(weights.parent), weights.name
             super().__init__(source, device=device, dtype=dtype, batch_size=batch_size, gguf_file=gguf_file, **options)
         use_coldpress(self.model, attn_implementation)
@@ -152,11 +146,7 @@ class ColdpressLM(HFLM):
         return {**super().get_model_info(), "coldpress": {**self.asked, **measured}}
 
     def set_cache_hook(self, cache_hook: Any) -> None:
-        """Answers that ``--use_cache`` has stored belong to a press; those of another one are not taken for ours.
-
-        Raises:
-            InputError: the file holds answers of other settings.
-        """
+        """Answers that ``--use_cache`` has stored belong to a press; InputError where they are those of another one."""
         super().set_cache_hook(cache_hook)
         store = cache_hook.dbdict
         if store is not None:
@@ -203,10 +193,8 @@ class ColdpressLM(HFLM):
     ) -> list[tuple[float, bool]]:
         """Sum of log-probabilities of each continuation, and whether it is what greedy decoding would write.
 
-        Continuations of one context share its prefill, and do not see each other.
-
-        Args:
-            requests: what the answer is stored under, tokens of a context, those of a continuation.
+        Continuations of one context share its prefill, and do not see each other. A request is what the answer is
+        stored under, the tokens of a context, and those of a continuation.
         """
         jobs: dict[_Context, list[tuple[int, _Context]]] = {}
         n_cut = 0
@@ -277,7 +265,8 @@ class ColdpressLM(HFLM):
             cache = self._prefilled(ids, mask, is_pressed, stack)
             self._count(contexts, cache, is_pressed)
             full = self._prefilled(ids, mask, False, stack) if is_pressed and self._is_to_be_proved else None
-            for keys in _pieces(list(fed), int(self.batch_size)):
+            for start in range(0, len(fed), int(self.batch_size)):
+                keys = list(fed)[start : start + int(self.batch_size)]
                 rows = torch.tensor([row for row, _ in keys], device=self.device)
                 tokens = [tokens for _, tokens in keys]
                 found = predictions(self.model, cache, mask, rows, tokens)
@@ -381,8 +370,3 @@ class ColdpressLM(HFLM):
         else:
             why = "all scores are bit for bit those of the uncompressed contexts"
         raise SelfCheckError(f"{self.press}, kv_bits={self.kv_bits}: nothing was compressed, {why}.")
-
-
-def _pieces(items: list[_T], size: int) -> Iterator[list[_T]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]

@@ -16,8 +16,6 @@ from typing import Any
 from coldpress.errors import DataError, MissingDependencyError, UnreachableError, nearest
 from coldpress.io.network import hub_problem, network_problem, one_line
 
-__all__ = ["load_hub", "load_local"]
-
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text"}
 TEXT = "text"  # the column of a text to read
 
@@ -202,13 +200,7 @@ def _hub_problem(repo: str) -> str | None:
 
 
 def _load_cached(
-    datasets: Any,
-    repo: str,
-    subset: str | None,
-    split: str,
-    revision: str | None,
-    part: dict[str, str],
-    column: str,
+    datasets: Any, repo: str, subset: str | None, split: str, revision: str | None, part: dict[str, str], column: str
 ) -> Any | None:
     """A copy on this machine: a snapshot of the hub (`hf download`), or what `datasets` prepared before."""
     from huggingface_hub import snapshot_download

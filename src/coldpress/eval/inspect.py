@@ -13,15 +13,13 @@ from coldpress.bases.press_files import load_press_files
 from coldpress.bases.registry import NO_PRESS, make_press, takes_ratio
 from coldpress.errors import InputError, PressError
 from coldpress.eval.datasets import load_corpus
+from coldpress.eval.jobs import check_no_size, check_one_press, check_types
 from coldpress.eval.models import load_model, pick_device
-from coldpress.eval.press_args import check_no_size, check_one_press, check_types
 from coldpress.eval.progress import note
-from coldpress.eval.readable import note_unreadable
 from coldpress.eval.results import check_output
+from coldpress.eval.tokens import note_unreadable
 from coldpress.io.terminal import printable
 from coldpress.models.inspection import MOST_PRESSES, check_presses, inspect
-
-__all__ = ["make_page"]
 
 LIMIT_TOKENS = 4096  # of a page, unless asked otherwise
 
@@ -42,16 +40,11 @@ def make_page(
 
     Args:
         press: one or two registered names.
-        press_args: parameters of a single press.
         source: what :func:`load_corpus` is given.
-        model_options: of :func:`load_model`.
         compression_ratio: one for all presses or one for each, 0.5 if neither it nor a budget is given. Two of them
             show a single press twice.
         budget_tokens: likewise, instead of a ratio.
         command: the command line, for the page.
-
-    Raises:
-        InputError: something that was asked for cannot work; before any long work.
     """
     names, presses = _make_presses(press, press_args, compression_ratio, budget_tokens)
     pick_device(model_options.get("device", "auto"))

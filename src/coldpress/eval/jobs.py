@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -15,16 +16,110 @@ from coldpress.bases.press_files import file_digest, load_press_files
 from coldpress.bases.registry import NO_PRESS, make_press, parameters_of, press_names, takes_ratio
 from coldpress.bases.scorer import BUDGETS
 from coldpress.core.counts import check_ratio
+from coldpress.core.definition import as_given
 from coldpress.core.press import parts
 from coldpress.core.requirements import check_chunks, check_quantisable, require_rerotatable
-from coldpress.errors import CacheError, PressError
-from coldpress.eval.press_args import check_no_size, check_one_press, check_types
+from coldpress.errors import CacheError, InputError, PressError
 from coldpress.eval.settings import Settings
 from coldpress.presses.decoding import DecodingPress
 from coldpress.stores.bits import KVBits, storage_of
 from coldpress.stores.codec import Codec
 
-__all__ = ["BASELINE", "Job", "Point", "config_of", "left_out_of_batches", "make_jobs"]
+# A press and its parameters as JSON and the ``model_args`` of lm-evaluation-harness give them
+
+_KINDS: dict[str, tuple[type, ...]] = {"bool": (bool,), "int": (int,), "float": (int, float), "str": (str,)}
+
+
+def read_press_args(given: dict[str, Any] | str | None) -> dict[str, Any]:
+    """A dictionary, or the JSON of one; None is an empty one. Raises :class:`PressError` for anything else."""
+    try:
+        found = json.loads(given) if isinstance(given, str) else given or {}
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise PressError(f'press_args must be a dictionary or JSON such as {{"window_size": 32}}, got {given!r}.')
+    return found
+
+
+def check_one_press(names: Iterable[str], parameters: Mapping[str, Any]) -> None:
+    """Raise :class:`PressError` where parameters are given, and there are several presses or none to take them."""
+    if parameters and len([name for name in names if name != NO_PRESS]) != 1:
+        raise PressError("--press_args belongs to one press; name a single one with --press.")
+
+
+def check_no_size(parameters: Mapping[str, Any], message: str = "--press_args cannot hold {0}; use --{0}.") -> None:
+    """Raise :class:`PressError` where a ratio or a budget is among the parameters."""
+    for size in ("compression_ratio", *BUDGETS):
+        if size in parameters:
+            raise PressError(message.format(size))
+
+
+def check_types(name: str, parameters: dict[str, Any]) -> None:
+    """Parameters come from JSON, where a text may stand in for a number."""
+    known = parameters_of(name)
+    for parameter, value in parameters.items():
+        if parameter not in known:  # make_press will say so
+            continue
+        field = known[parameter]
+        kinds = [kind for part in str(field.type).split(" | ") for kind in _KINDS.get(part, ())] or [
+            type(field.default)
+        ]
+        if value != field.default and type(value) not in kinds:
+            allowed = " or ".join(kind.__name__ for kind in kinds)
+            raise PressError(f"{name}: {parameter} must be {allowed}, got {value!r}.")
+
+
+def press_of(
+    press: str | BasePress | None, ratio: float | None, budgets: dict[str, int | None], parameters: dict[str, Any]
+) -> BasePress | None:
+    """The press that is asked for, None for none; half of the pairs go where nothing says how much."""
+    sizes = {name: value for name, value in budgets.items() if value is not None}
+    given = [*([] if ratio is None else ["compression_ratio"]), *sizes, *(["press_args"] if parameters else [])]
+    if isinstance(press, BasePress) or press in (None, NO_PRESS):
+        if given and not (press in (None, NO_PRESS) and given == ["compression_ratio"] and not ratio):
+            raise PressError(
+                f"{' and '.join(given)} belong to a press that is named; give press=NAME, or leave them out."
+            )
+        return press if isinstance(press, BasePress) else None
+    if not isinstance(press, str):
+        raise PressError(
+            f"press must be the name of a press or a press such as SnapKVPress(0.5), got {as_given(press)}."
+        )
+    check_no_size(parameters, "press_args cannot hold {0}; give {0}= beside press=.")
+    load_press_files([press])
+    if ratio is None:
+        ratio = 0.5 if takes_ratio(press) and not sizes else 0.0
+    return make_press(press, ratio, **sizes, **_own_parameters(press, parameters, 0))
+
+
+def _own_parameters(name: str, given: dict[str, Any], seed: int) -> dict[str, Any]:
+    """The parameters of a press: those that were given, and the seed where it draws numbers."""
+    own = {"seed": seed, **given} if "seed" in parameters_of(name) else given
+    check_types(name, own)
+    return own
+
+
+def integer(name: str, value: Any, minimum: int) -> int:
+    """``value`` as the integer that it stands for; :class:`InputError` if it is none, or less than ``minimum``."""
+    try:
+        number = int(value)
+    except (TypeError, ValueError):
+        number = minimum - 1
+    if number < minimum or number != float(value):
+        raise InputError(f"{name} must be an integer >= {minimum}, got {value!r}.")
+    return number
+
+
+def is_whole(press: BasePress | None) -> bool:
+    """Whether ``press`` is asked to keep everything: its ratio is 0 and it has no budget."""
+    if press is None:
+        return True
+    own = getattr(press, "compression_ratio", None)
+    sizes = [own, *(getattr(press, name, None) for name in BUDGETS)]
+    return own is not None and not any(sizes) and not getattr(press, "key_channel_compression_ratio", 0)
+
+
+# What is measured
 
 
 @dataclass(frozen=True)
@@ -126,7 +221,7 @@ def make_jobs(settings: Settings) -> list[Job]:
         if name == NO_PRESS:
             jobs.append(Job(name, None, 0.0))
             continue
-        own = _own_parameters(name, settings)
+        own = _own_parameters(name, parameters, settings.seed)
         if not takes_ratio(name):  # or is not known, which make_press says
             asked = budgets[0] if budgets and name in settings.press else {}  # make_press says that it has none
             jobs.append(Job(name, make_press(name, 0.0, **asked, **own)))
@@ -147,15 +242,6 @@ def make_jobs(settings: Settings) -> list[Job]:
     return _in_bits(jobs, [codec for codec in codecs if codec is not None], settings)
 
 
-def _own_parameters(name: str, settings: Settings) -> dict[str, Any]:
-    """The parameters of a press: those that were given, and the seed where it draws numbers."""
-    own = dict(settings.press_args)
-    if "seed" in parameters_of(name):
-        own = {"seed": settings.seed, **own}
-    check_types(name, own)
-    return own
-
-
 def left_out_of_batches(settings: Settings) -> list[str]:
     """What ``all`` leaves out because it takes one text at a time; empty where ``all`` was not asked for."""
     if "all" not in settings.press or settings.batch_size == 1:
@@ -165,11 +251,7 @@ def left_out_of_batches(settings: Settings) -> list[str]:
 
 
 def _takes_batch(job: Job, settings: Settings) -> bool:
-    """Whether its perplexity can be measured on so many texts at once.
-
-    Raises:
-        PressError: it cannot, and was named.
-    """
+    """Whether its perplexity can be measured on so many texts at once; PressError if it cannot, and was named."""
     if job.press is None or not settings.ppl_apply_press or settings.batch_size == 1:
         return True
     try:
@@ -212,8 +294,7 @@ def _all_presses(settings: Settings) -> list[str]:
 def _make_stream_jobs(settings: Settings) -> list[Job]:
     """Each named scorer at each number of tokens, cut back to them after every chunk; ``no_press`` is measured once.
 
-    Raises:
-        PressError: a press that cannot choose again and again among what is left of a text, or no number of tokens.
+    PressError for one that cannot choose again and again among what is left of a text, and without a number of tokens.
     """
     names = list(dict.fromkeys(settings.press))
     check_one_press(names, dict(settings.press_args))
@@ -231,7 +312,7 @@ def _make_stream_jobs(settings: Settings) -> list[Job]:
             jobs.append(Job(name, None))
             continue
         assert settings.stream_chunk is not None
-        scorer = make_press(name, 0.0, **_own_parameters(name, settings))
+        scorer = make_press(name, 0.0, **_own_parameters(name, dict(settings.press_args), settings.seed))
         for n in settings.budget_tokens:
             press = DecodingPress(scorer, compression_interval=settings.stream_chunk, target_size=n)  # type: ignore[arg-type]
             if settings.positions == "rerotate":

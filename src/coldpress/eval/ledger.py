@@ -27,8 +27,6 @@ from coldpress.errors import OutputError
 from coldpress.eval.losses import Scores
 from coldpress.io.files import read_text, replace_file
 
-__all__ = ["UNFINISHED", "UNREADABLE", "Answered", "Answers", "Ledger", "Measured", "checksum_of", "versions"]
-
 UNFINISHED = ".unfinished"  # folder of all ledgers, in that of the results
 # A file that is not there, or damaged: what it would tell is measured again.
 UNREADABLE = (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
@@ -36,20 +34,14 @@ UNREADABLE = (OSError, SafetensorError, ValueError, TypeError, KeyError, Attribu
 
 @dataclass(frozen=True, kw_only=True)
 class _Cache:
-    """What is noted of the cache that a point has made.
+    """What is noted of the cache that a point has made."""
 
-    Attributes:
-        kv_bytes: of the first row's cache, right after the prefill; of a benchmark's press that goes on while decoding,
-            after the first answer.
-        kv_lengths: stored tokens of each of its layers.
-        achieved_ratio: fraction of its pairs that were removed.
-        kept_hash: a fingerprint of which pairs it keeps; None for the baseline.
-    """
-
+    # of the first row's cache, right after the prefill; of a benchmark's press that goes on while decoding, after
+    # the first answer
     kv_bytes: int
-    kv_lengths: list[int]
-    achieved_ratio: float
-    kept_hash: str | None = None
+    kv_lengths: list[int]  # stored tokens of each of its layers
+    achieved_ratio: float  # fraction of its pairs that were removed
+    kept_hash: str | None = None  # a fingerprint of which pairs it keeps; None for the baseline
 
     def facts(self, base: _Cache, n_tokens: int) -> dict[str, Any]:
         """What a record says of it, beside the baseline's cache of so many tokens."""
@@ -65,63 +57,40 @@ class _Cache:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured(_Cache):
-    """What one point made of one batch of windows.
+    """What one point made of one batch of windows."""
 
-    Attributes:
-        scores: of the targets of each window.
-        agreement: of each window, greedy tokens that are the baseline's before the first that is not; None where
-            nothing was generated.
-        read_ratio: fraction of the stored pairs that were read for these targets.
-    """
-
-    scores: Scores
+    scores: Scores  # of the targets of each window
+    # of each window, greedy tokens that are the baseline's before the first that is not; None where nothing was
+    # generated
     agreement: list[int] | None = None
-    read_ratio: float = 1.0
+    read_ratio: float = 1.0  # fraction of the stored pairs that were read for these targets
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answered(_Cache):
-    """What one point made of one example.
+    """What one point made of one example."""
 
-    Attributes:
-        losses: nats of each token of the answer, as float32 has them.
-        answer_ids: greedy tokens, up to the end of the answer; None where nothing was generated.
-    """
-
-    losses: list[float]
-    answer_ids: list[int] | None
+    losses: list[float]  # nats of each token of the answer, as float32 has them
+    answer_ids: list[int] | None  # greedy tokens, up to the end of the answer; None where nothing was generated
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answers(_Cache):
-    """What one point made of one context.
+    """What one point made of one context."""
 
-    Attributes:
-        answers: greedy tokens of each question.
-        seen_tokens: of the cache when it was measured.
-    """
-
-    answers: list[list[int]]
-    seen_tokens: int
+    answers: list[list[int]]  # greedy tokens of each question
+    seen_tokens: int  # of the cache when it was measured
 
 
 class Ledger:
-    """A folder of what one run has finished.
-
-    Args:
-        folder: of this ledger alone; made when something is saved first.
-    """
+    """A folder of what one run has finished, of this ledger alone; made when something is saved first."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """The block is the only one that works with this ledger, in any process.
-
-        Raises:
-            OutputError: another one is at it.
-        """
+        """The block is the only one that works with this ledger, in any process; OutputError if another is at it."""
         path = self.folder.with_name(f"{self.folder.name}.lock")
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path, timeout=0)  # of the system: who is killed holds it no more
@@ -143,10 +112,7 @@ class Ledger:
     def load(self, kind: type[Any], index: int, fingerprint: str = "") -> dict[str, Any]:
         """What each point made of an item, by the point's key; empty where nothing was saved or can be read.
 
-        Args:
-            kind: what is noted of each point.
-            index: of the item in the run.
-            fingerprint: of an example, and of how it is measured.
+        ``fingerprint``: of an example, and of how it is measured.
         """
         try:
             if kind is Measured:
@@ -157,11 +123,7 @@ class Ledger:
             return {}
 
     def save(self, index: int, found: Mapping[str, Any], fingerprint: str = "") -> None:
-        """Replace what is known of an item.
-
-        Raises:
-            OutputError: the file cannot be written.
-        """
+        """Replace what is known of an item; OutputError where the file cannot be written."""
         if not all(isinstance(each, Measured) for each in found.values()):
             saved = {key: asdict(each) for key, each in found.items()}
             self.write(f"example-{index:06d}.json", "found", saved, index, fingerprint)
@@ -181,11 +143,7 @@ class Ledger:
         return whole[field]
 
     def write(self, name: str, field: str, saved: Any, *place: Any) -> None:
-        """Write JSON under a name, with what tells that it belongs there.
-
-        Raises:
-            OutputError: the file cannot be written.
-        """
+        """Write JSON under a name, with what tells that it belongs there; OutputError where that cannot be written."""
         checksum = checksum_of(self.folder, [*place, saved] if place else saved)
         text = json.dumps({"checksum": checksum, field: saved})
         self._replace(name, lambda path: path.write_text(text, encoding="utf-8"))
@@ -235,10 +193,8 @@ def _numbers(about: dict[str, Any]) -> dict[str, Any]:
 def checksum_of(folder: Path, said: Any, numbers: bytes = b"") -> str:
     """Of one entry of a ledger: a disk that changes a byte shall not change a result, nor a file in a wrong place.
 
-    Args:
-        folder: of the ledger; its name tells runs apart.
-        said: what is saved, with its place in the ledger; as JSON holds it.
-        numbers: what is saved beside it.
+    It is of what is ``said`` as JSON, its place included, of the ``numbers`` beside it, and of the folder's name, which
+    tells runs apart.
     """
     return hashlib.sha256(json.dumps([folder.name, said], sort_keys=True).encode() + numbers).hexdigest()[:16]
 

@@ -22,8 +22,6 @@ import torch
 
 from coldpress.errors import DeviceError, MissingDependencyError
 
-__all__ = ["MemoryMeter", "MemoryReading"]
-
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
 RESET_SLACK_BYTES = 4 << 20  # a high-water mark further than this above the RSS was not reset

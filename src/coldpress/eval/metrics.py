@@ -8,43 +8,23 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
-
-import numpy as np
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = [
-    "FEW_WINDOWS",
-    "Paired",
-    "bits_per_byte",
-    "bootstrap_difference",
-    "clustered_mean",
-    "iid_se",
-    "paired_difference",
-    "perplexity",
-    "quantiles",
-    "score_difference",
-    "student_t_975",
-    "wilson",
-]
 
+_AT_ONCE = 2_000_000  # drawn numbers that are held together
 FEW_WINDOWS = 30  # with fewer, the bootstrap stands beside Student's t
 
 
 class Paired(NamedTuple):
-    """Mean difference of losses to the baseline, in nats a token; to a baseline of 0, the mean loss itself.
+    """Mean difference of losses to the baseline, in nats a token; to a baseline of 0, the mean loss itself."""
 
-    Attributes:
-        delta: mean over tokens of (loss - baseline loss).
-        se: its standard error, clustered by window; None with a single window.
-        ci95: two-sided 95 % confidence interval (Student's t, windows - 1 degrees of freedom); None likewise.
-    """
-
-    delta: float
-    se: float | None
+    delta: float  # mean over tokens of (loss - baseline loss)
+    se: float | None  # its standard error, clustered by window; None with a single window
+    # two-sided 95 % confidence interval (Student's t, windows - 1 degrees of freedom); None likewise
     ci95: tuple[float, float] | None
 
 
@@ -53,18 +33,21 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def paired_difference(counts: Sequence[int], losses: Sequence[float], baseline: Sequence[float]) -> Paired:
-    """Compare sums of losses window by window.
+def paired_difference(
+    counts: Sequence[int], losses: Sequence[float], baseline: Sequence[float] | None = None
+) -> Paired:
+    """Compare sums of losses window by window; without a baseline they are compared with 0, which gives their mean.
 
     With n_w tokens and d_w = losses_w - baseline_w in window w: delta = sum d_w / sum n_w and
-    se**2 = W / (W - 1) * sum (d_w - delta * n_w)**2 / (sum n_w)**2.
+    se**2 = W / (W - 1) * sum (d_w - delta * n_w)**2 / (sum n_w)**2. Of a mean loss, exp of the interval's ends is the
+    interval of the perplexity.
 
     Args:
         counts: scored tokens of each window.
         losses, baseline: sums of the losses of those tokens, in nats.
     """
     total = sum(counts)
-    differences = [a - b for a, b in zip(losses, baseline, strict=True)]
+    differences = _differences(losses, baseline)
     delta = math.fsum(differences) / total
     n_windows = len(counts)
     if n_windows < 2:
@@ -75,46 +58,48 @@ def paired_difference(counts: Sequence[int], losses: Sequence[float], baseline: 
     return Paired(delta, se, (delta - half, delta + half))
 
 
-def clustered_mean(counts: Sequence[int], losses: Sequence[float]) -> Paired:
-    """Mean of the losses themselves; exp of the interval's ends is that of the perplexity.
-
-    Args:
-        counts: scored tokens of each window.
-        losses: sums of their losses, in nats.
-    """
-    return paired_difference(counts, losses, [0.0] * len(counts))
+def _differences(losses: Sequence[float], baseline: Sequence[float] | None) -> list[float]:
+    return [a - b for a, b in zip(losses, [0.0] * len(losses) if baseline is None else baseline, strict=True)]
 
 
 def bootstrap_difference(
-    counts: Sequence[int],
-    losses: Sequence[float],
-    baseline: Sequence[float] | None = None,
-    *,
-    resamples: int = 10_000,
-    seed: int = 0,
+    counts: Sequence[int], losses: Sequence[float], baseline: Sequence[float] | None = None, **options: int
 ) -> tuple[float, float] | None:
-    """95 % interval of the mean difference from windows drawn anew, as many as there are, with replacement.
+    """:func:`bootstrap` of the mean difference, sum d_w / sum n_w, as :func:`paired_difference` is given it."""
+    return bootstrap([_differences(losses, baseline), counts], lambda d, n: d / n, **options)
 
-    The ends are the 2.5 % and 97.5 % points of sum d_w / sum n_w over the draws: no normal distribution is assumed, as
-    by Student's t. With very few windows it is too narrow, because it never sees a window that was not drawn.
+
+def bootstrap(
+    columns: Sequence[Sequence[float]], statistic: Callable[..., Tensor], *, resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float] | None:
+    """95 % interval of a statistic of sums over windows that are drawn anew, as many as there are, with replacement.
+
+    The ends are its 2.5 % and 97.5 % points over the draws, the same ones every time: no normal distribution is
+    assumed, as by Student's t. With very few windows it is too narrow: it never sees a window that was not drawn.
 
     Args:
-        counts, losses, baseline: as those of :func:`paired_difference`; no baseline is one of 0.
-        resamples, seed: how often is drawn, and the seed of the drawing: the same every time.
+        columns: numbers of each window, or of each context.
+        statistic: of the sum of each column; draws for which it is not finite do not count.
 
     Returns:
-        None with a single window.
+        None with a single window, or where no draw counts.
     """
-    n_windows = len(counts)
-    differences = [a - b for a, b in zip(losses, baseline or [0.0] * n_windows, strict=True)]
-    if n_windows < 2:
-        return None
     import torch  # which a report does without
 
+    n = min(map(len, columns), default=0)
+    if n < 2:
+        return None
+    numbers = [torch.tensor(column, dtype=torch.float64) for column in columns]
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(n_windows, (resamples, n_windows), generator=generator)
-    d, n = (torch.tensor(column, dtype=torch.float64)[drawn].sum(1) for column in (differences, counts))
-    low, high = torch.quantile(d / n, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    found, step = [], max(1, _AT_ONCE // n)
+    for start in range(0, resamples, step):
+        drawn = torch.randint(n, (min(step, resamples - start), n), generator=generator)
+        found.append(statistic(*(column[drawn].sum(-1) for column in numbers)))
+    values = torch.cat(found)
+    values = values[values.isfinite()]
+    if not len(values):
+        return None
+    low, high = torch.quantile(values, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
 
 
@@ -138,9 +123,7 @@ def iid_se(values: Tensor) -> float | None:
 def bits_per_byte(nll: float, n_bytes: int) -> float | None:
     """Bits for each byte of text, ``nll / (n_bytes * ln 2)``: comparable between tokenizers, as perplexity is not.
 
-    Args:
-        nll: sum of the losses of the scored tokens, in nats.
-        n_bytes: bytes of the text these tokens stand for; None comes back if there are none.
+    ``nll``: sum of the losses of the tokens that stand for ``n_bytes``, in nats. None without any bytes.
     """
     return nll / (n_bytes * math.log(2)) if n_bytes else None
 
@@ -163,12 +146,6 @@ def student_t_975(degrees: int) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if mass(middle) < 0.475 else (low, middle)
     return (low + high) / 2
-
-
-def quantiles(values: Sequence[float], points: Sequence[float]) -> list[float]:
-    """Linearly interpolated quantiles of ``values`` at ``points`` in [0, 1]."""
-    found: list[float] = np.quantile(values, points).tolist()
-    return found
 
 
 Z = 1.959963984540054  # the 97.5 % point of the normal distribution

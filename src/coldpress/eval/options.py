@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import partial
 from typing import Any
 
 from coldpress.backends import BACKENDS, BUDGETS, NO_PRESS
 from coldpress.errors import InputError, nearest
-
-__all__ = ["KINDS", "Options", "but", "check_value", "names_of", "option", "sort_of"]
 
 KINDS = ("perplexity", "tasks", "streaming", "baselines", "speed")  # sections of a sweep, in the order of measuring
 BITS = "{8,4,2,k8v4,...}"  # numbers: in groups (KIVI); kKvV: keys in K bits and values in V, one by one, rotated
@@ -22,8 +21,6 @@ PPL_PRESETS = ("hf-strided", "gptq", "llamacpp", "lm-eval")
 TASKS = ("niah_single", "niah_multikey", "vt", "cwe", "passkey", "repeat_text")  # asked where none is named
 USES = ("qa", "chat", "streaming", "throughput")  # of coldpress recommend
 MOST_ROUNDS = 1_000_000  # they are listed before the first is timed
-_ALL_BUT_PERPLEXITY = ("tasks", "speed", "streaming", "baselines")
-_NO_ENGINE = ("speed", "streaming", "baselines")
 _NO_RATIO = ("streaming", "baselines")
 
 
@@ -55,12 +52,13 @@ def option(
     return field(default=default, metadata=about)
 
 
+@dataclass(frozen=True)
 class Options:
     """What settings can tell of themselves."""
 
     def recorded(self) -> dict[str, Any]:
         """What a record holds of them."""
-        return {f.name: getattr(self, f.name) for f in _fields(self) if f.metadata["is_recorded"]}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["is_recorded"]}
 
     @property
     def loading(self) -> dict[str, Any]:
@@ -70,7 +68,7 @@ class Options:
 
     def check_choices(self) -> None:
         """Raise :class:`InputError` for a word that is none of those allowed."""
-        for f in _fields(self):
+        for f in fields(self):
             choices, value = f.metadata["choices"], getattr(self, f.name)
             if choices and isinstance(value, str) and value not in choices:
                 what = " or ".join(choices) if len(choices) == 2 else f"one of {', '.join(choices)}"
@@ -87,10 +85,6 @@ class Options:
         prompt: str | None = getattr(self, "pin_system", None)
         if prompt is not None and not prompt.strip():
             raise InputError("--pin_system is empty; give the system prompt, or leave it out.")
-
-
-def _fields(settings: Any) -> tuple[Field[Any], ...]:
-    return fields(settings)
 
 
 def names_of(*parts: Any) -> tuple[str, ...]:
@@ -136,26 +130,36 @@ def check_value(kind: str, option: Field[Any], value: Any) -> None:
             raise InputError(f"{kind}: {option.name} must be an integer <= {most}.")
 
 
+# Options that are alike: elsewhere in a record; not in a file; no use for other kinds of measurement
+
+_unrecorded = partial(option, is_recorded=False)
+_on_command_line = partial(option, in_sweep=False)
+_of_engine = partial(_unrecorded, useless=("speed", *_NO_RATIO))
+_of_perplexity = partial(option, useless=("tasks", "speed", *_NO_RATIO))
+_of_kept = partial(_unrecorded, useless=_NO_RATIO)
+_not_of_tasks = partial(option, useless=("tasks",))
+
+
 # What more than one command has
 
 
 @dataclass(frozen=True)
 class OfModel:
-    model: str = option("EleutherAI/pythia-70m", "hub id, local folder, .gguf file, smollm2 or demo", in_sweep=False)
-    revision: str | None = option(None, "branch, tag or commit of the model on the hub", in_sweep=False)
+    model: str = _on_command_line("EleutherAI/pythia-70m", "hub id, local folder, .gguf file, smollm2 or demo")
+    revision: str | None = _on_command_line(None, "branch, tag or commit of the model on the hub")
 
 
 @dataclass(frozen=True)
 class OfText:
-    dataset: str = option(
-        "wikitext", "wikitext, pg19, demo, a local folder or file, or a hub id (default: wikitext)", in_sweep=False
+    dataset: str = _on_command_line(
+        "wikitext", "wikitext, pg19, demo, a local folder or file, or a hub id (default: wikitext)"
     )
-    subset: str | None = option(None, "configuration of the dataset, such as wikitext-103-v1", in_sweep=False)
-    split: str = option("test", "split of the dataset", in_sweep=False)
-    sample_idx: int | None = option(
-        None, "take this row of the dataset as the only text (a book of pg19)", least=0, in_sweep=False
+    subset: str | None = _on_command_line(None, "configuration of the dataset, such as wikitext-103-v1")
+    split: str = _on_command_line("test", "split of the dataset")
+    sample_idx: int | None = _on_command_line(
+        None, "take this row of the dataset as the only text (a book of pg19)", least=0
     )
-    text_file: str | None = option(None, "take this UTF-8 file as the text instead of a dataset", in_sweep=False)
+    text_file: str | None = _on_command_line(None, "take this UTF-8 file as the text instead of a dataset")
 
     @property
     def reading(self) -> dict[str, Any]:
@@ -167,23 +171,20 @@ class OfText:
 
 @dataclass(frozen=True)
 class OfPresses:
-    press: tuple[str, ...] = option(
+    press: tuple[str, ...] = _unrecorded(
         (NO_PRESS,),
         "names of presses, no_press (the default), all, or a file's: file.py:MyPress",
         useless=("baselines",),
-        is_recorded=False,
     )
-    compression_ratio: tuple[float, ...] = option(
+    compression_ratio: tuple[float, ...] = _of_kept(
         (),  # (0.5,) if no budget is given
         "fraction of the pairs to remove, in [0, 1) (default: 0.5)",
-        useless=_NO_RATIO,
-        is_recorded=False,
     )
-    budget_tokens: tuple[int, ...] = option(
-        (), "instead of a ratio: pairs that a head keeps, on average", useless=("baselines",), is_recorded=False
+    budget_tokens: tuple[int, ...] = _unrecorded(
+        (), "instead of a ratio: pairs that a head keeps, on average", useless=("baselines",)
     )
-    budget_bytes: tuple[int, ...] = option(
-        (), "instead of a ratio: bytes of the kept pairs of one text", useless=("baselines",), is_recorded=False
+    budget_bytes: tuple[int, ...] = _unrecorded(
+        (), "instead of a ratio: bytes of the kept pairs of one text", useless=("baselines",)
     )
     press_args: tuple[tuple[str, Any], ...] = option(
         (), "parameters of a single press as JSON, such as '{\"window_size\": 32}'", is_recorded=False, in_sweep=False
@@ -191,17 +192,11 @@ class OfPresses:
     chunk_tokens: int | None = option(
         None, "read prompts in pieces of so many tokens, and compress after each", useless=_NO_RATIO
     )
-    kv_bits: tuple[int | str, ...] = option(
-        (),
-        "hold what is kept in so few bits, its newest pairs not",
-        metavar=BITS,
-        useless=_NO_RATIO,
-        is_recorded=False,
+    kv_bits: tuple[int | str, ...] = _of_kept(
+        (), "hold what is kept in so few bits, its newest pairs not", metavar=BITS
     )
-    kv_group_size: int = option(64, "numbers that share a step then", useless=_NO_RATIO, is_recorded=False)
-    kv_residual_tokens: int = option(
-        128, "newest pairs that stay as they are then", least=0, useless=_NO_RATIO, is_recorded=False
-    )
+    kv_group_size: int = _of_kept(64, "numbers that share a step then")
+    kv_residual_tokens: int = _of_kept(128, "newest pairs that stay as they are then", least=0)
 
 
 @dataclass(frozen=True)
@@ -216,31 +211,18 @@ class OfPlacement:
     device_map: str | None = option(
         None, "auto: share the layers out among this machine's devices, its memory and its disk"
     )
-    tp_plan: str | None = option(
-        None, "auto: share every layer out among the processes that torchrun has started", in_sweep=False
+    tp_plan: str | None = _on_command_line(
+        None, "auto: share every layer out among the processes that torchrun has started"
     )
 
 
 @dataclass(frozen=True)
 class OfEngine:
-    engine: str = option(
-        "local",
-        "local, or ray: windows under presses on the workers of a Ray cluster",
-        useless=_NO_ENGINE,
-        is_recorded=False,
+    engine: str = _of_engine("local", "local, or ray: windows under presses on the workers of a Ray cluster")
+    ray_address: str | None = _of_engine(
+        None, "host:port, auto or ray://host:port of a cluster (default: one started for the run)"
     )
-    ray_address: str | None = option(
-        None,
-        "host:port, auto or ray://host:port of a cluster (default: one started for the run)",
-        useless=_NO_ENGINE,
-        is_recorded=False,
-    )
-    workers: int | None = option(
-        None,
-        "of the Ray engine (default: what there is room for; 2 on this machine)",
-        useless=_NO_ENGINE,
-        is_recorded=False,
-    )
+    workers: int | None = _of_engine(None, "of the Ray engine (default: what there is room for; 2 on this machine)")
 
 
 @dataclass(frozen=True)
@@ -255,87 +237,73 @@ class OfLimits:
 
 @dataclass(frozen=True)
 class OfPerplexity:
-    ppl_apply_press: bool = option(False, "score targets against the compressed context", in_sweep=False)
-    ppl_mode: str | None = option(
+    ppl_apply_press: bool = _on_command_line(False, "score targets against the compressed context")
+    ppl_mode: str | None = _on_command_line(
         None,
         "prefix: as --ppl_apply_press; streaming: read each text to its end, the cache cut back on the way",
         choices=("prefix", "streaming"),
-        in_sweep=False,
     )
-    ppl_preset: str | None = option(
-        None,
-        "the uncompressed model's perplexity as others measure it (docs/measuring.md)",
-        choices=PPL_PRESETS,
-        useless=("tasks",),
+    ppl_preset: str | None = _not_of_tasks(
+        None, "the uncompressed model's perplexity as others measure it (docs/measuring.md)", choices=PPL_PRESETS
     )
-    stream_chunk: int | None = option(None, "streaming: tokens between two cuts (default: 64)", useless=("tasks",))
-    positions: str | None = option(
+    stream_chunk: int | None = _not_of_tasks(None, "streaming: tokens between two cuts (default: 64)")
+    positions: str | None = _not_of_tasks(
         None,
         "streaming: where kept keys stand, in the text or side by side (default: rerotate)",
         choices=("original", "rerotate"),
-        useless=("tasks",),
     )
-    ppl_only: bool = option(False, "do not measure speed", in_sweep=False)
+    ppl_only: bool = _on_command_line(False, "do not measure speed")
     max_length: int | None = option(
         None, "tokens of a window (default: the model's positions)", useless=("tasks", "speed", "streaming")
     )
-    stride: int | None = option(
+    stride: int | None = _of_perplexity(
         None,
         "tokens between windows (default: 512); with --ppl_apply_press at least the targets of a window, so that no "
         "token is scored twice (default: side by side)",
-        useless=_ALL_BUT_PERPLEXITY,
     )
 
 
 @dataclass(frozen=True)
 class OfWindows:
-    context_tokens: int | None = option(
-        None, "tokens compressed in each window (default: 3/4 of the positions)", useless=_ALL_BUT_PERPLEXITY
+    context_tokens: int | None = _of_perplexity(
+        None, "tokens compressed in each window (default: 3/4 of the positions)"
     )
-    target_tokens: int | None = option(
-        None, "tokens scored after them (default: 1/4 of the positions)", useless=_ALL_BUT_PERPLEXITY
-    )
-    add_bos: bool | None = option(
+    target_tokens: int | None = _of_perplexity(None, "tokens scored after them (default: 1/4 of the positions)")
+    add_bos: bool | None = _unrecorded(
         None,
         "begin each window or text with the BOS token (default: auto, as the tokenizer begins a text)",
         useless=("tasks", "speed", "baselines"),
-        is_recorded=False,
     )
-    limit_tokens: int | None = option(None, "use only the first so many tokens of the text", useless=("tasks",))
+    limit_tokens: int | None = _not_of_tasks(None, "use only the first so many tokens of the text")
     max_documents: int | None = option(
         None,
         "under presses or streaming: no more than the first so many texts",
         useless=("tasks", "speed", "baselines"),
     )
-    max_windows: int | None = option(
-        None, "under presses: no more than the first so many windows of each text", useless=_ALL_BUT_PERPLEXITY
-    )
-    greedy_tokens: int = option(
+    max_windows: int | None = _of_perplexity(None, "under presses: no more than the first so many windows of each text")
+    greedy_tokens: int = _of_perplexity(
         0,
         "under presses: also generate so many tokens in each window, and count how many are the uncompressed ones "
         "(default: none)",
         least=0,
-        useless=_ALL_BUT_PERPLEXITY,
     )
     batch_size: int = option(1, "windows that are run together", useless=("tasks", "speed", "streaming"))
 
 
 @dataclass(frozen=True)
 class OfSpeed:
-    speed_only: bool = option(False, "do not measure perplexity", in_sweep=False)
-    speed_decode_only: bool = option(False, "leave prefill and compression out of the time", useless=("tasks",))
-    compile: bool = option(False, "decode by a step that torch.compile has made", useless=("tasks",))
-    context_limit: int = option(4096, "tokens of the timed context", useless=("tasks",))
+    speed_only: bool = _on_command_line(False, "do not measure perplexity")
+    speed_decode_only: bool = _not_of_tasks(False, "leave prefill and compression out of the time")
+    compile: bool = _not_of_tasks(False, "decode by a step that torch.compile has made")
+    context_limit: int = _not_of_tasks(4096, "tokens of the timed context")
 
 
 @dataclass(frozen=True)
 class OfTiming:
     max_new_tokens: int = option(200, "tokens to generate")
-    min_new_tokens: int | None = option(
-        None, "no end of text before so many (default: --max_new_tokens)", useless=("tasks",)
-    )
-    repetitions: int = option(5, "timed rounds", most=MOST_ROUNDS, useless=("tasks",))
-    warmup: int = option(1, "untimed rounds before them", least=0, most=MOST_ROUNDS, useless=("tasks",))
+    min_new_tokens: int | None = _not_of_tasks(None, "no end of text before so many (default: --max_new_tokens)")
+    repetitions: int = _not_of_tasks(5, "timed rounds", most=MOST_ROUNDS)
+    warmup: int = _not_of_tasks(1, "untimed rounds before them", least=0, most=MOST_ROUNDS)
 
 
 # Tasks, benchmarks, calibration

@@ -1,4 +1,4 @@
-"""How long a recommendation takes: a guess from one prefill that is timed, and the clock that ends it."""
+"""What a cache may be for, and how long it takes to measure that: a guess from a timed prefill, and a clock."""
 
 from __future__ import annotations
 
@@ -13,14 +13,60 @@ from coldpress.bases.registry import find_press, press_names
 from coldpress.cache.pressed import PressedCache
 from coldpress.eval.glance import FEWEST_WINDOWS
 from coldpress.eval.jobs import Job
+from coldpress.eval.losses import forward
 from coldpress.eval.models import LoadedModel, input_device
-from coldpress.eval.perplexity import forward
 from coldpress.eval.progress import progress
 from coldpress.eval.run import Run
+from coldpress.eval.settings import STREAM_CHUNK
 from coldpress.eval.speed import now_ns
-from coldpress.eval.uses import NEW_TOKENS, ROUNDS, Use, target_of
 
-__all__ = ["Clock", "Pace"]
+ROUNDS, NEW_TOKENS = 3, 24  # timed
+
+
+def target_of(context: int) -> int:
+    """Tokens that are scored after so many."""
+    return max(NEW_TOKENS, context // 8)
+
+
+@dataclass(frozen=True)
+class Use:
+    """What a cache is for, and how that is measured."""
+
+    about: str  # the use, in a few words
+    presses: tuple[str, ...]  # measured where none is named
+    chunk_tokens: int | None = None  # the context comes in pieces of so many tokens, and is compressed after each
+    kv_bits: tuple[int | str, ...] = ()  # also measured, without a press
+    in_tokens: bool = False  # a budget in tokens instead of a ratio: constant memory
+    by_time: bool = False  # time is the first cost, bytes the second
+    # until which part of the time windows, timed rounds and questions are measured
+    shares: tuple[float, float, float] = (0.4, 0.55, 1.0)
+
+
+_DECODING = ("h2o", "tova", "morphkv", "keydiff", "snapkv", "streaming_llm")
+USES = {
+    "qa": Use(
+        "a text is compressed once, without its questions, and asked many times",
+        (
+            *("kvzip", "attention_matching_kvzip", "layer_defensive", "adakv_snapkv", "snapkv"),
+            *("expected_attention", "keydiff", "streaming_llm"),
+        ),
+    ),
+    "chat": Use("a text grows in turns of 128 tokens, and is cut back after each of them", _DECODING, chunk_tokens=128),
+    "streaming": Use(
+        f"a text comes {STREAM_CHUNK} tokens at a time, and is cut back to constant memory after each",
+        _DECODING,
+        chunk_tokens=STREAM_CHUNK,
+        in_tokens=True,
+        shares=(0.35, 0.5, 0.8),
+    ),
+    "throughput": Use(
+        "one pass over a prompt, then fast decoding",
+        ("snapkv", "expected_attention", "keydiff", "knorm", "streaming_llm"),
+        kv_bits=("k8v4",),
+        by_time=True,
+    ),
+}
+
 
 CONTEXTS = (1024, 768, 512, 384, 256)  # tokens: the largest that leaves time for enough windows
 PACE_TOKENS, PACE_STEPS = 256, 4  # that are timed

@@ -5,22 +5,179 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from coldpress.errors import OutputError
-from coldpress.eval.columns import Cell, Table
-from coldpress.eval.document import Part, Report, make_report
-from coldpress.eval.figures import VARIABLES, Drawing
-from coldpress.eval.results import Collection, check_writable
-from coldpress.io.files import replace_file
+from coldpress.eval.apart import added
+from coldpress.eval.columns import Cell, Table, opening_table, tables
+from coldpress.eval.conclusions import WITHIN, findings, headline, where
+from coldpress.eval.figures import VARIABLES, Drawing, require_matplotlib
+from coldpress.eval.glance import answer, chosen, rows
+from coldpress.eval.phrases import contexts, sentences
+from coldpress.eval.plots import draw
+from coldpress.eval.report import describe
+from coldpress.eval.results import Collection, check_writable, write_file
+from coldpress.eval.sections import KINDS, Section, lead_of, sections
+from coldpress.eval.wording import clean, escape, fenced, listed, table_lines
 
-__all__ = ["escape", "fenced", "page", "summary", "table_lines", "write_file", "write_report"]
+MOST_SKIPPED = 30  # files that are named; the rest are counted
+METHOD = (
+    "ΔNLL is the loss under a press minus the loss of the uncompressed cache on the same tokens, in nats a token; PPL "
+    "is exp(loss), so that ΔNLL 0.01 is about +1 % of PPL.",
+    "KL is the mean Kullback-Leibler divergence of the next-token distribution from the uncompressed model's, in "
+    "nats; it sees changes that a perplexity averages away.",
+    "Intervals, drawn as bars or in brackets, are 95 % confidence intervals of paired differences, the window (or "
+    "text) as the unit of sampling, Student's t. One press is called ahead of another only where the interval of their "
+    "paired difference excludes 0. Intervals are of one comparison each: among many presses some are ahead by chance.",
+    f"Cheap: the whole interval lies below {WITHIN}. Speed is called a gain only where every round agrees.",
+    "Intervals of scores stay in 0 to 1: Wilson's of a score, Newcombe's of a paired difference.",
+    "no_press is measured beside every press, also where one press only was asked for: every number is compared with "
+    "it.",
+    "Numbers of different protocols, texts or models are in different sections and are not comparable.",
+)
+METHOD_OF_BENCHMARKS = (
+    "Scores of a benchmark are its own, in 0 to 1; their intervals are bootstrapped over contexts with all their "
+    "questions."
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A section, ready to be shown; plain texts, escaped by whoever shows them."""
+
+    anchor: str
+    title: str
+    caption: str
+    headline: str
+    findings: tuple[str, ...]
+    tables: tuple[Table, ...]
+    figures: tuple[Drawing, ...]
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What a reader has a minute for: of one section three sentences, a table and a plot."""
+
+    title: str
+    sentences: tuple[str, ...]
+    table: Table
+    notes: str
+    figure: Drawing | None
+
+
+@dataclass(frozen=True)
+class Report:
+    title: str
+    counts: str
+    opening: Opening
+    parts: tuple[Part, ...]
+    method: tuple[str, ...]
+    commands: tuple[str, ...]
+    environments: tuple[tuple[tuple[str, str], ...], ...]
+    skipped: tuple[str, ...]
+
+
+def make_report(collection: Collection) -> Report:
+    """Everything a report shows."""
+    require_matplotlib()
+    records = collection.records
+    found = sections(records)
+    of_headline = added(found, lambda section: (where(section), section.kind))
+    of_title = added(found, _title)
+    parts = [_part(section, i, of_title[id(section)], of_headline[id(section)]) for i, section in enumerate(found, 1)]
+    lead = found.index(lead_of(found))
+    opening = _opening(found[lead], parts[lead], len(found) > 1)
+    if opening.figure is not None:
+        rest = tuple(figure for figure in parts[lead].figures if figure is not opening.figure)
+        parts[lead] = replace(parts[lead], figures=rest)
+    names = list(dict.fromkeys(where(section).removeprefix("On ") for section in found))
+    title = f"KV-cache compression: {names[0]}" if len(names) == 1 else "KV-cache compression report"
+    has_benchmarks = any(str(record["protocol"]).startswith("benchmark") for record in records)
+    return Report(
+        title=title,
+        counts=_counts(collection),
+        opening=opening,
+        parts=tuple(parts),
+        method=(*METHOD, *([METHOD_OF_BENCHMARKS] if has_benchmarks else [])),
+        commands=tuple(dict.fromkeys(clean(r["command"]) for r in records if r.get("command"))),
+        environments=_environments(records),
+        skipped=tuple(map(clean, collection.skipped[:MOST_SKIPPED])),
+    )
+
+
+def _opening(section: Section, part: Part, is_one_of_many: bool) -> Opening:
+    found = rows(section)
+    shown = chosen(found)
+    notes = contexts(section)
+    if len(shown) < len(found):
+        notes.append(f"The best presses of each size, {len(shown)} of {len(found)} rows; all are below.")
+    title = part.title if is_one_of_many else "In a minute"
+    figure = next((f for f in part.figures if f.kind == "kl"), next(iter(part.figures), None))
+    return Opening(title, tuple(sentences(answer(section))), opening_table(shown), " ".join(notes), figure)
+
+
+def _title(section: Section) -> str:
+    return f"{where(section).removeprefix('On ')}: {KINDS[section.kind]}, {clean(section.first['protocol'])}"
+
+
+def _part(section: Section, number: int, of_title: str, of_headline: str) -> Part:
+    first = next((p.record for p in section.entries), section.first)
+    caption = clean(describe(first))
+    if section.kind == "speed" and len(section.contexts) > 1:  # of which the first record knows its own
+        said = f"timed with {listed([f'{n:,}' for n in section.contexts])} tokens of context"
+        caption = re.sub(r"timed with [\d,]+ tokens of context", said, caption)
+    if first.get("ppl_preset"):
+        caption += f"; preset {clean(first['ppl_preset'])}"
+    figures = draw(section, f"p{number}")
+    for i, figure in enumerate(figures):
+        same = sum(other.kind == figure.kind for other in figures[:i])
+        figure.file = f"{number}-{figure.kind}{f'-{same + 1}' if same else ''}.png"
+    return Part(
+        anchor=f"part-{number}",
+        title=_title(section) + (f", {of_title}" if of_title else ""),
+        caption=caption[0].upper() + caption[1:] + ".",
+        headline=headline(section, of_headline),
+        findings=tuple(findings(section)),
+        tables=tuple(tables(section)),
+        figures=tuple(figures),
+    )
+
+
+def _counts(collection: Collection) -> str:
+    """How much there was, and what did not come to an end."""
+    records = collection.records
+    counts = {status: sum(r["status"] == status for r in records) for status in ("failed", "interrupted")}
+    said = f"{len(records)} record{'' if len(records) == 1 else 's'}"
+    parts = [f"{n} {status}" for status, n in counts.items() if n]
+    said += f", {', '.join(parts)}" if parts else ", none of them failed"
+    n = len(collection.skipped)
+    if n:
+        files = "1 other file that is no record was" if n == 1 else f"{n} other files that are no records were"
+        said += f"; {files} left out"
+    return f"{said}."
+
+
+def _environments(records: Sequence[dict[str, Any]]) -> tuple[tuple[tuple[str, str], ...], ...]:
+    """Each different machine and its versions, once; how busy it was changes all the time and is left out."""
+    found = (
+        tuple(
+            (clean(name), clean(", ".join(map(str, value)) if isinstance(value, list) else value))
+            for name, value in record["env"].items()
+            if value is not None and name != "loadavg"
+        )
+        for record in records
+    )
+    return tuple({frozenset(env): env for env in found}.values())
+
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets" / "report"
+
+
+# The page
 
 
 def page(report: Report) -> str:
@@ -31,11 +188,6 @@ def page(report: Report) -> str:
 
 def _text(name: str) -> Markup:
     return Markup((ASSETS / name).read_text(encoding="utf-8"))
-
-
-def _sort_key(cell: Cell) -> str:
-    """The number that a column is sorted by, as it is in the record."""
-    return "" if cell.value is None else repr(cell.value)
 
 
 def _bar(cell: Cell) -> Markup:
@@ -59,16 +211,12 @@ def _bar(cell: Cell) -> Markup:
 @functools.cache
 def _template() -> Any:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"bar": _bar, "sort_key": _sort_key, "drawn": Markup}
+    environment.filters |= {"bar": _bar, "drawn": Markup}
+    environment.filters["sort_key"] = lambda cell: "" if cell.value is None else repr(cell.value)  # as in the record
     return environment.from_string((ASSETS / "page.html").read_text(encoding="utf-8"))
 
 
-def escape(text: str) -> str:
-    """Text that Markdown shows as it is, in a paragraph and in a table's cell."""
-    text = re.sub(r"([\\`*\[\]<>|#~$&!])", r"\\\1", " ".join(text.split()))
-    text = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)  # inside a word it is one
-    text = re.sub(r"(?i)\b(https?|ftp|mailto)(?=:)|\bwww(?=\.)", lambda m: f"{m[0]}\u200b", text)
-    return re.sub(r"^([-+=]|\d+[.)])(?=\s|$)", r"\\\1", text)
+# Markdown, and the files
 
 
 def summary(report: Report) -> str:
@@ -79,7 +227,7 @@ def summary(report: Report) -> str:
     lines += _figure(report.opening.figure) if report.opening.figure is not None else []
     lines += ["## Conclusions", "", *(f"* {escape(part.headline)}" for part in report.parts), ""]
     for part in report.parts:
-        lines += _part(part)
+        lines += _part_lines(part)
     lines += ["## How to read this", "", *(f"* {escape(sentence)}" for sentence in report.method), ""]
     if report.skipped:
         lines += ["## Files left out", "", *(f"* {escape(line)}" for line in report.skipped), ""]
@@ -90,7 +238,7 @@ def summary(report: Report) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _part(part: Part) -> list[str]:
+def _part_lines(part: Part) -> list[str]:
     lines = [f"## {escape(part.title)}", "", escape(part.caption), ""]
     lines += [f"* {escape(finding)}" for finding in part.findings]
     lines += [""] if part.findings else []
@@ -110,38 +258,11 @@ def _table(table: Table) -> list[str]:
     return table_lines([[head for head, _ in table.heads], *rows])
 
 
-def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
-    """A table in Markdown, of which the first row is the head and the first column a text."""
-    rule = ["---", *("---:" for _ in rows[0][1:])]
-    head, *body = [[escape(cell) for cell in row] for row in rows]
-    return [f"| {' | '.join(row)} |" for row in [head, rule, *body]]
-
-
-def fenced(lines: Sequence[str]) -> list[str]:
-    """Code in Markdown, whatever backticks are in it."""
-    fence = "`" * max(3, 1 + max(len(run) for run in re.findall("`*", "".join(lines))))
-    return [fence, *lines, fence]
-
-
 def write_report(collection: Collection, folder: Path) -> list[Path]:
-    """Write ``report.html``, ``report.md`` and the plots into ``folder``; each whole or as it was before.
-
-    Raises:
-        MissingDependencyError: matplotlib is not installed.
-        OutputError: the folder cannot be written to.
-    """
+    """Write ``report.html``, ``report.md`` and the plots into ``folder``; each whole or as it was before."""
     check_writable(folder)
     report = make_report(collection)
     figures = [*(f for part in report.parts for f in part.figures), report.opening.figure]
     files = {f.file: f.png for f in figures if f is not None}
     files |= {"report.md": summary(report).encode(), "report.html": page(report).encode()}
     return [write_file(folder / name, content) for name, content in files.items()]
-
-
-def write_file(path: Path, content: bytes) -> Path:
-    """Write a file whole, or leave it as it was; raises OutputError where it cannot be."""
-    try:
-        replace_file(path, lambda part: part.write_bytes(content))
-    except OSError as error:
-        raise OutputError(f"cannot write {str(path)!r} ({error.strerror}): choose another --output") from error
-    return path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -12,42 +11,20 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
-from coldpress.architecture.cache_argument import cache_argument
-from coldpress.architecture.rope import stand_at
-from coldpress.cache.pressed import PressedCache
 from coldpress.errors import SelfCheckError
-from coldpress.eval.losses import token_losses
+from coldpress.eval.losses import forward, token_losses
 from coldpress.eval.metrics import (
     FEW_WINDOWS,
     bits_per_byte,
     bootstrap_difference,
-    clustered_mean,
     iid_se,
+    paired_difference,
     perplexity,
 )
 from coldpress.eval.models import input_device
-from coldpress.eval.presets import PRESETS, STRIDED
-from coldpress.eval.windows import Window
-
-__all__ = ["forward", "plain_perplexity"]
+from coldpress.eval.windows import PRESETS, STRIDED, Window
 
 _Job = tuple[int, Window]  # number of a document, and one of its windows
-
-
-def forward(model: PreTrainedModel, input_ids: Tensor, cache: PressedCache | None, keep: int = 0) -> Tensor:
-    """Logits ``[B, keep, V]`` of the last ``keep`` tokens (0: of all) of ``input_ids`` after what ``cache`` stores.
-
-    Where a press chooses what each query reads, tokens are fed one by one, as they are when they are generated.
-    """
-    if cache is not None and cache.reads_part and input_ids.shape[1] > 1:
-        steps = torch.cat([forward(model, token, cache) for token in input_ids.split(1, dim=1)], dim=1)
-        return steps[:, -keep:] if keep else steps
-    stand_at(model, 0 if cache is None else cache.seen_tokens)
-    options: dict[str, Any] = {"use_cache": False} if cache is None else cache_argument(cache, model)
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        options["logits_to_keep"] = keep
-    logits: Tensor = model(input_ids, **options).logits
-    return logits[:, -keep:] if keep else logits
 
 
 @torch.inference_mode()
@@ -66,16 +43,14 @@ def plain_perplexity(
     """Perplexity of the uncompressed model: with a strided sliding window, or as a preset cuts the documents.
 
     Args:
-        model: a causal language model.
         documents: token ids, int64 ``[N]`` each; windows never cross from one to the next.
         max_length, stride: see :func:`coldpress.eval.windows.plan_strided`.
-        preset: one of :data:`coldpress.eval.presets.PRESETS`; None for a strided window, where every token but the
+        preset: one of :data:`coldpress.eval.windows.PRESETS`; None for a strided window, where every token but the
             first is scored once.
         token_bytes: what each token of each document stands for, int64 ``[N]``, for bits per byte; None or nothing
             where that is unknown.
         units: words and bytes of each document, by which lm-eval divides.
         batch_size: windows that are run together; those of another length than their neighbours run alone.
-        progress: wraps the list of batches, for a progress bar.
 
     Returns:
         ``scored_tokens``, ``windows``, ``loss`` (nats a token), ``ppl``, ``nll`` (the sum), ``ppl_ci95`` (clustered by
@@ -124,7 +99,7 @@ def _error_bars(
         clusters.setdefault(document if by_document else (document, window.begin), []).append(number)
     counts = [sum(len(rows[i]) for i in members) for members in clusters.values()]
     nll = [math.fsum(sums[i] for i in members) for members in clusters.values()]
-    mean, _, ci = clustered_mean(counts, nll)
+    mean, _, ci = paired_difference(counts, nll)
     se = iid_se(torch.cat(list(rows)))
     found: dict[str, Any] = {
         "ppl_ci95": None if ci is None else [perplexity(ci[0]), perplexity(ci[1])],

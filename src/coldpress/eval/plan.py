@@ -11,13 +11,9 @@ from torch import Tensor
 
 from coldpress.errors import DataError, InputError
 from coldpress.eval.datasets import Corpus
-from coldpress.eval.presets import PRESETS, Preset
-from coldpress.eval.readable import check_readable
 from coldpress.eval.settings import Settings
-from coldpress.eval.tokens import Tokens, adds_bos, prefixed, tokenize
-from coldpress.eval.windows import PrefixPlan, plan_prefix, plan_strided
-
-__all__ = ["UNKNOWN_POSITIONS", "Plan", "make_plan"]
+from coldpress.eval.tokens import Tokens, adds_bos, check_readable, prefixed, tokenize
+from coldpress.eval.windows import PRESETS, PrefixPlan, Preset, plan_prefix, plan_strided
 
 UNKNOWN_POSITIONS = 2048  # assumed where a model's configuration does not say
 STRIDE = 512  # where nothing else is asked for
@@ -25,55 +21,32 @@ STRIDE = 512  # where nothing else is asked for
 
 @dataclass(frozen=True)
 class Plan:
-    """What an evaluation will do.
+    """What an evaluation will do."""
 
-    Attributes:
-        protocol: the name of the way perplexity is measured, its sizes included; ``speed`` when it is not; ends in
-            ``-bos`` where windows or texts begin with the BOS token, then ``-chunkN`` where prompts come in pieces.
-        doc_ids: the documents that are scored, or timed when nothing is scored.
-        documents: their token ids, int64 ``[N]`` each.
-        total_tokens: of the whole text, after ``--limit_tokens``.
-        tokens_sha256: of its token ids, as little-endian 64-bit integers.
-        max_length, stride: of the strided windows; None without them.
-        windows: of the prefix protocol, for each document; None without it.
-        context_ids: what is prefilled when speed is measured, int64 ``[1, C]``; None when it is not.
-        notes: what the user should know about the meaning of the numbers.
-        stream_limit: of a stream, how much of each document is read at original positions; None for all.
-        token_bytes: UTF-8 bytes that each token of ``documents`` stands for, int64 ``[N]`` each, or None where the
-            tokenizer does not say (:func:`coldpress.eval.tokens.encode`).
-        preset: the name of the preset (:mod:`coldpress.eval.presets`) that cuts the documents; None without one.
-        add_bos: whether the tokenizer's BOS token begins them, or each of the windows.
-        units: words and bytes of each document, as lm-eval counts them; None but for that preset.
-    """
-
+    # The name of the way perplexity is measured, its sizes included; ``speed`` when it is not; ends in ``-bos`` where
+    # windows or texts begin with the BOS token, then ``-chunkN`` where prompts come in pieces
     protocol: str
-    doc_ids: tuple[str, ...]
-    documents: tuple[Tensor, ...]
-    total_tokens: int
-    tokens_sha256: str
-    max_length: int | None
+    doc_ids: tuple[str, ...]  # of the documents that are scored, or timed when nothing is scored
+    documents: tuple[Tensor, ...]  # their token ids, int64 ``[N]`` each
+    total_tokens: int  # of the whole text, after ``--limit_tokens``
+    tokens_sha256: str  # of its token ids, as little-endian 64-bit integers
+    max_length: int | None  # of the strided windows, as is the stride; None without them
     stride: int | None
-    windows: tuple[PrefixPlan, ...] | None
-    context_ids: Tensor | None
-    notes: tuple[str, ...]
-    stream_limit: int | None = None
+    windows: tuple[PrefixPlan, ...] | None  # of the prefix protocol, for each document; None without it
+    context_ids: Tensor | None  # what is prefilled when speed is measured, int64 ``[1, C]``; None when it is not
+    notes: tuple[str, ...]  # what the user should know about the meaning of the numbers
+    stream_limit: int | None = None  # how much of each document is read at original positions; None for all
+    # UTF-8 bytes that each token stands for, int64 ``[N]`` each; None where the tokenizer does not say
     token_bytes: tuple[Tensor | None, ...] = ()
-    preset: str | None = None
-    add_bos: bool = False
-    units: tuple[tuple[int, int], ...] | None = None
+    preset: str | None = None  # the name of the preset (:class:`coldpress.eval.windows.Preset`) that cuts the documents
+    add_bos: bool = False  # whether the tokenizer's BOS token begins them, or each of the windows
+    units: tuple[tuple[int, int], ...] | None = None  # words and bytes of each, as lm-eval counts them; None elsewhere
 
 
 def make_plan(settings: Settings, corpus: Corpus, tokenizer: Any, max_positions: int | None) -> Plan:
-    """Decide everything that can be decided before the model runs.
+    """Decide everything that can be decided before the model runs; InputError where text or sizes cannot work.
 
-    Args:
-        settings: what was asked for.
-        corpus: the text; for a preset, as :func:`coldpress.eval.presets.laid_out` has it.
-        tokenizer, max_positions: the model's.
-
-    Raises:
-        DataError: the text has too few tokens, or is not what the tokenizer reads.
-        InputError: sizes that cannot work.
+    The text for a preset is as :func:`coldpress.eval.windows.laid_out` has it.
     """
     s = settings
     limit = _Limit(s, max_positions)
@@ -88,7 +61,7 @@ def make_plan(settings: Settings, corpus: Corpus, tokenizer: Any, max_positions:
     if s.ppl_mode == "streaming":
         protocol = f"stream-K{s.stream_chunk}"
         documents = documents[: s.max_documents]
-        scored = [_begun(tokens, bos) for tokens in documents]
+        scored = [prefixed(tokens, bos) for tokens in documents]
         stream_limit = _stream_limit(s, max(len(tokens.ids) for tokens in scored), limit)
     elif s.ppl_apply_press:
         scored, windows = _prefix_windows(s, documents, limit, bos)
@@ -98,7 +71,7 @@ def make_plan(settings: Settings, corpus: Corpus, tokenizer: Any, max_positions:
         max_length = limit.within(s.max_length or limit.positions, "--max_length")
         stride = s.stride or min(STRIDE, max_length)
         protocol = f"strided-L{max_length}-S{stride}"
-        scored = [_begun(tokens, bos) for tokens in documents]
+        scored = [prefixed(tokens, bos) for tokens in documents]
         for tokens in scored:
             plan_strided(len(tokens.ids), max_length, stride)  # raises what the run would raise
     protocol += "-bos" if bos is not None else ""
@@ -137,10 +110,6 @@ def _bos(s: Settings, tokenizer: Any, limit: _Limit) -> int | None:
     elif bos is None:
         raise InputError(f"--add_bos needs a BOS token, and the tokenizer of {s.model} has none; leave --add_bos out.")
     return bos
-
-
-def _begun(tokens: Tokens, bos: int | None) -> Tokens:
-    return tokens if bos is None else prefixed(tokens, bos)
 
 
 def _plan_preset(s: Settings, name: str, corpus: Corpus, tokenizer: Any, limit: _Limit) -> Plan:

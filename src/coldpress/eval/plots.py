@@ -5,36 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from coldpress.eval import figures as fig
 from coldpress.eval.drawings import draw_distance, draw_positions, draw_speed, draw_tasks
-from coldpress.eval.figures import (
-    INK,
-    MIB,
-    REF,
-    Drawing,
-    Style,
-    bars,
-    curve,
-    drawing,
-    legend,
-    plain_numbers,
-    said_of_colours,
-    scale,
-    shared_legend,
-    styles,
-)
+from coldpress.eval.figures import Drawing, Style
 from coldpress.eval.glance import quality_of
 from coldpress.eval.sections import Entry, Section
 from coldpress.eval.wording import at_words, clean, listed
 
-__all__ = ["draw"]
-
-BAD = INK["bad"][0]
+BAD = fig.INK["bad"][0]
 _ABOUT = {"KL": "KL divergence from the uncompressed model", "Δ loss": "Loss more than uncompressed"}
 
 
 def draw(section: Section, prefix: str) -> list[Drawing]:
     """All plots that the records of a section allow."""
-    look = styles(section)
+    look = fig.styles(section)
     if section.kind == "tasks":
         return draw_tasks(section, look, prefix)
     found: list[Drawing | None] = []
@@ -57,12 +41,12 @@ def _quality(section: Section, look: dict[str, Style], prefix: str) -> Drawing |
     caption = (
         "Loss against the fraction removed: the difference to the uncompressed cache (no_press, dashed at 0) in nats a "
         "token, with paired 95 % intervals; lower is better. Small sideways steps only keep bars apart."
-        f"{said_of_colours(section)}"
+        f"{fig.said_of_colours(section)}"
     )
-    with drawing("quality", caption, section, (8.4, 4.6 + 0.3 * bool(strip)), prefix) as (done, figure):
+    with fig.drawing("quality", caption, section, (8.4, 4.6 + 0.3 * bool(strip)), prefix) as (done, figure):
         rows = figure.add_gridspec(2, 1, height_ratios=[1, 0.18]) if strip else figure.add_gridspec(1, 1)
         axis = figure.add_subplot(rows[0])
-        axis.axhline(0, color=REF, linestyle="--", linewidth=1.2, label="no_press (uncompressed)", zorder=2)
+        axis.axhline(0, color=fig.REF, linestyle="--", linewidth=1.2, label="no_press (uncompressed)", zorder=2)
         labels = sorted({p.label for p in compared}, key=lambda name: (look[name].rank, name))
         coloured = [name for name in labels if look[name].is_coloured]
         last = {}
@@ -70,14 +54,14 @@ def _quality(section: Section, look: dict[str, Style], prefix: str) -> Drawing |
             own = sorted((p for p in compared if p.label == name), key=lambda p: p.at or 0)
             step = 0.0 if name not in coloured else (coloured.index(name) - (len(coloured) - 1) / 2) * 0.0035
             losses = [p.delta_nll for p in own]
-            spans = bars(losses, [p.delta_nll_ci95 for p in own])
-            curve(done, axis, look[name], name, [p.at + step for p in own], losses, spans)
+            spans = fig.bars(losses, [p.delta_nll_ci95 for p in own])
+            fig.curve(done, axis, look[name], name, [p.at + step for p in own], losses, spans)
             last[name] = losses[-1]
-        note = scale(axis, [p.delta_nll for p in compared])
+        note = fig.scale(axis, [p.delta_nll for p in compared])
         axis.set_ylabel("Δ loss (nats a token)")
         if not note and compared:
             _percent_axis(axis)
-        legend(figure, axis, lambda name: -last.get(name, 0.0))
+        fig.legend(figure, axis, lambda name: -last.get(name, 0.0))
         if strip:
             note += _strip(figure.add_subplot(rows[1], sharex=axis), strip)
             axis.tick_params(labelbottom=False)
@@ -133,12 +117,12 @@ def _forest(
         "0) in nats a token, with paired 95 % intervals; further left is better. random and streaming_llm are "
         "references, in grey."
     )
-    with drawing("quality", caption, section, (8.4, 1.5 + 0.27 * len(rows + undone)), prefix) as (done, figure):
+    with fig.drawing("quality", caption, section, (8.4, 1.5 + 0.27 * len(rows + undone)), prefix) as (done, figure):
         axis = figure.add_subplot()
-        axis.axvline(0, color=REF, linestyle="--", linewidth=1.2, zorder=2)
-        done.caption += scale(axis, [p.delta_nll for p in rows], "x")
+        axis.axvline(0, color=fig.REF, linestyle="--", linewidth=1.2, zorder=2)
+        done.caption += fig.scale(axis, [p.delta_nll for p in rows], "x")
         for y, entry in enumerate(rows):
-            spans = bars([entry.delta_nll], [entry.delta_nll_ci95])
+            spans = fig.bars([entry.delta_nll], [entry.delta_nll_ci95])
             _dot(done, axis, look[entry.label], entry, entry.delta_nll, y, spans)
         for y, entry in enumerate(undone):
             axis.text(
@@ -156,7 +140,7 @@ def _forest(
 
 def _dot(done: Drawing, axis: Any, style: Style, entry: Entry, value: float, y: int, spans: Any = None) -> None:
     """A press on its line; hollow where it is the baseline."""
-    color = style.color if style.is_coloured else INK["axis"][0]
+    color = style.color if style.is_coloured else fig.INK["axis"][0]
     marker = "D" if entry.equals_baseline else style.marker if style.is_coloured else "o"
     face = "none" if entry.equals_baseline else color
     drawn = axis.errorbar([value], [y], xerr=spans, color=color, marker=marker, markerfacecolor=face)
@@ -176,27 +160,27 @@ def _kl(section: Section, look: dict[str, Style], prefix: str) -> Drawing | None
         return _kl_dots(section, look, prefix, entries)
     whole = max((b for p in section.entries if (b := p.kv_bytes_baseline)), default=None)
     caption = f"{_ABOUT[measure]} against the memory of the KV cache: down and left is better."
-    caption += said_of_colours(section)
-    with drawing("kl", caption, section, (7.6, 5.0), prefix) as (done, figure):
+    caption += fig.said_of_colours(section)
+    with fig.drawing("kl", caption, section, (7.6, 5.0), prefix) as (done, figure):
         axis = figure.add_subplot()
         for label in sorted({p.label for p in entries}, key=lambda label: (look[label].rank, label)):
             own = sorted((p for p in entries if p.label == label), key=lambda p: p.kv_bytes)
-            curve(done, axis, look[label], label, [p.kv_bytes * MIB for p in own], [values[id(p)] for p in own], None)
+            fig.curve(done, axis, look[label], label, [p.kv_bytes * fig.MIB for p in own], [values[id(p)] for p in own])
         low, high = min(ranked), max(ranked)
         if measure == "KL":
             axis.set_yscale("log")
             axis.set_ylim(low / 1.5, high * 1.6)
-            plain_numbers(axis.yaxis)
+            fig.plain_numbers(axis.yaxis)
         else:
-            axis.axhline(0, color=REF, linestyle="--", linewidth=1.2, zorder=2)
+            axis.axhline(0, color=fig.REF, linestyle="--", linewidth=1.2, zorder=2)
             axis.set_ylim(min(low, 0) - 0.06 * (high - low), max(high, 0) + 0.1 * (high - low))
         above = [p for p in entries if values[id(p)] > axis.get_ylim()[1]]
         if above:
             done.caption += f" Off the top: {listed([f'{p.name} ({values[id(p)]:.2g})' for p in above])}."
         axis.set_xlim(left=0)
-        axis.set_xlabel(f"KV cache (MiB{f', {whole * MIB:.3g} uncompressed' if whole else ''})")
+        axis.set_xlabel(f"KV cache (MiB{f', {whole * fig.MIB:.3g} uncompressed' if whole else ''})")
         axis.set_ylabel(f"{measure} (nats a token)")
-        shared_legend(figure, [axis], 3)
+        fig.shared_legend(figure, [axis], 3)
     return done
 
 
@@ -205,7 +189,7 @@ def _kl_dots(section: Section, look: dict[str, Style], prefix: str, entries: lis
     measure, values = quality_of(entries)
     rows = sorted(entries, key=lambda p: -values[id(p)])
     caption = f"{_ABOUT[measure]}, {at_words(rows[0].size)}: left is better."
-    with drawing("kl", caption, section, (7.6, 1.3 + 0.3 * len(rows)), prefix) as (done, figure):
+    with fig.drawing("kl", caption, section, (7.6, 1.3 + 0.3 * len(rows)), prefix) as (done, figure):
         axis = figure.add_subplot()
         for y, entry in enumerate(rows):
             _dot(done, axis, look[entry.label], entry, values[id(entry)], y)

@@ -3,39 +3,191 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
+import torch
+from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
+from coldpress.bases.press import BasePress
+from coldpress.bases.scorer import BudgetPress
+from coldpress.cache.pins import Spans
+from coldpress.cache.place import place_of_layer
+from coldpress.cache.pressed import PressedCache
 from coldpress.errors import SelfCheckError
-from coldpress.eval.engine import Engine, LocalEngine
 from coldpress.eval.jobs import BASELINE, Point
 from coldpress.eval.ledger import Ledger
+from coldpress.eval.losses import forward, loss_error, token_losses
 from coldpress.eval.progress import Sized
+from coldpress.models.block import prefilling
+from coldpress.models.prompts import prefill
+from coldpress.stores.bits import bits_name
 
-__all__ = ["Item", "PointRun"]
+# One prefill for many presses, what is noted of the caches, and what is done about a press that goes wrong
 
+_E = TypeVar("_E", bound=BaseException | None)
+
+
+def check_stored_pairs(
+    press: BasePress | None, cache: PressedCache, n_tokens: int, source: PressedCache | None = None
+) -> None:
+    """As many pairs are stored as the ratio asks for, or SelfCheckError; layers and heads may share them out.
+
+    After a prefill in pieces no more than that: where a budget grows faster than the text does (a layer of PyramidKV, a
+    head of AdaKV), what it could store now is gone. Not checked where layers with a sliding window choose among the
+    pairs in its reach.
+
+    Args:
+        cache: right after the prefill of ``n_tokens``.
+        source: the cache whose prefill it was; None if its own.
+    """
+    windows = [layer.window for layer in (source or cache).pressed_layers()]
+    if not isinstance(press, BudgetPress) or any(window is not None for window in windows):
+        return
+    layers = [layer for layer in cache.pressed_layers() if layer.is_initialized]
+    positions = [layer.positions() for layer in layers]  # [B, Hkv, T]
+    stored = sum(int((p >= 0).sum()) for p in positions)
+    wanted = 0
+    for i, layer in enumerate(layers):
+        place = place_of_layer(layer, i, len(layers))
+        wanted += press.keep_of(n_tokens, place) * positions[i].shape[:2].numel()
+    if stored > wanted or (stored < wanted and cache.chunk_tokens is None):
+        raise SelfCheckError(f"{press}: {wanted} pairs should have been stored, {stored} were.")
+
+
+def check_baseline(model: PreTrainedModel, ids: Tensor, losses: Tensor) -> None:
+    """The uncompressed cache gives the losses of one forward pass without a cache, to 0.001 nats, in 16 bits 0.25.
+
+    Attention over stored keys is another order of the same arithmetic, so bits differ, in 16 bits by some steps of a
+    logit. What this finds is larger: a token that is fed twice, a position or a mask that is off.
+
+    Args:
+        ids: all tokens, int64 ``[B, N]``.
+        losses: of the last of them, as the cache made them: float32 ``[B, n]`` on the CPU.
+    """
+    n = losses.shape[1]
+    direct = token_losses(forward(model, ids[:, :-1], None, keep=n), ids[:, -n:]).cpu()
+    worst = float((losses - direct).abs().max())
+    if not worst <= (1e-3 if model.dtype == torch.float32 else 0.25):
+        raise SelfCheckError(
+            f"The uncompressed cache and a forward pass without a cache differ by {worst:.2g} nats on one token."
+        )
+
+
+def check_unchanged(press: BasePress, losses: Tensor, base: Tensor) -> None:
+    """A press that removes nothing changes no loss ``[B, n]``, or SelfCheckError.
+
+    Its logits are the baseline's bit for bit, made by the same operations from the same numbers. So what is allowed is
+    the error of two losses (:func:`coldpress.eval.losses.loss_error`).
+    """
+    change = (losses - base).abs()
+    if not (change <= 2 * loss_error(base)).all():
+        raise SelfCheckError(f"{press} removes nothing and yet changes a loss by {float(change.max()):.2g} nats.")
+
+
+def check_removed(point: Point, own: Any, base: Any, what: str) -> None:
+    """Where ``what`` is bit for bit the uncompressed cache's, nothing was to be removed, or SelfCheckError.
+
+    ``own`` and ``base`` are what is noted of the point's first cache, and of the uncompressed one.
+    """
+    is_smaller = point.kv_bits is not None and own.kv_bytes < base.kv_bytes
+    if getattr(point.press, "compression_ratio", 0.0) > 0 or own.achieved_ratio > 0 or is_smaller:
+        bits = "" if point.kv_bits is None else f" in {bits_name(point.kv_bits)} bits"
+        raise SelfCheckError(
+            f"{point.press}{bits}: {what} are bit for bit those of the uncompressed cache: nothing was compressed."
+        )
+
+
+def release(error: _E) -> _E:
+    """The same error, without the memory that the variables of its frames hold: the next press may need it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        traceback.clear_frames(cause.__traceback__)
+        cause = cause.__cause__ or cause.__context__
+    return error
+
+
+def prefilled(
+    model: PreTrainedModel, context: Tensor, points: Sequence[Point], chunk_tokens: int | None = None, n_pinned: int = 0
+) -> tuple[PressedCache, Iterator[PressedCache]]:
+    """The uncompressed cache of ``context [B, C]``, whose first ``n_pinned`` nothing may evict, and that of each point.
+
+    A press that fails leaves a cache that raises the error when it is used. The caches are handed out one by one, so
+    that the memory of one is free before the next one grows.
+    """
+    pin = [(0, n_pinned)] if n_pinned else None
+    full = PressedCache(chunk_tokens=chunk_tokens, pin=pin)
+    if chunk_tokens is not None:  # what is computed of the second piece depends on what was kept of the first
+        prefill(model, context, full)
+        return full, (_alone(model, context, point, chunk_tokens, pin) for point in points)
+    branches = full.branches([point.press for point in points], [point.kv_bits for point in points])
+    with prefilling(model, full, *branches):
+        forward(model, context, full, keep=1)
+    branches.reverse()
+    return full, (branches.pop() for _ in points)
+
+
+def _alone(model: PreTrainedModel, context: Tensor, point: Point, chunk_tokens: int, pin: Spans | None) -> PressedCache:
+    cache = PressedCache(point.press, chunk_tokens=chunk_tokens, kv_bits=point.kv_bits, pin=pin)
+    try:
+        with prefilling(model, cache):
+            prefill(model, context, cache)
+    except Exception as error:
+        cache.session.error = release(error)
+    return cache
+
+
+def sizes_of(cache: PressedCache, with_hash: bool = False) -> dict[str, Any]:
+    """Sizes of the first row's cache, and a fingerprint of which pairs it keeps."""
+    positions = [layer.positions() for layer in cache.pressed_layers() if layer.is_initialized]
+    digest = hashlib.sha256(b"".join(p[0].cpu().numpy().tobytes() for p in positions)) if with_hash else None
+    return {
+        "kv_bytes": cache.kv_bytes() // positions[0].shape[0],
+        "kv_lengths": cache.stored_lengths(),
+        "achieved_ratio": cache.achieved_ratio(),
+        "kept_hash": None if digest is None else digest.hexdigest()[:16],
+    }
+
+
+# The loop, and who goes through it
+
+_Item = TypeVar("_Item")
 _Measured = TypeVar("_Measured")
+_Result = TypeVar("_Result")
+
+
+class Engine:
+    """Does the same work on many items: here one after the other, in this process.
+
+    Work is a function of a model and an item that keeps nothing: any worker can do any item, in any order, and again
+    if it was lost. Items are asked for one by one, as they are needed, so that what has turned out not to be worth
+    doing is not handed out.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+
+    def map(
+        self, work: Callable[[PreTrainedModel, _Item], _Result], items: Iterable[_Item]
+    ) -> Iterator[tuple[_Item, _Result]]:
+        """Each item with what came of it, in the order in which they are finished."""
+        for item in items:
+            yield item, work(self.model, item)
 
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """What work is done on.
+    """What work is done on."""
 
-    Attributes:
-        index: of it in the run.
-        given: a batch of windows, an example, a context with questions, or a chunk of a document.
-        points: to measure on it beside the baseline.
-        is_checked: whether the checks are made that need forward passes of their own.
-    """
-
-    index: int
-    given: Any
-    points: tuple[Point, ...]
-    is_checked: bool
+    index: int  # of it in the run
+    given: Any  # a batch of windows, an example, a context with questions, or a chunk of a document
+    points: tuple[Point, ...]  # to measure on it beside the baseline
+    is_checked: bool  # whether the checks are made that need forward passes of their own
 
 
 class PointRun(ABC, Generic[_Measured]):
@@ -48,14 +200,10 @@ class PointRun(ABC, Generic[_Measured]):
         points: to measure; the baseline always is.
         given: what they are measured on, one item for each.
         ledger: what was finished by an earlier run, and where this one notes what it has finished; None: nowhere.
-
-    Attributes:
-        kind: what a ledger notes of each point.
-        work: of an engine: gives for an item what each point made of it, by its key, or what went wrong.
     """
 
-    kind: ClassVar[type[Any]]
-    work: Any
+    kind: ClassVar[type[Any]]  # what a ledger notes of each point
+    work: Any  # of an engine: gives for an item what each point made of it, by its key, or what went wrong
 
     def __init__(
         self, model: PreTrainedModel, points: Sequence[Point], given: Sequence[Any], ledger: Ledger | None = None
@@ -92,7 +240,7 @@ class PointRun(ABC, Generic[_Measured]):
             for index, done in enumerate(self.done):
                 done |= self.ledger.load(self.kind, index, self._fingerprint(index))
         n_open = sum(bool(self._missing(index)) for index in range(len(self.done)))
-        engine = LocalEngine(self.model) if engine is None else engine
+        engine = Engine(self.model) if engine is None else engine
         for item, found in progress(Sized(engine.map(self.work, self._open()), n_open)):
             self._keep(item.index, found)
 

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
@@ -25,7 +27,14 @@ from transformers.modeling_utils import PreTrainedModel
 from coldpress.bases.scorer import BudgetPress
 from coldpress.cache.pressed import PressedCache
 from coldpress.errors import SelfCheckError
-from coldpress.eval.checks import (
+from coldpress.eval.jobs import BASELINE, Point
+from coldpress.eval.ledger import Ledger, Measured
+from coldpress.eval.losses import Scores, forward, token_losses
+from coldpress.eval.metrics import bits_per_byte, paired_difference, perplexity
+from coldpress.eval.models import input_device
+from coldpress.eval.point_run import (
+    Item,
+    PointRun,
     check_baseline,
     check_removed,
     check_stored_pairs,
@@ -34,16 +43,7 @@ from coldpress.eval.checks import (
     release,
     sizes_of,
 )
-from coldpress.eval.jobs import BASELINE, Point
-from coldpress.eval.ledger import Ledger, Measured
-from coldpress.eval.losses import Scores, token_losses
-from coldpress.eval.metrics import bits_per_byte, clustered_mean, paired_difference, perplexity, quantiles
-from coldpress.eval.models import input_device
-from coldpress.eval.perplexity import forward
-from coldpress.eval.point_run import Item, PointRun
 from coldpress.eval.windows import PrefixPlan
-
-__all__ = ["PrefixRun", "WindowWork"]
 
 DISTANCES = (16, 64, 256)  # upper ends of the buckets of distance to the compressed context, in tokens
 
@@ -53,16 +53,13 @@ Found = dict[str, Measured | Exception]  # of each point, by its key
 class PrefixRun(PointRun[Measured]):
     """Score targets against compressed contexts, window by window; :meth:`results` can be asked for at any time.
 
+    See also :class:`coldpress.eval.point_run.PointRun` and :class:`WindowWork`.
+
     Args:
-        model, points, ledger: see :class:`coldpress.eval.point_run.PointRun`.
         documents: token ids, int64 ``[N]`` each, with the plan of their windows; all plans have the same sizes.
         batch_size: windows that are run together.
         token_bytes: UTF-8 bytes that each token of the documents stands for, int64 ``[N]`` each, for bits per byte;
             None where that is not known.
-        chunk_tokens, greedy_tokens, seed: see :class:`WindowWork`.
-
-    Raises:
-        SelfCheckError: from :meth:`run`, when the baseline contradicts a direct forward pass or is not finite.
     """
 
     kind = Measured
@@ -106,7 +103,7 @@ class PrefixRun(PointRun[Measured]):
         counts = [self.plan.scored_per_window] * n_windows
         nll, base_nll = own.losses.double().sum(1).tolist(), base.losses.double().sum(1).tolist()
         loss, base_loss = math.fsum(nll) / n_tokens, math.fsum(base_nll) / n_tokens
-        mean = clustered_mean(counts, nll)
+        mean = paired_difference(counts, nll)
         n_bytes = None if self.n_bytes is None else sum(self.n_bytes[i] for i, *_ in measured)
         record: dict[str, Any] = {
             "scored_tokens": n_tokens,
@@ -135,7 +132,7 @@ class PrefixRun(PointRun[Measured]):
         kld, delta_p = own.kld.double(), own.delta_p.double()
         for window, of_window in zip(record["per_window"], kld.mean(1).tolist(), strict=True):
             window["kld"] = of_window
-        p50, p90, p99 = quantiles(kld.flatten().tolist(), (0.5, 0.9, 0.99))
+        p50, p90, p99 = numpy.quantile(kld.numpy(), (0.5, 0.9, 0.99)).tolist()
         record |= {
             "delta_nll": paired.delta,
             "delta_nll_se": paired.se,
@@ -150,7 +147,7 @@ class PrefixRun(PointRun[Measured]):
         if agreement:
             record["greedy_agreement"] = {
                 "mean": math.fsum(agreement) / len(agreement),
-                "median": quantiles(agreement, (0.5,))[0],
+                "median": float(statistics.median(agreement)),
                 "n_tokens": self.work.greedy_tokens,
                 "windows": len(agreement),
                 "lengths": agreement,
@@ -191,28 +188,19 @@ def _deltas_by_distance(own: Tensor, base: Tensor) -> dict[str, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class WindowWork:
-    """Measures one batch of windows, int64 ``[W, context + target]``: work for an engine.
+    """Measures one batch of windows, int64 ``[W, context + target]``: work for an engine."""
 
-    Attributes:
-        context: tokens that are prefilled.
-        n_scored: tokens scored in each window, its last ones.
-        chunk_tokens: tokens of a piece of the context; None for a context in one piece.
-        greedy_tokens: tokens to generate from each cache, to count how many are the baseline's.
-        seed: with the batch's index, of torch's generator: what presses draw depends on no other batch.
-    """
-
-    context: int
-    n_scored: int
-    chunk_tokens: int | None = None
-    greedy_tokens: int = 0
-    seed: int = 0
+    context: int  # tokens that are prefilled
+    n_scored: int  # tokens scored in each window, its last ones
+    chunk_tokens: int | None = None  # tokens of a piece of the context; None for a context in one piece
+    greedy_tokens: int = 0  # tokens to generate from each cache, to count how many are the baseline's
+    seed: int = 0  # with the batch's index, of torch's generator: what presses draw depends on no other batch
 
     @torch.inference_mode()
     def __call__(self, model: PreTrainedModel, batch: Item) -> Found:
         """What each point, and the baseline, made of the batch, or what went wrong with it.
 
-        Raises:
-            SelfCheckError: the baseline contradicts a direct forward pass, or is not finite.
+        SelfCheckError where the baseline contradicts a direct forward pass, or is not finite.
         """
         torch.manual_seed(self.seed + batch.index)
         context, points = self.context, batch.points

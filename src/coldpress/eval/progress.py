@@ -5,26 +5,17 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import Generic, Protocol, TypeVar
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Generic, TypeVar
 
 from tqdm import tqdm
 
 from coldpress.io.terminal import printable
 
-__all__ = ["Countable", "Sized", "note", "progress"]
-
 LINE_EVERY_S = 10.0
 
 _T = TypeVar("_T")
-_Co = TypeVar("_Co", covariant=True)
-
-
-class Countable(Protocol[_Co]):
-    """What can be gone through, and says how much it is."""
-
-    def __iter__(self) -> Iterator[_Co]: ...
-    def __len__(self) -> int: ...
 
 
 class Sized(Generic[_T]):
@@ -46,13 +37,20 @@ def note(message: str, kind: str = "note") -> None:
         tqdm.write(printable(f"{kind}: {message}"), file=sys.stderr)
 
 
-def progress(items: Countable[_T], name: str, more: Callable[[], str] = str) -> Iterator[_T]:
+@contextlib.contextmanager
+def warnings_noted(kind: type[Warning] = UserWarning) -> Iterator[None]:
+    """The warnings of a block as notes, once it has ended."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", kind)
+        yield
+    for warning in said:
+        note(str(warning.message))
+
+
+def progress(items: Sequence[_T] | Sized[_T], name: str, more: Callable[[], str] = str) -> Iterator[_T]:
     """``items``, with a progress bar on a terminal; elsewhere, as in a log file, a line every 10 s and a last one.
 
-    Args:
-        items: what there is to do.
-        name: of the work.
-        more: what else to say at any time, such as the time left of something larger.
+    ``more`` gives what else to say at any time, such as the time left of something larger.
     """
     if sys.stderr.isatty():
         bar = tqdm(items, desc=name, file=sys.stderr, dynamic_ncols=True, smoothing=0.05)

@@ -15,8 +15,6 @@ from typing import Any
 from coldpress.errors import ClusterError, MissingDependencyError, UnreachableError
 from coldpress.io.network import one_line, within
 
-__all__ = ["check_address", "connect", "import_ray"]
-
 LOOPBACK = "127.0.0.1"  # what a cluster that is started here listens on
 PROBE_S = 10.0  # for a cluster to answer
 
@@ -36,16 +34,11 @@ def connect(ray: Any, address: str | None, cores: int | None) -> bool:
     """Connect to the cluster at ``address``, or start one that listens on 127.0.0.1 alone.
 
     Args:
-        ray: the module.
         address: None starts a cluster on this machine, unless this process is connected to one.
         cores: of a cluster that is started here; None: all.
 
     Returns:
         Whether there was no connection before, so that it is the caller's to end.
-
-    Raises:
-        UnreachableError: no cluster answers there, or none can be started here.
-        ClusterError: not an address, or this version of Ray cannot be kept on the loopback interface.
     """
     if ray.is_initialized():
         return False

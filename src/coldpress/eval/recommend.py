@@ -18,25 +18,21 @@ from coldpress.backends import NO_PRESS
 from coldpress.bases.registry import make_press
 from coldpress.errors import InputError, OutputError
 from coldpress.eval.advice import Row, Scored, advise, rule_of, table_of, words_of
-from coldpress.eval.datasets import Corpus, load_corpus
+from coldpress.eval.datasets import Corpus, excerpts, load_corpus, source_of
 from coldpress.eval.evaluate import PressRun, make_run
-from coldpress.eval.excerpts import excerpts, source_of
 from coldpress.eval.jobs import Job, make_jobs
 from coldpress.eval.ledger import Ledger
 from coldpress.eval.models import LoadedModel, load_model
 from coldpress.eval.options import SIZES, OfLimits, OfMachine, OfModel, names_of
-from coldpress.eval.pace import Clock, Pace
+from coldpress.eval.pace import NEW_TOKENS, ROUNDS, USES, Clock, Pace, Use, target_of
 from coldpress.eval.plan import UNKNOWN_POSITIONS
 from coldpress.eval.progress import note
 from coldpress.eval.report import table
 from coldpress.eval.run import Run, carry_out, checked_folder, prepared
 from coldpress.eval.settings import STREAM_CHUNK, AdviceSettings, Settings, TaskSettings
-from coldpress.eval.task_command import make_questions
-from coldpress.eval.uses import NEW_TOKENS, ROUNDS, USES, Use, target_of
+from coldpress.eval.task_run import make_questions
 from coldpress.eval.wording import short
 from coldpress.io.terminal import printable
-
-__all__ = ["recommend"]
 
 Record = dict[str, Any]
 TASKS = ("niah_single", "niah_multikey")
@@ -163,7 +159,8 @@ def _runs(
 
 
 def _jobs(of_presses: Settings, use: Use, settings: AdviceSettings) -> list[Job]:
-    once = [job.name for job in make_jobs(replace(of_presses, chunk_tokens=None)) if _chooses_once(job)]
+    whole = make_jobs(replace(of_presses, chunk_tokens=None))
+    once = [job.name for job in whole if job.press is not None and not job.press.chooses_again]
     if use.chunk_tokens and once:
         raise InputError(
             f"{once[0]} chooses once, from a whole text, and --use {settings.use} compresses again and again: leave it "
@@ -173,10 +170,6 @@ def _jobs(of_presses: Settings, use: Use, settings: AdviceSettings) -> list[Job]
     if use.kv_bits and not settings.press:
         jobs += make_jobs(replace(of_presses, press=(NO_PRESS,), kv_bits=use.kv_bits))
     return jobs
-
-
-def _chooses_once(job: Job) -> bool:
-    return job.press is not None and not job.press.chooses_again
 
 
 def _possible(jobs: Sequence[Job], loaded: LoadedModel, is_said: bool = True) -> list[Job]:
@@ -236,7 +229,7 @@ def _recommendation(settings: AdviceSettings, records: Sequence[Record], minutes
             by_key.setdefault(tuple(record[name] for name in OF_A_POINT), []).append(record)
     failed = {record["press"] for record in records if record["status"] == "failed"}
     whole = [found for found in by_key.values() if len(found) == 2 and found[0]["press"] not in failed]
-    base = next((found for found in whole if _is_base(found[0])), None)
+    base = next((found for found in whole if found[0]["press"] == NO_PRESS and found[0]["kv_bits"] is None), None)
     if base is None or len(whole) < 2:
         return "Nothing was measured of which anything could be said; the errors above say why."
     has_sizes = len(settings.compression_ratio) > 1
@@ -265,10 +258,6 @@ def _recommendation(settings: AdviceSettings, records: Sequence[Record], minutes
         if settings.use == "qa":
             said.append("compress reads as much of a text as the model was trained on, and says where it cuts it.")
     return "\n\n".join(part if "\n" in part else fill(printable(part), WIDTH) for part in said)
-
-
-def _is_base(record: Record) -> bool:
-    return record["press"] == NO_PRESS and record["kv_bits"] is None
 
 
 def _sizes(settings: AdviceSettings, records: Iterable[Record]) -> str:

@@ -12,8 +12,6 @@ from coldpress.eval.schema import BYTES, ENVIRONMENT, FIELDS, SPEED_SETTINGS
 from coldpress.eval.wording import aligned, format_bytes, memory_words, number, short
 from coldpress.io.terminal import printable
 
-__all__ = ["asked", "bits_of", "describe", "groups", "measured", "show", "size_of", "size_order", "table", "written"]
-
 Record = dict[str, Any]
 Column = tuple[str, Callable[[Record], str | None]]  # its head, and what stands in a record's line
 Kind = tuple[str, int]  # the name of a task, and its length in tokens

@@ -28,22 +28,6 @@ from coldpress.errors import DataError, OutputError, SelfCheckError
 from coldpress.eval.schema import IDENTIFYING, check_record
 from coldpress.io.files import path_of, read_text, replace_file
 
-__all__ = [
-    "SCHEMA_VERSION",
-    "Collection",
-    "check_output",
-    "check_writable",
-    "collect",
-    "environment",
-    "read_result",
-    "read_results",
-    "result_path",
-    "uninterrupted",
-    "with_subfolders",
-    "write_result",
-    "write_results",
-]
-
 SCHEMA_VERSION = 1
 _LONGEST_NAME = 230  # of a result's file: a path that is too long for it is said before anything is measured
 PACKAGE_DIR = Path(__file__).resolve().parents[1]
@@ -121,6 +105,15 @@ def write_result(output_dir: Path, record: dict[str, Any]) -> Path:
                 result_path(output_dir, {**record, "status": status}).unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(f"cannot write {str(path)!r} ({error.strerror}): choose another folder") from error
+    return path
+
+
+def write_file(path: Path, content: bytes) -> Path:
+    """Write a file whole, or leave it as it was; raises OutputError where it cannot be."""
+    try:
+        replace_file(path, lambda part: part.write_bytes(content))
+    except OSError as error:
+        raise OutputError(f"cannot write {str(path)!r} ({error.strerror}): choose another --output") from error
     return path
 
 
@@ -223,20 +216,14 @@ def read_result(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Collection:
-    """The records of ``folders`` and their subfolders; ``skipped`` has a line for each file that holds none."""
+    """The records of some folders and their subfolders; ``skipped`` has a line for each file that holds none."""
 
-    folders: tuple[str, ...]
     records: tuple[dict[str, Any], ...]
     skipped: tuple[str, ...]
 
 
 def collect(folders: Iterable[str]) -> Collection:
-    """Read what lies in ``folders`` and below them; hidden folders are passed over, no folder is read twice.
-
-    Raises:
-        DataError: no such folder.
-    """
-    folders = tuple(folders)
+    """Read what lies in ``folders`` and below them; hidden folders are passed over, no folder is read twice."""
     records: list[dict[str, Any]] = []
     skipped: list[str] = []
     seen: set[Path] = set()
@@ -254,7 +241,7 @@ def collect(folders: Iterable[str]) -> Collection:
                 warnings.simplefilter("always")
                 records += read_results(path, check_record)
             skipped += [str(warning.message) for warning in caught]
-    return Collection(folders, tuple(records), tuple(skipped))
+    return Collection(tuple(records), tuple(skipped))
 
 
 def with_subfolders(folder: Path) -> list[Path]:

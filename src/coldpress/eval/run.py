@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from coldpress.errors import InputError, OutputError, SelfCheckError
-from coldpress.eval.engine import Engine, check_engine, make_engine
+from coldpress.eval.cluster import check_engine, make_engine
 from coldpress.eval.jobs import Job, config_of
 from coldpress.eval.ledger import UNFINISHED, Ledger, versions
 from coldpress.eval.models import LoadedModel, pick_device
-from coldpress.eval.point_run import PointRun
+from coldpress.eval.point_run import Engine, PointRun
 from coldpress.eval.progress import note, progress
 from coldpress.eval.report import show, size_of
 from coldpress.eval.results import (
@@ -40,18 +40,12 @@ from coldpress.eval.results import (
 from coldpress.eval.schema import METRICS
 from coldpress.stores.bits import bits_name
 
-__all__ = ["DECODE_COST", "ExampleRun", "Run", "carry_out", "checked_folder", "prepared"]
-
 Part = dict[str, Any] | Exception  # of a record: what was measured, or what went wrong
 DECODE_COST = 30  # of a token that is fed alone, in tokens of a prefill; for the time that is left
 
 
 def checked_folder(settings: Any) -> Path:
-    """The folder of the results, where it, the device and the engine can be used.
-
-    Raises:
-        InputError: one of them cannot.
-    """
+    """The folder of the results, where it, the device and the engine can be used; :class:`InputError` elsewhere."""
     pick_device(settings.device)
     check_engine(settings.engine, **settings.cluster)
     if not settings.output_dir.strip():
@@ -84,12 +78,7 @@ class Run(ABC):
 
     @abstractmethod
     def measure(self, engine: Engine | None, save: Callable[..., None]) -> None:
-        """Measure all.
-
-        Args:
-            engine: where windows and examples are measured; None: here.
-            save: writes the records of the jobs that it is given, or of all, while the run goes on.
-        """
+        """Measure all, on an engine or here; ``save`` writes the records of some jobs, or of all, meanwhile."""
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:
@@ -200,11 +189,6 @@ class ExampleRun(Run):
 
     points: PointRun[Any] | None = None
 
-    @property
-    def label(self) -> str:
-        """Of the progress."""
-        return "tasks"
-
     @abstractmethod
     def point_run(self) -> PointRun[Any]:
         """What measures it."""
@@ -212,7 +196,7 @@ class ExampleRun(Run):
     def measure(self, engine: Engine | None, save: Callable[..., None]) -> None:
         self.points = self.point_run()
         with self.where(engine) as where:
-            self.timed("tasks", partial(self.points.run, engine=where), self.label)
+            self.timed("tasks", partial(self.points.run, engine=where), getattr(self.settings, "name", "tasks"))
 
     def parts(self, job: Job) -> list[Part]:
         return [] if self.points is None else self.points.parts().get(job.point.key, [])
@@ -289,13 +273,15 @@ def carry_out(
     return records, is_interrupted
 
 
+@dataclass
 class _Early:
     """Writes what is finished while the run goes on; at its end the run has one file for each setting all the same."""
 
-    def __init__(self, run: Run, folder: Path, is_quiet: bool = False):
-        self.run, self.folder, self.is_quiet = run, folder, is_quiet
-        self.written: set[Path] = set()
-        self.said: set[str] = set()  # captions and tables that need not be printed again
+    run: Run
+    folder: Path
+    is_quiet: bool
+    written: set[Path] = field(default_factory=set)
+    said: set[str] = field(default_factory=set)  # captions and tables that need not be printed again
 
     def save(self, jobs: Sequence[Job] | None = None) -> None:
         """Write the records of some jobs, or of all, which are ``interrupted`` until all of them is measured.

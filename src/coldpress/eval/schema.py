@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 
 from coldpress.backends import BUDGETS
 
-__all__ = ["FIELDS", "IDENTIFYING", "METRICS", "OF_A_POINT", "SIZES", "SPEED_SETTINGS", "Field", "check_record"]
-
 Fits = Callable[[Any], bool]
 OF_A_POINT = ("press", "press_config", "compression_ratio", *BUDGETS, "kv_bits_config")
 # What was asked for and what it was asked of: a run that fails has the same name as one that finishes. Measured values
@@ -133,33 +131,19 @@ TASKS = Kind(
 
 @dataclass(frozen=True)
 class Field:
-    """One field of a record.
+    """One field of a record."""
 
-    Attributes:
-        kind: what may stand there.
-        head: of a column that shows it; empty: a table says it in another way, or not at all.
-        about: what the page of a report says of the column.
-        digits: after the point; of bytes nothing.
-        page: the head on the page, if it is another one.
-        unit: after the number, on the terminal and on the page.
-        factor: by which the number is shown.
-        inner: the field of an object that is shown.
-        has_spread: whether another field, ..._spread, holds the smallest and the largest.
-        is_metric: whether it is null until it is measured, and where a press failed.
-        is_needed: whether a table cannot do without.
-    """
-
-    kind: Kind = NUMBER
-    head: str = ""
-    about: str = ""
-    digits: int = 0
-    page: str = ""
-    unit: tuple[str, str] = ("", "")
-    factor: float = 1.0
-    inner: str = ""
-    has_spread: bool = False
-    is_metric: bool = True
-    is_needed: bool = False
+    kind: Kind = NUMBER  # what may stand there
+    head: str = ""  # of a column that shows it; empty: a table says it in another way, or not at all
+    about: str = ""  # what the page of a report says of the column
+    digits: int = 0  # after the point; of bytes nothing
+    page: str = ""  # the head on the page, if it is another one
+    unit: tuple[str, str] = ("", "")  # after the number, on the terminal and on the page
+    factor: float = 1.0  # by which the number is shown
+    inner: str = ""  # the field of an object that is shown
+    has_spread: bool = False  # whether another field, ..._spread, holds the smallest and the largest
+    is_metric: bool = True  # whether it is null until it is measured, and where a press failed
+    is_needed: bool = False  # whether a table cannot do without
 
 
 def _asked(kind: Kind, *names: str, is_needed: bool = False) -> dict[str, Field]:

@@ -14,8 +14,6 @@ from coldpress.eval.metrics import Paired, paired_difference
 from coldpress.eval.report import asked, bits_of, groups, size_of, size_order
 from coldpress.eval.wording import short
 
-__all__ = ["KINDS", "REFERENCES", "Entry", "Section", "lead_of", "paired", "sections", "text_name"]
-
 Record = dict[str, Any]
 REFERENCES = ("random", "streaming_llm")  # what any method should be ahead of; no_press is the baseline
 KINDS = {  # of sections, in the order of a report

@@ -1,4 +1,7 @@
-"""What is asked of each command that measures, and which options contradict each other."""
+"""What is asked of each command that measures; its options have these names.
+
+Settings that contradict each other, or that can never work, raise :class:`InputError` when they are made.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +32,6 @@ from coldpress.eval.options import (
     names_of,
 )
 
-__all__ = ["AdviceSettings", "BenchmarkSettings", "CalibrationSettings", "Settings", "TaskSettings"]
-
 STREAM_CHUNK = 64
 MOST_EXAMPLES = 10_000  # of a task; all are made before the first is asked
 
@@ -55,11 +56,7 @@ class _Measured(OfLimits, OfEngine, OfMachine, OfPresses, OfModel, Options):
 
 @dataclass(frozen=True)
 class Settings(OfTiming, OfSpeed, OfWindows, OfPerplexity, OfPlacement, OfText, _Measured):
-    """Everything an evaluation of perplexity and speed was asked for; the command line's options have these names.
-
-    Raises:
-        InputError: options that contradict each other, or that can never work.
-    """
+    """Everything an evaluation of perplexity and speed was asked for."""
 
     output_dir: str = but(OfLimits, "output_dir", "results/perplexity")
 
@@ -150,11 +147,7 @@ class Settings(OfTiming, OfSpeed, OfWindows, OfPerplexity, OfPlacement, OfText, 
 
 @dataclass(frozen=True)
 class TaskSettings(OfTasks, OfText, _Measured):
-    """Everything a run over tasks was asked for; the command line's options have these names.
-
-    Raises:
-        InputError: options that can never work.
-    """
+    """Everything a run over tasks was asked for."""
 
     # the haystack; None for sentences of our own
     dataset: str | None = but(OfText, "dataset", None)  # type: ignore[assignment]
@@ -194,11 +187,7 @@ class TaskSettings(OfTasks, OfText, _Measured):
 
 @dataclass(frozen=True)
 class BenchmarkSettings(_Measured, OfBenchmark):
-    """Everything a run over a benchmark was asked for; the command line's options have these names.
-
-    Raises:
-        InputError: options that can never work.
-    """
+    """Everything a run over a benchmark was asked for."""
 
     device_map: str | None = but(OfPlacement, "device_map", None, is_recorded=False)
     seed: int = but(OfLimits, "seed", 42)  # kvpress's, so that a fraction is the same one
@@ -226,8 +215,7 @@ class BenchmarkSettings(_Measured, OfBenchmark):
     def of_jobs(self, longest_answer: int) -> Settings:
         """What says which presses are measured: of an evaluation with the same ones.
 
-        Args:
-            longest_answer: tokens; a press that goes to work while decoding must find something to do.
+        ``longest_answer`` in tokens: a press that goes to work while decoding must find something to do.
         """
         if "finch" in self.press and not self.query_aware:
             raise InputError("finch chooses by the question at the end of a text; add --query_aware, or leave it out.")
@@ -236,7 +224,7 @@ class BenchmarkSettings(_Measured, OfBenchmark):
 
 @dataclass(frozen=True)
 class CalibrationSettings(OfMachine, OfText, OfModel, OfCalibration, Options):
-    """Everything a calibration was asked for; the command line's options have these names."""
+    """Everything a calibration was asked for."""
 
     # train, where the dataset has splits
     split: str | None = but(OfText, "split", None, help="split of the dataset (default: train)")  # type: ignore[assignment]
@@ -244,11 +232,7 @@ class CalibrationSettings(OfMachine, OfText, OfModel, OfCalibration, Options):
 
 @dataclass(frozen=True)
 class AdviceSettings(OfLimits, OfMachine, OfModel, OfAdvice, Options):
-    """Everything a recommendation was asked for; the command line's options have these names.
-
-    Raises:
-        InputError: options that can never work.
-    """
+    """Everything a recommendation was asked for."""
 
     subset: str | None = but(OfText, "subset", None)
     split: str = but(OfText, "split", "test")

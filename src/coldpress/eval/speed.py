@@ -18,7 +18,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import torch
@@ -29,18 +29,16 @@ from coldpress.bases.press import BasePress
 from coldpress.cache.pressed import PressedCache
 from coldpress.core.press import parts
 from coldpress.errors import SelfCheckError
-from coldpress.eval.checks import check_stored_pairs, release
 from coldpress.eval.jobs import Point
 from coldpress.eval.ledger import UNREADABLE, Ledger
+from coldpress.eval.losses import forward
 from coldpress.eval.memory import MemoryMeter, MemoryReading
-from coldpress.eval.perplexity import forward
+from coldpress.eval.point_run import check_stored_pairs, release
 from coldpress.models.block import prefilling
 from coldpress.models.compiled import compiled
 from coldpress.models.compiling import Compiled
 from coldpress.models.prompts import prefill
 from coldpress.stores.codec import Codec
-
-__all__ = ["Sample", "SpeedPoint", "SpeedRun", "now_ns"]
 
 WARMUP_TOKENS = 8
 ROUNDS = "rounds.json"  # in the ledger
@@ -134,48 +132,29 @@ class SpeedPoint:
         return {i: b.tpot_ms / own.tpot_ms for i, (own, b) in pairs if own.tpot_ms and b.tpot_ms}
 
 
+@dataclass(eq=False)
 class SpeedRun:
-    """Time presses side by side on the same context.
+    """Time presses side by side on the same context."""
 
-    Args:
-        model: a causal language model on coldpress's backend.
-        context_ids: int64 ``[1, C]``.
-        points: what to time.
-        max_new_tokens: ids to generate, at least 2.
-        min_new_tokens: no end of text before so many ids; None means ``max_new_tokens``, so that every run generates
-            the same number.
-        eos_ids: ids that end a text.
-        decode_only: leave prefill and compression out of the timed part.
-        repetitions, warmup: timed rounds, and untimed ones (with few tokens) before them.
-        seed: of the order of the presses within a round.
-        chunk_tokens: tokens of a piece of the context, that without a press too; None for a context in one piece.
-        compile: decode by a compiled step (:func:`coldpress.compiled`), which the warm-up compiles.
-    """
+    model: PreTrainedModel
+    context_ids: Tensor  # int64 ``[1, C]``
+    given: Sequence[Point]  # what to time
+    _: KW_ONLY
+    max_new_tokens: int  # ids to generate, at least 2
+    min_new_tokens: int | None = None  # no end of text before so many ids; None: all, so that every run has as many
+    eos_ids: Sequence[int] = ()  # that end a text
+    decode_only: bool = False  # leave prefill and compression out of the timed part
+    repetitions: int = 5  # timed rounds
+    warmup: int = 1  # untimed ones, with few tokens, before them
+    seed: int = 0  # of the order of the presses within a round
+    chunk_tokens: int | None = None  # of a piece of the context, that without a press too; None: it is in one piece
+    compile: bool = False  # decode by a compiled step (:func:`coldpress.compiled`), which the warm-up compiles
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        context_ids: Tensor,
-        points: Sequence[Point],
-        *,
-        max_new_tokens: int,
-        min_new_tokens: int | None = None,
-        eos_ids: Sequence[int] = (),
-        decode_only: bool = False,
-        repetitions: int = 5,
-        warmup: int = 1,
-        seed: int = 0,
-        chunk_tokens: int | None = None,
-        compile: bool = False,
-    ):
-        self.model, self.context_ids = model, context_ids
-        self.points = [SpeedPoint(point.press, point.kv_bits) for point in points]
-        self.max_new_tokens = max_new_tokens
-        self.min_new_tokens = max_new_tokens if min_new_tokens is None else min(min_new_tokens, max_new_tokens)
-        self.eos_ids, self.decode_only = tuple(eos_ids), decode_only
-        self.repetitions, self.warmup = repetitions, warmup
-        self.order = random.Random(seed)
-        self.chunk_tokens, self.compile = chunk_tokens, compile
+    def __post_init__(self) -> None:
+        self.points = [SpeedPoint(point.press, point.kv_bits) for point in self.given]
+        least = self.max_new_tokens if self.min_new_tokens is None else self.min_new_tokens
+        self.least = min(least, self.max_new_tokens)
+        self.order = random.Random(self.seed)
         self.compiled: Compiled | None = None
 
     @property
@@ -196,7 +175,6 @@ class SpeedRun:
         """Warm up, time, then measure memory in a run of its own for each press.
 
         Args:
-            progress: wraps the list of rounds, for a progress bar.
             on_done: told of each press when nothing of it is left to measure; nothing is timed any more then.
             ledger: has the rounds of an earlier run that was killed, which are not timed again, and takes those of this
                 one; None: nowhere.
@@ -326,13 +304,13 @@ class SpeedRun:
         """Prefill, then greedy decoding of ``n_tokens`` ids; ends earlier only at an end of text that is allowed."""
         gc.collect()
         cache = PressedCache(point.press, chunk_tokens=self.chunk_tokens, kv_bits=point.kv_bits)
-        may_stop = self.min_new_tokens < n_tokens and bool(self.eos_ids)
+        may_stop = self.least < n_tokens and bool(self.eos_ids)
         start = now_ns(self.device)
         with self._prefilled(cache) as token:
             first = now_ns(self.device)
             n_generated = 1
             while n_generated < n_tokens:
-                if may_stop and n_generated >= self.min_new_tokens and int(token) in self.eos_ids:
+                if may_stop and n_generated >= self.least and int(token) in self.eos_ids:
                     break
                 token = self._next(token, cache, n_generated)
                 n_generated += 1
@@ -359,7 +337,7 @@ class SpeedRun:
             logits = forward(self.model, ids, cache, keep=1)[:, -1]
         else:
             logits = prefill(self.model, ids, cache).logits[:, -1]
-        if n_generated < self.min_new_tokens and self.eos_ids:
+        if n_generated < self.least and self.eos_ids:
             logits[:, list(self.eos_ids)] = -torch.inf
         return logits.argmax(-1, keepdim=True)
 

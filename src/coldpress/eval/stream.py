@@ -19,15 +19,11 @@ from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.cache.pressed import PressedCache
 from coldpress.errors import SelfCheckError
-from coldpress.eval.checks import release
 from coldpress.eval.jobs import BASELINE, Point
-from coldpress.eval.losses import finite, token_losses
+from coldpress.eval.losses import finite, forward, token_losses
 from coldpress.eval.metrics import perplexity
 from coldpress.eval.models import input_device
-from coldpress.eval.perplexity import forward
-from coldpress.eval.point_run import Item, PointRun
-
-__all__ = ["StreamRun", "by_position", "read_stream"]
+from coldpress.eval.point_run import Item, PointRun, release
 
 FIRST_BUCKET = 256  # positions; each later bucket ends at twice the position
 
@@ -38,7 +34,6 @@ def read_stream(
     """Losses of a document's tokens from token ``start + 1`` on, and the cache's bytes, after each chunk.
 
     Args:
-        model: a causal language model on coldpress's backend.
         ids: int64 ``[N]``.
         cache: stores the ``start`` tokens before; its press decides what it stores afterwards.
         chunk: tokens that are fed in together.
@@ -46,9 +41,6 @@ def read_stream(
     Yields:
         Losses in nats, float32 on the CPU, one for each token of the chunk but the document's last, which predicts
         nothing; and :meth:`PressedCache.kv_bytes` when the chunk is in the cache.
-
-    Raises:
-        SelfCheckError: a loss is not finite.
     """
     for begin in range(start, len(ids) - 1, chunk):
         part = ids[begin : min(begin + chunk, len(ids) - 1)]
@@ -58,11 +50,7 @@ def read_stream(
 
 
 def by_position(documents: Sequence[Tensor]) -> dict[str, float]:
-    """Mean losses by the position of the target in its document, in buckets that double in length.
-
-    Args:
-        documents: losses ``[n]`` of the tokens at positions 1 .. n of each document.
-    """
+    """Mean losses by the position of the target in its document, 1 .. n, in buckets that double in length."""
     longest = max(len(losses) for losses in documents) + 1
     edges = [1, FIRST_BUCKET]
     while edges[-1] < longest:
@@ -99,7 +87,6 @@ class StreamRun(PointRun[Read]):
     the one before has left.
 
     Args:
-        model: a causal language model on coldpress's backend.
         points: decoding schedules, or the uncompressed baseline, which keeps original positions.
         documents: token ids, int64 ``[N]`` each.
         chunk: tokens that are fed in together.

@@ -8,76 +8,57 @@ point whose result is there is not measured again; one that failed is.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from coldpress.errors import InputError, OutputError, SelfCheckError
+from coldpress.errors import InputError, SelfCheckError
+from coldpress.eval.cluster import make_engine
 from coldpress.eval.datasets import Corpus, load_corpus
-from coldpress.eval.engine import Engine, check_engine, make_engine
 from coldpress.eval.evaluate import make_run
 from coldpress.eval.ledger import Ledger
-from coldpress.eval.models import LoadedModel, load_model, pick_device
-from coldpress.eval.progress import Countable, note, progress
-from coldpress.eval.results import check_writable, read_result, result_path
-from coldpress.eval.run import Run, carry_out
+from coldpress.eval.models import LoadedModel, load_model
+from coldpress.eval.point_run import Engine
+from coldpress.eval.progress import Sized, note, progress
+from coldpress.eval.results import read_result, result_path
+from coldpress.eval.run import Run, carry_out, checked_folder
 from coldpress.eval.settings import TaskSettings
 from coldpress.eval.sweep_plan import Evaluation, SweepPlan
-from coldpress.eval.task_command import make_questions
+from coldpress.eval.task_run import make_questions
 from coldpress.io.terminal import printable
-
-__all__ = ["Outcome", "sweep"]
 
 
 @dataclass
 class Outcome:
-    """What became of a sweep.
+    """What became of a sweep."""
 
-    Attributes:
-        n_measured, n_found: points that were measured now, and those whose results were there already.
-        n_failed: of those measured now.
-        problems: what kept whole evaluations from being measured.
-        is_interrupted: whether the user stopped it.
-        n_told: of the problems, that the user has been told of.
-    """
-
-    n_measured: int = 0
-    n_found: int = 0
-    n_failed: int = 0
-    problems: list[str] = field(default_factory=list)
-    is_interrupted: bool = False
-    n_told: int = 0  # of the problems
+    n_measured: int = 0  # points that were measured now
+    n_found: int = 0  # and those whose results were there already
+    n_failed: int = 0  # of those measured now
+    problems: list[str] = field(default_factory=list)  # what kept whole evaluations from being measured
+    is_interrupted: bool = False  # whether the user stopped it
+    n_told: int = 0  # of the problems, that the user has been told of
 
 
 def sweep(plan: SweepPlan, command: str) -> Outcome:
     """Measure what is not measured yet, one evaluation after the other, and write the results.
 
-    Args:
-        plan: the evaluations.
-        command: the command line, for the records.
-
-    Raises:
-        InputError: before any work, when a text or the folder cannot be used, or nothing at all could be measured.
+    InputError before any work where a text or the folder cannot be used, and where nothing at all could be measured.
     """
-    if not plan.output_dir.strip():
-        raise OutputError("--output_dir is empty; name a folder.")
-    output_dir = Path(plan.output_dir)
-    check_writable(output_dir)
-    for engine in dict.fromkeys((c.settings.engine, *c.settings.cluster.values()) for c in plan.evaluations):
-        check_engine(*engine)
-    for device in {evaluation.settings.device for evaluation in plan.evaluations}:
-        pick_device(device)
-    corpora: dict[Any, Corpus] = {}
+    asked = [replace(evaluation.settings, output_dir=plan.output_dir) for evaluation in plan.evaluations]
+    for settings in {(s.device, s.engine, *s.cluster.values()): s for s in asked}.values():
+        output_dir = checked_folder(settings)
+    read = functools.cache(load_corpus)  # each text once
     for evaluation in plan.evaluations:
-        _corpus(evaluation, corpora)
+        _corpus(evaluation, read)
     outcome, clock = Outcome(), _Clock(len(plan.evaluations))
     for evaluations in _by_model(plan.evaluations):
         try:
-            _sweep_model(evaluations, corpora, output_dir, command, outcome, clock)
+            _sweep_model(evaluations, read, output_dir, command, outcome, clock)
         except InputError as error:
             outcome.problems.append(f"{evaluations[0].settings.model}: {error}")
         except KeyboardInterrupt:
@@ -93,7 +74,7 @@ def sweep(plan: SweepPlan, command: str) -> Outcome:
 
 def _sweep_model(
     evaluations: list[Evaluation],
-    corpora: dict[Any, Corpus],
+    read: Callable[..., Corpus],
     output_dir: Path,
     command: str,
     outcome: Outcome,
@@ -106,7 +87,7 @@ def _sweep_model(
     planned: set[Path] = set()  # a model, a text or a section that is given twice is measured once
     for evaluation in evaluations:
         try:
-            run = _run(evaluation, _corpus(evaluation, corpora), loaded, output_dir, command)
+            run = _run(evaluation, _corpus(evaluation, read), loaded, output_dir, command)
         except InputError as error:
             outcome.problems.append(f"{evaluation.name}: {error}")
             clock.plan(evaluation, 0.0)
@@ -161,7 +142,7 @@ def _measure(
     """Measure one evaluation, from where an earlier run was."""
     _tell_all(outcome)
     print(f"## {printable(evaluation.name)}\n", flush=True)
-    run.show_progress = partial(clock.progress, evaluation=evaluation)
+    run.show_progress = functools.partial(clock.progress, evaluation=evaluation)
     records, outcome.is_interrupted = carry_out(run, folder, engine)
     outcome.n_failed += sum(record["status"] == "failed" for record in records)
     outcome.n_measured += sum(record["status"] != "interrupted" for record in records)
@@ -184,15 +165,10 @@ def _by_model(evaluations: tuple[Evaluation, ...]) -> Iterator[list[Evaluation]]
     yield from found.values()
 
 
-def _corpus(evaluation: Evaluation, corpora: dict[Any, Corpus]) -> Corpus | None:
-    """The text of an evaluation, loaded once; None for tasks in sentences of our own."""
+def _corpus(evaluation: Evaluation, read: Callable[..., Corpus]) -> Corpus | None:
+    """The text of an evaluation; None for tasks in sentences of our own."""
     asked = evaluation.settings.reading
-    if not asked:
-        return None
-    key = tuple(asked.values())
-    if key not in corpora:
-        corpora[key] = load_corpus(**asked)
-    return corpora[key]
+    return read(**asked) if asked else None
 
 
 def _is_finished(path: Path) -> bool:
@@ -223,7 +199,7 @@ class _Clock:
         if work:
             self.open[id(evaluation)] = work
 
-    def progress(self, items: Countable[Any], name: str, evaluation: Evaluation) -> Iterator[Any]:
+    def progress(self, items: Sequence[Any] | Sized[Any], name: str, evaluation: Evaluation) -> Iterator[Any]:
         """The items of the work of an evaluation, with a bar or lines on stderr."""
         n, work = len(items), self.open.pop(id(evaluation))
         start, before = time.monotonic(), self.work_done

@@ -14,8 +14,6 @@ from coldpress.eval.options import KINDS, PPL_PRESETS, SIZES, OfModel, OfText, c
 from coldpress.eval.settings import Settings, TaskSettings
 from coldpress.io.files import read_text
 
-__all__ = ["KINDS", "Evaluation", "SweepPlan", "read_config", "with_options"]
-
 _LISTS = ("press", *SIZES, "kv_bits", "task", "task_tokens", "depths")  # what a file may say of one value alone
 _OWN: dict[str, dict[str, Any]] = {  # what a section sets by itself
     "perplexity": {"ppl_apply_press": True, "ppl_only": True},
@@ -33,15 +31,9 @@ _TOP = ("models", "texts", *KINDS, "output_dir")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One model, one text, one kind of measurement: what shares a prefill and a protocol.
+    """One model, one text, one kind of measurement: what shares a prefill and a protocol."""
 
-    Attributes:
-        kind: one of KINDS.
-        settings: of the evaluation.
-        jobs: its points.
-    """
-
-    kind: str
+    kind: str  # one of KINDS
     settings: Settings | TaskSettings
     jobs: tuple[Job, ...]
 
@@ -109,11 +101,7 @@ class SweepPlan:
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """The mapping in a YAML file.
-
-    Raises:
-        DataError: it cannot be read, or holds no mapping.
-    """
+    """The mapping in a YAML file; :class:`DataError` where there is none."""
     import yaml
 
     try:
@@ -157,13 +145,8 @@ def _named_twice(root: Any) -> Any:
 def with_options(config: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration in which the options of the command line take the place of what it says.
 
-    Args:
-        config: see :meth:`SweepPlan.of`.
-        options: by their names, those that were given; ``model``, ``dataset``, ``text_file``, ``context_limit`` and
-            ``ppl_preset`` are lists.
-
-    Raises:
-        InputError: ``press_args`` without a single press.
+    Options are those that were given, by their names; ``model``, ``dataset``, ``text_file``, ``context_limit`` and
+    ``ppl_preset`` are lists.
     """
     merged, left = dict(config), dict(options)
     of_models = {name: left.pop(name) for name in ("revision",) if name in left}
@@ -289,10 +272,13 @@ def _evaluation(kind: str, options: dict[str, Any]) -> Evaluation:
     options |= {name: tuple(options[name]) for name in _LISTS if name in options}
     names = tuple(dict.fromkeys([NO_PRESS, *plain]))
     try:
-        settings, of_jobs = _settings(kind, options, names)
+        own = {name: value for name, value in options.items() if name in _OPTIONS[kind]}
+        settings = TaskSettings(**own, press=names) if kind == "tasks" else Settings(**own, press=names)
+        of_jobs = settings.of_jobs if isinstance(settings, TaskSettings) else settings
         jobs = make_jobs(of_jobs)
         for entry in with_parameters:
-            if not (isinstance(entry, dict) and all(_is_named(value) for value in entry.values())):
+            values = entry.values() if isinstance(entry, dict) else [None]
+            if not all(isinstance(value, dict) and all(isinstance(name, str) for name in value) for value in values):
                 raise InputError(f"A press is a name, or a name with its parameters as a mapping; got {entry!r}.")
             for name, parameters in entry.items():
                 jobs += make_jobs(replace(of_jobs, press=(str(name),), press_args=tuple(parameters.items())))
@@ -301,17 +287,3 @@ def _evaluation(kind: str, options: dict[str, Any]) -> Evaluation:
             raise
         raise InputError(f"{kind}: {error}") from error
     return Evaluation(kind, settings, tuple(jobs))
-
-
-def _is_named(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(name, str) for name in value)
-
-
-def _settings(kind: str, options: dict[str, Any], names: tuple[str, ...]) -> tuple[Settings | TaskSettings, Settings]:
-    """The settings of an evaluation, and those that say which presses are measured."""
-    options = {name: value for name, value in options.items() if name in _OPTIONS[kind]}
-    if kind == "tasks":
-        tasks = TaskSettings(**options, press=names)
-        return tasks, tasks.of_jobs
-    settings = Settings(**options, press=names)
-    return settings, settings

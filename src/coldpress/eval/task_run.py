@@ -20,18 +20,29 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.cache.pressed import PressedCache
-from coldpress.errors import SelfCheckError
-from coldpress.eval.checks import check_baseline, check_removed, check_stored_pairs, prefilled, release, sizes_of
-from coldpress.eval.jobs import BASELINE, Point
+from coldpress.errors import InputError, SelfCheckError
+from coldpress.eval.datasets import Corpus, Document, load_corpus
+from coldpress.eval.jobs import BASELINE, Job, Point, make_jobs
 from coldpress.eval.ledger import Answered, Ledger
-from coldpress.eval.losses import finite, token_losses
+from coldpress.eval.losses import finite, forward, token_losses
 from coldpress.eval.metrics import paired_difference, score_difference
-from coldpress.eval.models import input_device
-from coldpress.eval.perplexity import forward
-from coldpress.eval.point_run import Item, PointRun
-from coldpress.eval.tasks import Example
-
-__all__ = ["ExampleWork", "TaskRun", "ends_of", "greedy_tokens", "match", "row_of"]
+from coldpress.eval.models import LoadedModel, input_device, load_model
+from coldpress.eval.plan import UNKNOWN_POSITIONS
+from coldpress.eval.point_run import (
+    Item,
+    PointRun,
+    check_baseline,
+    check_removed,
+    check_stored_pairs,
+    prefilled,
+    release,
+    sizes_of,
+)
+from coldpress.eval.run import DECODE_COST, ExampleRun, carry_out, checked_folder, prepared
+from coldpress.eval.settings import TaskSettings
+from coldpress.eval.tasks import Example, Material, make_examples
+from coldpress.eval.tasks.material import SENTENCES
+from coldpress.eval.tokens import note_unreadable
 
 SHOWN = 80  # characters of an answer that a record holds
 
@@ -44,14 +55,7 @@ def match(answer: str, references: Sequence[str]) -> float:
 class TaskRun(PointRun[Answered]):
     """Answer questions about compressed contexts, one by one; :meth:`results` can be asked for at any time.
 
-    Args:
-        model, points, ledger: see :class:`coldpress.eval.point_run.PointRun`.
-        tokenizer: of the model.
-        examples: see :func:`coldpress.eval.tasks.make_examples`.
-        chunk_tokens, max_new_tokens, seed: see :class:`ExampleWork`.
-
-    Raises:
-        SelfCheckError: from :meth:`run`, when the baseline contradicts a direct forward pass or is not finite.
+    See also :class:`coldpress.eval.point_run.PointRun`; the options are those of :class:`ExampleWork`.
     """
 
     kind = Answered
@@ -62,21 +66,12 @@ class TaskRun(PointRun[Answered]):
         tokenizer: Any,
         points: Sequence[Point],
         examples: Sequence[Example],
-        *,
-        chunk_tokens: int | None = None,
-        max_new_tokens: int | None = None,
-        seed: int = 0,
         ledger: Ledger | None = None,
+        **options: Any,
     ):
         self.tokenizer = tokenizer
-        is_asked = any(example.references for example in examples)
-        self.work = ExampleWork(
-            chunk_tokens,
-            max_new_tokens,
-            _newlines(tokenizer) if is_asked else frozenset(),
-            ends_of(model, tokenizer),
-            seed,
-        )
+        newlines = _newlines(tokenizer) if any(example.references for example in examples) else frozenset()
+        self.work = ExampleWork(ends_of(model, tokenizer), newlines, **options)
         super().__init__(model, points, examples, ledger)
 
     def _fingerprint(self, index: int) -> str:
@@ -156,28 +151,19 @@ def _means(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ExampleWork:
-    """Measures one example: work for an engine.
+    """Measures one example: work for an engine."""
 
-    Attributes:
-        chunk_tokens: tokens of a piece of the context; None for a context in one piece.
-        max_new_tokens: of an answer at most; None for what the example says.
-        newlines: tokens with which a line ends.
-        ends: tokens with which a text ends.
-        seed: with the example's index, of torch's generator: what presses draw depends on no other example.
-    """
-
-    chunk_tokens: int | None
-    max_new_tokens: int | None
-    newlines: frozenset[int]
-    ends: frozenset[int]
-    seed: int = 0
+    ends: frozenset[int]  # tokens with which a text ends
+    newlines: frozenset[int] = frozenset()  # tokens with which a line ends
+    chunk_tokens: int | None = None  # tokens of a piece of the context; None for a context in one piece
+    max_new_tokens: int | None = None  # of an answer at most; None for what the example says
+    seed: int = 0  # with the example's index, of torch's generator: what presses draw depends on no other example
 
     @torch.inference_mode()
     def __call__(self, model: PreTrainedModel, item: Item) -> dict[str, Any]:
         """What each point, and the baseline, made of the example, or what went wrong with it.
 
-        Raises:
-            SelfCheckError: the baseline contradicts a direct forward pass, or is not finite.
+        SelfCheckError where the baseline contradicts a direct forward pass, or is not finite.
         """
         torch.manual_seed(self.seed + item.index)
         example = item.given
@@ -261,3 +247,105 @@ def ends_of(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
         eos = getattr(source, "eos_token_id", None)
         found |= set(eos) if isinstance(eos, list | tuple) else {eos} if eos is not None else set()
     return frozenset(found)
+
+
+# ``coldpress tasks``: one result record per press and size
+
+# The haystack of our own sentences, where no text is given
+OWN_TEXT = Corpus("filler", "filler", None, None, None, (Document("filler", "\n".join(SENTENCES)),))
+
+
+def _protocol(settings: TaskSettings) -> str:
+    """The name of the way tasks are measured; numbers of different names are not compared."""
+    parts = [f"tasks-v1-C{'+'.join(map(str, settings.task_tokens))}-n{settings.task_examples}"]
+    parts += [] if settings.template == "none" else [settings.template]
+    parts += [] if settings.pin_system is None else ["pinned"]
+    parts += [] if settings.chunk_tokens is None else [f"chunk{settings.chunk_tokens}"]
+    return "-".join(parts)
+
+
+def _check_positions(examples: Sequence[Example], limit: int) -> None:
+    """Raise :class:`InputError` if an example with its answer is longer than the ``limit`` of trained positions."""
+    needed = [len(e.question_ids) + max(len(e.answer_ids), e.answer_tokens or 0) + e.length for e in examples]
+    if max(needed) > limit:
+        longest = examples[needed.index(max(needed))]
+        raise InputError(
+            f"Task {longest.task} of {longest.length} tokens needs {max(needed)} positions with question and answer; "
+            f"the model was trained on {limit}: give less --task_tokens, or --allow_extrapolation."
+        )
+
+
+def measure_tasks(settings: TaskSettings, command: str) -> tuple[list[dict[str, Any]], bool]:
+    """Run tasks under presses, write the results, and print them; see :func:`coldpress.eval.evaluate.evaluate`.
+
+    A run that was killed goes on where it was when it is started again with the same settings.
+    """
+    jobs = make_jobs(settings.of_jobs)
+    folder = checked_folder(settings)
+    corpus = load_corpus(**settings.reading) if settings.reading else None
+    run = make_questions(settings, jobs, corpus, load_model(settings.model, **settings.loading), command)
+    run.keep_in(folder)
+    return carry_out(run, folder)
+
+
+@dataclass
+class Questions(ExampleRun):
+    """A run over tasks of which everything is decided: what is asked, of which model, under which presses."""
+
+    corpus: Corpus | None
+    examples: list[Example]
+
+    def point_run(self) -> TaskRun:
+        s = self.settings
+        return TaskRun(
+            self.loaded.model,
+            self.loaded.tokenizer,
+            [job.point for job in self.jobs],
+            self.examples,
+            chunk_tokens=s.chunk_tokens,
+            max_new_tokens=s.max_new_tokens,
+            seed=s.seed,
+            ledger=self.ledger,
+        )
+
+    @property
+    def work(self) -> float:
+        n_new = sum(len(e.question_ids) + DECODE_COST * (e.answer_tokens or 1) for e in self.examples)
+        return self.n_parameters * (sum(e.length for e in self.examples) + n_new * (1 + len(self.jobs)))
+
+    def facts(self) -> dict[str, Any]:
+        s, corpus = self.settings, self.corpus or OWN_TEXT
+        tokens = hashlib.sha256("".join(example.fingerprint for example in self.examples).encode()).hexdigest()
+        return {
+            "protocol": _protocol(s),
+            "dataset": s.text_file or s.dataset or corpus.name,
+            "dataset_source": corpus.source,
+            "subset": corpus.subset,
+            "split": corpus.split,
+            "text_sha256": corpus.text_sha256,
+            "tokens_sha256": tokens,
+            "total_tokens": sum(example.length for example in self.examples),
+            "context_tokens": s.task_tokens[0] if len(s.task_tokens) == 1 else None,
+        }
+
+
+def make_questions(
+    settings: TaskSettings, jobs: Sequence[Job], corpus: Corpus | None, loaded: LoadedModel, command: str
+) -> Questions:
+    """Decide everything that can be decided before the model runs; InputError where sizes or a press do not fit it."""
+    jobs = prepared(jobs, loaded)
+    text = None if corpus is None else "\n\n".join(document.text for document in corpus.documents)
+    note_unreadable(loaded.tokenizer, [" ".join(SENTENCES) if text is None else text], loaded.name)
+    material = Material(loaded.tokenizer, text, settings.template == "chat", settings.pin_system)
+    longest, limit = max(settings.task_tokens, default=0), loaded.max_positions or UNKNOWN_POSITIONS
+    if longest > limit and not settings.allow_extrapolation:  # before so long a text is put together
+        raise InputError(
+            f"--task_tokens {longest} is past the {limit} positions the model was trained on: give less, or "
+            "--allow_extrapolation."
+        )
+    sizes = settings.task, settings.task_tokens, settings.depths, settings.task_examples
+    examples = make_examples(material, *sizes, seed=settings.seed)
+    if not settings.allow_extrapolation:
+        _check_positions(examples, limit)
+    loaded.check_ids([torch.tensor(example.context_ids) for example in examples])
+    return Questions(settings, jobs, loaded, command, corpus, examples)

@@ -1,28 +1,13 @@
-"""How names and numbers are written in a sentence."""
+"""How names and numbers are written in a sentence, and texts in Markdown."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from coldpress.io.terminal import UNSAFE
-
-__all__ = [
-    "aligned",
-    "at_words",
-    "capital",
-    "clean",
-    "format_bytes",
-    "listed",
-    "memory_words",
-    "model_name",
-    "number",
-    "percent",
-    "short",
-    "short_bytes",
-    "three_digits",
-]
 
 _PEAKS = {  # how a peak is measured, in words
     "cuda_allocated": "that of the tensors on the device",
@@ -122,3 +107,27 @@ def aligned(lines: Sequence[Sequence[str]]) -> list[list[str]]:
 def memory_words(kind: str) -> str:
     """What a peak of this kind is of; the kind itself where it is none of ours."""
     return _PEAKS.get(kind, f"measured by {kind}")
+
+
+# Markdown
+
+
+def escape(text: str) -> str:
+    """Text that Markdown shows as it is, in a paragraph and in a table's cell."""
+    text = re.sub(r"([\\`*\[\]<>|#~$&!])", r"\\\1", " ".join(text.split()))
+    text = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)  # inside a word it is one
+    text = re.sub(r"(?i)\b(https?|ftp|mailto)(?=:)|\bwww(?=\.)", lambda m: f"{m[0]}\u200b", text)
+    return re.sub(r"^([-+=]|\d+[.)])(?=\s|$)", r"\\\1", text)
+
+
+def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table in Markdown, of which the first row is the head and the first column a text."""
+    rule = ["---", *("---:" for _ in rows[0][1:])]
+    head, *body = [[escape(cell) for cell in row] for row in rows]
+    return [f"| {' | '.join(row)} |" for row in [head, rule, *body]]
+
+
+def fenced(lines: Sequence[str]) -> list[str]:
+    """Code in Markdown, whatever backticks are in it."""
+    fence = "`" * max(3, 1 + max(len(run) for run in re.findall("`*", "".join(lines))))
+    return [fence, *lines, fence]

@@ -21,12 +21,10 @@ import torch
 import transformers
 
 from coldpress.errors import ClusterError
-from coldpress.eval.checks import release
 from coldpress.eval.models import BY_NAME, LoadedModel, load_model
+from coldpress.eval.point_run import release
 from coldpress.io.files import path_of
 from coldpress.version import VERSION
-
-__all__ = ["Spec", "Worker", "answer", "opened"]
 
 
 def answer(work: Callable[[], Any]) -> bytes:

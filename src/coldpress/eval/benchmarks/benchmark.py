@@ -17,26 +17,6 @@ from typing import Any, NamedTuple
 
 from coldpress.errors import InputError, MissingDependencyError, nearest
 
-__all__ = [
-    "Benchmark",
-    "Row",
-    "Scores",
-    "Share",
-    "benchmark_names",
-    "bleu",
-    "chinese_characters",
-    "chinese_words",
-    "edit_similarity",
-    "english_words",
-    "f1",
-    "find_benchmark",
-    "register",
-    "require",
-    "rouge",
-    "task_of",
-    "words_between",
-]
-
 # Chinese marks beside those of ASCII, as the benchmarks list them
 _CHINESE_MARKS = (
     "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿"
@@ -48,12 +28,7 @@ _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 
 
 def require(packages: Iterable[str], what: str) -> None:
-    """Raise :class:`MissingDependencyError` if a package is not installed.
-
-    Args:
-        packages: names to import.
-        what: needs them.
-    """
+    """Raise :class:`MissingDependencyError` if one of the packages that ``what`` imports is not installed."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingDependencyError(f'{what} needs {" and ".join(missing)}: pip install "coldpress[benchmarks]".')
@@ -150,29 +125,18 @@ def task_of(row: Row) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Questions about contexts.
+    """Questions about contexts."""
 
-    Attributes:
-        name: it is asked for by.
-        hub_id: of its data set.
-        score: of an answer and its row.
-        data_dirs: folders of the data set, of which one is read; empty where it is not divided.
-        data_dir: the folder that is read where none is named.
-        columns: that a row must have beside the context, the question and what is put before the answer.
-        groups: names under which a row's scores are averaged.
-        is_haystack: whether the rows are texts in which a needle is put.
-        packages: that scoring a row needs beside coldpress itself.
-    """
-
-    name: str
-    hub_id: str
-    score: Callable[[str, Row], Scores]
-    data_dirs: tuple[str, ...] = ()
-    data_dir: str | None = None
+    name: str  # it is asked for by
+    hub_id: str  # of its data set
+    score: Callable[[str, Row], Scores]  # of an answer and its row
+    data_dirs: tuple[str, ...] = ()  # folders of the data set, of which one is read; empty where it is not divided
+    data_dir: str | None = None  # the folder that is read where none is named
+    # that a row must have beside the context, the question and what is put before the answer
     columns: tuple[str, ...] = ("answer", "task")
-    groups: Callable[[Row], tuple[str, ...]] = task_of
-    is_haystack: bool = False
-    packages: Callable[[Row], tuple[str, ...]] = lambda row: ()
+    groups: Callable[[Row], tuple[str, ...]] = task_of  # names under which a row's scores are averaged
+    is_haystack: bool = False  # whether the rows are texts in which a needle is put
+    packages: Callable[[Row], tuple[str, ...]] = lambda row: ()  # that scoring a row needs beside coldpress itself
 
 
 _BENCHMARKS: dict[str, Benchmark] = {}
@@ -192,11 +156,7 @@ def benchmark_names() -> list[str]:
 
 
 def find_benchmark(name: str) -> Benchmark:
-    """A benchmark by its name.
-
-    Raises:
-        InputError: there is none of that name.
-    """
+    """A benchmark by its name; :class:`InputError` if there is none of that name."""
     if name not in _BENCHMARKS:
         known = benchmark_names()
         raise InputError(f"Unknown benchmark {name!r}; allowed: {', '.join(known)}.{nearest(name, known)}")

@@ -9,19 +9,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from coldpress.eval.benchmarks.benchmark import (
-    Benchmark,
-    Row,
-    Scores,
-    Share,
-    chinese_characters,
-    english_words,
-    f1,
-    register,
-    words_between,
-)
-
-__all__ = ["score"]
+import coldpress.eval.benchmarks.benchmark as texts
+from coldpress.eval.benchmarks.benchmark import Benchmark, Row, Scores, Share, register
 
 _MARKS = "\n:\"'.,?!{}"
 _NUMBER = re.compile(r"\d+\.\d+|\d+")
@@ -36,7 +25,7 @@ def score(answer: str, row: Row) -> Scores:
 
 def _key(answer: str, label: Label) -> float:
     """Whether the value is a word of the answer."""
-    return float(label[0] in words_between(answer, _MARKS))
+    return float(label[0] in texts.words_between(answer, _MARKS))
 
 
 def _first_digits(answer: str, label: Label) -> float:
@@ -47,7 +36,7 @@ def _first_digits(answer: str, label: Label) -> float:
 
 def _returned(answer: str, label: Label) -> float:
     """Whether the last word is the number."""
-    words = words_between(answer.strip(), "\n.`'\":")
+    words = texts.words_between(answer.strip(), "\n.`'\":")
     try:
         return float(bool(words) and int(words[-1]) == _number(label[0]))
     except ValueError:
@@ -115,11 +104,11 @@ def _choice(answer: str, label: Label) -> float:
 
 
 def _book(answer: str, label: Label) -> float:
-    return max(f1(english_words(answer), english_words(reference)) for reference in label)
+    return max(texts.f1(texts.english_words(answer), texts.english_words(reference)) for reference in label)
 
 
 def _chinese_book(answer: str, label: Label) -> float:
-    return max(f1(chinese_characters(answer), chinese_characters(reference)) for reference in label)
+    return max(texts.f1(texts.chinese_characters(answer), texts.chinese_characters(reference)) for reference in label)
 
 
 def _last_letter(text: str, letters: str) -> str | None:

@@ -5,22 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from coldpress.eval.benchmarks.benchmark import (
-    Benchmark,
-    Row,
-    Scores,
-    Share,
-    chinese_characters,
-    chinese_words,
-    edit_similarity,
-    english_words,
-    f1,
-    register,
-    rouge,
-    task_of,
-)
-
-__all__ = ["score", "score_e"]
+import coldpress.eval.benchmarks.benchmark as texts
+from coldpress.eval.benchmarks.benchmark import Benchmark, Row, Scores, Share, register
 
 _FIRST_LINE = ("trec", "triviaqa", "samsum", "lsht")  # after examples a model goes on with examples of its own
 _NO_CODE = ("`", "#", "//")
@@ -45,22 +31,22 @@ def _best(answer: str, task: str, row: Row) -> Scores:
 
 
 def _words_f1(answer: str, reference: str, row: Row) -> float:
-    return f1(english_words(answer), english_words(reference))
+    return texts.f1(texts.english_words(answer), texts.english_words(reference))
 
 
 def _chinese_f1(answer: str, reference: str, row: Row) -> float:
-    cut = [["".join(chinese_characters(word)) for word in chinese_words(text)] for text in (answer, reference)]
+    cut = [map("".join, map(texts.chinese_characters, texts.chinese_words(text))) for text in (answer, reference)]
     own, wanted = ([word for word in words if word] for words in cut)
-    return f1(own, wanted)
+    return texts.f1(own, wanted)
 
 
 def _rouge_l(answer: str, reference: str, row: Row) -> float:
-    found = rouge(answer, reference)
+    found = texts.rouge(answer, reference)
     return 0.0 if found is None else found["rouge-l"]["f"]
 
 
 def _chinese_rouge_l(answer: str, reference: str, row: Row) -> float:
-    return _rouge_l(" ".join(chinese_words(answer)), " ".join(chinese_words(reference)), row)
+    return _rouge_l(" ".join(texts.chinese_words(answer)), " ".join(texts.chinese_words(reference)), row)
 
 
 def _class(answer: str, reference: str, row: Row) -> float:
@@ -100,7 +86,7 @@ def _code(answer: str, reference: str, row: Row) -> float:
     """How much the first line of code is like the reference."""
     lines = answer.lstrip("\n").split("\n")
     code = next((line for line in lines if not any(mark in line for mark in _NO_CODE)), "")
-    return edit_similarity(code, reference)
+    return texts.edit_similarity(code, reference)
 
 
 _MEASURES: dict[str, tuple[str, Score]] = {
@@ -143,7 +129,7 @@ def _packages(row: Row) -> tuple[str, ...]:
 
 
 _HUB, _COLUMNS = "Xnhyacinth/LongBench", ("answers", "all_classes", "task")
-register(Benchmark("longbench", _HUB, score, tuple(_MEASURES), columns=_COLUMNS, groups=task_of, packages=_packages))
+register(Benchmark("longbench", _HUB, score, tuple(_MEASURES), columns=_COLUMNS, packages=_packages))
 register(
     Benchmark(
         "longbench-e",

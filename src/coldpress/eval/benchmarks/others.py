@@ -11,18 +11,6 @@ from typing import Any
 from coldpress.errors import InputError
 from coldpress.eval.benchmarks.benchmark import Benchmark, Row, Scores, Share, bleu, register, rouge
 
-__all__ = [
-    "groups_v2",
-    "hide",
-    "score_aime",
-    "score_longbench_v2",
-    "score_loogle",
-    "score_math",
-    "score_needle",
-    "score_ruler",
-    "score_zero_scrolls",
-]
-
 # RULER: needles, tracking, counting and questions, scored by whether an answer holds the references
 
 _CONTROL = re.compile(r"[\x00-\x1f]")
@@ -64,11 +52,6 @@ def score_longbench_v2(answer: str, row: Row) -> Scores:
     return {"accuracy": Share(float(is_said))}
 
 
-def groups_v2(row: Row) -> tuple[str, ...]:
-    """All of it, its difficulty and its length."""
-    return "all", str(row["difficulty"]), str(row["length"])
-
-
 register(
     Benchmark(
         "longbench-v2",
@@ -77,7 +60,7 @@ register(
         data_dirs=("0shot",),
         data_dir="0shot",
         columns=("answer", "difficulty", "length"),
-        groups=groups_v2,
+        groups=lambda row: ("all", str(row["difficulty"]), str(row["length"])),
     )
 )
 
@@ -92,31 +75,29 @@ def score_loogle(answer: str, row: Row) -> Scores:
     """Recall of ROUGE and BLEU, or of a cloze which masks were filled in."""
     reference = row["answer"]
     if row["task"] == CLOZE:
-        return {"exact_match": _exact_cloze(answer, reference), "partial_match": _partial_cloze(answer, reference)}
+        exact, partial = _cloze(answer, reference)
+        return {"exact_match": exact, "partial_match": partial}
     found = rouge(answer, reference) or {}
     recalls = {name: Share(found.get(name, {}).get("r", 0.0)) for name in ("rouge-l", "rouge-1", "rouge-2")}
     return recalls | {f"bleu{n}": Share(bleu(answer, reference, n)) for n in (1, 4)}
 
 
-def _exact_cloze(answer: str, reference: str) -> Share:
-    """Masks filled in word by word; an answer that is no dictionary counts as one mask, and wrong."""
-    wanted, given = _literal(reference), _literal(answer)
-    if not isinstance(wanted, dict) or not isinstance(given, dict):
-        return Share(0, 1)
-    return Share(sum(given.get(mask) == name for mask, name in wanted.items()), len(wanted))
+def _cloze(answer: str, reference: str) -> tuple[Share, Share]:
+    """Masks filled in word by word, and those with a word of the right name.
 
-
-def _partial_cloze(answer: str, reference: str) -> Share:
-    """Masks filled in with a word of the right name; an answer that cannot be read has none."""
+    An answer that is no dictionary counts as one mask to the first, and wrong; to the second it has none.
+    """
     wanted, given = _literal(reference), _literal(answer)
     if not isinstance(wanted, dict):
-        return Share(0, 1)
+        return Share(0, 1), Share(0, 1)
+    n = len(wanted)
     if not isinstance(given, dict):
-        return Share(0, len(wanted))
+        return Share(0, 1), Share(0, n)
+    exact = Share(sum(given.get(mask) == name for mask, name in wanted.items()), n)
     filled = [(name, given[mask]) for mask, name in wanted.items() if mask in given]
     if not all(isinstance(text, str) for pair in filled for text in pair):
-        return Share(0, len(wanted))
-    return Share(sum(not set(name.split()).isdisjoint(text.split()) for name, text in filled), len(wanted))
+        return exact, Share(0, n)
+    return exact, Share(sum(not set(name.split()).isdisjoint(text.split()) for name, text in filled), n)
 
 
 def _literal(text: str) -> Any:
@@ -129,11 +110,15 @@ def _literal(text: str) -> Any:
         return None
 
 
-def _packages_of_loogle(row: Row) -> tuple[str, ...]:
-    return () if row["task"] == CLOZE else ("rouge", "nltk")
-
-
-register(Benchmark("loogle", "simonjegou/loogle", score_loogle, data_dirs=TASKS, packages=_packages_of_loogle))
+register(
+    Benchmark(
+        "loogle",
+        "simonjegou/loogle",
+        score_loogle,
+        data_dirs=TASKS,
+        packages=lambda row: () if row["task"] == CLOZE else ("rouge", "nltk"),
+    )
+)
 
 
 # Needle in a haystack: a sentence put into essays at a depth, and a question that it answers
@@ -154,16 +139,11 @@ def score_needle(answer: str, row: Row) -> Scores:
 
 
 def hide(rows: Sequence[Row], tokenizer: Any, max_context_length: int, depths: Sequence[int]) -> list[Row]:
-    """The first row's text with its needle at each depth, in so many tokens.
+    """The first row's text with its needle at each depth, in so many tokens; InputError if there is no room for a text.
 
     Args:
-        rows: of the data set; the first one has the text, the needle and the question.
-        tokenizer: of the model.
         max_context_length: tokens of the context at most; 150 and those of the needle are left free.
         depths: per cent of the text that stand before the needle.
-
-    Raises:
-        InputError: there is no room for a text.
     """
     row = rows[0]
 

@@ -16,8 +16,6 @@ from coldpress.eval.hub import load_hub, load_local
 from coldpress.io.files import path_of
 from coldpress.models.chat import prompt_parts
 
-__all__ = ["AskedContext", "Question", "Rows", "check_rows", "choose", "load_rows", "make_contexts"]
-
 SPLIT = "test"
 PROMPT = ("context", "question", "answer_prefix")
 LIMIT = "max_new_tokens"
@@ -40,18 +38,12 @@ class Rows(NamedTuple):
 
 
 def load_rows(benchmark: Benchmark, data: str | None, data_dir: str | None) -> Rows:
-    """All rows of the split ``test``.
+    """All rows of the split ``test``; :class:`InputError` where they cannot be had.
 
     Args:
         benchmark: whose data set is read.
         data: a folder of the same layout; None for the hub, or its cache.
         data_dir: the folder of the data set to read; None for the benchmark's own, or all of one that is not divided.
-
-    Raises:
-        DataError: there is no such folder, or no rows in it.
-        InputError: the data set is divided and no part was named, or it is not and one was.
-        UnreachableError: the hub is needed, and neither it nor a cached copy is there.
-        MissingDependencyError: datasets is not installed.
     """
     require(("datasets",), f"coldpress benchmark {benchmark.name}")
     if data is not None:
@@ -94,13 +86,9 @@ def choose(rows: Sequence[Row], fraction: float, limit: int | None, seed: int) -
     """A part of the rows: the same that kvpress draws for the same fraction and seed, and the first of these.
 
     Args:
-        rows: of the data set.
-        fraction: to draw, in (0, 1]; 1 keeps their order.
+        fraction: to draw, in (0, 1]; 1 keeps their order. InputError where nothing is left.
         limit: at most so many; None for all.
         seed: of the drawing; kvpress's is 42.
-
-    Raises:
-        InputError: nothing is left.
     """
     chosen = list(rows)
     if fraction < 1:
@@ -112,16 +100,9 @@ def choose(rows: Sequence[Row], fraction: float, limit: int | None, seed: int) -
 
 
 def check_rows(benchmark: Benchmark, loaded: Rows, has_limit: bool) -> None:
-    """See that every row can be asked and scored.
+    """Raise DataError where a row cannot be asked or scored, MissingDependencyError where scoring needs a package.
 
-    Args:
-        benchmark: scores them.
-        loaded: the rows.
-        has_limit: whether the length of an answer is given otherwise.
-
-    Raises:
-        DataError: a column is missing, or a row holds what cannot be asked or scored.
-        MissingDependencyError: a package that scoring needs is not installed.
+    ``has_limit``: whether the length of an answer is given otherwise.
     """
     if not loaded.rows:
         raise DataError(f"{loaded.name} holds no rows; name another folder.")
@@ -154,34 +135,21 @@ Ids = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Question:
-    """One question about a context.
+    """One question about a context."""
 
-    Attributes:
-        ids: of the question, what the chat template puts after it, and the beginning of the answer.
-        limit: tokens of the answer at most.
-        row: its other columns, by which it is scored.
-    """
-
-    ids: Ids
-    limit: int
-    row: Row
+    ids: Ids  # of the question, what the chat template puts after it, and the beginning of the answer
+    limit: int  # tokens of the answer at most
+    row: Row  # its other columns, by which it is scored
 
 
 @dataclass(frozen=True)
 class AskedContext:
-    """One context, which is compressed once, and the questions about it.
+    """One context, which is compressed once, and the questions about it."""
 
-    Attributes:
-        context_ids: read and compressed.
-        questions: each asked of what is left of the context, and of no other question.
-        n_whole: tokens before the context was cut to its length.
-        n_pinned: tokens at the beginning that nothing may evict.
-    """
-
-    context_ids: Ids
-    questions: tuple[Question, ...]
-    n_whole: int
-    n_pinned: int
+    context_ids: Ids  # read and compressed
+    questions: tuple[Question, ...]  # each asked of what is left of the context, and of no other question
+    n_whole: int  # tokens before the context was cut to its length
+    n_pinned: int  # tokens at the beginning that nothing may evict
 
     @property
     def length(self) -> int:
@@ -211,7 +179,6 @@ def make_contexts(
 
     Args:
         rows: with the columns context, question, answer_prefix and max_new_tokens.
-        tokenizer: of the model.
         max_positions: of the model; a context is cut where it would leave no room for its longest question and answer.
         max_context_length: tokens after which a context is cut; None for as many as there is room for.
         max_new_tokens: of an answer at most, instead of what the row says.

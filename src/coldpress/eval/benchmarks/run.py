@@ -10,26 +10,32 @@ import hashlib
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 from transformers.modeling_utils import PreTrainedModel
 
+from coldpress.bases.press_files import load_press_files
 from coldpress.cache.pressed import PressedCache
+from coldpress.eval.benchmarks import Row, find_benchmark
 from coldpress.eval.benchmarks.benchmark import Benchmark, Scores, Share
-from coldpress.eval.benchmarks.rows import AskedContext
-from coldpress.eval.checks import check_baseline, sizes_of
-from coldpress.eval.jobs import BASELINE, Point
+from coldpress.eval.benchmarks.others import hide
+from coldpress.eval.benchmarks.rows import LIMIT, AskedContext, Rows, check_rows, choose, load_rows, make_contexts
+from coldpress.eval.jobs import BASELINE, Point, make_jobs
 from coldpress.eval.ledger import Answers, Ledger
-from coldpress.eval.losses import finite, token_losses
-from coldpress.eval.perplexity import forward
-from coldpress.eval.point_run import PointRun
+from coldpress.eval.losses import finite, forward, token_losses
+from coldpress.eval.metrics import bootstrap
+from coldpress.eval.models import load_model
+from coldpress.eval.plan import UNKNOWN_POSITIONS
+from coldpress.eval.point_run import PointRun, check_baseline, sizes_of
+from coldpress.eval.progress import note
+from coldpress.eval.run import DECODE_COST, ExampleRun, carry_out, checked_folder, prepared
+from coldpress.eval.settings import BenchmarkSettings
 from coldpress.eval.task_run import ExampleWork, ends_of, greedy_tokens, row_of
+from coldpress.eval.tokens import note_unreadable
 from coldpress.models.block import prefilling
-
-__all__ = ["BenchmarkRun", "ContextWork", "bootstrap_interval", "mcnemar", "mean"]
-
-_AT_ONCE = 2_000_000  # drawn numbers that are held together
 
 
 def mean(shares: Sequence[Share]) -> float | None:
@@ -39,7 +45,7 @@ def mean(shares: Sequence[Share]) -> float | None:
 
 
 def bootstrap_interval(
-    own: Sequence[Share], base: Sequence[Share], contexts: Sequence[int], *, resamples: int = 10_000, seed: int = 0
+    own: Sequence[Share], base: Sequence[Share], contexts: Sequence[int], **options: int
 ) -> tuple[float, float] | None:
     """95 % interval of the difference of two means, from contexts that are drawn anew, with all their questions.
 
@@ -48,39 +54,22 @@ def bootstrap_interval(
     Args:
         own, base: shares of each question, under a press and uncompressed.
         contexts: which one each question is about.
-        resamples, seed: how often is drawn, and the seed of the drawing: the same every time.
-
-    Returns:
-        The 2.5 % and 97.5 % points; None with a single context, or where nothing could be reached.
+        options: of :func:`coldpress.eval.metrics.bootstrap`.
     """
-    places = {context: i for i, context in enumerate(dict.fromkeys(contexts))}
-    n = len(places)
-    if n < 2:
-        return None
-    sums = torch.zeros(4, n, dtype=torch.float64)
+    sums = {context: numpy.zeros(4) for context in contexts}
     for mine, other, context in zip(own, base, contexts, strict=True):
-        sums[:, places[context]] += torch.tensor([*mine, *other], dtype=torch.float64)
-    generator = torch.Generator().manual_seed(seed)
-    differences, step = [], max(1, _AT_ONCE // n)
-    for start in range(0, resamples, step):
-        drawn = torch.randint(n, (min(step, resamples - start), n), generator=generator)
-        reached, of, reached_base, of_base = sums[:, drawn].sum(-1)
-        differences.append(reached / of - reached_base / of_base)
-    found = torch.cat(differences)
-    found = found[found.isfinite()]
-    if not len(found):
-        return None
-    low, high = torch.quantile(found, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
+        sums[context] += [*mine, *other]
+    columns = list(zip(*sums.values(), strict=True))
+    return bootstrap(
+        columns, lambda reached, of, reached_base, of_base: reached / of - reached_base / of_base, **options
+    )
 
 
 def mcnemar(own: Sequence[Share], base: Sequence[Share]) -> tuple[int, int, float] | None:
     """Questions that a press gets right and the uncompressed cache wrong, the other way round, and the exact p.
 
     The two-sided p of McNemar's test: how likely so uneven a split of the changed ones is if both sides are equally so.
-
-    Returns:
-        None where an answer can be right in part.
+    None where an answer can be right in part.
     """
     if any(share.of != 1 or share.reached not in (0, 1) for share in (*own, *base)):
         return None
@@ -127,12 +116,7 @@ class ContextWork(ExampleWork):
 class BenchmarkRun(PointRun[Answers]):
     """Answer the questions of a benchmark, context by context; :meth:`results` can be asked for at any time.
 
-    Args:
-        model, points, ledger: see :class:`coldpress.eval.point_run.PointRun`.
-        tokenizer: of the model.
-        benchmark: scores the answers.
-        contexts: see :func:`coldpress.eval.benchmarks.rows.make_contexts`.
-        chunk_tokens, seed: see :class:`coldpress.eval.task_run.ExampleWork`.
+    ``contexts`` are those of :func:`make_contexts`; for the rest see :class:`PointRun` and :class:`ExampleWork`.
     """
 
     kind = Answers
@@ -144,13 +128,11 @@ class BenchmarkRun(PointRun[Answers]):
         points: Sequence[Point],
         benchmark: Benchmark,
         contexts: Sequence[AskedContext],
-        *,
-        chunk_tokens: int | None = None,
-        seed: int = 0,
         ledger: Ledger | None = None,
+        **options: Any,
     ):
         self.tokenizer, self.benchmark = tokenizer, benchmark
-        self.work = ContextWork(chunk_tokens, None, frozenset(), ends_of(model, tokenizer), seed)
+        self.work = ContextWork(ends_of(model, tokenizer), **options)
         super().__init__(model, points, contexts, ledger)
 
     def _fingerprint(self, index: int) -> str:
@@ -251,3 +233,93 @@ def _by_depth(rows: list[dict[str, Any]], measure: str | None) -> list[dict[str,
         scores = {name: value for name, value in _compared(own, measure).items() if name in ("score", "score_base")}
         found.append({"depth": depth, "n": len(own), **scores, "answer_nll": None, "answer_nll_base": None})
     return found
+
+
+# ``coldpress benchmark``: one result record per press and size
+
+
+def benchmark_protocol(settings: BenchmarkSettings, data_dir: str | None) -> str:
+    """The name of the way a benchmark is measured; numbers of different names are not compared."""
+    parts = ["benchmark-v1", settings.name, *([] if data_dir is None else [data_dir])]
+    parts += ["query_aware"] if settings.query_aware else []
+    parts += ["pinned"] if settings.pin_system is not None else []
+    parts += [] if settings.max_context_length is None else [f"cut{settings.max_context_length}"]
+    parts += [] if settings.chunk_tokens is None else [f"chunk{settings.chunk_tokens}"]
+    return "-".join(parts)
+
+
+def measure_benchmark(settings: BenchmarkSettings, command: str) -> tuple[list[dict[str, Any]], bool]:
+    """Run a benchmark under presses as :func:`coldpress.eval.task_run.measure_tasks` runs tasks."""
+    benchmark = find_benchmark(settings.name)
+    load_press_files(settings.press, settings.engine)  # an evaluation of speed knows no engine
+    make_jobs(settings.of_jobs(2**31))  # presses that there are not, before anything is loaded
+    data = load_rows(benchmark, settings.data, settings.data_dir)
+    check_rows(benchmark, data, has_limit=settings.max_new_tokens is not None)
+    jobs = make_jobs(settings.of_jobs(settings.max_new_tokens or max(row[LIMIT] for row in data.rows)))
+    folder = checked_folder(settings)
+    loaded = load_model(settings.model, **settings.loading)
+    rows = data.rows
+    if benchmark.is_haystack and settings.max_context_length is not None:
+        rows = hide(rows, loaded.tokenizer, settings.max_context_length, settings.needle_depth)
+    rows = choose(rows, settings.fraction, settings.limit, settings.seed)
+    note_unreadable(loaded.tokenizer, (row["context"] for row in rows), loaded.name)
+    contexts = make_contexts(
+        rows,
+        loaded.tokenizer,
+        max_positions=UNKNOWN_POSITIONS if settings.allow_extrapolation else loaded.max_positions or UNKNOWN_POSITIONS,
+        max_context_length=settings.max_context_length,
+        max_new_tokens=settings.max_new_tokens,
+        is_query_aware=settings.query_aware,
+        system=settings.pin_system,
+    )
+    loaded.check_ids([torch.tensor(context.context_ids) for context in contexts])
+    n_cut = sum(context.length < context.n_whole for context in contexts)
+    if n_cut:
+        longest = max(context.n_whole for context in contexts)
+        kept = max(context.length for context in contexts)
+        note(f"{n_cut} of {len(contexts)} contexts are cut to {kept:,} tokens or less; the longest has {longest:,}")
+    run = BenchmarkCommand(settings, prepared(jobs, loaded), loaded, command, data, rows, contexts)
+    run.keep_in(folder)
+    return carry_out(run, folder)
+
+
+@dataclass
+class BenchmarkCommand(ExampleRun):
+    """A run over a benchmark of which everything is decided."""
+
+    data: Rows
+    rows: Sequence[Row]
+    contexts: Sequence[AskedContext]
+
+    def point_run(self) -> BenchmarkRun:
+        return BenchmarkRun(
+            self.loaded.model,
+            self.loaded.tokenizer,
+            [job.point for job in self.jobs],
+            find_benchmark(self.settings.name),
+            self.contexts,
+            chunk_tokens=self.settings.chunk_tokens,
+            seed=self.settings.seed,
+            ledger=self.ledger,
+        )
+
+    @property
+    def work(self) -> float:
+        new = DECODE_COST * sum(question.limit for context in self.contexts for question in context.questions)
+        return self.n_parameters * (sum(context.length for context in self.contexts) + new * (1 + len(self.jobs)))
+
+    def facts(self) -> dict[str, Any]:
+        contexts, data = self.contexts, self.data
+        return {
+            "protocol": benchmark_protocol(self.settings, data.data_dir),
+            "dataset": self.settings.name,
+            "dataset_source": data.source,
+            "subset": data.data_dir,
+            "split": "test",
+            "text_sha256": hashlib.sha256(repr([sorted(row.items()) for row in self.rows]).encode()).hexdigest(),
+            "tokens_sha256": hashlib.sha256("".join(each.fingerprint for each in contexts).encode()).hexdigest(),
+            "total_tokens": sum(context.length for context in contexts),
+            "n_contexts": len(contexts),
+            "n_questions": len(self.rows),
+            "n_contexts_cut": sum(context.length < context.n_whole for context in contexts),
+        }

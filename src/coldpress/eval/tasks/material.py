@@ -11,8 +11,6 @@ from typing import Any
 from coldpress.errors import DataError, InputError
 from coldpress.models.chat import user_turn
 
-__all__ = ["ADJECTIVES", "NOUNS", "SENTENCES", "Ids", "Material"]
-
 # No two of them are the same idea, none holds a number or a word of ADJECTIVES or NOUNS, and any order will do.
 SENTENCES = (
     "The ferry left the quay before the fog had gone.",
@@ -120,12 +118,7 @@ class Material:
     def pieces(self, rng: random.Random, without: Container[str] = ()) -> Iterator[str]:
         """Sentences without end: of a text from anywhere on, of our own in one random order after the other.
 
-        Args:
-            rng: decides where, and in which order.
-            without: pieces to leave out.
-
-        Raises:
-            DataError: none is left.
+        Those in ``without`` are left out; DataError where none is left.
         """
         n = len(self.sentences)
         if all(f" {sentence}" in without for sentence in self.sentences):
