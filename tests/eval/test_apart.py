@@ -18,7 +18,7 @@ def two(**more: Any) -> list[Record]:
 
 
 def made(*records: Record) -> Report:
-    return make_report(Collection(("x",), records, ()))
+    return make_report(Collection(records, ()))
 
 
 def brackets(*records: Record) -> list[str]:
