@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from coldpress.architecture.generating import refuse_guesses
+from coldpress.architecture.generating import refuse_guesses, refuse_pieces
 from coldpress.architecture.rope import Rope, layer_type
 from coldpress.architecture.rotation import Steps, given_rotation, rotates
 from coldpress.architecture.versions import check_versions
@@ -142,9 +142,19 @@ class Session:
         """A call of the model begins, with the arguments of :meth:`ModelCall.of`."""
         if seen:
             self.branches = []  # the prefill is over
-        elif self.press is not None:
-            refuse_guesses()
+        else:
+            for own in (self, *(branch.session for branch in self.live_branches())):
+                own._check_prompt()
         self.call = ModelCall.of(seen, n_new, mask, shown)
+
+    def _check_prompt(self) -> None:
+        """Raise :class:`CacheError` if ``generate`` brings something else than a prompt for the press to compress."""
+        press = self.press
+        if press is None:
+            return
+        refuse_guesses()
+        if press.at_prefill and not press.evicts_while_decoding:  # else later pieces are compressed as well
+            refuse_pieces(type(press).__name__, self.chunk_tokens, press.chooses_again)
 
     def check_layer(self, index: int, seen: int, n_new: int) -> None:
         """Raise :class:`CacheError` if a layer that has seen ``seen`` tokens has no part in the call that is under way.
