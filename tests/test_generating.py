@@ -13,7 +13,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from coldpress import DecodingPress, KnormPress, PressedCache, SimLayerKVPress, SnapKVPress, prefill
 from coldpress.architecture.cache_argument import cache_argument
-from coldpress.architecture.generating import switching_point
+from coldpress.architecture.generating import _say_padding, switching_point
 from coldpress.errors import CacheError
 
 IDS = tokens(1, 20).repeat(1, 3)
@@ -115,6 +115,38 @@ def test_pieces_that_are_taken(model: PreTrainedModel, cache: Callable[[], Press
     past, options = cache(), OPTIONS | {"attention_mask": torch.ones(1, n), "min_new_tokens": 8}
     model.generate(IDS[:, :n], **cache_argument(past), **options, prefill_chunk_size=16)
     assert past.seen_tokens == n + 7
+
+
+# -- padding ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["cache", "block", "pieces", "later"])
+def test_padding_on_the_right_is_said_once(model: PreTrainedModel, how: str) -> None:
+    _say_padding.cache_clear()
+    ids, mask = IDS.repeat(2, 1), torch.ones(2, 60, dtype=torch.long)
+    past = PressedCache(KnormPress(0.5), chunk_tokens=32 if how == "pieces" else None)
+    own = {} if how == "block" else cache_argument(past)
+    options = OPTIONS | {"attention_mask": mask} | ({"prefill_chunk_size": 32} if how == "pieces" else {})
+    if how == "later":
+        model(ids[:, :40], **own)
+    block = KnormPress(0.5)(model) if how == "block" else nullcontext()
+    mask[1, 50:] = 0
+    with block, pytest.warns(UserWarning, match="padding_side='left'") as said:
+        model.generate(ids, **own, **options)
+        if how == "cache":
+            past.reset()
+            model.generate(ids, **own, **options)
+    assert len(said) == 1
+
+
+@torch.no_grad()
+def test_padding_elsewhere_is_not_spoken_of(model: PreTrainedModel) -> None:
+    _say_padding.cache_clear()
+    mask = torch.ones_like(IDS)
+    mask[:, 50:] = 0
+    model(IDS, attention_mask=mask, **cache_argument(PressedCache(PRESS)))
+    prefill(model, IDS, PressedCache(PRESS), attention_mask=mask)
+    model.generate(IDS, **cache_argument(PressedCache(PRESS)), **OPTIONS | {"attention_mask": mask.flip(1)})
 
 
 # -- frequencies that change with the length of a text ----------------------------------------------------------------

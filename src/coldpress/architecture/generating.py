@@ -1,16 +1,18 @@
-"""Checks of what ``generate`` would silently do wrong with a cache: guesses, pieces, and dropping it.
+"""Checks of what ``generate`` would silently do wrong with a cache: guesses, pieces, padding, and dropping it.
 
-Decoding with guesses (an assistant model, prompt lookup) brings guesses together with the prompt. A
-prompt that it cuts up (``prefill_chunk_size``) looks like a short prompt with turns after it. And where a text gets
-longer than the point at which a model with "longrope" scaling changes its frequencies, some models throw their cache
-away and read the text anew into another one.
+Decoding with guesses (an assistant model, prompt lookup) brings guesses together with the prompt. A prompt that it cuts
+up (``prefill_chunk_size``) looks like a short prompt with turns after it. Behind padding on the right it generates from
+what the model says of the padding. And where a text gets longer than the point at which a model with "longrope" scaling
+changes its frequencies, some models throw their cache away and read the text anew into another one.
 
 A cache is not told who calls it. The frames of its callers are the only sign that all versions of transformers give.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
+import warnings
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
@@ -19,7 +21,14 @@ from torch import Tensor
 
 from coldpress.errors import CacheError
 
-__all__ = ["refuse_dropping", "refuse_guesses", "refuse_pieces", "switching_point", "switching_refusal"]
+__all__ = [
+    "refuse_dropping",
+    "refuse_guesses",
+    "refuse_pieces",
+    "switching_point",
+    "switching_refusal",
+    "warn_of_padding",
+]
 
 
 def _callers() -> Iterator[FrameType]:
@@ -65,6 +74,31 @@ def refuse_pieces(press: str, chunk_tokens: int | None, chooses_again: bool) -> 
             f"generate was told prefill_chunk_size={n}, and {press} would compress the first of these pieces as if it "
             f"were the whole prompt: {instead}."
         )
+
+
+def warn_of_padding(mask: Tensor) -> None:
+    """Warn, once in a process, if ``generate`` goes on behind padding: from there it makes its next tokens.
+
+    Args:
+        mask: bool ``[B, n]``, of a prompt.
+    """
+    if bool(mask[:, -1].all()):
+        return
+    if any(frame.f_code.co_name == "generate" and _is_of_transformers(frame) for frame in _callers()):
+        _say_padding()
+
+
+def _is_of_transformers(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__", "")).startswith("transformers.")
+
+
+@functools.cache
+def _say_padding() -> None:
+    warnings.warn(
+        "generate was given rows that end in padding, and takes their next tokens from what the model says after that, "
+        "with any cache: pad on the left, with tokenizer(..., padding_side='left').",
+        stacklevel=2,
+    )
 
 
 def switching_point(config: Any) -> int | None:

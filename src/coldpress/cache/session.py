@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from coldpress.architecture.generating import refuse_guesses, refuse_pieces
+from coldpress.architecture.generating import refuse_guesses, refuse_pieces, warn_of_padding
 from coldpress.architecture.rope import Rope, layer_type
 from coldpress.architecture.rotation import Steps, given_rotation, rotates
 from coldpress.architecture.versions import check_versions
@@ -145,6 +145,8 @@ class Session:
         else:
             for own in (self, *(branch.session for branch in self.live_branches())):
                 own._check_prompt()
+        if mask is not None and n_new > 1:
+            warn_of_padding(mask)
         self.call = ModelCall.of(seen, n_new, mask, shown)
 
     def _check_prompt(self) -> None:
