@@ -200,8 +200,8 @@ def require_text(press: Press, given: Mapping[str, Any]) -> None:
     """
     for name, value in given.items():
         if isinstance(value, Tensor):
-            at = torch.arange(value.shape[-1], device=value.device) if name == "position_ids" else value
-            is_more = bool((value != at).any()) or (name != "attention_mask" and value.is_floating_point())
+            is_more = name == "position_ids" and not _in_order(value, given.get("attention_mask"))
+            is_more = is_more or (name != "attention_mask" and value.is_floating_point())
         else:  # images that were encoded already
             is_more = isinstance(value, Mapping) and any(part is not None for part in value.values())
         if is_more:
@@ -209,6 +209,16 @@ def require_text(press: Press, given: Mapping[str, Any]) -> None:
                 f"{type(press).__name__} runs the model on the text again and was given {name} that are more than its "
                 "tokens in order, such as an image; use a press that does not, such as SnapKVPress."
             )
+
+
+def _in_order(position_ids: Tensor, mask: object) -> bool:
+    """Whether tokens are at consecutive positions from 0 on, with the padding of ``mask`` counted or left out."""
+    at = torch.arange(position_ids.shape[-1], device=position_ids.device)
+    if bool((position_ids == at).all()):
+        return True
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] != len(at):
+        return False
+    return bool(((position_ids == mask.cumsum(-1) - 1) | (mask == 0)).all())
 
 
 def require_rerotatable(press: Press) -> None:

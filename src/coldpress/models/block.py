@@ -274,10 +274,10 @@ class _Prefill:
                 continue
             try:
                 require_block(cache.press, ids)
-                require_text(cache.press, given | given.pop("kwargs", {}))
                 assert ids is not None
                 has_padding = isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.all())
                 cache.press.check_prefill(ids, has_padding)
+                require_text(cache.press, given | given.pop("kwargs", {}))
             except PressError as error:
                 if self.raises:
                     raise
