@@ -17,7 +17,7 @@ from coldpress.architecture.rope import Rope, layer_type
 from coldpress.architecture.rotation import Steps, given_rotation, rotates
 from coldpress.architecture.versions import check_versions
 from coldpress.cache.masks import ModelCall
-from coldpress.cache.pins import Pins
+from coldpress.cache.pins import Pins, warn_of_pins
 from coldpress.cache.roles import Roles
 from coldpress.core.call import LayerCall
 from coldpress.core.press import Press, parts
@@ -142,15 +142,21 @@ class Session:
         """A call of the model begins, with the arguments of :meth:`ModelCall.of`."""
         if seen:
             self.branches = []  # the prefill is over
-        else:
-            for own in (self, *(branch.session for branch in self.live_branches())):
+        filled = (self, *(branch.session for branch in self.live_branches()))
+        for own in filled:
+            if not seen:
                 own._check_prompt()
         if mask is not None and n_new > 1:
             warn_of_padding(mask)
         self.call = ModelCall.of(seen, n_new, mask, shown)
+        if (not seen and self.chunk_tokens is None) or seen + n_new == self.prefill_end:
+            n_real = seen + n_new if self.call.shown is None else self.call.shown.sum(-1).tolist()
+            for own in filled:
+                if own.press is not None and not own.press.evicts_while_decoding:
+                    warn_of_pins(own.pins, n_real, type(own.press).__name__)
 
     def _check_prompt(self) -> None:
-        """Raise :class:`CacheError` if ``generate`` brings something else than a prompt for the press to compress."""
+        """Raise :class:`CacheError` if what comes is no prompt that the press could compress."""
         press = self.press
         if press is None:
             return
