@@ -14,7 +14,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from coldpress import DecodingPress, KnormPress, PressedCache, SimLayerKVPress, SnapKVPress, prefill
 from coldpress.architecture.cache_argument import cache_argument
 from coldpress.architecture.generating import _say_padding, switching_point
-from coldpress.errors import CacheError
+from coldpress.errors import CacheError, InputError
 
 IDS = tokens(1, 20).repeat(1, 3)
 PRESS = SnapKVPress(0.5, window_size=8)
@@ -147,6 +147,37 @@ def test_padding_elsewhere_is_not_spoken_of(model: PreTrainedModel) -> None:
     model(IDS, attention_mask=mask, **cache_argument(PressedCache(PRESS)))
     prefill(model, IDS, PressedCache(PRESS), attention_mask=mask)
     model.generate(IDS, **cache_argument(PressedCache(PRESS)), **OPTIONS | {"attention_mask": mask.flip(1)})
+
+
+# -- no tokens --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", ["press", "no press", "block", "later"])
+def test_no_tokens_are_refused(model: PreTrainedModel, given: str) -> None:
+    past, none = PressedCache(None if given == "no press" else KnormPress(0.5)), IDS[:, :0]
+    if given == "later":
+        model(IDS, **cache_argument(past))
+    block = PRESS(model) if given == "block" else nullcontext()
+    with pytest.raises(InputError, match="at least one token"), block:
+        model(none, **({} if given == "block" else cache_argument(past)))
+    if given != "later":
+        with pytest.raises(InputError, match="at least one token"), PRESS(model):
+            model.generate(none, attention_mask=none, max_new_tokens=3)
+
+
+@torch.no_grad()
+def test_a_mask_that_hides_all_is_refused(model: PreTrainedModel) -> None:
+    mask = torch.zeros_like(IDS)
+    for past in (PressedCache(PRESS), PressedCache().branches([PRESS])[0]):
+        with pytest.raises(CacheError, match="hides all tokens of the prompt"):
+            model(IDS, attention_mask=mask, **cache_argument(past))
+    with pytest.raises(CacheError, match="hides all tokens of the prompt"), PRESS(model):
+        model.generate(IDS, **OPTIONS | {"attention_mask": mask})
+    with pytest.raises(InputError, match="hides all tokens of the prompt"):
+        prefill(model, IDS, PressedCache(PRESS, chunk_tokens=16), attention_mask=mask)
+    rows = torch.cat([mask, torch.ones_like(mask)])  # one of them may fill up a batch
+    model(IDS.repeat(2, 1), attention_mask=rows, **cache_argument(past := PressedCache(PRESS)))
+    assert past.achieved_ratio() == 0.5
 
 
 # -- frequencies that change with the length of a text ----------------------------------------------------------------
