@@ -201,17 +201,6 @@ def test_assisted_generation_under_a_press(name: str, guess: str) -> None:
 
 
 @pytest.mark.skipif(not GENERATES_IN_PIECES, reason="transformers")
-def test_prefill_in_chunks_compresses_the_first_one_only() -> None:
-    """As PressedCache says; what generate computes with the later chunks is right all the same."""
-    past, by_hand = PressedCache(KnormPress(0.5)), PressedCache(KnormPress(0.5))
-    answer = generate("llama", past, prefill_chunk_size=16)
-    assert past.stored_lengths() == [8 + N + NEW - 1 - 16] * 2
-    for chunk in IDS.split(16, dim=1):
-        logits = tiny("llama")(chunk, **cache_argument(by_hand)).logits
-    assert answer[0, N] == logits[0, -1].argmax()
-
-
-@pytest.mark.skipif(not GENERATES_IN_PIECES, reason="transformers")
 @pytest.mark.usefixtures("given_weights")
 @pytest.mark.parametrize(
     "press",

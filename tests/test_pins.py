@@ -9,7 +9,7 @@ import torch
 from tests.contract.architectures import tiny, tokens
 from torch import Tensor
 
-from coldpress import DecodingPress, KnormPress, PressedCache, StreamingLLMPress
+from coldpress import DecodingPress, KnormPress, PressedCache, StreamingLLMPress, prefill
 from coldpress.architecture.cache_argument import cache_argument
 from coldpress.cache.pins import checked_pins
 from coldpress.errors import CacheError, PressError
@@ -83,6 +83,47 @@ def test_spans_go_with_their_rows(how: str) -> None:
 def test_spans_of_other_rows_than_there_are() -> None:
     with pytest.raises(CacheError, match="pin= has spans for 2 rows, and the cache holds 3; give one for each"):
         read(PressedCache(KnormPress(0.5), pin=SPANS), tokens(3, 30))
+
+
+@pytest.mark.parametrize("how", ["cache", "block", "pieces", "branches", "rows"])
+def test_a_span_beyond_the_prompt_is_said_once_where_it_can_pin_nothing(how: str) -> None:
+    model, press = tiny("llama"), KnormPress(0.5)
+    past = PressedCache(press, chunk_tokens=8 if how == "pieces" else None, pin=[(2, 4), (50, 60)])
+    said = pytest.warns(UserWarning, match=r"\(50, 60\), which lies beyond the 20 tokens .* KnormPress compresses")
+    if how == "block":
+        own = PressedCache(pin=[(50, 60)])
+        with said as warned, press(model):
+            read(own, tokens(1, 20))
+    elif how == "pieces":
+        with said as warned:
+            prefill(model, tokens(1, 20), past)
+    elif how == "branches":
+        own = PressedCache(pin=[(50, 60)])
+        branches = own.branches([None, press])
+        with said as warned:
+            read(own, tokens(1, 20))
+        assert branches[1].stored_lengths() == [10, 10]
+    elif how == "rows":
+        mask = torch.ones(2, 55, dtype=torch.long)
+        mask[1, :35] = 0
+        with said as warned:
+            read(PressedCache(press, pin=[[(50, 60)], [(50, 60)]]), tokens(2, 55), mask)
+        read(PressedCache(press, pin=[(50, 60)]), tokens(2, 55), mask)  # it is of a row at least
+    else:
+        with said as warned:
+            read(past, tokens(1, 20))
+        read(past, tokens(1, 20))
+    assert len(warned) == 1
+
+
+def test_a_span_of_tokens_to_come() -> None:
+    past = PressedCache(DecodingPress(KnormPress(), 4, 8), pin=[(22, 24)])
+    read(past, tokens(1, 20))
+    read(PressedCache(KnormPress(0.5), pin=[(19, 60)]), tokens(1, 20))  # a part of it is there
+    read(PressedCache(pin=[(50, 60)]), tokens(1, 20))  # nothing is evicted
+    for token in tokens(1, 20, seed=1).split(1, dim=1):
+        read(past, token)
+    assert {22, 23} <= set(past.positions()[0, 0].tolist())
 
 
 def test_a_budget_below_what_must_stay_is_refused_with_the_numbers() -> None:

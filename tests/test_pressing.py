@@ -424,9 +424,17 @@ def test_other_caches(model: PreTrainedModel) -> None:
     offloaded = DynamicCache()
     offloaded.offloading = True
     quantized = QuantizedCache.__new__(QuantizedCache)  # without the packages it needs
-    for past in (StaticCache(config=model.config, max_cache_len=64), quantized, Mine(), offloaded):
-        with PRESS(model), pytest.raises(CacheError, match=rf"not {type(past).__name__}.*coldpress.PressedCache"):
+    static = StaticCache(config=model.config, max_cache_len=64)
+    others = {"StaticCache": static, "QuantizedCache": quantized, "Mine": Mine(), "one that is offloaded": offloaded}
+    for what, past in others.items():
+        with PRESS(model), pytest.raises(CacheError, match=rf"not {what}.*coldpress.PressedCache"):
             model(IDS, **cache_argument(past))
+
+
+@pytest.mark.parametrize("name", ["static", "offloaded"])
+def test_an_implementation_that_generate_is_told_of(model: PreTrainedModel, name: str) -> None:
+    with PRESS(model), pytest.raises(CacheError, match=r", not (Static|one ).*Leave cache_implementation out, or"):
+        model.generate(IDS, attention_mask=torch.ones_like(IDS), cache_implementation=name, max_new_tokens=3)
 
 
 def test_a_dynamic_cache_that_holds_tokens(model: PreTrainedModel) -> None:

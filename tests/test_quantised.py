@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import pickle
 from types import SimpleNamespace
@@ -220,6 +221,20 @@ def test_bytes_of_heads_of_different_lengths() -> None:
             n_blocks = max(0, (n - R) // G)
             expected += n_blocks * (G * 4 + 8 * 6 + G * (4 + 6)) + (n - n_blocks * G) * 2 * 8 * 4
     assert past.kv_bytes() == expected
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("press", [SnapKVPress(budget_tokens=12), AdaKVPress(SnapKVPress(budget_tokens=12))], ids=repr)
+def test_few_pairs_take_no_more_bytes_for_bits_that_none_is_in(press: BasePress) -> None:
+    """Room for all of the newest pairs was made with the first of them."""
+    plain, few = filled(press, None), filled(press, KVBits(4, residual_tokens=1000))
+    rooms = []
+    for token in tokens(2, 300, seed=2).split(1, dim=1):
+        for past in (plain, few):
+            tiny("llama")(token, **cache_argument(past))
+        rooms.append(few.pressed_layers()[0].slots.filled.room)
+        assert few.kv_bytes() <= plain.kv_bytes()
+    assert sum(now > before for before, now in itertools.pairwise(rooms)) <= 300 // 60  # copies are rare
 
 
 def test_room_for_new_tokens_is_no_more_than_a_group() -> None:

@@ -51,6 +51,16 @@ def test_the_call_makes_the_press_of_the_name(info: coldpress.bases.registry.Pre
     assert made == make_press(info.name, ratio)
 
 
+def test_name_and_ratio_may_be_given_by_name() -> None:
+    expected = make_press("snapkv", 0.5, window_size=8)
+    assert make_press("snapkv", compression_ratio=0.5, window_size=8) == expected
+    assert make_press(name="snapkv", window_size=8, compression_ratio=0.5) == expected
+    with pytest.raises(TypeError, match="compression_ratio"):
+        make_press("snapkv")  # type: ignore[call-arg]
+    with pytest.raises(PressError, match="no parameter 'compression_ratio'"):
+        make_press("snapkv", 0.5, compression_ratio=0.5)
+
+
 @pytest.mark.parametrize("info", press_classes(), ids=lambda info: info.class_name)
 def test_every_class_is_described_whole(info: coldpress.bases.registry.PressInfo) -> None:
     assert info.summary and info.source and info.needs and info.cost

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.contract.architectures import tiny, tokens
@@ -12,6 +14,7 @@ from tests.presses.words import Words
 
 from coldpress import (
     AdaKVPress,
+    AttentionMatchingPress,
     BasePress,
     BlockPress,
     CAMPress,
@@ -38,7 +41,9 @@ from coldpress import (
     KVzapPress,
     KVzipPress,
     LUKVPress,
+    MassMergingPress,
     MergingPress,
+    MomentKVPress,
     NonCausalAttnPress,
     ObservedAttentionPress,
     PerLayerCompressionPress,
@@ -72,7 +77,7 @@ KINDS: dict[str, list[object]] = {
     ],
     "composed": [ComposedPress([KnormPress(0.5), SnapKVPress(0.5)])],
     "by_layer": [PerLayerCompressionPress(KnormPress(), [0.5, 0.5]), LUKVPress(KnormPress(0.5))],
-    "merging": [MergingPress(KnormPress(0.5))],
+    "merging": [MergingPress(KnormPress(0.5)), AttentionMatchingPress(SnapKVPress(0.5))],
     "rerotated": [KeyRerotationPress(KnormPress(0.5))],
     "finch": [FinchPress(0.5, window_size=8)],
     "channels": [ThinKPress(0.5), ThinKPress(0.5, press=KnormPress(0.5))],
@@ -132,6 +137,19 @@ WRAPPERS: dict[str, tuple[Callable[..., BasePress], set[str]]] = {
         {"goes_on", "schedule", "none"},
     ),
 }
+OUTSIDE = re.compile(r"put it outside: (\w+)\((\w+)=(\w+)\(\.\.\.\)\)")
+
+
+def check_advice(message: str, make: Callable[..., BasePress], press: Any) -> None:
+    """What a refusal tells to put outside can be made so."""
+    advised = OUTSIDE.search(message)
+    assert advised is not None or "outside" not in message
+    if advised is None or advised[1] != type(press).__name__:  # else what is advised is of a press further inside
+        return
+    made = replace(press, **{advised[2]: make(getattr(press, advised[2]))})
+    assert type(getattr(made, advised[2])).__name__ == advised[3]
+
+
 HINT = re.compile(r"\b(use|give|put|call|takes|wraps?|must be|leave|such as|run|inside|outside)\b")
 
 
@@ -147,9 +165,19 @@ def test_it_is_made_or_refused_with_a_sentence(wrapper: str, kind: str) -> None:
             make(press)
         message = str(refused.value)
         names = {wrapper.split()[0], type(press).__name__, *re.findall(r"(\w+Press)\(", repr(press))}
+        check_advice(message, make, press)
         is_named = any(name in message for name in names)
         is_helpful = message.endswith(".") and len(message.split()) > 6 and HINT.search(message) is not None
         assert is_named and is_helpful, message
+
+
+@pytest.mark.parametrize("outer", [AttentionMatchingPress, MergingPress, MassMergingPress, MomentKVPress])
+@pytest.mark.parametrize("inner", [AttentionMatchingPress, MergingPress, MassMergingPress, MomentKVPress])
+def test_two_that_change_values_do_not_send_each_other_outside(outer: Any, inner: Any) -> None:
+    with pytest.raises(PressError, match=r"changes the pairs it keeps; use one of the two\.$"):
+        outer(inner(SnapKVPress(0.5)))
+    with pytest.raises(PressError, match=r"changes the pairs it keeps; put it outside: \w+\(press=AdaKVPress\("):
+        AdaKVPress(inner(SnapKVPress(0.5)))
 
 
 def test_two_choices_two_budgets_or_two_ways_of_holding_keys() -> None:

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from coldpress import (
     AdaKVPress,
+    AttentionMatchingPress,
+    BasePress,
     BlockPress,
     ChunkPress,
     ComposedPress,
@@ -301,6 +303,28 @@ def test_batches_and_padding_are_refused_before_anything_is_computed(press: Repl
     assert past.achieved_ratio() > 0.5
     with press.with_ratio(0.0)(model):
         assert cache_of(model(tokens(2, N))).seen_tokens == N
+
+
+@pytest.mark.parametrize(
+    "press", [*ALL, AttentionMatchingPress(KVZIP, queries="repeat")], ids=lambda press: type(press).__name__
+)
+@pytest.mark.parametrize("n_rows", [1, 2])
+def test_generate_with_padded_rows_is_told_of_its_rows(press: BasePress, n_rows: int) -> None:
+    """It gives positions that padding does not count in, as an image has positions of its own."""
+    mask = torch.ones(n_rows, N, dtype=torch.long)
+    mask[-1, :3] = 0
+    what = "a padded text" if n_rows == 1 else "a batch of 2"
+    with press(tiny("llama")), pytest.raises(PressError, match=rf"shows the model one text.*{what}"):
+        tiny("llama").generate(tokens(n_rows, N), attention_mask=mask, max_new_tokens=3)
+
+
+def test_what_removes_nothing_takes_padded_rows() -> None:
+    mask = torch.ones(2, N, dtype=torch.long)
+    mask[1, :3] = 0
+    options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 3, "do_sample": False}
+    expected = tiny("llama").generate(tokens(2, N), **options)
+    with KVZIP.with_ratio(0.0)(tiny("llama")):
+        assert torch.equal(tiny("llama").generate(tokens(2, N), **options), expected)
 
 
 @pytest.mark.parametrize("press", ALL, ids=lambda press: type(press).__name__)

@@ -480,6 +480,27 @@ def test_a_damaged_file_is_made_again(loaded: LoadedModel, tmp_path: Path, press
         assert answer(loaded, ids, snapshots.fork(ids)) == expected
 
 
+@pytest.mark.parametrize(
+    "other",
+    [{"press": KnormPress(0.9)}, {"press": SnapKVPress(0.5)}, {"kv_bits": 4}, {"chunk_tokens": 8}, {"pin": [(0, 3)]}],
+    ids=repr,
+)
+def test_pairs_of_other_settings_are_made_again(loaded: LoadedModel, tmp_path: Path, other: dict[str, Any]) -> None:
+    """A file of the same text that was put in the place of another one was served as if it were that."""
+    snapshots = Snapshots(loaded.model, loaded.tokenizer, KnormPress(0.5), budget_bytes=0, folder=tmp_path)
+    first, second = snapshots.add(TEXTS[0]), snapshots.add(TEXTS[0], **other)
+    expected = first.fork()
+    mine = tmp_path / f"{first.id}.safetensors"
+    mine.write_bytes((tmp_path / f"{second.id}.safetensors").read_bytes())
+    with pytest.warns(UserWarning, match="A snapshot is made again: .* other pairs of its tokens than its name says"):
+        fork = first.fork()
+    assert fork.press == KnormPress(0.5) and fork.stored_lengths() == expected.stored_lengths()
+    assert fork.kv_bits is None and torch.equal(fork.positions(), expected.positions())
+    assert snapshots.damaged == 1 and snapshots.built == 3
+    assert first.fork().seen_tokens == second.fork().seen_tokens  # both are right, and read from their files
+    assert snapshots.damaged == 1 and snapshots.built == 3
+
+
 def test_a_full_disk_costs_time_and_no_answer(loaded: LoadedModel, tmp_path: Path, monkeypatch: Any) -> None:
     snapshots = Snapshots(loaded.model, loaded.tokenizer, SnapKVPress(0.5), budget_bytes=0, folder=tmp_path)
 

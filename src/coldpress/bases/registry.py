@@ -13,6 +13,7 @@ from coldpress.bases.docstring import parse
 from coldpress.bases.press import BasePress
 from coldpress.bases.scorer import BUDGETS, BudgetPress
 from coldpress.core.counts import check_ratio
+from coldpress.core.definition import or_by_name
 from coldpress.errors import PressError, nearest
 
 __all__ = [
@@ -200,6 +201,7 @@ def press_names(*, kind: str | None = None, has_ratio: bool | None = None, at_pr
     ]
 
 
+@or_by_name
 def make_press(name: str, compression_ratio: float, /, **parameters: Any) -> BasePress | None:
     """The press called ``name``, or None for ``no_press``.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from coldpress.errors import CacheError
 
-__all__ = ["Pins", "Spans", "among_real", "checked_pins", "of_rows", "pinned", "repeated"]
+__all__ = ["Pins", "Spans", "among_real", "checked_pins", "of_rows", "pinned", "repeated", "warn_of_pins"]
 
 Spans = Sequence[tuple[int, int]]  # the first token of a span, and the one after it, among a row's real tokens
 Pins = tuple[tuple[tuple[int, int], ...], ...]  # of each row, or of one for all
@@ -77,3 +78,25 @@ def of_rows(pins: Pins, rows: Sequence[int]) -> Pins:
 def repeated(pins: Pins, repeats: int) -> Pins:
     """The spans of rows that are there ``repeats`` times each, one after the other."""
     return of_rows(pins, [row for row in range(len(pins)) for _ in range(repeats)])
+
+
+def warn_of_pins(pins: Pins, n_real: int | Sequence[int], press: str) -> None:
+    """Warn of spans that lie beyond a prompt whose press compresses nothing else: they pin nothing.
+
+    Args:
+        n_real: tokens of the prompt without padding, of each row or of all.
+        press: the name of what compresses the prompt.
+    """
+    for row, spans in enumerate(pins):
+        if isinstance(n_real, int):
+            n_tokens = n_real
+        else:
+            n_tokens = max(n_real) if len(pins) == 1 else n_real[min(row, len(n_real) - 1)]
+        beyond = [span for span in spans if span[0] >= n_tokens]
+        if beyond:
+            warnings.warn(
+                f"pin= has {beyond[0]}, which lies beyond the {n_tokens} tokens of the prompt, and {press} compresses "
+                "the prompt alone: it pins nothing.",
+                stacklevel=2,
+            )
+            return

@@ -55,8 +55,8 @@ class PressedCache(MixedCache):
         model.generate(**inputs, cache=cache, prefill_chunk_size=512)
 
     :func:`coldpress.prefill` does the same for callers of the model, and alone says where the prompt ends. From
-    ``generate`` a piece with fewer tokens is the last one, and a single token that is left over is stored as a
-    generated one is. Without ``chunk_tokens`` all pieces but the first are stored whole, whatever cuts the prompt up.
+    ``generate`` a piece with fewer tokens is the last one, and a single token that is left over is stored as generated.
+    Without ``chunk_tokens``, ``generate`` must not cut a prompt up; other callers' later pieces are stored whole.
 
     With ``kv_bits`` what is left is stored in few bits: the press scores pairs as they are, its survivors are quantised
     once, and attention sees them in their own type again, one layer at a time. Each head's newest pairs stay as they
@@ -219,9 +219,9 @@ class PressedCache(MixedCache):
         return sum(storages.values())
 
     def achieved_ratio(self) -> float:
-        """Fraction of the pairs (row, head, token) that the press removed, of all layers that it was shown.
+        """Fraction of the pairs (row, head, token) that the press removed, of those that it was shown in all layers.
 
-        Neither padding nor what a sliding window has left behind is counted.
+        Later tokens, padding and what a sliding window has left behind are not counted.
         """
         before, after = (sum(layer.n_pairs[i] for layer in self.pressed_layers()) for i in (0, 1))
         return 1 - after / before if before else 0.0

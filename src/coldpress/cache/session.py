@@ -12,16 +12,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from coldpress.architecture.generating import refuse_guesses
+from coldpress.architecture.generating import refuse_guesses, refuse_pieces, warn_of_padding
 from coldpress.architecture.rope import Rope, layer_type
 from coldpress.architecture.rotation import Steps, given_rotation, rotates
 from coldpress.architecture.versions import check_versions
 from coldpress.cache.masks import ModelCall
-from coldpress.cache.pins import Pins
+from coldpress.cache.pins import Pins, warn_of_pins
 from coldpress.cache.roles import Roles
 from coldpress.core.call import LayerCall
 from coldpress.core.press import Press, parts
-from coldpress.errors import CacheError, ModelError
+from coldpress.errors import CacheError, InputError, ModelError
 from coldpress.stores.codec import Codec
 
 __all__ = ["THREAD", "Session", "uncompiled"]
@@ -140,11 +140,36 @@ class Session:
 
     def begin(self, seen: int, n_new: int, mask: Tensor | None, shown: Tensor | None) -> None:
         """A call of the model begins, with the arguments of :meth:`ModelCall.of`."""
+        if n_new < 1:
+            raise InputError("A call of the model with a PressedCache needs at least one token for each row; got none.")
         if seen:
             self.branches = []  # the prefill is over
-        elif self.press is not None:
-            refuse_guesses()
+        filled = (self, *(branch.session for branch in self.live_branches()))
+        for own in filled:
+            if not seen:
+                own._check_prompt(mask)
+        if mask is not None and n_new > 1:
+            warn_of_padding(mask)
         self.call = ModelCall.of(seen, n_new, mask, shown)
+        if (not seen and self.chunk_tokens is None) or seen + n_new == self.prefill_end:
+            n_real = seen + n_new if self.call.shown is None else self.call.shown.sum(-1).tolist()
+            for own in filled:
+                if own.press is not None and not own.press.evicts_while_decoding:
+                    warn_of_pins(own.pins, n_real, type(own.press).__name__)
+
+    def _check_prompt(self, mask: Tensor | None) -> None:
+        """Raise :class:`CacheError` if what comes is no prompt that the press could compress."""
+        press = self.press
+        if press is None:
+            return
+        if mask is not None and self.chunk_tokens is None and not bool(mask.any()):
+            raise CacheError(
+                "attention_mask hides all tokens of the prompt, so there is nothing to compress: give 1 where a token "
+                "is one of the text, and 0 for padding."
+            )
+        refuse_guesses()
+        if press.at_prefill and not press.evicts_while_decoding:  # else later pieces are compressed as well
+            refuse_pieces(type(press).__name__, self.chunk_tokens, press.chooses_again)
 
     def check_layer(self, index: int, seen: int, n_new: int) -> None:
         """Raise :class:`CacheError` if a layer that has seen ``seen`` tokens has no part in the call that is under way.

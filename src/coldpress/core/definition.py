@@ -9,12 +9,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, fields
+from functools import wraps
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeVar
 
 from coldpress.errors import FrozenPressError, PressError
 
-__all__ = ["PressType", "as_given", "not_called"]
+__all__ = ["PressType", "as_given", "not_called", "or_by_name"]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 _PAGE = "'A press of your own' in docs/from-kvpress.md shows how one written for kvpress is carried over."
 _OF_A_VIEW = ("score", "compress")  # called with a LayerView
@@ -48,6 +51,21 @@ def not_called(press: str, name: str) -> str:
     if name not in _NOT_CALLED:
         return ""
     return f"{press}.{name} is kvpress's and nothing here calls it; in its place there is {_NOT_CALLED[name]}. {_PAGE}"
+
+
+def or_by_name(function: _F) -> _F:
+    """``function``, whose arguments before ``/`` are taken by name as well, where they are not given by place."""
+    names = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.POSITIONAL_ONLY]
+
+    @wraps(function)
+    def call(*args: Any, **others: Any) -> Any:
+        for name in names[len(args) :]:
+            if name not in others:
+                break
+            args = *args, others.pop(name)
+        return function(*args, **others)
+
+    return call  # type: ignore[return-value]
 
 
 class PressType(type):

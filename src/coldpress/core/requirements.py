@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +17,7 @@ from coldpress.errors import CacheError, PressError
 
 __all__ = [
     "CHOICE",
+    "OUTSIDE",
     "PRESS",
     "SCORER",
     "check_chunks",
@@ -37,7 +40,7 @@ class Need(NamedTuple):
     instead: str
 
 
-_OUTSIDE = "put it outside: {inner}(press={outer}(...))"
+OUTSIDE = "put it outside: {inner}({field}={outer}(...))"
 _BUDGET = ("compression_ratio", "budget_tokens", "budget_bytes")
 _NEEDS = {
     "one_layer": Need(
@@ -50,16 +53,16 @@ _NEEDS = {
         "a press that says which pairs stay, such as SnapKVPress(0.5)",
         lambda press: press.offers_choice,
         "has no budget and no scores that others could choose by",
-        "use it by itself, or put it outside",
+        OUTSIDE,
     ),
     "pairs": Need(
-        "pairs as the model made them", lambda press: not press.changes, "changes the pairs it keeps", _OUTSIDE
+        "pairs as the model made them", lambda press: not press.changes, "changes the pairs it keeps", OUTSIDE
     ),
     "keys": Need(
         "keys as the model made them",
         lambda press: press.changes <= {"values"},
         "changes the keys that it keeps",
-        _OUTSIDE,
+        OUTSIDE,
     ),
     "channels": Need(
         "keys in all their channels",
@@ -171,10 +174,49 @@ def require(outer: object, press: object, *needs: str, instead: str = "") -> Non
 def refusal(outer: object, inner: Press, need: str, instead: str = "") -> str:
     """The sentence that says why ``outer`` does not go with ``inner``; see :func:`require`."""
     what, _, lack, usually = _NEEDS[need]
-    if usually == _OUTSIDE and len([*parts(inner)]) == 1:  # nothing is inside it
-        usually = "use it by itself"
-    names = {"outer": _name(outer), "inner": type(inner).__name__}
-    return "{outer} needs {0}, and {inner} {1}; {2}.".format(what, lack, (instead or usually).format(**names), **names)
+    advice, field = instead or usually, _field_of(inner)
+    if advice == OUTSIDE and not _goes_outside(outer, inner):
+        advice = "use it by itself" if field is None or need == "choice" else "use one of the two"
+    names = {"outer": _name(outer), "inner": type(inner).__name__, "field": field}
+    return "{outer} needs {0}, and {inner} {1}; {2}.".format(what, lack, advice.format(**names), **names)
+
+
+def _field_of(press: Press) -> str | None:
+    """The parameter that is the press inside; None without one."""
+    return next((name for name, value in vars(press).items() if isinstance(value, Press)), None)
+
+
+def _goes_outside(outer: object, inner: Press) -> bool:
+    """Whether ``inner`` can be made around ``outer``, which has refused it inside: it is tried."""
+    field = _field_of(inner)
+    if field is None or not isinstance(outer, Press) or _TRIAL.is_on:
+        return False
+    _TRIAL.is_on = True
+    try:
+        replace(inner, **{field: _without(outer, inner)})  # type: ignore[type-var]
+    except (TypeError, ValueError):  # PressError among them
+        return False
+    finally:
+        _TRIAL.is_on = False
+    return True
+
+
+def _without(press: Press, part: Press) -> Press:
+    """``press`` with what is inside ``part`` in the place of that."""
+    field = _field_of(press)
+    if field is None:
+        raise PressError(f"{type(press).__name__} holds several presses.")
+    inside: Press = getattr(press, field)
+    return inside if press is part else replace(press, **{field: _without(inside, part)})  # type: ignore[type-var]
+
+
+class _Trial(threading.local):
+    """Whether this thread tries a press out, so that what is refused then needs no advice."""
+
+    is_on = False
+
+
+_TRIAL = _Trial()
 
 
 def _name(outer: object) -> str:
@@ -200,8 +242,8 @@ def require_text(press: Press, given: Mapping[str, Any]) -> None:
     """
     for name, value in given.items():
         if isinstance(value, Tensor):
-            at = torch.arange(value.shape[-1], device=value.device) if name == "position_ids" else value
-            is_more = bool((value != at).any()) or (name != "attention_mask" and value.is_floating_point())
+            is_more = name == "position_ids" and not _in_order(value, given.get("attention_mask"))
+            is_more = is_more or (name != "attention_mask" and value.is_floating_point())
         else:  # images that were encoded already
             is_more = isinstance(value, Mapping) and any(part is not None for part in value.values())
         if is_more:
@@ -209,6 +251,16 @@ def require_text(press: Press, given: Mapping[str, Any]) -> None:
                 f"{type(press).__name__} runs the model on the text again and was given {name} that are more than its "
                 "tokens in order, such as an image; use a press that does not, such as SnapKVPress."
             )
+
+
+def _in_order(position_ids: Tensor, mask: object) -> bool:
+    """Whether tokens are at consecutive positions from 0 on, with the padding of ``mask`` counted or left out."""
+    at = torch.arange(position_ids.shape[-1], device=position_ids.device)
+    if bool((position_ids == at).all()):
+        return True
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] != len(at):
+        return False
+    return bool(((position_ids == mask.cumsum(-1) - 1) | (mask == 0)).all())
 
 
 def require_rerotatable(press: Press) -> None:

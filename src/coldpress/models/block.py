@@ -274,10 +274,10 @@ class _Prefill:
                 continue
             try:
                 require_block(cache.press, ids)
-                require_text(cache.press, given | given.pop("kwargs", {}))
                 assert ids is not None
                 has_padding = isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.all())
                 cache.press.check_prefill(ids, has_padding)
+                require_text(cache.press, given | given.pop("kwargs", {}))
             except PressError as error:
                 if self.raises:
                     raise
@@ -374,9 +374,10 @@ def _bind(cache: Any, press: Press, bound: list[Session]) -> PressedCache:
 def _adopt(cache: Any) -> Session:
     """Replace the layers of a DynamicCache with keys and values by layers that can be compressed."""
     if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
+        what = "one that is offloaded to the CPU" if type(cache) is DynamicCache else type(cache).__name__
         raise CacheError(
-            f"A press compresses a PressedCache or a plain DynamicCache, not {type(cache).__name__}. "
-            "Pass a coldpress.PressedCache(); for one that is quantised, PressedCache(kv_bits=4)."
+            f"A press compresses a PressedCache or a plain DynamicCache, not {what}. Leave cache_implementation out, "
+            "or pass a coldpress.PressedCache(); for one that is quantised, PressedCache(kv_bits=4)."
         )
     if isinstance(cache, Cache) and cache.get_seq_length() > 0:
         raise CacheError("This DynamicCache holds tokens already; a press compresses during the prefill. Start empty.")

@@ -65,7 +65,7 @@ def prefill(
 
     Raises:
         CacheError: the cache stores tokens already.
-        InputError: the prompt has no tokens, or the mask has another shape.
+        InputError: the prompt has no tokens, or the mask has another shape or hides all of them.
     """
     if cache.seen_tokens:
         raise CacheError("prefill() needs an empty cache; reset() it, or call the model itself to add a later turn.")
@@ -75,6 +75,8 @@ def prefill(
         raise InputError(
             f"attention_mask has the shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}."
         )
+    if attention_mask is not None and not attention_mask.any():
+        raise InputError("attention_mask hides all tokens of the prompt; give 1 where a token is one of the text.")
     takes = inspect.signature(model.forward).parameters
     if "logits_to_keep" in takes:
         options = {"logits_to_keep": 1, **options}

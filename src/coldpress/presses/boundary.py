@@ -14,7 +14,7 @@ from coldpress.bases.wrapper import WrapperPress, require_forced
 from coldpress.core.column import Column
 from coldpress.core.counts import share_of
 from coldpress.core.forced import positions_of
-from coldpress.core.requirements import CHOICE
+from coldpress.core.requirements import CHOICE, OUTSIDE
 from coldpress.core.view import LayerView
 
 _LENGTH = Column("prompt_tokens", fill=0, dtype=torch.int32)  # of the prompt that a pair belongs to; 0: to none
@@ -51,7 +51,7 @@ class BoundaryPress(WrapperPress):
         super().__post_init__()
         check_between(self, 0, 0.5, "share")
         # a choice that is not given what must stay would leave out the ends
-        require_forced(self, self.press, "put it outside: {inner}(press={outer}(...))")
+        require_forced(self, self.press, OUTSIDE)
 
     @property
     def estimates_attention(self) -> bool:

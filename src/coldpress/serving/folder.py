@@ -22,6 +22,7 @@ from coldpress.cache.pressed import PressedCache
 from coldpress.core.data import as_data, from_data
 from coldpress.errors import CacheError, InputError, OutputError, PressError
 from coldpress.io.files import path_of, read_text, replace_file
+from coldpress.serving.keys import seed_of
 from coldpress.serving.snapshot import Snapshot, is_wording, row
 from coldpress.stores.bits import bits_from
 
@@ -128,6 +129,8 @@ class Folder:
             cache = PressedCache.load(path, model)
             if cache.token_ids is None or cache.token_ids[0].tolist() != ids:
                 raise CacheError(f"{path} holds other tokens than its name says.")
+            if cache.session._seed != seed_of(key):
+                raise CacheError(f"{path} holds other pairs of its tokens than its name says.")
         except (CacheError, PressError) as error:
             is_there = path.is_file()
             self.remove(key)

@@ -17,7 +17,7 @@ from coldpress.errors import PressError
 from coldpress.stores.codec import Codec
 from coldpress.version import VERSION
 
-__all__ = ["key_of", "origin_of"]
+__all__ = ["key_of", "origin_of", "seed_of"]
 
 _FORMAT = 1  # goes up when the same key would mean other numbers
 _OF_CALLS = ("truncation", "padding")  # what calls of a tokenizer leave behind in it
@@ -61,6 +61,14 @@ def key_of(
         "pins": pins,
     }
     return _digest(said)[:32]
+
+
+def seed_of(key: str) -> int:
+    """What a snapshot's press draws numbers by, so that it draws them again when the snapshot is made again.
+
+    A file of a cache says it, and so which snapshot's pairs it holds.
+    """
+    return int(key[:15], 16)
 
 
 def _press(press: Press) -> Any:

@@ -19,7 +19,7 @@ from coldpress.core.press import Press
 from coldpress.errors import CacheError, InputError, OutputError, PressError
 from coldpress.models.supported import use_coldpress
 from coldpress.serving.folder import Folder
-from coldpress.serving.keys import key_of, origin_of
+from coldpress.serving.keys import key_of, origin_of, seed_of
 from coldpress.serving.reading import compressed
 from coldpress.serving.snapshot import Prefix, Snapshot, as_bytes, is_wording, row
 from coldpress.serving.wording import Message, prefix_ids
@@ -335,7 +335,7 @@ class Snapshots:
             kv_bits=snapshot.kv_bits,
             pin=snapshot.pins or None,
         )
-        cache.session._seed = int(snapshot.id[:15], 16)  # what is drawn is drawn again when it is made again
+        cache.session._seed = seed_of(snapshot.id)
         with self._reading:
             compressed(self.model, self.tokenizer, snapshot.ids, cache)
         return cache

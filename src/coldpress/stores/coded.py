@@ -10,7 +10,7 @@ from torch import Tensor
 
 from coldpress.attend.segments import attend_segments, segment_bias
 from coldpress.errors import CacheError
-from coldpress.stores.base import Store, is_frozen
+from coldpress.stores.base import Store, is_frozen, room_for
 from coldpress.stores.codec import Blocks, Codec, decoded
 from coldpress.stores.dense import DenseStore
 from coldpress.stores.ragged import RaggedStore, pad_segments
@@ -18,7 +18,6 @@ from coldpress.stores.ragged import RaggedStore, pad_segments
 __all__ = ["CodedStore"]
 
 _OWN = ("n_blocks", "counts", "how")  # tensors of a file that are no blocks
-_ROOM = 1 << 13  # tokens to allocate ahead, at most
 
 
 class CodedStore(Store):
@@ -136,12 +135,13 @@ class CodedStore(Store):
         layout, until_next = self._exact, self.codec.exact_tokens + self.codec.block_tokens
         if isinstance(layout, RaggedStore):
             longest = max(span.stop - span.start for span in layout.spans())
-            layout.append(keys, values, room=max(keys.shape[2], min(until_next - longest, _ROOM)))
-            self._n_later += keys.shape[2]
+            n_new = keys.shape[2]
+            layout.append(keys, values, room=max(n_new, min(until_next, room_for(longest + n_new)) - longest))
+            self._n_later += n_new
             return
         needed = layout.n + keys.shape[2]
         if layout.is_borrowed or is_frozen(layout.tensors()[1]) or needed > layout.tensors()[1].shape[2]:
-            layout.own(max(needed, min(until_next, needed + _ROOM)))
+            layout.own(max(needed, min(until_next, room_for(needed))))
         layout.append(keys, values)
 
     def encode(self) -> None:
