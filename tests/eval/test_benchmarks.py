@@ -15,11 +15,11 @@ from transformers import pipeline
 
 from coldpress import SnapKVPress
 from coldpress.cli import main
-from coldpress.errors import InputError
+from coldpress.errors import DataError, InputError
 from coldpress.eval import load_results, task_run
 from coldpress.eval.benchmarks import Share, find_benchmark
 from coldpress.eval.benchmarks.others import hide
-from coldpress.eval.benchmarks.rows import choose, load_rows, make_contexts
+from coldpress.eval.benchmarks.rows import check_rows, choose, load_rows, make_contexts
 from coldpress.eval.benchmarks.run import benchmark_protocol, bootstrap_interval, mcnemar, mean
 from coldpress.eval.ledger import Answers, Ledger
 from coldpress.eval.models import load_model
@@ -372,9 +372,50 @@ def test_a_data_set_is_read_as_the_hub_has_it(tmp_path: Path, own_caches: Path) 
     assert (cached.name, cached.rows) == ("simonjegou/ruler/8192", some[:2])
 
 
-def bad(change: dict[str, Any]) -> dict[str, Any]:
-    row = {**rows("ruler", "4096")[0], **change}
+def bad(change: dict[str, Any], name: str = "ruler", data_dir: str = "4096") -> dict[str, Any]:
+    row = {**rows(name.removesuffix("-e"), data_dir)[0], **change}
     return {name: value for name, value in row.items() if value != "gone"}
+
+
+OF_ONE_KIND = [
+    ("ruler", "4096", {"answer": "the a"}, "answer must be a list of texts, at least one and none of them empty, got "),
+    ("ruler", "4096", {"answer": []}, "answer must be a list of texts, at least one"),
+    ("ruler", "4096", {"answer": ["a", ""]}, "answer must be a list of texts, at least one and none of them empty"),
+    ("ruler", "4096", {"task": "niah_singel_1"}, "got 'niah_singel_1'. Did you mean 'niah_single_1'"),
+    ("longbench", "qasper", {"answers": "Osric"}, "answers must be a list of texts, at least one, got 'Osric'."),
+    ("longbench", "qasper", {"answers": []}, "answers must be a list of texts, at least one, got []."),
+    ("longbench", "qasper", {"task": "zzz"}, "task must be one of narrativeqa, "),
+    ("longbench", "trec", {"all_classes": "City"}, "all_classes must be a list of texts"),
+    ("longbench", "trec", {"all_classes": None}, "all_classes must be a list of texts"),
+    ("longbench-e", "qasper_e", {"answers": "Osric"}, "answers must be a list of texts"),
+    ("longbench-e", "qasper_e", {"length": "short"}, "length must be a number, got 'short'."),
+    ("longbench-v2", "0shot", {"answer": ["B"]}, "answer must be a text that is not empty, got ['B']."),
+    ("longbench-v2", "0shot", {"length": 5}, "length must be a text that is not empty, got 5."),
+    ("loogle", "shortdep_qa", {"answer": ["Mabel"]}, "answer must be a text that is not empty, got ['Mabel']."),
+    ("loogle", "shortdep_qa", {"task": "shortdepqa"}, "Did you mean 'shortdep_qa'"),
+    ("infinitebench", "passkey", {"answer": []}, "answer must be a list of texts, none of them empty"),
+    ("infinitebench", "passkey", {"task": "pass"}, "Did you mean 'passkey'"),
+    ("infinitebench", "math_find", {"answer": ["many"]}, "of numbers where the task has numbers, got ['many']."),
+    ("needle_in_haystack", "data", {"needle": ["a"]}, "needle must be a text that is not empty, got ['a']."),
+    ("zero_scrolls", "data", {"task": ["qasper"]}, "task must be a text that is not empty, got ['qasper']."),
+    ("aime25", "data", {"answer": ["135"]}, "answer must be a text that is not empty, or a number, got ['135']."),
+    ("math500", "data", {"answer": ""}, "answer must be a text that is not empty, or a number, got ''."),
+]
+
+
+@pytest.mark.parametrize(("name", "data_dir", "change", "said"), OF_ONE_KIND)
+def test_a_column_of_another_kind_is_refused(
+    tmp_path: Path, name: str, data_dir: str, change: dict[str, Any], said: str
+) -> None:
+    """A text where a list is wanted was scored letter by letter, and a list where a text is wanted by its brackets."""
+    written(tmp_path / "rows", [bad(change, name, data_dir)])
+    (column,) = change
+    loaded = load_rows(find_benchmark(name), str(tmp_path / "rows"), None)
+    with pytest.raises(DataError) as caught:
+        check_rows(find_benchmark(name), loaded, has_limit=False)
+    message = str(caught.value)
+    assert message.startswith(f"Row 0 of {tmp_path / 'rows'}/test.jsonl: {column} must be ") and said in message
+    assert "\n" not in message and "Error" not in message
 
 
 @pytest.mark.parametrize(
@@ -382,7 +423,8 @@ def bad(change: dict[str, Any]) -> dict[str, Any]:
     [
         ({"question": "gone"}, "has no column 'question'"),
         ({"answer": "gone"}, "ruler needs context, question, answer_prefix, max_new_tokens, answer, task"),
-        ({"answer": []}, "cannot be scored as ruler (ZeroDivisionError"),
+        ({"answer": []}, "rows/test.jsonl: answer must be a list of texts"),
+        ({"answer": "the a"}, "rows/test.jsonl: answer must be a list of texts"),
         ({"max_new_tokens": 0}, "max_new_tokens must be an integer of at least 1, got 0"),
         ({"context": ""}, "the context not empty"),
     ],

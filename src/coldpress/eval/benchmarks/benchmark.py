@@ -124,6 +124,46 @@ def task_of(row: Row) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
+class Column:
+    """What a row must hold under a name: :attr:`fits` is asked with the whole row, which has it."""
+
+    name: str
+    what: str  # as a message says it
+    fits: Callable[[Row], bool]
+    allowed: tuple[str, ...] = ()  # the names that it may hold; empty where it may be anything that fits
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is a text with something in it."""
+    return isinstance(value, str) and bool(value)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a number, and not true or false."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def text(name: str) -> Column:
+    """A text that is not empty."""
+    return Column(name, "a text that is not empty", lambda row: is_text(row[name]))
+
+
+def texts(name: str) -> Column:
+    """A list of texts, none of which is empty: an empty one would be in every answer."""
+    return Column(
+        name,
+        "a list of texts, at least one and none of them empty",
+        lambda row: isinstance(row[name], list) and bool(row[name]) and all(map(is_text, row[name])),
+    )
+
+
+def one_of(name: str, allowed: Sequence[str], plain: Callable[[Row], Any] | None = None) -> Column:
+    """One of some names; ``plain`` reads it from the row where it may be written in other ways too."""
+    read = plain or (lambda row: row[name])
+    return Column(name, f"one of {', '.join(allowed)}", lambda row: read(row) in tuple(allowed), tuple(allowed))
+
+
+@dataclass(frozen=True)
 class Benchmark:
     """Questions about contexts."""
 
@@ -133,7 +173,7 @@ class Benchmark:
     data_dirs: tuple[str, ...] = ()  # folders of the data set, of which one is read; empty where it is not divided
     data_dir: str | None = None  # the folder that is read where none is named
     # that a row must have beside the context, the question and what is put before the answer
-    columns: tuple[str, ...] = ("answer", "task")
+    columns: tuple[Column, ...] = (text("answer"), text("task"))
     groups: Callable[[Row], tuple[str, ...]] = task_of  # names under which a row's scores are averaged
     is_haystack: bool = False  # whether the rows are texts in which a needle is put
     packages: Callable[[Row], tuple[str, ...]] = lambda row: ()  # that scoring a row needs beside coldpress itself

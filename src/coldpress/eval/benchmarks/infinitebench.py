@@ -153,4 +153,28 @@ _ON_HUB = (
     *("code_run", "code_debug", "math_find", "math_calc", "longbook_qa_chn"),
 )
 
-register(Benchmark("infinitebench", "MaxJeblick/InfiniteBench", score, data_dirs=_ON_HUB))
+
+def _is_label(row: Row) -> bool:
+    """Whether the answer is one value or more; where the task counts or calculates, all of them numbers."""
+    label = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
+    if row["task"] == "math_calc" and len(label) == 1 and isinstance(label[0], list):
+        label = label[0]
+    if not label or not all(texts.is_text(value) or texts.is_number(value) for value in label):
+        return False
+    try:
+        return row["task"] not in _COUNTED or bool([_number(value) for value in label])
+    except ValueError:
+        return False
+
+
+_COUNTED = ("code_run", "math_find", "math_calc")
+_ANSWER = "a list of texts, none of them empty, of numbers where the task has numbers"
+register(
+    Benchmark(
+        "infinitebench",
+        "MaxJeblick/InfiniteBench",
+        score,
+        data_dirs=_ON_HUB,
+        columns=(texts.one_of("task", tuple(_MEASURES)), texts.Column("answer", _ANSWER, _is_label)),
+    )
+)

@@ -128,15 +128,35 @@ def _packages(row: Row) -> tuple[str, ...]:
     return needs.get(measure, ())
 
 
-_HUB, _COLUMNS = "Xnhyacinth/LongBench", ("answers", "all_classes", "task")
-register(Benchmark("longbench", _HUB, score, tuple(_MEASURES), columns=_COLUMNS, packages=_packages))
+def _are_references(row: Row) -> bool:
+    """Whether there is a reference; an empty one among others does no harm, as no answer is like it."""
+    found = row["answers"]
+    return isinstance(found, list) and bool(found) and all(isinstance(text, str) for text in found)
+
+
+def _are_classes(row: Row) -> bool:
+    """Whether classes are named, which two tasks are scored by; the others have none."""
+    found = row["all_classes"]
+    if found is None:
+        return _MEASURES[_without_e(row)][1] is not _class
+    return isinstance(found, list) and all(isinstance(name, str) for name in found)
+
+
+_HUB = "Xnhyacinth/LongBench"
+_TASK, _TASK_E = texts.one_of("task", tuple(_MEASURES)), texts.one_of("task", _WITH_LENGTHS, _without_e)
+_TEXTS = "a list of texts, at least one"
+_COLUMNS = (
+    texts.Column("answers", _TEXTS, _are_references),
+    texts.Column("all_classes", "a list of texts, or null for a task without classes", _are_classes),
+)
+register(Benchmark("longbench", _HUB, score, tuple(_MEASURES), columns=(_TASK, *_COLUMNS), packages=_packages))
 register(
     Benchmark(
         "longbench-e",
         _HUB,
         score_e,
         tuple(f"{task}_e" for task in _WITH_LENGTHS),
-        columns=(*_COLUMNS, "length"),
+        columns=(_TASK_E, *_COLUMNS, texts.Column("length", "a number", lambda row: texts.is_number(row["length"]))),
         groups=groups_e,
         packages=_packages,
     )

@@ -9,11 +9,29 @@ from collections.abc import Sequence
 from typing import Any
 
 from coldpress.errors import InputError
-from coldpress.eval.benchmarks.benchmark import Benchmark, Row, Scores, Share, bleu, register, rouge
+from coldpress.eval.benchmarks.benchmark import (
+    Benchmark,
+    Column,
+    Row,
+    Scores,
+    Share,
+    bleu,
+    is_number,
+    is_text,
+    one_of,
+    register,
+    rouge,
+    text,
+    texts,
+)
 
 # RULER: needles, tracking, counting and questions, scored by whether an answer holds the references
 
 _CONTROL = re.compile(r"[\x00-\x1f]")
+_RULER = (
+    *("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3"),
+    *("niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe", "qa_1", "qa_2"),
+)
 
 
 def score_ruler(answer: str, row: Row) -> Scores:
@@ -21,14 +39,22 @@ def score_ruler(answer: str, row: Row) -> Scores:
 
     Capitals do not matter, and control characters are taken out first.
     """
-    text = _CONTROL.sub("", answer.strip()).strip().lower()
-    found = [reference.lower() in text for reference in row["answer"]]
+    said = _CONTROL.sub("", answer.strip()).strip().lower()
+    found = [reference.lower() in said for reference in row["answer"]]
     if row["task"].split("_")[0] == "qa":
         return {"string_match": Share(float(any(found)))}
     return {"string_match": Share(sum(found) / len(found))}
 
 
-register(Benchmark("ruler", "simonjegou/ruler", score_ruler, data_dirs=("4096", "8192", "16384")))
+register(
+    Benchmark(
+        "ruler",
+        "simonjegou/ruler",
+        score_ruler,
+        data_dirs=("4096", "8192", "16384"),
+        columns=(texts("answer"), one_of("task", _RULER)),
+    )
+)
 
 
 # ZeroSCROLLS: ten tasks whose answers are not published; they are recorded, to be handed in to its web page
@@ -39,7 +65,7 @@ def score_zero_scrolls(answer: str, row: Row) -> Scores:
     return {}
 
 
-register(Benchmark("zero_scrolls", "simonjegou/zero_scrolls", score_zero_scrolls, columns=("task",)))
+register(Benchmark("zero_scrolls", "simonjegou/zero_scrolls", score_zero_scrolls, columns=(text("task"),)))
 
 
 # LongBench v2: multiple choice about long texts, by difficulty and by length
@@ -47,8 +73,8 @@ register(Benchmark("zero_scrolls", "simonjegou/zero_scrolls", score_zero_scrolls
 
 def score_longbench_v2(answer: str, row: Row) -> Scores:
     """Whether an answer says which choice is correct, in the words that it was asked to use."""
-    text, choice = answer.replace("*", ""), row["answer"]
-    is_said = any(f"The correct answer is {form}" in text for form in (f"({choice})", choice))
+    said, choice = answer.replace("*", ""), row["answer"]
+    is_said = any(f"The correct answer is {form}" in said for form in (f"({choice})", choice))
     return {"accuracy": Share(float(is_said))}
 
 
@@ -59,7 +85,7 @@ register(
         score_longbench_v2,
         data_dirs=("0shot",),
         data_dir="0shot",
-        columns=("answer", "difficulty", "length"),
+        columns=(text("answer"), text("difficulty"), text("length")),
         groups=lambda row: ("all", str(row["difficulty"]), str(row["length"])),
     )
 )
@@ -116,6 +142,7 @@ register(
         "simonjegou/loogle",
         score_loogle,
         data_dirs=TASKS,
+        columns=(text("answer"), one_of("task", TASKS)),
         packages=lambda row: () if row["task"] == CLOZE else ("rouge", "nltk"),
     )
 )
@@ -171,7 +198,7 @@ register(
         "needle_in_haystack",
         "alessiodevoto/paul_graham_essays",
         score_needle,
-        columns=("needle",),
+        columns=(text("needle"),),
         groups=lambda row: ("needle",),
         is_haystack=True,
         packages=lambda row: ("rouge",),
@@ -219,7 +246,13 @@ def _inside(text: str) -> str | None:
     return None
 
 
-register(Benchmark("aime25", "alessiodevoto/aime25", score_aime, columns=("answer",), groups=lambda row: ("aime25",)))
-register(
-    Benchmark("math500", "alessiodevoto/math500", score_math, columns=("answer",), groups=lambda row: ("math500",))
+_RESULT = (
+    Column(
+        "answer",
+        "a text that is not empty, or a number",
+        lambda row: is_text(row["answer"]) or is_number(row["answer"]),
+    ),
 )
+
+register(Benchmark("aime25", "alessiodevoto/aime25", score_aime, columns=_RESULT, groups=lambda row: ("aime25",)))
+register(Benchmark("math500", "alessiodevoto/math500", score_math, columns=_RESULT, groups=lambda row: ("math500",)))

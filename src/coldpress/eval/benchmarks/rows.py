@@ -12,7 +12,7 @@ import numpy
 
 from coldpress.errors import DataError, InputError, nearest
 from coldpress.eval.benchmarks.benchmark import Benchmark, Row, require
-from coldpress.eval.hub import load_hub, load_local
+from coldpress.eval.hub import BUILDERS, load_hub, load_local
 from coldpress.io.files import path_of
 from coldpress.models.chat import prompt_parts
 
@@ -25,16 +25,23 @@ INSTEAD = ("give a local folder of the same layout (--data FOLDER)",)
 class Rows(NamedTuple):
     """What was loaded, and from where.
 
-    source: hub id, or the folder as it was given. data_dir: of it that was read; None for all.
+    source: hub id, or the folder as it was given. data_dir: of it that was read; None for all. file: the only one that
+    holds rows, as a path from the source; None where there are several, or the hub knows.
     """
 
     source: str
     data_dir: str | None
     rows: list[Row]
+    file: str | None = None
 
     @property
     def name(self) -> str:
         return self.source if self.data_dir is None else f"{self.source}/{self.data_dir}"
+
+    @property
+    def place(self) -> str:
+        """Where a row is to be looked for: the file, if it is known."""
+        return self.name if self.file is None else f"{self.source}/{self.file}"
 
 
 def load_rows(benchmark: Benchmark, data: str | None, data_dir: str | None) -> Rows:
@@ -70,11 +77,12 @@ def _local(data: str, data_dir: str | None) -> Rows:
             f"there are {', '.join(parts)}.{nearest(data_dir, parts)}" if parts else "it is not divided; leave it out."
         )
         raise DataError(f"--data {data} has no folder {data_dir!r}: {there}")
-    files = [path for path in folder.iterdir() if path.suffix in (".parquet", ".jsonl", ".json", ".csv")]
+    files = [path for path in folder.iterdir() if path.suffix in BUILDERS]
     if data_dir is None and parts and not files and parts != ["data"]:
         raise DataError(f"--data {data} is divided: say which part is read with --data_dir: {', '.join(parts)}.")
     rows = load_local(str(Path(folder).resolve()), data, None, SPLIT, data_dir=data_dir, column=PROMPT[0])
-    return Rows(data, data_dir, _told(rows))
+    own = [path for path in (folder / (data_dir or "")).rglob("*") if path.suffix in BUILDERS]
+    return Rows(data, data_dir, _told(rows), str(own[0].relative_to(folder)) if len(own) == 1 else None)
 
 
 def _told(rows: Any) -> list[Row]:
@@ -106,7 +114,7 @@ def check_rows(benchmark: Benchmark, loaded: Rows, has_limit: bool) -> None:
     """
     if not loaded.rows:
         raise DataError(f"{loaded.name} holds no rows; name another folder.")
-    needed = [*PROMPT, *([] if has_limit else [LIMIT]), *benchmark.columns]
+    needed = [*PROMPT, *([] if has_limit else [LIMIT]), *(column.name for column in benchmark.columns)]
     missing = [name for name in needed if name not in loaded.rows[0]]
     if missing:
         raise DataError(
@@ -114,11 +122,16 @@ def check_rows(benchmark: Benchmark, loaded: Rows, has_limit: bool) -> None:
             f"{', '.join(needed)}."
         )
     for index, row in enumerate(loaded.rows):
-        where = f"Row {index} of {loaded.name}"
+        where = f"Row {index} of {loaded.place}"
         if not all(isinstance(row[name], str) for name in PROMPT) or not row["context"]:
             raise DataError(f"{where}: {', '.join(PROMPT)} must be texts, and the context not empty.")
-        if not has_limit and (not isinstance(row[LIMIT], int) or row[LIMIT] < 1):
+        if not has_limit and (type(row[LIMIT]) is not int or row[LIMIT] < 1):
             raise DataError(f"{where}: {LIMIT} must be an integer of at least 1, got {row[LIMIT]!r}.")
+        for column in benchmark.columns:
+            if not column.fits(row):
+                value = row[column.name]
+                close = nearest(value, column.allowed) if isinstance(value, str) else ""
+                raise DataError(f"{where}: {column.name} must be {column.what}, got {_shown(value)}.{close}")
         try:
             require(benchmark.packages(row), f"Scoring {benchmark.name}")
             benchmark.groups(row)
@@ -128,6 +141,12 @@ def check_rows(benchmark: Benchmark, loaded: Rows, has_limit: bool) -> None:
                 f"{where} cannot be scored as {benchmark.name} ({type(error).__name__}: {error}); see the columns in "
                 "docs/guide/benchmarks.md."
             ) from error
+
+
+def _shown(value: Any) -> str:
+    """The beginning of a value."""
+    said = repr(value)
+    return said if len(said) <= 80 else f"{said[:77]}..."
 
 
 Ids = tuple[int, ...]
