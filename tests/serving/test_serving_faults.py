@@ -96,6 +96,9 @@ def test_a_hundred_clients_on_a_queue_of_sixteen(loaded: LoadedModel, gate: thre
         assert len(refused) + len(answered) == 100 and 16 <= len(answered) <= 18
         assert all(int(response.headers["retry-after"]) >= 1 for response in refused)
         assert refused[0].json()["error"]["type"] == "rate_limit_error"
+        assert {response.json()["error"]["message"] for response in refused} == {
+            "The queue is full: at most 16 requests wait; ask again later."  # the limit, whatever is in it for a moment
+        }
         assert len({response.json()["choices"][0]["text"] for response in answered}) == 1
         until(lambda: is_idle(server))
 
@@ -325,6 +328,54 @@ def test_a_body_of_100_megabytes(server: Running) -> None:
     with contextlib.suppress(httpx.WriteError, httpx.RemoteProtocolError):  # the connection may be closed under it
         assert server.client.post("/v1/completions", content=parts(), headers=headers).status_code == 413
     assert server.client.get("/health").status_code == 200
+
+
+def told_early(url: str) -> bytes:
+    """The beginning of the answer to a body that is said to be too large and of which nothing comes."""
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=5) as at:
+        at.sendall(HEAD % 1_000_001)
+        return at.recv(100)
+
+
+def test_what_is_said_to_be_too_large_is_refused_unread(server: Running) -> None:
+    assert b" 413 " in told_early(server.url)
+
+
+def test_who_leaves_while_sending_is_no_fault_of_ours(server: Running, capsys: pytest.CaptureFixture[str]) -> None:
+    """It had a traceback and counted as 500."""
+    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as at:
+        at.sendall(HEAD % 500 + b'{"prompt"')
+    counted = 'coldpress_requests_total{path="/v1/completions",status="499"}'
+    until(lambda: counted in server.client.get("/metrics").text)
+    assert 'status="500"' not in server.client.get("/metrics").text
+    assert capsys.readouterr().err == ""
+
+
+def test_the_front_of_replicas_reads_bodies_by_the_same_rules() -> None:
+    """No replica is asked for what is too large, too slow or left in the middle."""
+    from coldpress.serving.front import Front
+
+    def asked(length: int, *messages: dict[str, Any]) -> list[Any]:
+        sent, left = [], list(messages)
+
+        async def receive() -> Any:
+            return left.pop(0) if left else await asyncio.sleep(60)
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(length).encode())]
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers}
+        front = Front(None, (), Limits(body_bytes=10, idle_s=0.2), lambda: None)  # type: ignore[arg-type]
+        asyncio.run(front(scope, receive, send))
+        assert front.is_idle
+        return [message["status"] for message in sent if message["type"] == "http.response.start"]
+
+    part = {"type": "http.request", "body": b"12345", "more_body": True}
+    assert asked(11, {"type": "http.disconnect"}) == [413]
+    assert asked(9, *[part] * 5) == [413]
+    assert asked(9, part) == [408]
+    assert asked(9, part, {"type": "http.disconnect"}) == [499]
 
 
 def test_its_own_faults_are_told_and_it_goes_on(

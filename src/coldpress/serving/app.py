@@ -18,6 +18,7 @@ from coldpress.serving.answering import Failure, Wanted
 from coldpress.serving.bodies import Body
 from coldpress.serving.guard import Guard, refused
 from coldpress.serving.meters import Meters
+from coldpress.serving.receiving import received
 from coldpress.serving.replies import GONE, Asked, Events, Line, own_fault, told
 from coldpress.serving.service import Making, Service, refusal
 from coldpress.serving.shapes import ChatShape, TextShape
@@ -161,30 +162,10 @@ class _Routes:
 
     async def _body(self, request: Request) -> Body:
         """The JSON of a request, of no more bytes than allowed."""
-        limits = self.service.limits
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise RequestError("The header 'Content-Type: application/json' is missing.", 415, "wrong_content_type")
-        too_large = RequestError(f"The body is larger than {limits.body_bytes:,} bytes.", 413, "body_too_large")
-        length = request.headers.get("content-length", "0")
-        is_too_large = not length.isdecimal() or len(length) > 15 or int(length) > limits.body_bytes
-
-        async def content() -> bytes:
-            found, n = bytearray(), 0
-            async for part in request.stream():
-                n += len(part)
-                if n > 2 * limits.body_bytes:
-                    raise too_large
-                if n <= limits.body_bytes:  # the rest is read and dropped: a client that still sends misses the answer
-                    found += part
-            if is_too_large or n > limits.body_bytes:
-                raise too_large
-            return bytes(found)
-
-        try:
-            read = await asyncio.wait_for(content(), limits.idle_s)
-        except asyncio.TimeoutError as error:
-            raise RequestError("The body did not come in time.", 408, "timeout") from error
+        read = await received(request, self.service.limits)
         return await self._in_reader(lambda: Body(read))
 
     async def _in_reader(self, function: Callable[[], _T]) -> _T:

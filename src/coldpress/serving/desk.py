@@ -103,7 +103,7 @@ class Desk:
             n_answered = sum(not running.is_aside for running in self._running)
             if n_answered + self.n_waiting >= self.most_running + self.most_waiting:
                 raise RequestError(
-                    f"{self.n_waiting} requests are waiting, which is the limit; ask again later.",
+                    f"The queue is full: at most {self.most_waiting} requests wait; ask again later.",
                     429,
                     "queue_full",
                     retry_after_s=math.ceil(min(60.0, max(1.0, self._job_s * self.n_waiting / self.most_running))),

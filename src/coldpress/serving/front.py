@@ -13,9 +13,12 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+from fastapi import Request
 from fastapi.responses import JSONResponse
 
 from coldpress.errors import RequestError
+from coldpress.serving.guard import refused
+from coldpress.serving.receiving import received
 from coldpress.serving.replica import SNAPSHOTS
 from coldpress.serving.service import Limits
 from coldpress.serving.shapes import error_of
@@ -72,14 +75,11 @@ class Front:
             self.n_running -= 1
 
     async def _answer(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        body, more = bytearray(), True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            more = message.get("more_body", False)
-            if len(body) <= self.limits.body_bytes:  # a replica refuses what is larger
-                body += message.get("body", b"")
+        try:
+            body = await received(Request(scope, receive), self.limits)
+        except RequestError as error:
+            await refused(error)(scope, receive, send)
+            return
         plain = {
             name: scope[name]
             for name in (
@@ -99,7 +99,7 @@ class Front:
         try:
             for is_retry in (False, True):
                 has_begun = False
-                found = self._stream(plain, bytes(body), self._key_of(scope["path"], bytes(body)))
+                found = self._stream(plain, body, self._key_of(scope["path"], body))
                 made = bytearray()
                 try:
                     while True:
@@ -115,7 +115,7 @@ class Front:
                             made += message.get("body", b"")
                         await asyncio.wait_for(send(message), self.limits.idle_s)
                 except StopAsyncIteration:
-                    self._learn(bytes(body), bytes(made))
+                    self._learn(body, bytes(made))
                     return
                 except self._lost:
                     if has_begun:

@@ -12,6 +12,7 @@ from typing import Any
 from fastapi.responses import JSONResponse, Response
 
 from coldpress.errors import RequestError
+from coldpress.serving.receiving import Early, Unread
 from coldpress.serving.replies import own_fault
 from coldpress.serving.service import Limits
 from coldpress.serving.shapes import error_of
@@ -94,4 +95,5 @@ def refused(error: RequestError) -> Response:
         headers["www-authenticate"] = "Bearer"
     if error.status == 413:
         headers["connection"] = "close"
-    return JSONResponse(error_of(error), error.status, headers)
+    kind = Early if isinstance(error, Unread) else JSONResponse
+    return kind(error_of(error), error.status, headers)
