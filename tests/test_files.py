@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.eval.report_records import record, write
 
+from coldpress.cache.file import require_file
 from coldpress.cli import main
-from coldpress.errors import DataError, OutputError
+from coldpress.errors import CacheError, DataError, OutputError, PressError
 from coldpress.eval import datasets
 from coldpress.eval.datasets import load_corpus
 from coldpress.eval.results import check_output, check_writable, read_results
+from coldpress.io.artefacts import read_artefact
 from coldpress.io.files import read_bytes, read_text
 from coldpress.io.terminal import UNSAFE, printable
 
@@ -217,3 +221,71 @@ def test_texts_of_a_record_do_not_steer_the_terminal(tmp_path: Path, capsys: pyt
     for text in (said.out.replace("\n", ""), said.err.replace("\n", "")):
         assert UNSAFE.search(text) is None
     assert r"\x1b[2Jx\r\nfake | row\u202e" in said.out and r"\x1b[31m.json" in said.err
+
+
+@pytest.fixture
+def locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A folder without rights. The tests may run as root, who has them all, so what asks the system is told no."""
+    monkeypatch.chdir(tmp_path)
+    Path("locked", "inside").mkdir(parents=True)
+
+    def deny(name: str, is_itself: bool) -> None:
+        real = getattr(os, name)
+
+        def asked(path: Any = ".", *args: Any, **options: Any) -> Any:
+            parts = [] if isinstance(path, int) else Path(os.fspath(path)).parts
+            if "locked" in parts and (is_itself or parts[-1] != "locked"):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(path))
+            return real(path, *args, **options)
+
+        monkeypatch.setattr(os, name, asked)
+
+    for name in ("stat", "mkdir", "open"):
+        deny(name, is_itself=False)
+    for name in ("listdir", "scandir"):
+        deny(name, is_itself=True)
+    return "locked"
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["ppl", *DEMO, "--dataset", "locked"], "locked/README.md cannot be used (Permission denied)"),
+        (["recommend", *DEMO, "--data", "locked"], "locked/README.md cannot be used (Permission denied)"),
+        (["benchmark", "ruler", *DEMO, "--data", "locked"], "locked cannot be used (Permission denied)"),
+        (["report", "locked"], "'locked' cannot be read (Permission denied)"),
+        (["report", "locked/inside"], "'locked/inside' cannot be read (Permission denied)"),
+        (["report", "."], ". holds no result that can be read"),
+        (["ask", "locked/inside", "Who?"], "locked/inside cannot be read (Permission denied)"),
+    ],
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
+)
+def test_a_folder_without_rights(locked: str, capsys: pytest.CaptureFixture[str], argv: list[str], said: str) -> None:
+    """It had a traceback, or was said to be empty or not there."""
+    assert main(argv) == 2
+    err = capsys.readouterr().err
+    assert said in err and "Traceback" not in err
+    assert err.count("\n") == (2 if argv[1] == "." else 1)
+
+
+def test_artefacts_in_a_folder_without_rights(
+    locked: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLDPRESS_ARTEFACTS", "locked/art")
+    said = refused(capsys, "ppl", *DEMO, *QUICK[2:], "--target_tokens", "16", "--dataset", "demo", "--press", "qfilter")
+    assert "Permission denied" in said and "locked/art/qfilter" in said
+    said = refused(
+        capsys, "ppl", *DEMO, *QUICK[2:], "--target_tokens", "16", "--dataset", "demo", "--press", "qfilter",
+        "--press_args", '{"filters": "locked/a.safetensors"}'
+    )  # fmt: skip
+    assert "'locked/a.safetensors' cannot be read (Permission denied)" in said
+
+
+def test_what_may_not_be_read_is_not_said_to_be_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(b"")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may read all
+    with pytest.raises(CacheError, match="cannot be read"):
+        require_file(file)
+    with pytest.raises(PressError, match=r"cannot be read \(Permission denied\)"):
+        read_artefact(file, "qfilter", {})

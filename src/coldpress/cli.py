@@ -112,6 +112,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     except BrokenPipeError:  # whoever reads our output has gone; what was measured is on disk
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except PermissionError as error:  # a folder without rights is met where it is looked into
+        if error.filename is None:
+            raise
+        sys.stderr.write(f"error: {_line(str(error.filename))} cannot be used ({error.strerror}); give another one.\n")
+        return 2
     except OSError:
         problem = output_problem()
         if problem is None:
@@ -352,7 +357,8 @@ def _run_report(args: argparse.Namespace, argv: list[str], prog: str | None) -> 
     for line in collection.skipped:
         note(line)
     if not collection.records:
-        raise DataError(f"{' '.join(folders)} holds no results; run coldpress ppl first, or name another folder.")
+        no = "no result that can be read" if collection.skipped else "no results"
+        raise DataError(f"{' '.join(folders)} holds {no}; run coldpress ppl first, or name another folder.")
     output = Path(args.output or Path(folders[0]) / "report")
     if args.brief:
         from coldpress.eval.phrases import write_brief

@@ -32,7 +32,7 @@ from coldpress.core.data import as_data, from_data
 from coldpress.core.press import Press, parts
 from coldpress.errors import CacheError, OutputError, PressError
 from coldpress.io.artefacts import digest_of
-from coldpress.io.files import path_of, replace_file
+from coldpress.io.files import forbidden, path_of, replace_file
 from coldpress.stores.bits import KVBits
 from coldpress.stores.codec import Codec, codec_of
 from coldpress.version import VERSION
@@ -219,6 +219,8 @@ def _reading(path: Path) -> Iterator[None]:
 def require_file(path: str | Path) -> None:
     """Raise :class:`CacheError` if there is no file at ``path``."""
     given, path = path, path_of(path)
+    if (why := forbidden(path)) is not None:
+        raise CacheError(f"{given} cannot be read ({why}); name a file that you may read.")
     if os.path.isdir(path):
         raise CacheError(f"{given} is a folder; name the file in it that coldpress compress wrote.")
     if not os.path.isfile(path):

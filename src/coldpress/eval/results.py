@@ -26,7 +26,7 @@ from typing import Any
 from coldpress.backends import BUDGETS
 from coldpress.errors import DataError, OutputError, SelfCheckError
 from coldpress.eval.schema import IDENTIFYING, check_record
-from coldpress.io.files import path_of, read_text, replace_file
+from coldpress.io.files import forbidden, path_of, read_text, replace_file
 
 SCHEMA_VERSION = 1
 _LONGEST_NAME = 230  # of a result's file: a path that is too long for it is said before anything is measured
@@ -189,6 +189,7 @@ def read_results(
     A file that is not a record of this schema, or at which `check` raises ValueError, is skipped with a warning. Raises
     DataError without a folder.
     """
+    _check_allowed(output_dir)
     if not os.path.isdir(output_dir):  # Path.is_dir raises for a name that is too long
         raise DataError(f"no folder {str(output_dir)!r}: give the folder that a run wrote its results to")
     records = []
@@ -201,6 +202,12 @@ def read_results(
         else:
             records.append(record)
     return records
+
+
+def _check_allowed(folder: str | Path) -> None:
+    why = forbidden(folder)
+    if why is not None:
+        raise DataError(f"{str(folder)!r} cannot be read ({why}): name a folder that you may read")
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -230,6 +237,7 @@ def collect(folders: Iterable[str]) -> Collection:
     for folder in folders:
         if not folder.strip():
             raise DataError("The folder's name is empty; give the folder that a run wrote its results to.")
+        _check_allowed(folder)
         if not os.path.isdir(folder):
             raise DataError(f"no folder {folder!r}: give the folder that a run wrote its results to")
         for path in with_subfolders(Path(folder)):
@@ -237,6 +245,9 @@ def collect(folders: Iterable[str]) -> Collection:
             if real in seen:
                 continue
             seen.add(real)
+            if (why := forbidden(path)) is not None:
+                skipped.append(f"skipped {path}: {why}")
+                continue
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 records += read_results(path, check_record)

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from coldpress.errors import OutputError, PressError
-from coldpress.io.files import path_of, replace_file
+from coldpress.io.files import forbidden, path_of, replace_file
 
 __all__ = [
     "Artefact",
@@ -113,6 +113,8 @@ def read_artefact(path: Path, press: str, names: Mapping[str, str]) -> Artefact:
         PressError: the file is damaged, or for another press.
     """
     make = f"make it again with coldpress calibrate {press}"
+    if (why := forbidden(path)) is not None:
+        raise PressError(f"{path} cannot be read ({why}); let it be read, or {make}.")
     try:
         with safe_open(path, framework="pt") as file:
             said = json.loads((file.metadata() or {}).get(_KEY, "null"))

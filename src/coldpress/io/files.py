@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["MAX_BYTES", "MAX_TEXT_BYTES", "is_utf8", "path_of", "read_bytes", "read_text", "replace_file"]
+__all__ = ["MAX_BYTES", "MAX_TEXT_BYTES", "forbidden", "is_utf8", "path_of", "read_bytes", "read_text", "replace_file"]
 
 MAX_BYTES = 1 << 28  # of a file of settings, results or weights' sizes: 256 MiB
 MAX_TEXT_BYTES = 1 << 30  # of a text to read: 1 GiB
@@ -27,6 +28,22 @@ def is_utf8(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def forbidden(path: str | Path) -> str | None:
+    """Why this user may not read what is at ``path``, or see whether anything is; None if they may, or nothing is.
+
+    ``os.path.isfile`` and its like say no to what they may not see, and a walk passes it over.
+    """
+    try:
+        with os.scandir(path):
+            return None
+    except NotADirectoryError:
+        return None if os.access(path, os.R_OK) else os.strerror(errno.EACCES)
+    except PermissionError as error:
+        return error.strerror
+    except (OSError, ValueError):  # nothing is there
+        return None
 
 
 def read_bytes(path: str | Path, limit: int = MAX_BYTES) -> bytes:

@@ -16,7 +16,7 @@ from coldpress.bases.press import BasePress
 from coldpress.core.view import LayerView
 from coldpress.errors import PressError, UnreachableError
 from coldpress.io.artefacts import Artefact, Shape, artefact_path, is_hub_id, read_artefact
-from coldpress.io.files import path_of
+from coldpress.io.files import forbidden, path_of
 from coldpress.io.network import fetch_hub_file
 
 __all__ = ["Calibrated", "Calibration"]
@@ -96,6 +96,8 @@ class Calibrated(BasePress):
             found = self.missing(shape, "the model was not loaded from anywhere, so they cannot be looked up by name")
         else:
             path = artefact_path(self.artefact, shape.name, self.variant())
+            if (why := forbidden(path)) is not None:
+                raise PressError(f"{type(self).__name__}: {path} cannot be read ({why}).")
             if path.is_file():
                 found = self.from_file(path)
             else:
@@ -169,6 +171,8 @@ class Calibrated(BasePress):
 
     def _from_user(self, given: str) -> Artefact:
         path = path_of(given)
+        if (why := forbidden(path)) is not None:
+            raise PressError(f"{type(self).__name__}: {self.parameter}={given!r} cannot be read ({why}).")
         if os.path.isdir(path):
             path = path / "model.safetensors"
         if os.path.isfile(path):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from coldpress.bases.press import BasePress
 from coldpress.errors import PressError, UnreachableError
+from coldpress.io.files import forbidden
 from coldpress.io.network import fetch_hub_file
 
 __all__ = ["damaged", "model_name", "published_file"]
@@ -42,6 +43,8 @@ def published_file(press: BasePress, repo: str, name: str, weights: str | None) 
     who = type(press).__name__
     if weights is not None:
         for path in (Path(weights, name), Path(weights, Path(name).name)):
+            if (why := forbidden(path)) is not None:
+                raise PressError(f"{who}: {path} cannot be read ({why}).")
             if os.path.isfile(path):
                 return path
         raise PressError(f"{who}: weights={weights!r} has no file {name}; give the folder with the files of {repo}.")
