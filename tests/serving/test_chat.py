@@ -188,6 +188,16 @@ def test_what_is_said_of_commands(talk: Talk, line: str, message: str) -> None:
     assert code == 0 and message in out and out.splitlines()[-1].startswith("[")
 
 
+def test_a_line_that_is_not_utf_8_ends_nothing(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was a TypeError, and the conversation was gone."""
+    given = io.TextIOWrapper(io.BytesIO(b"Who?\n\xff\xfe\nWho?\n"), "utf-8")
+    monkeypatch.setattr(io, "StringIO", lambda text: given)
+    code, out = talk()
+    assert code == 0 and out.count("error: This line is not UTF-8, so nothing was asked; write it in UTF-8.\n") == 1
+    sizes = [line for line in out.splitlines() if line.startswith("[")]
+    assert len(sizes) == 2 and int(sizes[1].split()[0][1:]) > int(sizes[0].split()[0][1:])  # it goes on
+
+
 def test_ctrl_c_ends_an_answer(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
     real = Conversation.ask
 

@@ -14,7 +14,7 @@ from coldpress.bases.press_files import load_press_files
 from coldpress.commands.serving import press_of
 from coldpress.errors import InputError, nearest
 from coldpress.eval.models import load_model
-from coldpress.io.files import MAX_TEXT_BYTES, path_of, read_text
+from coldpress.io.files import MAX_TEXT_BYTES, is_utf8, path_of, read_text
 from coldpress.io.terminal import printable
 from coldpress.serving.conversation import Conversation
 
@@ -85,6 +85,8 @@ class Chat:
             if line.startswith("/"):
                 name, _, rest = line[1:].partition(" ")
                 self._do(name, rest.strip())
+            elif not is_utf8(line):
+                raise InputError("This line is not UTF-8, so nothing was asked; write it in UTF-8.")
             elif line:
                 self._answer(line)
         except (InputError, MemoryError) as error:
@@ -159,6 +161,8 @@ class Chat:
 
 def _lines() -> Iterator[str]:
     """What the user says, until the input ends; Ctrl-C at the prompt ends it too."""
+    with contextlib.suppress(AttributeError, ValueError):  # a line that is not UTF-8 shall not end the lines
+        sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 -- lets lines be edited
