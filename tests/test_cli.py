@@ -641,6 +641,25 @@ def test_what_stops_a_run_leaves_what_was_measured(run: Run, monkeypatch: pytest
     assert done.code == 2 and done.records == []
 
 
+@pytest.mark.parametrize("options", [("--ppl_only",), ()], ids=["ppl", "with speed"])
+def test_a_full_disk_costs_no_numbers(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: tuple[str, ...]
+) -> None:
+    """What was measured is printed, though no result can be written."""
+
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    done = run("--press", "knorm", "snapkv", "--ppl_apply_press", *options, *SMALL)
+    assert done.code == 2 and done.records == []
+    last = done.err.splitlines()[-1]
+    assert last.startswith("error: cannot write ") and "No space left on device" in last and "Traceback" not in done.err
+    for press in ("knorm", "snapkv"):
+        (line,) = [line for line in done.out.splitlines() if line.startswith(f"| {press} ")]
+        assert len(re.findall(r"\d+\.\d+", line)) >= 2 and "failed" not in line
+
+
 # Bad input: one line, exit code 2, nothing written
 
 

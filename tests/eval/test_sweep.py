@@ -24,7 +24,7 @@ from coldpress.eval.jobs import BASELINE
 from coldpress.eval.ledger import UNFINISHED, Ledger, Measured, checksum_of
 from coldpress.eval.losses import Scores
 from coldpress.eval.results import read_results
-from coldpress.eval.sweep import Outcome, sweep
+from coldpress.eval.sweep import Outcome, summary, sweep
 from coldpress.eval.sweep_plan import SweepPlan
 from coldpress.presses.knorm import KnormPress
 
@@ -301,7 +301,23 @@ def test_a_self_check_of_the_model_fails_its_cell_alone(tmp_path: Path, monkeypa
     assert statuses == {"prefix-C48-T16-S64": "failed", "gptq-L1024-v1": "ok"}
 
 
-def test_tasks_are_part_of_a_sweep_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_written_counts_though_its_table_is_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The points were on disk, and the last line said that none was measured."""
+
+    def interrupted(records: Any) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("coldpress.eval.run.show", interrupted)
+    tasks = {"task": ["passkey"], "task_tokens": [64], "task_examples": 1, "press": ["knorm"]}
+    stopped = sweep(SweepPlan.of(config(tmp_path, perplexity=False, tasks=tasks)), "")
+    assert stopped.is_interrupted and (stopped.n_measured, stopped.n_begun) == (3, 0) == (len(measured(tmp_path)), 0)
+
+
+def test_tasks_are_part_of_a_sweep_and_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     tasks = {"task": ["passkey", "repeat_text"], "task_tokens": [64], "task_examples": 3, "press": ["knorm"]}
     plan = SweepPlan.of(config(tmp_path, perplexity=False, tasks=tasks))
     real, n = task_run.ExampleWork.__call__, 0
@@ -316,6 +332,8 @@ def test_tasks_are_part_of_a_sweep_and_resumed(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(task_run.ExampleWork, "__call__", interrupted)
     stopped = sweep(plan, "")
     assert stopped.is_interrupted and len(list(tmp_path.glob(f"{UNFINISHED}/*/example-*"))) == 4
+    assert f"3 result(s) in {tmp_path}/, 3 of them unfinished\n" in capsys.readouterr().out
+    assert summary(stopped, "out") == "0 point(s) measured, 3 begun; results in out/"
     outcome = sweep(plan, "")
     assert (n, outcome.n_measured, outcome.n_failed) == (5 + 2, 3, 0)
     assert not (tmp_path / UNFINISHED).exists()

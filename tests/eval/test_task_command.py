@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -67,6 +68,28 @@ def test_a_text_can_be_the_haystack(tmp_path: Path) -> None:
     assert run(tmp_path, "--dataset", "demo", "--press", "keydiff", "--chunk_tokens", "40") == 0
     (record,) = read_results(tmp_path)
     assert (record["dataset"], record["protocol"]) == ("demo", "tasks-v1-C96-n2-chunk40")
+
+
+def test_a_disk_that_gets_full_costs_no_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the examples that were measured until then the table is printed, before the error."""
+    real, n = os.fsync, 0
+
+    def full(descriptor: int) -> None:
+        nonlocal n
+        n += 1
+        if n > 2:
+            raise OSError(28, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert run(tmp_path, "--press", "knorm") == 2
+    shown = capsys.readouterr()
+    assert shown.err.splitlines()[-1].startswith("error: cannot write ") and "Traceback" not in shown.err
+    lines = [line for line in shown.out.splitlines() if line.startswith("| knorm ")]
+    assert len(lines) == 3 and "%" in lines[1]
+    assert "failed" not in shown.out and "result(s)" not in shown.out
 
 
 def test_a_killed_run_goes_on_and_a_failed_press_is_told(

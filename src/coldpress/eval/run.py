@@ -240,6 +240,7 @@ def carry_out(
 
     Raises:
         InputError: what was asked for turns out not to work.
+        OutputError: results cannot be written; what was measured is printed before.
     """
     is_interrupted, stopped = False, None
     early = _Early(run, folder, is_quiet)
@@ -255,11 +256,15 @@ def carry_out(
             records = run.records()
             if stopped is not None:  # what was asked for cannot be done: no result but of what was measured before
                 records = [record for record in records if record.get("before_failure")]
+            problem: Exception | None = stopped
             try:
                 early.replace(records)
-            finally:
-                if stopped is not None:
-                    raise stopped
+            except (OutputError, SelfCheckError) as error:
+                problem = stopped or error
+        if isinstance(problem, OutputError):  # no room on the disk: what was measured shall not be lost with it
+            early.tell(records if stopped is None else [_as_measured(record) for record in records])
+        if problem is not None:
+            raise problem
         if run.ledger is not None and not is_interrupted and not keeps_ledger and run.is_over:
             run.ledger.clear()  # if the model or its workers failed, what was finished is left for another try
     for record in records:
@@ -267,10 +272,19 @@ def carry_out(
             size = size_of(record)
             note(f"{record['press']}{f' at {size}' if size else ''} failed: {record['error']}", kind="error")
     if records and not is_quiet:
-        said = [text for text in show(records).split("\n\n") if text not in early.said]
-        print("\n" + "\n\n".join(said) + "\n")
-        print(f"{len(records)} result(s) in {folder}/", flush=True)
+        early.tell(records)
+        print(f"{len(records)} result(s) in {folder}/{_unfinished(records)}", flush=True)
     return records, is_interrupted
+
+
+def _as_measured(record: dict[str, Any]) -> dict[str, Any]:
+    """A record of a run that was stopped, as if nothing had stopped it."""
+    return record | record.get("before_failure", {}) | {"status": "ok", "error": None}
+
+
+def _unfinished(records: Sequence[dict[str, Any]]) -> str:
+    n = sum(record["status"] == "interrupted" for record in records)
+    return f", {n} of them unfinished" if n else ""
 
 
 @dataclass
@@ -299,6 +313,13 @@ class _Early:
                 text = show(measured)
                 print(f"\n{text}\n", flush=True)
                 self.said |= set(text.split("\n\n"))
+
+    def tell(self, records: list[dict[str, Any]]) -> None:
+        """Print the tables of the records, but for what was printed before."""
+        if not records:
+            return
+        said = [text for text in show(records).split("\n\n") if text not in self.said]
+        print("\n" + "\n\n".join(said) + "\n", flush=True)
 
     def replace(self, records: list[dict[str, Any]]) -> None:
         """Write the run's last word, and take back what it had said under other names."""

@@ -39,6 +39,7 @@ class Outcome:
     n_measured: int = 0  # points that were measured now
     n_found: int = 0  # and those whose results were there already
     n_failed: int = 0  # of those measured now
+    n_begun: int = 0  # points that were begun now and are not finished
     problems: list[str] = field(default_factory=list)  # what kept whole evaluations from being measured
     is_interrupted: bool = False  # whether the user stopped it
     n_told: int = 0  # of the problems, that the user has been told of
@@ -143,7 +144,11 @@ def _measure(
     _tell_all(outcome)
     print(f"## {printable(evaluation.name)}\n", flush=True)
     run.show_progress = functools.partial(clock.progress, evaluation=evaluation)
-    records, outcome.is_interrupted = carry_out(run, folder, engine)
+    try:
+        records, outcome.is_interrupted = carry_out(run, folder, engine)
+    except KeyboardInterrupt:  # while its tables were printed: its results are written
+        records, outcome.is_interrupted = run.records(), True
+    outcome.n_begun += sum(record["status"] == "interrupted" for record in records)
     outcome.n_failed += sum(record["status"] == "failed" for record in records)
     outcome.n_measured += sum(record["status"] != "interrupted" for record in records)
 
@@ -231,6 +236,8 @@ def summary(outcome: Outcome, output_dir: str) -> str:
     parts = [f"{outcome.n_measured} point(s) measured"]
     if outcome.n_found:
         parts.append(f"{outcome.n_found} already there")
+    if outcome.n_begun:
+        parts.append(f"{outcome.n_begun} begun")
     if outcome.n_failed:
         parts.append(f"{outcome.n_failed} failed")
     if outcome.problems:
