@@ -321,6 +321,21 @@ def test_the_brief_report_of_too_few_windows_or_of_no_press_says_so() -> None:
     assert [cell.strip() for cell in lines[1]] == ["knorm", "50 %", "4.00 MiB", ""]
 
 
+def test_the_brief_report_shows_the_scores_that_its_conclusion_counts() -> None:
+    """Of several tasks it held the mean, and of those with a loss alone nothing."""
+    task = {"length": 64, "n": 2, "score": None, "score_base": None, "answer_nll": None, "answer_nll_base": None}
+    tasks = [
+        task | {"task": "vt", "score": 0.25, "score_base": 0.75},
+        task | {"task": "repeat", "answer_nll": 2.5, "answer_nll_base": 1.0},
+    ]
+    rows = [record("knorm", 0.5) | {"protocol": "tasks-v1-C64-n2", "tasks": tasks, "ppl": None, "per_window": None}]
+    text = brief(Collection(tuple(rows), ()))
+    assert "of 2 scores" in text
+    found = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
+    assert ["press", "removed", "vt at 64 tokens", "repeat at 64 tokens"] in found
+    assert ["no_press", "", "0.75", ""] in found and ["knorm", "50 %", "0.25", "+1.500 nats"] in found
+
+
 def test_every_kind_of_record_has_a_brief_report() -> None:
     for language in ("en", "zh"):
         text = brief(Collection(tuple(everything()), ()), language)

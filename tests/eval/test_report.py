@@ -6,8 +6,12 @@ from typing import Any
 
 import pytest
 
-from coldpress.eval.report import describe, groups, show, table
+from coldpress.errors import InputError
+from coldpress.eval.glance import Row
+from coldpress.eval.phrases import headed
+from coldpress.eval.report import describe, groups, show, size_of, table
 from coldpress.eval.schema import check_record
+from coldpress.eval.settings import AdviceSettings
 
 ENV = {"transformers": "5.0", "torch": "2.0", "cpu": "a CPU", "threads": 2}
 RECORD: dict[str, Any] = {
@@ -48,6 +52,15 @@ def test_a_budget_is_shown_in_the_place_of_the_ratio() -> None:
     assert [header[1], *(row[1] for row in rows)] == ["budget", "", "1,500 tokens", "3.00 MiB"]
     header, _, *rows = cells(table([RECORD, PRESSED, few]))
     assert [header[1], *(row[1] for row in rows)] == ["ratio or budget", "0", "0.5", "1,500 tokens"]
+
+
+def test_a_ratio_is_shown_as_it_was_asked_for() -> None:
+    """0.9999999 was shown as 1, which no ratio can be."""
+    assert "| knorm    | 0.9999999 |" in show([RECORD, {**PRESSED, "compression_ratio": 0.9999999}])
+    assert [size_of({"compression_ratio": ratio}) for ratio in (0.1 + 0.2, 0.5, 0.0)] == ["0.3", "0.5", "0"]
+    with pytest.raises(InputError, match=r"got 1\.0000001"):
+        AdviceSettings(data="demo", compression_ratio=(1.0000001,))
+    assert headed([Row("knorm", "0.9999999")])[1][1] == "99.99999 %" and headed([Row("knorm", "0.07")])[1][1] == "7 %"
 
 
 def test_bits_have_a_column_where_there_are_some() -> None:

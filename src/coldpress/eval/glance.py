@@ -191,6 +191,24 @@ def task_of(entry: Entry, name: str) -> Task:
     return next((task for task in entry.tasks or [] if task_name(task) == name), {})
 
 
+def task_rows(section: Section) -> tuple[list[str], list[tuple[str, str, list[str]]]]:
+    """The names of the tasks; and press, size and a cell for each of them, the uncompressed cache first.
+
+    A cell is a score, or what an answer costs more than uncompressed, such as ``+1.204 nats``.
+    """
+    pressed = [p for p in section.entries if p.tasks and not p.is_baseline]
+    names = list(dict.fromkeys(task_name(task) for p in section.entries for task in p.tasks or []))
+
+    def cell(task: Task) -> str:
+        value, _, is_score = value_of(task)
+        return "" if value is None else f"{value:.2f}" if is_score else f"{value:+.3f} nats"
+
+    base = {task_name(task): task.get("score_base") for p in pressed for task in p.tasks or []}
+    first = ["" if base.get(name) is None else f"{base[name]:.2f}" for name in names]
+    found = [(p.label, p.size, [cell(task_of(p, name)) for name in names]) for p in pressed]
+    return names, [*([(NO_PRESS, "", first)] if any(first) else []), *found]
+
+
 def value_of(task: Task) -> tuple[Any, Any, bool]:
     """What is shown of a task: its score, or nats more than uncompressed; the interval; and whether it is a score."""
     score, n = task.get("score"), task.get("n")

@@ -102,7 +102,7 @@ def _make_presses(
         if budgets:  # make_press says if it takes none
             made, shown = make_press(name, 0.0, budget_tokens=size, **press_args), f"{name}, {size} tokens"
         elif has_ratio:
-            made, shown = make_press(name, size, **press_args), f"{name} {size:g}"
+            made, shown = make_press(name, size, **press_args), f"{name} {size:.15g}"
         else:
             made, shown = make_press(name, 0.0, **press_args), name
             if ratios:

@@ -9,7 +9,7 @@ from typing import Any
 
 from coldpress.backends import NO_PRESS
 from coldpress.errors import PressError
-from coldpress.eval.glance import CHEAP, FEWEST_WINDOWS, Answer, Row, answer, chosen, kl_of, rows
+from coldpress.eval.glance import CHEAP, FEWEST_WINDOWS, Answer, Row, answer, chosen, kl_of, rows, task_rows
 from coldpress.eval.results import Collection, check_writable, write_file
 from coldpress.eval.sections import Entry, Section, sections, text_name
 from coldpress.eval.wording import (
@@ -160,7 +160,7 @@ def headed(found: Sequence[Row], language: str = "en", spells: bool = True) -> l
     lines = [
         [
             clean(row.press),
-            f"{100 * float(row.size):g} %" if re.fullmatch(r"[\d.]+", row.size) else row.size,
+            _removed(row.size),
             short_bytes(row.kv_bytes),
             "" if row.kl is None else number(row.kl, 3),
             "" if row.ppl is None else f"{row.ppl:.2f}" if row.ppl < 1e4 else f"{row.ppl:.3g}",
@@ -175,6 +175,10 @@ def headed(found: Sequence[Row], language: str = "en", spells: bool = True) -> l
     ]
     used = [i for i in range(len(heads)) if i < 2 or any(line[i] for line in lines)]
     return [[line[i] for i in used] for line in [heads, *lines]]
+
+
+def _removed(size: str) -> str:
+    return f"{100 * float(size):.12g} %" if re.fullmatch(r"[\d.]+", size) else size
 
 
 def _change(row: Row, spells: bool) -> str:
@@ -200,7 +204,7 @@ def _at(entry: Entry, words: dict[str, str]) -> str:
     ratio = entry.record.get("compression_ratio")
     if entry.record.get("budget_tokens") is not None or entry.record.get("budget_bytes") is not None:
         return words["at_size"].format(size=entry.size)
-    return words["at_ratio"].format(size=f"{100 * ratio:g} %") if ratio else words["at_none"]
+    return words["at_ratio"].format(size=f"{100 * ratio:.12g} %") if ratio else words["at_none"]
 
 
 def sentences(found: Answer, language: str = "en") -> list[str]:
@@ -369,15 +373,21 @@ def _methods(records: Sequence[dict[str, Any]], language: str) -> list[str]:
 
 def _results(section: Section, language: str) -> list[str]:
     found = rows(section)
-    shown = chosen(found)
+    shown, heading = chosen(found), f"### {escape(_title(section))}"
     notes = contexts(section, language)
     if len(shown) < len(found):
         notes.append(WORDS[language]["left_out"].format(n=len(shown), of=len(found)))
-    return [
-        f"### {escape(_title(section))}",
-        "\n".join(table_lines(headed(shown, language))),
-        *([" ".join(notes)] if notes else []),
-    ]
+    opening = "\n".join(table_lines(headed(shown, language)))
+    return [heading, opening, *_tasks(section, shown, language), *([" ".join(notes)] if notes else [])]
+
+
+def _tasks(section: Section, shown: Sequence[Row], language: str) -> list[str]:
+    """What each task gave, which the opening table holds the mean of at most: a table; none where there are none."""
+    names, found = task_rows(section)
+    heads = [*WORDS[language]["heads"].split("|")[:2], *names]
+    known = {(row.press, row.size) for row in shown}
+    lines = [[clean(press), _removed(size), *cells] for press, size, cells in found if (press, size) in known]
+    return ["\n".join(table_lines([heads, *lines]))] if names else []
 
 
 def write_brief(collection: Collection, folder: Path, language: str) -> tuple[str, Path]:

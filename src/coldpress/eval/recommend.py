@@ -264,7 +264,7 @@ def _sizes(settings: AdviceSettings, records: Iterable[Record]) -> str:
     budgets = [*dict.fromkeys(r["budget_tokens"] for r in records if r["budget_tokens"])]
     if budgets:
         return f"{' and '.join(map(str, budgets))} tokens stored"
-    return f"ratio {' and '.join(f'{ratio:g}' for ratio in settings.compression_ratio)}"
+    return f"ratio {' and '.join(f'{ratio:.15g}' for ratio in settings.compression_ratio)}"
 
 
 def _row(records: Sequence[Record], n_rounds: int, has_size: bool = False) -> Row:
@@ -273,7 +273,7 @@ def _row(records: Sequence[Record], n_rounds: int, has_size: bool = False) -> Ro
     label = windows["press"]
     if has_size and label != NO_PRESS:
         size = windows["budget_tokens"] or windows["compression_ratio"]
-        label += "" if size is None else f" {size:g}"
+        label += "" if size is None else f" {size:.15g}"
     if windows["kv_bits"] is not None:
         label = str(windows["kv_bits"]) if label == NO_PRESS else f"{label} {windows['kv_bits']}"
     found = windows["per_window"] or ()
@@ -295,7 +295,7 @@ def _how(settings: AdviceSettings, record: Record) -> list[str]:
     name, bits = record["press"], record["kv_bits"]
     ratio = None if name == NO_PRESS else record["compression_ratio"]
     press = f"--model {settings.model} --press {name}"
-    press += "" if ratio is None else f" --compression_ratio {ratio:g}"
+    press += "" if ratio is None else f" --compression_ratio {ratio:.15g}"
     press += "" if bits is None else f" --kv_bits {bits}"
     if settings.use == "qa":
         text = source_of(settings.data or "").get("text_file", "TEXT.txt")

@@ -76,7 +76,7 @@ def size_of(record: Record) -> str:
     if record.get("budget_bytes") is not None:
         return format_bytes(record["budget_bytes"])
     ratio = record.get("compression_ratio")
-    return "" if ratio is None else f"{ratio:g}"
+    return "" if ratio is None else f"{ratio:.15g}"
 
 
 def bits_of(record: Record) -> str:

@@ -200,7 +200,7 @@ class BenchmarkSettings(_Measured, OfBenchmark):
         self.check_choices()
         self.check_pin()
         if not 0 < self.fraction <= 1:
-            raise InputError(f"--fraction must be more than 0 and at most 1, got {self.fraction:g}.")
+            raise InputError(f"--fraction must be more than 0 and at most 1, got {self.fraction:.15g}.")
         if not benchmark.is_haystack:
             if self.needle_depth:
                 raise InputError(f"--needle_depth belongs to needle_in_haystack; {self.name} hides nothing.")
@@ -246,7 +246,7 @@ class AdviceSettings(OfLimits, OfMachine, OfModel, OfAdvice, Options):
             raise InputError("--data is missing; name the text that you work with: a UTF-8 file, a dataset, or demo.")
         for ratio in self.compression_ratio:
             if not 0 < ratio < 1:
-                raise InputError(f"--compression_ratio must be more than 0 and less than 1, got {ratio:g}.")
+                raise InputError(f"--compression_ratio must be more than 0 and less than 1, got {ratio:.15g}.")
         for name, most in (("budget_minutes", 10_000), ("margin", 10)):
             if not 0 < getattr(self, name) <= most:
                 raise InputError(f"--{name} must be more than 0 and at most {most:,}, got {getattr(self, name):g}.")

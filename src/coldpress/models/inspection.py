@@ -272,7 +272,7 @@ def _name(press: Press) -> str:
     """Name of a press: its class, and how much is kept."""
     name, ratio = type(press).__name__, getattr(press, "compression_ratio", 0.0)
     budgets = [f", {size} {unit}" for unit in ("tokens", "bytes") if (size := getattr(press, f"budget_{unit}", None))]
-    return name + "".join(budgets) + (f" {ratio:g}" if ratio else "")
+    return name + "".join(budgets) + (f" {ratio:.15g}" if ratio else "")
 
 
 def check_presses(presses: Sequence[Press]) -> None:

@@ -103,7 +103,7 @@ def choose(rows: Sequence[Row], fraction: float, limit: int | None, seed: int) -
         order = numpy.random.RandomState(seed).choice(len(rows), size=round(fraction * len(rows)), replace=False)
         chosen = [rows[i] for i in order]
     if not chosen:
-        raise InputError(f"--fraction {fraction:g} of {len(rows)} questions is none; give more.")
+        raise InputError(f"--fraction {fraction:.15g} of {len(rows)} questions is none; give more.")
     return chosen if limit is None else chosen[:limit]
 
 
