@@ -79,7 +79,11 @@ def test_a_system_prompt_beside_pins_of_the_cache(pipe: KVPressTextGenerationPip
         ({"pin_system": 5}, InputError, "pin_system must be a text"),
         ({"pin_system": SYSTEM, "cache": PressedCache(pin=[[(0, 2)], [(0, 3)]])}, CacheError, "pins for several rows"),
         ({"pin": [(0, 20)], "press": KnormPress(0.99)}, PressError, "must stay"),
-        ({"pin_system": SYSTEM, "max_context_length": 2}, InputError, "There is no room for a context"),
+        (
+            {"pin_system": SYSTEM, "max_context_length": 2},
+            InputError,
+            "context: max_context_length is 2, and ",
+        ),
     ],
 )
 def test_refusals(

@@ -134,7 +134,10 @@ class UntestedVersionWarning(UserWarning):
     """
 
 
-def nearest(name: str, allowed: Iterable[str]) -> str:
-    """Return ``" Did you mean 'x' or 'y'?"`` for the names closest to ``name``, or an empty string."""
-    close = difflib.get_close_matches(name, list(dict.fromkeys(allowed)), n=3, cutoff=0.5)
+def nearest(name: str, allowed: Iterable[str], least: float = 0.5) -> str:
+    """Return ``" Did you mean 'x' or 'y'?"`` for the names closest to ``name``, or an empty string.
+
+    ``least``: how alike they must be, from 0 to 1; more where many names are allowed and a user may know none of them.
+    """
+    close = difflib.get_close_matches(name, list(dict.fromkeys(allowed)), n=3, cutoff=least)
     return f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""

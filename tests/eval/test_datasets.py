@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import http.server
 import os
@@ -270,6 +271,24 @@ def test_a_damaged_folder_names_the_file_and_what_is_expected(
     message = fails(DataError, *parts, dataset=folder_of(tmp_path / "rows", **files))
     assert message.endswith("with equal columns, among them 'text' with a string in each row.")
     assert "Error:" not in message
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_copies_that_cannot_be_kept_are_no_fault_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """The library `datasets` writes what it has read into its cache, in a home that may be none to write to."""
+    good, place = folder_of(tmp_path / "good", test_jsonl=GOOD), str(tmp_path / "home" / ".cache")
+
+    def denied(*args: Any, **options: Any) -> Any:
+        raise PermissionError(number, os.strerror(number), place)
+
+    monkeypatch.setattr("datasets.load_dataset", denied)
+    for dataset in (good, f"{good}/test.jsonl"):
+        message = fails(DataError, f"{place} cannot be written ({os.strerror(number)})", "set HF_HOME", dataset=dataset)
+        assert "Expected are" not in message
+    place = f"{good}/test.jsonl"
+    fails(DataError, "test.jsonl cannot be read", dataset=good)
 
 
 def test_columns_that_are_not_text_are_refused(tmp_path: Path) -> None:

@@ -18,8 +18,10 @@ from tests.tiny_folder import folder as folder
 
 from coldpress import KVPressTextGenerationPipeline, PressedCache, SnapKVPress, Snapshots
 from coldpress.architecture.cache_argument import cache_argument
+from coldpress.errors import InputError
 from coldpress.eval.models import LoadedModel, load_model
 from coldpress.serving.answering import picked
+from coldpress.serving.refusing import refusal
 from coldpress.serving.streaming import GrowingText
 
 PRESS = SnapKVPress(0.5, window_size=8)
@@ -277,6 +279,9 @@ MADE = [
     ({"text": CONTEXT, "press": "snapkw"}, "Unknown press 'snapkw'. Did you mean 'snapkv'"),
     ({"text": CONTEXT, "press": ["snapkv"]}, "press must be the name of a press"),
     ({"text": CONTEXT, "compression_ratio": "half"}, r"compression_ratio must be a number in \[0, 1\)"),
+    ({"text": CONTEXT, "compression_ratio": "0.5"}, r"must be a number in \[0, 1\), got '0\.5'\.$"),
+    ({"text": CONTEXT, "budget_tokens": "9"}, r"budget_tokens must be an integer of at least 1, got '9'\.$"),
+    ({"text": CONTEXT, "presss": "knorm"}, r"^Unknown option \"presss\"\. Did you mean 'press'"),
     ({"text": CONTEXT, "compression_ratio": 1.5}, "compression_ratio"),
     ({"text": CONTEXT, "compression_ratio": 0.5, "budget_tokens": 9}, "both say how much is kept"),
     ({"text": CONTEXT, "budget_tokens": 0}, "budget_tokens must be an integer of at least 1"),
@@ -306,6 +311,28 @@ def test_what_is_refused(server: Running, path: str, body: Any, message: str) ->
     error = response.json()["error"]
     assert error.keys() == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
     assert re.search(message, error["message"]), error["message"]
+
+
+@pytest.mark.parametrize("name", ["foo", "reasoning_effort"])
+def test_an_option_that_is_like_none_of_ours_is_taken_for_none(server: Running, name: str) -> None:
+    response = server.post("/v1/chat/completions", {"messages": SAY, name: 1})
+    assert response.json()["error"]["message"] == f'Unknown option "{name}".'
+
+
+def test_no_client_hears_where_things_lie(
+    server: Running, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An artefact that is missing was named with its path, and the model with its folder."""
+    monkeypatch.setenv("COLDPRESS_ARTEFACTS", str(tmp_path / "with blanks" / "art"))
+    response = server.post("/v1/snapshots", {"text": CONTEXT, "press": "qfilter"})
+    said = response.json()["error"]["message"]
+    assert response.status_code == 400 and "there is no [path], and none are published" in said
+    assert not any(word in said for word in (str(tmp_path), str(folder), "blanks", str(Path.home())))
+    for given, left in (
+        ("'/srv/my models/a' is damaged (/etc/x).", "'[path]' is damaged ([path])."),
+        ("see https://a.b/c/d, EleutherAI/pythia-70m and 1/2", "see https://a.b/c/d, EleutherAI/pythia-70m and 1/2"),
+    ):
+        assert str(refusal(InputError(given))) == left
 
 
 def test_what_clients_send_without_meaning_it(server: Running) -> None:

@@ -530,6 +530,7 @@ def test_ctrl_c_leaves_nothing_running() -> None:
         (["--host", "0.0.0.0"], "--host 0.0.0.0 is open to other machines; give --api_key, or set COLDPRESS_API_KEY"),
         (["--api_key", ""], "The key must be ASCII"),
         (["--allow_files", "nowhere"], "--allow_files nowhere is no folder"),
+        (["--disk_budget_bytes", "100"], "--disk_budget_bytes is of a folder; give --folder too."),
         (["--port", "70000"], "must be an integer of at most 65535"),
         (["--budget_bytes", "2 bananas"], "must be a number of bytes such as 2GiB or 500MB"),
         (["--press", "snapkw"], "Unknown press 'snapkw'"),

@@ -44,6 +44,8 @@ def serve_given(args: argparse.Namespace, model_options: dict[str, Any]) -> int:
     )
     if args.engine == "local" and (args.replicas or args.ray_address):
         raise InputError("--replicas and --ray_address are of --engine ray; give that too.")
+    if args.folder is None and args.disk_budget_bytes is not None:
+        raise InputError("--disk_budget_bytes is of a folder; give --folder too.")
     return serve(
         model_options,
         {name: value for name, value in press.items() if value is not None},
@@ -154,12 +156,12 @@ def press_of(own: dict[str, Any], given: dict[str, Any]) -> Press | None:
     name, ratio = given.get("press", "snapkv"), given.get("compression_ratio")
     budget = {size: given[size] for size in BUDGETS if given.get(size) is not None}
     if not isinstance(name, str):
-        raise InputError(f"press must be the name of a press, got {str(name)[:80]}.")
+        raise InputError(f"press must be the name of a press, got {repr(name)[:80]}.")
     if ratio is not None and (isinstance(ratio, bool) or not isinstance(ratio, (int, float))):
-        raise InputError(f"compression_ratio must be a number in [0, 1), got {str(ratio)[:80]}.")
+        raise InputError(f"compression_ratio must be a number in [0, 1), got {repr(ratio)[:80]}.")
     for size, value in budget.items():
         if type(value) is not int or value < 1:
-            raise InputError(f"{size} must be an integer of at least 1, got {str(value)[:80]}.")
+            raise InputError(f"{size} must be an integer of at least 1, got {repr(value)[:80]}.")
     if ratio is not None and budget:
         raise InputError(f"compression_ratio and {next(iter(budget))} both say how much is kept; give one of them.")
     arguments = read_press_args(given.get("press_args"))

@@ -6,6 +6,7 @@ raises plain ValueErrors. Here the hub is asked once, stderr stays clean, and ea
 
 from __future__ import annotations
 
+import errno
 import re
 import warnings
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from coldpress.errors import DataError, MissingDependencyError, UnreachableError
 from coldpress.io.network import hub_problem, network_problem, one_line
 
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text"}
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 TEXT = "text"  # the column of a text to read
 
 
@@ -71,9 +73,9 @@ def load_local(path: str, what: str, subset: str | None, split: str, *, column: 
                 rows = datasets.load_dataset(path, subset, split=split, sample_by="document", **options)
             return rows
         except Exception as error:
-            said = _explained(error, what, subset, split)
+            source = Path(options.get("data_files", path), options.get("data_dir") or "")
+            said = _of_copies(error, source) or _explained(error, what, subset, split)
             if said is None:
-                source = Path(options.get("data_files", path), options.get("data_dir") or "")
                 damage = _damage(datasets, source, what, column)
                 said = DataError(f"{damage or _unread(what, error)}. {_expected(column)}")
             raise said from error
@@ -113,6 +115,22 @@ def _root(error: BaseException) -> BaseException:
     return error
 
 
+def _of_copies(error: BaseException, source: Path | None = None) -> DataError | None:
+    """That `datasets` cannot write its copies of what it reads; None if it is something else.
+
+    source: the files that are read.
+    """
+    error = _root(error)
+    if not isinstance(error, OSError) or error.errno not in _UNWRITABLE or not isinstance(error.filename, str | Path):
+        return None
+    if source is not None and Path(error.filename).resolve().is_relative_to(source.resolve()):
+        return None
+    return DataError(
+        f"{error.filename} cannot be written ({error.strerror}), where the library datasets keeps copies of what it "
+        "reads: set HF_HOME to a folder that you may write to"
+    )
+
+
 def _explained(error: BaseException, what: str, subset: str | None, split: str) -> DataError | None:
     """`datasets` raises plain ValueErrors that list what there is; tell it in our words, in one line.
 
@@ -136,7 +154,11 @@ def _explained(error: BaseException, what: str, subset: str | None, split: str) 
 
 
 def _of_hub(error: BaseException, what: str, subset: str | None, split: str, column: str) -> DataError:
-    return _explained(error, what, subset, split) or DataError(f"{_unread(what, error)}. {_expected(column)}")
+    return (
+        _of_copies(error)
+        or _explained(error, what, subset, split)
+        or DataError(f"{_unread(what, error)}. {_expected(column)}")
+    )
 
 
 INSTEAD = (

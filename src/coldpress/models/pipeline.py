@@ -177,9 +177,8 @@ class KVPressTextGenerationPipeline(Pipeline):
             raise InputError("A question has no tokens; leave question= out to let the model go on with the context.")
         system_ids = encode(system)
         context_ids = torch.cat([system_ids, encode(before)], dim=1)
-        limit = max_context_length
+        limit, longest = max_context_length, max((ids.shape[1] for ids in question_ids), default=0)
         if limit is None:
-            longest = max((ids.shape[1] for ids in question_ids), default=0)
             limit = self._max_positions() - n_earlier - longest - max_new_tokens
         elif n_earlier + min(limit, context_ids.shape[1]) + max_new_tokens > self._max_positions():
             warnings.warn(
@@ -187,7 +186,11 @@ class KVPressTextGenerationPipeline(Pipeline):
             )
         if limit < (system_ids.shape[1] + 1 if context else 0):
             what = "a context" if context else f"a question and its answer after the {n_earlier} tokens of the cache"
-            raise InputError(f"There is no room for {what}: the maximum length of a context would be {limit} tokens.")
+            why = f"max_context_length is {limit}, and {system_ids.shape[1]} tokens are pinned"
+            if max_context_length is None:
+                needed = f"{longest + max_new_tokens} of the model's {self._max_positions()} positions"
+                why = f"a question of {longest} tokens and max_new_tokens={max_new_tokens} need {needed}"
+            raise InputError(f"There is no room for {what}: {why}.")
         self._check_switch(n_earlier + min(limit, context_ids.shape[1]), question_ids, max_new_tokens)
         if context_ids.shape[1] > limit:
             message = f"The context is cut from {context_ids.shape[1]} to {limit} tokens (max_context_length)."

@@ -19,8 +19,9 @@ from coldpress.serving.bodies import Body
 from coldpress.serving.guard import Guard, refused
 from coldpress.serving.meters import Meters
 from coldpress.serving.receiving import received
+from coldpress.serving.refusing import refusal
 from coldpress.serving.replies import GONE, Asked, Events, Line, own_fault, told
-from coldpress.serving.service import Making, Service, refusal
+from coldpress.serving.service import Making, Service
 from coldpress.serving.shapes import ChatShape, TextShape
 
 __all__ = ["make_app"]

@@ -11,6 +11,7 @@ from coldpress.serving.wording import Message
 __all__ = ["Body"]
 
 _ROLES = ("system", "developer", "user", "assistant")
+_ALIKE = 0.7  # an option must be to one of ours to be taken for it: clients send options of other servers
 _MOST_STOPS, _MOST_STOP_CHARACTERS = 16, 1000
 
 
@@ -133,7 +134,7 @@ class Body:
         """Raise :class:`RequestError` if there are options that were not taken."""
         for name in self._given:
             raise RequestError(
-                f"Unknown option {_shown(name)}.{nearest(name[:100], self._known)}",
+                f"Unknown option {_shown(name)}.{nearest(name[:100], self._known, _ALIKE)}",
                 code="unknown_parameter",
                 param=name[:100],
             )

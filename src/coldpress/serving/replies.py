@@ -18,7 +18,8 @@ from fastapi.responses import JSONResponse, Response
 from coldpress.errors import RequestError
 from coldpress.serving.answering import Answer, End, Failure, Piece, Wanted
 from coldpress.serving.meters import Meters
-from coldpress.serving.service import Service, refusal
+from coldpress.serving.refusing import refusal
+from coldpress.serving.service import Service
 from coldpress.serving.shapes import Gathered, error_of, usage_of
 
 __all__ = ["GONE", "Asked", "Events", "Line", "own_fault", "told"]

@@ -12,7 +12,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.architecture.generating import switching_point
 from coldpress.core.press import Press
-from coldpress.errors import InputError, RequestError
+from coldpress.errors import RequestError
 from coldpress.io.files import read_text
 from coldpress.models.inspection import inspection_of
 from coldpress.serving.answering import Answer, Failure, Wanted
@@ -26,7 +26,7 @@ from coldpress.serving.streaming import parts_of
 from coldpress.serving.wording import Message, chat_ids, joined, text_ids
 from coldpress.stores.bits import BITS, ROTATED, bits_name
 
-__all__ = ["Limits", "Making", "Service", "refusal"]
+__all__ = ["Limits", "Making", "Service"]
 
 _PRESS_OPTIONS = ("press", "compression_ratio", "budget_tokens", "budget_bytes", "press_args")
 _NEUTRAL: dict[str, tuple[Any, ...]] = {  # options of a chat that mean nothing here, and what clients send all the same
@@ -390,10 +390,3 @@ class Service:
     def _too_long(self, what: str) -> RequestError:
         message = f"{what}, and the model has {self.max_positions} positions; send less, or ask for less."
         return RequestError(message, code="context_length_exceeded")
-
-
-def refusal(error: Exception) -> RequestError | None:
-    """What a client is told of an error; None for one that is the server's own fault."""
-    if isinstance(error, RequestError):
-        return error
-    return RequestError(str(error)) if isinstance(error, InputError) else None
