@@ -43,6 +43,7 @@ from coldpress.architecture.cache_argument import cache_argument
 from coldpress.cache.file import FORMATS
 from coldpress.core.data import as_data, from_data
 from coldpress.errors import CacheError, OutputError, PressError
+from coldpress.io.artefacts import Artefact
 
 ROOT = Path(__file__).resolve().parents[1]
 STATES = ("lfm2", "qwen3_next")
@@ -352,6 +353,19 @@ def test_killed_while_saving_there_is_the_old_file_or_the_new_one(tmp_path: Path
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
     assert PressedCache.load(path, tiny("llama")).seen_tokens == 500
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_who_may_read_a_file_is_as_the_umask_says(tmp_path: Path, umask: int, mode: int) -> None:
+    """Files of safetensors were their owner's alone, whatever the umask, and those of JSON beside them were not."""
+    before = os.umask(umask)
+    try:
+        for _ in range(2):  # a new file, and one in the place of an older one
+            prefilled().save(tmp_path / "a.safetensors", tiny("llama"))
+            Artefact("qfilter", {"filters": torch.zeros(1, 1)}).save(tmp_path / "b.safetensors")
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {mode}
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(

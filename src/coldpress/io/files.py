@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import secrets
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,7 +89,10 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             part.touch(exist_ok=False)
+            mode = stat.S_IMODE(part.stat().st_mode)  # as the umask says
             write(part)
+            if stat.S_IMODE(part.stat().st_mode) != mode:  # safetensors puts a file there that is its owner's alone
+                part.chmod(mode)
             with part.open("rb+") as file:
                 os.fsync(file.fileno())
             os.replace(part, path)
