@@ -209,8 +209,8 @@ def test_another_process_knows_them(loaded: LoadedModel, folder: Path, fed: list
     assert len(Snapshots(model, loaded.tokenizer, folder=tmp_path)) == 0  # of another model
     assert len(Snapshots(loaded.model, loaded.tokenizer, folder=tmp_path, max_snapshots=2)) == 2
     assert len(list(tmp_path.glob("*.safetensors"))) == 3
-    said = tmp_path / f"{late.id}.json"
-    assert said.stat().st_mode & 0o77 == 0  # it holds the text
+    for kind in ("json", "safetensors"):
+        assert (tmp_path / f"{late.id}.{kind}").stat().st_mode & 0o77 == 0  # each holds the text
 
 
 @pytest.fixture

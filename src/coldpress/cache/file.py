@@ -53,8 +53,9 @@ def save_cache(
     model: PreTrainedModel,
     attention_mask: Tensor | None,
     name: str | None = None,
+    is_private: bool = False,
 ) -> None:
-    """See :meth:`coldpress.PressedCache.save`.
+    """See :meth:`coldpress.PressedCache.save`; ``is_private``: this user alone may read the file.
 
     Args:
         name: of the model, where its configuration does not know by which it can be loaded again.
@@ -113,7 +114,7 @@ def save_cache(
     )
     metadata = {"format": f"coldpress cache {2 if newer else 1}", "cache": said, "sha256": _digest(said)}
     try:
-        replace_file(path, lambda part: save_file(tensors, part, metadata=metadata))
+        replace_file(path, lambda part: save_file(tensors, part, metadata=metadata), is_private)
     except (OSError, SafetensorError) as error:
         raise OutputError(f"{path} cannot be written ({error}); name another file.") from error
 

@@ -71,7 +71,7 @@ def read_text(path: str | Path, limit: int = MAX_BYTES) -> str:
     return read_bytes(path, limit).decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
 
 
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+def replace_file(path: Path, write: Callable[[Path], object], is_private: bool = False) -> None:
     """Have ``write`` fill a new file, and let it take the place of ``path``: whole or not at all.
 
     The new file stands beside ``path`` under a name of its own, and is newly created: no link is followed, and
@@ -80,6 +80,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     Args:
         path: the file; its folder is made if need be. An older file is there until the new one is on disk.
         write: is given the path of an empty file.
+        is_private: this user alone may read the file; else whoever the umask says.
 
     Raises:
         OSError: it cannot be written; and whatever ``write`` raises.
@@ -88,8 +89,8 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         part = path.with_name(f".{secrets.token_hex(8)}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            part.touch(exist_ok=False)
-            mode = stat.S_IMODE(part.stat().st_mode)  # as the umask says
+            part.touch(0o600 if is_private else 0o666, exist_ok=False)
+            mode = stat.S_IMODE(part.stat().st_mode)
             write(part)
             if stat.S_IMODE(part.stat().st_mode) != mode:  # safetensors puts a file there that is its owner's alone
                 part.chmod(mode)

@@ -17,6 +17,7 @@ from typing import Any
 
 from transformers.modeling_utils import PreTrainedModel
 
+from coldpress.cache.file import save_cache
 from coldpress.cache.pins import checked_pins
 from coldpress.cache.pressed import PressedCache
 from coldpress.core.data import as_data, from_data
@@ -106,7 +107,7 @@ class Folder:
         if not path.exists():
             if cache is None:  # another thread has just removed it
                 return
-            cache.save(path, model)
+            save_cache(cache, path, model, None, is_private=True)  # it holds the tokens of the text
         try:
             if not self._declaration(key).exists():
                 self._declare(snapshot)
@@ -187,12 +188,8 @@ class Folder:
             }
             said = json.dumps({**declared, _CHECKSUM: _checksum(snapshot.id, declared)})
 
-            def write(part: Path) -> None:
-                part.chmod(0o600)
-                part.write_text(said, encoding="utf-8")
-
             try:
-                replace_file(self._declaration(snapshot.id), write)
+                replace_file(self._declaration(snapshot.id), lambda part: part.write_text(said, "utf-8"), True)
             except OSError as error:
                 raise OutputError(f"{self.path} cannot be written to ({error}).") from error
 
