@@ -879,7 +879,7 @@ def test_report_leaves_out_what_is_no_result(run: Run, capsys: pytest.CaptureFix
     assert "--table writes no report to --output elsewhere; give one of them" in capsys.readouterr().err
     path.unlink()
     assert main(["report", str(done.folder), "--table"]) == 2
-    assert "holds no results; run coldpress ppl first" in capsys.readouterr().err.splitlines()[-1]
+    assert "holds no result that can be read; run coldpress ppl first" in capsys.readouterr().err.splitlines()[-1]
     for name in ("", " "):
         assert main(["report", name]) == 2
         assert capsys.readouterr().err == (
