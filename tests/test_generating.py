@@ -160,7 +160,7 @@ def test_no_tokens_are_refused(model: PreTrainedModel, given: str) -> None:
     block = PRESS(model) if given == "block" else nullcontext()
     with pytest.raises(InputError, match="at least one token"), block:
         model(none, **({} if given == "block" else cache_argument(past)))
-    if given != "later":
+    if given != "later" and VERSION >= (5, 0):  # before, generate fails by itself
         with pytest.raises(InputError, match="at least one token"), PRESS(model):
             model.generate(none, attention_mask=none, max_new_tokens=3)
 

@@ -15,7 +15,7 @@ from coldpress.bases.press_files import load_press_files
 from coldpress.bases.registry import make_press, press_names, takes_ratio
 from coldpress.bases.scorer import BUDGETS
 from coldpress.commands.replicas import replicas
-from coldpress.core.press import Press
+from coldpress.core.press import Press, parts
 from coldpress.errors import InputError, MissingDependencyError
 from coldpress.eval.jobs import check_types, read_press_args
 from coldpress.eval.models import load_model
@@ -149,7 +149,7 @@ def press_of(own: dict[str, Any], given: dict[str, Any]) -> Press | None:
     Raises:
         InputError: there is no such press, or it does not take these.
     """
-    sizes = ("compression_ratio", *BUDGETS)
+    sizes, of_client = ("compression_ratio", *BUDGETS), read_press_args(given.get("press_args"))
     if "press" not in given:
         has_size = any(size in given for size in sizes)
         given = {name: value for name, value in own.items() if not (has_size and name in sizes)} | given
@@ -172,7 +172,12 @@ def press_of(own: dict[str, Any], given: dict[str, Any]) -> Press | None:
         ratio = 0.5 if takes_ratio(name) and not budget else 0.0
     if name in press_names():
         check_types(name, arguments)
-    return make_press(name, ratio, **budget, **arguments)
+    press = make_press(name, ratio, **budget, **arguments)
+    for part in [] if press is None else parts(press):
+        for option in ("weights", getattr(part, "parameter", "")):  # of trained and of calibrated presses
+            if isinstance(of_client.get(option), str):
+                raise InputError(f"press_args: {option} names a file, and a server opens none that its client names.")
+    return press
 
 
 def greeting(service: Service, address: str, has_key: bool) -> str:
