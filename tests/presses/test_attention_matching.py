@@ -108,6 +108,16 @@ def test_a_fit_that_does_not_carry_over_is_not_used() -> None:
     assert torch.equal(fitted, values[chosen]) and torch.equal(weights, torch.ones_like(weights))
 
 
+def test_a_pair_that_hardly_counts_is_not_made_to_answer_for_all() -> None:
+    """What is gone is as large as ten thousand times the attention to the one pair that may change."""
+    _, _, values = case(64, 3)
+    gone = torch.linspace(0.1, 0.5, 64, dtype=torch.float64)
+    attention = torch.stack([1 - 1.0001 * gone, 1e-4 * gone, gone], dim=1)
+    for bias in (False, True):
+        fitted, _ = fit(attention, values, torch.tensor([0, 1]), torch.tensor([False, True]), left_out(64), bias)
+        assert float(fitted.norm(dim=-1).max()) <= 2 * float(values.norm(dim=-1).max())
+
+
 def test_equal_keys_and_few_queries_give_finite_values() -> None:
     queries, keys, values = case(3, 40)
     keys[:] = keys[0]

@@ -38,6 +38,7 @@ _P = TypeVar("_P", bound="AttentionMatchingPress")
 _RIDGES = (1e-2, 1e-3)  # of the largest eigenvalue, for the values
 _MASS_RIDGE = 1e-2  # likewise, for the bias
 _LEAST_WEIGHT, _MOST_WEIGHT = math.exp(-3), 20.0  # of a kept pair: e to the power of its bias
+_MOST_NORM = 2.0  # of a fitted value, as a part of the largest norm of the head's values
 _ROWS = 768  # reference queries of a KV head, at most
 _RECENT_PART = 8  # the newest tokens that stay are at most one in so many of what is kept
 
@@ -59,7 +60,8 @@ class AttentionMatchingPress(WrapperPress):
 
     Fitting can overfit. So every fourth block of 8 reference queries is left out at first, and the head takes what has
     the smallest error on these: no fit, or values with one of two ridges (1e-2 and 1e-3 of the largest
-    eigenvalue), each with and without bias. That is then fitted to all of them.
+    eigenvalue), each with and without bias. That is then fitted to all of them. A fit with a value of more than twice
+    the largest norm of the head's values is not used: the reference queries say nothing of what such a value is for.
 
     Reference queries, of all heads of a group: with queries="window" those of the last n_queries tokens, where they
     were made and moved on by n_queries positions, as if the next tokens asked what these did. With queries="repeat"
@@ -200,17 +202,24 @@ class AttentionMatchingPress(WrapperPress):
             if carried is not None:
                 layer.keep(pack(carried > 0))
             if heard[index] and layer.was_compressed:
-                self._refit(layer, heard[index], *pairs[index])
+                self._refit(layer, heard[index], *pairs[index], n_keep)
 
-    def _refit(self, layer: PressedLayer, calls: Sequence[LayerCall], keys: Tensor, values: Tensor) -> None:
-        """Store fitted values in ``layer``, which stored ``keys`` and ``values`` before it was compressed."""
+    def _refit(
+        self, layer: PressedLayer, calls: Sequence[LayerCall], keys: Tensor, values: Tensor, n_keep: int
+    ) -> None:
+        """Store fitted values in ``layer``, which stored ``keys`` and ``values`` before it was compressed.
+
+        Args:
+            n_keep: of a head, mean over layers and heads; 0: as many as this layer keeps.
+        """
         call, columns = calls[0], layer.columns()
         pinned, positions = columns.pop(PINNED, None), layer.positions()
         view = LayerView(
             keys, values, torch.cat([call.query for call in calls], dim=2), call.module, call.scaling, call.layer_idx,
             call.n_layers, softcap=call.softcap, sinks=call.sinks,
         )  # fmt: skip
-        fixed = ends(view, (self.n_sink, self._n_recent(int((positions >= 0).sum(-1).float().mean()))))
+        n_keep = n_keep or int((positions >= 0).sum(-1).float().mean())
+        fixed = ends(view, (self.n_sink, self._n_recent(n_keep)))
         if pinned is not None:
             fixed = fixed | unpack(positions.masked_fill(~pinned, -1), view.n_tokens)
         kept = Kept(layer.keys, layer.values, positions, columns=columns)  # type: ignore[arg-type]
@@ -266,25 +275,26 @@ def fit(
     gone = 1 - missing - kept.sum(-1)  # attention to pairs that are gone; what is missing is that of attention sinks
     ones = torch.ones(len(chosen), dtype=torch.float64, device=chosen.device)
     rows = ~is_left_out if bool(is_left_out.any()) else torch.ones_like(is_left_out)
-    best: tuple[float, bool, float | None] | None = None
+    found: list[tuple[float, bool, float]] = []  # error, with weights, ridge: infinite for values as they are
     for weighs in (False, True) if bias else (False,):
         weights = _weights(kept[rows], gone[rows], is_free) if weighs else ones
         part, error = _error(kept * weights, missing, before, target)
-        errors: list[tuple[float, float | None]] = [(float(error[~rows].square().sum()), None)]
+        found.append((float(error[~rows].square().sum()), weighs, math.inf))
         gram = part[:, is_free] @ part[:, is_free].mT
         for ridge in _RIDGES:
-            found = _solve(gram[rows][:, rows], error[rows], ridge)
-            errors.append((float((error[~rows] - gram[~rows][:, rows] @ found).square().sum()), ridge))
-        smallest, own = min(errors, key=lambda pair: pair[0])
-        if best is None or smallest < best[0]:
-            best = smallest, weighs, own
-    assert best is not None
-    _, weighs, chosen_ridge = best
-    weights = _weights(kept, gone, is_free) if weighs else ones
-    if chosen_ridge is not None:
+            own = _solve(gram[rows][:, rows], error[rows], ridge)
+            found.append((float((error[~rows] - gram[~rows][:, rows] @ own).square().sum()), weighs, ridge))
+    most = _MOST_NORM * values.double().norm(dim=-1).max()
+    for _, weighs, ridge in sorted(found, key=lambda one: one[0]):
+        weights = _weights(kept, gone, is_free) if weighs else ones
+        if ridge == math.inf:
+            break
         part, error = _error(kept * weights, missing, before, target)
         free = part[:, is_free]
-        before[is_free] += free.mT @ _solve(free @ free.mT, error, chosen_ridge)
+        fitted = before[is_free] + free.mT @ _solve(free @ free.mT, error, ridge)
+        if bool(fitted.norm(dim=-1).max() <= most):
+            before[is_free] = fitted
+            break
     return before, weights
 
 
