@@ -182,8 +182,9 @@ def refusal(outer: object, inner: Press, need: str, instead: str = "") -> str:
 
 
 def _field_of(press: Press) -> str | None:
-    """The parameter that is the press inside; None without one."""
-    return next((name for name, value in vars(press).items() if isinstance(value, Press)), None)
+    """The parameter that is the press inside, or may be; None without one."""
+    inside = next((name for name, value in vars(press).items() if isinstance(value, Press)), None)
+    return inside or ("press" if "press" in vars(press) else None)
 
 
 def _goes_outside(outer: object, inner: Press) -> bool:
@@ -202,10 +203,14 @@ def _goes_outside(outer: object, inner: Press) -> bool:
 
 
 def _without(press: Press, part: Press) -> Press:
-    """``press`` with what is inside ``part`` in the place of that."""
+    """``press`` with what is inside ``part`` in the place of that; one of several presses is left out."""
     field = _field_of(press)
     if field is None:
-        raise PressError(f"{type(press).__name__} holds several presses.")
+        for name, value in vars(press).items():
+            if isinstance(value, (list, tuple)) and any(one is part for one in value):
+                others: dict[str, Any] = {name: [one for one in value if one is not part]}
+                return replace(press, **others)  # type: ignore[type-var]
+        raise PressError(f"{type(press).__name__} has no press inside.")
     inside: Press = getattr(press, field)
     return inside if press is part else replace(press, **{field: _without(inside, part)})  # type: ignore[type-var]
 

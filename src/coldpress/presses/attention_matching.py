@@ -202,20 +202,22 @@ class AttentionMatchingPress(WrapperPress):
             if carried is not None:
                 layer.keep(pack(carried > 0))
             if heard[index] and layer.was_compressed:
-                self._refit(layer, heard[index], *pairs[index], n_keep)
+                self._refit(layer, heard[index], pairs[index], n_keep)
 
     def _refit(
-        self, layer: PressedLayer, calls: Sequence[LayerCall], keys: Tensor, values: Tensor, n_keep: int
+        self, layer: PressedLayer, calls: Sequence[LayerCall], pairs: tuple[Tensor, Tensor], n_keep: int
     ) -> None:
-        """Store fitted values in ``layer``, which stored ``keys`` and ``values`` before it was compressed.
+        """Store fitted values in ``layer``.
 
         Args:
+            calls: that the layer heard while the text was repeated.
+            pairs: keys and values that it stored before it was compressed.
             n_keep: of a head, mean over layers and heads; 0: as many as this layer keeps.
         """
         call, columns = calls[0], layer.columns()
         pinned, positions = columns.pop(PINNED, None), layer.positions()
         view = LayerView(
-            keys, values, torch.cat([call.query for call in calls], dim=2), call.module, call.scaling, call.layer_idx,
+            *pairs, torch.cat([call.query for call in calls], dim=2), call.module, call.scaling, call.layer_idx,
             call.n_layers, softcap=call.softcap, sinks=call.sinks,
         )  # fmt: skip
         n_keep = n_keep or int((positions >= 0).sum(-1).float().mean())
