@@ -21,6 +21,7 @@ __all__ = [
     "Parameter",
     "PressInfo",
     "catalogue",
+    "file_parameters",
     "find_press",
     "make_press",
     "parameters_of",
@@ -58,7 +59,7 @@ class _Entry:
     @property
     def schedule_ratio(self) -> str | None:
         """The parameter that the ratio is, of a schedule around a press that has none of its own."""
-        return None if self.cls.at_prefill else "target_compression_ratio"
+        return "target_compression_ratio" if self.inner and not self.cls.at_prefill else None
 
     @property
     def kind(self) -> str:
@@ -246,7 +247,7 @@ def make_press(name: str, compression_ratio: float, /, **parameters: Any) -> Bas
             )
     own_ratio: dict[str, Any] = {"compression_ratio": compression_ratio} if entry.has_ratio else {}
     *outside, inside = entry.split(entry.changed | parameters)
-    if entry.inner and entry.schedule_ratio:
+    if entry.schedule_ratio:
         check_ratio(compression_ratio)
         outside[0][entry.schedule_ratio] = compression_ratio
     else:
@@ -276,6 +277,11 @@ def parameters_of(name: str) -> dict[str, Field[Any]]:
     entry = _entry(name)
     classes = entry.classes[::-1] if entry else []
     return {f.name: f for cls in classes for f in _parameters(cls)}
+
+
+def file_parameters(name: str) -> set[str]:
+    """Parameters of a registered name that say where files of a calibrated or trained press are."""
+    return {getattr(cls, "parameter", "weights") for cls in _BY_NAME[name].classes if cls.kind != "training-free"}
 
 
 def catalogue() -> list[PressInfo]:
@@ -329,19 +335,17 @@ def _info(name: str, entry: _Entry) -> PressInfo:
         call = f"{cls.__name__}({', '.join(f'{p.name}={p.default}' if p.default else p.name for p in parameters)})"
     else:
         described = [_described(*part) for part in zip(entry.classes, entry.split(entry.changed), strict=True)]
-        parameters = tuple({p.name: p for part in reversed(described) for p in part}[n] for n in _names(described))
-        call = ""
-        for part, own in zip(reversed(entry.classes), reversed(described), strict=True):
-            written = [f"{p.name}={p.default}" for p in own]
-            if not call:
-                written = written if entry.inner and entry.schedule_ratio else [*ratio, *written]
-            elif any(f.name == "press" and f.kw_only is True for f in fields(part)):  # type: ignore[arg-type]
-                written.append(f"press={call}")
-            else:
-                written.insert(0, call)
-            if part is cls and entry.inner and entry.schedule_ratio:
-                written.append(f"{entry.schedule_ratio}=compression_ratio")
-            call = f"{part.__name__}({', '.join(written)})"
+        own = {p.name: p for part in reversed(described) for p in part}  # one that several have is the outermost's
+        parameters = tuple(own[name] for name in dict.fromkeys(p.name for part in described for p in part))
+        *outside, inside = [[f"{p.name}={p.default}" for p in part] for part in described]
+        if entry.schedule_ratio:
+            outside[0].append(f"{entry.schedule_ratio}=compression_ratio")
+        else:
+            inside[:0] = ratio
+        call = f"{entry.classes[-1].__name__}({', '.join(inside)})"
+        for part, written in zip(entry.classes[-2::-1], reversed(outside), strict=True):
+            is_keyword = any(f.name == "press" and f.kw_only is True for f in fields(part))  # type: ignore[arg-type]
+            call = f"{part.__name__}({', '.join([*written, f'press={call}'] if is_keyword else [call, *written])})"
     found = re.search(r"arXiv:(\d{4}\.\d{5})|(https://[^\s,;]+)", doc.source)
     return PressInfo(
         name=name,
@@ -376,11 +380,6 @@ def _described(cls: type[BasePress], changed: dict[str, Any]) -> tuple[Parameter
     return tuple(
         Parameter(f.name, repr(changed.get(f.name, _default(f))), said.get(f.name, "")) for f in _parameters(cls)
     )
-
-
-def _names(described: list[tuple[Parameter, ...]]) -> list[str]:
-    """Of the parameters of a press and those inside it, each name once."""
-    return list(dict.fromkeys(p.name for part in described for p in part))
 
 
 def _constructor(cls: type[BasePress]) -> tuple[Parameter, ...]:

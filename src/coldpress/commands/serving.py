@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from coldpress.bases.press_files import load_press_files
-from coldpress.bases.registry import make_press, press_names, takes_ratio
+from coldpress.bases.registry import file_parameters, make_press, press_names, takes_ratio
 from coldpress.bases.scorer import BUDGETS
 from coldpress.commands.replicas import replicas
-from coldpress.core.press import Press, parts
+from coldpress.core.press import Press
 from coldpress.errors import InputError, MissingDependencyError
 from coldpress.eval.jobs import check_types, read_press_args
 from coldpress.eval.models import load_model
@@ -172,12 +172,10 @@ def press_of(own: dict[str, Any], given: dict[str, Any]) -> Press | None:
         ratio = 0.5 if takes_ratio(name) and not budget else 0.0
     if name in press_names():
         check_types(name, arguments)
-    press = make_press(name, ratio, **budget, **arguments)
-    for part in [] if press is None else parts(press):
-        for option in ("weights", getattr(part, "parameter", "")):  # of trained and of calibrated presses
-            if isinstance(of_client.get(option), str):
+        for option in file_parameters(name) & of_client.keys():  # some presses look into theirs as they are made
+            if isinstance(of_client[option], str):
                 raise InputError(f"press_args: {option} names a file, and a server opens none that its client names.")
-    return press
+    return make_press(name, ratio, **budget, **arguments)
 
 
 def greeting(service: Service, address: str, has_key: bool) -> str:

@@ -96,8 +96,8 @@ class CompressionRatioDecodingPress(DecodingPress):
     """Keep everything of the prompt; while decoding, cut the cache back to a share of the text so far.
 
     As DecodingPress, but the base press chooses floor(n * (1 - target_compression_ratio)) pairs where n is the length
-    of the text so far, prompt included. The registered names compress every 64 tokens, keep a tenth of that at each end
-    of the prompt (BoundaryPress, share), and their ratio is target_compression_ratio.
+    of the text so far, prompt included. The registered names compress every 64 tokens, their ratio is
+    target_compression_ratio, and a tenth of what they keep is at each end of the prompt (BoundaryPress, share).
 
     Source: kvpress's CompressionRatioDecodingPress, https://github.com/NVIDIA/kvpress; no paper. Differs from kvpress:
     as DecodingPress does; the length of the text is the cache's own, not read from position_ids.
