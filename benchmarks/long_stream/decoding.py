@@ -25,10 +25,12 @@ from benchmarks.long_stream.long_stream import BIN, mean
 from coldpress import (
     AdaKVPress,
     BasePress,
+    CAMPress,
     DecodingPress,
     GKVPress,
     H2OPress,
     KeyformerPress,
+    MassCAMPress,
     MorphKVPress,
     PressedCache,
     RaaSPress,
@@ -56,7 +58,11 @@ PRESSES: dict[str, BasePress] = {
     "MorphKV": MorphKVPress(),
     "R-KV": RKVPress(),
     "G-KV": GKVPress(),
+    "SnapKV, CaM": SnapKVPress(window_size=16),
+    "SnapKV, CaM with mass": SnapKVPress(window_size=16),
 }
+MERGES = {"SnapKV, CaM": CAMPress, "SnapKV, CaM with mass": MassCAMPress}  # the schedule; DecodingPress for the others
+VERSIONS = ("torch", "transformers", "cpu")  # a record of others is not continued
 ROOM = 1.25  # times the bytes of the pairs: heads that differ have room in whole blocks
 
 
@@ -92,13 +98,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     record = {"settings": settings, "env": environment(), "curves": {}}
     if args.output and args.output.exists():
         earlier = json.loads(args.output.read_text(encoding="utf-8"))
-        if any(earlier[part] != record[part] for part in ("settings", "env")):
+        here = (settings, *(record["env"][part] for part in VERSIONS))
+        if (earlier["settings"], *(earlier["env"][part] for part in VERSIONS)) != here:
             raise SystemExit(f"{args.output} has other settings or versions; give another --output.")
         record = earlier
     for name in args.only or PRESSES:
         if name in record["curves"]:
             continue
-        schedule = DecodingPress(PRESSES[name], args.chunk, args.budget_tokens)  # type: ignore[arg-type]
+        schedule = MERGES.get(name, DecodingPress)(PRESSES[name], args.chunk, args.budget_tokens)  # type: ignore[arg-type]
         cache = PressedCache(schedule, positions="rerotate", pin=[(0, args.pinned)])
         start = time.perf_counter()
         losses, sizes = [], []
@@ -111,6 +118,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "bins": [{"tokens": len(part), "loss": math.fsum(part) / len(part)} for part in bins],
             "kv_bytes_most": max(sizes),
             "seconds": round(time.perf_counter() - start, 1),
+            "git_commit": environment()["git_commit"],
             "fault": fault(args, cache, losses, sizes),
         }
         print(f"{name}: loss {math.fsum(losses) / len(losses):.4f}", file=sys.stderr, flush=True)

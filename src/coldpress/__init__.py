@@ -66,6 +66,7 @@ __all__ = [
     "LayerDefensiveKVPress",
     "LayerView",
     "LeverageScorePress",
+    "MassCAMPress",
     "MassMergingPress",
     "MergingPress",
     "MomentKVPress",

@@ -27,7 +27,7 @@ from coldpress.presses.adakv import AdaKVPress
 from coldpress.presses.attention_matching import AttentionMatchingPress
 from coldpress.presses.block import BlockPress
 from coldpress.presses.boundary import BoundaryPress
-from coldpress.presses.cam import CAMPress
+from coldpress.presses.cam import CAMPress, MassCAMPress
 from coldpress.presses.cap import CapPress
 from coldpress.presses.chunk import ChunkPress
 from coldpress.presses.chunkkv import ChunkKVPress

@@ -82,6 +82,7 @@ def test_classes_without_a_name_are_found() -> None:
         "DecodingPress",
         "FairPress",
         "KeyformerPress",
+        "MassCAMPress",
         "PerLayerCompressionPress",
         "PrefillDecodingPress",
         "QuestPress",

@@ -41,6 +41,7 @@ from coldpress import (
     KVzapPress,
     KVzipPress,
     LUKVPress,
+    MassCAMPress,
     MassMergingPress,
     MergingPress,
     MomentKVPress,
@@ -88,6 +89,7 @@ KINDS: dict[str, list[object]] = {
         DecodingPress(KnormPress()),
         CompressionRatioDecodingPress(KnormPress()),
         CAMPress(KnormPress()),
+        MassCAMPress(KnormPress()),
     ],
     "both": [PrefillDecodingPress(KnormPress(0.5), DecodingPress(KnormPress()))],
     "none": [None],
@@ -131,6 +133,7 @@ WRAPPERS: dict[str, tuple[Callable[..., BasePress], set[str]]] = {
     "DecodingPress": (lambda press: DecodingPress(without_budget(press)), AGAIN),
     "CompressionRatioDecodingPress": (lambda press: CompressionRatioDecodingPress(without_budget(press)), AGAIN),
     "CAMPress": (lambda press: CAMPress(without_budget(press)), AGAIN),
+    "MassCAMPress": (lambda press: MassCAMPress(without_budget(press)), AGAIN),
     "PrefillDecodingPress before": (lambda press: PrefillDecodingPress(press, DecodingPress(KnormPress())), AT_PREFILL),
     "PrefillDecodingPress while decoding": (
         lambda press: PrefillDecodingPress(KnormPress(0.5), press),

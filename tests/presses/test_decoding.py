@@ -6,12 +6,13 @@ import copy
 import math
 import pickle
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from tests.contract.architectures import Look, distinct_tokens, tiny, tokens
-from tests.presses.views import rotated, unrotated
+from tests.presses.views import rotated, unrotated, view_of
 from torch import Tensor
 
 import coldpress
@@ -34,6 +35,7 @@ from coldpress import (
     KnormPress,
     LayerView,
     LeverageScorePress,
+    MassCAMPress,
     ObservedAttentionPress,
     PrefillDecodingPress,
     PressedCache,
@@ -89,6 +91,7 @@ SCHEDULES: dict[str, tuple[BasePress, int, int, int]] = {
     "share": (CompressionRatioDecodingPress(STREAMING, INTERVAL, 8, 0.6), INTERVAL, 4, 1),
     "share_by_attention": (CompressionRatioDecodingPress(SnapKVPress(window_size=4), 25, 8, 0.6), 25, 0, 4),
     "cam": (CAMPress(STREAMING, INTERVAL, TARGET, 8, merge_budget=4), INTERVAL, 4, 1),
+    "mass_cam": (MassCAMPress(STREAMING, INTERVAL, TARGET, 8, merge_budget=4), INTERVAL, 4, 1),
     "cam_by_head": (CAMPress(AdaKVPress(SnapKVPress(window_size=4)), 25, TARGET, 8, merge_budget=4), 25, 0, 4),
     "after_a_press": (
         PrefillDecodingPress(STREAMING.with_ratio(0.5), DecodingPress(EXPECTED, 25, TARGET, 8)),
@@ -419,6 +422,73 @@ def test_cam_by_hand(model: str) -> None:
     assert n_merged > 3
 
 
+@pytest.mark.parametrize("model", ["gpt_neox", "gpt_neox_full_rotary"])
+def test_mass_cam_by_hand(model: str) -> None:
+    """Every weight and value of two compressions: the number of tokens that a pair stands for, and their mean."""
+    shown: list[tuple[LayerView, Kept]] = []
+
+    class Asks(MassCAMPress):
+        def compress_again(self, view: LayerView) -> Kept | None:
+            kept = super().compress_again(view)
+            shown.append((view, kept))
+            return kept
+
+    decoded(Asks(KnormPress(), 6, 12, merge_budget=3), 16 + 12, model=model, ids=distinct_tokens(1, 16 + 12))
+    first, second = (pair for pair in shown if pair[0].layer_idx == 0)
+    assert "bias" not in first[0].columns
+    assert torch.equal(second[0].columns["bias"][..., :12], first[1].bias)
+    n_merged, n_again = 0, 0
+    for view, kept in (first, second):
+        generator = torch.Generator().manual_seed((view.seed + 1_009 * view.layer_idx + 1_000_003 * view.end) % 2**63)
+        for h in range(4):
+            n = view.n_tokens
+            received = attention_received(view, h)
+            norms = [float(view.keys[0, h, t].norm()) for t in range(n)]
+            stays = sorted(sorted(range(n), key=lambda t: norms[t])[:12])
+            goes = sorted(set(range(n)) - set(stays), key=lambda t: norms[t])[:6]
+            bias = view.columns["bias"][0, h].double() if "bias" in view.columns else torch.zeros(n).double()
+            stands_for = {t: [(float(bias[t].exp()), view.values[0, h, t].double())] for t in range(n)}
+            draws = torch.rand(len(goes), generator=generator).tolist()
+            for t, draw in zip(goes, draws, strict=True):
+                heirs = [s for s in stays if s > t][:3]
+                if heirs and draw < min(1.0, received[t] / (sum(received[s] for s in heirs) / len(heirs))):
+                    n_merged += 1
+                    n_again += float(bias[t]) > 0
+                    for s in heirs:
+                        stands_for[s] += [(w / len(heirs), v) for w, v in stands_for[t]]
+            for i, t in enumerate(stays):
+                weight = sum(w for w, _ in stands_for[t])
+                mean = sum(w * v for w, v in stands_for[t]) / weight
+                assert float(kept.bias[0, h, i]) == pytest.approx(math.log(weight), abs=1e-6)
+                torch.testing.assert_close(kept.values[0, h, i].double(), mean, atol=1e-5, rtol=1e-5)
+    assert n_merged > 3 and n_again > 0
+
+
+def attention_received(view: LayerView, h: int) -> list[float]:
+    """Attention that each stored pair of a head has received, biases counted, by a loop over queries."""
+    n_new, positions = int(view.n_new or 0), view.positions[0, h].tolist()
+    bias = view.columns["bias"][0, h].double() if "bias" in view.columns else torch.zeros(view.n_tokens).double()
+    carried = torch.zeros(view.n_tokens) if view.carried is None else view.carried[0, h].nan_to_num(nan=0.0)
+    received = carried.tolist()
+    for i in range(n_new):
+        q = view.queries[0, h, view.n_queries - n_new + i].double()
+        seen = [t for t in range(view.n_tokens) if positions[t] <= view.end - n_new + i]
+        logits = torch.stack([q @ view.keys[0, h, t].double() * view.scaling + bias[t] for t in seen])
+        for t, weight in zip(seen, logits.softmax(0).tolist(), strict=True):
+            received[t] += weight
+    return received
+
+
+def test_mass_cam_leaves_the_mean_of_equal_values() -> None:
+    """Where all values are the same, merging changes none, and a pair that is merged adds its weight to the others."""
+    view = replace(view_of("gpt_neox"), _memo={}, n_new=1)
+    view = replace(view, values=torch.ones_like(view.values))
+    kept = MassCAMPress(KnormPress(), target_size=view.n_tokens // 2, merge_budget=1).compress_again(view)
+    torch.testing.assert_close(kept.values, torch.ones_like(kept.values))
+    more = kept.bias.exp().sum(-1) - view.n_tokens // 2  # of each head the one that is merged, if it is drawn
+    assert ((more - 1).abs() < 1e-5).logical_or(more.abs() < 1e-5).all() and more.max() > 0.5
+
+
 def test_cam_repeats_with_the_seed() -> None:
     runs = []
     for _ in range(2):
@@ -434,6 +504,7 @@ def test_cam_repeats_with_the_seed() -> None:
         DecodingPress(SnapKVPress(window_size=4), INTERVAL, 12, 8),
         DecodingPress(AdaKVPress(KnormPress()), INTERVAL, 12, 8),
         CAMPress(StreamingLLMPress(), INTERVAL, 12, 8),
+        MassCAMPress(AdaKVPress(KnormPress()), INTERVAL, 12, 8),
         PrefillDecodingPress(KnormPress(0.5), CompressionRatioDecodingPress(SnapKVPress(window_size=4), 4, 8)),
     ],
 )

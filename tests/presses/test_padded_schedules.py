@@ -26,6 +26,7 @@ from coldpress import (
     KnormPress,
     KVzapPress,
     LayerView,
+    MassCAMPress,
     PrefillDecodingPress,
     PressedCache,
     ScorerPress,
@@ -49,6 +50,7 @@ SCHEDULES: list[BasePress] = [
     PrefillDecodingPress(AdaKVPress(KnormPress(0.5), 0.0), DecodingPress(AdaKVPress(TOVAPress()), 3, 10, 4)),
     DMSPress(KnormPress(), -3.1, 6, decoding=True),
     PrefillDecodingPress(KnormPress(0.4), DMSPress(KnormPress(), -3.1, 4, decoding=True)),
+    MassCAMPress(KnormPress(), 4, 12, 6),
 ]
 
 

@@ -58,7 +58,7 @@ class CAMPress(DecodingPress):
         if chosen is None:
             slots = torch.arange(view.n_tokens, device=received.device).expand_as(received)
             return view.take(view.held(slots))._replace(carry=received)
-        scores, values = press.scores(view), view.values.clone()
+        scores, summed = press.scores(view), self._summands(view)
         generator = torch.Generator()
         seed = (view.seed + 1_009 * view.layer_idx + 1_000_003 * view.end) % 2**63
         for row, head in itertools.product(*(range(n) for n in chosen.shape[:2])):
@@ -71,12 +71,20 @@ class CAMPress(DecodingPress):
             is_evicted = torch.ones(n_stored, dtype=torch.bool, device=kept.device).index_fill(0, kept, False)
             evicted = is_evicted.nonzero()[:, 0].flip(0)  # the later ones first
             best = scores[row, head, evicted].argsort(descending=True, stable=True)[:n_new]
-            added = self._shares(received[row, head], values[row, head], evicted[best], kept, generator)
-            values[row, head].index_add_(0, added[0], added[1].to(values.dtype))
+            added = self._shares(received[row, head], summed[row, head], evicted[best], kept, generator)
+            summed[row, head].index_add_(0, added[0], added[1].to(summed.dtype))
         taken = view.take(chosen)
         at = chosen.clamp(min=0)
-        merged = values.gather(2, at[..., None].expand_as(taken.values))
-        return taken._replace(values=merged, carry=received.gather(2, at))
+        merged = summed.gather(2, at[..., None].expand(-1, -1, -1, summed.shape[3]))
+        return self._merged(taken, merged)._replace(carry=received.gather(2, at))
+
+    def _summands(self, view: LayerView) -> Tensor:
+        """What evicted pairs share out and kept ones add up, a copy ``[B, Hkv, T, Dv or more]``: the values."""
+        return view.values.clone()
+
+    def _merged(self, taken: Kept, sums: Tensor) -> Kept:
+        """The pairs ``taken`` with what has come of their summands, ``[B, Hkv, n, Dv or more]``."""
+        return taken._replace(values=sums)
 
     def _shares(
         self, received: Tensor, values: Tensor, evicted: Tensor, kept: Tensor, generator: torch.Generator
@@ -85,12 +93,12 @@ class CAMPress(DecodingPress):
 
         Args:
             received: ``[T]``, attention.
-            values: ``[T, Dv]``.
+            values: ``[T, Dv or more]``, summands.
             evicted: int64 ``[m]``, slots of the pairs that may be merged.
             kept: int64 ``[n]``, ascending.
 
         Returns:
-            Slots int64 ``[s]`` and what comes to their values, float32 ``[s, Dv]``.
+            Slots int64 ``[s]`` and what comes to their summands, float32 ``[s, Dv or more]``.
         """
         first = torch.searchsorted(kept, evicted, right=True)
         n_most = min(self.merge_budget, len(kept))
@@ -102,5 +110,37 @@ class CAMPress(DecodingPress):
         probability = torch.where(mean > 0, (received[evicted] / mean.clamp(min=1e-30)).clamp(max=1), 1.0)
         draw = torch.rand(len(evicted), generator=generator).to(probability.device)
         is_merged = ((draw < probability) & (n_heirs > 0))[:, None] & is_there
-        share = values[evicted].float() / n_heirs.clamp(min=1)[:, None]  # [m, Dv]
+        share = values[evicted].float() / n_heirs.clamp(min=1)[:, None]  # [m, Dv or more]
         return heirs[is_merged], share[:, None].expand(-1, n_most, -1)[is_merged]
+
+
+@dataclass(frozen=True)
+class MassCAMPress(CAMPress):
+    """Merge as CAMPress does, and let a pair weigh in the softmax as much as what was merged into it.
+
+    A pair begins with weight w = 1. An evicted pair t that is merged gives w[t] / |J| of its weight to every pair j of
+    J: w[j]' = w[j] + w[t] / |J|, v[j]' = (w[j] v[j] + w[t] / |J| v[t]) / w[j]', and ln w[j] is added to the logits of
+    j. So what is evicted leaves the average of the values that follow as it was, where CAMPress adds it on top of the
+    whole weight: values stay means of values, however long the text is.
+
+    Source: CAMPress, with the bias of token merging, Bolya et al. 2022, arXiv:2210.09461, section 3, where ln of the
+    number of merged tokens is added. Differs from it: a token may be shared out among several pairs.
+
+    Needs: what CAMPress needs. Cost: as CAMPress, and one number more for each pair.
+
+    Args:
+        base_press, compression_interval, target_size, hidden_states_buffer_size, merge_budget: as for CAMPress.
+    """
+
+    adds_bytes = 4
+
+    def _summands(self, view: LayerView) -> Tensor:
+        """Weighted values and, behind them, the weights: float32 ``[B, Hkv, T, Dv + 1]``."""
+        bias = view.columns.get("bias")
+        weights = torch.ones_like(view.values[..., :1], dtype=torch.float32) if bias is None else bias.exp()[..., None]
+        return torch.cat([weights * view.values.float(), weights], dim=-1)
+
+    def _merged(self, taken: Kept, sums: Tensor) -> Kept:
+        weights = sums[..., -1]
+        values = (sums[..., :-1] / weights[..., None]).to(taken.values.dtype)
+        return taken._replace(values=values, bias=weights.log())
