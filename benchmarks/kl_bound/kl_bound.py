@@ -21,7 +21,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--model", default="demo")
-    add("--press", default="snapkv")
+    add("--press", default="defensive")
     add("--calibrate_on", required=True, help="a data set")
     add("--split", default="train", help="of it")
     add("--check_on", nargs="+", required=True, metavar="KIND[=DATASET]", help="test splits; source needs no data set")

@@ -26,7 +26,7 @@ from coldpress.errors import PressError
 from coldpress.io.artefacts import Shape
 from coldpress.learned.calibrated import Calibrated, Calibration
 from coldpress.models.block import prefilling
-from coldpress.presses.snapkv import SnapKVPress
+from coldpress.presses.defensive import DefensiveKVPress
 
 _Q = TypeVar("_Q", bound="QualityPress")
 LEVELS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)  # of max_kl, in nats a token
@@ -35,7 +35,7 @@ _THRESHOLDS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.18, 0.25)
 _SCORED = 8  # one part in so many of a sample is what the cache is judged by
 
 
-@register("quality", SnapKVPress)
+@register("quality", DefensiveKVPress)
 @dataclass(frozen=True)
 class QualityPress(Calibrated):
     """Keep as few pairs as leave the next tokens as they were, within max_kl nats a token, prompt by prompt.
@@ -50,7 +50,7 @@ class QualityPress(Calibrated):
     floor(risk * (n + 1))-th smallest is taken. For a text drawn as the samples were, KL then exceeds max_kl with
     probability at most risk (split conformal prediction); for texts of another kind nothing is promised, so calibrate
     on your own. Where no threshold is safe, everything is kept; the calibration says so, and so does a press that is
-    about to be used.
+    about to be used. Around a press that looks at the worst case it removes most (benchmarks/kl_bound).
 
     Source: conformal risk control, Angelopoulos et al. 2022, arXiv:2208.02814, for a loss of 0 or 1; the statistic is
     our own. Differs from the paper: thresholds are on a grid, and the loss is made monotone in them.
