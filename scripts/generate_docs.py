@@ -18,8 +18,8 @@ A generated part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->`
 - ``saves``: what compression saves in time and memory, as ratios within one run;
 - ``goals``: what the benchmarks of savings were to show, and what they do;
 - ``sweepcost``, ``overhead``, ``chunked``, ``quantised``, ``packed``, ``decode``, ``compiled``, ``headwise``,
-  ``lengths``, ``batch``, ``budget``, ``stream``, ``decoding``, ``far``, ``drift``, ``klbound``, ``ends``, ``serve`` or
-  ``startup`` with a FILE: the table of FILE.json in the results of that benchmark.
+  ``lengths``, ``batch``, ``budget``, ``stream``, ``decoding``, ``far``, ``drift``, ``klbound``, ``ends``, ``serve``,
+  ``needlelayers`` or ``startup`` with a FILE: the table of FILE.json in the results of that benchmark.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ DOCUMENTS = (
     "benchmarks/batch/README.md",
     "benchmarks/startup/README.md",
     "benchmarks/kl_bound/README.md",
+    "benchmarks/needle_layers/README.md",
     "benchmarks/prompt_ends/README.md",
     "benchmarks/serve/README.md",
 )
@@ -425,6 +426,7 @@ def generated(name: str) -> str:
         "far": lambda: measured("long_stream", "precision.py", argument, "far"),
         "startup": lambda: measured("startup", "startup.py", argument),
         "serve": lambda: measured("serve", "serve.py", argument),
+        "needlelayers": lambda: measured("needle_layers", "needle_layers.py", argument),
         "klbound": lambda: measured("kl_bound", "kl_bound.py", argument),
         "ends": lambda: measured("prompt_ends", "prompt_ends.py", argument),
         "drift": lambda: measured("long_stream", "precision.py", argument, "drift"),
