@@ -16,6 +16,7 @@ OWN = (
     "gkv",
     "h2o",
     "layer_defensive",
+    "sampled_defensive",
     "mass_merging_snapkv",
     "momentkv_snapkv",
     "morphkv",

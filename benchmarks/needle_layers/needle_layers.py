@@ -15,7 +15,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-PRESSES = ("adakv_snapkv", "defensive", "layer_defensive")
+PRESSES = ("adakv_snapkv", "defensive", "layer_defensive", "sampled_defensive")
 DEPTHS = [0.0, 0.25, 0.5, 0.75, 1.0]
 
 

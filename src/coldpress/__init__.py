@@ -85,6 +85,7 @@ __all__ = [
     "RandomPress",
     "RestoreKVPress",
     "RotatedBits",
+    "SampledDefensiveKVPress",
     "ScissorhandsPress",
     "ScorerPress",
     "SimLayerKVPress",

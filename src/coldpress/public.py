@@ -72,6 +72,7 @@ from coldpress.presses.raas import RaaSPress
 from coldpress.presses.random import RandomPress
 from coldpress.presses.restorekv import RestoreKVPress
 from coldpress.presses.rkv import RKVPress
+from coldpress.presses.sampled_defensive import SampledDefensiveKVPress
 from coldpress.presses.scissorhands import ScissorhandsPress
 from coldpress.presses.simlayerkv import SimLayerKVPress
 from coldpress.presses.snapkv import SnapKVPress

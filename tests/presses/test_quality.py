@@ -12,7 +12,7 @@ from tests.contract.architectures import tiny, tokens
 from tests.examples.contract import CHECKS, Case, every_check
 from tests.presses.views import MODELS, view_of
 
-from coldpress import AdaKVPress, KnormPress, QualityPress, SnapKVPress
+from coldpress import AdaKVPress, DefensiveKVPress, KnormPress, QualityPress, SnapKVPress
 from coldpress.errors import PressError
 from coldpress.io.artefacts import Artefact
 from coldpress.learned.calibration import calibrate
@@ -139,6 +139,10 @@ def test_thresholds_that_are_missing_name_the_command() -> None:
 
 CASES = {
     "snapkv": Case(QualityPress(SnapKVPress(window_size=8), threshold=0.3), lacks=("chunks", "rerotated", "ragged")),
+    "defensive": Case(
+        QualityPress(DefensiveKVPress(window_size=8, first_stage_mass=0.3), threshold=0.6),
+        lacks=("chunks", "rerotated"),
+    ),
     "adakv": Case(
         QualityPress(AdaKVPress(SnapKVPress(window_size=8)), threshold=0.3),
         model="gpt_neox",

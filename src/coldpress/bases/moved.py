@@ -9,16 +9,26 @@ from torch import Tensor
 
 from coldpress.core.view import LayerView
 
-__all__ = ["asked_ahead", "queries_moved_on"]
+__all__ = ["asked_ahead", "queries_moved_on", "samples_moved_on"]
 
 
 def queries_moved_on(view: LayerView, n: int) -> LayerView:
     """The view with its last ``n`` queries, moved on by ``n`` positions, or as far as the model has any."""
     newest = replace(view, queries=view.queries[:, :, -n:], _memo={})
+    return _moved_on(view, newest.unrotated_queries())
+
+
+def samples_moved_on(view: LayerView, n: int) -> LayerView:
+    """The view with ``n`` queries from all over the text, evenly apart, as if the next ``n`` tokens asked them."""
+    at = (2 * torch.arange(n, device=view.queries.device) + 1) * view.n_queries // (2 * n)
+    return _moved_on(view, view.unrotated_queries()[:, :, at])
+
+
+def _moved_on(view: LayerView, queries: Tensor) -> LayerView:
+    """The view with ``queries``, ``[B, Hq, n, D]`` before rotary embedding, at the next ``n`` positions."""
     rope = view.find_rope()
-    queries = newest.unrotated_queries()
     if rope is not None:
-        at = torch.arange(view.end, view.end + n, device=queries.device)
+        at = torch.arange(view.end, view.end + queries.shape[2], device=queries.device)
         queries = rope.rotate(
             queries, *rope.cos_sin(at if rope.n_positions is None else at.clamp(max=rope.n_positions - 1))
         )

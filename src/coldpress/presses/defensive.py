@@ -92,16 +92,23 @@ class DefensiveKVPress(SnapKVPress):
         return self.n_sink, self._window(view)
 
     def score(self, view: LayerView) -> Tensor:
-        window, tiny = self._window(view), torch.finfo(torch.float32).tiny
-        before, inside = view.window_attention(window).split([view.n_tokens - window, window], dim=-1)
-        if before.shape[-1]:
-            pooled = avg_pool1d(before.flatten(0, 3), self.kernel_size, 1, self.kernel_size // 2).view_as(before)
-            before = pooled * (before.sum(-1, keepdim=True) / pooled.sum(-1, keepdim=True).clamp(min=tiny))
-        most = torch.cat([before.amax(dim=(2, 3)), inside.amax(dim=(2, 3))], dim=-1)  # [B, Hkv, T]
-        floor = most[..., : max(1, before.shape[-1])].mean(-1, keepdim=True)
+        most, tiny = self._most(view), torch.finfo(torch.float32).tiny
+        floor = most[..., : max(1, view.n_tokens - self._window(view))].mean(-1, keepdim=True)
         norms = view.projected_value_norms()
         mean = norms.mean(-1 if self.norms_over == "tokens" else 1, keepdim=True)
         return most.maximum(floor) * (norms / mean.clamp(min=tiny))
+
+    def _most(self, view: LayerView) -> Tensor:
+        """The most that a reference query needs each pair: M, float32 ``[B, Hkv, T]``."""
+        window = self._window(view)
+        before, inside = view.window_attention(window).split([view.n_tokens - window, window], dim=-1)
+        if before.shape[-1]:
+            before = pooled(before, self.kernel_size)
+        return torch.cat([before.amax(dim=(2, 3)), inside.amax(dim=(2, 3))], dim=-1)
+
+    def _received(self, view: LayerView) -> Tensor:
+        """What reference queries give each pair on average, for the first stage: float32 ``[B, Hkv, T]``."""
+        return view.window_attention(self._window(view)).mean(dim=(2, 3))
 
     def ranked(self, view: LayerView, n_keep: int, must: Tensor) -> Tensor:
         """:meth:`scores` with infinity at what must be kept, and the largest number there is at the first stage's.
@@ -110,7 +117,7 @@ class DefensiveKVPress(SnapKVPress):
             n_keep, must: as in :meth:`chosen`.
         """
         window = self._window(view)
-        attention = view.window_attention(window).mean(dim=(2, 3))  # [B, Hkv, T]
+        attention = self._received(view)  # [B, Hkv, T]
         must = must.expand(attention.shape)
         others = attention.masked_fill(must, 0.0)
         mass, rest, n_must = attention.sum(-1, keepdim=True), others.sum(-1, keepdim=True), must.sum(-1)
@@ -127,6 +134,13 @@ class DefensiveKVPress(SnapKVPress):
         n_safe = max(share_of(n_keep, self.alpha_safeguard), int(must.sum(-1).max()))
         counts = adaptive_counts(scores, n_keep, n_safe)
         return select_counts(scores, counts if view.counts is None else counts.minimum(view.counts))
+
+
+def pooled(attention: Tensor, kernel_size: int) -> Tensor:
+    """Attention ``[B, Hkv, G, Q, T]`` averaged along the tokens, each row scaled to the sum that it had."""
+    means = avg_pool1d(attention.flatten(0, 3), kernel_size, 1, kernel_size // 2).view_as(attention)
+    tiny = torch.finfo(torch.float32).tiny
+    return means * (attention.sum(-1, keepdim=True) / means.sum(-1, keepdim=True).clamp(min=tiny))
 
 
 @register("layer_defensive")
