@@ -9,7 +9,7 @@ measure=("${PYTHON:-.venv/bin/python}" benchmarks/press_overhead/press_overhead.
 results=${RESULTS:-results/press_overhead}
 "${measure[@]}" --model pythia-70m --output "$results/pythia-70m.json"
 "${measure[@]}" --model smollm2-135m ${1:+--gguf "$1"} ${LAYERS:+--layers "$LAYERS"} --output "$results/smollm2-135m.json"
-new=(attention_matching_defensive attention_matching_snapkv defensive layer_defensive gkv h2o mass_merging_snapkv
-  momentkv_snapkv morphkv rkv snapkv)
+new=(attention_matching_defensive attention_matching_snapkv defensive layer_defensive sampled_defensive gkv h2o
+  mass_merging_snapkv momentkv_snapkv morphkv rkv snapkv)
 "${measure[@]}" --rounds 5 --library coldpress --model smollm2-135m ${1:+--gguf "$1"} ${LAYERS:+--layers "$LAYERS"} \
   --press "${new[@]}" --output "$results/smollm2-135m-new.json"
