@@ -87,7 +87,7 @@ def presses(document: str) -> str:
 
 
 TEN = (
-    *("snapkv", "adakv_snapkv", "expected_attention", "layer_defensive", "keydiff", "streaming_llm", "decoding_h2o"),
+    *("snapkv", "adakv_snapkv", "expected_attention", "sampled_defensive", "keydiff", "streaming_llm", "decoding_h2o"),
     *("kvzip", "attention_matching_kvzip", "qfilter"),
 )
 

@@ -47,7 +47,7 @@ USES = {
     "qa": Use(
         "a text is compressed once, without its questions, and asked many times",
         (
-            *("kvzip", "attention_matching_kvzip", "layer_defensive", "adakv_snapkv", "snapkv"),
+            *("kvzip", "attention_matching_kvzip", "sampled_defensive", "adakv_snapkv", "snapkv"),
             *("expected_attention", "keydiff", "streaming_llm"),
         ),
     ),
