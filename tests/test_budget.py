@@ -189,6 +189,7 @@ def test_two_layers_are_a_pyramid_too() -> None:
 def test_all_places_are_given_out_where_shares_differ_most() -> None:
     assert apportion(30, [1.0, 0.1, 0.001], 0, 10) == [10, 10, 10]
     assert apportion(29, [0.001, 1.0, 0.1], 1, 10) == [9, 10, 10]
+    assert apportion(6, [10.0, 20.0, 30.0], 0, 10) == [1, 2, 3]  # shares that are larger than what they get
 
 
 def test_packed_positions_end_with_minus_one() -> None:
