@@ -14,7 +14,7 @@ from tests.tiny_folder import CONTEXT, QUESTIONS
 from tests.tiny_folder import folder as folder
 from transformers import pipeline
 
-from coldpress import AdaKVPress, PressedCache, SnapKVPress
+from coldpress import AdaKVPress, PressedCache, SampledDefensiveKVPress, SnapKVPress
 from coldpress.cli import main
 from coldpress.commands import asking
 from coldpress.eval.models import LoadedModel, load_model
@@ -57,14 +57,17 @@ def test_budgets_presses_without_a_ratio_and_long_texts(run: Run, folder: Path, 
     given = ["--text_file", "text.txt", "--output", "a.safetensors"]
     model = pipeline(TASKS[0], model=str(folder), device="cpu").model
     for more, stored in (
-        (["--budget_tokens", "20"], 20),
+        (["--press", "snapkv", "--budget_tokens", "20"], 20),
         (["--press", "simlayerkv", "--press_args", '{"lazy_threshold": 0.0, "n_recent": 12, "n_initial": 3}'], 15),
-        ([], None),
+        (["--chunk_tokens", "16"], None),
     ):
         assert run("compress", *given, *more)[0] == 0
         cache = PressedCache.load("a.safetensors", model)
         assert cache.stored_lengths()[0] == (cache.seen_tokens // 2 if stored is None else stored)
     assert cache.press == SnapKVPress(0.5)
+    assert run("compress", *given)[0] == 0
+    cache = PressedCache.load("a.safetensors", model)
+    assert cache.press == SampledDefensiveKVPress(0.5) and cache.achieved_ratio() == pytest.approx(0.5, abs=0.01)
     (tmp_path / "text.txt").write_text(CONTEXT * 10)
     code, _, err = run("compress", *given)
     assert code == 0 and "The context is cut from" in err

@@ -27,7 +27,7 @@ _ROOM_TOKENS = 128  # that compress leaves free in the model's positions for a q
 def compress(
     text_file: str,
     output: str,
-    press: str,
+    press: str | None,
     press_args: dict[str, Any],
     model_options: dict[str, Any],
     compression_ratio: float | None = None,
@@ -40,7 +40,8 @@ def compress(
 
     Args:
         text_file: UTF-8.
-        press: a registered name.
+        press: a registered name; None for ``sampled_defensive``, which finds again what is asked later, or, as that one
+            needs the text in one piece, for ``snapkv`` where it is read in several.
         press_args: its parameters.
         model_options: of :func:`load_model`.
         compression_ratio: 0.5 if neither it nor a budget is given, and the press has a ratio.
@@ -55,6 +56,7 @@ def compress(
     budget = {name: size for name, size in budget.items() if size is not None}
     if compression_ratio is not None and budget:
         raise InputError(f"--compression_ratio and --{next(iter(budget))} both say how much is kept; give one of them.")
+    press = press or ("snapkv" if chunk_tokens else "sampled_defensive")
     check_no_size(press_args)
     load_press_files([press])
     if compression_ratio is None:

@@ -128,7 +128,7 @@ def compress_options(parser: argparse.ArgumentParser) -> None:
     add = what.add_argument
     add("--text_file", required=True, help="UTF-8 file with the text")
     add("--output", required=True, help="file to write, such as context.safetensors")
-    add("--press", default="snapkv", help="name of a press, or no_press (default: snapkv)")
+    add("--press", help="name of a press, or no_press (default: sampled_defensive, or snapkv with --chunk_tokens)")
     add("--compression_ratio", type=float, help="fraction of the pairs to remove, in [0, 1) (default: 0.5)")
     add("--budget_tokens", type=positive, help="instead of a ratio: pairs that a head keeps, on average")
     add("--budget_bytes", type=positive, help="instead of a ratio: bytes of the kept pairs")
