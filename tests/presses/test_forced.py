@@ -227,3 +227,15 @@ def test_what_does_not_fit_beside_pins_gives_way_from_its_start() -> None:
     assert as_far_as(must, more, 2)[0, 0].tolist() == [True, False, False, True]
     assert as_far_as(must, more, torch.tensor([[3]]))[0, 0].tolist() == [True, True, False, True]
     assert as_far_as(None, more, 1) is more
+
+
+def test_what_is_protected_has_what_reserved_tokens_leave() -> None:
+    view = view_of("llama", 20)
+    reserved = torch.zeros(1, 1, 20, dtype=torch.bool)
+    reserved[..., 6:11] = True
+    for n_keep, kept in (
+        (6, [*range(6, 11), 19]),
+        (7, [0, *range(6, 11), 19]),
+        (20, [0, 1, *range(6, 11), *range(16, 20)]),
+    ):
+        assert forced(view, (2, 4), n_keep, reserved=reserved)[0, 0].nonzero()[:, 0].tolist() == kept
