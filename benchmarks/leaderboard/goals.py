@@ -16,11 +16,11 @@ OWN = (
     "gkv",
     "h2o",
     "layer_defensive",
-    "sampled_defensive",
     "mass_merging_snapkv",
     "momentkv_snapkv",
     "morphkv",
     "rkv",
+    "sampled_defensive",
 )
 READS_TWICE = ("attention_matching_kvzip", "kvcompose", "kvgrad", "kvzip", "kvzip_plus")
 

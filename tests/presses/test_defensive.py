@@ -29,6 +29,7 @@ from coldpress import (
     LayerView,
     PrefillDecodingPress,
     PressedCache,
+    SampledDefensiveKVPress,
     SnapKVPress,
     make_press,
 )
@@ -232,9 +233,10 @@ def test_sinks_window_and_pins_stay_in_every_head(cls: type[DefensiveKVPress]) -
             assert {0, 1, 2, *range(20, 24), *range(45, 50)} <= {*head}
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "mistral"])
-def test_rows_of_a_padded_batch_share_nothing(name: str) -> None:
-    press, ids, pads = LayerDefensiveKVPress(0.6, **Defensive), tokens(3, 40), [(0, 0), (9, 0), (2, 6)]
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gemma3", "mistral"])
+@pytest.mark.parametrize("cls", [LayerDefensiveKVPress, SampledDefensiveKVPress])
+def test_rows_of_a_padded_batch_share_nothing(cls: type[DefensiveKVPress], name: str) -> None:
+    press, ids, pads = cls(0.6, **Defensive), tokens(3, 40), [(0, 0), (9, 0), (2, 6)]
     mask = torch.ones(3, 40, dtype=torch.long)
     for row, (left, right) in enumerate(pads):
         mask[row, :left] = mask[row, 40 - right :] = 0
@@ -267,7 +269,7 @@ def test_a_shared_prefill_gives_what_each_gives_alone() -> None:
 
 def test_short_texts_and_small_budgets() -> None:
     for n in (1, 2, 3, 5, 33, 40):
-        for cls in (DefensiveKVPress, LayerDefensiveKVPress):
+        for cls in (DefensiveKVPress, LayerDefensiveKVPress, SampledDefensiveKVPress):
             for ratio in (0.0, 0.5, 0.95):
                 past = prefilled(cls(ratio), tokens(1, n))
                 assert sum(len(head) for layer in kept(past) for head in layer) == 4 * keep_count(n, ratio)

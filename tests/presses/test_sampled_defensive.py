@@ -15,7 +15,6 @@ from tests.examples.test_extend import OFTEN, Watching, pinned
 from tests.oracles.choices import ends
 from tests.oracles.defensive import attention, best, pooled
 from tests.presses.test_defensive import kept, norms_of, prefilled
-from tests.presses.test_wrappers import heads_of
 from tests.presses.views import MODELS, rotated, unrotated, view_of, views_of
 from torch import Tensor
 
@@ -141,28 +140,6 @@ CASES = {
 @every_check(CASES)
 def test_the_contract(name: str, check: str, tmp_path: Path) -> None:
     CHECKS[check](CASES[name], tmp_path)
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gemma3", "mistral"])
-def test_rows_of_a_padded_batch_share_nothing(name: str) -> None:
-    press, ids, pads = SampledDefensiveKVPress(0.6, **SAMPLED), tokens(3, 40), [(0, 0), (9, 0), (2, 6)]
-    mask = torch.ones(3, 40, dtype=torch.long)
-    for row, (left, right) in enumerate(pads):
-        mask[row, :left] = mask[row, 40 - right :] = 0
-    past = prefilled(press, ids, name, mask)
-    for row, (left, right) in enumerate(pads):
-        alone = prefilled(press, ids[row : row + 1, left : 40 - right], name)
-        for own, other in zip(past.pressed_layers(), alone.pressed_layers(), strict=True):
-            if own.was_compressed:
-                mine = [[t - left for t in head] for head in heads_of(own.positions())[row]]
-                assert mine == heads_of(other.positions())[0]
-
-
-def test_short_texts_and_small_budgets() -> None:
-    for n in (1, 2, 3, 5, 33, 40):
-        for ratio in (0.0, 0.5, 0.95):
-            past = prefilled(SampledDefensiveKVPress(ratio), tokens(1, n))
-            assert sum(len(head) for layer in kept(past) for head in layer) == 4 * keep_count(n, ratio)
 
 
 def test_what_makes_no_sense_is_refused() -> None:

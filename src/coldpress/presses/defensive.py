@@ -106,10 +106,6 @@ class DefensiveKVPress(SnapKVPress):
             before = pooled(before, self.kernel_size)
         return torch.cat([before.amax(dim=(2, 3)), inside.amax(dim=(2, 3))], dim=-1)
 
-    def _received(self, view: LayerView) -> Tensor:
-        """What reference queries give each pair on average, for the first stage: float32 ``[B, Hkv, T]``."""
-        return view.window_attention(self._window(view)).mean(dim=(2, 3))
-
     def ranked(self, view: LayerView, n_keep: int, must: Tensor) -> Tensor:
         """:meth:`scores` with infinity at what must be kept, and the largest number there is at the first stage's.
 
@@ -117,7 +113,7 @@ class DefensiveKVPress(SnapKVPress):
             n_keep, must: as in :meth:`chosen`.
         """
         window = self._window(view)
-        attention = self._received(view)  # [B, Hkv, T]
+        attention = view.window_attention(window).mean(dim=(2, 3))  # [B, Hkv, T]
         must = must.expand(attention.shape)
         others = attention.masked_fill(must, 0.0)
         mass, rest, n_must = attention.sum(-1, keepdim=True), others.sum(-1, keepdim=True), must.sum(-1)
@@ -138,6 +134,8 @@ class DefensiveKVPress(SnapKVPress):
 
 def pooled(attention: Tensor, kernel_size: int) -> Tensor:
     """Attention ``[B, Hkv, G, Q, T]`` averaged along the tokens, each row scaled to the sum that it had."""
+    if kernel_size == 1:
+        return attention
     means = avg_pool1d(attention.flatten(0, 3), kernel_size, 1, kernel_size // 2).view_as(attention)
     tiny = torch.finfo(torch.float32).tiny
     return means * (attention.sum(-1, keepdim=True) / means.sum(-1, keepdim=True).clamp(min=tiny))
