@@ -381,7 +381,15 @@ def saves() -> str:
             "a token behind 4,096 tokens, SmolLM2-135M, float16",
             *(ratios(real, slow, half) for slow in (all_pairs, same)),
         ),
-        ("the same, against llama.cpp in 16 bits", ratios(real, "llama.cpp, full", half), []),
+        (
+            "the same, in a compiled step",
+            *(ratios(real, slow, "coldpress, 0.5, compiled") for slow in (all_pairs, same)),
+        ),
+        (
+            "the same, against llama.cpp in 16 bits with all pairs",
+            ratios(real, "llama.cpp, full", "coldpress, 0.5, compiled"),
+            [],
+        ),
         ("a batch of 32 prompts of 512 to 1,024 tokens", ratios(batch, f"32: {all_pairs}", f"32: {half}"), []),
         (
             "peak memory of a prefill of 32,768 tokens, in pieces",

@@ -131,17 +131,36 @@ def test_rows_and_generate() -> None:
     assert torch.equal(actual, expected) and len(steps) == 5
 
 
-def test_weights_by_columns() -> None:
-    """Inside, weights lie otherwise and are equal; outside, nothing is left, whatever happened."""
+@pytest.mark.parametrize("is_faster", [False, True])
+def test_weights_by_columns(is_faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside, weights lie otherwise where that is faster, and are equal; outside, nothing is left, come what may."""
+    monkeypatch.setattr(columns, "_columns_are_faster", lambda weights: is_faster)
     model = BY_NAME["llama"].build()
     before = {name: (p.clone(), p.stride()) for name, p in model.named_parameters()}
     with pytest.raises(ZeroDivisionError), compiled(model):
-        assert model.get_output_embeddings().weight.stride(0) == 1
+        assert (model.get_output_embeddings().weight.stride(0) == 1) == is_faster
         assert all(torch.equal(p, before[name][0]) for name, p in model.named_parameters())
         raise ZeroDivisionError
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name][0]) and p.stride() == before[name][1]
     assert "forward" not in vars(model)
+
+
+@pytest.mark.parametrize("is_faster", [False, True])
+def test_both_layouts_are_tried(is_faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The faster one is taken, of weights of one shape and dtype, of which no more are read than it takes."""
+    weights = [torch.randn(8, 4) for _ in range(5)]
+    tried: set[tuple[bool, int]] = set()
+
+    def seconds(product: Any, x: torch.Tensor, of: list[torch.Tensor]) -> float:
+        is_columns = of[0].stride(0) == 1
+        assert all(torch.allclose(product(x, w), w.sum(1)[None], atol=1e-5) for w in of)
+        tried.add((is_columns, len(of)))
+        return 1.0 if is_columns == is_faster else 2.0
+
+    monkeypatch.setattr(columns, "_TRIED_BYTES", 2 * weights[0].nbytes)
+    monkeypatch.setattr(columns, "_seconds", seconds)
+    assert columns._columns_are_faster(weights) == is_faster and tried == {(False, 2), (True, 2)}
 
 
 @pytest.mark.parametrize("n_parts", [1, 2, 3])

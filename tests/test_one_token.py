@@ -38,6 +38,28 @@ def test_softmax_of_one_query(segments: int, group: int, n: int, hides: bool) ->
         torch.testing.assert_close(actual.double(), expected, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["_by_rows", "_by_columns"])
+@pytest.mark.parametrize(("segments", "group"), [(1, 1), (8, 1), (1, 3), (6, 3)])
+@pytest.mark.parametrize("n", [1, 2, 5, 300])
+def test_either_order_of_the_product(
+    name: str, segments: int, group: int, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both are right, and the one that was faster when both were tried is taken."""
+    torch.manual_seed(n)
+    query, key = torch.randn(segments, group, 16), torch.randn(segments, n, 16)
+    own, asked = getattr(one_token, name), []
+
+    def product(query: Tensor, key: Tensor) -> Tensor:
+        asked.append(name)
+        return own(query, key)
+
+    monkeypatch.setattr(one_token, "_tried_orders", lambda: name == "_by_rows")
+    monkeypatch.setattr(one_token, name, product)
+    expected = (query.double() @ key.double().transpose(1, 2)).float()
+    torch.testing.assert_close(one_token.products(query, key), expected, atol=1e-5, rtol=1e-5)
+    assert asked == [name]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("segments", "group"), [(1, 1), (8, 1), (1, 3), (6, 3)])
 def test_in_16_bits(dtype: torch.dtype, segments: int, group: int) -> None:

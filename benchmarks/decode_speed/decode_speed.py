@@ -10,11 +10,13 @@ else the machine does meets all of them. The memory's speed is measured in every
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.metadata
 import json
 import statistics
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ from benchmarks.decoding import (
     write,
 )
 
-from coldpress import AdaKVPress, PressedCache, SnapKVPress, use_coldpress
+from coldpress import AdaKVPress, PressedCache, RotatedBits, SnapKVPress, compiled, use_coldpress
 from coldpress.architecture.cache_argument import cache_argument
 
 TITLES = {
@@ -50,15 +52,29 @@ TITLES = {
     "coldpress, 0.9": "PressedCache, SnapKV at 0.9",
     "coldpress, heads 0.5": "PressedCache, AdaKV around SnapKV at 0.5",
     "coldpress, heads and layers 0.5": "PressedCache, heads of all layers share 0.5, as KVzip's do",
+    "coldpress, 0.5 in 4 bits": "PressedCache, SnapKV at 0.5 in RotatedBits(4, 4)",
+    "coldpress, 0.5, compiled": "PressedCache, SnapKV at 0.5, in a compiled() block",
+    "coldpress, 0.5 in 4 bits, compiled": "PressedCache, SnapKV at 0.5 in RotatedBits(4, 4), in a compiled() block",
     "coldpress, empty": "PressedCache, empty context",
     "llama.cpp, full": "llama.cpp, 16-bit weights, keys and values, no press",
+    "llama.cpp, q8_0": "llama.cpp, 16-bit weights, keys and values in q8_0, no press",
 }
 GOALS = (
     ("ratio 0.5 against no press in transformers", "transformers, full", "coldpress, 0.5", 1.8),
     ("ratio 0.5 against the same pairs in a DynamicCache", "transformers, 0.5", "coldpress, 0.5", 1.35),
     ("an empty context in transformers against ratio 0.9", "transformers, empty", "coldpress, 0.9", 1 / 1.1),
     ("llama.cpp without a press against ratio 0.5", "llama.cpp, full", "coldpress, 0.5", 1.0),
+    ("llama.cpp in q8_0 against ratio 0.5 in 4 bits", "llama.cpp, q8_0", "coldpress, 0.5 in 4 bits", 1.0),
+    ("llama.cpp without a press against ratio 0.5, compiled", "llama.cpp, full", "coldpress, 0.5, compiled", 2.0),
+    (
+        "llama.cpp in q8_0 against ratio 0.5 in 4 bits, compiled",
+        "llama.cpp, q8_0",
+        "coldpress, 0.5 in 4 bits, compiled",
+        1.0,
+    ),
 )
+COMPILED = "coldpress, 0.5", "coldpress, 0.5 in 4 bits"
+LLAMA_CPP_BYTES = {"llama.cpp, full": 2.0, "llama.cpp, q8_0": 34 / 32}  # of a number; q8_0 has a scale for 32 of them
 
 
 def main() -> int:
@@ -68,23 +84,34 @@ def main() -> int:
     parser.add_argument("--new_tokens", type=int, default=12, help="timed in each sample")
     parser.add_argument("--profile", choices=[n for n in TITLES if n.startswith("coldpress")], help="instead of timing")
     parser.add_argument("--llamacpp", action="store_true", help="llama.cpp too, on --gguf's weights in 16 bits")
+    parser.add_argument("--compiled", action="store_true", help="ratio 0.5 in a compiled step too, on a second model")
     args = parser.parse_args()
     if args.llamacpp and not (args.gguf and args.dtype == "float16"):
         parser.error("--llamacpp needs --gguf and --dtype float16")
+    if args.profile and args.profile.endswith("compiled") and not args.compiled:
+        parser.error("a compiled step is profiled with --compiled")
     torch.set_num_threads(args.threads)
     model = make_model(args)
     decoders = make_decoders(args, model)
-    if args.profile:
-        print(profile(decoders[args.profile], args.new_tokens))
-        return 0
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        if args.compiled:
+            inside = copy.deepcopy(model)
+            stack.enter_context(compiled(inside, new_tokens=args.new_tokens + 2))
+            for name in COMPILED:
+                cache = decoders[name].cache.fork()
+                decoders[f"{name}, compiled"] = Decoder(inside, cache, "coldpress", args.tokens)
+        if args.profile:
+            print(profile(decoders[args.profile], args.new_tokens))
+            return 0
         if args.llamacpp:
             path = Path(folder, "f16.gguf")
             write_in_16_bits(Path(args.gguf), path)
-            decoders["llama.cpp, full"] = LlamaCpp(path, text(1, args.tokens, args.seed), args.threads)
+            ids = text(1, args.tokens, args.seed)
+            decoders["llama.cpp, full"] = LlamaCpp(path, ids, args.threads)
+            decoders["llama.cpp, q8_0"] = LlamaCpp(path, ids, args.threads, "Q8_0")
         record = measure(args, decoders)
-        if args.llamacpp:
-            decoders["llama.cpp, full"].close()
+        for name in LLAMA_CPP_BYTES if args.llamacpp else ():
+            decoders[name].close()
     write(args, record)
     print(table(record))
     return 0
@@ -93,8 +120,8 @@ def main() -> int:
 def make_decoders(args: argparse.Namespace, model: Any) -> dict[str, Any]:
     use_coldpress(model)
     full = PressedCache()
-    presses = [SnapKVPress(0.5), SnapKVPress(0.9), AdaKVPress(SnapKVPress(0.5))]
-    half, tenth, heads = full.branches(presses)
+    presses = [SnapKVPress(0.5), SnapKVPress(0.9), AdaKVPress(SnapKVPress(0.5)), SnapKVPress(0.5)]
+    half, tenth, heads, packed = full.branches(presses, [None, None, None, RotatedBits(4, 4)])
     with torch.inference_mode():
         model.base_model(text(1, args.tokens, args.seed), **cache_argument(full))
     uneven = full.fork()
@@ -103,6 +130,7 @@ def make_decoders(args: argparse.Namespace, model: Any) -> dict[str, Any]:
         "transformers, full": with_dynamic_cache(full), "transformers, 0.5": with_dynamic_cache(half),
         "transformers, 0.9": with_dynamic_cache(tenth), "coldpress, full": full, "coldpress, 0.5": half,
         "coldpress, 0.9": tenth, "coldpress, heads 0.5": heads, "coldpress, heads and layers 0.5": uneven,
+        "coldpress, 0.5 in 4 bits": packed,
     }  # fmt: skip
     decoders = {
         name: Decoder(model, cache, "coldpress" if name.startswith("coldpress") else "sdpa", args.tokens)
@@ -141,8 +169,10 @@ def measure(args: argparse.Namespace, decoders: dict[str, Any]) -> dict[str, Any
     model = decoders["transformers, full"].model
     if args.llamacpp:
         layers = decoders["coldpress, full"].cache.pressed_layers()
-        held["llama.cpp, full"] = sum(2 * 2 * layer.keys.numel() for layer in layers)
-    for decoder in decoders.values():
+        numbers = sum(2 * layer.keys.numel() for layer in layers)
+        held |= {name: round(numbers * each) for name, each in LLAMA_CPP_BYTES.items()}
+    for decoder in decoders.values():  # a compiled step twice: the first time it may still be specialised
+        decoder.tokens(args.new_tokens)
         decoder.tokens(1)
     samples, speeds = [], []
     last = -1
@@ -172,7 +202,8 @@ def profile(decoder: Decoder, n: int) -> str:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record_operations
 
-    decoder.tokens(n)
+    for _ in range(2):  # a compiled step may be specialised at the second
+        decoder.tokens(n)
     with record_operations(activities=[ProfilerActivity.CPU]) as recorded:
         decoder.tokens(n)
     rows = sorted(recorded.key_averages(), key=lambda row: -row.self_cpu_time_total)

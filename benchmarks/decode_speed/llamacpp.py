@@ -1,4 +1,4 @@
-"""llama.cpp behind the same context, on the same weights in 16 bits, as one more decoder among the others."""
+"""llama.cpp behind the same context, on the same weights in 16 bits, as more decoders among the others."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def write_in_16_bits(source: Path, target: Path) -> None:
 
 
 class LlamaCpp:
-    """A context in llama.cpp, keys and values in float16, from which :meth:`tokens` decodes.
+    """A context in llama.cpp from which :meth:`tokens` decodes.
 
     It is a process of its own, which is stopped between samples: its threads would go on looking for work.
 
@@ -48,10 +48,11 @@ class LlamaCpp:
         path: a GGUF file.
         ids: int64 ``[1, n]``, the context.
         threads: of the CPU.
+        pairs: llama.cpp's name of how keys and values are stored: "F16", or "Q8_0", 8 bits and a scale for 32 of them.
     """
 
-    def __init__(self, path: Path, ids: Tensor, threads: int):
-        command = [sys.executable, "-m", "benchmarks.decode_speed.llamacpp", str(path), str(threads)]
+    def __init__(self, path: Path, ids: Tensor, threads: int, pairs: str = "F16"):
+        command = [sys.executable, "-m", "benchmarks.decode_speed.llamacpp", str(path), str(threads), pairs]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._ask(ids[0].tolist())
 
@@ -86,6 +87,7 @@ def main() -> None:
     params = xllamacpp.CommonParams()
     params.model.path, params.n_parallel, params.n_ctx = sys.argv[1], 1, len(ids) + 512
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = int(sys.argv[2])
+    params.cache_type_k = params.cache_type_v = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{sys.argv[3]}")
     server = xllamacpp.Server(params)
     asked = {"prompt": ids, "n_predict": 1, "cache_prompt": True, "temperature": 0.0, "ignore_eos": True}
     server.handle_completions(asked)

@@ -16,7 +16,7 @@ done
 "${measure[@]/decode_speed.decode_speed/decode_speed.compiled}" --rounds 6 --model smollm2-135m --dtype float16 --tokens 1024 \
     --new_tokens 4 --output "$results/compiled_smollm2_float16.json"
 smollm2=(--model smollm2-135m --tokens 4096 --new_tokens 6 ${1:+--gguf "$1"})
-"${measure[@]}" "${smollm2[@]}" --dtype float16 ${1:+--llamacpp} --output "$results/smollm2-135m-float16.json"
+"${measure[@]}" "${smollm2[@]}" --dtype float16 --compiled ${1:+--llamacpp} --output "$results/smollm2-135m-float16.json"
 "${measure[@]/decode_speed.decode_speed/decode_speed.lengths}" --rounds "${ROUNDS:-8}" --model smollm2-135m \
     ${1:+--gguf "$1" --llamacpp} --output "$results/lengths.json"
 for dtype in bfloat16 float32; do

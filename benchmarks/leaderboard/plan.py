@@ -84,7 +84,7 @@ def lanes(
     texts = {
         "pg19": (
             {"dataset": pg19, "max_documents": 6, "max_windows": of_a_book},
-            {"dataset": pg19, "max_documents": n_slow, "max_windows": 1},
+            {"dataset": pg19, "max_documents": min(6, n_slow), "max_windows": -(-n_slow // 6)},
         ),
         "wikitext": (
             {"dataset": wikitext, "subset": "wikitext-103-v1", "max_windows": sizes.windows},
