@@ -112,17 +112,20 @@ def lanes(
 
     found = []
     for text, (many, few) in texts.items():
-        stages = [Stage(f"{_short(model)}-{text}", "fast", quality(model, many, fast, sizes.batch))]
-        stages += [Stage(f"{_short(model)}-{text}-slow", "slow", quality(model, few, slow, 1))] if slow else []
-        stages += [Stage(f"{_short(toy)}-{text}", "toy", quality(toy, many, fast, sizes.batch))]
-        stages += [Stage(f"{_short(toy)}-{text}-slow", "toy", quality(toy, few, slow, 1))] if slow else []
+        stages = []
+        for of, share, share_slow in ((model, "fast", "slow"), (toy, "toy", "toy")):
+            if fast:
+                stages.append(Stage(f"{_short(of)}-{text}", share, quality(of, many, fast, sizes.batch)))
+            if slow:
+                stages.append(Stage(f"{_short(of)}-{text}-slow", share_slow, quality(of, few, slow, 1)))
         found.append(stages)
     at_one = {"models": [{"model": model}], "press": fast + slow, "compression_ratio": [AT_ONE_RATIO]}
     first_text = next(iter(texts.values()))[0]
     timed = {"context_limit": sizes.context, "max_new_tokens": 16, "repetitions": 2, "warmup": 0}
     found[0].append(Stage("speed", "rest", {**at_one, "texts": [first_text], "speed": timed}))
     asked = {"task": ["niah_single", "niah_multikey"], "task_tokens": [512], "task_examples": sizes.examples}
-    found[-1].append(Stage("tasks", "rest", {**at_one, "press": fast, "tasks": asked}))
+    if fast:
+        found[-1].append(Stage("tasks", "rest", {**at_one, "press": fast, "tasks": asked}))
     return found
 
 

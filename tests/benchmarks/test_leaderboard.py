@@ -78,6 +78,14 @@ def slow_ranks(kld: np.ndarray) -> list[int]:
     return found
 
 
+@pytest.mark.parametrize(("name", "is_slow"), [("kvzip", True), ("snapkv", False)])
+def test_some_presses_alone_make_no_stage_without_a_press(name: str, is_slow: bool) -> None:
+    stages = [stage for lane in lanes("wiki", "books", "smollm2", "demo", Sizes(), [name]) for stage in lane]
+    assert all(stage.config["press"] == [name] for stage in stages)
+    windowed = [stage.name for stage in stages if "perplexity" in stage.config]
+    assert len(windowed) == 4 and all(of.endswith("-slow") == is_slow for of in windowed)
+
+
 def test_ranks_are_those_of_a_loop_over_pairs_on_shared_windows() -> None:
     draw = np.random.default_rng(0)
     kld = draw.random((7, 12))
