@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GPTNeoXConfig, Llam
 
 from coldpress import PressedCache
 from coldpress.architecture.cache_argument import cache_argument
+from coldpress.eval.results import environment
 
 MODELS = ("pythia-70m", "smollm2-135m")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -139,7 +140,8 @@ def facts(args: argparse.Namespace, model: PreTrainedModel) -> dict[str, Any]:
     return {
         "model": args.model, "weights": Path(args.gguf).name if args.gguf else "random", "dtype": args.dtype,
         "layers": model.config.num_hidden_layers, "rounds": args.rounds, "threads": args.threads, "seed": args.seed,
-        "cores": os.cpu_count(), "platform": platform.machine(), "python": platform.python_version(),
+        "cores": os.cpu_count(), "cpu": environment()["cpu"], "platform": platform.machine(),
+        "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
     }  # fmt: skip
 
@@ -162,9 +164,11 @@ def spread(values: list[float]) -> str:
 
 def footer(settings: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in settings["versions"].items())
+    cpu = f" of {settings['cpu']}" if settings.get("cpu") else ""
     return (
         f"{settings['model']}, {settings['layers']} layers, {settings['weights']} weights, {settings['dtype']}, "
-        f"{settings['threads']} CPU thread{'s' * (settings['threads'] > 1)}, {settings['rounds']} rounds, {versions}."
+        f"{settings['threads']} CPU thread{'s' * (settings['threads'] > 1)}{cpu}, "
+        f"{settings['rounds']} rounds, {versions}."
     )
 
 
