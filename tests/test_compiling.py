@@ -146,6 +146,22 @@ def test_weights_by_columns(is_faster: bool, monkeypatch: pytest.MonkeyPatch) ->
     assert "forward" not in vars(model)
 
 
+@pytest.mark.parametrize("is_inference", [False, True])
+def test_weights_that_can_be_trained_can_be_trained_afterwards(
+    is_inference: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block under inference_mode leaves no inference tensors behind, and one that has them keeps them."""
+    monkeypatch.setattr(columns, "_columns_are_faster", lambda weights: True)
+    with torch.inference_mode(is_inference):
+        model = BY_NAME["llama"].build()
+    with torch.inference_mode(not is_inference), compiled(model):
+        pass
+    assert all(p.is_inference() == is_inference for p in model.parameters())
+    if not is_inference:
+        ids = tokens(1, 5)
+        model.requires_grad_(True)(ids, labels=ids).loss.backward()
+
+
 @pytest.mark.parametrize("is_faster", [False, True])
 def test_both_layouts_are_tried(is_faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The faster one is taken, of weights of one shape and dtype, of which no more are read than it takes."""

@@ -71,11 +71,13 @@ def by_columns(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         for weight in moved:
-            weight.data = weight.data.contiguous()
+            with torch.inference_mode(weight.is_inference()):
+                weight.data = weight.data.contiguous()
 
 
 def _columns(weight: Tensor) -> Tensor:
-    return weight.data.t().contiguous().t()
+    with torch.inference_mode(weight.is_inference()):  # so that the model can be trained afterwards if it could before
+        return weight.data.t().contiguous().t()
 
 
 def _columns_are_faster(weights: list[Tensor]) -> bool:
