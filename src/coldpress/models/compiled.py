@@ -5,8 +5,8 @@ slots that are a tensor, and hides the slots that are empty; so no shape changes
 at all times what it would be without the block: it can be cropped, forked, saved and used by other calls. What a press
 does between tokens, and the encoding of pairs that are no longer the newest, is done outside of the step, as ever.
 
-Inside the block, on the CPU, the weights of linear layers lie in memory by columns (``columns.py``). Their values and
-shapes are what they were.
+Inside the block, on the CPU, the weights of linear layers lie in memory as they are read fastest (``columns.py``).
+Their values and shapes are what they were.
 """
 
 from __future__ import annotations
