@@ -323,7 +323,8 @@ def test_the_command_writes_a_page(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "names", "n_tokens"),
     [
-        ("--compression_ratio 0.2 0.6", ["snapkv 0.2", "snapkv 0.6"], None),
+        ("--compression_ratio 0.2 0.6", ["sampled_defensive 0.2", "sampled_defensive 0.6"], None),
+        ("--chunk_tokens 16", ["snapkv 0.5"], None),
         ("--press knorm snapkv --budget_tokens 5 9 --limit_tokens 20", ["knorm, 5 tokens", "snapkv, 9 tokens"], 20),
         ('--press snapkv --press_args {"window_size":4} --chunk_tokens 16', ["snapkv 0.5"], None),
         ('--press simlayerkv --press_args {"n_recent":4}', ["simlayerkv"], None),

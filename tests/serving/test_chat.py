@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -157,7 +158,7 @@ def test_commands(talk: Talk, tmp_path: Path) -> None:
     assert code == 0
     lines = out.splitlines()
     assert lines[0].endswith(
-        "SnapKVPress(compression_ratio=0.25, window_size=8, kernel_size=5); /help lists what else can be said"
+        "SampledDefensiveKVPress(compression_ratio=0.25, window_size=8); /help lists what else can be said"
     )
     sizes = [line for line in lines if line.startswith("[")]
     held = [int(line.split()[3]) for line in sizes]
@@ -210,6 +211,18 @@ def test_ctrl_c_ends_an_answer(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(Conversation, "ask", interrupted)
     code, out = talk("Who?", "/quit")
     assert code == 0 and " ...\n[" in out
+
+
+@pytest.mark.parametrize(
+    "options, name", [((), "SampledDefensiveKVPress"), (("--chunk_tokens", "16"), "SnapKVPress")], ids=str
+)
+def test_the_press_where_none_is_named(talk: Talk, options: tuple[str, ...], name: str) -> None:
+    code, out = talk("/quit", options=options)
+    assert code == 0 and f", {name}(compression_ratio=0.5); " in out
+    say = ["Who wrote it?", "What was it that she wrote to him?", "And when did he read it?"] * 2
+    code, out = talk(*say, "/quit", options=("--recent_tokens", "30", *options))
+    sizes = re.findall(r"\[(\d+) tokens seen, (\d+) held", out)
+    assert code == 0 and len(sizes) == 6 and int(sizes[-1][1]) < int(sizes[-1][0]), out  # what is older is compressed
 
 
 def test_options_that_cannot_work(talk: Talk) -> None:

@@ -10,7 +10,7 @@ from coldpress.cache.file import model_options, save_cache
 from coldpress.cache.pressed import PressedCache
 from coldpress.errors import CacheError, InputError, ModelError, UnreachableError
 from coldpress.eval.datasets import load_corpus
-from coldpress.eval.jobs import check_no_size, check_types
+from coldpress.eval.jobs import check_no_size, check_types, default_press
 from coldpress.eval.models import BY_NAME, DTYPES, LoadedModel, load_model
 from coldpress.eval.progress import warnings_noted
 from coldpress.eval.results import check_output
@@ -40,8 +40,7 @@ def compress(
 
     Args:
         text_file: UTF-8.
-        press: a registered name; None for ``sampled_defensive``, which finds again what is asked later, or, as that one
-            needs the text in one piece, for ``snapkv`` where it is read in several.
+        press: a registered name; None for :func:`default_press`.
         press_args: its parameters.
         model_options: of :func:`load_model`.
         compression_ratio: 0.5 if neither it nor a budget is given, and the press has a ratio.
@@ -56,7 +55,7 @@ def compress(
     budget = {name: size for name, size in budget.items() if size is not None}
     if compression_ratio is not None and budget:
         raise InputError(f"--compression_ratio and --{next(iter(budget))} both say how much is kept; give one of them.")
-    press = press or ("snapkv" if chunk_tokens else "sampled_defensive")
+    press = press or default_press(chunk_tokens)
     check_no_size(press_args)
     load_press_files([press])
     if compression_ratio is None:

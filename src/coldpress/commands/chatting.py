@@ -12,7 +12,9 @@ import torch
 
 from coldpress.bases.press_files import load_press_files
 from coldpress.commands.serving import press_of
+from coldpress.core.definition import in_short
 from coldpress.errors import InputError, nearest
+from coldpress.eval.jobs import default_press
 from coldpress.eval.models import load_model
 from coldpress.io.files import MAX_TEXT_BYTES, is_utf8, path_of, read_text
 from coldpress.io.terminal import printable
@@ -38,9 +40,10 @@ def chat_given(args: argparse.Namespace, model_options: dict[str, Any]) -> int:
     """
     if not 0 <= args.temperature <= 2 or not 0 <= args.top_p <= 1:
         raise InputError("--temperature must be in [0, 2] and --top_p in [0, 1].")
-    names = ("press", "compression_ratio", "budget_tokens", "press_args")
-    load_press_files([args.press])
-    press = press_of({name: getattr(args, name) for name in names if getattr(args, name) is not None}, {})
+    given = {"press": args.press or default_press(args.chunk_tokens), "press_args": args.press_args}
+    sizes = {name: size for name in ("compression_ratio", "budget_tokens") if (size := getattr(args, name)) is not None}
+    load_press_files([given["press"]])
+    press = press_of({**given, **sizes}, {})
     loaded = load_model(**model_options)
 
     def begin() -> Conversation:
@@ -57,7 +60,7 @@ def chat_given(args: argparse.Namespace, model_options: dict[str, Any]) -> int:
     drawing = {"temperature": args.temperature, "top_p": args.top_p, "max_new_tokens": args.max_new_tokens}
     generator = torch.Generator().manual_seed(args.seed)
     chat = Chat(begin, {**drawing, "generator": generator})
-    print(f"{loaded.name}, {'no press' if press is None else repr(press)}; /help lists what else can be said")
+    print(f"{loaded.name}, {'no press' if press is None else in_short(press)}; /help lists what else can be said")
     for line in _lines():
         if not chat.take(line):
             break

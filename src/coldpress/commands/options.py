@@ -33,6 +33,7 @@ from coldpress.eval.settings import AdviceSettings, BenchmarkSettings, Calibrati
 
 __all__ = [
     "BITS",
+    "DEFAULT_PRESS",
     "add_machinery",
     "add_model",
     "advice_options",
@@ -46,6 +47,8 @@ __all__ = [
     "sweep_options",
     "task_options",
 ]
+
+DEFAULT_PRESS = "default: sampled_defensive, or snapkv with --chunk_tokens"
 
 
 def _add(group: Any, settings: Any, *parts: Any, many: Mapping[str, str | None] | None = None) -> None:
@@ -128,7 +131,7 @@ def compress_options(parser: argparse.ArgumentParser) -> None:
     add = what.add_argument
     add("--text_file", required=True, help="UTF-8 file with the text")
     add("--output", required=True, help="file to write, such as context.safetensors")
-    add("--press", help="name of a press, or no_press (default: sampled_defensive, or snapkv with --chunk_tokens)")
+    add("--press", help=f"name of a press, or no_press ({DEFAULT_PRESS})")
     add("--compression_ratio", type=float, help="fraction of the pairs to remove, in [0, 1) (default: 0.5)")
     add("--budget_tokens", type=positive, help="instead of a ratio: pairs that a head keeps, on average")
     add("--budget_bytes", type=positive, help="instead of a ratio: bytes of the kept pairs")
@@ -154,7 +157,7 @@ def inspect_options(parser: argparse.ArgumentParser) -> None:
     _add(what, Settings, OfModel, OfText)
     add = what.add_argument
     add("--output", required=True, help="page to write, such as page.html")
-    add("--press", nargs="+", default=["snapkv"], help="name of a press, or of two side by side (default: snapkv)")
+    add("--press", nargs="+", default=[], help=f"name of a press, or of two side by side ({DEFAULT_PRESS})")
     add(
         "--compression_ratio",
         nargs="+",

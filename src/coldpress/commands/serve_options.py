@@ -7,7 +7,7 @@ import re
 from functools import partial
 from typing import Any
 
-from coldpress.commands.options import BITS, add_machinery, add_model
+from coldpress.commands.options import BITS, DEFAULT_PRESS, add_machinery, add_model
 from coldpress.commands.values import bits, integer, json_object, positive
 
 __all__ = ["byte_count", "chat_options", "serve_options"]
@@ -26,7 +26,7 @@ def byte_count(text: str) -> int:
 def _add_press(group: Any, what: str) -> None:
     """The options that say how ``what`` is compressed and stored."""
     add = group.add_argument
-    add("--press", default="snapkv", help=f"that compresses {what}: a name, or no_press (default: snapkv)")
+    add("--press", help=f"that compresses {what}: a name, or no_press ({DEFAULT_PRESS})")
     add("--compression_ratio", type=float, help="fraction of the pairs to remove, in [0, 1) (default: 0.5)")
     add("--budget_tokens", type=positive, help="instead of a ratio: pairs that a head keeps, on average")
     add("--press_args", type=json_object, default={}, help="parameters of the press as JSON")

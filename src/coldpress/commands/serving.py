@@ -15,9 +15,10 @@ from coldpress.bases.press_files import load_press_files
 from coldpress.bases.registry import file_parameters, make_press, press_names, takes_ratio
 from coldpress.bases.scorer import BUDGETS
 from coldpress.commands.replicas import replicas
+from coldpress.core.definition import in_short
 from coldpress.core.press import Press
 from coldpress.errors import InputError, MissingDependencyError
-from coldpress.eval.jobs import check_types, read_press_args
+from coldpress.eval.jobs import check_types, default_press, read_press_args
 from coldpress.eval.models import load_model
 from coldpress.eval.progress import note
 from coldpress.io.files import path_of
@@ -34,6 +35,7 @@ _LOCAL = ("127.0.0.1", "localhost", "::1")
 def serve_given(args: argparse.Namespace, model_options: dict[str, Any]) -> int:
     """Serve as the command line says; see :func:`serve`."""
     press = {name: getattr(args, name) for name in ("press", "compression_ratio", "budget_tokens", "press_args")}
+    press["press"] = args.press or default_press(args.chunk_tokens)
     snapshots = ("budget_bytes", "folder", "disk_budget_bytes", "chunk_tokens", "kv_bits")
     limits = Limits(
         running=args.max_running,
@@ -142,8 +144,8 @@ def press_of(own: dict[str, Any], given: dict[str, Any]) -> Press | None:
     Another press has none of the server's options, another size takes the place of the server's.
 
     Args:
-        own: ``press``, a registered name, and as far as they are given ``compression_ratio``, ``budget_tokens``,
-            ``budget_bytes`` and ``press_args``.
+        own: ``press``, a registered name, unless ``given`` has one; and as far as they are given
+            ``compression_ratio``, ``budget_tokens``, ``budget_bytes`` and ``press_args``.
         given: likewise, without what is as ``own`` says.
 
     Raises:
@@ -153,7 +155,7 @@ def press_of(own: dict[str, Any], given: dict[str, Any]) -> Press | None:
     if "press" not in given:
         has_size = any(size in given for size in sizes)
         given = {name: value for name, value in own.items() if not (has_size and name in sizes)} | given
-    name, ratio = given.get("press", "snapkv"), given.get("compression_ratio")
+    name, ratio = given["press"], given.get("compression_ratio")
     budget = {size: given[size] for size in BUDGETS if given.get(size) is not None}
     if not isinstance(name, str):
         raise InputError(f"press must be the name of a press, got {repr(name)[:80]}.")
@@ -184,7 +186,7 @@ def greeting(service: Service, address: str, has_key: bool) -> str:
     model = service.model
     dtype = str(model.dtype).removeprefix("torch.")
     room = "no limit" if snapshots.budget_bytes is None else f"{snapshots.budget_bytes:,} bytes"
-    press = "no press" if snapshots.press is None else repr(snapshots.press)
+    press = "no press" if snapshots.press is None else in_short(snapshots.press)
     key = ' -H "Authorization: Bearer $COLDPRESS_API_KEY"' if has_key else ""
     body = f'{{"model": "{service.name}", "messages": [{{"role": "user", "content": "Who?"}}]}}'
     return printable(

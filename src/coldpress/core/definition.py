@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import MISSING, FrozenInstanceError, fields, is_dataclass
 from functools import wraps
 from types import FunctionType
 from typing import Any, TypeVar
 
 from coldpress.errors import FrozenPressError, PressError
 
-__all__ = ["PressType", "as_given", "not_called", "or_by_name"]
+__all__ = ["PressType", "as_given", "in_short", "not_called", "or_by_name"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -44,6 +44,15 @@ def as_given(press: object) -> str:
     if any(cls.__module__.partition(".")[0] == "kvpress" for cls in type(press).__mro__):
         return f"{press!r}, a press of kvpress; import {type(press).__name__} from coldpress, or carry it over"
     return repr(press)
+
+
+def in_short(press: object) -> str:
+    """The call that makes a press, without what has its default; of anything else its ``repr``."""
+    if not is_dataclass(press) or isinstance(press, type):
+        return repr(press)
+    said = ((f, getattr(press, f.name)) for f in fields(press) if f.init and f.repr)
+    given = ", ".join(f"{f.name}={in_short(value)}" for f, value in said if f.default is MISSING or value != f.default)
+    return f"{type(press).__name__}({given})"
 
 
 def not_called(press: str, name: str) -> str:

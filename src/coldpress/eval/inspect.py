@@ -13,7 +13,7 @@ from coldpress.bases.press_files import load_press_files
 from coldpress.bases.registry import NO_PRESS, make_press, takes_ratio
 from coldpress.errors import InputError, PressError
 from coldpress.eval.datasets import load_corpus
-from coldpress.eval.jobs import check_no_size, check_one_press, check_types
+from coldpress.eval.jobs import check_no_size, check_one_press, check_types, default_press
 from coldpress.eval.models import load_model, pick_device
 from coldpress.eval.progress import note
 from coldpress.eval.results import check_output
@@ -39,13 +39,14 @@ def make_page(
     """What the command does: read a text, write the page to ``output``, and print a summary.
 
     Args:
-        press: one or two registered names.
+        press: one or two registered names; none for :func:`default_press`.
         source: what :func:`load_corpus` is given.
         compression_ratio: one for all presses or one for each, 0.5 if neither it nor a budget is given. Two of them
             show a single press twice.
         budget_tokens: likewise, instead of a ratio.
         command: the command line, for the page.
     """
+    press = press or [default_press(chunk_tokens)]
     names, presses = _make_presses(press, press_args, compression_ratio, budget_tokens)
     pick_device(model_options.get("device", "auto"))
     path = check_output(output, "page.html")

@@ -41,6 +41,12 @@ def read_press_args(given: dict[str, Any] | str | None) -> dict[str, Any]:
     return found
 
 
+def default_press(chunk_tokens: int | None) -> str:
+    """The press where none is named: one that finds again what is asked later, or another where the text is read in
+    pieces, as that one needs it whole."""
+    return "snapkv" if chunk_tokens else "sampled_defensive"
+
+
 def check_one_press(names: Iterable[str], parameters: Mapping[str, Any]) -> None:
     """Raise :class:`PressError` where parameters are given, and there are several presses or none to take them."""
     if parameters and len([name for name in names if name != NO_PRESS]) != 1:

@@ -11,6 +11,7 @@ from typing import Any
 from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.architecture.generating import switching_point
+from coldpress.core.definition import in_short
 from coldpress.core.press import Press
 from coldpress.errors import RequestError
 from coldpress.io.files import read_text
@@ -252,7 +253,7 @@ class Service:
             "tier": snapshot.tier,
             "bytes": snapshot.memory_bytes,
             "disk_bytes": snapshot.disk_bytes,
-            "press": None if snapshot.press is None else repr(snapshot.press),
+            "press": None if snapshot.press is None else in_short(snapshot.press),
             "kv_bits": bits_name(snapshot.kv_bits),
             "chunk_tokens": snapshot.chunk_tokens,
             "removed_ratio": None if snapshot.achieved_ratio is None else round(snapshot.achieved_ratio, 4),
