@@ -18,7 +18,7 @@ from coldpress.errors import CacheError, InputError, PressError
 from coldpress.eval import task_run
 from coldpress.eval.tasks import Material, find_task
 from coldpress.eval.tasks.kinds import make_example
-from coldpress.models.pipeline import KVPressTextGenerationPipeline
+from coldpress.models.pipeline import KVPressTextGenerationPipeline, _in_prompt
 
 SYSTEM = "You answer in one word."
 TEMPLATE = (
@@ -43,6 +43,38 @@ def test_spans_of_the_context(pipe: KVPressTextGenerationPipeline) -> None:
     expected = pipe(CONTEXT, question="Who?", cache=cache)
     assert pipe(CONTEXT, question="Who?", press=KnormPress(0.5), pin=[(3, 9)]) == expected
     assert all((layer.positions()[..., None] == torch.arange(3, 9)).any(-2).all() for layer in cache.pressed_layers())
+
+
+@pytest.mark.parametrize("system", [None, SYSTEM], ids=["alone", "system"])
+@pytest.mark.parametrize("template", [None, TEMPLATE], ids=["plain", "chat"])
+@pytest.mark.parametrize("span", [(0, 3), (19, 26)])
+def test_what_stands_before_the_context_is_not_counted(
+    pipe: KVPressTextGenerationPipeline, span: tuple[int, int], template: str | None, system: str | None
+) -> None:
+    pipe.tokenizer.chat_template = template
+    pipe.tokenizer.bos_token = "<|endoftext|>"
+    caches: list[PressedCache] = []
+    keep = KVPressTextGenerationPipeline._prefill
+    pipe._prefill = lambda ids, cache: (keep(pipe, ids, cache), caches.append(cache))  # type: ignore[method-assign, assignment, func-returns-value]
+    pipe(CONTEXT, question="Who?", press=RandomPress(0.6, seed=1), pin=[span], pin_system=system)
+    (cache,) = caches
+    own = pipe.tokenizer(CONTEXT, add_special_tokens=False)["input_ids"]
+    assert cache.token_ids is not None
+    ids = cache.token_ids[0].tolist()
+    assert ids[len(ids) - len(own) :] == own and len(ids) > len(own)
+    place = torch.arange(*span) + len(ids) - len(own)
+    assert all((layer.positions()[..., None] == place).any(-2).all() for layer in cache.pressed_layers())
+    assert cache.achieved_ratio() == pytest.approx(0.6, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "span, expected",
+    [((0, 1), (2, 5)), ((1, 2), (2, 5)), ((2, 3), (5, 6)), ((1, 3), (2, 6)), ((4, 9), (7, 12))],
+)
+def test_tokens_that_are_others_after_what_stands_before_them(span: tuple[int, int], expected: tuple[int, int]) -> None:
+    """The context's first two tokens are three others in the prompt."""
+    own, prompt, ahead = [10, 11, 12, 13], [1, 2, 7, 8, 9, 12, 13], [1, 2, 3]
+    assert _in_prompt(span, *map(torch.tensor, (own, prompt, ahead))) == expected
 
 
 @pytest.mark.parametrize("template", [None, TEMPLATE], ids=["plain", "chat"])

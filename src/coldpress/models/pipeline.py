@@ -20,7 +20,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from coldpress.architecture.cache_argument import cache_argument
 from coldpress.architecture.generating import switching_point
 from coldpress.architecture.rope import stand_at
-from coldpress.cache.pins import Spans
+from coldpress.cache.pins import Pins, checked_pins
 from coldpress.cache.pressed import PressedCache
 from coldpress.core.press import Press
 from coldpress.errors import CacheError, InputError
@@ -90,7 +90,9 @@ class KVPressTextGenerationPipeline(Pipeline):
         cache: a PressedCache, empty or with a compressed context of an earlier call (then ``context`` goes on from
             there); after the call it stores the context and no answer. One with ``chunk_tokens`` reads the context in
             pieces, and compresses after each.
-        pin: spans of the context's tokens that nothing may evict, such as ``[(0, 40)]``; see :class:`PressedCache`.
+        pin: spans of the context's own tokens that nothing may evict, such as ``[(0, 40)]``: what a template, a
+            beginning-of-text token or a system prompt puts before them is not counted, as it is in
+            ``PressedCache(pin=...)``.
         pin_system: a system prompt, put before the context and pinned: the system's turn of a chat template, or a
             paragraph of its own. An empty ``cache`` gets the pin; one with a context is past its beginning.
         kv_bits: 8, 4, 2, a name such as ``"k8v4"``, or a KVBits or RotatedBits: store what is kept of the context, and
@@ -126,6 +128,7 @@ class KVPressTextGenerationPipeline(Pipeline):
             "max_new_tokens": max_new_tokens,
             "enable_thinking": kwargs.get("enable_thinking", False),
             "n_earlier": 0 if cache is None else cache.seen_tokens,
+            "pin": checked_pins(kwargs.get("pin")),
             "pin_system": kwargs.get("pin_system"),
         }
         options = {k: v for k, v in kwargs.items() if k not in OWN}
@@ -133,7 +136,6 @@ class KVPressTextGenerationPipeline(Pipeline):
             "press": kwargs.get("press"),
             "cache": cache,
             "kv_bits": storage_of(kwargs.get("kv_bits")),
-            "pin": kwargs.get("pin"),
             "options": {"max_new_tokens": max_new_tokens, **options},
         }
         return preprocess, forward, {"is_single": questions is None}
@@ -163,6 +165,7 @@ class KVPressTextGenerationPipeline(Pipeline):
         max_new_tokens: int,
         enable_thinking: bool,
         n_earlier: int,
+        pin: Pins = (),
         pin_system: str | None = None,
     ) -> dict[str, Any]:
         tokenizer: Any = self.tokenizer
@@ -177,6 +180,8 @@ class KVPressTextGenerationPipeline(Pipeline):
             raise InputError("A question has no tokens; leave question= out to let the model go on with the context.")
         system_ids = encode(system)
         context_ids = torch.cat([system_ids, encode(before)], dim=1)
+        ahead = encode(system + before.removesuffix(context))
+        pins = [_in_prompt(span, encode(context)[0], context_ids[0], ahead[0]) for spans in pin for span in spans]
         limit, longest = max_context_length, max((ids.shape[1] for ids in question_ids), default=0)
         if limit is None:
             limit = self._max_positions() - n_earlier - longest - max_new_tokens
@@ -196,7 +201,8 @@ class KVPressTextGenerationPipeline(Pipeline):
             message = f"The context is cut from {context_ids.shape[1]} to {limit} tokens (max_context_length)."
             warnings.warn(message, UserWarning, stacklevel=2)
             context_ids = context_ids[:, :limit]
-        return {"context_ids": context_ids, "question_ids": question_ids, "n_system": system_ids.shape[1]}
+        parts = {"context_ids": context_ids, "question_ids": question_ids}
+        return {**parts, "pin": pins, "n_system": system_ids.shape[1]}
 
     def _forward(
         self,
@@ -204,13 +210,12 @@ class KVPressTextGenerationPipeline(Pipeline):
         press: Press | None,
         cache: PressedCache | None,
         kv_bits: Codec | None,
-        pin: Spans | None,
         options: dict[str, Any],
     ) -> list[str]:
         use_coldpress(self.model)
         check_config(options.get("generation_config"), self.model.generation_config)
         context_ids = inputs["context_ids"].to(self.model.device)
-        cache = PressedCache(press, kv_bits=kv_bits, pin=pin) if cache is None else cache
+        cache = PressedCache(press, kv_bits=kv_bits, pin=inputs["pin"]) if cache is None else cache
         earlier = cache.seen_tokens
         if inputs["n_system"]:
             (own,) = cache.session.pins or ((),)
@@ -300,6 +305,22 @@ class KVPressTextGenerationPipeline(Pipeline):
         text = self.model.config.get_text_config(decoder=True)
         positions = getattr(text, "max_position_embeddings", None) or 2**31
         return int(min(getattr(self.tokenizer, "model_max_length", positions), positions))
+
+
+def _in_prompt(span: tuple[int, int], own: Tensor, prompt: Tensor, ahead: Tensor) -> tuple[int, int]:
+    """Where a span of a context's tokens ``own`` lies in ``prompt``, which has ``ahead`` and then the context.
+
+    The first tokens of a context may be others there, as they join with what is ahead; a span of these has them all.
+    """
+    n_other, shift = len(own) - _n_alike(own.flip(0), prompt.flip(0)), len(prompt) - len(own)
+    start, stop = span
+    return _n_alike(ahead, prompt) if start < n_other else start + shift, max(stop, n_other) + shift
+
+
+def _n_alike(one: Tensor, other: Tensor) -> int:
+    """With how many tokens both begin."""
+    n = min(len(one), len(other))
+    return int((one[:n] == other[:n]).long().cumprod(0).sum())
 
 
 register()
