@@ -14,6 +14,7 @@ AT_ONE_RATIO = 0.75  # of tasks and timings
 SLOW = (
     "attention_matching_defensive",
     "attention_matching_kvzip",
+    "attention_matching_sampled_defensive",
     "attention_matching_snapkv",
     "kvcompose",
     "kvgrad",

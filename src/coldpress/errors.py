@@ -60,6 +60,10 @@ class PressError(InputError, ValueError):
     """An unknown press, or a parameter outside what the press allows."""
 
 
+class NoRoomError(PressError):
+    """What must stay (pins, sinks, a window) is more than the budget keeps."""
+
+
 class FrozenPressError(PressError, FrozenInstanceError):
     """A parameter of a press was assigned to; presses do not change, and the message says how to get another one."""
 

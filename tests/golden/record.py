@@ -261,7 +261,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 # Where at 0 two pairs are so close that another processor keeps the other one, the prompt begins elsewhere.
 STARTS = {
-    "decoding_knorm at 0.3": 33,
+    "decoding_knorm at 0.3": 34,
     "decoding_knorm at 0.7": 5,
     "keydiff in 8 bits": 3,
     "knorm at 0.3": 33,

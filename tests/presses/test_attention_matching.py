@@ -20,6 +20,7 @@ from coldpress import (
     ExpectedAttentionPress,
     KnormPress,
     KVzipPress,
+    LayerDefensiveKVPress,
     PressedCache,
     PyramidKVPress,
     RestoreKVPress,
@@ -28,7 +29,7 @@ from coldpress import (
 )
 from coldpress.architecture.cache_argument import cache_argument
 from coldpress.errors import PressError
-from coldpress.presses.attention_matching import fit
+from coldpress.presses.attention_matching import _weights, fit
 
 SMALL: dict[str, Any] = {"n_queries": 16, "n_sink": 1, "n_recent": 4}
 
@@ -59,17 +60,35 @@ def test_all_kept_is_as_it_was(bias: bool) -> None:
     torch.testing.assert_close(weights, torch.ones(10, dtype=torch.float64), atol=1e-9, rtol=0)
 
 
+def mass(attention: Tensor, chosen: Tensor) -> Tensor:
+    """Weights of the pairs ``chosen``, all free, that bring back the attention to the others."""
+    kept = attention[:, chosen]
+    return _weights(kept, 1 - kept.sum(-1), free(len(chosen)))
+
+
 def test_a_pair_that_stood_there_twice_weighs_two() -> None:
     queries, keys, values = case(256, 6)
     attention = softmax(queries, keys.repeat(2, 1))
+    weights = mass(attention, torch.arange(6))
+    torch.testing.assert_close(weights, torch.full_like(weights, 2), atol=0.15, rtol=0)
+    torch.testing.assert_close(
+        (attention[:, :6] * weights).sum(-1).mean(), torch.ones((), dtype=torch.float64), atol=0.01, rtol=0
+    )
+    # the output is the same without weights and fit, which decides: nothing is changed
     fitted, weights = fit(attention, values.repeat(2, 1), torch.arange(6), free(6), left_out(256), True)
-    # without weights and fit the output is the same already: a tie, and nothing is changed
     torch.testing.assert_close(fitted, values)
-    assert bool(((weights - 1).abs() < 1e-6).all() | ((weights - 2).abs() < 0.2).all())
+    assert torch.equal(weights, torch.ones_like(weights))
+
+
+def test_weights_of_equal_attention_add_up_to_all() -> None:
+    """With queries of zero every pair has the same attention, so the weights of the kept ones add up to T."""
+    attention = softmax(torch.zeros(64, 8, dtype=torch.float64), case(64, 12)[1])
+    weights = mass(attention, torch.tensor([0, 3, 7]))
+    torch.testing.assert_close(weights.sum(), torch.tensor(12.0, dtype=torch.float64), atol=0.1, rtol=0)
 
 
 def test_the_whole_mass_is_made_up_for() -> None:
-    """With queries of zero every pair has the same attention, so the weights of the kept ones add up to T."""
+    """With queries of zero but for one pair, the output is that of the whole."""
     _, keys, values = case(64, 12)
     attention = softmax(torch.zeros(64, 8, dtype=torch.float64), keys)
     attention[:, 0] *= 2  # else no weights are as good as some
@@ -246,12 +265,22 @@ def after(press: Any, ids: Tensor) -> PressedCache:
     return cache
 
 
+TOGETHER = LayerDefensiveKVPress(0.6, window_size=4, n_sink=1)  # chooses among the pairs of all layers
+
+
 @pytest.mark.parametrize(
-    "inner", [KVzipPress(0.6, tokenizer=Words()), SnapKVPress(0.6, 4), AdaKVPress(KnormPress(0.6))]
+    ("inner", "queries"),
+    [
+        (KVzipPress(0.6, tokenizer=Words()), "repeat"),
+        (SnapKVPress(0.6, 4), "repeat"),
+        (AdaKVPress(KnormPress(0.6)), "repeat"),
+        (TOGETHER, "repeat"),
+        (TOGETHER, "window"),
+    ],
 )
-def test_repetition(inner: Any) -> None:
+def test_when_the_prefill_is_over(inner: Any, queries: Any) -> None:
     ids = tokens(1, 48)
-    press = AttentionMatchingPress(inner, queries="repeat", tokenizer=Words(), **SMALL)
+    press = AttentionMatchingPress(inner, queries=queries, tokenizer=Words(), **SMALL)
     full, plain, fitted = after(SnapKVPress(0.0), ids), after(inner, ids), after(press, ids)
     assert sum(x.positions().ge(0).sum() for x in plain.pressed_layers()) == sum(
         x.positions().ge(0).sum() for x in fitted.pressed_layers()
@@ -264,7 +293,37 @@ def test_repetition(inner: Any) -> None:
         fixed = (at >= 0) & ((at < 1) | (at >= 46))  # an eighth of 19
         assert int(fixed.sum()) == 3 * at.shape[1] and bool(is_same[fixed].all())
         changed += int((~is_same).sum())
+        assert layer.references == []
     assert changed
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_rows_with_padding_are_fitted_as_they_are_alone(bias: bool) -> None:
+    press = AttentionMatchingPress(TOGETHER, bias=bias, **SMALL)
+    ids, n_padding = tokens(3, 48), 9
+    shown = torch.ones(3, 48, dtype=torch.long)
+    shown[1, :n_padding] = 0
+    model, cache = tiny("llama"), PressedCache()
+    with torch.no_grad(), press(model):
+        model(ids, attention_mask=shown, **cache_argument(cache, model))
+    for row in range(3):
+        start = n_padding if row == 1 else 0
+        alone = after(press, ids[row : row + 1, start:])
+        for ours, theirs in zip(cache.pressed_layers(), alone.pressed_layers(), strict=True):
+            at, own = ours.positions()[row], theirs.positions()[0]
+            assert at[at >= 0].sub(start).tolist() == own[own >= 0].tolist()
+            torch.testing.assert_close(ours.values[row][at >= 0], theirs.values[0][own >= 0], atol=2e-3, rtol=0)  # type: ignore[index]
+            if bias:
+                mine, other = ours.columns()["bias"][row][at >= 0], theirs.columns()["bias"][0][own >= 0]
+                torch.testing.assert_close(mine, other, atol=5e-3, rtol=0)
+
+
+@pytest.mark.parametrize("n_queries", [4, 6, 12])
+def test_few_reference_queries_are_fitted_to_as_well(n_queries: int) -> None:
+    view = view_of("llama")
+    kept = AttentionMatchingPress(SnapKVPress(0.6, 4), n_queries=n_queries, n_sink=1, n_recent=4).compress(view)
+    assert kept is not None
+    assert not torch.equal(kept.values, view.take(kept.positions).values)
 
 
 def test_what_cannot_be_is_refused() -> None:

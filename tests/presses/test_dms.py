@@ -17,6 +17,7 @@ from torch import Tensor
 
 from coldpress import (
     AdaKVPress,
+    BoundaryPress,
     DMSPress,
     ExpectedAttentionPress,
     KeyDiffPress,
@@ -119,6 +120,7 @@ def test_one_more_pair_at_each_score() -> None:
         (PyramidKVPress(), {"threshold": 0.0}, "PyramidKVPress does so too"),
         (AdaKVPress(SnapKVPress()), {"threshold": 0.0}, "makes that choice in its own way"),
         (None, {"threshold": 0.0}, "wraps a press"),
+        (BoundaryPress(KnormPress()), {"threshold": 0.0}, "BoundaryPress keeps a share of a budget"),
         (
             KeyDiffPress(),
             {"threshold": 0.0, "decoding": True},

@@ -234,8 +234,8 @@ def test_names() -> None:
     [
         ({"grace": -1}, "grace must be an integer >= 0, got -1"),
         ({"n_sink": 1.5}, "n_sink must be an integer >= 0, got 1.5"),
-        ({"decay": 1.1}, r"decay must be a number in \[0, 1\], got 1.1"),
-        ({"decay": 0}, "decay must be above 0, got 0"),
+        ({"decay": 1.1}, "decay must be a number above 0 and at most 1, got 1.1"),
+        ({"decay": 0}, "decay must be a number above 0 and at most 1, got 0"),
         ({"recent_ratio": -0.1}, r"recent_ratio must be a number in \[0, 1\]"),
         ({"by_lifetime": True}, "by_lifetime and decay=0.98 both make up for age; give by_lifetime decay=1.0"),
     ],

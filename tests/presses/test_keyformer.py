@@ -174,5 +174,5 @@ def test_names() -> None:
 def test_what_is_refused(name: str) -> None:
     with pytest.raises(PressError, match=f"KeyformerPress: {name} must be a number >= 0, got -1"):
         KeyformerPress(**{name: -1})
-    with pytest.raises(PressError, match="KeyformerPress: decay must be above 0"):
+    with pytest.raises(PressError, match="KeyformerPress: decay must be a number above 0"):
         KeyformerPress(decay=0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,9 +133,33 @@ def test_where_nothing_is_safe_it_is_said(tmp_path: Path) -> None:
     assert ready.compress(view_of("llama")) is None
 
 
-def test_thresholds_that_are_missing_name_the_command() -> None:
-    with pytest.raises(PressError, match="coldpress calibrate quality"):
-        QualityPress(SnapKVPress()).compress(view_of("llama"))
+@pytest.mark.parametrize("given", ["parameter", "name"])
+def test_thresholds_of_another_press_or_risk_are_refused(given: str, tmp_path: Path) -> None:
+    made, file = QualityPress(DefensiveKVPress(), risk=0.4), tmp_path / "thresholds.safetensors"
+    Artefact("quality", {"thresholds": torch.full((2, 8), 0.2)}, {"variant": made.variant()}).save(file)
+    replace(made, thresholds=file).prepared(tiny("llama"))
+    with pytest.raises(PressError, match=r"risk 0\.4, and this one has .*--press_args '{\"risk\": 0.3}'"):
+        replace(made, risk=0.3, thresholds=file).prepared(tiny("llama"))
+    with pytest.raises(PressError, match="this one has KnormPress"):
+        replace(made, press=KnormPress(), thresholds=file).prepared(tiny("llama"))
+
+
+def test_missing_thresholds_name_the_command_that_makes_them() -> None:
+    with pytest.raises(PressError, match=r"calibrate quality --model MODEL .* --press_args '{\"risk\": 0.02}'"):
+        QualityPress(DefensiveKVPress(), risk=0.02, max_kl=0.1).prepared(tiny("llama"))
+    with pytest.raises(PressError, match=r"calibrate\(press, model, samples\).* around SnapKVPress"):
+        QualityPress(SnapKVPress()).prepared(tiny("llama"))
+
+
+def test_what_must_stay_fits_into_no_ratio_so_everything_is_kept() -> None:
+    view = view_of("llama")
+    pinned = (torch.arange(view.n_tokens) < view.n_tokens - 1).expand(view.keys.shape[:3])
+    assert (
+        QualityPress(SnapKVPress(window_size=8), threshold=1.0).compress(replace(view, columns={"pinned": pinned}))
+        is None
+    )
+    with pytest.raises(PressError, match="NaN"):  # what is no matter of room is said
+        QualityPress(KnormPress(), threshold=1.0).compress(replace(view, keys=view.keys * torch.nan, _memo={}))
 
 
 CASES = {

@@ -20,6 +20,7 @@ from coldpress import (
     PrefillDecodingPress,
     PressedCache,
     QuestPress,
+    SparQPress,
     press_names,
 )
 from coldpress.errors import PressError
@@ -43,6 +44,16 @@ def test_quest(model: str, page: int, share: float, n_read: int) -> None:
         group = slice(head * view.group_size, (head + 1) * view.group_size)
         expected = quest(view.queries[row, group, 0].tolist(), view.keys[row, head].tolist(), page, n_read)
         assert {*found[row, head].tolist()} - {-1} == expected
+
+
+@pytest.mark.parametrize("press", [QuestPress(4, 0.1, dense_layers=0), SparQPress(4, 0.1, 2)])
+@pytest.mark.parametrize("n_pinned", [2, 30])
+def test_pinned_pairs_are_read(press: Any, n_pinned: int) -> None:
+    view = newest_view(view_of("llama"))
+    pinned = (torch.arange(view.n_tokens) < n_pinned).expand(view.keys.shape[:3])
+    found = press.select(replace(view, columns={"pinned": pinned}, _memo={}))
+    assert found is not None and found.shape[2] < view.n_tokens + 4
+    assert all({*range(n_pinned)} <= {*own.tolist()} for own in found.flatten(0, 1))
 
 
 @pytest.mark.parametrize("page", [1, 3, 16])

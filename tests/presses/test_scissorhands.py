@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from tests.contract.architectures import tokens
 from tests.examples.contract import CHECKS, Case, every_check, read, seen_by
 from tests.oracles.watched import Rule, State, follow, weights
-from tests.presses.views import MODELS
+from tests.presses.views import MODELS, view_of
 
 from coldpress import (
     AdaKVPress,
@@ -137,6 +138,16 @@ def test_of_equal_numbers_the_newer_one_stays() -> None:
         low = [weight < 1 / 40 for weight in weights(view, head, 39, list(range(40)), rule(1).shift).values()]
         order = sorted(range(40), key=lambda t: (low[t], -t))
         assert (held == sorted(order[:20]) and len({low[t] for t in held}) == 2) or sum(low) < 20
+
+
+@pytest.mark.parametrize(("history", "start"), [(64, 300_000), (512, 100_000)])
+def test_far_into_a_text_the_newer_one_of_equal_numbers_stays(history: int, start: int) -> None:
+    """Positions themselves would be too large to tell equal numbers apart in float32."""
+    press, view = ScissorhandsPress(history=history), view_of("llama")
+    words = torch.full((*view.keys.shape[:3], -(-history // 64)), -1)  # passed over by all
+    at = torch.arange(start, start + view.n_tokens).expand(view.keys.shape[:3])
+    score = press.score(replace(view, positions=at, columns={"passed_over": words}, _memo={}))
+    assert bool((score.diff(dim=-1) > 0).all())
 
 
 def test_names() -> None:

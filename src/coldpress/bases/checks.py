@@ -9,7 +9,7 @@ import torch
 from coldpress.core.press import Press
 from coldpress.errors import PressError
 
-__all__ = ["check_at_least", "check_between", "numbers_of"]
+__all__ = ["check_at_least", "check_between", "check_share", "numbers_of"]
 
 
 def check_at_least(press: Press, minimum: int, *names: str) -> None:
@@ -29,6 +29,14 @@ def check_between(press: Press, low: float, high: float, *names: str) -> None:
         if not fits or not low <= value <= high:
             allowed = f">= {low}" if high == float("inf") else f"in [{low}, {high}]"
             raise PressError(f"{type(press).__name__}: {name} must be a number {allowed}, got {value!r}.")
+
+
+def check_share(press: Press, *names: str) -> None:
+    """Raise :class:`PressError` unless the named fields are numbers above 0, and at most 1."""
+    for name in names:
+        value = getattr(press, name)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= 1:
+            raise PressError(f"{type(press).__name__}: {name} must be a number above 0 and at most 1, got {value!r}.")
 
 
 def numbers_of(press: Press, name: str, values: Any, n_dims: int) -> tuple[Any, ...]:

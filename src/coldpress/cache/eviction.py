@@ -23,6 +23,7 @@ from coldpress.core.call import LayerCall
 from coldpress.core.kept import Kept
 from coldpress.core.press import Press
 from coldpress.core.requirements import check_heads
+from coldpress.core.view import LayerView
 from coldpress.stores.encoded import encoded
 
 __all__ = ["EvictingLayer"]
@@ -43,6 +44,8 @@ class EvictingLayer(CacheLayerMixin):
         shown: bool ``[B, seen]`` after the latest call, False for padding; None: there is none.
         pending: what a press that evicts while decoding has not been shown yet.
         n_pairs: (row, head, token) triples before and after compression.
+        references: until pairs of all layers are chosen, for each group of rows: which, where its tokens are (int64
+            ``[b, 1, T]``; None without padding), and what :class:`Kept` calls references.
         n_read, n_readable: pairs that decoding queries have read, and that were stored then, where a press chooses.
     """
 
@@ -56,10 +59,10 @@ class EvictingLayer(CacheLayerMixin):
         self.slots, self.phase, self.pending = Slots(), Phase.EMPTY, Pending()
         self.shown: Tensor | None = None
         self.n_pairs = 0, 0
+        self.references: list[tuple[slice | Tensor, Tensor | None, Sequence[LayerView]]] = []
         self.n_read: int | Tensor = 0
         self.n_readable = 0
-        # what was given to the model, to recognise the call in which it comes back
-        self._offered: tuple[Tensor, Tensor] | None = None
+        self._offered: tuple[Tensor, Tensor] | None = None  # given to the model, to recognise the call it comes back in
 
     @property
     def was_compressed(self) -> bool:
@@ -98,10 +101,8 @@ class EvictingLayer(CacheLayerMixin):
                 Rope.to_move(call.module, session.rope(call.module, call.query.device))
         before = self.slots.positions() if session.rerotates and phase.is_prefill else None
         branches: list[EvictingLayer] = [branch.layer(self.index) for branch in live]
-        sharing: list[EvictingLayer] = []
-        if is_first:
-            sharing = self._compress_first(call, padding, branches)
-        elif phase.is_prefill and not call.is_local and session.press is not None:
+        sharing = self._compress_first(call, padding, branches) if is_first else []
+        if not is_first and phase.is_prefill and not call.is_local and session.press is not None:
             self._compress_piece(session.press, call, padding)
         if call.sliding_window is not None:
             self.forget_unreachable(call.sliding_window, padding)
@@ -173,7 +174,7 @@ class EvictingLayer(CacheLayerMixin):
     def _compress_from(self, source: Slots, groups: list[RowGroup]) -> bool:
         """Store what this cache's press keeps of ``source`` (which may be this layer's); False if all.
 
-        A press that fails breaks its own cache, which raises the error at its next use, and none that branches off.
+        A press that fails breaks its own cache, which raises the error at its next use, and no other one.
         """
         press, session = self.session.press, self.session
         if session.error is not None or not groups:
@@ -199,6 +200,8 @@ class EvictingLayer(CacheLayerMixin):
             self.n_pairs = n_pairs, n_pairs
             return False
         self._store(source, groups, kept)
+        asked = zip(groups, kept, strict=True)
+        self.references = [(g.rows, g.slots, part.references) for g, part in asked if part and part.references]
         return True
 
     def _count_for_budgets(self, groups: list[RowGroup]) -> None:
@@ -251,9 +254,8 @@ class EvictingLayer(CacheLayerMixin):
         buffers = None
         if source is self.slots and self.was_compressed and not is_tight:  # what is kept was copied out
             buffers = source.filled.buffers_for(max(part.positions.shape[-1] for part in parts))
-        queries = self.pending.queries
         self.slots = gathered(source, groups, parts, buffers, self._padding_allowed(), declared(self.session.press))
-        self.pending = Pending(queries)
+        self.pending = Pending(self.pending.queries)
         self.n_pairs = sum(group.n_pairs for group in groups), self.slots.n_kept_pairs
 
     def _padding_allowed(self) -> float | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from coldpress.core.column import PINNED
 from coldpress.core.view import LayerView
-from coldpress.errors import PressError
+from coldpress.errors import NoRoomError
 
 __all__ = ["as_far_as", "ends", "forced", "must_keep", "positions_of", "shrink_protected"]
 
@@ -82,7 +82,7 @@ def must_keep(
     mask = (pinned & (at >= 0)) | is_end
     n_most = int(mask.sum(-1).max())
     if n_keep is not None and n_most > n_keep:
-        raise PressError(
+        raise NoRoomError(
             f"{int(pinned.sum(-1).max())} pinned tokens, {n_sink} sinks and a window of {n_window} are {n_most} tokens "
             f"that must stay, and the budget keeps {n_keep} of each head: pin fewer, or keep more, with a smaller "
             f"ratio or with budget_tokens={n_most} or more."

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -29,6 +29,7 @@ class Kept(NamedTuple):
         bias: float32 ``[B, Hkv, n]`` or None, added to the logits of each: ln m where a pair stands for m of them. What
             earlier pairs have is unchanged, unless this replaces it.
         columns: what else each of them carries, by name, ``[B, Hkv, n, ...]``: ``columns`` of later views.
+        references: views that ``choose_together`` is given back by ``layer.references``, once the prefill is over.
     """
 
     keys: Tensor
@@ -40,6 +41,7 @@ class Kept(NamedTuple):
     rounding_residual: Tensor | None = None
     columns: Mapping[str, Tensor] = MappingProxyType({})
     bias: Tensor | None = None
+    references: Sequence[Any] = ()
 
 
 def checked_kept(press: object, kept: object, pinned: Tensor | None = None) -> Kept | None:

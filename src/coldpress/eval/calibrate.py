@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from coldpress.bases.press_files import load_press_files
 from coldpress.bases.registry import catalogue, make_press, press_names
 from coldpress.core.press import parts
 from coldpress.errors import DataError, PressError
@@ -55,6 +56,7 @@ def make_artefact(settings: CalibrationSettings) -> Path:
         "n_kv_heads": shape.n_kv_heads,
         "head_dim": shape.head_dim,
         "parameters": repr(press),
+        "variant": press.variant(),
         "dataset": corpus.name,
         "dataset_source": corpus.source,
         "subset": corpus.subset,
@@ -86,6 +88,7 @@ def pick_samples(documents: list[Tensor], n_samples: int, length: int) -> list[T
 def _press(s: CalibrationSettings) -> Calibrated:
     """The press that is calibrated; :class:`PressError` if it needs no calibration, or something else."""
     parameters = dict(s.press_args)
+    load_press_files([s.press])
     check_types(s.press, parameters)
     press = make_press(s.press, 0.0, **parameters)
     found = None if press is None else next((part for part in parts(press) if isinstance(part, Calibrated)), None)

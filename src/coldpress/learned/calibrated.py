@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from abc import abstractmethod
 from collections.abc import Hashable, Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -112,11 +114,20 @@ class Calibrated(BasePress):
 
     def missing(self, shape: Shape, why: str) -> Artefact:
         """Raise that there is no artefact, and say how to make one."""
-        name = type(self).__name__
-        made = f"coldpress calibrate {self.artefact} --model {shape.name or 'MODEL'} --dataset wikitext"
-        if not shape.name:
-            made = f"{made} --output PATH, and give them: {name}({self.parameter}=PATH)"
-        raise PressError(f"{name} needs {self.holds} of {shape.name or 'the model'}: {why}. Make them with {made}.")
+        needs = f"{type(self).__name__} needs {self.holds} of {shape.name or 'the model'}"
+        raise PressError(f"{needs}: {why}. Make them with {self.made_with(shape.name)}.")
+
+    def made_with(self, model: str) -> str:
+        """What makes an artefact of ``model``, empty where it has no name, for the end of a sentence."""
+        made = f"coldpress calibrate {self.artefact} --model {model or 'MODEL'} --dataset wikitext{self._options()}"
+        return made if model else f"{made} --output PATH, and give them: {type(self).__name__}({self.parameter}=PATH)"
+
+    def _options(self) -> str:
+        """What ``coldpress calibrate`` has to be told beside the name, so that it measures for this press."""
+        known = {f.name: f.default for f in fields(self) if isinstance(f.default, (bool, int, float, str))}  # type: ignore[arg-type]
+        own = {name: getattr(self, name) for name, default in known.items() if getattr(self, name) != default}
+        of_variant = {n: v for n, v in own.items() if replace(self, **{n: known[n]}).variant() != self.variant()}  # type: ignore[type-var]
+        return f" --press_args '{json.dumps(of_variant)}'" if of_variant else ""
 
     def of_model(self, view: LayerView) -> Artefact:
         """The artefact for the model that ``view`` belongs to."""
@@ -151,6 +162,12 @@ class Calibrated(BasePress):
         return True
 
     def _check(self, found: Artefact, shape: Shape) -> None:
+        measured = found.facts.get("variant", self.variant())
+        if measured != self.variant():
+            raise PressError(
+                f"{found.source} has {self.holds} of {type(self).__name__} with {measured}, and this one has "
+                f"{self.variant()}: make others with coldpress calibrate {self.artefact}{self._options()}."
+            )
         wanted = self.layer_shapes(shape)
         for name, sizes in wanted.items():
             tensor = found.tensors.get(name)

@@ -19,15 +19,16 @@ from coldpress.bases.replay import ReplayPress, check_one_text
 from coldpress.bases.together import carrying
 from coldpress.bases.wrapper import WrapperPress, require_forced
 from coldpress.core.call import LayerCall
-from coldpress.core.choice import pack, unpack
+from coldpress.core.choice import pack, protect, unpack
 from coldpress.core.column import PINNED
-from coldpress.core.forced import ends
+from coldpress.core.forced import as_far_as, ends, must_keep, positions_of
 from coldpress.core.kept import Kept
 from coldpress.core.requirements import CHOICE, require, require_block
 from coldpress.core.view import LayerView
 from coldpress.errors import PressError
 from coldpress.presses.defensive import DefensiveKVPress
 from coldpress.presses.kvzip import KVzipPress
+from coldpress.presses.sampled_defensive import SampledDefensiveKVPress
 from coldpress.presses.snapkv import SnapKVPress
 
 if TYPE_CHECKING:
@@ -39,12 +40,14 @@ _RIDGES = (1e-2, 1e-3)  # of the largest eigenvalue, for the values
 _MASS_RIDGE = 1e-2  # likewise, for the bias
 _LEAST_WEIGHT, _MOST_WEIGHT = math.exp(-3), 20.0  # of a kept pair: e to the power of its bias
 _MOST_NORM = 2.0  # of a fitted value, as a part of the largest norm of the head's values
+_BLOCK = 8  # reference queries side by side, of which every fourth block is left out at first
 _ROWS = 768  # reference queries of a KV head, at most
 _RECENT_PART = 8  # the newest tokens that stay are at most one in so many of what is kept
 
 
 @register("attention_matching_defensive", DefensiveKVPress)
 @register("attention_matching_kvzip", KVzipPress, queries="repeat")
+@register("attention_matching_sampled_defensive", SampledDefensiveKVPress)
 @register("attention_matching_snapkv", SnapKVPress)
 @dataclass(frozen=True)
 class AttentionMatchingPress(WrapperPress):
@@ -58,10 +61,11 @@ class AttentionMatchingPress(WrapperPress):
     n_recent, at most an eighth of what is kept, and pinned ones are kept as far as the budget has room, and left as
     they are.
 
-    Fitting can overfit. So every fourth block of 8 reference queries is left out at first, and the head takes what has
-    the smallest error on these: no fit, or values with one of two ridges (1e-2 and 1e-3 of the largest
-    eigenvalue), each with and without bias. That is then fitted to all of them. A fit with a value of more than twice
-    the largest norm of the head's values is not used: the reference queries say nothing of what such a value is for.
+    Fitting can overfit. So every fourth block of 8 reference queries (of fewer, where there are fewer than 32)
+    is left out at first, and the head takes what has the smallest error on these: no fit, or values with one of two
+    ridges (1e-2 and 1e-3 of the largest eigenvalue), each with and without bias. That is then fitted to all of them. A
+    fit with a value of more than twice the largest norm of the head's values is not used: the reference queries say
+    nothing of what such a value is for. With fewer than 4 reference queries nothing is fitted.
 
     Reference queries, of all heads of a group: with queries="window" those of the last n_queries tokens, where they
     were made and moved on by n_queries positions, as if the next tokens asked what these did. With queries="repeat"
@@ -70,15 +74,17 @@ class AttentionMatchingPress(WrapperPress):
 
     Source: Zweiger et al. 2026, arXiv:2602.16284 (Attention Matching), sections 3 and 4. Differs from the paper: any
     press says which pairs are kept; the ridge pulls towards the original values and not towards nothing; sinks and
-    newest tokens are exact; what is left out decides whether a fit is used; window queries are moved as well.
+    newest tokens are exact; what is left out decides whether a fit is used, by its output alone: weights that bring
+    back the mass and change no output are not used; window queries are moved as well.
 
     Needs: what the inner press needs; a rotary embedding that can be undone, for queries="window". With "repeat" the
     model and its tokenizer, one text at a time. Cost: of the inner press, and per KV head O(n^2 * kept + n * T * D) for
     n reference queries.
 
     Args:
-        press: says which pairs are kept, with the compression ratio: a scorer, a wrapper around one, or one that shows
-            the model the text again (KVzipPress), which needs queries="repeat".
+        press: says which pairs are kept, with the compression ratio: a scorer, a wrapper around one, one that chooses
+            among the pairs of all layers (LayerDefensiveKVPress), or one that shows the model the text again
+            (KVzipPress), which needs queries="repeat".
         queries: ``window`` or ``repeat``.
         bias: fit one number more for each pair, which is added to its logits. Without it the cache holds keys and
             values alone.
@@ -106,11 +112,12 @@ class AttentionMatchingPress(WrapperPress):
             raise PressError(f"{type(self).__name__}: queries must be 'window' or 'repeat', got {self.queries!r}.")
         check_at_least(self, 4, "n_queries")
         check_at_least(self, 0, "n_sink", "n_recent")
-        if not isinstance(self.press, ReplayPress):
+        is_replay = isinstance(self.press, ReplayPress)
+        if not is_replay and not getattr(self.press, "chooses_together", False):
             super().__post_init__()
             require_forced(self, self.press, "use it by itself")
             return
-        if self.queries == "window":
+        if is_replay and self.queries == "window":
             raise PressError(
                 f"{type(self).__name__}: {type(self.press).__name__} chooses when the prefill is over and its queries "
                 "are gone; say queries='repeat'."
@@ -127,6 +134,10 @@ class AttentionMatchingPress(WrapperPress):
     def needs_model(self) -> bool:
         return self.queries == "repeat"
 
+    @property
+    def chooses_together(self) -> bool:
+        return not self.needs_model and bool(self.press.chooses_together)
+
     def prepared(self: _P, model: PreTrainedModel, tokenizer: Any = None) -> _P:
         ready = super().prepared(model, tokenizer)
         if self.queries == "window" or isinstance(self.press, ReplayPress) or self.tokenizer is not None:
@@ -136,6 +147,14 @@ class AttentionMatchingPress(WrapperPress):
     def compress(self, view: LayerView) -> Kept | None:
         if isinstance(self.press, ReplayPress):
             return self.press.compress(view)
+        if self.press.chooses_together:
+            kept = self.press.compress(view)
+            if kept is None or kept.carry is None:
+                return kept
+            n_keep, must = self.keep(view), kept.carry == torch.inf
+            must = as_far_as(must, ends(view, (self.n_sink, self._n_recent(n_keep))), n_keep)
+            references = self._references(view) if self.queries == "window" else ()
+            return kept._replace(carry=protect(kept.carry, must), references=references)
         positions = self.choose(view)
         if positions is None:
             return None
@@ -143,11 +162,13 @@ class AttentionMatchingPress(WrapperPress):
             require_block(self, view.token_ids)
             return carrying(view, unpack(positions, view.n_tokens).float())
         fixed = ends(view, (self.n_sink, self._n_recent(self.keep(view))))
+        return self._fitted(view.take(positions), self._references(view), fixed | view.columns.get(PINNED, fixed))
+
+    def _references(self, view: LayerView) -> list[LayerView]:
+        """Views with the window's queries, where they were made and moved on."""
         n = min(self.n_queries, view.n_queries)
-        newest = replace(view, queries=view.queries[:, :, -n:], _memo={})
-        return self._fitted(
-            view.take(positions), [newest, queries_moved_on(view, n)], fixed | view.columns.get(PINNED, fixed)
-        )
+        newest = replace(view, queries=view.queries[:, :, -n:].clone(), hidden_states=None, _memo={})
+        return [newest, queries_moved_on(newest, n)]
 
     def protected(self, view: LayerView) -> tuple[int, int]:
         if isinstance(self.press, ReplayPress):
@@ -158,6 +179,13 @@ class AttentionMatchingPress(WrapperPress):
     def _n_recent(self, n_keep: int) -> int:
         """How many of the newest tokens stay as they are when a head keeps ``n_keep``."""
         return min(self.n_recent, n_keep // _RECENT_PART)
+
+    def choose_together(self, cache: PressedCache) -> None:
+        self.press.choose_together(cache)
+        for layer in cache.pressed_layers():
+            heard, layer.references = layer.references, []
+            if heard and layer.was_compressed:
+                self._refit(layer, heard, 0)
 
     def chosen(self, view: LayerView, n_keep: int, must: Tensor) -> Tensor | None:
         return self.press.chosen(view, n_keep, must)
@@ -195,6 +223,8 @@ class AttentionMatchingPress(WrapperPress):
                 replay = KVzipPress(tokenizer=self.tokenizer)
                 for _, _, ids in replay.chunks(token_ids, model):
                     replay.run(cache, model, listen, ids.shape[1], input_ids=ids)
+                if self.press.chooses_together:
+                    self.press.choose_together(cache)
         finally:
             session.on_attention, session.pins = None, pins
         for index, layer in layers.items():
@@ -202,33 +232,44 @@ class AttentionMatchingPress(WrapperPress):
             if carried is not None:
                 layer.keep(pack(carried > 0))
             if heard[index] and layer.was_compressed:
-                self._refit(layer, heard[index], pairs[index], n_keep)
+                keys, values = pairs[index]
+                call, queries = heard[index][0], torch.cat([call.query for call in heard[index]], dim=2)
+                view = LayerView(
+                    keys, values, queries, call.module, call.scaling, call.layer_idx, call.n_layers,
+                    softcap=call.softcap, sinks=call.sinks,
+                )  # fmt: skip
+                self._refit(layer, [(slice(None), None, [asked_ahead(view, view.queries)])], n_keep)
 
     def _refit(
-        self, layer: PressedLayer, calls: Sequence[LayerCall], pairs: tuple[Tensor, Tensor], n_keep: int
+        self,
+        layer: PressedLayer,
+        heard: Sequence[tuple[slice | Tensor, Tensor | None, Sequence[LayerView]]],
+        n_keep: int,
     ) -> None:
         """Store fitted values in ``layer``.
 
         Args:
-            calls: that the layer heard while the text was repeated.
-            pairs: keys and values that it stored before it was compressed.
-            n_keep: of a head, mean over layers and heads; 0: as many as this layer keeps.
+            heard: as ``layer.references``: rows, the positions of their tokens, and views with reference queries.
+            n_keep: of a head, mean over layers and heads; 0: as many as the budget of each view or this layer keeps.
         """
-        call, columns = calls[0], layer.columns()
-        pinned, positions = columns.pop(PINNED, None), layer.positions()
-        view = LayerView(
-            *pairs, torch.cat([call.query for call in calls], dim=2), call.module, call.scaling, call.layer_idx,
-            call.n_layers, softcap=call.softcap, sinks=call.sinks,
-        )  # fmt: skip
-        n_keep = n_keep or int((positions >= 0).sum(-1).float().mean())
-        fixed = ends(view, (self.n_sink, self._n_recent(n_keep)))
-        if pinned is not None:
-            fixed = fixed | unpack(positions.masked_fill(~pinned, -1), view.n_tokens)
-        kept = Kept(layer.keys, layer.values, positions, columns=columns)  # type: ignore[arg-type]
-        fitted = self._fitted(kept, [asked_ahead(view, view.queries)], fixed)
-        if fitted.bias is not None:
-            columns["bias"] = fitted.bias
-        layer.store(fitted.keys, fitted.values, positions, columns)
+        columns, keys, values, positions = layer.columns(), layer.keys, layer.values, layer.positions()
+        assert keys is not None and values is not None
+        pinned, values, bias = columns.pop(PINNED, None), values.clone(), torch.zeros(positions.shape)
+        for rows, tokens, references in heard:
+            whole, at = references[0], positions[rows]
+            if tokens is not None:  # padding is not among them
+                tokens = tokens.expand(-1, at.shape[1], -1).contiguous()
+                at = torch.searchsorted(tokens, at.clamp(min=0)).where(at >= 0, -1)
+            place = positions_of(whole)
+            n = n_keep or (self.keep(whole) if self.chooses_together else int((at >= 0).sum(-1).float().mean()))
+            fixed = must_keep(place, int(place.max()) + 1, (self.n_sink, self._n_recent(n)))
+            if pinned is not None:
+                fixed = fixed | unpack(at.masked_fill(~pinned[rows], -1), whole.n_tokens)
+            fitted = self._fitted(Kept(keys[rows], values[rows], at), references, fixed)
+            values[rows] = fitted.values
+            if fitted.bias is not None:
+                bias[rows] = fitted.bias.cpu()
+        layer.store(keys, values, positions, columns | ({"bias": bias.to(keys.device)} if self.bias else {}))
 
     def _fitted(self, kept: Kept, references: Sequence[LayerView], fixed: Tensor) -> Kept:
         """``kept`` with fitted values and bias.
@@ -248,7 +289,8 @@ class AttentionMatchingPress(WrapperPress):
             attention = torch.cat([_attention(view, row, head) for view in references], dim=1)  # [G, n, T]
             stride = -(-attention.shape[0] * attention.shape[1] // _ROWS)
             attention = attention[:, ::stride]
-            is_left_out = torch.arange(attention.shape[1], device=chosen.device) // 8 % 4 == 3
+            block = min(_BLOCK, max(1, attention.shape[1] // 4))
+            is_left_out = torch.arange(attention.shape[1], device=chosen.device) // block % 4 == 3
             is_left_out = is_left_out.expand(attention.shape[:2]).flatten()
             own, mass = fit(attention.flatten(0, 1), whole.values[row, head], chosen, is_free, is_left_out, self.bias)
             values[row, head, : len(chosen)] = own.to(values.dtype)

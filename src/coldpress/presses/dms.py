@@ -13,9 +13,11 @@ from coldpress.bases.scorer import ScorerPress
 from coldpress.core.choice import checked, pack
 from coldpress.core.forced import forced
 from coldpress.core.kept import Kept
+from coldpress.core.press import parts
 from coldpress.core.requirements import SCORER, require
 from coldpress.core.view import LayerView
 from coldpress.errors import PressError
+from coldpress.presses.boundary import BoundaryPress
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,10 @@ class DMSPress(BasePress):
 
     def __post_init__(self) -> None:
         require(self, self.press, *SCORER, "amount", "layers", *(["pointwise"] if self.decoding is True else []))
+        if any(isinstance(part, BoundaryPress) for part in parts(self.press)):
+            raise PressError(
+                "BoundaryPress keeps a share of a budget at each end, and DMSPress has none; leave it out."
+            )
         if self.threshold is None:
             raise PressError(
                 f"DMSPress needs a threshold: the lowest score of {type(self.press).__name__} at which a pair is kept. "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -55,6 +56,10 @@ class FairPress(WrapperPress):
         return press if isinstance(press, AdaKVPress) and type(press).chosen is AdaKVPress.chosen else None
 
     def chosen(self, view: LayerView, n_keep: int, must: Tensor) -> Tensor:
+        is_whole = view.positions is None and view.n_counted is None  # else more of the text may come
+        if is_whole and max(first for first, _ in self.spans) >= view.end:
+            said = f"of {list(self.spans)} a span lies beyond the prompt's {view.end} tokens, and has no share"
+            warnings.warn(f"FairPress: {said}.", stacklevel=2)
         scores = checked(view.guard(self.scores(view), must))
         counts = torch.full(scores.shape[:2], n_keep, device=scores.device)
         if self._adaptive is not None:

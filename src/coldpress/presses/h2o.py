@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from coldpress.bases.checks import check_between
+from coldpress.bases.checks import check_between, check_share
 from coldpress.bases.observer import ObserverPress
 from coldpress.bases.registry import register
 from coldpress.core.column import Column
@@ -49,7 +49,7 @@ class H2OPress(ObserverPress):
     Args:
         compression_ratio: fraction of the pairs to remove, in [0, 1).
         n_sink: first tokens that stay.
-        grace: newest tokens that stay.
+        grace: newest tokens that stay. A budget that has no room for these and one more pair shrinks them.
         recent_ratio: share of what is kept that is newest, in [0, 1]; the larger of this and grace holds.
         decay: what all sums are multiplied with for each token after the prompt, in (0, 1]; 1: they are not.
         by_lifetime: divide by the number of queries since the token came; wants decay=1.0.
@@ -64,10 +64,9 @@ class H2OPress(ObserverPress):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_between(self, 0, 1, "recent_ratio", "decay")
+        check_between(self, 0, 1, "recent_ratio")
+        check_share(self, "decay")
         name = type(self).__name__
-        if self.decay == 0:
-            raise PressError(f"{name}: decay must be above 0, got 0.")
         if self.by_lifetime and self.decay != 1:
             raise PressError(
                 f"{name}: by_lifetime and decay={self.decay!r} both make up for age; give by_lifetime decay=1.0."

@@ -34,7 +34,7 @@ class MorphKVPress(WindowPress):
     Args:
         compression_ratio: fraction of the pairs to remove, in [0, 1).
         window_size: last tokens that score the others and are kept, at least 1; the paper ran 200 for 4,000 pairs.
-            Inside DecodingPress, hidden_states_buffer_size is at least as large.
+            Inside DecodingPress, hidden_states_buffer_size of these at most, as no more queries are stored.
         fusion: "max" or "sum", over the window's queries.
     """
 

@@ -19,10 +19,11 @@ from coldpress.bases.checks import check_at_least, check_between
 from coldpress.bases.registry import register
 from coldpress.cache.pressed import PressedCache
 from coldpress.core.choice import pack, unpack
+from coldpress.core.definition import in_short
 from coldpress.core.kept import Kept
 from coldpress.core.requirements import CHOICE, require
 from coldpress.core.view import LayerView
-from coldpress.errors import PressError
+from coldpress.errors import NoRoomError, PressError
 from coldpress.io.artefacts import Shape
 from coldpress.learned.calibrated import Calibrated, Calibration
 from coldpress.models.block import prefilling
@@ -50,7 +51,8 @@ class QualityPress(Calibrated):
     floor(risk * (n + 1))-th smallest is taken. For a text drawn as the samples were, KL then exceeds max_kl with
     probability at most risk (split conformal prediction); for texts of another kind nothing is promised, so calibrate
     on your own. Where no threshold is safe, everything is kept; the calibration says so, and so does a press that is
-    about to be used. Around a press that looks at the worst case it removes most (benchmarks/kl_bound).
+    about to be used. Everything is kept, too, where what must stay fits into no ratio. Around a press that looks at the
+    worst case it removes most (benchmarks/kl_bound).
 
     Source: conformal risk control, Angelopoulos et al. 2022, arXiv:2208.02814, for a loss of 0 or 1; the statistic is
     our own. Differs from the paper: thresholds are on a grid, and the loss is made monotone in them.
@@ -102,9 +104,7 @@ class QualityPress(Calibrated):
         for ratio in _RATIOS:
             try:
                 chosen = self.press.with_budget(compression_ratio=ratio).choose(view)
-            except PressError:  # what must stay does not fit into so few
-                if ratio == _RATIOS[-1]:
-                    raise
+            except NoRoomError:  # what must stay does not fit into so few
                 continue
             if chosen is None:
                 continue
@@ -140,6 +140,12 @@ class QualityPress(Calibrated):
 
     def needs_artefact(self) -> bool:
         return self.threshold is None
+
+    def made_with(self, model: str) -> str:
+        if self.press == DefensiveKVPress():
+            return super().made_with(model)
+        around = f"around {in_short(self.press)}, and coldpress calibrate quality makes those around DefensiveKVPress()"
+        return f"coldpress.learned.calibration.calibrate(press, model, samples), for threshold=; they are {around}"
 
     def variant(self) -> str:
         inner = self.press.with_budget(compression_ratio=0.0)

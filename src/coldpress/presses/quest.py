@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from coldpress.bases.checks import check_at_least, check_between
+from coldpress.bases.checks import check_at_least, check_share
 from coldpress.bases.press import BasePress
+from coldpress.core.column import PINNED
 from coldpress.core.counts import share_of
 from coldpress.core.kept import Kept
 from coldpress.core.view import LayerView
@@ -24,7 +25,7 @@ class QuestPress(BasePress):
     no name, and ``--press all`` does not measure it. What it shows is what such a choice costs in quality.
 
     The stored pairs of a head are cut in pages of ``page`` tokens, the last one shorter. Of T pairs a query reads
-    ceil(floor(T * read) / page) pages, at least 3: the last one, and those with the largest
+    ceil(floor(T * read) / page) pages, at least 3: the last one, those with pinned tokens, and those with the largest
     bound[p] = max over the group's heads of sum over channels i of max(q_i * low_i, q_i * high_i),
     with low_i and high_i the least and the largest number that a key of page p has in channel i, after rotation. No
     product of q with a key of the page is larger. A text that has no more pages is read as a whole, as are the first
@@ -50,7 +51,7 @@ class QuestPress(BasePress):
     def __post_init__(self) -> None:
         check_at_least(self, 1, "page")
         check_at_least(self, 0, "dense_layers")
-        check_between(self, 2.0**-62, 1, "read")
+        check_share(self, "read")
 
     def compress(self, view: LayerView) -> Kept | None:
         return None
@@ -80,5 +81,10 @@ class QuestPress(BasePress):
             return None
         slots, bounds = self.slots(view), self.bounds(view)
         last = (bounds > -torch.inf).sum(-1, keepdim=True) - 1
-        best = bounds.scatter(2, last, torch.inf).topk(n_read).indices.sort().values
+        bounds = bounds.scatter(2, last, torch.inf)
+        if PINNED in view.columns:
+            pinned = pad(view.columns[PINNED], (0, -view.n_tokens % self.page)).unflatten(2, (-1, self.page)).any(-1)
+            bounds = bounds.masked_fill(pinned, torch.inf)
+            n_read = min(n_pages, max(n_read, int((bounds == torch.inf).sum(-1).max())))
+        best = bounds.topk(n_read).indices.sort().values
         return slots.gather(2, best[..., None].expand(-1, -1, -1, self.page)).flatten(2)

@@ -86,7 +86,8 @@ class ScissorhandsPress(ObserverPress):
 
     def score(self, view: LayerView) -> Tensor:
         counts = _ones(self.state(view)["passed_over"]).sum(-1).float()
-        return positions_of(view) / (2 * view.end) - counts  # less than a half: decides among equals
+        newer = torch.arange(view.n_tokens, device=counts.device) / (2 * view.n_tokens)  # slots, not positions: these
+        return newer - counts  # grow until float32 tells them apart no more; less than a half decides among equals
 
 
 def _ones(words: Tensor) -> Tensor:

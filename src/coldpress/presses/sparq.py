@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coldpress.bases.checks import check_at_least, check_between
+from coldpress.bases.checks import check_at_least, check_share
 from coldpress.bases.press import BasePress
 from coldpress.core.choice import best, checked, pack
+from coldpress.core.column import PINNED
 from coldpress.core.counts import share_of
 from coldpress.core.kept import Kept
 from coldpress.core.view import LayerView
@@ -26,7 +27,7 @@ class SparQPress(BasePress):
     With C the ``channels`` channels in which the sum of |q| over the group's heads is largest, each head has the logits
     l[t] = sum over i in C of q_i k_i[t] * s * sqrt(sum of |q| over all channels / sum of |q| over C),
     s the attention's scaling. A query reads the floor(T * read) of T pairs, at least ``local`` and 1, that have the
-    largest sum over the group's heads of l[t], the newest ``local`` among them.
+    largest sum over the group's heads of l[t], the newest ``local`` among them; and pinned ones.
 
     Source: Ribar et al. 2024, arXiv:2312.04985, section 4. Differs from the paper: what is not read is left out, and
     not replaced by the mean of all values times its approximate weight; pairs to read are a share of the text.
@@ -48,7 +49,7 @@ class SparQPress(BasePress):
     def __post_init__(self) -> None:
         check_at_least(self, 1, "channels")
         check_at_least(self, 0, "local")
-        check_between(self, 2.0**-62, 1, "read")
+        check_share(self, "read")
 
     def compress(self, view: LayerView) -> Kept | None:
         return None
@@ -74,4 +75,4 @@ class SparQPress(BasePress):
         n_held = view.n_tokens if view.counts is None else view.counts[..., None]
         newest = torch.arange(view.n_tokens, device=scores.device) >= n_held - self.local
         is_read = best(scores.masked_fill(newest & (scores > -torch.inf), torch.inf), n_read) & (scores > -torch.inf)
-        return pack(is_read)
+        return pack(is_read | view.columns[PINNED] if PINNED in view.columns else is_read)
