@@ -5,7 +5,8 @@
 
 Models with the same weights decode from the same pairs, SnapKV's at ratio 0.5: as they are; with weights that lie by
 columns; in a ``compiled()`` block; and in transformers' own cache, which also holds everything once. In the block are
-also half of the pairs where heads keep different numbers, and SnapKV's in few bits, which take their turns outside too.
+also half of the pairs where heads keep different numbers, SnapKV's in few bits, and all pairs, as they are and in few
+bits, which take their turns outside too.
 All take turns in a random order, one sample of some tokens at a time.
 """
 
@@ -54,6 +55,10 @@ TITLES = {
     "compiled, heads and layers": "in a compiled() block, heads of all layers share 0.5, as KVzip's do",
     "eager, k8v4": "outside, SnapKV at 0.5 in RotatedBits(8, 4)",
     "compiled, k8v4": "in a compiled() block, SnapKV at 0.5 in RotatedBits(8, 4)",
+    "eager, full": "outside, no press",
+    "compiled, full": "in a compiled() block, no press",
+    "eager, full k4v4": "outside, no press, in RotatedBits(4, 4)",
+    "compiled, full k4v4": "in a compiled() block, no press, in RotatedBits(4, 4)",
 }
 
 
@@ -63,7 +68,14 @@ GOALS = (
     ("compiled, heads and layers 0.5 against SnapKV 0.5", "compiled", "compiled, heads and layers", 0.95),
     ("SnapKV 0.5 in RotatedBits(8, 4), compiled against outside", "eager, k8v4", "compiled, k8v4", 1.0),
     ("compiled, SnapKV 0.5 in RotatedBits(8, 4) against the same pairs", "compiled", "compiled, k8v4", 1.0),
-    ("compiled, ratio 0.5 against no press in transformers", "transformers, full", "compiled", 1.8),
+    ("no press, in RotatedBits(4, 4) against the pairs as they are", "eager, full", "eager, full k4v4", 1.0),
+    (
+        "compiled, no press, in RotatedBits(4, 4) against the pairs as they are",
+        "compiled, full",
+        "compiled, full k4v4",
+        1.3,
+    ),
+    ("compiled, ratio 0.5 against no press in transformers", "transformers, full", "compiled", 4.0),
     ("compiled, ratio 0.5 against the same pairs in a DynamicCache", "transformers, 0.5", "compiled", 1.35),
 )
 
@@ -117,8 +129,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     use_coldpress(model)
     full = PressedCache()
     bits = RotatedBits(8, 4)
-    half, heads, packed = full.branches(
-        [SnapKVPress(0.5), AdaKVPress(SnapKVPress(0.5)), SnapKVPress(0.5)], [None, None, bits]
+    half, heads, packed, whole = full.branches(
+        [SnapKVPress(0.5), AdaKVPress(SnapKVPress(0.5)), SnapKVPress(0.5), None], [None, None, bits, RotatedBits(4, 4)]
     )
     with torch.inference_mode():
         model.base_model(text(1, args.tokens, args.seed), **cache_argument(full))
@@ -126,13 +138,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     decoders = {name: Decoder(copy.deepcopy(model), half.fork(), "coldpress", args.tokens) for name in COLDPRESS}
     uneven = full.fork()
     share_unevenly(uneven, 0.5, args.seed)
-    more = {"heads": heads, "heads and layers": uneven, "k8v4": packed}
+    more = {"heads": heads, "heads and layers": uneven, "k8v4": packed, "full": full, "full k4v4": whole}
     for name, cache in more.items():
         for where in ("eager", "compiled"):
             if f"{where}, {name}" in TITLES:
                 decoders[f"{where}, {name}"] = Decoder(decoders[where].model, cache.fork(), "coldpress", args.tokens)
     decoders |= {name: Decoder(copy.deepcopy(model), cache, "sdpa", args.tokens) for name, cache in own.items()}
-    del full, half, heads, packed, uneven
+    del full, half, heads, packed, whole, uneven
     samples, speeds, last = [], [], -1
     with ExitStack() as stack:
         stack.enter_context(by_columns(decoders["columns"].model))
@@ -144,7 +156,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             compile_s.setdefault(name, round(done.compile_s - before, 1))
         differences = {
             name: largest_difference(decoders[name.replace("compiled", "eager")], decoders[name])
-            for name in ("compiled", "compiled, heads", "compiled, k8v4")
+            for name in ("compiled", "compiled, heads", "compiled, k8v4", "compiled, full k4v4")
         }
         for turn, name in turns(list(decoders), args.rounds, args.seed):
             if turn != last:

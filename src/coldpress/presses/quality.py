@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -97,25 +98,30 @@ class QualityPress(Calibrated):
 
     def compress(self, view: LayerView) -> Kept | None:
         threshold = self._threshold(view)
-        attention = view.window_attention(min(self.n_queries, view.n_queries)).sum((2, 3))  # [B, Hkv, T]
-        whole = attention.sum(-1).clamp(min=1e-30)
         kept = torch.ones(view.keys.shape[:3], dtype=torch.bool, device=view.keys.device)
         undecided = torch.ones(len(kept), dtype=torch.bool, device=kept.device)
         for ratio in _RATIOS:
-            try:
-                chosen = self.press.with_budget(compression_ratio=ratio).choose(view)
-            except NoRoomError:  # what must stay does not fit into so few
-                continue
-            if chosen is None:
-                continue
-            own = unpack(chosen, view.n_tokens)
-            missed = 1 - ((attention * own).sum(-1) / whole).mean(-1)  # [B]
+            own, missed = view.once(("kept at", id(self.press), self.n_queries, ratio), partial(self._at, view, ratio))
             takes = undecided & (missed <= threshold)
             kept = torch.where(takes[:, None, None], own, kept)
             undecided = undecided & ~takes
             if not undecided.any():
                 break
         return None if kept.all() else view.take(pack(kept))
+
+    def _at(self, view: LayerView, ratio: float) -> tuple[Tensor, Tensor]:
+        """What the inner press keeps at ``ratio``, bool ``[B, Hkv, T]``, and how much it misses, ``[B]``.
+
+        More than all is missed where what must stay does not fit into so few.
+        """
+        whole = torch.ones(view.keys.shape[:3], dtype=torch.bool, device=view.keys.device)
+        try:
+            chosen = self.press.with_budget(compression_ratio=ratio).choose(view)
+        except NoRoomError:
+            return whole, torch.full((len(whole),), math.inf, device=whole.device)
+        own = whole if chosen is None else unpack(chosen, view.n_tokens)
+        attention = view.window_attention(min(self.n_queries, view.n_queries)).sum((2, 3))  # [B, Hkv, T]
+        return own, 1 - ((attention * own).sum(-1) / attention.sum(-1).clamp(min=1e-30)).mean(-1)
 
     def _threshold(self, view: LayerView) -> float:
         if self.threshold is not None:
