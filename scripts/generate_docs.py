@@ -30,6 +30,7 @@ import json
 import math
 import re
 import runpy
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -288,6 +289,39 @@ def past_eviction() -> str:
     return "\n".join([*(f"| {' | '.join(row)} |" for row in rows), "", about])
 
 
+def unseen() -> str:
+    """KL of each press of benchmarks/past_eviction/unseen over the windows of all texts, and the goals on them."""
+    from benchmarks.leaderboard.goals import goals
+    from benchmarks.leaderboard.rank import condensed, windows_of
+
+    folder = ROOT / "benchmarks" / "past_eviction" / "unseen"
+    records = [r for r in read_results(folder) if r["compression_ratio"]] if folder.is_dir() else []
+    if not records:
+        return "Not measured yet."
+    rows = condensed(records)["rows"]
+    (model,) = {row["model"] for row in rows}
+    windows = windows_of(rows, model)
+    ratios = sorted(windows)
+    presses = sorted(windows[ratios[0]], key=lambda press: statistics.mean(windows[ratios[0]][press].values()))
+    head = [f"{what} at {ratio}" for ratio in ratios for what in ("KL", "median of windows", "windows")]
+    lines = [f"| press | {' | '.join(head)} |", f"| --- |{' ---: |' * len(head)}"]
+    for press in presses:
+        cells = []
+        for ratio in ratios:
+            own = [*windows[ratio][press].values()]
+            cells += [f"{statistics.mean(own):.4f}", f"{statistics.median(own):.4f}", str(len(own))]
+        lines.append(f"| `{press}` | {' | '.join(cells)} |")
+    one = records[0]
+    texts = ", ".join(sorted({Path(row["dataset"]).stem for row in rows}))
+    about = f"{model}, `{one['protocol']}`, {one['dtype']}; {texts}; torch {one['env']['torch']}, transformers "
+    reached = [
+        "| at | best of kvpress | best of the new | part [95 % interval] | goal |",
+        "| --- | --- | --- | ---: | ---: |",
+    ]
+    reached += [f"| {' | '.join(row)} |" for row in goals(windows)]
+    return "\n".join([*reached, "", *lines, "", f"{about}{one['env']['transformers']}."])
+
+
 def leaderboard() -> str:
     """The tables of benchmarks/leaderboard."""
     from benchmarks.leaderboard.board import markdown
@@ -413,6 +447,7 @@ def generated(name: str) -> str:
         "results": lambda: results(argument),
         "quality": lambda: quality(argument),
         "past_eviction": past_eviction,
+        "unseen": unseen,
         "sweepcost": lambda: measured("sweep_cost", "sweep_cost.py", argument),
         "parity": parity,
         "leaderboard": leaderboard,

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Whether both ends of the prompt should stay while decoding: the text that follows, and facts said at either end.
 
-    python benchmarks/prompt_ends/prompt_ends.py --model smollm2 --data PG19 --output FILE.json
+    python benchmarks/prompt_ends/prompt_ends.py --model smollm2 --data PG19 [--once] --output FILE.json
 
 A prompt says one number in its first line and another in its last. A text follows, while a press
-cuts the cache back to its size again and again; then both numbers are asked for.
+cuts the cache back to its size again and again, or, with --once, after the press has compressed the prompt alone; then
+both numbers are asked for.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ def main() -> int:
     add("--interval", type=int, default=32, help="tokens between two cuts")
     add("--prompt_tokens", type=int, default=768)
     add("--later_tokens", type=int, default=512)
+    add("--once", action="store_true", help="compress the prompt to --budget_tokens, and nothing after it")
     add("--samples", type=int, default=8)
     add("--output", type=Path, required=True)
     record = measure(parser.parse_args())
@@ -93,7 +95,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 for ends in (False, True):
                     base = make_press(name, 0.0)
                     base = BoundaryPress(base, share=args.share) if ends else base
-                    press = DecodingPress(base, compression_interval=args.interval, target_size=args.budget_tokens)
+                    press = base.with_budget(budget_tokens=args.budget_tokens)
+                    if not args.once:
+                        press = DecodingPress(base, compression_interval=args.interval, target_size=args.budget_tokens)
                     found, row = run(press, prompt, later, said)
                     kl = float((whole.exp() * (whole - found)).sum(-1).mean())
                     rows.append({"sample": number, "press": name, "ends": ends, "kl": kl, **row})
@@ -121,7 +125,8 @@ def table(record: dict[str, Any]) -> str:
     env = record["env"]
     return "\n".join(lines) + (
         f"\n\n{record['model']}, {record['data']}: prompts of {record['prompt_tokens']:,} tokens, "
-        f"{record['later_tokens']} after them, cut back to {record['budget_tokens']} every {record['interval']}; "
+        f"{record['later_tokens']} after them, cut back to {record['budget_tokens']} "
+        f"{'once, before these' if record.get('once') else 'every ' + str(record['interval'])}; "
         f"{record['share']:g} of these at each end. torch {env['torch']}, transformers {env['transformers']}."
     )
 

@@ -185,7 +185,8 @@ def test_goals_compare_the_best_of_both_sides_on_shared_windows() -> None:
         ["`kvzip`", "`attention_matching_kvzip`"],
         ["`adakv_snapkv`", "`layer_defensive`"],
     ]
-    assert found[0][3] == "0.20 [0.20, 0.20], 1 windows" and found[1][3].startswith("0.50 [")
+    assert found[0][3] == "0.200 [0.20, 0.20], 1 windows" and found[1][3].startswith("0.500 [")
+    assert [row[4] for row in found] == ["0.35 at most: met", "0.6 at most: met"]
     part, low, high = part_of(klds["layer_defensive"], klds["adakv_snapkv"])
     assert part == pytest.approx(0.5) and (low, high) == pytest.approx((0.45, 0.6))
 
