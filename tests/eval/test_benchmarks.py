@@ -307,6 +307,16 @@ def test_contexts_are_cut_and_a_question_is_not(loaded: Any) -> None:
             make_contexts([row], tokenizer, **options)
 
 
+def test_a_context_is_read_whole_where_extrapolation_is_allowed(tmp_path: Path) -> None:
+    row = rows("ruler", "4096")[0]
+    long = row | {"context": row["context"] * 14, "max_new_tokens": 2}
+    given = ("ruler", "--data", str(written(tmp_path / "4096", [long]).parent), "--data_dir", "4096")
+    for option, n_cut in ((), 1), (("--allow_extrapolation",), 0):
+        assert run(tmp_path / "results", *given, *option, "--press", "no_press") == 0
+        (record,) = [each for each in read_results(tmp_path / "results", check_record) if each["n_contexts_cut"] == n_cut]
+    assert record["total_tokens"] > 2048
+
+
 def test_a_chat_template_goes_around_context_and_question(loaded: Any) -> None:
     class Chat:
         chat_template = "there is one"

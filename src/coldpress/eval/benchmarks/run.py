@@ -266,7 +266,7 @@ def measure_benchmark(settings: BenchmarkSettings, command: str) -> tuple[list[d
     contexts = make_contexts(
         rows,
         loaded.tokenizer,
-        max_positions=UNKNOWN_POSITIONS if settings.allow_extrapolation else loaded.max_positions or UNKNOWN_POSITIONS,
+        max_positions=None if settings.allow_extrapolation else loaded.max_positions or UNKNOWN_POSITIONS,
         max_context_length=settings.max_context_length,
         max_new_tokens=settings.max_new_tokens,
         is_query_aware=settings.query_aware,
