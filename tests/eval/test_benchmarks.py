@@ -313,7 +313,9 @@ def test_a_context_is_read_whole_where_extrapolation_is_allowed(tmp_path: Path) 
     given = ("ruler", "--data", str(written(tmp_path / "4096", [long]).parent), "--data_dir", "4096")
     for option, n_cut in ((), 1), (("--allow_extrapolation",), 0):
         assert run(tmp_path / "results", *given, *option, "--press", "no_press") == 0
-        (record,) = [each for each in read_results(tmp_path / "results", check_record) if each["n_contexts_cut"] == n_cut]
+        (record,) = [
+            each for each in read_results(tmp_path / "results", check_record) if each["n_contexts_cut"] == n_cut
+        ]
     assert record["total_tokens"] > 2048
 
 
