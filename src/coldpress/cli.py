@@ -222,12 +222,10 @@ def _run_ppl(args: argparse.Namespace, argv: list[str], prog: str | None) -> int
     command = f"{prog or 'coldpress'} {shlex.join(argv[1:] if prog else argv)}"
     settings = Settings(**_given(args, Settings))
     if settings.tp_plan is None:
-        records, is_interrupted = evaluate(settings, command)
-    else:  # every process takes part, and the first one speaks
-        with followers_silent() as folder:
-            settings = settings if folder is None else replace(settings, output_dir=folder)
-            records, is_interrupted = evaluate(settings, command)
-    return _outcome(records, is_interrupted, again="")
+        return _outcome(*evaluate(settings, command))
+    with followers_silent() as folder:  # every process takes part, and the first one speaks
+        settings = settings if folder is None else replace(settings, output_dir=folder)
+        return _outcome(*evaluate(settings, command), again="")
 
 
 def _run_sweep(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
