@@ -12,7 +12,9 @@ from tests.eval.report_records import NASTY, Record, everything, failed, many, r
 
 from coldpress.cli import main
 from coldpress.errors import MissingDependencyError
+from coldpress.eval.columns import opening_table
 from coldpress.eval.figures import _inline
+from coldpress.eval.glance import Row
 from coldpress.eval.page import Report, escape, make_report, page, summary, write_report
 from coldpress.eval.phrases import brief
 from coldpress.eval.results import Collection
@@ -138,6 +140,20 @@ def test_intervals_are_drawn_on_the_scale_of_their_column_and_spelled_for_a_poin
         assert cell.bar == pytest.approx(wanted) and f'title="{cell.text} {cell.said}"' in html
     beyond = cells["random", "0.75"].bar
     assert beyond is not None and beyond[1] > 1  # random does not stretch the scale
+
+
+def test_the_opening_table_is_sorted_by_numbers(made: Report, html: str) -> None:
+    heads, *_ = zip(*made.opening.table.heads, strict=True)
+    for row in made.opening.table.rows:
+        for head, cell in zip(heads, row, strict=True):
+            is_number = bool(cell.text) and head not in ("press", "status")
+            assert (cell.value is not None) == is_number, (head, cell)
+    sizes = [Row("knorm", "0.5", 0.5, kv_bytes=n) for n in (900 << 20, 2 << 30, 500 << 10)]
+    by_text, by_number = (
+        [row[2].text for row in sorted(opening_table(sizes).rows, key=key)]
+        for key in (lambda row: row[2].text, lambda row: row[2].value)
+    )
+    assert by_number == ["500 KiB", "900 MiB", "2.00 GiB"] != by_text
 
 
 def test_the_page_opens_with_three_sentences_a_table_of_eight_columns_and_a_plot(made: Report, html: str) -> None:

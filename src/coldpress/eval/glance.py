@@ -24,6 +24,7 @@ class Row:
 
     press: str
     size: str
+    asked: float | None = None  # the ratio, or the number of tokens or bytes, that the size says
     kv_bytes: int | None = None
     kl: float | None = None
     ppl: float | None = None
@@ -95,6 +96,7 @@ def rows(section: Section) -> list[Row]:
         return Row(
             press=entry.label,
             size="" if entry.is_baseline else entry.size,
+            asked=None if entry.is_baseline else entry.asked,
             kv_bytes=entry.kv_bytes_max or entry.kv_bytes or (timed.kv_bytes if timed else None),
             kl=None if entry.is_baseline else kl_of(entry),
             ppl=None if is_plain and not entry.is_baseline else entry.ppl,

@@ -151,30 +151,38 @@ def memory(kind: str, language: str) -> str:
     return _MEMORY.get(kind, kind) if language == "zh" else memory_words(kind)
 
 
-def headed(found: Sequence[Row], language: str = "en", spells: bool = True) -> list[list[str]]:
-    """Heads and cells of the opening table, without the columns that no row fills: eight at most beside the status.
+def headed(found: Sequence[Row], language: str = "en") -> list[list[str]]:
+    """Heads and cells of the opening table, without the columns that no row fills: eight at most beside the status."""
+    heads, rows = filled(found, language)
+    return [heads, *([text for text, _ in row] for row in rows)]
+
+
+def filled(
+    found: Sequence[Row], language: str = "en", spells: bool = True
+) -> tuple[list[str], list[list[tuple[str, float | None]]]]:
+    """Heads of the opening table, and of each row what is shown and the number behind it.
 
     ``spells``: intervals are written after their numbers.
     """
     heads = WORDS[language]["heads"].split("|")
-    lines = [
+    lines: list[list[tuple[str, float | None]]] = [
         [
-            clean(row.press),
-            _removed(row.size),
-            short_bytes(row.kv_bytes),
-            "" if row.kl is None else number(row.kl, 3),
-            "" if row.ppl is None else f"{row.ppl:.2f}" if row.ppl < 1e4 else f"{row.ppl:.3g}",
-            _change(row, spells),
-            "" if row.score is None else f"{row.score:.2f}",
-            "" if row.ttft_s is None else f"{row.ttft_s:.3g} s",
-            "" if row.tokens_per_s is None else three_digits(row.tokens_per_s),
-            short_bytes(row.peak_bytes),
-            row.status,
+            (clean(row.press), None),
+            (_removed(row.size), row.asked),
+            (short_bytes(row.kv_bytes), row.kv_bytes),
+            ("" if row.kl is None else number(row.kl, 3), row.kl),
+            ("" if row.ppl is None else f"{row.ppl:.2f}" if row.ppl < 1e4 else f"{row.ppl:.3g}", row.ppl),
+            (_change(row, spells), row.change),
+            ("" if row.score is None else f"{row.score:.2f}", row.score),
+            ("" if row.ttft_s is None else f"{row.ttft_s:.3g} s", row.ttft_s),
+            ("" if row.tokens_per_s is None else three_digits(row.tokens_per_s), row.tokens_per_s),
+            (short_bytes(row.peak_bytes), row.peak_bytes),
+            (row.status, None),
         ]
         for row in found
     ]
-    used = [i for i in range(len(heads)) if i < 2 or any(line[i] for line in lines)]
-    return [[line[i] for i in used] for line in [heads, *lines]]
+    used = [i for i in range(len(heads)) if i < 2 or any(line[i][0] for line in lines)]
+    return [heads[i] for i in used], [[line[i] for i in used] for line in lines]
 
 
 def _removed(size: str) -> str:
