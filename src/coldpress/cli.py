@@ -359,7 +359,7 @@ def _run_report(args: argparse.Namespace, argv: list[str], prog: str | None) -> 
         raise DataError(f"{' '.join(folders)} holds {no}; run coldpress ppl first, or name another folder.")
     output = Path(args.output or Path(folders[0]) / "report")
     if args.brief:
-        from coldpress.eval.phrases import write_brief
+        from coldpress.eval.brief import write_brief
 
         text, path = write_brief(collection, output, args.lang or "en")
         print(text)

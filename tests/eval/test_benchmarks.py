@@ -245,6 +245,7 @@ def test_scores_are_paired_with_the_uncompressed_cache_s(tmp_path: Path) -> None
         lost = sum(row["score"] < row["score_base"] for row in own)
         assert (task["gained"], task["lost"]) == (0, lost)
         assert task["same_answers"] == sum(row["is_same_answer"] for row in own) / 4
+        assert task["n_contexts"] == task["n"] == 4
         low, high = task["delta_score_ci95"]
         assert low <= task["score"] - task["score_base"] <= high
     assert sum(task["lost"] for task in pressed["tasks"]) > 0

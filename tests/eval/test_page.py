@@ -12,11 +12,11 @@ from tests.eval.report_records import NASTY, Record, everything, failed, many, r
 
 from coldpress.cli import main
 from coldpress.errors import MissingDependencyError
+from coldpress.eval.brief import brief
 from coldpress.eval.columns import opening_table
 from coldpress.eval.figures import _inline
 from coldpress.eval.glance import Row
 from coldpress.eval.page import Report, escape, make_report, page, summary, write_report
-from coldpress.eval.phrases import brief
 from coldpress.eval.results import Collection
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}

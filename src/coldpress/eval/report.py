@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from coldpress.backends import BUDGETS, NO_PRESS
+from coldpress.eval.metrics import FEWEST_QUESTIONS
 from coldpress.eval.schema import BYTES, ENVIRONMENT, FIELDS, SPEED_SETTINGS
 from coldpress.eval.wording import aligned, format_bytes, memory_words, number, short
 from coldpress.io.terminal import printable
@@ -309,6 +310,17 @@ def task_columns(records: Sequence[Record]) -> list[list[Column]]:
     ]
 
 
+def few_questions(entry: Record) -> int | None:
+    """How many questions a task has, where they are too few for a verdict; those about one context count once."""
+    n = entry.get("n_contexts") or entry.get("n")
+    return n if n is not None and n < FEWEST_QUESTIONS else None
+
+
+def interval_of_score(entry: Record) -> list[float] | None:
+    """The paired interval of a task's score, where there are questions enough for one."""
+    return None if few_questions(entry) is not None else entry.get("delta_score_ci95")
+
+
 def _entry(kind: Kind, record: Record) -> Record:
     """What a record says of a task; empty where it says nothing."""
     return next((e for e in record.get("tasks") or () if (e["task"], e["length"]) == kind), {})
@@ -325,7 +337,7 @@ def _change(kind: Kind, record: Record) -> str | None:
     is_baseline = record["press"] == NO_PRESS and record.get("kv_bits") is None
     if entry.get("same_answers") is None or is_baseline:
         return None
-    ci, said = entry.get("delta_score_ci95"), [f"{entry['same_answers']:.0%} same answers"]
+    ci, said = interval_of_score(entry), [f"{entry['same_answers']:.0%} same answers"]
     if entry.get("gained") is not None:
         said.insert(0, f"+{entry['gained']} -{entry['lost']} p {entry['mcnemar_p']:.2g}")
     if entry.get("score") is not None and entry.get("score_base") is not None:

@@ -200,6 +200,7 @@ class BenchmarkRun(PointRun[Answers]):
                     "task": name if len(measures) < 2 else f"{name} {main}",
                     "length": round(sum(all_lengths) / len(all_lengths)),
                     "n": len(own),
+                    "n_contexts": len({row["context"] for row in own}),
                     "same_answers": sum(row["is_same_answer"] for row in own) / len(own),
                     **_compared(own, main, is_baseline),
                     "by_depth": _by_depth(own, main),
