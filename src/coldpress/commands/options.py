@@ -200,7 +200,7 @@ def report_options(parser: argparse.ArgumentParser) -> None:
     add("--table", action="store_true", help="print the tables and write nothing; needs no matplotlib")
     text = "print a short report (models, data, methods, table, conclusion, commands), and write it to brief.md"
     add("--brief", action="store_true", help=text)
-    add("--lang", choices=("en", "zh"), help="language of the brief report (default: en)")
+    add("--lang", choices=("en", "zh"), help="language of the brief report, zh in brief.zh.md (default: en)")
 
 
 def ppl_options(parser: argparse.ArgumentParser) -> None:

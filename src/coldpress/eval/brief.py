@@ -14,6 +14,8 @@ from coldpress.eval.results import Collection, check_writable, write_file
 from coldpress.eval.sections import Section, sections, text_name
 from coldpress.eval.wording import clean, escape, fenced, model_name, table_lines
 
+_MARKS = ("KL", "PPL", "±", "tok/s")  # of a table, that are explained where they stand in one
+
 
 def _told(found: Sequence[Section]) -> list[Section]:
     """The sections that a brief report shows: timings of a model only where no other table of it holds them."""
@@ -32,10 +34,11 @@ def brief(collection: Collection, language: str = "en") -> str:
     blocks = [f"# {words['title']}"]
     blocks += [f"## {words['models']}", _list(_model_words(r, words) for r in records)]
     blocks += [f"## {words['data']}", _list(_text_words(r, words) for r in records)]
-    blocks += [f"## {words['methods']}", _list(_methods(records, language))]
-    blocks += [f"## {words['results']}"]
-    for section in found:
-        blocks += _results(section, language)
+    results = [block for section in found for block in _results(section, language)]
+    marks = [words[mark] for mark in _MARKS if any(mark in block for block in results)]
+    methods = [*_methods(records, language), *([("" if language == "zh" else " ").join(marks)] if marks else [])]
+    blocks += [f"## {words['methods']}", _list(methods)]
+    blocks += [f"## {words['results']}", *results]
     blocks += [f"## {words['conclusion']}"]
     for section in found:
         said = sentences(answer(section), language)
@@ -84,8 +87,7 @@ def _methods(records: Sequence[dict[str, Any]], language: str) -> list[str]:
         except PressError:  # of a file, or of another version
             said.append(name)
             continue
-        summary = f"{info.summary.replace('``', '')} " if language == "en" else ""
-        said.append(f"{name}: {summary}{info.source}".strip())
+        said.append(f"{name}: {info.summary.replace('``', '')} {info.source}".strip())
     for record in records:
         protocol = str(record["protocol"])
         sizes = {"context": f"{record.get('context_tokens') or 0:,}", "target": f"{record.get('target_tokens') or 0:,}"}
@@ -102,7 +104,7 @@ def _methods(records: Sequence[dict[str, Any]], language: str) -> list[str]:
         said.append(words["timing"].format(context=context, n=n, rounds=rounds))
     kinds = dict.fromkeys(r["peak_mem_kind"] for r in timed if r.get("peak_mem_kind"))
     said += [words["peak"].format(kind=memory(kind, language)) for kind in kinds]
-    return [*dict.fromkeys(said), words["metrics"]]
+    return [*dict.fromkeys(said)]
 
 
 def _results(section: Section, language: str) -> list[str]:
@@ -125,7 +127,7 @@ def _tasks(section: Section, shown: Sequence[Row], language: str) -> list[str]:
 
 
 def write_brief(collection: Collection, folder: Path, language: str) -> tuple[str, Path]:
-    """Write ``brief.md`` into ``folder``; the text and where it went."""
+    """Write ``brief.md``, or ``brief.zh.md``, into ``folder``; the text and where it went."""
     check_writable(folder)
     text = brief(collection, language)
-    return text, write_file(folder / "brief.md", text.encode())
+    return text, write_file(folder / ("brief.md" if language == "en" else f"brief.{language}.md"), text.encode())

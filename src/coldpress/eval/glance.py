@@ -134,7 +134,8 @@ def chosen(found: Sequence[Row]) -> list[Row]:
 def _uncompressed(section: Section, pressed: Sequence[Entry]) -> Row:
     """The line of ``no_press``, from what the records of presses say of it."""
     record: dict[str, Any] = pressed[0].record if pressed else {}
-    tpot = record.get("tpot_ms_baseline")
+    timed = next((t for p in pressed if (t := _timed(p, _context(section))) is not None), None)
+    tpot = None if timed is None else timed.tpot_ms_baseline
     return Row(
         press=NO_PRESS,
         size="",
@@ -142,6 +143,7 @@ def _uncompressed(section: Section, pressed: Sequence[Entry]) -> Row:
         ppl=record.get("ppl") if section.kind == "plain" else record.get("baseline_ppl"),
         score=_score(pressed[0], "score_base") if pressed else None,
         tokens_per_s=1000 / tpot if tpot else None,
+        peak_bytes=None if timed is None else timed.peak_mem_bytes_uncompressed,
     )
 
 

@@ -78,8 +78,11 @@ WORDS: dict[str, dict[str, str]] = {
         "other": "Protocol {protocol}.",
         "timing": "Speed: {context} tokens of context, then {n} generated tokens, {rounds} rounds; each round times "
         "the uncompressed cache too.",
-        "metrics": "KL: mean divergence of the next-token distribution from the uncompressed model's, in nats; "
-        "smaller is better. PPL: exp of the loss; ± is half the paired 95 % interval over windows. tok/s: decoding.",
+        "KL": "KL: mean divergence of the next-token distribution from the uncompressed model's, in nats; smaller is "
+        "better.",
+        "PPL": "PPL: exp of the loss.",
+        "±": "±: half the paired 95 % interval over windows.",
+        "tok/s": "tok/s: decoding.",
         "peak": "Peak memory is {kind}.",
         "left_out": "The best presses of each size; {n} of {of} rows. All: `coldpress report`.",
         "sizes": "KV cache: of {context} tokens of context.",
@@ -131,8 +134,10 @@ WORDS: dict[str, dict[str, str]] = {
         "strided": "困惑度（{protocol}）：未压缩模型在全文上的困惑度，压缩方法不影响它。",
         "other": "协议 {protocol}。",
         "timing": "速度：{context} 个词元的上下文，再生成 {n} 个词元，{rounds} 轮；每一轮也给未压缩缓存计时。",
-        "metrics": "KL：下一词元分布相对未压缩模型的平均散度，单位 nat，越小越好。PPL：困惑度，即损失的指数；± 为按窗"
-        "口配对的 95 % 区间的一半。tok/s：解码速度。",
+        "KL": "KL：下一词元分布相对未压缩模型的平均散度，单位 nat，越小越好。",
+        "PPL": "PPL：困惑度，即损失的指数。",
+        "±": "±：按窗口配对的 95 % 区间的一半。",
+        "tok/s": "tok/s：解码速度。",
         "peak": "峰值内存：{kind}。",
         "left_out": "每个大小只列最好的方法；{of} 行中的 {n} 行。全部见 `coldpress report`。",
         "sizes": "KV 缓存：{context} 个词元的上下文。",
