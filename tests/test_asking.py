@@ -17,7 +17,7 @@ from transformers import pipeline
 
 from coldpress import AdaKVPress, PressedCache, SampledDefensiveKVPress, SnapKVPress
 from coldpress.cli import main
-from coldpress.commands import asking
+from coldpress.commands import asking, chatting
 from coldpress.eval import progress
 from coldpress.eval.models import LoadedModel, load_model
 from coldpress.models.pipeline import TASKS
@@ -146,13 +146,32 @@ def test_budgets_presses_without_a_ratio_and_long_texts(run: Run, folder: Path, 
         ("compress --text_file text.txt --output .", "'.' is no name of a file"),
         ("compress --text_file text.txt --output text.txt/a", "is a file: give a folder"),
         ("compress --text_file text.txt --output a --press snapvk", "Unknown press 'snapvk'. Did you mean 'snapkv'"),
+        (
+            "compress --text_file text.txt --output a --press no_press --compression_ratio 0.5",
+            "no_press keeps every pair",
+        ),
+        (
+            "compress --text_file text.txt --output a --press no_press --budget_tokens 9",
+            "keeps every pair, and budget_t",
+        ),
+        ("compress --text_file text.txt --output a --press decoding_h2o", "goes on while decoding and compresses noth"),
+        (
+            "compress --text_file text.txt --output a --press finch",
+            "finch chooses by the question at the end of a text",
+        ),
+        ("chat --press finch", "finch chooses by the question at the end of a text"),
+        ("chat --press no_press --budget_tokens 9", "no_press keeps every pair"),
         ("compress --text_file text.txt --output a --compression_ratio 1", r"number in \[0, 1\)"),
         ("compress --text_file text.txt --output a --compression_ratio 0.1 --budget_tokens 9", "both say how much"),
         ('compress --text_file text.txt --output a --press_args {"budget_tokens":9}', "use --budget_tokens"),
         ('compress --text_file text.txt --output a --press_args {"window_size":"9"}', "window_size must be int"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(run: Run, tmp_path: Path, arguments: str, message: str) -> None:
+def test_bad_input_is_one_line_and_exit_code_2(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, message: str
+) -> None:
+    for module in (asking, chatting):  # a model is not loaded for it
+        monkeypatch.setattr(module, "load_model", None)
     code, out, err = run(*arguments.split(" "))
     assert code == 2 and out == "" and len(err.splitlines()) == 1 and re.search(message, err), err
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]

@@ -14,7 +14,7 @@ from coldpress.cache.file import model_options, save_cache
 from coldpress.cache.pressed import PressedCache
 from coldpress.errors import CacheError, InputError, ModelError, UnreachableError
 from coldpress.eval.datasets import load_corpus
-from coldpress.eval.jobs import check_no_size, check_types, default_press
+from coldpress.eval.jobs import check_no_size, check_of_a_context, check_types, default_press
 from coldpress.eval.models import BY_NAME, DTYPES, LoadedModel, load_model
 from coldpress.eval.progress import warnings_noted
 from coldpress.eval.reading import reading_shown
@@ -67,6 +67,7 @@ def compress(
         compression_ratio = 0.5 if takes_ratio(press) and not budget else 0.0
     check_types(press, press_args)
     chosen = make_press(press, compression_ratio, **budget, **press_args)
+    check_of_a_context(press, chosen, {"compression_ratio": compression_ratio, **budget})
     cache = PressedCache(chosen, chunk_tokens=chunk_tokens, kv_bits=kv_bits)
     path = check_output(output, "context.safetensors")
     (document,) = load_corpus("demo", text_file=text_file).documents
