@@ -160,6 +160,7 @@ def inspect_options(parser: argparse.ArgumentParser) -> None:
     add("--press", nargs="+", default=[], help=f"name of a press, or of two side by side ({DEFAULT_PRESS})")
     add(
         "--compression_ratio",
+        metavar="RATIO",
         nargs="+",
         type=float,
         default=[],
