@@ -239,7 +239,8 @@ def test_too_few_questions_give_no_verdict() -> None:
     for n, interval in ((2, ""), (8, " [-50.0%, -50.0%]")):
         own = asked(n).entries[0].record
         own["tasks"][0] |= pair
-        assert f"-50.0%{interval}; " in table([own])
+        assert f" -50.0%{interval} |" in table([own])
+        assert "right with the press only | right uncompressed only | McNemar p | same answers |" in table([own])
 
 
 def test_names_are_listed_and_long_lists_are_cut() -> None:

@@ -225,7 +225,7 @@ FIELDS: dict[str, Field] = {
     "peak_mem_bytes": Field(BYTES, "peak memory", "peak memory", page="peak"),
     "peak_mem_kind": Field(TEXT),
     "peak_mem_baseline_bytes": Field(),
-    "peak_mem_bytes_uncompressed": Field(BYTES),
+    "peak_mem_bytes_uncompressed": Field(BYTES, is_metric=False),
     "peak_mem_delta_bytes": Field(
         BYTES, "above start", "peak memory above what was held before", page="peak above start"
     ),
