@@ -72,6 +72,13 @@ def test_help_and_versions_need_neither_torch_nor_transformers() -> None:
     assert not imported(RUN.format(commands=asked)) & HEAVY
 
 
+@pytest.mark.parametrize("command", ["ppl", "speed", "compress", "presses"])
+def test_an_unknown_option_leads_to_the_help_of_its_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, *(["--text_file", "a", "--output", "b"] if command == "compress" else []), "--modle", "x"])
+    assert capsys.readouterr().err.endswith(f"(see coldpress {command} --help)\n")
+
+
 @pytest.mark.parametrize("command", [None, *COMMANDS])
 def test_a_help_fits_into_eighty_columns(
     command: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

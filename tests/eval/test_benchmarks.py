@@ -292,6 +292,14 @@ def test_a_fraction_is_kvpress_s() -> None:
     assert choose(made, 1.0, 3, 0) == made[:3]
 
 
+def test_a_folder_is_read_as_the_hub_is_where_no_part_is_named(tmp_path: Path) -> None:
+    benchmark, folder = find_benchmark("longbench-v2"), str(DATA / "longbench-v2")
+    named = load_rows(benchmark, folder, "0shot")
+    assert load_rows(benchmark, folder, None) == named and named.data_dir == "0shot"
+    with pytest.raises(DataError, match="is divided: say which part"):
+        load_rows(find_benchmark("ruler"), str(DATA / "ruler"), None)
+
+
 def test_contexts_are_cut_and_a_question_is_not(loaded: Any) -> None:
     tokenizer, row = loaded.tokenizer, rows("ruler", "4096")[0]
     (whole,) = make_contexts([row], tokenizer, max_positions=1024)

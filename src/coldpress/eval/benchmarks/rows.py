@@ -54,7 +54,7 @@ def load_rows(benchmark: Benchmark, data: str | None, data_dir: str | None) -> R
     """
     require(("datasets",), f"coldpress benchmark {benchmark.name}")
     if data is not None:
-        return _local(data, data_dir)
+        return _local(data, data_dir, benchmark.data_dir)
     data_dir = benchmark.data_dir if data_dir is None else data_dir
     known = ", ".join(benchmark.data_dirs)
     if data_dir is None and benchmark.data_dirs:
@@ -67,11 +67,13 @@ def load_rows(benchmark: Benchmark, data: str | None, data_dir: str | None) -> R
     return Rows(source, data_dir, _told(rows))
 
 
-def _local(data: str, data_dir: str | None) -> Rows:
+def _local(data: str, data_dir: str | None, own_dir: str | None) -> Rows:
     folder = path_of(data)
     if not folder.is_dir():
         raise DataError(f"--data {data!r} is not a folder; give one that holds .parquet or .jsonl files.")
     parts = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if data_dir is None and own_dir in parts:  # what is read of the hub's data set, too
+        data_dir = own_dir
     if data_dir is not None and not (folder / data_dir).is_dir():
         there = (
             f"there are {', '.join(parts)}.{nearest(data_dir, parts)}" if parts else "it is not divided; leave it out."
