@@ -51,8 +51,8 @@ class _Shown:
         elif self.read == self.total and self.given == self.total * self.n_layers:
             self._begin("compressing", None, "tokens read again")
             self.total = 0  # the second bar is the last one
-        hidden = args[0] if args else kwargs["hidden_states"]  # [B, Q, hidden]
-        self.given += hidden.shape[1]
+        hidden = args[0] if args else kwargs.get("hidden_states")  # [B, Q, hidden]
+        self.given += 0 if hidden is None else hidden.shape[1]
         self.advance(self.given // self.n_layers - self.read)
         self.read = self.given // self.n_layers
 
