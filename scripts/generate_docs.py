@@ -32,6 +32,7 @@ import re
 import runpy
 import statistics
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,21 @@ def results(folder: str) -> str:
     return f"{table(records)}\n\n{describe(records[0])}."
 
 
+def unmeasured(records: Sequence[dict[str, Any]]) -> str:
+    """What stands in a cell without a number, of the records that would have one: nothing was asked, or it failed."""
+    return "failed" if any(r["status"] == "failed" for r in records) else "–"
+
+
+def versions(records: Iterable[dict[str, Any]]) -> str:
+    """The versions behind a table; where its rows differ, of which presses they are, but for those of the most."""
+    found: dict[str, list[str]] = {}
+    for r in records:
+        own = found.setdefault(f"torch {r['env']['torch']}, transformers {r['env']['transformers']}", [])
+        own += [r["press"]] if r["press"] not in own else []
+    first, *rest = sorted(found, key=lambda said: -len(found[said]))
+    return "; ".join([first, *(f"{said} ({', '.join(f'`{press}`' for press in found[said])})" for said in rest)])
+
+
 def quality(ratio: str) -> str:
     """Change of perplexity with its interval, a row for each press and a column for each model and text."""
     folder = ROOT / "benchmarks" / "quality" / "results"
@@ -193,9 +209,11 @@ def quality(ratio: str) -> str:
     def mean(press: str) -> float:
         return sum(r["delta_nll"] for r in by_press[press].values()) / len(by_press[press])
 
-    def change(r: dict[str, Any] | None) -> str:
+    def change(press: str, where: tuple[str, str]) -> str:
+        r = by_press[press].get(where)
         if r is None:
-            return "failed"
+            at_ratio = [r for r in records if r["compression_ratio"] == float(ratio) and r["press"] == press]
+            return unmeasured([r for r in at_ratio if column(r) == where])
         low, high = (100 * (end - 1) for end in r["ppl_ratio_ci95"])
         return f"{100 * math.expm1(r['delta_nll']):+.1f} % [{low:.1f}, {high:.1f}]"
 
@@ -203,14 +221,13 @@ def quality(ratio: str) -> str:
     rows = [
         [f"press at {ratio}", *(f"{model}, {text}" for model, text in columns)],
         ["---", *("---:" for _ in columns)],
-        *([f"`{press}`", *(change(by_press[press].get(c)) for c in columns)] for press in sorted(by_press, key=mean)),
+        *([f"`{press}`", *(change(press, c) for c in columns)] for press in sorted(by_press, key=mean)),
         ["PPL of `no_press`", *(f"{r['baseline_ppl']:.2f}" for r in base)],
         ["windows, scored tokens", *(f"{r['windows']}, {r['scored_tokens']:,}" for r in base)],
     ]
     about = dict.fromkeys(f"{column(r)[0]}: `{r['protocol']}`, {r['dtype']}" for r in base)
-    env = base[0]["env"]
     lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([*lines, "", f"{'; '.join(about)}; torch {env['torch']}, transformers {env['transformers']}."])
+    return "\n".join([*lines, "", f"{'; '.join(about)}; {versions(asked)}."])
 
 
 HEADLINE_TASKS = {"niah_single": "one needle", "niah_multikey": "one of several needles", "vt": "variables traced"}
@@ -270,7 +287,7 @@ def past_eviction() -> str:
     def cells(press: str, ratio: float) -> list[str]:
         r = found.get((press, ratio))
         if r is None:
-            return ["failed"] * 4
+            return [unmeasured([r for r in records if (r["press"], r["compression_ratio"]) == (press, ratio)])] * 4
         low, high = r["delta_nll_ci95"]
         loss = f"{r['delta_nll']:+.3f} [{low:.3f}, {high:.3f}]"
         kl = [f"{r['kld'][name]:.4f}" for name in ("mean", "median")]
@@ -283,8 +300,7 @@ def past_eviction() -> str:
     one = asked[0]
     about = (
         f"{Path(one['model']).name.split('.')[0]}, `{one['protocol']}`, {one['dtype']}, {one['windows']} windows of as "
-        f"many books, {one['scored_tokens']:,} scored tokens; torch {one['env']['torch']}, transformers "
-        f"{one['env']['transformers']}."
+        f"many books, {one['scored_tokens']:,} scored tokens; {versions(asked)}."
     )
     return "\n".join([*(f"| {' | '.join(row)} |" for row in rows), "", about])
 

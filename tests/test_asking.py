@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests.tiny_folder import CONTEXT, QUESTIONS
 from tests.tiny_folder import folder as folder
 from transformers import pipeline
 
 from coldpress import AdaKVPress, PressedCache, SampledDefensiveKVPress, SnapKVPress
 from coldpress.cli import main
-from coldpress.commands import asking
+from coldpress.commands import asking, chatting
+from coldpress.eval import progress
 from coldpress.eval.models import LoadedModel, load_model
 from coldpress.models.pipeline import TASKS
 
@@ -43,7 +45,9 @@ def test_what_is_compressed_is_asked(run: Run, folder: Path, tmp_path: Path) -> 
     given = ["--text-file", "text.txt", "--output", "a.safetensors", "--press", "adakv_snapkv"]
     code, out, err = run("compress", *given, "--compression_ratio", "0.6")
     size = (tmp_path / "a.safetensors").stat().st_size
-    assert code == 0 and err == ""
+    assert code == 0 and re.match(
+        r"note: reading (\d+) tokens, compressing by adakv_snapkv\nreading: \1/\1 tokens, ", err
+    )
     assert re.fullmatch(rf"a.safetensors: \d+ tokens, (59|60|61)\.\d% removed, {size:,} bytes, of {folder}\n", out)
     pipe = pipeline(TASKS[0], model=str(folder), device="cpu", max_new_tokens=8)
     expected = pipe(CONTEXT, questions=QUESTIONS, press=AdaKVPress(SnapKVPress(0.6)))["answers"]
@@ -51,6 +55,60 @@ def test_what_is_compressed_is_asked(run: Run, folder: Path, tmp_path: Path) -> 
     assert code == 0 and out == f"{expected[0].strip()}\n"
     code, out, _ = run("ask", "a.safetensors", *QUESTIONS, "--max_new_tokens", "8")
     assert out == "".join(f"{q}\n{a.strip()}\n\n" for q, a in zip(QUESTIONS, expected, strict=True))
+
+
+def test_what_is_read_again_is_shown_too(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
+    given = ["--text_file", "text.txt", "--output", "a.safetensors", "--chunk_tokens", "16", "--press", "snapkv"]
+    _, _, err = run("compress", *given)
+    n = int(re.match(r"note: reading (\d+) tokens", err)[1])  # type: ignore[index]
+    read = [int(found) for found in re.findall(rf"reading: (\d+)/{n} tokens", err)]
+    assert read == sorted(read) and read[-1] == n and len(set(read)) > n // 16
+    _, _, err = run("compress", *given[:4], "--press", "kvzip", "--press_args", '{"chunk_size": 32}')
+    again = [int(found) for found in re.findall(r"compressing: (\d+) tokens read again, ", err)]
+    assert again == sorted(again) and again[-1] > n and len(set(again)) > n // 32
+
+
+def test_an_answer_is_printed_while_it_is_made(
+    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("compress", "--text_file", "text.txt", "--output", "a.safetensors")
+    printed: list[str] = []
+    put = asking._Answers.put
+
+    def watched(self: Any, value: Any) -> None:
+        put(self, value)
+        printed.append(capsys.readouterr().out)
+
+    monkeypatch.setattr(asking._Answers, "put", watched)
+    code, out, _ = run("ask", "a.safetensors", *QUESTIONS[:2], "--max_new_tokens", "8")
+    assert code == 0 and len(printed) == 18 and printed[0] == f"{QUESTIONS[0]}\n"
+    assert sum(bool(piece) for piece in printed[1:9]) > 3 and out == "\n\n"
+
+
+def test_answers_of_beams_are_printed_whole(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("compress", "--text_file", "text.txt", "--output", "a.safetensors")
+    loaded = load_model(str(folder), device="cpu")
+    loaded.model.generation_config.num_beams = 2
+    monkeypatch.setattr(asking, "load_model", lambda **_: loaded)
+    code, out, _ = run("ask", "a.safetensors", *QUESTIONS[:2], "--max_new_tokens", "8")
+    assert code == 0 and out.startswith(f"{QUESTIONS[0]}\n") and f"\n\n{QUESTIONS[1]}\n" in out
+
+
+def test_blanks_and_halves_of_characters_wait(capsys: pytest.CaptureFixture[str]) -> None:
+    class Tokenizer:
+        def decode(self, ids: list[int], **_: Any) -> str:
+            return bytes(ids).decode("utf-8", "replace")
+
+    shown = asking._Answers(Tokenizer(), ["Who?"])
+    printed = []
+    shown.put(torch.tensor([[1, 2]]))
+    for byte in " né ☃\x1b  ".encode():
+        shown.put(torch.tensor([byte]))
+        printed.append(capsys.readouterr().out)
+    shown.end()
+    assert [piece for piece in printed if piece] == ["n", "é", " ☃", "\\x1b"]
+    assert capsys.readouterr().out == "\n"
 
 
 def test_budgets_presses_without_a_ratio_and_long_texts(run: Run, folder: Path, tmp_path: Path) -> None:
@@ -88,13 +146,32 @@ def test_budgets_presses_without_a_ratio_and_long_texts(run: Run, folder: Path, 
         ("compress --text_file text.txt --output .", "'.' is no name of a file"),
         ("compress --text_file text.txt --output text.txt/a", "is a file: give a folder"),
         ("compress --text_file text.txt --output a --press snapvk", "Unknown press 'snapvk'. Did you mean 'snapkv'"),
+        (
+            "compress --text_file text.txt --output a --press no_press --compression_ratio 0.5",
+            "no_press keeps every pair",
+        ),
+        (
+            "compress --text_file text.txt --output a --press no_press --budget_tokens 9",
+            "keeps every pair, and budget_t",
+        ),
+        ("compress --text_file text.txt --output a --press decoding_h2o", "goes on while decoding and compresses noth"),
+        (
+            "compress --text_file text.txt --output a --press finch",
+            "finch chooses by the question at the end of a text",
+        ),
+        ("chat --press finch", "finch chooses by the question at the end of a text"),
+        ("chat --press no_press --budget_tokens 9", "no_press keeps every pair"),
         ("compress --text_file text.txt --output a --compression_ratio 1", r"number in \[0, 1\)"),
         ("compress --text_file text.txt --output a --compression_ratio 0.1 --budget_tokens 9", "both say how much"),
         ('compress --text_file text.txt --output a --press_args {"budget_tokens":9}', "use --budget_tokens"),
         ('compress --text_file text.txt --output a --press_args {"window_size":"9"}', "window_size must be int"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(run: Run, tmp_path: Path, arguments: str, message: str) -> None:
+def test_bad_input_is_one_line_and_exit_code_2(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, message: str
+) -> None:
+    for module in (asking, chatting):  # a model is not loaded for it
+        monkeypatch.setattr(module, "load_model", None)
     code, out, err = run(*arguments.split(" "))
     assert code == 2 and out == "" and len(err.splitlines()) == 1 and re.search(message, err), err
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]

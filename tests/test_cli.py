@@ -37,6 +37,7 @@ from coldpress.cli import main
 from coldpress.errors import OutputError, SelfCheckError
 from coldpress.eval import run as run_module
 from coldpress.eval import speed
+from coldpress.eval.ledger import Ledger
 from coldpress.eval.report import groups, show
 from coldpress.eval.schema import METRICS, check_record
 from coldpress.eval.speed import SpeedRun
@@ -1022,9 +1023,10 @@ def test_interrupted_it_keeps_what_is_finished_and_exits_with_130(tiny: Path, tm
     code, out, err = finish(process)
     assert code == 130, err
     assert "Traceback" not in err and "interrupted; 10 result(s) kept" in err
-    files = sorted(os.listdir(tmp_path))
-    assert len(files) == 10 and all(name.endswith(".interrupted.json") for name in files)
-    records = [json.loads((tmp_path / name).read_text()) for name in files]
+    files = sorted(tmp_path.glob("*.json"))
+    assert len(files) == 10 and all(file.name.endswith(".interrupted.json") for file in files)
+    assert "the same command goes on from here" in err
+    records = [json.loads(file.read_text()) for file in files]
     windows = {record["windows"] for record in records}
     assert len(windows) == 1 and windows.pop() >= 2  # whole windows, the same for all
     for record in records:
@@ -1063,13 +1065,54 @@ def test_interrupted_while_timing_it_keeps_finished_presses_as_finished(tiny: Pa
         assert (record["peak_mem_bytes"] is not None) == (record["status"] == "ok")
 
 
+@pytest.mark.parametrize(
+    ("how", "n_kept"),
+    [
+        (("--ppl_only", "--max_length", "32", "--stride", "16"), 3),
+        pytest.param(("--press", "knorm", *QUALITY), 2, marks=pytest.mark.slow),
+        (("--ppl_mode", "streaming", "--stream_chunk", "64", "--press", "no_press", "streaming_llm"), 1),
+        pytest.param(
+            ("--press", "knorm", "--speed_only", "--repetitions", "3", "--max_new_tokens", "4"),
+            2,
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["plain", "windows", "streams", "speed"],
+)
+def test_killed_it_goes_on_when_the_same_command_runs_again(
+    run: Run, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: tuple[str, ...], n_kept: int
+) -> None:
+    arguments = ["--model", tiny, "--dataset", "demo", "--device", "cpu", *how]
+    if "streaming" in how:
+        arguments += ["--budget_tokens", 32]
+    whole, kept = run(*arguments, folder="whole"), Ledger._replace
+    code = f"import coldpress.eval.ledger as l; f = l.replace_file; left = {[1] * (n_kept - 1) + [0]}\n"
+    code += "def killed(*given): f(*given); left.pop(0) or os.kill(os.getpid(), signal.SIGKILL)\n"
+    code += "l.replace_file = killed"
+    code, _, err = finish(start(code, *arguments, "--output_dir", tmp_path / "killed"))
+    assert code == -signal.SIGKILL, err
+    n_saved = {"whole": 0, "killed": 0}
+    for folder in n_saved:
+
+        def counted(self: Ledger, name: str, write: Any, folder: str = folder) -> None:
+            n_saved[folder] += 1
+            kept(self, name, write)
+
+        monkeypatch.setattr(Ledger, "_replace", counted)
+        done = run(*arguments, folder=folder)
+        assert done.code == 0 and [r["status"] for r in done.records] == ["ok"] * len(whole.records)
+        assert [r["loss"] for r in done.records] == [r["loss"] for r in whole.records]
+    assert n_saved["killed"] == n_saved["whole"] - n_kept
+    assert sorted(path.suffix for path in (tmp_path / "killed").iterdir()) == [".json"] * len(whole.records)
+
+
 @pytest.mark.slow
 def test_killed_while_timing_it_has_kept_the_perplexity(tiny: Path, tmp_path: Path) -> None:
     arguments = ["--model", tiny, "--dataset", "demo", "--press", "no_press", "knorm", "snapkv", "--ppl_apply_press"]
     kill = "import coldpress.eval.speed as s; s.prefilling = lambda *a: os.kill(os.getpid(), signal.SIGKILL)"
     code, out, err = finish(start(kill, *arguments, *SMALL, "--output_dir", tmp_path))
     assert code == -signal.SIGKILL, err
-    files = sorted(path.name for path in tmp_path.iterdir())
+    files = sorted(path.name for path in tmp_path.glob("*.json"))
     assert len(files) == 3 and all(name.endswith(".interrupted.json") for name in files)
     records = [json.loads((tmp_path / name).read_text()) for name in files]
     for record in records:
@@ -1082,16 +1125,16 @@ def test_killed_while_timing_it_has_kept_the_perplexity(tiny: Path, tmp_path: Pa
     kill += "s.check_stored_pairs = check"
     code, out, err = finish(start(kill, *arguments, *SMALL, "--output_dir", tmp_path))
     assert code == -signal.SIGKILL, err
-    found = {record["press"]: record for record in (json.loads(path.read_text()) for path in tmp_path.iterdir())}
+    found = {record["press"]: record for record in (json.loads(path.read_text()) for path in tmp_path.glob("*.json"))}
     assert {press: record["status"] for press, record in found.items()} == {
         "no_press": "ok",
         "knorm": "ok",
         "snapkv": "interrupted",
     }
-    assert found["knorm"]["peak_mem_bytes"] > 0 and len(list(tmp_path.iterdir())) == 3
+    assert found["knorm"]["peak_mem_bytes"] > 0 and len(list(tmp_path.glob("*.json"))) == 3
     code, out, err = finish(start("", *arguments, *SMALL, "--output_dir", tmp_path))
     assert code == 0, err
-    assert [json.loads(path.read_text())["status"] for path in tmp_path.iterdir()] == ["ok"] * 3
+    assert [json.loads(path.read_text())["status"] for path in tmp_path.glob("*.json")] == ["ok"] * 3
     assert out.count("| knorm ") == 2  # in the tables of quality and of speed
 
 

@@ -19,6 +19,7 @@ import coldpress
 from coldpress.bases.press import BasePress
 from coldpress.bases.registry import catalogue, make_press, press_names
 from coldpress.cli import _parser
+from coldpress.eval.results import read_results
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = ("README.md", "README.zh-CN.md")
@@ -35,6 +36,19 @@ def test_generated_parts_are_fresh(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.setattr(sys, "argv", [script, "--check"])
     found = runpy.run_path(script)["main"]()
     assert found == 0, f"{capsys.readouterr().err}: run python scripts/generate_docs.py"
+
+
+def test_a_table_of_quality_says_what_its_records_say() -> None:
+    """What was not measured has not failed, and every version that a row was measured with is named."""
+    folder = ROOT / "benchmarks" / "quality"
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    records = [r for r in read_results(folder / "results") if r["protocol"].startswith("prefix")]
+    assert {r["status"] for r in records} == {"ok"} and "| failed |" not in text
+    for ratio in ("0.5", "0.75"):
+        part = text.partition(f"<!-- generated: quality {ratio} -->")[2].partition("<!-- end -->")[0]
+        own = [r for r in records if r["compression_ratio"] == float(ratio)]
+        lines = {f"torch {r['env']['torch']}, transformers {r['env']['transformers']}" for r in own}
+        assert own and all(line in part for line in lines)
 
 
 def links(document: Path) -> list[tuple[str, str]]:

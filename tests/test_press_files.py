@@ -11,6 +11,7 @@ import pytest
 from coldpress import PressedCache, make_press, press_names
 from coldpress.bases.press_files import file_digest, is_press_file, load_press_files
 from coldpress.bases.registry import parameters_of, takes_ratio
+from coldpress.cli import main
 from coldpress.errors import PressError
 from coldpress.eval.jobs import Point, config_of, make_jobs
 from coldpress.eval.settings import Settings
@@ -74,6 +75,14 @@ def test_another_content_is_another_point(file: Path) -> None:
     assert file_digest(make_press("knorm", 0.5)) is None and "file_sha256" not in (
         config_of(make_press("knorm", 0)) or {}
     )
+
+
+def test_presses_tells_about_one_in_a_file(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["presses", f"{file}:MyPress"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"{file}:MyPress: ") and "power=1" in out
+    assert main(["presses", f"{file}:YourPress"]) == 2
+    assert "Did you mean 'MyPress'?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

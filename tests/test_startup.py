@@ -72,6 +72,24 @@ def test_help_and_versions_need_neither_torch_nor_transformers() -> None:
     assert not imported(RUN.format(commands=asked)) & HEAVY
 
 
+@pytest.mark.parametrize("command", ["ppl", "speed", "compress", "presses"])
+def test_an_unknown_option_leads_to_the_help_of_its_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, *(["--text_file", "a", "--output", "b"] if command == "compress" else []), "--modle", "x"])
+    assert capsys.readouterr().err.endswith(f"(see coldpress {command} --help)\n")
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_a_help_fits_into_eighty_columns(
+    command: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main([*([] if command is None else [command]), "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 5 and [line for line in lines if len(line) > 80] == []
+
+
 def test_a_report_only_reads_and_a_brief_one_says_what_presses_do(tmp_path: Path) -> None:
     write(tmp_path, [record("no_press"), record("knorm", 0.5, spread(0.1, 0.01))])
     commands = [["report", str(tmp_path), "--table"], ["report", str(tmp_path)]]

@@ -11,6 +11,7 @@ from benchmarks.leaderboard.goals import goals
 from benchmarks.leaderboard.plan import AT_ONE_RATIO, LEFT_OUT
 from benchmarks.leaderboard.rank import boards, windows_of
 
+from coldpress.eval.figures import VARIABLES
 from coldpress.eval.wording import listed
 
 HOW = (
@@ -27,7 +28,10 @@ HOW = (
     + "; ".join(f"{name} ({why})" for name, why in LEFT_OUT.items())
     + ".",
 )
-_STYLE = "table{font-size:75%}td,th{padding:.15em .45em;text-align:right}code{font-size:85%}details{max-width:60em}"
+_STYLE = (
+    "table{font-size:75%}td,th{padding:.15em .45em;text-align:right}code{font-size:85%;overflow-wrap:anywhere}"
+    "details{max-width:60em}.plot svg{max-width:47.5rem}"
+)
 _COLUMNS = "rank", "press", "KL", "median", "loss", "agree", "bytes", "windows", "needles", "prefill, s", "token, ms"
 
 
@@ -66,20 +70,22 @@ def page(document: dict[str, Any]) -> str:
     """One file, nothing fetched from anywhere, every text escaped."""
     assets = resources.files("coldpress") / "assets" / "report"
     style, script = ((assets / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    body = ["<h1>KV-cache compression: the leaderboard</h1>", *(f"<p>{html.escape(said)}</p>" for said in HOW)]
+    body = ["<h1>KV-cache compression: the leaderboard</h1>"]
     found = boards(document["rows"])
     if not found:
         body.append("<p>Not measured yet.</p>")
     for model in dict.fromkeys(model for model, _ in found):
-        body += [f"<h2>{html.escape(_name(model))}</h2>", _pareto({r: b for (m, r), b in found.items() if m == model})]
-        for (of, ratio), board in found.items():
-            if of == model:
-                body.append(_html_table(_title(model, ratio), board))
-    body.append(f"<p>{html.escape(_about(document))}</p>")
+        own = {ratio: board for (of, ratio), board in found.items() if of == model}
+        ratios = sorted(own, key=lambda ratio: not ratio)  # presses without a ratio come last
+        body += [_html_table(_title(model, ratio), own[ratio]) for ratio in ratios]
+        body += [f"<h2>{html.escape(_name(model))}: KL against bytes</h2>", _pareto(own)]
+    body += ["<h2>How to read this</h2>", *(f"<p>{html.escape(said)}</p>" for said in (*HOW, _about(document)))]
+    light, dark = ("".join(f"{name}:{shades[i]};" for name, shades in VARIABLES.items()) for i in (0, 1))
+    colours = f":root{{{light}}}@media (prefers-color-scheme:dark){{:root{{{dark}}}}}"
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>coldpress leaderboard</title><style>{style}{_STYLE}</style>{''.join(body)}<script>{script}</script>"
-        "</html>\n"
+        f"<title>coldpress leaderboard</title><style>{style}{colours}{_STYLE}</style>{''.join(body)}"
+        f"<script>{script}</script></html>\n"
     )
 
 
@@ -137,7 +143,8 @@ def _html_table(title: str, board: list[dict[str, Any]]) -> str:
         rows.append(f"<tr>{''.join(cells)}</tr>")
         again += [f"<li><code>{html.escape(of['command'])}</code></li>" for of in row["texts"].values()]
     return (
-        f"<h3>{html.escape(title)}</h3><table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        f'<h2>{html.escape(title)}</h2><div class="scroll" tabindex="0" role="group" aria-label="{html.escape(title)}">'
+        f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
         f"{''.join(f'<p>{html.escape(said)}</p>' for said in _whole(board))}"
         f"<details><summary>commands that measure each row again</summary><ul>{''.join(again)}</ul></details>"
     )
@@ -177,8 +184,8 @@ def _pareto(by_ratio: dict[float, list[dict[str, Any]]]) -> str:
     ticks.append(_label(width / 2, height - 6, "bytes of the cache, as a share of the whole one", 12))
     ticks.append(_label(6, 16, "mean KL, nats", 12, "start"))
     return (
-        f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img" aria-label="KL against bytes">'
-        f'<polyline points="{line}" fill="none" stroke="currentColor"/>{"".join([*marks, *names, *ticks])}</svg>'
+        f'<div class="plot"><svg viewBox="0 0 {width} {height}" role="img" aria-label="KL against bytes">'
+        f'<polyline points="{line}" fill="none" stroke="currentColor"/>{"".join([*marks, *names, *ticks])}</svg></div>'
     )
 
 

@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser = _parser(prog)
     args, unknown = parser.parse_known_args([_underscored(a) for a in argv])
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}.{nearest(unknown[0], args.options)}")
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}.{nearest(unknown[0], args.parser.options)}")
     if args.run is None:
         parser.print_help()
         return 2
@@ -152,53 +152,53 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--version", action=_Version, nargs=0, help="print the versions of coldpress, torch and transformers"
     )
-    parser.set_defaults(options=parser.options, run=None)
+    parser.set_defaults(parser=parser, run=None)
     commands = parser.add_subparsers(metavar="COMMAND", parser_class=_Parser)
     advice = commands.add_parser("recommend", help="measure a few presses on your own text, and name two to take")
     advice_options(advice)
-    advice.set_defaults(options=advice.options, run=_run_recommend)
+    advice.set_defaults(parser=advice, run=_run_recommend)
     ppl = commands.add_parser("ppl", help="perplexity and speed of a model, with and without presses", prog=prog)
     ppl_options(ppl)
-    ppl.set_defaults(options=ppl.options, run=_run_ppl)
+    ppl.set_defaults(parser=ppl, run=_run_ppl)
     speed = commands.add_parser("speed", help="the same as ppl --speed_only")
     ppl_options(speed)
-    speed.set_defaults(options=speed.options, run=_run_ppl, speed_only=True)
+    speed.set_defaults(parser=speed, run=_run_ppl, speed_only=True)
     sweep = commands.add_parser("sweep", help="presses x ratios x texts x models; goes on where it was stopped")
     sweep_options(sweep)
-    sweep.set_defaults(options=sweep.options, run=_run_sweep)
+    sweep.set_defaults(parser=sweep, run=_run_sweep)
     tasks = commands.add_parser(
         "tasks", help="questions about compressed contexts: needles, tracking, counting, probes"
     )
     task_options(tasks)
-    tasks.set_defaults(options=tasks.options, run=_run_tasks)
+    tasks.set_defaults(parser=tasks, run=_run_tasks)
     benchmark = commands.add_parser("benchmark", help="RULER, LongBench and others of the field's benchmarks")
     benchmark_options(benchmark)
-    benchmark.set_defaults(options=benchmark.options, run=_run_benchmark)
+    benchmark.set_defaults(parser=benchmark, run=_run_benchmark)
     calibrate = commands.add_parser("calibrate", help="measure what a press needs of a model, on a text, and save it")
     calibration_options(calibrate)
-    calibrate.set_defaults(options=calibrate.options, run=_run_calibrate)
+    calibrate.set_defaults(parser=calibrate, run=_run_calibrate)
     compress = commands.add_parser("compress", help="compress a text once and save what is left, to ask it later")
     compress_options(compress)
-    compress.set_defaults(options=compress.options, run=_run_compress)
+    compress.set_defaults(parser=compress, run=_run_compress)
     ask = commands.add_parser("ask", help="ask questions about a text that coldpress compress has saved")
     ask_options(ask)
-    ask.set_defaults(options=ask.options, run=_run_ask)
+    ask.set_defaults(parser=ask, run=_run_ask)
     chat = commands.add_parser("chat", help="talk to a model, whose earlier turns are compressed as they age")
     chat_options(chat)
-    chat.set_defaults(options=chat.options, run=_run_chat)
+    chat.set_defaults(parser=chat, run=_run_chat)
     serve = commands.add_parser("serve", help="answer questions over HTTP, as OpenAI's API, about compressed texts")
     serve_options(serve)
-    serve.set_defaults(options=serve.options, run=_run_serve)
+    serve.set_defaults(parser=serve, run=_run_serve)
     look = commands.add_parser("inspect", help="a page that shows which tokens of a text a press keeps, and where")
     inspect_options(look)
-    look.set_defaults(options=look.options, run=_run_inspect)
+    look.set_defaults(parser=look, run=_run_inspect)
     report = commands.add_parser("report", help="tables, a page and plots of the results in a folder")
     report_options(report)
-    report.set_defaults(options=report.options, run=_run_report)
+    report.set_defaults(parser=report, run=_run_report)
     presses = commands.add_parser("presses", help="the methods, what they need, and where they come from")
-    presses.add_argument("name", nargs="?", help="a press, by its name or its class: all about it")
+    presses.add_argument("name", nargs="?", help="a press, by its name, its class or as file.py:MyPress: all about it")
     presses.add_argument("--json", action="store_true", help="print the entries as JSON")
-    presses.set_defaults(options=presses.options, run=_run_presses)
+    presses.set_defaults(parser=presses, run=_run_presses)
     return parser
 
 
@@ -222,12 +222,10 @@ def _run_ppl(args: argparse.Namespace, argv: list[str], prog: str | None) -> int
     command = f"{prog or 'coldpress'} {shlex.join(argv[1:] if prog else argv)}"
     settings = Settings(**_given(args, Settings))
     if settings.tp_plan is None:
-        records, is_interrupted = evaluate(settings, command)
-    else:  # every process takes part, and the first one speaks
-        with followers_silent() as folder:
-            settings = settings if folder is None else replace(settings, output_dir=folder)
-            records, is_interrupted = evaluate(settings, command)
-    return _outcome(records, is_interrupted, again="")
+        return _outcome(*evaluate(settings, command))
+    with followers_silent() as folder:  # every process takes part, and the first one speaks
+        settings = settings if folder is None else replace(settings, output_dir=folder)
+        return _outcome(*evaluate(settings, command), again="")
 
 
 def _run_sweep(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
@@ -235,7 +233,7 @@ def _run_sweep(args: argparse.Namespace, argv: list[str], prog: str | None) -> i
     from coldpress.eval.sweep_plan import SweepPlan, read_config, with_options
 
     config = {} if args.config is None else read_config(args.config)
-    ignored = ("config", "options", "run")
+    ignored = ("config", "parser", "run")
     options = {name: value for name, value in vars(args).items() if name not in ignored and value is not None}
     plan = SweepPlan.of(with_options(config, options))
     outcome = sweep(plan, f"{prog or 'coldpress'} {shlex.join(argv)}")
@@ -361,7 +359,7 @@ def _run_report(args: argparse.Namespace, argv: list[str], prog: str | None) -> 
         raise DataError(f"{' '.join(folders)} holds {no}; run coldpress ppl first, or name another folder.")
     output = Path(args.output or Path(folders[0]) / "report")
     if args.brief:
-        from coldpress.eval.phrases import write_brief
+        from coldpress.eval.brief import write_brief
 
         text, path = write_brief(collection, output, args.lang or "en")
         print(text)
@@ -379,8 +377,10 @@ def _run_report(args: argparse.Namespace, argv: list[str], prog: str | None) -> 
 
 def _run_presses(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
     from coldpress.bases.listing import entry, listing, python_only
+    from coldpress.bases.press_files import load_press_files
     from coldpress.bases.registry import catalogue, find_press
 
+    load_press_files([] if args.name is None else [args.name])
     if args.json:
         infos = [*catalogue(), *python_only()] if args.name is None else [find_press(args.name)]
         print(json.dumps([_entry(info) for info in infos], indent=2, ensure_ascii=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -132,6 +133,15 @@ def test_a_board_shows_scores_and_times_beside_kl(tmp_path: Path) -> None:
     assert line == "| 1 [1, 2] | `b` | 0.1500 | 0.0100 | +0.500 [0.250, 0.750] | 0.900 | 0.500 | 2 | 0.60 | 1.25 | 40 |"
     assert "its time ran out" in text and "2 windows (6 scored tokens) of pg19" in text
     assert "&lt;a&gt;" in html and "<a>" not in html and "<svg" in html and "--compression_ratio 0.5" in html
+
+
+def test_the_page_begins_with_a_table_and_no_table_is_wider_than_it() -> None:
+    whole = [record("a", [0.1, 0.3]), record("b", [0.2, 0.1]), record("c", [0.2, 0.1], ratio=0.0)]
+    html = page(json.loads(json.dumps(condensed(whole))))
+    assert html.index("<table") < html.index("<p>") and html.index("ratio 0.5") < html.index("presses without a ratio")
+    assert html.count('<div class="scroll"') == html.count("<table") == 2 and html.count('<div class="plot"><svg') == 1
+    used = set(re.findall(r"var\((--\w+)\)", html))
+    assert used <= {"--wide", *re.findall(r"(--\w+):", html)}  # the width of a plot is of the report's own
 
 
 def test_a_press_that_removed_nothing_is_last_and_said_to_be_whole() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -119,9 +120,14 @@ def test_each_benchmark_runs_from_rows_of_the_hub_s_layout(
         assert (own["n"], own["score_base"], own["length"]) == (other["n"], other["score"], other["length"])
         assert own["score"] is None if name == "zero_scrolls" else 0 <= own["score"] <= 1
         assert [cell["depth"] for cell in own["by_depth"]] == ([0, 0.5, 1] if name == "needle_in_haystack" else [])
-    assert f"{tasks[0]} {pressed['tasks'][0]['length']} against uncompressed" in printed
     assert main(["report", str(tmp_path), "--table"]) == 0
-    assert capsys.readouterr().out.count("against uncompressed") == len(tasks)
+    for text in (printed, capsys.readouterr().out):
+        (head,) = (line for line in text.splitlines() if "same answers" in line)
+        assert re.search(r"\| +task \|", head) and ("uncompressed |" in head) == (name != "zero_scrolls")
+        lines = text.partition(head)[2].partition("\n\n")[0].splitlines()[2:]
+        assert [line.split("|")[3].strip() for line in lines] == [
+            f"{task['task']} at {task['length']:,} tokens" for task in pressed["tasks"]
+        ]
 
 
 def test_a_report_shows_benchmarks(tmp_path: Path) -> None:
@@ -245,6 +251,7 @@ def test_scores_are_paired_with_the_uncompressed_cache_s(tmp_path: Path) -> None
         lost = sum(row["score"] < row["score_base"] for row in own)
         assert (task["gained"], task["lost"]) == (0, lost)
         assert task["same_answers"] == sum(row["is_same_answer"] for row in own) / 4
+        assert task["n_contexts"] == task["n"] == 4
         low, high = task["delta_score_ci95"]
         assert low <= task["score"] - task["score_base"] <= high
     assert sum(task["lost"] for task in pressed["tasks"]) > 0
@@ -285,6 +292,14 @@ def test_a_fraction_is_kvpress_s() -> None:
     assert choose(made, 1.0, 3, 0) == made[:3]
 
 
+def test_a_folder_is_read_as_the_hub_is_where_no_part_is_named(tmp_path: Path) -> None:
+    benchmark, folder = find_benchmark("longbench-v2"), str(DATA / "longbench-v2")
+    named = load_rows(benchmark, folder, "0shot")
+    assert load_rows(benchmark, folder, None) == named and named.data_dir == "0shot"
+    with pytest.raises(DataError, match="is divided: say which part"):
+        load_rows(find_benchmark("ruler"), str(DATA / "ruler"), None)
+
+
 def test_contexts_are_cut_and_a_question_is_not(loaded: Any) -> None:
     tokenizer, row = loaded.tokenizer, rows("ruler", "4096")[0]
     (whole,) = make_contexts([row], tokenizer, max_positions=1024)
@@ -305,6 +320,18 @@ def test_contexts_are_cut_and_a_question_is_not(loaded: Any) -> None:
     for options in ({"max_positions": 30}, {"max_positions": 60, "max_context_length": 59}):
         with pytest.raises(InputError, match="need more than the"):
             make_contexts([row], tokenizer, **options)
+
+
+def test_a_context_is_read_whole_where_extrapolation_is_allowed(tmp_path: Path) -> None:
+    row = rows("ruler", "4096")[0]
+    long = row | {"context": row["context"] * 14, "max_new_tokens": 2}
+    given = ("ruler", "--data", str(written(tmp_path / "4096", [long]).parent), "--data_dir", "4096")
+    for option, n_cut in ((), 1), (("--allow_extrapolation",), 0):
+        assert run(tmp_path / "results", *given, *option, "--press", "no_press") == 0
+        (record,) = [
+            each for each in read_results(tmp_path / "results", check_record) if each["n_contexts_cut"] == n_cut
+        ]
+    assert record["total_tokens"] > 2048
 
 
 def test_a_chat_template_goes_around_context_and_question(loaded: Any) -> None:

@@ -6,6 +6,7 @@ import pytest
 from tests.eval.report_records import MIB, Record, failed, record, spread, stream, tasked, timed
 
 from coldpress.eval.conclusions import findings, headline
+from coldpress.eval.report import table
 from coldpress.eval.sections import Section, paired, sections
 from coldpress.eval.wording import clean, listed
 
@@ -217,6 +218,29 @@ def test_tasks_are_compared_with_the_uncompressed_cache() -> None:
     assert "within the error bars of it: knorm 0.99 against 1.00." in words
     assert "span at 512 tokens, presses at 0.5: below the uncompressed cache: snapkv +0.300 nats;" in words
     assert "of 8 scores (a press, a size and a task each) 4 are below it" in headline(section)
+
+
+def test_too_few_questions_give_no_verdict() -> None:
+    """A paired bootstrap over two contexts that are alike has no width."""
+
+    def asked(n: int, n_contexts: int | None = None) -> Section:
+        made = tasked("snapkv", 0.5, 0.5)
+        needle = {**made["tasks"][0], "n": n, "delta_score_ci95": [-0.5, -0.5]}
+        needle |= {} if n_contexts is None else {"n_contexts": n_contexts}
+        return one({**made, "tasks": [needle]})
+
+    few, below = "1 has too few questions (2; at least 8 are needed)", "1 is below it"
+    for section, is_few in ((asked(2), True), (asked(8), False), (asked(100, 2), True), (asked(100, 8), False)):
+        words, line = "\n".join(findings(section)), headline(section)
+        assert (few in line, below in line) == (is_few, not is_few) and "of 1 score (a press" in line
+        assert ("too few questions to say: snapkv 0.50 against 1.00 (2)." in words) == is_few
+        assert ("below the uncompressed cache: snapkv" in words) != is_few
+    pair = {"same_answers": 0.0, "gained": 0, "lost": 2, "mcnemar_p": 0.5}
+    for n, interval in ((2, ""), (8, " [-50.0%, -50.0%]")):
+        own = asked(n).entries[0].record
+        own["tasks"][0] |= pair
+        assert f" -50.0%{interval} |" in table([own])
+        assert "right with the press only | right uncompressed only | McNemar p | same answers |" in table([own])
 
 
 def test_names_are_listed_and_long_lists_are_cut() -> None:

@@ -28,6 +28,7 @@ from coldpress.eval.prefix import PrefixRun
 from coldpress.eval.speed import Sample, SpeedPoint, SpeedRun
 from coldpress.eval.sweep import _is_finished
 from coldpress.eval.windows import plan_prefix
+from coldpress.io import lock
 from coldpress.io.files import replace_file
 
 PLACES = 3  # batches, or examples
@@ -219,6 +220,51 @@ def test_what_fails_leaves_what_was_there(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="no more room"):
         replace_file(path, fails)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_lock_is_never_held_twice(tmp_path: Path) -> None:
+    """Processes that take it as fast as they can, and remove its file each time: each sees that it is alone."""
+    code = "import os, sys, pathlib, contextlib, time; from coldpress.io.lock import locked\n"
+    code += "path, inside = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])\n"
+    code += "end, n = time.monotonic() + 2.0, 0\n"
+    code += "while time.monotonic() < end:\n"
+    code += "    with contextlib.suppress(BlockingIOError), locked(path):\n"
+    code += "        os.close(os.open(inside, os.O_CREAT | os.O_EXCL)); n += 1; inside.unlink()\n"
+    code += "print(n)"
+    arguments = [sys.executable, "-c", code, str(tmp_path / "locks" / "one.lock"), str(tmp_path / "inside")]
+    processes = [subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(3)]
+    for process in processes:
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 0 and int(out) > 0, err.decode()
+    assert list((tmp_path / "locks").iterdir()) == []
+
+
+def test_a_lock_that_was_got_after_its_file_went_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, real = tmp_path / "one.lock", lock.fcntl.flock
+    (tmp_path / "other").touch()
+
+    def late(file: int, how: int) -> None:
+        real(file, how)
+        if (tmp_path / "other").exists():  # its holder removes it, and another process makes a new one
+            (tmp_path / "other").replace(path)
+
+    monkeypatch.setattr(lock.fcntl, "flock", late)
+    with lock.locked(path), pytest.raises(BlockingIOError), lock.locked(path):
+        pass
+    assert not path.exists()
+
+
+def test_the_lock_of_a_run_that_was_killed_goes_with_its_ledger(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / ".unfinished" / "one")
+    with ledger.held():
+        ledger.discard()  # another is at it
+        assert list((tmp_path / ".unfinished").iterdir()) == [tmp_path / ".unfinished" / "one.lock"]
+    (tmp_path / ".unfinished").mkdir()
+    (tmp_path / ".unfinished" / "one.lock").touch()
+    ledger.discard()
+    assert list(tmp_path.iterdir()) == []
+    ledger.discard()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_another_process_at_the_same_ledger_is_a_clear_answer(tmp_path: Path) -> None:

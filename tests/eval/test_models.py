@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from coldpress.errors import DeviceError, ModelError
+from coldpress.errors import DeviceError, ModelError, UnreachableError
 from coldpress.eval import models
 from coldpress.eval.models import load_model, pick_device, pick_dtype
 
@@ -83,3 +83,15 @@ def test_a_slow_type_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     load_model("demo", device="cpu", dtype="bfloat16")
     said = capsys.readouterr().err
     assert "this CPU multiplies bfloat16 matrices 7 times slower than float32: long prompts will wait." in said
+
+
+@pytest.mark.parametrize("name", ["smolm2", "dmo"])
+def test_a_model_s_own_name_that_is_misspelt_is_suggested(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "hub_problem", lambda path: "no network")
+    with pytest.raises(
+        UnreachableError, match=rf"{name} is neither.*Did you mean '{'smollm2' if 'm2' in name else 'demo'}'"
+    ):
+        load_model(name)
+    with pytest.raises(UnreachableError) as caught:
+        load_model("somebody/model")
+    assert "Did you mean" not in str(caught.value)

@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 from tests.eval.report_records import NASTY, Record, everything, failed, many, record, spread, write
 
+from coldpress.bases.registry import find_press
 from coldpress.cli import main
 from coldpress.errors import MissingDependencyError
+from coldpress.eval.brief import brief
+from coldpress.eval.columns import opening_table
 from coldpress.eval.figures import _inline
+from coldpress.eval.glance import Row
 from coldpress.eval.page import Report, escape, make_report, page, summary, write_report
-from coldpress.eval.phrases import brief
 from coldpress.eval.results import Collection
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
@@ -138,6 +141,20 @@ def test_intervals_are_drawn_on_the_scale_of_their_column_and_spelled_for_a_poin
         assert cell.bar == pytest.approx(wanted) and f'title="{cell.text} {cell.said}"' in html
     beyond = cells["random", "0.75"].bar
     assert beyond is not None and beyond[1] > 1  # random does not stretch the scale
+
+
+def test_the_opening_table_is_sorted_by_numbers(made: Report, html: str) -> None:
+    heads, *_ = zip(*made.opening.table.heads, strict=True)
+    for row in made.opening.table.rows:
+        for head, cell in zip(heads, row, strict=True):
+            is_number = bool(cell.text) and head not in ("press", "status")
+            assert (cell.value is not None) == is_number, (head, cell)
+    sizes = [Row("knorm", "0.5", 0.5, kv_bytes=n) for n in (900 << 20, 2 << 30, 500 << 10)]
+    by_text, by_number = (
+        [row[2].text for row in sorted(opening_table(sizes).rows, key=key)]
+        for key in (lambda row: row[2].text, lambda row: row[2].value)
+    )
+    assert by_number == ["500 KiB", "900 MiB", "2.00 GiB"] != by_text
 
 
 def test_the_page_opens_with_three_sentences_a_table_of_eight_columns_and_a_plot(made: Report, html: str) -> None:
@@ -302,8 +319,30 @@ def test_the_brief_report_has_its_parts_in_both_languages(
     chinese = capsys.readouterr().out
     assert "## 结论" in chinese and "snapkv 最接近未压缩模型（KL 0.010，PPL +0.4 %）" in chinese
     assert [c for c in chinese.splitlines() if c.startswith("| snapkv")] == [row]
+    assert chinese.rstrip("\n") == (folder / "report" / "brief.zh.md").read_text(encoding="utf-8").rstrip("\n")
+    assert out.rstrip("\n") == (folder / "report" / "brief.md").read_text(encoding="utf-8").rstrip("\n")
+    assert find_press("snapkv").summary.replace("``", "") in chinese
     assert main(["report", str(folder), "--lang", "zh"]) == 2 and "add --brief" in capsys.readouterr().err
     assert main(["report", str(folder), "--brief", "--table"]) == 2 and "one of them" in capsys.readouterr().err
+
+
+def test_the_brief_report_explains_what_its_tables_hold() -> None:
+    def methods(*rows: Record) -> str:
+        return brief(Collection(rows, ())).partition("## Methods")[2].partition("## ")[0]
+
+    whole = methods(record("no_press"), record("snapkv", 0.5, spread(0.4, 0.9)))
+    assert "±: half the paired" in whole and "KL: " in whole and "tok/s" not in whole
+    few = methods(record("no_press", 0.0, [0.0] * 4), record("snapkv", 0.5, spread(0.4, 0.9, n=4)))
+    assert "±" not in few and "KL: " in few
+
+
+def test_the_uncompressed_cache_has_its_peak_memory_in_every_report() -> None:
+    """It is timed beside each press, also where no record of its own was asked for."""
+    fast = {"tpot_ms": 4.0, "tpot_ms_baseline": 5.0, "speed_context_tokens": 4096, "generated_tokens": 8}
+    fast |= {"decode_tokens_per_s": 250.0, "peak_mem_bytes": 4 << 30, "peak_mem_bytes_uncompressed": 5 << 30}
+    text = brief(Collection((record("snapkv", 0.5, spread(0.004, 0.003), **fast),), ()))
+    lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith(("| no_press", "| snapkv"))]
+    assert [[cell.strip() for cell in line][-2:] for line in lines] == [["200", "5.00 GiB"], ["250", "4.00 GiB"]]
 
 
 def test_the_brief_report_of_too_few_windows_or_of_no_press_says_so() -> None:

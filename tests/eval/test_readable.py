@@ -72,6 +72,36 @@ def test_spaces_that_are_read_as_the_end_of_text_are_refused(tmp_path: Path) -> 
         check_readable(tokenizer, [TEXT], "saved")
 
 
+@pytest.mark.parametrize("is_special", [True, False])
+def test_spaces_that_come_back_as_the_end_of_text_are_refused(tmp_path: Path, is_special: bool) -> None:
+    """No word is lost by ``The<|endoftext|>cat``, and this tokenizer declares no unknown token."""
+    saved = json.loads((DEMO / "tokenizer.json").read_text())
+    saved["pre_tokenizer"] = {"type": "Split", "pattern": {"String": " "}, "behavior": "Isolated", "invert": False}
+    saved["model"]["unk_token"] = "<|endoftext|>"
+    for token in saved["added_tokens"]:
+        token["special"] = is_special
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
+    options = {"bos_token": "<|endoftext|>"} if is_special else {}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), **options)
+    assert tokenizer.unk_token is None
+    assert tokenizer.decode(tokenizer("The cat")["input_ids"]) == "The<|endoftext|>cat"
+    why = r"reads .* tokens as '<\|endoftext\|>'" if is_special else "it has .* more words then, 'endoftext' among them"
+    with pytest.raises(DataError, match=f"{why}.*where the model was published"):
+        check_readable(tokenizer, [TEXT], "saved")
+
+
+def test_special_tokens_that_the_text_itself_has_are_none(demo: Any) -> None:
+    assert check_readable(demo, ["The cat<|endoftext|>" * 20], "demo") == []
+
+
+def test_words_that_are_added_are_said() -> None:
+    tokenizer = words(["a", "cat", "sat"])
+    normal = normalizers.Replace("sat.", "sat sat")
+    tokenizer.backend_tokenizer.normalizer = normal
+    (note,) = check_readable(tokenizer, ["a cat sat " * 20 + "sat."], "odd")
+    assert note == "the tokenizer of odd adds 1.6% more words to the text, such as 'sat'."
+
+
 def test_blanks_that_vanish_are_refused(tmp_path: Path) -> None:
     """No unknown token says so: only the round trip does."""
     saved = json.loads((DEMO / "tokenizer.json").read_text())

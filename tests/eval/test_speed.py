@@ -27,6 +27,7 @@ from coldpress import (
 from coldpress.errors import SelfCheckError
 from coldpress.eval import speed
 from coldpress.eval.jobs import BASELINE, Point
+from coldpress.eval.memory import MemoryReading
 from coldpress.eval.speed import WARMUP_TOKENS, Sample, SpeedPoint, SpeedRun
 
 CONTEXT, NEW = 40, 12
@@ -245,7 +246,9 @@ def test_rounds_are_paired_though_one_ended_at_its_first_token(model: PreTrained
     base, press = measured.points
     base.samples = [Sample(1, 100, 1), Sample(1, 300, 11)]
     press.samples = [Sample(1, 100, 11), Sample(1, 100, 11)]
-    assert measured.result(press)["decode_speedup"] == pytest.approx(3.0)
+    base.memory = MemoryReading("vmhwm", 5, 2, 3)
+    row = measured.result(press)
+    assert row["decode_speedup"] == pytest.approx(3.0) and row["peak_mem_bytes_uncompressed"] == 5
     base.samples = base.samples[:1]
     alone = measured.result(press)
     assert alone["decode_speedup"] is alone["tpot_ms_baseline"] is None and alone["tpot_ms"] is not None

@@ -78,11 +78,17 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
 def test_what_is_finished_is_not_measured_again(
     tmp_path: Path, whole: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = SweepPlan.of(config(tmp_path, compression_ratio=[0.25]))
-    sweep(plan, "")
+    plan, locks = SweepPlan.of(config(tmp_path, compression_ratio=[0.25])), []
+    held = Ledger.held
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "held", lambda self: (locks.append(self.folder.with_suffix(".lock")), held(self))[1])
+        sweep(plan, "")
+    (tmp_path / UNFINISHED).mkdir()
+    for lock in locks:  # as if it had been killed when the results were written
+        lock.touch()
     with counted(monkeypatch) as seen:
         again = sweep(plan, "")
-        assert (again.n_measured, again.n_found, seen) == (0, 3, [])
+        assert (again.n_measured, again.n_found, seen) == (0, 3, []) and not (tmp_path / UNFINISHED).exists()
         more = sweep(SweepPlan.of(config(tmp_path)), "")
     assert (more.n_measured, more.n_found) == (2, 3)
     assert seen == [(index, 2) for index in range(24)]  # the new ratio of both presses, and nothing else

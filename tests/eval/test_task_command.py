@@ -56,9 +56,12 @@ def test_each_press_and_size_gets_a_record(tmp_path: Path, capsys: pytest.Captur
         ]
         assert [part["depth"] for part in record["tasks"][1]["by_depth"]] == [0, 1]
         assert len(record["per_example"]) == 4
-    assert "| niah_single 96 |" in printed
-    assert "| niah_single 96 nats | repeat_text 96 nats |" in printed
-    assert "The uncompressed model scores 0, so these scores say nothing about a press: niah_single at 96." in printed
+    assert "| niah_single at 96 tokens |" in printed
+    assert "| niah_single at 96 tokens, nats | repeat_text at 96 tokens, nats |" in printed
+    assert (
+        "The uncompressed model scores 0, so these scores say nothing about a press: niah_single at 96 tokens."
+        in printed
+    )
     assert {path.suffix for path in tmp_path.iterdir()} == {".json"}  # nothing is left over
     assert main(["report", str(tmp_path), "--table"]) == 0
     assert capsys.readouterr().out.strip() in printed

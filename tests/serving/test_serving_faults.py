@@ -534,7 +534,9 @@ def test_ctrl_c_leaves_nothing_running() -> None:
         (["--port", "70000"], "must be an integer of at most 65535"),
         (["--budget_bytes", "2 bananas"], "must be a number of bytes such as 2GiB or 500MB"),
         (["--press", "snapkw"], "Unknown press 'snapkw'"),
-        (["--press", "decoding_knorm", "--model", "demo"], "goes on while decoding"),
+        (["--press", "decoding_knorm"], "decoding_knorm goes on while decoding and compresses nothing"),
+        (["--press", "finch"], "finch chooses by the question at the end of a text"),
+        (["--press", "no_press", "--budget_tokens", "5"], "no_press keeps every pair, and budget_tokens asks for less"),
         (["--compression_ratio", "0.5", "--budget_tokens", "5"], "both say how much is kept"),
         (["--host", "192.0.2.1", "--api_key", "a"], "cannot listen at 192.0.2.1:8000"),
     ],
@@ -543,8 +545,6 @@ def test_what_cannot_be_served(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("COLDPRESS_API_KEY", raising=False)
-    if "--model" in arguments:
-        arguments = [*arguments, "--port", "0"]
     try:
         code = main(["serve", *arguments])
     except SystemExit as stop:

@@ -297,11 +297,13 @@ def press_classes() -> list[PressInfo]:
 
 
 def find_press(name: str) -> PressInfo:
-    """The entry of a registered name or of a class.
+    """The entry of a registered name, of a class, or of a press in a file that was loaded by this name.
 
     Raises:
         PressError: there is none; says which names are near.
     """
+    if name in _OF_FILES:
+        return _info(name, _OF_FILES[name])
     known = {info.name or info.class_name: info for info in [*catalogue(), *press_classes()]}
     if name not in known:
         raise PressError(

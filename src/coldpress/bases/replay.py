@@ -219,13 +219,18 @@ def projected_norms(module: nn.Module, values: Tensor, n_heads: int) -> Tensor:
 
 
 def last_block(model: nn.Module) -> nn.Module:
-    """The last decoder layer of ``model``, whose output has not been through the final norm.
+    """The last decoder layer of ``model``, whose output has not been through the final norm; see below."""
+    return decoder_layers(model)[-1]
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers of ``model``, from the first to the last.
 
     Raises:
         ModelError: the model has no list of as many layers as its configuration says.
     """
-    n_layers = getattr(model.config, "num_hidden_layers", None)
+    n_layers = getattr(_config(model), "num_hidden_layers", None)
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == n_layers:
-            return module[-1]
+            return module
     raise ModelError(f"{type(model).__name__} has no list of {n_layers} decoder layers that coldpress can find.")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
+
+from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
 
 from coldpress.bases.press_files import load_press_files
 from coldpress.bases.registry import make_press, takes_ratio
@@ -10,9 +14,10 @@ from coldpress.cache.file import model_options, save_cache
 from coldpress.cache.pressed import PressedCache
 from coldpress.errors import CacheError, InputError, ModelError, UnreachableError
 from coldpress.eval.datasets import load_corpus
-from coldpress.eval.jobs import check_no_size, check_types, default_press
+from coldpress.eval.jobs import check_no_size, check_of_a_context, check_types, default_press
 from coldpress.eval.models import BY_NAME, DTYPES, LoadedModel, load_model
 from coldpress.eval.progress import warnings_noted
+from coldpress.eval.reading import reading_shown
 from coldpress.eval.results import check_output
 from coldpress.eval.tokens import note_unreadable
 from coldpress.io.files import path_of
@@ -62,12 +67,14 @@ def compress(
         compression_ratio = 0.5 if takes_ratio(press) and not budget else 0.0
     check_types(press, press_args)
     chosen = make_press(press, compression_ratio, **budget, **press_args)
+    check_of_a_context(press, chosen, {"compression_ratio": compression_ratio, **budget})
     cache = PressedCache(chosen, chunk_tokens=chunk_tokens, kv_bits=kv_bits)
     path = check_output(output, "context.safetensors")
     (document,) = load_corpus("demo", text_file=text_file).documents
     loaded = load_model(**model_options)
     note_unreadable(loaded.tokenizer, [document.text], loaded.name)
-    with warnings_noted():
+    tokens = partial(getattr, cache.session, "prefill_end")
+    with warnings_noted(), reading_shown(loaded.model, tokens, press):
         _pipeline(loaded)(document.text, questions=[], cache=cache, max_new_tokens=_ROOM_TOKENS, pin_system=pin_system)
     save_cache(cache, path, loaded.model, None, _lasting(loaded.name))
     sizes = f"{cache.seen_tokens:,} tokens, {cache.achieved_ratio():.1%} removed, {path.stat().st_size:,} bytes"
@@ -90,10 +97,50 @@ def ask(
     """
     loaded = _model_of(file, model_options)
     cache = PressedCache.load(file, loaded.model, check_model=not any_model)
-    answers = _pipeline(loaded)(questions=questions, cache=cache, **options)["answers"]
-    for question, answer in zip(questions, answers, strict=True):
-        answer = printable(answer.strip(), keep="\n\t")
-        print(answer if len(questions) == 1 else f"{question}\n{answer}\n")
+    shown = _Answers(loaded.tokenizer, questions)
+    has_beams = (loaded.model.generation_config.num_beams or 1) > 1  # of which none is the answer before the end
+    streamer = None if has_beams else shown
+    answers = _pipeline(loaded)(questions=questions, cache=cache, streamer=streamer, **options)["answers"]
+    for answer in answers if has_beams else ():
+        shown.begin()
+        shown.say(answer)
+        shown.end()
+
+
+class _Answers(BaseStreamer):
+    """Prints answers while they are made; each after its question, where there are several."""
+
+    def __init__(self, tokenizer: Any, questions: list[str]):
+        self.tokenizer, self.questions = tokenizer, questions
+        self.n_begun, self.is_open = 0, False
+        self.ids: list[int] = []
+        self.text = self.said = ""  # of this answer: all of it, and what is printed
+
+    def begin(self) -> None:
+        if len(self.questions) > 1:
+            print(self.questions[self.n_begun])
+        self.n_begun, self.is_open = self.n_begun + 1, True
+        self.ids, self.text, self.said = [], "", ""
+
+    def put(self, value: Tensor) -> None:
+        """The prompt of a question, or the next token of its answer."""
+        if not self.is_open:
+            self.begin()
+            return
+        self.ids += value.flatten().tolist()
+        self.say(self.tokenizer.decode(self.ids, skip_special_tokens=True), is_last=False)
+
+    def say(self, text: str, is_last: bool = True) -> None:
+        """Print what is new in an answer so far, but for the first bytes of a character, and blanks at its ends."""
+        self.text = text
+        certain = printable((text if is_last else text.rstrip("\ufffd")).strip(), keep="\n\t")
+        print(certain[len(self.said) :], end="", flush=True)
+        self.said = max(self.said, certain, key=len)
+
+    def end(self) -> None:
+        self.say(self.text)
+        print("\n" if len(self.questions) > 1 else "")
+        self.is_open = False
 
 
 def _lasting(name: str) -> str:

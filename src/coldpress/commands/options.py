@@ -32,10 +32,9 @@ from coldpress.eval.options import (
 from coldpress.eval.settings import AdviceSettings, BenchmarkSettings, CalibrationSettings, Settings, TaskSettings
 
 __all__ = [
-    "BITS",
-    "DEFAULT_PRESS",
     "add_machinery",
     "add_model",
+    "add_press",
     "advice_options",
     "ask_options",
     "benchmark_options",
@@ -110,6 +109,27 @@ def add_model(group: Any, default: str = OfModel.model) -> None:
     _offer(group, revision)
 
 
+def add_press(group: Any, what: str, *, are_two: bool = False, has_bytes: bool = False) -> None:
+    """The options that say how ``what`` is compressed and stored.
+
+    ``are_two``: by one press or two, to look at. ``has_bytes``: a budget may be one of bytes, too.
+    """
+    add = group.add_argument
+    some: dict[str, Any] = {"nargs": "+", "default": []} if are_two else {}
+    each = ", one for all or one for each" if are_two else ""
+    name = "a name, or two side by side" if are_two else "a name, or no_press"
+    add("--press", help=f"that compresses {what}: {name} ({DEFAULT_PRESS})", **some)
+    text = f"fraction of the pairs to remove, in [0, 1){each} (default: 0.5)"
+    add("--compression_ratio", type=float, metavar="RATIO", help=text, **some)
+    add("--budget_tokens", type=positive, help="instead of a ratio: pairs that a head keeps, on average", **some)
+    if has_bytes:
+        add("--budget_bytes", type=positive, help="instead of a ratio: bytes of the kept pairs")
+    add("--press_args", type=json_object, default={}, help="parameters of a single press as JSON")
+    add("--chunk_tokens", type=positive, help=f"read {what} in pieces of so many tokens, and compress after each")
+    if not are_two:
+        add("--kv_bits", type=bits, metavar=BITS, help="store what is kept in so few bits")
+
+
 def add_machinery(group: Any) -> None:
     """The options that say how a model runs."""
     _add(group, Settings, OfMachine)
@@ -131,14 +151,8 @@ def compress_options(parser: argparse.ArgumentParser) -> None:
     add = what.add_argument
     add("--text_file", required=True, help="UTF-8 file with the text")
     add("--output", required=True, help="file to write, such as context.safetensors")
-    add("--press", help=f"name of a press, or no_press ({DEFAULT_PRESS})")
-    add("--compression_ratio", type=float, help="fraction of the pairs to remove, in [0, 1) (default: 0.5)")
-    add("--budget_tokens", type=positive, help="instead of a ratio: pairs that a head keeps, on average")
-    add("--budget_bytes", type=positive, help="instead of a ratio: bytes of the kept pairs")
-    add("--press_args", type=json_object, default={}, help="parameters of the press as JSON")
+    add_press(what, "the text", has_bytes=True)
     add("--pin_system", metavar="TEXT", help="a system prompt before the text, which nothing may evict")
-    add("--chunk_tokens", type=positive, help="read the text in pieces of so many tokens, and compress after each")
-    add("--kv_bits", type=bits, metavar=BITS, help="store what is kept in so few bits")
     add_machinery(parser.add_argument_group("how"))
 
 
@@ -157,17 +171,7 @@ def inspect_options(parser: argparse.ArgumentParser) -> None:
     _add(what, Settings, OfModel, OfText)
     add = what.add_argument
     add("--output", required=True, help="page to write, such as page.html")
-    add("--press", nargs="+", default=[], help=f"name of a press, or of two side by side ({DEFAULT_PRESS})")
-    add(
-        "--compression_ratio",
-        nargs="+",
-        type=float,
-        default=[],
-        help="fraction of the pairs to remove, in [0, 1), one for all or one for each (default: 0.5)",
-    )
-    add("--budget_tokens", nargs="+", type=positive, default=[], help="instead of a ratio: pairs that a head keeps")
-    add("--press_args", type=json_object, default={}, help="parameters of a single press as JSON")
-    add("--chunk_tokens", type=positive, help="read the text in pieces of so many tokens, and compress after each")
+    add_press(what, "the text", are_two=True)
     add("--limit_tokens", type=positive, help="read only the first so many tokens (default: 4096)")
     add_machinery(parser.add_argument_group("how"))
 
@@ -200,7 +204,7 @@ def report_options(parser: argparse.ArgumentParser) -> None:
     add("--table", action="store_true", help="print the tables and write nothing; needs no matplotlib")
     text = "print a short report (models, data, methods, table, conclusion, commands), and write it to brief.md"
     add("--brief", action="store_true", help=text)
-    add("--lang", choices=("en", "zh"), help="language of the brief report (default: en)")
+    add("--lang", choices=("en", "zh"), help="language of the brief report, zh in brief.zh.md (default: en)")
 
 
 def ppl_options(parser: argparse.ArgumentParser) -> None:

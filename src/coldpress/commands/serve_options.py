@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import re
 from functools import partial
-from typing import Any
 
-from coldpress.commands.options import BITS, DEFAULT_PRESS, add_machinery, add_model
-from coldpress.commands.values import bits, integer, json_object, positive
+from coldpress.commands.options import add_machinery, add_model, add_press
+from coldpress.commands.values import integer, positive
 
 __all__ = ["byte_count", "chat_options", "serve_options"]
 
@@ -23,22 +22,11 @@ def byte_count(text: str) -> int:
     return int(float(found[1]) * _UNITS[found[2]])
 
 
-def _add_press(group: Any, what: str) -> None:
-    """The options that say how ``what`` is compressed and stored."""
-    add = group.add_argument
-    add("--press", help=f"that compresses {what}: a name, or no_press ({DEFAULT_PRESS})")
-    add("--compression_ratio", type=float, help="fraction of the pairs to remove, in [0, 1) (default: 0.5)")
-    add("--budget_tokens", type=positive, help="instead of a ratio: pairs that a head keeps, on average")
-    add("--press_args", type=json_object, default={}, help="parameters of the press as JSON")
-    add("--chunk_tokens", type=positive, help=f"read {what} in pieces of so many tokens, and compress after each")
-    add("--kv_bits", type=bits, metavar=BITS, help="store what is kept in so few bits")
-
-
 def chat_options(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("who is talked to")
     add_model(what)
     what.add_argument("--system", metavar="TEXT", help="a system prompt, which nothing may evict")
-    _add_press(what, "earlier turns")
+    add_press(what, "earlier turns")
     add = what.add_argument
     add("--recent_tokens", type=positive, default=512, help="that stay whole before they are compressed (default: 512)")
     add("--max_new_tokens", type=positive, default=512, help="of an answer (default: 512)")
@@ -52,7 +40,7 @@ def serve_options(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what is served")
     add_model(what)
     what.add_argument("--served_name", help="under which requests ask for the model (default: its own)")
-    _add_press(what, "snapshots")
+    add_press(what, "snapshots")
     room = parser.add_argument_group("where snapshots are")
     add = room.add_argument
     add("--budget_bytes", type=byte_count, default=2 << 30, help="of snapshots in memory (default: 2GiB)")

@@ -18,7 +18,7 @@ from coldpress.commands.replicas import replicas
 from coldpress.core.definition import in_short
 from coldpress.core.press import Press
 from coldpress.errors import InputError, MissingDependencyError
-from coldpress.eval.jobs import check_types, default_press, read_press_args
+from coldpress.eval.jobs import check_of_a_context, check_types, default_press, read_press_args
 from coldpress.eval.models import load_model
 from coldpress.eval.progress import note
 from coldpress.io.files import path_of
@@ -177,7 +177,9 @@ def press_of(own: dict[str, Any], given: dict[str, Any]) -> Press | None:
         for option in file_parameters(name) & of_client.keys():  # some presses look into theirs as they are made
             if isinstance(of_client[option], str):
                 raise InputError(f"press_args: {option} names a file, and a server opens none that its client names.")
-    return make_press(name, ratio, **budget, **arguments)
+    press = make_press(name, ratio, **budget, **arguments)
+    check_of_a_context(name, press, {"compression_ratio": ratio, **budget})
+    return press
 
 
 def greeting(service: Service, address: str, has_key: bool) -> str:

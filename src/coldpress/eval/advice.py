@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from coldpress.eval.glance import FEWEST_WINDOWS
-from coldpress.eval.metrics import Paired, paired_difference, score_difference
+from coldpress.eval.metrics import FEWEST_QUESTIONS, Paired, paired_difference, score_difference
 from coldpress.eval.wording import aligned, format_bytes, listed, percent
 
 LOST = 0.1  # of the questions that the uncompressed cache answers: so many may be lost
-FEWEST_QUESTIONS = 8  # that name a press
 ALIKE = 1.05  # costs within this factor are one
 ANSWER_TOKENS = 100  # of an answer, where time is compared
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from coldpress.backends import NO_PRESS
 from coldpress.eval.glance import Row, task_name, task_of, value_of
-from coldpress.eval.phrases import headed
+from coldpress.eval.phrases import filled
 from coldpress.eval.report import measured, written
 from coldpress.eval.schema import FIELDS
 from coldpress.eval.sections import Entry, Section
@@ -73,8 +73,7 @@ def _with_ci(value: float | None, ci: Sequence[float] | None, digits: int, sign:
 
 
 def _size(entry: Entry) -> Cell:
-    wanted = [entry.record.get(name) for name in ("compression_ratio", "budget_tokens", "budget_bytes")]
-    return Cell(entry.size, next((float(x) for x in wanted if x is not None), None))
+    return Cell(entry.size, entry.asked)
 
 
 def _status(entry: Entry) -> Cell:
@@ -151,15 +150,14 @@ def tables(section: Section) -> list[Table]:
 
 def opening_table(found: Sequence[Row]) -> Table:
     """The table that a page opens with; the change of PPL with its interval drawn."""
-    heads, *lines = headed(found, spells=False)
+    heads, lines = filled(found, spells=False)
     rows = []
     for row, line in zip(found, lines, strict=True):
-        cells = [Cell(text) for text in line]
+        cells = [Cell(text, value if text else None) for text, value in line]
         at = heads.index("change of PPL") if "change of PPL" in heads else None
-        if at is not None and row.change_ci is not None and line[at]:
+        if at is not None and row.change_ci is not None and cells[at].text:
             low, high = row.change_ci
-            said = f"[{percent(low)}, {percent(high)}]"
-            cells[at] = Cell(line[at], row.change, span=(low, high), said=said)
+            cells[at] = replace(cells[at], span=(low, high), said=f"[{percent(low)}, {percent(high)}]")
         rows.append(tuple(cells))
     return Table("", tuple((head, "") for head in heads), _drawn(rows))
 

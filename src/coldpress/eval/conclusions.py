@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from coldpress.eval.glance import CHEAP, FEWEST_WINDOWS, Task, answer, is_cheap, n_windows, standing, task_name
 from coldpress.eval.phrases import sentences
+from coldpress.eval.report import few_questions
 from coldpress.eval.sections import REFERENCES, Entry, Section, paired, text_name
 from coldpress.eval.wording import at_words, capital, clean, format_bytes, listed, model_name, number, percent
 
@@ -19,6 +20,7 @@ _STANDING = {
     "worse": "below the uncompressed cache",
     "same": "within the error bars of it",
     "better": "above it",
+    "few_questions": "too few questions to say",
     "unknown": "without error bars",
 }
 
@@ -41,9 +43,11 @@ def _verdict(entry: Entry, task: Task) -> tuple[str, str]:
     """Whether it is worse than the baseline, and by how much."""
     kind, difference = standing(task)
     score, base = task.get("score"), task.get("score_base")
+    few = few_questions(task)
+    n = "" if few is None else f" ({few})"
     if score is not None:
-        return kind, f"{entry.label} {score:.2f}" + ("" if base is None else f" against {base:.2f}")
-    return kind, entry.label if difference is None else f"{entry.label} {difference:+.3f} nats"
+        return kind, f"{entry.label} {score:.2f}" + ("" if base is None else f" against {base:.2f}") + n
+    return kind, (entry.label if difference is None else f"{entry.label} {difference:+.3f} nats") + n
 
 
 def where(section: Section) -> str:

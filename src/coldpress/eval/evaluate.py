@@ -48,6 +48,8 @@ def evaluate(settings: Settings, command: str) -> tuple[list[dict[str, Any]], bo
     run = make_run(settings, jobs, corpus, load_model(settings.model, **settings.loading), command)
     for line in run.notes:
         note(line)
+    if settings.tp_plan is None:  # else each process would go on from what it alone has kept
+        run.keep_in(folder)
     return carry_out(run, folder)
 
 
@@ -107,7 +109,7 @@ class PressRun(Run):
         torch.manual_seed(s.seed)
         if s.ppl_mode == "streaming":
             assert s.stream_chunk is not None
-            how: dict[str, Any] = {"positions": s.positions, "limit": plan.stream_limit}
+            how: dict[str, Any] = {"positions": s.positions, "limit": plan.stream_limit, "ledger": self.ledger}
             self.scored = StreamRun(model, points, plan.documents, chunk=s.stream_chunk, **how)
             self.timed("perplexity", self.scored.run)
         elif plan.windows is not None:
@@ -129,7 +131,12 @@ class PressRun(Run):
             if any(point != BASELINE for point in points):
                 note("this perplexity is the uncompressed model's; --ppl_apply_press measures it under the press.")
             sizes: dict[str, Any] = {"max_length": plan.max_length, "stride": plan.stride, "batch_size": s.batch_size}
-            sizes |= {"preset": plan.preset, "token_bytes": plan.token_bytes, "units": plan.units}
+            sizes |= {
+                "preset": plan.preset,
+                "token_bytes": plan.token_bytes,
+                "units": plan.units,
+                "ledger": self.ledger,
+            }
             self.plain = self.timed("perplexity", partial(plain_perplexity, model, plan.documents, **sizes))
 
     def _measure_speed(self, save: Callable[..., None]) -> None:

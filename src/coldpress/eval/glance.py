@@ -9,6 +9,7 @@ from typing import Any
 
 from coldpress.backends import NO_PRESS
 from coldpress.eval.metrics import wilson
+from coldpress.eval.report import few_questions
 from coldpress.eval.sections import Entry, Section, paired
 from coldpress.eval.wording import clean
 
@@ -24,6 +25,7 @@ class Row:
 
     press: str
     size: str
+    asked: float | None = None  # the ratio, or the number of tokens or bytes, that the size says
     kv_bytes: int | None = None
     kl: float | None = None
     ppl: float | None = None
@@ -41,7 +43,7 @@ class Answer:
     """What three sentences say of a section."""
 
     section: Section
-    few: int | None = None  # windows, where they are too few to rank presses
+    few: int | None = None  # windows, or questions, where they are too few to rank presses
     # the press that stays closest to the uncompressed model at the size most presses were measured at
     best: Entry | None = None
     # presses that are not told apart from it by the paired interval of their losses
@@ -52,7 +54,8 @@ class Answer:
     n_rounds: int = 0  # the most rounds of a timing; 0 where none was timed
     uncompressed: float | None = None  # PPL of the uncompressed model where no press touches the loss that was measured
     smallest: Entry | None = None  # the smallest cache that was measured
-    # how many scores stand how to the uncompressed cache's, by what :func:`standing` says
+    # how many scores stand how to the uncompressed cache's, by what :func:`standing` says; with too few questions
+    # ``few`` is how many these are
     counts: dict[str, int] = field(default_factory=dict)
 
 
@@ -95,6 +98,7 @@ def rows(section: Section) -> list[Row]:
         return Row(
             press=entry.label,
             size="" if entry.is_baseline else entry.size,
+            asked=None if entry.is_baseline else entry.asked,
             kv_bytes=entry.kv_bytes_max or entry.kv_bytes or (timed.kv_bytes if timed else None),
             kl=None if entry.is_baseline else kl_of(entry),
             ppl=None if is_plain and not entry.is_baseline else entry.ppl,
@@ -130,7 +134,8 @@ def chosen(found: Sequence[Row]) -> list[Row]:
 def _uncompressed(section: Section, pressed: Sequence[Entry]) -> Row:
     """The line of ``no_press``, from what the records of presses say of it."""
     record: dict[str, Any] = pressed[0].record if pressed else {}
-    tpot = record.get("tpot_ms_baseline")
+    timed = next((t for p in pressed if (t := _timed(p, _context(section))) is not None), None)
+    tpot = None if timed is None else timed.tpot_ms_baseline
     return Row(
         press=NO_PRESS,
         size="",
@@ -138,6 +143,7 @@ def _uncompressed(section: Section, pressed: Sequence[Entry]) -> Row:
         ppl=record.get("ppl") if section.kind == "plain" else record.get("baseline_ppl"),
         score=_score(pressed[0], "score_base") if pressed else None,
         tokens_per_s=1000 / tpot if tpot else None,
+        peak_bytes=None if timed is None else timed.peak_mem_bytes_uncompressed,
     )
 
 
@@ -170,6 +176,7 @@ def answer(section: Section) -> Answer:
         _rank_stream(found, pressed)
     elif section.kind == "tasks":
         stood = [standing(task)[0] for p in pressed for task in p.tasks or []]
+        found.few = min((n for p in pressed for task in p.tasks or [] if (n := few_questions(task))), default=None)
         found.counts = {kind: stood.count(kind) for kind in dict.fromkeys(stood)}
     elif section.kind == "plain":
         found.uncompressed = next((p.ppl for p in section.entries if p.ppl is not None), None)
@@ -226,7 +233,8 @@ def _cost_of(task: Task) -> tuple[Any, Any]:
 
 
 def standing(task: Task) -> tuple[str, float | None]:
-    """Whether an answer is ``worse``, ``same`` or ``better`` by its paired interval, or ``unknown``; and by how much.
+    """Whether an answer is ``worse``, ``same`` or ``better`` by its paired interval, ``unknown`` where it has none, or
+    has ``few_questions``; and by how much.
 
     A large score is good, a small loss is: the second is a score's difference, or a loss's in nats a token.
     """
@@ -235,6 +243,8 @@ def standing(task: Task) -> tuple[str, float | None]:
         sign, (difference, ci) = -1, _cost_of(task)
     else:
         sign, difference, ci = 1, None if base is None else score - base, task.get("delta_score_ci95")
+    if few_questions(task) is not None:
+        return "few_questions", difference
     if ci is None or difference is None:
         return "unknown", difference
     low, high = sorted((sign * ci[0], sign * ci[1]))

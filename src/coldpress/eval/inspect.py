@@ -16,8 +16,9 @@ from coldpress.eval.datasets import load_corpus
 from coldpress.eval.jobs import check_no_size, check_one_press, check_types, default_press
 from coldpress.eval.models import load_model, pick_device
 from coldpress.eval.progress import note
+from coldpress.eval.reading import reading_shown
 from coldpress.eval.results import check_output
-from coldpress.eval.tokens import note_unreadable
+from coldpress.eval.tokens import encode, note_unreadable
 from coldpress.io.terminal import printable
 from coldpress.models.inspection import MOST_PRESSES, check_presses, inspect
 
@@ -58,15 +59,18 @@ def make_page(
     note_unreadable(loaded.tokenizer, [document.text], loaded.name)
     limit = _limit(limit_tokens, loaded.max_positions, loaded.name)
     torch.manual_seed(0)  # of presses that draw numbers
-    found = inspect(
-        loaded.model,
-        loaded.tokenizer,
-        document.text,
-        presses,
-        limit_tokens=limit,
-        chunk_tokens=chunk_tokens,
-        names=names,
-    )
+    with reading_shown(
+        loaded.model, lambda: min(limit, len(encode(loaded.tokenizer, document.text)[0])), " and ".join(names)
+    ):
+        found = inspect(
+            loaded.model,
+            loaded.tokenizer,
+            document.text,
+            presses,
+            limit_tokens=limit,
+            chunk_tokens=chunk_tokens,
+            names=names,
+        )
     if limit_tokens is None and document.text[len(found.text) :].strip():
         note(f"only the first {len(found.ids):,} tokens are shown; --limit_tokens says how many.")
     where = Path(corpus.name).name

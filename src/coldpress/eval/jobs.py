@@ -22,6 +22,7 @@ from coldpress.core.requirements import check_chunks, check_quantisable, require
 from coldpress.errors import CacheError, InputError, PressError
 from coldpress.eval.settings import Settings
 from coldpress.presses.decoding import DecodingPress
+from coldpress.presses.finch import FinchPress
 from coldpress.stores.bits import KVBits, storage_of
 from coldpress.stores.codec import Codec
 
@@ -73,6 +74,28 @@ def check_types(name: str, parameters: dict[str, Any]) -> None:
         if value != field.default and type(value) not in kinds:
             allowed = " or ".join(kind.__name__ for kind in kinds)
             raise PressError(f"{name}: {parameter} must be {allowed}, got {value!r}.")
+
+
+def check_of_a_context(name: str, press: BasePress | None, sizes: Mapping[str, Any]) -> None:
+    """Raise :class:`PressError` if a press would do nothing to a text that is compressed before any question is known.
+
+    Args:
+        name: of the press.
+        press: it; None for ``no_press``.
+        sizes: the ratio and the budgets that were asked for; None and 0 ask for nothing.
+    """
+    asked = [size for size, value in sizes.items() if value]
+    if press is None and asked:
+        raise PressError(f"{name} keeps every pair, and {asked[0]} asks for less; name a press, or leave that out.")
+    if press is not None and not press.at_prefill:
+        raise PressError(
+            f"{name} goes on while decoding and compresses nothing of a text that is read; name a press that does."
+        )
+    if isinstance(press, FinchPress):
+        raise PressError(
+            f"{name} chooses by the question at the end of a text, and here the questions come later; name another "
+            "press."
+        )
 
 
 def press_of(

@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,6 +25,7 @@ from torch import Tensor
 from coldpress.errors import OutputError
 from coldpress.eval.losses import Scores
 from coldpress.io.files import read_text, replace_file
+from coldpress.io.lock import locked
 
 UNFINISHED = ".unfinished"  # folder of all ledgers, in that of the results
 # A file that is not there, or damaged: what it would tell is measured again.
@@ -91,23 +91,20 @@ class Ledger:
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """The block is the only one that works with this ledger, in any process; OutputError if another is at it."""
-        path = self.folder.with_name(f"{self.folder.name}.lock")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path, timeout=0)  # of the system: who is killed holds it no more
-        try:
-            lock.acquire()
-        except Timeout as error:
-            raise OutputError(
-                f"another process is measuring the same into {str(self.folder.parents[1])!r}: wait for it, or give "
-                "another --output_dir"
-            ) from error
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._leave)
+            try:
+                stack.enter_context(locked(self._lock))
+            except BlockingIOError as error:
+                raise OutputError(
+                    f"another process is measuring the same into {str(self.folder.parents[1])!r}: wait for it, or give "
+                    "another --output_dir"
+                ) from error
             yield
-        finally:
-            lock.release()
-            with contextlib.suppress(OSError):
-                path.unlink()
-            self._leave()
+
+    @property
+    def _lock(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.lock")
 
     def load(self, kind: type[Any], index: int, fingerprint: str = "") -> dict[str, Any]:
         """What each point made of an item, by the point's key; empty where nothing was saved or can be read.
@@ -152,6 +149,12 @@ class Ledger:
         """Remove it from the disk."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self._leave()
+
+    def discard(self) -> None:
+        """Remove it, and the lock of a run that was killed, unless another process is at it."""
+        if self.folder.exists() or self._lock.exists():
+            with contextlib.suppress(OutputError), self.held():
+                self.clear()
 
     def _leave(self) -> None:
         with contextlib.suppress(OSError):  # the last one takes the folder of all of them along

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _AT_ONCE = 2_000_000  # drawn numbers that are held together
 FEW_WINDOWS = 30  # with fewer, the bootstrap stands beside Student's t
+FEWEST_QUESTIONS = 8  # with fewer, answers decide nothing: an interval of two that are alike has no width
 
 
 class Paired(NamedTuple):

@@ -226,7 +226,9 @@ def load_model(
         except ImportError as error:
             raise MissingDependencyError(f"{name} needs a package that is not installed: {one_line(error)}") from error
         except Exception as error:
-            raise ModelError(f"{name} cannot be loaded ({type(error).__name__}: {one_line(error)})") from error
+            raise ModelError(
+                f"{name} cannot be loaded ({type(error).__name__}: {one_line(error)}){_meant(name)}"
+            ) from error
         use_coldpress(model, attn_implementation)
         if model.device.type == "cpu" and (slower := times_slower(model.dtype)) >= 2:
             short = str(model.dtype).removeprefix("torch.")
@@ -273,6 +275,12 @@ def _placement(
     return {"tp_plan": "auto"}  # transformers 4
 
 
+def _meant(name: str) -> str:
+    """How a sentence about a model that is not there ends."""
+    near = nearest(name, BY_NAME, 0.7)
+    return f".{near}" if near else ""
+
+
 def _locate(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
     """Where to load ``name`` from, and the options that ``from_pretrained`` needs for it."""
     path = path_of(name)
@@ -308,7 +316,7 @@ def _locate(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
             f"model {name}{f' at {revision}' if revision else ''} is neither a folder here nor in the hub's cache, and "
             f"the Hugging Face hub could not be reached ({problem}): give a local folder (--model PATH), fill the "
             f"cache where there is a network (hf download {name}), or run what is shipped "
-            "(--model demo --dataset demo)"
+            f"(--model demo --dataset demo){_meant(name)}"
         ) from error
     return name, options
 

@@ -179,6 +179,7 @@ class OfPresses:
     compression_ratio: tuple[float, ...] = _of_kept(
         (),  # (0.5,) if no budget is given
         "fraction of the pairs to remove, in [0, 1) (default: 0.5)",
+        metavar="RATIO",
     )
     budget_tokens: tuple[int, ...] = _unrecorded(
         (), "instead of a ratio: pairs that a head keeps, on average", useless=("baselines",)
@@ -201,7 +202,9 @@ class OfPresses:
 
 @dataclass(frozen=True)
 class OfMachine:
-    attn_implementation: str = option("sdpa", "arithmetic", choices=tuple(BACKENDS.values()))
+    attn_implementation: str = option(
+        "sdpa", f"arithmetic: {', '.join(BACKENDS.values())}", choices=tuple(BACKENDS.values()), metavar="NAME"
+    )
     device: str = option("auto", "auto, cpu, cuda, cuda:N")
     dtype: str = option("auto", "default: float32 on the CPU", choices=("auto", "float32", "bfloat16", "float16"))
 
@@ -355,7 +358,7 @@ class OfAdvice:
     use: str = option("qa", "what the cache is for (docs/guide/choose.md)", choices=USES)
     data: str | None = option(None, "your text: a UTF-8 file, or what --dataset of coldpress ppl takes, such as demo")
     press: tuple[str, ...] = option((), "names of presses to measure (default: some for the use)")
-    compression_ratio: tuple[float, ...] = option((0.5,), "fraction of the pairs to remove, in (0, 1)")
+    compression_ratio: tuple[float, ...] = option((0.5,), "fraction of the pairs to remove, in (0, 1)", metavar="RATIO")
     budget_minutes: float = option(10.0, "when to stop measuring, once the model is loaded")
     margin: float = option(0.05, "nats a token that a press may cost")
     context_tokens: int | None = option(

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.errors import SelfCheckError
+from coldpress.eval.ledger import UNREADABLE, Ledger
 from coldpress.eval.losses import forward, token_losses
 from coldpress.eval.metrics import (
     FEW_WINDOWS,
@@ -25,6 +26,7 @@ from coldpress.eval.models import input_device
 from coldpress.eval.windows import PRESETS, STRIDED, Window
 
 _Job = tuple[int, Window]  # number of a document, and one of its windows
+_FILE = "plain-{:06d}.json"  # of a ledger
 
 
 @torch.inference_mode()
@@ -39,6 +41,7 @@ def plain_perplexity(
     units: Sequence[tuple[int, int]] | None = None,
     batch_size: int = 1,
     progress: Callable[[Any], Any] = iter,
+    ledger: Ledger | None = None,
 ) -> dict[str, Any]:
     """Perplexity of the uncompressed model: with a strided sliding window, or as a preset cuts the documents.
 
@@ -51,6 +54,7 @@ def plain_perplexity(
             where that is unknown.
         units: words and bytes of each document, by which lm-eval divides.
         batch_size: windows that are run together; those of another length than their neighbours run alone.
+        ledger: of batches that an earlier run of the same has finished, and of those that this one has.
 
     Returns:
         ``scored_tokens``, ``windows``, ``loss`` (nats a token), ``ppl``, ``nll`` (the sum), ``ppl_ci95`` (clustered by
@@ -65,11 +69,15 @@ def plain_perplexity(
     how = STRIDED if preset is None else PRESETS[preset]
     jobs = [(i, window) for i, ids in enumerate(documents) for window in how.windows(len(ids), max_length, stride)]
     rows: list[Tensor] = []  # losses of each window, in the order of the jobs
-    for batch in progress(list(_batches(jobs, batch_size))):
-        ids = torch.stack([documents[i][window.begin : window.end] for i, window in batch]).to(device)
+    for number, batch in enumerate(progress(list(_batches(jobs, batch_size)))):
         n = batch[0][1].n_scored
-        losses = token_losses(forward(model, ids[:, :-1], None, keep=n), ids[:, -n:])
-        rows += losses.cpu()
+        losses = None if ledger is None else _kept(ledger, number, (len(batch), n))
+        if losses is None:
+            ids = torch.stack([documents[i][window.begin : window.end] for i, window in batch]).to(device)
+            losses = token_losses(forward(model, ids[:, :-1], None, keep=n), ids[:, -n:]).cpu()
+            if ledger is not None and losses.isfinite().all():
+                ledger.write(_FILE.format(number), "losses", losses.tolist(), number)
+        rows += losses
     scored = sum(len(row) for row in rows)
     expected = sum(how.scored(len(ids), max_length, stride) for ids in documents)
     if scored != expected:
@@ -88,6 +96,15 @@ def plain_perplexity(
         result |= {"scored_words": n_words, "word_perplexity": perplexity(total / n_words)}
         result["byte_perplexity"] = perplexity(total / n_bytes)
     return result | {"scored_bytes": n_bytes, "bits_per_byte": bits_per_byte(total, n_bytes or 0)}
+
+
+def _kept(ledger: Ledger, number: int, shape: tuple[int, int]) -> Tensor | None:
+    """The losses of a batch of windows, ``[windows, scored]``; None where they are not there, or damaged."""
+    try:
+        losses = torch.tensor(ledger.read(_FILE.format(number), "losses", number), dtype=torch.float32)
+    except UNREADABLE:
+        return None
+    return losses if losses.shape == shape else None
 
 
 def _error_bars(

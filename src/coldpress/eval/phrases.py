@@ -1,28 +1,22 @@
-"""The brief report, and the words of it and of an opening, in English and in Chinese: three sentences for an answer."""
+"""The words of a brief report and of an opening, in English and in Chinese: three sentences for an answer."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from coldpress.backends import NO_PRESS
-from coldpress.errors import PressError
-from coldpress.eval.glance import CHEAP, FEWEST_WINDOWS, Answer, Row, answer, chosen, kl_of, rows, task_rows
-from coldpress.eval.results import Collection, check_writable, write_file
-from coldpress.eval.sections import Entry, Section, sections, text_name
+from coldpress.eval.glance import CHEAP, FEWEST_WINDOWS, Answer, Row, answer, kl_of
+from coldpress.eval.metrics import FEWEST_QUESTIONS
+from coldpress.eval.sections import Entry, Section
 from coldpress.eval.wording import (
     capital,
     clean,
-    escape,
-    fenced,
     memory_words,
-    model_name,
     number,
     percent,
     short_bytes,
-    table_lines,
     three_digits,
 )
 
@@ -54,11 +48,12 @@ WORDS: dict[str, dict[str, str]] = {
         "nothing about their quality.",
         "stream": "Read as a stream {at}, {press} has the lowest PPL ({ppl}).",
         "stream_few": "Read as a stream {at}, too few texts ({n}) to say which press is better.",
-        "counts": "Beside the uncompressed cache, of {n} scores (a press, a size and a task each) {parts}.",
-        "worse": "{n} are below it",
-        "same": "{n} are within the error bars of it",
-        "better": "{n} are above it",
-        "unknown": "{n} have no error bars",
+        "counts": "Beside the uncompressed cache, of {n} {scores} (a press, a size and a task each) {parts}.",
+        "worse": "{n} {are} below it",
+        "same": "{n} {are} within the error bars of it",
+        "better": "{n} {are} above it",
+        "few_questions": "{n} {have} too few questions ({few}; at least {least} are needed)",
+        "unknown": "{n} {have} no error bars",
         "faster": "With {context} tokens of context, {press} {at} decodes {times} times as fast, in every one of {n} "
         "rounds faster than the uncompressed cache.",
         "not_faster": "With {context} tokens of context, no press decodes faster than the uncompressed cache in every "
@@ -83,8 +78,11 @@ WORDS: dict[str, dict[str, str]] = {
         "other": "Protocol {protocol}.",
         "timing": "Speed: {context} tokens of context, then {n} generated tokens, {rounds} rounds; each round times "
         "the uncompressed cache too.",
-        "metrics": "KL: mean divergence of the next-token distribution from the uncompressed model's, in nats; "
-        "smaller is better. PPL: exp of the loss; ± is half the paired 95 % interval over windows. tok/s: decoding.",
+        "KL": "KL: mean divergence of the next-token distribution from the uncompressed model's, in nats; smaller is "
+        "better.",
+        "PPL": "PPL: exp of the loss.",
+        "±": "±: half the paired 95 % interval over windows.",
+        "tok/s": "tok/s: decoding.",
         "peak": "Peak memory is {kind}.",
         "left_out": "The best presses of each size; {n} of {of} rows. All: `coldpress report`.",
         "sizes": "KV cache: of {context} tokens of context.",
@@ -113,6 +111,7 @@ WORDS: dict[str, dict[str, str]] = {
         "worse": "{n} 个低于它",
         "same": "{n} 个在其误差范围内",
         "better": "{n} 个高于它",
+        "few_questions": "{n} 个的问题太少（{few} 个；至少需要 {least} 个）",
         "unknown": "{n} 个没有误差范围",
         "faster": "上下文为 {context} 个词元，{at}，{press} 的解码速度是未压缩缓存的 {times} 倍，{n} 轮中每一轮都更"
         "快。",
@@ -135,8 +134,10 @@ WORDS: dict[str, dict[str, str]] = {
         "strided": "困惑度（{protocol}）：未压缩模型在全文上的困惑度，压缩方法不影响它。",
         "other": "协议 {protocol}。",
         "timing": "速度：{context} 个词元的上下文，再生成 {n} 个词元，{rounds} 轮；每一轮也给未压缩缓存计时。",
-        "metrics": "KL：下一词元分布相对未压缩模型的平均散度，单位 nat，越小越好。PPL：困惑度，即损失的指数；± 为按窗"
-        "口配对的 95 % 区间的一半。tok/s：解码速度。",
+        "KL": "KL：下一词元分布相对未压缩模型的平均散度，单位 nat，越小越好。",
+        "PPL": "PPL：困惑度，即损失的指数。",
+        "±": "±：按窗口配对的 95 % 区间的一半。",
+        "tok/s": "tok/s：解码速度。",
         "peak": "峰值内存：{kind}。",
         "left_out": "每个大小只列最好的方法；{of} 行中的 {n} 行。全部见 `coldpress report`。",
         "sizes": "KV 缓存：{context} 个词元的上下文。",
@@ -151,33 +152,41 @@ def memory(kind: str, language: str) -> str:
     return _MEMORY.get(kind, kind) if language == "zh" else memory_words(kind)
 
 
-def headed(found: Sequence[Row], language: str = "en", spells: bool = True) -> list[list[str]]:
-    """Heads and cells of the opening table, without the columns that no row fills: eight at most beside the status.
+def headed(found: Sequence[Row], language: str = "en") -> list[list[str]]:
+    """Heads and cells of the opening table, without the columns that no row fills: eight at most beside the status."""
+    heads, rows = filled(found, language)
+    return [heads, *([text for text, _ in row] for row in rows)]
+
+
+def filled(
+    found: Sequence[Row], language: str = "en", spells: bool = True
+) -> tuple[list[str], list[list[tuple[str, float | None]]]]:
+    """Heads of the opening table, and of each row what is shown and the number behind it.
 
     ``spells``: intervals are written after their numbers.
     """
     heads = WORDS[language]["heads"].split("|")
-    lines = [
+    lines: list[list[tuple[str, float | None]]] = [
         [
-            clean(row.press),
-            _removed(row.size),
-            short_bytes(row.kv_bytes),
-            "" if row.kl is None else number(row.kl, 3),
-            "" if row.ppl is None else f"{row.ppl:.2f}" if row.ppl < 1e4 else f"{row.ppl:.3g}",
-            _change(row, spells),
-            "" if row.score is None else f"{row.score:.2f}",
-            "" if row.ttft_s is None else f"{row.ttft_s:.3g} s",
-            "" if row.tokens_per_s is None else three_digits(row.tokens_per_s),
-            short_bytes(row.peak_bytes),
-            row.status,
+            (clean(row.press), None),
+            (removed_words(row.size), row.asked),
+            (short_bytes(row.kv_bytes), row.kv_bytes),
+            ("" if row.kl is None else number(row.kl, 3), row.kl),
+            ("" if row.ppl is None else f"{row.ppl:.2f}" if row.ppl < 1e4 else f"{row.ppl:.3g}", row.ppl),
+            (_change(row, spells), row.change),
+            ("" if row.score is None else f"{row.score:.2f}", row.score),
+            ("" if row.ttft_s is None else f"{row.ttft_s:.3g} s", row.ttft_s),
+            ("" if row.tokens_per_s is None else three_digits(row.tokens_per_s), row.tokens_per_s),
+            (short_bytes(row.peak_bytes), row.peak_bytes),
+            (row.status, None),
         ]
         for row in found
     ]
-    used = [i for i in range(len(heads)) if i < 2 or any(line[i] for line in lines)]
-    return [[line[i] for i in used] for line in [heads, *lines]]
+    used = [i for i in range(len(heads)) if i < 2 or any(line[i][0] for line in lines)]
+    return [heads[i] for i in used], [[line[i] for i in used] for line in lines]
 
 
-def _removed(size: str) -> str:
+def removed_words(size: str) -> str:
     return f"{100 * float(size):.12g} %" if re.fullmatch(r"[\d.]+", size) else size
 
 
@@ -259,9 +268,12 @@ def _quality(found: Answer, words: dict[str, str]) -> list[str]:
 
 
 def _counts(found: Answer, words: dict[str, str]) -> list[str]:
-    counts = found.counts
-    parts = [words[kind].format(n=counts[kind]) for kind in ("worse", "same", "better", "unknown") if kind in counts]
-    said = words["counts"].format(n=sum(counts.values()), parts=words["comma"].join(parts))
+    counts, few = found.counts, {"few": found.few, "least": FEWEST_QUESTIONS}
+    kinds = [kind for kind in ("worse", "same", "better", "few_questions", "unknown") if kind in counts]
+    one, many = {"are": "is", "have": "has"}, {"are": "are", "have": "have"}
+    parts = [words[kind].format(n=counts[kind], **few, **(one if counts[kind] == 1 else many)) for kind in kinds]
+    n = sum(counts.values())
+    said = words["counts"].format(n=n, scores="score" if n == 1 else "scores", parts=words["comma"].join(parts))
     return [said] if parts else []
 
 
@@ -276,122 +288,3 @@ def _speed(found: Answer, words: dict[str, str]) -> list[str]:
     best = found.fastest
     named = {"press": clean(best.label), "at": _at(best, words), "times": f"{best.decode_speedup:.2f}"}
     return [words["faster"].format(context=context, n=found.n_rounds, **named)]
-
-
-# The brief report: models, data, methods, tables, conclusion and commands as one short Markdown text
-
-
-def _told(found: Sequence[Section]) -> list[Section]:
-    """The sections that a brief report shows: timings of a model only where no other table of it holds them."""
-    holds = {_model(s.first) for s in found for p in s.entries if s.kind == "quality" and p.timed is not None}
-    return [s for s in found if s.entries and not (s.kind == "speed" and _model(s.first) in holds)]
-
-
-def _model(record: dict[str, Any]) -> tuple[Any, ...]:
-    return record["model"], record["dtype"], record["device"], record["num_params"]
-
-
-def brief(collection: Collection, language: str = "en") -> str:
-    """The whole text."""
-    words, found = WORDS[language], _told(sections(collection.records))
-    records = collection.records
-    blocks = [f"# {words['title']}"]
-    blocks += [f"## {words['models']}", _list(_model_words(r, words) for r in records)]
-    blocks += [f"## {words['data']}", _list(_text_words(r, words) for r in records)]
-    blocks += [f"## {words['methods']}", _list(_methods(records, language))]
-    blocks += [f"## {words['results']}"]
-    for section in found:
-        blocks += _results(section, language)
-    blocks += [f"## {words['conclusion']}"]
-    for section in found:
-        said = sentences(answer(section), language)
-        title = f"**{escape(_title(section))}**: " if len(found) > 1 else ""
-        space = " " if language == "en" else ""
-        blocks.append(f"{'* ' if len(found) > 1 else ''}{title}{escape(space.join(said))}")
-    commands = dict.fromkeys(clean(r["command"]) for r in records if r.get("command"))
-    if commands:
-        blocks += [f"## {words['commands']}", "\n".join(fenced([*commands]))]
-    machines = {
-        f"torch {e['torch']}, transformers {e['transformers']}, {e['cpu']}" for e in (r["env"] for r in records)
-    }
-    blocks += [f"## {words['machine']}", _list(sorted(machines))]
-    return "\n\n".join(blocks) + "\n"
-
-
-def _list(lines: Iterable[str]) -> str:
-    return "\n".join(f"* {escape(clean(line))}" for line in dict.fromkeys(lines))
-
-
-def _title(section: Section) -> str:
-    return f"{model_name(section.first)}, {clean(text_name(section.first))}, {clean(section.first['protocol'])}"
-
-
-def _model_words(record: dict[str, Any], words: dict[str, str]) -> str:
-    facts = {name: record[name] for name in ("dtype", "device")}
-    attention = record["attn_implementation"]
-    return words["model"].format(
-        name=model_name(record), n=f"{record['num_params'] / 1e6:.1f}", attention=attention, **facts
-    )
-
-
-def _text_words(record: dict[str, Any], words: dict[str, str]) -> str:
-    sha = record["text_sha256"][:12]
-    return words["text"].format(name=text_name(record), n=f"{record['total_tokens']:,}", sha=sha)
-
-
-def _methods(records: Sequence[dict[str, Any]], language: str) -> list[str]:
-    """A line for each press, and how quality, speed and memory were measured."""
-    from coldpress.bases.registry import find_press  # which other reports do without
-
-    words, said = WORDS[language], [WORDS[language]["no_press"]]
-    for name in sorted({r["press"] for r in records} - {NO_PRESS}):
-        try:
-            info = find_press(name)
-        except PressError:  # of a file, or of another version
-            said.append(name)
-            continue
-        summary = f"{info.summary.replace('``', '')} " if language == "en" else ""
-        said.append(f"{name}: {summary}{info.source}".strip())
-    for record in records:
-        protocol = str(record["protocol"])
-        sizes = {"context": f"{record.get('context_tokens') or 0:,}", "target": f"{record.get('target_tokens') or 0:,}"}
-        if protocol.startswith("prefix") and record.get("target_tokens") and record.get("windows"):
-            said.append(words["prefix"].format(protocol=protocol, windows=record["windows"], **sizes))
-        elif protocol.startswith("strided"):
-            said.append(words["strided"].format(protocol=protocol))
-        elif not protocol.startswith(("prefix", "speed")):
-            said.append(words["other"].format(protocol=protocol))
-    timed = [r for r in records if r.get("generated_tokens")]
-    lengths = sorted({r.get("speed_context_tokens") or r.get("context_tokens") or 0 for r in timed})
-    for n, rounds in dict.fromkeys((r["generated_tokens"], r.get("repetitions") or 1) for r in timed):
-        context = " / ".join(f"{length:,}" for length in lengths)
-        said.append(words["timing"].format(context=context, n=n, rounds=rounds))
-    kinds = dict.fromkeys(r["peak_mem_kind"] for r in timed if r.get("peak_mem_kind"))
-    said += [words["peak"].format(kind=memory(kind, language)) for kind in kinds]
-    return [*dict.fromkeys(said), words["metrics"]]
-
-
-def _results(section: Section, language: str) -> list[str]:
-    found = rows(section)
-    shown, heading = chosen(found), f"### {escape(_title(section))}"
-    notes = contexts(section, language)
-    if len(shown) < len(found):
-        notes.append(WORDS[language]["left_out"].format(n=len(shown), of=len(found)))
-    opening = "\n".join(table_lines(headed(shown, language)))
-    return [heading, opening, *_tasks(section, shown, language), *([" ".join(notes)] if notes else [])]
-
-
-def _tasks(section: Section, shown: Sequence[Row], language: str) -> list[str]:
-    """What each task gave, which the opening table holds the mean of at most: a table; none where there are none."""
-    names, found = task_rows(section)
-    heads = [*WORDS[language]["heads"].split("|")[:2], *names]
-    known = {(row.press, row.size) for row in shown}
-    lines = [[clean(press), _removed(size), *cells] for press, size, cells in found if (press, size) in known]
-    return ["\n".join(table_lines([heads, *lines]))] if names else []
-
-
-def write_brief(collection: Collection, folder: Path, language: str) -> tuple[str, Path]:
-    """Write ``brief.md`` into ``folder``; the text and where it went."""
-    check_writable(folder)
-    text = brief(collection, language)
-    return text, write_file(folder / "brief.md", text.encode())

@@ -237,8 +237,7 @@ class PointRun(ABC, Generic[_Measured]):
             engine: where the work is done; None: here.
         """
         if self.ledger is not None:
-            for index, done in enumerate(self.done):
-                done |= self.ledger.load(self.kind, index, self._fingerprint(index))
+            self._restore(self.ledger)
         n_open = sum(bool(self._missing(index)) for index in range(len(self.done)))
         engine = Engine(self.model) if engine is None else engine
         for item, found in progress(Sized(engine.map(self.work, self._open()), n_open)):
@@ -289,4 +288,11 @@ class PointRun(ABC, Generic[_Measured]):
             elif key not in done:  # the baseline is measured along with what comes later
                 done[key] = value
         if self.ledger is not None:
-            self.ledger.save(index, done, self._fingerprint(index))
+            self._save(self.ledger, index)
+
+    def _restore(self, ledger: Ledger) -> None:
+        for index, done in enumerate(self.done):
+            done |= ledger.load(self.kind, index, self._fingerprint(index))
+
+    def _save(self, ledger: Ledger, index: int) -> None:
+        ledger.save(index, self.done[index], self._fingerprint(index))

@@ -52,19 +52,41 @@ def progress(items: Sequence[_T] | Sized[_T], name: str, more: Callable[[], str]
 
     ``more`` gives what else to say at any time, such as the time left of something larger.
     """
-    if sys.stderr.isatty():
-        bar = tqdm(items, desc=name, file=sys.stderr, dynamic_ncols=True, smoothing=0.05)
-        for item in bar:
+    with counted(name, len(items), more) as advance:
+        for item in items:
             yield item
-            bar.set_postfix_str(more(), refresh=False)
+            advance(1)
+
+
+@contextlib.contextmanager
+def counted(
+    name: str, total: int | None, more: Callable[[], str] = str, unit: str = ""
+) -> Iterator[Callable[[int], None]]:
+    """A function that is told how much more is done, and shows it as :func:`progress` does.
+
+    ``total`` is None where nobody knows it.
+    """
+    if sys.stderr.isatty():
+        how = {"file": sys.stderr, "dynamic_ncols": True, "smoothing": 0.05, "unit": f" {unit}" if unit else "it"}
+        with tqdm(total=total, desc=name, **how) as bar:
+
+            def advance(n: int) -> None:
+                bar.update(n)
+                bar.set_postfix_str(more(), refresh=False)
+
+            yield advance
         return
     start = said = time.monotonic()
-    for done, item in enumerate(items, start=1):
-        yield item
-        now = time.monotonic()
-        if done == len(items) or now - said >= LINE_EVERY_S:
+    done, of = 0, "" if total is None else f"/{total}"
+
+    def count(n: int) -> None:
+        nonlocal done, said
+        done, now = done + n, time.monotonic()
+        if done == total or now - said >= LINE_EVERY_S:
             said = now
-            parts = [f"{name}: {done}/{len(items)}", f"{now - start:.0f} s", more()]
+            parts = [f"{name}: {done}{of} {unit}".rstrip(), f"{now - start:.0f} s", more()]
             with contextlib.suppress(OSError):
                 sys.stderr.write(printable(", ".join(part for part in parts if part)) + "\n")
                 sys.stderr.flush()
+
+    yield count

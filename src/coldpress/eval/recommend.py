@@ -7,7 +7,6 @@ on. Their records are those of these commands. What follows from them is decided
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -16,12 +15,11 @@ from typing import Any
 
 from coldpress.backends import NO_PRESS
 from coldpress.bases.registry import make_press
-from coldpress.errors import InputError, OutputError
+from coldpress.errors import InputError
 from coldpress.eval.advice import Row, Scored, advise, rule_of, table_of, words_of
 from coldpress.eval.datasets import Corpus, excerpts, load_corpus, source_of
 from coldpress.eval.evaluate import PressRun, make_run
 from coldpress.eval.jobs import Job, make_jobs
-from coldpress.eval.ledger import Ledger
 from coldpress.eval.models import LoadedModel, load_model
 from coldpress.eval.options import SIZES, OfLimits, OfMachine, OfModel, names_of
 from coldpress.eval.pace import NEW_TOKENS, ROUNDS, USES, Clock, Pace, Use, target_of
@@ -90,15 +88,9 @@ def recommend(settings: AdviceSettings, command: str) -> tuple[list[Record], boo
     except KeyboardInterrupt:  # between two of them, or while the result is reckoned
         return records, True, again
     if all(run.is_over for run, _ in runs):
-        _clear([run.ledger for run, _ in runs if run.ledger is not None])
+        for ledger in [run.ledger for run, _ in runs if run.ledger is not None]:
+            ledger.discard()
     return records, False, again
-
-
-def _clear(ledgers: Iterable[Ledger]) -> None:
-    """Remove what was kept of each part for another try; what another process has begun with is left to it."""
-    for ledger in ledgers:
-        with contextlib.suppress(OutputError), ledger.held():
-            ledger.clear()
 
 
 def _of_presses(settings: AdviceSettings, use: Use, context: int, **other: Any) -> Settings:

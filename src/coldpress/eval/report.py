@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from coldpress.backends import BUDGETS, NO_PRESS
+from coldpress.eval.metrics import FEWEST_QUESTIONS
 from coldpress.eval.schema import BYTES, ENVIRONMENT, FIELDS, SPEED_SETTINGS
 from coldpress.eval.wording import aligned, format_bytes, memory_words, number, short
 from coldpress.io.terminal import printable
@@ -129,6 +130,7 @@ def table(records: Sequence[Record]) -> str:
         _table(records, quality),
         _table(records, _buckets(records)),
         *(_table(records, own) for own in task_columns(records)),
+        _table(_compared(records), COMPARED),
         _table(records, SPEED),
     )
     return "\n\n".join(text for text in parts if text)
@@ -277,7 +279,7 @@ def _baseline(records: Sequence[Record]) -> list[str]:
 def _unanswered(records: Sequence[Record]) -> list[str]:
     """The tasks that the uncompressed model itself cannot do, of which no press can lose anything."""
     entries = [entry for r in records for entry in r.get("tasks") or () if entry.get("score_base") == 0]
-    names = dict.fromkeys(f"{entry['task']} at {entry['length']:,}" for entry in entries)
+    names = dict.fromkeys(map(_at_length, entries))
     said = "The uncompressed model scores 0, so these scores say nothing about a press"
     return [printable(f"{said}: {', '.join(names)}.")] if names else []
 
@@ -299,14 +301,28 @@ def _is_whole(record: Record) -> bool:
 
 
 def task_columns(records: Sequence[Record]) -> list[list[Column]]:
-    """The columns of three tables: scores, nats a token of the answers, answers against the uncompressed cache's."""
+    """The columns of two tables: scores, and nats a token of the answers."""
     found = (entry for r in records for entry in r.get("tasks") or ())
-    names = {(entry["task"], entry["length"]): f"{entry['task']} {entry['length']:,}" for entry in found}
+    names = {(entry["task"], entry["length"]): _at_length(entry) for entry in found}
     return [
         [(name, partial(_task_number, kind, "score", "{:.1%}")) for kind, name in names.items()],
-        [(f"{name} nats", partial(_task_number, kind, "answer_nll", "{:.3f}")) for kind, name in names.items()],
-        [(f"{name} against uncompressed", partial(_change, kind)) for kind, name in names.items()],
+        [(f"{name}, nats", partial(_task_number, kind, "answer_nll", "{:.3f}")) for kind, name in names.items()],
     ]
+
+
+def _at_length(entry: Record) -> str:
+    return f"{entry['task']} at {entry['length']:,} tokens"
+
+
+def few_questions(entry: Record) -> int | None:
+    """How many questions a task has, where they are too few for a verdict; those about one context count once."""
+    n = entry.get("n_contexts") or entry.get("n")
+    return n if n is not None and n < FEWEST_QUESTIONS else None
+
+
+def interval_of_score(entry: Record) -> list[float] | None:
+    """The paired interval of a task's score, where there are questions enough for one."""
+    return None if few_questions(entry) is not None else entry.get("delta_score_ci95")
 
 
 def _entry(kind: Kind, record: Record) -> Record:
@@ -319,16 +335,40 @@ def _task_number(kind: Kind, key: str, form: str, record: Record) -> str | None:
     return None if value is None else form.format(value)
 
 
-def _change(kind: Kind, record: Record) -> str | None:
-    """How a benchmark's answers differ: scores with their interval, McNemar's counts and p, how many are the same."""
-    entry = _entry(kind, record)
-    is_baseline = record["press"] == NO_PRESS and record.get("kv_bits") is None
-    if entry.get("same_answers") is None or is_baseline:
+# Benchmarks: a line for each press and task, beside the uncompressed cache
+
+
+def _compared(records: Sequence[Record]) -> list[Record]:
+    """A record of one task each, for all that a benchmark compares with the uncompressed cache."""
+    pressed = [r for r in records if r["press"] != NO_PRESS or bits_of(r)]
+    return [{**r, "tasks": [e]} for r in pressed for e in r.get("tasks") or () if e.get("same_answers") is not None]
+
+
+def _of_task(key: str, form: str) -> Callable[[Record], str | None]:
+    def cell(record: Record) -> str | None:
+        value = record["tasks"][0].get(key)
+        return None if value is None else form.format(value)
+
+    return cell
+
+
+def _difference(record: Record) -> str | None:
+    """Of the scores, with its interval."""
+    entry = record["tasks"][0]
+    if entry.get("score") is None or entry.get("score_base") is None:
         return None
-    ci, said = entry.get("delta_score_ci95"), [f"{entry['same_answers']:.0%} same answers"]
-    if entry.get("gained") is not None:
-        said.insert(0, f"+{entry['gained']} -{entry['lost']} p {entry['mcnemar_p']:.2g}")
-    if entry.get("score") is not None and entry.get("score_base") is not None:
-        interval = "" if ci is None else f" [{ci[0]:+.1%}, {ci[1]:+.1%}]"
-        said.insert(0, f"{entry['score'] - entry['score_base']:+.1%}{interval}")
-    return "; ".join(said)
+    ci = interval_of_score(entry)
+    return f"{entry['score'] - entry['score_base']:+.1%}" + ("" if ci is None else f" [{ci[0]:+.1%}, {ci[1]:+.1%}]")
+
+
+COMPARED: tuple[Column, ...] = (
+    ("task", lambda record: _at_length(record["tasks"][0])),
+    ("questions", _of_task("n", "{:,}")),
+    ("uncompressed", _of_task("score_base", "{:.1%}")),
+    ("under the press", _of_task("score", "{:.1%}")),
+    ("difference [95 % CI]", _difference),
+    ("right with the press only", _of_task("gained", "{:,}")),
+    ("right uncompressed only", _of_task("lost", "{:,}")),
+    ("McNemar p", _of_task("mcnemar_p", "{:.2g}")),
+    ("same answers", _of_task("same_answers", "{:.0%}")),
+)

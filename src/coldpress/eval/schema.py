@@ -90,7 +90,7 @@ def _is_bucket(name: Any) -> bool:
 
 _number, _interval, _id = _maybe(is_number), _maybe(_is_pair), lambda value: isinstance(value, str | int)
 _scores = dict.fromkeys(("n", "score", "score_base", "answer_nll", "answer_nll_base"), _number)
-_counted = dict.fromkeys(("same_answers", "gained", "lost", "mcnemar_p", "delta_answer_nll"), _number)
+_counted = dict.fromkeys(("n_contexts", "same_answers", "gained", "lost", "mcnemar_p", "delta_answer_nll"), _number)
 _cis = dict.fromkeys(("delta_score_ci95", "delta_answer_nll_ci95"), _interval)
 _depths = _maybe(_list(_has(**_scores, depth=is_number)))
 
@@ -225,6 +225,7 @@ FIELDS: dict[str, Field] = {
     "peak_mem_bytes": Field(BYTES, "peak memory", "peak memory", page="peak"),
     "peak_mem_kind": Field(TEXT),
     "peak_mem_baseline_bytes": Field(),
+    "peak_mem_bytes_uncompressed": Field(BYTES, is_metric=False),
     "peak_mem_delta_bytes": Field(
         BYTES, "above start", "peak memory above what was held before", page="peak above start"
     ),

@@ -58,6 +58,12 @@ class Entry:
         return f"{self.label} at {self.size}" if self.size and not self.is_baseline else self.label
 
     @property
+    def asked(self) -> float | None:
+        """The number of its size: the ratio, or the tokens or bytes of its budget."""
+        sizes = [self.record.get(name) for name in ("compression_ratio", *BUDGETS)]
+        return next((float(size) for size in sizes if size is not None), None)
+
+    @property
     def context(self) -> Any:
         """Tokens of the timed context; None where none was."""
         return self.record.get("speed_context_tokens") or self.record.get("context_tokens")

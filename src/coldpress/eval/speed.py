@@ -297,6 +297,7 @@ class SpeedRun:
                 "decode_speedup": speedups.get(number),
                 "decode_speedup_spread": _spread(list(speedups.values())),
                 "tpot_ms_baseline": compared.samples[number].tpot_ms if speedups else None,
+                "peak_mem_bytes_uncompressed": None if compared.memory is None else compared.memory.peak_bytes,
             }
         return record
 

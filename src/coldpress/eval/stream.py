@@ -20,6 +20,7 @@ from transformers.modeling_utils import PreTrainedModel
 from coldpress.cache.pressed import PressedCache
 from coldpress.errors import SelfCheckError
 from coldpress.eval.jobs import BASELINE, Point
+from coldpress.eval.ledger import Ledger
 from coldpress.eval.losses import finite, forward, token_losses
 from coldpress.eval.metrics import perplexity
 from coldpress.eval.models import input_device
@@ -72,6 +73,15 @@ class Read:
     kv_lengths: list[int]
 
 
+@dataclass(frozen=True)
+class Streamed:
+    """What a ledger notes of a document that one point has read to its end: of each chunk what :class:`Read` has."""
+
+    losses: list[list[float]]
+    kv_bytes: list[int]
+    kv_lengths: list[list[int]]
+
+
 class Chunk(NamedTuple):
     """Tokens that ``point`` reads at once, after those before them: of which document, and from which token on."""
 
@@ -92,9 +102,10 @@ class StreamRun(PointRun[Read]):
         chunk: tokens that are fed in together.
         positions: of the presses' caches, as in :class:`PressedCache`.
         limit: tokens of each document that are read at original positions; None for all.
+        ledger: of documents that a point has read to their ends; one that it has begun is read anew.
     """
 
-    kind = Read
+    kind = Streamed
 
     def __init__(
         self,
@@ -105,8 +116,9 @@ class StreamRun(PointRun[Read]):
         chunk: int,
         positions: Literal["original", "rerotate"],
         limit: int | None = None,
+        ledger: Ledger | None = None,
     ):
-        self.chunk, self.positions = chunk, positions
+        self.chunk, self.positions, self.limit = chunk, positions, limit
         self.whole = list(documents)
         self.within = [ids[:limit] for ids in documents]
         chunks = [
@@ -116,7 +128,7 @@ class StreamRun(PointRun[Read]):
             for begin in range(0, len(self.documents(point)[i]) - 1, chunk)
         ]
         self.work, self.cache = self._read, PressedCache()
-        super().__init__(model, points, chunks)
+        super().__init__(model, points, chunks, ledger)
 
     def position_mode(self, point: Point) -> Literal["original", "rerotate"]:
         """Where this point's keys stand."""
@@ -137,6 +149,29 @@ class StreamRun(PointRun[Read]):
     def _missing(self, index: int) -> list[Point]:
         point = self.given[index].point
         return [] if point.key in self.done[index] or point.key in self.errors else [point]
+
+    def _fingerprint(self, index: int) -> str:
+        return f"{self.chunk} {self.positions} {self.limit}"
+
+    def _places(self, key: str, document: int) -> list[int]:
+        """Where the chunks of a document are that a point reads."""
+        return [i for i, (point, of, _) in enumerate(self.given) if (point.key, of) == (key, document)]
+
+    def _restore(self, ledger: Ledger) -> None:
+        for document in range(len(self.whole)):
+            for key, found in ledger.load(Streamed, document, self._fingerprint(document)).items():
+                chunks = zip(found.losses, found.kv_bytes, found.kv_lengths, strict=True)
+                for place, (losses, n_bytes, lengths) in zip(self._places(key, document), chunks, strict=False):
+                    self.done[place][key] = Read(torch.tensor(losses), n_bytes, lengths)
+
+    def _save(self, ledger: Ledger, index: int) -> None:
+        point, document, begin = self.given[index]
+        if begin + self.chunk < len(self.documents(point)[document]) - 1 or point.key in self.errors:
+            return
+        read = [self.done[place][point.key] for place in self._places(point.key, document)]
+        own = Streamed([r.losses.tolist() for r in read], [r.kv_bytes for r in read], [r.kv_lengths for r in read])
+        others = ledger.load(Streamed, document, self._fingerprint(document))
+        ledger.save(document, {**others, point.key: own}, self._fingerprint(document))
 
     @torch.inference_mode()
     def _read(self, model: PreTrainedModel, item: Item) -> dict[str, Read | Exception]:

@@ -109,7 +109,7 @@ def _sweep_model(
     going_on = {run.ledger.folder for _, run in runs if run.ledger is not None}
     for ledger in done:
         if ledger.folder not in going_on:
-            ledger.clear()
+            ledger.discard()
     with contextlib.ExitStack() as stack:
         engine: Engine | None = None
         for evaluation, run in runs:

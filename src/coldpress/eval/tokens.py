@@ -11,7 +11,7 @@ import re
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -116,7 +116,7 @@ def prefixed(tokens: Tokens, token: int | None) -> Tokens:
 SAMPLE_CHARS = 10_000  # of each text that is looked at, from its middle
 SAMPLE_TEXTS = 8
 MOST_UNKNOWN = 0.1, 0.01  # share of all tokens: of what is refused, and of what is said
-MOST_LOST = 0.1, 0.01  # share of all words, likewise
+MOST_CHANGED = 0.1, 0.01  # share of all words, likewise
 _WORD = re.compile(
     r"[\u3040-\u9fff\uac00-\ud7af]|[^\W\u3040-\u9fff\uac00-\ud7af]+"
 )  # a character where none is a space
@@ -128,29 +128,30 @@ def check_readable(tokenizer: Any, texts: Iterable[str], model: str) -> list[str
     Looks at up to SAMPLE_CHARS of up to SAMPLE_TEXTS texts.
 
     Raises:
-        DataError: more than a tenth of the tokens are the unknown token, or of the words do not come back, letters
-            without case and accents counted as the same.
+        DataError: more than a tenth of the tokens are the unknown token, or another special one that the text does not
+            have, or of the words are lost or added, letters without case and accents counted as the same.
     """
     samples = [_middle(text) for text in list(texts)[:SAMPLE_TEXTS]]
     read = [_ids(tokenizer, sample) for sample in samples]
     notes = []
-    unknown = _share_unknown(tokenizer, samples, read)
-    if unknown > MOST_UNKNOWN[1]:
-        said = f"the tokenizer of {model} does not know {unknown:.1%} of the text's tokens"
-        if unknown > MOST_UNKNOWN[0]:
-            raise DataError(f"{said[0].upper()}{said[1:]}{_remedy(tokenizer)}")
-        notes.append(f"{said}.")
+    for share, what in _strange(tokenizer, samples, read):
+        if share > MOST_UNKNOWN[0]:
+            raise DataError(f"The tokenizer of {model} {what}{_remedy(tokenizer)}")
+        if share > MOST_UNKNOWN[1]:
+            notes.append(f"the tokenizer of {model} {what}.")
     back = [tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) for ids in read]
-    lost, example = _share_lost(map(_words, samples), map(_words, back))
-    if lost > MOST_LOST[1]:
-        folded, other = _share_lost(map(_folded, samples), map(_folded, back))
-        if folded > MOST_LOST[0]:
+    changed, example, is_lost = _share_changed(map(_words, samples), map(_words, back))
+    if changed > MOST_CHANGED[1]:
+        folded, other, is_folded_lost = _share_changed(map(_folded, samples), map(_folded, back))
+        if folded > MOST_CHANGED[0]:
+            said = f"{folded:.1%} of its words are lost" if is_folded_lost else f"it has {folded:.1%} more words then"
             raise DataError(
-                f"The tokenizer of {model} does not give the text back: {folded:.1%} of its words are lost, {other!r} "
-                f"among them{_remedy(tokenizer)}"
+                f"The tokenizer of {model} does not give the text back: {said}, {other!r} among them"
+                f"{_remedy(tokenizer)}"
             )
-        what = "changes case or accents of" if folded <= MOST_LOST[1] else "does not give back"
-        notes.append(f"the tokenizer of {model} {what} {lost:.1%} of the text's words, such as {example!r}.")
+        what = "changes case or accents of" if folded <= MOST_CHANGED[1] else "does not give back"
+        what = f"{what} {changed:.1%} of the text's words" if is_lost else f"adds {changed:.1%} more words to the text"
+        notes.append(f"the tokenizer of {model} {what}, such as {example!r}.")
     return notes
 
 
@@ -176,14 +177,22 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _share_unknown(tokenizer: Any, samples: Sequence[str], read: Sequence[Sequence[int]]) -> float:
-    """The unknown token among all tokens, but for where the text itself says so, as WikiText's ``<unk>`` does."""
-    unknown, n_tokens = getattr(tokenizer, "unk_token_id", None), sum(map(len, read))
-    if unknown is None or not n_tokens:
-        return 0.0
-    found = sum(list(ids).count(unknown) for ids in read)
-    written = sum(sample.count(tokenizer.unk_token) for sample in samples)
-    return max(0, found - written) / n_tokens
+def _strange(tokenizer: Any, samples: Sequence[str], read: Sequence[Sequence[int]]) -> Iterator[tuple[float, str]]:
+    """Shares of all tokens, in words: of the unknown token, and of the other special one that is the most frequent.
+
+    What the text itself says does not count, as WikiText says ``<unk>``.
+    """
+    unknown, found = getattr(tokenizer, "unk_token_id", None), Counter(token for ids in read for token in ids)
+    special = [token for token in getattr(tokenizer, "all_special_ids", ()) if token in found]
+    names = dict(zip(special, tokenizer.convert_ids_to_tokens(special), strict=True)) if special else {}
+    extra = {token: found[token] - sum(text.count(name) for text in samples) for token, name in names.items()}
+    if unknown in extra:
+        share = extra.pop(unknown) / found.total()
+        yield share, f"does not know {share:.1%} of the text's tokens"
+    if extra:
+        token = max(extra, key=extra.__getitem__)
+        share = extra[token] / found.total()
+        yield share, f"reads {share:.1%} of the text's tokens as {names[token]!r}"
 
 
 def _words(text: str) -> list[str]:
@@ -196,10 +205,13 @@ def _folded(text: str) -> list[str]:
     return _WORD.findall(unicodedata.normalize("NFKC", "".join(c for c in bare if not unicodedata.combining(c))))
 
 
-def _share_lost(texts: Iterable[list[str]], back: Iterable[list[str]]) -> tuple[float, str]:
-    """Words that are in the texts more often than in what came back, as a share of all; and one of them."""
-    n_words, lost = 0, Counter[str]()
+def _share_changed(texts: Iterable[list[str]], back: Iterable[list[str]]) -> tuple[float, str, bool]:
+    """Words that are lost or that are added, whichever are more: as a share of all, one of them, and whether lost."""
+    n_words, lost, added = 0, Counter[str](), Counter[str]()
     for text, found in zip(texts, back, strict=True):
         n_words += len(text)
         lost += Counter(text) - Counter(found)
-    return (sum(lost.values()) / n_words, max(lost, key=lost.__getitem__)) if lost else (0.0, "")
+        added += Counter(found) - Counter(text)
+    most = max(lost, added, key=Counter.total)
+    example = max(most, key=most.__getitem__, default="")
+    return most.total() / max(1, n_words), example, most is lost

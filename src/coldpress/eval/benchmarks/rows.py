@@ -54,7 +54,7 @@ def load_rows(benchmark: Benchmark, data: str | None, data_dir: str | None) -> R
     """
     require(("datasets",), f"coldpress benchmark {benchmark.name}")
     if data is not None:
-        return _local(data, data_dir)
+        return _local(data, data_dir, benchmark.data_dir)
     data_dir = benchmark.data_dir if data_dir is None else data_dir
     known = ", ".join(benchmark.data_dirs)
     if data_dir is None and benchmark.data_dirs:
@@ -67,11 +67,13 @@ def load_rows(benchmark: Benchmark, data: str | None, data_dir: str | None) -> R
     return Rows(source, data_dir, _told(rows))
 
 
-def _local(data: str, data_dir: str | None) -> Rows:
+def _local(data: str, data_dir: str | None, own_dir: str | None) -> Rows:
     folder = path_of(data)
     if not folder.is_dir():
         raise DataError(f"--data {data!r} is not a folder; give one that holds .parquet or .jsonl files.")
     parts = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if data_dir is None and own_dir in parts:  # what is read of the hub's data set, too
+        data_dir = own_dir
     if data_dir is not None and not (folder / data_dir).is_dir():
         there = (
             f"there are {', '.join(parts)}.{nearest(data_dir, parts)}" if parts else "it is not divided; leave it out."
@@ -185,7 +187,7 @@ def make_contexts(
     rows: Sequence[Row],
     tokenizer: Any,
     *,
-    max_positions: int,
+    max_positions: int | None,
     max_context_length: int | None = None,
     max_new_tokens: int | None = None,
     is_query_aware: bool = False,
@@ -199,6 +201,7 @@ def make_contexts(
     Args:
         rows: with the columns context, question, answer_prefix and max_new_tokens.
         max_positions: of the model; a context is cut where it would leave no room for its longest question and answer.
+            None: there is room for all.
         max_context_length: tokens after which a context is cut; None for as many as there is room for.
         max_new_tokens: of an answer at most, instead of what the row says.
         is_query_aware: put each question into its context, where a press sees it.
@@ -224,12 +227,12 @@ def make_contexts(
             questions.append(Question(encode(asked), max_new_tokens or row[LIMIT], rest))
         end = encode(own[0]["question"]) if is_query_aware else ()  # a press shall see it where a context is cut
         needed = max(len(question.ids) + question.limit for question in questions)
-        room = max_positions - needed
+        room = len(ids) if max_positions is None else max_positions - needed
         length = min(len(ids), room if max_context_length is None else max_context_length)
         if length > room or length <= min(len(head) + len(end), len(ids) - 1):
             raise InputError(
                 f"A context of {len(ids):,} tokens, a question and an answer of up to {needed:,} need more than the "
-                f"{max_positions if max_context_length is None else min(max_positions, max_context_length):,} tokens "
+                f"{min(most for most in (max_positions, max_context_length) if most is not None):,} tokens "
                 "that there are: give other --max_context_length or less --max_new_tokens, or --allow_extrapolation."
             )
         cut = ids if length == len(ids) else ids[: length - len(end)] + end

@@ -200,6 +200,7 @@ class BenchmarkRun(PointRun[Answers]):
                     "task": name if len(measures) < 2 else f"{name} {main}",
                     "length": round(sum(all_lengths) / len(all_lengths)),
                     "n": len(own),
+                    "n_contexts": len({row["context"] for row in own}),
                     "same_answers": sum(row["is_same_answer"] for row in own) / len(own),
                     **_compared(own, main, is_baseline),
                     "by_depth": _by_depth(own, main),
@@ -266,7 +267,7 @@ def measure_benchmark(settings: BenchmarkSettings, command: str) -> tuple[list[d
     contexts = make_contexts(
         rows,
         loaded.tokenizer,
-        max_positions=UNKNOWN_POSITIONS if settings.allow_extrapolation else loaded.max_positions or UNKNOWN_POSITIONS,
+        max_positions=None if settings.allow_extrapolation else loaded.max_positions or UNKNOWN_POSITIONS,
         max_context_length=settings.max_context_length,
         max_new_tokens=settings.max_new_tokens,
         is_query_aware=settings.query_aware,
