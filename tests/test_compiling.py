@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -44,6 +45,7 @@ COMPILE = torch.compile
 def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """The step is traced and then run as it is: what a C++ compiler adds is the slow tests' business."""
     monkeypatch.setattr(torch, "compile", lambda step, **options: COMPILE(step, backend="eager", fullgraph=True))
+    monkeypatch.setattr(columns, "_VERDICTS", {})
     torch._dynamo.reset()
 
 
@@ -177,6 +179,22 @@ def test_both_layouts_are_tried(is_faster: bool, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(columns, "_TRIED_BYTES", 2 * weights[0].nbytes)
     monkeypatch.setattr(columns, "_seconds", seconds)
     assert columns._columns_are_faster(weights) == is_faster and tried == {(False, 2), (True, 2)}
+
+
+def test_layouts_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A verdict that changes from block to block would have torch compile a step again, until it refuses to."""
+    tried: list[torch.Size] = []
+
+    def trial(weights: list[Tensor]) -> bool:
+        tried.append(weights[0].shape)
+        return len(tried) % 2 == 0
+
+    monkeypatch.setattr(columns, "_columns_are_faster", trial)
+    model, lie = BY_NAME["llama"].build(), []
+    for _ in range(3):
+        with compiled(model):
+            lie.append([p.stride() for p in model.parameters()])
+    assert len(tried) == len(set(tried)) and lie[0] == lie[1] == lie[2]
 
 
 @pytest.mark.parametrize("n_parts", [1, 2, 3])
@@ -350,6 +368,25 @@ def test_what_is_compiled_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     ended = ["compiled"]
     assert said[:2] == ["torch.compile makes a decoding step", *ended] and done.steps == 8
     assert said[2:] == ["torch.compile makes a decoding step for other lengths", *ended] and done.forms == 2
+
+
+def test_steps_of_many_forms() -> None:
+    """Torch keeps eight forms of a step, here one: other lengths make new ones, modes and dtypes have their own."""
+    model, graphs = BY_NAME["gpt_neox"].build(), torch._dynamo.utils.counters["stats"]
+    made = []
+    for n, dtype in itertools.product((40, 300, 300), (torch.float32, torch.bfloat16)):
+        model.to(dtype)
+        cache = filled(model, n=n)
+        for mode in (torch.no_grad, torch.inference_mode):
+            before = graphs["unique_graphs"]
+            with mode():
+                expected = model(tokens(1, 1), **cache_argument(cache.fork())).logits
+                with torch._dynamo.config.patch(recompile_limit=1), compiled(model, tell=None) as done:
+                    found = model(tokens(1, 1), **cache_argument(cache.fork())).logits
+            assert done.steps == 1
+            torch.testing.assert_close(found, expected, atol=1e-4 if dtype == torch.float32 else 0.1, rtol=0)
+            made.append(graphs["unique_graphs"] - before)
+    assert made == [1] * 8 + [0] * 4
 
 
 @pytest.mark.parametrize(

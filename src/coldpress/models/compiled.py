@@ -36,9 +36,9 @@ from coldpress.core.press import parts as parts_of
 from coldpress.errors import CacheError, ModelError
 from coldpress.models.block import is_inside
 from coldpress.models.columns import by_columns
-from coldpress.models.compiling import Compiled, Watch, inductor, say
+from coldpress.models.compiling import Compiled, Watch, say
 from coldpress.models.scope import Scope
-from coldpress.models.step import Seen, new_step
+from coldpress.models.step import Seen, Steps
 from coldpress.models.supported import use_coldpress
 from coldpress.stores.bits import KVBits
 from coldpress.stores.parts import Part, Sight
@@ -48,7 +48,7 @@ __all__ = ["Compiled", "compiled"]
 _SUFFICES = {"use_cache": (None, True), "return_dict": (None, True), "output_attentions": (None, False),
              "output_hidden_states": (None, False), "logits_to_keep": (0, 1)}  # fmt: skip
 _TAKEN = {"input_ids", "attention_mask", "position_ids", "cache_position", *NAMES, *_SUFFICES}
-_STEPS: WeakKeyDictionary[nn.Module, dict[Any, Callable[..., Any]]] = WeakKeyDictionary()  # what torch has compiled
+_STEPS: WeakKeyDictionary[nn.Module, dict[Any, Steps]] = WeakKeyDictionary()  # what torch has compiled
 
 
 @contextmanager
@@ -235,17 +235,12 @@ class _Decoder:
     ) -> tuple[Tensor, dict[int, Seen]]:
         """A step, by what torch has compiled for such layers, or compiles now."""
         kinds = tuple((type(p), *(part is None for part in s)) for p, s in zip(parts, sights, strict=True))
-        steps = _STEPS.setdefault(self.model, {})
-        is_new = (kinds, is_watched) not in steps
-        if is_new:
-            steps[kinds, is_watched] = torch.compile(new_step(), fullgraph=True, backend=inductor)
         n_parts = torch.get_num_threads() if ids.device.type == "cpu" else 0
-        name = argument_name(self.eager)
+        steps = _STEPS.setdefault(self.model, {}).setdefault((kinds, is_watched), Steps())
+        way, name = _way(self.model, parts), argument_name(self.eager)
         try:
-            with Watch(self.done, type(self.model).__name__, self.tell, is_new):
-                output: tuple[Tensor, dict[int, Seen]] = steps[kinds, is_watched](
-                    self.model, self.eager, ids, position, parts, sights, is_watched, n_parts, name
-                )
+            with Watch(self.done, type(self.model).__name__, self.tell, not steps.has(way)):
+                output = steps.run(way, self.model, self.eager, ids, position, parts, sights, is_watched, n_parts, name)
         except Exception as error:
             if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise
@@ -284,6 +279,14 @@ class _Decoder:
             is_local=is_local and seen.sliding_window is not None,
             rotation=rotation,
         )
+
+
+def _way(model: PreTrainedModel, parts: list[Part]) -> tuple[Any, ...]:
+    """What is a constant of a compiled step, so that torch compiles it again where it is another."""
+    keys, device = parts[0].keys, parts[0].keys.device
+    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), keys.is_inference(), torch.get_num_threads()
+    return *modes, autocast, device, model.dtype, keys.dtype
 
 
 def _unfit(cache: PressedCache) -> str:
