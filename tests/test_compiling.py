@@ -285,6 +285,8 @@ KINDS = {
     "window, padded": Kind("mistral", SNAP, rows=2, steps=20),
     "windows, soft caps": Kind("gemma2", SNAP, steps=20),
     "windows, sinks": Kind("gpt_oss", SNAP, steps=20),
+    "window, few bits": Kind("mistral", None, {"storage": FEW_BITS}, n=300, steps=90),
+    "window, few bits, padded": Kind("mistral", AdaKVPress(SNAP), {"storage": FEW_BITS}, rows=2, steps=70),
 }
 
 

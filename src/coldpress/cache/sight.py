@@ -90,7 +90,7 @@ class Sights:
     def _made(self, layer: PressedLayer, shown: Tensor | None, facts: _Facts) -> _Held | None:
         slots = layer.slots
         store = slots.filled
-        part = None if layer.window is not None and store.is_ragged else store.part(self.n_more)
+        part = store.part(self.n_more)
         if part is None:
             return None
         mask = shown
@@ -102,10 +102,7 @@ class Sights:
             return _Held(store, store.tensors()[1].data_ptr(), facts, part, Sight(own))
         at, of_tokens = ranks(slots, shown)
         last = of_tokens[..., -1:].int()  # [B or 1, 1, 1]
-        later = last + 1 + torch.arange(part.keys.shape[2] - at.shape[2], dtype=torch.int32, device=last.device)
-        shape = torch.broadcast_shapes(at.shape[:2], later.shape[:2])
-        positions = torch.cat([at.int().expand(*shape, -1), later.expand(*shape, -1)], dim=2)
-        ahead = last + 1 - slots.seen
+        positions, ahead = store.part_positions(at.int(), last), last + 1 - slots.seen
         return _Held(store, store.tensors()[1].data_ptr(), facts, part, Sight(own, positions), ahead)
 
 

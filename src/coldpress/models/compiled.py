@@ -298,5 +298,5 @@ def _unfit(cache: PressedCache) -> str:
         )
     return (
         "compiled() needs pairs as the model made them, or on the CPU in RotatedBits: not keys in fewer channels "
-        "(ThinK), a codec of your own, or heads of different lengths within a sliding window. Leave compiled() out."
+        "(ThinK) or a codec of your own. Leave compiled() out."
     )

@@ -174,6 +174,17 @@ class Store(ABC):
         """A bias ``[B or 1, Hkv or 1, n]`` of the slots in use as its :meth:`part` has its slots; 0 in empty ones."""
         raise NotImplementedError(f"{type(self).__name__} has no part")
 
+    def part_positions(self, positions: Tensor, last: Tensor) -> Tensor:
+        """Positions as its :meth:`part` has its slots, int32; those of tokens to come follow the last one.
+
+        Of a layer with a sliding window, in which no store has heads of different lengths but one that encodes pairs.
+
+        Args:
+            positions: int32 ``[B or 1, Hkv or 1, n]``, of the slots in use.
+            last: int32 ``[B or 1, 1, 1]``, of the newest token.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no part")
+
     def commit(self, n: int) -> None:
         """Count ``n`` pairs of each head that a compiled step wrote in place, into the slots after those in use."""
         raise NotImplementedError(f"{type(self).__name__} has no part")

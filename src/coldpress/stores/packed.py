@@ -313,6 +313,12 @@ class PackedStore(Store):
             flat[i, :n], flat[i, n : n + self._n_later] = own[i, :n], later[i]
         return flat
 
+    def part_positions(self, positions: Tensor, last: Tensor) -> Tensor:
+        found = self.part_bias(positions)
+        n_used = torch.tensor(self._n_first)[:, None] + self._n_later
+        more = torch.arange(found.shape[1], dtype=torch.int32) + 1 - n_used.int()
+        return torch.where(more > 0, last.expand(*self._shape, -1).flatten(0, 1) + more, found)
+
     def commit(self, n: int) -> None:
         self._exact.commit(n)
         self._n_later += n

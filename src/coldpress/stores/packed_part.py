@@ -142,7 +142,13 @@ class PackedPart(NamedTuple):
 
     def attend(self, query: Tensor, sight: Sight, scaling: float) -> Tensor:
         queries = query.reshape(self.at.shape[0], -1, query.shape[3]).float() * scaling
+        bias = sight.bias
+        if sight.positions is not None and sight.oldest is not None:
+            n_rows = query.shape[0]
+            oldest = sight.oldest[..., 0].expand(n_rows, len(queries) // n_rows).reshape(-1, 1)
+            bias = torch.zeros(sight.positions.shape) if bias is None else bias
+            bias = bias.masked_fill(sight.positions <= oldest, -torch.inf)
         output = _attend(
-            queries, self.keys, self.values, self.at, self.codes, self.n_codes, self.n_front, *self.bits, sight.bias
+            queries, self.keys, self.values, self.at, self.codes, self.n_codes, self.n_front, *self.bits, bias
         )
         return output.to(query.dtype).reshape(query.shape[0], 1, query.shape[1], -1)

@@ -35,8 +35,8 @@ class Sight(NamedTuple):
 
     Attributes:
         bias: float32, added to the logits, minus infinity where a slot is hidden: ``[B or 1, Hkv or 1, C]``; of a
-            ragged part as it has its slots, ``[N, n_slots]``.
-        positions: int32 ``[B or 1, Hkv or 1, C]``, of each slot, those to come included, where there is a window.
+            ragged part as it has its slots, ``[N, n_slots]``; of a packed one ``[S, n]``, in the order of its pairs.
+        positions: int32, likewise, of each slot, those to come included, where there is a window.
         oldest: int32 ``[B or 1, 1, 1]``: positions up to this one are out of the window.
     """
 
