@@ -283,15 +283,19 @@ KINDS = {
     "few bits, goes on": Kind("gpt_neox", GOES_ON, {"storage": FEW_BITS}),
     "window": Kind("mistral", None, steps=90),
     "window, padded": Kind("mistral", SNAP, rows=2, steps=20),
-    "windows, soft caps": Kind("gemma2", SNAP, steps=20),
+    "windows, soft caps, ragged": Kind("gemma2", AdaKVPress(SNAP), rows=2),
     "windows, sinks": Kind("gpt_oss", SNAP, steps=20),
     "window, few bits": Kind("mistral", None, {"storage": FEW_BITS}, n=300, steps=90),
     "window, few bits, padded": Kind("mistral", AdaKVPress(SNAP), {"storage": FEW_BITS}, rows=2, steps=70),
+    "windows, soft caps": Kind("gemma2", SNAP, steps=20),
+    "windows, sinks, few bits": Kind("gpt_oss", SNAP, {"storage": FEW_BITS}, steps=70),
+    "windows, sinks, ragged": Kind("gpt_oss", AdaKVPress(SNAP), n=300),
+    "windows, soft caps, few bits": Kind("gemma2", None, {"storage": FEW_BITS}, rows=2, steps=70),
 }
 
 
 @pytest.mark.parametrize("name", KINDS)
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(5)
 def test_kinds_of_caches(name: str, tmp_path: Path) -> None:
     """Each token's logits are those outside, and so is the cache after it: forked, cropped, saved and loaded."""
     kind = KINDS[name]
@@ -437,6 +441,10 @@ def test_calls_it_refuses() -> None:
 
 
 def test_models_it_refuses() -> None:
+    model = BY_NAME["gpt2"].build()
+    cache = filled(model)
+    with compiled(model), pytest.raises(ModelError, match=r"call model\.eval\(\)"):
+        decoded(model.train(), cache, 1)
     with pytest.raises(ModelError, match="depend on the text"), compiled(tiny("llama_dynamic")):
         pass
 

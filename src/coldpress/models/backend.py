@@ -124,7 +124,7 @@ def attention(
     is_compiling = torch.compiler.is_compiling()
     is_of_bytes = is_compiling and attention_mask is not None and attention_mask.dtype == torch.uint8
     if is_of_bytes and CURRENT.cache is not None:  # without a step it is somebody's own, which the attention refuses
-        return _in_step(native, module, query, scaling, dropout, CURRENT.cache, **kwargs)
+        return _in_step(module, query, scaling, CURRENT.cache, **kwargs)
     attend = _attended_outside if is_compiling and THREAD.updated is not None else _attended
     return attend(native, module, query, key, value, attention_mask, scaling, dropout, **kwargs)
 
@@ -191,33 +191,27 @@ _attended_outside = uncompiled(_attended)
 
 
 def _in_step(
-    native: str,
     module: nn.Module,
     query: Tensor,
     scaling: float | None,
-    dropout: float,
     cache: StepCache,
     **kwargs: Any,
 ) -> Attended:
-    """Attention of one token over the part of its layer, in a compiled step (``step.py``)."""
+    """Attention of one token over the part of its layer, in a compiled step (``step.py``).
+
+    torch.compile keeps what is raised here to itself; the prompt was refused for it already, or ``_decode`` does it.
+    """
     for name in _UNKNOWN:
         if kwargs.get(name) is not None:
             raise ModelError(f"{type(module).__name__} attends with {name!r}, which coldpress does not support.")
-    if native not in BACKENDS.values() or (dropout and module.training):
-        raise ModelError("A compiled step does not train; call model.eval().")
     index: Any = module.layer_idx
     part, sight = cache.parts[index], cache.sights[index]
     softcap, sinks, window = kwargs.get("softcap"), kwargs.get("s_aux"), kwargs.pop("sliding_window", None)
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     if cache.is_watched:
         cache.seen[index] = Seen(query, factor, softcap, sinks, window)
-    if softcap is None and sinks is None:
-        return part.attend(query, sight, factor), None
-    if not isinstance(part, DensePart):
-        raise ModelError(
-            f"{type(module).__name__} has soft caps or sinks, which a compiled step knows where all heads of a layer "
-            "store equally many pairs, as they are; leave compiled() out, or take another press."
-        )
+    if (softcap is None and sinks is None) or not isinstance(part, DensePart):
+        return part.attend(query, sight, factor, softcap, sinks), None
     return eager(module, query, part.keys, part.values, part.bias(sight), factor, 0.0, **kwargs)
 
 

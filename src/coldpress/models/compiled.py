@@ -168,6 +168,8 @@ class _Decoder:
                 "Inside 'with press(model):' each call is watched, which cannot be compiled. Give the press to the "
                 "cache, PressedCache(press), or leave its block before decoding."
             )
+        if self.model.training and _drops(self.model):
+            raise ModelError("A compiled step does not drop numbers at random, as in training; call model.eval().")
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.model.parameters()):
             raise ModelError("A compiled step has no gradients; call it under torch.no_grad() or inference_mode().")
         layers = self._checked_layers(cache, ids.shape[0])
@@ -279,6 +281,12 @@ class _Decoder:
             is_local=is_local and seen.sliding_window is not None,
             rotation=rotation,
         )
+
+
+def _drops(model: PreTrainedModel) -> bool:
+    """Whether the model drops numbers at random while it is trained."""
+    layers = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+    return layers or bool(getattr(model.config.get_text_config(decoder=True), "attention_dropout", 0.0))
 
 
 def _way(model: PreTrainedModel, parts: list[Part]) -> tuple[Any, ...]:
