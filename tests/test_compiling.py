@@ -249,6 +249,27 @@ def test_a_block_that_compiles_nothing_says_so() -> None:
             model(tokens(1, 1), **cache_argument(past))
 
 
+def test_a_token_that_is_not_compiled_says_so() -> None:
+    """Once in a block, with the reason; the tokens of a prompt and of questions are not meant."""
+    model = tiny("gpt_neox")
+    use_coldpress(model)
+    cache, one = PressedCache(SNAP), tokens(1, 1)
+    embeds = {"inputs_embeds": model.get_input_embeddings()(one)}
+    with torch.no_grad(), compiled(model, tell=None) as done:
+        model(tokens(1, 40), **cache_argument(cache))
+        model(one, **cache_argument(cache))
+        model(tokens(1, 2), **cache_argument(cache))
+        with pytest.warns(UserWarning, match="not compiled: this call has no input_ids"):
+            model(**embeds, **cache_argument(cache))
+        model(**embeds, **cache_argument(cache))  # has been said
+    assert done.steps == 1
+    with torch.no_grad(), compiled(model, tell=None) as done:
+        model.base_model(one, **cache_argument(PressedCache()))
+        with pytest.warns(UserWarning, match="a part of GPTNeoXForCausalLM was called, not the model itself"):
+            model.base_model(one, **cache_argument(cache))
+    assert done.steps == 0
+
+
 @dataclass(frozen=True)
 class Kind:
     """A kind of cache.

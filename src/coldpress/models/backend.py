@@ -38,11 +38,12 @@ from coldpress.models.step import CURRENT, Seen, StepCache
 from coldpress.models.supported import refuse
 from coldpress.stores.parts import DensePart
 
-__all__ = ["WATCHERS", "attention", "mask", "register"]
+__all__ = ["STEP_WATCHERS", "WATCHERS", "attention", "mask", "register"]
 
 _UNKNOWN = ("position_bias", "head_mask", "indices", "block_indices", "sinks")  # arguments that only some models pass
 
 WATCHERS: list[Callable[[nn.Module], None]] = []  # told of each module that attends without a PressedCache
+STEP_WATCHERS: list[Callable[[nn.Module, Any], None]] = []  # of each that attends for one token with one, not compiled
 
 _PLAIN = ("sdpa", "flash_attention_2")  # arithmetic that is a softmax and nothing else
 
@@ -151,6 +152,9 @@ def _attended(
         for watch in WATCHERS:
             watch(module)
         return _unpressed(native, module, query, key, value, attention_mask, scaling, dropout, **kwargs)
+    if query.shape[2] == 1:
+        for tell in STEP_WATCHERS:
+            tell(module, layer)
     if attention_mask is not None and (attention_mask.dim() != 2 or attention_mask.dtype != torch.bool):
         raise CacheError(
             f"A PressedCache takes 2-D attention masks ([rows, tokens]) only; {type(module).__name__} was given a 4-D "

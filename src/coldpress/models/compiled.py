@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -29,11 +30,13 @@ from coldpress.architecture.cache_argument import NAMES, argument_name, cache_ar
 from coldpress.architecture.places import place_of
 from coldpress.architecture.wrapped import transformers_model
 from coldpress.cache.layer import PressedLayer
+from coldpress.cache.phase import Phase
 from coldpress.cache.pressed import PressedCache
 from coldpress.cache.sight import Sights, commit
 from coldpress.core.call import LayerCall
 from coldpress.core.press import parts as parts_of
 from coldpress.errors import CacheError, ModelError
+from coldpress.models.backend import STEP_WATCHERS
 from coldpress.models.block import is_inside
 from coldpress.models.columns import by_columns
 from coldpress.models.compiling import Compiled, Watch, say
@@ -59,8 +62,8 @@ def compiled(model: nn.Module, new_tokens: int = 256, tell: Callable[[str], None
     of several tokens run as they do outside. The first such token waits for torch.compile (many seconds, and a C++
     compiler on the CPU); another block, and caches of other lengths, use what is there. On CUDA the step is a graph,
     recorded again for the buffers of each cache. The block holds for the thread that opens it and for threads that are
-    started while it is open; calls from others are left alone. A block in which the model runs and nothing is compiled
-    warns when it ends.
+    started while it is open; calls from others are left alone. Of a token that is decoded inside the block and not
+    compiled a block warns, once; and when it ends, if the model ran and nothing was compiled.
 
     Args:
         model: a causal language model, or a wrapper that runs one; it is put on coldpress's backend.
@@ -93,8 +96,10 @@ def compiled(model: nn.Module, new_tokens: int = 256, tell: Callable[[str], None
             stack.enter_context(by_columns(inner))
         inner.forward = decoder.forward
         stack.callback(delattr, inner, "forward")
+        STEP_WATCHERS.append(decoder.watch)
+        stack.callback(STEP_WATCHERS.remove, decoder.watch)
         yield decoder.done
-        if decoder.n_eager and not decoder.n_steps:
+        if decoder.n_eager and not decoder.n_steps and not decoder.has_warned:
             warnings.warn(
                 f"{type(inner).__name__} ran inside this compiled() block, and nothing was compiled: only calls with "
                 "input_ids of one new token a row and a filled PressedCache are.",
@@ -122,6 +127,8 @@ class _Decoder:
         self.model, self.scope, self.tell, self.done = model, Scope(), tell, Compiled()
         self.eager = model.forward
         self.n_steps = self.n_eager = 0  # calls inside the block, for the step (it may refuse them) and others
+        self.here = threading.local()  # has is_called while the model itself runs as outside of the block
+        self.has_warned = False
         self.sights = Sights(new_tokens)
         self.modules: dict[int, nn.Module] = {
             m.layer_idx: m
@@ -139,9 +146,32 @@ class _Decoder:
                 self.n_steps += 1
                 return self._decode(given)
             self.n_eager += 1
-            return self.eager(*args, **kwargs)
+            self.here.is_called = True
+            try:
+                return self.eager(*args, **kwargs)
+            finally:
+                self.here.is_called = False
 
         self.forward = forward
+
+    def watch(self, module: nn.Module, layer: object) -> None:
+        """Warn, once, of a token that ``module`` decodes as it would outside of the block."""
+        if self.has_warned or not isinstance(layer, PressedLayer) or layer.phase is not Phase.LATER:
+            return
+        if (
+            not self.scope.holds()
+            or self.modules.get(layer.index) is not module
+            or layer.session.on_attention is not None
+        ):
+            return
+        self.has_warned, name = True, type(self.model).__name__
+        is_called = getattr(self.here, "is_called", False)
+        reason = "this call has no input_ids" if is_called else f"a part of {name} was called, not the model itself"
+        warnings.warn(
+            f"A token is decoded inside this compiled() block and not compiled: {reason}. Call the model with "
+            "input_ids, as generate() does.",
+            stacklevel=2,
+        )
 
     def _is_step(self, given: dict[str, Any]) -> bool:
         ids, cache = given.get("input_ids"), given_cache(given)
