@@ -192,9 +192,13 @@ class PressedLayer(EvictingLayer):
 
     # -- attention ------------------------------------------------------------------------------------------------
 
-    def begin(self, n_new: int, mask: Tensor | None) -> None:
-        """A call of the model with ``n_new`` tokens begins, with a mask, bool ``[B, seen + n_new]``, or None."""
-        self.session.begin(self.slots.seen, n_new, mask, self.shown)
+    def begin(self, n_new: int, mask: Tensor | None) -> Tensor | None:
+        """A call of the model with ``n_new`` tokens begins, with a mask, bool ``[B, seen + n_new]``, or None.
+
+        Returns:
+            The mask; None if it hides nothing.
+        """
+        return self.session.begin(self.slots.seen, n_new, mask, self.shown)
 
     def run(self, call: LayerCall, mask: Tensor | None, arithmetic: Arithmetic, is_plain: bool) -> Attended:
         """Attention of the tokens that came with the last :meth:`update`, and then what the press makes of it.

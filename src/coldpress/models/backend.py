@@ -71,7 +71,7 @@ def mask(native: str, *args: Any, **kwargs: Any) -> Any:
 def _masked(native: str, *args: Any, **kwargs: Any) -> Any:
     """The 2-D mask for a PressedCache (None if it hides nothing); transformers' own mask for everything else.
 
-    Looking whether it hides anything waits for the device, as transformers' own mask function for sdpa does.
+    Looking what it hides waits for the device, once in a call, as transformers' own mask function for sdpa does.
     """
     layer, THREAD.masks_for = THREAD.masks_for, None
     THREAD.leaves_masks_out = layer is not None
@@ -99,9 +99,7 @@ def _masked(native: str, *args: Any, **kwargs: Any) -> Any:
         )
     if padding.shape[0] != n_rows:
         raise CacheError(f"attention_mask has {padding.shape[0]} rows and the call {n_rows}; pass a row for each.")
-    padding = None if bool(padding.all()) else padding
-    layer.begin(n_queries, padding)
-    return padding
+    return layer.begin(n_queries, padding)
 
 
 _masked_outside = uncompiled(_masked)

@@ -30,6 +30,7 @@ from coldpress.architecture.cache_argument import NAMES, argument_name, cache_ar
 from coldpress.architecture.places import place_of
 from coldpress.architecture.wrapped import transformers_model
 from coldpress.cache.layer import PressedLayer
+from coldpress.cache.masks import ModelCall
 from coldpress.cache.phase import Phase
 from coldpress.cache.pressed import PressedCache
 from coldpress.cache.sight import Sights, commit
@@ -203,8 +204,7 @@ class _Decoder:
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.model.parameters()):
             raise ModelError("A compiled step has no gradients; call it under torch.no_grad() or inference_mode().")
         layers = self._checked_layers(cache, ids.shape[0])
-        shown = self._begin(cache, layers, mask)
-        found = self.sights.of(layers, shown)
+        found = self.sights.of(layers, self._begin(cache, layers, mask))
         if found is None:
             raise CacheError(_unfit(cache))
         position = given.get("position_ids")
@@ -240,8 +240,8 @@ class _Decoder:
         press = cache.press
         return press is not None and (press.evicts_while_decoding or bool(cache.session.roles.observers))
 
-    def _begin(self, cache: PressedCache, layers: list[PressedLayer], mask: Tensor | None) -> Tensor | None:
-        """Note the call and its mask; which of the tokens before it are none of padding, None if all are."""
+    def _begin(self, cache: PressedCache, layers: list[PressedLayer], mask: Tensor | None) -> ModelCall:
+        """Note the call and its mask."""
         session, seen = cache.session, cache.seen_tokens
         if mask is not None:
             if mask.dim() != 2 or mask.shape[1] != seen + 1 or mask.shape[0] != layers[0].slots.filled.n_rows:
@@ -249,7 +249,7 @@ class _Decoder:
                     f"A compiled step takes a mask of all {seen + 1} tokens of each row, [rows, tokens], or none; "
                     f"this one has the shape {tuple(mask.shape)}."
                 )
-            mask = None if bool(mask.all()) else mask.bool()
+            mask = mask.bool()
         session.begin(seen, 1, mask, layers[0].shown)
         call = session.call
         assert call is not None
@@ -260,7 +260,7 @@ class _Decoder:
             )
         if call.shown is not None and cache.press is not None and cache.press.n_waiting:
             raise CacheError(f"{cache.press!r} frees tokens of padded rows one by one; leave compiled() out.")
-        return None if call.shown is None else call.shown[:, :seen]
+        return call
 
     def _run(
         self, ids: Tensor, position: Tensor, parts: list[Part], sights: list[Sight], is_watched: bool
