@@ -345,6 +345,21 @@ def test_kinds_of_caches(name: str, tmp_path: Path) -> None:
         assert_close(text.logits(one.fork(), tokens(kind.rows, 3)), text.logits(twin.fork(), tokens(kind.rows, 3)))
 
 
+def test_steps_after_a_crop_into_what_was_encoded(tmp_path: Path) -> None:
+    model = tiny("gpt_neox")
+    cache = filled(model, n=200, storage=FEW_BITS)
+    twin = cache.fork()
+    expected = [decoded(model, twin, 20)]
+    twin.crop(150)
+    expected += [decoded(model, twin, 90)]
+    with compiled(model, 8, tell=None):
+        assert_close(decoded(model, cache, 20), expected[0])
+        cache.crop(150)
+        cache.save(tmp_path / "cache.safetensors", model)
+        assert_close(decoded(model, cache, 90), expected[1])
+        assert_close(decoded(model, PressedCache.load(tmp_path / "cache.safetensors", model), 90), expected[1])
+
+
 @dataclass
 class Text:
     """Calls of a model with tokens of one text, whose prompt has a mask."""

@@ -396,15 +396,34 @@ def test_windows_soft_caps_and_sinks_of_a_model(name: str) -> None:
         assert torch.equal(own.positions()[..., -NEWEST:], layer.positions()[..., -NEWEST:])
 
 
-def test_the_newest_tokens_can_be_cropped_and_no_others() -> None:
-    case = Case(None, {"storage": EIGHT})
+@pytest.mark.parametrize(
+    ("press", "length"),
+    [(None, 107), (None, 75), (None, 3), (None, 1), (AdaKVPress(H2OPress(0.5, 4)), 55), (SnapKVPress(0.5, 4), 40)],
+)
+def test_tokens_are_cropped_whether_they_are_encoded_or_not(press: BasePress | None, length: int) -> None:
+    """What is left is what it was, and in a fork everything is; later tokens are encoded as ever, nothing twice."""
+    case = Case(press, {"storage": EIGHT})
     past = case.cache()
-    read(case, past, tokens(1, 60), *tokens(1, 20, seed=3).split(1, dim=1))
-    past.crop(80 - NEWEST)
-    with pytest.raises(CacheError, match=r"RotatedBits\(newest="):
-        past.crop(60)
-    assert past.seen_tokens == 80 - NEWEST
-    assert torch.isfinite(read(case, past, tokens(1, 5, seed=4))).all()
+    read(case, past, tokens(2, 40), *tokens(2, 70, seed=3).split(1, dim=1))
+    fork, before = past.fork(), stored(past)
+    past.crop(length)
+    n = before[0].shape[2] - (110 - length)
+    for _ in range(2):
+        assert all(torch.equal(own[:, :, :n], old[:, :, :n]) for own, old in zip(stored(past), before, strict=True))
+        assert all(torch.equal(own, old) for own, old in zip(stored(fork), before, strict=True))
+        n = min(n, SINKS + past.layer(0).slots.filled._codes.counts[0])  # type: ignore[attr-defined]
+        assert torch.isfinite(read(case, past, *tokens(2, 30, seed=4).split(1, dim=1))).all()
+    assert past.seen_tokens == length + 60 and stored(past)[0].shape[2] == before[0].shape[2] - 50 + length
+    one = case.cache()
+    read(case, one, tokens(2, 40))
+    assert past.layer(0).slots.filled._codes.total > one.layer(0).slots.filled._codes.total  # type: ignore[attr-defined]
+
+
+def stored(past: PressedCache) -> tuple[Tensor, ...]:
+    """Positions, keys and values of the first layer."""
+    layer = past.layer(0)
+    assert layer.keys is not None and layer.values is not None
+    return layer.positions().clone(), layer.keys.clone(), layer.values.clone()
 
 
 def test_gradients_of_the_prefill_do_not_stand_in_the_way() -> None:

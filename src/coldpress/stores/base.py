@@ -129,8 +129,8 @@ class Store(ABC):
         return None
 
     @property
-    def n_exact(self) -> int:
-        """The newest slots whose pairs are as they were, so that a crop may go so far."""
+    def n_croppable(self) -> int:
+        """The newest slots that :meth:`crop` can forget: those that are in no block of several tokens."""
         return self.n
 
     def encode(self) -> None:  # noqa: B027

@@ -67,10 +67,6 @@ class PackedStore(Store):
     def n_first(self) -> int:
         return max(self._n_first)
 
-    @property
-    def n_exact(self) -> int:
-        return min(self._n_later, *self._n_tail())
-
     def _n_tail(self) -> list[int]:
         """Pairs of each segment after those in codes."""
         return [n - front for n, front in zip(self._exact.counts, self._n_front, strict=True)]
@@ -215,9 +211,18 @@ class PackedStore(Store):
         self._n_front = fronts
 
     def crop(self, n: int) -> None:
-        dropped = self.n - n
-        self._exact.crop(dropped)
+        dropped, tails = self.n - n, self._n_tail()
         self._n_later -= dropped
+        if dropped <= min(tails):
+            self._exact.crop(dropped)
+            return
+        of_codes = [min(max(0, dropped - tail), n) for tail, n in zip(tails, self._codes.counts, strict=True)]
+        self._codes = self._codes.take(
+            [torch.arange(n - gone) for n, gone in zip(self._codes.counts, of_codes, strict=True)]
+        )
+        exact = [n - dropped + gone for n, gone in zip(self._exact.counts, of_codes, strict=True)]
+        self._exact = self._exact.take([torch.arange(n) for n in exact])
+        self._n_front = [min(front, n) for front, n in zip(self._n_front, exact, strict=True)]
 
     def without_first(self, n: int) -> Store:
         other, longest = copy.copy(self), max(self._n_first)
