@@ -434,7 +434,7 @@ def test_steps_of_many_forms() -> None:
 @pytest.mark.parametrize(
     ("press", "options", "message"),
     [
-        (SNAP, {"kv_bits": 8}, "groups of tokens, .*RotatedBits"),
+        (SNAP, {"kv_bits": 8}, "groups of tokens, .* give kv_bits k8v4 or k4v4"),
         (ThinKPress(0.5), {}, "fewer channels"),
         (QuestPress(), {}, "chooses what each query reads"),
     ],

@@ -458,9 +458,10 @@ def test_what_does_not_go_together() -> None:
     decoding = DecodingPress(KnormPress(), **OFTEN)
     with pytest.raises(ColdpressError, match="quantised again whenever they move"):
         PressedCache(decoding, storage=EIGHT, positions="rerotate")
-    with pytest.raises(CacheError, match=r"give kv_bits k8v4, which is RotatedBits\(8, 4\)"):
+    with pytest.raises(CacheError, match=r"give kv_bits k8v4 or k4v4, which are RotatedBits"):
         PressedCache(decoding, kv_bits=4)
-    assert PressedCache(decoding, kv_bits="k8v4").storage == RotatedBits(8, 4)
+    for bits in (8, 4):
+        assert PressedCache(decoding, kv_bits=f"k{bits}v4").storage == RotatedBits(bits, 4)
     with pytest.raises(CacheError, match="no kv_bits beside it"):
         PressedCache(kv_bits=4, storage=EIGHT)
 

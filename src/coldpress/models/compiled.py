@@ -331,8 +331,8 @@ def _unfit(cache: PressedCache) -> str:
     """Why the pairs of a cache have no fixed shape."""
     if isinstance(cache.storage, KVBits):
         return (
-            f"kv_bits={cache.storage.bits} stores groups of tokens, which a compiled step cannot read; give "
-            "storage=RotatedBits(8, 4), or leave compiled() out."
+            f"kv_bits={cache.storage.bits} stores groups of tokens, which a compiled step cannot read; give kv_bits "
+            "k8v4 or k4v4, which are RotatedBits(8, 4) and (4, 4) and encode pairs one by one, or leave compiled() out."
         )
     return (
         "compiled() needs pairs as the model made them, or on the CPU in RotatedBits: not keys in fewer channels "
