@@ -137,6 +137,11 @@ def a_store(bits: tuple[int, int], n: int = 1500, dim: int = 64, is_ragged: bool
     return PackedStore(RotatedBits(*bits), keys, values, first, 5)
 
 
+def test_the_benchmarks_say_how_many_products_are_of_integers() -> None:
+    text = (Path(__file__).parents[2] / "benchmarks/packed/README.md").read_text(encoding="utf-8")
+    assert f"a head has {kernels._LEAST_PRODUCTS:,} products or more" in text
+
+
 @pytest.mark.parametrize("bits", [(8, 8), (8, 4), (4, 4), (4, 2), (2, 8)])
 @pytest.mark.parametrize("has_operations", [True, False])
 def test_products_and_sums_on_codes_are_those_of_unpacked_pairs(
