@@ -345,6 +345,17 @@ def test_kinds_of_caches(name: str, tmp_path: Path) -> None:
         assert_close(text.logits(one.fork(), tokens(kind.rows, 3)), text.logits(twin.fork(), tokens(kind.rows, 3)))
 
 
+def test_pairs_that_are_encoded_make_no_new_forms() -> None:
+    model, graphs = tiny("mistral"), torch._dynamo.utils.counters["stats"]
+    cache = filled(model, n=60, storage=FEW_BITS)
+    with compiled(model, tell=None):
+        made = []
+        for _ in range(130):
+            decoded(model, cache, 1)
+            made.append(graphs["unique_graphs"])
+    assert made[0] == made[-1]
+
+
 def test_steps_after_a_crop_into_what_was_encoded(tmp_path: Path) -> None:
     model = tiny("gpt_neox")
     cache = filled(model, n=200, storage=FEW_BITS)

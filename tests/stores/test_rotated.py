@@ -33,6 +33,7 @@ from coldpress.stores import rows
 from coldpress.stores.bits import BITS, ROTATED, KVBits, bits_from, bits_name, storage_of
 from coldpress.stores.hadamard import hadamard, rotated
 from coldpress.stores.packed import PackedStore
+from coldpress.stores.packed_part import attend_packed
 from coldpress.stores.rows import code_bytes, least_and_step, packed_codes, row_bytes, rows_of, unpacked_codes
 from coldpress.stores.segments import Segments
 
@@ -212,6 +213,24 @@ def test_rows_without_codes_or_with_nothing_but_codes(first: list[list[int]], n_
     store, query = PackedStore(codec, keys, values, torch.tensor(first), later), numbers(2, 6, 1, 64, seed=2)
     assert store._reads_codes(query)
     torch.testing.assert_close(store.attend(query, None, 64**-0.5), slowly(store, query, None), atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("is_ragged", [False, True, "rows"])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_soft_caps_and_sinks_on_codes_are_those_on_unpacked_pairs(is_ragged: bool | str, has_bias: bool) -> None:
+    store, queries, sinks = (
+        a_store((8, 4), n=400, is_ragged=is_ragged),
+        numbers(4, 3, 64, seed=3),
+        numbers(4, 3, seed=5),
+    )
+    lengths = [n + 5 for n in store._n_first]
+    biases = [numbers(1, n, seed=i) if has_bias else None for i, n in enumerate(lengths)]
+    found = attend_packed(store.codec, queries, store._exact, store._codes, store._n_front, biases, 3.0, sinks)
+    own = zip(queries, store._segments(0), store._segments(1), biases, sinks, found, strict=True)
+    for query, keys, values, bias, sink, output in own:
+        logits = 3 * (query @ keys.T / 3).tanh() + (0 if bias is None else bias)
+        weights = torch.cat([logits, sink[:, None]], dim=1).softmax(1)[:, :-1]
+        torch.testing.assert_close(output, weights @ values, atol=2e-4, rtol=0)
 
 
 @pytest.mark.gpu

@@ -291,7 +291,7 @@ class PackedStore(Store):
         if exact.pitch is None or exact.room < 1:
             most = codec.first_tokens + codec.exact_tokens + codec.batch_tokens  # then some are encoded
             exact.own([whole_blocks(max(max(exact.counts) + 1, most))] * len(exact.counts))
-        if codes.pitch is None or codes.is_borrowed:
+        if codes.pitch is None or codes.is_borrowed or not codes.total:  # no rows at all are a form by themselves
             codes.own([whole_blocks(max(codes.counts) + n_more)] * len(codes.counts))
         n_codes, n_front = (torch.tensor(counts) for counts in (codes.counts, self._n_front))
         for name in CODES:  # their number is a variable of the compiled step
@@ -316,13 +316,13 @@ class PackedStore(Store):
         flat = bias.new_zeros(len(own), longest + self._n_later + self._exact.pitch)
         for i, n in enumerate(self._n_first):
             flat[i, :n], flat[i, n : n + self._n_later] = own[i, :n], later[i]
-        return flat
+        return _of_any_length(flat)
 
     def part_positions(self, positions: Tensor, last: Tensor) -> Tensor:
         found = self.part_bias(positions)
         n_used = torch.tensor(self._n_first)[:, None] + self._n_later
         more = torch.arange(found.shape[1], dtype=torch.int32) + 1 - n_used.int()
-        return torch.where(more > 0, last.expand(*self._shape, -1).flatten(0, 1) + more, found)
+        return _of_any_length(torch.where(more > 0, last.expand(*self._shape, -1).flatten(0, 1) + more, found))
 
     def commit(self, n: int) -> None:
         self._exact.commit(n)
@@ -355,3 +355,9 @@ class PackedStore(Store):
         if room:
             store._exact.own([n + room for n in n_exact])
         return store
+
+
+def _of_any_length(rows: Tensor) -> Tensor:
+    """``rows [S, n]``, n of which is a variable of the compiled step: it grows whenever pairs are encoded."""
+    torch._dynamo.maybe_mark_dynamic(rows, 1)
+    return rows
