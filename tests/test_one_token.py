@@ -93,6 +93,21 @@ def test_segments_of_whole_blocks(dtype: torch.dtype, group: int) -> None:
     torch.testing.assert_close(actual.double(), expected, atol=1e-5 if dtype == torch.float32 else 0.03, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("sink", [-torch.inf, 0.5, 60.0])
+def test_blocks_with_soft_caps_and_sinks(dtype: torch.dtype, sink: float) -> None:
+    """Of two segments, one block and two; a sink that is not there changes nothing."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 3, 16).to(dtype), *torch.randn(2, 48, 16).to(dtype)
+    segment, sinks = torch.tensor([0, 1, 1]), torch.full((2, 3), sink)
+    found = attend_blocks(query, key, value, segment, torch.tensor([16, 20, 4]), 16, 0.25, None, 2.0, sinks)
+    for i, own in enumerate((slice(0, 16), slice(16, 36))):
+        logits = 2 * (query[i].double() @ key[own].double().T * 0.25 / 2).tanh()
+        weights = torch.cat([logits, sinks[i, :, None].double()], dim=1).softmax(1)[:, :-1]
+        wanted = weights @ value[own].double()
+        torch.testing.assert_close(found[i].double(), wanted, atol=1e-5 if dtype == torch.float32 else 2e-3, rtol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("spread", [0.0, 0.3, 12.0])
 def test_sums_stay_in_range(dtype: torch.dtype, spread: float) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from tests.contract.architectures import tokens
 from tests.devices.device import Device, close, decoded, filled
 from tests.devices.test_stores import HEADS, KINDS, SNAP, bits
+from torch.nn.functional import pad
 
 from coldpress import PressedCache, PyramidKVPress, compiled
 from coldpress.architecture.cache_argument import cache_argument
@@ -49,6 +51,48 @@ def waiting_is_an_error(device: Device) -> Iterator[None]:
         device.counted()
         yield
         assert [dict(found) for found in device.counted()] == [{}, {}]
+
+
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+@pytest.mark.parametrize("name", ["dense", "dense, pressed", "ragged", "k8v4"])
+def test_padding_makes_the_host_wait_once(name: str, how: str, device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask that a call brings is looked at once, whatever it hides."""
+    if how == "compiled":
+        if name == "k8v4":
+            pytest.skip("has no graph on a device")
+        if device.pretended is not None:
+            run_as_it_is(monkeypatch)
+    model, kind, mask = device.models("llama")[1], KINDS[name], torch.ones(2, 100, dtype=torch.long)
+    mask[1, :7] = 0
+    cache = PressedCache(kind.press, **kind.options)
+    one = device.put(tokens(2, 1))
+    masks = [device.put(pad(mask, (0, i), value=1)) for i in range(5)]
+    with torch.no_grad():
+        model(device.put(tokens(2, 100)), attention_mask=masks[0], **cache_argument(cache))
+        with compiled(model, tell=None) if how == "compiled" else nullcontext():
+            for shown in masks[1:-1]:  # which move to buffers with room
+                model(one, attention_mask=shown, **cache_argument(cache))
+            with waiting_once(device):
+                model(one, attention_mask=masks[-1], **cache_argument(cache))
+
+
+@contextmanager
+def waiting_once(device: Device) -> Iterator[None]:
+    if device.pretended is not None:
+        device.counted()
+        yield
+        waits, uploads = device.counted()
+        assert sum(waits.values()) == 1 and not uploads
+        return
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert sum("synchronizing CUDA operation" in str(one.message) for one in said) == 1
 
 
 COMPILED = {"dense": SNAP, "ragged": HEADS, "layers": PyramidKVPress(0.5, window_size=8)}

@@ -33,6 +33,7 @@ from coldpress.stores import rows
 from coldpress.stores.bits import BITS, ROTATED, KVBits, bits_from, bits_name, storage_of
 from coldpress.stores.hadamard import hadamard, rotated
 from coldpress.stores.packed import PackedStore
+from coldpress.stores.packed_part import attend_packed
 from coldpress.stores.rows import code_bytes, least_and_step, packed_codes, row_bytes, rows_of, unpacked_codes
 from coldpress.stores.segments import Segments
 
@@ -137,6 +138,11 @@ def a_store(bits: tuple[int, int], n: int = 1500, dim: int = 64, is_ragged: bool
     return PackedStore(RotatedBits(*bits), keys, values, first, 5)
 
 
+def test_the_benchmarks_say_how_many_products_are_of_integers() -> None:
+    text = (Path(__file__).parents[2] / "benchmarks/packed/README.md").read_text(encoding="utf-8")
+    assert f"a head has {kernels._LEAST_PRODUCTS:,} products or more" in text
+
+
 @pytest.mark.parametrize("bits", [(8, 8), (8, 4), (4, 4), (4, 2), (2, 8)])
 @pytest.mark.parametrize("has_operations", [True, False])
 def test_products_and_sums_on_codes_are_those_of_unpacked_pairs(
@@ -207,6 +213,24 @@ def test_rows_without_codes_or_with_nothing_but_codes(first: list[list[int]], n_
     store, query = PackedStore(codec, keys, values, torch.tensor(first), later), numbers(2, 6, 1, 64, seed=2)
     assert store._reads_codes(query)
     torch.testing.assert_close(store.attend(query, None, 64**-0.5), slowly(store, query, None), atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("is_ragged", [False, True, "rows"])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_soft_caps_and_sinks_on_codes_are_those_on_unpacked_pairs(is_ragged: bool | str, has_bias: bool) -> None:
+    store, queries, sinks = (
+        a_store((8, 4), n=400, is_ragged=is_ragged),
+        numbers(4, 3, 64, seed=3),
+        numbers(4, 3, seed=5),
+    )
+    lengths = [n + 5 for n in store._n_first]
+    biases = [numbers(1, n, seed=i) if has_bias else None for i, n in enumerate(lengths)]
+    found = attend_packed(store.codec, queries, store._exact, store._codes, store._n_front, biases, 3.0, sinks)
+    own = zip(queries, store._segments(0), store._segments(1), biases, sinks, found, strict=True)
+    for query, keys, values, bias, sink, output in own:
+        logits = 3 * (query @ keys.T / 3).tanh() + (0 if bias is None else bias)
+        weights = torch.cat([logits, sink[:, None]], dim=1).softmax(1)[:, :-1]
+        torch.testing.assert_close(output, weights @ values, atol=2e-4, rtol=0)
 
 
 @pytest.mark.gpu
@@ -396,15 +420,34 @@ def test_windows_soft_caps_and_sinks_of_a_model(name: str) -> None:
         assert torch.equal(own.positions()[..., -NEWEST:], layer.positions()[..., -NEWEST:])
 
 
-def test_the_newest_tokens_can_be_cropped_and_no_others() -> None:
-    case = Case(None, {"storage": EIGHT})
+@pytest.mark.parametrize(
+    ("press", "length"),
+    [(None, 107), (None, 75), (None, 3), (None, 1), (AdaKVPress(H2OPress(0.5, 4)), 55), (SnapKVPress(0.5, 4), 40)],
+)
+def test_tokens_are_cropped_whether_they_are_encoded_or_not(press: BasePress | None, length: int) -> None:
+    """What is left is what it was, and in a fork everything is; later tokens are encoded as ever, nothing twice."""
+    case = Case(press, {"storage": EIGHT})
     past = case.cache()
-    read(case, past, tokens(1, 60), *tokens(1, 20, seed=3).split(1, dim=1))
-    past.crop(80 - NEWEST)
-    with pytest.raises(CacheError, match=r"RotatedBits\(newest="):
-        past.crop(60)
-    assert past.seen_tokens == 80 - NEWEST
-    assert torch.isfinite(read(case, past, tokens(1, 5, seed=4))).all()
+    read(case, past, tokens(2, 40), *tokens(2, 70, seed=3).split(1, dim=1))
+    fork, before = past.fork(), stored(past)
+    past.crop(length)
+    n = before[0].shape[2] - (110 - length)
+    for _ in range(2):
+        assert all(torch.equal(own[:, :, :n], old[:, :, :n]) for own, old in zip(stored(past), before, strict=True))
+        assert all(torch.equal(own, old) for own, old in zip(stored(fork), before, strict=True))
+        n = min(n, SINKS + past.layer(0).slots.filled._codes.counts[0])  # type: ignore[attr-defined]
+        assert torch.isfinite(read(case, past, *tokens(2, 30, seed=4).split(1, dim=1))).all()
+    assert past.seen_tokens == length + 60 and stored(past)[0].shape[2] == before[0].shape[2] - 50 + length
+    one = case.cache()
+    read(case, one, tokens(2, 40))
+    assert past.layer(0).slots.filled._codes.total > one.layer(0).slots.filled._codes.total  # type: ignore[attr-defined]
+
+
+def stored(past: PressedCache) -> tuple[Tensor, ...]:
+    """Positions, keys and values of the first layer."""
+    layer = past.layer(0)
+    assert layer.keys is not None and layer.values is not None
+    return layer.positions().clone(), layer.keys.clone(), layer.values.clone()
 
 
 def test_gradients_of_the_prefill_do_not_stand_in_the_way() -> None:
@@ -439,9 +482,10 @@ def test_what_does_not_go_together() -> None:
     decoding = DecodingPress(KnormPress(), **OFTEN)
     with pytest.raises(ColdpressError, match="quantised again whenever they move"):
         PressedCache(decoding, storage=EIGHT, positions="rerotate")
-    with pytest.raises(CacheError, match=r"give kv_bits k8v4, which is RotatedBits\(8, 4\)"):
+    with pytest.raises(CacheError, match=r"give kv_bits k8v4 or k4v4, which are RotatedBits"):
         PressedCache(decoding, kv_bits=4)
-    assert PressedCache(decoding, kv_bits="k8v4").storage == RotatedBits(8, 4)
+    for bits in (8, 4):
+        assert PressedCache(decoding, kv_bits=f"k{bits}v4").storage == RotatedBits(bits, 4)
     with pytest.raises(CacheError, match="no kv_bits beside it"):
         PressedCache(kv_bits=4, storage=EIGHT)
 

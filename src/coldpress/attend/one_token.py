@@ -65,6 +65,8 @@ def attend_blocks(
     n_slots: int,
     scaling: float,
     bias: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """As :func:`attend_once`, of S segments of different lengths, each of whole blocks of slots.
 
@@ -80,6 +82,8 @@ def attend_blocks(
         n_slots: c.
         scaling: of the logits.
         bias: float32 ``[N, c]``, added to the logits, minus infinity in slots that are empty; or None.
+        softcap: logits x are softcap * tanh(x / softcap) before the bias.
+        sinks: float32 ``[S, G]``, logits that take weight from the pairs and have no value.
 
     Returns:
         ``[S, G, Dv]``.
@@ -88,16 +92,19 @@ def attend_blocks(
     n_blocks = len(segment)
     own = (query.float() * scaling).index_select(0, segment)
     logits = torch.bmm(own, key.view(n_blocks, n_slots, dim).float().transpose(1, 2))  # [N, G, c]
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
     if bias is None:
         is_empty = torch.arange(n_slots, device=key.device) >= n_used[:, None]
         logits.masked_fill_(is_empty[:, None], -torch.inf)
     else:
         logits += bias[:, None]
-    largest = logits.new_full((n_segments, group), -torch.inf)
+    largest = logits.new_full((n_segments, group), -torch.inf) if sinks is None else sinks.clone()
     largest.scatter_reduce_(0, segment[:, None].expand(-1, group), logits.amax(2), "amax")
     weights = logits.sub_(largest.index_select(0, segment)[..., None]).exp_()
     mass = weights.sum(2)  # [N, G]
-    total = largest.zero_().index_add_(0, segment, mass)
+    total = largest.zero_() if sinks is None else (sinks - largest).exp_()
+    total.index_add_(0, segment, mass)
     is_narrow = value.dtype == torch.float16  # embedding_bag's sums are in it too, and have to stay in its range
     if is_narrow:
         weights.div_(mass.clamp_min(torch.finfo(mass.dtype).tiny)[..., None])

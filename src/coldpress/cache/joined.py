@@ -105,10 +105,12 @@ class _JoinedLayer(CacheLayerMixin):
         """As :meth:`PressedLayer.is_offered`."""
         return self._offered is not None and self._offered[0] is keys and self._offered[1] is values
 
-    def begin(self, n_new: int, mask: Tensor | None) -> None:
+    def begin(self, n_new: int, mask: Tensor | None) -> Tensor | None:
         """As :meth:`PressedLayer.begin`, for every row."""
+        mask = None if mask is None or bool(mask.all()) else mask
         for row in self.rows:
             row.begin(n_new, mask)
+        return mask
 
     def run(
         self, call: LayerCall, mask: Tensor | None, arithmetic: Arithmetic, is_plain: bool

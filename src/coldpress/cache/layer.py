@@ -158,12 +158,12 @@ class PressedLayer(EvictingLayer):
                 f"Cannot crop to {length} tokens: pairs that a cache of that length needs are gone. "
                 f"Crop to {oldest} or more, fork() the cache before adding to it, or prefill again."
             )
-        exact = slots.seen - (0 if slots.store is None else slots.store.n_exact)
-        if length < exact and self.session.storage is not None:
+        first = slots.seen - (0 if slots.store is None else slots.store.n_croppable)
+        if length < first and self.session.storage is not None:
             raise CacheError(
-                f"Cannot crop to {length} tokens: those before {exact} are stored in few bits, in groups that cannot "
-                "be cut. Crop to that or more, fork() the cache before adding to it, or keep more of the newest as "
-                "they are, with kv_bits=KVBits(bits, residual_tokens=...) or storage=RotatedBits(newest=...)."
+                f"Cannot crop to {length} tokens: those before {first} are stored in few bits, in groups that cannot "
+                "be cut. Crop to that or more, fork() the cache before adding to it, keep more of the newest as they "
+                "are, with kv_bits=KVBits(bits, residual_tokens=...), or store them one by one, with kv_bits='k8v4'."
             )
         return length
 
@@ -192,9 +192,13 @@ class PressedLayer(EvictingLayer):
 
     # -- attention ------------------------------------------------------------------------------------------------
 
-    def begin(self, n_new: int, mask: Tensor | None) -> None:
-        """A call of the model with ``n_new`` tokens begins, with a mask, bool ``[B, seen + n_new]``, or None."""
-        self.session.begin(self.slots.seen, n_new, mask, self.shown)
+    def begin(self, n_new: int, mask: Tensor | None) -> Tensor | None:
+        """A call of the model with ``n_new`` tokens begins, with a mask, bool ``[B, seen + n_new]``, or None.
+
+        Returns:
+            The mask; None if it hides nothing.
+        """
+        return self.session.begin(self.slots.seen, n_new, mask, self.shown)
 
     def run(self, call: LayerCall, mask: Tensor | None, arithmetic: Arithmetic, is_plain: bool) -> Attended:
         """Attention of the tokens that came with the last :meth:`update`, and then what the press makes of it.

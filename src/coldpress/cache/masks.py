@@ -28,6 +28,8 @@ class ModelCall:
         shown: bool ``[B, seen + n_new]``, False for tokens that no call so far was shown (padding); None: all were.
         hides_shown: whether its mask hides tokens that an earlier call was shown.
         hides_new: whether it hides tokens of its own.
+        hidden_end: column after the last token that its mask hides in some row; 0: it hides none.
+        is_as_before: ``shown`` of the call before is what its mask says of these tokens.
         first: the layer that was updated first.
     """
 
@@ -36,6 +38,8 @@ class ModelCall:
     shown: Tensor | None = None
     hides_shown: bool = False
     hides_new: bool = False
+    hidden_end: int = 0
+    is_as_before: bool = False
     first: int | None = None
 
     @classmethod
@@ -48,20 +52,23 @@ class ModelCall:
         """
         if mask is None:
             return cls(seen, n_new)
-        hides_new = not bool(mask[:, seen:].all())
-        if shown is not None and torch.equal(shown[:, :seen], mask[:, :seen]):
-            now = torch.cat([shown[:, :seen], mask[:, seen:]], dim=1)  # the mask itself may change later
-            return cls(seen, n_new, now, hides_new=hides_new)
         before = mask.new_ones(mask.shape[0], seen)
         if shown is not None:
             before[:, : shown.shape[1]] = shown[:, :seen]
-        hides_shown = bool((before & ~mask[:, :seen]).any())
-        return cls(seen, n_new, torch.cat([before | mask[:, :seen], mask[:, seen:]], dim=1), hides_shown, hides_new)
+        now, column = mask[:, :seen], torch.arange(1, mask.shape[1] + 1, device=mask.device)
+        found = torch.stack([(~mask * column).amax(), (before & ~now).any(), (before != now).any()])
+        end, hides_shown, differs = found.tolist()  # here the host waits for the device, and nowhere else
+        if not end:
+            return cls(seen, n_new)
+        now = torch.cat([before | now, mask[:, seen:]], dim=1)  # the mask itself may change later
+        return cls(seen, n_new, now, bool(hides_shown), end > seen, end, not differs)
 
     @cached_property
     def n_real(self) -> list[int]:
         """How many of its tokens are none of padding, in each row; where some are."""
         assert self.shown is not None
+        if not self.hides_new:
+            return [self.n_new] * len(self.shown)
         return self.shown[:, self.seen :].sum(-1).tolist()
 
 
@@ -95,7 +102,7 @@ def additive_mask(
     if sliding_window is not None and slots.seen <= sliding_window:
         sliding_window = None
     bias = slots.column(BIAS.name)
-    all_seen = mask is None or (by_head and not (call and call.hides_shown) and bool(mask[:, slots.tail_start :].all()))
+    all_seen = mask is None or (by_head and _hides_none_later(mask, slots.tail_start, call))
     is_causal = by_head or (not slots.has_gaps and (n_queries == 1 or before == 0))
     if is_causal and all_seen and sliding_window is None and leaving is None and bias is None:
         return None
@@ -117,6 +124,13 @@ def additive_mask(
         visible = visible | ((slot == query_slot) & ~visible.any(-1, keepdim=True))
     added = torch.zeros(visible.shape, device=device).masked_fill_(~visible, -torch.inf)
     return added if bias is None else added + bias[:, :, None]
+
+
+def _hides_none_later(mask: Tensor, start: int, call: ModelCall | None) -> bool:
+    """Whether a mask hides no token from ``start`` on, and none before that some call was shown."""
+    if call is None:
+        return bool(mask[:, start:].all())
+    return call.hidden_end <= start and not call.hides_shown
 
 
 def leaving(slots: Slots, shown: Tensor | None, n_waiting: int, n_new: int) -> Tensor | None:

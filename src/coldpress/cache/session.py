@@ -138,24 +138,27 @@ class Session:
         self.find_model, self._ropes = other.find_model, dict(other._ropes)
         self._steps = {kind: replace(steps) for kind, steps in other._steps.items()}
 
-    def begin(self, seen: int, n_new: int, mask: Tensor | None, shown: Tensor | None) -> None:
-        """A call of the model begins, with the arguments of :meth:`ModelCall.of`."""
+    def begin(self, seen: int, n_new: int, mask: Tensor | None, shown: Tensor | None) -> Tensor | None:
+        """A call of the model begins, with the arguments of :meth:`ModelCall.of`; returns the mask if it hides any."""
         if n_new < 1:
             raise InputError("A call of the model with a PressedCache needs at least one token for each row; got none.")
         if seen:
             self.branches = []  # the prefill is over
+        call = ModelCall.of(seen, n_new, mask, shown)
+        mask = mask if call.hidden_end else None
         filled = (self, *(branch.session for branch in self.live_branches()))
         for own in filled:
             if not seen:
                 own._check_prompt(mask)
         if mask is not None and n_new > 1:
             warn_of_padding(mask)
-        self.call = ModelCall.of(seen, n_new, mask, shown)
+        self.call = call
         if (not seen and self.chunk_tokens is None) or seen + n_new == self.prefill_end:
             n_real = seen + n_new if self.call.shown is None else self.call.shown.sum(-1).tolist()
             for own in filled:
                 if own.press is not None and not own.press.evicts_while_decoding:
                     warn_of_pins(own.pins, n_real, type(own.press).__name__)
+        return mask
 
     def _check_prompt(self, mask: Tensor | None) -> None:
         """Raise :class:`CacheError` if what comes is no prompt that the press could compress."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from coldpress.cache.layer import PressedLayer
-from coldpress.cache.masks import additive_mask, ranks
+from coldpress.cache.masks import ModelCall, additive_mask, ranks
 from coldpress.cache.phase import Phase
 from coldpress.cache.slots import BIAS
 from coldpress.core.call import LayerCall
@@ -43,15 +43,17 @@ class Sights:
     def __init__(self, n_more: int):
         self.n_more = n_more
         self._held: WeakKeyDictionary[PressedLayer, _Held] = WeakKeyDictionary()
-        self._shown: WeakKeyDictionary[PressedLayer, Tensor] = WeakKeyDictionary()  # of a cache's first layer
+        # of a cache's first layer: what was shown when its sights were made, and at the latest step
+        self._shown: WeakKeyDictionary[PressedLayer, tuple[Tensor, Tensor]] = WeakKeyDictionary()
 
-    def of(self, layers: list[PressedLayer], shown: Tensor | None) -> tuple[list[Part], list[Sight]] | None:
+    def of(self, layers: list[PressedLayer], call: ModelCall) -> tuple[list[Part], list[Sight]] | None:
         """Of the next token, which no mask hides; None where a layer's store has no part.
 
         Args:
-            shown: bool ``[B, seen]``, False for padding; None: there is none.
+            call: of this token.
         """
-        known = self._same(layers[0], shown)
+        known = self._same(layers[0], call)
+        shown = None if call.shown is None else call.shown[:, : call.seen]
         parts, sights = [], []
         for layer in layers:
             held = self._held.get(layer)
@@ -68,18 +70,17 @@ class Sights:
             sights.append(sight)
         return parts, sights
 
-    def _same(self, first: PressedLayer, shown: Tensor | None) -> Tensor | None:
+    def _same(self, first: PressedLayer, call: ModelCall) -> Tensor | None:
         """The tensor of an earlier call, of a cache that has ``shown`` the same tokens and later ones since."""
-        before = self._shown.get(first)
-        if shown is None:
+        if call.shown is None:
             self._shown.pop(first, None)
             return None
-        if before is not None and before.shape[1] <= shown.shape[1] and len(before) == len(shown):
-            n = before.shape[1]
-            if bool(shown[:, n:].all()) and torch.equal(before, shown[:, :n]):
-                return before
-        self._shown[first] = shown
-        return shown
+        shown = call.shown[:, : call.seen]
+        known, latest = self._shown.get(first, (shown, None))
+        if not (call.is_as_before and first.shown is latest) and not _goes_on(known, shown):
+            known = shown
+        self._shown[first] = known, call.shown
+        return known
 
     def _holds(self, held: _Held, layer: PressedLayer, facts: _Facts) -> bool:
         store = layer.slots.store
@@ -90,7 +91,7 @@ class Sights:
     def _made(self, layer: PressedLayer, shown: Tensor | None, facts: _Facts) -> _Held | None:
         slots = layer.slots
         store = slots.filled
-        part = None if layer.window is not None and store.is_ragged else store.part(self.n_more)
+        part = store.part(self.n_more)
         if part is None:
             return None
         mask = shown
@@ -102,11 +103,16 @@ class Sights:
             return _Held(store, store.tensors()[1].data_ptr(), facts, part, Sight(own))
         at, of_tokens = ranks(slots, shown)
         last = of_tokens[..., -1:].int()  # [B or 1, 1, 1]
-        later = last + 1 + torch.arange(part.keys.shape[2] - at.shape[2], dtype=torch.int32, device=last.device)
-        shape = torch.broadcast_shapes(at.shape[:2], later.shape[:2])
-        positions = torch.cat([at.int().expand(*shape, -1), later.expand(*shape, -1)], dim=2)
-        ahead = last + 1 - slots.seen
+        positions, ahead = store.part_positions(at.int(), last), last + 1 - slots.seen
         return _Held(store, store.tensors()[1].data_ptr(), facts, part, Sight(own, positions), ahead)
+
+
+def _goes_on(before: Tensor, shown: Tensor) -> bool:
+    """Whether ``shown`` is ``before`` with later tokens, all of them shown; looking there waits for the device."""
+    n = before.shape[1]
+    if n > shown.shape[1] or len(before) != len(shown):
+        return False
+    return bool(shown[:, n:].all()) and torch.equal(before, shown[:, :n])
 
 
 def commit(layer: PressedLayer, call: LayerCall | None) -> None:

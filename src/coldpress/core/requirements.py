@@ -314,8 +314,8 @@ def check_quantisable(press: Press | None, kv_bits: object, rerotates: bool = Fa
         return
     if press.evicts_while_decoding and not getattr(kv_bits, "evictable", False):
         why = (
-            "groups of tokens cannot be taken apart without quantising them again: give kv_bits k8v4, which is "
-            "RotatedBits(8, 4) and encodes pairs one by one, another press, or no kv_bits"
+            "groups of tokens cannot be taken apart without quantising them again: give kv_bits k8v4 or "
+            "k4v4, which are RotatedBits(8, 4) and (4, 4) and encode pairs one by one, another press, or no kv_bits"
         )
         raise CacheError(refusal("kv_bits", press, "stops", why))
     if press.evicts_while_decoding and rerotates:

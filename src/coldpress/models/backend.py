@@ -38,11 +38,12 @@ from coldpress.models.step import CURRENT, Seen, StepCache
 from coldpress.models.supported import refuse
 from coldpress.stores.parts import DensePart
 
-__all__ = ["WATCHERS", "attention", "mask", "register"]
+__all__ = ["STEP_WATCHERS", "WATCHERS", "attention", "mask", "register"]
 
 _UNKNOWN = ("position_bias", "head_mask", "indices", "block_indices", "sinks")  # arguments that only some models pass
 
 WATCHERS: list[Callable[[nn.Module], None]] = []  # told of each module that attends without a PressedCache
+STEP_WATCHERS: list[Callable[[nn.Module, Any], None]] = []  # of each that attends for one token with one, not compiled
 
 _PLAIN = ("sdpa", "flash_attention_2")  # arithmetic that is a softmax and nothing else
 
@@ -70,7 +71,7 @@ def mask(native: str, *args: Any, **kwargs: Any) -> Any:
 def _masked(native: str, *args: Any, **kwargs: Any) -> Any:
     """The 2-D mask for a PressedCache (None if it hides nothing); transformers' own mask for everything else.
 
-    Looking whether it hides anything waits for the device, as transformers' own mask function for sdpa does.
+    Looking what it hides waits for the device, once in a call, as transformers' own mask function for sdpa does.
     """
     layer, THREAD.masks_for = THREAD.masks_for, None
     THREAD.leaves_masks_out = layer is not None
@@ -98,9 +99,7 @@ def _masked(native: str, *args: Any, **kwargs: Any) -> Any:
         )
     if padding.shape[0] != n_rows:
         raise CacheError(f"attention_mask has {padding.shape[0]} rows and the call {n_rows}; pass a row for each.")
-    padding = None if bool(padding.all()) else padding
-    layer.begin(n_queries, padding)
-    return padding
+    return layer.begin(n_queries, padding)
 
 
 _masked_outside = uncompiled(_masked)
@@ -124,7 +123,7 @@ def attention(
     is_compiling = torch.compiler.is_compiling()
     is_of_bytes = is_compiling and attention_mask is not None and attention_mask.dtype == torch.uint8
     if is_of_bytes and CURRENT.cache is not None:  # without a step it is somebody's own, which the attention refuses
-        return _in_step(native, module, query, scaling, dropout, CURRENT.cache, **kwargs)
+        return _in_step(module, query, scaling, CURRENT.cache, **kwargs)
     attend = _attended_outside if is_compiling and THREAD.updated is not None else _attended
     return attend(native, module, query, key, value, attention_mask, scaling, dropout, **kwargs)
 
@@ -151,6 +150,9 @@ def _attended(
         for watch in WATCHERS:
             watch(module)
         return _unpressed(native, module, query, key, value, attention_mask, scaling, dropout, **kwargs)
+    if query.shape[2] == 1:
+        for tell in STEP_WATCHERS:
+            tell(module, layer)
     if attention_mask is not None and (attention_mask.dim() != 2 or attention_mask.dtype != torch.bool):
         raise CacheError(
             f"A PressedCache takes 2-D attention masks ([rows, tokens]) only; {type(module).__name__} was given a 4-D "
@@ -191,33 +193,27 @@ _attended_outside = uncompiled(_attended)
 
 
 def _in_step(
-    native: str,
     module: nn.Module,
     query: Tensor,
     scaling: float | None,
-    dropout: float,
     cache: StepCache,
     **kwargs: Any,
 ) -> Attended:
-    """Attention of one token over the part of its layer, in a compiled step (``step.py``)."""
+    """Attention of one token over the part of its layer, in a compiled step (``step.py``).
+
+    torch.compile keeps what is raised here to itself; the prompt was refused for it already, or ``_decode`` does it.
+    """
     for name in _UNKNOWN:
         if kwargs.get(name) is not None:
             raise ModelError(f"{type(module).__name__} attends with {name!r}, which coldpress does not support.")
-    if native not in BACKENDS.values() or (dropout and module.training):
-        raise ModelError("A compiled step does not train; call model.eval().")
     index: Any = module.layer_idx
     part, sight = cache.parts[index], cache.sights[index]
     softcap, sinks, window = kwargs.get("softcap"), kwargs.get("s_aux"), kwargs.pop("sliding_window", None)
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     if cache.is_watched:
         cache.seen[index] = Seen(query, factor, softcap, sinks, window)
-    if softcap is None and sinks is None:
-        return part.attend(query, sight, factor), None
-    if not isinstance(part, DensePart):
-        raise ModelError(
-            f"{type(module).__name__} has soft caps or sinks, which a compiled step knows where all heads of a layer "
-            "store equally many pairs, as they are; leave compiled() out, or take another press."
-        )
+    if (softcap is None and sinks is None) or not isinstance(part, DensePart):
+        return part.attend(query, sight, factor, softcap, sinks), None
     return eager(module, query, part.keys, part.values, part.bias(sight), factor, 0.0, **kwargs)
 
 

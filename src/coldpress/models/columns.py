@@ -24,6 +24,7 @@ __all__ = ["OneRow", "by_columns"]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TRIED_BYTES = 1 << 26  # of the weights of one shape: more than a core's own memory holds
 _ROUNDS = 4  # of which the first is not counted
+_VERDICTS: dict[tuple[torch.Size, torch.dtype, int], bool] = {}  # for how many threads, of the trials of this process
 
 
 class OneRow(TorchFunctionMode):
@@ -64,7 +65,7 @@ def by_columns(model: PreTrainedModel) -> Iterator[None]:
     try:
         for group in alike.values():
             weights = list(group.values())
-            if _columns_are_faster(weights):
+            if _verdict(weights):
                 for weight in weights:
                     weight.data = _columns(weight)
                     moved.append(weight)
@@ -78,6 +79,14 @@ def by_columns(model: PreTrainedModel) -> Iterator[None]:
 def _columns(weight: Tensor) -> Tensor:
     with torch.inference_mode(weight.is_inference()):  # so that the model can be trained afterwards if it could before
         return weight.data.t().contiguous().t()
+
+
+def _verdict(weights: list[Tensor]) -> bool:
+    """Whether columns are faster, once and for all: where weights lie otherwise, torch compiles a step again."""
+    kind = weights[0].shape, weights[0].dtype, torch.get_num_threads()
+    if kind not in _VERDICTS:
+        _VERDICTS[kind] = _columns_are_faster(weights)
+    return _VERDICTS[kind]
 
 
 def _columns_are_faster(weights: list[Tensor]) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -29,16 +30,19 @@ from coldpress.architecture.cache_argument import NAMES, argument_name, cache_ar
 from coldpress.architecture.places import place_of
 from coldpress.architecture.wrapped import transformers_model
 from coldpress.cache.layer import PressedLayer
+from coldpress.cache.masks import ModelCall
+from coldpress.cache.phase import Phase
 from coldpress.cache.pressed import PressedCache
 from coldpress.cache.sight import Sights, commit
 from coldpress.core.call import LayerCall
 from coldpress.core.press import parts as parts_of
 from coldpress.errors import CacheError, ModelError
+from coldpress.models.backend import STEP_WATCHERS
 from coldpress.models.block import is_inside
 from coldpress.models.columns import by_columns
-from coldpress.models.compiling import Compiled, Watch, inductor, say
+from coldpress.models.compiling import Compiled, Watch, say
 from coldpress.models.scope import Scope
-from coldpress.models.step import Seen, new_step
+from coldpress.models.step import Seen, Steps
 from coldpress.models.supported import use_coldpress
 from coldpress.stores.bits import KVBits
 from coldpress.stores.parts import Part, Sight
@@ -48,7 +52,7 @@ __all__ = ["Compiled", "compiled"]
 _SUFFICES = {"use_cache": (None, True), "return_dict": (None, True), "output_attentions": (None, False),
              "output_hidden_states": (None, False), "logits_to_keep": (0, 1)}  # fmt: skip
 _TAKEN = {"input_ids", "attention_mask", "position_ids", "cache_position", *NAMES, *_SUFFICES}
-_STEPS: WeakKeyDictionary[nn.Module, dict[Any, Callable[..., Any]]] = WeakKeyDictionary()  # what torch has compiled
+_STEPS: WeakKeyDictionary[nn.Module, dict[Any, Steps]] = WeakKeyDictionary()  # what torch has compiled
 
 
 @contextmanager
@@ -59,8 +63,8 @@ def compiled(model: nn.Module, new_tokens: int = 256, tell: Callable[[str], None
     of several tokens run as they do outside. The first such token waits for torch.compile (many seconds, and a C++
     compiler on the CPU); another block, and caches of other lengths, use what is there. On CUDA the step is a graph,
     recorded again for the buffers of each cache. The block holds for the thread that opens it and for threads that are
-    started while it is open; calls from others are left alone. A block in which the model runs and nothing is compiled
-    warns when it ends.
+    started while it is open; calls from others are left alone. Of a token that is decoded inside the block and not
+    compiled a block warns, once; and when it ends, if the model ran and nothing was compiled.
 
     Args:
         model: a causal language model, or a wrapper that runs one; it is put on coldpress's backend.
@@ -93,8 +97,10 @@ def compiled(model: nn.Module, new_tokens: int = 256, tell: Callable[[str], None
             stack.enter_context(by_columns(inner))
         inner.forward = decoder.forward
         stack.callback(delattr, inner, "forward")
+        STEP_WATCHERS.append(decoder.watch)
+        stack.callback(STEP_WATCHERS.remove, decoder.watch)
         yield decoder.done
-        if decoder.n_eager and not decoder.n_steps:
+        if decoder.n_eager and not decoder.n_steps and not decoder.has_warned:
             warnings.warn(
                 f"{type(inner).__name__} ran inside this compiled() block, and nothing was compiled: only calls with "
                 "input_ids of one new token a row and a filled PressedCache are.",
@@ -122,6 +128,8 @@ class _Decoder:
         self.model, self.scope, self.tell, self.done = model, Scope(), tell, Compiled()
         self.eager = model.forward
         self.n_steps = self.n_eager = 0  # calls inside the block, for the step (it may refuse them) and others
+        self.here = threading.local()  # has is_called while the model itself runs as outside of the block
+        self.has_warned = False
         self.sights = Sights(new_tokens)
         self.modules: dict[int, nn.Module] = {
             m.layer_idx: m
@@ -139,9 +147,32 @@ class _Decoder:
                 self.n_steps += 1
                 return self._decode(given)
             self.n_eager += 1
-            return self.eager(*args, **kwargs)
+            self.here.is_called = True
+            try:
+                return self.eager(*args, **kwargs)
+            finally:
+                self.here.is_called = False
 
         self.forward = forward
+
+    def watch(self, module: nn.Module, layer: object) -> None:
+        """Warn, once, of a token that ``module`` decodes as it would outside of the block."""
+        if self.has_warned or not isinstance(layer, PressedLayer) or layer.phase is not Phase.LATER:
+            return
+        if (
+            not self.scope.holds()
+            or self.modules.get(layer.index) is not module
+            or layer.session.on_attention is not None
+        ):
+            return
+        self.has_warned, name = True, type(self.model).__name__
+        is_called = getattr(self.here, "is_called", False)
+        reason = "this call has no input_ids" if is_called else f"a part of {name} was called, not the model itself"
+        warnings.warn(
+            f"A token is decoded inside this compiled() block and not compiled: {reason}. Call the model with "
+            "input_ids, as generate() does.",
+            stacklevel=2,
+        )
 
     def _is_step(self, given: dict[str, Any]) -> bool:
         ids, cache = given.get("input_ids"), given_cache(given)
@@ -168,11 +199,12 @@ class _Decoder:
                 "Inside 'with press(model):' each call is watched, which cannot be compiled. Give the press to the "
                 "cache, PressedCache(press), or leave its block before decoding."
             )
+        if self.model.training and _drops(self.model):
+            raise ModelError("A compiled step does not drop numbers at random, as in training; call model.eval().")
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.model.parameters()):
             raise ModelError("A compiled step has no gradients; call it under torch.no_grad() or inference_mode().")
         layers = self._checked_layers(cache, ids.shape[0])
-        shown = self._begin(cache, layers, mask)
-        found = self.sights.of(layers, shown)
+        found = self.sights.of(layers, self._begin(cache, layers, mask))
         if found is None:
             raise CacheError(_unfit(cache))
         position = given.get("position_ids")
@@ -208,8 +240,8 @@ class _Decoder:
         press = cache.press
         return press is not None and (press.evicts_while_decoding or bool(cache.session.roles.observers))
 
-    def _begin(self, cache: PressedCache, layers: list[PressedLayer], mask: Tensor | None) -> Tensor | None:
-        """Note the call and its mask; which of the tokens before it are none of padding, None if all are."""
+    def _begin(self, cache: PressedCache, layers: list[PressedLayer], mask: Tensor | None) -> ModelCall:
+        """Note the call and its mask."""
         session, seen = cache.session, cache.seen_tokens
         if mask is not None:
             if mask.dim() != 2 or mask.shape[1] != seen + 1 or mask.shape[0] != layers[0].slots.filled.n_rows:
@@ -217,7 +249,7 @@ class _Decoder:
                     f"A compiled step takes a mask of all {seen + 1} tokens of each row, [rows, tokens], or none; "
                     f"this one has the shape {tuple(mask.shape)}."
                 )
-            mask = None if bool(mask.all()) else mask.bool()
+            mask = mask.bool()
         session.begin(seen, 1, mask, layers[0].shown)
         call = session.call
         assert call is not None
@@ -228,24 +260,19 @@ class _Decoder:
             )
         if call.shown is not None and cache.press is not None and cache.press.n_waiting:
             raise CacheError(f"{cache.press!r} frees tokens of padded rows one by one; leave compiled() out.")
-        return None if call.shown is None else call.shown[:, :seen]
+        return call
 
     def _run(
         self, ids: Tensor, position: Tensor, parts: list[Part], sights: list[Sight], is_watched: bool
     ) -> tuple[Tensor, dict[int, Seen]]:
         """A step, by what torch has compiled for such layers, or compiles now."""
         kinds = tuple((type(p), *(part is None for part in s)) for p, s in zip(parts, sights, strict=True))
-        steps = _STEPS.setdefault(self.model, {})
-        is_new = (kinds, is_watched) not in steps
-        if is_new:
-            steps[kinds, is_watched] = torch.compile(new_step(), fullgraph=True, backend=inductor)
         n_parts = torch.get_num_threads() if ids.device.type == "cpu" else 0
-        name = argument_name(self.eager)
+        steps = _STEPS.setdefault(self.model, {}).setdefault((kinds, is_watched), Steps())
+        way, name = _way(self.model, parts), argument_name(self.eager)
         try:
-            with Watch(self.done, type(self.model).__name__, self.tell, is_new):
-                output: tuple[Tensor, dict[int, Seen]] = steps[kinds, is_watched](
-                    self.model, self.eager, ids, position, parts, sights, is_watched, n_parts, name
-                )
+            with Watch(self.done, type(self.model).__name__, self.tell, not steps.has(way)):
+                output = steps.run(way, self.model, self.eager, ids, position, parts, sights, is_watched, n_parts, name)
         except Exception as error:
             if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise
@@ -286,14 +313,28 @@ class _Decoder:
         )
 
 
+def _drops(model: PreTrainedModel) -> bool:
+    """Whether the model drops numbers at random while it is trained."""
+    layers = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+    return layers or bool(getattr(model.config.get_text_config(decoder=True), "attention_dropout", 0.0))
+
+
+def _way(model: PreTrainedModel, parts: list[Part]) -> tuple[Any, ...]:
+    """What is a constant of a compiled step, so that torch compiles it again where it is another."""
+    keys, device = parts[0].keys, parts[0].keys.device
+    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), keys.is_inference(), torch.get_num_threads()
+    return *modes, autocast, device, model.dtype, keys.dtype
+
+
 def _unfit(cache: PressedCache) -> str:
     """Why the pairs of a cache have no fixed shape."""
     if isinstance(cache.storage, KVBits):
         return (
-            f"kv_bits={cache.storage.bits} stores groups of tokens, which a compiled step cannot read; give "
-            "storage=RotatedBits(8, 4), or leave compiled() out."
+            f"kv_bits={cache.storage.bits} stores groups of tokens, which a compiled step cannot read; give kv_bits "
+            "k8v4 or k4v4, which are RotatedBits(8, 4) and (4, 4) and encode pairs one by one, or leave compiled() out."
         )
     return (
         "compiled() needs pairs as the model made them, or on the CPU in RotatedBits: not keys in fewer channels "
-        "(ThinK), a codec of your own, or heads of different lengths within a sliding window. Leave compiled() out."
+        "(ThinK) or a codec of your own. Leave compiled() out."
     )

@@ -13,9 +13,10 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.models.columns import OneRow
+from coldpress.models.compiling import inductor
 from coldpress.stores.parts import Part, Sight
 
-__all__ = ["CURRENT", "Seen", "StepCache", "new_step"]
+__all__ = ["CURRENT", "Seen", "StepCache", "Steps"]
 
 
 class Seen(NamedTuple):
@@ -88,12 +89,31 @@ def _step(
     return output.logits, cache.seen
 
 
-def new_step() -> Callable[..., tuple[Tensor, dict[int, Seen]]]:
-    """The step as a function of its own to torch.compile.
+class Steps:
+    """The compiled steps over layers of the same kinds, one for each way in which the model is called.
 
-    It keeps eight compiled forms of each function, and what has differed between calls of functions of one name and
-    place in a file it takes for a variable: the heads of two models, or the buffers of two kinds of layers.
+    torch keeps eight forms of each function. What has differed between calls of functions of one name and place in a
+    file it takes for a variable: the heads of two models, or the buffers of two kinds of layers. So the functions have
+    a name of their own, which is that of all ways.
     """
-    code: CodeType = _step.__code__
-    name = f"_step_{next(_NUMBERS)}"
-    return FunctionType(code.replace(co_name=name), _step.__globals__, name)
+
+    def __init__(self) -> None:
+        self._name = f"_step_{next(_NUMBERS)}"
+        self._compiled: dict[Any, Callable[..., Any]] = {}
+
+    def has(self, way: Any) -> bool:
+        """Whether there is a step for a way: grad mode, dtype and the like, each of which is a form by itself."""
+        return way in self._compiled
+
+    def run(self, way: Any, *given: Any) -> tuple[Tensor, dict[int, Seen]]:
+        """A step. Where torch would keep no more forms of it, those that there are go, and others are compiled."""
+        if way in self._compiled:
+            try:
+                return self._compiled[way](*given)
+            except Exception as error:  # before anything was written
+                if not type(error).__name__.endswith("LimitHit"):
+                    raise
+        code: CodeType = _step.__code__
+        function = FunctionType(code.replace(co_name=self._name), _step.__globals__, self._name)
+        self._compiled[way] = torch.compile(function, fullgraph=True, backend=inductor)
+        return self._compiled[way](*given)

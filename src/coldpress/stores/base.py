@@ -129,8 +129,8 @@ class Store(ABC):
         return None
 
     @property
-    def n_exact(self) -> int:
-        """The newest slots whose pairs are as they were, so that a crop may go so far."""
+    def n_croppable(self) -> int:
+        """The newest slots that :meth:`crop` can forget: those that are in no block of several tokens."""
         return self.n
 
     def encode(self) -> None:  # noqa: B027
@@ -172,6 +172,17 @@ class Store(ABC):
 
     def part_bias(self, bias: Tensor) -> Tensor:
         """A bias ``[B or 1, Hkv or 1, n]`` of the slots in use as its :meth:`part` has its slots; 0 in empty ones."""
+        raise NotImplementedError(f"{type(self).__name__} has no part")
+
+    def part_positions(self, positions: Tensor, last: Tensor) -> Tensor:
+        """Positions as its :meth:`part` has its slots, int32; those of tokens to come follow the last one.
+
+        Of a layer with a sliding window, in which no store has heads of different lengths but one that encodes pairs.
+
+        Args:
+            positions: int32 ``[B or 1, Hkv or 1, n]``, of the slots in use.
+            last: int32 ``[B or 1, 1, 1]``, of the newest token.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no part")
 
     def commit(self, n: int) -> None:

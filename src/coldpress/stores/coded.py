@@ -59,7 +59,7 @@ class CodedStore(Store):
         return max(self._n_first) if self.is_ragged else None
 
     @property
-    def n_exact(self) -> int:
+    def n_croppable(self) -> int:
         return self._exact.n_later if isinstance(self._exact, RaggedStore) else self._exact.n
 
     @property

@@ -59,6 +59,11 @@ class DenseStore(Store):
     def part_bias(self, bias: Tensor) -> Tensor:
         return pad(bias, (0, self._v.shape[2] - bias.shape[2]))
 
+    def part_positions(self, positions: Tensor, last: Tensor) -> Tensor:
+        later = last + 1 + torch.arange(self._v.shape[2] - self.n, dtype=torch.int32, device=self.device)
+        shape = torch.broadcast_shapes(positions.shape[:2], later.shape[:2])
+        return torch.cat([positions.expand(*shape, -1), later.expand(*shape, -1)], dim=2)
+
     def commit(self, n: int) -> None:
         self._n += n
 

@@ -67,10 +67,6 @@ class PackedStore(Store):
     def n_first(self) -> int:
         return max(self._n_first)
 
-    @property
-    def n_exact(self) -> int:
-        return min(self._n_later, *self._n_tail())
-
     def _n_tail(self) -> list[int]:
         """Pairs of each segment after those in codes."""
         return [n - front for n, front in zip(self._exact.counts, self._n_front, strict=True)]
@@ -215,9 +211,18 @@ class PackedStore(Store):
         self._n_front = fronts
 
     def crop(self, n: int) -> None:
-        dropped = self.n - n
-        self._exact.crop(dropped)
+        dropped, tails = self.n - n, self._n_tail()
         self._n_later -= dropped
+        if dropped <= min(tails):
+            self._exact.crop(dropped)
+            return
+        of_codes = [min(max(0, dropped - tail), n) for tail, n in zip(tails, self._codes.counts, strict=True)]
+        self._codes = self._codes.take(
+            [torch.arange(n - gone) for n, gone in zip(self._codes.counts, of_codes, strict=True)]
+        )
+        exact = [n - dropped + gone for n, gone in zip(self._exact.counts, of_codes, strict=True)]
+        self._exact = self._exact.take([torch.arange(n) for n in exact])
+        self._n_front = [min(front, n) for front, n in zip(self._n_front, exact, strict=True)]
 
     def without_first(self, n: int) -> Store:
         other, longest = copy.copy(self), max(self._n_first)
@@ -286,7 +291,7 @@ class PackedStore(Store):
         if exact.pitch is None or exact.room < 1:
             most = codec.first_tokens + codec.exact_tokens + codec.batch_tokens  # then some are encoded
             exact.own([whole_blocks(max(max(exact.counts) + 1, most))] * len(exact.counts))
-        if codes.pitch is None or codes.is_borrowed:
+        if codes.pitch is None or codes.is_borrowed or not codes.total:  # no rows at all are a form by themselves
             codes.own([whole_blocks(max(codes.counts) + n_more)] * len(codes.counts))
         n_codes, n_front = (torch.tensor(counts) for counts in (codes.counts, self._n_front))
         for name in CODES:  # their number is a variable of the compiled step
@@ -311,7 +316,13 @@ class PackedStore(Store):
         flat = bias.new_zeros(len(own), longest + self._n_later + self._exact.pitch)
         for i, n in enumerate(self._n_first):
             flat[i, :n], flat[i, n : n + self._n_later] = own[i, :n], later[i]
-        return flat
+        return _of_any_length(flat)
+
+    def part_positions(self, positions: Tensor, last: Tensor) -> Tensor:
+        found = self.part_bias(positions)
+        n_used = torch.tensor(self._n_first)[:, None] + self._n_later
+        more = torch.arange(found.shape[1], dtype=torch.int32) + 1 - n_used.int()
+        return _of_any_length(torch.where(more > 0, last.expand(*self._shape, -1).flatten(0, 1) + more, found))
 
     def commit(self, n: int) -> None:
         self._exact.commit(n)
@@ -344,3 +355,9 @@ class PackedStore(Store):
         if room:
             store._exact.own([n + room for n in n_exact])
         return store
+
+
+def _of_any_length(rows: Tensor) -> Tensor:
+    """``rows [S, n]``, n of which is a variable of the compiled step: it grows whenever pairs are encoded."""
+    torch._dynamo.maybe_mark_dynamic(rows, 1)
+    return rows

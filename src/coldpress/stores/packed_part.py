@@ -14,7 +14,7 @@ from torch import Tensor
 
 from coldpress.attend.one_token import products, weighted_sums
 from coldpress.stores.codec import TokenCodec
-from coldpress.stores.parts import Sight
+from coldpress.stores.parts import Sight, of_segments
 from coldpress.stores.rotated import RotatedBits
 from coldpress.stores.segments import Segments
 
@@ -31,6 +31,8 @@ def attend_packed(
     codes: Segments,
     n_front: Sequence[int],
     biases: Sequence[Tensor | None],
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention of ``queries [S, G, D]``, float32 and scaled: ``[S, G, Dv]``.
 
@@ -39,14 +41,25 @@ def attend_packed(
         exact: keys and values of each segment as they are.
         codes: those between the first ``n_front[i]`` of these and the others.
         biases: float32 ``[1, n]`` of each segment in the order of its pairs, or None.
+        softcap: logits x are softcap * tanh(x / softcap) before the bias.
+        sinks: float32 ``[S, G]``, logits that take weight from the pairs and have no value.
     """
     runs = exact.runs(codes, n_front)
     if len(runs) == 1:
-        return _attend_alike(codec, queries, exact, codes, n_front[0], biases)
+        return _attend_alike(codec, queries, exact, codes, n_front[0], biases, softcap, sinks)
     if len(runs) <= len(queries) // _FEWEST_ALIKE:  # the heads of a row, mostly
         return torch.cat(
             [
-                _attend_alike(codec, queries[i:j], exact.part(i, j), codes.part(i, j), n_front[i], biases[i:j])
+                _attend_alike(
+                    codec,
+                    queries[i:j],
+                    exact.part(i, j),
+                    codes.part(i, j),
+                    n_front[i],
+                    biases[i:j],
+                    softcap,
+                    None if sinks is None else sinks[i:j],
+                )
                 for i, j in runs
             ]
         )
@@ -56,7 +69,7 @@ def attend_packed(
         front, n = n_front[i], codes.counts[i]
         first, last = (own @ exact.segment("keys", i).float().T).tensor_split([front], dim=1)
         logits = torch.cat([first, middle, last], dim=1)
-        weights = (logits if bias is None else logits + bias).softmax(-1)
+        weights = _weights(logits, bias, softcap, None if sinks is None else sinks[i])
         before, middle, after = weights.tensor_split([front, front + n], dim=1)
         of_codes.append(middle)
         outputs.append(torch.cat([before, after], dim=1) @ exact.segment("values", i).float())
@@ -70,19 +83,33 @@ def _attend_alike(
     codes: Segments,
     n_front: int,
     biases: Sequence[Tensor | None],
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """As :func:`attend_packed`, of segments that store as much as each other, in one product for all."""
     n, n_codes, values = exact.counts[0], codes.counts[0], exact.even("values")
     coded = torch.stack(codec.logits(queries, codes))
     logits = torch.cat([products(queries, exact.even("keys").float()), coded], dim=-1)
+    bias = None
     if biases[0] is not None:
         first, middle, last = torch.stack([b for b in biases if b is not None]).tensor_split(
             [n_front, n_front + n_codes], dim=-1
         )
-        logits = logits + torch.cat([first, last, middle], dim=-1)
-    weights = logits.softmax(-1)
+        bias = torch.cat([first, last, middle], dim=-1)
+    weights = _weights(logits, bias, softcap, sinks)
     output = weighted_sums(weights[..., :n].to(values.dtype), values).float()
     return output + codec.sums(weights[..., n:].unbind(0), codes, values.shape[-1])
+
+
+def _weights(logits: Tensor, bias: Tensor | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
+    """Weights of pairs of their ``logits [..., G, n]``, with ``bias [..., 1, n]`` and ``sinks [..., G]``."""
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    if bias is not None:
+        logits = logits + bias
+    if sinks is None:
+        return logits.softmax(-1)
+    return torch.cat([logits, sinks[..., None]], dim=-1).softmax(-1)[..., :-1]
 
 
 @torch.library.custom_op("coldpress::attend_packed", mutates_args=())
@@ -97,6 +124,8 @@ def _attend(
     key_bits: int,
     value_bits: int,
     bias: Tensor | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     n_segments = len(queries)
     pitch = len(keys) // n_segments
@@ -105,7 +134,8 @@ def _attend(
     coded = Segments.held(dict(zip(CODES, codes, strict=True)), n_codes.tolist())
     lengths = [n + m for n, m in zip(counts, coded.counts, strict=True)]
     biases = [None if bias is None else bias[i, None, :n] for i, n in enumerate(lengths)]
-    return attend_packed(RotatedBits(key_bits, value_bits), queries, exact, coded, n_front.tolist(), biases)
+    codec = RotatedBits(key_bits, value_bits)
+    return attend_packed(codec, queries, exact, coded, n_front.tolist(), biases, softcap, sinks)
 
 
 @_attend.register_fake
@@ -140,9 +170,17 @@ class PackedPart(NamedTuple):
         self.values.index_copy_(0, self.at, values.reshape(-1, values.shape[3]))
         return keys, values
 
-    def attend(self, query: Tensor, sight: Sight, scaling: float) -> Tensor:
+    def attend(
+        self, query: Tensor, sight: Sight, scaling: float, softcap: float | None = None, sinks: Tensor | None = None
+    ) -> Tensor:
         queries = query.reshape(self.at.shape[0], -1, query.shape[3]).float() * scaling
-        output = _attend(
-            queries, self.keys, self.values, self.at, self.codes, self.n_codes, self.n_front, *self.bits, sight.bias
-        )
+        bias = sight.bias
+        if sight.positions is not None and sight.oldest is not None:
+            n_rows = query.shape[0]
+            oldest = sight.oldest[..., 0].expand(n_rows, len(queries) // n_rows).reshape(-1, 1)
+            bias = torch.zeros(sight.positions.shape) if bias is None else bias
+            bias = bias.masked_fill(sight.positions <= oldest, -torch.inf)
+        own = of_segments(sinks, queries)
+        stored = self.keys, self.values, self.at, self.codes, self.n_codes, self.n_front
+        output = _attend(queries, *stored, *self.bits, bias, softcap, own)
         return output.to(query.dtype).reshape(query.shape[0], 1, query.shape[1], -1)

@@ -10,7 +10,7 @@ from torch import Tensor
 from coldpress.attend.functions import sdpa
 from coldpress.attend.one_token import attend_blocks
 
-__all__ = ["DensePart", "Part", "RaggedPart", "Sight", "stays_in_place", "whole_blocks"]
+__all__ = ["DensePart", "Part", "RaggedPart", "Sight", "of_segments", "stays_in_place", "whole_blocks"]
 
 _SLOTS = 64  # buffers are whole multiples of this, so that texts of similar lengths share a compiled step
 
@@ -30,13 +30,21 @@ def stays_in_place(buffer: Tensor) -> None:
         torch._dynamo.mark_static_address(buffer, guard=False)
 
 
+def of_segments(sinks: Tensor | None, queries: Tensor) -> Tensor | None:
+    """Sinks ``[Hq]`` as ``queries [S, G, D]`` have their heads, float32 ``[S, G]``."""
+    if sinks is None:
+        return None
+    n_segments, group, _ = queries.shape
+    return sinks.float().expand(n_segments * group // len(sinks), -1).reshape(n_segments, group)
+
+
 class Sight(NamedTuple):
     """What the token of a step sees of the slots in use, where it does not see them all as they are.
 
     Attributes:
         bias: float32, added to the logits, minus infinity where a slot is hidden: ``[B or 1, Hkv or 1, C]``; of a
-            ragged part as it has its slots, ``[N, n_slots]``.
-        positions: int32 ``[B or 1, Hkv or 1, C]``, of each slot, those to come included, where there is a window.
+            ragged part as it has its slots, ``[N, n_slots]``; of a packed one ``[S, n]``, in the order of its pairs.
+        positions: int32, likewise, of each slot, those to come included, where there is a window.
         oldest: int32 ``[B or 1, 1, 1]``: positions up to this one are out of the window.
     """
 
@@ -69,7 +77,10 @@ class DensePart(NamedTuple):
         bias = torch.zeros(is_hidden.shape, device=slot.device) if sight.bias is None else sight.bias
         return bias.masked_fill(is_hidden, -torch.inf)[:, :, None]
 
-    def attend(self, query: Tensor, sight: Sight, scaling: float) -> Tensor:
+    def attend(
+        self, query: Tensor, sight: Sight, scaling: float, softcap: float | None = None, sinks: Tensor | None = None
+    ) -> Tensor:
+        assert softcap is None and sinks is None  # the model's own attention knows them
         return sdpa(None, query, self.keys, self.values, self.bias(sight), scaling, 0.0)[0]
 
 
@@ -105,7 +116,9 @@ class RaggedPart(NamedTuple):
         self.values.index_copy_(0, self.at, values.reshape(-1, values.shape[3]))
         return keys, values
 
-    def attend(self, query: Tensor, sight: Sight, scaling: float) -> Tensor:
+    def attend(
+        self, query: Tensor, sight: Sight, scaling: float, softcap: float | None = None, sinks: Tensor | None = None
+    ) -> Tensor:
         n_slots = self.n_slots
         n_used = self.at.index_select(0, self.segment) + 1 - self.first
         bias = sight.bias
@@ -113,7 +126,10 @@ class RaggedPart(NamedTuple):
             is_empty = torch.arange(n_slots, device=bias.device) >= n_used[:, None]
             bias = bias.masked_fill(is_empty, -torch.inf)
         queries = query.reshape(self.at.shape[0], -1, query.shape[3])
-        output = attend_blocks(queries, self.keys, self.values, self.segment, n_used, n_slots, scaling, bias)
+        own = of_segments(sinks, queries)
+        output = attend_blocks(
+            queries, self.keys, self.values, self.segment, n_used, n_slots, scaling, bias, softcap, own
+        )
         return output.reshape(query.shape[0], 1, query.shape[1], -1)
 
 
@@ -130,5 +146,12 @@ class Part(Protocol):
     def write(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store the pair ``[B, Hkv, 1, D]`` of one token for each head; keys and values for the model to hand on."""
 
-    def attend(self, query: Tensor, sight: Sight, scaling: float) -> Tensor:
-        """Attention of ``query [B, Hq, 1, D]``: ``[B, 1, Hq, Dv]``."""
+    def attend(
+        self, query: Tensor, sight: Sight, scaling: float, softcap: float | None = None, sinks: Tensor | None = None
+    ) -> Tensor:
+        """Attention of ``query [B, Hq, 1, D]``: ``[B, 1, Hq, Dv]``.
+
+        Args:
+            softcap: logits x are softcap * tanh(x / softcap).
+            sinks: ``[Hq]``, a logit of each head that takes weight from the pairs.
+        """
