@@ -12,11 +12,10 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from coldpress.eval.apart import added
 from coldpress.eval.columns import Cell, Table, opening_table, tables
-from coldpress.eval.conclusions import WITHIN, findings, headline, where
+from coldpress.eval.conclusions import added, findings, headline, where
 from coldpress.eval.figures import VARIABLES, Drawing, require_matplotlib
-from coldpress.eval.glance import answer, chosen, rows
+from coldpress.eval.glance import CHEAP, answer, chosen, rows
 from coldpress.eval.phrases import contexts, sentences
 from coldpress.eval.plots import draw
 from coldpress.eval.report import describe
@@ -31,9 +30,10 @@ METHOD = (
     "KL is the mean Kullback-Leibler divergence of the next-token distribution from the uncompressed model's, in "
     "nats; it sees changes that a perplexity averages away.",
     "Intervals, drawn as bars or in brackets, are 95 % confidence intervals of paired differences, the window (or "
-    "text) as the unit of sampling, Student's t. One press is called ahead of another only where the interval of their "
+    "text) as the unit of sampling, Student's t. One press is told from another only where the interval of their "
     "paired difference excludes 0. Intervals are of one comparison each: among many presses some are ahead by chance.",
-    f"Cheap: the whole interval lies below {WITHIN}. Speed is called a gain only where every round agrees.",
+    f"Cheap: the whole interval lies below +{CHEAP * 100:g} % of PPL. Speed is called a gain only where every round "
+    "agrees.",
     "Intervals of scores stay in 0 to 1: Wilson's of a score, Newcombe's of a paired difference.",
     "no_press is measured beside every press, also where one press only was asked for: every number is compared with "
     "it.",
