@@ -274,7 +274,7 @@ def _evaluation(kind: str, options: dict[str, Any]) -> Evaluation:
     try:
         own = {name: value for name, value in options.items() if name in _OPTIONS[kind]}
         settings = TaskSettings(**own, press=names) if kind == "tasks" else Settings(**own, press=names)
-        of_jobs = settings.of_jobs if isinstance(settings, TaskSettings) else settings
+        of_jobs = settings.of_jobs() if isinstance(settings, TaskSettings) else settings
         jobs = make_jobs(of_jobs)
         for entry in with_parameters:
             values = entry.values() if isinstance(entry, dict) else [None]
