@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tests.eval.report_records import MIB, Record, failed, record, spread, stream, tasked, timed
 
-from coldpress.eval.conclusions import findings, headline
+from coldpress.eval.page import findings, headline
 from coldpress.eval.report import table
 from coldpress.eval.sections import Section, paired, sections
 from coldpress.eval.wording import clean, listed

@@ -25,6 +25,7 @@ from coldpress.eval.datasets import Corpus, Document, load_corpus
 from coldpress.eval.jobs import BASELINE, Job, Point, make_jobs
 from coldpress.eval.ledger import Answered, Ledger
 from coldpress.eval.losses import finite, forward, token_losses
+from coldpress.eval.material import SENTENCES, Material
 from coldpress.eval.metrics import paired_difference, score_difference
 from coldpress.eval.models import LoadedModel, input_device, load_model
 from coldpress.eval.plan import UNKNOWN_POSITIONS
@@ -40,8 +41,7 @@ from coldpress.eval.point_run import (
 )
 from coldpress.eval.run import DECODE_COST, ExampleRun, carry_out, checked_folder, prepared
 from coldpress.eval.settings import TaskSettings
-from coldpress.eval.tasks import Example, Material, make_examples
-from coldpress.eval.tasks.material import SENTENCES
+from coldpress.eval.tasks import Example, make_examples
 from coldpress.eval.tokens import note_unreadable
 
 SHOWN = 80  # characters of an answer that a record holds
