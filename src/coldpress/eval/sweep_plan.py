@@ -104,42 +104,31 @@ def read_config(path: str) -> dict[str, Any]:
     """The mapping in a YAML file; :class:`DataError` where there is none."""
     import yaml
 
+    class Once(yaml.SafeLoader):
+        """Refuses a name that its mapping has already, of which YAML would take the last."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            seen: set[str] = set()
+            for key, _ in node.value:
+                if isinstance(key.value, str) and key.value in seen:
+                    again = f"says {key.value} twice, at line {key.start_mark.line + 1} again: leave one out"
+                    raise DataError(f"{path!r} {again}")
+                seen |= {key.value} if isinstance(key.value, str) else set()
+            return super().construct_mapping(node, deep)
+
     try:
-        text = read_text(path)
-        twice = _named_twice(yaml.compose(text, Loader=yaml.SafeLoader))
-        config = yaml.safe_load(text)
+        config = yaml.load(read_text(path), Loader=Once)
     except RecursionError as error:
         raise DataError(f"{path!r} is nested too deeply for a sweep's file") from error
     except (OSError, ValueError) as error:  # ValueError: bytes that are no text, a name with a NUL, no such date
         raise DataError(f"cannot read {path!r} ({error}): give a YAML file") from error
     except yaml.YAMLError as error:
         raise DataError(f"{path!r} is not YAML: {' '.join(str(error).split())}") from error
-    if twice is not None:
-        raise DataError(f"{path!r} says {twice.value} twice, at line {twice.start_mark.line + 1} again: leave one out")
     if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
         raise DataError(
             f"{path!r} holds no mapping of options; docs/guide/sweep.md shows what a sweep's file looks like"
         )
     return config
-
-
-def _named_twice(root: Any) -> Any:
-    """A key that its mapping in a composed YAML document has already, of which YAML would take the last; or None."""
-    waiting, seen = [root], set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or isinstance(node.value, str) or id(node) in seen:
-            continue
-        seen.add(id(node))  # aliases may go round in a circle
-        keys: set[str] = set()
-        for part in node.value:
-            key, value = part if isinstance(part, tuple) else (None, part)
-            if key is not None and isinstance(key.value, str):
-                if key.value in keys:
-                    return key
-                keys.add(key.value)
-            waiting.append(value)
-    return None
 
 
 def with_options(config: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
