@@ -104,26 +104,25 @@ def read_config(path: str) -> dict[str, Any]:
     """The mapping in a YAML file; :class:`DataError` where there is none."""
     import yaml
 
-    class Once(yaml.SafeLoader):
-        """Refuses a name that its mapping has already, of which YAML would take the last."""
+    twice: list[Any] = []  # names that their mapping has already, of which YAML takes the last
 
+    class Loader(yaml.SafeLoader):
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            seen: set[str] = set()
-            for key, _ in node.value:
-                if isinstance(key.value, str) and key.value in seen:
-                    again = f"says {key.value} twice, at line {key.start_mark.line + 1} again: leave one out"
-                    raise DataError(f"{path!r} {again}")
-                seen |= {key.value} if isinstance(key.value, str) else set()
+            keys = [key for key, _ in node.value if isinstance(key.value, str)]
+            twice.extend(key for i, key in enumerate(keys) if any(key.value == own.value for own in keys[:i]))
             return super().construct_mapping(node, deep)
 
     try:
-        config = yaml.load(read_text(path), Loader=Once)
+        config = yaml.load(read_text(path), Loader=Loader)
     except RecursionError as error:
         raise DataError(f"{path!r} is nested too deeply for a sweep's file") from error
     except (OSError, ValueError) as error:  # ValueError: bytes that are no text, a name with a NUL, no such date
         raise DataError(f"cannot read {path!r} ({error}): give a YAML file") from error
     except yaml.YAMLError as error:
         raise DataError(f"{path!r} is not YAML: {' '.join(str(error).split())}") from error
+    if twice:
+        key, line = twice[0].value, twice[0].start_mark.line + 1
+        raise DataError(f"{path!r} says {key} twice, at line {line} again: leave one out")
     if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
         raise DataError(
             f"{path!r} holds no mapping of options; docs/guide/sweep.md shows what a sweep's file looks like"
