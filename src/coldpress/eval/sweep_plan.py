@@ -106,11 +106,14 @@ def read_config(path: str) -> dict[str, Any]:
 
     twice: list[Any] = []  # names that their mapping has already, of which YAML takes the last
 
+    seen: dict[int, Any] = {}
+
     class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            keys = [key for key, _ in node.value if isinstance(key.value, str)]
+        def flatten_mapping(self, node: Any) -> None:  # before it takes in what it merges
+            keys = [] if id(node) in seen else [key for key, _ in node.value if isinstance(key.value, str)]
+            seen[id(node)] = node
             twice.extend(key for i, key in enumerate(keys) if any(key.value == own.value for own in keys[:i]))
-            return super().construct_mapping(node, deep)
+            super().flatten_mapping(node)
 
     try:
         config = yaml.load(read_text(path), Loader=Loader)
