@@ -16,8 +16,8 @@ from coldpress.cli import main
 from coldpress.commands import asking
 from coldpress.errors import CacheError, InputError, PressError
 from coldpress.eval import task_run
-from coldpress.eval.tasks import Material, find_task
-from coldpress.eval.tasks.kinds import make_example
+from coldpress.eval.material import Material
+from coldpress.eval.tasks import find_task, make_example
 from coldpress.models.pipeline import KVPressTextGenerationPipeline, _in_prompt
 
 SYSTEM = "You answer in one word."

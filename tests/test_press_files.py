@@ -118,7 +118,7 @@ def test_workers_do_not_have_it(file: Path) -> None:
     with pytest.raises(PressError, match="--engine ray has workers that do not have"):
         make_jobs(Settings(press=(str(file),), ppl_apply_press=True, ppl_only=True, engine="ray"))
     with pytest.raises(PressError, match="--engine ray has workers that do not have"):
-        make_jobs(TaskSettings(press=(str(file),), engine="ray").of_jobs)
+        make_jobs(TaskSettings(press=(str(file),), engine="ray").of_jobs())
 
 
 def test_a_request_cannot_have_a_file_run(file: Path) -> None:

@@ -29,8 +29,8 @@ from coldpress.errors import (
     SelfCheckError,
     UnreachableError,
 )
-from coldpress.eval import cluster, ray_connection
-from coldpress.eval import worker as transport
+from coldpress.eval import cluster, ray_cluster
+from coldpress.eval import ray_cluster as transport
 from coldpress.eval.cluster import RayEngine, check_engine, make_engine
 from coldpress.eval.jobs import Point
 from coldpress.eval.models import LoadedModel, load_model
@@ -248,7 +248,7 @@ def test_without_ray_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("address", ["olives", "local", "host:0", "host:port", ":6379", "ray://"])
 def test_what_is_no_address(address: str) -> None:
     with pytest.raises(ClusterError, match="--ray_address"):
-        ray_connection.check_address(address)
+        ray_cluster.check_address(address)
 
 
 def test_a_closed_port_is_out_of_reach_at_once() -> None:
@@ -257,16 +257,16 @@ def test_a_closed_port_is_out_of_reach_at_once() -> None:
     started = time.monotonic()
     for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
         with pytest.raises(UnreachableError, match=f"no Ray cluster can be reached at {address}.*refused"):
-            ray_connection.check_address(address)
+            ray_cluster.check_address(address)
     assert time.monotonic() - started < 5
 
 
 @pytest.mark.slow
 def test_who_listens_and_is_no_cluster_is_out_of_reach_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_connection, "PROBE_S", 1.0)
+    monkeypatch.setattr(ray_cluster, "PROBE_S", 1.0)
     started = time.monotonic()
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         with pytest.raises(UnreachableError, match="no Ray cluster can be reached"):
-            ray_connection.check_address(address)
+            ray_cluster.check_address(address)
     assert time.monotonic() - started < 15

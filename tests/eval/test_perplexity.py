@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from coldpress.errors import SelfCheckError
-from coldpress.eval import perplexity as module
+from coldpress.eval import evaluate as module
+from coldpress.eval.evaluate import plain_perplexity
 from coldpress.eval.losses import token_losses
 from coldpress.eval.metrics import paired_difference
-from coldpress.eval.perplexity import plain_perplexity
 
 
 def direct(model: PreTrainedModel, ids: Tensor, length: int, stride: int) -> tuple[float, int]:

@@ -42,7 +42,7 @@ ODD = (5, "abc", True, [], [[]], {}, {"a": [1]}, {"a": None}, [None], [1, "b"], 
 @pytest.mark.parametrize("make", [record, timed, tasked, stream])
 def test_whatever_the_check_lets_pass_has_a_section_and_words(make: object) -> None:
     from coldpress.eval.columns import tables
-    from coldpress.eval.conclusions import findings, headline
+    from coldpress.eval.page import findings, headline
 
     made = {
         record: lambda: record(

@@ -138,6 +138,12 @@ def test_what_makes_no_sense_is_said_before_anything_is_loaded(config: dict[str,
         SweepPlan.of({"models": ["demo"], "texts": ["demo"], **config})
 
 
+def test_a_name_that_is_merged_is_not_said_twice(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text("a: {b: [&x {<<: {seed: 1}, seed: 2}]}\nc: {<<: *x}\n")
+    assert read_config(str(path)) == {"a": {"b": [{"seed": 2}]}, "c": {"seed": 2}}
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -31,10 +31,11 @@ from coldpress.bases.registry import make_press
 from coldpress.errors import SelfCheckError
 from coldpress.eval.jobs import BASELINE, Point
 from coldpress.eval.ledger import Ledger
+from coldpress.eval.material import Material
 from coldpress.eval.metrics import paired_difference
 from coldpress.eval.models import LoadedModel, load_model
 from coldpress.eval.task_run import ExampleWork, TaskRun, match
-from coldpress.eval.tasks import Example, Material, make_examples
+from coldpress.eval.tasks import Example, make_examples
 
 LENGTH = 96
 Result = dict[str, Any]

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 
 from coldpress.errors import DataError, InputError
+from coldpress.eval.material import ADJECTIVES, NOUNS, SENTENCES, Material
 from coldpress.eval.models import load_model
-from coldpress.eval.tasks import Example, Material, find_task, make_examples, task_names
-from coldpress.eval.tasks.kinds import make_example, register
-from coldpress.eval.tasks.material import ADJECTIVES, NOUNS, SENTENCES
+from coldpress.eval.tasks import Example, find_task, make_example, make_examples, register, task_names
 
 DEPTHS = (0.0, 0.3, 1.0)
 TEXT = "It was late. The mill stood still, and nobody came! Who could say why? A cart went by. Then it rained. " + (

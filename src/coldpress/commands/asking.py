@@ -16,8 +16,7 @@ from coldpress.errors import CacheError, InputError, ModelError, UnreachableErro
 from coldpress.eval.datasets import load_corpus
 from coldpress.eval.jobs import check_no_size, check_of_a_context, check_types, default_press
 from coldpress.eval.models import BY_NAME, DTYPES, LoadedModel, load_model
-from coldpress.eval.progress import warnings_noted
-from coldpress.eval.reading import reading_shown
+from coldpress.eval.progress import reading_shown, warnings_noted
 from coldpress.eval.results import check_output
 from coldpress.eval.tokens import note_unreadable
 from coldpress.io.files import path_of

@@ -8,7 +8,8 @@ from typing import Any
 
 from coldpress.backends import NO_PRESS
 from coldpress.errors import PressError
-from coldpress.eval.glance import Row, answer, chosen, rows, task_rows
+from coldpress.eval.columns import task_table
+from coldpress.eval.glance import Row, answer, chosen, rows
 from coldpress.eval.phrases import WORDS, contexts, headed, memory, removed_words, sentences
 from coldpress.eval.results import Collection, check_writable, write_file
 from coldpress.eval.sections import Section, sections, text_name
@@ -119,10 +120,13 @@ def _results(section: Section, language: str) -> list[str]:
 
 def _tasks(section: Section, shown: Sequence[Row], language: str) -> list[str]:
     """What each task gave, which the opening table holds the mean of at most: a table; none where there are none."""
-    names, found = task_rows(section)
+    table = task_table(section)
+    names = [head for head, _ in table.heads[2:]]
     heads = [*WORDS[language]["heads"].split("|")[:2], *names]
-    known = {(row.press, row.size) for row in shown}
-    lines = [[clean(press), removed_words(size), *cells] for press, size, cells in found if (press, size) in known]
+    known = {(clean(row.press), row.size) for row in shown}
+    found = [[cell.text for cell in row] for row in table.rows]
+    found = [[press, "" if press == NO_PRESS else size, *cells] for press, size, *cells in found]
+    lines = [[press, removed_words(size), *cells] for press, size, *cells in found if (press, size) in known]
     return ["\n".join(table_lines([heads, *lines]))] if names else []
 
 

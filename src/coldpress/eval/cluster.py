@@ -23,8 +23,7 @@ from coldpress.errors import ClusterError, ColdpressError, LostWorkersError, nea
 from coldpress.eval.models import LoadedModel
 from coldpress.eval.point_run import Engine
 from coldpress.eval.progress import note
-from coldpress.eval.ray_connection import check_address, connect, import_ray
-from coldpress.eval.worker import Spec, Worker, opened
+from coldpress.eval.ray_cluster import Spec, Worker, check_address, connect, import_ray, opened
 from coldpress.io.network import one_line
 
 IN_HAND = 2  # items a worker has at most: one that it does, and one so that it need not wait

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from coldpress.backends import NO_PRESS
-from coldpress.eval.glance import Row, task_name, task_of, value_of
+from coldpress.eval.glance import Row, value_of
 from coldpress.eval.phrases import filled
-from coldpress.eval.report import measured, written
+from coldpress.eval.report import measured, names_of_tasks, task_name, task_of, written
 from coldpress.eval.schema import FIELDS
 from coldpress.eval.sections import Entry, Section
 from coldpress.eval.wording import clean, number, percent
@@ -136,7 +136,7 @@ def tables(section: Section) -> list[Table]:
     told = ("KV before", "TPOT uncompressed") if has_base else ()  # by the line of no_press
     costs = [column for column in (*_SPEED, *_SIZES) if column[0] not in told]
     if section.kind == "tasks":
-        return [_task_table(section), *_table("Memory and speed", [*_PRESS, *_KEPT, *costs], entries)]
+        return [task_table(section), *_table("Memory and speed", [*_PRESS, *_KEPT, *costs], entries)]
     if section.kind == "speed":
         return _table("Press × ratio × context", [*_PRESS, *_CONTEXT, *_STATUS, *_KEPT, *costs], entries)
     own: tuple[_Column, ...] = (*_STREAM, *_QUALITY) if section.kind == "stream" else _QUALITY
@@ -192,12 +192,12 @@ def _drawn(rows: Sequence[tuple[Cell, ...]]) -> tuple[tuple[Cell, ...], ...]:
     return tuple(tuple(bar(cell, i) for i, cell in enumerate(row)) for row in rows)
 
 
-def _task_table(section: Section) -> Table:
-    """Task by press: a line for each entry, a column for each task."""
-    names = list(dict.fromkeys(task_name(task) for p in section.entries for task in p.tasks or []))
+def task_table(section: Section) -> Table:
+    """Task by press: a line for each entry, and for the uncompressed cache, a column for each task."""
+    names = names_of_tasks(p.record for p in section.entries)
 
     def cell(entry: Entry, name: str) -> Cell:
-        task = task_of(entry, name)
+        task = task_of(entry.record, name)
         value, span, is_score = value_of(task)
         if is_score:
             return _with_ci(value, span, 2, "")
@@ -211,6 +211,9 @@ def _task_table(section: Section) -> Table:
 
     heads = (("press", "the method"), ("ratio or budget", "what was asked for"))
     shown = [p for p in section.all if p.tasks]
-    rows = _drawn([(Cell(clean(p.label)), _size(p), *(cell(p, name) for name in names)) for p in shown])
+    rows = [(Cell(clean(p.label)), _size(p), *(cell(p, name) for name in names)) for p in shown]
+    base = {task_name(task): task.get("score_base") for p in shown for task in p.tasks}
+    if section.baseline is None and any(value is not None for value in base.values()):
+        rows.insert(0, (Cell(NO_PRESS), EMPTY, *(_plain(base.get(name), ".2f") for name in names)))
     explained = "string match in 0 to 1 with Wilson's interval, or nats a token of the answer more than uncompressed"
-    return Table("Task × press", (*heads, *((name, explained) for name in names)), rows)
+    return Table("Task × press", (*heads, *((name, explained) for name in names)), _drawn(rows))

@@ -6,7 +6,8 @@ from typing import Any
 
 from coldpress.eval import figures as fig
 from coldpress.eval.figures import Drawing, Style
-from coldpress.eval.glance import task_name, task_of, value_of
+from coldpress.eval.glance import value_of
+from coldpress.eval.report import task_name, task_of
 from coldpress.eval.sections import Entry, Section
 from coldpress.eval.wording import clean, memory_words
 
@@ -193,12 +194,14 @@ def _scores(section: Section, look: dict[str, Style], names: list[str], prefix: 
         axes = fig.grid(figure, len(names), columns, "fraction of the cache removed")
         for axis, name in zip(axes, names, strict=True):
             axis.set_title(clean(name))
-            pressed = [p for p in section.entries if not p.is_baseline and value_of(task_of(p, name))[0] is not None]
+            pressed = [
+                p for p in section.entries if not p.is_baseline and value_of(task_of(p.record, name))[0] is not None
+            ]
             for label in sorted({p.label for p in pressed}, key=lambda label: (look[label].rank, label)):
                 own = sorted((p for p in pressed if p.label == label), key=lambda p: p.at or 0)
-                ys, spans, _ = zip(*(value_of(task_of(p, name)) for p in own), strict=True)
+                ys, spans, _ = zip(*(value_of(task_of(p.record, name)) for p in own), strict=True)
                 fig.curve(done, axis, look[label], label, [p.at or 0 for p in own], [*ys], fig.bars(ys, spans))
-            tasks = [task_of(p, name) for p in pressed]
+            tasks = [task_of(p.record, name) for p in pressed]
             is_score = any(task.get("score") is not None for task in tasks)
             bases = [task["score_base"] for task in tasks if task.get("score_base") is not None]
             level = next(iter(bases), None) if is_score else 0.0

@@ -9,11 +9,9 @@ from typing import Any
 
 from coldpress.backends import NO_PRESS
 from coldpress.eval.metrics import wilson
-from coldpress.eval.report import few_questions
+from coldpress.eval.report import Task, few_questions
 from coldpress.eval.sections import Entry, Section, paired
-from coldpress.eval.wording import clean
 
-Task = dict[str, Any]  # of a record: what was measured of a task
 CHEAP = 0.01  # of perplexity
 FEWEST_WINDOWS = 8  # with fewer, presses are not ranked
 MOST_ROWS = 12  # beside no_press; of more, the best of each size
@@ -185,35 +183,6 @@ def answer(section: Section) -> Answer:
     sure = [p for p in timed if p.is_surely_faster]
     found.fastest = max(sure, key=lambda p: p.decode_speedup, default=None)
     return found
-
-
-def task_name(task: Task) -> str:
-    """``needle at 4,096 tokens``."""
-    length = task.get("length")
-    return clean(task["task"]) + (f" at {length:,.0f} tokens" if length is not None else "")
-
-
-def task_of(entry: Entry, name: str) -> Task:
-    """What was measured of the task of this name; empty where nothing was."""
-    return next((task for task in entry.tasks or [] if task_name(task) == name), {})
-
-
-def task_rows(section: Section) -> tuple[list[str], list[tuple[str, str, list[str]]]]:
-    """The names of the tasks; and press, size and a cell for each of them, the uncompressed cache first.
-
-    A cell is a score, or what an answer costs more than uncompressed, such as ``+1.204 nats``.
-    """
-    pressed = [p for p in section.entries if p.tasks and not p.is_baseline]
-    names = list(dict.fromkeys(task_name(task) for p in section.entries for task in p.tasks or []))
-
-    def cell(task: Task) -> str:
-        value, _, is_score = value_of(task)
-        return "" if value is None else f"{value:.2f}" if is_score else f"{value:+.3f} nats"
-
-    base = {task_name(task): task.get("score_base") for p in pressed for task in p.tasks or []}
-    first = ["" if base.get(name) is None else f"{base[name]:.2f}" for name in names]
-    found = [(p.label, p.size, [cell(task_of(p, name)) for name in names]) for p in pressed]
-    return names, [*([(NO_PRESS, "", first)] if any(first) else []), *found]
 
 
 def value_of(task: Task) -> tuple[Any, Any, bool]:

@@ -15,8 +15,7 @@ from coldpress.errors import InputError, PressError
 from coldpress.eval.datasets import load_corpus
 from coldpress.eval.jobs import check_no_size, check_one_press, check_types, default_press
 from coldpress.eval.models import load_model, pick_device
-from coldpress.eval.progress import note
-from coldpress.eval.reading import reading_shown
+from coldpress.eval.progress import note, reading_shown
 from coldpress.eval.results import check_output
 from coldpress.eval.tokens import encode, note_unreadable
 from coldpress.io.terminal import printable

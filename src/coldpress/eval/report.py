@@ -10,19 +10,21 @@ from typing import Any
 from coldpress.backends import BUDGETS, NO_PRESS
 from coldpress.eval.metrics import FEWEST_QUESTIONS
 from coldpress.eval.schema import BYTES, ENVIRONMENT, FIELDS, SPEED_SETTINGS
-from coldpress.eval.wording import aligned, format_bytes, memory_words, number, short
+from coldpress.eval.wording import aligned, clean, format_bytes, memory_words, number, short
 from coldpress.io.terminal import printable
 
 Record = dict[str, Any]
 Column = tuple[str, Callable[[Record], str | None]]  # its head, and what stands in a record's line
-Kind = tuple[str, int]  # the name of a task, and its length in tokens
+Task = dict[str, Any]  # of a record: what was measured of a task
+
+
+def _formed(value: Any, form: str) -> str | None:
+    return None if value is None else form.format(value)
 
 
 def _interval(record: Record) -> str | None:
-    delta, ci = record.get("delta_nll"), record.get("delta_nll_ci95")
-    if delta is None:
-        return None
-    return f"{delta:+.4f}" if ci is None else f"{delta:+.4f} ± {(ci[1] - ci[0]) / 2:.4f}"
+    ci = record.get("delta_nll_ci95")
+    return _formed(record.get("delta_nll"), "{:+.4f}" + ("" if ci is None else f" ± {(ci[1] - ci[0]) / 2:.4f}"))
 
 
 def measured(record: Record, name: str) -> tuple[Any, tuple[Any, Any] | None]:
@@ -56,11 +58,7 @@ def _of(name: str) -> Column:
 def _under(name: str, head: str, digits: int) -> Column:
     """A number of the loss under a press; where it is the uncompressed model's own, a sentence says it."""
 
-    def cell(record: Record) -> str | None:
-        value = record.get(name)
-        return None if value is None or _is_plain(record) else f"{value:.{digits}f}"
-
-    return head, cell
+    return head, lambda record: None if _is_plain(record) else _formed(record.get(name), f"{{:.{digits}f}}")
 
 
 def _is_plain(record: Record) -> bool:
@@ -129,7 +127,7 @@ def table(records: Sequence[Record]) -> str:
     parts = (
         _table(records, quality),
         _table(records, _buckets(records)),
-        *(_table(records, own) for own in task_columns(records)),
+        *(_table(records, own) for own in _task_columns(records)),
         _table(_compared(records), COMPARED),
         _table(records, SPEED),
     )
@@ -141,14 +139,10 @@ def _buckets(records: Sequence[Record]) -> tuple[Column, ...]:
     names = dict.fromkeys(name for r in records for name in r.get("nll_by_position") or ())
     names = dict.fromkeys(sorted(names, key=lambda name: int(name.partition("-")[0])))
 
-    def column(name: str) -> Column:
-        def cell(record: Record) -> str | None:
-            loss = (record.get("nll_by_position") or {}).get(name)
-            return None if loss is None else f"{loss:.3f}"
+    def cell(name: str, record: Record) -> str | None:
+        return _formed((record.get("nll_by_position") or {}).get(name), "{:.3f}")
 
-        return f"loss at {name}", cell
-
-    return tuple(column(name) for name in names)
+    return tuple((f"loss at {name}", partial(cell, name)) for name in names)
 
 
 def _table(records: Sequence[Record], columns: Sequence[Column]) -> str:
@@ -279,7 +273,7 @@ def _baseline(records: Sequence[Record]) -> list[str]:
 def _unanswered(records: Sequence[Record]) -> list[str]:
     """The tasks that the uncompressed model itself cannot do, of which no press can lose anything."""
     entries = [entry for r in records for entry in r.get("tasks") or () if entry.get("score_base") == 0]
-    names = dict.fromkeys(map(_at_length, entries))
+    names = dict.fromkeys(map(task_name, entries))
     said = "The uncompressed model scores 0, so these scores say nothing about a press"
     return [printable(f"{said}: {', '.join(names)}.")] if names else []
 
@@ -300,18 +294,33 @@ def _is_whole(record: Record) -> bool:
 # Tasks: a column for each, and each length
 
 
-def task_columns(records: Sequence[Record]) -> list[list[Column]]:
+def task_name(task: Task) -> str:
+    """``needle at 4,096 tokens``."""
+    length = task.get("length")
+    return clean(task["task"]) + (f" at {length:,.0f} tokens" if length is not None else "")
+
+
+def names_of_tasks(records: Iterable[Record]) -> list[str]:
+    """The tasks that were measured of any."""
+    return list(dict.fromkeys(task_name(task) for record in records for task in record.get("tasks") or ()))
+
+
+def task_of(record: Record, name: str) -> Task:
+    """What was measured of the task of this name; empty where nothing was."""
+    return next((task for task in record.get("tasks") or () if task_name(task) == name), {})
+
+
+def _task_columns(records: Sequence[Record]) -> list[list[Column]]:
     """The columns of two tables: scores, and nats a token of the answers."""
-    found = (entry for r in records for entry in r.get("tasks") or ())
-    names = {(entry["task"], entry["length"]): _at_length(entry) for entry in found}
+
+    def cell(name: str, key: str, form: str, record: Record) -> str | None:
+        return _formed(task_of(record, name).get(key), form)
+
+    names = names_of_tasks(records)
     return [
-        [(name, partial(_task_number, kind, "score", "{:.1%}")) for kind, name in names.items()],
-        [(f"{name}, nats", partial(_task_number, kind, "answer_nll", "{:.3f}")) for kind, name in names.items()],
+        [(name, partial(cell, name, "score", "{:.1%}")) for name in names],
+        [(f"{name}, nats", partial(cell, name, "answer_nll", "{:.3f}")) for name in names],
     ]
-
-
-def _at_length(entry: Record) -> str:
-    return f"{entry['task']} at {entry['length']:,} tokens"
 
 
 def few_questions(entry: Record) -> int | None:
@@ -325,16 +334,6 @@ def interval_of_score(entry: Record) -> list[float] | None:
     return None if few_questions(entry) is not None else entry.get("delta_score_ci95")
 
 
-def _entry(kind: Kind, record: Record) -> Record:
-    """What a record says of a task; empty where it says nothing."""
-    return next((e for e in record.get("tasks") or () if (e["task"], e["length"]) == kind), {})
-
-
-def _task_number(kind: Kind, key: str, form: str, record: Record) -> str | None:
-    value = _entry(kind, record).get(key)
-    return None if value is None else form.format(value)
-
-
 # Benchmarks: a line for each press and task, beside the uncompressed cache
 
 
@@ -345,11 +344,7 @@ def _compared(records: Sequence[Record]) -> list[Record]:
 
 
 def _of_task(key: str, form: str) -> Callable[[Record], str | None]:
-    def cell(record: Record) -> str | None:
-        value = record["tasks"][0].get(key)
-        return None if value is None else form.format(value)
-
-    return cell
+    return lambda record: _formed(record["tasks"][0].get(key), form)
 
 
 def _difference(record: Record) -> str | None:
@@ -362,7 +357,7 @@ def _difference(record: Record) -> str | None:
 
 
 COMPARED: tuple[Column, ...] = (
-    ("task", lambda record: _at_length(record["tasks"][0])),
+    ("task", lambda record: task_name(record["tasks"][0])),
     ("questions", _of_task("n", "{:,}")),
     ("uncompressed", _of_task("score_base", "{:.1%}")),
     ("under the press", _of_task("score", "{:.1%}")),

@@ -189,9 +189,7 @@ def read_results(
     A file that is not a record of this schema, or at which `check` raises ValueError, is skipped with a warning. Raises
     DataError without a folder.
     """
-    _check_allowed(output_dir)
-    if not os.path.isdir(output_dir):  # Path.is_dir raises for a name that is too long
-        raise DataError(f"no folder {str(output_dir)!r}: give the folder that a run wrote its results to")
+    _check_folder(output_dir)
     records = []
     for path in sorted(Path(output_dir).glob("*.json")):
         try:
@@ -204,10 +202,12 @@ def read_results(
     return records
 
 
-def _check_allowed(folder: str | Path) -> None:
+def _check_folder(folder: str | Path) -> None:
     why = forbidden(folder)
     if why is not None:
         raise DataError(f"{str(folder)!r} cannot be read ({why}): name a folder that you may read")
+    if not os.path.isdir(folder):  # Path.is_dir raises for a name that is too long
+        raise DataError(f"no folder {str(folder)!r}: give the folder that a run wrote its results to")
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -237,9 +237,7 @@ def collect(folders: Iterable[str]) -> Collection:
     for folder in folders:
         if not folder.strip():
             raise DataError("The folder's name is empty; give the folder that a run wrote its results to.")
-        _check_allowed(folder)
-        if not os.path.isdir(folder):
-            raise DataError(f"no folder {folder!r}: give the folder that a run wrote its results to")
+        _check_folder(folder)
         for path in with_subfolders(Path(folder)):
             real = path.resolve()
             if real in seen:

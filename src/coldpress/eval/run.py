@@ -184,14 +184,33 @@ class Run(ABC):
         return [_blank(common, job) for job in self.jobs]
 
 
+@dataclass
 class ExampleRun(Run):
-    """A run over tasks or benchmarks: points and examples."""
+    """A run over tasks or benchmarks: points, and contexts with what is asked about them."""
 
-    points: PointRun[Any] | None = None
+    examples: list[Any]
+    points: PointRun[Any] | None = field(default=None, init=False)
 
     @abstractmethod
     def point_run(self) -> PointRun[Any]:
         """What measures it."""
+
+    @property
+    @abstractmethod
+    def asked(self) -> float:
+        """What each point reads after the contexts, in tokens of a prefill."""
+
+    @property
+    def work(self) -> float:
+        n_read = sum(example.length for example in self.examples)
+        return self.n_parameters * (n_read + self.asked * (1 + len(self.jobs)))
+
+    def facts(self) -> dict[str, Any]:
+        tokens = "".join(example.fingerprint for example in self.examples)
+        return {
+            "tokens_sha256": hashlib.sha256(tokens.encode()).hexdigest(),
+            "total_tokens": sum(example.length for example in self.examples),
+        }
 
     def measure(self, engine: Engine | None, save: Callable[..., None]) -> None:
         self.points = self.point_run()

@@ -48,10 +48,15 @@ class _Measured(OfLimits, OfEngine, OfMachine, OfPresses, OfModel, Options):
         """The options of the engine."""
         return {"ray_address": self.ray_address, "workers": self.workers}
 
-    @property
-    def of_presses(self) -> dict[str, Any]:
-        """What says which presses are measured."""
-        return {name: getattr(self, name) for name in (*names_of(OfPresses), "seed")}
+    def protocol(self, *parts: str, after: str = "") -> str:
+        """The name of a way to measure, of the parts that are not empty, pinned text and chunks included."""
+        pinned = "" if getattr(self, "pin_system", None) is None else "pinned"
+        chunk = "" if self.chunk_tokens is None else f"chunk{self.chunk_tokens}"
+        return "-".join(part for part in (*parts, pinned, after, chunk) if part)
+
+    def asking(self, **more: Any) -> Settings:
+        """What says which presses are measured: an evaluation with the same ones."""
+        return Settings(**{name: getattr(self, name) for name in (*names_of(OfPresses), "seed")}, **more)
 
 
 @dataclass(frozen=True)
@@ -173,10 +178,8 @@ class TaskSettings(OfTasks, OfText, _Measured):
         if not self.depths or not all(0 <= depth <= 1 for depth in self.depths):
             raise InputError(f"--depths must be numbers from 0 (beginning) to 1 (end), got {list(self.depths)}.")
 
-    @property
     def of_jobs(self) -> Settings:
-        """What says which presses are measured: of an evaluation with the same ones."""
-        return Settings(**self.of_presses, engine=self.engine, ppl_apply_press=True, ppl_only=True)
+        return self.asking(engine=self.engine, ppl_apply_press=True, ppl_only=True)
 
     def recorded(self) -> dict[str, Any]:
         found = super().recorded()
@@ -213,13 +216,10 @@ class BenchmarkSettings(_Measured, OfBenchmark):
             raise InputError(f"{self.name} has one text; leave --fraction out.")
 
     def of_jobs(self, longest_answer: int) -> Settings:
-        """What says which presses are measured: of an evaluation with the same ones.
-
-        ``longest_answer`` in tokens: a press that goes to work while decoding must find something to do.
-        """
+        """``longest_answer`` in tokens: a press that goes to work while decoding must find something to do."""
         if "finch" in self.press and not self.query_aware:
             raise InputError("finch chooses by the question at the end of a text; add --query_aware, or leave it out.")
-        return Settings(**self.of_presses, speed_only=True, max_new_tokens=max(longest_answer, 2))
+        return self.asking(speed_only=True, max_new_tokens=max(longest_answer, 2))
 
 
 @dataclass(frozen=True)

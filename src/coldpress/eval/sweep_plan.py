@@ -104,42 +104,33 @@ def read_config(path: str) -> dict[str, Any]:
     """The mapping in a YAML file; :class:`DataError` where there is none."""
     import yaml
 
+    twice: list[Any] = []  # names that their mapping has already, of which YAML takes the last
+
+    seen: dict[int, Any] = {}
+
+    class Loader(yaml.SafeLoader):
+        def flatten_mapping(self, node: Any) -> None:  # before it takes in what it merges
+            keys = [] if id(node) in seen else [key for key, _ in node.value if isinstance(key.value, str)]
+            seen[id(node)] = node
+            twice.extend(key for i, key in enumerate(keys) if any(key.value == own.value for own in keys[:i]))
+            super().flatten_mapping(node)
+
     try:
-        text = read_text(path)
-        twice = _named_twice(yaml.compose(text, Loader=yaml.SafeLoader))
-        config = yaml.safe_load(text)
+        config = yaml.load(read_text(path), Loader=Loader)
     except RecursionError as error:
         raise DataError(f"{path!r} is nested too deeply for a sweep's file") from error
     except (OSError, ValueError) as error:  # ValueError: bytes that are no text, a name with a NUL, no such date
         raise DataError(f"cannot read {path!r} ({error}): give a YAML file") from error
     except yaml.YAMLError as error:
         raise DataError(f"{path!r} is not YAML: {' '.join(str(error).split())}") from error
-    if twice is not None:
-        raise DataError(f"{path!r} says {twice.value} twice, at line {twice.start_mark.line + 1} again: leave one out")
+    if twice:
+        key, line = twice[0].value, twice[0].start_mark.line + 1
+        raise DataError(f"{path!r} says {key} twice, at line {line} again: leave one out")
     if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
         raise DataError(
             f"{path!r} holds no mapping of options; docs/guide/sweep.md shows what a sweep's file looks like"
         )
     return config
-
-
-def _named_twice(root: Any) -> Any:
-    """A key that its mapping in a composed YAML document has already, of which YAML would take the last; or None."""
-    waiting, seen = [root], set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or isinstance(node.value, str) or id(node) in seen:
-            continue
-        seen.add(id(node))  # aliases may go round in a circle
-        keys: set[str] = set()
-        for part in node.value:
-            key, value = part if isinstance(part, tuple) else (None, part)
-            if key is not None and isinstance(key.value, str):
-                if key.value in keys:
-                    return key
-                keys.add(key.value)
-            waiting.append(value)
-    return None
 
 
 def with_options(config: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -274,7 +265,7 @@ def _evaluation(kind: str, options: dict[str, Any]) -> Evaluation:
     try:
         own = {name: value for name, value in options.items() if name in _OPTIONS[kind]}
         settings = TaskSettings(**own, press=names) if kind == "tasks" else Settings(**own, press=names)
-        of_jobs = settings.of_jobs if isinstance(settings, TaskSettings) else settings
+        of_jobs = settings.of_jobs() if isinstance(settings, TaskSettings) else settings
         jobs = make_jobs(of_jobs)
         for entry in with_parameters:
             values = entry.values() if isinstance(entry, dict) else [None]

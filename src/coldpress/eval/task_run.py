@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from coldpress.eval.datasets import Corpus, Document, load_corpus
 from coldpress.eval.jobs import BASELINE, Job, Point, make_jobs
 from coldpress.eval.ledger import Answered, Ledger
 from coldpress.eval.losses import finite, forward, token_losses
+from coldpress.eval.material import SENTENCES, Material
 from coldpress.eval.metrics import paired_difference, score_difference
 from coldpress.eval.models import LoadedModel, input_device, load_model
 from coldpress.eval.plan import UNKNOWN_POSITIONS
@@ -40,8 +41,7 @@ from coldpress.eval.point_run import (
 )
 from coldpress.eval.run import DECODE_COST, ExampleRun, carry_out, checked_folder, prepared
 from coldpress.eval.settings import TaskSettings
-from coldpress.eval.tasks import Example, Material, make_examples
-from coldpress.eval.tasks.material import SENTENCES
+from coldpress.eval.tasks import Example, make_examples
 from coldpress.eval.tokens import note_unreadable
 
 SHOWN = 80  # characters of an answer that a record holds
@@ -133,9 +133,14 @@ def _task(task: str, length: int, rows: list[dict[str, Any]], is_baseline: bool)
     found["delta_score_ci95"] = [*score_difference(*scores)] if is_asked else None
     found["delta_answer_nll"] = None if is_baseline else loss.delta
     found["delta_answer_nll_ci95"] = None if is_baseline else loss.ci95
-    depths = dict.fromkeys(sorted(row["depth"] for row in rows if row["depth"] is not None))
-    found["by_depth"] = [{"depth": d} | _means([row for row in rows if row["depth"] == d]) for d in depths]
+    found["by_depth"] = by_depth(rows, _means)
     return found
+
+
+def by_depth(rows: list[dict[str, Any]], means: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> list[Any]:
+    """The means of what stands at each depth, the smallest first."""
+    depths = sorted({row["depth"] for row in rows if row["depth"] is not None})
+    return [{"depth": d} | means([row for row in rows if row["depth"] == d]) for d in depths]
 
 
 def _means(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -257,11 +262,8 @@ OWN_TEXT = Corpus("filler", "filler", None, None, None, (Document("filler", "\n"
 
 def _protocol(settings: TaskSettings) -> str:
     """The name of the way tasks are measured; numbers of different names are not compared."""
-    parts = [f"tasks-v1-C{'+'.join(map(str, settings.task_tokens))}-n{settings.task_examples}"]
-    parts += [] if settings.template == "none" else [settings.template]
-    parts += [] if settings.pin_system is None else ["pinned"]
-    parts += [] if settings.chunk_tokens is None else [f"chunk{settings.chunk_tokens}"]
-    return "-".join(parts)
+    first = f"tasks-v1-C{'+'.join(map(str, settings.task_tokens))}-n{settings.task_examples}"
+    return settings.protocol(first, "" if settings.template == "none" else settings.template)
 
 
 def _check_positions(examples: Sequence[Example], limit: int) -> None:
@@ -280,7 +282,7 @@ def measure_tasks(settings: TaskSettings, command: str) -> tuple[list[dict[str, 
 
     A run that was killed goes on where it was when it is started again with the same settings.
     """
-    jobs = make_jobs(settings.of_jobs)
+    jobs = make_jobs(settings.of_jobs())
     folder = checked_folder(settings)
     corpus = load_corpus(**settings.reading) if settings.reading else None
     run = make_questions(settings, jobs, corpus, load_model(settings.model, **settings.loading), command)
@@ -293,7 +295,6 @@ class Questions(ExampleRun):
     """A run over tasks of which everything is decided: what is asked, of which model, under which presses."""
 
     corpus: Corpus | None
-    examples: list[Example]
 
     def point_run(self) -> TaskRun:
         s = self.settings
@@ -309,13 +310,11 @@ class Questions(ExampleRun):
         )
 
     @property
-    def work(self) -> float:
-        n_new = sum(len(e.question_ids) + DECODE_COST * (e.answer_tokens or 1) for e in self.examples)
-        return self.n_parameters * (sum(e.length for e in self.examples) + n_new * (1 + len(self.jobs)))
+    def asked(self) -> float:
+        return sum(len(e.question_ids) + DECODE_COST * (e.answer_tokens or 1) for e in self.examples)
 
     def facts(self) -> dict[str, Any]:
         s, corpus = self.settings, self.corpus or OWN_TEXT
-        tokens = hashlib.sha256("".join(example.fingerprint for example in self.examples).encode()).hexdigest()
         return {
             "protocol": _protocol(s),
             "dataset": s.text_file or s.dataset or corpus.name,
@@ -323,8 +322,7 @@ class Questions(ExampleRun):
             "subset": corpus.subset,
             "split": corpus.split,
             "text_sha256": corpus.text_sha256,
-            "tokens_sha256": tokens,
-            "total_tokens": sum(example.length for example in self.examples),
+            **super().facts(),
             "context_tokens": s.task_tokens[0] if len(s.task_tokens) == 1 else None,
         }
 
@@ -348,4 +346,4 @@ def make_questions(
     if not settings.allow_extrapolation:
         _check_positions(examples, limit)
     loaded.check_ids([torch.tensor(example.context_ids) for example in examples])
-    return Questions(settings, jobs, loaded, command, corpus, examples)
+    return Questions(settings, jobs, loaded, command, examples, corpus)

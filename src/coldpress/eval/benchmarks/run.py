@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy
@@ -33,7 +34,7 @@ from coldpress.eval.point_run import PointRun, check_baseline, sizes_of
 from coldpress.eval.progress import note
 from coldpress.eval.run import DECODE_COST, ExampleRun, carry_out, checked_folder, prepared
 from coldpress.eval.settings import BenchmarkSettings
-from coldpress.eval.task_run import ExampleWork, ends_of, greedy_tokens, row_of
+from coldpress.eval.task_run import ExampleWork, by_depth, ends_of, greedy_tokens, row_of
 from coldpress.eval.tokens import note_unreadable
 from coldpress.models.block import prefilling
 
@@ -203,7 +204,7 @@ class BenchmarkRun(PointRun[Answers]):
                     "n_contexts": len({row["context"] for row in own}),
                     "same_answers": sum(row["is_same_answer"] for row in own) / len(own),
                     **_compared(own, main, is_baseline),
-                    "by_depth": _by_depth(own, main),
+                    "by_depth": by_depth(own, partial(_means, main)),
                     "measures": [{"measure": each} | _compared(own, each, is_baseline) for each in measures],
                     "answer_nll": None,
                     "answer_nll_base": None,
@@ -227,13 +228,9 @@ def _compared(rows: list[dict[str, Any]], measure: str | None, is_baseline: bool
     return found
 
 
-def _by_depth(rows: list[dict[str, Any]], measure: str | None) -> list[dict[str, Any]]:
-    found = []
-    for depth in sorted({row["depth"] for row in rows if row["depth"] is not None}):
-        own = [row for row in rows if row["depth"] == depth]
-        scores = {name: value for name, value in _compared(own, measure).items() if name in ("score", "score_base")}
-        found.append({"depth": depth, "n": len(own), **scores, "answer_nll": None, "answer_nll_base": None})
-    return found
+def _means(measure: str | None, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    scores = {name: value for name, value in _compared(rows, measure).items() if name in ("score", "score_base")}
+    return {"n": len(rows), **scores, "answer_nll": None, "answer_nll_base": None}
 
 
 # ``coldpress benchmark``: one result record per press and size
@@ -241,12 +238,9 @@ def _by_depth(rows: list[dict[str, Any]], measure: str | None) -> list[dict[str,
 
 def benchmark_protocol(settings: BenchmarkSettings, data_dir: str | None) -> str:
     """The name of the way a benchmark is measured; numbers of different names are not compared."""
-    parts = ["benchmark-v1", settings.name, *([] if data_dir is None else [data_dir])]
-    parts += ["query_aware"] if settings.query_aware else []
-    parts += ["pinned"] if settings.pin_system is not None else []
-    parts += [] if settings.max_context_length is None else [f"cut{settings.max_context_length}"]
-    parts += [] if settings.chunk_tokens is None else [f"chunk{settings.chunk_tokens}"]
-    return "-".join(parts)
+    cut = "" if settings.max_context_length is None else f"cut{settings.max_context_length}"
+    aware = "query_aware" if settings.query_aware else ""
+    return settings.protocol("benchmark-v1", settings.name, data_dir or "", aware, after=cut)
 
 
 def measure_benchmark(settings: BenchmarkSettings, command: str) -> tuple[list[dict[str, Any]], bool]:
@@ -279,7 +273,7 @@ def measure_benchmark(settings: BenchmarkSettings, command: str) -> tuple[list[d
         longest = max(context.n_whole for context in contexts)
         kept = max(context.length for context in contexts)
         note(f"{n_cut} of {len(contexts)} contexts are cut to {kept:,} tokens or less; the longest has {longest:,}")
-    run = BenchmarkCommand(settings, prepared(jobs, loaded), loaded, command, data, rows, contexts)
+    run = BenchmarkCommand(settings, prepared(jobs, loaded), loaded, command, contexts, data, rows)
     run.keep_in(folder)
     return carry_out(run, folder)
 
@@ -290,7 +284,6 @@ class BenchmarkCommand(ExampleRun):
 
     data: Rows
     rows: Sequence[Row]
-    contexts: Sequence[AskedContext]
 
     def point_run(self) -> BenchmarkRun:
         return BenchmarkRun(
@@ -298,19 +291,18 @@ class BenchmarkCommand(ExampleRun):
             self.loaded.tokenizer,
             [job.point for job in self.jobs],
             find_benchmark(self.settings.name),
-            self.contexts,
+            self.examples,
             chunk_tokens=self.settings.chunk_tokens,
             seed=self.settings.seed,
             ledger=self.ledger,
         )
 
     @property
-    def work(self) -> float:
-        new = DECODE_COST * sum(question.limit for context in self.contexts for question in context.questions)
-        return self.n_parameters * (sum(context.length for context in self.contexts) + new * (1 + len(self.jobs)))
+    def asked(self) -> float:
+        return DECODE_COST * sum(question.limit for context in self.examples for question in context.questions)
 
     def facts(self) -> dict[str, Any]:
-        contexts, data = self.contexts, self.data
+        contexts, data = self.examples, self.data
         return {
             "protocol": benchmark_protocol(self.settings, data.data_dir),
             "dataset": self.settings.name,
@@ -318,8 +310,7 @@ class BenchmarkCommand(ExampleRun):
             "subset": data.data_dir,
             "split": "test",
             "text_sha256": hashlib.sha256(repr([sorted(row.items()) for row in self.rows]).encode()).hexdigest(),
-            "tokens_sha256": hashlib.sha256("".join(each.fingerprint for each in contexts).encode()).hexdigest(),
-            "total_tokens": sum(context.length for context in contexts),
+            **super().facts(),
             "n_contexts": len(contexts),
             "n_questions": len(self.rows),
             "n_contexts_cut": sum(context.length < context.n_whole for context in contexts),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from coldpress.errors import DataError, InputError, nearest
-from coldpress.eval.tasks.material import ADJECTIVES, NOUNS, Ids, Material
+from coldpress.eval.material import ADJECTIVES, NOUNS, Ids, Material
 
 
 @dataclass(frozen=True)
