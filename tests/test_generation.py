@@ -448,8 +448,8 @@ def test_decoding_waits_for_nothing(name: str, press: BasePress | str | None, ha
     model(IDS[:, :1], **cache_argument(past), **masks[1])
     with waits, to_host:
         model(IDS[:, :1], **cache_argument(past), **masks[2])
-    # a mask is looked at once a call, as transformers does
-    assert len(waits.found) == len(to_host.found) <= has_mask
+    # a mask is looked at once a call, as transformers does; a list of several numbers is no scalar of the dispatcher's
+    assert len(waits.found) <= len(to_host.found) <= has_mask
     with waits, to_host:  # it is seen when it happens
         bool(torch.ones(1).any())
         torch.ones(1).tolist()
