@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.contract.architectures import BY_NAME, tiny, tokens
+from tests.contract.architectures import BY_NAME, VERSION, tiny, tokens
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -320,6 +320,8 @@ KINDS = {
 def test_kinds_of_caches(name: str, tmp_path: Path) -> None:
     """Each token's logits are those outside, and so is the cache after it: forked, cropped, saved and loaded."""
     kind = KINDS[name]
+    if kind.model == "gpt_oss" and VERSION < (5, 0):
+        pytest.skip("its experts are a loop over data in this transformers, which torch.compile refuses")
     model = tiny(kind.model)
     use_coldpress(model)
     cache, prompt = PressedCache(kind.press, **kind.options), tokens(kind.rows, kind.n)
