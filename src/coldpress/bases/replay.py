@@ -219,7 +219,7 @@ def projected_norms(module: nn.Module, values: Tensor, n_heads: int) -> Tensor:
 
 
 def last_block(model: nn.Module) -> nn.Module:
-    """The last decoder layer of ``model``, whose output has not been through the final norm; see below."""
+    """The last decoder layer of ``model``, whose output has not been through the final norm."""
     return decoder_layers(model)[-1]
 
 

@@ -28,7 +28,7 @@ from coldpress.core.view import LayerView
 from coldpress.errors import PressError
 from coldpress.presses.defensive import DefensiveKVPress
 from coldpress.presses.kvzip import KVzipPress
-from coldpress.presses.sampled_defensive import SampledDefensiveKVPress
+from coldpress.presses.sampled_defensive import RECENT_PART, SampledDefensiveKVPress
 from coldpress.presses.snapkv import SnapKVPress
 
 if TYPE_CHECKING:
@@ -42,7 +42,6 @@ _LEAST_WEIGHT, _MOST_WEIGHT = math.exp(-3), 20.0  # of a kept pair: e to the pow
 _MOST_NORM = 2.0  # of a fitted value, as a part of the largest norm of the head's values
 _BLOCK = 8  # reference queries side by side, of which every fourth block is left out at first
 _ROWS = 768  # reference queries of a KV head, at most
-_RECENT_PART = 8  # the newest tokens that stay are at most one in so many of what is kept
 
 
 @register("attention_matching_defensive", DefensiveKVPress)
@@ -178,7 +177,7 @@ class AttentionMatchingPress(WrapperPress):
 
     def _n_recent(self, n_keep: int) -> int:
         """How many of the newest tokens stay as they are when a head keeps ``n_keep``."""
-        return min(self.n_recent, n_keep // _RECENT_PART)
+        return min(self.n_recent, n_keep // RECENT_PART)
 
     def choose_together(self, cache: PressedCache) -> None:
         self.press.choose_together(cache)

@@ -12,7 +12,7 @@ from coldpress.bases.registry import register
 from coldpress.core.view import LayerView
 from coldpress.presses.defensive import LayerDefensiveKVPress, pooled
 
-_RECENT_PART = 8  # the newest tokens that are protected are at most one in so many of what is kept
+RECENT_PART = 8  # the newest tokens that are protected are at most one in so many of what is kept
 
 
 @register("sampled_defensive")
@@ -52,7 +52,7 @@ class SampledDefensiveKVPress(LayerDefensiveKVPress):
         check_at_least(self, 1, "n_samples")
 
     def protected(self, view: LayerView) -> tuple[int, int]:
-        return self.n_sink, min(self._window(view), max(1, self.keep(view) // _RECENT_PART))
+        return self.n_sink, min(self._window(view), max(1, self.keep(view) // RECENT_PART))
 
     def _most(self, view: LayerView) -> Tensor:
         most = super()._most(view)
