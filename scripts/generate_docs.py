@@ -75,17 +75,37 @@ PART = re.compile(r"(<!-- generated: (?P<name>[^>]+?) -->\n).*?(<!-- end -->)", 
 def presses(document: str) -> str:
     """The catalogue as a Markdown table, by kind, then the classes without a name."""
     lines = [
-        "| name | class | keeps | paper | kind | decodes | heads | layers |",
-        "|---|---|---|---|---|:-:|:-:|:-:|",
+        "| name | class | keeps | paper | kind | decodes | heads | layers | again | seconds |",
+        "|---|---|---|---|---|:-:|:-:|:-:|:-:|---:|",
     ]
+    added = seconds_added()
     for info in [*sorted(catalogue(), key=lambda info: list(KINDS).index(info.kind)), *python_only()]:
         name = f"`{info.name}`" if info.name else "–"
-        marks = " | ".join("✓" if has else "" for has in (info.can_rechoose, info.per_head, info.per_layer))
+        made = parts_of(make_press(info.name, 0.5 * info.has_ratio)) if info.name else ()
+        again = any(part.needs_model for part in made)
+        marks = " | ".join("✓" if has else "" for has in (info.can_rechoose, info.per_head, info.per_layer, again))
         lines.append(
             f"| {name} | [{info.class_name}]({document}#{info.class_name.lower()}) | {_markdown(keeps(info))} "
-            f"| {_paper(info)} | {info.kind.removeprefix('training-')} | {marks} |"
+            f"| {_paper(info)} | {info.kind.removeprefix('training-')} | {marks} | {added.get(info.name, '')} |"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, "", added.get("about", "")]).rstrip()
+
+
+def seconds_added() -> dict[str, str]:
+    """What each press adds to the prefill of a whole model, in seconds, and ``about``: which; empty unless measured."""
+    folder = ROOT / "benchmarks" / "press_overhead"
+    path = folder / "results" / "smollm2-135m-all.json"
+    if not path.exists():
+        return {}
+    record = json.loads(path.read_text(encoding="utf-8"))
+    found = runpy.run_path(str(folder / "press_overhead.py"))["summary"](record)
+    settings, whole = record["settings"], found.pop("no_press")["coldpress"]["prefill_ms"] / 1e3
+    said = {name: f"{row['coldpress']['added_ms'] / 1e3:.1f}" for name, row in found.items()}
+    about = (
+        f"Seconds beside the {whole:.1f} that SmolLM2-135M takes for {settings['tokens']:,} tokens, float32, "
+        f"{settings['threads']} CPU threads, half of the pairs removed."
+    )
+    return {**said, "about": about}
 
 
 TEN = (

@@ -15,6 +15,7 @@ hook: reading the pairs, scoring, choosing, copying what is kept).
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import importlib.metadata
 import importlib.util
@@ -52,7 +53,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compression_ratio", type=float, default=0.5)
-    parser.add_argument("--press", nargs="+", help="default: all that need neither artefacts nor a second pass")
+    parser.add_argument(
+        "--press", nargs="+", help="or all; default: those that need neither artefacts nor a second pass"
+    )
     parser.add_argument("--library", nargs="+", choices=LIBRARIES, help="default: both where the model allows it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path)
@@ -81,8 +84,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from coldpress import catalogue
 
     calls = {info.name: info.call for info in catalogue()}
-    in_passing = [info for info in catalogue() if info.at_prefill and not info.in_block]  # no second pass of the model
-    names = args.press or [info.name for info in in_passing if info.kind == "training-free"]
+    free = [info for info in catalogue() if info.at_prefill and info.kind == "training-free"]
+    names = args.press or [info.name for info in free if not info.in_block]
+    if names == ["all"]:
+        names = [info.name for info in free]
+    outside = [info.name for info in free if info.in_block and info.name in names]
     libraries = [name for name in args.library or MODELS[args.model] if importlib.util.find_spec(name)]
     workers = {library: Worker(library, args) for library in libraries}
     try:
@@ -118,7 +124,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "model": args.model, "weights": Path(args.gguf).name if args.gguf else "random", "tokens": args.tokens,
         "compression_ratio": args.compression_ratio, "rounds": args.rounds, "threads": args.threads,
         "layers": args.layers, "seed": args.seed, "libraries": libraries, "platform": platform.machine(),
-        "calls": {name: calls[name] for name in names},
+        "calls": {name: calls[name] for name in names}, "outside": outside,
     }  # fmt: skip
     versions = {key: value for f in facts.values() for key, value in f.items()}
     return {"settings": settings, "versions": versions, "samples": samples}
@@ -239,13 +245,23 @@ Setup = tuple[Callable[[str], Any], Callable[..., float], Clock]
 def with_coldpress(args: argparse.Namespace) -> Setup:
     import coldpress
     from coldpress.cache.layer import PressedLayer
+    from coldpress.core.press import parts
+    from coldpress.eval.models import load_model
 
     model = make_model(args)
     coldpress.use_coldpress(model)
     clock = Clock(PressedLayer, "after_attention")
 
+    @functools.cache
+    def words() -> Any:
+        """The tokenizer of the words that ask a model to read again."""
+        return load_model(args.gguf or "demo", dtype="float32").tokenizer
+
     def press_of(call: str) -> Any:
-        return eval(call, {**vars(coldpress.public), "compression_ratio": args.compression_ratio})
+        press = eval(call, {**vars(coldpress.public), "compression_ratio": args.compression_ratio})
+        if not any(part.needs_model for part in parts(press)):
+            return press
+        return press.prepared(model, words())
 
     def prefill(ids: Any, press: Any, name: str) -> float:
         cache = coldpress.PressedCache()
@@ -323,9 +339,9 @@ def make_model(args: argparse.Namespace) -> Any:
 # -- what the record says -----------------------------------------------------------------------------------------
 
 
-def changes_attention(library: str, name: str) -> bool:
-    """Whether the press makes the library attend in another way, so that its cost is not in the press alone."""
-    return library == "kvpress" and name == EAGER
+def is_outside(record: dict[str, Any], library: str, name: str) -> bool:
+    """Whether the press works where no layer is compressed: after the last one, in another run, or in attention."""
+    return name in record["settings"].get("outside", ()) or (library == "kvpress" and name == EAGER)
 
 
 def baselines(record: dict[str, Any], library: str) -> dict[int, float]:
@@ -343,7 +359,7 @@ def shares(record: dict[str, Any], library: str, name: str) -> dict[int, float]:
     for sample in record["samples"]:
         if sample["library"] == library and sample["press"] == name:
             whole = sample["seconds"]
-            added = whole - base[sample["round"]] if changes_attention(library, name) else sample["in_press"]
+            added = whole - base[sample["round"]] if is_outside(record, library, name) else sample["in_press"]
             found[sample["round"]] = 100 * added / (whole - added)
     return found
 
@@ -352,7 +368,7 @@ def summary(record: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
     """For every press and library: milliseconds added, in per cent of the rest of the same prefill, and their spread.
 
     ``added_ms`` and ``percent`` are medians over the rounds of the time in which layers were compressed; for a press
-    that makes the library change its attention they are differences to the round's prefills without a press.
+    that works elsewhere too (``is_outside``) they are differences to the round's prefills without a press.
     ``end_to_end`` is such a difference, in per cent, for every press.
     """
     found: dict[str, dict[str, dict[str, float]]] = {}
@@ -364,7 +380,7 @@ def summary(record: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
             if not samples:
                 continue
             differences = [s["seconds"] - base[s["round"]] for s in samples]
-            added = differences if changes_attention(library, name) else [s["in_press"] for s in samples]
+            added = differences if is_outside(record, library, name) else [s["in_press"] for s in samples]
             percent = list(shares(record, library, name).values())
             found.setdefault(name, {})[library] = {
                 "prefill_ms": 1e3 * statistics.median(s["seconds"] for s in samples),
