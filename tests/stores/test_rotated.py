@@ -29,9 +29,10 @@ from coldpress import (
 from coldpress.attend import packed as kernels
 from coldpress.attend.segments import attend_segments, segment_bias
 from coldpress.errors import CacheError, ColdpressError
-from coldpress.stores import rows
+from coldpress.stores import packed_part, rows
 from coldpress.stores.bits import BITS, ROTATED, KVBits, bits_from, bits_name, storage_of
 from coldpress.stores.hadamard import hadamard, rotated
+from coldpress.stores.kernel import Kind, kernel
 from coldpress.stores.packed import PackedStore
 from coldpress.stores.packed_part import attend_packed
 from coldpress.stores.rows import code_bytes, least_and_step, packed_codes, row_bytes, rows_of, unpacked_codes
@@ -179,6 +180,15 @@ def slowly(store: PackedStore, query: Tensor, bias: Tensor | None) -> Tensor:
     return attend_segments(query, keys, values, biases, 64**-0.5)
 
 
+@pytest.fixture(params=["kernel", "torch"])
+def each_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention on codes by the compiled kernel, and by torch's operations."""
+    if request.param == "kernel" and kernel(Kind(torch.float32, (8, 4), (64, 64))) is None:
+        pytest.skip("needs a C++ compiler")
+    monkeypatch.setattr(packed_part, "fastest", kernel if request.param == "kernel" else lambda kind: None)
+
+
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("is_ragged", [False, True, "rows"])
 @pytest.mark.parametrize("has_bias", [False, True])
@@ -204,6 +214,7 @@ def test_a_step_on_codes_is_attention_to_unpacked_pairs(
     torch.testing.assert_close(found, wanted, atol=2e-4 if dtype == torch.float32 else 0.03, rtol=0)
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("first", [[[400, 400], [60, 60]], [[60, 60], [400, 400]], [[400, 400], [400, 400]]])
 @pytest.mark.parametrize("n_exact", [0, 4])
 @pytest.mark.parametrize("later", [1, 5])
@@ -215,6 +226,7 @@ def test_rows_without_codes_or_with_nothing_but_codes(first: list[list[int]], n_
     torch.testing.assert_close(store.attend(query, None, 64**-0.5), slowly(store, query, None), atol=2e-4, rtol=0)
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("is_ragged", [False, True, "rows"])
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_soft_caps_and_sinks_on_codes_are_those_on_unpacked_pairs(is_ragged: bool | str, has_bias: bool) -> None:

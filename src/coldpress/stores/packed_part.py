@@ -6,7 +6,10 @@ operations, a head at a time (``benchmarks/packed/fused.py``).
 
 from __future__ import annotations
 
+import ctypes
+import time
 from collections.abc import Sequence
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -14,14 +17,16 @@ from torch import Tensor
 
 from coldpress.attend.one_token import products, weighted_sums
 from coldpress.stores.codec import TokenCodec
+from coldpress.stores.kernel import CODES, Kind, attend_native, kernel
 from coldpress.stores.parts import Sight, of_segments
 from coldpress.stores.rotated import RotatedBits
 from coldpress.stores.segments import Segments
 
 __all__ = ["CODES", "PackedPart", "attend_packed"]
 
+_TRIED, _HEADS = 1024, 8  # codes of each head that a kernel is tried with
+_CLOSE = 5e-3  # torch's sums may be rounded to 16 bits
 _FEWEST_ALIKE = 2  # segments of a run, on average: fewer are as fast one by one
-CODES = ("keys.codes", "keys.step", "keys.least", "values.rows")
 
 
 def attend_packed(
@@ -44,6 +49,57 @@ def attend_packed(
         softcap: logits x are softcap * tanh(x / softcap) before the bias.
         sinks: float32 ``[S, G]``, logits that take weight from the pairs and have no value.
     """
+    given = queries, exact, codes, n_front, biases, softcap, sinks
+    library = None if (kind := _kind(codec, exact)) is None else fastest(kind)
+    return _attend_by_torch(codec, *given) if library is None else attend_native(library, *given)
+
+
+def _kind(codec: TokenCodec, exact: Segments) -> Kind | None:
+    """The kind of pairs, if these are RotatedBits' codes; a class made of it may decode them in its own way."""
+    own = ("decode_keys", "decode_values", "logits", "sums")
+    if not isinstance(codec, RotatedBits) or any(getattr(type(codec), n) is not getattr(RotatedBits, n) for n in own):
+        return None
+    keys, values = exact.buffer("keys"), exact.buffer("values")
+    return Kind(keys.dtype, (codec.key_bits, codec.value_bits), (keys.shape[1], values.shape[1]))
+
+
+@lru_cache(maxsize=64)
+def fastest(kind: Kind) -> ctypes.CDLL | None:
+    """The kernel for pairs of one kind, tried once; None where it is not right, or torch's operations are faster."""
+    library = kernel(kind)
+    if library is None:
+        return None
+    codec, (dim, value_dim) = RotatedBits(*kind.bits), kind.channels
+    n_exact, n_codes = _TRIED // 8, _TRIED
+    with torch.inference_mode():
+        numbers = torch.arange(_HEADS * n_codes * (dim + value_dim)).float().sin_().view(-1, dim + value_dim)
+        keys, values = (part.to(kind.dtype).contiguous() for part in numbers.split([dim, value_dim], dim=1))
+        blocks = codec.encode(keys[:, None], values[:, None])
+        codes = Segments({name: part[:, 0] for name, part in blocks.items()}, [n_codes] * _HEADS)
+        few = {"keys": keys[: _HEADS * n_exact], "values": values[: _HEADS * n_exact]}
+        queries = numbers[:_HEADS, None, :dim].contiguous()
+        given = queries, Segments(few, [n_exact] * _HEADS), codes, [4] * _HEADS, [None] * _HEADS
+        found, took = [], []
+        for _ in range(4):  # the first of each is not counted
+            for attend in (partial(attend_native, library), partial(_attend_by_torch, codec)):
+                start = time.perf_counter()
+                found.append(attend(*given))
+                took.append(time.perf_counter() - start)
+    is_right = torch.allclose(found[-2], found[-1], atol=_CLOSE)
+    return library if is_right and min(took[2::2]) < min(took[3::2]) else None
+
+
+def _attend_by_torch(
+    codec: TokenCodec,
+    queries: Tensor,
+    exact: Segments,
+    codes: Segments,
+    n_front: Sequence[int],
+    biases: Sequence[Tensor | None],
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """As :func:`attend_packed`, with torch's operations."""
     runs = exact.runs(codes, n_front)
     if len(runs) == 1:
         return _attend_alike(codec, queries, exact, codes, n_front[0], biases, softcap, sinks)
