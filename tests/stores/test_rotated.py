@@ -32,7 +32,7 @@ from coldpress.errors import CacheError, ColdpressError
 from coldpress.stores import packed_part, rows
 from coldpress.stores.bits import BITS, ROTATED, KVBits, bits_from, bits_name, storage_of
 from coldpress.stores.hadamard import hadamard, rotated
-from coldpress.stores.kernel import Kind, kernel
+from coldpress.stores.native import Kind, kernel
 from coldpress.stores.packed import PackedStore
 from coldpress.stores.packed_part import attend_packed
 from coldpress.stores.rows import code_bytes, least_and_step, packed_codes, row_bytes, rows_of, unpacked_codes

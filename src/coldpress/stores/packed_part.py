@@ -17,7 +17,7 @@ from torch import Tensor
 
 from coldpress.attend.one_token import products, weighted_sums
 from coldpress.stores.codec import TokenCodec
-from coldpress.stores.kernel import CODES, Kind, attend_native, kernel
+from coldpress.stores.native import CODES, Kind, attend_native, kernel
 from coldpress.stores.parts import Sight, of_segments
 from coldpress.stores.rotated import RotatedBits
 from coldpress.stores.segments import Segments

@@ -1,4 +1,4 @@
-"""Kernels: attention of one query per head over pairs and codes, by ``kernel.cpp``, compiled when it is needed.
+"""Kernels: attention of one query per head over pairs and codes, by ``native.cpp``, compiled when it is needed.
 
 A pair in few bits is read in one pass, without a copy of what it stands for. That takes a C++ compiler, as
 torch.compile does; without one, and where they are faster, torch's own operations do it (``stores/packed_part.py``).
@@ -27,7 +27,7 @@ __all__ = ["CODES", "Kind", "attend_native", "kernel", "kernel_folder"]
 
 CODES = ("keys.codes", "keys.step", "keys.least", "values.rows")  # the tensors of RotatedBits' codes
 
-_SOURCE = Path(__file__).with_name("kernel.cpp")
+_SOURCE = Path(__file__).with_name("native.cpp")
 _NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math"),

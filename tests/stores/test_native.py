@@ -16,7 +16,7 @@ from torch import Tensor
 
 from coldpress import RotatedBits
 from coldpress.stores import packed_part
-from coldpress.stores.kernel import Kind, attend_native, kernel, kernel_folder
+from coldpress.stores.native import Kind, attend_native, kernel, kernel_folder
 from coldpress.stores.packed import PackedStore
 
 USUAL = Kind(torch.float32, (8, 4), (64, 64))
