@@ -288,6 +288,7 @@ class PackedStore(Store):
         if self.device.type != "cpu" or not isinstance(self.codec, RotatedBits):
             return None
         exact, codes, codec = self._exact, self._codes, self.codec
+        codec.try_kernels()
         if exact.pitch is None or exact.room < 1:
             most = codec.first_tokens + codec.exact_tokens + codec.batch_tokens  # then some are encoded
             exact.own([whole_blocks(max(max(exact.counts) + 1, most))] * len(exact.counts))
