@@ -165,10 +165,11 @@ def spread(values: list[float]) -> str:
 def footer(settings: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in settings["versions"].items())
     cpu = f" of {settings['cpu']}" if settings.get("cpu") else ""
+    rounds = f"{settings['rounds']} rounds, " if "rounds" in settings else ""
     return (
         f"{settings['model']}, {settings['layers']} layers, {settings['weights']} weights, {settings['dtype']}, "
         f"{settings['threads']} CPU thread{'s' * (settings['threads'] > 1)}{cpu}, "
-        f"{settings['rounds']} rounds, {versions}."
+        f"{rounds}{versions}."
     )
 
 

@@ -17,9 +17,9 @@ A generated part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->`
 - ``parity``: the comparison with kvpress; ``faults``: the tests of kvpress's faults;
 - ``saves``: what compression saves in time and memory, as ratios within one run;
 - ``goals``: what the benchmarks of savings were to show, and what they do;
-- ``sweepcost``, ``overhead``, ``chunked``, ``quantised``, ``packed``, ``decode``, ``compiled``, ``headwise``,
-  ``lengths``, ``batch``, ``budget``, ``stream``, ``decoding``, ``far``, ``drift``, ``klbound``, ``ends``, ``serve``,
-  ``needlelayers`` or ``startup`` with a FILE: the table of FILE.json in the results of that benchmark.
+- ``sweepcost``, ``overhead``, ``chunked``, ``quantised``, ``packed``, ``decode``, ``compiled``, ``shares``,
+  ``headwise``, ``lengths``, ``batch``, ``budget``, ``stream``, ``decoding``, ``far``, ``drift``, ``klbound``, ``ends``,
+  ``serve``, ``needlelayers`` or ``startup`` with a FILE: the table of FILE.json in the results of that benchmark.
 """
 
 from __future__ import annotations
@@ -496,6 +496,7 @@ def generated(name: str) -> str:
         "packed": lambda: measured("packed", f"{argument.partition('-')[0]}.py", argument),
         "compiled": lambda: measured("decode_speed", "compiled.py", argument),
         "decode": lambda: measured("decode_speed", "decode_speed.py", argument),
+        "shares": lambda: measured("decode_speed", "shares.py", argument),
         "lengths": lambda: measured("decode_speed", "lengths.py", argument),
         "headwise": lambda: measured("head_wise_memory", "head_wise_memory.py", argument),
         "batch": lambda: measured("batch", "batch.py", argument),

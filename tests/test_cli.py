@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -44,8 +44,9 @@ from coldpress.eval.speed import SpeedRun
 
 ROOT = Path(__file__).parents[1]
 DEMO = Path(coldpress.__file__).parent / "assets" / "demo" / "model"
-SMALL = ["--limit_tokens", "400", "--context_limit", "40", "--max_new_tokens", "4", "--repetitions", "2"]
-QUALITY = ["--ppl_apply_press", "--ppl_only", "--limit_tokens", "400"]
+SHORT = ["--limit_tokens", "400"]
+SMALL = [*SHORT, "--context_limit", "40", "--max_new_tokens", "4", "--repetitions", "2"]
+QUALITY = ["--ppl_apply_press", "--ppl_only", *SHORT]
 
 
 def save_tiny(folder: Path, seed: int) -> Path:
@@ -420,7 +421,7 @@ def test_without_ppl_apply_press_it_is_a_direct_computation(run: Run, data: Path
 
 def test_attention_implementations_agree(run: Run) -> None:
     ppl = [
-        run("--ppl_only", *SMALL, "--attn_implementation", name, folder=name).record["ppl"]
+        run("--ppl_only", *SHORT, "--attn_implementation", name, folder=name).record["ppl"]
         for name in ("sdpa", "eager")
     ]
     assert ppl[0] == pytest.approx(ppl[1], rel=1e-4)
@@ -530,10 +531,10 @@ def breaks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("breaks")
 @pytest.mark.parametrize(
-    "how", [["--ppl_apply_press", "--ppl_only"], pytest.param(["--speed_only"], marks=pytest.mark.slow)]
+    "how", [QUALITY, pytest.param(["--speed_only", *SMALL], marks=pytest.mark.slow)], ids=["windows", "speed"]
 )
 def test_a_press_that_fails_is_recorded_as_failed_and_the_others_go_on(run: Run, how: list[str]) -> None:
-    done = run("--press", "all", *how, *SMALL)
+    done = run("--press", "all", *how)
     assert done.code == 1
     assert "error: breaks at 0.5 failed: RuntimeError: out of order" in done.err
     by_press = {record["press"]: record for record in done.records}
@@ -587,7 +588,7 @@ class BreaksLater(KnormPress):
 def test_what_was_measured_before_a_failure_is_in_the_record(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(registry._BY_NAME, "breaks", registry._Entry(BreaksLater))
     BreaksLater.calls.clear()
-    done = run("--press", "breaks", "snapkv", "--ppl_apply_press", "--ppl_only", *SMALL)
+    done = run("--press", "breaks", "snapkv", *QUALITY)
     failed, fine = sorted(done.records, key=lambda record: record["press"])
     assert done.code == 1 and failed["status"] == "failed" and failed["ppl"] is None
     assert failed["before_failure"]["windows"] == 1 and failed["before_failure"]["ppl"] > 0
@@ -642,9 +643,9 @@ def test_what_stops_a_run_leaves_what_was_measured(run: Run, monkeypatch: pytest
     assert done.code == 2 and done.records == []
 
 
-@pytest.mark.parametrize("options", [("--ppl_only",), ()], ids=["ppl", "with speed"])
+@pytest.mark.parametrize("options", [("--ppl_only", *SHORT), SMALL], ids=["ppl", "with speed"])
 def test_a_full_disk_costs_no_numbers(
-    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: tuple[str, ...]
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: Sequence[str]
 ) -> None:
     """What was measured is printed, though no result can be written."""
 
@@ -652,7 +653,7 @@ def test_a_full_disk_costs_no_numbers(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    done = run("--press", "knorm", "snapkv", "--ppl_apply_press", *options, *SMALL)
+    done = run("--press", "knorm", "snapkv", "--ppl_apply_press", *options)
     assert done.code == 2 and done.records == []
     last = done.err.splitlines()[-1]
     assert last.startswith("error: cannot write ") and "No space left on device" in last and "Traceback" not in done.err

@@ -318,7 +318,10 @@ KINDS = {
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.thinned(5)
 def test_kinds_of_caches(name: str, tmp_path: Path) -> None:
-    """Each token's logits are those outside, and so is the cache after it: forked, cropped, saved and loaded."""
+    """Each token's logits are those outside, and so is the cache after it: forked, cropped, saved and loaded.
+
+    A key whose last bits differ may be encoded as the next code, so logits are as close only until pairs are encoded.
+    """
     kind = KINDS[name]
     if kind.model == "gpt_oss" and VERSION < (5, 0):
         pytest.skip("its experts are a loop over data in this transformers, which torch.compile refuses")
@@ -332,11 +335,15 @@ def test_kinds_of_caches(name: str, tmp_path: Path) -> None:
     twin = cache.fork()
     new = tokens(kind.rows, kind.steps, seed=1).split(1, -1)
     expected = [text.logits(twin, token) for token in new]
+    is_coded = kind.options.get("storage") is FEW_BITS
     with compiled(model, 8, tell=None) as done:
-        for token, logits in zip(new, expected, strict=True):
-            assert_close(text.logits(cache, token), logits)
+        for i, (token, logits) in enumerate(zip(new, expected, strict=True)):
+            assert_close(
+                text.logits(cache, token), logits, 1e-3 if is_coded and i > FEW_BITS.batch_tokens - 2 else 1e-5
+            )
+        close = 1e-3 if is_coded else 1e-5
         fork = cache.fork()
-        assert_close(text.logits(fork, new[0]), text.logits(twin.fork(), new[0]))
+        assert_close(text.logits(fork, new[0]), text.logits(twin.fork(), new[0]), close)
         if not (kind.press is not None and kind.press.evicts_while_decoding):
             cache.crop(-2)
             twin.crop(-2)
@@ -344,7 +351,8 @@ def test_kinds_of_caches(name: str, tmp_path: Path) -> None:
     cache.save(tmp_path / "cache.safetensors", model, attention_mask=text.of(cache.seen_tokens))
     for one in (cache, PressedCache.load(tmp_path / "cache.safetensors", model)):
         assert all(torch.equal(one.positions(i), twin.positions(i)) for i in range(len(twin.pressed_layers())))
-        assert_close(text.logits(one.fork(), tokens(kind.rows, 3)), text.logits(twin.fork(), tokens(kind.rows, 3)))
+        found, expected_now = (text.logits(own.fork(), tokens(kind.rows, 3)) for own in (one, twin))
+        assert_close(found, expected_now, close)
 
 
 def test_pairs_that_are_encoded_make_no_new_forms() -> None:
@@ -514,9 +522,9 @@ def counted() -> Iterator[list[int]]:
         yield steps
 
 
-def assert_close(actual: Tensor, expected: Tensor) -> None:
-    """To 1e-5 of the largest number, which is more than one."""
-    torch.testing.assert_close(actual, expected, atol=1e-5 * max(1.0, float(expected.abs().max())), rtol=0)
+def assert_close(actual: Tensor, expected: Tensor, close: float = 1e-5) -> None:
+    """To 1e-5 of the largest number, or of one, or as close as is said."""
+    torch.testing.assert_close(actual, expected, atol=close * max(1.0, float(expected.abs().max())), rtol=0)
 
 
 @pytest.mark.slow

@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 from benchmarks.decode_speed.llamacpp import LlamaCpp, write_in_16_bits
+from benchmarks.decode_speed.shares import shares
+from benchmarks.decode_speed.shares import table as shares_table
 from benchmarks.decoding import (
     Decoder,
     add_arguments,
@@ -82,7 +84,9 @@ def main() -> int:
     add_arguments(parser)
     parser.add_argument("--tokens", type=int, default=8192, help="of context")
     parser.add_argument("--new_tokens", type=int, default=12, help="timed in each sample")
-    parser.add_argument("--profile", choices=[n for n in TITLES if n.startswith("coldpress")], help="instead of timing")
+    parser.add_argument(
+        "--profile", choices=[n for n in TITLES if n.startswith("coldpress")], help="its operations, instead of times"
+    )
     parser.add_argument("--llamacpp", action="store_true", help="llama.cpp too, on --gguf's weights in 16 bits")
     parser.add_argument("--compiled", action="store_true", help="ratio 0.5 in a compiled step too, on a second model")
     args = parser.parse_args()
@@ -101,7 +105,9 @@ def main() -> int:
                 cache = decoders[name].cache.fork()
                 decoders[f"{name}, compiled"] = Decoder(inside, cache, "coldpress", args.tokens)
         if args.profile:
-            print(profile(decoders[args.profile], args.new_tokens))
+            record = profile(args, decoders[args.profile])
+            write(args, record)
+            print(shares_table(record))
             return 0
         if args.llamacpp:
             path = Path(folder, "f16.gguf")
@@ -197,19 +203,12 @@ def stored_bytes(cache: Any) -> int:
     return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
 
 
-def profile(decoder: Decoder, n: int) -> str:
-    """Torch's operations while decoding, by their share of the time."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as record_operations
-
-    for _ in range(2):  # a compiled step may be specialised at the second
-        decoder.tokens(n)
-    with record_operations(activities=[ProfilerActivity.CPU]) as recorded:
-        decoder.tokens(n)
-    rows = sorted(recorded.key_averages(), key=lambda row: -row.self_cpu_time_total)
-    total = sum(row.self_cpu_time_total for row in rows)
-    shares = [f"{row.key.removeprefix('aten::')} {100 * row.self_cpu_time_total / total:.1f} %" for row in rows[:8]]
-    return ", ".join(shares)
+def profile(args: argparse.Namespace, decoder: Decoder) -> dict[str, Any]:
+    """What decoding spends its time on, by operation."""
+    samples = shares(decoder, args.new_tokens, args.profile.endswith("compiled"))
+    settings = facts(args, decoder.model) | {"tokens": args.tokens, "new_tokens": args.new_tokens}
+    del settings["rounds"]
+    return {"settings": settings | {"profile": TITLES[args.profile]}, "samples": samples}
 
 
 def goals(record: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -22,3 +22,6 @@ smollm2=(--model smollm2-135m --tokens 4096 --new_tokens 6 ${1:+--gguf "$1"})
 for dtype in bfloat16 float32; do
     "${measure[@]}" "${smollm2[@]}" --dtype "$dtype" --output "$results/smollm2-135m-$dtype.json"
 done
+profile=("${PYTHON:-.venv/bin/python}" -m benchmarks.decode_speed.decode_speed --threads 1 --model smollm2-135m --tokens 4096)
+OMP_NUM_THREADS=1 "${profile[@]}" --profile "coldpress, 0.5" --output "$results/profile-float32-0.5.json"
+OMP_NUM_THREADS=1 "${profile[@]}" --dtype float16 --profile "coldpress, 0.9" --output "$results/profile-float16-0.9.json"

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Torch's operations on packed rows against unpacking them, for one token that attends to stored pairs.
 
-    python -m benchmarks.packed.kernels --output FILE.json
+    python -m benchmarks.packed.kernels --output FILE.json    with --rounds 0 the last of these alone
 
 Products of queries with keys and weighted sums of values, of three heads of 64 channels. All ways take turns, in a
-random order; a ratio is of two of them in one round.
+random order; a ratio is of two of them in one round. Then what coldpress has found out by itself, as in any process.
 """
 
 from __future__ import annotations
@@ -23,8 +23,11 @@ from benchmarks.decoding import ratios, spread, turns, write
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from coldpress.attend import packed
-from coldpress.attend.packed import Digits, bag_sums, code_products
+from coldpress.attend.packed import Digits, bag_sums, integer_products
+from coldpress.eval.results import environment
+from coldpress.stores.kernels import verdict
+from coldpress.stores.native import Kind
+from coldpress.stores.packed_part import TRIALS, fastest
 from coldpress.stores.rows import code_bytes, least_and_step, packed_codes, rows_of, steps_type, unpacked_codes
 
 HEADS, DIM = 3, 64
@@ -99,12 +102,10 @@ def ways(n: int, group: int, dtype: torch.dtype, seed: int) -> dict[str, Callabl
         "keys 8 unpack": lambda: torch.bmm(unpacked8(codes8), columns).transpose(1, 2) * symmetric[:, None],
         "keys 8 int8pack": lambda: int8pack(torch.float32),
         "keys 8 int8pack bfloat16": lambda: int8pack(torch.bfloat16),
-        "keys 8 int": lambda: code_products(Digits.of(query), codes8, 8, unpacked8) * symmetric[:, None],
+        "keys 8 int": lambda: integer_products(Digits.of(query), codes8, 8) * symmetric[:, None],
         "keys 4 unpack": lambda: with_steps(torch.bmm(unpacked_codes(packed4, 4, DIM), columns).transpose(1, 2)),
         "keys 4 shifts": shifted,
-        "keys 4 int": lambda: with_steps(
-            code_products(Digits.of(query), packed4, 4, lambda own: unpacked_codes(own, 4, DIM))
-        ),
+        "keys 4 int": lambda: with_steps(integer_products(Digits.of(query), packed4, 4)),
         "values": plain_sums,
         "values 8 unpack": lambda: unpacked_sums(8),
         "values 8 op": lambda: bag_sums(all_weights, rows[8], places, 8),
@@ -115,7 +116,7 @@ def ways(n: int, group: int, dtype: torch.dtype, seed: int) -> dict[str, Callabl
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     samples, errors, cases = [], {}, []
-    for dtype in args.dtypes:
+    for dtype in args.dtypes if args.rounds else ():
         for n in args.tokens:
             for group in args.groups:
                 found = ways(n, group, getattr(torch, dtype), args.seed)
@@ -134,11 +135,47 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                         ms = [round(1e3 * (time.perf_counter() - start), 4)]
                         samples.append({"case": case, "round": turn, "name": name, "ms": ms})
     settings = {"threads": args.threads, "rounds": args.rounds, "cases": cases, "torch": torch.__version__}
+    settings["cpu"] = environment()["cpu"]
     settings["vnni"] = bool(getattr(torch.cpu, "_is_vnni_supported", lambda: False)())
-    return {"settings": settings, "errors": errors, "samples": samples}
+    made = {"verdicts": verdicts(), "compiled": of_compiled()}
+    return {"settings": settings, "errors": errors, **made, "samples": samples}
+
+
+def verdicts() -> list[dict[str, Any]]:
+    """Of each kernel: from how many products of a head on it is used here, and the milliseconds of its trial."""
+    kinds = [(side, bits) for side in ("keys", "values") for bits in (8, 4, 2)]
+    found = [(side, bits, verdict(side, bits)) for side, bits in kinds]
+    return [
+        {"of": side, "bits": bits, "least": own.least, "ms": {n: [round(x, 4) for x in ms] for n, ms in own.ms.items()}}
+        for side, bits, own in found
+    ]
+
+
+def of_compiled() -> list[dict[str, Any]]:
+    """Of whole attention, milliseconds of the trial of each compiled kernel and of torch's, and whether it is used."""
+    kinds = [Kind(kind, bits, (DIM, DIM)) for kind in (torch.float32, torch.bfloat16) for bits in ((8, 4), (4, 4))]
+    used = {kind: fastest(kind) is not None for kind in kinds}
+    return [
+        {"dtype": str(kind.dtype).removeprefix("torch."), "bits": kind.bits, "is_used": is_used,
+         "ms": [round(ms, 4) for ms in TRIALS.get(kind, ())]}
+        for kind, is_used in used.items()
+    ]  # fmt: skip
 
 
 def table(record: dict[str, Any]) -> str:
+    """What was measured, if anything was, and what was found out by itself, if it was asked."""
+    settings = record["settings"]
+    parts = [_of_ways(record)] if record["samples"] else []
+    parts += [_of_verdicts(record["verdicts"])] if "verdicts" in record else []
+    parts += [_of_compiled(record["compiled"])] if "compiled" in record else []
+    cpu = f" of {settings['cpu']}" if settings.get("cpu") else ""
+    return "\n\n".join(parts) + (
+        f" {settings['threads']} CPU thread{cpu}, {'with' if settings['vnni'] else 'without'} VNNI; "
+        f"torch {settings['torch']}."
+    )
+
+
+def _of_ways(record: dict[str, Any]) -> str:
     """How many times faster each way is than the pairs as they are, by case; and how far it is off unpacked codes."""
     cases = record["settings"]["cases"]
     parts = []
@@ -157,12 +194,33 @@ def table(record: dict[str, Any]) -> str:
             most = max((x for x in off if x is not None), default=None)
             lines.append(f"| {title} | {' | '.join(cells)} | {'' if most is None else f'{most:.0e}'} |")
         parts.append("\n".join(lines))
-    settings = record["settings"]
     return "\n\n".join(parts) + (
         f"\n\nHeads of {DIM} channels, {HEADS} of them; columns: type of the pairs as they are, pairs, query heads of "
-        f"each. Medians of ratios in one round, {settings['rounds']} rounds; {settings['threads']} CPU thread, "
-        f"{'with' if settings['vnni'] else 'without'} VNNI; torch {settings['torch']}."
+        f"each. Medians of ratios in one round, {record['settings']['rounds']} rounds;"
     )
+
+
+def _of_compiled(found: list[dict[str, Any]]) -> str:
+    """How long attention to codes took, by a compiled kernel and by torch's operations."""
+    lines = ["| attention to codes of keys and values, other pairs in | compiled kernel | torch's | used |"]
+    lines += ["|---|---:|---:|---|"]
+    for own in found:
+        cells = [f"{ms:.3f} ms" for ms in own["ms"]] or ["there is none", ""]
+        bits = " and ".join(map(str, own["bits"]))
+        lines.append(f"| {bits} bits, {own['dtype']} | {' | '.join(cells)} | {'yes' if own['is_used'] else 'no'} |")
+    return "\n".join(lines) + "\n\nEight heads with one query each, 1,024 codes and 128 other pairs of each head."
+
+
+def _of_verdicts(found: list[dict[str, Any]]) -> str:
+    """How long each kernel took, and unpacking and multiplying, and from how many products on the kernel is used."""
+    sizes = list(next(own["ms"] for own in found if own["ms"]))
+    titles = [f"{int(n):,} pairs, {way}" for n in sizes for way in ("kernel", "unpacked")]
+    lines = [f"| codes of | {' | '.join(titles)} | kernel is used from |", "|---|" + "---:|" * (len(titles) + 1)]
+    for own in found:
+        cells = [f"{ms:.3f} ms" for n in sizes for ms in own["ms"].get(n, ())] or ["there is none", *[""] * 3]
+        least = "never" if own["least"] is None else f"{own['least']:,} products" if own["least"] else "one product"
+        lines.append(f"| {own['of']}, {own['bits']} bits | {' | '.join(cells)} | {least} |")
+    return "\n".join(lines) + "\n\nTwo heads with one query each; products are pairs of a head times its queries."
 
 
 def main() -> int:
@@ -176,7 +234,6 @@ def main() -> int:
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    packed._LEAST_PRODUCTS = 0  # the operation, however little there is to do
     record = measure(args)
     write(args, record)
     print(table(json.loads(json.dumps(record))))

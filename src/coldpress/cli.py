@@ -17,7 +17,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any, NoReturn
@@ -36,6 +36,7 @@ from coldpress.commands.options import (
 )
 from coldpress.commands.serve_options import chat_options, serve_options
 from coldpress.commands.streams import interrupted_at_once, open_streams, output_problem
+from coldpress.commands.useful import check_benchmark, check_ppl, check_sweep, check_tasks, given_to
 from coldpress.errors import InputError, SelfCheckError, nearest
 from coldpress.eval.settings import AdviceSettings, BenchmarkSettings, CalibrationSettings, Settings, TaskSettings
 from coldpress.io.files import is_utf8
@@ -211,7 +212,7 @@ def _check_sources(args: argparse.Namespace) -> None:
 def _run_recommend(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
     from coldpress.eval.recommend import recommend
 
-    return _outcome(*recommend(AdviceSettings(**_given(args, AdviceSettings)), _command(argv, prog)))
+    return _outcome(*recommend(AdviceSettings(**given_to(AdviceSettings, vars(args))), _command(argv, prog)))
 
 
 def _run_ppl(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
@@ -220,7 +221,8 @@ def _run_ppl(args: argparse.Namespace, argv: list[str], prog: str | None) -> int
     from coldpress.io.launched import followers_silent
 
     command = f"{prog or 'coldpress'} {shlex.join(argv[1:] if prog else argv)}"
-    settings = Settings(**_given(args, Settings))
+    settings = Settings(**given_to(Settings, vars(args)))
+    check_ppl(vars(args), settings)
     if settings.tp_plan is None:
         return _outcome(*evaluate(settings, command))
     with followers_silent() as folder:  # every process takes part, and the first one speaks
@@ -236,6 +238,8 @@ def _run_sweep(args: argparse.Namespace, argv: list[str], prog: str | None) -> i
     ignored = ("config", "parser", "run")
     options = {name: value for name, value in vars(args).items() if name not in ignored and value is not None}
     plan = SweepPlan.of(with_options(config, options))
+    evaluations = plan.evaluations
+    check_sweep(options, {e.kind for e in evaluations}, {job.name for e in evaluations for job in e.jobs})
     outcome = sweep(plan, f"{prog or 'coldpress'} {shlex.join(argv)}")
     print(summary(outcome, plan.output_dir))
     if outcome.is_interrupted:
@@ -248,22 +252,17 @@ def _run_tasks(args: argparse.Namespace, argv: list[str], prog: str | None) -> i
     _check_sources(args)
     from coldpress.eval.task_run import measure_tasks
 
-    records, is_interrupted = measure_tasks(TaskSettings(**_given(args, TaskSettings)), _command(argv, prog))
-    return _outcome(records, is_interrupted)
+    settings = TaskSettings(**given_to(TaskSettings, vars(args)))
+    check_tasks(vars(args), settings)
+    return _outcome(*measure_tasks(settings, _command(argv, prog)))
 
 
 def _run_benchmark(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
     from coldpress.eval.benchmarks.run import measure_benchmark
 
-    settings = BenchmarkSettings(**_given(args, BenchmarkSettings))
+    settings = BenchmarkSettings(**given_to(BenchmarkSettings, vars(args)))
+    check_benchmark(vars(args), settings)
     return _outcome(*measure_benchmark(settings, _command(argv, prog)))
-
-
-def _given(args: argparse.Namespace, settings: Any) -> dict[str, Any]:
-    """The options that were given, as a dataclass of settings takes them."""
-    given = {f.name: getattr(args, f.name) for f in fields(settings) if getattr(args, f.name, None) is not None}
-    given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
-    return given | ({"press_args": tuple(given["press_args"].items())} if "press_args" in given else {})
 
 
 def _command(argv: list[str], prog: str | None) -> str:
@@ -286,7 +285,7 @@ def _run_calibrate(args: argparse.Namespace, argv: list[str], prog: str | None) 
     _check_sources(args)
     from coldpress.eval.calibrate import make_artefact
 
-    make_artefact(CalibrationSettings(**_given(args, CalibrationSettings)))
+    make_artefact(CalibrationSettings(**given_to(CalibrationSettings, vars(args))))
     return 0
 
 

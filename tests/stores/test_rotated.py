@@ -26,12 +26,13 @@ from coldpress import (
     SnapKVPress,
     TokenCodec,
 )
-from coldpress.attend import packed as kernels
+from coldpress.attend import packed
 from coldpress.attend.segments import attend_segments, segment_bias
 from coldpress.errors import CacheError, ColdpressError
-from coldpress.stores import packed_part, rows
+from coldpress.stores import kernels, packed_part, rows
 from coldpress.stores.bits import BITS, ROTATED, KVBits, bits_from, bits_name, storage_of
 from coldpress.stores.hadamard import hadamard, rotated
+from coldpress.stores.kernels import VERDICTS, Verdict
 from coldpress.stores.native import Kind, kernel
 from coldpress.stores.packed import PackedStore
 from coldpress.stores.packed_part import attend_packed
@@ -139,20 +140,18 @@ def a_store(bits: tuple[int, int], n: int = 1500, dim: int = 64, is_ragged: bool
     return PackedStore(RotatedBits(*bits), keys, values, first, 5)
 
 
-def test_the_benchmarks_say_how_many_products_are_of_integers() -> None:
-    text = (Path(__file__).parents[2] / "benchmarks/packed/README.md").read_text(encoding="utf-8")
-    assert f"a head has {kernels._LEAST_PRODUCTS:,} products or more" in text
+def decided(patch: pytest.MonkeyPatch, least: int | None) -> None:
+    """Kernels are used from so many products of a head on, or never, whatever a trial would find here."""
+    patch.setattr(kernels, "verdict", lambda side, bits: Verdict(None if (side, bits) == ("keys", 2) else least, {}))
 
 
 @pytest.mark.parametrize("bits", [(8, 8), (8, 4), (4, 4), (4, 2), (2, 8)])
-@pytest.mark.parametrize("has_operations", [True, False])
+@pytest.mark.parametrize("least", [0, 4096, None])
 def test_products_and_sums_on_codes_are_those_of_unpacked_pairs(
-    bits: tuple[int, int], has_operations: bool, monkeypatch: pytest.MonkeyPatch
+    bits: tuple[int, int], least: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "_LEAST_PRODUCTS", 4096)
-    if not has_operations:
-        monkeypatch.setattr(kernels, "_can_multiply_integers", lambda: False)
-        monkeypatch.setattr(kernels, "_sums_are_right", lambda bits: False)
+    decided(monkeypatch, least)
+    if least is None:
         monkeypatch.setattr(rows, "_can_unpack", lambda bits: False)
     store, query = a_store(bits, is_ragged=True), numbers(4, 3, 64, seed=2)
     codec, held = store.codec, store._codes
@@ -164,8 +163,77 @@ def test_products_and_sums_on_codes_are_those_of_unpacked_pairs(
         step = held.segment("keys.step", i).float()
         # a query in two digits: in each channel off by so much, times codes of 8 bits less 128, or of fewer bits
         off = rotated(query)[i].abs().amax(-1, keepdim=True) / 127 / 508 * step * 64 * (128 if bits[0] == 8 else 15)
-        bound = 1e-4 + (off if has_operations else 0 * off)
+        bound = 1e-4 + (0 * off if least is None else off)
         assert bool(((own - plain).abs() <= bound).all())
+
+
+KERNELS = [("keys", 8), ("keys", 4), ("values", 8), ("values", 4), ("values", 2)]
+
+
+@pytest.mark.parametrize(("side", "bits"), KERNELS)
+@pytest.mark.parametrize(
+    ("kernel", "unpacked", "least"),
+    [
+        ((1, 1), (2, 2), 0),
+        ((2, 1), (1, 2), 2304),  # half way between the two sizes
+        ((2, 2), (1, 1.5), 7680),  # the lines cross beyond them
+        ((2, 2), (1, 1), None),
+        ((1, 2), (2, 1), None),
+    ],
+)
+def test_the_slower_way_is_not_used(
+    side: str, bits: int, kernel: Any, unpacked: Any, least: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is tried once, and used where the time that it takes is the shorter one."""
+    took = iter(zip(kernel, unpacked, strict=True))
+    monkeypatch.setattr(kernels, "_least_ms", lambda *ways: next(took))
+    monkeypatch.setattr(kernels, "VERDICTS", {})
+    found = kernels.verdict(side, bits)
+    assert found == Verdict(least, dict(zip((512, 4096), zip(kernel, unpacked, strict=True), strict=True)))
+    assert kernels.VERDICTS[side, bits, 1] is found and kernels.verdict(side, bits) is found
+    for n in (1, 2303, 2304, 9999):
+        assert kernels._is_faster(side, bits, n) == (least is not None and n >= least)
+    assert not kernels._is_faster(side, bits, 0)
+
+
+@pytest.mark.parametrize(("side", "bits"), [*KERNELS, ("keys", 2)])
+def test_a_kernel_is_tried_on_this_machine(side: str, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the caller has set, without one of its random numbers, and with what torch has of kernels."""
+    monkeypatch.setattr(kernels, "VERDICTS", {})
+    state = torch.get_rng_state()
+    with torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+        found = kernels.verdict(side, bits)
+    assert torch.equal(torch.get_rng_state(), state)
+    is_right = {"keys": packed.products_are_right, "values": packed.sums_are_right}[side](bits)
+    assert bool(found.ms) == is_right
+    for ms in found.ms.values():
+        assert len(ms) == 2 and min(ms) > 0
+
+
+@pytest.mark.parametrize("fault", [AttributeError, 1])
+def test_a_kernel_that_is_missing_or_wrong_is_never_used(fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def product(*given: Any, **options: Any) -> Tensor:
+        if fault is AttributeError:
+            raise AttributeError("torch has no such operation")
+        found: Tensor = torch_product(*given, **options)
+        return found.add_(fault)
+
+    torch_product, bags = torch._int_mm, dict(packed._OPERATIONS)
+    monkeypatch.setattr(torch, "_int_mm", product)
+    for bits, own in bags.items():
+        wrong = product if fault is AttributeError else lambda *given, own=own: own(*given) + fault
+        monkeypatch.setitem(packed._OPERATIONS, bits, wrong)
+    monkeypatch.setattr(kernels, "VERDICTS", {})
+    assert all(kernels.verdict(side, bits) == Verdict(None, {}) for side, bits in KERNELS)
+
+
+def test_a_compiled_step_finds_its_verdicts_there() -> None:
+    """They are made with the parts of the layers, before torch is given a step."""
+    VERDICTS.clear()
+    store = a_store((8, 4))
+    assert not VERDICTS
+    store.part(1)
+    assert set(VERDICTS) == {("keys", 8, 1), ("values", 4, 1)}
 
 
 def slowly(store: PackedStore, query: Tensor, bias: Tensor | None) -> Tensor:
@@ -195,14 +263,12 @@ def each_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_step_on_codes_is_attention_to_unpacked_pairs(
     dtype: torch.dtype, is_ragged: bool | str, has_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "_LEAST_PRODUCTS", 4096)
     store, query = a_store((8, 4), is_ragged=is_ragged), numbers(2, 6, 1, 64, seed=3)
     bias = torch.randn(1, 2, 1, store.n, generator=torch.Generator().manual_seed(4)) if has_bias else None
     expected = slowly(store, query, bias)
-    for can, atol in ((True, 2e-4), (False, 1e-5)):
+    for least, atol in ((0, 2e-4), (4096, 2e-4), (None, 1e-5)):
         with monkeypatch.context() as patch:
-            if not can:
-                patch.setattr(kernels, "_can_multiply_integers", lambda: False)
+            decided(patch, least)
             assert store._reads_codes(query)
             torch.testing.assert_close(store.attend(query, bias, 64**-0.5), expected, atol=atol, rtol=0)
     own = PackedStore(

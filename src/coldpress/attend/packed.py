@@ -1,8 +1,7 @@
-"""Arithmetic with packed rows as they are stored: products with codes, and sums of rows of codes.
+"""Kernels: products with packed rows as they are stored, and sums of rows of codes, by operations of torch.
 
-Two operations of torch do it without unpacking. Each is tried once with small integers, of which the result is known;
-where it is missing or wrong, on a device other than the CPU, and where it is known to be slow (products of integers
-without VNNI instructions), rows are unpacked one segment at a time.
+Each is tried once with small integers, of which the result is known. Where one is there, gives the right numbers and
+is faster than unpacking (``stores/kernels.py``), a decoding step uses it.
 """
 
 from __future__ import annotations
@@ -14,10 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Digits", "bag_sums", "can_sum_bags", "code_products"]
+__all__ = ["CHANNELS", "Digits", "bag_sums", "integer_products", "products_are_right", "sums_are_right"]
 
-_LEAST_PRODUCTS = 1024  # of a head; fewer are as fast when its codes are unpacked
-_CHANNELS = 32  # a multiple of which integers are multiplied in
+CHANNELS = 32  # a multiple of which integers are multiplied in
 _Places = tuple[tuple[int, int], ...]  # first row and number of rows of each segment
 
 
@@ -27,12 +25,10 @@ class Digits(NamedTuple):
     So a query is off by max |q| / 127 / 508 in each channel at most, and a product by that times the sum of its codes.
 
     Attributes:
-        query: float32 ``[S, G, D]``.
         step: float32 ``[S, G, 1]``.
         numbers: int8 ``[S, 2 * G, D]``, the first digits of all queries of a segment and then the second ones.
     """
 
-    query: Tensor
     step: Tensor
     numbers: Tensor
 
@@ -42,27 +38,22 @@ class Digits(NamedTuple):
         step = query.abs().amax(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny) / 127
         first = (query / step).round_()
         second = ((query / step - first) * 254).round_()
-        return cls(query, step, torch.cat([first, second], dim=1).to(torch.int8))
+        return cls(step, torch.cat([first, second], dim=1).to(torch.int8))
 
-    def segment(self, i: int) -> Digits:
-        """Those of the queries of one segment."""
-        return Digits(self.query[i : i + 1], self.step[i : i + 1], self.numbers[i : i + 1])
+    def of_segments(self, which: slice) -> Digits:
+        """Those of the queries of some segments."""
+        return Digits(self.step[which], self.numbers[which])
 
 
-def code_products(digits: Digits, codes: Tensor, bits: int, unpack: Callable[[Tensor], Tensor]) -> Tensor:
+def integer_products(digits: Digits, codes: Tensor, bits: int) -> Tensor:
     """Products of queries with the codes of segments of one length: float32 ``[S, G, n]``.
 
     Args:
-        digits: of the queries; those that are multiplied where integers are, which takes enough products.
+        digits: of the queries, of a multiple of CHANNELS channels.
         codes: uint8 ``[S, n, W]``; of 8 bits, less 128 as int8.
-        bits: of a code.
-        unpack: the codes of some rows, float32 ``[n, D]``.
+        bits: of a code, 8 or 4.
     """
-    query, step, numbers = digits
-    is_for_integers = bits > 2 and query.device.type == "cpu" and query.shape[-1] % _CHANNELS == 0
-    is_long = codes.shape[1] * query.shape[1] >= _LEAST_PRODUCTS
-    if not (is_for_integers and is_long and _can_multiply_integers()):
-        return torch.stack([own @ unpack(code).T for own, code in zip(query, codes, strict=True)])
+    step, numbers = digits
     found = numbers.new_empty(*numbers.shape[:2], codes.shape[1], dtype=torch.int32)
     if bits == 8:
         for own, code, out in zip(numbers, codes.view(torch.int8), found, strict=True):
@@ -83,7 +74,7 @@ def bag_sums(weights: Tensor, rows: Tensor, places: _Places, bits: int) -> Tenso
         weights: float32 ``[G, N]``, N rows of all segments one after the other.
         rows: uint8 ``[rows, bytes]``: codes, a step and a least number, in the order that torch has them.
         places: where the rows of each segment are.
-        bits: of a code; see :func:`can_sum_bags`.
+        bits: of a code, 8, 4 or 2.
     """
     at, starts = _bags(places)
     sums = [_OPERATIONS[bits](rows, at, starts, False, 0, False, own.contiguous(), None, False) for own in weights]
@@ -99,11 +90,6 @@ def _bags(places: _Places) -> tuple[Tensor, Tensor]:
         return at, starts
 
 
-def can_sum_bags(rows: Tensor, bits: int) -> bool:
-    """Whether :func:`bag_sums` is for these rows: on the CPU, where torch's operation gives the right numbers."""
-    return rows.device.type == "cpu" and _sums_are_right(bits)
-
-
 _OPERATIONS: dict[int, Callable[..., Tensor]] = {
     8: lambda *given: torch.ops.quantized.embedding_bag_byte_rowwise_offsets(*given),
     4: lambda *given: torch.ops.quantized.embedding_bag_4bit_rowwise_offsets(*given),
@@ -111,9 +97,8 @@ _OPERATIONS: dict[int, Callable[..., Tensor]] = {
 }
 
 
-@lru_cache(maxsize=3)
-def _sums_are_right(bits: int) -> bool:
-    """Try sums of rows whose codes, steps and least numbers are known."""
+def sums_are_right(bits: int) -> bool:
+    """Try :func:`bag_sums` with rows whose codes, steps and least numbers are known."""
     kind = torch.float32 if bits == 8 else torch.float16
     codes = (torch.arange(7 * 16).view(7, 16) * 37 + 11) % 2**bits
     steps = torch.tensor([[0.5, -1.0], [0.25, 2.0], [1.0, 0.0], [2.0, 3.0], [0.125, -4.0], [1.0, 1.0], [4.0, -8.0]])
@@ -131,14 +116,21 @@ def _sums_are_right(bits: int) -> bool:
     return found.shape == expected.shape and bool((found - expected).abs().max() < 1e-4)
 
 
-@lru_cache(maxsize=1)
-def _can_multiply_integers() -> bool:
-    """Whether products of int8 matrices are fast here, and right."""
-    if not getattr(torch.cpu, "_is_vnni_supported", lambda: False)():
-        return False
-    one, other = ((torch.arange(n * 64).view(n, 64) * k % 255 - 127).to(torch.int8) for n, k in ((2, 89), (1500, 31)))
+def products_are_right(bits: int) -> bool:
+    """Try :func:`integer_products` with known integers, the largest ones among them."""
+    if bits == 2:
+        return False  # which it does not know
+    numbers = (torch.arange(2 * 64).view(1, 2, 64) * 89 % 255 - 127).to(torch.int8)
+    numbers[:, 0] = 127
+    codes = (torch.arange(1500 * 8 * bits).view(1, 1500, 8 * bits) * 31 % 256).to(torch.uint8)
+    codes[:, :2] = torch.tensor([[128], [127]])  # -128 and 127 as int8
+    if bits == 8:
+        whole = codes.view(torch.int8).float()
+    else:
+        whole = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2).float()
+    high, low = (numbers.float() @ whole.transpose(1, 2)).chunk(2, dim=1)
     try:
-        found = torch._int_mm(one, other.T)
+        found = integer_products(Digits(torch.ones(1, 1, 1), numbers), codes, bits)
     except (RuntimeError, AttributeError, NotImplementedError):
         return False
-    return bool(torch.equal(found, one.int() @ other.int().T))
+    return bool(torch.equal(found, torch.add(high, low, alpha=1 / 254)))

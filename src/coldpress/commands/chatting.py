@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from coldpress.bases.press_files import load_press_files
+from coldpress.cache.pressed import PressedCache
 from coldpress.commands.serving import press_of
 from coldpress.core.definition import in_short
 from coldpress.errors import InputError, nearest
@@ -40,10 +41,14 @@ def chat_given(args: argparse.Namespace, model_options: dict[str, Any]) -> int:
     """
     if not 0 <= args.temperature <= 2 or not 0 <= args.top_p <= 1:
         raise InputError("--temperature must be in [0, 2] and --top_p in [0, 1].")
+    if not args.temperature and (args.top_p < 1 or args.seed):
+        option = "top_p" if args.top_p < 1 else "seed"
+        raise InputError(f"--{option} is for tokens that are drawn; add a --temperature above 0, or leave it out.")
     given = {"press": args.press or default_press(args.chunk_tokens), "press_args": args.press_args}
     sizes = {name: size for name in ("compression_ratio", "budget_tokens") if (size := getattr(args, name)) is not None}
     load_press_files([given["press"]])
     press = press_of({**given, **sizes}, {})
+    PressedCache(press, chunk_tokens=args.chunk_tokens, kv_bits=args.kv_bits)  # refuses what does not go together
     loaded = load_model(**model_options)
 
     def begin() -> Conversation:

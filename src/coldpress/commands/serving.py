@@ -14,6 +14,7 @@ from typing import Any
 from coldpress.bases.press_files import load_press_files
 from coldpress.bases.registry import file_parameters, make_press, press_names, takes_ratio
 from coldpress.bases.scorer import BUDGETS
+from coldpress.cache.pressed import PressedCache
 from coldpress.commands.replicas import replicas
 from coldpress.core.definition import in_short
 from coldpress.core.press import Press
@@ -109,6 +110,8 @@ def serve(
         raise InputError(f"--allow_files {allow_files} is no folder; name the one whose files clients may ask about.")
     load_press_files([str(press.get("press", ""))])  # requests name what is loaded, and load nothing
     chosen = press_of(press, {})
+    how = {name: snapshots[name] for name in ("chunk_tokens", "kv_bits")}
+    PressedCache(chosen, **how)  # refuses what does not go together
     hosts = (*_LOCAL, "[::1]") if is_local and api_key is None else None
 
     def service() -> Service:

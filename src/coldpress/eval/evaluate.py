@@ -40,6 +40,7 @@ from coldpress.eval.settings import Settings
 from coldpress.eval.speed import SpeedPoint, SpeedRun
 from coldpress.eval.stream import StreamRun
 from coldpress.eval.windows import PRESETS, STRIDED, Window, laid_out
+from coldpress.models.compilable import check_model
 
 
 def evaluate(settings: Settings, command: str) -> tuple[list[dict[str, Any]], bool]:
@@ -68,6 +69,8 @@ def evaluate(settings: Settings, command: str) -> tuple[list[dict[str, Any]], bo
 
 def make_run(settings: Settings, jobs: Sequence[Job], corpus: Corpus, loaded: LoadedModel, command: str) -> PressRun:
     """A run of which everything is decided and nothing measured; InputError where text, sizes or a press do not fit."""
+    if settings.compile:
+        check_model(loaded.model)
     corpus = laid_out(corpus, settings.ppl_preset)
     plan = make_plan(settings, corpus, loaded.tokenizer, loaded.max_positions)
     firsts = [window.bos for window in plan.windows or () if window.bos is not None]

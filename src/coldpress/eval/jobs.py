@@ -20,7 +20,9 @@ from coldpress.core.definition import as_given
 from coldpress.core.press import parts
 from coldpress.core.requirements import check_chunks, check_quantisable, require_rerotatable
 from coldpress.errors import CacheError, InputError, PressError
+from coldpress.eval.models import pick_device
 from coldpress.eval.settings import Settings
+from coldpress.models.compilable import check_compilable, check_compiler
 from coldpress.presses.decoding import DecodingPress
 from coldpress.presses.finch import FinchPress
 from coldpress.stores.bits import KVBits, storage_of
@@ -224,13 +226,14 @@ def make_jobs(settings: Settings) -> list[Job]:
     and the decoding ones. ``no_press`` is measured once. With ``--chunk_tokens``, ``all`` leaves out what chooses only
     once; with ``--batch_size``, where perplexity is measured under presses, what takes one text at a time
     (:func:`left_out_of_batches`). With ``kv_bits`` each of them is measured at every number of bits; ``all`` leaves out
-    those that cannot be stored so.
+    those that cannot be stored so, and with ``compile`` those that a compiled step cannot decode.
 
     Raises:
         PressError: an unknown press or parameter, a ratio outside [0, 1), parameters for several presses, a budget for
             a press that was named and has none, a press that would compress nothing of what is measured, a press that
             was named and takes one text at a time.
-        CacheError: bits that there are not, or that a press that was named cannot be stored in.
+        CacheError: bits that there are not, or that a press that was named cannot be stored in; with ``compile`` one of
+            these that a compiled step cannot decode. ModelError: there is no compiler for it.
     """
     load_press_files(settings.press, settings.engine)
     if settings.ppl_mode == "streaming":
@@ -268,7 +271,7 @@ def make_jobs(settings: Settings) -> list[Job]:
     bits = dict.fromkeys(settings.kv_bits)
     group = None if settings.kv_group_size == KVBits.group_size else settings.kv_group_size
     codecs = [storage_of(each, group_size=group, newest=settings.kv_residual_tokens) for each in bits]
-    return _in_bits(jobs, [codec for codec in codecs if codec is not None], settings)
+    return _compilable(_in_bits(jobs, [codec for codec in codecs if codec is not None], settings), settings)
 
 
 def left_out_of_batches(settings: Settings) -> list[str]:
@@ -309,6 +312,24 @@ def _in_bits(jobs: list[Job], kv_bits: list[Codec], settings: Settings) -> list[
                     raise
                 continue
             found.append(replace(job, kv_bits=each))
+    return found
+
+
+def _compilable(jobs: list[Job], settings: Settings) -> list[Job]:
+    """The jobs that a compiled step can decode, where one was asked for; CacheError for one that was named."""
+    if not settings.compile:
+        return jobs
+    device, leave, found = pick_device(settings.device), "leave --compile out", []
+    check_compiler(device)
+    for job in jobs:
+        check_compilable(None, job.kv_bits, device, leave)
+        try:
+            check_compilable(job.press, job.kv_bits, device, leave)
+        except CacheError:
+            if job.name in settings.press:
+                raise
+            continue
+        found.append(job)
     return found
 
 

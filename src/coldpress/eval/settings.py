@@ -104,6 +104,11 @@ class Settings(OfTiming, OfSpeed, OfWindows, OfPerplexity, OfPlacement, OfText, 
             raise InputError("--compile is for decoding, and no speed is measured here; leave it out.")
         if self.compile and not self.warmup:
             raise InputError("--compile compiles in the untimed rounds; give --warmup 1 or more.")
+        if self.compile and self.attn_implementation != OfMachine.attn_implementation:
+            raise InputError(
+                f"--compile decodes with attention of its own; leave --attn_implementation {self.attn_implementation} "
+                "out, or --compile."
+            )
         if not self.ppl_only and self.max_new_tokens < 2:
             raise InputError(f"--max_new_tokens must be at least 2 to time decoding, got {self.max_new_tokens}.")
         if not self.ppl_only and (self.min_new_tokens or 0) > self.max_new_tokens:

@@ -35,16 +35,15 @@ from coldpress.cache.phase import Phase
 from coldpress.cache.pressed import PressedCache
 from coldpress.cache.sight import Sights, commit
 from coldpress.core.call import LayerCall
-from coldpress.core.press import parts as parts_of
 from coldpress.errors import CacheError, ModelError
 from coldpress.models.backend import STEP_WATCHERS
 from coldpress.models.block import is_inside
 from coldpress.models.columns import by_columns
+from coldpress.models.compilable import check_model, check_press, goes_on, unfit
 from coldpress.models.compiling import Compiled, Watch, say
 from coldpress.models.scope import Scope
 from coldpress.models.step import Seen, Steps
 from coldpress.models.supported import use_coldpress
-from coldpress.stores.bits import KVBits
 from coldpress.stores.parts import Part, Sight
 
 __all__ = ["Compiled", "compiled"]
@@ -86,7 +85,7 @@ def compiled(model: nn.Module, new_tokens: int = 256, tell: Callable[[str], None
         raise CacheError(f"new_tokens must be a whole number from 1 on, got {new_tokens!r}.")
     inner = transformers_model(model)
     use_coldpress(inner)
-    _check_model(inner)
+    check_model(inner)
     if "forward" in vars(inner):
         raise ModelError(
             "This model's forward has been replaced already, by another compiled() block perhaps; leave that first."
@@ -106,19 +105,6 @@ def compiled(model: nn.Module, new_tokens: int = 256, tell: Callable[[str], None
                 "input_ids of one new token a row and a filled PressedCache are.",
                 stacklevel=3,
             )
-
-
-def _check_model(model: PreTrainedModel) -> None:
-    name, config = type(model).__name__, model.config.get_text_config(decoder=True)
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if kinds:
-        raise ModelError(f"{name} has layers of {', '.join(sorted(kinds))}, which a compiled step does not know.")
-    rotary = getattr(config, "rope_scaling", None) or getattr(config, "rope_parameters", None) or {}
-    kind = rotary.get("rope_type", rotary.get("type"))
-    if kind in ("dynamic", "longrope"):
-        raise ModelError(f"{name} has rotary frequencies that depend on the text ({kind}), which cannot be compiled.")
-    if len({parameter.device for parameter in model.parameters()}) > 1:
-        raise ModelError(f"{name} is spread over several devices; a compiled step needs all weights on one.")
 
 
 class _Decoder:
@@ -206,27 +192,21 @@ class _Decoder:
         layers = self._checked_layers(cache, ids.shape[0])
         found = self.sights.of(layers, self._begin(cache, layers, mask))
         if found is None:
-            raise CacheError(_unfit(cache))
+            raise CacheError(unfit(cache.storage))
         position = given.get("position_ids")
         if position is None:
             position = torch.full_like(ids, cache.seen_tokens)
-        goes_on = self._goes_on(cache)
-        logits, seen = self._run(ids, position, *found, goes_on)
-        rotation = self._rotation(position) if goes_on else None
+        is_watched = goes_on(cache.press)
+        logits, seen = self._run(ids, position, *found, is_watched)
+        rotation = self._rotation(position) if is_watched else None
         for layer in layers:  # nothing has been counted before, so a step that fails has not been
-            commit(layer, self._call(layer, seen[layer.index], rotation) if goes_on else None)
+            commit(layer, self._call(layer, seen[layer.index], rotation) if is_watched else None)
         return CausalLMOutputWithPast(logits=logits.clone(), **cache_argument(cache))
 
     def _checked_layers(self, cache: PressedCache, n_rows: int) -> list[PressedLayer]:
         """The layers, of a cache whose press leaves attention itself alone."""
         cache.session.check_claimed()
-        press = cache.press
-        if cache.session.roles.readers:
-            raise CacheError(
-                f"{press!r} chooses what each query reads, which cannot be compiled; leave compiled() out."
-            )
-        if press is not None and self._goes_on(cache) and any(part.needs_hidden_states for part in parts_of(press)):
-            raise CacheError(f"{press!r} looks at hidden states while decoding, which a compiled step does not tell.")
+        check_press(cache.press)
         layers = cache.pressed_layers()
         if len(layers) != len(cache.layers):
             raise CacheError("Layers that keep a state beside their pairs cannot be compiled; leave compiled() out.")
@@ -234,11 +214,6 @@ class _Decoder:
             if layer.slots.filled.n_rows != n_rows:
                 raise CacheError(f"The cache holds {layer.slots.filled.n_rows} rows and the call has {n_rows}.")
         return layers
-
-    def _goes_on(self, cache: PressedCache) -> bool:
-        """Whether the press has work to do after each token."""
-        press = cache.press
-        return press is not None and (press.evicts_while_decoding or bool(cache.session.roles.observers))
 
     def _begin(self, cache: PressedCache, layers: list[PressedLayer], mask: Tensor | None) -> ModelCall:
         """Note the call and its mask."""
@@ -325,16 +300,3 @@ def _way(model: PreTrainedModel, parts: list[Part]) -> tuple[Any, ...]:
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), keys.is_inference(), torch.get_num_threads()
     return *modes, autocast, device, model.dtype, keys.dtype
-
-
-def _unfit(cache: PressedCache) -> str:
-    """Why the pairs of a cache have no fixed shape."""
-    if isinstance(cache.storage, KVBits):
-        return (
-            f"kv_bits={cache.storage.bits} stores groups of tokens, which a compiled step cannot read; give kv_bits "
-            "k8v4 or k4v4, which are RotatedBits(8, 4) and (4, 4) and encode pairs one by one, or leave compiled() out."
-        )
-    return (
-        "compiled() needs pairs as the model made them, or on the CPU in RotatedBits: not keys in fewer channels "
-        "(ThinK) or a codec of your own. Leave compiled() out."
-    )

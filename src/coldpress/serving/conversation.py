@@ -47,7 +47,7 @@ class Conversation:
         tokens_per_s: of the last answer.
 
     Raises:
-        PressError: the press goes on while decoding.
+        PressError, CacheError: as :meth:`change_press`.
     """
 
     def __init__(
@@ -88,9 +88,15 @@ class Conversation:
         return self._cache.kv_bytes()
 
     def change_press(self, press: Press | None) -> None:
-        """Compress what was said so far by another press, and what will be said."""
+        """Compress what was said so far by another press, and what will be said.
+
+        Raises:
+            PressError: the press goes on while decoding, or cannot read in pieces.
+            CacheError: what it keeps cannot be stored in so few bits.
+        """
         if press is not None and press.evicts_while_decoding:
             raise PressError(f"{press!r} goes on while decoding, and the newest turns stay whole; give another press.")
+        PressedCache(press, chunk_tokens=self.chunk_tokens, kv_bits=self.kv_bits)  # refuses what does not go together
         self.press = press
         if self._ids:
             self._read_again(self._ids)

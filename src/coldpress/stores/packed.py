@@ -13,7 +13,7 @@ from coldpress.core.pick import pick
 from coldpress.errors import CacheError
 from coldpress.stores.base import Store
 from coldpress.stores.codec import TokenCodec, form_of
-from coldpress.stores.packed_part import CODES, PackedPart, attend_packed
+from coldpress.stores.packed_part import CODES, PackedPart, attend_packed, fastest, kind_of
 from coldpress.stores.parts import Part, whole_blocks
 from coldpress.stores.ragged import pad_segments
 from coldpress.stores.rotated import RotatedBits
@@ -285,9 +285,12 @@ class PackedStore(Store):
     # -- a compiled step ----------------------------------------------------------------------------------------------
 
     def part(self, n_more: int) -> Part | None:
-        if self.device.type != "cpu" or not isinstance(self.codec, RotatedBits):
-            return None
         exact, codes, codec = self._exact, self._codes, self.codec
+        kind = kind_of(codec, exact)
+        if self.device.type != "cpu" or not isinstance(codec, RotatedBits) or kind is None:
+            return None
+        if fastest(kind) is None:  # found out now, so that no step has to
+            codec.try_kernels()
         if exact.pitch is None or exact.room < 1:
             most = codec.first_tokens + codec.exact_tokens + codec.batch_tokens  # then some are encoded
             exact.own([whole_blocks(max(max(exact.counts) + 1, most))] * len(exact.counts))

@@ -8,18 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coldpress.attend.packed import Digits, bag_sums, can_sum_bags, code_products
 from coldpress.errors import CacheError
 from coldpress.stores.codec import Blocks, TokenCodec
 from coldpress.stores.hadamard import rotated
-from coldpress.stores.rows import (
-    code_bytes,
-    least_and_step,
-    packed_codes,
-    rows_of,
-    steps_type,
-    unpacked_codes,
-)
+from coldpress.stores.kernels import KeyProducts, value_sums, verdict
+from coldpress.stores.rows import key_codes, least_and_step, packed_codes, rows_of, value_parts
 from coldpress.stores.segments import Segments
 
 __all__ = ["RotatedBits"]
@@ -40,7 +33,8 @@ class RotatedBits(TokenCodec):
 
     No pair depends on another one, so they are appended, evicted while decoding and moved between rows as they are,
     and none is quantised twice. A decoding step on the CPU multiplies with the codes and adds up rows of codes where
-    torch has operations for it (``attend/packed.py``); anything else sees a copy of one layer at a time.
+    torch has kernels for it that are faster here (``stores/kernels.py``), and else unpacks one head at a time; anything
+    else sees a copy of one layer at a time.
 
     Source: Ashkboos et al. 2024, QuaRot, arXiv:2404.00456, section 4; per token as the values of Liu et al. 2024, KIVI,
     arXiv:2402.02750. Differs from QuaRot: no weights are rotated, keys and values of all channels share a step, and the
@@ -91,53 +85,36 @@ class RotatedBits(TokenCodec):
         return {name: torch.cat(own)[:, None] for name, own in zip(names, zip(*parts, strict=True), strict=True)}
 
     def decode_keys(self, blocks: Blocks, out: Tensor) -> None:
-        codes = self._key_codes(blocks["keys.codes"].flatten(0, -2), out.shape[-1])
+        codes = key_codes(blocks["keys.codes"].flatten(0, -2), self.key_bits, out.shape[-1])
         step, least = (blocks[name].flatten().float() for name in ("keys.step", "keys.least"))
         if self.key_bits == 8:
             least = least + 128 * step
         out.copy_(rotated(codes * step[:, None] + least[:, None]).view(out.shape))
 
     def decode_values(self, blocks: Blocks, out: Tensor) -> None:
-        codes, step, least = self._values(blocks["values.rows"].flatten(0, -2), out.shape[-1])
+        codes, step, least = value_parts(blocks["values.rows"].flatten(0, -2), self.value_bits, out.shape[-1])
         out.copy_(rotated(codes * step[:, None] + least[:, None]).view(out.shape))
 
     def logits(self, query: Tensor, held: Segments) -> list[Tensor]:
-        digits, dim = Digits.of(rotated(query)), query.shape[-1]
-        total = digits.query.sum(-1, keepdim=True)  # [S, G, 1]
+        query = rotated(query)
+        products, total = KeyProducts(query, self.key_bits), query.sum(-1, keepdim=True)  # [S, G, 1]
         steps, leasts = (held.buffer(name).float() for name in ("keys.step", "keys.least"))
         if self.key_bits == 8:
             leasts.add_(steps, alpha=128)
-
-        def products(own: Digits, codes: Tensor) -> Tensor:
-            return code_products(own, codes, self.key_bits, lambda rows: self._key_codes(rows, dim))
-
         if held.is_even:  # all segments at once
             steps, leasts = (part.view(len(query), 1, -1)[..., : held.counts[0]] for part in (steps, leasts))
-            return list(products(digits, held.even("keys.codes")).mul_(steps).addcmul_(total, leasts))
-        found = []
+            found = products.of(slice(None), held.even("keys.codes"))
+            return list(found.mul_(steps).addcmul_(total, leasts))
+        logits = []
         for i, span in enumerate(held.spans()):
-            own = products(digits.segment(i), held.segment("keys.codes", i)[None])[0]
-            found.append(own.mul_(steps[span]).addcmul_(total[i], leasts[span]))
-        return found
+            own = products.of(slice(i, i + 1), held.segment("keys.codes", i)[None])[0]
+            logits.append(own.mul_(steps[span]).addcmul_(total[i], leasts[span]))
+        return logits
 
     def sums(self, weights: Sequence[Tensor], held: Segments, dim: int) -> Tensor:
-        rows, bits = held.buffer("values.rows"), self.value_bits
-        if can_sum_bags(rows, bits):
-            return rotated(bag_sums(torch.cat(list(weights), dim=1), rows, held.places(), bits)[..., :dim])
-        found = []
-        for i, own in enumerate(weights):
-            codes, step, least = self._values(held.segment("values.rows", i), dim)
-            found.append((own * step) @ codes + (own @ least)[:, None])
-        return rotated(torch.stack(found))
+        return rotated(value_sums(weights, held.buffer("values.rows"), held.places(), self.value_bits, dim))
 
-    def _key_codes(self, codes: Tensor, dim: int) -> Tensor:
-        """The codes of rows of keys as numbers, float32 ``[n, D]``; of 8 bits, less 128."""
-        if self.key_bits == 8:
-            return codes.view(torch.int8).float()
-        return unpacked_codes(codes, self.key_bits, dim)
-
-    def _values(self, rows: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes, float32 ``[n, Dv]``, steps and least numbers, float32 ``[n]``, of rows of values."""
-        n = code_bytes(dim, self.value_bits)
-        steps = rows[:, n:].contiguous().view(steps_type(self.value_bits)).float()
-        return unpacked_codes(rows[:, :n], self.value_bits, dim), steps[:, 0], steps[:, 1]
+    def try_kernels(self) -> None:
+        """Find out now which way its codes are read, so that no decoding step has to."""
+        verdict("keys", self.key_bits)
+        verdict("values", self.value_bits)

@@ -9,7 +9,17 @@ from torch import Tensor
 
 from coldpress.errors import CacheError
 
-__all__ = ["code_bytes", "least_and_step", "packed_codes", "row_bytes", "rows_of", "steps_type", "unpacked_codes"]
+__all__ = [
+    "code_bytes",
+    "key_codes",
+    "least_and_step",
+    "packed_codes",
+    "row_bytes",
+    "rows_of",
+    "steps_type",
+    "unpacked_codes",
+    "value_parts",
+]
 
 
 def steps_type(bits: int) -> torch.dtype:
@@ -111,3 +121,15 @@ def rows_of(numbers: Tensor, bits: int) -> Tensor:
     codes, least, step = least_and_step(numbers, bits, steps_type(bits))
     steps = torch.stack([step, least], dim=-1).view(torch.uint8)
     return torch.cat([packed_codes(codes, bits), steps], dim=-1)
+
+
+def key_codes(codes: Tensor, bits: int, dim: int) -> Tensor:
+    """The codes of rows of keys as numbers, float32 ``[..., dim]``; of 8 bits, less 128."""
+    return codes.view(torch.int8).float() if bits == 8 else unpacked_codes(codes, bits, dim)
+
+
+def value_parts(rows: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, float32 ``[n, dim]``, steps and least numbers, float32 ``[n]``, of rows of values."""
+    n = code_bytes(dim, bits)
+    steps = rows[:, n:].contiguous().view(steps_type(bits)).float()
+    return unpacked_codes(rows[:, :n], bits, dim), steps[:, 0], steps[:, 1]
