@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from coldpress.backends import NO_PRESS
 from coldpress.eval.glance import CHEAP, FEWEST_WINDOWS, Answer, Row, answer, kl_of
 from coldpress.eval.metrics import FEWEST_QUESTIONS
-from coldpress.eval.sections import Entry, Section
+from coldpress.eval.sections import SAME, Entry, Section
 from coldpress.eval.wording import (
     capital,
     clean,
+    listed,
     memory_words,
     number,
     percent,
@@ -207,6 +208,23 @@ def contexts(section: Section, language: str = "en") -> list[str]:
     if len(sized) == 1 and section.kind != "plain":
         said.append(words["sizes"].format(context=f"{next(iter(sized)):,}"))
     return said + ([words["timed"].format(context=f"{timed:,}")] if timed is not None else [])
+
+
+def versions(found: Iterable[Section]) -> list[str]:
+    """Which presses other versions measured than the rest; a sentence for each."""
+    said: dict[str, None] = {}
+    for section in found:
+        first, *more = section.by_version().items()
+        for own, labels in more:
+            newer, older = (
+                clean(" and ".join(words for words in ours if words not in other))
+                for ours, other in ((own, first[0]), (first[0], own))
+            )
+            said[
+                f"{capital(newer)} ran {listed(labels)}, {older} the others; the uncompressed cache has the same loss "
+                f"under both, to {SAME:g} nats a token in each window or task."
+            ] = None
+    return [*said]
 
 
 def _at(entry: Entry, words: dict[str, str]) -> str:
