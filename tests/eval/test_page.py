@@ -227,6 +227,9 @@ def test_the_opening_shows_other_texts_and_tasks_of_the_same_presses_and_other_v
     assert [cell.text for cell in opening.table.rows[1][6:]] == ["+5.1 %", "90 %", "90 %"]
     assert "needle at 512 tokens and needle at 1,024 tokens: answers that are right, of 15 questions." in opening.notes
     assert "Transformers 9.9 ran press_3, transformers 5.0 the others" in opening.notes
+    whole = Collection((record("no_press"), *texts), ())
+    assert brief(whole).count("Transformers 9.9 ran press_3, transformers 5.0 the others") == 2  # texts
+    assert brief(whole, "zh").count("在 transformers 9.9 下测量的是 press_3，其余在 transformers 5.0 下") == 2
     without = document([record("no_press"), *texts, tasks[0]]).opening  # tasks of one press only
     assert len({row[1].text for row in without.table.rows}) == 5
 
