@@ -42,7 +42,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from coldpress import QualityPress, make_press
     from coldpress.architecture.cache_argument import cache_argument
     from coldpress.cache.pressed import PressedCache
-    from coldpress.eval.calibrate import pick_samples
+    from coldpress.commands.calibrating import pick_samples
     from coldpress.eval.datasets import load_corpus
     from coldpress.eval.models import load_model
     from coldpress.eval.progress import progress

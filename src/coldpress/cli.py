@@ -283,7 +283,7 @@ def _outcome(records: list[dict[str, Any]], is_interrupted: bool, again: str = "
 
 def _run_calibrate(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
     _check_sources(args)
-    from coldpress.eval.calibrate import make_artefact
+    from coldpress.commands.calibrating import make_artefact
 
     make_artefact(CalibrationSettings(**given_to(CalibrationSettings, vars(args))))
     return 0
@@ -319,7 +319,7 @@ def _run_serve(args: argparse.Namespace, argv: list[str], prog: str | None) -> i
 
 def _run_inspect(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
     _check_sources(args)
-    from coldpress.eval.inspect import make_page
+    from coldpress.commands.inspecting import make_page
 
     names = ("output", "press", "press_args", "compression_ratio", "budget_tokens", "limit_tokens", "chunk_tokens")
     source = {name: getattr(args, name) for name in ("subset", "sample_idx", "text_file")}

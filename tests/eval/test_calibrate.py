@@ -18,8 +18,8 @@ from coldpress import ExpectedAttentionPress, KnormPress
 from coldpress.bases import registry
 from coldpress.bases.registry import press_names
 from coldpress.cli import main
+from coldpress.commands.calibrating import pick_samples
 from coldpress.errors import DataError
-from coldpress.eval.calibrate import pick_samples
 from coldpress.io.artefacts import artefact_path
 
 DEMO = Path(coldpress.__file__).parent / "assets" / "demo" / "model"

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from tests.eval.report_records import NASTY, Record, everything, failed, many, record, spread, write
+from tests.eval.report_records import NASTY, Record, everything, failed, many, record, spread, tasked, write
 
 from coldpress.bases.registry import find_press
 from coldpress.cli import main
@@ -206,6 +206,34 @@ def test_what_failed_is_drawn_and_told(made: Report) -> None:
     assert "2 failed, 1 interrupted" in made.counts and "1 other file that is no record was left out" in made.counts
 
 
+def test_the_opening_shows_other_texts_and_tasks_of_the_same_presses_and_other_versions_in_a_footnote() -> None:
+    names = [f"press_{i}" for i in range(4)]
+    sizes = (0.25, 0.5, 0.75, 0.9)
+    texts = [
+        record(name, size, spread(0.1 * size, 0.01), **more)
+        for more in ({}, {"dataset": "pg19", "subset": None, "timestamp": "2026-02-02T00:00:00Z"})
+        for size in sizes
+        for name in names
+    ]
+    newer = {"env": texts[0]["env"] | {"transformers": "9.9"}}
+    texts = [one | newer if one["press"] == names[3] else one for one in texts]
+    tasks = [tasked(name, 0.5, 0.1) for name in names]
+    opening = document([record("no_press"), *texts, *tasks]).opening
+    heads = [head for head, _ in opening.table.heads]
+    assert heads[5:] == ["change of PPL", "PPL, PG-19", "needle at 512 tokens", "needle at 1,024 tokens"]
+    assert [row[0].text for row in opening.table.rows] == ["no_press", *names]
+    assert {row[1].text for row in opening.table.rows[1:]} == {"50 %"}
+    assert [cell.text for cell in opening.table.rows[0][6:]] == ["20.09", "100 %", "100 %"]
+    assert [cell.text for cell in opening.table.rows[1][6:]] == ["+5.1 %", "90 %", "90 %"]
+    assert "needle at 512 tokens and needle at 1,024 tokens: answers that are right, of 15 questions." in opening.notes
+    assert "Transformers 9.9 ran press_3, transformers 5.0 the others" in opening.notes
+    whole = Collection((record("no_press"), *texts), ())
+    assert brief(whole).count("Transformers 9.9 ran press_3, transformers 5.0 the others") == 2  # texts
+    assert brief(whole, "zh").count("在 transformers 9.9 下测量的是 press_3，其余在 transformers 5.0 下") == 2
+    without = document([record("no_press"), *texts, tasks[0]]).opening  # tasks of one press only
+    assert len({row[1].text for row in without.table.rows}) == 5
+
+
 def test_parts_of_one_text_are_told_apart() -> None:
     older = [record("no_press"), record("snapkv", 0.5, spread(0.1, 0.01))]
     newer = [one | {"env": one["env"] | {"transformers": "9.9"}} for one in older]
@@ -251,7 +279,7 @@ def test_the_same_records_make_the_same_files(tmp_path: Path) -> None:
 def test_the_page_of_many_records_is_small() -> None:
     made = document(many())
     assert len(page(made).encode()) < 500_000
-    assert "the 28 others thin grey" in made.parts[0].figures[0].caption
+    assert "the 26 others thin grey" in made.parts[0].figures[0].caption
 
 
 def test_a_picture_takes_the_colours_of_its_page_and_keeps_its_texts() -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.eval.report_records import MIB, everything, failed, many, record, spread, stream, tasked, timed, write
+from tests.eval.report_records import ENV, MIB, everything, failed, many, record, spread, stream, tasked, timed, write
 
 from coldpress.errors import DataError
+from coldpress.eval.glance import beside
 from coldpress.eval.results import collect
 from coldpress.eval.schema import check_record
 from coldpress.eval.sections import Entry, sections
@@ -100,6 +101,47 @@ def test_where_a_point_stands_is_what_was_asked_for_unless_it_differs() -> None:
 def test_of_many_presses_the_best_are_in_colour() -> None:
     (section,) = sections(many())
     best = section.best()
-    assert len(section.labels) == 34 and len(best) == 6
+    assert len(section.labels) == 34 and len(best) == 8
     mean = {name: sum(p.delta_nll for p in section.entries if p.label == name) for name in section.labels}
     assert min(mean, key=lambda name: mean[name]) in best and max(mean, key=lambda name: mean[name]) not in best
+
+
+NEWER = {"env": ENV | {"transformers": "9.9"}}
+
+
+def test_versions_share_a_section_where_the_uncompressed_cache_is_the_same_under_them() -> None:
+    older = [record("no_press"), record("snapkv", 0.5, spread(0.1, 0.01)), record("knorm", 0.5, spread(0.2, 0.01))]
+    (section,) = sections([*older, record("kvzip", 0.5, spread(0.01, 0.001), **NEWER)])
+    assert [p.label for p in section.entries] == ["no_press", "knorm", "snapkv", "kvzip"]
+    assert [*section.by_version().values()] == [["no_press", "knorm", "snapkv"], ["kvzip"]]
+    tasks = [tasked("no_press", 0.0, 0.0), tasked("snapkv", 0.5, 0.1), tasked("knorm", 0.5, 0.1)]
+    (section,) = sections([*tasks, tasked("kvzip", 0.5, 0.0) | NEWER])
+    assert len(section.entries) == 4
+
+
+@pytest.mark.parametrize(
+    "newer",
+    [
+        record("snapkv", 0.5, spread(0.1, 0.01), **NEWER),  # the same press: it compares the versions
+        record("kvzip", 0.5, spread(0.1, 0.01, n=9), **NEWER),  # other windows
+        record("kvzip", 0.5, tpot_ms=4.0, **NEWER),  # timed
+        record("kvzip", 0.5, **NEWER | {"env": ENV | {"threads": 1}}),  # no version
+        record(
+            "kvzip", 0.5, per_window=[{"id": i, "n": 100, "nll": 301.0, "nll_base": 300.02} for i in range(8)], **NEWER
+        ),
+    ],
+)
+def test_other_versions_have_a_section_of_their_own(newer: dict[str, object]) -> None:
+    assert len(sections([record("no_press"), record("snapkv", 0.5, spread(0.1, 0.01)), newer])) == 2
+
+
+def test_beside_a_section_stands_what_else_was_measured_of_its_model() -> None:
+    found = sections(everything())
+    own = next(
+        s for s in found if s.first["protocol"] == "prefix-C768-T256-S1024" and s.first["model"] == "models/tiny"
+    )
+    assert [s.kind for s in beside(own, found)] == ["tasks"]
+    other = [record("no_press", dataset="pg19", subset=None), record("snapkv", 0.5, dataset="pg19", subset=None)]
+    found = sections([*everything(), *other])
+    own = next(s for s in found if s.first["protocol"] == own.first["protocol"] and s.first["dataset"] == "wikitext")
+    assert [s.kind for s in beside(own, found)] == ["quality", "tasks"]

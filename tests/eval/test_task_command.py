@@ -13,7 +13,7 @@ import pytest
 
 from coldpress.cli import main
 from coldpress.errors import InputError
-from coldpress.eval import task_run
+from coldpress.eval import point_run, task_run
 from coldpress.eval.models import load_model
 from coldpress.eval.report import groups, show
 from coldpress.eval.results import read_results
@@ -125,7 +125,7 @@ def test_a_killed_run_goes_on_and_a_failed_press_is_told(
     def broken(*args: Any, **options: Any) -> Any:
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr(task_run, "check_stored_pairs", broken)
+    monkeypatch.setattr(point_run, "check_stored_pairs", broken)
     assert run(tmp_path / "failed", "--press", "no_press", "knorm") == 1
     assert "knorm at 0.5 failed: RuntimeError: out of luck" in capsys.readouterr().err
     assert [(r["press"], r["status"]) for r in read_results(tmp_path / "failed")] == [

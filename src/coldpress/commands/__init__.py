@@ -1,1 +1,1 @@
-"""What the commands that work with saved contexts do, and the options of all commands."""
+"""What the commands that measure no quality and no speed do, and the options of all commands."""

@@ -12,11 +12,12 @@ from coldpress.bases.press_files import load_press_files
 from coldpress.bases.registry import make_press, takes_ratio
 from coldpress.cache.file import model_options, save_cache
 from coldpress.cache.pressed import PressedCache
+from coldpress.commands.reading import reading_shown
 from coldpress.errors import CacheError, InputError, ModelError, UnreachableError
 from coldpress.eval.datasets import load_corpus
 from coldpress.eval.jobs import check_no_size, check_of_a_context, check_types, default_press
 from coldpress.eval.models import BY_NAME, DTYPES, LoadedModel, load_model
-from coldpress.eval.progress import reading_shown, warnings_noted
+from coldpress.eval.progress import warnings_noted
 from coldpress.eval.results import check_output
 from coldpress.eval.tokens import note_unreadable
 from coldpress.io.files import path_of

@@ -10,7 +10,7 @@ from coldpress.backends import NO_PRESS
 from coldpress.errors import PressError
 from coldpress.eval.columns import task_table
 from coldpress.eval.glance import Row, answer, chosen, rows
-from coldpress.eval.phrases import WORDS, contexts, headed, memory, removed_words, sentences
+from coldpress.eval.phrases import WORDS, contexts, headed, memory, removed_words, sentences, versions
 from coldpress.eval.results import Collection, check_writable, write_file
 from coldpress.eval.sections import Section, sections, text_name
 from coldpress.eval.wording import clean, escape, fenced, model_name, table_lines
@@ -114,6 +114,7 @@ def _results(section: Section, language: str) -> list[str]:
     notes = contexts(section, language)
     if len(shown) < len(found):
         notes.append(WORDS[language]["left_out"].format(n=len(shown), of=len(found)))
+    notes += versions([section], language)
     opening = "\n".join(table_lines(headed(shown, language)))
     return [heading, opening, *_tasks(section, shown, language), *([" ".join(notes)] if notes else [])]
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from coldpress.backends import NO_PRESS
-from coldpress.eval.glance import Row, value_of
+from coldpress.eval.glance import FEWEST_WINDOWS, Row, n_windows, value_of
 from coldpress.eval.phrases import filled
 from coldpress.eval.report import measured, names_of_tasks, task_name, task_of, written
 from coldpress.eval.schema import FIELDS
-from coldpress.eval.sections import Entry, Section
+from coldpress.eval.sections import Entry, Section, text_name
 from coldpress.eval.wording import clean, number, percent
 
 
@@ -148,18 +148,51 @@ def tables(section: Section) -> list[Table]:
     return [*quality, *_table("Memory and speed", [*_PRESS, *costs], entries)]
 
 
-def opening_table(found: Sequence[Row]) -> Table:
-    """The table that a page opens with; the change of PPL with its interval drawn."""
-    heads, lines = filled(found, spells=False)
+def opening_table(found: Sequence[Row], others: Iterable[Section] = ()) -> Table:
+    """The table that a page opens with; the change of PPL with its interval drawn, here and on ``others``."""
+    names, lines = filled(found, spells=False)
+    heads = [(name, "") for name in names]
+    at = names.index("change of PPL") if "change of PPL" in names else len(names)
+    more = [column for section in others for column in _beside(found, section)]
+    heads[at + 1 : at + 1] = [(head, about) for head, about, _ in more]
     rows = []
-    for row, line in zip(found, lines, strict=True):
+    for i, (row, line) in enumerate(zip(found, lines, strict=True)):
         cells = [Cell(text, value if text else None) for text, value in line]
-        at = heads.index("change of PPL") if "change of PPL" in heads else None
-        if at is not None and row.change_ci is not None and cells[at].text:
-            low, high = row.change_ci
-            cells[at] = replace(cells[at], span=(low, high), said=f"[{percent(low)}, {percent(high)}]")
+        if row.change_ci is not None and at < len(cells) and cells[at].text:
+            cells[at] = _of_change(cells[at], row.change_ci)
+        cells[at + 1 : at + 1] = [column[i] for _, _, column in more]
         rows.append(tuple(cells))
-    return Table("", tuple((head, "") for head in heads), _drawn(rows))
+    return Table("", tuple(heads), _drawn(rows))
+
+
+def _of_change(cell: Cell, ci: tuple[float, float]) -> Cell:
+    return replace(cell, span=ci, said=f"[{percent(ci[0])}, {percent(ci[1])}]")
+
+
+def _beside(found: Sequence[Row], section: Section) -> list[tuple[str, str, list[Cell]]]:
+    """What a section says of the rows of another: heads, explanations and cells. Only what each press has."""
+    own = {(p.label, p.size): p for p in section.entries if not p.is_baseline}
+    entries = [own.get((row.press, row.size)) for row in found if row.size]
+    points = [p for p in entries if p is not None]
+    if not points or len(points) < len(found) - 1:
+        return []
+    if section.kind == "quality":
+        few, cells = n_windows(points) < FEWEST_WINDOWS, []
+        for p in points:
+            if p.ppl_change is None:
+                return []
+            cell = Cell(percent(p.ppl_change), p.ppl_change)
+            cells.append(cell if few or p.ppl_change_ci is None else _of_change(cell, p.ppl_change_ci))
+        about = "that of the uncompressed cache, and how much it changes"
+        return [(f"PPL, {clean(text_name(section.first))}", about, [_plain(points[0].baseline_ppl, ".2f"), *cells])]
+    columns = []
+    for name in names_of_tasks(p.record for p in points):
+        tasks = [task_of(p.record, name) for p in points]
+        if all(task.get("score") is not None for task in tasks):
+            scores = [tasks[0].get("score_base"), *(task["score"] for task in tasks)]
+            cells = [EMPTY if score is None else Cell(f"{score:.0%}".replace("%", " %"), score) for score in scores]
+            columns.append((name, f"answers that are right, of {tasks[0].get('n') or 0:,} questions", cells))
+    return columns
 
 
 def _table(title: str, columns: Sequence[_Column], entries: Sequence[Entry]) -> list[Table]:

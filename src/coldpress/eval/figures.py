@@ -7,6 +7,7 @@ has its own. Texts from records are drawn as they are, never as formulas.
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import statistics
 import warnings
@@ -259,6 +260,13 @@ def shared_legend(figure: Any, axes: Sequence[Any], columns: int = 5) -> None:
     for axis in axes:
         for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
             found.setdefault(name, handle)
+
+    def width(columns: int) -> float:  # in inches, nearly
+        rows, longer = divmod(len(found), columns)
+        ends = [i * rows + min(i, longer) for i in range(columns + 1)]
+        return sum(0.078 * max(map(len, [*found][a:b]), default=0) + 0.6 for a, b in itertools.pairwise(ends))
+
+    columns = next((n for n in range(columns, 1, -1) if width(n) <= figure.get_figwidth()), 1)
     figure.legend([*found.values()], [*found], loc="outside upper left", ncols=columns, handlelength=2.4)
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from coldpress.backends import NO_PRESS
 from coldpress.eval.metrics import wilson
 from coldpress.eval.report import Task, few_questions
-from coldpress.eval.sections import Entry, Section, paired
+from coldpress.eval.sections import KINDS, Entry, Section, paired
 
 CHEAP = 0.01  # of perplexity
 FEWEST_WINDOWS = 8  # with fewer, presses are not ranked
@@ -55,6 +56,33 @@ class Answer:
     # how many scores stand how to the uncompressed cache's, by what :func:`standing` says; with too few questions
     # ``few`` is how many these are
     counts: dict[str, int] = field(default_factory=dict)
+
+
+def lead_of(found: Sequence[Section]) -> Section:
+    """The section that a report opens with: a compressed context if there is one, of the largest model.
+
+    Of several the one with the most timings and points, and of equal ones that which was measured first.
+    """
+    order = [*KINDS]
+
+    def rank(section: Section) -> tuple[Any, ...]:
+        timed = sum(p.timed is not None or p.tpot_ms is not None for p in section.entries)
+        most = -section.first["num_params"], -timed, -len(section.all)
+        return not section.entries, order.index(section.kind), *most, section.first.get("timestamp") or ""
+
+    return min(found, key=rank)
+
+
+def beside(section: Section, found: Iterable[Section]) -> list[Section]:
+    """What else was measured of its model: the same protocol on other texts, and tasks."""
+
+    of_model = ("model", "num_params", "dtype", "device")
+
+    def same(other: Section, names: Sequence[str]) -> bool:
+        return all(other.first.get(name) == section.first.get(name) for name in names)
+
+    others = [other for other in found if other is not section and other.entries and same(other, of_model)]
+    return [s for s in others if s.kind == "tasks" or (s.kind == section.kind and same(s, ("protocol",)))]
 
 
 def kl_of(entry: Entry) -> float | None:
@@ -118,11 +146,19 @@ def rows(section: Section) -> list[Row]:
     return [made(base[0]) if base else _uncompressed(section, pressed), *found]
 
 
-def chosen(found: Sequence[Row]) -> list[Row]:
-    """All of a few rows; of many the best of each size, without the references."""
+def chosen(found: Sequence[Row], others: Iterable[Section] = ()) -> list[Row]:
+    """All of a few rows; of many those at one size, if most of them are also in the tasks of ``others``.
+
+    Else the best of each size, without the references.
+    """
     base, rest = found[0], [row for row in found[1:] if not row.status]
     if len(found) - 1 <= MOST_ROWS:
         return list(found)
+    tasked = {(p.label, p.size) for section in others if section.kind == "tasks" for p in section.entries}
+    counts = Counter(row.size for row in rest if (row.press, row.size) in tasked)
+    size, n = max(counts.items(), key=lambda item: item[1], default=("", 0))
+    if 2 * n > sum(row.size == size for row in rest):  # and not of a few presses only
+        return [base, *[row for row in rest if row.size == size and (row.press, size) in tasked][:MOST_ROWS]]
     rest = [row for row in rest if row.press not in ("random", "streaming_llm")]
     sizes = dict.fromkeys(row.size for row in rest)
     each = max(1, MOST_ROWS // max(1, len(sizes)))

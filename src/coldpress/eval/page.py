@@ -14,13 +14,13 @@ from markupsafe import Markup
 
 from coldpress.eval.columns import Cell, Table, opening_table, tables
 from coldpress.eval.figures import VARIABLES, Drawing, require_matplotlib
-from coldpress.eval.glance import CHEAP, answer, chosen, rows
-from coldpress.eval.phrases import contexts, sentences
+from coldpress.eval.glance import CHEAP, answer, beside, chosen, lead_of, rows
+from coldpress.eval.phrases import contexts, sentences, versions
 from coldpress.eval.plots import draw
 from coldpress.eval.report import describe
 from coldpress.eval.results import Collection, check_writable, write_file
 from coldpress.eval.schema import ENVIRONMENT, SPEED_SETTINGS
-from coldpress.eval.sections import KINDS, Entry, Section, lead_of, sections, text_name
+from coldpress.eval.sections import KINDS, Entry, Section, sections, text_name
 from coldpress.eval.wording import at_words, capital, clean, escape, fenced, listed, model_name, table_lines
 
 MOST_SKIPPED = 30  # files that are named; the rest are counted
@@ -37,7 +37,8 @@ METHOD = (
     "Intervals of scores stay in 0 to 1: Wilson's of a score, Newcombe's of a paired difference.",
     "no_press is measured beside every press, also where one press only was asked for: every number is compared with "
     "it.",
-    "Numbers of different protocols, texts or models are in different sections and are not comparable.",
+    "Numbers of different protocols, texts or models are in different sections and are not comparable; the opening "
+    "shows other texts and tasks beside each other, each in a column of its own.",
 )
 METHOD_OF_BENCHMARKS = (
     "Scores of a benchmark are its own, in 0 to 1; their intervals are bootstrapped over contexts with all their "
@@ -90,7 +91,7 @@ def make_report(collection: Collection) -> Report:
     of_title = added(found, _title)
     parts = [_part(section, i, of_title[id(section)], of_headline[id(section)]) for i, section in enumerate(found, 1)]
     lead = found.index(lead_of(found))
-    opening = _opening(found[lead], parts[lead], len(found) > 1)
+    opening = _opening(found[lead], parts[lead], found)
     if opening.figure is not None:
         rest = tuple(figure for figure in parts[lead].figures if figure is not opening.figure)
         parts[lead] = replace(parts[lead], figures=rest)
@@ -109,15 +110,20 @@ def make_report(collection: Collection) -> Report:
     )
 
 
-def _opening(section: Section, part: Part, is_one_of_many: bool) -> Opening:
-    found = rows(section)
-    shown = chosen(found)
+def _opening(section: Section, part: Part, all_sections: Sequence[Section]) -> Opening:
+    found, others = rows(section), beside(section, all_sections)
+    shown = chosen(found, others)
+    table = opening_table(shown, others)
     notes = contexts(section)
+    for about in dict.fromkeys(about for _, about in table.heads if about):
+        notes.append(f"{listed([head for head, own in table.heads if own == about])}: {about}.")
     if len(shown) < len(found):
-        notes.append(f"The best presses of each size, {len(shown)} of {len(found)} rows; all are below.")
-    title = part.title if is_one_of_many else "In a minute"
+        which = "presses that tasks were given to, at one size" if len({row.size for row in shown}) == 2 else "best"
+        notes.append(f"The {which}, {len(shown)} of {len(found)} rows; all are below.")
+    notes += versions([section, *others])
+    title = part.title if len(all_sections) > 1 else "In a minute"
     figure = next((f for f in part.figures if f.kind == "kl"), next(iter(part.figures), None))
-    return Opening(title, tuple(sentences(answer(section))), opening_table(shown), " ".join(notes), figure)
+    return Opening(title, tuple(sentences(answer(section))), table, " ".join(notes), figure)
 
 
 def _title(section: Section) -> str:
@@ -139,7 +145,7 @@ def _part(section: Section, number: int, of_title: str, of_headline: str) -> Par
     return Part(
         anchor=f"part-{number}",
         title=_title(section) + (f", {of_title}" if of_title else ""),
-        caption=caption[0].upper() + caption[1:] + ".",
+        caption=" ".join([capital(caption) + ".", *versions([section])]),
         headline=headline(section, of_headline),
         findings=tuple(findings(section)),
         tables=tuple(tables(section)),

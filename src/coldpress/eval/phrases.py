@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from coldpress.backends import NO_PRESS
 from coldpress.eval.glance import CHEAP, FEWEST_WINDOWS, Answer, Row, answer, kl_of
 from coldpress.eval.metrics import FEWEST_QUESTIONS
-from coldpress.eval.sections import Entry, Section
+from coldpress.eval.sections import SAME, Entry, Section
 from coldpress.eval.wording import (
     capital,
     clean,
@@ -87,6 +87,8 @@ WORDS: dict[str, dict[str, str]] = {
         "left_out": "The best presses of each size; {n} of {of} rows. All: `coldpress report`.",
         "sizes": "KV cache: of {context} tokens of context.",
         "timed": "tok/s and peak memory: with {context} tokens of context.",
+        "versions": "{newer} ran {names}, {older} the others; the uncompressed cache has the same loss under both, to "
+        "{same} nats a token in each window or task.",
         "heads": "press|removed|KV cache|KL|PPL|change of PPL|score|first token|tok/s|peak memory|status",
     },
     "zh": {
@@ -142,6 +144,8 @@ WORDS: dict[str, dict[str, str]] = {
         "left_out": "每个大小只列最好的方法；{of} 行中的 {n} 行。全部见 `coldpress report`。",
         "sizes": "KV 缓存：{context} 个词元的上下文。",
         "timed": "tok/s 与峰值内存：{context} 个词元的上下文。",
+        "versions": "在 {newer} 下测量的是 {names}，其余在 {older} 下；"
+        "在每个窗口或任务中，两者的未压缩缓存损失相同，每词元相差不超过 {same} nat。",
         "heads": "方法|删去|KV 缓存|KL|PPL|PPL 变化|分数|首词元|tok/s|峰值内存|状态",
     },
 }
@@ -209,6 +213,26 @@ def contexts(section: Section, language: str = "en") -> list[str]:
     return said + ([words["timed"].format(context=f"{timed:,}")] if timed is not None else [])
 
 
+def _joined(names: Sequence[str], words: dict[str, str]) -> str:
+    """``a, b and c``."""
+    return words["and"].join(part for part in (words["comma"].join(names[:-1]), *names[-1:]) if part)
+
+
+def versions(found: Iterable[Section], language: str = "en") -> list[str]:
+    """Which presses other versions measured than the rest; a sentence for each."""
+    words, said = WORDS[language], list[str]()
+    for section in found:
+        (first, _), *more = section.by_version().items()
+        for own, labels in more:
+            newer, older = (
+                clean(words["and"].join(name for name in ours if name not in other))
+                for ours, other in ((own, first), (first, own))
+            )
+            names = _joined([clean(label) for label in labels], words)
+            said.append(capital(words["versions"].format(newer=newer, older=older, same=f"{SAME:g}", names=names)))
+    return [*dict.fromkeys(said)]
+
+
 def _at(entry: Entry, words: dict[str, str]) -> str:
     ratio = entry.record.get("compression_ratio")
     if entry.record.get("budget_tokens") is not None or entry.record.get("budget_bytes") is not None:
@@ -252,7 +276,7 @@ def _quality(found: Answer, words: dict[str, str]) -> list[str]:
     numbers += [f"PPL {percent(change)}"] if change is not None else []
     others = [clean(name) for name in found.level[: 4 if len(found.level) < 5 else 3]]
     others += [words["more"].format(n=len(found.level) - 3)] if len(found.level) > 4 else []
-    joined = words["and"].join(part for part in (words["comma"].join(others[:-1]), *others[-1:]) if part)
+    joined = _joined(others, words)
     inside = words["comma"].join(numbers)
     said.append(
         of(

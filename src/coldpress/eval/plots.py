@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,6 +61,7 @@ def _quality(section: Section, look: dict[str, Style], prefix: str) -> Drawing |
         note = fig.scale(axis, [p.delta_nll for p in compared])
         axis.set_ylabel("Δ loss (nats a token)")
         if not note and compared:
+            note += _without_random(axis, compared)
             _percent_axis(axis)
         fig.legend(figure, axis, lambda name: -last.get(name, 0.0))
         if strip:
@@ -68,6 +70,16 @@ def _quality(section: Section, look: dict[str, Style], prefix: str) -> Drawing |
         figure.axes[-1 if strip else 0].set_xlabel("fraction of the cache removed")
         done.caption += note
     return done
+
+
+def _without_random(axis: Any, compared: Sequence[Entry]) -> str:
+    """End the axis above the other presses where random is far above them; what to say of it in a caption."""
+    ends = [end for p in compared if p.record["press"] != "random" for end in p.delta_nll_ci95 or (p.delta_nll,)]
+    top = 1.15 * max(ends, default=math.inf)
+    above = [f"{p.name} ({p.delta_nll:.2g})" for p in compared if p.delta_nll > top > 0]
+    if above:
+        axis.set_ylim(min(0, *ends) - 0.06 * top, top)
+    return f" Off the top: {listed(above)}." if above else ""
 
 
 def _percent_axis(axis: Any) -> None:

@@ -132,6 +132,32 @@ def prefilled(
     return full, (branches.pop() for _ in points)
 
 
+def each_measured(
+    points: Sequence[Point],
+    branches: Iterator[PressedCache],
+    full: PressedCache,
+    n_tokens: int,
+    measure: Callable[[PressedCache], Any],
+) -> dict[str, Any]:
+    """What each point made of one item, by its key, or what went wrong with it.
+
+    Args:
+        branches: caches of the points, as :func:`prefilled` hands them out beside ``full``.
+        n_tokens: of the context in them.
+        measure: what a point's cache makes of the item.
+    """
+    found: dict[str, Any] = {}
+    for point in points:
+        branch = next(branches)  # its memory is free again before the next one grows
+        try:
+            branch.get_seq_length()  # raises what the press raised
+            check_stored_pairs(point.press, branch, n_tokens, full)
+            found[point.key] = measure(branch)
+        except Exception as error:
+            found[point.key] = release(error)
+    return found
+
+
 def _alone(model: PreTrainedModel, context: Tensor, point: Point, chunk_tokens: int, pin: Spans | None) -> PressedCache:
     cache = PressedCache(point.press, chunk_tokens=chunk_tokens, kv_bits=point.kv_bits, pin=pin)
     try:

@@ -37,8 +37,8 @@ from coldpress.eval.point_run import (
     PointRun,
     check_baseline,
     check_removed,
-    check_stored_pairs,
     check_unchanged,
+    each_measured,
     prefilled,
     release,
     sizes_of,
@@ -214,18 +214,15 @@ class WindowWork:
         base, reference = Scores.of(forward(model, inputs, full), wanted)
         if batch.is_checked:
             check_baseline(model, ids, base.losses)
+
+        def measure(branch: PressedCache) -> Measured:
+            sizes = sizes_of(branch, with_hash=True)
+            agreement = _agreement(greedy, self._generate(model, branch, inputs))
+            scores, _ = Scores.of(forward(model, inputs, branch), wanted, reference)
+            return Measured(scores=scores, **sizes, agreement=agreement, read_ratio=branch.read_ratio())
+
         found: Found = {BASELINE.key: Measured(scores=base, **sizes)}
-        for point in points:
-            branch = next(branches)  # its memory is free again before the next one grows
-            try:
-                branch.get_seq_length()  # raises what the press raised
-                sizes = sizes_of(branch, with_hash=True)
-                check_stored_pairs(point.press, branch, context, full)
-                agreement = _agreement(greedy, self._generate(model, branch, inputs))
-                scores, _ = Scores.of(forward(model, inputs, branch), wanted, reference)
-                found[point.key] = Measured(scores=scores, **sizes, agreement=agreement, read_ratio=branch.read_ratio())
-            except Exception as error:
-                found[point.key] = release(error)
+        found |= each_measured(points, branches, full, context, measure)
         measured: dict[Any, Tensor] = {}  # presses that keep everything share one cache, and its losses
         for zero in zeros:
             branch = next(branches)

@@ -192,8 +192,8 @@ class ExampleRun(Run):
     points: PointRun[Any] | None = field(default=None, init=False)
 
     @abstractmethod
-    def point_run(self) -> PointRun[Any]:
-        """What measures it."""
+    def point_run(self, **given: Any) -> PointRun[Any]:
+        """What measures it, of what all such runs are given."""
 
     @property
     @abstractmethod
@@ -213,9 +213,12 @@ class ExampleRun(Run):
         }
 
     def measure(self, engine: Engine | None, save: Callable[..., None]) -> None:
-        self.points = self.point_run()
+        s = self.settings
+        given = {"model": self.loaded.model, "tokenizer": self.loaded.tokenizer, "ledger": self.ledger}
+        points = [job.point for job in self.jobs]
+        self.points = self.point_run(**given, points=points, chunk_tokens=s.chunk_tokens, seed=s.seed)
         with self.where(engine) as where:
-            self.timed("tasks", partial(self.points.run, engine=where), getattr(self.settings, "name", "tasks"))
+            self.timed("tasks", partial(self.points.run, engine=where), getattr(s, "name", "tasks"))
 
     def parts(self, job: Job) -> list[Part]:
         return [] if self.points is None else self.points.parts().get(job.point.key, [])

@@ -23,7 +23,9 @@ KINDS = {  # of sections, in the order of a report
     "speed": "speed and memory",
     "plain": "the uncompressed model",
 }
-BEST = 6  # presses that are drawn in colour
+BEST = 8  # presses that are drawn in colour
+SAME = 1e-4  # nats a token in which two uncompressed caches may differ and yet be one
+VERSIONS = ("transformers", "torch")  # under which the records of one section may have been measured
 
 
 @dataclass(frozen=True)
@@ -169,19 +171,22 @@ class Section:
         return sorted({p.label for p in self.all if not p.is_baseline and not p.is_reference})
 
     def best(self) -> list[str]:
-        """The series to draw in colour: all of a few, else those of the best mean rank; by name."""
-        if len(self.labels) <= BEST + 2:
-            return self.labels
+        """The series to draw in colour: those of the best mean rank; by name."""
         ranks: dict[str, list[float]] = defaultdict(list)
         for size in self.sizes:
             ranked = sorted((p for p in self.at(size) if _cost(p) is not None), key=lambda p: (_cost(p), p.label))
             for rank, entry in enumerate(ranked):
                 ranks[entry.label].append((rank + 1) / len(ranked))
-        most = max((len(own) for own in ranks.values()), default=0)
-        mean = {
-            name: sum(own) / len(own) for name, own in ranks.items() if name in self.labels and len(own) * 2 >= most
-        }
+        mean = {name: sum(ranks[name]) / len(ranks[name]) if ranks[name] else math.inf for name in self.labels}
         return sorted(sorted(mean, key=lambda name: (mean[name], name))[:BEST])
+
+    def by_version(self) -> dict[tuple[str, ...], list[str]]:
+        """The series that were measured under each combination of :data:`VERSIONS`, as ``transformers 5.24.0``."""
+        found: dict[tuple[str, ...], list[str]] = {}
+        for entry in self.all:
+            env = entry.record["env"]
+            found.setdefault(tuple(f"{name} {env[name]}" for name in VERSIONS), []).append(entry.label)
+        return {versions: list(dict.fromkeys(labels)) for versions, labels in found.items()}
 
 
 def _cost(entry: Entry) -> float | None:
@@ -216,6 +221,7 @@ def sections(records: Iterable[Record]) -> list[Section]:
         whole = [section for section in own if section.entries] or own
         whole[0].unfinished += [p for section in own if section not in whole for p in section.unfinished]
         found += whole
+    found = _joined(found)
     timed = [_parted(_named(sorted(group, key=_timed_order))) for group in together.values()]
     _tell_speed(found, [entry for done, _ in timed for entry in done])
     found += [Section("speed", done, undone) for done, undone in timed]
@@ -223,15 +229,49 @@ def sections(records: Iterable[Record]) -> list[Section]:
     return sorted(found, key=lambda s: (text_name(s.first), s.first["model"], order.index(s.kind), s.first["protocol"]))
 
 
-def lead_of(found: Sequence[Section]) -> Section:
-    """The section that a report opens with: a compressed context if there is one, of the largest model."""
-    order = [*KINDS]
+def _joined(found: Sequence[Section]) -> list[Section]:
+    """Sections that differ in :data:`VERSIONS` alone as one, where the uncompressed cache is the same under them.
 
-    def rank(section: Section) -> tuple[Any, ...]:
-        timed = sum(p.timed is not None or p.tpot_ms is not None for p in section.entries)
-        return not section.entries, order.index(section.kind), -section.first["num_params"], -timed, -len(section.all)
+    Not where a press of one size is in both, which compares the versions, nor where the later one was timed.
+    """
+    whole: dict[tuple[Any, ...], list[Section]] = {}
+    for section in sorted(found, key=lambda section: -len(section.entries)):
+        env = {**section.first["env"], **dict.fromkeys(VERSIONS)}
+        own = whole.setdefault(asked({**section.first, "env": env}), [])
+        into = next((other for other in own if _is_same_run(other, section)), None)
+        if into is None:
+            own.append(section)
+            continue
+        into.entries = [*into.entries, *(p for p in section.entries if not p.is_baseline)]
+        into.unfinished += section.unfinished
+    kept = {id(section) for own in whole.values() for section in own}
+    return [section for section in found if id(section) in kept]
 
-    return min(found, key=rank)
+
+def _is_same_run(a: Section, b: Section) -> bool:
+    points = [{(p.label, p.size) for p in section.all if not p.is_baseline} for section in (a, b)]
+    ours, others = _uncompressed(a), _uncompressed(b)
+    return (
+        not points[0] & points[1]
+        and all(p.tpot_ms is None for p in b.entries)
+        and bool(ours)
+        and ours.keys() == others.keys()
+        and all(abs(x - y) <= SAME for key in ours for x, y in zip(ours[key], others[key], strict=True))
+    )
+
+
+def _uncompressed(section: Section) -> dict[Any, tuple[float, ...]]:
+    """What the uncompressed cache gave, as presses were compared with it: of each window, and of each task."""
+    record: Record = next((p.record for p in section.entries if not p.is_baseline), {})
+    windows = {w["id"]: (w["n"], w["nll_base"] / w["n"]) for w in record.get("per_window") or [] if w.get("nll_base")}
+    names = ("score_base", "answer_nll_base")
+    tasks = {
+        (task["task"], task.get("length"), task.get("n"), *(task.get(name) is None for name in names)): tuple(
+            task[name] for name in names if task.get(name) is not None
+        )
+        for task in record.get("tasks") or []
+    }
+    return {**windows, **tasks}
 
 
 def _tell_speed(found: Iterable[Section], timed: Iterable[Entry]) -> None:

@@ -13,6 +13,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,9 +35,8 @@ from coldpress.eval.point_run import (
     PointRun,
     check_baseline,
     check_removed,
-    check_stored_pairs,
+    each_measured,
     prefilled,
-    release,
     sizes_of,
 )
 from coldpress.eval.run import DECODE_COST, ExampleRun, carry_out, checked_folder, prepared
@@ -178,17 +178,9 @@ class ExampleWork:
         base = self._ask(model, full, example)
         if item.is_checked:
             self._check(model, example, base)
-        found: dict[str, Any] = {BASELINE.key: base}
-        for point in item.points:
-            branch = next(branches)
-            try:
-                branch.get_seq_length()  # raises what the press raised
-                # the cache of the baseline has grown since, which the check does not look at
-                check_stored_pairs(point.press, branch, example.length, full)
-                found[point.key] = self._ask(model, branch, example, with_hash=True)
-            except Exception as error:
-                found[point.key] = release(error)
-        return found
+        # the cache of the baseline has grown since, which the check of stored pairs does not look at
+        ask = partial(self._ask, model, example=example, with_hash=True)
+        return {BASELINE.key: base, **each_measured(item.points, branches, full, example.length, ask)}
 
     def _check(self, model: PreTrainedModel, example: Any, base: Any) -> None:
         """Raise :class:`SelfCheckError` if the baseline's losses are not those of a direct forward pass."""
@@ -296,18 +288,8 @@ class Questions(ExampleRun):
 
     corpus: Corpus | None
 
-    def point_run(self) -> TaskRun:
-        s = self.settings
-        return TaskRun(
-            self.loaded.model,
-            self.loaded.tokenizer,
-            [job.point for job in self.jobs],
-            self.examples,
-            chunk_tokens=s.chunk_tokens,
-            max_new_tokens=s.max_new_tokens,
-            seed=s.seed,
-            ledger=self.ledger,
-        )
+    def point_run(self, **given: Any) -> TaskRun:
+        return TaskRun(**given, examples=self.examples, max_new_tokens=self.settings.max_new_tokens)
 
     @property
     def asked(self) -> float:

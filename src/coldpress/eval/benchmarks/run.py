@@ -285,17 +285,8 @@ class BenchmarkCommand(ExampleRun):
     data: Rows
     rows: Sequence[Row]
 
-    def point_run(self) -> BenchmarkRun:
-        return BenchmarkRun(
-            self.loaded.model,
-            self.loaded.tokenizer,
-            [job.point for job in self.jobs],
-            find_benchmark(self.settings.name),
-            self.examples,
-            chunk_tokens=self.settings.chunk_tokens,
-            seed=self.settings.seed,
-            ledger=self.ledger,
-        )
+    def point_run(self, **given: Any) -> BenchmarkRun:
+        return BenchmarkRun(**given, benchmark=find_benchmark(self.settings.name), contexts=self.examples)
 
     @property
     def asked(self) -> float:
