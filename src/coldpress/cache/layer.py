@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from coldpress.architecture.generating import refuse_dropping, switching_refusal
+from coldpress.attend.one_token import attend_some, can_attend_once
 from coldpress.cache.eviction import EvictingLayer
 from coldpress.cache.masks import additive_mask
 from coldpress.cache.observation import selected
@@ -218,7 +219,7 @@ class PressedLayer(EvictingLayer):
         leaving = self._leaving(n_queries)
         bias = additive_mask(self.slots, n_queries, mask, call.sliding_window, own, leaving, by_head)
         if read is not None:
-            result = self._attend_to(call.query, read, bias, arithmetic)
+            result = self._attend_to(call, read, bias, arithmetic, is_plain)
         elif by_head:
             result = store.attend(call.query, bias, call.scaling), None
         else:
@@ -236,9 +237,11 @@ class PressedLayer(EvictingLayer):
             return selected(reader, groups, self.slots)
         return None
 
-    def _attend_to(self, query: Tensor, read: Tensor, bias: Tensor | None, arithmetic: Arithmetic) -> Attended:
+    def _attend_to(
+        self, call: LayerCall, read: Tensor, bias: Tensor | None, arithmetic: Arithmetic, is_plain: bool
+    ) -> Attended:
         """Attention over the slots ``read`` alone."""
-        store, at = self.slots.filled, read.clamp(min=0)
+        store, at, query = self.slots.filled, read.clamp(min=0), call.query
         own = torch.zeros(read.shape, device=read.device) if bias is None else None
         if bias is not None:
             own = bias.expand(store.n_rows, store.n_heads, 1, -1)[:, :, 0].gather(2, at)
@@ -246,7 +249,12 @@ class PressedLayer(EvictingLayer):
         own = own.masked_fill(read < 0, -torch.inf)
         self.n_read = self.n_read + (read >= 0).sum()
         self.n_readable += int(self.slots.n_kept_pairs + store.n_rows * store.n_heads * (store.n - self.slots.n_kept))
-        return arithmetic(query, pick(store.keys, at), pick(store.values, at), own[:, :, None])
+        keys, values = store.keys, store.values
+        if is_plain and can_attend_once(query, keys, values):
+            grouped = query.reshape(keys.shape[0] * keys.shape[1], -1, query.shape[3])
+            flat = (states.flatten(0, 1) for states in (keys, values, at, own[:, :, None]))
+            return attend_some(grouped, *flat, call.scaling).reshape(query.shape[0], 1, query.shape[1], -1), None
+        return arithmetic(query, pick(keys, at), pick(values, at), own[:, :, None])
 
     # -- what coldpress adds --------------------------------------------------------------------------------------
 
