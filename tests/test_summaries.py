@@ -127,7 +127,9 @@ def emptied(model: Any, past: PressedCache) -> Tensor:
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
 @pytest.mark.parametrize("use", [appended, cropped, forked, reordered, evicted, emptied])
-def test_what_is_kept_is_what_would_be_worked_out(architecture: str, use: Callable[[Any, PressedCache], Tensor]) -> None:
+def test_what_is_kept_is_what_would_be_worked_out(
+    architecture: str, use: Callable[[Any, PressedCache], Tensor]
+) -> None:
     model = tiny(architecture)
     found, kept = [], 0
     for press in (QuestPress(PAGE, 0.3, 0), FreshQuest(PAGE, 0.3, 0)):
@@ -168,7 +170,9 @@ def test_what_is_kept_is_memory_and_is_no_part_of_a_file(tmp_path: Any) -> None:
         model(tokens(1, 90), **cache_argument(past))
         decode(model, past, 1, 1)
         layer = past.pressed_layers()[0]
-        assert [list(part.shape[2:]) for part in layer.slots.summaries.tensors()] == [[64 // PAGE, layer.keys.shape[3]]] * 2
+        assert [list(part.shape[2:]) for part in layer.slots.summaries.tensors()] == [
+            [64 // PAGE, layer.keys.shape[3]]
+        ] * 2
         more = sum(part.nbytes for one in past.pressed_layers() for part in one.slots.summaries.tensors())
         before = past.kv_bytes()
         past.save(tmp_path / "saved", model)
