@@ -252,8 +252,11 @@ class PressedLayer(EvictingLayer):
         keys, values = store.keys, store.values
         if is_plain and can_attend_once(query, keys, values):
             grouped = query.reshape(keys.shape[0] * keys.shape[1], -1, query.shape[3])
-            flat = (states.flatten(0, 1) for states in (keys, values, at, own[:, :, None]))
-            return attend_some(grouped, *flat, call.scaling).reshape(query.shape[0], 1, query.shape[1], -1), None
+            bias = own[:, :, None].flatten(0, 1)
+            output = attend_some(
+                grouped, keys.flatten(0, 1), values.flatten(0, 1), at.flatten(0, 1), bias, call.scaling
+            )
+            return output.reshape(query.shape[0], 1, query.shape[1], -1), None
         return arithmetic(query, pick(keys, at), pick(values, at), own[:, :, None])
 
     # -- what coldpress adds --------------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ def _with_columns(group: RowGroup, new: Mapping[str, Tensor]) -> RowGroup:
     if not new:
         return group
     view = replace(group.view, columns={**group.view.columns, **new}, _memo={})
-    view.summaries = group.view.summaries
+    view.outlines = group.view.outlines
     return replace(group, view=view)
 
 

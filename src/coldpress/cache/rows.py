@@ -177,7 +177,7 @@ class RowGroup:
         view = _view(known, call, keys, values, queries.states, slots.seen - at.shape[2])
         view.positions, view.n_new = at, pending.n_new[0]
         if borrows and slots.filled.takes_codec:  # pairs that no codec has taken
-            view.summaries = slots.summaries
+            view.outlines = slots.outlines
         if unseen is not None and unseen.n >= view.n_new:
             view.hidden_states = unseen.states[:, 0, unseen.n - view.n_new :]
         _add_columns(view, slots.columns(), slice(None), known)

@@ -21,8 +21,8 @@ from coldpress.architecture.rope import Rope
 from coldpress.core.choice import protect
 from coldpress.core.kept import Kept, Place
 from coldpress.core.moves import moved_keys, side_by_side, unrotated
+from coldpress.core.outlines import Outlines
 from coldpress.core.pick import at_once, column_at, pick
-from coldpress.core.summaries import Summaries
 from coldpress.core.weights import Weights
 
 __all__ = ["LayerView"]
@@ -64,7 +64,7 @@ class LayerView:
         sinks: ``[Hq]``, a logit of each head that takes part in the softmax and belongs to no token, or None.
         stored_bytes: of n pairs of every head, of one row, as the cache will store them; None: as they are here.
         find_rope, find_seed: give the layer's rotary embedding, None where it has none, and :attr:`seed`.
-        summaries: of the first slots: the layer's own where the view is what the layer stores, else new ones.
+        outlines: of the first slots: the layer's own where the view is what the layer stores, else new ones.
     """
 
     keys: Tensor
@@ -95,7 +95,7 @@ class LayerView:
     _memo: dict[Hashable, Any] = field(default_factory=dict, repr=False)
     stored_bytes: Callable[[int], int] | None = None
     columns: Mapping[str, Tensor] = field(default_factory=dict)
-    summaries: Summaries = field(default_factory=Summaries, init=False, repr=False)  # so not those of a replaced view
+    outlines: Outlines = field(default_factory=Outlines, init=False, repr=False)  # so not those of a replaced view
 
     @property
     def n_tokens(self) -> int:

@@ -86,8 +86,8 @@ class QuestPress(ReaderPress):
         n = 0 if view.counts is not None else view.n_tokens // step * step
         if n:
             whole = lambda start, stop: view.keys[:, :, start:stop].unflatten(2, (-1, self.page))  # noqa: E731
-            low = view.summaries.of_first(("least", self.page), n, lambda *at: whole(*at).amin(3))
-            yield low, view.summaries.of_first(("largest", self.page), n, lambda *at: whole(*at).amax(3))
+            low = view.outlines.of_first(("least", self.page), n, lambda *at: whole(*at).amin(3))
+            yield low, view.outlines.of_first(("largest", self.page), n, lambda *at: whole(*at).amax(3))
         if n < view.n_tokens:
             keys, slots = view.keys[:, :, n:], torch.arange(n, view.n_tokens, device=view.keys.device)
             is_empty = ~self._held(view, slots)[..., None]

@@ -1,4 +1,4 @@
-"""Summaries: what a press works out of the first pairs of a layer once, and not again at each step."""
+"""Outlines: what a press works out of the first pairs of a layer once, and not again at each step."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
-__all__ = ["Summaries"]
+__all__ = ["Outlines"]
 
 
-class Summaries:
+class Outlines:
     """Numbers of the first slots of a layer, which hold as long as pairs are only appended.
 
     Whoever moves, changes or frees pairs calls :meth:`forget` or :meth:`crop`. Tensors are never written to, so forks
@@ -47,9 +47,9 @@ class Summaries:
         """Forget all: the pairs are others, or in other slots."""
         self._known = {}
 
-    def shared(self) -> Summaries:
-        """Summaries of the same slots that go their own way."""
-        other = Summaries()
+    def shared(self) -> Outlines:
+        """Outlines of the same slots that go their own way."""
+        other = Outlines()
         other._known = dict(self._known)
         return other
 

@@ -1,4 +1,4 @@
-"""Summaries of the first slots: they hold while pairs are appended, and go with whatever else is done to them."""
+"""Outlines of the first slots: they hold while pairs are appended, and go with whatever else is done to them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from coldpress import KVBits, LayerView, PressedCache, QuestPress
 from coldpress.architecture.cache_argument import cache_argument
-from coldpress.core.summaries import Summaries
+from coldpress.core.outlines import Outlines
 
 PAGE = 2  # so that 32 slots are kept together
 
@@ -37,7 +37,7 @@ def numbers(asked: list[tuple[int, int]]) -> Callable[[int, int], Tensor]:
 
 
 def test_what_is_known_is_not_asked_for_again() -> None:
-    own, asked = Summaries(), []  # type: Summaries, list[tuple[int, int]]
+    own, asked = Outlines(), []  # type: Outlines, list[tuple[int, int]]
     for n in (4, 4, 7, 7, 3):
         assert own.of_first("a", n, numbers(asked)).flatten().tolist() == [*range(n)]
     assert asked == [(0, 4), (4, 7), (0, 3)]
@@ -46,7 +46,7 @@ def test_what_is_known_is_not_asked_for_again() -> None:
 
 
 def test_a_crop_leaves_what_is_about_slots_that_stay() -> None:
-    own, asked = Summaries(), []  # type: Summaries, list[tuple[int, int]]
+    own, asked = Outlines(), []  # type: Outlines, list[tuple[int, int]]
     own.of_first("short", 4, numbers(asked))
     own.of_first("long", 8, numbers(asked))
     other = own.shared()
@@ -59,7 +59,7 @@ def test_a_crop_leaves_what_is_about_slots_that_stay() -> None:
 
 
 def test_numbers_of_inference_mode_are_made_again_outside_of_it() -> None:
-    own, asked = Summaries(), []  # type: Summaries, list[tuple[int, int]]
+    own, asked = Outlines(), []  # type: Outlines, list[tuple[int, int]]
     with torch.inference_mode():
         own.of_first("a", 4, numbers(asked))
     assert not own.of_first("a", 6, numbers(asked)).is_inference()
@@ -137,7 +137,7 @@ def test_what_is_kept_is_what_would_be_worked_out(
         with torch.no_grad():
             model(tokens(2, 90), **cache_argument(past))
             found.append(use(model, past))
-        kept += sum(len(layer.slots.summaries.tensors()) for layer in past.pressed_layers())
+        kept += sum(len(layer.slots.outlines.tensors()) for layer in past.pressed_layers())
         assert past.read_ratio() < 0.5
     assert torch.equal(*found)
     assert bool(kept) == (use is not evicted)  # heads that differ are copied out at each step, and nothing is kept
@@ -159,8 +159,8 @@ def test_padding_keeps_nothing_and_reads_the_same() -> None:
             both = model(token, attention_mask=mask, position_ids=place, **cache_argument(past)).logits
             own = model(token[:1], **cache_argument(alone)).logits
             torch.testing.assert_close(both[0], own[0], atol=1e-4, rtol=1e-4, msg=f"token {i}")
-    assert not any(layer.slots.summaries.tensors() for layer in past.pressed_layers())
-    assert all(layer.slots.summaries.tensors() for layer in alone.pressed_layers())
+    assert not any(layer.slots.outlines.tensors() for layer in past.pressed_layers())
+    assert all(layer.slots.outlines.tensors() for layer in alone.pressed_layers())
 
 
 def test_what_is_kept_is_memory_and_is_no_part_of_a_file(tmp_path: Any) -> None:
@@ -170,14 +170,14 @@ def test_what_is_kept_is_memory_and_is_no_part_of_a_file(tmp_path: Any) -> None:
         model(tokens(1, 90), **cache_argument(past))
         decode(model, past, 1, 1)
         layer = past.pressed_layers()[0]
-        assert [list(part.shape[2:]) for part in layer.slots.summaries.tensors()] == [
+        assert [list(part.shape[2:]) for part in layer.slots.outlines.tensors()] == [
             [64 // PAGE, layer.keys.shape[3]]
         ] * 2
-        more = sum(part.nbytes for one in past.pressed_layers() for part in one.slots.summaries.tensors())
+        more = sum(part.nbytes for one in past.pressed_layers() for part in one.slots.outlines.tensors())
         before = past.kv_bytes()
         past.save(tmp_path / "saved", model)
         other = PressedCache.load(tmp_path / "saved", model)
-        assert not any(one.slots.summaries.tensors() for one in other.pressed_layers()) and before > more > 0
+        assert not any(one.slots.outlines.tensors() for one in other.pressed_layers()) and before > more > 0
         assert torch.equal(decode(model, past, 8, 2), decode(model, other, 8, 2))
 
 
