@@ -49,12 +49,17 @@ def test_some_of_the_pairs(segments: int, group: int, n: int, m: int, dtype: tor
     buffers[:, :, :n] = torch.randn(2, segments, n, 16)
     key, value = buffers[:, :, :n]
     at = torch.stack([torch.randperm(n)[:m].sort().values for _ in range(segments)])
-    bias = torch.randn(segments, 1, m)
+    bias = torch.randn(segments, m)
     own = [states.gather(1, at[..., None].expand(-1, -1, 16)) for states in (key, value)]
-    expected = attend_once(query, own[0], own[1], bias, 0.25)
+    expected = attend_once(query, own[0], own[1], bias[:, None], 0.25)
     for k, v in ((key, value), (key.clone(), value.clone()), (wide(key), wide(value))):
-        actual = attend_some(query, k, v, at, bias, 0.25)
-        torch.testing.assert_close(actual, expected, atol=1e-6 if dtype is torch.float32 else 0.02, rtol=0)
+        rows = (states.unflatten(0, (-1, 2 if segments % 2 == 0 else 1)) for states in (query, k, v, at, bias))
+        q, k, v, where, added = rows
+        actual = attend_some(q.flatten(1, 2)[:, :, None], k, v, where, added, 0.25)
+        assert actual.shape == (len(q), 1, q.shape[1] * group, 16)
+        torch.testing.assert_close(
+            actual.reshape(segments, group, 16), expected, atol=1e-6 if dtype is torch.float32 else 0.02, rtol=0
+        )
 
 
 @pytest.mark.parametrize("name", ["_by_rows", "_by_columns"])

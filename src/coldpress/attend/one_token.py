@@ -62,20 +62,24 @@ def attend_some(query: Tensor, key: Tensor, value: Tensor, at: Tensor, bias: Ten
     """As :func:`attend_once`, over some of the pairs: keys are copied out, values are read where they are.
 
     Args:
-        query: ``[S, G, D]``.
-        key: ``[S, n, D]``.
-        value: ``[S, n, Dv]``.
-        at: int64 ``[S, m]``, which pairs.
-        bias: float32 ``[S, 1, m]``, added to their logits.
+        query: ``[B, Hq, 1, D]``.
+        key: ``[B, Hkv, n, D]``.
+        value: ``[B, Hkv, n, Dv]``.
+        at: int64 ``[B, Hkv, m]``, which pairs.
+        bias: float32 ``[B, Hkv, m]``, added to their logits.
         scaling: of the logits.
 
     Returns:
-        ``[S, G, Dv]``.
+        ``[B, 1, Hq, Dv]``.
     """
-    weights = (products(query.float() * scaling, pick(key[None], at[None])[0].float()) + bias).softmax(-1)
-    if value.stride(2) == 1 and value.stride(1) == value.shape[2]:
-        return weighted_sums(weights.to(value.dtype), value, at)
-    return torch.bmm(weights, pick(value[None], at[None])[0].float()).to(value.dtype)
+    grouped = query.float().reshape(at.shape[0] * at.shape[1], -1, query.shape[3]) * scaling
+    logits = products(grouped, pick(key, at).flatten(0, 1).float())
+    weights = logits.add_(bias.flatten(0, 1)[:, None]).softmax(-1)
+    if value.stride(3) == 1 and value.stride(2) == value.shape[3]:
+        output = weighted_sums(weights.to(value.dtype), value.flatten(0, 1), at.flatten(0, 1))
+    else:
+        output = torch.bmm(weights, pick(value, at).flatten(0, 1).float()).to(value.dtype)
+    return output.reshape(at.shape[0], 1, query.shape[1], -1)
 
 
 def attend_blocks(

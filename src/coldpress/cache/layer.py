@@ -232,31 +232,21 @@ class PressedLayer(EvictingLayer):
         """The slots that the query of a decoding step reads, int64 ``[B, Hkv, n]``, -1 for none; None: all."""
         if self.phase is not Phase.LATER or call.query.shape[2] > 1 or call.is_local:
             return None
-        for reader in self.session.roles.readers:
-            groups = self._groups_of_call(call, self.padding())
-            return selected(reader, groups, self.slots)
-        return None
+        readers = self.session.roles.readers
+        return selected(readers[0], self._groups_of_call(call, self.padding()), self.slots) if readers else None
 
     def _attend_to(
         self, call: LayerCall, read: Tensor, bias: Tensor | None, arithmetic: Arithmetic, is_plain: bool
     ) -> Attended:
         """Attention over the slots ``read`` alone."""
         store, at, query = self.slots.filled, read.clamp(min=0), call.query
-        own = torch.zeros(read.shape, device=read.device) if bias is None else None
-        if bias is not None:
-            own = bias.expand(store.n_rows, store.n_heads, 1, -1)[:, :, 0].gather(2, at)
-        assert own is not None
-        own = own.masked_fill(read < 0, -torch.inf)
+        bias = torch.zeros(1, 1, 1, store.n, device=read.device) if bias is None else bias
+        own = bias.expand(store.n_rows, store.n_heads, 1, -1)[:, :, 0].gather(2, at).masked_fill(read < 0, -torch.inf)
         self.n_read = self.n_read + (read >= 0).sum()
         self.n_readable += int(self.slots.n_kept_pairs + store.n_rows * store.n_heads * (store.n - self.slots.n_kept))
         keys, values = store.keys, store.values
         if is_plain and can_attend_once(query, keys, values):
-            grouped = query.reshape(keys.shape[0] * keys.shape[1], -1, query.shape[3])
-            bias = own[:, :, None].flatten(0, 1)
-            output = attend_some(
-                grouped, keys.flatten(0, 1), values.flatten(0, 1), at.flatten(0, 1), bias, call.scaling
-            )
-            return output.reshape(query.shape[0], 1, query.shape[1], -1), None
+            return attend_some(query, keys, values, at, own, call.scaling), None
         return arithmetic(query, pick(keys, at), pick(values, at), own[:, :, None])
 
     # -- what coldpress adds --------------------------------------------------------------------------------------

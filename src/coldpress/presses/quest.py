@@ -22,9 +22,7 @@ _PAGES_AT_ONCE = 16  # whose limits a layer keeps together: joining them to thos
 class QuestPress(ReaderPress):
     """Keep everything, and have a decoding query read the pages whose keys may have the largest product with it.
 
-    It saves neither memory nor time here: bounds are worked out from all keys at each step, so a step takes longer than
-    one that reads everything (benchmarked at 8,192 tokens in 6 layers, 8 heads and 64 dimensions, on a CPU). So it has
-    no name, and ``--press all`` does not measure it. What it shows is what such a choice costs in quality.
+    It saves no memory: pages' limits come to 1 / ``page`` of the pairs' bytes. XXX
 
     The stored pairs of a head are cut in pages of ``page`` tokens, the last one shorter. Of T pairs a query reads
     ceil(floor(T * read) / page) pages, at least 3: the last one, those with pinned tokens, and those with the largest
@@ -33,10 +31,14 @@ class QuestPress(ReaderPress):
     product of q with a key of the page is larger. A text that has no more pages is read as a whole, as are the first
     ``dense_layers`` layers.
 
+    A layer keeps the limits of whole pages from step to step. Where heads or rows differ (padding, pairs that were
+    evicted) and where pairs are in few bits, they are worked out again at each step, which takes longer than reading
+    everything. ``missed`` bounds what a query misses by the same limits.
+
     Source: Tang et al. 2024, arXiv:2406.10774, section 3. Differs from the paper: heads of a group read the same pages;
     pages to read are a share of the text. Differs from the authors' code: the last page is always read.
 
-    Needs: keys and the newest query. Cost: O(T * D) per KV head, layer and decoding step; the paper keeps bounds.
+    Needs: keys and the newest query. Cost: O(T * D * (2 / page + read)) per query head, layer and decoding step.
 
     Args:
         page: tokens of a page, at least 1.

@@ -20,16 +20,19 @@ class SparQPress(ReaderPress):
     """Keep everything, and have a decoding query read the pairs with the largest logits in its largest channels.
 
     It saves neither memory nor time here: a key's channels lie side by side, so reading some of them takes as long as
-    reading all, and a step takes longer than one that reads everything (as for QuestPress). So it has no name, and
-    ``--press all`` does not measure it. What it shows is what such a choice costs in quality.
+    reading all. XXX
 
     With C the ``channels`` channels in which the sum of |q| over the group's heads is largest, each head has the logits
     l[t] = sum over i in C of q_i k_i[t] * s * sqrt(sum of |q| over all channels / sum of |q| over C),
     s the attention's scaling. A query reads the floor(T * read) of T pairs, at least ``local`` and 1, that have the
     largest sum over the group's heads of l[t], the newest ``local`` among them; and pinned ones.
 
+    ``missed`` bounds what a query misses: channels alone bound nothing, so it takes the lengths of queries and keys
+    in the others (Cauchy-Schwarz), for which it reads all keys.
+
     Source: Ribar et al. 2024, arXiv:2312.04985, section 4. Differs from the paper: what is not read is left out, and
-    not replaced by the mean of all values times its approximate weight; pairs to read are a share of the text.
+    not replaced by the mean of all values times its approximate weight, as a press says which slots are read and not
+    what attention gives; pairs to read are a share of the text.
 
     Needs: keys and the newest query. Cost: O(T * channels) per query head, layer and decoding step.
 
