@@ -20,7 +20,8 @@ class SparQPress(ReaderPress):
     """Keep everything, and have a decoding query read the pairs with the largest logits in its largest channels.
 
     It saves neither memory nor time here: a key's channels lie side by side, so reading some of them takes as long as
-    reading all. XXX
+    reading all. Measured on a CPU (benchmarks/read_little), a token takes longer than with all pairs read, and is
+    nearer to what these give than QuestPress's. So it has no name, and ``--press all`` does not measure it.
 
     With C the ``channels`` channels in which the sum of |q| over the group's heads is largest, each head has the logits
     l[t] = sum over i in C of q_i k_i[t] * s * sqrt(sum of |q| over all channels / sum of |q| over C),
