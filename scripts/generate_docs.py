@@ -19,7 +19,8 @@ A generated part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->`
 - ``goals``: what the benchmarks of savings were to show, and what they do;
 - ``sweepcost``, ``overhead``, ``chunked``, ``quantised``, ``packed``, ``decode``, ``compiled``, ``shares``,
   ``headwise``, ``lengths``, ``batch``, ``budget``, ``stream``, ``decoding``, ``far``, ``drift``, ``klbound``, ``ends``,
-  ``serve``, ``needlelayers`` or ``startup`` with a FILE: the table of FILE.json in the results of that benchmark.
+  ``serve``, ``readspeed``, ``agreement``, ``needlelayers`` or ``startup`` with a FILE: the table of FILE.json in the
+  results of that benchmark.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ DOCUMENTS = (
     "benchmarks/kl_bound/README.md",
     "benchmarks/needle_layers/README.md",
     "benchmarks/prompt_ends/README.md",
+    "benchmarks/read_little/README.md",
     "benchmarks/serve/README.md",
 )
 PART = re.compile(r"(<!-- generated: (?P<name>[^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -509,6 +511,8 @@ def generated(name: str) -> str:
         "needlelayers": lambda: measured("needle_layers", "needle_layers.py", argument),
         "klbound": lambda: measured("kl_bound", "kl_bound.py", argument),
         "ends": lambda: measured("prompt_ends", "prompt_ends.py", argument),
+        "readspeed": lambda: measured("read_little", "speed.py", argument),
+        "agreement": lambda: measured("read_little", "agreement.py", argument),
         "drift": lambda: measured("long_stream", "precision.py", argument, "drift"),
     }
     if kind not in makers:

@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from coldpress import AdaKVPress, BasePress, KnormPress, KVBits, PressedCache
 from coldpress.architecture.cache_argument import cache_argument
 from coldpress.attend import one_token
-from coldpress.attend.one_token import attend_blocks, attend_once, can_attend_once
+from coldpress.attend.one_token import attend_blocks, attend_once, attend_some, can_attend_once
 
 BACKEND = ALL_ATTENTION_FUNCTIONS["coldpress"]
 
@@ -36,6 +36,30 @@ def test_softmax_of_one_query(segments: int, group: int, n: int, hides: bool) ->
         bias = None if is_hidden is None else torch.zeros(is_hidden.shape).masked_fill(is_hidden, -torch.inf)
         actual = attend_once(query, k, v, bias, 0.25)
         torch.testing.assert_close(actual.double(), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("segments", "group"), [(1, 1), (8, 1), (1, 3), (6, 3)])
+@pytest.mark.parametrize(("n", "m"), [(5, 1), (300, 40), (300, 299)])
+def test_some_of_the_pairs(segments: int, group: int, n: int, m: int, dtype: torch.dtype) -> None:
+    """As of a cache that stores these pairs alone, out of a buffer with room to grow or a slice of something else."""
+    torch.manual_seed(n)
+    query = torch.randn(segments, group, 16, dtype=dtype)
+    buffers = torch.full((2, segments, n + 7, 16), torch.nan, dtype=dtype)
+    buffers[:, :, :n] = torch.randn(2, segments, n, 16)
+    key, value = buffers[:, :, :n]
+    at = torch.stack([torch.randperm(n)[:m].sort().values for _ in range(segments)])
+    bias = torch.randn(segments, m)
+    own = [states.gather(1, at[..., None].expand(-1, -1, 16)) for states in (key, value)]
+    expected = attend_once(query, own[0], own[1], bias[:, None], 0.25)
+    for k, v in ((key, value), (key.clone(), value.clone()), (wide(key), wide(value))):
+        rows = (states.unflatten(0, (-1, 2 if segments % 2 == 0 else 1)) for states in (query, k, v, at, bias))
+        q, k, v, where, added = rows
+        actual = attend_some(q.flatten(1, 2)[:, :, None], k, v, where, added, 0.25)
+        assert actual.shape == (len(q), 1, q.shape[1] * group, 16)
+        torch.testing.assert_close(
+            actual.reshape(segments, group, 16), expected, atol=1e-6 if dtype is torch.float32 else 0.02, rtol=0
+        )
 
 
 @pytest.mark.parametrize("name", ["_by_rows", "_by_columns"])

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-__all__ = ["attend_blocks", "attend_once", "can_attend_once", "products", "weighted_sums"]
+from coldpress.core.pick import pick
+
+__all__ = ["attend_blocks", "attend_once", "attend_some", "can_attend_once", "products", "weighted_sums"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FEWEST = 256  # pairs of a head from which on reading them takes longer than calling torch a few times more
@@ -54,6 +56,30 @@ def attend_once(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, 
     if value.stride(2) == 1 and value.stride(1) == value.shape[2]:
         return weighted_sums(weights.to(value.dtype), value)
     return torch.bmm(weights, value.float()).to(value.dtype)
+
+
+def attend_some(query: Tensor, key: Tensor, value: Tensor, at: Tensor, bias: Tensor, scaling: float) -> Tensor:
+    """As :func:`attend_once`, over some of the pairs: keys are copied out, values are read where they are.
+
+    Args:
+        query: ``[B, Hq, 1, D]``.
+        key: ``[B, Hkv, n, D]``.
+        value: ``[B, Hkv, n, Dv]``.
+        at: int64 ``[B, Hkv, m]``, which pairs.
+        bias: float32 ``[B, Hkv, m]``, added to their logits.
+        scaling: of the logits.
+
+    Returns:
+        ``[B, 1, Hq, Dv]``.
+    """
+    grouped = query.float().reshape(at.shape[0] * at.shape[1], -1, query.shape[3]) * scaling
+    logits = products(grouped, pick(key, at).flatten(0, 1).float())
+    weights = logits.add_(bias.flatten(0, 1)[:, None]).softmax(-1)
+    if value.stride(3) == 1 and value.stride(2) == value.shape[3]:
+        output = weighted_sums(weights.to(value.dtype), value.flatten(0, 1), at.flatten(0, 1))
+    else:
+        output = torch.bmm(weights, pick(value, at).flatten(0, 1).float()).to(value.dtype)
+    return output.reshape(at.shape[0], 1, query.shape[1], -1)
 
 
 def attend_blocks(
@@ -178,8 +204,10 @@ def _tried_orders() -> bool:
     return min(took[2::2]) < min(took[3::2])
 
 
-def weighted_sums(weights: Tensor, value: Tensor) -> Tensor:
+def weighted_sums(weights: Tensor, value: Tensor, at: Tensor | None = None) -> Tensor:
     """``weights [S, G, n]`` times ``value [S, n, Dv]``, whose rows are whole: ``[S, G, Dv]``.
+
+    With ``at``, int64 ``[S, m]``, the weights ``[S, G, m]`` are those of these rows.
 
     The rows of all segments are those of one table, and embedding_bag, which adds up rows of a table with weights,
     fetches them ahead; a matrix product with few rows does not.
@@ -189,8 +217,15 @@ def weighted_sums(weights: Tensor, value: Tensor) -> Tensor:
         return value.new_zeros(n_segments, group, dim)
     pitch = value.stride(0) // dim if n_segments > 1 else n
     if pitch * dim != value.stride(0) and n_segments > 1:
+        value = value if at is None else pick(value[None], at[None])[0]
         return torch.bmm(weights.float(), value.float()).to(value.dtype)
     table = value.as_strided(((n_segments - 1) * pitch + n, dim), (dim, 1))
+    if at is not None:
+        first = torch.arange(n_segments, device=at.device)[:, None, None] * pitch
+        rows = (at[:, None] + first).expand(-1, group, -1).flatten()
+        starts = torch.arange(n_segments * group, device=at.device) * at.shape[1]
+        sums = embedding_bag(rows, table, starts, mode="sum", per_sample_weights=weights.flatten())
+        return sums.view(n_segments, group, dim)
     is_alone = n_segments * group == 1
     n_parts = min(torch.get_num_threads(), n) if is_alone else 1  # each bag is added up by one thread
     find = _rows.__wrapped__ if torch.compiler.is_compiling() else _rows  # a compiled step has no use for the memory

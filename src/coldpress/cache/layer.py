@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from coldpress.architecture.generating import refuse_dropping, switching_refusal
+from coldpress.attend.one_token import attend_some, can_attend_once
 from coldpress.cache.eviction import EvictingLayer
 from coldpress.cache.masks import additive_mask
 from coldpress.cache.observation import selected
@@ -218,7 +219,7 @@ class PressedLayer(EvictingLayer):
         leaving = self._leaving(n_queries)
         bias = additive_mask(self.slots, n_queries, mask, call.sliding_window, own, leaving, by_head)
         if read is not None:
-            result = self._attend_to(call.query, read, bias, arithmetic)
+            result = self._attend_to(call, read, bias, arithmetic, is_plain)
         elif by_head:
             result = store.attend(call.query, bias, call.scaling), None
         else:
@@ -231,22 +232,22 @@ class PressedLayer(EvictingLayer):
         """The slots that the query of a decoding step reads, int64 ``[B, Hkv, n]``, -1 for none; None: all."""
         if self.phase is not Phase.LATER or call.query.shape[2] > 1 or call.is_local:
             return None
-        for reader in self.session.roles.readers:
-            groups = self._groups_of_call(call, self.padding())
-            return selected(reader, groups, self.slots)
-        return None
+        readers = self.session.roles.readers
+        return selected(readers[0], self._groups_of_call(call, self.padding()), self.slots) if readers else None
 
-    def _attend_to(self, query: Tensor, read: Tensor, bias: Tensor | None, arithmetic: Arithmetic) -> Attended:
+    def _attend_to(
+        self, call: LayerCall, read: Tensor, bias: Tensor | None, arithmetic: Arithmetic, is_plain: bool
+    ) -> Attended:
         """Attention over the slots ``read`` alone."""
-        store, at = self.slots.filled, read.clamp(min=0)
-        own = torch.zeros(read.shape, device=read.device) if bias is None else None
-        if bias is not None:
-            own = bias.expand(store.n_rows, store.n_heads, 1, -1)[:, :, 0].gather(2, at)
-        assert own is not None
-        own = own.masked_fill(read < 0, -torch.inf)
+        store, at, query = self.slots.filled, read.clamp(min=0), call.query
+        bias = torch.zeros(1, 1, 1, store.n, device=read.device) if bias is None else bias
+        own = bias.expand(store.n_rows, store.n_heads, 1, -1)[:, :, 0].gather(2, at).masked_fill(read < 0, -torch.inf)
         self.n_read = self.n_read + (read >= 0).sum()
         self.n_readable += int(self.slots.n_kept_pairs + store.n_rows * store.n_heads * (store.n - self.slots.n_kept))
-        return arithmetic(query, pick(store.keys, at), pick(store.values, at), own[:, :, None])
+        keys, values = store.keys, store.values
+        if is_plain and can_attend_once(query, keys, values):
+            return attend_some(query, keys, values, at, own, call.scaling), None
+        return arithmetic(query, pick(keys, at), pick(values, at), own[:, :, None])
 
     # -- what coldpress adds --------------------------------------------------------------------------------------
 

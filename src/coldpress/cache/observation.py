@@ -69,7 +69,9 @@ def to_choose_from(press: Press, groups: Sequence[RowGroup], codec: Codec | None
 def _with_columns(group: RowGroup, new: Mapping[str, Tensor]) -> RowGroup:
     if not new:
         return group
-    return replace(group, view=replace(group.view, columns={**group.view.columns, **new}, _memo={}))
+    view = replace(group.view, columns={**group.view.columns, **new}, _memo={})
+    view.outlines = group.view.outlines
+    return replace(group, view=view)
 
 
 def observed(press: Press, groups: Sequence[RowGroup]) -> tuple[list[RowGroup], Said]:

@@ -49,6 +49,7 @@ class RowGroup:
         view: those rows alone.
         n_pairs: (row, head, token) triples of these rows that a cache without a press would store.
         stored: int64 ``[b, Hkv, T]``, in which slot of the layer each of them is; None: as ``slots``.
+        is_whole: the view is all that is stored, as it is stored.
     """
 
     rows: Tensor | slice
@@ -56,6 +57,7 @@ class RowGroup:
     view: LayerView
     n_pairs: int
     stored: Tensor | None = None
+    is_whole: bool = False
 
     @classmethod
     def of_prefill(cls, slots: Slots, call: LayerCall, padding: Tensor | None, known: Known) -> list[RowGroup]:
@@ -118,9 +120,12 @@ class RowGroup:
         keys, values, queries, unseen = slots.filled.keys, slots.filled.values, pending.queries, pending.hidden_states
         assert queries is not None
         (n_batch, n_heads, *_), device = keys.shape, keys.device
+        seen, columns = slots.seen, slots.columns()
+        reach = seen if call.sliding_window is None else max(1, call.sliding_window - 1)
+        if padding is None and not slots.has_gaps and reach == seen and queries.at is None:
+            return [cls._as_stored(slots, call, pending, known, borrows)]
         at = slots.positions()  # [B, Hkv, T] in the input, -1 for an empty slot
         is_seen, position = at >= 0, at
-        seen, columns = slots.seen, slots.columns()
         lengths = [seen] * n_batch
         unseen_counts = [0] * n_batch if unseen is None else unseen.counts()
         if padding is not None:
@@ -128,21 +133,10 @@ class RowGroup:
             position = rank.gather(2, at.clamp(min=0))
             is_seen = is_seen & padding[:, None].expand(n_batch, n_heads, -1).gather(2, at.clamp(min=0))
             lengths = padding.sum(-1).tolist()
-        reach = seen
         if call.sliding_window is not None:
-            reach = max(1, call.sliding_window - 1)
             oldest = torch.tensor(lengths, device=device)[:, None, None] - reach
             is_seen = is_seen & (position >= oldest)
         counts = is_seen.sum(-1)  # [B, Hkv]
-        if padding is None and not slots.has_gaps and reach == seen and queries.at is None:  # as it is stored
-            keys, values = (keys, values) if borrows else (keys.clone(), values.clone())
-            view = _view(known, call, keys, values, queries.states, seen - at.shape[2])
-            view.positions, view.n_new = at, pending.n_new[0]
-            if unseen is not None and unseen.n >= view.n_new:
-                view.hidden_states = unseen.states[:, 0, unseen.n - view.n_new :]
-            _add_columns(view, columns, slice(None), known)
-            stored = torch.arange(at.shape[2], device=device).expand(at.shape)
-            return [cls(slice(None), at, view, n_batch * n_heads * seen, stored)]
         keyed: dict[tuple[int, int, int, bool, tuple[int, ...]], list[int]] = {}
         for row, (length, n, new, n_known, heads) in enumerate(
             zip(lengths, queries.counts(), pending.n_new, unseen_counts, counts.tolist(), strict=True)
@@ -173,6 +167,23 @@ class RowGroup:
             groups.append(cls(rows, at[rows].gather(2, order), view, n_pairs, order))
         return groups
 
+    @classmethod
+    def _as_stored(cls, slots: Slots, call: LayerCall, pending: Pending, known: Known, borrows: bool) -> RowGroup:
+        """All rows and slots as they are: no slot is empty, and no row has padding."""
+        keys, values, queries, unseen = slots.filled.keys, slots.filled.values, pending.queries, pending.hidden_states
+        assert queries is not None
+        keys, values = (keys, values) if borrows else (keys.clone(), values.clone())
+        at = slots.positions(is_own=not borrows)
+        view = _view(known, call, keys, values, queries.states, slots.seen - at.shape[2])
+        view.positions, view.n_new = at, pending.n_new[0]
+        if borrows and slots.filled.takes_codec:  # pairs that no codec has taken
+            view.outlines = slots.outlines
+        if unseen is not None and unseen.n >= view.n_new:
+            view.hidden_states = unseen.states[:, 0, unseen.n - view.n_new :]
+        _add_columns(view, slots.columns(), slice(None), known)
+        stored = torch.arange(at.shape[2], device=at.device).expand(at.shape)
+        return cls(slice(None), at, view, keys.shape[0] * keys.shape[1] * slots.seen, stored, is_whole=True)
+
     def all(self) -> Kept:
         """Everything in the view."""
         view = self.view
@@ -189,7 +200,7 @@ class RowGroup:
     def stored_slots(self, positions: Tensor) -> Tensor:
         """Slots of the view, ``[b, Hkv, n]`` with -1 for none, as slots of the layer."""
         at = self.slots if self.stored is None else self.stored
-        if at is None:
+        if at is None or self.is_whole:
             return positions
         at = at.expand(-1, positions.shape[1], -1)
         return at.gather(2, positions.clamp(min=0)).masked_fill(positions < 0, -1)

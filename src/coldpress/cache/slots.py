@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from coldpress.core.column import Column
+from coldpress.core.outlines import Outlines
 from coldpress.core.pick import column_at
 from coldpress.stores.base import Store
 from coldpress.stores.dense import DenseStore
@@ -43,6 +44,7 @@ class Slots:
             fewer than the longest. None: n is 0.
         has_gaps: whether some slot of ``kept`` is empty.
         kinds: the columns that there may be, by name.
+        outlines: what a press that reads a part has worked out of the first slots.
     """
 
     def __init__(self) -> None:
@@ -52,6 +54,7 @@ class Slots:
         self.has_gaps = False
         self._columns: dict[str, Tensor] = {}
         self.kinds: dict[str, Column] = dict(OWN)
+        self.outlines = Outlines()
 
     @property
     def n(self) -> int:
@@ -92,17 +95,23 @@ class Slots:
         return self.store
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """What the keys and values take, with what is needed to read them as they are."""
+        """What the keys and values take, with what is needed to read them as they are, or a part of them."""
         own = () if self.store is None else self.store.tensors()
-        return *own, *(self._columns[name] for name in _IN_BYTES if name in self._columns)
+        return *own, *self.outlines.tensors(), *(self._columns[name] for name in _IN_BYTES if name in self._columns)
 
-    def positions(self) -> Tensor:
-        """Original positions of the pairs, int64 ``[B, Hkv, T]``, ascending; -1 where a head stores fewer."""
+    def positions(self, is_own: bool = True) -> Tensor:
+        """Original positions of the pairs, int64 ``[B, Hkv, T]``, ascending; -1 where a head stores fewer.
+
+        Args:
+            is_own: in memory of their own, so that they can be written to.
+        """
         store = self.store
         if store is None:
             return torch.empty(0, 0, 0, dtype=torch.long)
         tail = torch.arange(self.tail_start, self.seen, device=store.device).expand(store.n_rows, store.n_heads, -1)
-        return tail.clone() if self.kept is None else torch.cat([self.kept.long(), tail], dim=-1)
+        if self.kept is None:
+            return tail.clone() if is_own else tail
+        return torch.cat([self.kept.long(), tail], dim=-1)
 
     # -- columns --------------------------------------------------------------------------------------------------
 
@@ -157,12 +166,14 @@ class Slots:
         if self.store is not None:
             self.store.crop(self.store.n - (self.seen - length))
         self.seen = length
+        self.outlines.crop(self.n)
         self._columns = {name: own[:, :, : self.n] for name, own in self._columns.items()}
 
     def index_rows(self, rows: Tensor) -> None:
         """Select the rows ``rows``, int64 ``[B']``."""
         store = self.filled
         before, n_before = store.n, self.n_kept
+        self.outlines.forget()
         store.index_rows(rows)
         n_kept = n_before if store.n_first is None else store.n_first
         if self.kept is not None:
@@ -180,6 +191,7 @@ class Slots:
         vars(other).update(vars(self))
         other._columns, other.kinds = dict(self._columns), dict(self.kinds)
         other.store = None if self.store is None else self.store.shared()
+        other.outlines = self.outlines.shared()
         return other
 
     def replaced(
@@ -227,6 +239,7 @@ class Slots:
         if n_first < self.n_kept:
             return False
         self.store = self.filled.without_first(n_first)
+        self.outlines.forget()
         self.tail_start += n_first - self.n_kept
         self.kept, self.has_gaps = None, False
         self._columns = {name: own[:, :, n_first:] for name, own in self._columns.items() if own.shape[2] > n_first}
@@ -242,6 +255,7 @@ class Slots:
             padding: as in :meth:`replaced`.
         """
         store, start, kept = self.filled, self.tail_start, self.kept
+        self.outlines.forget()
         if kept is None:
             kept = torch.empty(store.n_rows, store.n_heads, 0, dtype=torch.int32, device=store.device)
         n_kept, m = kept.shape[2], stop - start

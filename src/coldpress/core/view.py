@@ -1,12 +1,10 @@
 """LayerView: what a press may see of one layer, computed when asked for, and only once.
 
-A view has no padding: rows of a padded batch are taken apart before they get here (see ``cache/rows.py``), so
-that what a press does to a row is what it does to that row alone. Nor has it what a sliding window has left
-behind: such a view begins at ``first_position`` of its rows.
-
-After the prefill its tokens are consecutive. While decoding they are what is stored of the text so far, and where heads
-store different numbers, the shorter ones end in empty slots (``counts``); scorers never see those, because such a view
-is scored head by head (:meth:`LayerView.of_head`).
+A view has no padding: rows of a padded batch are taken apart before they get here (see ``cache/rows.py``), so that what
+a press does to a row is what it does to that row alone. Nor has it what a sliding window has left behind: such a view
+begins at ``first_position`` of its rows. After the prefill its tokens are consecutive. While decoding they are what is
+stored of the text so far, and where heads store different numbers, the shorter ones end in empty slots (``counts``);
+scorers never see those, because such a view is scored head by head (:meth:`LayerView.of_head`).
 """
 
 from __future__ import annotations
@@ -23,6 +21,7 @@ from coldpress.architecture.rope import Rope
 from coldpress.core.choice import protect
 from coldpress.core.kept import Kept, Place
 from coldpress.core.moves import moved_keys, side_by_side, unrotated
+from coldpress.core.outlines import Outlines
 from coldpress.core.pick import at_once, column_at, pick
 from coldpress.core.weights import Weights
 
@@ -65,6 +64,7 @@ class LayerView:
         sinks: ``[Hq]``, a logit of each head that takes part in the softmax and belongs to no token, or None.
         stored_bytes: of n pairs of every head, of one row, as the cache will store them; None: as they are here.
         find_rope, find_seed: give the layer's rotary embedding, None where it has none, and :attr:`seed`.
+        outlines: of the first slots: the layer's own where the view is what the layer stores, else new ones.
     """
 
     keys: Tensor
@@ -95,6 +95,7 @@ class LayerView:
     _memo: dict[Hashable, Any] = field(default_factory=dict, repr=False)
     stored_bytes: Callable[[int], int] | None = None
     columns: Mapping[str, Tensor] = field(default_factory=dict)
+    outlines: Outlines = field(default_factory=Outlines, init=False, repr=False)  # so not those of a replaced view
 
     @property
     def n_tokens(self) -> int:
@@ -109,8 +110,7 @@ class LayerView:
     @property
     def place(self) -> Place:
         """This layer among the others, and what a token costs in it."""
-        n_heads, dims = self.keys.shape[1], self.keys.shape[-1] + self.values.shape[-1]
-        token_bytes = n_heads * dims * self.keys.element_size()
+        token_bytes = self.keys.element_size() * self.keys.shape[1] * (self.keys.shape[-1] + self.values.shape[-1])
         return Place(self.layer_idx, self.n_layers, token_bytes, self.stored_bytes)
 
     @property
