@@ -14,5 +14,5 @@ bash benchmarks/smollm2.sh "$inputs"
     ${RESULTS:+--output_dir "$RESULTS"} "${@:2}"
 "$python" src/coldpress_command.py tasks --model "$inputs/SmolLM2-135M-Instruct.Q4_1.gguf" \
     --task niah_single --task_tokens 2048 --task_examples 10 --compression_ratio 0.8 \
-    --press adakv_snapkv defensive layer_defensive kvzip \
+    --press adakv_snapkv defensive layer_defensive sampled_defensive attention_matching_sampled_defensive kvzip \
     --output_dir "${NEEDLES:-results/needles}"
