@@ -259,6 +259,12 @@ def test_another_codec_of_the_same_storage_does_not_fit_the_codes(tmp_path: Path
         PressedCache.load(path, tiny("llama"))
 
 
+def test_gradients_of_the_prefill_do_not_stand_in_the_way() -> None:
+    past = PressedCache(BY_LAYER["snapkv"], storage=MIXED)
+    tiny("llama")(text(), **cache_argument(past))
+    assert past.codecs() == filled(BY_LAYER["snapkv"], MIXED, text()).codecs()
+
+
 def test_a_new_text_is_another_choice() -> None:
     case = Case(BY_LAYER["snapkv"], {"storage": MIXED})
     past = case.cache()

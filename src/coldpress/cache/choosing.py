@@ -77,6 +77,7 @@ class _Asked:
         return _output(view)
 
 
+@torch.no_grad()
 def _output(view: LayerView) -> Tensor:
     """The attention output of a view's queries over its pairs: float32 ``[B, Hkv, G, n, Dv]``."""
     return view.window_attention(view.n_queries) @ view.values.float()[:, :, None]
