@@ -206,6 +206,21 @@ def test_layers_with_a_window_are_in_the_first_candidate() -> None:
     assert local and all(layer.codec == MIXED.codecs[0] for layer in local)
 
 
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "gpt_oss"])
+def test_windows_soft_caps_and_sinks_of_a_model(name: str) -> None:
+    """What is compared is the model's own attention: stored whole, in 8 bits, it is what it was but for rounding."""
+    press, ids, found = SnapKVPress(window_size=4, budget_bytes=60_000), tokens(2, 120), []
+    mask = torch.ones_like(ids)
+    mask[1, :9] = 0
+    for storage in (Mixed(((8, 8), (2, 2)), 2, 8), RotatedBits(8, 8, 2, 8)):
+        case = Case(press, {"storage": storage}, model=name)
+        past = case.cache()
+        read(case, past, ids, mask=mask)
+        found.append(past)
+    assert set(found[0].codecs()) == {RotatedBits(8, 8, 2, 8)}
+    check_equal(states(found[0]), states(found[1]))
+
+
 # -- what is done with it ---------------------------------------------------------------------------------------------
 
 LACKS = ("padded_rows", "chunks", "rerotated")  # rows share the bits; pieces and moved keys are refused
