@@ -16,6 +16,7 @@ A generated part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->`
 - ``leaderboard``: the ranking of presses at each ratio;
 - ``parity``: the comparison with kvpress; ``faults``: the tests of kvpress's faults;
 - ``saves``: what compression saves in time and memory, as ratios within one run;
+- ``mixed``: fewer pairs, fewer bits and both by Mixed in as many bytes;
 - ``goals``: what the benchmarks of savings were to show, and what they do;
 - ``sweepcost``, ``overhead``, ``chunked``, ``quantised``, ``packed``, ``decode``, ``compiled``, ``shares``,
   ``headwise``, ``lengths``, ``batch``, ``budget``, ``stream``, ``decoding``, ``far``, ``drift``, ``klbound``, ``ends``,
@@ -403,6 +404,15 @@ def measured(benchmark: str, script: str, name: str, *parts: str) -> str:
     return made
 
 
+def mixed() -> str:
+    """A budget in bytes that Mixed spends over pairs and bits, against one of the two alone."""
+    folder = ROOT / "benchmarks" / "packed"
+    paths = sorted((folder / "results").glob("loss-mixed-*.json"))
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    made: str = runpy.run_path(str(folder / "loss.py"))["mixed"](records)
+    return made
+
+
 GOALS = (
     ("decode_speed", "decode_speed.py", "pythia-70m"),
     *(("decode_speed", "compiled.py", f"compiled_{dtype}") for dtype in ("float32", "bfloat16")),
@@ -496,6 +506,7 @@ def generated(name: str) -> str:
         "chunked": lambda: measured("prefill_chunked", "prefill_chunked.py", argument),
         "quantised": lambda: measured("quantised", "quantised.py", argument),
         "packed": lambda: measured("packed", f"{argument.partition('-')[0]}.py", argument),
+        "mixed": mixed,
         "compiled": lambda: measured("decode_speed", "compiled.py", argument),
         "decode": lambda: measured("decode_speed", "decode_speed.py", argument),
         "shares": lambda: measured("decode_speed", "shares.py", argument),

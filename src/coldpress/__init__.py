@@ -69,6 +69,7 @@ __all__ = [
     "MassCAMPress",
     "MassMergingPress",
     "MergingPress",
+    "Mixed",
     "MomentKVPress",
     "MorphKVPress",
     "NonCausalAttnPress",

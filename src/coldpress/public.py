@@ -85,4 +85,5 @@ from coldpress.serving.snapshot import Snapshot
 from coldpress.serving.snapshots import Snapshots
 from coldpress.stores.bits import KVBits
 from coldpress.stores.codec import Codec, TokenCodec
+from coldpress.stores.mixed import Mixed
 from coldpress.stores.rotated import RotatedBits

@@ -24,12 +24,10 @@ from coldpress.core.kept import Kept
 from coldpress.core.press import Press
 from coldpress.core.requirements import check_heads
 from coldpress.core.view import LayerView
+from coldpress.stores.codec import Codec
 from coldpress.stores.encoded import encoded
 
 __all__ = ["EvictingLayer"]
-
-_FORGET_MIN_TOKENS = 64  # that are worth a copy
-_SLACK_TOKENS = 64  # out of a sliding window's reach and yet kept, so that as many of the newest can be cropped
 
 
 class EvictingLayer(CacheLayerMixin):
@@ -44,6 +42,7 @@ class EvictingLayer(CacheLayerMixin):
         shown: bool ``[B, seen]`` after the latest call, False for padding; None: there is none.
         pending: what a press that evicts while decoding has not been shown yet.
         n_pairs: (row, head, token) triples before and after compression.
+        taken: which codec of the session's storage holds the pairs.
         references: until pairs of all layers are chosen, for each group of rows: which, where its tokens are (int64
             ``[b, 1, T]``; None without padding), and what :class:`Kept` calls references.
         n_read, n_readable: pairs that decoding queries have read, and that were stored then, where a press chooses.
@@ -58,7 +57,7 @@ class EvictingLayer(CacheLayerMixin):
         """Forget everything but the session and the place."""
         self.slots, self.phase, self.pending = Slots(), Phase.EMPTY, Pending()
         self.shown: Tensor | None = None
-        self.n_pairs = 0, 0
+        self.n_pairs, self.taken = (0, 0), 0
         self.references: list[tuple[slice | Tensor, Tensor | None, Sequence[LayerView]]] = []
         self.n_read: int | Tensor = 0
         self.n_readable = 0
@@ -69,6 +68,11 @@ class EvictingLayer(CacheLayerMixin):
         """Whether a press has evicted pairs of this layer."""
         before, after = self.n_pairs
         return after < before
+
+    @property
+    def codec(self) -> Codec | None:
+        """What the older pairs are encoded by; None: they are as they are."""
+        return None if self.session.storage is None else self.session.storage.codecs[self.taken]
 
     def padding(self) -> Tensor | None:
         """Which of the tokens seen some call was shown, bool ``[B, seen]``; None if all were."""
@@ -105,7 +109,7 @@ class EvictingLayer(CacheLayerMixin):
         if not is_first and phase.is_prefill and not call.is_local and session.press is not None:
             self._compress_piece(session.press, call, padding)
         if call.sliding_window is not None:
-            self.forget_unreachable(call.sliding_window, padding)
+            self.slots.forget_unreachable(call.sliding_window, padding)
         if is_first and self.slots.store is not None:
             self.slots.store.own()
         for branch in sharing:
@@ -143,12 +147,13 @@ class EvictingLayer(CacheLayerMixin):
 
     def encode(self) -> None:
         """Store all but the newest pairs by the cache's codec, if it has one; encoded pairs are not encoded again."""
-        codec, store = self.session.storage, self.slots.store
-        if codec is None or store is None:
+        store = self.slots.store
+        if self.session.storage is None or store is None:
             return
         self.slots.put(RESIDUAL, None)  # nothing moves any more
         if store.takes_codec:
-            self.slots.store = encoded(store, codec, self.slots.kept)
+            assert self.codec is not None
+            self.slots.store = encoded(store, self.codec, self.slots.kept)
         else:
             store.encode()
 
@@ -187,15 +192,19 @@ class EvictingLayer(CacheLayerMixin):
         try:
             check_heads(press, groups[0].view.module, groups[0].view.queries.shape[1])
             groups, said = observed(press, groups)
-            groups = to_choose_from(press, groups, session.storage)
-            kept = [kept_by(press, group, press.compress(group.view)) for group in groups]
+            return self._keep_of(press, source, groups, any(said))
         except Exception as error:
             session.error = error
             if source is self.slots:
                 raise
             traceback.clear_frames(error.__traceback__)  # their tensors fill memory that the other presses need
             return False
-        if not any(said) and all(part is None for part in kept) and all(group.slots is None for group in groups):
+
+    def _keep_of(self, press: Press, source: Slots, groups: list[RowGroup], has_said: bool) -> bool:
+        """Store what ``press`` keeps of ``source``; False if all, and nothing is said of it either (``has_said``)."""
+        groups = to_choose_from(press, groups, self.codec)
+        kept = [kept_by(press, group, press.compress(group.view)) for group in groups]
+        if not has_said and all(part is None for part in kept) and all(group.slots is None for group in groups):
             n_pairs = sum(group.n_pairs for group in groups)
             self.n_pairs = n_pairs, n_pairs
             return False
@@ -226,7 +235,7 @@ class EvictingLayer(CacheLayerMixin):
             groups, said = observed(press, groups)
             kept = [  # nothing where a row has no new token
                 kept_by(press, group, press.compress(group.view)) if group.view.n_queries else None
-                for group in to_choose_from(press, groups, self.session.storage)
+                for group in to_choose_from(press, groups, self.codec)
             ]
         except Exception as error:
             self.session.error = error
@@ -354,7 +363,7 @@ class EvictingLayer(CacheLayerMixin):
         states = unseen.newest(max(n_new), padding) if unseen is not None and unseen.end == seen else None
         due = Pending(recent, states, n_new)
         groups = RowGroup.of_text_so_far(self.slots, call, padding, due, self._known(call))
-        groups = to_choose_from(press, carrying(press, groups), self.session.storage)
+        groups = to_choose_from(press, carrying(press, groups), self.codec)
         due_now = [bool(group.view.n_queries) and press.is_due(group.view.n_new or 0) for group in groups]
         kept = [
             kept_by(press, group, press.compress_again(group.view)) if is_due else None
@@ -382,19 +391,6 @@ class EvictingLayer(CacheLayerMixin):
 
     def share(self, other: EvictingLayer) -> None:
         """Store what ``other`` stores, without copying; whichever of the two is written to first copies."""
-        self.window, self.phase, self.shown = other.window, other.phase, other.shown
+        self.window, self.phase, self.shown, self.taken = other.window, other.phase, other.shown, other.taken
         self.slots, self.n_pairs, self._offered = other.slots.shared(), other.n_pairs, None
         self.pending = Pending(*(vars(other.pending).values()))
-
-    def forget_unreachable(self, window: int, padding: Tensor | None) -> None:
-        """Free the slots that no later token can see, as soon as there are enough to be worth the copy."""
-        slots = self.slots
-        oldest = slots.seen - (window - 1) - _SLACK_TOKENS  # position of the first slot that has to be kept
-        n_free = slots.n_kept + oldest - slots.tail_start
-        if oldest < slots.tail_start or n_free < max(_FORGET_MIN_TOKENS, window // 2):
-            return
-        if padding is not None:  # a row with padding in its window reaches further back
-            oldest = min(oldest, int(newest_from(padding, window - 1 + _SLACK_TOKENS).min()))
-            if oldest <= slots.tail_start:
-                return
-        slots.forget_first(slots.n_kept + oldest - slots.tail_start)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from coldpress.architecture.generating import refuse_dropping, switching_refusal
 from coldpress.attend.one_token import attend_some, can_attend_once
-from coldpress.cache.eviction import EvictingLayer
+from coldpress.cache.choosing import ChoosingLayer
 from coldpress.cache.masks import additive_mask
 from coldpress.cache.observation import selected
 from coldpress.cache.phase import Phase, check_piece, phase_after
@@ -37,7 +37,7 @@ Attended = tuple[Tensor, Tensor | None]  # output [B, Q, Hq, Dv], weights or Non
 Arithmetic = Callable[[Tensor, Tensor, Tensor, Tensor | None], Attended]
 
 
-class PressedLayer(EvictingLayer):
+class PressedLayer(ChoosingLayer):
     """The pairs of one layer: what transformers asks of a layer of a cache, and the one call of its attention."""
 
     is_sliding = False

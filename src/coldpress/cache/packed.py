@@ -69,6 +69,7 @@ def pack_layer(layer: EvictingLayer, tensors: dict[str, Tensor]) -> dict[str, An
         "pairs": list(layer.n_pairs),
         "verdicts_end": None if stays is None else slots.seen,
     }
+    said |= {"codec": layer.taken} if layer.taken else {}
     return said | ({"columns": {name: slots.fill(name) for name in columns}} if columns else {})
 
 
@@ -85,7 +86,7 @@ def unpack_layer(layer: EvictingLayer, said: dict[str, Any], tensors: dict[str, 
     prefix = f"layers.{layer.index}."
     names = [name for name in tensors if name.startswith(prefix)]
     parts = {name.removeprefix(prefix): tensors.pop(name).to(device) for name in names}
-    slots = layer.slots
+    slots, layer.taken = layer.slots, said.get("codec", 0)
     own = {name.removeprefix("store."): part for name, part in parts.items() if name.startswith("store.")}
     slots.store = _store(said["store"], own, min(said["room"], max(_ROOM, said["seen"])), layer)
     slots.seen, slots.tail_start, layer.window = said["seen"], said["tail_start"], said["window"]
@@ -117,5 +118,5 @@ def unpack_layer(layer: EvictingLayer, said: dict[str, Any], tensors: dict[str, 
 def _store(name: str, parts: dict[str, Tensor], room: int, layer: EvictingLayer) -> Store:
     if name in _PLAIN:
         return _PLAIN[name].unpacked(parts, room)
-    assert layer.session.storage is not None
-    return encoded_from(parts, room, layer.session.storage)
+    assert layer.codec is not None
+    return encoded_from(parts, room, layer.codec)

@@ -19,4 +19,4 @@ def place_of_layer(layer: PressedLayer, rank: int, n_layers: int) -> Place:
     assert keys is not None and values is not None
     token_bytes = keys.shape[1] * (keys.shape[3] + values.shape[3]) * keys.element_size()
     press = session.press or session.earlier_press
-    return Place(rank, n_layers, token_bytes, stored_bytes(press, session.storage, keys, values))
+    return Place(rank, n_layers, token_bytes, stored_bytes(press, layer.codec, keys, values))

@@ -71,7 +71,7 @@ class PressedCache(MixedCache):
             it was trained on, in constant memory.
         kv_bits: how the older pairs are stored: 8, 4 or 2 bits for each number, in groups (KVBits), or a name such as
             ``"k8v4"``, keys in 8 bits and values in 4, one by one (RotatedBits); None stores all as they are.
-        storage: a Codec, RotatedBits(8, 4) or one of your own; instead of ``kv_bits``.
+        storage: a Codec, RotatedBits(8, 4), Mixed() or one of your own; instead of ``kv_bits``.
         pin: spans of tokens that nothing may evict, ``[(0, 40)]`` for the first 40 of every row, or a list of such
             lists, one for each row. They are kept in every layer and head under every press, and count towards its
             budget; padding is not counted.
@@ -112,7 +112,7 @@ class PressedCache(MixedCache):
         self.session = Session(press, positions == "rerotate", storage_of(kv_bits, storage), checked_pins(pin))
         self.session.chunk_tokens = chunk_tokens
         self._tokens: list[Tensor] = []  # [B, n] each, as far as they are known
-        check_quantisable(press, self.session.storage, self.session.rerotates)
+        check_quantisable(press, self.session.storage, self.session.rerotates, chunk_tokens)
         super().__init__(layer_class_to_replicate=partial(next_layer, self.session))
 
     @classmethod
@@ -176,6 +176,10 @@ class PressedCache(MixedCache):
         """How the older pairs are stored; None: as they are."""
         return self.session.storage
 
+    def codecs(self) -> list[Codec | None]:
+        """How the older pairs of each layer with keys and values are stored; None: as they are."""
+        return [layer.codec for layer in self.pressed_layers() if layer.is_initialized]
+
     @property
     def seen_tokens(self) -> int:
         """The logical length: tokens the model has seen, padding included."""
@@ -211,12 +215,8 @@ class PressedCache(MixedCache):
 
     def kv_bytes(self) -> int:
         """Bytes of the distinct storages of keys and values, room to grow included."""
-        storages = {}
-        for layer in self.pressed_layers():
-            for tensor in layer.tensors():
-                storage = tensor.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes()
-        return sum(storages.values())
+        storages = (tensor.untyped_storage() for layer in self.pressed_layers() for tensor in layer.tensors())
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def achieved_ratio(self) -> float:
         """Fraction of the pairs (row, head, token) that the press removed, of those that it was shown in all layers.

@@ -120,6 +120,7 @@ def check_said(said: Any, own: dict[str, Any], version: int) -> None:
                 not any(name in layer["store"] for name in ("coded", "packed")) or "storage" in said,
                 f"layers.{index}.store",
             )
+            need("codec" not in layer or ("storage" in said and is_int(layer["codec"], 1)), f"layers.{index}.codec")
             need("columns" not in layer or (type(layer["columns"]) is dict and said.get("columns")), "columns")
     need(len({layer["seen"] for layer in layers if layer is not None}) == 1, "seen, which is one number")
 
@@ -171,13 +172,15 @@ def check_tensors(
         Malformed: naming the tensor.
     """
     dtype, rows, kinds = _DTYPES[said["model"]["dtype"]], set(), {BIAS.name: BIAS, **(kinds or {})}
-    codes = codes_of(said["kv_bits"], codec)
+    codecs = (None,) if codec is None else codec.codecs
     for index, about in enumerate(said["layers"]):
         prefix = f"layers.{index}."
         parts = {name.removeprefix(prefix): part for name, part in tensors.items() if name.startswith(prefix)}
         need(about is not None or not parts, f"{prefix.rstrip('.')}, which is empty")
         if about is not None:
             try:
+                need(about.get("codec", 0) < len(codecs), "codec")
+                codes = codes_of(said["kv_bits"], codecs[about.get("codec", 0)])
                 rows.add(_check_layer(about, parts, dtype, codes, sizes, n_recent, kinds))
             except Malformed as error:
                 raise Malformed(f"{prefix}{error}") from error

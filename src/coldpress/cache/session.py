@@ -163,6 +163,11 @@ class Session:
     def _check_prompt(self, mask: Tensor | None) -> None:
         """Raise :class:`CacheError` if what comes is no prompt that the press could compress."""
         press = self.press
+        if press is None and self.storage is not None and self.storage.chooses:
+            raise CacheError(
+                "storage=Mixed() spends the budget of a press, and this cache has none: give it one, such as "
+                "SnapKVPress(budget_bytes=2**20), or say the bits, storage=RotatedBits(4, 4)."
+            )
         if press is None:
             return
         if mask is not None and self.chunk_tokens is None and not bool(mask.any()):

@@ -127,5 +127,5 @@ def commit(layer: PressedLayer, call: LayerCall | None) -> None:
         layer.after_attention(call)
         return
     if layer.window is not None:
-        layer.forget_unreachable(layer.window, layer.shown)
+        layer.slots.forget_unreachable(layer.window, layer.shown)
     layer.encode()

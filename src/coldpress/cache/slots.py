@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from coldpress.cache.newest import newest_from
 from coldpress.core.column import Column
 from coldpress.core.outlines import Outlines
 from coldpress.core.pick import column_at
@@ -23,6 +24,8 @@ STAYS = Column("stays", True, torch.bool)  # what the press has said of tokens t
 BIAS = Column("bias", 0.0)  # added to the logits of a key: ln m where it stands for m tokens
 OWN = {column.name: column for column in (CARRIED, RESIDUAL, STAYS, BIAS)}
 _IN_BYTES = (RESIDUAL.name, BIAS.name)  # without which the pairs would be others
+_FORGET_MIN_TOKENS = 64  # that are worth a copy
+_SLACK_TOKENS = 64  # out of a sliding window's reach and yet kept, so that as many of the newest can be cropped
 WASTE = 0.01  # of padded slots, from which on heads are stored one after the other instead
 
 
@@ -244,6 +247,23 @@ class Slots:
         self.kept, self.has_gaps = None, False
         self._columns = {name: own[:, :, n_first:] for name, own in self._columns.items() if own.shape[2] > n_first}
         return True
+
+    def forget_unreachable(self, window: int, padding: Tensor | None) -> None:
+        """Free the slots that no later token can see, as soon as there are enough to be worth the copy.
+
+        Args:
+            window: how many tokens back a query sees.
+            padding: bool ``[B, seen]``, False where a token is padding; None if there is none.
+        """
+        oldest = self.seen - (window - 1) - _SLACK_TOKENS  # position of the first slot that has to be kept
+        n_free = self.n_kept + oldest - self.tail_start
+        if oldest < self.tail_start or n_free < max(_FORGET_MIN_TOKENS, window // 2):
+            return
+        if padding is not None:  # a row with padding in its window reaches further back
+            oldest = min(oldest, int(newest_from(padding, window - 1 + _SLACK_TOKENS).min()))
+            if oldest <= self.tail_start:
+                return
+        self.forget_first(self.n_kept + oldest - self.tail_start)
 
     def settle(self, stop: int, stays: Tensor, padding: float | None = WASTE) -> None:
         """Of the tokens up to ``stop``, the kept ones move up behind what their head keeps; the others are freed.

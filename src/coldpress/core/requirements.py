@@ -137,6 +137,12 @@ _NEEDS = {
         "evicts token by token",
         "use DecodingPress",
     ),
+    "bytes": Need(
+        "a budget in bytes, which it spends over pairs and bits",
+        lambda press: getattr(press, "budget_bytes", None) is not None,
+        "has none",
+        "give budget_bytes, or say the bits, storage=RotatedBits(4, 4)",
+    ),
     "own_heads": Need(
         "a press that looks at each head alone, because every process has some of them",
         lambda press: press.per_head_independent,
@@ -303,15 +309,27 @@ def check_chunks(press: Press | None, chunk_tokens: int | None) -> None:
     raise PressError(refusal("chunk_tokens", press, "again", instead))
 
 
-def check_quantisable(press: Press | None, kv_bits: object, rerotates: bool = False) -> None:
+def check_quantisable(
+    press: Press | None, kv_bits: object, rerotates: bool = False, chunk_tokens: int | None = None
+) -> None:
     """Raise :class:`CacheError` if what ``press`` keeps cannot be stored in few bits.
 
     Args:
         kv_bits: how pairs are stored; None: as they are.
         rerotates: keys move up whenever pairs are evicted.
+        chunk_tokens: that a prompt comes in at most at once; None: all.
     """
+    chooses = bool(getattr(kv_bits, "chooses", False))
+    if chooses and (rerotates or chunk_tokens is not None):
+        given = "positions='rerotate'" if rerotates else "chunk_tokens"
+        raise CacheError(
+            f"storage=Mixed() compares what is stored with a whole prompt as the model read it, and not with {given}: "
+            "leave that out, or say the bits, storage=RotatedBits(4, 4)."
+        )
     if press is None or kv_bits is None:
         return
+    if chooses:
+        _check_mixed(press)
     if press.evicts_while_decoding and not getattr(kv_bits, "evictable", False):
         why = (
             "groups of tokens cannot be taken apart without quantising them again: give kv_bits k8v4 or "
@@ -324,3 +342,15 @@ def check_quantisable(press: Press | None, kv_bits: object, rerotates: bool = Fa
     for part in parts(press):
         if "channels" in part.changes:
             raise CacheError(refusal("kv_bits", part, "channels"))
+
+
+def _check_mixed(press: Press) -> None:
+    """Raise :class:`CacheError` unless ``press`` has a budget in bytes that Mixed can spend when a prompt was read."""
+    outer, instead = "storage=Mixed()", "say the bits, storage=RotatedBits(4, 4)"
+    for part in parts(press):
+        plans = part.per_layer and not (part.needs_model or part.chooses_together)
+        for need in ("stops", "keys", *(["layers"] if plans else [])):
+            if not _NEEDS[need].is_met(part):
+                raise CacheError(refusal(outer, part, need, instead))
+    if all(getattr(part, "budget_bytes", None) is None for part in parts(press)):
+        raise CacheError(refusal(outer, press, "bytes"))

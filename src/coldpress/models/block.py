@@ -32,6 +32,7 @@ from coldpress.core.requirements import (
 )
 from coldpress.errors import CacheError, PressError
 from coldpress.models.backend import WATCHERS
+from coldpress.models.finishing import finish
 from coldpress.models.scope import Scope
 from coldpress.models.supported import use_coldpress
 
@@ -307,13 +308,7 @@ class _Prefill:
             self.here.is_finishing = True
             try:
                 with torch.no_grad():
-                    if press.needs_model:
-                        assert ids is not None
-                        press.finish(cache, self.backbone, ids)
-                    if press.chooses_together:
-                        press.choose_together(cache)
-                    for layer in cache.pressed_layers():
-                        layer.encode()
+                    finish(press, cache, self.backbone, ids)
             except Exception as error:
                 cache.session.error = error
                 if self.raises:
@@ -350,7 +345,7 @@ def _bind(cache: Any, press: Press, bound: list[Session]) -> PressedCache:
         session = _adopt(cache)
     if session.rerotates:
         require_rerotatable(press)
-    check_quantisable(press, session.storage, session.rerotates)
+    check_quantisable(press, session.storage, session.rerotates, session.chunk_tokens)
     if session.press is None:
         is_filled = any(isinstance(layer, PressedLayer) and layer.is_initialized for layer in layers)
         if is_filled and not press.evicts_while_decoding and session.earlier_press != press:

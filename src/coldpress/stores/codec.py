@@ -29,13 +29,20 @@ class Codec(ABC):
         block_tokens: pairs of one head that are encoded together, g.
         exact_tokens: newest pairs of each head that stay as they are, at least 0.
         evictable: pairs are encoded one by one, so a press may evict some of them while decoding.
+        chooses: it has several :attr:`codecs`, of which a layer takes one.
     """
 
     evictable: ClassVar[bool] = False
+    chooses: ClassVar[bool] = False
     names: ClassVar[Mapping[bool, str]] = {False: "coded", True: "coded ragged"}  # in files: heads differ or not
 
     block_tokens: int
     exact_tokens: int
+
+    @property
+    def codecs(self) -> tuple[Codec, ...]:
+        """What a layer may be stored by: this codec alone, unless it leaves the choice to the layer (Mixed)."""
+        return (self,)
 
     @abstractmethod
     def encode(self, keys: Tensor, values: Tensor) -> Blocks:
