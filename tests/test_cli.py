@@ -764,7 +764,7 @@ def odd_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("--press knorm --budget_tokens 8,0", "at least 1, got '0'"),
         ("--press knorm --compression_ratio 0.5,half", "--compression_ratio: invalid float value: 'half'"),
         ("--press knorm --compression_ratio ,", "--compression_ratio: invalid float value: ','"),
-        ("--press knorm --kv_bits 4,3", "must be 8, 4, 2, or keys and values apart, such as k8v4; got '3'"),
+        ("--press knorm --kv_bits 4,3", "must be 8, 4, 2, keys and values apart as in k8v4, or mixed; got '3'"),
         ("--press knorm --ppl_preset gptq", "--ppl_preset gptq is the uncompressed model's perplexity"),
         ("--ppl_preset hf", "invalid choice: 'hf'"),
         ("--max_new_tokens many", "must be an integer of at least 1, got 'many'"),

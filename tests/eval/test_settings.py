@@ -17,6 +17,7 @@ from coldpress import (
     KnormPress,
     KVBits,
     LeverageScorePress,
+    Mixed,
     PerLayerCompressionPress,
     PressedCache,
     PyramidKVPress,
@@ -34,6 +35,7 @@ from coldpress.errors import CacheError, InputError, PressError, SelfCheckError
 from coldpress.eval.jobs import make_jobs
 from coldpress.eval.point_run import check_stored_pairs
 from coldpress.eval.settings import Settings
+from coldpress.stores.bits import bits_from, bits_name
 
 
 def presses(**options: object) -> list[object]:
@@ -141,6 +143,14 @@ def test_names_of_bits_are_rotated_pairs() -> None:
     assert [job.kv_bits for job in both] == [KVBits(4), RotatedBits(4, 4)]
     with pytest.raises(CacheError, match="there are no groups"):
         make_jobs(Settings(kv_bits=("k8v4",), kv_group_size=32))
+
+
+def test_a_budget_of_bytes_is_spent_over_pairs_and_bits() -> None:
+    (job,) = make_jobs(Settings(press=("snapkv",), compression_ratio=(), budget_bytes=(600_000,), kv_bits=("mixed",)))
+    assert job.kv_bits == Mixed() and bits_from(vars(job.kv_bits)) == job.kv_bits and bits_name(job.kv_bits) == "mixed"
+    for given, why in (({"press": ("snapkv",)}, "needs a budget in bytes"), ({"press": ("no_press",)}, "say k8v4")):
+        with pytest.raises(CacheError, match=why):
+            make_jobs(Settings(**given, kv_bits=("mixed",)))
 
 
 def test_all_is_every_press_that_needs_only_the_model() -> None:

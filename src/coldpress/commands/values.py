@@ -45,13 +45,13 @@ def listed(one: Callable[[str], Any]) -> Callable[[str], list[Any]]:
 
 
 def bits(text: str) -> int | str:
-    """In how few bits pairs are stored: 8, 4 or 2, or a name such as ``k8v4``, keys in 8 bits and values in 4."""
+    """In how few bits pairs are stored: 8, 4, 2, ``k8v4`` (keys in 8 bits, values in 4) and its like, or ``mixed``."""
     name = text.strip()
     if name in ("8", "4", "2"):
         return int(name)
-    if re.fullmatch("k[842]v[842]", name):
+    if re.fullmatch("k[842]v[842]|mixed", name):
         return name
-    raise argparse.ArgumentTypeError(f"must be 8, 4, 2, or keys and values apart, such as k8v4; got {text[:40]!r}")
+    raise argparse.ArgumentTypeError(f"must be 8, 4, 2, keys and values apart as in k8v4, or mixed; got {text[:40]!r}")
 
 
 def integer(text: str, minimum: int, maximum: int = 2**63 - 1) -> int:

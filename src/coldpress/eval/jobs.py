@@ -25,7 +25,7 @@ from coldpress.eval.settings import Settings
 from coldpress.models.compilable import check_compilable, check_compiler
 from coldpress.presses.decoding import DecodingPress
 from coldpress.presses.finch import FinchPress
-from coldpress.stores.bits import KVBits, storage_of
+from coldpress.stores.bits import storage_of
 from coldpress.stores.codec import Codec
 
 # A press and its parameters as JSON and the ``model_args`` of lm-evaluation-harness give them
@@ -229,9 +229,8 @@ def make_jobs(settings: Settings) -> list[Job]:
     those that cannot be stored so, and with ``compile`` those that a compiled step cannot decode.
 
     Raises:
-        PressError: an unknown press or parameter, a ratio outside [0, 1), parameters for several presses, a budget for
-            a press that was named and has none, a press that would compress nothing of what is measured, a press that
-            was named and takes one text at a time.
+        PressError: an unknown press or parameter, a ratio outside [0, 1), parameters for several presses, a press that
+            compresses nothing of what is measured, or one that was named and has no budget, or takes one text at a time.
         CacheError: bits that there are not, or that a press that was named cannot be stored in; with ``compile`` one of
             these that a compiled step cannot decode. ModelError: there is no compiler for it.
     """
@@ -269,8 +268,7 @@ def make_jobs(settings: Settings) -> list[Job]:
     jobs = list({(job.name, job.ratio, job.budget_tokens, job.budget_bytes): job for job in jobs}.values())
     jobs = [job for job in jobs if _takes_batch(job, settings)]
     bits = dict.fromkeys(settings.kv_bits)
-    group = None if settings.kv_group_size == KVBits.group_size else settings.kv_group_size
-    codecs = [storage_of(each, group_size=group, newest=settings.kv_residual_tokens) for each in bits]
+    codecs = [storage_of(each, group_size=settings.kv_group_size, newest=settings.kv_residual_tokens) for each in bits]
     return _compilable(_in_bits(jobs, [codec for codec in codecs if codec is not None], settings), settings)
 
 
@@ -307,6 +305,8 @@ def _in_bits(jobs: list[Job], kv_bits: list[Codec], settings: Settings) -> list[
         for each in kv_bits:
             try:
                 check_quantisable(job.press, each)
+                if each.chooses and job.press is None:
+                    raise CacheError("--kv_bits mixed spends a press's --budget_bytes: for no_press say k8v4 or k4v4.")
             except CacheError:
                 if job.name in settings.press:
                     raise

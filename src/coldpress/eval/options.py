@@ -16,7 +16,7 @@ from coldpress.backends import BACKENDS, BUDGETS, NO_PRESS
 from coldpress.errors import InputError, nearest
 
 KINDS = ("perplexity", "tasks", "streaming", "baselines", "speed")  # sections of a sweep, in the order of measuring
-BITS = "{8,4,2,k8v4,...}"  # numbers: in groups (KIVI); kKvV: keys in K bits and values in V, one by one, rotated
+BITS = "{8,4,2,k8v4,...,mixed}"  # groups (KIVI); kKvV: keys in K bits, values in V, one by one; of these by budget
 PPL_PRESETS = ("hf-strided", "gptq", "llamacpp", "lm-eval")
 TASKS = ("niah_single", "niah_multikey", "vt", "cwe", "passkey", "repeat_text")  # asked where none is named
 USES = ("qa", "chat", "streaming", "throughput")  # of coldpress recommend

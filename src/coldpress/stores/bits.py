@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from coldpress.errors import CacheError
 from coldpress.stores.codec import Blocks, Codec, check_codec
 from coldpress.stores.codes import Codes
+from coldpress.stores.mixed import Mixed
 from coldpress.stores.rotated import RotatedBits
 
-__all__ = ["BITS", "ROTATED", "KVBits", "bits_from", "bits_name", "storage_of"]
+__all__ = ["BITS", "MIXED", "ROTATED", "KVBits", "bits_from", "bits_name", "storage_of"]
 
 BITS = (8, 4, 2)
+MIXED = "mixed"  # Mixed()
 ROTATED = tuple(f"k{keys}v{values}" for keys in BITS for values in BITS)  # RotatedBits(keys, values)
 
 
@@ -47,8 +49,8 @@ class KVBits(Codec):
     def __post_init__(self) -> None:
         if type(self.bits) is not int or self.bits not in BITS:
             raise CacheError(
-                "kv_bits must be 8, 4 or 2, a name such as 'k8v4' (RotatedBits: keys in 8 bits, values in 4), or a "
-                f"codec, got {self.bits!r}."
+                "kv_bits must be 8, 4 or 2, a name such as 'k8v4' (RotatedBits: keys in 8 bits, values in 4), 'mixed' "
+                f"(Mixed, within a budget in bytes), or a codec, got {self.bits!r}."
             )
         for name, least in (("group_size", 1), ("residual_tokens", 0)):
             value = getattr(self, name)
@@ -101,11 +103,11 @@ def storage_of(
     group_size: int | None = None,
     newest: int | None = None,
 ) -> Codec | None:
-    """The codec of ``kv_bits=`` or ``storage=``: 8, 4 or 2 are KVBits, ``"k8v4"`` and its like are RotatedBits.
+    """The codec of ``kv_bits=`` or ``storage=``: 8, 4, 2 are KVBits, ``"k8v4"`` and its like RotatedBits; ``"mixed"``.
 
     Args:
-        group_size: of KVBits; None: as many numbers as by itself.
-        newest: pairs of each head that stay as they are; None: as many as by themselves.
+        group_size: of KVBits; None, or as many numbers as KVBits has by itself: not said.
+        newest: pairs of each head that stay as they are; None, or as many as in KVBits: as many as by themselves.
 
     Raises:
         CacheError: both, something that is no codec, no such bits, or groups in RotatedBits, which have none.
@@ -114,24 +116,30 @@ def storage_of(
         if kv_bits is not None or not isinstance(storage, Codec):
             raise CacheError(f"storage must be a coldpress.Codec, and no kv_bits beside it; got {storage!r}.")
         return check_codec(storage)
+    group_size = None if group_size == KVBits.group_size else group_size
+    newest = None if newest == KVBits.residual_tokens else newest
     if kv_bits is None or isinstance(kv_bits, Codec):
         return kv_bits if kv_bits is None else check_codec(kv_bits)
-    if isinstance(kv_bits, str) and kv_bits in ROTATED:
+    if isinstance(kv_bits, str) and kv_bits in (*ROTATED, MIXED):
         if group_size is not None:
             raise CacheError(f"{kv_bits} encodes pairs one by one, so there are no groups: leave their size out.")
-        rotated = RotatedBits(int(kv_bits[1]), int(kv_bits[3]))
-        return rotated if newest is None else replace(rotated, newest=newest)
+        own: RotatedBits | Mixed = Mixed() if kv_bits == MIXED else RotatedBits(int(kv_bits[1]), int(kv_bits[3]))
+        return own if newest is None else replace(own, newest=newest)
     given = {name: n for name, n in (("group_size", group_size), ("residual_tokens", newest)) if n is not None}
     return KVBits(kv_bits, **given)  # type: ignore[arg-type]  # which says what it takes
 
 
 def bits_name(codec: Codec | None) -> int | str | None:
-    """What ``kv_bits=`` stands for a codec: 8, 4 or 2, or ``"k8v4"`` and its like; its class, for one of your own."""
+    """What ``kv_bits=`` stands for a codec: 8, 4, 2, ``"k8v4"`` and its like or ``"mixed"``; the class of others."""
     if codec is None or isinstance(codec, KVBits):
         return None if codec is None else codec.bits
+    if isinstance(codec, Mixed):
+        return MIXED
     return f"k{codec.key_bits}v{codec.value_bits}" if isinstance(codec, RotatedBits) else type(codec).__name__
 
 
-def bits_from(said: Mapping[str, int]) -> Codec:
+def bits_from(said: Mapping[str, Any]) -> Codec:
     """The codec of its parameters, as a record or a file has them."""
+    if "candidates" in said:
+        return Mixed(**said)
     return RotatedBits(**said) if "key_bits" in said else KVBits(**said)
