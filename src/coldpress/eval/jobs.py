@@ -230,7 +230,7 @@ def make_jobs(settings: Settings) -> list[Job]:
 
     Raises:
         PressError: an unknown press or parameter, a ratio outside [0, 1), parameters for several presses, a press that
-            compresses nothing of what is measured, or one that was named and has no budget, or takes one text at a time.
+            compresses nothing of what is measured, or one that was named and has no budget or takes one text at once.
         CacheError: bits that there are not, or that a press that was named cannot be stored in; with ``compile`` one of
             these that a compiled step cannot decode. ModelError: there is no compiler for it.
     """
