@@ -88,6 +88,8 @@ class PressRun(Run):
     scored: PointRun[Any] | None = field(default=None, init=False)  # windows or streams, point by point
     speed: SpeedRun | None = field(default=None, init=False)
     engine: dict[str, Any] = field(default_factory=dict, init=False)  # where windows were measured; empty: here
+    # whether what is timed waits until the run is carried out once more
+    is_timed_later: bool = field(default=False, init=False)
     _said: dict[str, list[Part]] | None = field(default=None, init=False)
 
     @property
@@ -114,7 +116,11 @@ class PressRun(Run):
         return self.n_parameters * plan.total_tokens * (len(self.jobs) if s.ppl_mode == "streaming" else 4)
 
     def measure(self, engine: Engine | None, save: Callable[..., None]) -> None:
-        self._measure_perplexity(engine)
+        if self.scored is None and self.plain is None:
+            self._measure_perplexity(engine)
+        if self.is_timed_later:
+            self.is_timed_later = False
+            return
         if self.seconds and self.plan.context_ids is not None:  # who kills the rest shall not lose this
             save()
         self._measure_speed(save)

@@ -74,6 +74,7 @@ class Run(ABC):
     error: Exception | None = field(default=None, init=False)  # what ended the run
     show_progress: Callable[..., Any] = field(default_factory=lambda: progress, init=False)
     is_cut: bool = field(default=False, init=False)  # its time was up before all was measured
+    told: set[str] = field(default_factory=set, init=False)  # of presses that failed, when it is carried out in parts
     run_id: str = field(default_factory=lambda: secrets.token_hex(6), init=False)
 
     @abstractmethod
@@ -292,7 +293,10 @@ def carry_out(
     for record in records:
         if record["status"] == "failed":
             size = size_of(record)
-            note(f"{record['press']}{f' at {size}' if size else ''} failed: {record['error']}", kind="error")
+            said = f"{record['press']}{f' at {size}' if size else ''} failed: {record['error']}"
+            if said not in run.told:
+                note(said, kind="error")
+                run.told.add(said)
     if records and not is_quiet:
         early.tell(records)
         print(f"{len(records)} result(s) in {folder}/{_unfinished(records)}", flush=True)
