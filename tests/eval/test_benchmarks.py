@@ -318,7 +318,7 @@ def test_a_file_of_a_folder_is_not_mixed_with_those_of_its_parts(
     (tmp_path / "256" / "test-00001-of-00002.jsonl").write_text(json.dumps(some[0]) + "\n")
     assert len(load_rows(ruler, str(tmp_path), "256").rows) == len(some[2:]) + 1
     (tmp_path / "test.csv").write_text("context\n")
-    with pytest.raises(DataError, match="holds test.csv and test.jsonl: leave those of one kind there"):
+    with pytest.raises(DataError, match=r"holds test\.csv and test\.jsonl: leave those of one kind there"):
         load_rows(ruler, str(tmp_path), None)
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from coldpress.bases.registry import find_press, press_names
 from coldpress.cache.pressed import PressedCache
 from coldpress.eval.glance import FEWEST_WINDOWS
 from coldpress.eval.jobs import Job
@@ -18,7 +17,7 @@ from coldpress.eval.losses import forward
 from coldpress.eval.metrics import FEWEST_QUESTIONS
 from coldpress.eval.models import LoadedModel, input_device
 from coldpress.eval.progress import progress
-from coldpress.eval.run import Run
+from coldpress.eval.run import Run, reads_again
 from coldpress.eval.settings import STREAM_CHUNK
 from coldpress.eval.speed import now_ns
 
@@ -76,13 +75,6 @@ QUESTION_TOKENS, ANSWER_STEPS = 50, 12  # of a question, about: fed together, an
 PARTS = {"perplexity": "windows", "speed": "rounds", "tasks": "questions"}  # what a part of a run is said to measure
 
 
-def _reads_again(job: Job) -> int:
-    """What a press takes beside the prefill, in prefills, about: those inside a block run the model once more."""
-    if job.press is None or job.name not in press_names():
-        return 0
-    return 4 * job.name.startswith("attention_matching") + 2 * find_press(job.name).in_block
-
-
 @dataclass(frozen=True)
 class Pace:
     """How fast a model is: seconds for each token of a prefill, and for one that is fed alone."""
@@ -105,7 +97,7 @@ class Pace:
 
     def seconds(self, use: Use, jobs: Sequence[Job], context: int) -> tuple[float, float, float]:
         """What a window, a question and all that is timed take, about."""
-        n, again = len(jobs), sum(map(_reads_again, jobs))
+        n, again = len(jobs), sum(map(reads_again, jobs))
         read = self.read_s * context * ((n if use.chunk_tokens else 1) + again)
         window = read + self.read_s * target_of(context) * n
         question = read + (self.read_s * QUESTION_TOKENS + self.step_s * ANSWER_STEPS) * n

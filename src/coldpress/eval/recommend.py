@@ -2,7 +2,8 @@
 
 Runs of the same presses on the same model, as ``coldpress ppl`` and ``coldpress tasks`` make them, each until its share
 of the time is up: windows (loss and KL), questions, for a stream also a long text that is read on, and timed rounds in
-what is left. Their records are those of these commands. What follows from them is decided in :mod:`coldpress.eval.advice`.
+what is left. Their records are those of these commands. What follows from them is decided in
+:mod:`coldpress.eval.advice`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import shlex
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from textwrap import fill
 from typing import Any
 
@@ -23,9 +25,9 @@ from coldpress.eval.datasets import Corpus, excerpts, load_corpus, source_of
 from coldpress.eval.evaluate import PressRun, make_run
 from coldpress.eval.glance import FEWEST_WINDOWS
 from coldpress.eval.jobs import Job, make_jobs
+from coldpress.eval.metrics import FEWEST_QUESTIONS
 from coldpress.eval.models import LoadedModel, load_model
 from coldpress.eval.options import SIZES, OfLimits, OfMachine, OfModel, names_of
-from coldpress.eval.metrics import FEWEST_QUESTIONS
 from coldpress.eval.pace import NEW_TOKENS, ROUNDS, USES, Clock, Pace, Use, limit_for, target_of
 from coldpress.eval.plan import UNKNOWN_POSITIONS
 from coldpress.eval.progress import note
@@ -91,13 +93,13 @@ def recommend(settings: AdviceSettings, command: str) -> tuple[list[Record], boo
             run.show_progress = clock.hook(run, ends)
             found[id(run)], is_interrupted = carry_out(run, folder, is_quiet=True, keeps_ledger=True)
             if is_interrupted:
-                return sum(found.values(), []), True, again
-        records = sum(found.values(), [])
+                return [*chain(*found.values())], True, again
+        records = [*chain(*found.values())]
         rest = _Rest(use, clock, pace.seconds(use, jobs, sizes[0]), sizes[1:], changed)
         print(_recommendation(settings, records, rest))
         print(f"\n{len(records)} result(s) in {printable(str(folder))}/", flush=True)
     except KeyboardInterrupt:  # between two of them, or while the result is reckoned
-        return sum(found.values(), []), True, again
+        return [*chain(*found.values())], True, again
     if all(run.is_over for run, _ in runs):
         for ledger in {id(run): run.ledger for run, _ in runs if run.ledger is not None}.values():
             ledger.discard()
@@ -125,15 +127,15 @@ class _Rest:
 
     def words(self, n_windows: int, n_questions: int) -> str:
         """The command that measures what is left, with the minutes that it takes; of a verdict if there is none yet."""
-        few = (FEWEST_WINDOWS, FEWEST_QUESTIONS)
-        is_open = any(n < least <= of for n, least, of in zip((n_windows, n_questions), few, self.sizes, strict=True))
-        missing = [
-            max(0, (min(least, of) if is_open else of) - n)
-            for n, least, of in zip((n_windows, n_questions), few, self.sizes, strict=True)
-        ]
+        windows, questions = self.sizes
+        is_enough = n_windows >= FEWEST_WINDOWS and n_questions >= FEWEST_QUESTIONS
+        is_open = not is_enough and windows >= FEWEST_WINDOWS and questions >= FEWEST_QUESTIONS
+        if is_open:
+            windows, questions = FEWEST_WINDOWS, FEWEST_QUESTIONS
+        missing = max(0, windows - n_windows), max(0, questions - n_questions)
         took = [self.clock.took.get(name, guess) for name, guess in zip(PARTS_OF_QUALITY, self.guess, strict=False)]
-        needed = SLOWER * max(limit_for(self.use, *missing, took), 0.0 if any(missing) else self.guess[2] / 60)
-        command = _with_option(self.command, "--budget_minutes", max(1, math.ceil(needed)))
+        needed = limit_for(self.use, *missing, took) if any(missing) else self.guess[2] / 60  # all that is timed
+        command = _with_option(self.command, "--budget_minutes", max(1, math.ceil(SLOWER * needed)))
         aim = "have enough to name a press" if is_open else "measure the rest"
         return f"The time was up. To {aim}, go on from here with:\n  {printable(command)}"
 

@@ -7,8 +7,8 @@ same ids go in for every press, a configuration is warmed up before it counts, r
 interleaved in a seeded random order, and every raw sample is kept.
 
 TTFT and TPOT of a result are medians over the rounds, and rates and totals follow from these two, so that rows can be
-compared and the numbers of a row agree. A speed-up is the median of the ratios within each round. The least and the most
-of the rounds stand beside the medians.
+compared and the numbers of a row agree. A speed-up is the median of the ratios within each round. How far the rounds
+lie apart stands beside the medians.
 """
 
 from __future__ import annotations
@@ -251,7 +251,7 @@ class SpeedRun:
         return max(lengths, default=0)
 
     def result(self, point: SpeedPoint) -> dict[str, Any]:
-        """The speed part of a result record of a point that has samples: medians of the rounds, spreads, and the samples.
+        """The speed part of a result record of a point that has samples: medians of rounds, spreads, and the samples.
 
         The speed-up is the median of that of each round over the baseline in the same round, and so need not be the
         ratio of the two medians of TPOT.

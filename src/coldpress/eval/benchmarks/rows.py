@@ -20,7 +20,8 @@ from coldpress.io.files import path_of
 from coldpress.models.chat import prompt_parts
 
 SPLIT = "test"
-_OF_SPLIT = re.compile(r"(^|[-._ 0-9])(test|testing|eval|evaluation)[-._ 0-9]")  # names of its files, as datasets has it
+# names of its files, as the library datasets has it
+_OF_SPLIT = re.compile(r"(^|[-._ 0-9])(test|testing|eval|evaluation)[-._ 0-9]")
 PROMPT = ("context", "question", "answer_prefix")
 LIMIT = "max_new_tokens"
 INSTEAD = ("give a local folder of the same layout (--data FOLDER)",)
