@@ -45,7 +45,8 @@ $(STAMP): pyproject.toml constraints.txt scripts/make_venv.sh scripts/install_to
 	@$(PY) -m pip install -qq -c constraints.txt -e ".[dev]"
 	@touch $@
 
-demo: $(STAMP) ## perplexity of the embedded model on the embedded text, under every press
+demo: $(STAMP) ## perplexity and speed of the embedded model on the embedded text, every press (some five minutes)
+	@echo "demo: every press, perplexity and then speed: some five minutes on two cores, twice that where they are busy"
 	$(PY) evaluation/perplexity.py --model demo --dataset demo --press all --ppl_apply_press \
 		--limit_tokens 8192 --context_limit 896 --max_new_tokens 16 --repetitions 3 --output_dir results/demo
 	@if $(PY) -c "$(HAS_SMOLLM2)"; then \

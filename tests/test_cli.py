@@ -419,6 +419,14 @@ def test_without_ppl_apply_press_it_is_a_direct_computation(run: Run, data: Path
     assert done.record["ppl"] == pytest.approx(float(expected.mean().exp()), rel=1e-4)
 
 
+def test_results_that_are_there_already_are_said_to_be_replaced(run: Run) -> None:
+    given = ("--ppl_only", *SHORT, "--press", "no_press", "knorm", "--ppl_apply_press")
+    assert "already" not in run(*given).err
+    again = run(*given)
+    said = "measured anew and replaced; coldpress sweep leaves finished ones.\n"
+    assert "note: 2 results are in " in again.err and again.err.count(said) == 1
+
+
 def test_attention_implementations_agree(run: Run) -> None:
     ppl = [
         run("--ppl_only", *SHORT, "--attn_implementation", name, folder=name).record["ppl"]

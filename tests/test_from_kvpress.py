@@ -44,7 +44,7 @@ def names() -> dict[str, Any]:
     assert len(blocks) == 10
     found: dict[str, Any] = {}
     for block in blocks:
-        exec(for_installed(block).replace("EleutherAI/pythia-70m", DEMO).replace(', device_map="auto"', ""), found)
+        exec(for_installed(block).replace("EleutherAI/pythia-70m", DEMO), found)
     return found
 
 

@@ -50,6 +50,19 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
+def test_an_integer_is_a_float_whether_annotations_are_texts_or_classes(tmp_path: Path) -> None:
+    texts = PRESS.replace("power: int = 1", "power: float = 1.0\n    root: float | None = None")
+    classes = texts.replace("from __future__ import annotations\n", "").replace("keys, as", "keys as")
+    for name, code in (("texts.py", texts), ("classes.py", classes)):
+        path = tmp_path / name
+        path.write_text(code)
+        for args in ({"power": 2}, {"power": 2.5}, {"root": 2}, {"root": None}):
+            make_jobs(Settings(press=(str(path),), press_args=tuple(args.items())))
+        for wrong in (True, "2", None):
+            with pytest.raises(PressError, match="power must be int or float, got"):
+                make_jobs(Settings(press=(str(path),), press_args=(("power", wrong),)))
+
+
 def test_it_is_made_by_the_name_of_its_file_and_is_none_of_the_catalogue(file: Path) -> None:
     name = f"{file}:MyPress"
     assert is_press_file(name) and is_press_file(str(file)) and not is_press_file("knorm")

@@ -300,6 +300,28 @@ def test_a_folder_is_read_as_the_hub_is_where_no_part_is_named(tmp_path: Path) -
         load_rows(find_benchmark("ruler"), str(DATA / "ruler"), None)
 
 
+def test_a_file_of_a_folder_is_not_mixed_with_those_of_its_parts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    some, ruler = rows("ruler", "4096"), find_benchmark("ruler")
+    written(tmp_path / "256", some[2:])
+    with pytest.raises(DataError, match="is divided: say which part is read with --data_dir: 256"):
+        load_rows(ruler, str(tmp_path), None)
+    (tmp_path / "rows.jsonl").write_text("{}")  # of no split: the part is not read in its place
+    with pytest.raises(DataError, match="is divided: say which part is read with --data_dir: 256"):
+        load_rows(ruler, str(tmp_path), None)
+    written(tmp_path, some[:2])
+    found = load_rows(ruler, str(tmp_path), None)
+    assert found.rows == some[:2] and found.place == f"{tmp_path}/test.jsonl"
+    assert "only test.jsonl is read; name a folder in it with --data_dir (256)." in capsys.readouterr().err
+    assert load_rows(ruler, str(tmp_path), "256").rows == some[2:]
+    (tmp_path / "256" / "test-00001-of-00002.jsonl").write_text(json.dumps(some[0]) + "\n")
+    assert len(load_rows(ruler, str(tmp_path), "256").rows) == len(some[2:]) + 1
+    (tmp_path / "test.csv").write_text("context\n")
+    with pytest.raises(DataError, match=r"holds test\.csv and test\.jsonl: leave those of one kind there"):
+        load_rows(ruler, str(tmp_path), None)
+
+
 def test_contexts_are_cut_and_a_question_is_not(loaded: Any) -> None:
     tokenizer, row = loaded.tokenizer, rows("ruler", "4096")[0]
     (whole,) = make_contexts([row], tokenizer, max_positions=1024)

@@ -25,8 +25,8 @@ from coldpress.eval.jobs import BASELINE, Point
 from coldpress.eval.ledger import Answered, Ledger, Measured, versions
 from coldpress.eval.losses import Scores
 from coldpress.eval.prefix import PrefixRun
+from coldpress.eval.results import is_finished
 from coldpress.eval.speed import Sample, SpeedPoint, SpeedRun
-from coldpress.eval.sweep import _is_finished
 from coldpress.eval.windows import plan_prefix
 from coldpress.io import lock
 from coldpress.io.files import replace_file
@@ -165,11 +165,11 @@ def test_another_s_result_under_the_name_of_this_one_is_no_result(tmp_path: Path
     record = {"status": "ok", "protocol": "p", "model": "m", "dataset": "d", "press": "knorm", "compression_ratio": 0.5}
     one = results.write_result(tmp_path, record)
     other = results.write_result(tmp_path, {**record, "press": "random"})
-    assert _is_finished(one) and _is_finished(other)
+    assert is_finished(one) and is_finished(other)
     shutil.copy(other, one)
-    assert not _is_finished(one)
+    assert not is_finished(one)
     one.write_text(json.dumps({**record, "schema_version": 1, "compression_ratio": "x"}))
-    assert not _is_finished(one)
+    assert not is_finished(one)
 
 
 # The writer of all files

@@ -373,6 +373,16 @@ def test_the_uncompressed_cache_has_its_peak_memory_in_every_report() -> None:
     assert [[cell.strip() for cell in line][-2:] for line in lines] == [["200", "5.00 GiB"], ["250", "4.00 GiB"]]
 
 
+def test_times_of_a_busy_machine_are_noted_in_a_report() -> None:
+    timed = {"tpot_ms": 20.0, "tpot_ms_baseline": 30.0, "speed_context_tokens": 4096, "generated_tokens": 8}
+    rounds = {"tpot_ms_baseline_spread": {"min": 12.634, "max": 42.771}}
+    busy = Collection((record("snapkv", 0.5, spread(0.004, 0.003), **timed, **rounds),), ())
+    said = "Rounds of the uncompressed cache took from 12.63 to 42.77 ms a token: the machine was not quiet"
+    assert said in brief(busy) and "12.63 到 42.77 ms" in brief(busy, "zh")
+    quiet = Collection((record("snapkv", 0.5, spread(0.004, 0.003), **timed),), ())
+    assert "not quiet" not in brief(quiet)
+
+
 def test_the_brief_report_of_too_few_windows_or_of_no_press_says_so() -> None:
     def words(*rows: Record) -> str:
         return brief(Collection(rows, ())).partition("## Conclusion")[2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
+import types
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from coldpress.cli import main
 from coldpress.errors import DataError
 from coldpress.eval import advice as advice_module
-from coldpress.eval import prefix, recommend, task_run
+from coldpress.eval import pace, prefix, recommend, task_run
 from coldpress.eval.advice import Row, Scored, advise, rule_of, table_of, words_of
 from coldpress.eval.datasets import Corpus, Document, excerpts
 from coldpress.eval.models import load_model
@@ -149,7 +150,7 @@ def test_a_use_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert max(map(len, out.split("To use")[0].splitlines())) <= 100
     assert "Best in quality: " in out and "Cheapest that fits: " in out
     assert "coldpress compress --model demo --press snapkv --compression_ratio 0.5 --text_file TEXT.txt" in out
-    assert "2 presses on 8 windows and 8 questions of 64 tokens take about" in said
+    assert "min for 8 windows and 8 questions of 64 tokens" in said and "2 presses take about" in said
     records = read_results(tmp_path, check_record)
     assert sorted((r["press"], r["protocol"].partition("-")[0]) for r in records) == [
         (press, kind) for press in ("knorm", "no_press", "snapkv") for kind in ("prefix", "tasks")
@@ -202,9 +203,10 @@ def test_the_time_ends_a_run_that_the_same_command_goes_on_with(
 ) -> None:
     assert run(tmp_path, "--budget_minutes", "1e-6", "--max_windows", "4") == 0
     out, said = capsys.readouterr()
-    assert "2 windows of 64 + 24 tokens, 2 questions" in out and "the time was up" in out
+    assert "2 windows of 64 + 24 tokens, 2 questions and no timed round" in out and "Nothing was timed" in out
     assert "Nothing is named" in out
-    assert "if it comes to fewer than 8 windows and questions, nothing is named" in said
+    assert "too little to name a press" not in said  # no time is enough for 4 windows
+    assert "The time was up. To measure the rest, go on from here with:\n  coldpress recommend --model demo" in out
     asked: list[int] = []
     whole = task_run.ExampleWork.__call__
 
@@ -214,9 +216,61 @@ def test_the_time_ends_a_run_that_the_same_command_goes_on_with(
 
     monkeypatch.setattr(task_run.ExampleWork, "__call__", counted)
     assert run(tmp_path, "--max_windows", "4") == 0
-    assert "4 windows of 64 + 24 tokens, 4 questions" in capsys.readouterr().out
+    assert "4 windows of 64 + 24 tokens, 4 questions and 1 timed round" in capsys.readouterr().out
     assert asked == [2, 3]
     assert {r["status"] for r in read_results(tmp_path)} == {"ok"}
+
+
+@pytest.mark.usefixtures("one_model")
+def test_too_little_time_for_a_verdict_is_told_before_and_the_command_after(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Pace, "of", lambda loaded: Pace(0.02, 0.02))  # seconds a token: a slow machine
+    monkeypatch.setattr(Pace, "context", lambda *args: 64)
+    given = ["recommend", "--model", "demo", "--device", "cpu", "--data", "demo", "--output_dir", str(tmp_path)]
+    assert main([*given, "--budget_minutes", "1e-6", "--press", "knorm"]) == 0
+    out, said = capsys.readouterr()
+    assert "too little to name a press, which takes 8 windows and 8 questions, in about 2 min: give --budg" in said
+    command = f"coldpress {' '.join(given)} --press knorm --context_tokens 64 --budget_minutes 1"
+    assert f"The time was up. To have enough to name a press, go on from here with:\n  {command}\n" in out
+    assert "adds more" not in out
+
+
+class Ticking:
+    """A clock that goes on by a second with each item."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, budget_s: float):
+        self.now = 0.0
+        monkeypatch.setattr(pace.time, "monotonic", lambda: self.now)
+        self.clock, self.run = pace.Clock(budget_s), types.SimpleNamespace(is_cut=False)
+
+    def measured(self, name: str, n: int, ends: float) -> int:
+        """How many of so many items are measured."""
+        done = 0
+        for _ in self.clock.hook(self.run, {name: ends})([None] * n, name):  # type: ignore[arg-type]
+            self.now += 1
+            done += 1
+        return done
+
+
+def test_rounds_are_timed_only_while_there_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticking = Ticking(monkeypatch, 10)
+    assert ticking.measured("perplexity", 30, 0.45) == 5 and ticking.run.is_cut and ticking.clock.is_up
+    assert ticking.measured("tasks", 30, 0.85) == 4
+    assert ticking.measured("speed", 45, 1.0) == 2
+    assert ticking.measured("speed", 45, 1.0) == 0  # the time is over
+    assert ticking.measured("tasks", 30, 0.85) == 2  # so few in any case
+    assert ticking.clock.took == {"perplexity": 1.0, "tasks": 1.0, "speed": 1.0}
+    whole = Ticking(monkeypatch, 10)
+    assert whole.measured("perplexity", 3, 0.45) == 3 and not whole.run.is_cut and not whole.clock.is_up
+
+
+def test_a_budget_leaves_room_for_what_it_is_said_to_be_enough_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for use in pace.USES.values():
+        minutes = pace.limit_for(use, 8, 8, (1.0, 1.0))
+        ticking = Ticking(monkeypatch, 60 * minutes)
+        assert ticking.measured("perplexity", 30, use.shares[0]) >= 8
+        assert ticking.measured("tasks", 30, use.shares[1]) >= 8
 
 
 @pytest.mark.slow
@@ -230,7 +284,8 @@ def test_an_interrupted_run_keeps_what_it_has(
     monkeypatch.setattr(task_run.ExampleWork, "__call__", stopped)
     assert run(tmp_path) == 130
     out, said = capsys.readouterr()
-    assert "interrupted; 3 result(s) kept; the same command goes on from here" in said and "Best" not in out
+    assert "interrupted; 3 result(s) kept, unfinished; the same command goes on from here" in said  # not timed yet
+    assert "Best" not in out
     assert {r["protocol"].partition("-")[0] for r in read_results(tmp_path)} == {"prefix"}
 
 
@@ -253,7 +308,7 @@ def test_what_was_finished_before_an_interrupted_part_is_not_measured_again(
         patch.setattr(task_run.ExampleWork, "__call__", stopped)
         assert run(tmp_path, *few) == 130
     said = capsys.readouterr().err
-    assert "interrupted; 4 result(s) kept, 2 of them unfinished; the same command goes on from here" in said
+    assert "interrupted; 4 result(s) kept, unfinished; the same command goes on from here" in said
     monkeypatch.setattr(prefix.WindowWork, "__call__", measured)
     assert run(tmp_path, *few) == 0
     assert "2 windows of 64 + 24 tokens, 2 questions and 1 timed round" in capsys.readouterr().out
@@ -267,7 +322,7 @@ def test_the_time_is_told_of_what_is_measured(tmp_path: Path, capsys: pytest.Cap
     assert run(tmp_path, "--context_tokens", "1024", "--max_windows", "40", "--budget_minutes", "0.001") == 0
     out, said = capsys.readouterr()
     assert "contexts have 911 tokens, not 1024" in said
-    assert "2 presses on 17 windows and 40 questions of 911 tokens take about" in said
+    assert "min for 17 windows and 40 questions of 911 tokens" in said
     assert "windows of 911 + 113 tokens" in out
 
 

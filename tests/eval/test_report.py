@@ -104,6 +104,17 @@ def test_a_speed_up_stands_beside_what_it_follows_from_and_its_spread() -> None:
         check_record({**row, "decode_speedup_spread": {"min": 1}})
 
 
+def test_rounds_of_a_busy_machine_are_noted() -> None:
+    said = "Rounds of the uncompressed cache took from 12.63 to 42.77 ms a token: the machine was not quiet"
+    busy, quiet = {"min": 12.63, "max": 42.77}, {"min": 12.0, "max": 17.9}
+    base = {**RECORD, **TIMED, "tpot_ms": 14.0}
+    assert said in show([{**base, "tpot_ms_spread": busy}, {**PRESSED, **TIMED, "tpot_ms_spread": quiet}])
+    assert said in show([{**PRESSED, **TIMED, "tpot_ms_baseline_spread": busy}])
+    assert "not quiet" not in show([{**base, "tpot_ms_spread": quiet}, {**PRESSED, **TIMED, "tpot_ms_spread": busy}])
+    told = table([base, {**PRESSED, **TIMED, "tpot_ms_baseline": 14.0}])
+    assert "TPOT uncompressed" not in told and "14.00" in told  # its own line says it
+
+
 def test_speed_has_a_table_of_its_own_without_what_was_not_timed() -> None:
     quality, speed = table([RECORD, {**PRESSED, **TIMED}, FAILED]).split("\n\n")
     assert [row[0] for row in cells(quality)[2:]] == ["no_press", "knorm", "snapkv"]

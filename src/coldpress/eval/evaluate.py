@@ -34,7 +34,7 @@ from coldpress.eval.plan import Plan, make_plan
 from coldpress.eval.point_run import Engine, PointRun
 from coldpress.eval.prefix import PrefixRun
 from coldpress.eval.progress import note
-from coldpress.eval.run import DECODE_COST, Part, Run, carry_out, checked_folder, prepared
+from coldpress.eval.run import DECODE_COST, Part, Run, carry_out, checked_folder, prepared, reads_again
 from coldpress.eval.schema import IDENTIFYING, OF_A_POINT, SIZES
 from coldpress.eval.settings import Settings
 from coldpress.eval.speed import SpeedPoint, SpeedRun
@@ -88,6 +88,8 @@ class PressRun(Run):
     scored: PointRun[Any] | None = field(default=None, init=False)  # windows or streams, point by point
     speed: SpeedRun | None = field(default=None, init=False)
     engine: dict[str, Any] = field(default_factory=dict, init=False)  # where windows were measured; empty: here
+    # whether what is timed waits until the run is carried out once more
+    is_timed_later: bool = field(default=False, init=False)
     _said: dict[str, list[Part]] | None = field(default=None, init=False)
 
     @property
@@ -100,21 +102,27 @@ class PressRun(Run):
         return digest_of(self.finished_records()[0])
 
     @property
-    def work(self) -> float:
-        plan, s, n_points = self.plan, self.settings, 1 + len(self.jobs)
+    def works(self) -> dict[str, float]:
+        plan, s, n, found = self.plan, self.settings, 1 + len(self.jobs), {}
+        again = sum(map(reads_again, self.jobs))
         if plan.windows is not None:
             first = plan.windows[0]
-            n_windows = sum(len(p.starts) for p in plan.windows)
-            n_prefills = 1 if s.chunk_tokens is None else n_points
-            per_point = first.target + DECODE_COST * s.greedy_tokens
-            return self.n_parameters * n_windows * (first.context * n_prefills + per_point * n_points)
+            per_window = first.context * (again + (1 if s.chunk_tokens is None else n))
+            per_window += (first.target + DECODE_COST * s.greedy_tokens) * n
+            found["perplexity"] = per_window * sum(len(p.starts) for p in plan.windows)
+        elif s.ppl_mode == "streaming" or plan.max_length is not None:
+            found["perplexity"] = plan.total_tokens * (len(self.jobs) if s.ppl_mode == "streaming" else 4)
         if plan.context_ids is not None:
-            tokens = plan.context_ids.shape[1] + DECODE_COST * s.max_new_tokens
-            return self.n_parameters * n_points * tokens * (s.repetitions + 1.3)
-        return self.n_parameters * plan.total_tokens * (len(self.jobs) if s.ppl_mode == "streaming" else 4)
+            read = plan.context_ids.shape[1] * (n + again) + DECODE_COST * s.max_new_tokens * n
+            found["speed"] = read * (s.repetitions + 1.3)
+        return {part: self.n_parameters * tokens for part, tokens in found.items()}
 
     def measure(self, engine: Engine | None, save: Callable[..., None]) -> None:
-        self._measure_perplexity(engine)
+        if self.scored is None and self.plain is None:
+            self._measure_perplexity(engine)
+        if self.is_timed_later:
+            self.is_timed_later = False
+            return
         if self.seconds and self.plan.context_ids is not None:  # who kills the rest shall not lose this
             save()
         self._measure_speed(save)

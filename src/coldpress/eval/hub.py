@@ -7,6 +7,7 @@ raises plain ValueErrors. Here the hub is asked once, stderr stays clean, and ea
 from __future__ import annotations
 
 import errno
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -73,7 +74,8 @@ def load_local(path: str, what: str, subset: str | None, split: str, *, column: 
                 rows = datasets.load_dataset(path, subset, split=split, sample_by="document", **options)
             return rows
         except Exception as error:
-            source = Path(options.get("data_files", path), options.get("data_dir") or "")
+            files = options.get("data_files", path)
+            source = Path(files if isinstance(files, str) else os.path.commonpath(files), options.get("data_dir") or "")
             said = _of_copies(error, source) or _explained(error, what, subset, split)
             if said is None:
                 damage = _damage(datasets, source, what, column)

@@ -64,16 +64,16 @@ def check_no_size(parameters: Mapping[str, Any], message: str = "--press_args ca
 
 
 def check_types(name: str, parameters: dict[str, Any]) -> None:
-    """Parameters come from JSON, where a text may stand in for a number."""
+    """Parameters come from JSON, where a text may stand in for a number; an integer is a float, too."""
     known = parameters_of(name)
     for parameter, value in parameters.items():
         if parameter not in known:  # make_press will say so
             continue
         field = known[parameter]
-        kinds = [kind for part in str(field.type).split(" | ") for kind in _KINDS.get(part, ())] or [
-            type(field.default)
-        ]
-        if value != field.default and type(value) not in kinds:
+        told = getattr(field.type, "__name__", str(field.type))  # a class where a file's annotations are no texts
+        of_default = _KINDS.get(type(field.default).__name__, (type(field.default),))
+        kinds = [kind for part in told.split(" | ") for kind in _KINDS.get(part, ())] or of_default
+        if type(value) not in kinds and (value != field.default or isinstance(value, bool)):
             allowed = " or ".join(kind.__name__ for kind in kinds)
             raise PressError(f"{name}: {parameter} must be {allowed}, got {value!r}.")
 

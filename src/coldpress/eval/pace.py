@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,14 +10,14 @@ from typing import Any
 
 import torch
 
-from coldpress.bases.registry import find_press, press_names
 from coldpress.cache.pressed import PressedCache
 from coldpress.eval.glance import FEWEST_WINDOWS
 from coldpress.eval.jobs import Job
 from coldpress.eval.losses import forward
+from coldpress.eval.metrics import FEWEST_QUESTIONS
 from coldpress.eval.models import LoadedModel, input_device
 from coldpress.eval.progress import progress
-from coldpress.eval.run import Run
+from coldpress.eval.run import Run, reads_again
 from coldpress.eval.settings import STREAM_CHUNK
 from coldpress.eval.speed import now_ns
 
@@ -38,8 +39,8 @@ class Use:
     kv_bits: tuple[int | str, ...] = ()  # also measured, without a press
     in_tokens: bool = False  # a budget in tokens instead of a ratio: constant memory
     by_time: bool = False  # time is the first cost, bytes the second
-    # until which part of the time windows, timed rounds and questions are measured
-    shares: tuple[float, float, float] = (0.4, 0.55, 1.0)
+    # until which part of the time windows, questions and what is read on are measured; then rounds are timed
+    shares: tuple[float, float, float] = (0.45, 0.85, 0.85)
 
 
 _DECODING = ("h2o", "tova", "morphkv", "keydiff", "snapkv", "streaming_llm")
@@ -57,7 +58,7 @@ USES = {
         _DECODING,
         chunk_tokens=STREAM_CHUNK,
         in_tokens=True,
-        shares=(0.35, 0.5, 0.8),
+        shares=(0.35, 0.7, 0.85),
     ),
     "throughput": Use(
         "one pass over a prompt, then fast decoding",
@@ -72,13 +73,6 @@ CONTEXTS = (1024, 768, 512, 384, 256)  # tokens: the largest that leaves time fo
 PACE_TOKENS, PACE_STEPS = 256, 4  # that are timed
 QUESTION_TOKENS, ANSWER_STEPS = 50, 12  # of a question, about: fed together, and one by one
 PARTS = {"perplexity": "windows", "speed": "rounds", "tasks": "questions"}  # what a part of a run is said to measure
-
-
-def _reads_again(job: Job) -> int:
-    """What a press takes beside the prefill, in prefills, about: those inside a block run the model once more."""
-    if job.press is None or job.name not in press_names():
-        return 0
-    return 4 * job.name.startswith("attention_matching") + 2 * find_press(job.name).in_block
 
 
 @dataclass(frozen=True)
@@ -101,21 +95,23 @@ class Pace:
             forward(loaded.model, ids[:, :1], cache, keep=1)
         return cls((read - start) / 1e9 / PACE_TOKENS, (now_ns(device) - read) / 1e9 / PACE_STEPS)
 
-    def minutes(self, use: Use, jobs: Sequence[Job], context: int, n: float, n_questions: float | None = None) -> float:
-        """What ``n`` windows and so many questions (None: as many) take, about, with all that is timed."""
-        n_questions = n if n_questions is None else n_questions
-        again = sum(map(_reads_again, jobs))
-        read = context * ((len(jobs) if use.chunk_tokens else 1) + again)
-        window = read + target_of(context) * len(jobs)
-        question = read + QUESTION_TOKENS * len(jobs)
-        timed = (ROUNDS + 2) * context * (len(jobs) + again)
-        steps = n_questions * ANSWER_STEPS * len(jobs) + (ROUNDS + 1) * NEW_TOKENS * len(jobs)
-        return (self.read_s * (n * window + n_questions * question + timed) + self.step_s * steps) / 60
+    def seconds(self, use: Use, jobs: Sequence[Job], context: int) -> tuple[float, float, float]:
+        """What a window, a question and all that is timed take, about."""
+        n, again = len(jobs), sum(map(reads_again, jobs))
+        read = self.read_s * context * ((n if use.chunk_tokens else 1) + again)
+        window = read + self.read_s * target_of(context) * n
+        question = read + (self.read_s * QUESTION_TOKENS + self.step_s * ANSWER_STEPS) * n
+        timed = self.read_s * (ROUNDS + 2) * context * (n + again) + self.step_s * (ROUNDS + 1) * NEW_TOKENS * n
+        return window, question, timed
+
+    def minutes(self, use: Use, jobs: Sequence[Job], context: int, n: float, n_questions: float) -> float:
+        """What ``n`` windows and so many questions take, about, with all that is timed."""
+        window, question, timed = self.seconds(use, jobs, context)
+        return (n * window + n_questions * question + timed) / 60
 
     def fitting(self, use: Use, jobs: Sequence[Job], context: int, minutes: float) -> float:
         """How many windows and questions there is time for."""
-        timed = self.minutes(use, jobs, context, 0)
-        return max(0.0, minutes - timed) / (self.minutes(use, jobs, context, 1) - timed)
+        return minutes / limit_for(use, 1, 1, self.seconds(use, jobs, context))
 
     def context(self, use: Use, jobs: Sequence[Job], minutes: float) -> int:
         """Tokens of a context that leaves time for twice as many windows as have to be there."""
@@ -126,15 +122,26 @@ class Pace:
         """What to tell before ``n`` windows and so many questions are measured in ``limit`` minutes at most."""
         needed = self.minutes(use, jobs, context, n, n_questions)
         fitting = int(self.fitting(use, jobs, context, limit))
-        what = f"{len(jobs) - 1} presses on {n} windows and {n_questions} questions of {context:,} tokens"
-        whole = f"{what} take about {needed:.1f} min"
+        presses = f"{len(jobs) - 1} press takes" if len(jobs) == 2 else f"{len(jobs) - 1} presses take"
+        what = f"{n} windows and {n_questions} questions of {context:,} tokens"
+        whole = f"{presses} about {needed:.1f} min for {what}"
         if needed <= limit:
             return [f"{whole} (at most {limit:g}, --budget_minutes)."]
         said = [f"{whole}; in --budget_minutes {limit:g} there may be time for about {max(2, fitting)} of each."]
-        if fitting < FEWEST_WINDOWS:
-            few = f"if it comes to fewer than {FEWEST_WINDOWS} windows and questions, nothing is named"
-            said.append(f"{few}; then run the same command again, or name fewer presses with --press.")
+        if fitting < FEWEST_WINDOWS <= min(n, n_questions):
+            enough = limit_for(use, FEWEST_WINDOWS, FEWEST_QUESTIONS, self.seconds(use, jobs, context))
+            said.append(
+                f"that is too little to name a press, which takes {FEWEST_WINDOWS} windows and {FEWEST_QUESTIONS} "
+                f"questions, in about {math.ceil(enough)} min: give --budget_minutes {math.ceil(enough)}, or fewer "
+                "presses with --press."
+            )
         return said
+
+
+def limit_for(use: Use, n: float, n_questions: float, seconds: Sequence[float]) -> float:
+    """Minutes of a budget whose shares leave room for ``n`` windows and so many questions of so many seconds each."""
+    of_windows, of_questions, _ = use.shares
+    return max(n * seconds[0] / of_windows, n_questions * seconds[1] / (of_questions - of_windows)) / 60
 
 
 class Clock:
@@ -143,23 +150,32 @@ class Clock:
     def __init__(self, seconds: float):
         self.start, self.seconds = time.monotonic(), seconds
         self.is_up = False
+        self.took: dict[str, float] = {}  # seconds of one item of each part that was measured
 
     @property
     def spent(self) -> float:
         return time.monotonic() - self.start
 
     def hook(self, run: Run, ends: dict[str, float]) -> Callable[..., Iterator[Any]]:
-        """A progress for ``run`` that ends each part of it when its share of the time is up, and not before two items.
+        """A progress for ``run`` that ends each part of it when its share of the time is up.
 
-        Timed rounds go on until each press was timed once.
+        Two windows, and two questions, are measured in any case; rounds are timed only while there is time for them.
         """
 
         def show(items: Any, name: str) -> Iterator[Any]:
-            least = 2 if name != "speed" else 2 * len(run.jobs)  # an untimed round, and a timed one
+            least, begin = 0 if name == "speed" else 2, self.spent
+
+            def is_over(n: int) -> bool:
+                is_cut = least <= n < len(items) and self.spent > ends[name] * self.seconds
+                run.is_cut, self.is_up = run.is_cut or is_cut, self.is_up or is_cut
+                return is_cut
+
+            if is_over(0):
+                return
             for n, item in enumerate(progress(items, PARTS[name], self._left), start=1):
                 yield item
-                if least <= n < len(items) and self.spent > ends[name] * self.seconds:
-                    run.is_cut = self.is_up = True
+                self.took[name] = (self.spent - begin) / n
+                if is_over(n):
                     return
 
         return show

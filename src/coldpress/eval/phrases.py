@@ -9,6 +9,7 @@ from typing import Any
 from coldpress.backends import NO_PRESS
 from coldpress.eval.glance import CHEAP, FEWEST_WINDOWS, Answer, Row, answer, kl_of
 from coldpress.eval.metrics import FEWEST_QUESTIONS
+from coldpress.eval.report import noise_of
 from coldpress.eval.sections import SAME, Entry, Section
 from coldpress.eval.wording import (
     capital,
@@ -87,6 +88,8 @@ WORDS: dict[str, dict[str, str]] = {
         "left_out": "The best presses of each size; {n} of {of} rows. All: `coldpress report`.",
         "sizes": "KV cache: of {context} tokens of context.",
         "timed": "tok/s and peak memory: with {context} tokens of context.",
+        "noisy": "Rounds of the uncompressed cache took from {} to {} ms a token: the machine was not quiet, and times "
+        "say nothing.",
         "versions": "{newer} ran {names}, {older} the others; the uncompressed cache has the same loss under both, to "
         "{same} nats a token in each window or task.",
         "heads": "press|removed|KV cache|KL|PPL|change of PPL|score|first token|tok/s|peak memory|status",
@@ -144,6 +147,7 @@ WORDS: dict[str, dict[str, str]] = {
         "left_out": "每个大小只列最好的方法；{of} 行中的 {n} 行。全部见 `coldpress report`。",
         "sizes": "KV 缓存：{context} 个词元的上下文。",
         "timed": "tok/s 与峰值内存：{context} 个词元的上下文。",
+        "noisy": "未压缩缓存的各轮每个词元用时 {} 到 {} ms：机器并不空闲，这些时间说明不了什么。",
         "versions": "在 {newer} 下测量的是 {names}，其余在 {older} 下；"
         "在每个窗口或任务中，两者的未压缩缓存损失相同，每词元相差不超过 {same} nat。",
         "heads": "方法|删去|KV 缓存|KL|PPL|PPL 变化|分数|首词元|tok/s|峰值内存|状态",
@@ -204,13 +208,16 @@ def _change(row: Row, spells: bool) -> str:
 
 
 def contexts(section: Section, language: str = "en") -> list[str]:
-    """Of how many tokens the sizes and the timings of the opening table are."""
+    """Of how many tokens the sizes and the timings of the opening table are, and whether the timings say something."""
     sized = {n for p in section.entries if (n := p.context_tokens) is not None and section.kind != "speed"}
     timed = answer(section).context
     words, said = WORDS[language], list[str]()
     if len(sized) == 1 and section.kind != "plain":
         said.append(words["sizes"].format(context=f"{next(iter(sized)):,}"))
-    return said + ([words["timed"].format(context=f"{timed:,}")] if timed is not None else [])
+    if timed is not None:
+        said.append(words["timed"].format(context=f"{timed:,}"))
+    noise = noise_of((p.timed or p).record for p in section.all)
+    return said + ([] if noise is None else [words["noisy"].format(*(f"{end:.2f}" for end in noise))])
 
 
 def _joined(names: Sequence[str], words: dict[str, str]) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 from tqdm import tqdm
@@ -90,3 +90,47 @@ def counted(
                 sys.stderr.flush()
 
     yield count
+
+
+class WorkClock:
+    """Shows how far something of several parts is, and about how long all of it will take.
+
+    Work is counted in tokens that a model reads, a token that is decoded alone as several. Parts that are not planned
+    yet are taken to be what the others are on average.
+    """
+
+    def __init__(self, n_parts: int):
+        self.n_parts = n_parts
+        self.open: dict[Hashable, float] = {}  # work of each part that is planned and not begun
+        self.works: list[float] = []  # of all that are planned
+        self.work_done = self.time_spent = 0.0
+
+    def plan(self, part: Hashable, work: float) -> None:
+        """Note how much work a part is; none if there is nothing to do."""
+        self.works.append(work)
+        if work:
+            self.open[part] = work
+
+    def progress(self, items: Sequence[_T] | Sized[_T], name: str, part: Hashable) -> Iterator[_T]:
+        """The items of a part, with a bar or lines on stderr that are called ``name``."""
+        n, work = len(items), self.open.pop(part, 0.0)
+        start, before = time.monotonic(), self.work_done
+        n_unknown = self.n_parts - len(self.works)
+
+        def left() -> str:
+            spent = self.time_spent + time.monotonic() - start
+            rest = sum(self.open.values()) + before + work - self.work_done
+            rest += n_unknown * sum(self.works) / len(self.works)
+            if not self.work_done or not rest > 0:
+                return ""
+            return f"about {_duration(spent * rest / self.work_done)} left in all"
+
+        for i, item in enumerate(progress(items, name, left), start=1):
+            yield item
+            self.work_done = before + work * i / n
+        self.time_spent += time.monotonic() - start
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min" if minutes else "a minute"

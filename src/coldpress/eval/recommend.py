@@ -1,15 +1,19 @@
 """``coldpress recommend``: measure a few presses on the user's text, and name two to take.
 
-Three runs of the same presses on the same model, as ``coldpress ppl`` and ``coldpress tasks`` make them, each until its
-share of the time is up: windows (loss and KL), timed rounds, and questions; for a stream also a long text that is read
-on. Their records are those of these commands. What follows from them is decided in :mod:`coldpress.eval.advice`.
+Runs of the same presses on the same model, as ``coldpress ppl`` and ``coldpress tasks`` make them, each until its share
+of the time is up: windows (loss and KL), questions, for a stream also a long text that is read on, and timed rounds in
+what is left. Their records are those of these commands. What follows from them is decided in
+:mod:`coldpress.eval.advice`.
 """
 
 from __future__ import annotations
 
+import math
+import shlex
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import chain
 from textwrap import fill
 from typing import Any
 
@@ -19,10 +23,12 @@ from coldpress.errors import InputError
 from coldpress.eval.advice import Row, Scored, advise, rule_of, table_of, words_of
 from coldpress.eval.datasets import Corpus, excerpts, load_corpus, source_of
 from coldpress.eval.evaluate import PressRun, make_run
+from coldpress.eval.glance import FEWEST_WINDOWS
 from coldpress.eval.jobs import Job, make_jobs
+from coldpress.eval.metrics import FEWEST_QUESTIONS
 from coldpress.eval.models import LoadedModel, load_model
 from coldpress.eval.options import SIZES, OfLimits, OfMachine, OfModel, names_of
-from coldpress.eval.pace import NEW_TOKENS, ROUNDS, USES, Clock, Pace, Use, target_of
+from coldpress.eval.pace import NEW_TOKENS, ROUNDS, USES, Clock, Pace, Use, limit_for, target_of
 from coldpress.eval.plan import UNKNOWN_POSITIONS
 from coldpress.eval.progress import note
 from coldpress.eval.report import table
@@ -38,6 +44,8 @@ DEPTHS = (0.5, 0.1, 0.9, 0.3, 0.7)
 TASK_ROOM = 192  # tokens that a context of questions has at least
 STREAMED = 4  # times the context: a text that is read on
 WIDTH = 100  # of a line
+SLOWER = 1.2  # times as long as until now may the rest take
+PARTS_OF_QUALITY = ("perplexity", "tasks")
 OF_A_POINT = ("press", "compression_ratio", "budget_tokens", "kv_bits")
 _SHARED = (*names_of(OfModel, OfMachine, OfLimits), *SIZES, "press")
 
@@ -70,27 +78,66 @@ def recommend(settings: AdviceSettings, command: str) -> tuple[list[Record], boo
     runs, sizes = _runs(settings, use, context, corpus, loaded, command)
     for line in pace.words(use, jobs, *sizes, settings.budget_minutes):
         note(line)
-    again = "the same command"
+    again, changed = "the same command", command
     if settings.context_tokens is None:  # it depends on how busy the machine is
         again += f" with --context_tokens {context}"
+        changed = _with_option(command, "--context_tokens", context)
     clock = Clock(60 * settings.budget_minutes)
-    records: list[Record] = []
+    found: dict[int, list[Record]] = {}  # of each run
     try:
         for run, ends in runs:
-            run.keep_in(folder)
+            if run.error is not None:
+                continue
+            if run.ledger is None:
+                run.keep_in(folder)
             run.show_progress = clock.hook(run, ends)
-            found, is_interrupted = carry_out(run, folder, is_quiet=True, keeps_ledger=True)
-            records += found
+            found[id(run)], is_interrupted = carry_out(run, folder, is_quiet=True, keeps_ledger=True)
             if is_interrupted:
-                return records, True, again
-        print(_recommendation(settings, records, clock.spent / 60, again if clock.is_up else ""))
+                return [*chain(*found.values())], True, again
+        records = [*chain(*found.values())]
+        rest = _Rest(use, clock, pace.seconds(use, jobs, sizes[0]), sizes[1:], changed)
+        print(_recommendation(settings, records, rest))
         print(f"\n{len(records)} result(s) in {printable(str(folder))}/", flush=True)
     except KeyboardInterrupt:  # between two of them, or while the result is reckoned
-        return records, True, again
+        return [*chain(*found.values())], True, again
     if all(run.is_over for run, _ in runs):
-        for ledger in [run.ledger for run, _ in runs if run.ledger is not None]:
+        for ledger in {id(run): run.ledger for run, _ in runs if run.ledger is not None}.values():
             ledger.discard()
     return records, False, again
+
+
+def _with_option(command: str, name: str, value: int) -> str:
+    """A command line in which an option has another value."""
+    words = [word for word in shlex.split(command) if not word.startswith(f"{name}=")]
+    while name in words:
+        at = words.index(name)
+        del words[at : at + 2]
+    return shlex.join([*words, name, str(value)])
+
+
+@dataclass(frozen=True)
+class _Rest:
+    """What is left to measure when the time is up."""
+
+    use: Use
+    clock: Clock
+    guess: tuple[float, float, float]  # seconds of a window, of a question, and of all that is timed
+    sizes: tuple[int, int]  # windows and questions that were planned
+    command: str  # that measures the same
+
+    def words(self, n_windows: int, n_questions: int) -> str:
+        """The command that measures what is left, with the minutes that it takes; of a verdict if there is none yet."""
+        windows, questions = self.sizes
+        is_enough = n_windows >= FEWEST_WINDOWS and n_questions >= FEWEST_QUESTIONS
+        is_open = not is_enough and windows >= FEWEST_WINDOWS and questions >= FEWEST_QUESTIONS
+        if is_open:
+            windows, questions = FEWEST_WINDOWS, FEWEST_QUESTIONS
+        missing = max(0, windows - n_windows), max(0, questions - n_questions)
+        took = [self.clock.took.get(name, guess) for name, guess in zip(PARTS_OF_QUALITY, self.guess, strict=False)]
+        needed = limit_for(self.use, *missing, took) if any(missing) else self.guess[2] / 60  # all that is timed
+        command = _with_option(self.command, "--budget_minutes", max(1, math.ceil(SLOWER * needed)))
+        aim = "have enough to name a press" if is_open else "measure the rest"
+        return f"The time was up. To {aim}, go on from here with:\n  {printable(command)}"
 
 
 def _of_presses(settings: AdviceSettings, use: Use, context: int, **other: Any) -> Settings:
@@ -122,7 +169,7 @@ def _runs(
         note(f"contexts have {context} tokens, not {asked_context}: {why}.")
     of_windows = _of_presses(settings, use, context, target_tokens=target)
     jobs = _possible(_jobs(of_windows, use, settings), loaded, is_said=False)
-    windows, timed, asked = use.shares
+    windows, asked, read_on = use.shares
     first = make_run(of_windows, jobs, parts, loaded, command)
     for line in first.notes:
         note(line)
@@ -140,13 +187,12 @@ def _runs(
     )
     questions = make_questions(of_tasks, jobs, parts, loaded, command)
     questions.examples.sort(key=lambda example: example.index)  # the tasks in turn: the time may be up before the last
-    runs: list[tuple[Run, dict[str, float]]] = [
-        (first, {"perplexity": windows, "speed": timed}),
-        (questions, {"tasks": asked}),
-    ]
+    runs: list[tuple[Run, dict[str, float]]] = [(first, {"perplexity": windows}), (questions, {"tasks": asked})]
     if settings.use == "streaming":
         stream = _stream(settings, corpus, loaded, of_windows, command)
-        runs += [] if stream is None else [(stream, {"perplexity": 1.0})]
+        runs += [] if stream is None else [(stream, {"perplexity": read_on})]
+    first.is_timed_later = True  # quality comes first
+    runs.append((first, {"speed": 1.0}))
     return runs, (context, sum(len(own.starts) for own in first.plan.windows or ()), len(questions.examples))
 
 
@@ -204,14 +250,13 @@ def _stream(
 # What is printed: the table, the rule, two names, and how to use them
 
 
-def _recommendation(settings: AdviceSettings, records: Sequence[Record], minutes: float, again: str) -> str:
+def _recommendation(settings: AdviceSettings, records: Sequence[Record], rest: _Rest) -> str:
     """The table and the two names.
 
     Args:
         settings: what was asked for.
         records: of the windows and of the questions of each press, and of streams.
-        minutes: that it took.
-        again: what measures more, where the time was up before all was measured; else an empty text.
+        rest: says what measures more, where the time was up before all was measured.
     """
     use = USES[settings.use]
     streams = [record for record in records if record["protocol"].startswith("stream")]
@@ -225,20 +270,22 @@ def _recommendation(settings: AdviceSettings, records: Sequence[Record], minutes
     if base is None or len(whole) < 2:
         return "Nothing was measured of which anything could be said; the errors above say why."
     has_sizes = len(settings.compression_ratio) > 1
-    n_rounds = min(len(found[0]["samples"] or ()) for found in whole)  # the last one may have been cut
+    n_rounds = min(len(found[0].get("samples") or ()) for found in whole)  # the last one may have been cut
     rows = {_row(found, n_rounds, has_sizes): found[0] for found in whole if found is not base}
     plain = _row(base, n_rounds)
     advice = advise(plain, list(rows), settings.margin, use.by_time)
     first = base[0]
     n_windows, n_questions = len(next(iter(rows)).windows), len(plain.right)
-    up = f"; the time was up, {again} adds more" if again else ""
+    timed = f"{n_rounds or 'no'} timed round{'' if n_rounds < 2 else 's'}"
     counts = f"{n_windows} windows of {first['context_tokens']:,} + {first['target_tokens']} tokens"
     said = [
         f"{short(first['model'])} on {short(settings.data or '')}, for {settings.use}: {use.about}.",
-        f"{counts}, {n_questions} questions and {n_rounds} timed round{'' if n_rounds == 1 else 's'}, "
-        f"{_sizes(settings, rows.values())}, in {minutes:.1f} min{up}.",
+        f"{counts}, {n_questions} questions and {timed}, {_sizes(settings, rows.values())}, in "
+        f"{rest.clock.spent / 60:.1f} min.",
         table_of(plain, list(rows), advice),
-        "compress: seconds that the first token comes later than without a press; ms: of each token after the first.",
+        "compress: seconds that the first token comes later than without a press; ms: of each token after the first."
+        if n_rounds
+        else "Nothing was timed: the windows and questions took the time.",
     ]
     if streams:
         said += ["Read on, with the kept keys moved side by side:", table(streams)]
@@ -249,6 +296,8 @@ def _recommendation(settings: AdviceSettings, records: Sequence[Record], minutes
         said.append("\n".join(["To use it:" if len(named) == 1 else "To use them:", *how]))
         if settings.use == "qa":
             said.append("compress reads as much of a text as the model was trained on, and says where it cuts it.")
+    if rest.clock.is_up:
+        said.append(rest.words(n_windows, n_questions))
     return "\n\n".join(part if "\n" in part else fill(printable(part), WIDTH) for part in said)
 
 
@@ -269,7 +318,7 @@ def _row(records: Sequence[Record], n_rounds: int, has_size: bool = False) -> Ro
     if windows["kv_bits"] is not None:
         label = str(windows["kv_bits"]) if label == NO_PRESS else f"{label} {windows['kv_bits']}"
     found = windows["per_window"] or ()
-    samples = (windows["samples"] or ())[:n_rounds]
+    samples = (windows.get("samples") or ())[:n_rounds]
     first = [s["prefill_ns"] / 1e9 for s in samples]
     decode = [s["decode_ns"] / (s["n_tokens"] - 1) / 1e6 for s in samples]
     return Row(

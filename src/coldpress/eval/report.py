@@ -15,6 +15,7 @@ from coldpress.io.terminal import printable
 
 Record = dict[str, Any]
 Column = tuple[str, Callable[[Record], str | None]]  # its head, and what stands in a record's line
+NOISY = 1.5  # times as long as another may a round of the uncompressed cache take on a quiet machine
 Task = dict[str, Any]  # of a record: what was measured of a task
 
 
@@ -129,9 +130,15 @@ def table(records: Sequence[Record]) -> str:
         _table(records, _buckets(records)),
         *(_table(records, own) for own in _task_columns(records)),
         _table(_compared(records), COMPARED),
-        _table(records, SPEED),
+        _table(records, _speed(records)),
     )
     return "\n\n".join(text for text in parts if text)
+
+
+def _speed(records: Sequence[Record]) -> list[Column]:
+    """Without what the line of the uncompressed cache says."""
+    is_told = any(r["press"] == NO_PRESS and not bits_of(r) and r.get("tpot_ms") is not None for r in records)
+    return [column for column in SPEED if not (is_told and column[0] == FIELDS["tpot_ms_baseline"].head)]
 
 
 def _buckets(records: Sequence[Record]) -> tuple[Column, ...]:
@@ -200,7 +207,7 @@ def describe(record: Record) -> str:
 def show(records: Sequence[Record]) -> str:
     """The records of one run as text: what they were measured on, their tables, and who removed nothing."""
     parts = [describe(next((r for r in records if r["status"] == "ok"), records[0])), table(records)]
-    parts += _baseline(records) + _unanswered(records)
+    parts += _baseline(records) + _unanswered(records) + _noisy(records)
     late = dict.fromkeys(r["press"] for r in records if _goes_on(r))
     if late:
         parts.append(
@@ -276,6 +283,28 @@ def _unanswered(records: Sequence[Record]) -> list[str]:
     names = dict.fromkeys(map(task_name, entries))
     said = "The uncompressed model scores 0, so these scores say nothing about a press"
     return [printable(f"{said}: {', '.join(names)}.")] if names else []
+
+
+def noise_of(records: Iterable[Record]) -> tuple[float, float] | None:
+    """The least and the most TPOT of the uncompressed cache in one run, ms, where they are too far apart to say much.
+
+    Of several runs those that are furthest apart.
+    """
+    found = []
+    for record in records:
+        is_base = record["press"] == NO_PRESS and not bits_of(record)
+        spread = record.get("tpot_ms_spread" if is_base else "tpot_ms_baseline_spread")
+        if spread is not None and spread["max"] > NOISY * spread["min"] > 0:
+            found.append((spread["min"], spread["max"]))
+    return max(found, key=lambda ends: ends[1] / ends[0], default=None)
+
+
+def _noisy(records: Sequence[Record]) -> list[str]:
+    """That the machine was busy with something else while it was timed."""
+    ends = noise_of(records)
+    said = "Rounds of the uncompressed cache took from {} to {} ms a token"
+    said += ": the machine was not quiet, and times say nothing."
+    return [] if ends is None else [said.format(*(written("tpot_ms", end) for end in ends))]
 
 
 def _goes_on(record: Record) -> bool:

@@ -358,3 +358,12 @@ def _gpu() -> tuple[list[str] | None, str | None]:
     names = [torch.cuda.get_device_name(device) for device in range(torch.cuda.device_count())]
     drivers = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return names, drivers.splitlines()[0].strip() if drivers else None
+
+
+def is_finished(path: Path) -> bool:
+    """Whether a point has its result there, and not another's under its name."""
+    try:
+        record = read_result(path)
+        return bool(record["status"] == "ok") and result_path(path.parent, record) == path
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, SelfCheckError):
+        return False

@@ -8,6 +8,7 @@ then is in ``before_failure``, under the same names.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import secrets
 import time
@@ -20,18 +21,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from coldpress.bases.registry import find_press, press_names
 from coldpress.errors import InputError, OutputError, SelfCheckError
 from coldpress.eval.cluster import check_engine, make_engine
 from coldpress.eval.jobs import Job, config_of
 from coldpress.eval.ledger import UNFINISHED, Ledger, versions
 from coldpress.eval.models import LoadedModel, pick_device
 from coldpress.eval.point_run import Engine, PointRun
-from coldpress.eval.progress import note, progress
+from coldpress.eval.progress import WorkClock, note
 from coldpress.eval.report import show, size_of
 from coldpress.eval.results import (
     SCHEMA_VERSION,
     check_writable,
     environment,
+    is_finished,
     result_path,
     uninterrupted,
     write_result,
@@ -61,6 +64,13 @@ def prepared(jobs: Sequence[Job], loaded: LoadedModel) -> list[Job]:
     return [job if job.press is None else replace(job, press=job.press.prepared(*given)) for job in jobs]
 
 
+def reads_again(job: Job) -> int:
+    """What a press takes beside the prefill, in prefills, about: those inside a block run the model once more."""
+    if job.press is None or job.name not in press_names():
+        return 0
+    return 4 * job.name.startswith("attention_matching") + 2 * find_press(job.name).in_block
+
+
 @dataclass
 class Run(ABC):
     """What was asked for, what it works on, and what has been measured so far."""
@@ -72,8 +82,9 @@ class Run(ABC):
     ledger: Ledger | None = field(default=None, init=False)  # what an earlier run of the same has finished
     seconds: dict[str, float] = field(default_factory=dict, init=False)  # wall time of each part
     error: Exception | None = field(default=None, init=False)  # what ended the run
-    show_progress: Callable[..., Any] = field(default_factory=lambda: progress, init=False)
+    show_progress: Callable[..., Any] | None = field(default=None, init=False)  # None: with the time that is left
     is_cut: bool = field(default=False, init=False)  # its time was up before all was measured
+    told: set[str] = field(default_factory=set, init=False)  # of presses that failed, when it is carried out in parts
     run_id: str = field(default_factory=lambda: secrets.token_hex(6), init=False)
 
     @abstractmethod
@@ -94,8 +105,20 @@ class Run(ABC):
 
     @property
     @abstractmethod
+    def works(self) -> dict[str, float]:
+        """Tokens that the model will read in each part, as many as matter, times its size."""
+
+    @property
     def work(self) -> float:
-        """Tokens that the model will read, as many as matter, times its size."""
+        """That of all parts."""
+        return sum(self.works.values())
+
+    @functools.cached_property
+    def _clock(self) -> WorkClock:
+        clock = WorkClock(len(self.works))
+        for part, work in self.works.items():
+            clock.plan(part, work)
+        return clock
 
     @property
     def digest(self) -> str:
@@ -131,9 +154,11 @@ class Run(ABC):
 
     def timed(self, part: str, work: Callable[..., Any], label: str = "") -> Any:
         """What a part of the work gives; its wall time is noted, and its progress shown under the label."""
-        start = time.perf_counter()
+        start, show = time.perf_counter(), self.show_progress
+        if show is None:
+            show = partial(self._clock.progress, part=part)
         try:
-            return work(progress=partial(self.show_progress, name=label or part))
+            return work(progress=partial(show, name=label or part))
         finally:
             self.seconds[part] = time.perf_counter() - start
 
@@ -201,9 +226,9 @@ class ExampleRun(Run):
         """What each point reads after the contexts, in tokens of a prefill."""
 
     @property
-    def work(self) -> float:
-        n_read = sum(example.length for example in self.examples)
-        return self.n_parameters * (n_read + self.asked * (1 + len(self.jobs)))
+    def works(self) -> dict[str, float]:
+        n_read = (1 + sum(map(reads_again, self.jobs))) * sum(example.length for example in self.examples)
+        return {"tasks": self.n_parameters * (n_read + self.asked * (1 + len(self.jobs)))}
 
     def facts(self) -> dict[str, Any]:
         tokens = "".join(example.fingerprint for example in self.examples)
@@ -266,6 +291,8 @@ def carry_out(
     """
     is_interrupted, stopped = False, None
     early = _Early(run, folder, is_quiet)
+    if not is_quiet:
+        _note_replaced(run, folder)
     with contextlib.nullcontext() if run.ledger is None else run.ledger.held():
         try:
             run.measure(engine, early.save)
@@ -292,11 +319,22 @@ def carry_out(
     for record in records:
         if record["status"] == "failed":
             size = size_of(record)
-            note(f"{record['press']}{f' at {size}' if size else ''} failed: {record['error']}", kind="error")
+            said = f"{record['press']}{f' at {size}' if size else ''} failed: {record['error']}"
+            if said not in run.told:
+                note(said, kind="error")
+                run.told.add(said)
     if records and not is_quiet:
         early.tell(records)
         print(f"{len(records)} result(s) in {folder}/{_unfinished(records)}", flush=True)
     return records, is_interrupted
+
+
+def _note_replaced(run: Run, folder: Path) -> None:
+    """Say that there are results of the same, which are measured again."""
+    n = sum(is_finished(result_path(folder, record)) for record in run.finished_records())
+    if n and (run.ledger is None or not run.ledger.folder.exists()):  # else it goes on from what was interrupted
+        said = "1 result is" if n == 1 else f"{n} results are"
+        note(f"{said} in {folder}/ already, measured anew and replaced; coldpress sweep leaves finished ones.")
 
 
 def _as_measured(record: dict[str, Any]) -> dict[str, Any]:

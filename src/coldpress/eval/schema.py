@@ -161,7 +161,7 @@ FIELDS: dict[str, Field] = {
     **_asked(ENV, "env", is_needed=True),
     **_asked(SETTINGS, "settings"),
     **_asked(OBJECT, "press_config"),
-    **_asked(SPREAD, "tpot_ms_spread", "decode_speedup_spread", "ttft_s_spread"),
+    **_asked(SPREAD, "tpot_ms_spread", "tpot_ms_baseline_spread", "decode_speedup_spread", "ttft_s_spread"),
     **_asked(TASKS, "tasks"),
     "scored_tokens": Field(),
     "windows": Field(),
@@ -208,19 +208,20 @@ FIELDS: dict[str, Field] = {
     "speed_tokens_per_s": Field(ANY),
     "decode_tokens_per_s": Field(head="decode tok/s", about="tokens a second after the first", digits=1),
     "prefill_tokens_per_s": Field(head="prefill tok/s", about="tokens of the context a second"),
-    "ttft_s": Field(NUMBER, "TTFT s", "time to the first token, compression included", 3),
+    "ttft_s": Field(NUMBER, "TTFT s", "time to the first token, compression included", 3, has_spread=True),
     "tpot_ms": Field(
-        NUMBER, "TPOT ms", "time per output token after the first", 2, "TPOT ms [rounds]", has_spread=True
+        *(NUMBER, "TPOT ms", "time per output token after the first, median of the rounds", 2, "TPOT ms [rounds]"),
+        has_spread=True,
     ),
     "decode_speedup": Field(
-        *(NUMBER, "decode speed-up", "of decoding against the uncompressed cache in the same round", 2),
+        *(NUMBER, "decode speed-up", "of decoding against the uncompressed cache in the same round, median", 2),
         *("speed-up [rounds]", ("x", "×")),
         has_spread=True,
     ),
-    "timed_round": Field(),
+    "timed_round": Field(),  # of earlier versions, whose numbers are those of one round
     "total_s": Field(),
     "tpot_ms_baseline": Field(
-        NUMBER, "TPOT uncompressed", "that of the uncompressed cache in the same round, ms", 2
+        NUMBER, "TPOT uncompressed", "that of the uncompressed cache in the same rounds, ms", 2, has_spread=True
     ),
     "peak_mem_bytes": Field(BYTES, "peak memory", "peak memory", page="peak"),
     "peak_mem_kind": Field(TEXT),

@@ -6,8 +6,9 @@ included; TPOT (time per output token) is ``(total - TTFT) / (n - 1)``. Tokenisa
 same ids go in for every press, a configuration is warmed up before it counts, repetitions of different presses are
 interleaved in a seeded random order, and every raw sample is kept.
 
-All numbers of a result come from one round, so that they agree: the one whose speed-up over the baseline in the same
-round is the median. How far the rounds lie apart stands beside them.
+TTFT and TPOT of a result are medians over the rounds, and rates and totals follow from these two, so that rows can be
+compared and the numbers of a row agree. A speed-up is the median of the ratios within each round. How far the rounds
+lie apart stands beside the medians.
 """
 
 from __future__ import annotations
@@ -250,37 +251,38 @@ class SpeedRun:
         return max(lengths, default=0)
 
     def result(self, point: SpeedPoint) -> dict[str, Any]:
-        """The speed part of a result record of a point that has samples: one round, the spread of all, and the samples.
+        """The speed part of a result record of a point that has samples: medians of rounds, spreads, and the samples.
 
-        It is the round whose speed-up over the baseline is the median, for the baseline itself the one whose time per
-        output token is; of two in the middle the smaller. ``timed_round`` is its number from 1.
+        The speed-up is the median of that of each round over the baseline in the same round, and so need not be the
+        ratio of the two medians of TPOT.
         """
         baseline = next((p for p in self.points if p.is_baseline), None)
         context_tokens = self.context_ids.shape[1]
         compared = None if baseline is None or baseline is point or baseline.error is not None else baseline
-        speedups = {} if compared is None else point.speedups(compared)
-        number = _middle(speedups or {i: s.tpot_ms or s.total_ns for i, s in enumerate(point.samples)})
-        shown = point.samples[number]
+        speedups = [] if compared is None else [*point.speedups(compared).values()]
         kv_tokens = context_tokens + (self.max_new_tokens - 1 if point.evicts_while_decoding else 0)
         kv_baseline = (
             None if baseline is None else baseline.kv_bytes_at_end if point.evicts_while_decoding else baseline.kv_bytes
         )
-        ttft_s = None if shown.prefill_ns is None else shown.prefill_ns / 1e9
-        tokens_per_s = 1e3 / shown.tpot_ms if shown.tpot_ms else None
+        prefills_s = [s.prefill_ns / 1e9 for s in point.samples if s.prefill_ns is not None]
+        ttft_s, tpot_ms = _median(prefills_s), _median(point.tpot_ms)
+        n_tokens = statistics.median_low([s.n_tokens for s in point.samples])
+        n_timed = n_tokens - 1 if ttft_s is None else n_tokens
+        total_s = (ttft_s or 0.0) + (tpot_ms or 0.0) * (n_tokens - 1) / 1e3
+        tokens_per_s = 1e3 / tpot_ms if tpot_ms else None
         record: dict[str, Any] = {
             "context_tokens": context_tokens,
             "repetitions": len(point.samples),
-            "timed_round": number + 1,
-            "generated_tokens": shown.n_tokens,
-            "total_s": shown.total_ns / 1e9,
-            "tpot_ms": shown.tpot_ms,
+            "generated_tokens": n_tokens,
+            "total_s": total_s,
+            "tpot_ms": tpot_ms,
             "tpot_ms_spread": _spread(point.tpot_ms),
             "decode_tokens_per_s": tokens_per_s,
             "speed_tokens_per_s": tokens_per_s,  # the name other tools look for
             "ttft_s": ttft_s,
-            "ttft_s_spread": _spread([s.prefill_ns / 1e9 for s in point.samples if s.prefill_ns is not None]),
+            "ttft_s_spread": _spread(prefills_s),
             "prefill_tokens_per_s": context_tokens / ttft_s if ttft_s else None,
-            "generation_tokens_per_s": shown.tokens_per_s if shown.timed_tokens else None,
+            "generation_tokens_per_s": n_timed / total_s if n_timed and total_s else None,
             "samples": [vars(s) for s in point.samples],
             "kv_bytes": point.kv_bytes,
             "kv_bytes_baseline": kv_baseline,
@@ -294,9 +296,10 @@ class SpeedRun:
             record |= {"compile_s": round(self.compiled.compile_s, 1), "compiled_forms": self.compiled.forms}
         if compared is not None:
             record |= {
-                "decode_speedup": speedups.get(number),
-                "decode_speedup_spread": _spread(list(speedups.values())),
-                "tpot_ms_baseline": compared.samples[number].tpot_ms if speedups else None,
+                "decode_speedup": _median(speedups),
+                "decode_speedup_spread": _spread(speedups),
+                "tpot_ms_baseline": _median(compared.tpot_ms),
+                "tpot_ms_baseline_spread": _spread(compared.tpot_ms),
                 "peak_mem_bytes_uncompressed": None if compared.memory is None else compared.memory.peak_bytes,
             }
         return record
@@ -361,9 +364,8 @@ class SpeedRun:
             point.kv_bytes_at_end = cache.kv_bytes()
 
 
-def _middle(values: dict[int, float]) -> int:
-    """The key of the median, of two in the middle that of the smaller."""
-    return sorted(values, key=values.__getitem__)[(len(values) - 1) // 2]
+def _median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
 
 
 def _spread(values: Sequence[float]) -> dict[str, float] | None:

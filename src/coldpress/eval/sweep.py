@@ -10,21 +10,20 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from coldpress.errors import InputError, SelfCheckError
+from coldpress.errors import InputError
 from coldpress.eval.cluster import make_engine
 from coldpress.eval.datasets import Corpus, load_corpus
 from coldpress.eval.evaluate import make_run
 from coldpress.eval.ledger import Ledger
 from coldpress.eval.models import LoadedModel, load_model
 from coldpress.eval.point_run import Engine
-from coldpress.eval.progress import Sized, note, progress
-from coldpress.eval.results import read_result, result_path
+from coldpress.eval.progress import WorkClock, note
+from coldpress.eval.results import is_finished, result_path
 from coldpress.eval.run import Run, carry_out, checked_folder
 from coldpress.eval.settings import TaskSettings
 from coldpress.eval.sweep_plan import Evaluation, SweepPlan
@@ -56,7 +55,7 @@ def sweep(plan: SweepPlan, command: str) -> Outcome:
     read = functools.cache(load_corpus)  # each text once
     for evaluation in plan.evaluations:
         _corpus(evaluation, read)
-    outcome, clock = Outcome(), _Clock(len(plan.evaluations))
+    outcome, clock = Outcome(), WorkClock(len(plan.evaluations))
     for evaluations in _by_model(plan.evaluations):
         try:
             _sweep_model(evaluations, read, output_dir, command, outcome, clock)
@@ -79,7 +78,7 @@ def _sweep_model(
     output_dir: Path,
     command: str,
     outcome: Outcome,
-    clock: _Clock,
+    clock: WorkClock,
 ) -> None:
     s = evaluations[0].settings
     loaded = load_model(s.model, **s.loading)
@@ -91,14 +90,14 @@ def _sweep_model(
             run = _run(evaluation, _corpus(evaluation, read), loaded, output_dir, command)
         except InputError as error:
             outcome.problems.append(f"{evaluation.name}: {error}")
-            clock.plan(evaluation, 0.0)
+            clock.plan(id(evaluation), 0.0)
             continue
         paths = [result_path(output_dir, record) for record in run.finished_records()]
         new = {path: job for path, job in zip(paths, run.jobs, strict=True) if path not in planned}
         planned |= set(new)
-        run.jobs = [job for path, job in new.items() if not _is_finished(path)]
+        run.jobs = [job for path, job in new.items() if not is_finished(path)]
         outcome.n_found += len(new) - len(run.jobs)
-        clock.plan(evaluation, run.work if run.jobs else 0.0)
+        clock.plan(id(evaluation), run.work if run.jobs else 0.0)
         assert run.ledger is not None
         if not run.jobs:
             done.append(run.ledger)
@@ -138,12 +137,13 @@ def _run(evaluation: Evaluation, corpus: Corpus | None, loaded: LoadedModel, fol
 
 
 def _measure(
-    run: Run, evaluation: Evaluation, folder: Path, engine: Engine | None, outcome: Outcome, clock: _Clock
+    run: Run, evaluation: Evaluation, folder: Path, engine: Engine | None, outcome: Outcome, clock: WorkClock
 ) -> None:
     """Measure one evaluation, from where an earlier run was."""
     _tell_all(outcome)
     print(f"## {printable(evaluation.name)}\n", flush=True)
-    run.show_progress = functools.partial(clock.progress, evaluation=evaluation)
+    label = f"[{len(clock.works) - len(clock.open) + 1}/{clock.n_parts}] {evaluation.name}"
+    run.show_progress = lambda items, name: clock.progress(items, label, id(evaluation))
     try:
         records, outcome.is_interrupted = carry_out(run, folder, engine)
     except KeyboardInterrupt:  # while its tables were printed: its results are written
@@ -174,61 +174,6 @@ def _corpus(evaluation: Evaluation, read: Callable[..., Corpus]) -> Corpus | Non
     """The text of an evaluation; None for tasks in sentences of our own."""
     asked = evaluation.settings.reading
     return read(**asked) if asked else None
-
-
-def _is_finished(path: Path) -> bool:
-    """Whether a point has its result there, and not another's under its name."""
-    try:
-        record = read_result(path)
-        return bool(record["status"] == "ok") and result_path(path.parent, record) == path
-    except (OSError, ValueError, TypeError, KeyError, RecursionError, SelfCheckError):
-        return False
-
-
-class _Clock:
-    """Shows how far a sweep is, and about how long it will take.
-
-    Work is counted in tokens that a model reads, a token that is decoded alone as several. Of evaluations whose model
-    has not been loaded it is taken to be what the others have on average.
-    """
-
-    def __init__(self, n_evaluations: int):
-        self.n_evaluations = n_evaluations
-        self.open: dict[int, float] = {}  # work of each evaluation that is planned and not done, by its id
-        self.works: list[float] = []  # of all that are planned
-        self.work_done = self.time_spent = 0.0
-
-    def plan(self, evaluation: Evaluation, work: float) -> None:
-        """Note how much work an evaluation is; none if there is nothing to do."""
-        self.works.append(work)
-        if work:
-            self.open[id(evaluation)] = work
-
-    def progress(self, items: Sequence[Any] | Sized[Any], name: str, evaluation: Evaluation) -> Iterator[Any]:
-        """The items of the work of an evaluation, with a bar or lines on stderr."""
-        n, work = len(items), self.open.pop(id(evaluation))
-        start, before = time.monotonic(), self.work_done
-        n_unknown = self.n_evaluations - len(self.works)
-
-        def left() -> str:
-            spent = self.time_spent + time.monotonic() - start
-            if not self.work_done:
-                return ""
-            rest = sum(self.open.values()) + before + work - self.work_done
-            rest += n_unknown * sum(self.works) / len(self.works)
-            return f"about {_duration(spent * rest / self.work_done)} left in all"
-
-        label = f"[{len(self.works) - len(self.open)}/{self.n_evaluations}] {evaluation.name}"
-        for i, item in enumerate(progress(items, label, left), start=1):
-            yield item
-            self.work_done = before + work * i / n
-        self.work_done = before + work
-        self.time_spent += time.monotonic() - start
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min" if minutes else "a minute"
 
 
 def summary(outcome: Outcome, output_dir: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,14 @@ import numpy
 from coldpress.errors import DataError, InputError, nearest
 from coldpress.eval.benchmarks.benchmark import Benchmark, Row, require
 from coldpress.eval.hub import BUILDERS, load_hub, load_local
+from coldpress.eval.progress import note
+from coldpress.eval.wording import listed
 from coldpress.io.files import path_of
 from coldpress.models.chat import prompt_parts
 
 SPLIT = "test"
+# names of its files, as the library datasets has it
+_OF_SPLIT = re.compile(r"(^|[-._ 0-9])(test|testing|eval|evaluation)[-._ 0-9]")
 PROMPT = ("context", "question", "answer_prefix")
 LIMIT = "max_new_tokens"
 INSTEAD = ("give a local folder of the same layout (--data FOLDER)",)
@@ -79,12 +84,37 @@ def _local(data: str, data_dir: str | None, own_dir: str | None) -> Rows:
             f"there are {', '.join(parts)}.{nearest(data_dir, parts)}" if parts else "it is not divided; leave it out."
         )
         raise DataError(f"--data {data} has no folder {data_dir!r}: {there}")
-    files = [path for path in folder.iterdir() if path.suffix in BUILDERS]
-    if data_dir is None and parts and not files and parts != ["data"]:
+    base = folder / (data_dir or "")
+    direct = sorted(path for path in base.iterdir() if path.suffix in BUILDERS and _OF_SPLIT.search(path.name.lower()))
+    if direct:
+        rest = base.glob("[!.]*/**/*")
+        below = sorted({path.relative_to(base).parts[0] for path in rest if path.suffix in BUILDERS})
+        if below:
+            note(
+                f"of --data {Path(data, data_dir or '')} only {listed([path.name for path in direct])} "
+                f"{'is' if len(direct) == 1 else 'are'} read; name a folder in it with --data_dir ({listed(below)})."
+            )
+        return Rows(data, data_dir, _told(_of_files(direct, data, folder)), _only(direct, folder))
+    if data_dir is None and parts and parts != ["data"]:
         raise DataError(f"--data {data} is divided: say which part is read with --data_dir: {', '.join(parts)}.")
     rows = load_local(str(Path(folder).resolve()), data, None, SPLIT, data_dir=data_dir, column=PROMPT[0])
-    own = [path for path in (folder / (data_dir or "")).rglob("*") if path.suffix in BUILDERS]
-    return Rows(data, data_dir, _told(rows), str(own[0].relative_to(folder)) if len(own) == 1 else None)
+    own = [path for path in base.rglob("*") if path.suffix in BUILDERS]
+    return Rows(data, data_dir, _told(rows), _only(own, folder))
+
+
+def _of_files(files: Sequence[Path], data: str, folder: Path) -> Any:
+    """The rows of files that lie in one folder, which are all of the split."""
+    first = files[0]
+    if any(path.suffix != first.suffix for path in files):
+        raise DataError(f"--data {data} holds {listed([path.name for path in files])}: leave those of one kind there.")
+    what = data if len(files) > 1 else str(Path(data, first.relative_to(folder)))
+    given = [str(path.resolve()) for path in files]
+    return load_local(BUILDERS[first.suffix], what, None, "train", data_files=given, column=PROMPT[0])
+
+
+def _only(files: Sequence[Path], folder: Path) -> str | None:
+    """The only file, as a path from the folder; None where there are several."""
+    return str(files[0].relative_to(folder)) if len(files) == 1 else None
 
 
 def _told(rows: Any) -> list[Row]:
