@@ -434,7 +434,7 @@ def test_a_context_past_max_context_length_is_cut_with_a_warning(
     pipe: KVPressTextGenerationPipeline, tokenizer: Any
 ) -> None:
     cache = PressedCache()
-    with pytest.warns(UserWarning, match=r"cut from \d+ to 20 tokens \(max_context_length\)"):
+    with pytest.warns(UserWarning, match=r"cut from \d+ to its first 20 tokens \(max_context_length\)"):
         pipe(CONTEXT, cache=cache, max_context_length=20)
     assert cache.seen_tokens == 20
 
