@@ -20,6 +20,7 @@ from tests.eval.report_records import record, spread, write
 import coldpress
 from coldpress import public, registration
 from coldpress.cli import main
+from coldpress.commands import early
 
 SRC = Path(__file__).parents[1] / "src"
 HEAVY = {"torch", "transformers", "numpy", "safetensors", "datasets", "pandas", "pyarrow", "matplotlib", "ray", "tqdm"}
@@ -70,6 +71,43 @@ for arguments in {commands!r}:
 def test_help_and_versions_need_neither_torch_nor_transformers() -> None:
     asked = [[], ["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)]
     assert not imported(RUN.format(commands=asked)) & HEAVY
+
+
+REFUSED = """
+import sys
+from coldpress_command import main
+sys.modules["fastapi"] = None
+print([main(arguments) for arguments in {commands!r}])
+"""
+
+
+def test_what_needs_no_model_is_refused_without_torch(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text(" ")
+    text = ["--text_file", str(tmp_path / "nothing.txt")]
+    commands = [
+        ["ppl", *text],
+        ["ppl", "--text_file", str(tmp_path)],
+        ["sweep", *text],
+        ["compress", *text, "--output", "a"],
+        ["inspect", "--dataset", str(tmp_path / "empty.txt"), "--output", "a"],
+        ["recommend", "--use", "qa", "--data", text[1]],
+        ["tasks", "--compression_ratio", "0.5,50"],
+        ["compress", *text, "--output", "a", "--compression_ratio", "1"],
+        ["ppl", "--dataset", "demo", "--subset", "nosuch"],
+        ["calibrate", "qfilter", "--dataset", "wikitxt"],
+        ["serve"],
+    ]
+    hidden = "import sys\nfor name in ('torch', 'transformers', 'datasets'): sys.modules[name] = None\n"
+    done = python(hidden + REFUSED.format(commands=commands))
+    assert done.stdout == f"{[2] * len(commands)}\n" and len(done.stderr.splitlines()) == len(commands), done.stderr
+    assert "needs a package that is not installed (fastapi)" in done.stderr
+
+
+def test_a_pipe_is_read_once(tmp_path: Path) -> None:
+    """What is looked at early is left in it."""
+    os.mkfifo(tmp_path / "pipe")
+    early.check_early({"text_file": str(tmp_path / "pipe"), "compression_ratio": 0.5})
+    early.check_early({"dataset": str(tmp_path / "pipe")})
 
 
 @pytest.mark.parametrize("command", ["ppl", "speed", "compress", "presses"])

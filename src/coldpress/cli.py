@@ -22,6 +22,7 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
+from coldpress.commands.early import check_early, check_server
 from coldpress.commands.options import (
     advice_options,
     ask_options,
@@ -99,6 +100,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     try:
         _check_utf8(args)
         with interrupted_at_once():
+            check_early(vars(args))
+            if args.run is _run_serve:
+                check_server()
             if args.run is not _run_report or args.brief:  # a report only reads; a brief one says what presses do
                 import_module("coldpress.public")  # all that takes seconds
         code: int = args.run(args, argv, prog)

@@ -200,7 +200,8 @@ class KVPressTextGenerationPipeline(Pipeline):
         if context_ids.shape[1] > limit:
             why = "(max_context_length)"
             if max_context_length is None:
-                room, taken = self._max_positions() - n_earlier - limit, f"{n_earlier:,} taken and " if n_earlier else ""
+                room = self._max_positions() - n_earlier - limit
+                taken = f"{n_earlier:,} taken and " if n_earlier else ""
                 why = (
                     f"({self._max_positions():,} positions of the model, {taken}{room:,} left free for a question and "
                     "its answer); give a shorter text, or a model with more positions"
