@@ -102,6 +102,7 @@ __all__ = [
     "__version__",
     "catalogue",
     "compiled",
+    "demo_model",
     "inspect",
     "make_press",
     "prefill",

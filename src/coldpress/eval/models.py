@@ -33,6 +33,7 @@ from coldpress.errors import (
     nearest,
 )
 from coldpress.eval.progress import note, warnings_noted
+from coldpress.io.demo import demo_files
 from coldpress.io.files import is_utf8, path_of
 from coldpress.io.launched import check_launched
 from coldpress.io.network import hub_problem, one_line
@@ -357,8 +358,7 @@ def _quiet() -> Iterator[None]:
 def packaged(name: Any, stack: contextlib.ExitStack) -> Any:
     """Where a model that comes with a package lies until ``stack`` closes; any other name, or model, as it is."""
     if name == "demo":
-        shipped = resources.files("coldpress") / "assets" / "demo" / "model"
-        return str(stack.enter_context(resources.as_file(shipped)))
+        return str(stack.enter_context(resources.as_file(demo_files())))
     return str(smollm2_file(name)) if name in SMOLLM2 else name
 
 
