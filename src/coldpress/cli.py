@@ -355,7 +355,7 @@ def _run_report(args: argparse.Namespace, argv: list[str], prog: str | None) -> 
     if args.lang is not None and not args.brief:
         raise InputError(f"--lang {args.lang} is for the brief report; add --brief.")
     collection = collect(folders)
-    for line in collection.skipped:
+    for line in (*collection.skipped, *collection.twice):
         note(line)
     if not collection.records:
         no = "no result that can be read" if collection.skipped else "no results"

@@ -164,6 +164,7 @@ def _counts(collection: Collection) -> str:
     if n:
         files = "1 other file that is no record was" if n == 1 else f"{n} other files that are no records were"
         said += f"; {files} left out"
+    said += "".join(f"; {line}" for line in map(clean, collection.twice))
     return f"{said}."
 
 
