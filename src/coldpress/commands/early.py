@@ -25,7 +25,7 @@ def check_early(given: Mapping[str, Any]) -> None:
     ratios = given.get("compression_ratio")
     for ratio in ratios if isinstance(ratios, (list, tuple)) else () if ratios is None else (ratios,):
         check_ratio(ratio, "--compression_ratio")
-    options = {name: given.get(name) for name in ("subset", "sample_idx")}
+    options: dict[str, Any] = {name: given.get(name) for name in ("subset", "sample_idx")}
     texts, dataset, data = given.get("text_file"), given.get("dataset"), given.get("data")
     for text in (texts,) if isinstance(texts, str) else texts or ():
         if is_single(text, is_text=True):

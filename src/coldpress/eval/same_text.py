@@ -16,7 +16,7 @@ _NAMES = ("dataset", "dataset_source", "dataset_revision", "subset", "split", "s
 
 
 def by_text(records: Iterable[Record]) -> tuple[list[Record], list[str]]:
-    """The records with one name for each text; the newest of those that then measured the same, and a line on the others.
+    """The records with one name for each text, of those that then measured the same the newest; and lines on others.
 
     A text is known by its hash and its length. The name of a dataset wins over that of a file, and then the first.
     """
@@ -29,15 +29,14 @@ def by_text(records: Iterable[Record]) -> tuple[list[Record], list[str]]:
         found.setdefault(_point(record), []).append(record)
     kept, twice = {id(record) for record in records}, Counter[str]()
     for same in found.values():
-        names = list(dict.fromkeys(map(_name, same)))
-        if len(names) > 1:  # else the same command has measured it twice, which a report shows
+        called = list(dict.fromkeys(map(_name, same)))
+        if len(called) > 1:  # else the same command has measured it twice, which a report shows
             newest = max(same, key=lambda record: str(record.get("timestamp")))
             kept -= {id(record) for record in same if record is not newest}
-            twice[" and ".join(names)] += 1
-    left_out = [
-        f"{n} measured more than once on one text, called {said}: the newest is shown" for said, n in twice.items()
-    ]
-    return [_renamed(record, named[_text(record)]) for record in records if id(record) in kept], left_out
+            twice[" and ".join(called)] += 1
+    shown = [_renamed(record, named[_text(record)]) for record in records if id(record) in kept]
+    said = "measured more than once on one text, called"
+    return shown, [f"{n} {said} {names}: the newest is shown" for names, n in twice.items()]
 
 
 def _text(record: Record) -> tuple[Any, ...]:
