@@ -117,6 +117,17 @@ def test_an_unknown_option_leads_to_the_help_of_its_command(command: str, capsys
     assert capsys.readouterr().err.endswith(f"(see coldpress {command} --help)\n")
 
 
+def test_an_option_that_a_name_goes_on_from_is_the_first_that_is_meant(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["ppl", "--press_name", "snapkv"])
+    assert "--press_name snapkv. Did you mean '--press' or " in capsys.readouterr().err
+
+
+def test_a_warning_is_one_line() -> None:
+    code = f"import warnings\n{RUN.format(commands=[['presses', 'knorm']])}\nwarnings.warn('said\\x1b so')"
+    assert python(code).stderr == "warning: said\\x1b so\n"
+
+
 @pytest.mark.parametrize("command", [None, *COMMANDS])
 def test_a_help_fits_into_eighty_columns(
     command: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

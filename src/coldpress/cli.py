@@ -16,13 +16,14 @@ import json
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
-from coldpress.commands.early import check_early, check_server
+from coldpress.commands.early import check_early, check_server, check_utf8
 from coldpress.commands.options import (
     advice_options,
     ask_options,
@@ -36,20 +37,13 @@ from coldpress.commands.options import (
     task_options,
 )
 from coldpress.commands.serve_options import chat_options, serve_options
-from coldpress.commands.streams import interrupted_at_once, open_streams, output_problem
+from coldpress.commands.streams import interrupted_at_once, open_streams, output_problem, shortly
 from coldpress.commands.useful import check_benchmark, check_ppl, check_sweep, check_tasks, given_to
 from coldpress.errors import InputError, SelfCheckError, nearest
 from coldpress.eval.settings import AdviceSettings, BenchmarkSettings, CalibrationSettings, Settings, TaskSettings
-from coldpress.io.files import is_utf8
 from coldpress.io.terminal import printable
 
 __all__ = ["main"]
-
-# What may hold any bytes: names of files, which are checked where they are looked for.
-_FILES = (
-    *("allow_files", "config", "data", "dataset", "file", "folder", "folders", "model", "output", "output_dir"),
-    "text_file",
-)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -87,6 +81,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         prog: how the user called it, for the record and the help.
     """
     open_streams()
+    warnings.formatwarning = shortly
     argv = list(sys.argv[1:] if argv is None else argv)
     with contextlib.suppress(AttributeError, ValueError):  # a terminal that has no Δ still gets its table
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
@@ -98,7 +93,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         parser.print_help()
         return 2
     try:
-        _check_utf8(args)
+        check_utf8(vars(args))
         with interrupted_at_once():
             check_early(vars(args))
             if args.run is _run_serve:
@@ -131,13 +126,6 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("\ninterrupted\n")
         return 130
-
-
-def _check_utf8(args: argparse.Namespace) -> None:
-    """Raise :class:`InputError` if what is no file's name holds bytes that are no text."""
-    for name, value in vars(args).items():
-        if name not in _FILES and not is_utf8(json.dumps(value, ensure_ascii=False, default=str)):
-            raise InputError(f"{name} holds bytes that are not UTF-8, {ascii(value)[:80]}; write it in UTF-8.")
 
 
 def _line(message: str) -> str:

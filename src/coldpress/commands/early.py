@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
 from coldpress.core.ratio import check_ratio
-from coldpress.errors import MissingDependencyError
+from coldpress.errors import InputError, MissingDependencyError
+from coldpress.io.files import is_utf8
 
-__all__ = ["check_early", "check_server"]
+__all__ = ["check_early", "check_server", "check_utf8"]
+
+
+# What may hold any bytes: names of files, which are checked where they are looked for.
+_FILES = (
+    *("allow_files", "config", "data", "dataset", "file", "folder", "folders", "model", "output", "output_dir"),
+    "text_file",
+)
+
+
+def check_utf8(given: Mapping[str, Any]) -> None:
+    """Raise :class:`InputError` if what is no file's name holds bytes that are no text."""
+    for name, value in given.items():
+        if name not in _FILES and not is_utf8(json.dumps(value, ensure_ascii=False, default=str)):
+            raise InputError(f"{name} holds bytes that are not UTF-8, {ascii(value)[:80]}; write it in UTF-8.")
 
 
 def check_early(given: Mapping[str, Any]) -> None:

@@ -12,11 +12,13 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers.modeling_gguf_pytorch_utils as gguf
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, __version__
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -347,9 +349,11 @@ def _quiet() -> Iterator[None]:
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    bar_of_gguf, gguf.tqdm = gguf.tqdm, partial(gguf.tqdm, disable=True)  # which asks nobody
     try:
         yield
     finally:
+        gguf.tqdm = bar_of_gguf
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
