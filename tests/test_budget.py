@@ -11,8 +11,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from coldpress.core.choice import best, pack, select, select_counts, unpack
-from coldpress.core.counts import adaptive_counts, apportion, check_ratio, exact_keep, keep_count, pyramid_counts
+from coldpress.core.counts import adaptive_counts, apportion, exact_keep, keep_count, pyramid_counts
 from coldpress.core.forced import must_keep, shrink_protected
+from coldpress.core.ratio import check_ratio
 from coldpress.errors import PressError
 
 ratios = st.integers(0, 9999).map(lambda n: n / 10_000)

@@ -172,6 +172,13 @@ def test_the_code_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None
     assert "olives" in out and "deprecated" not in said
 
 
+@pytest.mark.parametrize("name", READMES)
+def test_the_readme_names_the_embedded_model_wherever_it_is_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/")
+    (line,) = re.findall(r"`name = (\S+)`", (ROOT / name).read_text(encoding="utf-8"))
+    assert (Path(eval(line, {"coldpress": coldpress})) / "config.json").is_file()
+
+
 @pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "page",

@@ -434,7 +434,7 @@ def test_a_context_past_max_context_length_is_cut_with_a_warning(
     pipe: KVPressTextGenerationPipeline, tokenizer: Any
 ) -> None:
     cache = PressedCache()
-    with pytest.warns(UserWarning, match=r"cut from \d+ to 20 tokens \(max_context_length\)"):
+    with pytest.warns(UserWarning, match=r"cut from \d+ to its first 20 tokens \(max_context_length\)"):
         pipe(CONTEXT, cache=cache, max_context_length=20)
     assert cache.seen_tokens == 20
 
@@ -446,7 +446,7 @@ def test_the_default_leaves_room_for_question_and_answer(pipe: KVPressTextGenera
         pipe(CONTEXT * 10, questions=QUESTIONS, cache=cache)
     assert cache.seen_tokens == POSITIONS - longest - 8
     more = cache.fork()
-    with pytest.warns(UserWarning, match="to 5 tokens"):  # what is in the cache takes room too
+    with pytest.warns(UserWarning, match="to its first 5 tokens"):  # what is in the cache takes room too
         pipe(CONTEXT, question=QUESTIONS[2], cache=more, max_new_tokens=3)
     assert more.seen_tokens == cache.seen_tokens + 5
     with pytest.raises(InputError, match="no room for a context"):

@@ -43,6 +43,16 @@ class Another(MyPress):
 '''
 
 
+def test_a_press_without_a_docstring_has_no_description(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What dataclass() writes there is none."""
+    before, _, after = PRESS.replace('@register("mine")\n', "").split('"""')
+    path = tmp_path / "silent.py"
+    path.write_text(before + after)
+    assert main(["presses", f"{path}:MyPress"]) == 0
+    out = capsys.readouterr().out
+    assert "no description" in out and "MyPress(compression_ratio:" not in out
+
+
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "mine.py"

@@ -20,6 +20,7 @@ from tests.eval.report_records import record, spread, write
 import coldpress
 from coldpress import public, registration
 from coldpress.cli import main
+from coldpress.commands import early
 
 SRC = Path(__file__).parents[1] / "src"
 HEAVY = {"torch", "transformers", "numpy", "safetensors", "datasets", "pandas", "pyarrow", "matplotlib", "ray", "tqdm"}
@@ -72,11 +73,59 @@ def test_help_and_versions_need_neither_torch_nor_transformers() -> None:
     assert not imported(RUN.format(commands=asked)) & HEAVY
 
 
+REFUSED = """
+import sys
+from coldpress_command import main
+sys.modules["fastapi"] = None
+print([main(arguments) for arguments in {commands!r}])
+"""
+
+
+def test_what_needs_no_model_is_refused_without_torch(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text(" ")
+    text = ["--text_file", str(tmp_path / "nothing.txt")]
+    commands = [
+        ["ppl", *text],
+        ["ppl", "--text_file", str(tmp_path)],
+        ["sweep", *text],
+        ["compress", *text, "--output", "a"],
+        ["inspect", "--dataset", str(tmp_path / "empty.txt"), "--output", "a"],
+        ["recommend", "--use", "qa", "--data", text[1]],
+        ["tasks", "--compression_ratio", "0.5,50"],
+        ["compress", *text, "--output", "a", "--compression_ratio", "1"],
+        ["ppl", "--dataset", "demo", "--subset", "nosuch"],
+        ["calibrate", "qfilter", "--dataset", "wikitxt"],
+        ["serve"],
+    ]
+    hidden = "import sys\nfor name in ('torch', 'transformers', 'datasets'): sys.modules[name] = None\n"
+    done = python(hidden + REFUSED.format(commands=commands))
+    assert done.stdout == f"{[2] * len(commands)}\n" and len(done.stderr.splitlines()) == len(commands), done.stderr
+    assert "needs a package that is not installed (fastapi)" in done.stderr
+
+
+def test_a_pipe_is_read_once(tmp_path: Path) -> None:
+    """What is looked at early is left in it."""
+    os.mkfifo(tmp_path / "pipe")
+    early.check_early({"text_file": str(tmp_path / "pipe"), "compression_ratio": 0.5})
+    early.check_early({"dataset": str(tmp_path / "pipe")})
+
+
 @pytest.mark.parametrize("command", ["ppl", "speed", "compress", "presses"])
 def test_an_unknown_option_leads_to_the_help_of_its_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([command, *(["--text_file", "a", "--output", "b"] if command == "compress" else []), "--modle", "x"])
     assert capsys.readouterr().err.endswith(f"(see coldpress {command} --help)\n")
+
+
+def test_an_option_that_a_name_goes_on_from_is_the_first_that_is_meant(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["ppl", "--press_name", "snapkv"])
+    assert "--press_name snapkv. Did you mean '--press' or " in capsys.readouterr().err
+
+
+def test_a_warning_is_one_line() -> None:
+    code = f"import warnings\n{RUN.format(commands=[['presses', 'knorm']])}\nwarnings.warn('said\\x1b so')"
+    assert python(code).stderr == "warning: said\\x1b so\n"
 
 
 @pytest.mark.parametrize("command", [None, *COMMANDS])

@@ -103,6 +103,7 @@ __all__ = [
     "__version__",
     "catalogue",
     "compiled",
+    "demo_model",
     "inspect",
     "make_press",
     "prefill",

@@ -16,12 +16,14 @@ import json
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
+from coldpress.commands.early import check_early, check_server, check_utf8
 from coldpress.commands.options import (
     advice_options,
     ask_options,
@@ -35,20 +37,13 @@ from coldpress.commands.options import (
     task_options,
 )
 from coldpress.commands.serve_options import chat_options, serve_options
-from coldpress.commands.streams import interrupted_at_once, open_streams, output_problem
+from coldpress.commands.streams import interrupted_at_once, open_streams, output_problem, shortly
 from coldpress.commands.useful import check_benchmark, check_ppl, check_sweep, check_tasks, given_to
 from coldpress.errors import InputError, SelfCheckError, nearest
 from coldpress.eval.settings import AdviceSettings, BenchmarkSettings, CalibrationSettings, Settings, TaskSettings
-from coldpress.io.files import is_utf8
 from coldpress.io.terminal import printable
 
 __all__ = ["main"]
-
-# What may hold any bytes: names of files, which are checked where they are looked for.
-_FILES = (
-    *("allow_files", "config", "data", "dataset", "file", "folder", "folders", "model", "output", "output_dir"),
-    "text_file",
-)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -86,6 +81,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         prog: how the user called it, for the record and the help.
     """
     open_streams()
+    warnings.formatwarning = shortly
     argv = list(sys.argv[1:] if argv is None else argv)
     with contextlib.suppress(AttributeError, ValueError):  # a terminal that has no Δ still gets its table
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
@@ -97,8 +93,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         parser.print_help()
         return 2
     try:
-        _check_utf8(args)
+        check_utf8(vars(args))
         with interrupted_at_once():
+            check_early(vars(args))
+            if args.run is _run_serve:
+                check_server()
             if args.run is not _run_report or args.brief:  # a report only reads; a brief one says what presses do
                 import_module("coldpress.public")  # all that takes seconds
         code: int = args.run(args, argv, prog)
@@ -127,13 +126,6 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("\ninterrupted\n")
         return 130
-
-
-def _check_utf8(args: argparse.Namespace) -> None:
-    """Raise :class:`InputError` if what is no file's name holds bytes that are no text."""
-    for name, value in vars(args).items():
-        if name not in _FILES and not is_utf8(json.dumps(value, ensure_ascii=False, default=str)):
-            raise InputError(f"{name} holds bytes that are not UTF-8, {ascii(value)[:80]}; write it in UTF-8.")
 
 
 def _line(message: str) -> str:
@@ -351,7 +343,7 @@ def _run_report(args: argparse.Namespace, argv: list[str], prog: str | None) -> 
     if args.lang is not None and not args.brief:
         raise InputError(f"--lang {args.lang} is for the brief report; add --brief.")
     collection = collect(folders)
-    for line in collection.skipped:
+    for line in (*collection.skipped, *collection.twice):
         note(line)
     if not collection.records:
         no = "no result that can be read" if collection.skipped else "no results"

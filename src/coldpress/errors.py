@@ -141,7 +141,10 @@ class UntestedVersionWarning(UserWarning):
 def nearest(name: str, allowed: Iterable[str], least: float = 0.5) -> str:
     """Return ``" Did you mean 'x' or 'y'?"`` for the names closest to ``name``, or an empty string.
 
+    One that ``name`` goes on from comes first, as ``--press`` for ``--press_name``.
+
     ``least``: how alike they must be, from 0 to 1; more where many names are allowed and a user may know none of them.
     """
-    close = difflib.get_close_matches(name, list(dict.fromkeys(allowed)), n=3, cutoff=least)
-    return f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
+    known = list(dict.fromkeys(allowed))
+    close = [*(a for a in known if name.startswith(f"{a}_")), *difflib.get_close_matches(name, known, 3, least)]
+    return f" Did you mean {' or '.join(repr(c) for c in list(dict.fromkeys(close))[:3])}?" if close else ""

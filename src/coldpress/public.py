@@ -18,6 +18,7 @@ from coldpress.core.column import Column
 from coldpress.core.kept import Kept
 from coldpress.core.view import LayerView
 from coldpress.errors import ColdpressError
+from coldpress.io.demo import demo_model
 from coldpress.models.compiled import compiled
 from coldpress.models.inspection import Inspection, inspect
 from coldpress.models.pipeline import KVPressTextGenerationPipeline

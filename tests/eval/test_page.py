@@ -18,6 +18,7 @@ from coldpress.eval.columns import opening_table
 from coldpress.eval.figures import _inline
 from coldpress.eval.glance import Row
 from coldpress.eval.page import Report, escape, make_report, page, summary, write_report
+from coldpress.eval.phrases import WORDS
 from coldpress.eval.results import Collection
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
@@ -381,6 +382,31 @@ def test_times_of_a_busy_machine_are_noted_in_a_report() -> None:
     assert said in brief(busy) and "12.63 到 42.77 ms" in brief(busy, "zh")
     quiet = Collection((record("snapkv", 0.5, spread(0.004, 0.003), **timed),), ())
     assert "not quiet" not in brief(quiet)
+
+
+def test_the_brief_report_says_each_thing_once() -> None:
+    """What differs in windows alone is one line, a model's protocols on a text stand together, and so on."""
+    mine = {"press_config": {"file_sha256": "12ab" * 16}}
+    rows = (
+        record("no_press", 0.0, spread(0.0, 0.0)),
+        record("snapkv", 0.5, spread(0.2, 0.01)),
+        record("knorm", 0.5, spread(0.3, 0.01, n=16)),
+        record("snapkv", 0.5, spread(0.2, 0.01), protocol="prefix-C512-T256-S768", context_tokens=512),
+        record("dir/mine.py:MyPress", 0.5, spread(0.3, 0.01), **mine),
+        record("tova", 0.5, [0.1], status="interrupted"),
+        failed("keydiff", 0.5),
+        failed("keydiff", 0.5) | {"text_sha256": "cd" * 32, "dataset": "book", "subset": None},
+    )
+    rows = tuple({"target_tokens": 256, "context_tokens": 768} | row for row in rows)
+    for language, windows, one in (("en", "8 to 16 windows", "8 windows"), ("zh", "8 至 16 个窗口", "8 个窗口")):
+        text = brief(Collection(rows, ()), language)
+        methods = text.partition(f"## {WORDS[language]['methods']}\n")[2].partition("## ")[0]
+        assert text.count("sha256 abababababab") == 1 and text.count("sha256 cdcdcdcdcdcd") == 1
+        assert windows in methods and methods.count("prefix-C512") == 1
+        assert "MyPress" in methods and "mine.py" in methods and "12ab12ab12ab" in methods and "dir/" not in methods
+        assert "keydiff" not in methods and "tova" in methods and WORDS[language]["interrupted"] in methods
+        assert f"#### prefix-C768-T256-S1024, {one}\n" in text and "#### prefix-C512-T256-S768\n" in text
+        assert "book, prefix-C768" in text.partition(f"## {WORDS[language]['results']}")[2]
 
 
 def test_the_brief_report_of_too_few_windows_or_of_no_press_says_so() -> None:

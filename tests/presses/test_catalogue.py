@@ -9,7 +9,7 @@ import pytest
 import coldpress
 from coldpress import AdaKVPress, SnapKVPress, ThinKPress, make_press
 from coldpress.bases.docstring import parse
-from coldpress.bases.listing import entry, python_only, traits
+from coldpress.bases.listing import entry, listing, python_only, traits
 from coldpress.bases.registry import catalogue, find_press, press_classes
 from coldpress.errors import PressError
 
@@ -131,3 +131,12 @@ def test_whose_ratio_it_is() -> None:
 def test_dms_is_marked_as_a_press_that_may_go_on() -> None:
     info = find_press("DMSPress")
     assert info.can_rechoose and traits(info)[1] == "with decoding=True works while decoding"
+
+
+def test_rows_of_presses_that_work_while_decoding_name_their_scorer() -> None:
+    rows = " ".join(listing().split())
+    for info in catalogue():
+        if info.name.startswith("decoding_"):
+            row = rows.partition(f" {info.name} ")[2]
+            scorer = info.title.rstrip(")").rpartition("(")[2]
+            assert row.partition(f", by {scorer}")[0].count(" by ") == 0 and f", by {scorer}" in row, info.name

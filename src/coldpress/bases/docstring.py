@@ -38,7 +38,9 @@ class Docstring(NamedTuple):
 @cache
 def parse(cls: type) -> Docstring:
     """The parts of the class's own docstring."""
-    text = _ROLE.sub(r"``\1``", inspect.cleandoc(cls.__doc__ or ""))
+    own = cls.__doc__ or ""
+    own = "" if own.startswith(f"{cls.__name__}(") else own  # what dataclass() writes where there is none
+    text = _ROLE.sub(r"``\1``", inspect.cleandoc(own))
     text, _, rest = text.partition("\nArgs:\n")
     block = re.split(r"\n(?=\S)", rest)[0]
     summary, *paragraphs = [" ".join(paragraph.split()) for paragraph in text.split("\n\n")]

@@ -71,7 +71,7 @@ def entry(info: PressInfo) -> str:
     """All about one press."""
     width = _width()
     text = [f"{info.name}: {info.title}" if info.name else info.title]
-    text += [textwrap.fill(part, width) for part in (info.summary, *info.details)]
+    text += [textwrap.fill(part, width) for part in (info.summary or "no description", *info.details)]
     facts = [("made by", info.call), ("kind", f"{info.kind}: {KINDS[info.kind]}"), ("", "; ".join(traits(info)))]
     facts += [("source", info.source), ("", info.link if info.link not in info.source else "")]
     facts += [("differs", said.removeprefix("Differs ")) for said in info.differs] + [
@@ -89,6 +89,8 @@ def _row(info: PressInfo) -> str:
     found = {"d": info.can_rechoose, "h": info.per_head, "l": info.per_layer, "b": info.in_block}
     marks = "".join(mark if is_so else " " for mark, is_so in found.items())
     special = f" (needs {info.needs})" if info.in_block or info.kind != "training-free" else ""
+    if info.name and not info.at_prefill:
+        special = f", by {info.title.rstrip(')').rpartition('(')[2]}{special}"
     first = f"  {info.name or info.class_name:{_NAMES}}  {marks}  "
     return _hanging(first, (keeps(info) + special).replace("``", ""), _width())
 

@@ -12,8 +12,8 @@ from coldpress.backends import NO_PRESS
 from coldpress.bases.docstring import parse
 from coldpress.bases.press import BasePress
 from coldpress.bases.scorer import BUDGETS, BudgetPress
-from coldpress.core.counts import check_ratio
 from coldpress.core.definition import or_by_name
+from coldpress.core.ratio import check_ratio
 from coldpress.errors import PressError, nearest
 
 __all__ = [

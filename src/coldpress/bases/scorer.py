@@ -14,10 +14,11 @@ from coldpress.backends import BUDGETS
 from coldpress.bases.checks import check_at_least
 from coldpress.bases.press import BasePress
 from coldpress.core.choice import select
-from coldpress.core.counts import check_ratio, keep_count
+from coldpress.core.counts import keep_count
 from coldpress.core.forced import forced
 from coldpress.core.kept import Kept, Place
 from coldpress.core.press import parts
+from coldpress.core.ratio import check_ratio
 from coldpress.core.view import LayerView
 from coldpress.errors import PressError
 

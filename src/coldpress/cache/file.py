@@ -108,6 +108,7 @@ def save_cache(
             "kv_bits": None if cache.kv_bits is None else asdict(cache.kv_bits),
             "seed": session._seed,
             "has_padding": any(layer.has_padding for layer in layers),
+            "cut_tokens": session.cut_tokens,
             "layers": about,
             "sha256": digest_of(tensors),
         }
@@ -171,7 +172,7 @@ def load_cache(make: Callable[..., _C], path: str | Path, model: PreTrainedModel
         pin=said.get("pins"),
     )
     session = cache.session
-    session._seed = said["seed"]
+    session._seed, session.cut_tokens = said["seed"], said.get("cut_tokens", 0)
     devices, device = _devices(model), device_of(model) or model.device
     for index, about in enumerate(said["layers"]):
         layer = cache.layer(index)

@@ -56,6 +56,7 @@ _NEWER: dict[str, Callable[[Any], bool]] = {  # what format 2 may say, one of th
     "storage": lambda value: type(value) is dict and value.keys() == _STORAGE.keys(),
     "columns": lambda value: value is True,
 }
+_OPTIONAL: dict[str, Callable[[Any], bool]] = {"cut_tokens": is_int}  # what any format may say, and none has to
 _STORAGE: dict[str, Callable[[Any], bool]] = {"class": _is(str), "parameters": _is(dict)}
 _MODEL: dict[str, Callable[[Any], bool]] = {
     "name": _is(str),
@@ -93,7 +94,8 @@ def check_said(said: Any, own: dict[str, Any], version: int) -> None:
         Malformed: naming the field.
     """
     newer = {name: fits for name, fits in _NEWER.items() if type(said) is dict and name in said}
-    _check_fields(said, _SAID | newer, "")
+    optional = {name: fits for name, fits in _OPTIONAL.items() if type(said) is dict and name in said}
+    _check_fields(said, _SAID | newer | optional, "")
     need(bool(newer) == (version > 1), f"{', '.join(newer) or 'nothing that is newer'} in format {version}")
     if "storage" in said:
         _check_fields(said["storage"], _STORAGE, "storage.")

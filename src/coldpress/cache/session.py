@@ -80,6 +80,7 @@ class Session:
         self.error: Exception | None = None  # what the press of a branch raised during the shared prefill
         self.call: ModelCall | None = None  # of the model, the latest
         self.token_ids: Tensor | None = None  # int64 [B, T] of the prefill, where they are known
+        self.cut_tokens = 0  # of the text that there was no room for, and that nothing has read
         self.is_to_finish = False  # a block has the press choose after this prefill; until then all is stored whole
         self.find_model: Callable[[], nn.Module | None] = lambda: None  # what runs, inside 'with press(model):'
         self.on_attention: Callable[[Any, LayerCall], None] | None = None  # shown every call, before anything goes
@@ -125,7 +126,7 @@ class Session:
     def reset(self) -> None:
         self.branches = []
         self.unclaimed = self.error = self.call = self.prefill_end = self._seed = None
-        self.was_asked, self.token_ids, self.earlier_press = False, None, None
+        self.was_asked, self.token_ids, self.earlier_press, self.cut_tokens = False, None, None, 0
         self.pins = self.given_pins
         self.forget_steps()
         self._ropes = {}  # of the next text's frequencies, should they depend on the text
@@ -133,7 +134,7 @@ class Session:
     def follow(self, other: Session) -> None:
         """Take over what is known of the pairs of ``other``'s cache, which this session's cache stores too."""
         other.settle_seed()
-        self.rerotates, self._seed = other.rerotates, other._seed
+        self.rerotates, self._seed, self.cut_tokens = other.rerotates, other._seed, other.cut_tokens
         self.earlier_press, self.was_asked, self.switch_at = other.earlier_press, other.was_asked, other.switch_at
         self.find_model, self._ropes = other.find_model, dict(other._ropes)
         self._steps = {kind: replace(steps) for kind, steps in other._steps.items()}

@@ -17,7 +17,7 @@ from coldpress.errors import CacheError, InputError, ModelError, UnreachableErro
 from coldpress.eval.datasets import load_corpus
 from coldpress.eval.jobs import check_no_size, check_of_a_context, check_types, default_press
 from coldpress.eval.models import BY_NAME, DTYPES, LoadedModel, load_model
-from coldpress.eval.progress import warnings_noted
+from coldpress.eval.progress import note, warnings_noted
 from coldpress.eval.results import check_output
 from coldpress.eval.tokens import note_unreadable
 from coldpress.io.files import path_of
@@ -77,7 +77,7 @@ def compress(
     with warnings_noted(), reading_shown(loaded.model, tokens, press):
         _pipeline(loaded)(document.text, questions=[], cache=cache, max_new_tokens=_ROOM_TOKENS, pin_system=pin_system)
     save_cache(cache, path, loaded.model, None, _lasting(loaded.name))
-    sizes = f"{cache.seen_tokens:,} tokens, {cache.achieved_ratio():.1%} removed, {path.stat().st_size:,} bytes"
+    sizes = f"{_read(cache)}, {cache.achieved_ratio():.1%} removed, {path.stat().st_size:,} bytes"
     print(printable(f"{path}: {sizes}, of {loaded.name}"))
 
 
@@ -97,6 +97,8 @@ def ask(
     """
     loaded = _model_of(file, model_options)
     cache = PressedCache.load(file, loaded.model, check_model=not any_model)
+    if cache.session.cut_tokens:
+        note(f"{file} holds the {_read(cache)} of its text: the rest was cut off, and no answer can know of it.")
     shown = _Answers(loaded.tokenizer, questions)
     has_beams = (loaded.model.generation_config.num_beams or 1) > 1  # of which none is the answer before the end
     streamer = None if has_beams else shown
@@ -141,6 +143,12 @@ class _Answers(BaseStreamer):
         self.say(self.text)
         print("\n" if len(self.questions) > 1 else "")
         self.is_open = False
+
+
+def _read(cache: PressedCache) -> str:
+    """How many tokens a cache has read, and of how many."""
+    seen, n_cut = cache.seen_tokens, cache.session.cut_tokens
+    return f"first {seen:,} of {seen + n_cut:,} tokens" if n_cut else f"{seen:,} tokens"
 
 
 def _lasting(name: str) -> str:

@@ -15,10 +15,11 @@ from coldpress.bases.press_files import load_press_files
 from coldpress.bases.registry import file_parameters, make_press, press_names, takes_ratio
 from coldpress.bases.scorer import BUDGETS
 from coldpress.cache.pressed import PressedCache
+from coldpress.commands.early import check_server
 from coldpress.commands.replicas import replicas
 from coldpress.core.definition import in_short
 from coldpress.core.press import Press
-from coldpress.errors import InputError, MissingDependencyError
+from coldpress.errors import InputError
 from coldpress.eval.jobs import check_of_a_context, check_types, default_press, read_press_args
 from coldpress.eval.models import load_model
 from coldpress.eval.progress import note
@@ -91,14 +92,11 @@ def serve(
     Raises:
         InputError: something that was asked for cannot work; before the model is loaded where that can be known.
     """
-    try:
-        from coldpress.serving.app import make_app
-        from coldpress.serving.guard import Guard
-        from coldpress.serving.listening import Listener, bound
-    except ImportError as error:
-        raise MissingDependencyError(
-            f'coldpress serve needs a package that is not installed ({error.name}): pip install "coldpress[serve]".'
-        ) from error
+    check_server()
+    from coldpress.serving.app import make_app
+    from coldpress.serving.guard import Guard
+    from coldpress.serving.listening import Listener, bound
+
     api_key = os.environ.get(KEY_VARIABLE) if api_key is None else api_key
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):
         raise InputError("The key must be ASCII letters without blanks around them; give another --api_key.")

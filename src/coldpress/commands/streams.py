@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn
 
-__all__ = ["interrupted_at_once", "open_streams", "output_problem"]
+from coldpress.io.terminal import printable
+
+__all__ = ["interrupted_at_once", "open_streams", "output_problem", "shortly"]
 
 
 def open_streams() -> None:
@@ -30,6 +32,11 @@ def output_problem() -> str | None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return error.strerror
     return None
+
+
+def shortly(message: Warning | str, *_: object, **__: object) -> str:
+    """A warning as one line, without the file and the line of code that it comes from."""
+    return printable(f"warning: {' '.join(str(message).split())}") + "\n"
 
 
 @contextlib.contextmanager

@@ -10,19 +10,15 @@ import itertools
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from numbers import Real
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from coldpress.core.choice import best, checked
-from coldpress.errors import PressError
 
 __all__ = [
     "adaptive_counts",
     "apportion",
-    "check_ratio",
     "counts_together",
     "exact_keep",
     "keep_count",
@@ -31,13 +27,6 @@ __all__ = [
     "spread",
     "spread_forced",
 ]
-
-
-def check_ratio(ratio: object, name: str = "compression_ratio") -> None:
-    """Raise :class:`PressError` unless ``ratio`` is a number in [0, 1)."""
-    number: Any = ratio  # compared as it is: an int may be too large for a float
-    if isinstance(ratio, bool) or not isinstance(ratio, Real) or not 0 <= number < 1:
-        raise PressError(f"{name} is the fraction of pairs to remove: a number in [0, 1), such as 0.5; got {ratio!r}.")
 
 
 def exact_keep(n_tokens: int, ratio: float) -> Fraction:

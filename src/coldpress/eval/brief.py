@@ -34,18 +34,18 @@ def brief(collection: Collection, language: str = "en") -> str:
     records = collection.records
     blocks = [f"# {words['title']}"]
     blocks += [f"## {words['models']}", _list(_model_words(r, words) for r in records)]
-    blocks += [f"## {words['data']}", _list(_text_words(r, words) for r in records)]
-    results = [block for section in found for block in _results(section, language)]
+    blocks += [f"## {words['data']}", _list(_texts(records, words))]
+    together = _together(found)
+    results = [block for own in together for block in _group(own, language)]
+    unfinished = [s for s in sections(records) if not s.entries]
+    if unfinished:
+        results.append(escape(words["unfinished"].format(names="; ".join(dict.fromkeys(map(_title, unfinished))))))
     marks = [words[mark] for mark in _MARKS if any(mark in block for block in results)]
     methods = [*_methods(records, language), *([("" if language == "zh" else " ").join(marks)] if marks else [])]
     blocks += [f"## {words['methods']}", _list(methods)]
     blocks += [f"## {words['results']}", *results]
     blocks += [f"## {words['conclusion']}"]
-    for section in found:
-        said = sentences(answer(section), language)
-        title = f"**{escape(_title(section))}**: " if len(found) > 1 else ""
-        space = " " if language == "en" else ""
-        blocks.append(f"{'* ' if len(found) > 1 else ''}{title}{escape(space.join(said))}")
+    blocks += [_conclusion(own, language, len(found) > 1) for own in together]
     commands = dict.fromkeys(clean(r["command"]) for r in records if r.get("command"))
     if commands:
         blocks += [f"## {words['commands']}", "\n".join(fenced([*commands]))]
@@ -61,7 +61,15 @@ def _list(lines: Iterable[str]) -> str:
 
 
 def _title(section: Section) -> str:
-    return f"{model_name(section.first)}, {clean(text_name(section.first))}, {clean(section.first['protocol'])}"
+    return f"{_of_what(section)}, {_protocol(section)}"
+
+
+def _of_what(section: Section) -> str:
+    return f"{model_name(section.first)}, {clean(text_name(section.first))}"
+
+
+def _protocol(section: Section) -> str:
+    return clean(section.first["protocol"])
 
 
 def _model_words(record: dict[str, Any], words: dict[str, str]) -> str:
@@ -72,9 +80,12 @@ def _model_words(record: dict[str, Any], words: dict[str, str]) -> str:
     )
 
 
-def _text_words(record: dict[str, Any], words: dict[str, str]) -> str:
-    sha = record["text_sha256"][:12]
-    return words["text"].format(name=text_name(record), n=f"{record['total_tokens']:,}", sha=sha)
+def _texts(records: Sequence[dict[str, Any]], words: dict[str, str]) -> list[str]:
+    """A line for each text; models read it as different numbers of tokens."""
+    sizes: dict[tuple[str, str], dict[str, None]] = {}
+    for r in records:
+        sizes.setdefault((text_name(r), r["text_sha256"][:12]), {})[f"{r['total_tokens']:,}"] = None
+    return [words["text"].format(name=name, n=" / ".join(n), sha=sha) for (name, sha), n in sizes.items()]
 
 
 def _methods(records: Sequence[dict[str, Any]], language: str) -> list[str]:
@@ -82,22 +93,34 @@ def _methods(records: Sequence[dict[str, Any]], language: str) -> list[str]:
     from coldpress.bases.registry import find_press  # which other reports do without
 
     words, said = WORDS[language], [WORDS[language]["no_press"]]
-    for name in sorted({r["press"] for r in records} - {NO_PRESS}):
+    done = [r for r in records if r["status"] != "failed"]
+    for name in sorted({r["press"] for r in done} - {NO_PRESS}):
+        own = [r for r in done if r["press"] == name]
+        is_open = all(r["status"] == "interrupted" for r in own)
+        mark = words["brackets"].format(words["interrupted"]) if is_open else ""
+        digests = dict.fromkeys((r.get("press_config") or {}).get("file_sha256") for r in own)
+        if any(digests):
+            file, _, press = name.rpartition(":")
+            about = {"name": f"{press or name}{mark}", "file": Path(file or name).name}
+            said += [words["own"].format(sha=str(digest)[:12], **about) for digest in digests if digest]
+            continue
         try:
             info = find_press(name)
-        except PressError:  # of a file, or of another version
-            said.append(name)
+        except PressError:  # of another version
+            said.append(f"{name}{mark}")
             continue
-        said.append(f"{name}: {info.summary.replace('``', '')} {info.source}".strip())
-    for record in records:
+        said.append(f"{name}{mark}: {info.summary.replace('``', '')} {info.source}".strip())
+    windows: dict[str, list[int]] = {}  # of runs that differ in their number alone
+    for record in [r for r in done if r["status"] == "ok"] or done:
         protocol = str(record["protocol"])
         sizes = {"context": f"{record.get('context_tokens') or 0:,}", "target": f"{record.get('target_tokens') or 0:,}"}
         if protocol.startswith("prefix") and record.get("target_tokens") and record.get("windows"):
-            said.append(words["prefix"].format(protocol=protocol, windows=record["windows"], **sizes))
+            windows.setdefault(words["prefix"].format(protocol=protocol, **sizes), []).append(record["windows"])
         elif protocol.startswith("strided"):
             said.append(words["strided"].format(protocol=protocol))
         elif not protocol.startswith(("prefix", "speed")):
             said.append(words["other"].format(protocol=protocol))
+    said += [f"{line}{_windows_words(numbers, words)}" for line, numbers in windows.items()]
     timed = [r for r in records if r.get("generated_tokens")]
     lengths = sorted({r.get("speed_context_tokens") or r.get("context_tokens") or 0 for r in timed})
     for n, rounds in dict.fromkeys((r["generated_tokens"], r.get("repetitions") or 1) for r in timed):
@@ -108,15 +131,61 @@ def _methods(records: Sequence[dict[str, Any]], language: str) -> list[str]:
     return [*dict.fromkeys(said)]
 
 
+def _windows_words(numbers: Sequence[int], words: dict[str, str]) -> str:
+    least, most = min(numbers), max(numbers)
+    n = f"{least:,}" if least == most else words["to"].format(least=f"{least:,}", most=f"{most:,}")
+    return words["one_window" if most == 1 else "windows"].format(n=n)
+
+
+def _together(found: Sequence[Section]) -> list[list[Section]]:
+    """The sections of each model and text."""
+    together: dict[tuple[Any, ...], list[Section]] = {}
+    for section in found:
+        key = *_model(section.first), section.first["text_sha256"], text_name(section.first)
+        together.setdefault(key, []).append(section)
+    return [*together.values()]
+
+
+def _group(own: Sequence[Section], language: str) -> list[str]:
+    """The results of one model and text: under one heading, and one for each protocol where there are several."""
+    if len(own) == 1:
+        return [f"### {escape(_title(own[0]))}", *_results(own[0], language)]
+    blocks = [f"### {escape(_of_what(own[0]))}"]
+    for section, title in zip(own, _protocols(own, language), strict=True):
+        blocks += [f"#### {escape(title)}", *_results(section, language)]
+    return blocks
+
+
+def _protocols(own: Sequence[Section], language: str) -> list[str]:
+    """Of each section; with its windows where others have the same."""
+    names = [_protocol(section) for section in own]
+    numbers = [[int(p.record["windows"]) for p in s.entries if p.record.get("windows")] for s in own]
+    return [
+        f"{name}, {_windows_words(n, WORDS[language]).rstrip('.。')}" if names.count(name) > 1 and n else name
+        for name, n in zip(names, numbers, strict=True)
+    ]
+
+
+def _conclusion(own: Sequence[Section], language: str, is_listed: bool) -> str:
+    space = " " if language == "en" else ""
+    said = [escape(space.join(sentences(answer(section), language))) for section in own]
+    if not is_listed:
+        return said[0]
+    if len(own) == 1:
+        return f"* **{escape(_title(own[0]))}**: {said[0]}"
+    lines = [f"  * {escape(title)}: {text}" for title, text in zip(_protocols(own, language), said, strict=True)]
+    return "\n".join([f"* **{escape(_of_what(own[0]))}**:", *lines])
+
+
 def _results(section: Section, language: str) -> list[str]:
     found = rows(section)
-    shown, heading = chosen(found), f"### {escape(_title(section))}"
+    shown = chosen(found)
     notes = contexts(section, language)
     if len(shown) < len(found):
         notes.append(WORDS[language]["left_out"].format(n=len(shown), of=len(found)))
     notes += versions([section], language)
     opening = "\n".join(table_lines(headed(shown, language)))
-    return [heading, opening, *_tasks(section, shown, language), *([" ".join(notes)] if notes else [])]
+    return [opening, *_tasks(section, shown, language), *([" ".join(notes)] if notes else [])]
 
 
 def _tasks(section: Section, shown: Sequence[Row], language: str) -> list[str]:

@@ -136,7 +136,7 @@ def load_corpus(
             split = WHOLE
         else:
             raise DataError(f"{dataset!r} is not a .txt, .parquet or .jsonl file; plain text goes in text_file")
-    elif re.fullmatch(r"\w[\w.-]*/[\w.-]+", dataset) and path.suffix not in {*FILE_BUILDERS, ".txt"}:
+    elif _is_hub_id(dataset):
         source, rows = load_hub((dataset,), subset, split, revision)
         joined = "wikitext" in dataset.lower()
     elif "/" in dataset or path.suffix in {*FILE_BUILDERS, ".txt"}:
@@ -150,6 +150,29 @@ def load_corpus(
     documents, join = _documents(rows, what, joined, sample_idx)
     lines = None if join is None else tuple(text or "" for text in _column(rows, "text", what))
     return Corpus(dataset, source, subset, split, join, documents, lines)
+
+
+def is_single(dataset: str, is_text: bool = False) -> bool:
+    """Whether :func:`load_corpus` reads a single text that can be read twice, or refuses what is no name of a text.
+
+    is_text: `dataset` is what text_file= is given.
+    """
+    path = path_of(dataset)
+    try:
+        if path.exists() and not path.is_dir() and not path.is_file():
+            return False  # a pipe is read once
+        is_there = path.exists()
+    except (OSError, ValueError):
+        return True
+    if is_text or dataset == "demo":
+        return True
+    if is_there or dataset in HUB_IDS:
+        return path.suffix == ".txt" and dataset not in HUB_IDS
+    return not _is_hub_id(dataset)
+
+
+def _is_hub_id(dataset: str) -> bool:
+    return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", dataset)) and path_of(dataset).suffix not in (*FILE_BUILDERS, ".txt")
 
 
 def _refuse(name: str, **given: str | None) -> None:

@@ -15,9 +15,9 @@ from coldpress.bases.press import BasePress
 from coldpress.bases.press_files import file_digest, load_press_files
 from coldpress.bases.registry import NO_PRESS, make_press, parameters_of, press_names, takes_ratio
 from coldpress.bases.scorer import BUDGETS
-from coldpress.core.counts import check_ratio
 from coldpress.core.definition import as_given
 from coldpress.core.press import parts
+from coldpress.core.ratio import check_ratio
 from coldpress.core.requirements import check_chunks, check_quantisable, require_rerotatable
 from coldpress.errors import CacheError, InputError, PressError
 from coldpress.eval.models import pick_device

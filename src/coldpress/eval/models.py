@@ -12,11 +12,13 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers.modeling_gguf_pytorch_utils as gguf
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, __version__
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -33,6 +35,7 @@ from coldpress.errors import (
     nearest,
 )
 from coldpress.eval.progress import note, warnings_noted
+from coldpress.io.demo import demo_files
 from coldpress.io.files import is_utf8, path_of
 from coldpress.io.launched import check_launched
 from coldpress.io.network import hub_problem, one_line
@@ -346,9 +349,11 @@ def _quiet() -> Iterator[None]:
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    bar_of_gguf, gguf.tqdm = gguf.tqdm, partial(gguf.tqdm, disable=True)  # which asks nobody
     try:
         yield
     finally:
+        gguf.tqdm = bar_of_gguf
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
@@ -357,8 +362,7 @@ def _quiet() -> Iterator[None]:
 def packaged(name: Any, stack: contextlib.ExitStack) -> Any:
     """Where a model that comes with a package lies until ``stack`` closes; any other name, or model, as it is."""
     if name == "demo":
-        shipped = resources.files("coldpress") / "assets" / "demo" / "model"
-        return str(stack.enter_context(resources.as_file(shipped)))
+        return str(stack.enter_context(resources.as_file(demo_files())))
     return str(smollm2_file(name)) if name in SMOLLM2 else name
 
 

@@ -164,6 +164,7 @@ def _counts(collection: Collection) -> str:
     if n:
         files = "1 other file that is no record was" if n == 1 else f"{n} other files that are no records were"
         said += f"; {files} left out"
+    said += "".join(f"; {line}" for line in map(clean, collection.twice))
     return f"{said}."
 
 
@@ -330,7 +331,7 @@ def _error_words(entry: Entry) -> str:
         return f"failed: {said if len(said) <= 200 else said[:197] + '...'}"
     if entry.record["status"] == "interrupted":
         windows = entry.record.get("windows")
-        return "was interrupted" + (f" after {windows:g} windows" if windows else "")
+        return "was interrupted" + (f" after {windows:g} window{'' if windows == 1 else 's'}" if windows else "")
     return f"has the status {clean(entry.record['status'])[:40]}"
 
 
@@ -388,7 +389,7 @@ def _facts(section: Section) -> dict[str, str]:
         "total_tokens": f"{record['total_tokens']:,} tokens of text",
         **{name: _setting(name, settings.get(name)) for name in SPEED_SETTINGS},
         **{name: env[name] if name == "cpu" else f"{name} {env[name]}" for name in ENVIRONMENT},
-        "windows": "" if windows is None else f"{windows:,} windows",
+        "windows": "" if windows is None else f"{windows:,} window{'' if windows == 1 else 's'}",
         "scored_tokens": "" if scored is None else f"{scored:,} scored tokens",
     }
     return {name: clean(words or "") for name, words in said.items()}

@@ -74,7 +74,13 @@ WORDS: dict[str, dict[str, str]] = {
         "no_press": "no_press: the uncompressed cache, which all presses are compared with. It is measured beside "
         "every press, also where one press only was asked for.",
         "prefix": "Quality ({protocol}): {context} tokens of context are read and compressed; the loss is that of the "
-        "next {target} tokens, the same ones for every press. {windows} windows.",
+        "next {target} tokens, the same ones for every press. ",
+        "windows": "{n} windows.",
+        "one_window": "{n} window.",
+        "to": "{least} to {most}",
+        "own": "{name}: a press of its user's file {file}, sha256 {sha}.",
+        "interrupted": "interrupted",
+        "unfinished": "Failed or interrupted before any result: {names}.",
         "strided": "PPL ({protocol}): that of the uncompressed model over the whole text; no press touches it.",
         "other": "Protocol {protocol}.",
         "timing": "Speed: {context} tokens of context, then {n} generated tokens, {rounds} rounds; each round times "
@@ -134,8 +140,13 @@ WORDS: dict[str, dict[str, str]] = {
         "model": "{name}：{n} M 参数，{dtype}，{device}，注意力 {attention}",
         "text": "{name}：{n} 个词元，sha256 {sha}",
         "no_press": "no_press：未压缩的缓存，一切方法都与它比较。即使只要求一个方法，它也一同测量。",
-        "prefix": "质量（{protocol}）：读入并压缩 {context} 个词元的上下文，损失取其后 {target} 个词元，各方法相同。"
-        "{windows} 个窗口。",
+        "prefix": "质量（{protocol}）：读入并压缩 {context} 个词元的上下文，损失取其后 {target} 个词元，各方法相同。",
+        "windows": "{n} 个窗口。",
+        "one_window": "{n} 个窗口。",
+        "to": "{least} 至 {most}",
+        "own": "{name}：使用者自己的文件 {file} 中的方法，sha256 {sha}。",
+        "interrupted": "中断",
+        "unfinished": "在得到任何结果之前失败或中断：{names}。",
         "strided": "困惑度（{protocol}）：未压缩模型在全文上的困惑度，压缩方法不影响它。",
         "other": "协议 {protocol}。",
         "timing": "速度：{context} 个词元的上下文，再生成 {n} 个词元，{rounds} 轮；每一轮也给未压缩缓存计时。",

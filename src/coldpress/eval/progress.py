@@ -39,12 +39,11 @@ def note(message: str, kind: str = "note") -> None:
 
 @contextlib.contextmanager
 def warnings_noted(kind: type[Warning] = UserWarning) -> Iterator[None]:
-    """The warnings of a block as notes, once it has ended."""
-    with warnings.catch_warnings(record=True) as said:
+    """The warnings of a block as notes."""
+    with warnings.catch_warnings():
         warnings.simplefilter("always", kind)
+        warnings.showwarning = lambda message, *_, **__: note(str(message))
         yield
-    for warning in said:
-        note(str(warning.message))
 
 
 def progress(items: Sequence[_T] | Sized[_T], name: str, more: Callable[[], str] = str) -> Iterator[_T]:

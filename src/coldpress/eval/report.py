@@ -10,7 +10,7 @@ from typing import Any
 from coldpress.backends import BUDGETS, NO_PRESS
 from coldpress.eval.metrics import FEWEST_QUESTIONS
 from coldpress.eval.schema import BYTES, ENVIRONMENT, FIELDS, SPEED_SETTINGS
-from coldpress.eval.wording import aligned, clean, format_bytes, memory_words, number, short
+from coldpress.eval.wording import aligned, clean, format_bytes, memory_words, number, short, windows_words
 from coldpress.io.terminal import printable
 
 Record = dict[str, Any]
@@ -186,7 +186,7 @@ def describe(record: Record) -> str:
         f"protocol {record['protocol']}",
     ]
     if record.get("windows"):
-        parts.append(f"{record['windows']} windows, {record['scored_tokens']:,} scored tokens")
+        parts.append(f"{windows_words(record['windows'])}, {record['scored_tokens']:,} scored tokens")
     if record.get("generated_tokens"):
         context = record.get("speed_context_tokens") or record["context_tokens"]
         settings = record.get("settings") or {}

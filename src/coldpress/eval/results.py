@@ -25,6 +25,7 @@ from typing import Any
 
 from coldpress.backends import BUDGETS
 from coldpress.errors import DataError, OutputError, SelfCheckError
+from coldpress.eval.same_text import by_text
 from coldpress.eval.schema import IDENTIFYING, check_record
 from coldpress.io.files import forbidden, path_of, read_text, replace_file
 
@@ -227,10 +228,14 @@ class Collection:
 
     records: tuple[dict[str, Any], ...]
     skipped: tuple[str, ...]
+    twice: tuple[str, ...] = ()  # on measurements of one text under several names
 
 
 def collect(folders: Iterable[str]) -> Collection:
-    """Read what lies in ``folders`` and below them; hidden folders are passed over, no folder is read twice."""
+    """Read what lies in ``folders`` and below them; hidden folders are passed over, no folder is read twice.
+
+    A text has one name in what is found; of the same measured under two names of a text the newest.
+    """
     records: list[dict[str, Any]] = []
     skipped: list[str] = []
     seen: set[Path] = set()
@@ -250,7 +255,8 @@ def collect(folders: Iterable[str]) -> Collection:
                 warnings.simplefilter("always")
                 records += read_results(path, check_record)
             skipped += [str(warning.message) for warning in caught]
-    return Collection(tuple(records), tuple(skipped))
+    records, twice = by_text(records)
+    return Collection(tuple(records), tuple(skipped), tuple(twice))
 
 
 def with_subfolders(folder: Path) -> list[Path]:

@@ -35,6 +35,11 @@ def short(name: str) -> str:
     return Path(name).name if name.startswith((".", "/", "~")) or name.count("/") > 1 else name
 
 
+def windows_words(n: float) -> str:
+    """``1 window``, ``1,024 windows``."""
+    return f"{n:,.0f} window{'' if n == 1 else 's'}"
+
+
 def model_name(record: dict[str, Any]) -> str:
     return clean(short(record["model"]))
 

@@ -198,11 +198,19 @@ class KVPressTextGenerationPipeline(Pipeline):
             raise InputError(f"There is no room for {what}: {why}.")
         self._check_switch(n_earlier + min(limit, context_ids.shape[1]), question_ids, max_new_tokens)
         if context_ids.shape[1] > limit:
-            message = f"The context is cut from {context_ids.shape[1]} to {limit} tokens (max_context_length)."
+            why = "(max_context_length)"
+            if max_context_length is None:
+                room = self._max_positions() - n_earlier - limit
+                taken = f"{n_earlier:,} taken and " if n_earlier else ""
+                why = (
+                    f"({self._max_positions():,} positions of the model, {taken}{room:,} left free for a question and "
+                    "its answer); give a shorter text, or a model with more positions"
+                )
+            message = f"The context is cut from {context_ids.shape[1]:,} to its first {limit:,} tokens {why}."
             warnings.warn(message, UserWarning, stacklevel=2)
-            context_ids = context_ids[:, :limit]
-        parts = {"context_ids": context_ids, "question_ids": question_ids}
-        return {**parts, "pin": pins, "n_system": system_ids.shape[1]}
+        parts = {"context_ids": context_ids[:, :limit], "question_ids": question_ids}
+        n_cut = max(0, context_ids.shape[1] - limit)
+        return {**parts, "n_cut": n_cut, "pin": pins, "n_system": system_ids.shape[1]}
 
     def _forward(
         self,
@@ -217,6 +225,7 @@ class KVPressTextGenerationPipeline(Pipeline):
         context_ids = inputs["context_ids"].to(self.model.device)
         cache = PressedCache(press, kv_bits=kv_bits, pin=inputs["pin"]) if cache is None else cache
         earlier = cache.seen_tokens
+        cache.session.cut_tokens += inputs["n_cut"]
         if inputs["n_system"]:
             (own,) = cache.session.pins or ((),)
             cache.session.pins = ((*own, (0, inputs["n_system"])),)

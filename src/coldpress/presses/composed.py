@@ -13,8 +13,8 @@ from torch import Tensor
 
 from coldpress.bases.scorer import ScorerPress
 from coldpress.core.choice import best, checked, pack, protect
-from coldpress.core.counts import check_ratio
 from coldpress.core.kept import Place
+from coldpress.core.ratio import check_ratio
 from coldpress.core.requirements import SCORER, require
 from coldpress.core.view import LayerView
 from coldpress.errors import PressError

@@ -11,9 +11,10 @@ from coldpress.bases.checks import check_at_least
 from coldpress.bases.press import BasePress
 from coldpress.bases.registry import register
 from coldpress.bases.scorer import ScorerPress
-from coldpress.core.counts import check_ratio, keep_count
+from coldpress.core.counts import keep_count
 from coldpress.core.definition import as_given
 from coldpress.core.kept import Kept
+from coldpress.core.ratio import check_ratio
 from coldpress.core.requirements import PRESS, refusal, require
 from coldpress.core.view import LayerView
 from coldpress.errors import PressError

@@ -17,9 +17,9 @@ from torch import Tensor
 from coldpress.bases.checks import check_at_least, numbers_of
 from coldpress.bases.registry import register
 from coldpress.core.choice import pack
-from coldpress.core.counts import check_ratio
 from coldpress.core.forced import forced
 from coldpress.core.kept import Kept
+from coldpress.core.ratio import check_ratio
 from coldpress.core.view import LayerView
 from coldpress.errors import PressError
 from coldpress.io.artefacts import Artefact, Shape, artefacts_folder

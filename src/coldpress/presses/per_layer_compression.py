@@ -11,8 +11,8 @@ from torch import Tensor
 
 from coldpress.bases.scorer import ScorerPress
 from coldpress.bases.wrapper import WrapperPress
-from coldpress.core.counts import check_ratio
 from coldpress.core.kept import Place
+from coldpress.core.ratio import check_ratio
 from coldpress.core.requirements import CHOICE
 from coldpress.core.view import LayerView
 from coldpress.errors import PressError

@@ -11,8 +11,9 @@ from coldpress.bases.registry import register
 from coldpress.bases.scorer import ScorerPress
 from coldpress.bases.wrapper import WrapperPress
 from coldpress.core.choice import select
-from coldpress.core.counts import check_ratio, keep_count
+from coldpress.core.counts import keep_count
 from coldpress.core.kept import Kept
+from coldpress.core.ratio import check_ratio
 from coldpress.core.requirements import PRESS
 from coldpress.core.view import LayerView
 from coldpress.presses.knorm import KnormPress
