@@ -16,7 +16,7 @@ from coldpress.backends import BACKENDS, BUDGETS, NO_PRESS
 from coldpress.errors import InputError, nearest
 
 KINDS = ("perplexity", "tasks", "streaming", "baselines", "speed")  # sections of a sweep, in the order of measuring
-BITS = "{8,4,2,k8v4,...,mixed}"  # groups (KIVI); kKvV: keys in K bits, values in V, one by one; of these by budget
+BITS = "{8,4,k8v4,mixed}"  # groups (KIVI); kKvV: keys in K bits, values in V, one by one; the best of these
 PPL_PRESETS = ("hf-strided", "gptq", "llamacpp", "lm-eval")
 TASKS = ("niah_single", "niah_multikey", "vt", "cwe", "passkey", "repeat_text")  # asked where none is named
 USES = ("qa", "chat", "streaming", "throughput")  # of coldpress recommend
@@ -194,7 +194,7 @@ class OfPresses:
         None, "read prompts in pieces of so many tokens, and compress after each", useless=_NO_RATIO
     )
     kv_bits: tuple[int | str, ...] = _of_kept(
-        (), "hold what is kept in so few bits, its newest pairs not", metavar=BITS
+        (), "hold what is kept in 8, 4 or 2 bits, or as k4v4 or mixed; not its newest pairs", metavar=BITS
     )
     kv_group_size: int = _of_kept(64, "numbers that share a step then")
     kv_residual_tokens: int = _of_kept(128, "newest pairs that stay as they are then", least=0)
