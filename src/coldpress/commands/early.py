@@ -42,6 +42,8 @@ def check_early(given: Mapping[str, Any]) -> None:
     for ratio in ratios if isinstance(ratios, (list, tuple)) else () if ratios is None else (ratios,):
         check_ratio(ratio, "--compression_ratio")
     options: dict[str, Any] = {name: given.get(name) for name in ("subset", "sample_idx")}
+    if given.get("text_file") is not None and given.get("dataset") is not None:
+        return  # which of the two is meant is asked elsewhere
     texts, dataset, data = given.get("text_file"), given.get("dataset"), given.get("data")
     for text in (texts,) if isinstance(texts, str) else texts or ():
         if is_single(text, is_text=True):
