@@ -38,7 +38,8 @@ def check_early(given: Mapping[str, Any]) -> None:
     """
     from coldpress.eval.datasets import is_single, load_corpus, source_of  # which help does without
 
-    ratios = given.get("compression_ratio")
+    is_advice = "use" in given  # which takes no ratio of 0, and says so itself
+    ratios = None if is_advice else given.get("compression_ratio")
     for ratio in ratios if isinstance(ratios, (list, tuple)) else () if ratios is None else (ratios,):
         check_ratio(ratio, "--compression_ratio")
     options: dict[str, Any] = {name: given.get(name) for name in ("subset", "sample_idx")}
@@ -50,7 +51,7 @@ def check_early(given: Mapping[str, Any]) -> None:
             load_corpus("", text_file=text, **options)
     if texts is None and isinstance(dataset, str) and is_single(dataset):
         load_corpus(dataset, **options)
-    if given.get("use") is not None and data is not None and is_single(data, is_text="text_file" in source_of(data)):
+    if is_advice and data is not None and is_single(data, is_text="text_file" in source_of(data)):
         load_corpus(**{"dataset": "", **source_of(data)}, **options)
 
 
