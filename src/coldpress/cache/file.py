@@ -99,6 +99,7 @@ def save_cache(
     session.settle_seed()
     said = json.dumps(
         newer
+        | ({"cut_tokens": session.cut_tokens} if session.cut_tokens else {})
         | {
             "coldpress": VERSION,
             "model": facts,
@@ -108,7 +109,6 @@ def save_cache(
             "kv_bits": None if cache.kv_bits is None else asdict(cache.kv_bits),
             "seed": session._seed,
             "has_padding": any(layer.has_padding for layer in layers),
-            "cut_tokens": session.cut_tokens,
             "layers": about,
             "sha256": digest_of(tensors),
         }

@@ -38,17 +38,20 @@ def check_early(given: Mapping[str, Any]) -> None:
     """
     from coldpress.eval.datasets import is_single, load_corpus, source_of  # which help does without
 
-    ratios = given.get("compression_ratio")
+    is_advice = "use" in given  # which takes no ratio of 0, and says so itself
+    ratios = None if is_advice else given.get("compression_ratio")
     for ratio in ratios if isinstance(ratios, (list, tuple)) else () if ratios is None else (ratios,):
         check_ratio(ratio, "--compression_ratio")
     options: dict[str, Any] = {name: given.get(name) for name in ("subset", "sample_idx")}
+    if given.get("text_file") is not None and given.get("dataset") is not None:
+        return  # which of the two is meant is asked elsewhere
     texts, dataset, data = given.get("text_file"), given.get("dataset"), given.get("data")
     for text in (texts,) if isinstance(texts, str) else texts or ():
         if is_single(text, is_text=True):
             load_corpus("", text_file=text, **options)
     if texts is None and isinstance(dataset, str) and is_single(dataset):
         load_corpus(dataset, **options)
-    if given.get("use") is not None and data is not None and is_single(data, is_text="text_file" in source_of(data)):
+    if is_advice and data is not None and is_single(data, is_text="text_file" in source_of(data)):
         load_corpus(**{"dataset": "", **source_of(data)}, **options)
 
 
