@@ -18,6 +18,7 @@ from coldpress import RotatedBits
 from coldpress.stores import packed_part
 from coldpress.stores.native import Kind, attend_native, kernel, kernel_folder
 from coldpress.stores.packed import PackedStore
+from coldpress.stores.segments import Segments
 
 USUAL = Kind(torch.float32, (8, 4), (64, 64))
 needs_compiler = pytest.mark.skipif(kernel(USUAL) is None, reason="needs a C++ compiler")
@@ -79,6 +80,23 @@ def test_attention_is_that_over_unpacked_pairs(kind: Kind) -> None:
         found = attend_native(library, queries, *held(store), biases)
         rounding = torch.finfo(kind.dtype).eps if kind.dtype != torch.float32 else 1e-5  # of unpacked pairs
         torch.testing.assert_close(found.double(), exactly(store, queries, biases), atol=4 * rounding, rtol=0)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dim", [64, 9])
+def test_the_same_pairs_give_the_same_bits_wherever_they_lie(dim: int) -> None:
+    kind = Kind(torch.float32, (8, 4), (dim, dim))
+    store, queries, library = a_store(kind), torch.ones(3, 5, dim) / 8, kernel(kind)
+    assert library is not None
+    expected = attend_native(library, queries, *held(store), [None] * 3)
+    for offset in range(1, 5):
+        moved = {}
+        for name in ("keys", "values"):
+            part = store._exact.buffer(name)
+            moved[name] = torch.empty(part.numel() + offset)[offset:].view(part.shape).copy_(part)
+        exact = Segments(moved, store._exact.counts)
+        found = attend_native(library, queries, exact, store._codes, store._n_front, [None] * 3)
+        assert torch.equal(found, expected)
 
 
 @needs_compiler

@@ -74,6 +74,20 @@ inline float product(const float* __restrict one, const float* __restrict other)
   return sum;
 }
 
+// Numbers that begin where a vector register's worth does: loops over them add up in the same order in every call.
+class Floats {
+ public:
+  explicit Floats(int64_t n) : lines_((n + 15) / 16) {}
+  float* data() { return lines_.empty() ? nullptr : lines_[0].numbers; }
+  float& operator[](int64_t i) { return lines_[i / 16].numbers[i % 16]; }
+
+ private:
+  struct alignas(64) Line {
+    float numbers[16] = {};
+  };
+  std::vector<Line> lines_;
+};
+
 struct Task {
   int64_t segment, first, n;
   bool is_coded;
@@ -101,7 +115,7 @@ extern "C" void attend(
   const int64_t n_tasks = static_cast<int64_t>(tasks.size()), n_heads = n_segments * group;
 
   // Queries with channels in the order that codes are unpacked in, and their sums.
-  std::vector<float> own(n_heads * kKeyCodes, 0.0f), total(n_heads, 0.0f);
+  Floats own(n_heads * kKeyCodes), total(n_heads);
   for (int64_t h = 0; h < n_heads; ++h)
     for (int d = 0; d < KEY_CHANNELS; ++d) {
       constexpr int per_byte = 8 / KEY_BITS;
@@ -110,10 +124,10 @@ extern "C" void attend(
     }
 
   // Of each task and head of the group: the largest logit, the sum of weights, and the weighted sum of values.
-  std::vector<float> most(n_tasks * group), mass(n_tasks * group), leasts(n_tasks * group, 0.0f), sums(n_tasks * group * kWidest, 0.0f);
+  Floats most(n_tasks * group), mass(n_tasks * group), leasts(n_tasks * group), sums(n_tasks * group * kWidest);
 #pragma omp parallel num_threads(n_threads)
   {
-    std::vector<float> weights(group * kPairs);
+    Floats weights(group * kPairs);
     alignas(64) float row[kWidest];
 #pragma omp for schedule(dynamic, 1)
     for (int64_t t = 0; t < n_tasks; ++t) {
@@ -156,7 +170,8 @@ extern "C" void attend(
       }
       for (int64_t j = 0; j < task.n; j += kTile) {
         const int64_t n = std::min(kTile, task.n - j);
-        float tile[kTile][kWidest] = {}, step[kTile] = {}, least[kTile] = {};
+        alignas(64) float tile[kTile][kWidest] = {};
+        float step[kTile] = {}, least[kTile] = {};
         for (int64_t r = 0; r < n; ++r) {
           const int64_t at = start + j + r;
           if (task.is_coded) {
@@ -184,8 +199,8 @@ extern "C" void attend(
     }
   }
 
-  std::vector<float> largest(n_heads, kNone), all(n_heads, 0.0f);
-  if (sinks != nullptr) std::copy(sinks, sinks + n_heads, largest.begin());
+  Floats largest(n_heads), all(n_heads);
+  for (int64_t h = 0; h < n_heads; ++h) largest[h] = sinks != nullptr ? sinks[h] : kNone;
   for (int64_t t = 0; t < n_tasks; ++t)
     for (int64_t g = 0; g < group; ++g) {
       float& own_largest = largest[tasks[t].segment * group + g];
@@ -204,8 +219,10 @@ extern "C" void attend(
       const float* __restrict sum = &sums[own_task * kWidest];
       constexpr int per_byte = 8 / VALUE_BITS;
       if (tasks[t].is_coded)
-        for (int d = 0; d < VALUE_CHANNELS; ++d)
-          of_codes[h * VALUE_CHANNELS + d] += (sum[d % per_byte * kValueBytes + d / per_byte] + leasts[own_task]) * scale;
+        for (int d = 0; d < VALUE_CHANNELS; ++d) {
+          const float codes = sum[d % per_byte * kValueBytes + d / per_byte];
+          of_codes[h * VALUE_CHANNELS + d] += (codes + leasts[own_task]) * scale;
+        }
       else
         for (int d = 0; d < VALUE_CHANNELS; ++d) of_exact[h * VALUE_CHANNELS + d] += sum[d] * scale;
     }
