@@ -88,6 +88,8 @@ def test_before_a_model_is_loaded(line: str, said: str, tmp_path: Path, capsys: 
         ("chat --seed 3", "--seed is for tokens that are drawn"),
         ("serve --press think --kv_bits 4 --port 0", "kv_bits needs keys in all their channels"),
         ("serve --press kvzip --chunk_tokens 64 --port 0", "chunk_tokens needs a press that chooses again"),
+        ("chat --kv_bits mixed", "which is not given here: say k8v4"),
+        ("serve --kv_bits mixed --port 0", "which is not given here: say k8v4"),
     ],
 )
 def test_before_a_conversation_begins(line: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:

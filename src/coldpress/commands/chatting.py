@@ -12,7 +12,7 @@ import torch
 
 from coldpress.bases.press_files import load_press_files
 from coldpress.cache.pressed import PressedCache
-from coldpress.commands.serving import press_of
+from coldpress.commands.serving import press_of, refuse_mixed
 from coldpress.core.definition import in_short
 from coldpress.errors import InputError, nearest
 from coldpress.eval.jobs import default_press
@@ -48,6 +48,7 @@ def chat_given(args: argparse.Namespace, model_options: dict[str, Any]) -> int:
     sizes = {name: size for name in ("compression_ratio", "budget_tokens") if (size := getattr(args, name)) is not None}
     load_press_files([given["press"]])
     press = press_of({**given, **sizes}, {})
+    refuse_mixed(args.kv_bits)
     PressedCache(press, chunk_tokens=args.chunk_tokens, kv_bits=args.kv_bits)  # refuses what does not go together
     loaded = load_model(**model_options)
 

@@ -27,8 +27,9 @@ from coldpress.io.files import path_of
 from coldpress.io.terminal import printable
 from coldpress.serving.service import Limits, Service
 from coldpress.serving.snapshots import Snapshots
+from coldpress.stores.bits import MIXED
 
-__all__ = ["press_of", "serve", "serve_given"]
+__all__ = ["press_of", "refuse_mixed", "serve", "serve_given"]
 
 KEY_VARIABLE = "COLDPRESS_API_KEY"
 _LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -109,6 +110,7 @@ def serve(
     load_press_files([str(press.get("press", ""))])  # requests name what is loaded, and load nothing
     chosen = press_of(press, {})
     how = {name: snapshots[name] for name in ("chunk_tokens", "kv_bits")}
+    refuse_mixed(how["kv_bits"])
     PressedCache(chosen, **how)  # refuses what does not go together
     hosts = (*_LOCAL, "[::1]") if is_local and api_key is None else None
 
@@ -202,3 +204,11 @@ def greeting(service: Service, address: str, has_key: bool) -> str:
         "end: Ctrl-C or SIGTERM; answers that have begun are finished",
         keep="\n",
     )
+
+
+def refuse_mixed(kv_bits: int | str | None) -> None:
+    """Raise :class:`InputError` for bits that spend a press's budget of bytes, where no command line gives one."""
+    if kv_bits == MIXED:
+        raise InputError(
+            f"--kv_bits {MIXED} spends a press's budget of bytes, which is not given here: say k8v4 or k4v4."
+        )

@@ -13,7 +13,7 @@
 namespace {
 
 constexpr float kNone = -std::numeric_limits<float>::infinity();
-constexpr int64_t kTile = 8;  // rows of values that are added up together
+constexpr int64_t kTile = 16;  // rows that are multiplied, or added up, together
 constexpr int64_t kPairs = 512;  // of a task: their codes and weights stay in the processor's own memory
 
 #if NUMBER == 0
@@ -63,15 +63,20 @@ inline float exponential(float x) {
 // The codes of a row; of channels that share a byte the first of all bytes come first, then the second.
 template <int kBits, int kBytes, int kFlip = 0>
 inline void unpack(const uint8_t* __restrict row, float* __restrict codes) {
-  for (int i = 0; i < 8 / kBits; ++i)
-    for (int b = 0; b < kBytes; ++b) codes[i * kBytes + b] = ((row[b] ^ kFlip) >> (i * kBits)) & ((1 << kBits) - 1);
+  constexpr int kMost = (1 << kBits) - 1;
+  for (int b = 0; b < kBytes; ++b) {
+    const int byte = row[b] ^ kFlip;
+    for (int i = 0; i < 8 / kBits; ++i) codes[i * kBytes + b] = (byte >> (i * kBits)) & kMost;
+  }
 }
 
+// Products of one query with the rows of a tile.
 template <int kChannels>
-inline float product(const float* __restrict one, const float* __restrict other) {
-  float sum = 0;
-  for (int d = 0; d < kChannels; ++d) sum += one[d] * other[d];
-  return sum;
+inline void products(const float* __restrict query, const float (*__restrict rows)[kWidest], float* __restrict found) {
+  float sums[kTile] = {};
+  for (int d = 0; d < kChannels; ++d)
+    for (int r = 0; r < kTile; ++r) sums[r] += query[d] * rows[r][d];
+  for (int r = 0; r < kTile; ++r) found[r] = sums[r];
 }
 
 // Numbers that begin where a vector register's worth does: loops over them add up in the same order in every call.
@@ -128,24 +133,31 @@ extern "C" void attend(
 #pragma omp parallel num_threads(n_threads)
   {
     Floats weights(group * kPairs);
-    alignas(64) float row[kWidest];
+    alignas(64) float tile[kTile][kWidest] = {};  // rows of keys or values as numbers
 #pragma omp for schedule(dynamic, 1)
     for (int64_t t = 0; t < n_tasks; ++t) {
       const Task task = tasks[t];
       const int64_t s = task.segment, start = task.first + (task.is_coded ? codes_start[s] : exact_start[s]);
-      for (int64_t j = 0; j < task.n; ++j) {
-        const int64_t at = start + j;
-        if (task.is_coded) {
-          unpack<KEY_BITS, kKeyBytes, KEY_BITS == 8 ? 128 : 0>(key_codes + at * kKeyBytes, row);
-          const float step = static_cast<float>(key_step[at]), least = static_cast<float>(key_least[at]);
-          for (int64_t g = 0; g < group; ++g) {
-            const int64_t h = s * group + g;
-            weights[g * kPairs + j] = product<kKeyCodes>(&own[h * kKeyCodes], row) * step + total[h] * least;
+      for (int64_t j = 0; j < task.n; j += kTile) {
+        const int64_t n = std::min(kTile, task.n - j);
+        float found[kTile];
+        std::fill(tile[n], tile[kTile], 0.0f);  // the last tile may have fewer rows
+        for (int64_t r = 0; r < n; ++r) {
+          const int64_t at = start + j + r;
+          if (task.is_coded) unpack<KEY_BITS, kKeyBytes, KEY_BITS == 8 ? 128 : 0>(key_codes + at * kKeyBytes, tile[r]);
+          else
+            for (int d = 0; d < KEY_CHANNELS; ++d) tile[r][d] = number(keys[at * KEY_CHANNELS + d]);
+        }
+        for (int64_t g = 0; g < group; ++g) {
+          const int64_t h = s * group + g;
+          if (task.is_coded) products<kKeyCodes>(&own[h * kKeyCodes], tile, found);
+          else products<KEY_CHANNELS>(queries + h * KEY_CHANNELS, tile, found);
+          for (int64_t r = 0; r < n; ++r) {
+            const int64_t at = start + j + r;
+            if (task.is_coded)
+              found[r] = found[r] * static_cast<float>(key_step[at]) + total[h] * static_cast<float>(key_least[at]);
+            weights[g * kPairs + j + r] = found[r];
           }
-        } else {
-          for (int d = 0; d < KEY_CHANNELS; ++d) row[d] = number(keys[at * KEY_CHANNELS + d]);
-          for (int64_t g = 0; g < group; ++g)
-            weights[g * kPairs + j] = product<KEY_CHANNELS>(queries + (s * group + g) * KEY_CHANNELS, row);
         }
       }
       for (int64_t g = 0; g < group; ++g) {
@@ -170,7 +182,7 @@ extern "C" void attend(
       }
       for (int64_t j = 0; j < task.n; j += kTile) {
         const int64_t n = std::min(kTile, task.n - j);
-        alignas(64) float tile[kTile][kWidest] = {};
+        std::fill(tile[n], tile[kTile], 0.0f);
         float step[kTile] = {}, least[kTile] = {};
         for (int64_t r = 0; r < n; ++r) {
           const int64_t at = start + j + r;

@@ -7,7 +7,6 @@ torch.compile does; without one, and where they are faster, torch's own operatio
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 import shutil
 import subprocess
@@ -23,7 +22,7 @@ from torch import Tensor
 from coldpress.stores.hadamard import rotated
 from coldpress.stores.segments import Segments
 
-__all__ = ["CODES", "Kind", "attend_native", "kernel", "kernel_folder"]
+__all__ = ["CODES", "Kind", "attend_native", "kernel"]
 
 CODES = ("keys.codes", "keys.step", "keys.least", "values.rows")  # the tensors of RotatedBits' codes
 
@@ -50,12 +49,6 @@ class Kind(NamedTuple):
     channels: tuple[int, int]
 
 
-def kernel_folder() -> Path:
-    """Where kernels are kept for later processes: ``coldpress`` in ``XDG_CACHE_HOME``, or in ``~/.cache``."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "coldpress"
-
-
 @lru_cache(maxsize=64)
 def kernel(kind: Kind) -> ctypes.CDLL | None:
     """The kernel for pairs of one kind; None where there is no compiler for it, or it does not work."""
@@ -66,48 +59,15 @@ def kernel(kind: Kind) -> ctypes.CDLL | None:
     names = ("NUMBER", "KEY_BITS", "VALUE_BITS", "KEY_CHANNELS", "VALUE_CHANNELS")
     meant = [f"-D{name}={value}" for name, value in zip(names, (number, *kind.bits, *kind.channels), strict=True)]
     for threads in (["-fopenmp"], []):  # some compilers have no OpenMP; then one thread does it all
-        command = [compiler, *_FLAGS, *threads, *meant]
         try:
-            return ctypes.CDLL(str(_built(command)))
+            with tempfile.TemporaryDirectory(prefix="coldpress-") as folder:  # gone when the library is loaded
+                library = os.path.join(folder, "kernel.so")
+                command = [compiler, *_FLAGS, *threads, *meant, str(_SOURCE), "-o", library]
+                subprocess.run(command, capture_output=True, check=True, timeout=_SECONDS)
+                return ctypes.CDLL(library)
         except (OSError, subprocess.SubprocessError):
             continue
     return None
-
-
-def _built(command: Sequence[str]) -> Path:
-    """The library that ``command`` makes of the source, made now unless an earlier process made the same."""
-    # what the compiler defines says its version and what the processor can do
-    asked = [*command[:3], "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
-    defined = subprocess.run(asked, capture_output=True, check=True, timeout=_SECONDS).stdout
-    said = b"\0".join([_SOURCE.read_bytes(), defined, *(part.encode() for part in command)])
-    name = f"{hashlib.sha256(said).hexdigest()[:32]}.so"
-    folder = kernel_folder()
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        is_ours = folder.stat().st_uid == os.getuid() and os.access(folder, os.W_OK)
-    except OSError:
-        is_ours = False
-    if not is_ours:  # nobody else's library is loaded
-        folder = _own_folder()
-    path = folder / name
-    if not path.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as made:
-            target = Path(made) / name
-            making = [*command, str(_SOURCE), "-o", str(target)]
-            subprocess.run(making, capture_output=True, check=True, timeout=_SECONDS)
-            target.replace(path)  # whole, or not at all
-    return path
-
-
-@lru_cache(maxsize=1)
-def _own_folder() -> Path:
-    """A folder of this process, gone when it ends."""
-    made = tempfile.TemporaryDirectory(prefix="coldpress-")
-    _KEPT.append(made)
-    return Path(made.name)
-
-
-_KEPT: list[object] = []
 
 
 def attend_native(
