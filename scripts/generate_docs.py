@@ -94,6 +94,9 @@ def presses(document: str) -> str:
     return "\n".join([*lines, "", added.get("about", "")]).rstrip()
 
 
+SMOLLM2_LAYERS = 30
+
+
 def seconds_added() -> dict[str, str]:
     """What each press adds to the prefill of a whole model, in seconds, and ``about``: which; empty unless measured."""
     folder = ROOT / "benchmarks" / "press_overhead"
@@ -102,11 +105,14 @@ def seconds_added() -> dict[str, str]:
         return {}
     record = json.loads(path.read_text(encoding="utf-8"))
     found = runpy.run_path(str(folder / "press_overhead.py"))["summary"](record)
-    settings, whole = record["settings"], found.pop("no_press")["coldpress"]["prefill_ms"] / 1e3
-    said = {name: f"{row['coldpress']['added_ms'] / 1e3:.1f}" for name, row in found.items()}
+    settings = record["settings"]
+    times = SMOLLM2_LAYERS // settings["layers"]  # what one layer takes, all do
+    whole = times * found.pop("no_press")["coldpress"]["prefill_ms"] / 1e3
+    said = {name: f"{times * row['coldpress']['added_ms'] / 1e3:.1f}" for name, row in found.items()}
     about = (
         f"Seconds beside the {whole:.1f} that SmolLM2-135M takes for {settings['tokens']:,} tokens, float32, "
-        f"{settings['threads']} CPU threads, half of the pairs removed."
+        f"{settings['threads']} CPU threads, half of the pairs removed: {times} times what {settings['layers']} of its "
+        f"{SMOLLM2_LAYERS} layers take."
     )
     return {**said, "about": about}
 

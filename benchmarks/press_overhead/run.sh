@@ -13,5 +13,5 @@ new=(attention_matching_defensive attention_matching_snapkv defensive layer_defe
   mass_merging_snapkv momentkv_snapkv morphkv rkv snapkv)
 "${measure[@]}" --rounds 5 --library coldpress --model smollm2-135m ${1:+--gguf "$1"} ${LAYERS:+--layers "$LAYERS"} \
   --press "${new[@]}" --output "$results/smollm2-135m-new.json"
-"${measure[@]}" --rounds 1 --library coldpress --model smollm2-135m ${1:+--gguf "$1"} --press all \
+"${measure[@]}" --rounds 1 --library coldpress --model smollm2-135m ${1:+--gguf "$1"} --layers 6 --press all \
   --output "$results/smollm2-135m-all.json"

@@ -116,7 +116,7 @@ class ReplayPress(BudgetPress):
         for layer, part, count in zip(layers, scores, counts, strict=True):
             layer.keep(select_counts(part, count))
 
-    def run(self, cache: PressedCache, model: nn.Module, on_attention: _OnAttention, n_new: int, **inputs: Any) -> Any:
+    def run(self, cache: PressedCache, model: nn.Module, on_attention: _OnAttention, n_new: int, **inputs: Any) -> None:
         """Run ``model`` on ``n_new`` more tokens after those in ``cache``, which does not notice.
 
         Args:
@@ -154,12 +154,14 @@ class ReplayPress(BudgetPress):
                 watch(layer, call)
 
         fork.session.on_attention = on_every_attention
-        if "position_ids" in inspect.signature(model.forward).parameters:  # some models that see images count otherwise
+        takes = inspect.signature(model.forward).parameters
+        if "logits_to_keep" in takes:  # attention is all that is looked at
+            inputs["logits_to_keep"] = 1
+        if "position_ids" in takes:  # some models that see images count otherwise
             at = torch.arange(cache.seen_tokens, end, device=next(iter(inputs.values())).device)
             inputs["position_ids"] = at[None]
-        output = model(**cache_argument(fork, model), use_cache=True, **inputs)
+        model(**cache_argument(fork, model), use_cache=True, **inputs)
         stand_at(model, cache.seen_tokens)  # as if it had not been run
-        return output
 
 
 def check_one_text(press: object, token_ids: Tensor, has_padding: bool) -> None:
