@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,6 @@ from coldpress import (
     GKVPress,
     KeyRerotationPress,
     KnormPress,
-    LayerView,
     LUKVPress,
     MergingPress,
     PerLayerCompressionPress,
@@ -198,7 +198,7 @@ def test_a_window_that_does_not_fit_in_beside_the_ends_shrinks() -> None:
     lengths = torch.full(later.shape, 20, dtype=torch.int32).masked_fill(later > 20, 0)
 
     def choose(press: ScorerPress) -> list[int]:
-        seen = LayerView(**{**vars(view), "positions": later, "first_position": 100, "_memo": {}})
+        seen = replace(view, positions=later, first_position=100, _memo={})
         seen.columns = {"prompt_tokens": lengths}
         kept = press.choose(seen)
         assert kept is not None
