@@ -99,6 +99,22 @@ def test_the_same_pairs_give_the_same_bits_wherever_they_lie(dim: int) -> None:
 
 
 @needs_compiler
+@pytest.mark.usefixtures("anew")
+def test_what_the_caller_has_set_changes_nothing() -> None:
+    store, queries, library = a_store(USUAL), torch.ones(3, 2, 64) / 8, kernel(USUAL)
+    assert library is not None
+    expected = attend_native(library, queries, *held(store), [None] * 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(attend_native(library, queries, *held(store), [None] * 3), expected)
+        again = a_store(USUAL)
+        packed_part.fastest(USUAL)
+    assert all(map(torch.equal, again.tensors(), store.tensors()))
+    packed_part.fastest.cache_clear()
+    with torch.device("meta"):
+        packed_part.fastest(USUAL)
+
+
+@needs_compiler
 def test_what_is_no_number_stays_none() -> None:
     store, queries = a_store(USUAL), torch.ones(3, 1, 64)
     queries[1, 0, 5] = torch.nan
@@ -143,6 +159,16 @@ def test_a_kernel_that_is_wrong_or_slow_is_not_used(fault: str, monkeypatch: pyt
     monkeypatch.setattr(packed_part, "kernel", lambda kind: ctypes.CDLL(None))
     monkeypatch.setattr(packed_part, "attend_native", attend)
     assert packed_part.fastest(USUAL) is None
+
+
+def test_keys_and_values_in_two_types_are_not_read_by_the_kernel() -> None:
+    keys, values = (torch.randn(1, 2, 300, 64, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    store = PackedStore(RotatedBits(8, 4, newest=16), keys, values.bfloat16(), torch.tensor([[300, 300]]), 0)
+    assert packed_part.kernel_for(store.codec, store._exact) is None
+    queries = torch.ones(2, 2, 64) / 8
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = packed_part.attend_packed(store.codec, queries, *held(store), [None] * 2)
+    torch.testing.assert_close(found.double(), exactly(store, queries, [None] * 2), atol=0.02, rtol=0)
 
 
 def test_a_codec_that_stores_otherwise_is_not_read_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,8 +31,9 @@ def hadamard(n: int) -> Tensor:
 
 
 def rotated(numbers: Tensor) -> Tensor:
-    """``numbers [..., D]`` times :func:`hadamard`, in float32; twice is what there was before."""
-    return numbers.float() @ _on(numbers.shape[-1], numbers.device)
+    """``numbers [..., D]`` times :func:`hadamard`, in float32, autocast or not; twice is what there was before."""
+    with torch.autocast(numbers.device.type, enabled=False):
+        return numbers.float() @ _on(numbers.shape[-1], numbers.device)
 
 
 @lru_cache(maxsize=16)

@@ -13,7 +13,7 @@ from coldpress.core.pick import pick
 from coldpress.errors import CacheError
 from coldpress.stores.base import Store
 from coldpress.stores.codec import TokenCodec, form_of
-from coldpress.stores.packed_part import CODES, PackedPart, attend_packed, fastest, kind_of
+from coldpress.stores.packed_part import CODES, PackedPart, attend_packed, is_read_as_stored, kernel_for
 from coldpress.stores.parts import Part, whole_blocks
 from coldpress.stores.ragged import pad_segments
 from coldpress.stores.rotated import RotatedBits
@@ -286,10 +286,9 @@ class PackedStore(Store):
 
     def part(self, n_more: int) -> Part | None:
         exact, codes, codec = self._exact, self._codes, self.codec
-        kind = kind_of(codec, exact)
-        if self.device.type != "cpu" or not isinstance(codec, RotatedBits) or kind is None:
+        if self.device.type != "cpu" or not isinstance(codec, RotatedBits) or not is_read_as_stored(codec):
             return None
-        if fastest(kind) is None:  # found out now, so that no step has to
+        if kernel_for(codec, exact) is None:  # found out now, so that no step has to
             codec.try_kernels()
         if exact.pitch is None or exact.room < 1:
             most = codec.first_tokens + codec.exact_tokens + codec.batch_tokens  # then some are encoded

@@ -22,13 +22,15 @@ from coldpress.stores.parts import Sight, of_segments
 from coldpress.stores.rotated import RotatedBits
 from coldpress.stores.segments import Segments
 
-__all__ = ["CODES", "TRIALS", "PackedPart", "attend_packed", "fastest", "kind_of"]
+__all__ = ["CODES", "TRIALS", "PackedPart", "attend_packed", "fastest", "is_read_as_stored", "kernel_for"]
 
 _TRIED, _HEADS = 1024, 8  # codes of each head that a kernel is tried with
 _CLOSE = 5e-3  # torch's sums may be rounded to 16 bits
+TRIALS: dict[Kind, tuple[float, float]] = {}  # of this process: least milliseconds of the kernel, and of torch
 _FEWEST_ALIKE = 2  # segments of a run, on average: fewer are as fast one by one
 
 
+@torch.autocast("cpu", enabled=False)  # logits and sums are in float32
 def attend_packed(
     codec: TokenCodec,
     queries: Tensor,
@@ -50,17 +52,23 @@ def attend_packed(
         sinks: float32 ``[S, G]``, logits that take weight from the pairs and have no value.
     """
     given = queries, exact, codes, n_front, biases, softcap, sinks
-    library = None if (kind := kind_of(codec, exact)) is None else fastest(kind)
+    library = kernel_for(codec, exact)
     return _attend_by_torch(codec, *given) if library is None else attend_native(library, *given)
 
 
-def kind_of(codec: TokenCodec, exact: Segments) -> Kind | None:
-    """The kind of pairs, if these are RotatedBits' codes; a class made of it may decode them in its own way."""
+def is_read_as_stored(codec: TokenCodec) -> bool:
+    """Whether codes are RotatedBits' and mean what these do; a class made of it may decode them in its own way."""
     own = ("decode_keys", "decode_values", "logits", "sums")
-    if not isinstance(codec, RotatedBits) or any(getattr(type(codec), n) is not getattr(RotatedBits, n) for n in own):
-        return None
+    return isinstance(codec, RotatedBits) and all(getattr(type(codec), n) is getattr(RotatedBits, n) for n in own)
+
+
+def kernel_for(codec: TokenCodec, exact: Segments) -> ctypes.CDLL | None:
+    """The kernel to use; none for keys and values in two types, as autocast makes them."""
     keys, values = exact.buffer("keys"), exact.buffer("values")
-    return Kind(keys.dtype, (codec.key_bits, codec.value_bits), (keys.shape[1], values.shape[1]))
+    if not is_read_as_stored(codec) or keys.dtype != values.dtype:
+        return None
+    assert isinstance(codec, RotatedBits)
+    return fastest(Kind(keys.dtype, (codec.key_bits, codec.value_bits), (keys.shape[1], values.shape[1])))
 
 
 @lru_cache(maxsize=64)
@@ -71,7 +79,7 @@ def fastest(kind: Kind) -> ctypes.CDLL | None:
         return None
     codec, (dim, value_dim) = RotatedBits(*kind.bits), kind.channels
     n_exact, n_codes = _TRIED // 8, _TRIED
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.autocast("cpu", enabled=False), torch.device("cpu"):  # whatever its caller set
         numbers = torch.arange(_HEADS * n_codes * (dim + value_dim)).float().sin_().view(-1, dim + value_dim)
         keys, values = (part.to(kind.dtype).contiguous() for part in numbers.split([dim, value_dim], dim=1))
         blocks = codec.encode(keys[:, None], values[:, None])
@@ -167,9 +175,6 @@ def _weights(logits: Tensor, bias: Tensor | None, softcap: float | None, sinks: 
     if sinks is None:
         return logits.softmax(-1)
     return torch.cat([logits, sinks[..., None]], dim=-1).softmax(-1)[..., :-1]
-
-
-TRIALS: dict[Kind, tuple[float, float]] = {}  # of this process: least milliseconds of the kernel, and of torch
 
 
 @torch.library.custom_op("coldpress::attend_packed", mutates_args=())

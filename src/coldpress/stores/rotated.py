@@ -72,6 +72,7 @@ class RotatedBits(TokenCodec):
     def first_tokens(self) -> int:  # type: ignore[override]
         return self.sinks
 
+    @torch.autocast("cpu", enabled=False)  # which cannot join rows in float16
     def encode(self, keys: Tensor, values: Tensor) -> Blocks:
         """Codes, steps and least numbers of ``keys [N, 1, D]``, rows of ``values [N, 1, Dv]`` (``stores/rows.py``)."""
         parts = []
