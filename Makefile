@@ -20,8 +20,8 @@ GPU_MINUTES ?= 12
 
 PY := $(VENV)/bin/python
 HAS_CUDA := import sys, accelerate, hypothesis, pytest, torch, transformers; sys.exit(not torch.cuda.is_available())
-HAS_SMOLLM2 := import sys; from coldpress.eval.models import smollm2_is_installed as there; sys.exit(not there())
-SMOLLM2_FILE := from coldpress.eval.models import smollm2_file; print(f'smollm2: --model smollm2 is {smollm2_file()}')
+HAS_SMOLLM2 := import sys; from coldpress.loading.models import smollm2_is_installed as there; sys.exit(not there())
+SMOLLM2_FILE := from coldpress.loading.models import smollm2_file; print(f'smollm2: --model smollm2 is {smollm2_file()}')
 STAMP := $(VENV)/.installed
 PARITY := .venv-parity
 # versions of transformers that are tested beside the newest, each in an environment of its own

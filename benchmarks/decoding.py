@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GPTNeoXConfig, Llam
 
 from coldpress import PressedCache
 from coldpress.architecture.cache_argument import cache_argument
-from coldpress.eval.results import environment
+from coldpress.records.results import environment
 
 MODELS = ("pythia-70m", "smollm2-135m")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

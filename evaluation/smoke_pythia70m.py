@@ -25,7 +25,7 @@ def main() -> int:
 
     import coldpress
     from coldpress.errors import InputError
-    from coldpress.eval.models import load_model
+    from coldpress.loading.models import load_model
 
     try:
         press = coldpress.KnormPress(compression_ratio=args.compression_ratio)

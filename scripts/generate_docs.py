@@ -43,8 +43,8 @@ from coldpress.bases.listing import KINDS, keeps, python_only, traits
 from coldpress.bases.registry import PressInfo, catalogue, make_press, press_classes
 from coldpress.core.press import parts as parts_of
 from coldpress.errors import ColdpressError
-from coldpress.eval.report import describe, table
-from coldpress.eval.results import read_results
+from coldpress.records.results import read_results
+from coldpress.report.terminal import describe, table
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = (

@@ -18,8 +18,8 @@ from transformers import pipeline
 from coldpress import AdaKVPress, PressedCache, SampledDefensiveKVPress, SnapKVPress
 from coldpress.cli import main
 from coldpress.commands import asking, chatting
-from coldpress.eval import progress
-from coldpress.eval.models import LoadedModel, load_model
+from coldpress.io import progress
+from coldpress.loading.models import LoadedModel, load_model
 from coldpress.models.pipeline import TASKS
 
 Run = Callable[..., tuple[int, str, str]]

@@ -38,9 +38,10 @@ from coldpress.errors import OutputError, SelfCheckError
 from coldpress.eval import run as run_module
 from coldpress.eval import speed
 from coldpress.eval.ledger import Ledger
-from coldpress.eval.report import groups, show
-from coldpress.eval.schema import METRICS, check_record
 from coldpress.eval.speed import SpeedRun
+from coldpress.records.reading import groups
+from coldpress.records.schema import METRICS, check_record
+from coldpress.report.terminal import show
 
 ROOT = Path(__file__).parents[1]
 DEMO = Path(coldpress.__file__).parent / "assets" / "demo" / "model"
@@ -1005,7 +1006,7 @@ TEN = [
     "streaming_llm",
     "tova",
 ]
-EVERY_LINE = "import coldpress.eval.progress as progress; progress.LINE_EVERY_S = 0.0"
+EVERY_LINE = "import coldpress.io.progress as progress; progress.LINE_EVERY_S = 0.0"
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
@@ -1246,7 +1247,7 @@ def test_interrupted_before_anything_is_measured(run: Run, monkeypatch: pytest.M
 
 @pytest.mark.slow
 def test_killed_it_leaves_no_broken_file(run: Run, tiny: Path, tmp_path: Path) -> None:
-    kill = "import coldpress.eval.results as r; r.os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)"
+    kill = "import coldpress.records.results as r; r.os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)"
     arguments = ["--model", tiny, "--dataset", "demo", "--press", "knorm", "snapkv", *QUALITY, "--output_dir", tmp_path]
     code, _, err = finish(start(kill, *arguments))
     assert code == -signal.SIGKILL, err

@@ -19,7 +19,7 @@ import coldpress
 from coldpress.bases.press import BasePress
 from coldpress.bases.registry import catalogue, make_press, press_names
 from coldpress.cli import _parser
-from coldpress.eval.results import read_results
+from coldpress.records.results import read_results
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = ("README.md", "README.zh-CN.md")

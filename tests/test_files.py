@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.eval.report_records import record, write
+from tests.report.records import record, write
 
 from coldpress.cache.file import require_file
 from coldpress.cli import main
 from coldpress.errors import CacheError, DataError, OutputError, PressError
-from coldpress.eval import datasets
-from coldpress.eval.datasets import load_corpus
-from coldpress.eval.results import check_output, check_writable, read_results
 from coldpress.io.artefacts import read_artefact
 from coldpress.io.files import read_bytes, read_text
+from coldpress.io.output import check_output, check_writable
 from coldpress.io.terminal import UNSAFE, printable
+from coldpress.loading import datasets
+from coldpress.loading.datasets import load_corpus
+from coldpress.records.results import read_results
 
 DEMO = ["--model", "demo"]
 LONG = "a" * 300

@@ -37,7 +37,7 @@ from coldpress import (
 from coldpress.architecture.cache_argument import cache_argument
 from coldpress.cli import main
 from coldpress.errors import DataError, ModelError, OutputError, PressError
-from coldpress.eval.models import LoadedModel, load_model
+from coldpress.loading.models import LoadedModel, load_model
 from coldpress.models.inspection import Inspection
 
 N = 60

@@ -180,7 +180,7 @@ def test_inspect_and_compress_take_it(file: Path, tmp_path: Path) -> None:
     text.write_text("The olives were in the kitchen, and the cat was in the garden. " * 4)
     options = ["--model", "demo", "--text_file", text, "--output", saved]
     assert run("compress", *options, "--press", name) == 0
-    from coldpress.eval.models import load_model
+    from coldpress.loading.models import load_model
 
     cache = PressedCache.load(saved, load_model("demo").model)
     assert cache.achieved_ratio() > 0.4

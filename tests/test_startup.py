@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from tests.eval.report_records import record, spread, write
+from tests.report.records import record, spread, write
 
 import coldpress
 from coldpress import public, registration

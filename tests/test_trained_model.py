@@ -9,8 +9,8 @@ from torch.nn.functional import cross_entropy
 
 from coldpress import PressedCache, make_press
 from coldpress.architecture.cache_argument import cache_argument
-from coldpress.eval.datasets import load_corpus
-from coldpress.eval.models import LoadedModel, load_model
+from coldpress.loading.datasets import load_corpus
+from coldpress.loading.models import LoadedModel, load_model
 
 ROWS, CONTEXT, SCORED = 12, 320, 80
 INFORMED = ("snapkv", "expected_attention", "tova")

@@ -12,7 +12,7 @@ import transformers
 from coldpress import KnormPress, PressedCache
 from coldpress.architecture.versions import TESTED, check_versions, untested
 from coldpress.errors import UntestedVersionWarning
-from coldpress.eval.models import load_model
+from coldpress.loading.models import load_model
 
 ROOT = Path(__file__).parents[1]
 

@@ -43,13 +43,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from coldpress.architecture.cache_argument import cache_argument
     from coldpress.cache.pressed import PressedCache
     from coldpress.commands.calibrating import pick_samples
-    from coldpress.eval.datasets import load_corpus
-    from coldpress.eval.models import load_model
-    from coldpress.eval.progress import progress
-    from coldpress.eval.results import environment
     from coldpress.io.artefacts import Artefact
+    from coldpress.io.progress import progress
     from coldpress.learned.calibration import calibrate
+    from coldpress.loading.datasets import load_corpus
+    from coldpress.loading.models import load_model
     from coldpress.models.block import prefilling
+    from coldpress.records.results import environment
 
     loaded = load_model(args.model)
     model, tokenizer = loaded.model, loaded.tokenizer

@@ -24,7 +24,7 @@ from benchmarks.leaderboard.board import page
 from benchmarks.leaderboard.plan import SHARES, Sizes, Stage, lanes
 from benchmarks.leaderboard.rank import condensed
 
-from coldpress.eval.results import read_results
+from coldpress.records.results import read_results
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results"

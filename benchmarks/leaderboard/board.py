@@ -11,8 +11,8 @@ from benchmarks.leaderboard.goals import goals
 from benchmarks.leaderboard.plan import AT_ONE_RATIO, LEFT_OUT
 from benchmarks.leaderboard.rank import boards, windows_of
 
-from coldpress.eval.figures import VARIABLES
-from coldpress.eval.wording import listed
+from coldpress.records.wording import listed
+from coldpress.report.figures import VARIABLES
 
 HOW = (
     "Ranks are by mean KL, in nats a token, between the next-token distributions behind the compressed and behind "

@@ -40,11 +40,11 @@ from coldpress import (
     StreamingLLMPress,
     TOVAPress,
 )
-from coldpress.eval.datasets import load_corpus
-from coldpress.eval.models import load_model
-from coldpress.eval.results import environment
 from coldpress.eval.stream import read_stream
-from coldpress.eval.tokens import tokenize
+from coldpress.loading.datasets import load_corpus
+from coldpress.loading.models import load_model
+from coldpress.loading.tokens import tokenize
+from coldpress.records.results import environment
 
 PRESSES: dict[str, BasePress] = {
     "StreamingLLM": StreamingLLMPress(),

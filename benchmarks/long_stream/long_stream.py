@@ -51,11 +51,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from coldpress import DecodingPress, PressedCache, StreamingLLMPress
-    from coldpress.eval.datasets import load_corpus
-    from coldpress.eval.models import load_model
     from coldpress.eval.plan import tokenize
-    from coldpress.eval.results import environment
     from coldpress.eval.stream import read_stream
+    from coldpress.loading.datasets import load_corpus
+    from coldpress.loading.models import load_model
+    from coldpress.records.results import environment
 
     corpus = load_corpus(args.dataset, sample_idx=args.sample_idx)
     loaded = load_model(args.model)

@@ -38,11 +38,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from coldpress import BasePress, DefensiveKVPress, PerLayerCompressionPress, PressedCache, SnapKVPress, make_press
     from coldpress.architecture.cache_argument import cache_argument
     from coldpress.eval.material import Material
-    from coldpress.eval.models import load_model
-    from coldpress.eval.progress import progress
-    from coldpress.eval.results import environment
     from coldpress.eval.tasks import Example, make_examples
+    from coldpress.io.progress import progress
+    from coldpress.loading.models import load_model
     from coldpress.models.block import prefilling
+    from coldpress.records.results import environment
 
     loaded = load_model(args.model)
     model = loaded.model

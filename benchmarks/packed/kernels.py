@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from coldpress.attend.packed import Digits, bag_sums, integer_products
-from coldpress.eval.results import environment
+from coldpress.records.results import environment
 from coldpress.stores.kernels import verdict
 from coldpress.stores.native import Kind
 from coldpress.stores.packed_part import TRIALS, fastest

@@ -25,12 +25,12 @@ import torch
 from coldpress import AdaKVPress, Codec, KVBits, Mixed, PressedCache, RotatedBits, SnapKVPress, make_press
 from coldpress.architecture.cache_argument import cache_argument
 from coldpress.core.press import Press
-from coldpress.eval.datasets import load_corpus
-from coldpress.eval.metrics import paired_difference
-from coldpress.eval.models import load_model
-from coldpress.eval.results import environment
-from coldpress.eval.tokens import tokenize
+from coldpress.loading.datasets import load_corpus
+from coldpress.loading.models import load_model
+from coldpress.loading.tokens import tokenize
 from coldpress.models.block import prefilling
+from coldpress.records.metrics import paired_difference
+from coldpress.records.results import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 

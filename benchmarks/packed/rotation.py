@@ -20,11 +20,11 @@ from torch import Tensor
 
 from coldpress import PressedCache
 from coldpress.architecture.cache_argument import cache_argument
-from coldpress.eval.datasets import load_corpus
-from coldpress.eval.metrics import paired_difference
-from coldpress.eval.models import load_model
-from coldpress.eval.results import environment
-from coldpress.eval.tokens import tokenize
+from coldpress.loading.datasets import load_corpus
+from coldpress.loading.models import load_model
+from coldpress.loading.tokens import tokenize
+from coldpress.records.metrics import paired_difference
+from coldpress.records.results import environment
 from coldpress.stores.hadamard import rotated
 from coldpress.stores.rows import least_and_step, steps_type
 

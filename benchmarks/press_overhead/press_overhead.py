@@ -246,7 +246,7 @@ def with_coldpress(args: argparse.Namespace) -> Setup:
     import coldpress
     from coldpress.cache.layer import PressedLayer
     from coldpress.core.press import parts
-    from coldpress.eval.models import load_model
+    from coldpress.loading.models import load_model
 
     model = make_model(args)
     coldpress.use_coldpress(model)

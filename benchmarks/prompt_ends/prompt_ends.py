@@ -47,10 +47,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from coldpress import BoundaryPress, DecodingPress, PressedCache, make_press, prefill
     from coldpress.architecture.cache_argument import cache_argument
     from coldpress.commands.calibrating import pick_samples
-    from coldpress.eval.datasets import load_corpus
-    from coldpress.eval.models import load_model
-    from coldpress.eval.progress import progress
-    from coldpress.eval.results import environment
+    from coldpress.io.progress import progress
+    from coldpress.loading.datasets import load_corpus
+    from coldpress.loading.models import load_model
+    from coldpress.records.results import environment
 
     loaded = load_model(args.model)
     model, tokenizer = loaded.model, loaded.tokenizer

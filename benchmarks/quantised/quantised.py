@@ -23,11 +23,11 @@ from torch import Tensor
 
 from coldpress import KVBits, PressedCache
 from coldpress.architecture.cache_argument import cache_argument
-from coldpress.eval.datasets import load_corpus
-from coldpress.eval.metrics import paired_difference
-from coldpress.eval.models import load_model
 from coldpress.eval.plan import tokenize
-from coldpress.eval.results import environment
+from coldpress.loading.datasets import load_corpus
+from coldpress.loading.models import load_model
+from coldpress.records.metrics import paired_difference
+from coldpress.records.results import environment
 
 
 def candidates(config: Any, bits: list[int]) -> Iterator[tuple[str, int, Any]]:

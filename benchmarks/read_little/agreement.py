@@ -52,10 +52,10 @@ def main(given: list[str]) -> int:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    from coldpress.eval.datasets import load_corpus
-    from coldpress.eval.models import load_model
-    from coldpress.eval.progress import progress
-    from coldpress.eval.results import environment
+    from coldpress.io.progress import progress
+    from coldpress.loading.datasets import load_corpus
+    from coldpress.loading.models import load_model
+    from coldpress.records.results import environment
 
     loaded = load_model(args.model)
     model, tokenizer, n = loaded.model, loaded.tokenizer, args.context + args.new_tokens

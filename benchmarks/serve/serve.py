@@ -60,7 +60,7 @@ def main() -> int:
 
     import torch
 
-    from coldpress.eval.results import environment
+    from coldpress.records.results import environment
 
     torch.set_num_threads(args.threads)
     record = {"part": args.part, "model": Path(args.model).name, "tokens": args.tokens, "threads": args.threads}
@@ -319,8 +319,8 @@ def _digest(snapshot: Any) -> str:
 
 def _loaded(args: argparse.Namespace, n: int) -> tuple[Any, list[str]]:
     """The model, and ``n`` texts of as many tokens: pieces of books, one after the other."""
-    from coldpress.eval.datasets import load_corpus
-    from coldpress.eval.models import load_model
+    from coldpress.loading.datasets import load_corpus
+    from coldpress.loading.models import load_model
 
     loaded, texts = load_model(args.model, device="cpu"), list[str]()
     for document in load_corpus(args.dataset, split="test").documents:

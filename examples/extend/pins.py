@@ -20,7 +20,7 @@ def span_of(text: str, part: str, tokenizer: Any) -> tuple[int, int]:
 
 def main() -> None:
     from coldpress import PressedCache, SnapKVPress, prefill
-    from coldpress.eval.models import load_model
+    from coldpress.loading.models import load_model
 
     loaded = load_model("demo")
     system = "You are a careful editor. Answer in one sentence."

@@ -329,9 +329,10 @@ def _model_options(args: argparse.Namespace, default: str | None = Settings.mode
 
 def _run_report(args: argparse.Namespace, argv: list[str], prog: str | None) -> int:
     from coldpress.errors import DataError, OutputError
-    from coldpress.eval.progress import note
-    from coldpress.eval.report import groups, show
-    from coldpress.eval.results import collect
+    from coldpress.io.progress import note
+    from coldpress.records.reading import groups
+    from coldpress.records.results import collect
+    from coldpress.report.terminal import show
 
     folders = args.folders or ["results/perplexity"]
     if args.output is not None and not args.output.strip():
@@ -350,7 +351,7 @@ def _run_report(args: argparse.Namespace, argv: list[str], prog: str | None) -> 
         raise DataError(f"{' '.join(folders)} holds {no}; run coldpress ppl first, or name another folder.")
     output = Path(args.output or Path(folders[0]) / "report")
     if args.brief:
-        from coldpress.eval.brief import write_brief
+        from coldpress.report.brief import write_brief
 
         text, path = write_brief(collection, output, args.lang or "en")
         print(text)
@@ -359,7 +360,7 @@ def _run_report(args: argparse.Namespace, argv: list[str], prog: str | None) -> 
     for group in groups(collection.records):  # numbers that were not measured alike do not share a table
         print(f"{show(group)}\n")
     if not args.table:
-        from coldpress.eval.page import write_report
+        from coldpress.report.page import write_report
 
         paths = write_report(collection, output)
         print(f"report: {paths[-1]}, report.md and {len(paths) - 2} plots beside it")

@@ -23,10 +23,10 @@ from coldpress.eval.benchmarks.others import hide
 from coldpress.eval.benchmarks.rows import check_rows, choose, load_rows, make_contexts
 from coldpress.eval.benchmarks.run import benchmark_protocol, bootstrap_interval, mcnemar, mean
 from coldpress.eval.ledger import Answers, Ledger
-from coldpress.eval.models import load_model
-from coldpress.eval.results import read_results
-from coldpress.eval.schema import check_record
 from coldpress.eval.settings import BenchmarkSettings
+from coldpress.loading.models import load_model
+from coldpress.records.results import read_results
+from coldpress.records.schema import check_record
 
 DATA = Path(__file__).parent / "benchmark_data"
 RULER = ("ruler", "--data", str(DATA / "ruler"), "--data_dir", "4096")

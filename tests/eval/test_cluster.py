@@ -29,14 +29,15 @@ from coldpress.errors import (
     SelfCheckError,
     UnreachableError,
 )
-from coldpress.eval import cluster, ray_cluster
+from coldpress.eval import cluster
 from coldpress.eval import ray_cluster as transport
 from coldpress.eval.cluster import RayEngine, check_engine, make_engine
 from coldpress.eval.jobs import Point
-from coldpress.eval.models import LoadedModel, load_model
 from coldpress.eval.point_run import Engine
 from coldpress.eval.prefix import PrefixRun, WindowWork
 from coldpress.eval.windows import plan_prefix
+from coldpress.io import ray as connection
+from coldpress.loading.models import LoadedModel, load_model
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # Ray leaves its processes' pipes to the collector
@@ -248,7 +249,7 @@ def test_without_ray_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("address", ["olives", "local", "host:0", "host:port", ":6379", "ray://"])
 def test_what_is_no_address(address: str) -> None:
     with pytest.raises(ClusterError, match="--ray_address"):
-        ray_cluster.check_address(address)
+        connection.check_address(address)
 
 
 def test_a_closed_port_is_out_of_reach_at_once() -> None:
@@ -257,16 +258,16 @@ def test_a_closed_port_is_out_of_reach_at_once() -> None:
     started = time.monotonic()
     for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
         with pytest.raises(UnreachableError, match=f"no Ray cluster can be reached at {address}.*refused"):
-            ray_cluster.check_address(address)
+            connection.check_address(address)
     assert time.monotonic() - started < 5
 
 
 @pytest.mark.slow
 def test_who_listens_and_is_no_cluster_is_out_of_reach_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_cluster, "PROBE_S", 1.0)
+    monkeypatch.setattr(connection, "PROBE_S", 1.0)
     started = time.monotonic()
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         with pytest.raises(UnreachableError, match="no Ray cluster can be reached"):
-            ray_cluster.check_address(address)
+            connection.check_address(address)
     assert time.monotonic() - started < 15

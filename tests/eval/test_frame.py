@@ -12,7 +12,7 @@ import pytest
 
 import coldpress.eval
 from coldpress.errors import DataError, MissingDependencyError
-from coldpress.eval.results import SCHEMA_VERSION, collect, write_result
+from coldpress.records.results import SCHEMA_VERSION, collect, write_result
 
 pandas = pytest.importorskip("pandas")
 

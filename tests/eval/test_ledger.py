@@ -19,17 +19,17 @@ from transformers import PreTrainedModel
 
 from coldpress import KnormPress, RandomPress
 from coldpress.errors import OutputError
-from coldpress.eval import results
 from coldpress.eval.evaluate import digest_of
 from coldpress.eval.jobs import BASELINE, Point
 from coldpress.eval.ledger import Answered, Ledger, Measured, versions
 from coldpress.eval.losses import Scores
 from coldpress.eval.prefix import PrefixRun
-from coldpress.eval.results import is_finished
 from coldpress.eval.speed import Sample, SpeedPoint, SpeedRun
 from coldpress.eval.windows import plan_prefix
 from coldpress.io import lock
 from coldpress.io.files import replace_file
+from coldpress.records import results
+from coldpress.records.results import is_finished
 
 PLACES = 3  # batches, or examples
 

@@ -13,7 +13,7 @@ import torch
 from coldpress.errors import DeviceError, MissingDependencyError
 from coldpress.eval import memory
 from coldpress.eval.memory import MemoryMeter, MemoryReading
-from coldpress.eval.wording import format_bytes
+from coldpress.records.wording import format_bytes
 
 MIB = 1 << 20
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from coldpress.errors import SelfCheckError
 from coldpress.eval import evaluate as module
 from coldpress.eval.evaluate import plain_perplexity
 from coldpress.eval.losses import token_losses
-from coldpress.eval.metrics import paired_difference
+from coldpress.records.metrics import paired_difference
 
 
 def direct(model: PreTrainedModel, ids: Tensor, length: int, stride: int) -> tuple[float, int]:

@@ -30,7 +30,7 @@ from coldpress import (
 from coldpress.errors import ClusterError, ModelError
 from coldpress.eval.cluster import RayEngine
 from coldpress.eval.losses import forward
-from coldpress.eval.models import LoadedModel, load_model
+from coldpress.loading.models import LoadedModel, load_model
 from coldpress.models.block import prefilling
 
 PRESSES = [

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from coldpress.errors import DataError, InputError
-from coldpress.eval.datasets import Corpus, Document
 from coldpress.eval.plan import Plan, make_plan
 from coldpress.eval.settings import Settings
+from coldpress.loading.datasets import Corpus, Document
 
 
 class Characters:

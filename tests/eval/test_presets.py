@@ -20,12 +20,12 @@ from transformers import PreTrainedTokenizerFast as Fast
 import coldpress
 from coldpress.architecture.cache_argument import cache_argument
 from coldpress.errors import DataError, InputError
-from coldpress.eval.datasets import Corpus, Document, load_corpus
 from coldpress.eval.evaluate import plain_perplexity
 from coldpress.eval.options import PPL_PRESETS
 from coldpress.eval.plan import Plan, make_plan
 from coldpress.eval.settings import Settings
 from coldpress.eval.windows import PRESETS, detokenised, laid_out, pages, wiki_raw
+from coldpress.loading.datasets import Corpus, Document, load_corpus
 
 POSITIONS = 128
 DEMO = Path(coldpress.__file__).parent / "assets" / "demo"

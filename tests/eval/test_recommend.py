@@ -16,11 +16,11 @@ from coldpress.errors import DataError
 from coldpress.eval import advice as advice_module
 from coldpress.eval import pace, prefix, recommend, task_run
 from coldpress.eval.advice import Row, Scored, advise, rule_of, table_of, words_of
-from coldpress.eval.datasets import Corpus, Document, excerpts
-from coldpress.eval.models import load_model
 from coldpress.eval.pace import Pace
-from coldpress.eval.results import read_results
-from coldpress.eval.schema import check_record
+from coldpress.loading.datasets import Corpus, Document, excerpts
+from coldpress.loading.models import load_model
+from coldpress.records.results import read_results
+from coldpress.records.schema import check_record
 
 MARGIN = 0.05
 N = 12

@@ -17,11 +17,11 @@ from coldpress.cli import main
 from coldpress.commands import chatting, serving
 from coldpress.errors import CacheError, ModelError
 from coldpress.eval import evaluate, sweep, task_run
-from coldpress.eval.datasets import Corpus
 from coldpress.eval.jobs import make_jobs
-from coldpress.eval.models import load_model
 from coldpress.eval.settings import Settings
 from coldpress.eval.sweep_plan import SweepPlan
+from coldpress.loading.datasets import Corpus
+from coldpress.loading.models import load_model
 from coldpress.models import compilable
 from coldpress.serving.conversation import Conversation
 

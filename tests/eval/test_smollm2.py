@@ -10,8 +10,8 @@ import pytest
 import transformers.modeling_gguf_pytorch_utils as gguf_files
 
 from coldpress.errors import MissingDependencyError, ModelError
-from coldpress.eval import models
-from coldpress.eval.models import SMOLLM2, load_model, smollm2_file, smollm2_is_installed
+from coldpress.loading import models
+from coldpress.loading.models import SMOLLM2, load_model, smollm2_file, smollm2_is_installed
 
 
 @pytest.fixture

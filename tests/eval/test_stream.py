@@ -28,9 +28,9 @@ from coldpress.cli import main
 from coldpress.errors import InputError, PressError, SelfCheckError
 from coldpress.eval import stream as stream_module
 from coldpress.eval.jobs import BASELINE, Point, make_jobs
-from coldpress.eval.report import table
 from coldpress.eval.settings import Settings
 from coldpress.eval.stream import StreamRun, by_position
+from coldpress.report.terminal import table
 
 CHUNK, BUDGET = 8, 24
 SCHEDULE = DecodingPress(StreamingLLMPress(), CHUNK, BUDGET)

@@ -23,10 +23,10 @@ from coldpress.eval import prefix, speed, task_run
 from coldpress.eval.jobs import BASELINE
 from coldpress.eval.ledger import UNFINISHED, Ledger, Measured, checksum_of
 from coldpress.eval.losses import Scores
-from coldpress.eval.results import read_results
 from coldpress.eval.sweep import Outcome, summary, sweep
 from coldpress.eval.sweep_plan import SweepPlan
 from coldpress.presses.knorm import KnormPress
+from coldpress.records.results import read_results
 
 CONFIG: dict[str, Any] = {
     "models": ["demo"],

@@ -14,12 +14,13 @@ import pytest
 from coldpress.cli import main
 from coldpress.errors import InputError
 from coldpress.eval import point_run, task_run
-from coldpress.eval.models import load_model
-from coldpress.eval.report import groups, show
-from coldpress.eval.results import read_results
-from coldpress.eval.schema import check_record
 from coldpress.eval.settings import TaskSettings
 from coldpress.eval.task_run import make_questions
+from coldpress.loading.models import load_model
+from coldpress.records.reading import groups
+from coldpress.records.results import read_results
+from coldpress.records.schema import check_record
+from coldpress.report.terminal import show
 
 FEW = ("--task", "niah_single", "repeat_text", "--task_tokens", "96", "--task_examples", "2", "--depths", "0", "1")
 

@@ -32,10 +32,10 @@ from coldpress.errors import SelfCheckError
 from coldpress.eval.jobs import BASELINE, Point
 from coldpress.eval.ledger import Ledger
 from coldpress.eval.material import Material
-from coldpress.eval.metrics import paired_difference
-from coldpress.eval.models import LoadedModel, load_model
 from coldpress.eval.task_run import ExampleWork, TaskRun, match
 from coldpress.eval.tasks import Example, make_examples
+from coldpress.loading.models import LoadedModel, load_model
+from coldpress.records.metrics import paired_difference
 
 LENGTH = 96
 Result = dict[str, Any]

@@ -11,8 +11,8 @@ import pytest
 
 from coldpress.errors import DataError, InputError
 from coldpress.eval.material import ADJECTIVES, NOUNS, SENTENCES, Material
-from coldpress.eval.models import load_model
 from coldpress.eval.tasks import Example, find_task, make_example, make_examples, register, task_names
+from coldpress.loading.models import load_model
 
 DEPTHS = (0.0, 0.3, 1.0)
 TEXT = "It was late. The mill stood still, and nobody came! Who could say why? A cart went by. Then it rained. " + (

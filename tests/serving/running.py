@@ -14,7 +14,7 @@ import pytest
 from coldpress import Snapshots
 from coldpress.commands.serving import press_of
 from coldpress.core.press import Press
-from coldpress.eval.models import LoadedModel
+from coldpress.loading.models import LoadedModel
 from coldpress.serving.service import Limits, Service
 
 for package in ("fastapi", "uvicorn", "prometheus_client"):

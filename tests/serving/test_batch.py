@@ -19,7 +19,7 @@ from coldpress import AdaKVPress, DecodingPress, KnormPress, PressedCache, Quest
 from coldpress.architecture.cache_argument import cache_argument
 from coldpress.cache.joined import can_join
 from coldpress.core.press import Press
-from coldpress.eval.models import LoadedModel, load_model
+from coldpress.loading.models import LoadedModel, load_model
 from coldpress.serving import batch as batches
 from coldpress.serving import reading
 from coldpress.serving.aside import Aside

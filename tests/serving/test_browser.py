@@ -13,7 +13,7 @@ from tests.tiny_folder import CONTEXT
 from tests.tiny_folder import folder as folder
 
 from coldpress import SnapKVPress
-from coldpress.eval.models import load_model
+from coldpress.loading.models import load_model
 
 pytestmark = pytest.mark.slow
 api = pytest.importorskip("playwright.sync_api")

@@ -17,7 +17,7 @@ from coldpress import DecodingPress, KnormPress, SnapKVPress, Snapshots
 from coldpress.architecture.cache_argument import cache_argument
 from coldpress.cli import main
 from coldpress.errors import CacheError, InputError, PressError
-from coldpress.eval.models import LoadedModel, load_model
+from coldpress.loading.models import LoadedModel, load_model
 from coldpress.serving.conversation import Conversation
 from coldpress.serving.wording import chat_ids, prefix_ids
 

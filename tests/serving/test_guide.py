@@ -19,7 +19,7 @@ from tests.tiny_folder import DEMO
 from coldpress import SnapKVPress
 from coldpress.cli import _parser
 from coldpress.commands.serve_options import byte_count
-from coldpress.eval.models import load_model
+from coldpress.loading.models import load_model
 
 GUIDE = (Path(__file__).resolve().parents[2] / "docs" / "guide" / "serve.md").read_text(encoding="utf-8")
 

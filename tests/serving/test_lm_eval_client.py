@@ -10,7 +10,7 @@ from tests.serving.running import running
 from tests.tiny_folder import DEMO
 
 from coldpress import SnapKVPress
-from coldpress.eval.models import load_model
+from coldpress.loading.models import load_model
 
 for package in ("datasets", "tenacity", "aiohttp", "requests"):
     pytest.importorskip(package)

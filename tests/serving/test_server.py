@@ -19,7 +19,7 @@ from tests.tiny_folder import folder as folder
 from coldpress import KVPressTextGenerationPipeline, PressedCache, SnapKVPress, Snapshots
 from coldpress.architecture.cache_argument import cache_argument
 from coldpress.errors import InputError
-from coldpress.eval.models import LoadedModel, load_model
+from coldpress.loading.models import LoadedModel, load_model
 from coldpress.serving.answering import picked
 from coldpress.serving.refusing import refusal
 from coldpress.serving.streaming import GrowingText

@@ -28,7 +28,7 @@ from tests.tiny_folder import folder as folder
 from coldpress import PressedCache, SnapKVPress
 from coldpress.cli import main
 from coldpress.errors import RequestError
-from coldpress.eval.models import LoadedModel, load_model
+from coldpress.loading.models import LoadedModel, load_model
 from coldpress.serving import answering
 from coldpress.serving.desk import Desk
 from coldpress.serving.service import Limits

@@ -24,8 +24,8 @@ import coldpress
 from coldpress import KnormPress, PressedCache, RandomPress, SnapKVPress, Snapshots
 from coldpress.architecture.cache_argument import cache_argument
 from coldpress.errors import CacheError, InputError, PressError
-from coldpress.eval.models import LoadedModel, load_model
 from coldpress.io.artefacts import digest_of
+from coldpress.loading.models import LoadedModel, load_model
 from coldpress.serving import folder as folder_module
 from coldpress.serving.snapshot import Snapshot
 from coldpress.serving.wording import chat_ids, joined, prefix_ids
@@ -523,7 +523,7 @@ def test_a_full_disk_costs_time_and_no_answer(loaded: LoadedModel, tmp_path: Pat
 WRITER = """
 import sys, torch
 from coldpress import SnapKVPress, Snapshots
-from coldpress.eval.models import load_model
+from coldpress.loading.models import load_model
 loaded = load_model(sys.argv[1], device="cpu")
 snapshots = Snapshots(loaded.model, loaded.tokenizer, SnapKVPress(0.5), budget_bytes=0, folder=sys.argv[2])
 for number in range(100000):

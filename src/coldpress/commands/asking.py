@@ -14,14 +14,14 @@ from coldpress.cache.file import model_options, save_cache
 from coldpress.cache.pressed import PressedCache
 from coldpress.commands.reading import reading_shown
 from coldpress.errors import CacheError, InputError, ModelError, UnreachableError
-from coldpress.eval.datasets import load_corpus
-from coldpress.eval.jobs import check_no_size, check_of_a_context, check_types, default_press
-from coldpress.eval.models import BY_NAME, DTYPES, LoadedModel, load_model
-from coldpress.eval.progress import note, warnings_noted
-from coldpress.eval.results import check_output
-from coldpress.eval.tokens import note_unreadable
 from coldpress.io.files import path_of
+from coldpress.io.output import check_output
+from coldpress.io.progress import note, warnings_noted
 from coldpress.io.terminal import printable
+from coldpress.loading.datasets import load_corpus
+from coldpress.loading.models import BY_NAME, DTYPES, LoadedModel, load_model
+from coldpress.loading.presses import check_no_size, check_of_a_context, check_types, default_press
+from coldpress.loading.tokens import note_unreadable
 from coldpress.models.pipeline import KVPressTextGenerationPipeline
 
 __all__ = ["ask", "compress"]

@@ -13,17 +13,17 @@ from coldpress.bases.press_files import load_press_files
 from coldpress.bases.registry import catalogue, make_press, press_names
 from coldpress.core.press import parts
 from coldpress.errors import DataError, PressError
-from coldpress.eval.datasets import load_corpus
-from coldpress.eval.jobs import check_types
-from coldpress.eval.models import load_model, pick_device
 from coldpress.eval.plan import UNKNOWN_POSITIONS
-from coldpress.eval.progress import note, progress, warnings_noted
-from coldpress.eval.results import check_output, check_writable
 from coldpress.eval.settings import CalibrationSettings
-from coldpress.eval.tokens import note_unreadable, tokenize
 from coldpress.io.artefacts import Artefact, Shape, artefact_path
+from coldpress.io.output import check_output, check_writable
+from coldpress.io.progress import note, progress, warnings_noted
 from coldpress.learned.calibrated import Calibrated
 from coldpress.learned.calibration import calibrate
+from coldpress.loading.datasets import load_corpus
+from coldpress.loading.models import load_model, pick_device
+from coldpress.loading.presses import check_types
+from coldpress.loading.tokens import note_unreadable, tokenize
 from coldpress.version import VERSION
 
 

@@ -15,10 +15,10 @@ from coldpress.cache.pressed import PressedCache
 from coldpress.commands.serving import press_of, refuse_mixed
 from coldpress.core.definition import in_short
 from coldpress.errors import InputError, nearest
-from coldpress.eval.jobs import default_press
-from coldpress.eval.models import load_model
 from coldpress.io.files import MAX_TEXT_BYTES, is_utf8, path_of, read_text
 from coldpress.io.terminal import printable
+from coldpress.loading.models import load_model
+from coldpress.loading.presses import default_press
 from coldpress.serving.conversation import Conversation
 
 __all__ = ["Chat", "chat_given"]

@@ -36,7 +36,7 @@ def check_early(given: Mapping[str, Any]) -> None:
     Args:
         given: options by name, of any command; None: not given.
     """
-    from coldpress.eval.datasets import is_single, load_corpus, source_of  # which help does without
+    from coldpress.loading.datasets import is_single, load_corpus, source_of  # which help does without
 
     is_advice = "use" in given  # which takes no ratio of 0, and says so itself
     ratios = None if is_advice else given.get("compression_ratio")

@@ -13,13 +13,13 @@ from coldpress.bases.press_files import load_press_files
 from coldpress.bases.registry import NO_PRESS, make_press, takes_ratio
 from coldpress.commands.reading import reading_shown
 from coldpress.errors import InputError, PressError
-from coldpress.eval.datasets import load_corpus
-from coldpress.eval.jobs import check_no_size, check_one_press, check_types, default_press
-from coldpress.eval.models import load_model, pick_device
-from coldpress.eval.progress import note
-from coldpress.eval.results import check_output
-from coldpress.eval.tokens import encode, note_unreadable
+from coldpress.io.output import check_output
+from coldpress.io.progress import note
 from coldpress.io.terminal import printable
+from coldpress.loading.datasets import load_corpus
+from coldpress.loading.models import load_model, pick_device
+from coldpress.loading.presses import check_no_size, check_one_press, check_types, default_press
+from coldpress.loading.tokens import encode, note_unreadable
 from coldpress.models.inspection import MOST_PRESSES, check_presses, inspect
 
 LIMIT_TOKENS = 4096  # of a page, unless asked otherwise

@@ -11,7 +11,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.bases.replay import decoder_layers
 from coldpress.errors import ModelError
-from coldpress.eval.progress import counted, note
+from coldpress.io.progress import counted, note
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from coldpress.errors import MissingDependencyError
-from coldpress.eval.ray_cluster import connect, import_ray
+from coldpress.io.ray import connect, import_ray
 from coldpress.serving.service import Limits, Service
 
 __all__ = ["replicas"]

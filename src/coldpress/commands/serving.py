@@ -20,11 +20,11 @@ from coldpress.commands.replicas import replicas
 from coldpress.core.definition import in_short
 from coldpress.core.press import Press
 from coldpress.errors import InputError
-from coldpress.eval.jobs import check_of_a_context, check_types, default_press, read_press_args
-from coldpress.eval.models import load_model
-from coldpress.eval.progress import note
 from coldpress.io.files import path_of
+from coldpress.io.progress import note
 from coldpress.io.terminal import printable
+from coldpress.loading.models import load_model
+from coldpress.loading.presses import check_of_a_context, check_types, default_press, read_press_args
 from coldpress.serving.service import Limits, Service
 from coldpress.serving.snapshots import Snapshots
 from coldpress.stores.bits import MIXED

@@ -48,7 +48,7 @@ def load_results(folder: str | Path, explode: str | None = None) -> pandas.DataF
         import pandas
     except ImportError as error:
         raise MissingDependencyError('load_results needs pandas: pip install "coldpress[report]".') from error
-    from coldpress.eval.results import read_results, with_subfolders  # which the options do without
+    from coldpress.records.results import read_results, with_subfolders  # which the options do without
 
     records: list[dict[str, Any]] = [
         {"folder": str(path.relative_to(folder)), **record}

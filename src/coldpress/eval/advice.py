@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from coldpress.eval.glance import FEWEST_WINDOWS
-from coldpress.eval.metrics import FEWEST_QUESTIONS, Paired, paired_difference, score_difference
-from coldpress.eval.wording import aligned, format_bytes, listed, percent
+from coldpress.records.metrics import FEWEST_QUESTIONS, Paired, paired_difference, score_difference
+from coldpress.records.wording import aligned, format_bytes, listed, percent
+from coldpress.report.glance import FEWEST_WINDOWS
 
 LOST = 0.1  # of the questions that the uncompressed cache answers: so many may be lost
 ALIKE = 1.05  # costs within this factor are one

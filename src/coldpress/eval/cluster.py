@@ -20,11 +20,12 @@ import torch
 from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.errors import ClusterError, ColdpressError, LostWorkersError, nearest
-from coldpress.eval.models import LoadedModel
 from coldpress.eval.point_run import Engine
-from coldpress.eval.progress import note
-from coldpress.eval.ray_cluster import Spec, Worker, check_address, connect, import_ray, opened
+from coldpress.eval.ray_cluster import Spec, Worker, opened
 from coldpress.io.network import one_line
+from coldpress.io.progress import note
+from coldpress.io.ray import check_address, connect, import_ray
+from coldpress.loading.models import LoadedModel
 
 IN_HAND = 2  # items a worker has at most: one that it does, and one so that it need not wait
 PATIENCE_S = 180.0  # for a cluster to find room for a worker, and to start it on a busy machine

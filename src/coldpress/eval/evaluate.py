@@ -17,11 +17,22 @@ from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.bases.registry import NO_PRESS, takes_ratio
 from coldpress.errors import SelfCheckError
-from coldpress.eval.datasets import Corpus, load_corpus
 from coldpress.eval.jobs import BASELINE, Job, left_out_of_batches, make_jobs
 from coldpress.eval.ledger import UNREADABLE, Ledger, versions
 from coldpress.eval.losses import forward, token_losses
-from coldpress.eval.metrics import (
+from coldpress.eval.plan import Plan, make_plan
+from coldpress.eval.point_run import Engine, PointRun
+from coldpress.eval.prefix import PrefixRun
+from coldpress.eval.run import DECODE_COST, Part, Run, carry_out, checked_folder, prepared, reads_again
+from coldpress.eval.settings import Settings
+from coldpress.eval.speed import SpeedPoint, SpeedRun
+from coldpress.eval.stream import StreamRun
+from coldpress.eval.windows import PRESETS, STRIDED, Window, laid_out
+from coldpress.io.progress import note
+from coldpress.loading.datasets import Corpus, load_corpus
+from coldpress.loading.models import LoadedModel, input_device, load_model
+from coldpress.models.compilable import check_model
+from coldpress.records.metrics import (
     FEW_WINDOWS,
     bits_per_byte,
     bootstrap_difference,
@@ -29,18 +40,7 @@ from coldpress.eval.metrics import (
     paired_difference,
     perplexity,
 )
-from coldpress.eval.models import LoadedModel, input_device, load_model
-from coldpress.eval.plan import Plan, make_plan
-from coldpress.eval.point_run import Engine, PointRun
-from coldpress.eval.prefix import PrefixRun
-from coldpress.eval.progress import note
-from coldpress.eval.run import DECODE_COST, Part, Run, carry_out, checked_folder, prepared, reads_again
-from coldpress.eval.schema import IDENTIFYING, OF_A_POINT, SIZES
-from coldpress.eval.settings import Settings
-from coldpress.eval.speed import SpeedPoint, SpeedRun
-from coldpress.eval.stream import StreamRun
-from coldpress.eval.windows import PRESETS, STRIDED, Window, laid_out
-from coldpress.models.compilable import check_model
+from coldpress.records.schema import IDENTIFYING, OF_A_POINT, SIZES
 
 
 def evaluate(settings: Settings, command: str) -> tuple[list[dict[str, Any]], bool]:

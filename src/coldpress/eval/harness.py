@@ -22,12 +22,13 @@ from coldpress.bases.press import BasePress
 from coldpress.cache.pressed import PressedCache
 from coldpress.core.requirements import check_chunks, check_quantisable
 from coldpress.errors import InputError, MissingDependencyError, PressError, SelfCheckError
-from coldpress.eval.jobs import integer, is_whole, press_of, read_press_args
+from coldpress.eval.jobs import integer, is_whole
 from coldpress.eval.losses import left_padded, predictions
-from coldpress.eval.models import packaged
 from coldpress.eval.point_run import check_stored_pairs
 from coldpress.io.files import path_of
 from coldpress.io.network import one_line
+from coldpress.loading.models import packaged
+from coldpress.loading.presses import press_of, read_press_args
 from coldpress.models.block import prefilling
 from coldpress.models.prompts import prefill
 from coldpress.models.supported import use_coldpress

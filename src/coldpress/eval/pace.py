@@ -11,15 +11,15 @@ from typing import Any
 import torch
 
 from coldpress.cache.pressed import PressedCache
-from coldpress.eval.glance import FEWEST_WINDOWS
 from coldpress.eval.jobs import Job
 from coldpress.eval.losses import forward
-from coldpress.eval.metrics import FEWEST_QUESTIONS
-from coldpress.eval.models import LoadedModel, input_device
-from coldpress.eval.progress import progress
 from coldpress.eval.run import Run, reads_again
 from coldpress.eval.settings import STREAM_CHUNK
 from coldpress.eval.speed import now_ns
+from coldpress.io.progress import progress
+from coldpress.loading.models import LoadedModel, input_device
+from coldpress.records.metrics import FEWEST_QUESTIONS
+from coldpress.report.glance import FEWEST_WINDOWS
 
 ROUNDS, NEW_TOKENS = 3, 24  # timed
 

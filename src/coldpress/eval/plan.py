@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from coldpress.errors import DataError, InputError
-from coldpress.eval.datasets import Corpus
 from coldpress.eval.settings import Settings
-from coldpress.eval.tokens import Tokens, adds_bos, check_readable, prefixed, tokenize
 from coldpress.eval.windows import PRESETS, PrefixPlan, Preset, plan_prefix, plan_strided
+from coldpress.loading.datasets import Corpus
+from coldpress.loading.tokens import Tokens, adds_bos, check_readable, prefixed, tokenize
 
 UNKNOWN_POSITIONS = 2048  # assumed where a model's configuration does not say
 STRIDE = 512  # where nothing else is asked for

@@ -23,7 +23,7 @@ from coldpress.errors import SelfCheckError
 from coldpress.eval.jobs import BASELINE, Point
 from coldpress.eval.ledger import Ledger
 from coldpress.eval.losses import forward, loss_error, token_losses
-from coldpress.eval.progress import Sized
+from coldpress.io.progress import Sized
 from coldpress.models.block import prefilling
 from coldpress.models.prompts import prefill
 from coldpress.stores.bits import bits_name

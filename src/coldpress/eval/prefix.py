@@ -30,8 +30,6 @@ from coldpress.errors import SelfCheckError
 from coldpress.eval.jobs import BASELINE, Point
 from coldpress.eval.ledger import Ledger, Measured
 from coldpress.eval.losses import Scores, forward, token_losses
-from coldpress.eval.metrics import bits_per_byte, paired_difference, perplexity
-from coldpress.eval.models import input_device
 from coldpress.eval.point_run import (
     Item,
     PointRun,
@@ -44,6 +42,8 @@ from coldpress.eval.point_run import (
     sizes_of,
 )
 from coldpress.eval.windows import PrefixPlan
+from coldpress.loading.models import input_device
+from coldpress.records.metrics import bits_per_byte, paired_difference, perplexity
 
 DISTANCES = (16, 64, 256)  # upper ends of the buckets of distance to the compressed context, in tokens
 

@@ -21,22 +21,22 @@ from coldpress.backends import NO_PRESS
 from coldpress.bases.registry import make_press
 from coldpress.errors import InputError
 from coldpress.eval.advice import Row, Scored, advise, rule_of, table_of, words_of
-from coldpress.eval.datasets import Corpus, excerpts, load_corpus, source_of
 from coldpress.eval.evaluate import PressRun, make_run
-from coldpress.eval.glance import FEWEST_WINDOWS
 from coldpress.eval.jobs import Job, make_jobs
-from coldpress.eval.metrics import FEWEST_QUESTIONS
-from coldpress.eval.models import LoadedModel, load_model
 from coldpress.eval.options import SIZES, OfLimits, OfMachine, OfModel, names_of
 from coldpress.eval.pace import NEW_TOKENS, ROUNDS, USES, Clock, Pace, Use, limit_for, target_of
 from coldpress.eval.plan import UNKNOWN_POSITIONS
-from coldpress.eval.progress import note
-from coldpress.eval.report import table
 from coldpress.eval.run import Run, carry_out, checked_folder, prepared
 from coldpress.eval.settings import STREAM_CHUNK, AdviceSettings, Settings, TaskSettings
 from coldpress.eval.task_run import make_questions
-from coldpress.eval.wording import short
+from coldpress.io.progress import note
 from coldpress.io.terminal import printable
+from coldpress.loading.datasets import Corpus, excerpts, load_corpus, source_of
+from coldpress.loading.models import LoadedModel, load_model
+from coldpress.records.metrics import FEWEST_QUESTIONS
+from coldpress.records.wording import short
+from coldpress.report.glance import FEWEST_WINDOWS
+from coldpress.report.terminal import table
 
 Record = dict[str, Any]
 TASKS = ("niah_single", "niah_multikey")

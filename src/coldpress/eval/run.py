@@ -26,13 +26,13 @@ from coldpress.errors import InputError, OutputError, SelfCheckError
 from coldpress.eval.cluster import check_engine, make_engine
 from coldpress.eval.jobs import Job, config_of
 from coldpress.eval.ledger import UNFINISHED, Ledger, versions
-from coldpress.eval.models import LoadedModel, pick_device
 from coldpress.eval.point_run import Engine, PointRun
-from coldpress.eval.progress import WorkClock, note
-from coldpress.eval.report import show, size_of
-from coldpress.eval.results import (
+from coldpress.io.output import check_writable
+from coldpress.io.progress import WorkClock, note
+from coldpress.loading.models import LoadedModel, pick_device
+from coldpress.records.reading import size_of
+from coldpress.records.results import (
     SCHEMA_VERSION,
-    check_writable,
     environment,
     is_finished,
     result_path,
@@ -40,7 +40,8 @@ from coldpress.eval.results import (
     write_result,
     write_results,
 )
-from coldpress.eval.schema import METRICS
+from coldpress.records.schema import METRICS
+from coldpress.report.terminal import show
 from coldpress.stores.bits import bits_name
 
 Part = dict[str, Any] | Exception  # of a record: what was measured, or what went wrong

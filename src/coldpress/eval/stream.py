@@ -22,9 +22,9 @@ from coldpress.errors import SelfCheckError
 from coldpress.eval.jobs import BASELINE, Point
 from coldpress.eval.ledger import Ledger
 from coldpress.eval.losses import finite, forward, token_losses
-from coldpress.eval.metrics import perplexity
-from coldpress.eval.models import input_device
 from coldpress.eval.point_run import Item, PointRun, release
+from coldpress.loading.models import input_device
+from coldpress.records.metrics import perplexity
 
 FIRST_BUCKET = 256  # positions; each later bucket ends at twice the position
 

@@ -17,18 +17,18 @@ from typing import Any
 
 from coldpress.errors import InputError
 from coldpress.eval.cluster import make_engine
-from coldpress.eval.datasets import Corpus, load_corpus
 from coldpress.eval.evaluate import make_run
 from coldpress.eval.ledger import Ledger
-from coldpress.eval.models import LoadedModel, load_model
 from coldpress.eval.point_run import Engine
-from coldpress.eval.progress import WorkClock, note
-from coldpress.eval.results import is_finished, result_path
 from coldpress.eval.run import Run, carry_out, checked_folder
 from coldpress.eval.settings import TaskSettings
 from coldpress.eval.sweep_plan import Evaluation, SweepPlan
 from coldpress.eval.task_run import make_questions
+from coldpress.io.progress import WorkClock, note
 from coldpress.io.terminal import printable
+from coldpress.loading.datasets import Corpus, load_corpus
+from coldpress.loading.models import LoadedModel, load_model
+from coldpress.records.results import is_finished, result_path
 
 
 @dataclass

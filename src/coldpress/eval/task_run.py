@@ -22,13 +22,10 @@ from transformers.modeling_utils import PreTrainedModel
 
 from coldpress.cache.pressed import PressedCache
 from coldpress.errors import InputError, SelfCheckError
-from coldpress.eval.datasets import Corpus, Document, load_corpus
 from coldpress.eval.jobs import BASELINE, Job, Point, make_jobs
 from coldpress.eval.ledger import Answered, Ledger
 from coldpress.eval.losses import finite, forward, token_losses
 from coldpress.eval.material import SENTENCES, Material
-from coldpress.eval.metrics import paired_difference, score_difference
-from coldpress.eval.models import LoadedModel, input_device, load_model
 from coldpress.eval.plan import UNKNOWN_POSITIONS
 from coldpress.eval.point_run import (
     Item,
@@ -42,7 +39,10 @@ from coldpress.eval.point_run import (
 from coldpress.eval.run import DECODE_COST, ExampleRun, carry_out, checked_folder, prepared
 from coldpress.eval.settings import TaskSettings
 from coldpress.eval.tasks import Example, make_examples
-from coldpress.eval.tokens import note_unreadable
+from coldpress.loading.datasets import Corpus, Document, load_corpus
+from coldpress.loading.models import LoadedModel, input_device, load_model
+from coldpress.loading.tokens import note_unreadable
+from coldpress.records.metrics import paired_difference, score_difference
 
 SHOWN = 80  # characters of an answer that a record holds
 

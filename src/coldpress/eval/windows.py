@@ -10,8 +10,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from coldpress.errors import DataError, InputError
-from coldpress.eval.datasets import Corpus, Document
 from coldpress.eval.options import PPL_PRESETS
+from coldpress.loading.datasets import Corpus, Document
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ import numpy
 
 from coldpress.errors import DataError, InputError, nearest
 from coldpress.eval.benchmarks.benchmark import Benchmark, Row, require
-from coldpress.eval.hub import BUILDERS, load_hub, load_local
-from coldpress.eval.progress import note
-from coldpress.eval.wording import listed
 from coldpress.io.files import path_of
+from coldpress.io.progress import note
+from coldpress.loading.hub import BUILDERS, load_hub, load_local
 from coldpress.models.chat import prompt_parts
+from coldpress.records.wording import listed
 
 SPLIT = "test"
 # names of its files, as the library datasets has it

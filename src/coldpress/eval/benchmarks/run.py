@@ -27,16 +27,16 @@ from coldpress.eval.benchmarks.rows import LIMIT, AskedContext, Rows, check_rows
 from coldpress.eval.jobs import BASELINE, Point, make_jobs
 from coldpress.eval.ledger import Answers, Ledger
 from coldpress.eval.losses import finite, forward, token_losses
-from coldpress.eval.metrics import bootstrap
-from coldpress.eval.models import load_model
 from coldpress.eval.plan import UNKNOWN_POSITIONS
 from coldpress.eval.point_run import PointRun, check_baseline, sizes_of
-from coldpress.eval.progress import note
 from coldpress.eval.run import DECODE_COST, ExampleRun, carry_out, checked_folder, prepared
 from coldpress.eval.settings import BenchmarkSettings
 from coldpress.eval.task_run import ExampleWork, by_depth, ends_of, greedy_tokens, row_of
-from coldpress.eval.tokens import note_unreadable
+from coldpress.io.progress import note
+from coldpress.loading.models import load_model
+from coldpress.loading.tokens import note_unreadable
 from coldpress.models.block import prefilling
+from coldpress.records.metrics import bootstrap
 
 
 def mean(shares: Sequence[Share]) -> float | None:
@@ -55,7 +55,7 @@ def bootstrap_interval(
     Args:
         own, base: shares of each question, under a press and uncompressed.
         contexts: which one each question is about.
-        options: of :func:`coldpress.eval.metrics.bootstrap`.
+        options: of :func:`coldpress.records.metrics.bootstrap`.
     """
     sums = {context: numpy.zeros(4) for context in contexts}
     for mine, other, context in zip(own, base, contexts, strict=True):
