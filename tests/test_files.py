@@ -212,7 +212,7 @@ def test_a_full_output_is_one_line(tmp_path: Path) -> None:
 def test_texts_of_a_record_do_not_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Whoever sends results shall not move the cursor, change colours, or make up a line of a table."""
     evil = "\x1b]0;title\x07\x1b[2Jx\r\nfake | row\u202e"
-    sent = record("knorm", 0.5) | dict.fromkeys(("model", "dataset", "protocol", "device", "status", "press"), evil)
+    sent = record("knorm", 0.5) | dict.fromkeys(("model", "dataset", "protocol", "press"), evil)
     sent |= {"tasks": [{"task": evil, "length": 64, "n": 1, "score": 0.5, "score_base": 0.0}], "subset": evil}
     sent["env"] = {**sent["env"], "cpu": evil, "torch": evil}
     write(tmp_path, [record("snapkv", 0.5), sent])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,25 @@ def test_another_content_is_another_point(file: Path) -> None:
     assert file_digest(make_press("knorm", 0.5)) is None and "file_sha256" not in (
         config_of(make_press("knorm", 0)) or {}
     )
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("raise SystemExit('bye')", r"MyPress\.score ends the process \(SystemExit: bye\)"),
+        ("return None", r"MyPress\.score returned NoneType, and has to return a number for each KV head and token"),
+        ("return view.keys.norm(dim=-1).long()", r"returned \[1, \d+, 64\] of torch\.int64, and has to"),
+        ("return view.keys.norm(dim=-1) * float('nan')", "A score is NaN: the press made it so, or"),
+    ],
+)
+def test_what_goes_wrong_in_it_costs_itself_alone(file: Path, body: str, said: str, tmp_path: Path) -> None:
+    file.write_text(PRESS.replace("return -view.keys.float().norm(dim=-1) ** self.power", body))
+    how = ["--context_tokens", "64", "--target_tokens", "32", "--max_windows", "1", "--output_dir", str(tmp_path / "o")]
+    asked = ["--model", "demo", "--dataset", "demo", "--press", "knorm", f"{file}:MyPress", *how]
+    assert main(["ppl", "--ppl_apply_press", "--ppl_only", *asked]) == 1
+    found = [json.loads(path.read_text()) for path in (tmp_path / "o").glob("*.json")]
+    errors = {record["press"]: record["error"] for record in found}
+    assert errors["knorm"] is None and re.search(said, errors[f"{file}:MyPress"])
 
 
 def test_presses_tells_about_one_in_a_file(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

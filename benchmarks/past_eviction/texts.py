@@ -7,6 +7,7 @@ are not UTF-8 are left out. A text that is not the one the committed records are
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import re
 import sys
@@ -33,13 +34,13 @@ def body(text: str) -> str:
 
 
 def main() -> int:
-    if len(sys.argv) != 2:
-        print("usage: python benchmarks/past_eviction/texts.py FOLDER", file=sys.stderr)
-        return 2
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    folder = parser.parse_args().folder
     OUTPUT.mkdir(parents=True, exist_ok=True)
     others = 0
     for file, (name, known) in TEXTS.items():
-        raw = Path(sys.argv[1], file).read_bytes().decode("utf-8", "ignore")
+        raw = (folder / file).read_bytes().decode("utf-8", "ignore")
         text = body(raw.replace("\r\n", "\n")).encode()
         (OUTPUT / f"{name}.txt").write_bytes(text)
         is_known = hashlib.sha256(text).hexdigest().startswith(known)

@@ -111,6 +111,14 @@ def test_a_changed_bit_changes_no_result(kept: Kept) -> None:
     assert kept.found() == kept.whole
 
 
+def test_what_other_code_has_begun_is_known(kept: Kept, tmp_path: Path) -> None:
+    assert not Ledger(kept.folder).is_of_other_code and not Ledger(tmp_path / "none").is_of_other_code
+    kept.folder.with_name(f"{kept.folder.name}.code").write_text("0")
+    assert Ledger(kept.folder).is_of_other_code
+    kept.folder.with_name(f"{kept.folder.name}.code").unlink()  # as earlier versions left it
+    assert Ledger(kept.folder).is_of_other_code
+
+
 def test_a_file_in_another_s_place_is_none(kept: Kept, tmp_path: Path) -> None:
     for file in kept.folder.iterdir():  # of another run
         other = tmp_path / "other" / file.name

@@ -268,3 +268,15 @@ def test_presets_say_how_texts_begin() -> None:
         plan(TEXT, ppl_preset="gptq", add_bos=True)
     with pytest.raises(InputError, match="--speed_only measures none"):
         plan(TEXT, speed_only=True, add_bos=True)
+
+
+def test_pieces_that_are_no_shorter_than_the_context_are_said() -> None:
+    settings = {"ppl_apply_press": True, "ppl_only": True, "context_tokens": 20, "target_tokens": 4}
+    assert any("read in one piece" in note for note in plan(TEXT, **settings, chunk_tokens=20).notes)
+    assert plan(TEXT, **settings, chunk_tokens=19).notes == ()
+
+
+def test_more_targets_than_context_that_nobody_asked_for_are_said() -> None:
+    settings = {"ppl_apply_press": True, "ppl_only": True, "context_tokens": 8}
+    assert any("scores 16 tokens behind its context of 8" in note for note in plan(TEXT, **settings).notes)
+    assert plan(TEXT, **settings, target_tokens=16).notes == ()

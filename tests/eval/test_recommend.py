@@ -61,6 +61,13 @@ def test_the_best_and_the_cheapest_are_named() -> None:
     assert [line.split()[-1] for line in lines[2:]] == ["yes", "yes", "no", "no"]
 
 
+def test_what_saves_memory_and_no_time_is_called_that() -> None:
+    slower, faster = row("slower", 0.001, 0.004, tpot_ms=12.5), row("faster", 0.001, 0.004, tpot_ms=11.5)
+    said = words_of(BASE, [slower], advise(BASE, [slower], MARGIN))
+    assert "slower saves memory here and no time: the uncompressed cache takes 12.0 ms a token." in said
+    assert not any("no time" in line for line in words_of(BASE, [faster], advise(BASE, [faster], MARGIN)))
+
+
 def test_one_answer_in_ten_may_be_lost() -> None:
     rows = [row("eleven", 0.0, 0.01, n_right=11), row("ten", 0.0, 0.001, n_right=10)]
     assert [found.label for found in advise(BASE, rows, MARGIN).fits] == ["eleven"]

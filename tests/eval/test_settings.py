@@ -148,7 +148,10 @@ def test_names_of_bits_are_rotated_pairs() -> None:
 def test_a_budget_of_bytes_is_spent_over_pairs_and_bits() -> None:
     (job,) = make_jobs(Settings(press=("snapkv",), compression_ratio=(), budget_bytes=(600_000,), kv_bits=("mixed",)))
     assert job.kv_bits == Mixed() and bits_from(vars(job.kv_bits)) == job.kv_bits and bits_name(job.kv_bits) == "mixed"
-    for given, why in (({"press": ("snapkv",)}, "needs a budget in bytes"), ({"press": ("no_press",)}, "say k8v4")):
+    for given, why in (
+        ({"press": ("snapkv",)}, "--budget_bytes, and snapkv has none"),
+        ({"press": ("no_press",)}, "say k8v4"),
+    ):
         with pytest.raises(CacheError, match=why):
             make_jobs(Settings(**given, kv_bits=("mixed",)))
 

@@ -50,6 +50,11 @@ def test_a_tokenizer_of_bytes_reads_anything(demo: Any, text: str) -> None:
     assert check_readable(demo, [text], "demo") == []
 
 
+def test_a_text_in_another_encoding_is_refused(demo: Any) -> None:
+    with pytest.raises(DataError, match="NUL characters, as UTF-16"):
+        check_readable(demo, [TEXT, TEXT.encode("utf-16-le").decode()], "demo")
+
+
 def test_the_shipped_text_passes(demo: Any) -> None:
     assert check_readable(demo, [document.text for document in load_corpus("demo").documents], "demo") == []
 

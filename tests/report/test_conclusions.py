@@ -148,6 +148,13 @@ def test_tasks_are_compared_with_the_uncompressed_cache() -> None:
     assert "of 8 scores (a press, a size and a task each) 4 are below it" in headline(section)
 
 
+def test_tasks_that_the_model_itself_cannot_do_are_named() -> None:
+    made = tasked("snapkv", 0.5, 0.3)
+    hard = {**made["tasks"][0], "score": 0.0, "score_base": 0.0}
+    assert "scores 0 on needle at 512 tokens, which says nothing" in headline(one({**made, "tasks": [hard]}))
+    assert "scores 0" not in headline(one(made))
+
+
 def test_too_few_questions_give_no_verdict() -> None:
     """A paired bootstrap over two contexts that are alike has no width."""
 

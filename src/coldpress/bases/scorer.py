@@ -153,11 +153,18 @@ class ScorerPress(BudgetPress):
         return view.once(self.with_ratio(0.0), lambda: score(view))
 
     def _checked_score(self, view: LayerView) -> Tensor:
-        scores = self.score(view)
-        if scores.shape != view.keys.shape[:3]:
+        name, shape = f"{type(self).__name__}.score", view.keys.shape[:3]
+        try:
+            scores = self.score(view)
+        except SystemExit as error:  # of a user's file: what is measured beside it goes on
+            raise PressError(f"{name} ends the process (SystemExit: {error}).") from error
+        if not isinstance(scores, Tensor) or scores.shape != shape or not scores.is_floating_point():
+            got = type(scores).__name__
+            if isinstance(scores, Tensor):
+                got = f"{list(scores.shape)}{'' if scores.is_floating_point() else f' of {scores.dtype}'}"
             raise PressError(
-                f"{type(self).__name__}.score returned {list(scores.shape)}, and has to return a number for each KV "
-                f"head and token: {list(view.keys.shape[:3])}."
+                f"{name} returned {got}, and has to return a number for each KV head and token: {list(shape)}, "
+                "floating-point."
             )
         return scores
 

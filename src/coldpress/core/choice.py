@@ -97,5 +97,8 @@ def unpack(positions: Tensor, n_tokens: int) -> Tensor:
 def checked(scores: Tensor) -> Tensor:
     """``scores`` in float32; raise :class:`PressError` if one is NaN."""
     if torch.isnan(scores).any():
-        raise PressError("A score is NaN: the model produced NaN keys, values or queries (try float32 or bfloat16).")
+        raise PressError(
+            "A score is NaN: the press made it so, or the model's keys, values or queries are NaN (try float32 or "
+            "bfloat16)."
+        )
     return scores.float()

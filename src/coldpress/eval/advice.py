@@ -182,6 +182,11 @@ def words_of(base: Row, rows: Sequence[Row], advice: Advice, by_time: bool = Fal
             f"None that fits is faster here than the uncompressed cache ({_number(base.tpot_ms, 1)} ms a token): take "
             "one for its memory only, or measure a longer --context_tokens."
         )
+    elif advice.cheap is not None and (advice.cheap.tpot_ms or 0) > (base.tpot_ms or math.inf):
+        said.append(
+            f"{advice.cheap.label} saves memory here and no time: the uncompressed cache takes "
+            f"{_number(base.tpot_ms, 1)} ms a token."
+        )
     names = listed([row.label for row in advice.open]) if advice.open else ""
     if advice.open and advice.cheap is not None:
         said.append(f"Not decided by {n}: {names}.")

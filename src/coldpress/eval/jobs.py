@@ -201,9 +201,12 @@ def _in_bits(jobs: list[Job], kv_bits: list[Codec], settings: Settings) -> list[
     for job in jobs:
         for each in kv_bits:
             try:
+                if each.chooses and job.budget_bytes is None:
+                    raise CacheError(
+                        f"--kv_bits mixed spends a press's --budget_bytes, and {job.name} has none: give it, or say "
+                        "k8v4 or k4v4."
+                    )
                 check_quantisable(job.press, each)
-                if each.chooses and job.press is None:
-                    raise CacheError("--kv_bits mixed spends a press's --budget_bytes: for no_press say k8v4 or k4v4.")
             except CacheError:
                 if job.name in settings.press:
                     raise

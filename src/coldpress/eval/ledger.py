@@ -26,6 +26,7 @@ from coldpress.errors import OutputError
 from coldpress.eval.losses import Scores
 from coldpress.io.files import read_text, replace_file
 from coldpress.io.lock import locked
+from coldpress.version import source_digest
 
 UNFINISHED = ".unfinished"  # folder of all ledgers, in that of the results
 # A file that is not there, or damaged: what it would tell is measured again.
@@ -103,6 +104,18 @@ class Ledger:
             yield
 
     @property
+    def is_of_other_code(self) -> bool:
+        """Whether what is in it was begun by other files of coldpress than these."""
+        try:
+            return read_text(self._code) != source_digest()
+        except (OSError, ValueError):
+            return self.folder.exists()
+
+    @property
+    def _code(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.code")
+
+    @property
     def _lock(self) -> Path:
         return self.folder.with_name(f"{self.folder.name}.lock")
 
@@ -148,6 +161,8 @@ class Ledger:
     def clear(self) -> None:
         """Remove it from the disk."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self._code.unlink(missing_ok=True)
         self._leave()
 
     def discard(self) -> None:
@@ -176,6 +191,9 @@ class Ledger:
     def _replace(self, name: str, write: Callable[[Path], object]) -> None:
         path = self.folder / name
         try:
+            if not self.folder.exists():
+                self._code.parent.mkdir(parents=True, exist_ok=True)
+                self._code.write_text(source_digest())
             replace_file(path, write)
         except (OSError, SafetensorError) as error:
             raise OutputError(f"cannot write {str(path)!r} ({error}): make room, or choose another folder") from error

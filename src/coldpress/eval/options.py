@@ -196,7 +196,7 @@ class OfPresses:
     kv_bits: tuple[int | str, ...] = _of_kept(
         (), "hold what is kept in 8, 4 or 2 bits, or as k4v4 or mixed; not its newest pairs", metavar=BITS
     )
-    kv_group_size: int = _of_kept(64, "numbers that share a step then")
+    kv_group_size: int = _of_kept(64, "numbers that share a step then", most=65536)
     kv_residual_tokens: int = _of_kept(128, "newest pairs that stay as they are then", least=0)
 
 

@@ -77,6 +77,11 @@ def make_plan(settings: Settings, corpus: Corpus, tokenizer: Any, max_positions:
     protocol += "-bos" if bos is not None else ""
     if s.chunk_tokens is not None:
         protocol += f"-chunk{s.chunk_tokens}"
+        if windows is not None and s.chunk_tokens >= windows[0].context:
+            limit.notes.append(
+                f"--chunk_tokens {s.chunk_tokens} is no less than the context of {windows[0].context}: it is read in "
+                "one piece."
+            )
     if not s.ppl_only:
         context_ids = _timed_context(s, documents, limit)
     if not s.speed_only:
@@ -264,6 +269,10 @@ def _prefix_windows(
     if width - target < 1:
         raise InputError(f"--target_tokens {target} leaves no room for a context in {width} positions.")
     context = width - target
+    if s.context_tokens is not None and s.target_tokens is None and target > context:
+        limit.notes.append(
+            f"each window scores {target} tokens behind its context of {context}: --target_tokens says how many."
+        )
     if context + s.greedy_tokens > limit.positions and not s.allow_extrapolation:
         raise InputError(
             f"--greedy_tokens {s.greedy_tokens} after a context of {context} go past the {limit.positions} positions "

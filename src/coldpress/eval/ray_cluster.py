@@ -5,7 +5,6 @@ Its workers load what the driver says. What they return or raise travels in byte
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import pickle
@@ -14,7 +13,6 @@ import socket
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +22,7 @@ from coldpress.errors import ClusterError
 from coldpress.eval.point_run import release
 from coldpress.io.files import path_of
 from coldpress.loading.models import BY_NAME, LoadedModel, load_model
-from coldpress.version import VERSION
+from coldpress.version import VERSION, source_digest
 
 
 def answer(work: Callable[[], Any]) -> bytes:
@@ -159,16 +157,12 @@ class Worker:
 
 def _about() -> dict[str, Any]:
     """What can make the results of two processes differ."""
-    root = Path(__file__).resolve().parents[1]
-    digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "threads": torch.get_num_threads(),
         "coldpress": VERSION,
-        "code": digest.hexdigest(),
+        "code": source_digest(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": ".".join(platform.python_version_tuple()[:2]),

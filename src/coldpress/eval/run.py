@@ -295,6 +295,11 @@ def carry_out(
     if not is_quiet:
         _note_replaced(run, folder)
     with contextlib.nullcontext() if run.ledger is None else run.ledger.held():
+        if run.ledger is not None and run.ledger.is_of_other_code:
+            note(
+                f"a part of this was measured by other files of coldpress, and is taken over; remove "
+                f"{run.ledger.folder} to measure all of it anew."
+            )
         try:
             run.measure(engine, early.save)
         except Exception as error:  # the model itself fails, without a press: so does all that is compared with it

@@ -129,9 +129,13 @@ def check_readable(tokenizer: Any, texts: Iterable[str], model: str) -> list[str
 
     Raises:
         DataError: more than a tenth of the tokens are the unknown token, or another special one that the text does not
-            have, or of the words are lost or added, letters without case and accents counted as the same.
+            have, or of the words are lost or added, letters without case and accents counted as the same. A text holds
+            NUL characters.
     """
-    samples = [_middle(text) for text in list(texts)[:SAMPLE_TEXTS]]
+    looked_at = list(texts)[:SAMPLE_TEXTS]
+    if any("\0" in text for text in looked_at):
+        raise DataError("The text holds NUL characters, as UTF-16 does that is read as UTF-8: save it as UTF-8.")
+    samples = [_middle(text) for text in looked_at]
     read = [_ids(tokenizer, sample) for sample in samples]
     notes = []
     for share, what in _strange(tokenizer, samples, read):

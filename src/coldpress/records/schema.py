@@ -52,6 +52,10 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and value.isascii() and value.isprintable() and len(value) <= 80
+
+
 def _is_simple(value: Any) -> bool:
     return value is None or isinstance(value, str | bool) or is_number(value)
 
@@ -89,15 +93,19 @@ def _is_bucket(name: Any) -> bool:
 
 
 _number, _interval, _id = _maybe(is_number), _maybe(_is_pair), lambda value: isinstance(value, str | int)
-_scores = dict.fromkeys(("n", "score", "score_base", "answer_nll", "answer_nll_base"), _number)
-_counted = dict.fromkeys(("n_contexts", "same_answers", "gained", "lost", "mcnemar_p", "delta_answer_nll"), _number)
+_n = _maybe(_is_count)
+_scores = {"n": _n} | dict.fromkeys(("score", "score_base", "answer_nll", "answer_nll_base"), _number)
+_counted = {"n_contexts": _n} | dict.fromkeys(
+    ("same_answers", "gained", "lost", "mcnemar_p", "delta_answer_nll"), _number
+)
 _cis = dict.fromkeys(("delta_score_ci95", "delta_answer_nll_ci95"), _interval)
 _depths = _maybe(_list(_has(**_scores, depth=is_number)))
 
 ANY = Kind(lambda value: True, "anything")
 TEXT = Kind(_is_text, "a text")
 NUMBER = Kind(is_number, "a number")
-BITS = Kind(lambda value: is_number(value) or isinstance(value, str), "a number, or a name as k8v4")
+WORD = Kind(_is_word, "a word")
+BITS = Kind(lambda value: is_number(value) or _is_word(value), "a number, or a name as k8v4")
 BYTES = Kind(is_number, "a number")
 INTERVAL = Kind(_is_pair, "two numbers")
 NUMBERS = Kind(_table(_number), "an object of numbers")
@@ -152,15 +160,15 @@ def _asked(kind: Kind, *names: str, is_needed: bool = False) -> dict[str, Field]
 
 
 FIELDS: dict[str, Field] = {
-    **_asked(TEXT, "press", "status", "protocol", "model", "dataset", "dtype", "device", is_needed=True),
-    **_asked(TEXT, "attn_implementation", "text_sha256", is_needed=True),
+    **_asked(TEXT, "press", "protocol", "model", "dataset", is_needed=True),
+    **_asked(WORD, "status", "dtype", "device", "attn_implementation", "text_sha256", is_needed=True),
     **_asked(TEXT, "subset", "ppl_mode", "position_mode", "error", "command", "timestamp", "ppl_preset"),
     **_asked(NUMBER, "num_params", "total_tokens", is_needed=True),
     **_asked(NUMBER, "compression_ratio", *BUDGETS, "speed_context_tokens"),
     **_asked(BITS, "kv_bits"),
     **_asked(ENV, "env", is_needed=True),
     **_asked(SETTINGS, "settings"),
-    **_asked(OBJECT, "press_config"),
+    **_asked(OBJECT, "press_config", "kv_bits_config"),
     **_asked(SPREAD, "tpot_ms_spread", "tpot_ms_baseline_spread", "decode_speedup_spread", "ttft_s_spread"),
     **_asked(TASKS, "tasks"),
     "scored_tokens": Field(),

@@ -40,6 +40,12 @@ def windows_words(n: float) -> str:
     return f"{n:,.0f} window{'' if n == 1 else 's'}"
 
 
+def weights_file(record: dict[str, Any]) -> str:
+    """The GGUF file that a model's weights are unpacked from, where its name does not say it; else an empty text."""
+    file = str(record.get("model_source") or "").rpartition(": ")[2]
+    return clean(Path(file).name) if file.endswith(".gguf") and Path(file).name != model_name(record) else ""
+
+
 def model_name(record: dict[str, Any]) -> str:
     return clean(short(record["model"]))
 

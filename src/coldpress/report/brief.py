@@ -10,7 +10,7 @@ from coldpress.backends import NO_PRESS
 from coldpress.errors import PressError
 from coldpress.io.output import check_writable, write_file
 from coldpress.records.results import Collection
-from coldpress.records.wording import clean, escape, fenced, model_name, table_lines
+from coldpress.records.wording import capital, clean, escape, fenced, model_name, table_lines, weights_file
 from coldpress.report.columns import task_table
 from coldpress.report.glance import Row, answer, chosen, rows
 from coldpress.report.phrases import WORDS, contexts, headed, memory, removed_words, sentences, versions
@@ -76,9 +76,9 @@ def _protocol(section: Section) -> str:
 def _model_words(record: dict[str, Any], words: dict[str, str]) -> str:
     facts = {name: record[name] for name in ("dtype", "device")}
     attention = record["attn_implementation"]
-    return words["model"].format(
-        name=model_name(record), n=f"{record['num_params'] / 1e6:.1f}", attention=attention, **facts
-    )
+    file, name = weights_file(record), model_name(record)
+    name += words["brackets"].format(file) if file else ""
+    return words["model"].format(name=name, n=f"{record['num_params'] / 1e6:.1f}", attention=attention, **facts)
 
 
 def _texts(records: Sequence[dict[str, Any]], words: dict[str, str]) -> list[str]:
@@ -110,7 +110,8 @@ def _methods(records: Sequence[dict[str, Any]], language: str) -> list[str]:
         except PressError:  # of another version
             said.append(f"{name}{mark}")
             continue
-        said.append(f"{name}{mark}: {info.summary.replace('``', '')} {info.source}".strip())
+        source = capital(info.source) if info.source else ""
+        said.append(f"{name}{mark}: {info.summary.replace('``', '')} {source}".strip())
     windows: dict[str, list[int]] = {}  # of runs that differ in their number alone
     for record in [r for r in done if r["status"] == "ok"] or done:
         protocol = str(record["protocol"])

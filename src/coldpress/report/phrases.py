@@ -8,7 +8,7 @@ from typing import Any
 
 from coldpress.backends import NO_PRESS
 from coldpress.records.metrics import FEWEST_QUESTIONS
-from coldpress.records.reading import noise_of
+from coldpress.records.reading import noise_of, task_name
 from coldpress.records.wording import (
     capital,
     clean,
@@ -55,6 +55,7 @@ WORDS: dict[str, dict[str, str]] = {
         "better": "{n} {are} above it",
         "few_questions": "{n} {have} too few questions ({few}; at least {least} are needed)",
         "unknown": "{n} {have} no error bars",
+        "unanswered": "The uncompressed model scores 0 on {names}, which says nothing about a press.",
         "faster": "With {context} tokens of context, {press} {at} decodes {times} times as fast, in every one of {n} "
         "rounds faster than the uncompressed cache.",
         "not_faster": "With {context} tokens of context, no press decodes faster than the uncompressed cache in every "
@@ -124,6 +125,7 @@ WORDS: dict[str, dict[str, str]] = {
         "better": "{n} 个高于它",
         "few_questions": "{n} 个的问题太少（{few} 个；至少需要 {least} 个）",
         "unknown": "{n} 个没有误差范围",
+        "unanswered": "未压缩模型在 {names} 上得 0 分，这不说明方法的好坏。",
         "faster": "上下文为 {context} 个词元，{at}，{press} 的解码速度是未压缩缓存的 {times} 倍，{n} 轮中每一轮都更"
         "快。",
         "not_faster": "上下文为 {context} 个词元时，没有方法在每一轮中都比未压缩缓存解码更快。",
@@ -316,7 +318,9 @@ def _counts(found: Answer, words: dict[str, str]) -> list[str]:
     parts = [words[kind].format(n=counts[kind], **few, **(one if counts[kind] == 1 else many)) for kind in kinds]
     n = sum(counts.values())
     said = words["counts"].format(n=n, scores="score" if n == 1 else "scores", parts=words["comma"].join(parts))
-    return [said] if parts else []
+    zero = dict.fromkeys(task_name(t) for p in found.section.entries for t in p.tasks or () if t.get("score_base") == 0)
+    more = [words["unanswered"].format(names=_joined([*zero], words))] if zero else []
+    return [said, *more] if parts else more
 
 
 def _speed(found: Answer, words: dict[str, str]) -> list[str]:

@@ -21,8 +21,8 @@ from coldpress.records.reading import (
     task_of,
     written,
 )
-from coldpress.records.schema import FIELDS
-from coldpress.records.wording import aligned, memory_words, short, windows_words
+from coldpress.records.schema import FIELDS, is_number
+from coldpress.records.wording import aligned, memory_words, short, weights_file, windows_words
 
 Record = dict[str, Any]
 Column = tuple[str, Callable[[Record], str | None]]  # its head, and what stands in a record's line
@@ -151,8 +151,10 @@ def describe(record: Record) -> str:
     """What a table's numbers were measured on, in one paragraph."""
     env = record["env"]
     subset = f"/{record['subset']}" if record.get("subset") else ""
+    file = weights_file(record)
     parts = [
-        f"model {short(record['model'])} ({record['num_params'] / 1e6:.1f} M parameters, {record['dtype']}, "
+        f"model {short(record['model'])} ({record['num_params'] / 1e6:.1f} M parameters"
+        f"{f' of {file}' if file else ''}, {record['dtype']}, "
         f"{record['device']}, {record['attn_implementation']})",
         f"text {short(record['dataset'])}{subset}, sha256 {record['text_sha256'][:12]}, "
         f"{record['total_tokens']:,} tokens",
@@ -180,7 +182,7 @@ def describe(record: Record) -> str:
 def show(records: Sequence[Record]) -> str:
     """The records of one run as text: what they were measured on, their tables, and who removed nothing."""
     parts = [describe(next((r for r in records if r["status"] == "ok"), records[0])), table(records)]
-    parts += _baseline(records) + _unanswered(records) + _noisy(records)
+    parts += _of_tasks(records) + _baseline(records) + _unanswered(records) + _noisy(records)
     late = dict.fromkeys(r["press"] for r in records if _goes_on(r))
     if late:
         parts.append(
@@ -190,6 +192,12 @@ def show(records: Sequence[Record]) -> str:
     whole = dict.fromkeys(r["press"] for r in records if _is_whole(r))
     if whole:
         parts.append(f"Nothing to remove, as their parameters or budgets say: {printable(', '.join(whole))}.")
+    plain = dict.fromkeys(f"{r['press']} {size_of(r)}".strip() for r in records if _is_newest_alone(r))
+    if plain:
+        parts.append(
+            "Nothing is in few bits right after the prompt, as no head keeps more than the newest pairs, which stay as "
+            f"they are (--kv_residual_tokens): {printable(', '.join(plain))}."
+        )
     return "\n\n".join(parts)
 
 
@@ -205,6 +213,19 @@ def _baseline(records: Sequence[Record]) -> list[str]:
             said = "ΔNLL is the difference to the uncompressed cache on the same tokens"
             return [f"{said}: loss {record['baseline_loss']:.4f}, PPL {record['baseline_ppl']:.3f}."]
     return []
+
+
+def _of_tasks(records: Sequence[Record]) -> list[str]:
+    """How many questions a score is of, and what is good."""
+    tasks = [task for r in records for task in r.get("tasks") or ()]
+    counts = sorted({task["n"] for task in tasks if task.get("score") is not None and task.get("n")})
+    said = []
+    if counts:
+        n = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
+        said.append(f"Scores: of {n} question{'' if counts == [1] else 's'} each, more is better.")
+    if any(task.get("answer_nll") is not None for task in tasks):
+        said.append("Nats: of a token of the right answer, less is better.")
+    return [" ".join(said)] if said else []
 
 
 def _unanswered(records: Sequence[Record]) -> list[str]:
@@ -234,6 +255,15 @@ def _is_whole(record: Record) -> bool:
     asked = record["press"] != NO_PRESS and not bits_of(record) and record.get("compression_ratio") != 0
     is_same = record.get("kv_bytes") is not None and record["kv_bytes"] == record.get("kv_bytes_baseline")
     return asked and is_same and record.get("effective_compression_ratio") == 0
+
+
+def _is_newest_alone(record: Record) -> bool:
+    """Whether few bits were asked for, and no head stores more than the newest pairs, which stay as they are."""
+    config, stored = record.get("kv_bits_config") or {}, record.get("kv_len_after")
+    newest = config.get("residual_tokens", config.get("newest"))
+    if not isinstance(stored, list) or not stored or not is_number(newest):
+        return False
+    return all(is_number(n) and n <= newest for n in stored)
 
 
 # Tasks: a column for each, and each length

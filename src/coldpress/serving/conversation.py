@@ -234,6 +234,6 @@ class Conversation:
         positions = getattr(config, "max_position_embeddings", None) or 2**31
         if n >= positions:
             raise InputError(
-                f"The conversation would have {n} tokens, and the model has {positions} positions; begin anew."
+                f"The conversation would have {n} tokens, and the model has {positions} positions; begin anew (/clear)."
             )
         return int(positions) - n
