@@ -20,7 +20,7 @@ smollm2=(--model smollm2-135m --tokens 4096 --new_tokens 6 ${1:+--gguf "$1"})
 "${measure[@]/decode_speed.decode_speed/decode_speed.lengths}" --rounds "${ROUNDS:-8}" --model smollm2-135m \
     ${1:+--gguf "$1" --llamacpp} --output "$results/lengths.json"
 for dtype in bfloat16 float32; do
-    "${measure[@]}" "${smollm2[@]}" --dtype "$dtype" --output "$results/smollm2-135m-$dtype.json"
+    "${measure[@]}" "${smollm2[@]}" --dtype "$dtype" --compiled --output "$results/smollm2-135m-$dtype.json"
 done
 profile=("${PYTHON:-.venv/bin/python}" -m benchmarks.decode_speed.decode_speed --threads 1 --model smollm2-135m --tokens 4096)
 OMP_NUM_THREADS=1 "${profile[@]}" --profile "coldpress, 0.5" --output "$results/profile-float32-0.5.json"
