@@ -124,6 +124,12 @@ def task_of(record: Record, name: str) -> Task:
     return next((task for task in record.get("tasks") or () if task_name(task) == name), {})
 
 
+def unanswered(records: Iterable[Record]) -> list[str]:
+    """The tasks that the uncompressed model itself cannot do, of which no press can lose anything."""
+    tasks = [task for record in records for task in record.get("tasks") or ()]
+    return list(dict.fromkeys(task_name(task) for task in tasks if task.get("score_base") == 0))
+
+
 def few_questions(entry: Record) -> int | None:
     """How many questions a task has, where they are too few for a verdict; those about one context count once."""
     n = entry.get("n_contexts") or entry.get("n")

@@ -8,7 +8,7 @@ from typing import Any
 
 from coldpress.backends import NO_PRESS
 from coldpress.records.metrics import FEWEST_QUESTIONS
-from coldpress.records.reading import noise_of, task_name
+from coldpress.records.reading import noise_of, unanswered
 from coldpress.records.wording import (
     capital,
     clean,
@@ -318,8 +318,8 @@ def _counts(found: Answer, words: dict[str, str]) -> list[str]:
     parts = [words[kind].format(n=counts[kind], **few, **(one if counts[kind] == 1 else many)) for kind in kinds]
     n = sum(counts.values())
     said = words["counts"].format(n=n, scores="score" if n == 1 else "scores", parts=words["comma"].join(parts))
-    zero = dict.fromkeys(task_name(t) for p in found.section.entries for t in p.tasks or () if t.get("score_base") == 0)
-    more = [words["unanswered"].format(names=_joined([*zero], words))] if zero else []
+    zero = unanswered(p.record for p in found.section.entries)
+    more = [words["unanswered"].format(names=_joined(zero, words))] if zero else []
     return [said, *more] if parts else more
 
 

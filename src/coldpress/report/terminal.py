@@ -19,6 +19,7 @@ from coldpress.records.reading import (
     size_of,
     task_name,
     task_of,
+    unanswered,
     written,
 )
 from coldpress.records.schema import FIELDS, is_number
@@ -229,10 +230,7 @@ def _of_tasks(records: Sequence[Record]) -> list[str]:
 
 
 def _unanswered(records: Sequence[Record]) -> list[str]:
-    """The tasks that the uncompressed model itself cannot do, of which no press can lose anything."""
-    entries = [entry for r in records for entry in r.get("tasks") or () if entry.get("score_base") == 0]
-    names = dict.fromkeys(map(task_name, entries))
-    said = "The uncompressed model scores 0, so these scores say nothing about a press"
+    names, said = unanswered(records), "The uncompressed model scores 0, so these scores say nothing about a press"
     return [printable(f"{said}: {', '.join(names)}.")] if names else []
 
 
